@@ -1,6 +1,6 @@
 """Seconds of a training step on a card, its share of the card's peak, and memory: SD 1.5, SDXL, SD3 medium, FLUX.1.
 
-Each as it is, compiled, with weights multiplied in 8 bits, with CUDA graphs, and beside them a bare loop on diffusers
+Each as it is, compiled, with weights multiplied in 8 bits, and beside them a bare loop on diffusers
 and PEFT with the same inputs, loss, optimizer and rank. Weights are of full size, random and made on the card, so
 nothing has to be downloaded. SD 1.5 has pictures of 512 pixels, the others of 1024; SD3 batch 3, the others batch 1.
 bf16, AdamW, a LoRA of rank 16, nothing recomputed unless asked for. Each mode runs in a process of its own; one that
@@ -34,11 +34,10 @@ from library.memory.compiled import Compiled, CompileSettings  # noqa: E402
 from library.memory.frozen import frozen_layers, multiply_codes  # noqa: E402
 from library.memory.planner.counter import FlopCounter  # noqa: E402
 from library.memory.planner.gpus import peak_of  # noqa: E402
-from library.training.step.fixed_step import CudaGraphs, Repeat  # noqa: E402
 from networks import lora  # noqa: E402
 
 NUM_WARM, NUM_TIMED = 3, 10
-MODES = ("eager", "compiled", "8bit", "8bit compiled", "graphs", "bare")
+MODES = ("eager", "compiled", "8bit", "8bit compiled", "bare")
 IN_8_BITS = "int8_rotated"
 
 Step = Callable[..., Tensor]
@@ -145,13 +144,12 @@ def moved(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def optimizer_of(parameters: list[nn.Parameter], device: torch.device, is_recorded: bool) -> torch.optim.Optimizer:
-    on_card = device.type == "cuda"
-    return torch.optim.AdamW(parameters, lr=1e-4, fused=on_card, capturable=is_recorded and on_card)
+def optimizer_of(parameters: list[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-4, fused=device.type == "cuda")
 
 
-def step_of(run: Callable[[], Any], optimizer: torch.optim.Optimizer, device: torch.device, keeps: bool) -> Step:
-    """Forward and backward pass and update; with `keeps` gradients stay where they are. Gives the loss."""
+def step_of(run: Callable[[], Any], optimizer: torch.optim.Optimizer, device: torch.device) -> Step:
+    """Return a function that computes the forward and backward pass, updates the weights and returns the loss."""
 
     def step(before_backward: Callable[[], None] = lambda: None) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16):
@@ -160,7 +158,7 @@ def step_of(run: Callable[[], Any], optimizer: torch.optim.Optimizer, device: to
         before_backward()
         loss.backward()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=not keeps)
+        optimizer.zero_grad()
         return loss.detach()
 
     return step
@@ -180,8 +178,8 @@ def our_step(subject: Subject, mode: str, recomputes: bool, device: torch.device
     network.to(device)
     values, named = (moved(value, device) for value in subject.values())
     values = tuple(moved(value, device) for value in values)
-    optimizer = optimizer_of(list(network.parameters()), device, mode == "graphs")
-    run = step_of(lambda: model(*values, **named), optimizer, device, keeps=mode == "graphs")
+    optimizer = optimizer_of(list(network.parameters()), device)
+    run = step_of(lambda: model(*values, **named), optimizer, device)
     return run, sum(p.numel() for p in network.parameters())
 
 
@@ -212,8 +210,8 @@ def bare_step(subject: Subject, peer: Peer, recomputes: bool, device: torch.devi
         model.enable_gradient_checkpointing()
     values, named = (moved(value, device) for value in subject.values())
     values = tuple(moved(value, device) for value in values)
-    optimizer = optimizer_of(trained, device, False)
-    run = step_of(lambda: peer.call(model, values, named), optimizer, device, keeps=False)
+    optimizer = optimizer_of(trained, device)
+    run = step_of(lambda: peer.call(model, values, named), optimizer, device)
     return run, sum(p.numel() for p in trained)
 
 
@@ -231,17 +229,13 @@ def measure(name: str, mode: str, is_tiny: bool, recomputes: bool, device: torch
         with FlopCounter() as counter:
             step(lambda: setattr(counter, "in_backward", True))
         flops = counter.flops
-    run: Callable[[], Any] = step
-    if mode == "graphs":
-        recorder = CudaGraphs() if on_card else Repeat()
-        run = recorder.record(step)  # type: ignore[arg-type]
     for _ in range(NUM_WARM):
-        run()
+        step()
     if on_card:
         torch.cuda.synchronize()
     began = time.perf_counter()
     for _ in range(NUM_TIMED):
-        run()
+        step()
     if on_card:
         torch.cuda.synchronize()
     seconds = (time.perf_counter() - began) / NUM_TIMED

@@ -5,13 +5,10 @@ process computes its share of the window, and the gradients are added up in one 
 process that accumulates N times as many batches: the same batches, noise, steps and learning rates.
 """
 
-import atexit
 import json
 import logging
 import os
-import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -26,6 +23,7 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.heartbeat import Heartbeat, Store
 from library.launcher import fsdp_version, launched_count, restart_count
+from library.temporary_folders import Kind, make_temporary_folder
 
 logger = logging.getLogger(__name__)
 
@@ -101,12 +99,11 @@ class Processes:
                 "machine needs the same"
             )
 
-    def shared_folder(self, what: str, parent: str | None = None) -> str:
+    def shared_folder(self, kind: Kind, parent: str | None = None) -> str:
         """A temporary folder for all processes of this machine, in `parent`, gone when the run ends."""
-        key = f"folder/{what}/{self.machine}"
+        key = f"folder/{kind}/{self.machine}"
         if self.is_local_main:
-            folder = tempfile.mkdtemp(prefix=f"{what}-", dir=parent)
-            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            folder = make_temporary_folder(kind, parent)
             if self.store is None:
                 return folder
             self.store.set(key, folder)

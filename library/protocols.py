@@ -214,6 +214,5 @@ class Architecture:
     inpaints: bool = False  # whether the denoiser is told of areas to paint anew, see `library.diffusion.inpainting`
     fit_to_sizes: Callable[[nn.Module, Sequence[tuple[int, int]]], None] = leave_sizes
     """Tells the denoiser the resolutions (width, height) of the data set."""
-    asks_host: str | None = None  # what the denoiser takes from the host in each step, which no CUDA graph can have
     vae_overflows_in_fp16: bool = False  # whether the VAE that comes with it gives NaN in fp16
     tells_sizes: bool = False  # whether the denoiser is told how large pictures were and where they were cut

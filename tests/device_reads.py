@@ -42,19 +42,6 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-class NothingComes(NoWaiting):
-    """Raises HostWaits for any copy from the host to the device too, whether it waits or not."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
-            given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            target = torch.device(kwargs.get("device") or given[0].device)
-            if target == DEVICE and not isinstance(given[-1], OnDevice):
-                raise HostWaits(f"a tensor of {tuple(given[-1].shape)} comes to the device")
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-
 def move_fakes(models: Iterable[nn.Module]) -> None:
     """Put the fake tensors of models, and of whatever of ours they hold, on the device; shared ones stay shared.
 

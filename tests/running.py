@@ -21,6 +21,7 @@ from library.architectures.sdxl.leco import SdxlLecoOptions
 from library.architectures.specs import list_specs
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.options.leco import LecoOptions
+from library.training.failures.interruption import STOP_SIGNALS
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS: Mapping[str, BaseModelSpec] = {spec.script.removesuffix(".py"): spec for spec in list_specs()}
@@ -85,7 +86,7 @@ def fresh_process() -> Iterator[None]:
     """Undo what a run leaves in the process: accelerate's state and signal handlers."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()

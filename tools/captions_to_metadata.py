@@ -8,6 +8,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.checkpoints.files import atomic_path
+from library.checkpoints.overwriting import FileType, check_overwrite
 from library.data.description.image_extensions import image_extensions
 from library.data.sources.folders.metadata_file import read_table
 from library.errors import UserError
@@ -26,6 +28,8 @@ from tools.command import check_place, make_parser, run
 logger = logging.getLogger(__name__)
 
 ENDINGS = {"caption": ".caption", "tags": ".txt"}  # by field of the file
+TABLE_OF_TABLES = re.compile(rb'(\xef\xbb\xbf)?\s*\{\s*(\}|"(?!general")[^"]+"\s*:\s*\{)')  # no dataset file
+METADATA = FileType("a metadata file", lambda start: TABLE_OF_TABLES.match(start) is not None)
 EXAMPLES = """\
   python3 tools/captions_to_metadata.py pictures pictures.json --full_path --recursive --caption_extension .txt
   python3 tools/captions_to_metadata.py pictures pictures.json --full_path --recursive --field tags"""
@@ -49,6 +53,7 @@ def check_name(path: Path) -> None:
     if path.suffix.lower() == ".jsonl":
         raise UserError(f"{path}: a table is written, not lines; give a name that ends in .json")
     check_place("out_json", path)
+    check_overwrite("out_json", path, METADATA)
 
 
 def write_table(path: Path, table: dict[str, Any]) -> None:

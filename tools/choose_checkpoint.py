@@ -36,7 +36,7 @@ from library.training.report_page.writer import add_event  # noqa: E402
 from library.training.reporting import events  # noqa: E402
 from library.training.reporting.event_stream import open_event_file, plain  # noqa: E402
 from library.training.saving.checkpoints import Names  # noqa: E402
-from library.training.saving.saved_files import steps_of  # noqa: E402
+from library.training.saving.saved_files import steps_of, without_copies  # noqa: E402
 from tools.command import make_parser, run  # noqa: E402
 from tools.contact_sheet import chosen_files, own_device  # noqa: E402
 from tools.plan_memory import card_of_script  # noqa: E402
@@ -141,6 +141,7 @@ def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
     check_values(options)
     check_precision(options)
     files = sorted(chosen_files(args.files, options), key=lambda path: (steps_of(path), told_path(path).name))
+    files = without_copies(files)
     if options.dataset.dataset_class:
         raise UserError("--dataset_class: its pictures are not known one by one, so none can be measured again")
     seed = seed_of(options, files)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from library.checkpoints.files import SAFETENSORS_SUFFIXES, is_safetensors
+from library.checkpoints.overwriting import check_not_input
 from library.errors import UserError
 from library.hidden_libraries import BITSANDBYTES, hidden
 from library.training.command_line.console import setup_plain_logging
@@ -120,8 +121,7 @@ def check_place(flag: str, path: Path, inputs: Iterable[Path | None] = ()) -> No
     """Raise UserError where no file of this name can be written, or one of `inputs` would be lost by it."""
     if path.is_dir():
         raise UserError(f"{flag} {path} is a folder; give the name of a file")
-    if any(given is not None and same_file(path, given) for given in inputs):
-        raise UserError(f"{flag} {path} is a file that is read too and would be lost; give another name")
+    check_not_input(flag, path, inputs)
     check_folder(flag, path)
 
 
@@ -141,11 +141,6 @@ def check_folder(flag: str, path: Path) -> None:
         raise UserError(
             f"{flag} {path}: nothing may be written into {folder}; change its rights, or give another folder"
         )
-
-
-def same_file(path: Path, other: Path) -> bool:
-    """Whether two paths are of one file, also by way of links."""
-    return path.exists() and other.exists() and path.samefile(other)
 
 
 def device_of(name: str) -> torch.device:

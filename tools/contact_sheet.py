@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from library.checkpoints.files import atomic_path, file_in_folder, told_path  # noqa: E402
+from library.checkpoints.overwriting import PNG, check_overwrite  # noqa: E402
 from library.errors import UserError  # noqa: E402
 from library.options.train import TrainOptions  # noqa: E402
 from library.training.command_line.checks import check_precision, check_values  # noqa: E402
@@ -25,7 +26,7 @@ from library.training.offline.contact_sheet import arrange, draw_rows  # noqa: E
 from library.training.report_page.writer import add_sheet  # noqa: E402
 from library.training.reporting.sample_images import data_url_of  # noqa: E402
 from library.training.saving.checkpoints import Names  # noqa: E402
-from library.training.saving.saved_files import files_of_run  # noqa: E402
+from library.training.saving.saved_files import files_of_run, without_copies  # noqa: E402
 from library.types import Prompt  # noqa: E402
 from tools.command import make_parser, run  # noqa: E402
 from tools.plan_memory import card_of_script  # noqa: E402
@@ -97,10 +98,11 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
         raise UserError(f"--side is {args.side}; use at least 1")
     if not options.preview.sample_prompts:
         raise UserError("--sample_prompts names no prompts to draw")
-    files = chosen_files(args.files, options)
+    files = without_copies(chosen_files(args.files, options))
     target = args.sheet or Names.build(options.saving).of_sheet() if options.saving.output_dir else args.sheet
     if target is None:
         raise UserError("--sheet is not set; name the PNG to write, or give --output_dir")
+    check_overwrite("--sheet", target, PNG, [*files, Path(options.preview.sample_prompts)])
     arch = card.build(options)
     specs = read_prompts(Path(options.preview.sample_prompts))
     columns = columns_of([settle(spec, arch.preview.defaults, arch.inpaints) for spec in specs], args.seeds)

@@ -25,6 +25,7 @@ import toml  # noqa: E402
 
 from library.checkpoints.files import atomic_path, remove_temporary  # noqa: E402
 from library.checkpoints.hashes import digest_of_file  # noqa: E402
+from library.checkpoints.overwriting import FileType, check_overwrite  # noqa: E402
 from library.data.decoding.images import open_picture  # noqa: E402
 from library.data.description.image_extensions import image_extensions  # noqa: E402
 from library.data.description.keys import ALL_KEYS, SOURCES  # noqa: E402
@@ -61,6 +62,9 @@ EXAMPLES = """\
   python3 tools/make_shards.py --script train_network.py --pretrained_model_name_or_path base.safetensors \\
     --dataset_config configs/examples/dataset.toml --out shards --cache_latents_to_disk"""
 DESCRIPTION = "dataset.toml"
+FIRST_LINE = "# Written by tools/make_shards.py and replaced by its next call."
+SHARDS_FILE = FileType("a dataset file of make_shards.py", lambda start: start.startswith(FIRST_LINE.encode()))
+SHARD = FileType("a shard of an earlier call", lambda start: False)
 CACHES = ("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk")
 ENDING = ".txt"
 LONGEST_NAME = 90  # letters, with which a name stays in a header of 1988
@@ -130,6 +134,10 @@ def write_shards(found: ScannedSubset, out: Path, name: str, shard_bytes: float,
     """
     remove_temporary(out, lambda stem: re.fullmatch(rf"{re.escape(name)}-\d{{5}}", stem) is not None)
     journal, members = Journal(out / f".{name}-shards.json"), iter(packed(found))
+    if not journal.path.exists():  # without one, no earlier call wrote shards of this name
+        for path in shards_in(out, name):
+            check_overwrite("--out", path, SHARD)
+        journal.write([])
     shards, members = kept_shards(journal.read(), members, len(found.pictures), out, shard_bytes, storage)
     with progress_bar(f"packing {name}", len(found.pictures)) as bar:
         if shards:
@@ -143,11 +151,17 @@ def write_shards(found: ScannedSubset, out: Path, name: str, shard_bytes: float,
                 size, digest = temporary.stat().st_size, digest_of_file(temporary)
             shards.append(Shard(path.name, size, digest, len(held), is_full, inputs))
             journal.write(shards)
-    for path in sorted(out.glob(f"{glob.escape(name)}-*.tar")):
-        if re.fullmatch(rf"{re.escape(name)}-\d{{5}}\.tar", path.name) and path.name not in {s.name for s in shards}:
+    for path in shards_in(out, name):
+        if path.name not in {shard.name for shard in shards}:
             logger.info("%s, of an earlier packing, is deleted", path)
             path.unlink()
     return f"{name}-{{00000..{len(shards) - 1:05}}}.tar"
+
+
+def shards_in(out: Path, name: str) -> list[Path]:
+    """The files that have the names of a subset's shards, in their order."""
+    found = sorted(out.glob(f"{glob.escape(name)}-*.tar"))
+    return [path for path in found if re.fullmatch(rf"{re.escape(name)}-\d{{5}}\.tar", path.name)]
 
 
 def write_shard(
@@ -341,10 +355,12 @@ def make_shards(args: argparse.Namespace, training: Sequence[str]) -> None:
     """Raises UserError for options that are wrong, and for pictures that cannot be read."""
     options = read_options(args, training)
     config, storage = load_dataset_config(options), Storage(options.caching.cache_dir)
-    patterns = pack(config, args.out, args.shard_mb * 1e6, storage)
     path = args.out / DESCRIPTION
+    check_overwrite("--out", path, SHARDS_FILE, [Path(str(options.dataset.dataset_config))])
+    patterns = pack(config, args.out, args.shard_mb * 1e6, storage)
+    content = toml.dumps(described(read_description(str(options.dataset.dataset_config)), patterns))
     with atomic_path(path) as temporary:
-        temporary.write_text(toml.dumps(described(read_description(str(options.dataset.dataset_config)), patterns)))
+        temporary.write_text(f"{FIRST_LINE}\n{content}", encoding="utf-8")
     options = options.with_values({"dataset_config": path, "cache_dir": None})
     count = sum(len(subset.pictures) for dataset in collect(load_dataset_config(options)) for subset in dataset.subsets)
     logger.info("%d pictures are in the shards of %s", count, args.out)

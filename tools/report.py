@@ -9,7 +9,9 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from library.checkpoints.overwriting import check_overwrite
 from library.errors import UserError
+from library.training.report_page.page import REPORT
 from library.training.report_page.writer import read_events, report_of, write_page
 from tools.command import make_parser, run
 
@@ -26,6 +28,7 @@ def setup_parser() -> argparse.ArgumentParser:
 def make_report(args: argparse.Namespace) -> None:
     """Raises UserError for a file that holds no events."""
     path = args.output or args.events.with_name(f"{args.events.stem}-report.html")
+    check_overwrite("--output", path, REPORT, [args.events])
     record = read_events(args.events)
     if record.is_empty:
         raise UserError(f"{args.events} has no events; name the file that --log_events wrote")

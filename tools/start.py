@@ -276,7 +276,7 @@ def training_command(python: Path, threads: int) -> "list[str]":
 
 def picture_command(python: Path) -> "list[str]":
     """Return the command that draws the same prompts without and with the adapter."""
-    command = [str(python), "tools/quickstart_picture.py", "--base", TOY_BASE, "--lora", ADAPTER]
+    command = [str(python), "tools/quickstart/draw_before_after.py", "--base", TOY_BASE, "--lora", ADAPTER]
     return [*command, "--prompts", PROMPTS, "--out", PICTURE]
 
 

@@ -30,7 +30,6 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     pinned. The memory that is pinned here is used again once the copy is done: torch sees to it.
     """
     if device.type == "cuda" and tensor.device.type == "cpu":
-        assert not torch.cuda.is_current_stream_capturing(), "a recorded step would copy whatever lies there later"
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=device.type in ("cuda", "cpu"))  # others may read memory that is gone by then
 

@@ -20,6 +20,8 @@ UNSUPPORTED: Mapping[str, str] = {
     "Several processes share the batches without it (accelerate launch --num_processes 2); a base model that does not "
     "fit a card is stored smaller with --base_format int8 or nf4, waits in main memory with --blocks_to_swap or --fit, "
     "or is spread over the cards with --shard_base",
+    "cuda_graphs": "training steps are not recorded as CUDA graphs. Use --compile instead, which is available for "
+    "every base model.",
 }
 INSTEAD: Mapping[str, str] = {
     "zero_stage": "optimizer states and gradients are those of the adapter alone",

@@ -9,7 +9,6 @@ from library.options.dataset import DatasetOptions
 from library.options.machine.compiling import CompileOptions
 from library.options.machine.distributed import DistributedOptions
 from library.options.machine.fit import FitOptions
-from library.options.machine.graphs import GraphOptions
 from library.options.machine.kernels import KernelOptions
 from library.options.machine.memory import MemoryOptions, PrecisionOptions
 from library.options.model import ModelOptions
@@ -46,7 +45,6 @@ class TrainOptions(Options):
     run: RunOptions = group(RunOptions)
     precision: PrecisionOptions = group(PrecisionOptions)
     kernels: KernelOptions = group(KernelOptions)
-    graphs: GraphOptions = group(GraphOptions)
     memory: MemoryOptions = group(MemoryOptions)
     compiling: CompileOptions = group(CompileOptions)
     fit: FitOptions = group(FitOptions)

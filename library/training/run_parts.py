@@ -16,7 +16,6 @@ from library.training.reporting.step_events import NormMeter
 from library.training.reporting.step_times import StepTimes
 from library.training.step.accumulation import Plan
 from library.training.step.context import StepContext
-from library.training.step.fixed_step import FixedSteps
 from library.training.sweep_record import SweepRecord
 from networks.core.protocol import Turns
 
@@ -51,7 +50,6 @@ class Run:
     times: StepTimes = field(default_factory=StepTimes)
     events: Events = field(default_factory=Events)
     norms: NormMeter = field(default_factory=NormMeter)
-    fixed: FixedSteps | None = None  # computes the steps where these are recorded
     label: str = ""  # what the adapter is called where others train beside it (--sweep)
     place: int = 0  # among them
     turns: Turns | None = None  # says which of them act; None where there is one

@@ -17,7 +17,7 @@ LAYERS = (
     ("library.errors", "library.suggestions", "library.formatting"),
     ("library.types", "library.randomness", "library.collector", "library.hidden_libraries", "library.launcher"),
     ("library.version", "library.installed"),
-    ("library.heartbeat", "library.progress", "library.processes"),
+    ("library.heartbeat", "library.progress", "library.processes", "library.temporary_folders"),
     ("library.options",),
     ("library.checkpoints",),
     ("library.memory.small_convolutions", "library.memory.devices"),

@@ -18,10 +18,9 @@ from library.training.models.compute import Compute
 from library.training.models.step_context import step_context
 from library.training.models.text_caching import live_text
 from library.training.planning.counting import BatchShape, count_captions, fake_batch, sketch_run
-from library.training.step.fixed_step import FixedSteps, Work
 from library.training.step.losses import loss_of, start_batch
 from library.types import Concept
-from tests.device_reads import HostWaits, NothingComes, NoWaiting, move_fakes, on_device
+from tests.device_reads import HostWaits, NoWaiting, move_fakes, on_device
 from tests.device_standin import DEVICE, device_without_float64
 from tests.parity.test_counting import opened
 from tests.runs.bases import BASES
@@ -34,13 +33,10 @@ ENCODES = ("sd", "sd2")  # whose captions are encoded in each step; the features
 ALIKE = ("sd2", "sdxl", "chroma")  # their steps are those of another one
 
 
-def take_step(
-    name: str, folder: Path, *more: str, is_recorded: bool = False, concept: Concept | None = None
-) -> list[Tensor]:
-    """Forward and backward pass of a batch on the device; gives the gradients.
+def take_step(name: str, folder: Path, *more: str, concept: Concept | None = None) -> list[Tensor]:
+    """Compute the forward and backward pass of a batch on the device and return the gradients.
 
-    With a `concept` the batch is one without pictures. With `is_recorded` a step is taken in the form that can be
-    recorded, the optimizer's part included.
+    With a `concept` the batch has no images.
     """
     cached = () if name in ENCODES else ("--cache_text_encoder_outputs", "--network_train_unet_only")
     options, arch = opened(name, folder, *cached, *more)
@@ -67,44 +63,14 @@ def take_step(
             captions = batch.captions[:1] * SHAPE.count
             batch = replace(batch, latents_BCHW=None, conditioning=None, captions=captions, concept=concept)
         start_batch(context, 0, 0)
-        if is_recorded:
-            optimizer = torch.optim.AdamW(network.trainable_parameters(), fused=True)
-            steps = FixedSteps(context, optimizer, 1.0, OnlyOnDevice())
-            for _ in range(2):
-                steps.update(steps.gradients(batch, 0, 1).view(1))
-            if not steps.num_recorded:
-                raise HostWaits("a part of each batch stays on the host")
-        else:
-            torch.autograd.backward(loss_of(context, batch, 0))
+        torch.autograd.backward(loss_of(context, batch, 0))
     return [p.grad for p in network.trainable_parameters() if p.grad is not None]
-
-
-class OnlyOnDevice:
-    """Records work as a graph would that the host has no part in: nothing comes to the device meanwhile."""
-
-    def record(self, work: Work) -> Work:
-        def repeat() -> None:
-            with NothingComes():
-                work()
-
-        return repeat
 
 
 @pytest.mark.parametrize("name", [n if n not in ALIKE else pytest.param(n, marks=pytest.mark.slow) for n in BASES])
 def test_no_base_model_makes_the_host_wait(name: str, tmp_path: Path) -> None:
     gradients = take_step(name, tmp_path / "model")
     assert len(gradients) > 10 and all(gradient.device == DEVICE for gradient in gradients)
-
-
-@pytest.mark.parametrize("name", [n if n not in ALIKE else pytest.param(n, marks=pytest.mark.slow) for n in BASES])
-def test_a_base_model_says_whether_its_steps_can_be_recorded(name: str, tmp_path: Path) -> None:
-    cached = ("--network_train_unet_only",) if name in ENCODES else ()
-    _, arch = opened(name, tmp_path / "model", *cached)
-    if arch.asks_host is None:
-        assert len(take_step(name, tmp_path / "again", *cached, is_recorded=True)) > 10
-    else:
-        with pytest.raises(HostWaits, match=r"comes to the device|stays on the host"):
-            take_step(name, tmp_path / "again", *cached, is_recorded=True)
 
 
 def test_a_batch_of_a_concept_does_not_make_the_host_wait(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from schedulefree import AdamWScheduleFree
 
 from library.data.caching import latents
 from library.data.sources.folders import image_index
@@ -44,6 +45,31 @@ def test_a_dry_run_tells_what_a_run_needs_and_writes_nothing(
     assert "27904 parameters are trained" in done.stderr
     assert "dry run: 50 steps in " in done.stderr and "memory of a step: peak" in done.stderr
     assert sum(encoded) == (2 if options else 0)
+
+
+ROUNDED = ["--mixed_precision", "bf16", "--full_bf16", "--stochastic_rounding"]
+
+
+def test_a_dry_run_rounds_the_weights_and_shows_those_to_save_as_the_run_does(
+    train: Train, base_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dtypes that a schedule-free optimizer meets in its step and in its evaluation mode."""
+    met: list[tuple[str, torch.dtype]] = []
+    for name in ("step", "eval"):
+        honest = getattr(AdamWScheduleFree, name)
+
+        def noting(optimizer: Any, *given: Any, name: str = name, honest: Any = honest) -> Any:
+            met.append((name, optimizer.param_groups[0]["params"][0].dtype))
+            return honest(optimizer, *given)
+
+        monkeypatch.setattr(AdamWScheduleFree, name, noting)
+    words = [*base_arguments, *ROUNDED, "--optimizer_type", "AdamWScheduleFree"]
+    for more in (["--dry_run"], ["--max_train_steps", "1"]):
+        met.clear()
+        done = train([*words, *more])
+        assert done.status == 0, done.stderr
+        assert met == [("step", torch.float32), ("eval", torch.float32)]
+    assert (tmp_path / "out" / "mine.safetensors").is_file()
 
 
 def test_a_dry_run_finds_mistakes(train: Train, base_arguments: list[str]) -> None:

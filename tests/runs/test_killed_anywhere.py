@@ -115,6 +115,38 @@ def test_a_run_killed_around_its_saves_loses_nothing(tiny_sd_folder: Path, tmp_p
     assert_goes_on(whole, tmp_path, points)
 
 
+def sweep_arguments(base_folder: Path) -> list[str]:
+    """Two adapters, of which rotation keeps one state each."""
+    base = ["--pretrained_model_name_or_path", str(base_folder)]
+    words = ["--max_train_steps", "6", "--save_every_n_steps", "2", "--sweep", "learning_rate=1e-3,2e-3"]
+    return arguments(base, *words)
+
+
+def test_a_sweep_killed_between_the_saves_of_its_adapters_loses_nothing(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    whole = undisturbed(tmp_path, sweep_arguments(tiny_sd_folder), 4, "")
+    points = [
+        (whole.first(r"save \.\.mine-lr2e-3-step00000004"), False),  # only the first adapter has the state of step 4
+        (whole.first(r"rmdir .*mine-lr1e-3-step00000002"), False),  # only the first adapter's old state is deleted
+    ]
+    assert_goes_on(whole, tmp_path, points)
+    lines = [(tmp_path / str(number) / "log").read_text() for number, _ in points]
+    assert ["at step 2 of 6" in lines[0], "at step 4 of 6" in lines[1]] == [True, True]
+
+
+def test_a_sweep_whose_states_share_no_step_ends_with_an_error(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    whole = undisturbed(tmp_path, sweep_arguments(tiny_sd_folder), 4, "")
+    for folder in (whole.folder / "out").glob("mine-lr2e-3*-state"):
+        shutil.rmtree(folder)
+    before = content(whole.folder)
+    (ended,) = run_jobs([Job(whole.arguments, str(whole.folder))], tmp_path)
+    assert ended.status == 1
+    assert (
+        "have no undamaged states of a common step in --output_dir out (steps with a state: lr1e-3: [" in ended.output
+    )
+    assert "lr2e-3: none)" in ended.output
+    assert content(whole.folder) == before
+
+
 FAMILIES = ("sd", "flux", "lumina")
 """A U-Net, a transformer of two streams and one of one stream; the transformers with cached captions too."""
 

@@ -8,8 +8,8 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.running import ROOT, Finished
-from tools.toy_sampling import Prompt, load_pipeline, merge_lora, sample
-from tools.toy_world import Scene, look_at
+from tools.quickstart.sampling import Prompt, load_pipeline, merge_lora, sample
+from tools.quickstart.toy_world import Scene, look_at
 
 BASE = ROOT / "configs" / "quickstart" / "toy_base"
 NUM_PICTURES = 16

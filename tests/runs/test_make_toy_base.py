@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.running import ROOT
-from tools.toy_sampling import Prompt, load_pipeline, sample
+from tools.quickstart.sampling import Prompt, load_pipeline, sample
 
 pytestmark = pytest.mark.slow
 

@@ -192,7 +192,7 @@ def test_the_benchmark_for_cards_runs_in_small(subject: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["eager", "8bit", "graphs", "bare"])
+@pytest.mark.parametrize("mode", ["eager", "8bit", "bare"])
 @pytest.mark.parametrize("subject", ["sd3", "flux", "sdxl"])
 def test_the_benchmark_of_steps_runs_in_small(subject: str, mode: str) -> None:
     command = [sys.executable, "benchmarks/gpu_step.py", "--device", "cpu", "--tiny", "--child", "--models", subject]

@@ -225,6 +225,30 @@ def test_a_launcher_that_is_stopped_before_the_first_step_ends_both_processes(
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.safetensors"))
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are found below /proc")
+def test_what_two_killed_processes_leave_is_deleted_at_the_next_start(arguments: list[str], tmp_path: Path) -> None:
+    """Nothing of the base model in main memory at once, the latents once another run starts."""
+    environment = {**on_the_cpu("true"), "TMPDIR": str(tmp_path / "temporary")}
+    (tmp_path / "temporary").mkdir()
+    words = [*arguments, "--cache_latents", "--blocks_to_swap", "9"]
+    endless = [*words, "--max_train_epochs", "0", "--max_train_steps", "100000"]
+    with (tmp_path / "said").open("w") as said:
+        launcher = subprocess.Popen(two_processes(endless), env=environment, stdout=said, stderr=said)
+        wait_for(lambda: "2/100000" in (tmp_path / "said").read_text(), 200)
+        pids = [process_of_rank(launcher.pid, rank) for rank in (0, 1)]
+        for pid in [launcher.pid, *pids]:
+            os.kill(pid, signal.SIGKILL)
+        launcher.wait(timeout=60)
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 30)
+    folders = [*Path("/dev/shm").iterdir(), *(tmp_path / "temporary").iterdir()]
+    left = [folder.name for folder in folders if f"-{pids[0]}-" in folder.name]
+    assert len(left) == 1 and left[0].startswith("latents-")
+    last = [*launch_command("train_network.py"), *words, "--max_train_epochs", "0", "--max_train_steps", "1"]
+    assert subprocess.run(last, env=environment, timeout=300).returncode == 0
+    assert not [path.name for path in (tmp_path / "temporary").iterdir() if path.name.startswith("latents-")]
+
+
 def wait_for(is_there: Callable[[], object], seconds: float) -> None:
     end = time.monotonic() + seconds
     while not is_there():

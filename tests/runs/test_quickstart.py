@@ -1,7 +1,7 @@
 """The quickstart does what it says: a trained base model that cannot draw a heart can, after minutes of training.
 
-The pictures are judged by their pixels (tools/toy_world.py), and the adapter is merged by code that shares nothing with
-networks/, so training, saving and the file's format are tested from end to end.
+The pictures are judged by their pixels (tools/quickstart/toy_world.py), and the adapter is merged by code that shares
+nothing with networks/, so training, saving and the file's format are tested from end to end.
 """
 
 import subprocess
@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from tools import start
-from tools.quickstart_picture import draw_before_and_after
-from tools.toy_sampling import load_pipeline, merge_lora, read_prompts, sample
+from tools.quickstart.draw_before_after import draw_before_and_after
+from tools.quickstart.sampling import load_pipeline, merge_lora, read_prompts, sample
 
 pytestmark = pytest.mark.slow
 

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,34 @@ def test_a_hub_that_never_answers_is_given_up_in_seconds(tmp_path: Path) -> None
         )
     assert "--vae someone/never is neither a file nor a folder here" in ran.stdout, ran.stderr
     assert time.monotonic() - started < 45
+
+
+def without_reader() -> int:
+    """A pipe that nobody reads any more, as behind `| head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
+@pytest.mark.parametrize(
+    ("open_output", "more"),
+    [
+        pytest.param(without_reader, [], id="pipe"),
+        pytest.param(without_reader, ["--console_log_simple"], id="pipe_simple", marks=pytest.mark.slow),
+        pytest.param(lambda: os.open("/dev/full", os.O_WRONLY), [], id="full_disk"),
+        pytest.param(None, [], id="closed", marks=pytest.mark.slow),
+    ],
+)
+def test_output_that_cannot_be_written_does_not_end_a_run(
+    base_arguments: list[str], tmp_path: Path, open_output: Callable[[], int] | None, more: list[str]
+) -> None:
+    words = [str(ROOT / "train_network.py"), *base_arguments, "--max_train_steps", "1", *more]
+    if open_output is None:
+        done = subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, *words])
+    else:
+        output = open_output()
+        done = subprocess.run([sys.executable, *words], stdout=output, stderr=output)
+        os.close(output)
+    assert done.returncode == 0
+    assert (tmp_path / "out" / "mine.safetensors").is_file()

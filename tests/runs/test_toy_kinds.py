@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tools import start
-from tools.quickstart_picture import draw_before_and_after
+from tools.quickstart.draw_before_after import draw_before_and_after
 
 KINDS: Mapping[str, str] = {  # the words that are added to the quickstart's command
     "loha": "--network_module networks.loha --network_dim 8 --network_alpha 8"

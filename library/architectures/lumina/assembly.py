@@ -65,7 +65,6 @@ def build(options: LuminaOptions) -> Architecture:
         preview=build_preview(text),
         metadata=RECIPE.describe(options),
         specs=list_specs(),
-        asks_host="is told the lengths of captions",
         ignores=RECIPE.ignores,
         text_cache=build_text_cache(options, loader, text),
     )

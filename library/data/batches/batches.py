@@ -4,6 +4,7 @@ Shapes: B samples, C channels, H height, W width.
 """
 
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -120,10 +121,10 @@ class BatchMaker(Dataset[PartialBatch | str]):
     is_mirrored: bool = False  # every picture, whatever flip_aug says
 
     def __getitem__(self, order: BatchOrder) -> PartialBatch | str:
-        """The batch, or the sentence of what is wrong with a picture: exceptions lose theirs between processes."""
+        """The batch, or the message of a UserError: exceptions lose theirs between processes."""
         try:
             return self.draft(order)
-        except ValueError as error:
+        except UserError as error:
             return str(error)
 
     def draft(self, order: BatchOrder) -> PartialBatch:
@@ -310,6 +311,8 @@ def file_mask(sample: Sample, placement: Placement, interpolation: str | None) -
 def start_worker(_: int) -> None:
     """The main process answers interruptions; a worker ends when it is told to or its parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform != "win32":
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     import cv2
 

@@ -68,6 +68,8 @@ class CompileOptions(Options):
         ),
     )
 
+    cuda_graphs: bool = option(False, own=True, help="Not supported: use --compile.")
+
     @property
     def is_on(self) -> bool:
         """Whether blocks are compiled."""

@@ -68,8 +68,8 @@ class FaultOptions(Options):
         False,
         own=True,
         affects_training=False,
-        help="End with status 130 or 143 when Ctrl-C or SIGTERM stopped the run before its last step, so that what "
-        "stands behind && is not started. Unset ends with 0, as the run is saved.",
+        help="End with status 130, 143 or 129 when Ctrl-C, SIGTERM or SIGHUP stopped the run before its last step, so "
+        "that what stands behind && is not started. Unset ends with 0, as the run is saved.",
     )
     deterministic: bool = option(
         False,

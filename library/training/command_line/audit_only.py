@@ -7,12 +7,14 @@ from pathlib import Path
 
 from PIL import Image
 
+from library.checkpoints.overwriting import check_overwrite
 from library.data.decoding.images import read_pixels
 from library.data.plan.audit_findings import Finding, inspect
 from library.data.plan.data_plan import DataPlan, build_plan
 from library.errors import UserError
 from library.options.train import TrainOptions
 from library.protocols import LatentSpec
+from library.training.report_page.page import REPORT
 from library.training.report_page.record import Record
 from library.training.report_page.writer import report_of, write_page
 from library.training.reporting.event_stream import plain
@@ -47,6 +49,7 @@ def audit_only(options: TrainOptions, latents: LatentSpec) -> None:
             End("finished", None, time.time() - began, None, None, None),
         ]
         path = Names.build(options.saving).of_audit()
+        check_overwrite("--audit_only:", path, REPORT)
         write_page(path, report_of(record_of(events)))
         logger.info("the same with the pictures: %s", path)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PureWindowsPath
 
 from library.checkpoints.metadata import thumbnail_url
+from library.checkpoints.overwriting import check_not_input, check_overwrite
 from library.errors import UserError
 from library.memory.planner.gpus import parse_size
 from library.options.machine.memory import EIGHT_BIT_FORMS
@@ -18,11 +19,13 @@ from library.training.command_line.concept_checks import check_concepts, ignored
 from library.training.evaluation.preview import Timetable
 from library.training.evaluation.prompts import check_sampler, read_prompts
 from library.training.optimization.optimizers import class_path, wanted_type
+from library.training.report_page.page import REPORT
 from library.training.reporting.trackers import tracker_kind
 from library.training.saving.checkpoints import Names
 
 logger = logging.getLogger(__name__)
 
+OUTPUT_FLAGS = ("log_events", "console_log_file")  # the options that name files to write
 SETS_OWN_RATE = ("prodigy", "dadapt", "adafactor")  # warned of with their own reasons where the rate is odd
 MAX_NAME_BYTES = 255 - len("-step00000000-state")  # what file systems allow, less what a run appends
 SQUARES_IN_DTYPE_OF_WEIGHTS = (
@@ -138,8 +141,37 @@ def check_output(options: TrainOptions) -> None:
         )
     if path.is_dir():
         raise UserError(f"--output_name: {path} is a folder, but the adapter is saved under that name; use another")
+    check_overwriting(options)
     if path.exists() and not (options.state.resume or options.state.autoresume):
         logger.warning("%s is there already and will be replaced when the run ends", path)
+
+
+def check_overwriting(options: TrainOptions) -> None:
+    """Raise UserError where the run would write over a file that it reads, or a page over a file that is no report."""
+    inputs = input_files(options)
+    names = Names.build(options.saving)
+    for given in inputs:
+        is_of_run = names.has_stem(given.stem) and given.suffix == names.of_end().suffix
+        if is_of_run and given.parent.resolve() == names.folder.resolve():
+            check_not_input("--output_name:", given, [given])
+    for flag in OUTPUT_FLAGS:
+        if path := options.flat()[flag]:
+            check_not_input(f"--{flag}", Path(path), inputs)
+    if not options.reports.no_report:
+        for page in (names.of_report(), *([names.of_sweep()] if options.sweep.sweep else [])):
+            check_overwrite("--output_name:", page, REPORT, inputs)
+
+
+def input_files(options: TrainOptions) -> list[Path]:
+    """The files that options name and the run reads.
+
+    Where a state is resumed, its weights are used and --network_weights is not read for more than its shapes.
+    """
+    is_resumed = bool(options.state.resume or options.state.autoresume)
+    left_out = (*OUTPUT_FLAGS, *(["network_weights"] if is_resumed else []))
+    values = [value for name, value in options.flat().items() if name not in left_out]
+    texts = [text for value in values for text in (value if isinstance(value, list) else [value])]
+    return [Path(text) for text in texts if isinstance(text, str | Path) and os.path.isfile(text)]
 
 
 def check_output_name(name: str) -> None:

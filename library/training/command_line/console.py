@@ -3,14 +3,20 @@
 import io
 import logging
 import os
+import re
 import sys
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from library.checkpoints.overwriting import FileType, check_overwrite
 from library.errors import UserError
 from library.launcher import launched_rank
 from library.options.output.console import ConsoleOptions
 
 DATED = logging.Formatter("%(asctime)s %(levelname)-8s %(message)s", "%Y-%m-%d %H:%M:%S")
+LOG_LINE = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")  # as `build_handler` has it begin
+LOG = FileType("a log file", lambda start: LOG_LINE.match(start) is not None)
 CONSOLE = "console of "  # how the name of the one handler begins that shows log lines
 
 
@@ -35,6 +41,45 @@ class WithoutNoise(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not any(record.name.startswith(name) and words in record.getMessage() for name, words in NOISE)
+
+
+class ForgivingFile(io.FileIO):
+    """A file that discards what cannot be written, for output that must not end a run."""
+
+    def write(self, data: Any, /) -> int:
+        num_bytes = memoryview(data).nbytes
+        try:
+            num_written = super().write(data)
+        except OSError:  # a full disk, a pipe without a reader, a terminal that is gone
+            return num_bytes
+        return num_bytes if num_written is None else num_written  # None: it would have to wait
+
+
+def forgive_write_errors() -> None:
+    """Replace standard output and error of this process by streams that ignore write errors."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # the process was started with this descriptor closed
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
+            setattr(sys, name, forgiving(stream))
+
+
+def forgiving(stream: io.TextIOWrapper) -> io.TextIOWrapper:
+    """A stream to the same file that ignores write errors; consoles of Windows keep theirs, which takes Unicode."""
+    if sys.platform == "win32" and stream.isatty():
+        return stream
+    with suppress(OSError):
+        stream.flush()
+    file: Any = ForgivingFile(stream.fileno(), "w", closefd=False)
+    is_unbuffered = isinstance(stream.buffer, io.RawIOBase)  # python -u
+    return io.TextIOWrapper(
+        file if is_unbuffered else io.BufferedWriter(file),
+        stream.encoding,
+        stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
 
 
 def setup_plain_logging() -> None:
@@ -89,6 +134,8 @@ def build_handlers(options: ConsoleOptions) -> list[logging.Handler]:
     if options.console_log_file:
         path = Path(options.console_log_file)
         try:
+            if path.suffix != ".log":
+                check_overwrite("--console_log_file", path, LOG)
             path.parent.mkdir(parents=True, exist_ok=True)
             file = logging.FileHandler(path, mode="w", encoding="utf-8", errors="backslashreplace")
         except OSError as error:

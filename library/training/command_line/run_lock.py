@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from library.checkpoints.overwriting import FileType, open_lock_file
 from library.errors import UserError
 from library.launcher import launched_rank
 from library.options.train import TrainOptions
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 LOCKED_ERRORS = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)  # by another process
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # by the file system
+LOCK = FileType("a lock file of a run", lambda start: start.startswith(b'{"host": '))
 FAR_BYTE = 1 << 30  # Windows forbids others to read what is locked, so the lock lies behind the text
 
 
@@ -73,7 +75,7 @@ def acquire(path: Path) -> IO[str] | None:
     A file that its holder has just deleted is none to wait for: the next one of that name is taken.
     """
     while True:
-        file = path.open("a+", encoding="utf-8")
+        file = open_lock_file(path, LOCK)
         try:
             lock(file)
         except OSError as error:
@@ -92,7 +94,8 @@ def acquire(path: Path) -> IO[str] | None:
         if is_at(file, path):
             break
         file.close()
-    file.truncate(0)
+    file.seek(0)
+    file.truncate()
     own = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
     file.write(json.dumps(own))
     file.flush()

@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from library.checkpoints.overwriting import PNG, check_overwrite
 from library.diffusion.flow import NUM_TIMESTEPS, FlowMatching
 from library.diffusion.timesteps import scheme_weights
 from library.errors import UserError
@@ -67,6 +68,7 @@ def show_timesteps(
         for line in (title, *table_lines(drawn)):
             announce(line)
     else:
+        check_overwrite("--show_timesteps image:", place, PNG)
         place.parent.mkdir(parents=True, exist_ok=True)
         plot(drawn, title).save(place)
         logger.info("the distribution of noise levels is in %s", place)

@@ -1,11 +1,18 @@
 """Which of several files to keep: their losses on the same pictures, compared picture by picture.
 
-The rule: of all files that are not clearly worse than the one with the lowest loss, the earliest. The lowest of many
-losses is lower than the others by chance alone, so "clearly" allows for all the comparisons at once: of F files each
-difference to the lowest is tested two-sided at 5 % / (F - 1), by Student's t over pictures (Bonferroni's correction;
-Dunn 1961, "Multiple Comparisons Among Means"). Whichever file is truly best, it is then called clearly worse with a
-probability of at most 2.5 %; and where several are equally good, one of them is named the winner with at most 5 %
-(Hsu 1984, "Constrained Simultaneous Confidence Intervals for Multiple Comparisons with the Best", has the idea).
+Suggested is the earliest file within one standard error of the lowest loss, where the error is that of the difference
+over images (Breiman et al. 1984, "Classification and Regression Trees", has the rule for sizes of trees). A suggestion
+weighs two losses against each other, too little training and too much; a test guards against one of them only. The
+earliest file that is not significantly worse is under-trained: tests/unit/training/test_choice.py has the figures.
+
+Whether a file is significantly worse than the best is such a test. The lowest of many losses is lower than the others
+by chance alone, so it allows for all the comparisons at once: of F files each difference to the lowest is tested
+two-sided at 5 % / (F - 1), by Student's t over images (Bonferroni's correction; Dunn 1961, "Multiple Comparisons Among
+Means"). If differences are distributed symmetrically, the file that is truly best is called worse with a probability of
+at most 2.5 %, and where several are equally good, one of them is named the winner with at most 5 % (Hsu 1984,
+"Constrained Simultaneous Confidence Intervals for Multiple Comparisons with the Best", has the idea). Two files that
+differ by noise alone have symmetric differences. Strongly skewed ones reach 15 %; a sign-flip permutation test assumes
+the same symmetry and does no better (15 % on 12 images, log-normal).
 
 Letters: F files, N rows that were measured, G pictures, copies of one being one.
 """
@@ -18,15 +25,17 @@ import torch
 from torch import Tensor
 
 CONFIDENCE = 0.95
+MIN_IMAGES = 8  # with fewer, one image decides which file has the lowest loss, and a standard error is a rough guess
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over pictures and its interval, which is NaN for a single picture."""
+    """A mean over pictures, its interval and its standard error, which are NaN for a single picture."""
 
     mean: float
     low: float
     high: float
+    error: float
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,7 @@ class Choice:
 
     files: tuple[Compared, ...]  # in the order given
     best: int
-    suggested: int
+    suggested: int  # meaningful with at least MIN_IMAGES
     has_winner: bool  # every other file is clearly worse than the best
     num_pictures: int
 
@@ -71,7 +80,8 @@ def choose(losses_FG: Tensor, num_baselines: int = 0) -> Choice | None:
         is_worse = to_best.low > 0 if is_finite[i] else True
         files.append(Compared(estimate(row_G), to_best, is_worse, is_finite[i] and row_G.equal(losses_FG[best])))
     others = [file for file in files[num_baselines:] if not file.is_copy]
-    suggested = next(i for i in range(num_baselines, num_files) if not files[i].is_worse)
+    gaps = [file.to_best for file in files]
+    suggested = next(i for i in range(num_baselines, num_files) if i == best or gaps[i].mean <= gaps[i].error)
     has_winner = bool(others) and all(file.is_worse for file in others)
     return Choice(tuple(files), best, suggested, has_winner, num_pictures)
 
@@ -108,6 +118,6 @@ def within(mean: float, error: float, degrees: int, level: float) -> Estimate:
     from scipy.special import stdtrit
 
     if isnan(error):
-        return Estimate(mean, nan, nan)
+        return Estimate(mean, nan, nan, nan)
     reach = float(stdtrit(degrees, 1 - level / 2)) * error
-    return Estimate(mean, mean - reach, mean + reach)
+    return Estimate(mean, mean - reach, mean + reach, error)

@@ -9,7 +9,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from library.training.evaluation.choice import CONFIDENCE, Choice, choose, estimate, estimate_of_difference
+from library.training.evaluation.choice import (
+    CONFIDENCE,
+    MIN_IMAGES,
+    Choice,
+    choose,
+    estimate,
+    estimate_of_difference,
+)
 from library.training.reporting import events
 
 TRAINED_ONLY = (
@@ -36,7 +43,8 @@ class Measured:
 def choice_of(measured: Sequence[Measured], is_held_out: bool = True) -> events.Choice | None:
     """What `choose` makes of files in the order of their steps, where what training began with stands first.
 
-    None where no loss is a number. A single picture suggests nothing, and neither do trained ones (not `is_held_out`).
+    None where no loss is a number. Fewer images than MIN_IMAGES suggest nothing, and neither do trained ones (not
+    `is_held_out`).
     """
     has_base = measured[0].file is None
     found = choose(torch.stack([one.losses_G for one in measured]), int(has_base))
@@ -57,7 +65,7 @@ def choice_of(measured: Sequence[Measured], is_held_out: bool = True) -> events.
         )
         for one, compared in zip(measured, found.files, strict=True)
     ]
-    is_told = found.num_pictures > 1 and is_held_out
+    is_told = found.num_pictures >= MIN_IMAGES and is_held_out
     return events.Choice(
         suggested=candidates[found.suggested].file if is_told else None,
         step=candidates[found.suggested].step if is_told else None,
@@ -73,20 +81,24 @@ def reason_of(found: Choice, measured: Sequence[Measured]) -> str:
     """Why this file, in a sentence without its end."""
     has_base = measured[0].file is None
     files = found.files[int(has_base) :]
-    if found.num_pictures < 2:
-        return "a single picture tells no difference from chance; set more aside with --validation_split"
+    if found.num_pictures < MIN_IMAGES:
+        images = "1 image" if found.num_pictures == 1 else f"{found.num_pictures} images"
+        return f"too few images to tell ({images}); set at least {MIN_IMAGES} aside with --validation_split"
     if all(file.is_copy for file in files):
         text = "all files measure the same" if len(files) > 1 else "there is one file"
     elif found.has_winner:
         text = "every other file is worse by more than chance"
     elif found.suggested == found.best:
         count = sum(not file.is_worse and not file.is_copy for file in files)
-        text = f"the lowest loss, and every earlier file is worse by more than chance; {count} later ones may not be"
+        text = (
+            "the lowest loss, and no earlier file is within one standard error; not significantly lower than "
+            f"{count} other{'' if count == 1 else 's'}"
+        )
     else:
         gap, best = found.files[found.suggested].to_best, measured[found.best].name
         text = (
-            f"the earliest of those that are not clearly worse than the lowest, {best}, which is {gap.mean:.3g} below "
-            f"({gap.low:.3g} to {gap.high:.3g}) and may be so by chance"
+            f"the earliest within one standard error of the lowest loss, that of {best}, which is {gap.mean:.3g} lower "
+            f"(standard error {gap.error:.3g})"
         )
     if has_base and not found.files[0].is_worse:
         text += "; no file is better than the model before training by more than chance"

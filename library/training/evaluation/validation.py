@@ -29,7 +29,7 @@ from library.training.reporting.progress import Progress
 from library.training.reporting.trackers import Charts
 from library.training.run_parts import Run
 from library.training.saving.checkpoints import Schedule
-from library.training.saving.saved_files import steps_of
+from library.training.saving.saved_files import steps_of, without_copies
 
 logger = logging.getLogger(__name__)
 
@@ -228,6 +228,7 @@ class Validation:
         averaging = self._run.options.averaging
         if not self.is_on or len(files) < 2:
             return None
+        files = without_copies(files)
         are_same_weights = averaging.averages(FILES) == averaging.averages(VALIDATION)
         found = [(path, steps_of(path)) for path in files] if are_same_weights else []
         known = [(path, step) for path, step in found if step and step in self._kept]  # 0: the file does not say

@@ -1,14 +1,18 @@
-"""SIGINT and SIGTERM: the step in hand is finished, then the run saves and ends."""
+"""SIGINT, SIGTERM and SIGHUP: the step in hand is finished, then the run saves and ends."""
 
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from types import FrameType
 
 logger = logging.getLogger(__name__)
 
+# sent by a terminal or connection that closes; other systems have no such signal
+HANGUP = None if sys.platform == "win32" else signal.SIGHUP
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM) if HANGUP is None else (signal.SIGINT, signal.SIGTERM, HANGUP)
 POLL_S = 0.5
 GRACE_S = 5.0  # for the main thread to come back from where Python runs no handlers
 
@@ -22,7 +26,7 @@ class Interruption:
 
     Until `defer()` is called the first signal raises Interrupted at once; loading and caching leave no half-written
     file. Afterwards the first signal only sets `is_requested`, which the loop reads after each step. The second always
-    stops.
+    stops, unless it is SIGHUP: a terminal that closes may send several, from the shell and from the system.
     A run that `accelerate launch` started also stops when its launcher is gone, since nobody else would tell it.
 
     Until `defer()` a thread looks on: while a process waits for others, inside torch, Python runs no handlers, so a
@@ -36,9 +40,10 @@ class Interruption:
         self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
 
     def install(self) -> None:
-        """Take over SIGINT and SIGTERM."""
-        signal.signal(signal.SIGINT, self._receive)
-        signal.signal(signal.SIGTERM, self._receive)
+        """Take over the signals that stop a run, but leave SIGHUP ignored where it is, as under nohup."""
+        for number in STOP_SIGNALS:
+            if number != HANGUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._receive)
         if os.name == "posix":  # elsewhere a pipe cannot be looked into without waiting
             reader, writer = os.pipe()
             for end in (reader, writer):
@@ -65,7 +70,7 @@ class Interruption:
             if self._is_over:  # training has begun: the loop asks `is_requested`, and a signal would be the second
                 break
             try:
-                stops = [n for n in os.read(reader, 64) if n in (signal.SIGINT, signal.SIGTERM)]
+                stops = [n for n in os.read(reader, 64) if n in STOP_SIGNALS]
             except BlockingIOError:
                 stops = []
             if stops and not number:
@@ -96,6 +101,8 @@ class Interruption:
         return 128 + (self._signal or signal.SIGTERM)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self._signal is not None and number == HANGUP:
+            return
         if self._signal is not None:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

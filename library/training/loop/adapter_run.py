@@ -96,6 +96,9 @@ class Trainee:
         validation, writer, plan = prepared.validation, prepared.writer, self.run.plan
         progress.advance()
         is_last = progress.step >= plan.max_train_steps
+        if stops and is_last:  # nothing is left to stop, but whoever sent the signal may not wait for the validation
+            stops = False
+            writer.save_weights_of_end(progress.step, window.epoch)
         is_due = writer.schedule.saves_step(progress.step) or prepared.previews.are_due(progress.step)
         is_due = is_due or validation.is_due(progress.step) or window.ends_epoch or is_last or stops
         if is_due or not self.updates.tells_late:
@@ -108,7 +111,7 @@ class Trainee:
                 with run.times.stage("saving"):
                     writer.save_best(progress.step, window.epoch)
         self._after_step(window.epoch)
-        is_cut = is_last and not (stops or validation.ends_run)  # by the end of the run
+        is_cut = is_last and not validation.ends_run  # by the end of the run
         if progress.step % plan.steps_per_epoch == 0 or is_cut:
             if prepared.charts.are_on:
                 average = progress.average.mean

@@ -74,6 +74,7 @@ def train(
     for one in trainees:
         with one.speaking():
             one.begin()
+    delete_outdated(trainees)
     num_profiled = run.options.trackers.profile if is_main else 0
     profile = adapters[0].writer.names.of_profile()
     with ExitStack() as stack:
@@ -106,6 +107,7 @@ def train(
                 for one in going:
                     with one.ending_alone(len(going) > 1):
                         one.finish_step(window, stops)
+                delete_outdated(going)
                 if find_worse is not None:
                     going = without_worse(going, step, epoch, num_adapters, find_worse)
                 going = going_on(going, epoch)
@@ -117,6 +119,15 @@ def train(
     for one in going:
         with one.speaking():
             one.end(epoch)
+
+
+def delete_outdated(trainees: Sequence[Trainee]) -> None:
+    """Delete outdated files if every adapter has saved this step, since a sweep resumes where all have a state."""
+    writers = [one.prepared.writer for one in trainees]
+    if all(w.rotation.saved_step == one.progress.step for w, one in zip(writers, trainees, strict=True)):
+        for one, writer in zip(trainees, writers, strict=True):
+            with one.speaking():
+                writer.delete_outdated()
 
 
 def without_worse(
@@ -206,10 +217,6 @@ def passes_of(run: Run, window: Window) -> list[int]:
 
 def backward(run: Run, batch: Batch, batch_number: int, window_size: float, step: int) -> Tensor:
     """Add the gradient of one batch; gives its loss."""
-    if run.fixed is not None:
-        with run.times.counted(batch), run.times.stage("forward"):  # and backward, which is one with it
-            start_batch(run.context, batch_number, step)
-            return run.fixed.gradients(batch, batch_number, int(window_size))
     with run.context.alone(), run.times.counted(batch) as turn_back:
         with run.times.stage("forward"):
             start_batch(run.context, batch_number, step)

@@ -61,10 +61,7 @@ class Updates:
             scaler.unscale_(optimizer)
         rates = [float(rate) for rate in run.optimization.schedule.get_last_lr()]
         run.norms.measure(optimizer, window.step)
-        if run.fixed is not None:
-            numbers = Readback(run.fixed.update(losses))
-        else:
-            numbers = self._update(window, losses)
+        numbers = self._update(window, losses)
         limited = None
         if self._norm_limit is not None:
             limited = Readback(run.context.network.limit_norms(self._norm_limit, run.context.device))

@@ -1,8 +1,6 @@
-"""--base_arithmetic 8bit: whether this machine can multiply in 8 bits, and what it brings."""
+"""Check for --base_arithmetic 8bit that this device multiplies in 8 bits, and does so correctly."""
 
 import logging
-import time
-from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -20,14 +18,13 @@ from networks.core.protocol import OURS
 
 logger = logging.getLogger(__name__)
 
-SMALL, LARGE_ON_CARD, LARGE_ON_CPU = 128, 4096, 1024  # sides of the matrices that are tried
-MOST_SECONDS = 0.005  # of a small product: where one takes longer, a large one is not tried
+SIDE = 128  # of the matrices that are tried
 MOST_ERROR = 0.1  # of what a product gives: fp8 is off by 3 to 4 %
 NEEDS = "int8 needs a card of compute capability 7.5 (RTX 20), 8-bit floating point 8.9 (RTX 40, H100)"
 
 
 def check_arithmetic(options: TrainOptions, arch: Architecture, compute: Compute) -> None:
-    """Try a product of the kinds that the run needs on its device, and say how fast it is.
+    """Try a product of each kind that the run needs on its device.
 
     Raises UserError, before weights are read, where there is nothing to multiply so or the device cannot.
     """
@@ -67,15 +64,13 @@ def kinds_in_file(arch: Architecture) -> set[torch.dtype]:
 
 
 def try_kind(kind: torch.dtype, compute: Compute) -> None:
-    """Multiply small matrices, and large ones where that is fast. Raises UserError where it fails or is wrong."""
+    """Multiply two small matrices on the device. Raises UserError where that fails or the product is wrong.
+
+    Large matrices are not timed: on a GPU the gain depends on the sizes of a run's layers and images.
+    """
     device, name = compute.device, str(kind).removeprefix("torch.")
     try:
-        error = error_of(*made_up(kind, SMALL, compute))
-        seconds, decoded = times_of(kind, SMALL, compute)
-        side = SMALL
-        if seconds < MOST_SECONDS:
-            side = LARGE_ON_CARD if device.type == "cuda" else LARGE_ON_CPU
-            seconds, decoded = times_of(kind, side, compute)
+        error = error_of(*made_up(kind, SIDE, compute))
     except (RuntimeError, NotImplementedError, ValueError) as failure:
         raise UserError(
             f"--base_arithmetic 8bit: {name_of(device)} with torch {torch.__version__} cannot multiply {name} "
@@ -86,18 +81,12 @@ def try_kind(kind: torch.dtype, compute: Compute) -> None:
         raise UserError(
             f"--base_arithmetic 8bit: a product of {name} on {name_of(device)} is off by {error:.0%}; leave it out"
         )
-    level = logging.WARNING if seconds > decoded else logging.INFO
-    logger.log(
-        level,
-        "--base_arithmetic 8bit: matrices of %d x %d in %s, multiplied forward and backward, take %.2f of the time of "
-        "decoded ones on %s%s",
-        side,
-        side,
-        name,
-        seconds / decoded,
-        name_of(device),
-        ": leave it out here" if level == logging.WARNING else "",
-    )
+    if device.type == "cpu" and kind.is_floating_point:
+        logger.warning(
+            "--base_arithmetic 8bit: torch multiplies %s on a CPU one number at a time, thousands of times slower than "
+            "decoded weights. Use --base_format int8_rotated, or remove --base_arithmetic.",
+            name,
+        )
 
 
 def made_up(kind: torch.dtype, side: int, compute: Compute) -> tuple[Tensor, Codes]:
@@ -117,36 +106,6 @@ def error_of(x: Tensor, weight: Codes) -> float:
         return float((found.double().cpu() - wanted).norm() / wanted.norm())
 
     return max(share(output(x, weight, None), exact @ whole.t()), share(input_gradient(x, weight), exact @ whole))
-
-
-def times_of(kind: torch.dtype, side: int, compute: Compute) -> tuple[float, float]:
-    """Seconds of output and gradient together, with the codes and with the decoded weight."""
-    x, weight = made_up(kind, side, compute)
-
-    def with_codes() -> None:
-        output(x, weight, None)
-        input_gradient(x, weight)
-
-    def decoded() -> None:
-        for _ in range(2):  # which comes for each of the two
-            whole = weight.codes_OI.to(x.dtype) * weight.scales.to(x.dtype)
-            x @ whole
-
-    return best_seconds(with_codes, compute.device), best_seconds(decoded, compute.device)
-
-
-def best_seconds(run: Callable[[], None], device: torch.device) -> float:
-    """The fastest of three runs after a first one."""
-
-    def seconds() -> Iterator[float]:
-        for _ in range(4):
-            began = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            yield time.perf_counter() - began
-
-    return min(list(seconds())[1:])
 
 
 def name_of(device: torch.device) -> str:

@@ -16,7 +16,6 @@ from library.errors import NotThere, UserError
 from library.options.train import TrainOptions
 from library.options.training.optimizer import ScheduleOptions
 from library.protocols import Architecture
-from library.training.models.graphs import check_optimizer
 from library.training.models.network import create
 from library.training.optimization.lr_schedules import Schedule, build_schedule
 from library.training.optimization.optimizers import build_optimizer
@@ -43,8 +42,6 @@ def rehearse(options: TrainOptions, arch: Architecture, max_train_steps: int) ->
         # Some optimizers look at their parameters when they are made, which those on the meta device do not survive.
         stand_ins = [{**group, "params": [nn.Parameter(torch.zeros(2, 2))]} for group in groups]
         built = build_optimizer(options.optimizer, stand_ins)
-        if options.graphs.cuda_graphs:
-            check_optimizer(built)
         schedule = build_schedule(options.schedule, built, max_train_steps)
         take_first_step(options.schedule, schedule)
 

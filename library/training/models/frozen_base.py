@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -183,7 +184,8 @@ def spread_blocks(spread: Spread, denoiser: nn.Module, stacks: Stacks) -> None:
 def let_blocks_wait(num_blocks: int, stacks: Stacks, device: torch.device, processes: Processes) -> None:
     """Stream the weights of as many blocks; those that have no form yet keep their own.
 
-    Processes of one machine wait for the first of them, which copies the weights to where all find them.
+    Processes of one machine wait for the first of them, which copies the weights to where all find them. Once all have
+    mapped the files, their names are deleted, so that the memory is free as soon as the last process has ended.
     """
     store_all_in(Plain(), (layer for stack in stacks for block in stack for layer in block.modules()))
     waiting = waiting_blocks(num_blocks, stacks)
@@ -197,3 +199,6 @@ def let_blocks_wait(num_blocks: int, stacks: Stacks, device: torch.device, proce
     processes.wait_for_all("weights in main memory")
     if not processes.is_local_main:
         stream(stacks, waiting, device, shared_masters(folder, is_first=False))
+    processes.wait_for_all("mapping the weights in main memory")
+    if processes.is_local_main:
+        shutil.rmtree(folder, ignore_errors=True)  # Windows keeps mapped files until the process ends

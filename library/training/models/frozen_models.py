@@ -36,7 +36,7 @@ def load_frozen(
 
     Networks of our own are merged weight by weight as these are read, before they are stored in another form or spread
     over processes: no more than one of them is ever there as numbers. Networks of others, where `reader` is such a
-    module, need all of them, which --shard_base excludes (`settled_sharding`). Raises UserError for a file that does
+    module, need all of them, which --shard_base excludes (`sharding_values`). Raises UserError for a file that does
     not fit.
     """
     merges, is_ours = bool(options.network.base_weights), reader.startswith(OURS)

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from library.options.keyword_args import call_with_keywords, read_keyword_args
 from library.options.training.optimizer import OptimizerOptions
 from library.suggestions import did_you_mean
 from library.training.optimization.muon import MuonWithAdamW
+from library.training.optimization.rounding import in_float32
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +73,7 @@ class BuiltOptimizer:
     name: str  # for `ss_optimizer`: the class path, then "(key=value,...)" of the arguments if there are any
     is_schedule_free: bool  # it has no learning rate schedule, and averaged weights that `eval` shows
     has_relative_step: bool  # Adafactor that sets its own learning rates
+    moves_in_float32: bool = False  # bf16 weights too (--stochastic_rounding), so its memory of them is float32
     _trained: list[torch.Tensor] = field(default_factory=list)  # the weights of training while others are in place
 
     def train(self) -> None:
@@ -80,7 +83,8 @@ class BuiltOptimizer:
         often it saves.
         """
         if self.is_schedule_free:
-            self.optimizer.train()  # type: ignore[attr-defined]
+            with self._at_its_precision():
+                self.optimizer.train()  # type: ignore[attr-defined]
             for parameter, value in zip(self._parameters if self._trained else (), self._trained, strict=True):
                 parameter.data.copy_(value)
             self._trained.clear()
@@ -90,7 +94,11 @@ class BuiltOptimizer:
         if self.is_schedule_free:
             if not self._trained:
                 self._trained.extend(parameter.detach().clone() for parameter in self._parameters)
-            self.optimizer.eval()  # type: ignore[attr-defined]
+            with self._at_its_precision():
+                self.optimizer.eval()  # type: ignore[attr-defined]
+
+    def _at_its_precision(self) -> AbstractContextManager[None]:
+        return in_float32(self._parameters) if self.moves_in_float32 else nullcontext()
 
     @property
     def _parameters(self) -> list[torch.Tensor]:
@@ -147,6 +155,7 @@ def build_optimizer(options: OptimizerOptions, groups: Sequence[Mapping[str, Any
         name=f"{cls.__module__}.{cls.__qualname__}{written_out(keywords)}",
         is_schedule_free=cls.__name__.lower().endswith("schedulefree"),
         has_relative_step=has_relative_step,
+        moves_in_float32=options.stochastic_rounding,
     )
     built.train()
     return built

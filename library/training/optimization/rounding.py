@@ -5,22 +5,30 @@ anew. Rounded up or down at random, by how near each lies, it is there on averag
 arXiv:2010.06192).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 LOST_BITS = 16  # of a float32 that bf16 has not
 
 
 @contextmanager
-def stochastic_rounding(parameters: Sequence[nn.Parameter], generator: torch.Generator) -> Iterator[None]:
+def stochastic_rounding(parameters: Sequence[Tensor], generator: torch.Generator) -> Iterator[None]:
     """Inside, bf16 weights and their gradients are float32, for an optimizer to move; then they are rounded.
 
     So any optimizer computes as it would for float32 weights, its memory included. Gradients are gone afterwards.
     `generator` is on the device of the weights and draws for them in their order.
     """
+    with in_float32(parameters, partial(round_to_bf16, generator=generator)):
+        yield
+
+
+@contextmanager
+def in_float32(parameters: Sequence[Tensor], to_bf16: Callable[[Tensor], Tensor] = Tensor.bfloat16) -> Iterator[None]:
+    """Inside, bf16 weights and their gradients are float32; afterwards `to_bf16` rounds, and gradients are gone."""
     rounded = [parameter for parameter in parameters if parameter.dtype == torch.bfloat16]
     for parameter in rounded:
         gradient, parameter.grad = parameter.grad, None
@@ -31,7 +39,7 @@ def stochastic_rounding(parameters: Sequence[nn.Parameter], generator: torch.Gen
     finally:
         for parameter in rounded:
             parameter.grad = None
-            parameter.data = round_to_bf16(parameter.data, generator)
+            parameter.data = to_bf16(parameter.data)
 
 
 def round_to_bf16(values: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,7 +1,7 @@
 """--fit: sets a run up in the fastest way that the card has room for."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -15,7 +15,6 @@ from library.memory.planner.prediction import CONTEXT_BYTES
 from library.options.train import TrainOptions
 from library.processes import Processes
 from library.protocols import Architecture
-from library.training.models.check_batches import quiet
 from library.training.planning.counting import BatchShape, CountedRun, count_run
 from library.training.planning.fit import Fit, Sweep, fit_to
 from networks.core.protocol import OURS
@@ -89,16 +88,16 @@ def sweep_of(
 
 
 def fit_run(
-    options: OptionsT,
-    build: Callable[[OptionsT], Architecture],
+    options: TrainOptions,
     arch: Architecture,
     plan: DataPlan,
     processes: Processes,
     adapters: Sequence[TrainOptions] = (),
-) -> tuple[OptionsT, Architecture, Fit]:
-    """The options with what was chosen for the largest batch, and the base model built for them; logs the candidates.
+) -> Fit:
+    """Choose how to run the largest batch, and log the candidates.
 
-    `adapters` are the options of each where several share the step.
+    `adapters` are the options of each where several share the step. An architecture does not depend on what is chosen:
+    formats, recomputation and offloading are given to its loader and its block runner later.
 
     Raises UserError where nothing fits.
     """
@@ -110,6 +109,4 @@ def fit_run(
         raise UserError("\n  ".join([f"--fit {options.fit.fit}", *found.lines()]))
     for line in found.lines() if processes.is_main else ():
         logger.info("%s", line)
-    options = options.with_values(found.values())
-    with quiet():  # what there is to say of the base model was said
-        return options, build(options), found
+    return found

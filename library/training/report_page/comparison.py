@@ -19,17 +19,20 @@ OF_PLAN = ("base_model", "network", "num_trained", "seed", "max_train_steps", "b
 MEASURED_AS_SAID = ("validation_split", "validation_seed", "max_validation_steps", "min_timestep", "max_timestep")
 
 
-def read_run(path: Path) -> Record:
-    """The run of a report, of a file of events, or of a folder with one report.
+def file_of_run(path: Path) -> Path:
+    """The report in a folder; a path of anything else as it is. Raises UserError if the folder has none or several."""
+    if not path.is_dir():
+        return path
+    found = sorted(path.glob(f"*{ENDING}"))
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found) or "none"
+        raise UserError(f"{path} holds {len(found)} reports of runs ({names}); name a report or a file of events")
+    return found[0]
 
-    Raises UserError where there is none, or the folder has several.
-    """
-    if path.is_dir():
-        found = sorted(path.glob(f"*{ENDING}"))
-        if len(found) != 1:
-            names = ", ".join(file.name for file in found) or "none"
-            raise UserError(f"{path} holds {len(found)} reports of runs ({names}); name a report or a file of events")
-        path = found[0]
+
+def read_run(path: Path) -> Record:
+    """The run of a report, of a file of events, or of a folder with one report. Raises UserError if there is none."""
+    path = file_of_run(path)
     record = read_report(path) if path.suffix == ".html" else read_events(path)
     if record.plan is None:
         raise UserError(f"{path}: that run ended before its training began, there is nothing to compare")

@@ -13,8 +13,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from library.checkpoints.overwriting import FileType
+
 HERE = Path(__file__).parent
 UPLOT = ("uplot/uPlot.iife.min.js", "uplot/uPlot.min.css")
+POLICY_START = "default-src 'none'; img-src data:"
+REPORT = FileType("a report", lambda start: escape(POLICY_START).encode() in start)
 START, END = '<script type="application/json" id="data">', "</script>"
 
 
@@ -42,7 +46,7 @@ def policy_of(scripts: list[str]) -> str:
     """What the page may do: run these scripts, show pictures that it holds itself."""
     hashes = (hashlib.sha256(text.encode()).digest() for text in scripts)
     allowed = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in hashes)
-    return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}"
+    return f"{POLICY_START}; style-src 'unsafe-inline'; script-src {allowed}"
 
 
 def as_script(data: Mapping[str, Any]) -> str:

@@ -123,7 +123,8 @@ function files() {
   const rows = record.files.map((file) => {
     const loss = measured.get(file.step);
     const error = loss?.error ? ` ± ${short(loss.error, 2)}` : "";
-    const isBest = file.kind === "weights" && record.best?.step === file.step;
+    const isTold = record.choice?.suggested !== null; // with too few images the lowest loss says little
+    const isBest = isTold && file.kind === "weights" && record.best?.step === file.step;
     const isSuggested = file.file === record.choice?.suggested;
     const mark = (text) => make("span", {class: "mark"}, text);
     const marks = make("div", {}, isSuggested ? mark("suggested") : "", " ", isBest ? mark("lowest validation loss") : "");

@@ -13,6 +13,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any, Protocol
 
+from library.checkpoints.overwriting import FileType, check_overwrite
 from library.errors import UserError
 from library.progress import State
 from library.training.reporting.events import End, EndReason, Event, Plan, Planned, Stage, Step, Warned
@@ -20,6 +21,7 @@ from library.training.reporting.events import End, EndReason, Event, Plan, Plann
 logger = logging.getLogger(__name__)
 
 FLAG = "--log_events"
+EVENT_LOG = FileType("an event log", lambda start: start.startswith(b'{"v":'))  # as `Event.as_line` begins
 PROGRESS_S = 1.0  # between two events of one stage's progress
 
 Line = dict[str, Any]
@@ -208,12 +210,10 @@ def open_event_file(path: Path, goes_on: bool) -> JsonLines:
     Raises UserError for a file that holds something else, or that cannot be written.
     """
     try:
+        check_overwrite(FLAG, path, EVENT_LOG)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_file():
             with path.open("rb+") as file:
-                start = file.read(1)
-                if start not in (b"", b"{"):
-                    raise UserError(f"{FLAG} {path} is there and holds no events; name another file")
                 file.truncate(end_of_last_line(file) if goes_on else 0)
         return JsonLines(path.open("a", encoding="ascii", newline="\n"), f"{FLAG} {path}", closes=True)
     except OSError as error:

@@ -42,6 +42,7 @@ class Progress:
     average: LossAverage = field(default_factory=LossAverage)
     is_moving: bool = False  # while the optimizer moves the weights, which then belong to no step
     done: set[Part] = field(default_factory=set)  # of what is due after `step`
+    stops: list[int] = field(default_factory=list)  # steps after which the run was stopped and saved, until rotated
     ended: str = ""  # why the adapter has ended before the others of its run
 
     def advance(self) -> None:
@@ -52,9 +53,11 @@ class Progress:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values; JSON gives every float back as it was. A state keeps `done` for itself."""
-        return {"step": self.step, "losses": dict(self.average.losses), "total": self.average.total}
+        average = self.average
+        return {"step": self.step, "losses": dict(average.losses), "total": average.total, "stops": list(self.stops)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Stand where `state_dict` was taken."""
         self.step = int(state_dict["step"])
         self.average = LossAverage(dict(state_dict["losses"]), float(state_dict["total"]))
+        self.stops = [int(step) for step in state_dict.get("stops", ())]  # older states have none

@@ -5,13 +5,15 @@ import math
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from library.errors import UserError
 from library.formatting import format_bytes
 from library.options.train import TrainOptions
+from library.options.training.averaging import FILES
+from library.training.evaluation.without_side_effects import shown_weights
 from library.training.failures.out_of_memory import (
     Sizes,
     bytes_of,
@@ -21,6 +23,7 @@ from library.training.failures.out_of_memory import (
     sizes_of,
 )
 from library.training.loop.stacked_step import backward_together
+from library.training.loop.update import rounding_of
 from library.training.planning.advice import ways_out
 from library.training.run_parts import Run
 from library.training.saving.checkpoints import Writer
@@ -32,12 +35,12 @@ logger = logging.getLogger(__name__)
 OptionsT = TypeVar("OptionsT", bound=TrainOptions)
 
 
-def without_writing(options: OptionsT) -> OptionsT:
-    """The options of a dry run: caches stay in memory, no charts, no uploads; it begins at the first step."""
+def dry_run_values() -> dict[str, Any]:
+    """Return what a dry run overrides: caches stay in memory, no trackers, no uploads, no resume."""
     in_memory = {"cache_latents_to_disk": False, "cache_text_encoder_outputs_to_disk": False}
     silent = {"logging_dir": None, "log_with": None, "huggingface_repo_id": None}
     afresh = {"resume": None, "autoresume": False}
-    return options.with_values({**in_memory, **silent, **afresh})
+    return {**in_memory, **silent, **afresh}
 
 
 def try_largest_batch(runs: Sequence[Run], writer: Writer, place: int) -> None:
@@ -56,8 +59,11 @@ def try_largest_batch(runs: Sequence[Run], writer: Writer, place: int) -> None:
     with explained(doing, run.options, run.context.device, shape, lambda: sizes, predicted):
         loss = forward_and_backward(runs, batch, place)
         for one in runs:
-            one.optimization.optimizer.step()
+            with rounding_of(one, 0):
+                one.optimization.optimizer.step()
             one.optimization.optimizer.zero_grad(set_to_none=True)
+            with shown_weights(one, FILES):  # fails here if the weights to save cannot be put in place
+                pass
         reset_peak(run.context.device)
         started = time.perf_counter()
         forward_and_backward(runs, batch, place)

@@ -19,7 +19,6 @@ from library.training.models.block_running import attach_adapter, choose_block_r
 from library.training.models.check_batches import rehearse
 from library.training.models.compute import Compute
 from library.training.models.frozen_base import check_base, settle_base
-from library.training.models.graphs import check_graphs
 from library.training.reporting.console_lines import PictureCounts, announce_run
 from library.training.reporting.log_prefix import speaking_of
 from library.training.reporting.progress import Progress
@@ -57,7 +56,6 @@ def prepare(
     plan = Plan.build(options.run, data.num_batches, processes.count)
     first_steps = starting_steps([one.options for one in adapters], plan, [one.state for one in adapters])
     check_base(options, arch)
-    check_graphs(options, arch, compute.device, processes)
     check_arithmetic(options, arch, compute)
     for one in adapters:
         rehearse(one.options, arch, plan.max_train_steps)

@@ -14,7 +14,6 @@ from library.training.evaluation.validation import Validation
 from library.training.loop.prepared import Prepared
 from library.training.models.base_model import LoadedModels
 from library.training.models.compute import Compute
-from library.training.models.graphs import fixed_steps
 from library.training.models.step_context import step_context
 from library.training.reporting.event_stream import Events
 from library.training.reporting.progress import Progress
@@ -89,7 +88,6 @@ def run_of(wanted: Wanted, network: AdoptedNetwork, shared: Shared, place: int) 
         times=shared.times,
         events=wanted.events,
         norms=NormMeter(wanted.events.is_on),
-        fixed=fixed_steps(options, context, optimization.optimizer),
         label=wanted.label,
         place=place,
         turns=shared.turns,

@@ -1,7 +1,7 @@
 """--shard_base: what does not go with it, and whether all processes go in step."""
 
 import logging
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from library.data.training_data import TrainingData
 from library.errors import UserError
@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 OptionsT = TypeVar("OptionsT", bound=TrainOptions)
 
 
-def as_launched(options: OptionsT) -> OptionsT:
-    """The options with --shard_base where accelerate is configured for FSDP2, which asks for the same.
+def launched_values(options: TrainOptions) -> dict[str, Any]:
+    """Return --shard_base if accelerate is configured for FSDP2, which means the same.
 
     Raises UserError for FSDP 1; to be called before accelerate is set up, which has errors of its own for it.
     """
@@ -29,25 +29,25 @@ def as_launched(options: OptionsT) -> OptionsT:
             "give --multi_gpu to accelerate launch"
         )
     if fsdp_version() != 2 or options.distributed.shard_base:
-        return options
+        return {}
     logger.info("accelerate is configured for FSDP2: --shard_base spreads the frozen base model over the processes")
-    return options.with_values({"shard_base": True})
+    return {"shard_base": True}
 
 
-def settled_sharding(options: OptionsT, processes: Processes) -> OptionsT:
-    """The options with the number of processes that share the base model in --shard_group, if it is spread at all.
+def sharding_values(options: TrainOptions, processes: Processes) -> dict[str, Any]:
+    """Return --shard_group, the number of processes that share the base model, if it is sharded at all.
 
     Raises UserError, before anything is read, where --shard_base cannot be had; warns where it does nothing.
     """
     wanted = options.distributed
     if not wanted.shard_base:
-        return options
+        return {}
     if options.concepts is not None:  # that accelerate's FSDP2 asks for it is not known earlier
         reason = type(options).facts()["shard_base"].refused_by_leco
         raise UserError(f"accelerate is configured for FSDP2, which means --shard_base: {reason}")
     if processes.count == 1:
         logger.warning("--shard_base has no effect with one process; accelerate launch --num_processes 2 starts two")
-        return options.with_values({"shard_base": False, "shard_group": None})
+        return {"shard_base": False, "shard_group": None}
     size = wanted.shard_group or processes.local_count
     if size == 1:
         raise UserError(
@@ -77,7 +77,7 @@ def settled_sharding(options: OptionsT, processes: Processes) -> OptionsT:
             "--shard_base: blocks whose weights come from other processes while they compute cannot be compiled; leave "
             "out --compile and --torch_compile"
         )
-    return options.with_values({"shard_group": size})
+    return {"shard_group": size}
 
 
 def preserves_in_step(data: TrainingData, spread: Spread | None) -> bool:

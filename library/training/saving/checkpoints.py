@@ -175,6 +175,24 @@ class Schedule:
         gone = epoch - self.keep_epochs * self.every_n_epochs
         return gone if gone > 0 else None
 
+    def outdates_stop(self, stop: int, step: int, epoch: int) -> bool:
+        """Return True if the files of a run that was stopped after `stop` go once those of `step` are there.
+
+        They follow --save_last_n_steps if steps are saved, else --save_last_n_epochs, and then `step` ends `epoch`.
+        """
+        if self.every_n_steps is not None:
+            return self.keep_steps is not None and stop < step - self.keep_steps
+        gone = self.outdated_epoch(epoch)
+        return gone is not None and stop <= gone * step // epoch
+
+
+@dataclass
+class Rotation:
+    """Deletions of outdated files, which wait until every adapter of the run has saved the same step."""
+
+    saved_step: int | None = None  # the last step whose scheduled files are all in place
+    deletions: list[Callable[[], None]] = field(default_factory=list)
+
 
 @dataclass(frozen=True)
 class Writer:
@@ -196,25 +214,36 @@ class Writer:
     rescued: dict[str, Path] = field(default_factory=dict)  # the newest files that are not at their places, by kind
     events: Events = field(default_factory=Events)
     told: set[str] = field(default_factory=set)  # what was said about readers, so that it is said once
+    rotation: Rotation = field(default_factory=Rotation)
 
     def save_after_step(self, progress: Progress, epoch: int) -> None:
-        """Save if the schedule asks for it after the step and it is not done, and delete what that outdates."""
+        """Save if the schedule asks for it after the step and it is not done, and note what that outdates."""
         step = progress.step
         if (
             self.is_main
             and self.schedule.saves_step(step)
             and self._save(self.names.of_step(step), progress, epoch, "step")
         ):
-            self._rotate(self.names.of_step, self.schedule.outdated_step(step), self._states.outdated_step(step))
+            self._outdate(self.names.of_step, self.schedule.outdated_step(step), self._states.outdated_step(step))
+            self._outdate_stops(progress, epoch)
+            self.rotation.saved_step = step
 
     def save_after_epoch(self, progress: Progress, epoch: int) -> None:
-        """Save if the schedule asks for it after `epoch` and it is not done, and delete what that outdates."""
+        """Save if the schedule asks for it after `epoch` and it is not done, and note what that outdates."""
         if (
             self.is_main
             and self.schedule.saves_epoch(epoch)
             and self._save(self.names.of_epoch(epoch), progress, epoch, "epoch")
         ):
-            self._rotate(self.names.of_epoch, self.schedule.outdated_epoch(epoch), self._states.outdated_epoch(epoch))
+            self._outdate(self.names.of_epoch, self.schedule.outdated_epoch(epoch), self._states.outdated_epoch(epoch))
+            self._outdate_stops(progress, epoch)
+            self.rotation.saved_step = progress.step
+
+    def delete_outdated(self) -> None:
+        """Delete what newer files have outdated, after the uploads that are still to come."""
+        for deletion in self.rotation.deletions:
+            self.uploads.afterwards(deletion)
+        self.rotation.deletions.clear()
 
     def save_best(self, step: int, epoch: int) -> None:
         """Replace the file of the best weights, if --keep_best_checkpoint asks for one."""
@@ -223,6 +252,11 @@ class Writer:
                 self.write(self.names.of_best(), step, epoch)
             except NotWrittenError as error:
                 logger.error("%s; training goes on", error)
+
+    def save_weights_of_end(self, step: int, epoch: int) -> None:
+        """Write the last file before what else is due after the last step; `save_end` replaces it."""
+        if self.is_main:
+            self.write(self.names.of_end(), step, epoch)
 
     def save_end(self, progress: Progress, epoch: int) -> None:
         """Save a run that is complete; with --autoresume its state too, by which the next start knows that.
@@ -266,6 +300,7 @@ class Writer:
         """Write weights and state; gives the options that go on from them."""
         path = self.names.of_step(progress.step)
         self.write(path, progress.step, epoch, is_last=True)
+        progress.stops = sorted({*progress.stops, progress.step})
         folder = self._save_state(path, progress.step, epoch, progress.done, is_last=True)
         return f"--resume {folder}" + (" or --autoresume" if folder == state_of(path) else "")
 
@@ -370,11 +405,22 @@ class Writer:
         if place != path:
             self.rescued[kind] = place
 
-    def _rotate(self, name_of: Callable[[int], Path], outdated: int | None, outdated_state: int | None) -> None:
+    def _outdate(self, name_of: Callable[[int], Path], outdated: int | None, outdated_state: int | None) -> None:
         if outdated is not None:
-            self.uploads.afterwards(partial(remove, name_of(outdated), self.events))
+            self.rotation.deletions.append(partial(remove, name_of(outdated), self.events))
         if outdated_state is not None and self.options.state.save_state:
-            self.uploads.afterwards(partial(remove_state, state_of(name_of(outdated_state)), self.events))
+            self.rotation.deletions.append(partial(remove_state, state_of(name_of(outdated_state)), self.events))
+
+    def _outdate_stops(self, progress: Progress, epoch: int) -> None:
+        """The same for files of stops between saves; without --save_state the state of the last stop is kept."""
+        step, stops = progress.step, progress.stops
+        kept = max(stops, default=0) if not self.options.state.save_state else None
+        weights = [stop for stop in stops if self.schedule.outdates_stop(stop, step, epoch)]
+        states = [stop for stop in stops if self._states.outdates_stop(stop, step, epoch) and stop != kept]
+        deletions = self.rotation.deletions
+        deletions += [partial(remove, self.names.of_step(stop), self.events) for stop in weights]
+        deletions += [partial(remove_state, state_of(self.names.of_step(stop)), self.events) for stop in states]
+        progress.stops = [stop for stop in stops if stop not in weights or stop not in states]
 
     def _tell_readers(self, path: Path) -> None:
         """Log which programs use the keys of a file; in later files of a run only if something has changed."""

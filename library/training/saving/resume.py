@@ -41,10 +41,10 @@ class AlreadyComplete(Exception):
     """--autoresume found the state of a run that has nothing left to do."""
 
 
-def with_rates_of_state(options: OptionsT, facts: StateManifest | None) -> OptionsT:
-    """The options with the learning rates of the state where this run names none, that is, has the default."""
+def rates_of_state(options: TrainOptions, facts: StateManifest | None) -> dict[str, Any]:
+    """Return the learning rates of the state that this run does not set, that is, leaves at their defaults."""
     if facts is None:
-        return options
+        return {}
     values, defaults = options.flat(), type(options).defaults()
     kept = {
         name: facts.options[name]
@@ -53,20 +53,20 @@ def with_rates_of_state(options: OptionsT, facts: StateManifest | None) -> Optio
     }
     for name, value in kept.items():
         logger.info("--%s is not given: that of the state stays, %s", name, value)
-    return options.with_values(kept)
+    return kept
 
 
-def with_batches_of_state(options: OptionsT, facts: StateManifest | None, num_processes: int) -> OptionsT:
-    """The options with as many accumulated batches as make a step of another number of processes the same step.
+def batches_of_state(options: TrainOptions, facts: StateManifest | None, num_processes: int) -> dict[str, Any]:
+    """Return --gradient_accumulation_steps so that a step averages as many batches as with the state's processes.
 
     Whoever sets another --gradient_accumulation_steps than the state has means it. Raises UserError where the batches
     of a step cannot be shared out.
     """
     own = options.run.gradient_accumulation_steps
     if facts is None or facts.num_processes == num_processes:
-        return options
+        return {}
     if own != int(facts.options.get("gradient_accumulation_steps", own)):
-        return options
+        return {}
     whole = facts.num_processes * own
     if whole % num_processes:
         fitting = [str(n) for n in range(1, whole + 1) if whole % n == 0]
@@ -80,7 +80,7 @@ def with_batches_of_state(options: OptionsT, facts: StateManifest | None, num_pr
         "of a step",
         facts.num_processes, num_processes, whole // num_processes, whole,
     )  # fmt: skip
-    return options.with_values({"gradient_accumulation_steps": whole // num_processes})
+    return {"gradient_accumulation_steps": whole // num_processes}
 
 
 def find_state(options: TrainOptions, processes: Processes) -> StateManifest | None:

@@ -1,11 +1,17 @@
 """The adapter files that a run has left."""
 
+import logging
 import re
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 
-from library.checkpoints.files import read_metadata
+from library.checkpoints.files import LENGTH_BYTES, PEFT_STEM, holds_safetensors, read_header, read_metadata
 from library.training.saving.checkpoints import Names
 
+logger = logging.getLogger(__name__)
+
+CHUNK_BYTES = 1 << 20
+ABOUT_TRAINING = ("ss_", "sshs_", "modelspec.")  # how metadata begins that says when and how a file was made
 STEP_IN_NAME = re.compile(r"-step(\d{8})$")
 
 
@@ -20,3 +26,49 @@ def steps_of(path: Path) -> int:
     text = read_metadata(path).get("ss_steps", "")
     in_name = STEP_IN_NAME.search(path.stem)
     return int(text) if text.isdigit() else int(in_name[1]) if in_name else 0
+
+
+def without_copies(files: Sequence[Path]) -> list[Path]:
+    """The files without those that hold the same adapter as an earlier one, as the last file and that of its step do.
+
+    Tensors are compared byte for byte; in what a safetensors file says of its training copies may differ.
+    """
+    kept: dict[Hashable, list[Path]] = {}
+    found = []
+    for path in files:
+        alike = kept.setdefault(outline_of(path), [])
+        earlier = next((other for other in alike if has_same_data(path, other)), None)
+        if earlier is None:
+            alike.append(path)
+            found.append(path)
+        else:
+            logger.info("%s holds the same adapter as %s and is left out", path, earlier)
+    return found
+
+
+def outline_of(path: Path) -> Hashable:
+    """What two files with the same adapter have in common, without reading their tensors."""
+    settings = path.with_name("adapter_config.json")
+    peft = settings.read_bytes() if path.stem == PEFT_STEM and settings.is_file() else b""
+    if not holds_safetensors(path):
+        return path.stat().st_size, peft
+    header = read_header(path)
+    metadata = {
+        key: value
+        for key, value in header.metadata.items()
+        if not key.startswith(ABOUT_TRAINING) or key.startswith("ss_network_")
+    }
+    return frozenset(header.tensors.items()), frozenset(metadata.items()), peft
+
+
+def has_same_data(path: Path, other: Path) -> bool:
+    """Return True if the bytes of two files are equal, except for the headers of safetensors files."""
+    with path.open("rb") as one, other.open("rb") as two:
+        for file, name in ((one, path), (two, other)):
+            file.seek(LENGTH_BYTES + read_header(name).num_bytes if holds_safetensors(name) else 0)
+        while True:
+            chunk = one.read(CHUNK_BYTES)
+            if chunk != two.read(CHUNK_BYTES):
+                return False
+            if not chunk:
+                return True

@@ -18,6 +18,7 @@ from library.options.train import TrainOptions
 from library.options.training.loss import LossOptions
 from library.options.training.noise import NoiseOptions
 from library.suggestions import did_you_mean
+from library.training.sweep.strength import ALPHA_NAMES, Strength, describe_strengths, is_alpha_strength, kept_strengths
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,10 @@ def shared_and_own(options: OptionsT) -> tuple[OptionsT, dict[str, OptionsT]]:
     check_together(options)
     found = combinations_of(options)
     logger.info("--sweep: %d adapters in one run: %s", len(found), ", ".join(one.label for one in found))
+    words = dict(word_of(item, options) for item in options.sweep.sweep)
+    adapters = [(one.options.network, one.chosen) for one in found]
+    for line in describe_strengths(adapters, kept_strengths(options.network, words)):
+        logger.info("%s", line)
     values = options.flat()
     of_all = {name: values[name] for name in ("sweep", "output_name", "seed", "log_events")}
     return found[0].options.with_values(of_all), {one.label: one.options for one in found}
@@ -59,8 +64,6 @@ def shared_and_own(options: OptionsT) -> tuple[OptionsT, dict[str, OptionsT]]:
 
 def check_together(options: TrainOptions) -> None:
     """Raise UserError for an option that several adapters in one run cannot have."""
-    if options.graphs.cuda_graphs:
-        raise UserError("--cuda_graphs records the step of one adapter; leave it out with --sweep")
     if options.compiling.is_on:
         flag = "compile" if options.compiling.compile else "torch_compile"
         raise UserError(
@@ -87,11 +90,12 @@ def combinations_of(options: OptionsT) -> list[Combination[OptionsT]]:
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"--sweep names {twice} twice; give all of its values in one word")
     warn_of_replaced(options, names)
+    strengths = kept_strengths(options.network, dict(words))
     found = []
     for texts in product(*(texts for _, texts in words)):
         chosen = dict(zip(names, texts, strict=True))
         label = "-".join(f"{short.get(name, key_name(name))}{short_value(text)}" for name, text in chosen.items())
-        found.append(Combination(label, chosen, alone(options, chosen, label)))
+        found.append(Combination(label, chosen, alone(options, chosen, label, strengths)))
     if len(found) < 2:
         raise UserError(f"--sweep {' '.join(options.sweep.sweep or ())} names a single adapter; give it two or more")
     labels = [one.label for one in found]
@@ -137,7 +141,7 @@ def warn_of_replaced(options: TrainOptions, names: Sequence[str]) -> None:
             given = any(item.partition("=")[0] == key for item in values[table] or ())
         else:  # a seed is that of the pictures and their order, and the module is named to be there
             given = name not in ("seed", "network_module") and is_set(values[name], defaults[name])
-        if given:
+        if given and ALPHA_NAMES.get(name, name) in names:  # else alpha belongs to the rank that is given
             logger.warning("--%s has no effect: --sweep gives every adapter its own", f"{table} {key}" if key else name)
 
 
@@ -158,7 +162,7 @@ def short_value(text: str) -> str:
     return re.sub(r"[^\w.+-]+", "_", (text if is_number else text.rpartition(".")[2]).replace("%", "pct"))
 
 
-def alone(options: OptionsT, chosen: Mapping[str, str], label: str) -> OptionsT:
+def alone(options: OptionsT, chosen: Mapping[str, str], label: str, strengths: Sequence[Strength]) -> OptionsT:
     """The options of one adapter's run alone. Raises UserError for a value that cannot be, or does nothing."""
     values = options.flat()
     new: dict[str, Any] = {"sweep": None, "output_name": "-".join(filter(None, (options.saving.output_name, label)))}
@@ -173,6 +177,9 @@ def alone(options: OptionsT, chosen: Mapping[str, str], label: str) -> OptionsT:
         path = Path(options.reports.log_events)
         new["log_events"] = str(path.with_name(f"{path.stem}-{label}{path.suffix}"))
     found = options.with_values(new)
+    if is_alpha_strength(found.network):
+        for strength in strengths:
+            found = found.with_values(strength.as_option(found.network, chosen[strength.rank_name]))
     for line in idle(found, chosen):
         raise UserError(f"--sweep {line}")
     return found

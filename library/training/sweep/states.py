@@ -42,7 +42,7 @@ def find_states(options: TrainOptions, adapters: Mapping[str, TrainOptions], pro
     """The states that --resume names or --autoresume finds, by label; none for a run that starts at the beginning.
 
     Of a sweep those of the last step of which every adapter has one that had not ended by then. Raises UserError where
-    there is no such step among what --resume names, or another process finds other states.
+    there are states but no such step, or another process finds other states.
     """
     if not options.sweep.sweep:
         facts = find_state(options, processes)
@@ -63,7 +63,10 @@ def find_states(options: TrainOptions, adapters: Mapping[str, TrainOptions], pro
 
 
 def newest_of_all(options: TrainOptions, adapters: Mapping[str, TrainOptions]) -> dict[str, StateManifest]:
-    """The whole states of the last step that all adapters have, as this process finds them."""
+    """The whole states of the last step that all adapters have, as this process finds them.
+
+    Raises UserError where there are states but no such step: starting at the beginning would overwrite them.
+    """
     wanted = options.state
     if wanted.resume:
         found = beside(Path(wanted.resume), adapters)
@@ -83,8 +86,15 @@ def newest_of_all(options: TrainOptions, adapters: Mapping[str, TrainOptions]) -
         found = {label: steps[step] for label, steps in states.items() if step in steps}
         if all(label in {**found, **ended_in(found.values())} for label in adapters) and are_undamaged(found.values()):
             return found
-    logger.info("--autoresume: there is no step of which every adapter has a state; starting at the beginning")
-    return {}
+    if not any(states.values()):
+        logger.info("--autoresume: there is no state of an adapter of --sweep; starting at the beginning")
+        return {}
+    steps_found = ", ".join(f"{label}: {sorted(steps) or 'none'}" for label, steps in states.items())
+    raise UserError(
+        "--autoresume: the adapters of --sweep have no undamaged states of a common step in --output_dir "
+        f"{options.saving.output_dir} (steps with a state: {steps_found}). Restore the missing states, or move all of "
+        "them to another folder to start from the beginning."
+    )
 
 
 def states_of(options: TrainOptions) -> Iterator[StateManifest]:

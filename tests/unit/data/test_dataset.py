@@ -21,6 +21,7 @@ from library.data.batches.planned import maker_of
 from library.data.caching.stores import NO_LATENTS, NO_TEXTS
 from library.data.debug_dataset import show_batches
 from library.data.training_data import open_batches
+from library.errors import UserError
 from tests.unit.data.builders import (
     batches_of,
     content_of,
@@ -120,6 +121,24 @@ def test_no_worker_is_left_when_an_epoch_is_broken_off(rich):
     assert len(multiprocessing.active_children()) == 2
     batches.close()
     assert wait_for(lambda: not multiprocessing.active_children())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bug_in_making_batches_keeps_its_traceback(rich, monkeypatch, workers):
+    """Only a UserError becomes a sentence, also where a worker process raises it."""
+
+    def fail(error):
+        def draft(self, order):
+            raise error
+
+        monkeypatch.setattr(BatchMaker, "draft", draft)
+        return batches_of(plan_of(rich), epoch=1, workers=workers)
+
+    with pytest.raises(UserError, match=r"^a.png cannot be read$"):
+        fail(UserError("a.png cannot be read"))
+    with pytest.raises(ValueError, match="too many values to unpack") as raised:
+        fail(ValueError("too many values to unpack"))
+    assert not isinstance(raised.value, UserError)
 
 
 def test_what_workers_need_travels_to_fresh_processes(rich):

@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from library.checkpoints.files import told_path
 from library.errors import UserError
 from library.options.train import TrainOptions
+from library.training.saving.saved_files import without_copies
 from tools.contact_sheet import chosen_files, labels_of
 
 
@@ -27,3 +30,23 @@ def test_files_of_peft_are_told_apart_by_their_folders() -> None:
     assert labels_of(files) == ["without an adapter", "cat.v2", "dog", "a"]
     assert [told_path(path).name for path in files] == ["cat.v2", "dog", "a.safetensors"]
     assert told_path(Path("adapter_model.safetensors")) == Path("adapter_model.safetensors")
+
+
+def test_files_of_the_same_adapter_are_taken_once(tmp_path: Path) -> None:
+    """Also where one says other things of its training; another alpha, shape or PEFT setting is another adapter."""
+    weights = {"a.lora_down.weight": torch.arange(6.0).reshape(2, 3), "a.alpha": torch.tensor(1.0)}
+    one, step, other, alpha = (tmp_path / f"{name}.safetensors" for name in ("one", "step", "other", "alpha"))
+    save_file(weights, one, {"ss_steps": "4"})
+    save_file(weights, step, {"ss_steps": "4", "modelspec.date": "today"})
+    save_file({**weights, "a.lora_down.weight": torch.arange(6.0).reshape(3, 2)}, other, {"ss_steps": "4"})
+    save_file({**weights, "a.alpha": torch.tensor(2.0)}, alpha, {"ss_steps": "4"})
+    pickled = [tmp_path / "one.pt", tmp_path / "two.pt"]
+    torch.save(weights, pickled[0])
+    pickled[1].write_bytes(pickled[0].read_bytes())
+    peft = [tmp_path / name / "adapter_model.safetensors" for name in ("p1", "p2", "p3")]
+    for path, text in zip(peft, ("1", "2", "1"), strict=True):
+        path.parent.mkdir()
+        save_file(weights, path)
+        (path.parent / "adapter_config.json").write_text(f'{{"lora_alpha": {text}}}')
+    found = without_copies([one, step, other, alpha, *pickled, *peft])
+    assert found == [one, other, alpha, pickled[0], peft[0], peft[1]]

@@ -57,8 +57,8 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(
     check_output("--save_to", Path("new/folder/out.safetensors"), given)
     check_new_folder("--save_to", Path("new/folder"))
     for name, words in (
-        ("in.safetensors", "is a file that is read too and would be lost"),
-        ("link.safetensors", "is a file that is read too and would be lost"),
+        ("in.safetensors", "is also read by this command and would be lost"),
+        ("link.safetensors", "is also read by this command and would be lost"),
         ("folder.safetensors", "is a folder; give the name of a file"),
         ("in.safetensors/out.safetensors", "in.safetensors is a file, in which nothing can lie"),
         ("out.gguf", "the name must end in one of"),

@@ -166,7 +166,7 @@ def test_what_cannot_be_collected_is_told(tmp_path: Path, capsys: pytest.Capture
     write_picture(folder / "1.jpg", 8, 8)
     assert captions_to_metadata.main(words) == 1
     assert "have one key, 1; give --full_path" in capsys.readouterr().err
-    (tmp_path / "m.json").write_text('{"1": "text"}')
+    (tmp_path / "m.json").write_text('{"2": {}, "1": "text"}')
     assert captions_to_metadata.main(words) == 1
     assert "must be a table with caption or tags" in capsys.readouterr().err
 

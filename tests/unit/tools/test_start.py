@@ -119,7 +119,7 @@ def test_quickstart_trains_through_accelerate_without_its_config_file() -> None:
 
 def test_quickstart_draws_the_adapter_that_it_trained() -> None:
     command = start.picture_command(PYTHON)
-    assert command[1] == "tools/quickstart_picture.py"
+    assert command[1] == "tools/quickstart/draw_before_after.py"
     assert command[command.index("--lora") + 1] == start.ADAPTER
     assert command[command.index("--out") + 1] == start.PICTURE
 

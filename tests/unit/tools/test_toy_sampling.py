@@ -13,7 +13,7 @@ from library.checkpoints.files import load_state_dict
 from networks import boft, loha, lokr, lora, oft_v2
 from tests.parity.test_lora_merge import tiny_clip, tiny_unet
 from tests.tolerances import FLOAT32_SAME_MATH
-from tools.toy_sampling import merge_lora
+from tools.quickstart.sampling import merge_lora
 
 FORMS: list[tuple[ModuleType, dict[str, str]]] = [
     (lora, {}),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tools.toy_world import (
+from tools.quickstart.toy_world import (
     CAPTION_TEMPLATES,
     HELD_OUT_SHAPES,
     KNOWN_SHAPES,

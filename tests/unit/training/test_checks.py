@@ -86,6 +86,10 @@ def test_an_option_that_is_not_supported_stops_the_run(name: str) -> None:
     assert refusal(**{name: value}).startswith(f"--{name} is not supported: ")
 
 
+def test_cuda_graphs_is_refused_and_compile_is_named() -> None:
+    assert refusal(cuda_graphs=True).endswith("Use --compile instead, which is available for every base model.")
+
+
 def test_all_that_are_not_supported_stand_in_one_message() -> None:
     lines = refusal(zero_stage=3, deepspeed=True).splitlines()
     assert [line.split()[0] for line in lines] == ["--deepspeed", "--zero_stage"]

@@ -78,7 +78,6 @@ def test_a_rate_that_others_replace_is_refused() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"cuda_graphs": True}, "--cuda_graphs records the step of one adapter"),
         ({"compile": True}, "--compile compiles blocks for one adapter"),
         ({"log_events": "-"}, "mixes the events of all adapters"),
     ],
@@ -88,10 +87,59 @@ def test_options_that_several_adapters_cannot_have(values: dict[str, object], me
         shared_and_own(options_of("network_dim=4,8", **values))
 
 
-def test_an_option_that_the_sweep_replaces_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def alphas(*words: str, **values: object) -> list[tuple[float, list[str] | None]]:
+    """--network_alpha and --network_args of each adapter of a sweep."""
+    found = combinations_of(options_of(*words, **values))
+    return [(one.options.network.network_alpha, one.options.network.network_args) for one in found]
+
+
+def test_ranks_are_compared_at_the_strength_that_the_options_give() -> None:
+    """alpha / rank is that of --network_alpha and --network_dim; the first rank stands in for a missing one."""
+    assert alphas("network_dim=4,16", network_dim=8, network_alpha=4) == [(2, None), (8, None)]
+    assert alphas("network_dim=4,16", network_alpha=4) == [(4, None), (16, None)]
+    assert alphas("network_dim=4,16", network_dim=8, network_alpha=0) == [(0, None), (0, None)]  # 0 is the rank
+
+
+def test_an_alpha_that_is_swept_stays_as_given() -> None:
+    given = alphas("network_dim=4,16", "network_alpha=1,2", network_dim=8, network_alpha=4)
+    assert [alpha for alpha, _ in given] == [1, 2, 1, 2]
+    assert alphas("network_dim=4,16", "network_alpha=1") == [(1, None), (1, None)]
+
+
+def test_convolutions_keep_their_strength_where_their_rank_is_swept() -> None:
+    args = ["conv_dim=8", "conv_alpha=2"]
+    assert alphas("network_dim=4,16", network_alpha=4, network_args=args) == [(4, args), (16, args)]
+    assert alphas("conv_dim=4,16", network_alpha=4, network_args=args) == [
+        (4, ["conv_dim=4", "conv_alpha=1"]),
+        (4, ["conv_dim=16", "conv_alpha=4"]),
+    ]
+    assert alphas("conv_dim=4,16") == [(1, ["conv_dim=4"]), (1, ["conv_dim=16", "conv_alpha=4"])]
+    assert alphas("conv_dim=4,16", "conv_alpha=3", network_args=args)[1] == (1, ["conv_dim=16", "conv_alpha=3"])
+
+
+@pytest.mark.parametrize("values", [{"network_module": "networks.oft"}, {"network_args": ["rslora=True"]}])
+def test_alpha_stays_where_alpha_divided_by_rank_is_not_the_strength(values: dict[str, object]) -> None:
+    assert [alpha for alpha, _ in alphas("network_dim=4,16", network_dim=8, network_alpha=4, **values)] == [4, 4]
+
+
+def test_the_alpha_of_each_rank_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        shared_and_own(options_of("network_dim=4,16", "seed=1,2", network_alpha=2, network_args=["conv_dim=8"]))
+    lines = [line for line in caplog.messages if "keeps" in line or "conv_dim" in line]
+    assert lines == [
+        "--sweep network_dim keeps alpha / rank at 0.5: alpha 2 at rank 4, alpha 8 at rank 16; add "
+        "network_alpha=VALUE to --sweep to set alpha yourself",
+        "--sweep network_dim leaves conv_dim at 8 for every adapter; add conv_dim to --sweep to change it",
+    ]
+
+
+def test_an_option_that_the_sweep_replaces_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    words = ("network_dim=4,8", "network_alpha=2,3", "conv_dim=2,3", "conv_alpha=1", "max_grad_norm=1,2")
     with caplog.at_level(logging.WARNING):
+        combinations_of(options_of(*words, network_dim=16, network_args=["conv_dim=1"], max_grad_norm=0.5))
         combinations_of(options_of("network_dim=4,8", "conv_dim=2,3", network_dim=16, network_args=["conv_dim=1"]))
-    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
+    assert [message.partition(":")[0] for message in caplog.messages] == [
         "--network_dim has no effect",
         "--network_args conv_dim has no effect",
+        "--max_grad_norm has no effect",
     ]

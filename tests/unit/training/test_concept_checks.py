@@ -13,7 +13,7 @@ from library.options.leco import LecoOptions, ignored_by_leco, refused_by_leco
 from library.training.command_line.checks import check, report_unused
 from library.training.command_line.cli import parse
 from library.training.failures.out_of_memory import Sizes, savings
-from library.training.run.shard_base_checks import settled_sharding
+from library.training.run.shard_base_checks import sharding_values
 
 IGNORED, REFUSED = ignored_by_leco(SdxlLecoOptions), refused_by_leco(SdxlLecoOptions)
 SCRIPTS = {"train_leco": LecoOptions, "sdxl_train_leco": SdxlLecoOptions}
@@ -95,7 +95,7 @@ def test_a_spread_base_that_accelerate_asks_for_is_refused(prompts: Path) -> Non
     options = made(prompts, shard_base=True)
     processes: Any = None
     with pytest.raises(ValueError, match="accelerate is configured for FSDP2, which means --shard_base: each process"):
-        settled_sharding(options, processes)
+        sharding_values(options, processes)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

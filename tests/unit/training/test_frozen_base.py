@@ -1,19 +1,28 @@
 """What cannot be had of forms and places is said before anything is read."""
 
 import importlib.util
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from library.architectures.flux.options import FluxOptions
 from library.architectures.sd.assembly import build
 from library.errors import UserError
 from library.memory.formats.format import AS_IN_FILE
 from library.memory.formats.named import FORMS
+from library.memory.offload import shared
 from library.options.no_effect import unused
 from library.options.train import TrainOptions
-from library.training.models.frozen_base import check_base, form_while_reading
+from library.processes import Processes
+from library.training.models import frozen_base
+from library.training.models.frozen_base import check_base, form_while_reading, let_blocks_wait
+from tests.parity.deep import DEEP
+from tests.unit.test_processes import Board
 from tests.unit.training.test_checks import NEEDED
 
 
@@ -76,3 +85,32 @@ def test_the_old_name_of_swapping_means_18_blocks_unless_a_number_is_given(given
     assert found.memory.blocks_to_swap == number
     said = [line for line in unused(found, {}) if "split_mode" in line]
     assert said == ([] if given is None else ["--split_mode has no effect with --blocks_to_swap"])
+
+
+def test_shared_weights_have_no_file_once_all_processes_have_mapped_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(shared, "IN_MEMORY", tmp_path)
+    board, deep = Board(), DEEP["flux"]
+    models = [deep.frozen(67), deep.frozen(67)]
+    num_files: list[int] = []
+    rings: list[Any] = []
+    honest = frozen_base.stream
+
+    def counting_stream(*given: Any) -> Any:
+        rings.append(honest(*given))
+        num_files.append(len(list(tmp_path.glob("weights-*/block_*"))))
+        return rings[-1]
+
+    monkeypatch.setattr(frozen_base, "stream", counting_stream)
+
+    def let_wait(rank: int) -> None:
+        processes = Processes(rank, 2, rank, 2, store=board)
+        let_blocks_wait(4, deep.stacks(models[rank]), torch.device("cpu"), processes)
+        processes.wait_for_all("the end")
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(let_wait, (0, 1)))
+    assert num_files == [6, 6]
+    assert list(tmp_path.iterdir()) == []
+    assert all(torch.equal(a, b) for a, b in zip(rings[0].masters, rings[1].masters, strict=True))

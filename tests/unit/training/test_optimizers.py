@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from library.options.keyword_args import read_keyword_args
 from library.options.training.optimizer import OptimizerOptions
 from library.training.optimization.optimizers import KNOWN, BuiltOptimizer, build_optimizer, effective_rates
+from library.training.optimization.rounding import stochastic_rounding
 
 # A rate at which each name gets somewhere within 60 steps of the small problem below.
 RATES = {
@@ -346,6 +347,28 @@ def test_schedule_free_weights_differ_between_training_and_saving(name: str) -> 
     assert not torch.allclose(training, averaged)
     built.train()
     torch.testing.assert_close(weight.detach(), training, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree"])
+def test_bf16_weights_rounded_at_random_are_shown_averaged_and_return_bit_for_bit(name: str) -> None:
+    """What is shown is the average of the float32 memory rounded to nearest: y + (z - y) * (1 - 1 / beta)."""
+    weight, bias, inputs, wanted = tensors(seed=28)
+    weight, bias = (nn.Parameter(one.detach().bfloat16()) for one in (weight, bias))
+    options = OptimizerOptions(name, learning_rate=0.05, stochastic_rounding=True)
+    built = build_optimizer(options, [{"params": [weight, bias]}])
+    for step in range(12):
+        (inputs @ weight.float() + bias.float() - wanted).square().mean().backward()
+        with stochastic_rounding([weight, bias], torch.Generator().manual_seed(step)):
+            built.optimizer.step()
+    training, memory = weight.detach().clone(), built.optimizer.state[weight]["z"]
+    built.eval()
+    assert memory.dtype == torch.float32 and weight.dtype == torch.bfloat16
+    beta = built.optimizer.param_groups[0].get("betas", [0.9])[0]
+    expected = training.float() + (memory - training.float()) * (1 - 1 / beta)
+    torch.testing.assert_close(weight.detach(), expected.bfloat16(), rtol=2**-7, atol=0)
+    assert not torch.equal(weight, training)
+    built.train()
+    assert torch.equal(weight, training)
 
 
 def test_a_foreign_class_is_schedule_free_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:

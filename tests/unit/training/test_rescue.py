@@ -121,9 +121,11 @@ def test_nothing_older_is_deleted_when_the_newer_file_is_not_in_its_place(output
     writer = writer_to(output, Network(lambda path: "step00000003." in path.name))  # also its temporary name
     for step in (1, 2, 3):
         writer.save_after_step(Progress(step), 1)
+        writer.delete_outdated()
     left = {"x-step00000001.safetensors", "x-step00000002.safetensors", "x-step00000003-rescued.safetensors"}
     assert files_below(output) == left
     writer.save_after_step(Progress(4), 1)
+    writer.delete_outdated()
     assert "x-step00000002.safetensors" not in files_below(output)
 
 

@@ -40,6 +40,15 @@ def test_last_n_steps_is_a_distance_in_steps() -> None:
     assert [s.outdated_step(n) for n in (10, 20, 30, 40, 50)] == [None, None, None, 10, 20]
 
 
+def test_files_of_stops_go_by_steps_if_steps_are_saved_else_by_epochs() -> None:
+    by_steps = schedule(save_every_n_steps=10, save_last_n_steps=20, save_every_n_epochs=1, save_last_n_epochs=1)
+    assert [stop for stop in range(1, 41) if by_steps.outdates_stop(stop, 40, 8)] == list(range(1, 20))
+    by_epochs = schedule(save_every_n_epochs=2, save_last_n_epochs=1)  # of 5 steps each
+    assert [stop for stop in range(1, 41) if by_epochs.outdates_stop(stop, 40, 8)] == list(range(1, 31))
+    all_stay = schedule(save_every_n_steps=10, save_every_n_epochs=1, save_last_n_epochs=1)
+    assert not any(all_stay.outdates_stop(stop, 40, 8) for stop in range(1, 41))
+
+
 def test_nothing_is_saved_in_between_by_default() -> None:
     s = schedule()
     assert not any(s.saves_step(n) or s.saves_epoch(n) for n in range(1, 100))

@@ -7,7 +7,7 @@ import pytest
 
 from library.options.train import TrainOptions
 from library.processes import Order, Processes
-from library.training.run.shard_base_checks import as_launched, settled_sharding
+from library.training.run.shard_base_checks import launched_values, sharding_values
 from library.training.step.accumulation import Window
 
 FOUR = Processes(1, 4, 1, 4)
@@ -37,15 +37,15 @@ def test_what_cannot_be_had_is_refused_with_a_way_out(
     values: dict[str, object], processes: Processes, said: str
 ) -> None:
     with pytest.raises(ValueError, match=said):
-        settled_sharding(options(**values), processes)
+        sharding_values(options(**values), processes)
 
 
 def test_the_processes_of_a_machine_share_unless_told_otherwise(caplog: pytest.LogCaptureFixture) -> None:
-    assert settled_sharding(options(), Processes(5, 8, 1, 4)).distributed.shard_group == 4
-    assert settled_sharding(options(shard_group=2), FOUR).distributed.shard_group == 2
+    assert sharding_values(options(), Processes(5, 8, 1, 4)) == {"shard_group": 4}
+    assert sharding_values(options(shard_group=2), FOUR) == {"shard_group": 2}
     with caplog.at_level(logging.WARNING):
-        alone = settled_sharding(options(), Processes())
-    assert not alone.distributed.shard_base and "no effect with one process" in caplog.text
+        alone = sharding_values(options(), Processes())
+    assert alone == {"shard_base": False, "shard_group": None} and "no effect with one process" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -56,13 +56,13 @@ def test_fsdp2_of_accelerate_asks_for_it(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", is_on)
     monkeypatch.setenv("FSDP_VERSION", version)
-    assert as_launched(TrainOptions()).distributed.shard_base is wanted
+    assert launched_values(TrainOptions()) == ({"shard_base": True} if wanted else {})
 
 
 def test_fsdp1_of_accelerate_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match=r"configured for FSDP 1.*FSDP version 2"):
-        as_launched(TrainOptions())
+        launched_values(TrainOptions())
 
 
 def test_one_that_has_no_batch_left_goes_along_with_another() -> None:

@@ -25,12 +25,12 @@ from library.processes import ALONE, Processes
 from library.training.reporting.progress import Part
 from library.training.saving.resume import (
     AlreadyComplete,
+    batches_of_state,
     find_state,
+    rates_of_state,
     recorded_options,
     report_differences,
     starting_step,
-    with_batches_of_state,
-    with_rates_of_state,
 )
 from library.training.saving.state import OptimizerState, StateManifest, read_facts, restore, save_state
 from library.training.step.accumulation import Plan
@@ -397,6 +397,16 @@ def test_the_same_run_elsewhere_is_silent(caplog: pytest.LogCaptureFixture, tmp_
     assert differences(options_with(tmp_path), options_with(tmp_path / "b", resume="s"), caplog) == ""
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"log_events": "events.jsonl"}, {"no_report": True}, {"fit": "12GB", "fit_formats": ["int8"]}],
+)
+def test_options_that_leave_the_result_alone_are_silent(
+    caplog: pytest.LogCaptureFixture, changes: dict[str, Any]
+) -> None:
+    assert differences(TrainOptions(), TrainOptions().with_values(changes), caplog) == ""
+
+
 def test_changes_say_what_they_mean(caplog: pytest.LogCaptureFixture) -> None:
     base = TrainOptions()
     now = replace(
@@ -416,10 +426,10 @@ def test_rates_that_are_not_given_are_those_of_the_state(caplog: pytest.LogCaptu
     before = TrainOptions().with_values({"learning_rate": 1e-4, "unet_lr": 2e-4, "text_encoder_lr": [5e-5]})
     facts = StateManifest(Path("s"), 1, 0, 1, recorded_options(before), DATASET, {})
     with caplog.at_level(logging.INFO):
-        now = with_rates_of_state(TrainOptions().with_values({"unet_lr": 3e-4}), facts)
-    assert (now.optimizer.learning_rate, now.network.unet_lr, now.network.text_encoder_lr) == (1e-4, 3e-4, [5e-5])
+        found = rates_of_state(TrainOptions().with_values({"unet_lr": 3e-4}), facts)
+    assert found == {"learning_rate": 1e-4, "text_encoder_lr": [5e-5]}
     assert "--learning_rate is not given: that of the state stays, 0.0001" in caplog.text
-    assert with_rates_of_state(before, None) is before
+    assert rates_of_state(before, None) == {}
 
 
 def test_where_events_and_cached_captions_go_is_no_other_run(caplog: pytest.LogCaptureFixture) -> None:
@@ -474,10 +484,10 @@ def test_a_step_of_another_number_of_processes_has_as_many_batches(count: int, o
     base = TrainOptions().with_values({"gradient_accumulation_steps": 2})
     facts = StateManifest(Path("s"), 1, 0, 4, recorded_options(base), DATASET, {})
     given = base.with_values({"gradient_accumulation_steps": own})
-    assert with_batches_of_state(given, facts, count).run.gradient_accumulation_steps == wanted
+    assert batches_of_state(given, facts, count) == ({} if wanted == own else {"gradient_accumulation_steps": wanted})
 
 
 def test_batches_that_cannot_be_shared_out_are_said_with_the_numbers_that_can() -> None:
     facts = StateManifest(Path("s"), 1, 0, 4, recorded_options(TrainOptions()), DATASET, {})
     with pytest.raises(UserError, match=r"4 batches in each step; 3 cannot share these out\. Start 1 or 2 or 4 "):
-        with_batches_of_state(TrainOptions(), facts, 3)
+        batches_of_state(TrainOptions(), facts, 3)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from library.checkpoints.files import atomic_path
+from library.checkpoints.overwriting import FileType, open_lock_file
 from library.data.sources.images import FileStamp
 from library.data.sources.names import short_digest
 from library.data.sources.shards.indexing import Row
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1
 ABOUT = b"about"
+LOCK = FileType("an empty lock file", lambda start: False)
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ def only_one(path: Path) -> Iterator[None]:
         yield
         return
     lock = path.with_name(f"{path.name}.lock")
-    with lock.open("wb") as file:
+    with open_lock_file(lock, LOCK) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
         lock.unlink(missing_ok=True)

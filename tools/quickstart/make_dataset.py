@@ -13,14 +13,14 @@ import numpy as np
 from PIL import Image
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from library.version import add_version
-from tools.toy_world import HELD_OUT_SHAPES, draw_scene, list_scenes
+from tools.quickstart.toy_world import HELD_OUT_SHAPES, draw_scene, list_scenes
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NUM_TRAINED_PROMPTS = 14
 PROMPT_OPTIONS = "--w 64 --h 64 --s 20 --l 2"
 
@@ -45,7 +45,7 @@ def setup_parser() -> argparse.ArgumentParser:
     """Return the command's options."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="example: python3 tools/make_quickstart_dataset.py --shape heart",
+        epilog="example: python3 tools/quickstart/make_dataset.py --shape heart",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_version(parser)

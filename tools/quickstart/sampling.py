@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from networks.core.files.adapter_file import COMPUTED, parse_adapter, require_kinds
-from tools.toy_world import Picture, look_at, parse_caption
+from tools.quickstart.toy_world import Picture, look_at, parse_caption
 
 SAMPLING_STEPS = 20
 GUIDANCE_SCALE = 2.0

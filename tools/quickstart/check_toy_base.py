@@ -15,15 +15,15 @@ import numpy as np
 import torch
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from library.version import add_version
-from tools.toy_sampling import GUIDANCE_SCALE, SAMPLING_STEPS, Prompt, load_pipeline, sample
-from tools.toy_world import HELD_OUT_SHAPES, Picture, Scene, list_scenes, look_at
+from tools.quickstart.sampling import GUIDANCE_SCALE, SAMPLING_STEPS, Prompt, load_pipeline, sample
+from tools.quickstart.toy_world import HELD_OUT_SHAPES, Picture, Scene, list_scenes, look_at
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ATTRIBUTES = ("shape", "colour", "background", "style", "size")
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
@@ -80,7 +80,7 @@ def setup_parser() -> argparse.ArgumentParser:
     """Return the command's options."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="example: python3 tools/check_toy_base.py --base configs/quickstart/toy_base --count 200",
+        epilog="example: python3 tools/quickstart/check_toy_base.py --base configs/quickstart/toy_base --count 200",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_version(parser)

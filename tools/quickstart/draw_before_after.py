@@ -12,18 +12,18 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     from library.launcher import set_openmp_wait_policy
 
     set_openmp_wait_policy()  # before torch is imported
 
 from library.version import add_version
-from tools.toy_sampling import count_right, load_pipeline, merge_lora, read_prompts, sample
-from tools.toy_world import Picture
+from tools.quickstart.sampling import count_right, load_pipeline, merge_lora, read_prompts, sample
+from tools.quickstart.toy_world import Picture
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ENLARGEMENT = 2
 NUM_COLUMNS = 4  # of each half
 GAP = 8
@@ -72,7 +72,7 @@ def setup_parser() -> argparse.ArgumentParser:
     """Return the command's options."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="example: python3 tools/quickstart_picture.py --lora mine.safetensors --out before_after.png",
+        epilog="example: python3 tools/quickstart/draw_before_after.py --lora mine.safetensors --out before_after.png",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_version(parser)

@@ -25,10 +25,10 @@ from torch.nn.functional import mse_loss
 from tqdm import tqdm
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from library.version import add_version
-from tools.toy_world import (
+from tools.quickstart.toy_world import (
     CAPTION_TEMPLATES,
     PICTURE_SIZE,
     Picture,
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SCALING_FACTOR = 0.18215  # trainers of SD 1.x multiply latents by this constant without asking the model
 NUM_TIMESTEPS = 1000
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
@@ -417,7 +417,7 @@ def setup_parser() -> argparse.ArgumentParser:
     """Return the command's options."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="example: python3 tools/make_toy_base.py --out configs/quickstart/toy_base",
+        epilog="example: python3 tools/quickstart/make_toy_base.py --out configs/quickstart/toy_base",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_version(parser)

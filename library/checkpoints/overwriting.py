@@ -1,0 +1,70 @@
+"""The rule for replacing files: a command never overwrites one of its own inputs, nor a file of another type."""
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from library.errors import UserError
+
+START_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class FileType:
+    """What a command writes under a name, recognised by its first `START_BYTES` bytes."""
+
+    name: str  # with its article, as messages have it
+    recognises: Callable[[bytes], bool]
+
+
+PNG = FileType("a PNG image", lambda start: start.startswith(b"\x89PNG\r\n\x1a\n"))
+
+
+def check_overwrite(flag: str, path: Path, file_type: FileType, inputs: Iterable[Path | None] = ()) -> None:
+    """Raise UserError if writing `path` would destroy one of `inputs` or a file that is not of this type.
+
+    `flag` names the option in messages. Empty files, and what is no regular file (/dev/null), may be written to.
+    """
+    check_not_input(flag, path, inputs)
+    if path.is_dir():
+        raise UserError(f"{flag} {path} is a folder; give the name of a file")
+    if path.is_file():
+        with path.open("rb") as file:
+            check_start(flag, path, file.read(START_BYTES), file_type)
+
+
+def check_start(flag: str, path: Path, start: bytes, file_type: FileType) -> None:
+    """Raise UserError if a file that begins with `start` is not of this type."""
+    if start and not file_type.recognises(start):
+        raise UserError(
+            f"{flag} {path} exists, is not {file_type.name} and would be overwritten; give another name, or move "
+            "the file away"
+        )
+
+
+def check_not_input(flag: str, path: Path, inputs: Iterable[Path | None]) -> None:
+    """Raise UserError if `path` is one of `inputs`, also by way of links, or an existing file in a folder of them."""
+    for given in inputs:
+        if given is None or not path.exists() or not given.exists():
+            continue
+        if path.samefile(given) or (given.is_dir() and given.resolve() in path.resolve().parents):
+            raise UserError(f"{flag} {path} is also read by this command and would be lost; give another name")
+
+
+def open_lock_file(path: Path, file_type: FileType) -> IO[str]:
+    """Open a file whose lock stands for other files, or create it; its content stays.
+
+    Raises UserError for a symbolic link, since writing would reach its target, and for a file of another type.
+    """
+    if path.is_symlink():
+        raise UserError(f"{path} is a symbolic link, but must be {file_type.name}; remove the link")
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    file = os.fdopen(handle, "r+", encoding="utf-8", errors="replace")
+    try:
+        check_start("the lock file", path, file.read(START_BYTES).encode(), file_type)
+    except UserError:
+        file.close()
+        raise
+    return file

@@ -1,0 +1,293 @@
+"""A training run from its checked options to its end, stage by stage."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from tempfile import gettempdir
+from typing import TYPE_CHECKING, Any, Generic
+
+from library.options.train import TrainOptions
+from library.protocols import Architecture
+from library.training.command_line.checks import check, check_inpainting, check_vae_precision, report_unused
+from library.training.command_line.run_lock import run_locks
+from library.training.failures.interruption import Interrupted, Interruption
+from library.training.reporting.event_stream import EventsOfAll, WarningEvents
+from library.training.reporting.log_prefix import speaking_of
+from library.training.run.resolved_options import OptionsT, ResolvedOptions
+from library.training.sweep.combinations import shared_and_own
+
+if TYPE_CHECKING:
+    from library.data.training_data import TrainingData
+    from library.processes import Processes
+    from library.training.loop.prepared import Prepared
+    from library.training.planning.fit import Fit
+    from library.training.sweep.states import FoundStates
+    from library.training.sweep_record import SweepRecord
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ResolvedRun(Generic[OptionsT]):
+    """What a run is, before any model is loaded."""
+
+    options: ResolvedOptions[OptionsT]
+    arch: Architecture
+    seed: int  # of what all adapters share
+    data: "TrainingData"
+    states: "FoundStates"  # that it resumes from
+    fit: "Fit | None" = None  # None without --fit
+
+
+def train_alone(
+    asked: OptionsT,
+    build: Callable[[OptionsT], Architecture],
+    interruption: Interruption,
+    command: Sequence[str] | None,
+    warnings: WarningEvents,
+) -> bool:
+    """Train while no other run writes the same files, and emit events; return whether the run came to its end."""
+    from library.installed import NEEDED_BY_ALL, check_installed
+    from library.training.models.cuda_kernels import cuda_kernels
+    from library.training.run.deterministic import deterministic
+    from library.training.run.run_events import told
+
+    check_installed("adapters", NEEDED_BY_ALL)
+    shared, adapters = shared_and_own(asked)
+    for label, own in adapters.items() if shared.sweep.sweep else ():
+        with speaking_of(label):
+            check(own)
+    with (
+        run_locks([shared, *adapters.values()]),
+        told(adapters.values(), command, warnings) as events,
+        cuda_kernels(shared.kernels),
+        deterministic(shared.faults.deterministic),
+    ):
+        is_over = train_network(ResolvedOptions(shared, adapters), build, interruption, events)
+        events.end("finished" if is_over else "stopped")
+        return is_over
+
+
+def train_network(
+    options: ResolvedOptions[OptionsT],
+    build: Callable[[OptionsT], Architecture],
+    interruption: Interruption,
+    events: EventsOfAll,
+) -> bool:
+    """Build the architecture, join the other processes, resolve the options and train; return whether it came to its
+    end rather than being stopped."""
+    from library.data.debug_dataset import show_batches
+    from library.memory.offload.shared import IN_MEMORY
+    from library.processes import of_accelerator
+    from library.temporary_folders import delete_abandoned_folders
+    from library.training.models.opening import open_accelerator
+    from library.training.run.dry_run import dry_run_values
+    from library.training.run.shard_base_checks import launched_values
+
+    options = options.with_values(launched_values(options.shared))
+    if options.shared.faults.dry_run:
+        options = options.with_values(dry_run_values())
+    arch = open_architecture(options, build)
+    accelerator = open_accelerator(options.shared)
+    processes = of_accelerator(accelerator)
+    if processes.is_local_main:
+        delete_abandoned_folders((IN_MEMORY, gettempdir()))
+    with processes.taking_part(Interrupted):
+        run = resolve_run(options, arch, processes)
+        if run.options.shared.dataset.debug_dataset:
+            show_batches(run.data)
+            return True
+        return train_resolved(fit_to_memory(run, processes, events), accelerator, processes, interruption, events)
+
+
+def open_architecture(options: ResolvedOptions[OptionsT], build: Callable[[OptionsT], Architecture]) -> Architecture:
+    """Build the architecture and check the options against it.
+
+    Network modules are imported first: a misspelt --network_module ends the run before model files and images are read.
+    """
+    from library.collector import importing
+    from library.hidden_libraries import BITSANDBYTES, find_neither, hidden
+    from networks.core.protocol import open_network_module
+
+    with importing("tokenizers"):
+        find_neither()
+        with hidden(BITSANDBYTES):
+            for module in filter(None, dict.fromkeys(own.network.network_module for own in options.adapters.values())):
+                open_network_module(module)
+        arch = build(options.shared)
+    report_unused(options.shared, arch.ignores)
+    check_inpainting(options.shared, arch.inpaints)
+    check_vae_precision(options.shared, arch.vae_overflows_in_fp16)
+    return arch
+
+
+def resolve_run(
+    options: ResolvedOptions[OptionsT], arch: Architecture, processes: "Processes"
+) -> ResolvedRun[OptionsT]:
+    """Find the states to resume from, resolve the options that they and the processes decide, and open the data.
+
+    States come before the data: a resumed run keeps the seed of its state, from which the order of the data follows.
+    """
+    from library.training.models import opening
+    from library.training.run.shard_base_checks import sharding_values
+    from library.training.saving.hub import check_repository
+    from library.training.saving.resume import batches_of_state, rates_of_state
+    from library.training.sweep.states import find_states
+
+    options = options.with_values(sharding_values(options.shared, processes))
+    states = find_states(options.shared, options.adapters, processes)
+    options = options.with_values(rates_of_state(options.shared, states.by_label.get("")))
+    options = options.with_values(batches_of_state(options.shared, states.of_run, processes.count))
+    if processes.is_main:
+        check_repository(options.shared.hub)
+    seed = opening.choose_seed(options.shared.run.seed, processes, states.of_run)
+    data = opening.open_training_data(options.shared, arch, seed, processes.count)
+    return ResolvedRun(options, arch, seed, data, states)
+
+
+def fit_to_memory(run: ResolvedRun[OptionsT], processes: "Processes", events: EventsOfAll) -> ResolvedRun[OptionsT]:
+    """Emit the audit, and override what --fit chooses for the largest batch."""
+    from library.training.reporting.events import Audit, Planned
+
+    if events.is_on:
+        events.emit(Audit(**run.data.facts()))
+    if run.options.shared.fit.fit is None:
+        return run
+    from library.data.plan.data_plan import DataPlan
+    from library.training.planning.fit_run import fit_run
+
+    assert isinstance(run.data, DataPlan), "--dataset_class refuses --fit"
+    fit = fit_run(run.options.shared, run.arch, run.data, processes, [*run.options.adapters.values()])
+    chosen = fit.choice.chosen
+    assert chosen is not None, "fit_run raises where nothing fits"
+    for each in events.each:
+        each.planned = Planned(chosen.device_bytes, chosen.tensor_bytes, chosen.seconds)
+    return replace(run, options=run.options.with_values(fit.values()), fit=fit)
+
+
+def train_resolved(
+    run: ResolvedRun[OptionsT],
+    accelerator: Any,
+    processes: "Processes",
+    interruption: Interruption,
+    events: EventsOfAll,
+) -> bool:
+    """Load the models, attach the adapters, and train, dry-run or self-test them."""
+    from library.hidden_libraries import BITSANDBYTES, hidden
+    from library.training.failures.out_of_memory import explained
+    from library.training.run import runs
+    from library.training.run.dry_run import try_largest_batch
+    from library.training.run.prepare import prepare
+    from library.training.run.selftest import test_itself
+    from library.training.sweep_record import SweepRecord
+
+    options, states, data, largest = run.options.shared, run.states, run.data, None
+    if options.faults.dry_run:
+        data, largest = data.limited_to_largest_batch()
+    sweep = states.record or (SweepRecord(run.seed) if options.sweep.sweep else None)
+    with (
+        events.stage("loading"),
+        explained("loading the models and caching", options, accelerator.device, ""),
+        hidden(BITSANDBYTES),
+    ):
+        wanted = [
+            runs.wanted(own, run.seed, states.by_label.get(label), each, label)
+            for (label, own), each in zip(run.options.adapters.items(), events.each, strict=True)
+            if sweep is None or label not in sweep.ended
+        ]
+        prepared = prepare(options, run.arch, run.seed, data, accelerator, processes, wanted, sweep)
+    first = prepared[0]
+    if options.faults.selftest:
+        with explained("testing itself (--selftest)", options, accelerator.device, ""):
+            test_itself(first.run)
+    if largest is not None:
+        try_largest_batch([one.run for one in prepared], first.writer, largest)
+        return True
+    is_over = train_prepared(prepared, events, interruption, processes, run.fit)
+    if processes.is_main and sweep is not None and is_over:
+        rank_adapters(options, prepared, sweep)
+    return is_over
+
+
+def train_prepared(
+    prepared: "Sequence[Prepared]",
+    events: EventsOfAll,
+    interruption: Interruption,
+    processes: "Processes",
+    fitted: "Fit | None",
+) -> bool:
+    """Train, and say what was trained; gives whether all adapters came to their end.
+
+    What was trained so far is saved if an error or a number that is not finite ends it.
+    """
+    from library.training.failures.failure import saved_on_error
+    from library.training.failures.nonfinite import last_good_saved
+    from library.training.loop.loop import train
+    from library.training.planning.advice import ways_out
+    from library.training.planning.correction import MemoryWatch
+    from library.training.sweep.ranking import clearly_worse
+
+    interruption.defer()
+    first = prepared[0]
+    started, first_step = time.monotonic(), first.progress.step
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(events.stage("training"))
+            for one in prepared:
+                stack.enter_context(last_good_saved(one.writer))
+                stack.enter_context(saved_on_error(one.writer, one.progress, one.run.plan))
+            stack.enter_context(processes.failures_told())
+            train(prepared, interruption, MemoryWatch.build(first.run, fitted), ways_out, clearly_worse)
+    finally:
+        first.charts.close()
+    if processes.is_main and (speed := first.run.times.summary()) is not None:
+        logger.info("%s", speed)
+        for each in events.each:
+            each.summary = speed
+    are_over = [has_come_to_end(one) for one in prepared]
+    for one in (one for one, is_over in zip(prepared, are_over, strict=True) if processes.is_main and is_over):
+        with speaking_of(one.run.label):
+            tell_end(one, first_step, time.monotonic() - started)
+    return all(are_over)
+
+
+def rank_adapters(options: TrainOptions, prepared: Sequence["Prepared"], sweep: "SweepRecord") -> None:
+    """Say which adapters of a sweep are better than others, and write the page that shows it."""
+    from library.training.saving.checkpoints import Names
+    from library.training.sweep.ranking import rank, tell_ranking
+    from library.training.sweep.standing import standing_of
+
+    names = Names.build(options.saving)
+    page = None if options.reports.no_report else names.of_sweep()
+    title = f"Sweep of {options.saving.output_name or names.folder.name}"
+    tell_ranking(rank(standing_of(prepared, sweep)), title, page)
+
+
+def has_come_to_end(prepared: "Prepared") -> bool:
+    """Whether an adapter was not stopped on the way."""
+    progress = prepared.progress
+    return progress.step >= prepared.run.plan.max_train_steps or bool(progress.ended)
+
+
+def tell_end(prepared: "Prepared", first_step: int, seconds: float) -> None:
+    """Say what a complete run has trained, in `seconds` from `first_step` on, and which file is suggested."""
+    from library.training.evaluation.choosing import told_choice
+    from library.training.reporting.console_lines import finished_line
+    from library.training.saving.saved_files import files_of_run
+    from library.training.sweep_record import NOT_FINITE
+
+    run, names, network = prepared.run, prepared.writer.names, prepared.run.options.network
+    if prepared.progress.ended == NOT_FINITE:  # which was told
+        run.events.end("error", f"it ended alone: {NOT_FINITE}")
+        return
+    choice = prepared.validation.choose(files_of_run(names))
+    if choice is not None:
+        run.events.emit(choice)
+        logger.info("%s", told_choice(choice))
+    rank = f" of rank {network.network_dim}" if network.network_dim else ""
+    what = f"{network.network_module}{rank} on {run.context.arch.name}"
+    best, run.events.file = prepared.validation.best, str(names.of_end())
+    num_steps = prepared.progress.step - first_step
+    logger.info("%s", finished_line(what, num_steps, seconds, names.of_end(), best, names.of_best()))

@@ -1,0 +1,87 @@
+"""Alpha of adapters whose rank --sweep varies: alpha / rank stays, so that they differ in rank and not in strength."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from library.errors import UserError
+from library.options.train import TrainOptions
+from library.options.training.network import NetworkOptions
+from networks.core.protocol import is_switched_on, parse_network_args
+
+OptionsT = TypeVar("OptionsT", bound=TrainOptions)
+
+NETWORK_DIM = "network_dim"
+CONV_DIM = "network_args.conv_dim"
+ALPHA_NAMES: Mapping[str, str] = {NETWORK_DIM: "network_alpha", CONV_DIM: "network_args.conv_alpha"}
+DEFAULT_CONV_ALPHA = "1"
+# Their network_dim counts or sizes blocks; networks.oft takes alpha as a limit on angles, the others ignore it.
+ROTATIONS = ("networks.oft", "networks.boft")  # beginnings of names
+
+
+@dataclass(frozen=True)
+class Strength:
+    """Alpha / rank as the options give it, for a rank that --sweep varies and whose alpha it does not."""
+
+    rank_name: str  # a key of ALPHA_NAMES
+    alpha: float
+    rank: int
+
+    def alpha_at(self, rank: str) -> float:
+        """The alpha of an adapter; as given where its rank is left to the network module."""
+        return self.alpha * int(rank) / self.rank if rank.isdecimal() else self.alpha
+
+    def as_option(self, network: NetworkOptions, rank: str) -> dict[str, object]:
+        """The option that sets the alpha of an adapter with these options and this rank."""
+        alpha = self.alpha_at(rank)
+        if self.rank_name == NETWORK_DIM:
+            return {"network_alpha": alpha}
+        others = [item for item in network.network_args or () if item.partition("=")[0] != "conv_alpha"]
+        return {"network_args": [*others, f"conv_alpha={alpha:.9g}"]} if alpha != self.alpha else {}
+
+
+def kept_strengths(network: NetworkOptions, words: Mapping[str, Sequence[str]]) -> list[Strength]:
+    """What stays while `words` of --sweep vary ranks.
+
+    An alpha belongs to the rank that is given beside --sweep, and without one to the first rank of --sweep.
+    """
+    arguments = parse_network_args(network.network_args)
+    ranks = {NETWORK_DIM: str(network.network_dim or ""), CONV_DIM: arguments.get("conv_dim", "")}
+    alphas = {NETWORK_DIM: str(network.network_alpha), CONV_DIM: arguments.get("conv_alpha", DEFAULT_CONV_ALPHA)}
+    found = []
+    for name, alpha_name in ALPHA_NAMES.items():
+        if name in words and alpha_name not in words:
+            known = [int(text) for text in (ranks[name], *words[name]) if text.isdecimal() and int(text)]
+            try:
+                found += [Strength(name, float(alphas[name]), rank) for rank in known[:1]]
+            except ValueError as error:
+                raise UserError(f"--network_args conv_alpha={alphas[name]} is not a number; correct it") from error
+    return found
+
+
+def is_alpha_strength(network: NetworkOptions) -> bool:
+    """Return True if adapters act with alpha / rank; with rslora one alpha is meant to fit all ranks."""
+    turns = (network.network_module or "").startswith(ROTATIONS)
+    return not turns and not is_switched_on(network.network_args, "rslora")
+
+
+def describe_strengths(
+    adapters: Sequence[tuple[NetworkOptions, Mapping[str, str]]], strengths: Sequence[Strength]
+) -> Iterator[str]:
+    """A line for each rank that is swept; `adapters` are their options and their words of --sweep."""
+    ours = [(network, chosen) for network, chosen in adapters if is_alpha_strength(network)]
+    for strength in strengths if ours else ():
+        name, alpha_name = (full.rpartition(".")[2] for full in (strength.rank_name, ALPHA_NAMES[strength.rank_name]))
+        ranks = dict.fromkeys(chosen[strength.rank_name] for _, chosen in ours)
+        pairs = ", ".join(f"alpha {strength.alpha_at(rank):g} at rank {rank}" for rank in ranks)
+        if strength.alpha:  # 0 stands for the rank
+            yield (
+                f"--sweep {name} keeps alpha / rank at {strength.alpha / strength.rank:g}: {pairs}; add "
+                f"{alpha_name}=VALUE to --sweep to set alpha yourself"
+            )
+    network, chosen = adapters[0]
+    conv_dim = parse_network_args(network.network_args).get("conv_dim")
+    if NETWORK_DIM in chosen and CONV_DIM not in chosen and conv_dim:
+        yield (
+            f"--sweep network_dim leaves conv_dim at {conv_dim} for every adapter; add conv_dim to --sweep to change it"
+        )

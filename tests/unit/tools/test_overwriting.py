@@ -1,0 +1,166 @@
+"""Commands and runs never overwrite one of their own inputs, nor a file of another type."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+
+from library.data.sources.shards.parquet_index import only_one
+from library.errors import UserError
+from library.options.output.console import ConsoleOptions
+from library.training.command_line.checks import check_output
+from library.training.command_line.console import build_handlers
+from library.training.command_line.run_lock import lock_path, run_lock
+from library.training.reporting.event_stream import Events, open_event_file
+from library.training.reporting.events import Removed, Stage
+from tests.unit.data.builders import options_of, write_picture
+from tools import captions_to_metadata, compare_runs, make_shards, report
+
+EVENT = json.dumps(Stage("loading", "begin").as_line(1.0), separators=(",", ":")) + "\n"
+DATASET = """
+[general]
+caption_extension = ".txt"
+
+[[datasets]]
+resolution = 64
+
+  [[datasets.subsets]]
+  image_dir = "{here}/cats"
+"""
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    """mine/dataset.toml, a dataset file of a user."""
+    write_picture(tmp_path / "cats" / "a.png", (64, 64), 1)
+    (tmp_path / "mine").mkdir()
+    path = tmp_path / "mine" / "dataset.toml"
+    path.write_text(DATASET.format(here=tmp_path.as_posix()), encoding="utf-8")
+    return path
+
+
+def refused(capsys: pytest.CaptureFixture[str], status: int) -> str:
+    assert status == 1
+    return capsys.readouterr().err
+
+
+def test_packing_leaves_the_dataset_file_it_reads(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = dataset.read_bytes()
+    status = make_shards.main(["--dataset_config", str(dataset), "--out", str(dataset.parent)])
+    assert "dataset.toml is also read by this command and would be lost" in refused(capsys, status)
+    assert dataset.read_bytes() == before and [path.name for path in dataset.parent.iterdir()] == ["dataset.toml"]
+
+
+def test_packing_leaves_dataset_files_and_archives_of_others(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--dataset_config", str(shutil.copy(dataset, tmp_path / "data.toml")), "--out", str(tmp_path / "mine")]
+    assert "dataset.toml exists, is not a dataset file of make_shards.py" in refused(capsys, make_shards.main(words))
+    dataset.unlink()
+    archive = tmp_path / "mine" / "cats-00007.tar"
+    archive.write_bytes(b"another program's")
+    assert "cats-00007.tar exists, is not a shard" in refused(capsys, make_shards.main(words))
+    assert archive.read_bytes() == b"another program's"
+    archive.unlink()
+    assert make_shards.main(words) == 0 == make_shards.main(words)  # what it wrote itself is replaced
+
+
+@pytest.mark.parametrize("content", ['{"general": {"a": 1}}', '{"cat.png": {"caption": "a cat"}}', "a caption"])
+def test_events_are_written_over_events_only(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "events.jsonl"
+    for goes_on in (False, True):
+        path.write_text(content)
+        with pytest.raises(UserError, match="exists, is not an event log and would be overwritten"):
+            open_event_file(path, goes_on)
+        assert path.read_text() == content
+    path.write_text(EVENT)
+    events = Events([open_event_file(path, False)])
+    events.emit(Removed("b"))
+    events.close()
+    assert len(path.read_text().splitlines()) == 1
+
+
+def test_log_lines_are_written_over_log_lines_only(tmp_path: Path) -> None:
+    path = tmp_path / "log.txt"
+    for _ in range(2):
+        handler, _errors = build_handlers(ConsoleOptions(console_log_file=str(path)))
+        handler.emit(logging.makeLogRecord({"msg": "new", "levelname": "INFO"}))
+        handler.close()
+        assert len(path.read_text().splitlines()) == 1
+    path.write_text("a caption")
+    with pytest.raises(UserError, match="exists, is not a log file and would be overwritten"):
+        build_handlers(ConsoleOptions(console_log_file=str(path)))
+    assert path.read_text() == "a caption"
+
+
+def test_pages_leave_their_input_and_files_of_another_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, page = tmp_path / "events.jsonl", tmp_path / "page.html"
+    path.write_text(EVENT)
+    assert "is also read by this command" in refused(capsys, report.main([str(path), "--output", str(path)]))
+    page.write_text("<!doctype html><p>mine")
+    assert "is not a report" in refused(capsys, report.main([str(path), "--output", str(page)]))
+    assert (path.read_text(), page.read_text()) == (EVENT, "<!doctype html><p>mine")
+    page.unlink()
+    assert report.main([str(path), "--output", str(page)]) == 0 == report.main([str(path), "--output", str(page)])
+    monkeypatch.setattr(compare_runs, "comparison_of", lambda runs: "a comparison")
+    assert "is also read" in refused(capsys, compare_runs.main([str(path), str(page), "--output", str(page)]))
+
+
+def test_a_metadata_file_is_written_over_metadata_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_picture(tmp_path / "cats" / "a.png", (64, 64), 1).with_suffix(".caption").write_text("a cat")
+    (tmp_path / "in.json").write_text('{"b": {"caption": "b"}}')
+    out = tmp_path / "out.json"
+    words = [str(tmp_path / "cats"), str(out), "--in_json", str(tmp_path / "in.json")]
+    for content in ("[1, 2]", '{"general": {}}', EVENT, "lr = 1"):
+        out.write_text(content)
+        assert "is not a metadata file" in refused(capsys, captions_to_metadata.main(words))
+        assert out.read_text() == content
+    out.unlink()
+    assert captions_to_metadata.main(words) == 0 == captions_to_metadata.main(words)
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_locks_leave_links_and_other_files(tmp_path: Path, kind: str) -> None:
+    target = tmp_path / "notes.txt"
+    options = options_of("", "--output_dir", str(tmp_path), "--output_name", "m")
+    index = tmp_path / "index.parquet"
+    for lock in (lock_path(tmp_path, "m"), index.with_name(f"{index.name}.lock")):
+        target.write_text("mine")
+        if kind == "link":
+            lock.symlink_to(target)
+        else:
+            lock.write_text("mine")
+        with pytest.raises(UserError, match="symbolic link" if kind == "link" else "is not an? (empty )?lock file"):
+            with run_lock(options) if lock.name == ".m.lock" else only_one(index):
+                pass
+        assert target.read_text() == lock.read_text() == "mine"
+
+
+def test_training_leaves_the_files_it_reads(tmp_path: Path) -> None:
+    words = ["--output_dir", str(tmp_path), "--output_name", "cat", "--no_report", "--pretrained_model_name_or_path"]
+    words = ["--network_module", "networks.lora", *words]
+    for name in ("cat.safetensors", "cat-000002.safetensors", "base.safetensors", "prompts.txt"):
+        (tmp_path / name).write_bytes(b"read")
+    base, prompts = str(tmp_path / "base.safetensors"), str(tmp_path / "prompts.txt")
+    check_output(options_of("", *words, base))
+    for more in (
+        [str(tmp_path / "cat.safetensors")],
+        [base, "--network_weights", str(tmp_path / "cat-000002.safetensors")],
+        [base, "--sample_prompts", prompts, "--log_events", prompts],
+        [base, "--sample_prompts", prompts, "--console_log_file", prompts],
+    ):
+        with pytest.raises(UserError, match="is also read by this command and would be lost"):
+            check_output(options_of("", *words, *more))
+    check_output(options_of("", *words, base, "--network_weights", str(tmp_path / "cat.safetensors"), "--autoresume"))
+
+
+def test_training_leaves_pages_that_are_no_reports(tmp_path: Path) -> None:
+    (tmp_path / "cat-report.html").write_text("<p>mine")
+    words = ["--network_module", "networks.lora", "--output_dir", str(tmp_path), "--output_name", "cat"]
+    options = options_of("", *words, "--pretrained_model_name_or_path", "base.safetensors")
+    with pytest.raises(UserError, match="is not a report"):
+        check_output(options)
