@@ -9,7 +9,7 @@ from math import isfinite
 from library.architectures.specs import list_specs
 from library.checkpoints.base_model_spec import BaseModelSpec, BlockWeights
 from library.errors import UserError
-from library.options.rules import is_number
+from library.options.ranges import is_number
 from networks.core.files.adapter_file import AdapterFile
 
 logger = logging.getLogger(__name__)

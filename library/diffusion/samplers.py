@@ -5,7 +5,7 @@ Letters: B samples, C channels, H height, W width, T timesteps of the schedule, 
 
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import sqrt
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from library.diffusion.noise import draw_normal
 from library.diffusion.schedules import BETA_END, BETA_START, NUM_TIMESTEPS, ddpm_abar, sigmas_of
+from library.options.output.samplers import ALIASES, SAMPLERS
 
 
 class Level(NamedTuple):
@@ -45,28 +46,9 @@ class Sampler(Protocol):
         ...
 
 
-SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    # What a choice means follows the scheduler files that come with checkpoints of such models: predictions of the
-    # clean latents are not clipped to -1..1, since latents are larger, and sampling ends at the first noise level.
-    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "dpm_2": ("KDPM2DiscreteScheduler", {}),
-    "dpm_2_a": ("KDPM2AncestralDiscreteScheduler", {}),
-    "dpmsolver": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
-    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
-    "dpmsingle": ("DPMSolverSinglestepScheduler", {"lower_order_final": True}),
-    "lms": ("EulerDiscreteScheduler", {}),  # the noise levels; the steps are `MultistepSampler`'s
-}
-"""--sample_sampler -> (class of diffusers, what it is built with beside the noise schedule)"""
-
 LEAST_ABAR = 2.0**-24
 DDPM_SAMPLER = "ddpm"
 """The way back that these models are made for (Ho et al. 2020), with noise in each step; no --sample_sampler."""
-
-ALIASES = {f"k_{name}": name for name in ("lms", "euler", "euler_a", "dpm_2", "dpm_2_a")}
 
 
 def build_ddpm_sampler(name: str, num_steps: int, *, predicts_velocity: bool, zero_terminal_snr: bool) -> Sampler:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from library.errors import UserError
 from library.installed import NEEDED_BY_ALL, check_installed
-from library.options.rules import asks
+from library.options.no_effect import asks
 from library.options.train import TrainOptions
 
 OTHER_ATTENTION: Mapping[str, str] = {  # options that do nothing for denoisers of ours

@@ -3,17 +3,17 @@
 import argparse
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
 OptionsT = TypeVar("OptionsT", bound="Options")
 
 
-RULE, USUAL, OWN = "rule", "usual", "own"  # keys of a field's metadata that argparse does not get
+FACTS = "facts"  # the key of a field's metadata that argparse does not get
 
 
 @dataclass(frozen=True)
-class Rule:
-    """What an option needs to mean something; `library.options.rules` holds the values to it."""
+class Facts:
+    """What the declaration of an option says of it; `option` describes each."""
 
     at_least: float | None = None
     at_most: float | None = None
@@ -21,6 +21,22 @@ class Rule:
     needs: tuple[str, ...] = ()
     unless: str | None = None
     ignored: str | None = None
+    needs_images: bool = False
+    refused_by_leco: str | None = None
+    ignored_by_leco: str | None = None
+    affects_training: bool = True
+    kept_in_state: bool = False
+    sweep_name: str | None = None
+    zero_is_unset: bool = False
+    secret: bool = False
+    logged: bool = True
+    usual: bool = False
+    own: bool = False
+
+    @property
+    def may_change_on_resume(self) -> bool:
+        """Whether a resumed run goes on as the uninterrupted one would have, whatever the option is."""
+        return self.kept_in_state or self.ignored is not None or not self.affects_training
 
 
 def option(
@@ -33,20 +49,63 @@ def option(
     needs: str | tuple[str, ...] = (),
     unless: str | None = None,
     ignored: str | None = None,
+    needs_images: bool = False,
+    refused_by_leco: str | None = None,
+    ignored_by_leco: str | None = None,
+    affects_training: bool = True,
+    kept_in_state: bool = False,
+    sweep_name: str | None = None,
+    zero_is_unset: bool = False,
+    secret: bool = False,
+    logged: bool = True,
     usual: bool = False,
     own: bool = False,
     **argparse_kwargs: Any,
 ) -> Any:
-    """A field of an Options class. The flag is the field's name: `max_grad_norm` is --max_grad_norm.
+    """Declare a field of an Options class. The flag is the field's name: `max_grad_norm` is --max_grad_norm.
 
-    A value, or each value of a list, below `at_least` or above `at_most` is refused; a share lies in 0..1. The option
-    has no effect unless one of those in `needs` asks for something ("enable_bucket") or is one of some values
-    ("loss_type=huber|smooth_l1"), nor where the one in `unless` is given; one that is `ignored` never has, for the
-    reason named. --help shows the `usual` ones, --help_all all. An abbreviation never means one of our `own` options,
-    which sd-scripts 0.10 does not have, where it can mean another. Other keywords are argparse's.
+    Args:
+        at_least, at_most: The range of a value, or of each value of a list.
+        is_share: The range is 0 to 1.
+        needs: The option has no effect unless one of these is set ("enable_bucket") or has one of some values
+            ("loss_type=huber|smooth_l1").
+        unless: The option has no effect where this one is set.
+        ignored: Why the option never has an effect.
+        needs_images: The option has no effect where prompts are trained without images (LECO).
+        ignored_by_leco: Why it has none there, where `needs_images` does not say it all.
+        refused_by_leco: Why LECO cannot have the option, and what to do.
+        affects_training: Another value may give other weights.
+        kept_in_state: A training state holds what the option stands for (the seed), or compares that itself (the
+            images), so that a resumed run may have another value.
+        sweep_name: How --sweep abbreviates the option in file names, "" where the value says it all. None means that
+            adapters of one run cannot differ in it.
+        zero_is_unset: 0 means the same as leaving the option out.
+        secret: The value is a password, which no file and no tracker may hold.
+        logged: --log_config sends the value to trackers.
+        usual: --help shows the option; --help_all shows all of them.
+        own: sd-scripts 0.10 does not have the option, so an abbreviation that fits one of its options means that one.
+        argparse_kwargs: Keywords of `ArgumentParser.add_argument`.
     """
-    rule = Rule(at_least, at_most, is_share, (needs,) if isinstance(needs, str) else needs, unless, ignored)
-    return field(default=default, metadata={"help": help, RULE: rule, USUAL: usual, OWN: own, **argparse_kwargs})
+    facts = Facts(
+        at_least=at_least,
+        at_most=at_most,
+        is_share=is_share,
+        needs=(needs,) if isinstance(needs, str) else needs,
+        unless=unless,
+        ignored=ignored,
+        needs_images=needs_images,
+        refused_by_leco=refused_by_leco,
+        ignored_by_leco=ignored_by_leco,
+        affects_training=affects_training,
+        kept_in_state=kept_in_state,
+        sweep_name=sweep_name,
+        zero_is_unset=zero_is_unset,
+        secret=secret,
+        logged=logged and not secret,
+        usual=usual,
+        own=own,
+    )
+    return field(default=default, metadata={"help": help, FACTS: facts, **argparse_kwargs})
 
 
 def redeclared(kind: type["Options"], name: str, default: Any, **argparse_kwargs: Any) -> Any:
@@ -85,7 +144,21 @@ def scalar_type(hint: Any) -> Any:
 
 
 class Options:
-    """Base of the frozen dataclasses that hold what the user asked for."""
+    """Base of the frozen dataclasses that hold what the user asked for.
+
+    A fact that holds for all options of a class is a keyword of the class:
+    `class SavingOptions(Options, affects_training=False)`.
+    """
+
+    _affect_training: ClassVar[bool] = True
+    _need_images: ClassVar[bool] = False
+
+    def __init_subclass__(cls, affects_training: bool | None = None, needs_images: bool | None = None) -> None:
+        super().__init_subclass__()
+        if affects_training is not None:
+            cls._affect_training = affects_training
+        if needs_images is not None:
+            cls._need_images = needs_images
 
     @classmethod
     def leaves(cls) -> Iterator[tuple[Field[Any], Any]]:
@@ -97,6 +170,24 @@ class Options:
                 yield from kind.leaves()
             else:
                 yield f, kind
+
+    @classmethod
+    def facts(cls) -> dict[str, Facts]:
+        """The facts of every option below this class, by name, in the order of declaration."""
+        hints = get_type_hints(cls)
+        found: dict[str, Facts] = {}
+        for f in fields(cls):  # type: ignore[arg-type]
+            kind = hints[f.name]
+            if isinstance(kind, type) and issubclass(kind, Options):
+                found.update(kind.facts())
+                continue
+            own = f.metadata[FACTS]
+            found[f.name] = replace(
+                own,
+                affects_training=own.affects_training and cls._affect_training,
+                needs_images=own.needs_images or cls._need_images,
+            )
+        return found
 
     @classmethod
     def add_to(cls, parser: argparse.ArgumentParser) -> None:
@@ -114,7 +205,7 @@ class Options:
                 continue
             section = section or parser.add_argument_group(heading)
             assert f.default is not MISSING, f.name
-            keywords = {key: value for key, value in f.metadata.items() if key not in (RULE, USUAL, OWN)}
+            keywords = {key: value for key, value in f.metadata.items() if key != FACTS}
             if kind is bool:
                 section.add_argument(f"--{f.name}", action="store_true", **keywords)
             else:

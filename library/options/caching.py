@@ -6,7 +6,7 @@ from library.options.base import Options, option
 
 
 @dataclass(frozen=True)
-class CachingOptions(Options):
+class CachingOptions(Options, needs_images=True):
     """What is encoded once and kept."""
 
     cache_latents: bool = option(
@@ -18,12 +18,14 @@ class CachingOptions(Options):
     cache_latents_to_disk: bool = option(
         False,
         usual=True,
+        affects_training=False,
         help="Keep the encoded pictures in files beside them, so that the next run need not encode them again. Implies"
         " --cache_latents; entries that no longer fit the picture or the VAE are made anew.",
     )
     cache_dir: str | None = option(
         None,
         own=True,
+        affects_training=False,
         help="Folder for the index, latents and text features of tar shards and Parquet files, and for what is read "
         "of pictures behind a URL. Unset keeps them beside local files; pictures behind a URL need it.",
     )
@@ -32,6 +34,7 @@ class CachingOptions(Options):
         own=True,
         at_least=0.001,
         needs="cache_dir",
+        affects_training=False,
         help="Size of what --cache_dir keeps of pictures that were read over the network; what was not used longest "
         "is deleted first.",
     )
@@ -43,6 +46,7 @@ class CachingOptions(Options):
     skip_cache_check: bool = option(
         False,
         needs=("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk"),
+        affects_training=False,
         help="Trust cache files that are already there by their name, without opening them. Starts faster on large "
         "data sets, but does not notice an outdated file.",
     )
@@ -58,18 +62,22 @@ class TextCachingOptions(Options):
     cache_text_encoder_outputs: bool = option(
         False,
         usual=True,
+        needs_images=True,
         help="Encode every caption once before training, keep the results in memory and free the text encoders. "
         "Those that train stay where a base model can keep them; elsewhere --network_train_unet_only is needed.",
     )
     cache_text_encoder_outputs_to_disk: bool = option(
         False,
         usual=True,
+        needs_images=True,
+        affects_training=False,
         help="Keep the encoded captions in files beside the pictures, so that the next run need not load the text "
         "encoders. Implies --cache_text_encoder_outputs; what no longer fits captions or encoders is made anew.",
     )
     text_encoder_batch_size: int | None = option(
         None,
         own=True,
+        needs_images=True,
         help="Captions that the text encoders take at a time while caching. Unset takes them one by one, so that no "
         "caption's numbers depend on its neighbours; more is faster for short captions on a graphics card.",
     )
@@ -82,6 +90,7 @@ class TextCachingOptions(Options):
     text_cache_variants: int = option(
         VARIANTS,
         own=True,
+        needs_images=True,
         help="Versions that are cached of a caption which is shuffled, thinned or filled from wildcards; every draw "
         "takes one of them. A caption that never changes is cached once.",
     )

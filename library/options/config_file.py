@@ -11,7 +11,7 @@ from library.options.encodings import decoded
 
 
 @dataclass(frozen=True)
-class ConfigFileOptions(Options):
+class ConfigFileOptions(Options, affects_training=False):
     """Options kept in a TOML file."""
 
     config_file: str | None = option(

@@ -5,34 +5,41 @@ from pathlib import Path
 
 from library.options.base import Options, option
 
+INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area")
 MAX_WORKERS = 1024  # processes that load data; more are a slip of the keyboard
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area")
 
 
 @dataclass(frozen=True)
-class DatasetOptions(Options):
+class DatasetOptions(Options, needs_images=True):
     """Which pictures and captions are trained, and how they are shaped."""
 
     dataset_config: Path | None = option(
         None,
         usual=True,
+        kept_in_state=True,
         help="TOML or JSON file that describes data sets and their folders. Takes the place of --train_data_dir, "
         "--reg_data_dir and --in_json; other data options here are only fallbacks for what the file leaves open.",
     )
     train_data_dir: str | None = option(
         None,
         usual=True,
+        kept_in_state=True,
+        logged=False,
         help="Folder with the training pictures, in subfolders called N_name, each shown N times per epoch. With "
         "--in_json it is the folder that the pictures lie in.",
     )
     reg_data_dir: str | None = option(
         None,
         usual=True,
+        kept_in_state=True,
+        logged=False,
         help="Folder with regularisation pictures, in subfolders called N_name. They remind the model of what it "
         "already knows; see --prior_loss_weight.",
     )
     in_json: str | None = option(
         None,
+        kept_in_state=True,
         help="JSON file with captions and tags of the pictures below --train_data_dir, in place of caption files.",
     )
     dataset_repeats: int = option(1, at_least=1, help="How often each picture of --in_json is shown per epoch.")
@@ -43,16 +50,19 @@ class DatasetOptions(Options):
     debug_dataset: bool = option(
         False,
         usual=True,
+        refused_by_leco="there are no pictures to show; leave it out",
         help="Show what each batch holds (pictures, captions, sizes), then end without training.",
     )
     audit_only: bool = option(
         False,
         own=True,
+        refused_by_leco="there are no pictures to look at; leave it out",
         help="Look at every picture (near twins, blur, one colour, damage), say what stands out, and end. Needs no "
         "base model; with --output_dir a page with the pictures is written.",
     )
     cache_info: bool = option(
         False,
+        affects_training=False,
         help="Keep captions and picture sizes of each folder in a metadata_cache.json inside it, and read that file "
         "when it is there. Starts faster on slow disks; delete the file after changing pictures or captions.",
     )
@@ -149,6 +159,8 @@ class DatasetOptions(Options):
     )
     conditioning_data_dir: str | None = option(
         None,
+        kept_in_state=True,
+        logged=False,
         help="Folder with mask pictures, named like the training pictures, for --masked_loss.",
     )
     masked_loss: bool = option(
@@ -164,6 +176,7 @@ class DatasetOptions(Options):
     resolution: str | None = option(
         None,
         usual=True,
+        ignored_by_leco="--prompts_file has a resolution for each prompt",
         help="Training size in pixels, N for a square or WIDTH,HEIGHT. With --enable_bucket it is the area that other "
         "shapes keep to.",
     )
@@ -190,6 +203,7 @@ class DatasetOptions(Options):
     train_inpainting: bool = option(
         False,
         own=True,
+        refused_by_leco="there are no pictures to mask; leave it out, and train on the plain model",
         help="Train on an inpainting checkpoint, whose U-Net sees a mask and the rest of the picture too: each sample "
         "gets a random area to paint anew. Excludes cached latents.",
     )
@@ -202,6 +216,7 @@ class DatasetOptions(Options):
         1,
         usual=True,
         at_least=1,
+        ignored_by_leco="--prompts_file has a batch_size for each prompt",
         help="Samples in a batch, on each device. More is steadier and needs more memory.",
     )
     max_data_loader_n_workers: int = option(
@@ -209,11 +224,13 @@ class DatasetOptions(Options):
         usual=True,
         at_least=0,
         at_most=MAX_WORKERS,
+        affects_training=False,
         help="Most processes that read and prepare pictures, at most one per CPU core. 0 prepares them in the training"
         " process.",
     )
     persistent_data_loader_workers: bool = option(
         False,
+        affects_training=False,
         help="Keep the reading processes alive between epochs. Saves waiting at the start of each epoch and costs "
         "memory.",
     )

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from library.options.base import Options, option
 
+BASE_FLAG = "--pretrained_model_name_or_path"
+
 
 @dataclass(frozen=True)
 class ModelOptions(Options):
@@ -12,6 +14,7 @@ class ModelOptions(Options):
     pretrained_model_name_or_path: str | None = option(
         None,
         usual=True,
+        logged=False,
         help="Base model that the adapter is trained on: a checkpoint file, a folder in diffusers layout, or a Hugging"
         " Face name.",
     )
@@ -24,6 +27,7 @@ class ModelOptions(Options):
     vae: str | None = option(
         None,
         usual=True,
+        logged=False,
         help="VAE used in place of the base model's own: a file, a folder or a Hugging Face name.",
     )
     no_half_vae: bool = option(
@@ -33,6 +37,8 @@ class ModelOptions(Options):
     )
     tokenizer_cache_dir: str | None = option(
         None,
+        affects_training=False,
+        logged=False,
         help="Folder that keeps tokenizers, for machines without internet. Unset uses those of the model or of Hugging"
         " Face.",
     )
@@ -46,6 +52,7 @@ class ModelOptions(Options):
         None,
         usual=True,
         at_least=1,
+        zero_is_unset=True,
         help="Take the text features from the N-th last layer of the text encoder. Unset or 1 is the last layer; many "
         "anime models want 2.",
     )
@@ -55,7 +62,7 @@ class ModelOptions(Options):
 
 
 @dataclass(frozen=True)
-class ReadingOptions(Options):
+class ReadingOptions(Options, affects_training=False):
     """How model files are read."""
 
     disable_mmap_load_safetensors: bool = option(

@@ -5,7 +5,7 @@ from dataclasses import fields
 
 from library.options.base import Options
 from library.options.machine.distributed import DistributedOptions
-from library.options.rules import asks, is_set
+from library.options.no_effect import asks, is_set
 
 
 def names_of(kind: type[Options]) -> list[str]:

@@ -14,10 +14,11 @@ from typing import Any
 from library.errors import UserError
 from library.options.base import int_or_float
 from library.options.config_file import read_toml
-from library.options.rules import is_number
+from library.options.ranges import is_number
+from library.options.train import TrainOptions
 from library.suggestions import nearest_name
 
-SECRETS = ("wandb_api_key", "huggingface_token")
+SECRETS = tuple(name for name, facts in TrainOptions.facts().items() if facts.secret)
 
 
 class ConfigFileError(UserError):

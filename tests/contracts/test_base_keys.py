@@ -2,7 +2,7 @@
 
 import torch
 
-from library.architectures.sd.load import BASE_FLAG, CLIP_PREFIXES, single_file_parts
+from library.architectures.sd.load import CLIP_PREFIXES, single_file_parts
 from library.checkpoints.weights import Weights
 from library.models.clip.clip import clip_body, empty_clip
 from library.models.loading import Component, same_matrix
@@ -10,6 +10,7 @@ from library.models.unet.checkpoint_keys import UNET_PREFIX, UnetLayout, unet_fr
 from library.models.unet.unet import empty_unet, unet_layout
 from library.models.vae.checkpoint_keys import VAE_PREFIX, vae_from_ldm, vae_to_ldm
 from library.models.vae.vae import empty_vae, vae_of_checkpoint
+from library.options.model import BASE_FLAG
 from tests.tiny.sd import full_size_keys
 
 FACTS = full_size_keys()

@@ -39,13 +39,6 @@ RECIPE = Recipe(
         "clip_skip": "Anima takes Qwen3's last states",
         "max_token_length": "use --qwen3_max_token_length and --t5_max_token_length",
         **OTHER_ATTENTION,
-        "split_attn": "torch's attention needs no more memory for several pictures",
-        "vae_chunk_size": "the VAE takes pictures whole",
-        "vae_disable_cache": "a picture has one frame, of which the VAE keeps nothing",
-        **dict.fromkeys(
-            ("llm_adapter_lr", "self_attn_lr", "cross_attn_lr", "mlp_lr", "mod_lr"),
-            "it is for training the model itself; give adapters rates with --network_args network_reg_lrs",
-        ),
     },
     records=(
         "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "timestep_sampling", "sigmoid_scale",

@@ -21,11 +21,12 @@ from library.memory.devices import DTYPES
 from library.memory.formats.format import WantedForm
 from library.models.identify import refuse_other_folder, refuse_other_model
 from library.models.loading import Absent, MaybeComponent, first_side, materialise, open_if_there
+from library.options.model import BASE_FLAG
 from library.suggestions import nearby
 
 logger = logging.getLogger(__name__)
 
-BASE_FLAG, ADAPTER_FLAG = "--pretrained_model_name_or_path", "--llm_adapter_path"
+ADAPTER_FLAG = "--llm_adapter_path"
 MARK = "blocks.0.adaln_modulation_self_attn.1.weight"
 ADAPTER_MARK = "blocks.0.norm_self_attn.weight"
 PREFIXES = ("net.", "model.diffusion_model.", "")

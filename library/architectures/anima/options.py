@@ -10,6 +10,7 @@ from library.options.model import ReadingOptions
 from library.options.train import TrainOptions
 from library.options.training.flow import FlowSamplingOptions, FlowWeightingOptions, TimestepPreviewOptions
 
+REG_LRS_INSTEAD = "it is for training the model itself; give adapters rates with --network_args network_reg_lrs"
 FINE_TUNING_ONLY = "Has no effect: it is for training the model itself; adapters take network_reg_lrs."
 
 
@@ -34,11 +35,17 @@ class AnimaTextOptions(Options):
 class AnimaRateOptions(Options):
     """Learning rates of parts of the model, which only full training has."""
 
-    llm_adapter_lr: float | None = option(None, help=f"{FINE_TUNING_ONLY} Here: of the text adapter.")
-    self_attn_lr: float | None = option(None, help=f"{FINE_TUNING_ONLY} Here: of attention to the picture.")
-    cross_attn_lr: float | None = option(None, help=f"{FINE_TUNING_ONLY} Here: of attention to the text.")
-    mlp_lr: float | None = option(None, help=f"{FINE_TUNING_ONLY} Here: of the MLPs.")
-    mod_lr: float | None = option(None, help=f"{FINE_TUNING_ONLY} Here: of the modulation.")
+    llm_adapter_lr: float | None = option(
+        None, ignored=REG_LRS_INSTEAD, help=f"{FINE_TUNING_ONLY} Here: of the text adapter."
+    )
+    self_attn_lr: float | None = option(
+        None, ignored=REG_LRS_INSTEAD, help=f"{FINE_TUNING_ONLY} Here: of attention to the picture."
+    )
+    cross_attn_lr: float | None = option(
+        None, ignored=REG_LRS_INSTEAD, help=f"{FINE_TUNING_ONLY} Here: of attention to the text."
+    )
+    mlp_lr: float | None = option(None, ignored=REG_LRS_INSTEAD, help=f"{FINE_TUNING_ONLY} Here: of the MLPs.")
+    mod_lr: float | None = option(None, ignored=REG_LRS_INSTEAD, help=f"{FINE_TUNING_ONLY} Here: of the modulation.")
 
 
 @dataclass(frozen=True)
@@ -52,10 +59,15 @@ class AnimaMemoryOptions(Options):
         choices=ATTENTION_MODES,
     )
     split_attn: bool = option(
-        False, help="Attend to one picture at a time. Has no effect: PyTorch's attention needs no more memory for many."
+        False,
+        ignored="torch's attention needs no more memory for several pictures",
+        help="Attend to one picture at a time. Has no effect: PyTorch's attention needs no more memory for many.",
     )
     vae_chunk_size: int | None = option(
-        None, at_least=0, help="Pixels that the VAE takes at a time. Has no effect: it takes pictures whole."
+        None,
+        at_least=0,
+        ignored="the VAE takes pictures whole",
+        help="Pixels that the VAE takes at a time. Has no effect: it takes pictures whole.",
     )
     qwen_image_vae_2d: bool = option(
         False,
@@ -64,7 +76,9 @@ class AnimaMemoryOptions(Options):
         "time and memory. Latents are the same to rounding, and caches serve both ways.",
     )
     vae_disable_cache: bool = option(
-        False, help="Let the VAE keep nothing of earlier frames. Has no effect: a picture has one frame."
+        False,
+        ignored="a picture has one frame, of which the VAE keeps nothing",
+        help="Let the VAE keep nothing of earlier frames. Has no effect: a picture has one frame.",
     )
 
 

@@ -43,7 +43,6 @@ RECIPE = Recipe(
         "clip_skip": "FLUX.1 takes CLIP's pooled state",
         "max_token_length": "T5 reads captions in one piece; use --t5xxl_max_token_length",
         "vae": "use --ae",
-        "controlnet_model_name_or_path": "adapters are trained without a ControlNet",
         **OTHER_ATTENTION,
     },
     records=(

@@ -23,8 +23,8 @@ from library.models.shapes import shape_of
 from library.models.t5 import load_t5, t5_component, t5_of_folder
 from library.models.vae.flux import CHANNELS, open_ae
 from library.models.vae.vae import empty_vae
+from library.options.model import BASE_FLAG
 
-BASE_FLAG = "--pretrained_model_name_or_path"
 DENOISER_PREFIXES = ("model.diffusion_model.", "")
 CLIP_PREFIXES = ("text_encoders.clip_l.transformer.", "")
 T5_MARK = "text_encoders.t5xxl.transformer."

@@ -34,7 +34,11 @@ class FluxModelOptions(Options):
         None, usual=True, help="File or folder of the text encoder T5-XXL. Unset takes it from the base."
     )
     ae: str | None = option(None, usual=True, help="File or folder of the VAE. Unset takes it from the base.")
-    controlnet_model_name_or_path: str | None = option(None, help="Has no effect: adapters are trained without one.")
+    controlnet_model_name_or_path: str | None = option(
+        None,
+        ignored="adapters are trained without a ControlNet",
+        help="Has no effect: adapters are trained without one.",
+    )
     t5xxl_max_token_length: int | None = option(
         None,
         at_least=2,
@@ -52,7 +56,9 @@ class FluxModelOptions(Options):
     model_type: str = option(
         "flux", help="Which model the base is: flux for FLUX.1 dev and schnell.", choices=("flux", "chroma")
     )
-    split_mode: bool = option(False, unless="blocks_to_swap", help="An old name for --blocks_to_swap 18.")
+    split_mode: bool = option(
+        False, unless="blocks_to_swap", affects_training=False, help="An old name for --blocks_to_swap 18."
+    )
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,6 @@ RECIPE = Recipe(
         "clip_skip": "it has no CLIP",
         "max_token_length": "its text encoder reads 1024 tokens",
         **OTHER_ATTENTION,
-        "split_attn": "the samples of a batch share one call of attention",
     },
     records=(
         "logit_mean", "logit_std", "mode_scale", "timestep_sampling", "sigmoid_scale", "model_prediction_type",

@@ -26,11 +26,11 @@ from library.models.identify import refuse_other_folder, refuse_other_model
 from library.models.loading import Absent, Component, MaybeComponent, first_side, materialise, open_if_there
 from library.models.shapes import shape_of
 from library.models.t5 import load_t5, t5_component, t5_of_folder
+from library.options.model import BASE_FLAG
 from library.protocols import LatentSpec
 
 logger = logging.getLogger(__name__)
 
-BASE_FLAG = "--pretrained_model_name_or_path"
 DENOISER_PREFIXES = ("model.diffusion_model.", "")
 GLYPH_MARK = "byt5_in.fc1.weight"
 FOLDERS = {"denoiser": "transformer", "vae": "vae", "text_encoder": "text_encoder", "byt5": "text_encoder_2"}

@@ -46,7 +46,11 @@ class HunyuanImageModelOptions(Options):
         help="Which implementation of attention runs. Only torch and sdpa, which are the same, are used here.",
         choices=ATTENTION_MODES,
     )
-    split_attn: bool = option(False, help="Has no effect: the samples of a batch share one call of attention.")
+    split_attn: bool = option(
+        False,
+        ignored="the samples of a batch share one call of attention",
+        help="Has no effect: the samples of a batch share one call of attention.",
+    )
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,6 @@ RECIPE = Recipe(
         "max_token_length": "use --gemma2_max_token_length",
         "vae": "use --ae",
         **OTHER_ATTENTION,
-        "use_flash_attn": "attention is torch's scaled dot product, which has flash attention of its own",
-        "use_sage_attn": "SageAttention cannot train; attention is torch's scaled dot product",
-        "sample_batch_size": "preview pictures are drawn one by one",
     },
     records=(
         "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "timestep_sampling", "sigmoid_scale",

@@ -21,9 +21,10 @@ from library.models.loading import Absent, Component, MaybeComponent, first_side
 from library.models.shapes import shape_of
 from library.models.vae.flux import CHANNELS, open_ae
 from library.models.vae.vae import empty_vae
+from library.options.model import BASE_FLAG
 
 MODEL = "Lumina Image 2.0"
-BASE_FLAG, GEMMA_FLAG = "--pretrained_model_name_or_path", "--gemma2"
+GEMMA_FLAG = "--gemma2"
 DENOISER_PREFIXES = ("model.diffusion_model.", "")
 GEMMA_MARK = "text_encoders.gemma2_2b."
 MARK = "layers.0.attention.qkv.weight"

@@ -34,13 +34,19 @@ class LuminaModelOptions(Options):
         "trained with between them. Empty captions and negative prompts have none.",
     )
     use_flash_attn: bool = option(
-        False, help="Has no effect: attention is PyTorch's scaled dot product, which has its own flash attention."
+        False,
+        ignored="attention is torch's scaled dot product, which has flash attention of its own",
+        help="Has no effect: attention is PyTorch's scaled dot product, which has its own flash attention.",
     )
     use_sage_attn: bool = option(
-        False, help="Has no effect: SageAttention cannot train. Attention is PyTorch's scaled dot product."
+        False,
+        ignored="SageAttention cannot train; attention is torch's scaled dot product",
+        help="Has no effect: SageAttention cannot train. Attention is PyTorch's scaled dot product.",
     )
     sample_batch_size: int | None = option(
-        None, help="Has no effect: preview pictures are drawn one by one, so that no picture depends on another."
+        None,
+        ignored="preview pictures are drawn one by one",
+        help="Has no effect: preview pictures are drawn one by one, so that no picture depends on another.",
     )
 
 

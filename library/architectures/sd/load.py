@@ -27,9 +27,9 @@ from library.models.shapes import count, shape_of
 from library.models.unet.checkpoint_keys import UNET_PREFIX
 from library.models.unet.unet import HEAD_WIDTH, check_unet_input, empty_unet, for_inpainting, unet_component
 from library.models.vae.vae import VaeNeeds, empty_vae, open_vae, vae_of_base
+from library.options.model import BASE_FLAG
 from library.options.train import TrainOptions
 
-BASE_FLAG = "--pretrained_model_name_or_path"
 LATENT_CHANNELS = 4
 LATENT_SCALE = 0.18215  # brings the latents of Stable Diffusion's VAE to about unit variance
 TITLES = {"sd1": "SD 1.x", "sd2": "SD 2.x"}  # in messages

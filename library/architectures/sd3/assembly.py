@@ -57,10 +57,6 @@ RECIPE = Recipe(
         "clip_skip": "SD3 takes the last states but one of both CLIPs",
         "max_token_length": "both CLIPs read 75 tokens; use --t5xxl_max_token_length",
         **OTHER_ATTENTION,
-        "save_clip": "adapter files hold no text encoders",
-        "save_t5xxl": "adapter files hold no text encoders",
-        "t5xxl_device": "T5-XXL runs where everything else does",
-        "t5xxl_dtype": "T5-XXL runs in the precision of --mixed_precision",
     },
     records=(
         "apply_lg_attn_mask", "apply_t5_attn_mask", "weighting_scheme", "logit_mean", "logit_std", "mode_scale",

@@ -21,11 +21,11 @@ from library.models.identify import base_of_file, refuse_other, refuse_other_fol
 from library.models.loading import Component, MaybeComponent, first_side, materialise, open_if_there
 from library.models.t5 import load_t5, t5_component
 from library.models.vae.vae import VaeNeeds, empty_vae, open_vae, vae_of_checkpoint
+from library.options.model import BASE_FLAG
 from library.suggestions import nearby
 
 logger = logging.getLogger(__name__)
 
-BASE_FLAG = "--pretrained_model_name_or_path"
 LATENT_CHANNELS = 16
 LATENT_SCALE = 1.5305
 LATENT_SHIFT = 0.0609

@@ -26,10 +26,24 @@ class Sd3TextOptions(Options):
         help="File or folder of the text encoder T5-XXL. Unset takes it from the base model, and trains without T5 "
         "where that has none.",
     )
-    save_clip: bool = option(False, help="Has no effect: adapter files hold no text encoders.")
-    save_t5xxl: bool = option(False, help="Has no effect: files of adapters hold nothing of T5-XXL but its adapters.")
-    t5xxl_device: str | None = option(None, help="Has no effect: T5-XXL runs where everything else does.")
-    t5xxl_dtype: str | None = option(None, help="Has no effect: T5-XXL runs in the precision of --mixed_precision.")
+    save_clip: bool = option(
+        False, ignored="adapter files hold no text encoders", help="Has no effect: adapter files hold no text encoders."
+    )
+    save_t5xxl: bool = option(
+        False,
+        ignored="adapter files hold no text encoders",
+        help="Has no effect: files of adapters hold nothing of T5-XXL but its adapters.",
+    )
+    t5xxl_device: str | None = option(
+        None,
+        ignored="T5-XXL runs where everything else does",
+        help="Has no effect: T5-XXL runs where everything else does.",
+    )
+    t5xxl_dtype: str | None = option(
+        None,
+        ignored="T5-XXL runs in the precision of --mixed_precision",
+        help="Has no effect: T5-XXL runs in the precision of --mixed_precision.",
+    )
     t5xxl_max_token_length: int = option(256, at_least=2, help="Longest caption in T5's tokens; what is longer is cut.")
     apply_lg_attn_mask: bool = option(
         False, help="Keep both CLIP encoders from attending to the padding behind a caption."

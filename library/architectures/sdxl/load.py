@@ -35,8 +35,8 @@ from library.models.unet.unet import (
     unet_component,
 )
 from library.models.vae.vae import VaeNeeds, empty_vae, open_vae, vae_of_base
+from library.options.model import BASE_FLAG
 
-BASE_FLAG = "--pretrained_model_name_or_path"
 LATENT_CHANNELS = 4
 LATENT_SCALE = 0.13025  # brings the latents of SDXL's VAE to about unit variance
 POOLED_WIDTH = 1280  # of OpenCLIP's bigG, which the checkpoint does not tell without it

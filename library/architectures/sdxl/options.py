@@ -16,6 +16,7 @@ class SdxlSizeOptions(Options):
     correct_crop_coordinates: bool = option(
         False,
         own=True,
+        needs_images=True,
         help="Tell the denoiser where each picture was really cut, as SDXL itself was trained. Unset tells it what "
         "sd-scripts does, the corner of the picture fitted inside its bucket, which existing recipes are made with.",
     )

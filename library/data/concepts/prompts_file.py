@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from library.errors import UserError
 from library.options.config_file import read_toml
 from library.options.encodings import decoded
-from library.options.rules import is_number
+from library.options.ranges import is_number
 from library.suggestions import did_you_mean
 
 logger = logging.getLogger(__name__)

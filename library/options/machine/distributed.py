@@ -10,7 +10,7 @@ MOST_MINUTES = 1_000_000  # nearly two years; torch keeps milliseconds in 64 bit
 
 
 @dataclass(frozen=True)
-class DistributedOptions(Options):
+class DistributedOptions(Options, affects_training=False):
     """Several processes and DeepSpeed."""
 
     ddp_timeout: int | None = option(
@@ -32,6 +32,8 @@ class DistributedOptions(Options):
     shard_base: bool = option(
         False,
         own=True,
+        refused_by_leco="each process asks the denoiser another number of times, and all would have to go in step; "
+        "leave it out, or use --blocks_to_swap",
         help="Spread the weights of the frozen denoiser over the processes of a run: each keeps its share, and a block "
         "is whole only while it computes. For base models that do not fit one card; needs fast links between the "
         "cards. An FSDP2 configuration of accelerate means the same.",

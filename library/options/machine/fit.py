@@ -6,7 +6,7 @@ from library.options.base import Options, option
 
 
 @dataclass(frozen=True)
-class FitOptions(Options):
+class FitOptions(Options, affects_training=False):
     """Choosing what saves memory by what it costs in time."""
 
     fit: str | None = option(
@@ -14,6 +14,7 @@ class FitOptions(Options):
         own=True,
         usual=True,
         metavar="SIZE",
+        refused_by_leco="how often a step asks the denoiser is drawn, and is not counted; leave it out",
         help="Count before the run what it needs, and choose the fastest way of training that fits into this much of "
         "the card's memory, such as 12GB; auto is what is free. Prints the candidates; what you set yourself stays.",
     )

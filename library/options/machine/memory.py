@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from library.options.base import Options, option
 
+ATTENTION_MODES = ("torch", "xformers", "flash", "sageattn", "sdpa")  # of --attn_mode
 EIGHT_BIT_FORMS = ("fp8", "int8", "int8_rotated")  # values of --base_format that can be multiplied as they are
 ATTENTION_MODES = ("torch", "xformers", "flash", "sageattn", "sdpa")  # values of --attn_mode, where a script has it
 
@@ -23,17 +24,20 @@ class MemoryOptions(Options):
         at_least=1,
         needs=("gradient_checkpointing", "unsloth_offload_checkpointing"),
         own=True,
+        affects_training=False,
         help="Compute the activations of every n-th block again and keep those of the others: 2 costs half the time of "
         "--gradient_checkpointing and saves half as much. Unset is every block.",
     )
     cpu_offload_checkpointing: bool = option(
         False,
         needs=("gradient_checkpointing", "unsloth_offload_checkpointing"),
+        affects_training=False,
         help="Let the inputs of blocks that --gradient_checkpointing keeps wait in main memory.",
     )
     unsloth_offload_checkpointing: bool = option(
         False,
         own=True,
+        affects_training=False,
         help="--gradient_checkpointing and --cpu_offload_checkpointing in one.",
     )
     blocks_to_swap: int | None = option(
@@ -41,13 +45,17 @@ class MemoryOptions(Options):
         at_least=0,
         usual=True,
         own=True,
+        affects_training=False,
         help="Number of the denoiser's blocks whose weights wait in main memory until they are needed. Saves the "
         "card's memory; what it costs in time depends on how long a block computes. Of models with two kinds of blocks "
         "half of the number are of the first, and two of the second stand for one of the first.",
     )
-    lowram: bool = option(False, help="Load models straight to the card, for machines with little main memory.")
+    lowram: bool = option(
+        False, affects_training=False, help="Load models straight to the card, for machines with little main memory."
+    )
     highvram: bool = option(
         False,
+        affects_training=False,
         help="Do not empty the card's memory cache while caching. A little faster where memory is plentiful.",
     )
     xformers: bool = option(False, help="Compute attention with the xformers library, where it is installed.")

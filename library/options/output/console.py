@@ -6,7 +6,7 @@ from library.options.base import Options, option
 
 
 @dataclass(frozen=True)
-class ConsoleOptions(Options):
+class ConsoleOptions(Options, affects_training=False):
     """Where log lines go and how many of them."""
 
     console_log_level: str | None = option(

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 from library.options.base import Options, option
+from library.options.output.samplers import ALIASES, SAMPLERS
 
 
 @dataclass(frozen=True)
-class PreviewOptions(Options):
+class PreviewOptions(Options, affects_training=False):
     """Pictures drawn during training."""
 
     sample_every_n_steps: int | None = option(
@@ -16,7 +17,10 @@ class PreviewOptions(Options):
     )
     sample_at_first: bool = option(False, usual=True, help="Draw pictures before the first step too, to compare with.")
     sample_every_n_epochs: int | None = option(
-        None, usual=True, help="Draw pictures every N epochs. Unset or 0 draws none."
+        None,
+        usual=True,
+        refused_by_leco="a run that is trained by prompts alone has steps and no epochs; use --sample_every_n_steps",
+        help="Draw pictures every N epochs. Unset or 0 draws none.",
     )
     sample_prompts: str | None = option(
         None,
@@ -26,22 +30,5 @@ class PreviewOptions(Options):
     sample_sampler: str = option(
         "ddim",
         help="Sampler that draws the pictures, for Stable Diffusion 1, 2 and XL.",
-        choices=(
-            "ddim",
-            "pndm",
-            "lms",
-            "euler",
-            "euler_a",
-            "heun",
-            "dpm_2",
-            "dpm_2_a",
-            "dpmsolver",
-            "dpmsolver++",
-            "dpmsingle",
-            "k_lms",
-            "k_euler",
-            "k_euler_a",
-            "k_dpm_2",
-            "k_dpm_2_a",
-        ),
+        choices=(*SAMPLERS, *ALIASES),
     )

@@ -6,7 +6,7 @@ from library.options.base import Options, option
 
 
 @dataclass(frozen=True)
-class ReportOptions(Options):
+class ReportOptions(Options, affects_training=False):
     """What a run tells of itself: events for programs, a report for people."""
 
     log_events: str | None = option(

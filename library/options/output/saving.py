@@ -6,10 +6,12 @@ from library.options.base import Options, option
 
 
 @dataclass(frozen=True)
-class SavingOptions(Options):
+class SavingOptions(Options, affects_training=False):
     """When and where weights are written."""
 
-    output_dir: str | None = option(None, usual=True, help="Folder that saved files go to; made if missing.")
+    output_dir: str | None = option(
+        None, usual=True, logged=False, help="Folder that saved files go to; made if missing."
+    )
     output_name: str | None = option(
         None,
         usual=True,
@@ -30,17 +32,22 @@ class SavingOptions(Options):
         None,
         usual=True,
         at_least=1,
+        zero_is_unset=True,
+        refused_by_leco="a run that is trained by prompts alone has steps and no epochs; use --save_every_n_steps",
         help="Save after every N-th epoch too. Unset or 0 does not.",
     )
     save_every_n_steps: int | None = option(
         None,
         usual=True,
         at_least=1,
+        zero_is_unset=True,
         help="Save after every N-th step too. Unset or 0 does not.",
     )
     save_n_epoch_ratio: int | None = option(
         None,
         at_least=1,
+        zero_is_unset=True,
+        refused_by_leco="a run that is trained by prompts alone has steps and no epochs; use --save_every_n_steps",
         help="Save about N times over the run, after whole epochs. Wins over --save_every_n_epochs.",
     )
     save_last_n_epochs: int | None = option(
@@ -48,18 +55,20 @@ class SavingOptions(Options):
         usual=True,
         at_least=1,
         needs=("save_every_n_epochs", "save_n_epoch_ratio"),
+        zero_is_unset=True,
         help="Keep only the newest N files saved after epochs and delete older ones. Unset or 0 keeps all.",
     )
     save_last_n_steps: int | None = option(
         None,
         at_least=1,
         needs="save_every_n_steps",
+        zero_is_unset=True,
         help="Delete files saved after steps once they are more than N steps old. Unset or 0 keeps all.",
     )
 
 
 @dataclass(frozen=True)
-class HubOptions(Options):
+class HubOptions(Options, affects_training=False):
     """Uploads to a Hugging Face repository."""
 
     huggingface_repo_id: str | None = option(
@@ -75,6 +84,7 @@ class HubOptions(Options):
     )
     huggingface_token: str | None = option(
         None,
+        secret=True,
         help="Access token for Hugging Face. Unset uses the one that is logged in.",
     )
     huggingface_repo_visibility: str | None = option(
@@ -101,8 +111,10 @@ class HubOptions(Options):
 
 
 @dataclass(frozen=True)
-class StateOptions(Options):
+class StateOptions(Options, affects_training=False):
     """Training states, and going on from one."""
+
+    # The options that say where a run begins are those of this run; a state has none of its own.
 
     save_state: bool = option(
         False,
@@ -114,12 +126,14 @@ class StateOptions(Options):
         None,
         at_least=0,
         needs="save_state",
+        zero_is_unset=True,
         help="Keep only the newest N states saved after epochs. Unset goes by --save_last_n_epochs.",
     )
     save_last_n_steps_state: int | None = option(
         None,
         at_least=0,
         needs="save_state",
+        zero_is_unset=True,
         help="Delete states saved after steps once they are more than N steps old. Unset goes by --save_last_n_steps.",
     )
     resume: str | None = option(None, usual=True, help="Folder of a saved training state to continue from.")
@@ -139,6 +153,7 @@ class StateOptions(Options):
         None,
         at_least=1,
         unless="initial_step",
+        refused_by_leco="a run that is trained by prompts alone has steps and no epochs; use --initial_step",
         help="Epoch to begin with, counted from 1. The learning rate schedule still starts at its beginning.",
     )
     initial_step: int | None = option(
@@ -147,7 +162,7 @@ class StateOptions(Options):
 
 
 @dataclass(frozen=True)
-class MetadataOptions(Options):
+class MetadataOptions(Options, affects_training=False):
     """What is written into the header of the file."""
 
     no_metadata: bool = option(

@@ -6,12 +6,13 @@ from library.options.base import Options, option
 
 
 @dataclass(frozen=True)
-class TrackerOptions(Options):
+class TrackerOptions(Options, affects_training=False):
     """Charts of the run: tensorboard, wandb."""
 
     logging_dir: str | None = option(
         None,
         usual=True,
+        logged=False,
         help="Folder for charts of loss and learning rates; each run makes its own folder inside. Unset draws none.",
     )
     log_with: str | None = option(
@@ -33,7 +34,9 @@ class TrackerOptions(Options):
         None,
         help="TOML file with further settings of tensorboard and wandb, a table for each.",
     )
-    wandb_api_key: str | None = option(None, help="Key to log in to wandb with. Unset uses the one that is logged in.")
+    wandb_api_key: str | None = option(
+        None, secret=True, help="Key to log in to wandb with. Unset uses the one that is logged in."
+    )
     profile: int = option(
         0,
         own=True,

@@ -16,6 +16,7 @@ class AveragingOptions(Options):
         own=True,
         at_least=0,
         at_most=0.999999,
+        sweep_name="ema",
         help="Keep a moving average of the adapter's weights, of which each step keeps this share, such as 0.999. "
         "Training itself goes on without it. Unset keeps none.",
     )
@@ -24,6 +25,7 @@ class AveragingOptions(Options):
         own=True,
         at_least=0,
         needs="ema_decay",
+        sweep_name="emaafter",
         help="Steps after which averaging begins; until then the average is the weights themselves.",
     )
     ema_used_for: list[str] | None = option(

@@ -14,6 +14,7 @@ class ConceptOptions(Options):
     prompts_file: str | None = option(
         None,
         usual=True,
+        kept_in_state=True,
         help="TOML file with the prompts: what each of them is to become, at which size. docs/train_leco.md has every "
         "key.",
     )

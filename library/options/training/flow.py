@@ -76,7 +76,7 @@ class FlowPredictionOptions(Options):
 
 
 @dataclass(frozen=True)
-class TimestepPreviewOptions(Options):
+class TimestepPreviewOptions(Options, affects_training=False):
     """Look at the noise levels that would be drawn, without a model or pictures."""
 
     show_timesteps: str | None = option(

@@ -12,6 +12,7 @@ class NetworkOptions(Options):
     network_module: str | None = option(
         None,
         usual=True,
+        sweep_name="",
         help="Python module that makes the adapter, such as networks.lora or lycoris.kohya.",
     )
     network_dim: int | None = option(
@@ -19,6 +20,7 @@ class NetworkOptions(Options):
         usual=True,
         at_least=1,
         unless="dim_from_weights",
+        sweep_name="dim",
         help="Rank of the adapter: higher learns more detail and makes a larger file. Unset leaves it to the module, 4"
         " for networks.lora.",
     )
@@ -27,12 +29,14 @@ class NetworkOptions(Options):
         usual=True,
         at_least=0,
         unless="dim_from_weights",
+        sweep_name="alpha",
         help="Strength of the adapter as alpha divided by rank. Often half the rank or equal to it; 0 means equal.",
     )
     network_dropout: float | None = option(
         None,
         usual=True,
         is_share=True,
+        sweep_name="dropout",
         help="Probability of dropping each value inside the adapter during training, 0 to 1. Unset drops none.",
     )
     network_args: list[str] | None = option(
@@ -43,7 +47,11 @@ class NetworkOptions(Options):
         nargs="*",
     )
     network_weights: str | None = option(
-        None, usual=True, help="Adapter file to start training from. Unset starts from scratch."
+        None,
+        usual=True,
+        kept_in_state=True,
+        sweep_name="from_",
+        help="Adapter file to start training from. Unset starts from scratch.",
     )
     dim_from_weights: bool = option(
         False,
@@ -54,6 +62,7 @@ class NetworkOptions(Options):
     )
     network_train_text_encoder_only: bool = option(
         False,
+        refused_by_leco="only the denoiser is trained by prompts alone; leave it out",
         help="Train the text encoder only and leave the denoiser as it is.",
     )
     base_weights: list[str] | None = option(
@@ -69,6 +78,7 @@ class NetworkOptions(Options):
     )
     scale_weight_norms: float | None = option(
         None,
+        sweep_name="maxnorm",
         help="Largest norm of each module's weight change; what grows beyond is scaled down after every step. Unset "
         "sets no limit.",
     )
@@ -77,6 +87,7 @@ class NetworkOptions(Options):
         usual=True,
         at_least=0,
         unless="network_train_text_encoder_only",
+        sweep_name="unetlr",
         help="Learning rate of the denoiser's adapter. Unset uses --learning_rate.",
     )
     text_encoder_lr: list[float] | None = option(
@@ -84,6 +95,7 @@ class NetworkOptions(Options):
         usual=True,
         at_least=0,
         unless="network_train_unet_only",
+        sweep_name="telr",
         help="Learning rate of the text encoder's adapter, several values for several encoders. Unset uses "
         "--learning_rate.",
         nargs="*",

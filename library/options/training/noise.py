@@ -12,12 +12,17 @@ class NoiseOptions(Options):
     """How latents are noised."""
 
     min_timestep: int | None = option(
-        None, at_least=0, at_most=1000, help="Lowest timestep to train, 0 to 999: the cleaner end. Unset is 0."
+        None,
+        at_least=0,
+        at_most=1000,
+        ignored_by_leco="noise levels are those of the way from noise to a picture, evenly drawn",
+        help="Lowest timestep to train, 0 to 999: the cleaner end. Unset is 0.",
     )
     max_timestep: int | None = option(
         None,
         at_least=1,
         at_most=1000,
+        ignored_by_leco="noise levels are those of the way from noise to a picture, evenly drawn",
         help="Timestep to stay below in training, 1 to 1000: the noisier end. Unset is 1000.",
     )
     noise_offset: float | None = option(
@@ -37,6 +42,7 @@ class NoiseOptions(Options):
         None,
         at_least=-MOST_NOISE,
         at_most=MOST_NOISE,
+        ignored_by_leco="there are no pictures whose brightness it could follow",
         help="Factor on the mean brightness of the latents that is added to --noise_offset. Unset adds nothing.",
     )
     multires_noise_iterations: int | None = option(
@@ -54,12 +60,14 @@ class NoiseOptions(Options):
         None,
         at_least=0,
         at_most=MOST_NOISE,
+        ignored_by_leco="the latents are drawn by the model, none are noised",
         help="Strength of extra noise on the model's input that the target does not contain; 0.1 is usual. Unset adds "
         "none.",
     )
     ip_noise_gamma_random_strength: bool = option(
         False,
         needs="ip_noise_gamma",
+        ignored_by_leco="the latents are drawn by the model, none are noised",
         help="Draw the strength of the input noise anew each step, between 0 and --ip_noise_gamma.",
     )
     zero_terminal_snr: bool = option(

@@ -19,6 +19,8 @@ class RunOptions(Options):
         None,
         usual=True,
         at_least=1,
+        zero_is_unset=True,
+        refused_by_leco="a run that is trained by prompts alone has steps and no epochs; use --max_train_steps",
         help="Number of passes over all pictures and their repeats. Unset goes by --max_train_steps.",
     )
     seed: int | None = option(
@@ -26,6 +28,8 @@ class RunOptions(Options):
         usual=True,
         at_least=-MAX_SEED,
         at_most=MAX_SEED,
+        kept_in_state=True,
+        sweep_name="seed",
         help="Number that fixes everything drawn at random, so that a run can be repeated. Unset draws one.",
     )
     gradient_accumulation_steps: int = option(
@@ -56,12 +60,14 @@ class FaultOptions(Options):
     trace_nonfinite: bool = option(
         False,
         own=True,
+        affects_training=False,
         help="Compute the first step whose loss or gradient is NaN or infinite once more and name the module that the "
         "damage comes from. Costs nothing before that step.",
     )
     exit_status_on_stop: bool = option(
         False,
         own=True,
+        affects_training=False,
         help="End with status 130, 143 or 129 when Ctrl-C, SIGTERM or SIGHUP stopped the run before its last step, so "
         "that what stands behind && is not started. Unset ends with 0, as the run is saved.",
     )
@@ -74,6 +80,7 @@ class FaultOptions(Options):
     selftest: bool = option(
         False,
         own=True,
+        affects_training=False,
         help="Before training, compute one batch as --blocks_to_swap, --base_format, --gradient_checkpointing and the "
         "like have it and once more block by block without them, compare the gradients, and end the run where they "
         "differ by more than the number format's own noise.",
@@ -82,6 +89,7 @@ class FaultOptions(Options):
         False,
         usual=True,
         own=True,
+        affects_training=False,
         help="Load and check everything, train the largest batch for one step, show memory, parameters and steps, and "
         "stop without writing a file.",
     )

@@ -6,41 +6,54 @@ from library.options.base import Options, option
 
 
 @dataclass(frozen=True)
-class ValidationOptions(Options):
+class ValidationOptions(Options, needs_images=True):
     """Measuring the loss on pictures that are not trained."""
 
     validation_seed: int | None = option(
         None,
+        kept_in_state=True,
         help="Number that fixes which pictures are set aside for validation, and the noise they are measured with. "
         "Unset uses --seed.",
     )
     validation_split: float = option(
         0.0,
         usual=True,
+        kept_in_state=True,
         help="Share of the pictures that is set aside to measure the loss on, 0 to 1. 0 sets none aside.",
     )
     validate_every_n_steps: int | None = option(
-        None, usual=True, at_least=1, help="Measure the validation loss every N steps."
+        None,
+        usual=True,
+        at_least=1,
+        affects_training=False,
+        zero_is_unset=True,
+        help="Measure the validation loss every N steps.",
     )
     validate_every_n_epochs: int | None = option(
         None,
         at_least=1,
+        affects_training=False,
+        zero_is_unset=True,
         help="Measure the validation loss every N epochs. Unset does it after every epoch.",
     )
     validate_at_first: bool = option(
         False,
         own=True,
+        affects_training=False,
         help="Measure the validation loss before the first step too, to compare the others with.",
     )
     max_validation_steps: int | None = option(
         None,
         at_least=1,
+        affects_training=False,
+        zero_is_unset=True,
         help="Most batches to measure the validation loss on. Unset uses all.",
     )
     early_stop_patience: int | None = option(
         None,
         own=True,
         at_least=1,
+        affects_training=False,
         help="End the run, and save, after N validations in a row that are each worse than the best one by more than "
         "chance. Unset trains to the end.",
     )
@@ -48,5 +61,6 @@ class ValidationOptions(Options):
         False,
         usual=True,
         own=True,
+        affects_training=False,
         help="Keep the weights with the lowest validation loss so far in a file of their own, <name>-best.",
     )

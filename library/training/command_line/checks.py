@@ -10,7 +10,8 @@ from library.checkpoints.overwriting import check_not_input, check_overwrite
 from library.errors import UserError
 from library.memory.planner.gpus import parse_size
 from library.options.machine.memory import EIGHT_BIT_FORMS
-from library.options.rules import check_ranges, is_set, unused
+from library.options.no_effect import is_set, unused
+from library.options.ranges import check_ranges
 from library.options.support import unsupported
 from library.options.train import TrainOptions
 from library.options.training.optimizer import OptimizerOptions

@@ -8,9 +8,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from library.options.base import OWN, USUAL, Options
-from library.options.leco import IDLE, REFUSED, LecoOptions
+from library.options.base import Options
+from library.options.leco import LecoOptions, ignored_by_leco, refused_by_leco
 from library.options.output.console import ConsoleOptions
+from library.options.train import TrainOptions
 from library.training.command_line.console import setup_logging
 from library.training.command_line.help import EXAMPLES, EXAMPLES_OF_PROMPTS, TrainingParser
 from library.training.config_file import (
@@ -24,12 +25,6 @@ from library.training.config_file import (
 )
 
 logger = logging.getLogger(__name__)
-
-ZERO_MEANS_NEVER = (
-    "max_train_epochs", "save_every_n_epochs", "save_every_n_steps", "save_n_epoch_ratio", "save_last_n_epochs",
-    "save_last_n_steps", "save_last_n_epochs_state", "save_last_n_steps_state", "clip_skip", "validate_every_n_steps",
-    "validate_every_n_epochs", "max_validation_steps",
-)  # fmt: skip
 
 
 def build_parser(
@@ -45,9 +40,9 @@ def build_parser(
     which does not show the options `left_out`; `elsewhere` says what there is to say of an option that only other
     scripts have.
     """
-    usual, own = (
-        frozenset(f.name for kind in groups for f, _ in kind.leaves() if f.metadata.get(key)) for key in (USUAL, OWN)
-    )
+    facts = {name: facts for kind in groups for name, facts in kind.facts().items()}
+    usual = frozenset(name for name in facts if facts[name].usual)
+    own = frozenset(name for name in facts if facts[name].own)
     parser = TrainingParser(usual, parts, own, elsewhere, examples, frozenset(left_out))
     for kind in groups:
         kind.add_to(parser)
@@ -56,7 +51,8 @@ def build_parser(
 
 def build_parser_of_prompts(kind: type[LecoOptions], elsewhere: Callable[[str], str]) -> argparse.ArgumentParser:
     """The parser of a script that trains on prompts alone; what has no effect then is parsed and not shown."""
-    return build_parser(kind, elsewhere=elsewhere, examples=EXAMPLES_OF_PROMPTS, left_out=(*IDLE, *REFUSED))
+    left_out = {*ignored_by_leco(kind), *refused_by_leco(kind)}
+    return build_parser(kind, elsewhere=elsewhere, examples=EXAMPLES_OF_PROMPTS, left_out=left_out)
 
 
 def add_missing(parser: argparse.ArgumentParser, kind: type[Options]) -> None:
@@ -216,8 +212,8 @@ def normalize(args: argparse.Namespace) -> argparse.Namespace:
             values[name] = True
     if values.get("caption_extention"):
         values["caption_extension"] = values["caption_extention"]
-    for name in ZERO_MEANS_NEVER:
-        if values.get(name) == 0:
+    for name, facts in TrainOptions.facts().items():
+        if facts.zero_is_unset and values.get(name) == 0:
             values[name] = None
     if values.get("max_token_length") == 75:
         values["max_token_length"] = None

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from library.data.concepts.prompts_file import FLAG, read_prompt_pairs
 from library.errors import UserError
-from library.options.leco import IDLE, REFUSED
-from library.options.rules import asks
+from library.options.leco import ignored_by_leco, refused_by_leco
+from library.options.no_effect import asks
 from library.options.train import TrainOptions
 from library.options.training.concepts import ConceptOptions
 
@@ -14,7 +14,7 @@ from library.options.training.concepts import ConceptOptions
 def check_concepts(options: TrainOptions, concepts: ConceptOptions) -> None:
     """Raise UserError for options that cannot be had without pictures, and for mistakes in --prompts_file."""
     values = options.flat()
-    for name, why in REFUSED.items():
+    for name, why in refused_by_leco(type(options)).items():
         if asks(values[name]):
             raise UserError(f"--{name} does not work with {FLAG}: {why}")
     if not concepts.prompts_file:
@@ -30,6 +30,7 @@ def ignored_for_concepts(options: TrainOptions) -> Mapping[str, str]:
     """Options that do nothing without pictures, each with the reason; none where there are some."""
     if options.concepts is None:
         return {}
+    ignored = ignored_by_leco(type(options))
     if options.preview.sample_prompts:
-        return IDLE
-    return {**IDLE, **dict.fromkeys(("vae", "no_half_vae"), "pictures are neither encoded nor drawn")}
+        return ignored
+    return {**ignored, **dict.fromkeys(("vae", "no_half_vae"), "pictures are neither encoded nor drawn")}

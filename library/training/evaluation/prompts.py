@@ -12,11 +12,11 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from library.diffusion.samplers import ALIASES, SAMPLERS
 from library.errors import UserError
 from library.options.config_file import read_toml
 from library.options.encodings import decoded
-from library.options.rules import is_number
+from library.options.output.samplers import ALIASES, SAMPLERS
+from library.options.ranges import is_number
 from library.protocols import PromptDefaults
 from library.suggestions import did_you_mean
 from library.types import Prompt

@@ -35,10 +35,6 @@ logger = logging.getLogger(__name__)
 
 Kind = Literal["step", "epoch"]
 BARS: Mapping[Kind, str] = {"step": "validation steps", "epoch": "epoch validation steps"}  # front ends know the names
-NEEDS_PICTURES = (
-    "validation_seed", "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps",
-    "validate_at_first", "early_stop_patience", "keep_best_checkpoint",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -114,9 +110,9 @@ class Validation:
             self._warn_of_idle_options()
 
     def _warn_of_idle_options(self) -> None:
-        values, defaults = self._run.options.flat(), type(self._run.options).defaults()
-        for name in NEEDS_PICTURES:
-            if values[name] != defaults[name] and values[name] not in (None, 0):
+        defaults = ValidationOptions.defaults()
+        for name, value in self._run.options.validation.flat().items():
+            if name != "validation_split" and value != defaults[name] and value not in (None, 0):
                 logger.warning("--%s has no effect: no picture is set aside; --validation_split does that", name)
 
     @property

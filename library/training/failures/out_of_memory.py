@@ -11,7 +11,7 @@ from torch import nn
 
 from library.errors import UserError
 from library.formatting import format_bytes
-from library.options.leco import IDLE
+from library.options.leco import ignored_by_leco
 from library.options.support import UNSUPPORTED
 from library.options.train import TrainOptions
 from library.training.run_parts import Run
@@ -127,7 +127,7 @@ def main_memory() -> int:
 def savings(options: TrainOptions, sizes: Sizes, device: torch.device, is_predicted: bool = False) -> Iterator[str]:
     """Options that are not used yet, those that save most first, with the bytes where they are known; without those of
     running blocks and storing weights where these are predicted, and those that do nothing in this run."""
-    idle = () if options.concepts is None else tuple(f"--{name} " for name in IDLE)
+    idle = () if options.concepts is None else tuple(f"--{name} " for name in ignored_by_leco(type(options)))
     yield from (line for line in every_saving(options.flat(), sizes, device, is_predicted) if not line.startswith(idle))
     if options.concepts is not None:
         yield "a smaller batch_size in the --prompts_file needs as much less for activations"

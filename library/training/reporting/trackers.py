@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,19 +18,6 @@ from library.options.train import TrainOptions
 from library.training.reporting.sample_images import Drawn
 
 logger = logging.getLogger(__name__)
-
-NOT_LOGGED = {
-    "wandb_api_key",
-    "huggingface_token",
-    "pretrained_model_name_or_path",
-    "vae",
-    "tokenizer_cache_dir",
-    "train_data_dir",
-    "conditioning_data_dir",
-    "reg_data_dir",
-    "output_dir",
-    "logging_dir",
-}
 
 
 def tracker_kind(options: TrackerOptions) -> str | None:
@@ -80,14 +66,9 @@ def start_trackers(accelerator: Any, options: TrainOptions) -> None:
 
 def loggable_options(options: TrainOptions) -> dict[str, int | float | str | bool]:
     """Every option as charts may show it: without secrets and paths."""
-    flat: dict[str, int | float | str | bool] = {}
-    for group in fields(options):
-        values = getattr(options, group.name)
-        for f in fields(values):
-            if f.name not in NOT_LOGGED:
-                value = getattr(values, f.name)
-                flat[f.name] = value if isinstance(value, (int, float, str, bool)) else str(value)
-    return flat
+    values = options.flat()
+    logged = [name for name, facts in type(options).facts().items() if facts.logged]
+    return {n: values[n] if isinstance(values[n], (int, float, str, bool)) else str(values[n]) for n in logged}
 
 
 def silence_tensorboard_thread() -> None:

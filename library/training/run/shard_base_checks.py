@@ -7,7 +7,6 @@ from library.data.training_data import TrainingData
 from library.errors import UserError
 from library.launcher import fsdp_version
 from library.memory.offload.sharded import Spread
-from library.options.leco import REFUSED
 from library.options.train import TrainOptions
 from library.processes import Processes
 from library.training.step.losses import PRESERVATION
@@ -44,7 +43,8 @@ def sharding_values(options: TrainOptions, processes: Processes) -> dict[str, An
     if not wanted.shard_base:
         return {}
     if options.concepts is not None:  # that accelerate's FSDP2 asks for it is not known earlier
-        raise UserError(f"accelerate is configured for FSDP2, which means --shard_base: {REFUSED['shard_base']}")
+        reason = type(options).facts()["shard_base"].refused_by_leco
+        raise UserError(f"accelerate is configured for FSDP2, which means --shard_base: {reason}")
     if processes.count == 1:
         logger.warning("--shard_base has no effect with one process; accelerate launch --num_processes 2 starts two")
         return {"shard_base": False, "shard_group": None}

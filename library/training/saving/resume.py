@@ -29,18 +29,6 @@ from library.training.step.accumulation import Plan
 
 logger = logging.getLogger(__name__)
 
-GROUPS_WITHOUT_EFFECT = (
-    "console", "config_file", "saving", "state", "metadata", "hub", "trackers", "reports", "preview", "validation",
-    "distributed", "fit",
-)  # fmt: skip
-WITHOUT_EFFECT = (
-    "seed", "max_data_loader_n_workers", "persistent_data_loader_workers", "skip_cache_check", "tokenizer_cache_dir",
-    "train_data_dir", "reg_data_dir", "in_json", "dataset_config", "conditioning_data_dir", "cache_info",
-    "prompts_file", "network_weights", "lowram", "highvram", "cache_latents_to_disk", "cache_dir", "remote_cache_gb",
-    "trace_nonfinite",
-    "dry_run", "exit_status_on_stop", "selftest", "blocks_to_swap", "split_mode", "cpu_offload_checkpointing",
-    "unsloth_offload_checkpointing", "gradient_checkpointing_every",
-)  # fmt: skip
 OF_THE_STATE = ("optimizer_args",)
 RATES = ("learning_rate", "unet_lr", "text_encoder_lr")
 LENGTH = ("max_train_steps", "max_train_epochs")
@@ -235,10 +223,10 @@ def report_differences(
 def option_differences(facts: StateManifest, options: TrainOptions, num_processes: int) -> Iterator[tuple[int, str]]:
     """A line for every option that changed and matters."""
     now, defaults = recorded_options(options), type(options).defaults()
-    idle = {name for group in GROUPS_WITHOUT_EFFECT for name in getattr(options, group).flat()} | set(WITHOUT_EFFECT)
+    compared = {name for name, about in type(options).facts().items() if not about.may_change_on_resume}
     if facts.num_processes != num_processes:
-        idle.add("gradient_accumulation_steps")  # what both together do is said by `process_differences`
-    for name in sorted(now.keys() - idle):
+        compared.discard("gradient_accumulation_steps")  # what both together do is said by `process_differences`
+    for name in sorted(now.keys() & compared):
         before = facts.options.get(name, json.loads(json.dumps(defaults[name], default=str)))
         if before == now[name]:
             continue

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from library.errors import UserError
-from library.options.base import RULE, Rule, scalar_type
+from library.options.base import scalar_type
 from library.options.dataset import DatasetOptions
-from library.options.rules import check_number, is_set, unused
+from library.options.no_effect import is_set, unused
+from library.options.ranges import check_number
 from library.options.train import TrainOptions
 from library.options.training.loss import LossOptions
 from library.options.training.noise import NoiseOptions
@@ -23,30 +24,6 @@ logger = logging.getLogger(__name__)
 
 OptionsT = TypeVar("OptionsT", bound=TrainOptions)
 
-SHORT: Mapping[str, str] = {  # what can be swept -> how names of files call it; "" where the value says it all
-    "learning_rate": "lr",
-    "unet_lr": "unetlr",
-    "text_encoder_lr": "telr",
-    "network_module": "",
-    "network_dim": "dim",
-    "network_alpha": "alpha",
-    "network_dropout": "dropout",
-    "network_weights": "from_",
-    "scale_weight_norms": "maxnorm",
-    "optimizer_type": "",
-    "max_grad_norm": "clip",
-    "lr_scheduler": "",
-    "lr_scheduler_type": "",
-    "lr_warmup_steps": "warmup",
-    "lr_decay_steps": "decay",
-    "lr_scheduler_num_cycles": "cycles",
-    "lr_scheduler_power": "power",
-    "lr_scheduler_timescale": "timescale",
-    "lr_scheduler_min_lr_ratio": "minlr",
-    "ema_decay": "ema",
-    "ema_update_after_step": "emaafter",
-    "seed": "seed",
-}
 NEAR = 0.9  # a slip of an option's name; the nearest key of --network_args, network_reg_dims, is at 0.81
 TABLES = ("network_args", "optimizer_args", "lr_scheduler_args")  # options whose keys can be swept, the first without
 NONE = "none"  # stands for an option that is not given
@@ -108,6 +85,7 @@ def combinations_of(options: OptionsT) -> list[Combination[OptionsT]]:
     Raises UserError for a word that cannot be swept, a value that its option cannot have, and names that clash.
     """
     words = [word_of(item, options) for item in options.sweep.sweep or ()]
+    short = sweep_names(type(options))
     names = [name for name, _ in words]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"--sweep names {twice} twice; give all of its values in one word")
@@ -116,7 +94,7 @@ def combinations_of(options: OptionsT) -> list[Combination[OptionsT]]:
     found = []
     for texts in product(*(texts for _, texts in words)):
         chosen = dict(zip(names, texts, strict=True))
-        label = "-".join(f"{short_name(name)}{short_value(text)}" for name, text in chosen.items())
+        label = "-".join(f"{short.get(name, key_name(name))}{short_value(text)}" for name, text in chosen.items())
         found.append(Combination(label, chosen, alone(options, chosen, label, strengths)))
     if len(found) < 2:
         raise UserError(f"--sweep {' '.join(options.sweep.sweep or ())} names a single adapter; give it two or more")
@@ -135,11 +113,12 @@ def word_of(item: str, options: TrainOptions) -> tuple[str, list[str]]:
         raise UserError(f"--sweep {item!r}: {FORM}")
     if twice := next((value for value in texts if texts.count(value) > 1), None):
         raise UserError(f"--sweep {name}: {twice} stands there twice")
-    if name in SHORT or (name.partition(".")[0] in TABLES and "." in name):
+    swept = sweep_names(type(options))
+    if name in swept or (name.partition(".")[0] in TABLES and "." in name):
         return name, texts
     if name in options.flat():
         raise UserError(f"--sweep {name}: {why_not(name)}")
-    if hint := did_you_mean(name, SHORT, NEAR):
+    if hint := did_you_mean(name, swept, NEAR):
         raise UserError(f"--sweep {name}: there is no such option{hint}")
     return f"{TABLES[0]}.{name}", texts  # which the network module holds to what it knows
 
@@ -166,9 +145,14 @@ def warn_of_replaced(options: TrainOptions, names: Sequence[str]) -> None:
             logger.warning("--%s has no effect: --sweep gives every adapter its own", f"{table} {key}" if key else name)
 
 
-def short_name(name: str) -> str:
-    """What names of files call a word."""
-    return SHORT.get(name, name.rpartition(".")[2].replace("_", ""))
+def sweep_names(kind: type[TrainOptions]) -> dict[str, str]:
+    """Return the options that can be swept, each with its short name in file names."""
+    return {name: facts.sweep_name for name, facts in kind.facts().items() if facts.sweep_name is not None}
+
+
+def key_name(name: str) -> str:
+    """Shorten a key such as `optimizer_args.weight_decay` for file names."""
+    return name.rpartition(".")[2].replace("_", "")
 
 
 def short_value(text: str) -> str:
@@ -204,6 +188,7 @@ def alone(options: OptionsT, chosen: Mapping[str, str], label: str, strengths: S
 def value_of(options: TrainOptions, name: str, text: str) -> Any:
     """The value of an option, as the command line would read it."""
     field, hint = next((field, hint) for field, hint in type(options).leaves() if field.name == name)
+    facts = type(options).facts()[name]
     if text.lower() == NONE and field.default is None:
         return None
     kind = field.metadata.get("type", scalar_type(hint))
@@ -213,7 +198,7 @@ def value_of(options: TrainOptions, name: str, text: str) -> Any:
         raise UserError(f"--sweep {name}: {text!r} is no value of --{name}: {error}") from error
     for number in found if isinstance(found, list) else [found]:
         if isinstance(number, int | float):
-            check_number(name, number, field.metadata.get(RULE, Rule()))
+            check_number(name, number, facts)
     return found
 
 

@@ -17,8 +17,8 @@ from library.memory.formats.format import Form
 from library.models.identify import refuse_other_folder, refuse_other_model
 from library.models.loading import Component, materialise
 from library.models.vae.vae import empty_vae, vae_of_checkpoint
+from library.options.model import BASE_FLAG
 
-BASE_FLAG = "--pretrained_model_name_or_path"
 DENOISER_PREFIX, TEXT_PREFIX = "model.diffusion_model.", "bytes_encoder."
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from library.architectures.anima.options import AnimaOptions
 from library.diffusion.flow import IGNORES, FlowMatching, Target, build_flow, build_sampled_flow
 from library.diffusion.timesteps import shifted_scheme
-from library.options.rules import unused
+from library.options.no_effect import unused
 from library.options.train import TrainOptions
 from library.options.training.flow import FlowSamplingOptions, FlowWeightingOptions
 from library.protocols import Objective

@@ -5,8 +5,6 @@ import torch
 from torch import Tensor
 
 from library.diffusion.samplers import (
-    ALIASES,
-    SAMPLERS,
     FlowSampler,
     Sampler,
     adams_bashforth,
@@ -15,7 +13,7 @@ from library.diffusion.samplers import (
     even_sigmas,
 )
 from library.diffusion.schedules import abar_of, ddpm_abar, scaled_linear_betas
-from library.options.output.preview import PreviewOptions
+from library.options.output.samplers import ALIASES, SAMPLERS
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 
 
@@ -31,9 +29,10 @@ def walk(sampler: Sampler, clean_BCHW: Tensor, seed: int = 0) -> Tensor:
     return x_BCHW
 
 
-def test_every_name_of_the_option_has_a_sampler() -> None:
-    choices = {f.name: f for f, _ in PreviewOptions.leaves()}["sample_sampler"].metadata["choices"]
-    assert set(choices) == {*SAMPLERS, *ALIASES}
+@pytest.mark.parametrize("name", ALIASES)
+def test_another_name_of_a_sampler_means_the_same_scheduler(name: str) -> None:
+    made = [build_ddpm_sampler(n, 4, predicts_velocity=False, zero_terminal_snr=False) for n in (name, ALIASES[name])]
+    assert made[0].levels == made[1].levels and type(made[0]) is type(made[1])
 
 
 @pytest.mark.parametrize("num_steps", [2, 3, 5, 20])

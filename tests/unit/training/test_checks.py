@@ -11,8 +11,8 @@ import torch
 
 from library.architectures.flux.options import FluxModelOptions
 from library.architectures.sd3.options import Sd3TrainingOptions
-from library.options.base import RULE, Rule, group
-from library.options.rules import unused
+from library.options.base import group
+from library.options.no_effect import unused
 from library.options.support import DEEPSPEED, INSTEAD, OTHERS, UNSUPPORTED, unsupported
 from library.options.train import TrainOptions
 from library.training.command_line import checks
@@ -294,8 +294,8 @@ def test_each_line_about_support_is_about_a_real_option() -> None:
 
 def test_rules_speak_of_options_that_exist() -> None:
     known = AllOptions.defaults().keys()
-    rules = [field.metadata.get(RULE, Rule()) for field, _ in AllOptions.leaves()]
-    named = {need.partition("=")[0] for rule in rules for need in rule.needs} | {r.unless for r in rules if r.unless}
+    facts = AllOptions.facts().values()
+    named = {need.partition("=")[0] for f in facts for need in f.needs} | {f.unless for f in facts if f.unless}
     assert len(named) > 10 and named - {"cache_text_encoder_outputs_to_disk"} <= known
 
 

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from library.architectures.sdxl.leco import SdxlLecoOptions
-from library.options.leco import IDLE, REFUSED, LecoOptions
+from library.options.leco import LecoOptions, ignored_by_leco, refused_by_leco
 from library.training.command_line.checks import check, report_unused
 from library.training.command_line.cli import parse
 from library.training.failures.out_of_memory import Sizes, savings
 from library.training.run.shard_base_checks import sharding_values
 
+IGNORED, REFUSED = ignored_by_leco(SdxlLecoOptions), refused_by_leco(SdxlLecoOptions)
 SCRIPTS = {"train_leco": LecoOptions, "sdxl_train_leco": SdxlLecoOptions}
 VALUES = {"max_train_epochs": 3, "fit": "8GB", "sweep": ["network_dim=4,8"]}
 DEFAULTS = {
@@ -74,9 +75,8 @@ def test_a_way_without_a_part_is_refused(prompts: Path, steps: int) -> None:
 
 def test_every_option_without_effect_is_one_and_is_warned_of(prompts: Path, caplog: pytest.LogCaptureFixture) -> None:
     defaults = SdxlLecoOptions.defaults()
-    assert IDLE.keys() <= defaults.keys()
     numbers = {name: (value or 0) + 1 for name, value in defaults.items()
-               if name in IDLE.keys() - REFUSED.keys() and isinstance(value, bool | int | float)}  # fmt: skip
+               if name in IGNORED.keys() - REFUSED.keys() and isinstance(value, bool | int | float)}  # fmt: skip
     with caplog.at_level(logging.WARNING):
         report_unused(made(prompts, **numbers), {})
     told = [re.match(r"--(\w+) has no effect: ", record.message) for record in caplog.records]
@@ -110,7 +110,7 @@ def test_help_shows_no_option_without_effect_and_examples_that_parse(
         shown[word] = capsys.readouterr().out
         found = set(re.findall(r"^  --(\w+)", shown[word], re.MULTILINE))
         assert {"prompts_file", "max_denoising_steps", "network_dim", "resume"} <= found
-        assert not found & {*IDLE, *REFUSED}
+        assert not found & {*IGNORED, *REFUSED}
     commands = re.findall(r"^ +python3 \S+ (.*)$", shown["--help"].replace("\\\n", " "), re.MULTILINE)
     assert len(commands) == 2 and all(parser.parse_known_args(line.split())[1] == [] for line in commands)
     programs = {action.dest for action in parser._actions}
@@ -123,4 +123,4 @@ def test_advice_for_too_little_memory_names_nothing_without_effect(prompts: Path
     lines = list(savings(made(prompts), Sizes(10**9, 0, 0, 10**6), torch.device("cpu")))
     assert any(line.startswith("--gradient_checkpointing ") for line in lines)
     assert "a smaller batch_size in the --prompts_file needs as much less for activations" in lines
-    assert not [line for line in lines for name in IDLE if line.startswith(f"--{name} ")]
+    assert not [line for line in lines for name in IGNORED if line.startswith(f"--{name} ")]

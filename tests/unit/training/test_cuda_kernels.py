@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from library.options.machine.kernels import KernelOptions
-from library.options.rules import unused
+from library.options.no_effect import unused
 from library.options.train import TrainOptions
 from library.training.models.cuda_kernels import cuda_kernels
 from library.training.run.deterministic import deterministic

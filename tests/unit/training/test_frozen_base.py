@@ -16,7 +16,7 @@ from library.errors import UserError
 from library.memory.formats.format import AS_IN_FILE
 from library.memory.formats.named import FORMS
 from library.memory.offload import shared
-from library.options.rules import unused
+from library.options.no_effect import unused
 from library.options.train import TrainOptions
 from library.processes import Processes
 from library.training.models import frozen_base

@@ -3,7 +3,7 @@
 import pytest
 
 from library.errors import UserError
-from library.options.rules import check_ranges
+from library.options.ranges import check_ranges
 from library.options.training.optimizer import ScheduleOptions
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from library.architectures.flux.options import FluxOptions
 from library.checkpoints.tree_json import put_together, take_apart
 from library.data.plan.dataset_digest import content_digests
 from library.errors import UserError
@@ -429,6 +430,13 @@ def test_rates_that_are_not_given_are_those_of_the_state(caplog: pytest.LogCaptu
     assert found == {"learning_rate": 1e-4, "text_encoder_lr": [5e-5]}
     assert "--learning_rate is not given: that of the state stays, 0.0001" in caplog.text
     assert rates_of_state(before, None) == {}
+
+
+def test_where_events_and_cached_captions_go_is_no_other_run(caplog: pytest.LogCaptureFixture) -> None:
+    base = FluxOptions()
+    others = {"log_events": "other.jsonl", "no_report": True, "cache_text_encoder_outputs_to_disk": True,
+              "disable_mmap_load_safetensors": True, "show_timesteps": "console"}  # fmt: skip
+    assert differences(base, base.with_values(others), caplog) == ""
 
 
 def test_pictures_whose_files_have_changed_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

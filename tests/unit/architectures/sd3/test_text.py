@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from library.architectures.sd3.assembly import build
 from library.architectures.sd3.options import Sd3Options
 from library.architectures.sd3.text import Sd3Text, up_to_end
-from library.options.rules import check_ranges
+from library.options.ranges import check_ranges
 from library.types import Conditioning
 from tests.tolerances import FLOAT32_DEEP
 from tests.unit.architectures.sd3.test_load import options_of

@@ -1,0 +1,34 @@
+"""Check that the numbers of options lie in the ranges that their declarations name."""
+
+from math import isfinite
+from typing import TypeGuard
+
+from library.errors import UserError
+from library.options.base import Facts, Options
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether a value is a number, which true and false are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_ranges(options: Options) -> None:
+    """Raise UserError for the first number that lies where it means nothing, naming its option."""
+    values = options.flat()
+    for name, facts in type(options).facts().items():
+        value = values[name]
+        for number in value if isinstance(value, list) else [value]:
+            if is_number(number):
+                check_number(name, number, facts)
+
+
+def check_number(name: str, number: float, facts: Facts) -> None:
+    """Raise UserError where a number of the option `name` is outside its range."""
+    if isinstance(number, float) and not isfinite(number):
+        raise UserError(f"--{name} is {number}; use a finite number")
+    if facts.is_share and not 0 <= number <= 1:
+        raise UserError(f"--{name} is {number}; it is a share, use 0 to 1")
+    if facts.at_least is not None and number < facts.at_least:
+        raise UserError(f"--{name} is {number}; use at least {facts.at_least}, or leave it out")
+    if facts.at_most is not None and number > facts.at_most:
+        raise UserError(f"--{name} is {number}; use at most {facts.at_most}, or leave it out")

@@ -1,0 +1,116 @@
+"""The facts that the declaration of every option carries are what the program does with the option."""
+
+import re
+from argparse import Namespace
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from library.architectures.sdxl.leco import SdxlLecoOptions
+from library.errors import UserError
+from library.options.base import FACTS, scalar_type
+from library.options.leco import ignored_by_leco
+from library.options.no_effect import unused
+from library.options.train import TrainOptions
+from library.training.command_line.cli import normalize
+from library.training.command_line.concept_checks import ignored_for_concepts
+from library.training.config_file import SECRETS
+from library.training.reporting.trackers import loggable_options
+from library.training.run.run_events import given
+from library.training.saving.resume import option_differences, recorded_options
+from library.training.saving.state import StateManifest
+from library.training.sweep.combinations import sweep_names, word_of
+from tests.running import STARTED
+
+KINDS = {script: spec.options for script, spec in STARTED.items()}
+by_script = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+
+
+def with_all_changed(kind: type[TrainOptions]) -> TrainOptions:
+    """Options of which none has its default."""
+    return kind().with_values({field.name: another(field, hint) for field, hint in kind.leaves()})
+
+
+def another(field: Any, hint: Any) -> Any:
+    """Return a value of an option that is set and is not the default."""
+    if choices := field.metadata.get("choices"):
+        (value, *_) = (choice for choice in choices if choice not in (field.default, None, 0, "no"))
+    elif hint is bool:
+        value = not field.default
+    elif isinstance(field.default, int | float):
+        value = field.default + 1
+    else:
+        value = scalar_type(hint)("7")
+    return [value] if field.metadata.get("nargs") else value
+
+
+def names_in(lines: Iterable[str]) -> set[str]:
+    """Return the options that lines begin with."""
+    return {found[1] for line in lines if (found := re.match(r"--(\w+)", line))}
+
+
+@by_script
+def test_a_resumed_run_is_told_of_every_option_that_may_not_change(kind: type[TrainOptions]) -> None:
+    state = StateManifest(Path("s"), 1, 0, 1, recorded_options(kind()), {}, {})
+    told = names_in(line for _, line in option_differences(state, with_all_changed(kind), 1))
+    assert told == {name for name, facts in kind.facts().items() if not facts.may_change_on_resume}
+    assert {"network_dim", "min_snr_gamma", "mixed_precision", "max_train_steps", "resolution"} <= told
+    assert not {"output_dir", "seed", "dataset_config", "blocks_to_swap", "save_every_n_steps", "log_events"} & told
+
+
+@by_script
+def test_facts_fit_together(kind: type[TrainOptions]) -> None:
+    assert all(FACTS in field.metadata for field, _ in kind.leaves())
+    for name, facts in kind.facts().items():
+        assert facts.affects_training or not facts.kept_in_state, name
+        assert facts.affects_training or facts.sweep_name is None, f"adapters that differ in --{name} would be equal"
+
+
+@by_script
+def test_names_in_sweeps_tell_options_apart(kind: type[TrainOptions]) -> None:
+    hints = {field.name: hint for field, hint in kind.leaves()}
+    names = sweep_names(kind)
+    short = [name for name in names.values() if name]
+    assert len(short) == len(set(short)) > 10
+    assert all(scalar_type(hints[name]) is str for name in names if not names[name]), "a bare number says nothing"
+
+
+def test_what_has_a_name_in_sweeps_can_be_swept_and_nothing_else() -> None:
+    options = TrainOptions()
+    for name, facts in TrainOptions.facts().items():
+        if facts.sweep_name is not None:
+            assert word_of(f"{name}=a,b", options) == (name, ["a", "b"])
+            continue
+        with pytest.raises(UserError, match=f"^--sweep {name}: "):
+            word_of(f"{name}=a,b", options)
+
+
+def test_what_leco_ignores_is_warned_of_with_the_reason() -> None:
+    options = with_all_changed(SdxlLecoOptions)
+    ignored = ignored_by_leco(SdxlLecoOptions)
+    lines = list(unused(options, ignored_for_concepts(options)))
+    assert {f"--{name} has no effect: {why}" for name, why in ignored.items()} <= set(lines)
+    assert {"train_data_dir", "cache_latents", "validation_split", "text_cache_variants"} <= ignored.keys()
+    assert not {"text_encoder_cpu", "network_dim", "seed", "sweep", "max_train_epochs"} & ignored.keys()
+
+
+@by_script
+def test_zero_becomes_unset_where_that_is_the_default(kind: type[TrainOptions]) -> None:
+    values = vars(normalize(Namespace(**dict.fromkeys(kind.defaults(), 0))))
+    assert {name for name, value in values.items() if value is None} == {
+        name for name, facts in kind.facts().items() if facts.zero_is_unset
+    }
+    assert all(kind.defaults()[name] is None for name in values if values[name] is None)
+
+
+@by_script
+def test_no_file_and_no_tracker_gets_a_password(kind: type[TrainOptions]) -> None:
+    secrets = {name for name, facts in kind.facts().items() if facts.secret}
+    assert secrets == set(SECRETS)
+    options = with_all_changed(kind)
+    logged = loggable_options(options)
+    assert not secrets & (recorded_options(options).keys() | given(options).keys() | logged.keys())
+    assert logged.keys() == {name for name, facts in kind.facts().items() if facts.logged}
+    assert not {"output_dir", "train_data_dir", "pretrained_model_name_or_path"} & logged.keys()
