@@ -24,7 +24,7 @@ import torch  # noqa: E402
 from accelerate import init_empty_weights  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from benchmarks.reading_in_a_form import CONFIG as FLUX  # noqa: E402
+from benchmarks.reading_in_a_format import CONFIG as FLUX  # noqa: E402
 from library.architectures.anima.llm_adapter import AdapterConfig  # noqa: E402
 from library.architectures.anima.model import Anima, AnimaConfig  # noqa: E402
 from library.architectures.flux.approximator import ApproximatorConfig  # noqa: E402

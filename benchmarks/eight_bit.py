@@ -23,9 +23,9 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from library.memory.formats.codes import Codes, input_gradient, output  # noqa: E402
-from library.memory.formats.named import FORMS  # noqa: E402
-from library.options.machine.memory import EIGHT_BIT_FORMS  # noqa: E402
+from library.memory.codecs.matmul_8bit import Codes, input_gradient, output  # noqa: E402
+from library.memory.codecs.weight_format import load_format  # noqa: E402
+from library.options.machine.base_formats import BASE_FORMATS  # noqa: E402
 
 SHAPES = ((3072, 3072), (12288, 3072), (3072, 12288))  # outputs, inputs of FLUX.1's layers
 SMALL_TOKENS, SMALL_SIDE = 32, 512  # for fp8 on a CPU
@@ -40,10 +40,11 @@ def errors(name: str, tokens: int, num_out: int, num_in: int, device: torch.devi
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(num_out, num_in, generator=generator).to(device, torch.bfloat16) / num_in**0.5
     gradient = torch.randn(tokens, num_out, generator=generator).to(device, torch.bfloat16)
-    parts = FORMS[name].encode(weight)
-    codes = FORMS[name].codes(parts)
+    codec = load_format(name).codec
+    parts = codec.encode(weight)
+    codes = codec.codes(parts)
     assert codes is not None
-    decoded = FORMS[name].decode(parts, weight.shape, torch.float64)
+    decoded = codec.decode(parts, weight.shape, torch.float64)
     found: list[float] = []
     for factor in (1, 30):
         x = torch.randn(tokens, num_in, generator=generator)
@@ -67,14 +68,14 @@ def times(name: str, tokens: int, num_out: int, num_in: int, device: torch.devic
     weight = torch.randn(num_out, num_in, device=device).bfloat16() / num_in**0.5
     x = torch.randn(tokens, num_in, device=device).bfloat16()
     gradient = torch.randn(tokens, num_out, device=device).bfloat16()
-    form = FORMS[name]
-    parts = form.encode(weight)
-    codes: Codes | None = form.codes(parts)
+    codec = load_format(name).codec
+    parts = codec.encode(weight)
+    codes: Codes | None = codec.codes(parts)
     assert codes is not None
 
     def decoded() -> None:
-        x @ form.decode(parts, weight.shape, torch.bfloat16).t()
-        gradient @ form.decode(parts, weight.shape, torch.bfloat16)
+        x @ codec.decode(parts, weight.shape, torch.bfloat16).t()
+        gradient @ codec.decode(parts, weight.shape, torch.bfloat16)
 
     def direct() -> None:
         output(x, codes, None)
@@ -95,8 +96,10 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=5)
     args = parser.parse_args()
     device = torch.device(args.device)
-    print("form           tokens    out     in       y  y, outlier      dx  / decoded  / bf16")
-    for name in EIGHT_BIT_FORMS:
+    print("format         tokens    out     in       y  y, outlier      dx  / decoded  / bf16")
+    for name in BASE_FORMATS:
+        if not load_format(name).supports_8bit_matmul:
+            continue
         is_small = name == "fp8" and device.type == "cpu"
         for num_out, num_in in ((SMALL_SIDE, SMALL_SIDE),) if is_small else SHAPES:
             tokens = SMALL_TOKENS if is_small else args.tokens

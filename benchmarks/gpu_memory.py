@@ -28,8 +28,8 @@ from torch import Tensor, nn  # noqa: E402
 
 from library.memory.activations import recompute_from_main_memory  # noqa: E402
 from library.memory.blocks import BlockRunner, Every, Stacks, plain, recompute, run_blocks_with, stacks_of  # noqa: E402
-from library.memory.formats.named import FORMS  # noqa: E402
-from library.memory.formats.plain import Plain  # noqa: E402
+from library.memory.codecs.plain import Plain  # noqa: E402
+from library.memory.codecs.weight_format import load_format  # noqa: E402
 from library.memory.frozen import layers_in_blocks, store_in  # noqa: E402
 from library.memory.offload.streamed import chosen, stream  # noqa: E402
 from networks import lora  # noqa: E402
@@ -41,13 +41,14 @@ RANK, NUM_WARM, NUM_TIMED = 16, 2, 5
 class Mode:
     """One way; `share` of the blocks of each kind wait in main memory."""
 
-    form: str = "none"
+    weight_format: str = "none"
     share: float = 0.0
     runner: str = "recompute"
 
     def __str__(self) -> str:
         waits = f", {self.share:.0%} of the blocks wait" if self.share else ""
-        return f"{self.form if self.form != 'none' else 'bf16'}{waits}, {self.runner.replace('_', ' ')}"
+        name = "bf16" if self.weight_format == "none" else self.weight_format
+        return f"{name}{waits}, {self.runner.replace('_', ' ')}"
 
 
 MODES = (
@@ -86,7 +87,7 @@ class Subject:
 
 
 def flux(is_tiny: bool) -> Subject:
-    from benchmarks.reading_in_a_form import CONFIG
+    from benchmarks.reading_in_a_format import CONFIG
     from library.architectures.flux.assembly import view
     from library.architectures.flux.model import Flux
 
@@ -146,7 +147,7 @@ def random_weight(like: Tensor, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def filled(subject: Subject, mode: Mode, device: torch.device) -> nn.Module:
-    """The denoiser with random weights in the mode's form, those of waiting blocks in main memory."""
+    """The denoiser with random weights in the mode's format, those of waiting blocks in main memory."""
     with torch.device("meta"):
         model = subject.build()
     stacks = subject.stacks(model)
@@ -161,10 +162,10 @@ def filled(subject: Subject, mode: Mode, device: torch.device) -> nn.Module:
         del path
         place = torch.device("cpu") if layer in waits else device
         weight = random_weight(layer.weight, device)  # type: ignore[arg-type]
-        if mode.form == "none" and layer not in waits:
+        if mode.weight_format == "none" and layer not in waits:
             layer.weight = nn.Parameter(weight)
             continue
-        store_in(FORMS[mode.form] if mode.form != "none" else Plain(), layer, weight)
+        store_in(load_format(mode.weight_format).codec if mode.weight_format != "none" else Plain(), layer, weight)
         for name, part in layer.own_parts().items():  # type: ignore[operator]
             setattr(layer, name, nn.Parameter(part.to(place), requires_grad=False))
     for module in model.modules():

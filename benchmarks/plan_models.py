@@ -42,7 +42,7 @@ def cell(found: Fit) -> str:
     chosen = found.choice.chosen
     if chosen is None:
         return f"needs {in_gib(found.choice.least.device_bytes)}"
-    way = describe(replace(chosen.way, form=None))  # the line says it
+    way = describe(replace(chosen.way, weight_format=None))  # the line says it
     return f"{in_gib(chosen.device_bytes)}, {chosen.seconds:.2f} s: `{way}`"
 
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from benchmarks.reading_in_a_form import CONFIG as FLUX  # noqa: E402
+from benchmarks.reading_in_a_format import CONFIG as FLUX  # noqa: E402
 from benchmarks.trainer_tax import build_pictures  # noqa: E402
 from library.architectures.flux.model import Flux  # noqa: E402
 from networks.core.changes.adapter import Adapter  # noqa: E402

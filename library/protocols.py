@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.diffusion.samplers import Sampler
 from library.memory.blocks import BlockRunner, Stacks, chains_of, run_blocks_with, stacks_of
-from library.memory.formats.format import WantedForm
+from library.memory.codecs.codec import RequestedFormat
 from library.options.caching import TextCachingOptions
 from library.types import Batch, Conditioning, Noised, Prompt, Tokens
 
@@ -31,8 +31,8 @@ class Loader(Protocol):
 
     def text_encoders(self) -> list[nn.Module]: ...
     def vae(self) -> nn.Module: ...
-    def denoiser(self, form: WantedForm | None = None) -> nn.Module:
-        """With a form the weights inside its blocks come in it, each turned as it is read."""
+    def denoiser(self, weight_format: RequestedFormat | None = None) -> nn.Module:
+        """With a `weight_format` the weights inside its blocks are stored in it, each as it is read."""
         ...
 
 

@@ -174,7 +174,7 @@ def flat(config: Config) -> Config:
 
 
 def kept_kind(config: Config, stored_as: str, shape: tuple[int, ...]) -> str | None:
-    """By the names of `library.memory.formats.named` what a weight can stay as; None where it has to be decoded."""
+    """The value of --base_format that has such codes; None where a weight has to be decoded."""
     if len(shape) != 2:
         return None
     if stored_as == "int8_tensorwise":

@@ -32,7 +32,7 @@ ConfigT = TypeVar("ConfigT")
 class Quantised:
     """A weight that lies in the file as 8-bit codes with scales."""
 
-    kind: str  # by the names of `library.memory.formats.named`
+    kind: str  # the value of --base_format that has such codes
     group_size: int | None  # inputs that are turned together, where they are
     read: Callable[[], Mapping[str, Tensor] | None]  # `codes` and `scales`; None where it is none after all
 

@@ -12,15 +12,15 @@ from torch.nn.functional import linear
 from torch.nn.grad import conv2d_input
 
 from library.memory import small_convolutions
-from library.memory.formats.codes import Codes, input_gradient, output
-from library.memory.formats.format import Decoder, Form, Parts
+from library.memory.codecs.codec import Codec, Decoder, Parts
+from library.memory.codecs.matmul_8bit import Codes, input_gradient, output
 
 Handle = Callable[[], Parts]
 """Gives the stored parts of a weight, from wherever they wait, each time it is called."""
 
 
 class FrozenLayer(nn.Module):
-    """A layer whose frozen weight is kept in a `form` and asked for through a `handle`.
+    """A layer whose frozen weight is stored as parts, which a `handle` gives and a `decoder` turns into the weight.
 
     The parts are frozen parameters, so that whatever moves or shards a model's parameters takes them along. `weight`
     is decoded whenever it is asked for, in the dtype it had: a copy, so that what was read stays what it was when the
@@ -28,7 +28,7 @@ class FrozenLayer(nn.Module):
     of the input decodes it once more, for autograd would keep it in the precision of the run.
     """
 
-    form: Decoder
+    decoder: Decoder
     handle: Handle
     weight_shape: torch.Size
     weight_dtype: torch.dtype
@@ -38,16 +38,16 @@ class FrozenLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         parts = self.handle()
-        decoded = self.form.decode(parts, self.weight_shape, self.weight_dtype)
+        decoded = self.decoder.decode(parts, self.weight_shape, self.weight_dtype)
         return decoded.clone() if any(decoded is part for part in parts.values()) else decoded
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
         """The weight to compute with in `dtype`, before anything else asks for one."""
-        return self.form.decode(self.handle(), self.weight_shape, dtype)
+        return self.decoder.decode(self.handle(), self.weight_shape, dtype)
 
     def own_codes(self) -> Codes | None:
         """What the layer multiplies with as it is stored; None where it decodes its weight."""
-        return self.form.codes(self.handle()) if self.multiplies_codes else None
+        return self.decoder.codes(self.handle()) if self.multiplies_codes else None
 
     def own_parts(self) -> Parts:
         """The handle of a layer whose parts are its own parameters."""
@@ -153,38 +153,38 @@ def layers_in_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def frozen_layers(block: nn.Module) -> Iterator[FrozenLayer]:
-    """The layers of a block whose weights are stored in a form."""
+    """The layers of a block whose weights are stored by a codec."""
     return (layer for layer in block.modules() if isinstance(layer, FrozenLayer))
 
 
 @torch.no_grad()
-def store_in(form: Form, layer: nn.Module, weight: Tensor | None = None) -> None:
-    """Turn a layer into its frozen twin in `form`, in place, so that others may hold on to it.
+def store_in(codec: Codec, layer: nn.Module, weight: Tensor | None = None) -> None:
+    """Turn a layer into its frozen twin, stored by `codec`, in place, so that others may hold on to it.
 
     `weight` stands in for the layer's own, which may have no values yet.
     """
     whole = layer.weight if weight is None else weight
     assert isinstance(whole, Tensor)
-    keep_in(form, layer, form.encode(whole), whole.shape, whole.dtype)
+    keep_in(codec, layer, codec.encode(whole), whole.shape, whole.dtype)
 
 
-def keep_in(form: Decoder, layer: nn.Module, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> None:
+def keep_in(decoder: Decoder, layer: nn.Module, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> None:
     """The same with the parts of a weight of that shape and dtype at hand."""
     del layer.weight
     layer.__class__ = KINDS[type(layer)]
     assert isinstance(layer, FrozenLayer)
-    layer.form, layer.weight_shape, layer.weight_dtype = form, shape, dtype
+    layer.decoder, layer.weight_shape, layer.weight_dtype = decoder, shape, dtype
     for name, part in parts.items():
         layer.register_parameter(name, nn.Parameter(part, requires_grad=False))
     layer.handle = layer.own_parts
 
 
-def store_all_in(form: Form, layers: Iterable[nn.Module]) -> int:
-    """Keep those of the layers in `form` that can be and are not frozen yet; gives how many frozen ones there are."""
+def store_all_in(codec: Codec, layers: Iterable[nn.Module]) -> int:
+    """Store the layers that can be and are not frozen yet by `codec`; return how many frozen ones there are."""
     layers = list(layers)
     for layer in layers:
         if can_be_frozen(layer):
-            store_in(form, layer)
+            store_in(codec, layer)
     return sum(isinstance(layer, FrozenLayer) for layer in layers)
 
 
@@ -192,7 +192,7 @@ def multiply_codes(layers: Iterable[FrozenLayer]) -> int:
     """Let those of the layers compute with 8-bit numbers that can; gives how many do."""
     count = 0
     for layer in layers:
-        codes = layer.form.codes(layer.handle()) if isinstance(layer, FrozenLinear) else None
+        codes = layer.decoder.codes(layer.handle()) if isinstance(layer, FrozenLinear) else None
         layer.multiplies_codes = codes is not None and codes.can_be_multiplied
         count += layer.multiplies_codes
     return count

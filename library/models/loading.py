@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from library.checkpoints.quantised import times, turn_regularly
 from library.checkpoints.weights import FromFiles, Weights
 from library.errors import NotThere, UserError, few
+from library.memory.codecs.codec import AS_IN_FILE, AsInFile, AsRead, RequestedFormat
+from library.memory.codecs.plain import Plain
+from library.memory.codecs.scaled import Scaled
+from library.memory.codecs.weight_format import load_format
 from library.memory.devices import channels_last_where_it_fits
-from library.memory.formats.format import AS_IN_FILE, AsInFile, AsRead, WantedForm
-from library.memory.formats.named import FORMS
-from library.memory.formats.plain import Plain
-from library.memory.formats.scaled import Scaled
 from library.memory.frozen import keep_in, layers_in_blocks, store_in
 from library.models.shapes import shape_of
 
@@ -72,13 +72,15 @@ def first_side(component: Component | Absent, name: str) -> int | None:
     return None if isinstance(component, Absent) else shape_of(component.weights.shapes, name)[0]
 
 
-def materialise(model: nn.Module, weights: Weights, dtype: torch.dtype, form: WantedForm | None = None) -> nn.Module:
+def materialise(
+    model: nn.Module, weights: Weights, dtype: torch.dtype, weight_format: RequestedFormat | None = None
+) -> nn.Module:
     """Give a module on the meta device its weights in `dtype`; frozen, in evaluation mode.
 
-    With a `form` the weights inside its blocks are stored in it, each as soon as it is read: the most memory that this
-    takes is the result and one weight. With AS_IN_FILE those that the file has in 8 bits stay as they are, and so do
-    those that it has in the form that is asked for, unless they are changed. Where layers are taken away all of them
-    are stored in some form.
+    With a `weight_format` the weights inside its blocks are stored in it, each as soon as it is read: the most memory
+    that this takes is the result and one weight. With AS_IN_FILE those that the file has in 8 bits stay as they are,
+    and so do those that it has in the format that is asked for, unless they are changed. Where layers are taken away
+    all of them are stored in some format.
 
     Raises UserError naming missing weights and wrong shapes; names that the model does not know are warned of.
     """
@@ -104,7 +106,7 @@ def materialise(model: nn.Module, weights: Weights, dtype: torch.dtype, form: Wa
         )
 
     layout = channels_last_where_it_fits(wanted.values())
-    asked = form if isinstance(form, AsRead) else AsRead(form)
+    asked = weight_format if isinstance(weight_format, AsRead) else AsRead(weight_format)
 
     def read(name: str) -> Tensor:
         value = read_as(weights, name, wanted[name], dtype, layout)
@@ -113,7 +115,7 @@ def materialise(model: nn.Module, weights: Weights, dtype: torch.dtype, form: Wa
 
     def keep(name: str, layer: nn.Module) -> bool:
         quantised = None if name in asked.changes else weights.quantised.get(name)
-        if quantised is None or asked.form not in (AS_IN_FILE, FORMS[quantised.kind]):
+        if quantised is None or asked.codec not in (AS_IN_FILE, load_format(quantised.kind).codec):
             return False
         parts = quantised.read()
         if parts is None:
@@ -122,8 +124,8 @@ def materialise(model: nn.Module, weights: Weights, dtype: torch.dtype, form: Wa
         keep_in(Scaled(times, turn), layer, parts, wanted[name].shape, dtype)
         return True
 
-    is_stored = asked.form is not None or asked.take is not None
-    otherwise = None if isinstance(asked.form, AsInFile) else asked.form
+    is_stored = asked.codec is not None or asked.take is not None
+    otherwise = None if isinstance(asked.codec, AsInFile) else asked.codec
     if asked.take is not None:
         otherwise = otherwise or Plain()
     stored = set()

@@ -21,6 +21,7 @@ LAYERS = (
     ("library.options",),
     ("library.checkpoints",),
     ("library.memory.small_convolutions", "library.memory.devices"),
+    ("library.memory.codecs",),
     ("library.memory.formats", "library.memory.offload", "library.memory"),
     ("library.memory.planner",),
     ("library.diffusion",),

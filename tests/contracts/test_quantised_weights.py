@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from library.checkpoints.quantised import open_checkpoint, regular_hadamard
 from library.errors import UserError
-from library.memory.formats.format import AS_IN_FILE
-from library.memory.formats.named import FORMS
-from library.memory.formats.scaled import Scaled
+from library.memory.codecs.codec import AS_IN_FILE
+from library.memory.codecs.scaled import Scaled
 from library.memory.frozen import FrozenLayer
 from library.models.loading import materialise
 from tests.tolerances import FLOAT32_SAME_MATH
+from tests.weight_formats import CODECS
 
 FILE = Path(__file__).parent / "data" / "quantised_weights.safetensors"
 PADDED_FILE = FILE.with_name("quantised_padded_weights.safetensors")
@@ -171,15 +171,15 @@ def test_8_bit_weights_stay_as_the_file_has_them(file: Path) -> None:
         module = model.blocks[0][layer]
         assert isinstance(module, FrozenLayer) == (layer in KINDS)
         if layer in KINDS:
-            assert isinstance(module.form, Scaled) and module.codes.dtype == STORED[f"{layer}.weight"].dtype
+            assert isinstance(module.decoder, Scaled) and module.codes.dtype == STORED[f"{layer}.weight"].dtype
         torch.testing.assert_close(module.weight, TENSORS[f"expected.{layer}"], **FLOAT32_SAME_MATH)
 
 
 def test_a_form_that_is_asked_for_takes_the_place_of_another(file: Path) -> None:
-    model = materialise(Model(), open_checkpoint(file), torch.float32, FORMS["int8"])
-    forms = {layer: model.blocks[0][layer].form for layer in LAYERS}
-    assert all(isinstance(forms[layer], Scaled) == (KINDS.get(layer) == "int8") for layer in LAYERS)
-    assert forms["nvfp4"] is FORMS["int8"] is forms["turned"]
+    model = materialise(Model(), open_checkpoint(file), torch.float32, CODECS["int8"])
+    decoders = {layer: model.blocks[0][layer].decoder for layer in LAYERS}
+    assert all(isinstance(decoders[layer], Scaled) == (KINDS.get(layer) == "int8") for layer in LAYERS)
+    assert decoders["nvfp4"] is CODECS["int8"] is decoders["turned"]
 
 
 def test_without_a_form_all_weights_are_numbers(file: Path) -> None:

@@ -49,7 +49,7 @@ def test_both_ways_to_the_card_are_taken_and_give_the_same(streams: type, monkey
 
 @CARD_ONLY
 def test_waiting_weights_take_two_slots_of_the_cards_memory() -> None:
-    from library.memory.formats.plain import Plain
+    from library.memory.codecs.plain import Plain
     from library.memory.frozen import layers_in_blocks, store_all_in
     from tests.parity.deep import DEEP
 

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from library.memory.activations import recompute_from_main_memory
 from library.memory.blocks import BlockRunner, Every, Stacks, plain, recompute
-from library.memory.formats.format import Form
-from library.memory.formats.named import FORMS
-from library.memory.formats.plain import Plain
+from library.memory.codecs.codec import Codec
+from library.memory.codecs.plain import Plain
 from library.memory.frozen import FrozenLayer, frozen_layers, layers_in_blocks, multiply_codes, store_all_in
 from library.memory.offload.ring import Ring
 from library.memory.offload.sharded import Spread
@@ -22,8 +21,9 @@ from library.memory.offload.streamed import stream
 from networks.core.protocol import adopt
 from tests.parity.deep import DEEP
 from tests.unit.networks.toy import randomize
+from tests.weight_formats import CODECS
 
-ALL_FORMS: Mapping[str, Form | None] = {"none": None, "plain": Plain(), **FORMS}
+ALL_CODECS: Mapping[str, Codec | None] = {"none": None, "plain": Plain(), **CODECS}
 RUNNERS: Mapping[str, Callable[[], BlockRunner]] = {
     "plain": lambda: plain,
     "recompute": lambda: recompute,
@@ -58,7 +58,7 @@ class Mode:
         return "-".join((self.base, self.form, self.place, self.runner, self.adapter))
 
 
-AXES = (tuple(DEEP), tuple(ALL_FORMS), PLACES, tuple(RUNNERS), tuple(ADAPTERS))
+AXES = (tuple(DEEP), tuple(ALL_CODECS), PLACES, tuple(RUNNERS), tuple(ADAPTERS))
 
 
 def all_modes() -> list[Mode]:
@@ -94,7 +94,7 @@ def gradients(
     """
     deep = DEEP[mode.base]
     model = deep.frozen(51)
-    form = ALL_FORMS[mode.form]
+    form = ALL_CODECS[mode.form]
     if form is not None:
         store_all_in(form, layers_in_blocks(model).values())
     if is_multiplied:

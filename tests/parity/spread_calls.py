@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from library.checkpoints.weights import Weights
-from library.memory.formats.format import AS_IN_FILE, AsRead
+from library.memory.codecs.codec import AS_IN_FILE, AsRead
 from library.memory.frozen import FrozenLayer, frozen_layers, layers_in_blocks
 from library.memory.offload.sharded import Spread
 from library.models.loading import materialise

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from library.memory.blocks import Every, plain, recompute
+from library.memory.codecs.plain import Plain
 from library.memory.compiled import Compiled, CompiledBlock, CompileSettings
-from library.memory.formats.plain import Plain
 from library.memory.frozen import frozen_layers, layers_in_blocks, multiply_codes, store_all_in
 from library.memory.offload.streamed import stream
 from library.memory.planner.counter import FlopCounter
 from tests.parity.deep import DEEP
-from tests.parity.modes import ALL_FORMS, RUNNERS, with_adapter
+from tests.parity.modes import ALL_CODECS, RUNNERS, with_adapter
 from tests.tolerances import EXACT, FLOAT32_SAME_MATH
 
 CPU = torch.device("cpu")
@@ -48,7 +48,7 @@ def gradients(
     """The loss and the gradients of all adapters' parameters in the second of two equal steps."""
     deep = DEEP[base]
     model = deep.frozen(61)
-    if (kind := ALL_FORMS[form]) is not None:
+    if (kind := ALL_CODECS[form]) is not None:
         store_all_in(kind, layers_in_blocks(model).values())
     if is_multiplied:
         assert multiply_codes(frozen_layers(model)) > 4

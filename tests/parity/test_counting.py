@@ -12,14 +12,15 @@ from library.memory.blocks import plain, recompute
 from library.memory.planner.gpus import typical_card
 from library.memory.planner.prediction import Way, predict
 from library.memory.planner.steps import peak_of
-from library.memory.planner.weights import STORED_FORMS
+from library.memory.planner.weights import StorageCost
 from library.options.train import TrainOptions
 from library.protocols import Architecture
 from library.training.models.base_model import LoadedModels
 from library.training.models.compute import Compute
-from library.training.models.frozen_base import form_while_reading, settle_arithmetic
+from library.training.models.frozen_base import settle_arithmetic
 from library.training.models.network import create
 from library.training.models.step_context import step_context
+from library.training.models.weight_formats import format_while_reading
 from library.training.planning.counting import BatchShape, CountedRun, count_run, longest_caption
 from library.training.step.context import Models
 from library.training.step.losses import loss_of
@@ -48,7 +49,7 @@ def opened(name: str, folder: Path, *more: str) -> tuple[TrainOptions, Architect
 
 def real_step(options: TrainOptions, arch: Architecture, shape: BatchShape, recomputes: bool) -> Callable[[], None]:
     """Forward and backward pass of the run on weights and tensors that are there."""
-    encoders, denoiser = arch.load.text_encoders(), arch.load.denoiser(form_while_reading(options))
+    encoders, denoiser = arch.load.text_encoders(), arch.load.denoiser(format_while_reading(options))
     settle_arithmetic(options, denoiser)
     models = Models(denoiser, encoders, None, arch.view(encoders, denoiser))
     assert options.network.network_module is not None
@@ -141,11 +142,11 @@ def test_weights_that_the_file_has_in_8_bits_are_counted_as_they_stay(tmp_path: 
     num_codes = sum(value.numel() for value in codes.values() if value.dtype == torch.float8_e4m3fn)
     options, arch = opened_again(options, arch)
     step = count_run(options, arch, SHAPE, CPU).step
-    sizes = [one.weights.resident_bytes(STORED_FORMS[None], ()) for one in (plain, step)]
+    sizes = [one.weights.resident_bytes(StorageCost.of(None), ()) for one in (plain, step)]
     num_rows = sum(matrix.rows for block in step.weights.blocks for matrix in block)
     assert sizes[0] - sizes[1] == num_codes - 4 * num_rows, "16 bits become 8, and a scale for each row"
     for form in ("bf16", "nf4"):
-        asked = [one.weights.resident_bytes(STORED_FORMS[form], ()) for one in (plain, step)]
+        asked = [one.weights.resident_bytes(StorageCost.of(form), ()) for one in (plain, step)]
         assert asked[0] == asked[1]
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from library.memory.formats.named import FORMS
 from library.memory.frozen import layers_in_blocks, store_all_in
 from library.options.train import TrainOptions
 from library.protocols import Architecture
@@ -16,6 +15,7 @@ from library.training.step.context import Models
 from networks.core.protocol import adopt, open_network_module
 from tests.parity.opened import opened_with
 from tests.runs.bases import BASES
+from tests.weight_formats import CODECS
 
 pytestmark = pytest.mark.usefixtures("fresh_process")  # reading options sets logging up
 
@@ -86,7 +86,7 @@ def test_what_is_merged_while_it_is_read_is_what_is_merged_afterwards(name: str,
     changed = [n for n, value in wanted.denoiser.state_dict().items() if not torch.equal(value, plain.state_dict()[n])]
     assert len(changed) > 10
     if form:
-        store_all_in(FORMS[form], layers_in_blocks(wanted.denoiser).values())
+        store_all_in(CODECS[form], layers_in_blocks(wanted.denoiser).values())
     assert_same(found.denoiser, wanted.denoiser)
     for ours, theirs in zip(found.text_encoders, wanted.text_encoders, strict=True):
         assert_same(ours, theirs)

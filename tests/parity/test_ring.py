@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.memory.formats.plain import Plain
+from library.memory.codecs.plain import Plain
 from library.memory.frozen import layers_in_blocks, store_all_in
 from library.memory.offload import streamed
 from library.memory.offload.ring import Ring

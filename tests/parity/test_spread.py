@@ -13,7 +13,7 @@ from library.architectures.flux.adapters import view
 from library.architectures.flux.load import empty_flux
 from networks.core.protocol import open_network_module
 from tests.parity.deep import DEEP
-from tests.parity.modes import ADAPTERS, ALL_FORMS, RUNNERS
+from tests.parity.modes import ADAPTERS, ALL_CODECS, RUNNERS
 from tests.ranks import Job, Rank, run_ranks
 from tests.tiny.flux import CONFIG, build_tiny_flux
 
@@ -21,7 +21,7 @@ CALLS = "tests.parity.spread_calls"
 COUNT = 2
 MODES = [
     "/".join(values)
-    for _, *values in zip(range(max(len(ADAPTERS), len(ALL_FORMS))), cycle(DEEP), cycle(ALL_FORMS), cycle(RUNNERS),
+    for _, *values in zip(range(max(len(ADAPTERS), len(ALL_CODECS))), cycle(DEEP), cycle(ALL_CODECS), cycle(RUNNERS),
                           cycle(ADAPTERS), strict=False)
 ]  # fmt: skip
 JOBS = {"compared": MODES, "kept": [], "one_alone": [], "out_of_order": [], "peaks": []}

@@ -14,7 +14,7 @@ from torch import nn
 from library.architectures.sd.assembly import build as build_sd
 from library.architectures.sd.load import SdLoader
 from library.checkpoints.weights import fingerprint
-from library.memory.formats.format import Form
+from library.memory.codecs.codec import RequestedFormat
 from library.options.base import group
 from library.options.caching import TextCachingOptions
 from library.options.train import TrainOptions
@@ -52,8 +52,8 @@ class CountingLoader:
     def vae(self) -> nn.Module:
         return self.loader.vae()
 
-    def denoiser(self, form: Form | None = None) -> nn.Module:
-        return self.loader.denoiser(form)
+    def denoiser(self, weight_format: RequestedFormat | None = None) -> nn.Module:
+        return self.loader.denoiser(weight_format)
 
 
 def build_with(loads: list[int]) -> Callable[[CachingOptions], Architecture]:

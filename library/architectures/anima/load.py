@@ -17,8 +17,8 @@ from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, with_prefix
 from library.errors import UserError
+from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
-from library.memory.formats.format import WantedForm
 from library.models.identify import refuse_other_folder, refuse_other_model
 from library.models.loading import Absent, MaybeComponent, first_side, materialise, open_if_there
 from library.options.model import BASE_FLAG
@@ -57,8 +57,8 @@ class AnimaLoader:
         vae = materialise(empty_vae(self.vae_component.config), self.vae_component.weights, self.vae_dtype)
         return take_pictures_alone(vae) if self.takes_pictures_alone else vae
 
-    def denoiser(self, form: WantedForm | None = None) -> nn.Module:
-        return materialise(empty_anima(self.config), self.denoiser_weights, self.dtype, form)
+    def denoiser(self, weight_format: RequestedFormat | None = None) -> nn.Module:
+        return materialise(empty_anima(self.config), self.denoiser_weights, self.dtype, weight_format)
 
 
 def open_loader(options: AnimaOptions) -> AnimaLoader:

@@ -18,8 +18,8 @@ from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, renamed, with_prefix
 from library.errors import NotThere, UserError
+from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
-from library.memory.formats.format import WantedForm
 from library.memory.formats.fp8 import Fp8Rows
 from library.memory.frozen import layers_in_blocks, store_all_in
 from library.models.identify import refuse_other_folder, refuse_other_model
@@ -71,10 +71,10 @@ class HunyuanImageLoader:
         vae = materialise(empty_vae(self.vae_component.config), self.vae_component.weights, self.vae_dtype)
         return vae if self.vae_chunk_rows is None else compute_in_chunks(vae, self.vae_chunk_rows)
 
-    def denoiser(self, form: WantedForm | None = None) -> nn.Module:
+    def denoiser(self, weight_format: RequestedFormat | None = None) -> nn.Module:
         with torch.device("meta"):
             model = HunyuanImage(self.config)
-        return materialise(model, self.denoiser_weights, self.dtype, form)
+        return materialise(model, self.denoiser_weights, self.dtype, weight_format)
 
 
 def open_loader(options: HunyuanImageOptions) -> HunyuanImageLoader:

@@ -14,8 +14,8 @@ from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
 from library.errors import NotThere, UserError
+from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
-from library.memory.formats.format import WantedForm
 from library.models.identify import refuse_other_folder, refuse_other_model
 from library.models.loading import Absent, Component, MaybeComponent, first_side, materialise, open_if_there
 from library.models.shapes import shape_of
@@ -55,8 +55,8 @@ class LuminaLoader:
     def vae(self) -> nn.Module:
         return materialise(empty_vae(self.ae.config), self.ae.weights, self.vae_dtype)
 
-    def denoiser(self, form: WantedForm | None = None) -> nn.Module:
-        return materialise(empty_lumina(self.config), self.denoiser_weights, self.dtype, form)
+    def denoiser(self, weight_format: RequestedFormat | None = None) -> nn.Module:
+        return materialise(empty_lumina(self.config), self.denoiser_weights, self.dtype, weight_format)
 
 
 def open_loader(options: LuminaOptions) -> LuminaLoader:

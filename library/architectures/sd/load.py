@@ -10,8 +10,8 @@ from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, with_prefix
 from library.errors import UserError
+from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
-from library.memory.formats.format import WantedForm
 from library.models.attention import wants_xformers, with_attention
 from library.models.clip.clip import clip_component, clip_of_folder, load_clip
 from library.models.identify import (
@@ -68,8 +68,8 @@ class SdLoader:
             self.uses_xformers,
         )
 
-    def denoiser(self, form: WantedForm | None = None) -> nn.Module:
-        unet = materialise(empty_unet(self.unet.config), self.unet.weights, self.dtype, form)
+    def denoiser(self, weight_format: RequestedFormat | None = None) -> nn.Module:
+        unet = materialise(empty_unet(self.unet.config), self.unet.weights, self.dtype, weight_format)
         return with_attention(for_inpainting(unet, LATENT_CHANNELS) if self.inpaints else unet, self.uses_xformers)
 
 

@@ -14,8 +14,8 @@ from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
 from library.errors import NotThere, UserError
+from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
-from library.memory.formats.format import WantedForm
 from library.models.clip.clip import PROJECTION, clip_component, load_clip
 from library.models.identify import base_of_file, refuse_other, refuse_other_folder
 from library.models.loading import Component, MaybeComponent, first_side, materialise, open_if_there
@@ -62,10 +62,10 @@ class Sd3Loader:
     def vae(self) -> nn.Module:
         return materialise(empty_vae(self.vae_component.config), self.vae_component.weights, self.vae_dtype)
 
-    def denoiser(self, form: WantedForm | None = None) -> nn.Module:
+    def denoiser(self, weight_format: RequestedFormat | None = None) -> nn.Module:
         with torch.device("meta"):
             model = MMDiT(self.config)
-        return materialise(model, self.mmdit, self.dtype, form)
+        return materialise(model, self.mmdit, self.dtype, weight_format)
 
 
 def open_loader(options: Sd3Options) -> Sd3Loader:

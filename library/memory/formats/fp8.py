@@ -1,11 +1,12 @@
-"""The form that stores a frozen weight in 8-bit floating point, with a factor for each row."""
+"""The weight format fp8: 8-bit floating point with a factor for each row."""
 
 import torch
 from torch import Tensor
 
-from library.memory.formats.chunks import encode_in_chunks
-from library.memory.formats.codes import FP8, Codes
-from library.memory.formats.format import Parts
+from library.memory.codecs.chunks import encode_in_chunks
+from library.memory.codecs.codec import Parts
+from library.memory.codecs.matmul_8bit import FP8, Codes
+from library.memory.codecs.weight_format import WeightFormat
 
 LARGEST = 448.0  # of float8_e4m3fn
 SMALLEST = -24  # exponent of a factor: float16 holds no smaller power of two
@@ -33,3 +34,11 @@ def encode_rows(weight_OI: Tensor) -> Parts:
     largest_O1 = values_OI.abs().amax(dim=1, keepdim=True)
     scales_O1 = torch.exp2((largest_O1 / LARGEST).log2().ceil().clamp(min=SMALLEST))
     return {"codes": (values_OI / scales_O1).to(FP8), "scales": scales_O1.to(weight_OI.dtype)}
+
+
+def num_bytes(num_rows: int, num_columns: int, itemsize: int) -> int:
+    """One byte a value, a factor for each row in the dtype that the weight had."""
+    return num_rows * num_columns + itemsize * num_rows
+
+
+FORMAT = WeightFormat(Fp8Rows(), num_bytes, num_copies=2, slowdown=1.05, supports_8bit_matmul=True)

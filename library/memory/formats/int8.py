@@ -1,4 +1,4 @@
-"""The form that stores a frozen weight in 8-bit integers, with a factor for each row."""
+"""The weight format int8: 8-bit integers with a factor for each row."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,9 +8,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from library.memory.formats.chunks import encode_in_chunks
-from library.memory.formats.codes import Codes
-from library.memory.formats.format import Parts
+from library.memory.codecs.chunks import encode_in_chunks
+from library.memory.codecs.codec import Parts
+from library.memory.codecs.matmul_8bit import Codes
+from library.memory.codecs.weight_format import WeightFormat
 
 LARGEST = 127  # the range is symmetric, so that zero stays zero
 MOST_ROTATED = 256  # inputs of one rotation: more spread outliers little further and cost more to undo
@@ -73,3 +74,11 @@ def hadamard(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     orthogonal: Tensor = matrix / size**0.5
     return orthogonal.to(device, dtype)
+
+
+def num_bytes(num_rows: int, num_columns: int, itemsize: int) -> int:
+    """One byte a value, a float32 for each row."""
+    return num_rows * num_columns + 4 * num_rows
+
+
+FORMAT = WeightFormat(Int8Rows(), num_bytes, num_copies=2, slowdown=1.05, supports_8bit_matmul=True)

@@ -1,15 +1,18 @@
-"""The form that stores a frozen weight in 4 bits: bitsandbytes' NF4 (QLoRA, arXiv:2305.14314)."""
+"""The weight format nf4: bitsandbytes' 4-bit NF4 (QLoRA, arXiv:2305.14314)."""
 
 from dataclasses import dataclass
 from functools import cache
+from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from library.memory.formats.chunks import encode_in_chunks
-from library.memory.formats.format import Parts
+from library.memory.codecs.chunks import encode_in_chunks
+from library.memory.codecs.codec import Parts
+from library.memory.codecs.weight_format import WeightFormat
 
+PACKAGE = "bitsandbytes"
 GROUP = 64  # values that share a factor
 FACTOR_GROUP = 256  # factors that share one, where they are quantised too
 
@@ -89,3 +92,12 @@ def table(kind: str, device: torch.device) -> Tensor:
         return nf4
     dynamic: Tensor = functional().create_dynamic_map().to(device)
     return dynamic
+
+
+def num_bytes(num_rows: int, num_columns: int, itemsize: int) -> int:
+    """Two values to a byte, a float32 factor for each 64."""
+    num_values = num_rows * num_columns
+    return ceil(num_values / 2) + 4 * ceil(num_values / GROUP)
+
+
+FORMAT = WeightFormat(Nf4(), num_bytes, num_copies=1, slowdown=1.15, required_package=PACKAGE)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from library.memory.blocks import Stacks
-from library.memory.formats.format import Parts
+from library.memory.codecs.codec import Parts
 from library.memory.frozen import FrozenLayer, frozen_layers
 from library.memory.offload.ring import NUM_SLOTS, Ring
 from library.memory.offload.spans import ALIGNMENT, Span, parts_in, spans

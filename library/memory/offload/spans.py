@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from library.memory.formats.format import Parts
+from library.memory.codecs.codec import Parts
 from library.memory.frozen import FrozenLayer
 
 ALIGNMENT = 256  # bytes: where parts begin, as the card's own allocations do

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from library.memory.blocks import Stacks
-from library.memory.formats.format import Parts
+from library.memory.codecs.codec import Parts
 from library.memory.frozen import frozen_layers
 from library.memory.offload.pinning import pin
 from library.memory.offload.ring import NUM_SLOTS, Ring

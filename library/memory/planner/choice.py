@@ -11,7 +11,7 @@ from library.memory.planner.prediction import CountedStep, Predicted, Way, predi
 class Allowed:
     """What may be chosen from; what the user has set is the only value of its kind."""
 
-    forms: Sequence[str | None] = (None,)
+    weight_formats: Sequence[str | None] = (None,)
     recompute_every: Sequence[int | None] = (None, 3, 2, 1)
     inputs_wait: Sequence[bool] = (False, True)
     num_waiting: int | None = None  # None for any number
@@ -19,10 +19,10 @@ class Allowed:
 
     def ways(self) -> Iterator[Way]:
         """Every combination, with no blocks waiting or the number that is set."""
-        for form in self.forms:
+        for weight_format in self.weight_formats:
             for every in self.recompute_every:
                 for wait in self.inputs_wait if every is not None else (False,):
-                    yield Way(form, every, wait, self.num_waiting or 0, self.shared_by)
+                    yield Way(weight_format, every, wait, self.num_waiting or 0, self.shared_by)
 
 
 @dataclass(frozen=True)

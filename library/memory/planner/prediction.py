@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from library.memory.planner.gpus import GIB, Card
 from library.memory.planner.steps import CountedOptimizer, Move, Timeline, peak_of
-from library.memory.planner.weights import STORED_FORMS, ModelWeights, multiplied
+from library.memory.planner.weights import ModelWeights, StorageCost
 
 # Assumed until a card has been measured: the context of CUDA with the workspaces of its libraries, and how much more of
 # a step's tensors than their bytes the allocator takes from the card.
@@ -20,7 +20,7 @@ COST_OF_WAITING = 0.05
 class Way:
     """One way of running a step."""
 
-    form: str | None = None  # of the frozen weights; None as --mixed_precision has them
+    weight_format: str | None = None  # of the frozen weights; None as --mixed_precision has them
     recompute_every: int | None = None  # blocks: 1 for all, 2 for every second; None for none
     inputs_wait: bool = False  # what is recomputed from lies in main memory between the passes
     num_waiting: int = 0  # --blocks_to_swap
@@ -38,7 +38,7 @@ class CountedStep:
     first_place: int  # in the timeline, of the denoiser's blocks: text encoders that train come before
     weights: ModelWeights  # of the denoiser
     encoders: tuple[ModelWeights, ...]  # of the text encoders that stay
-    own_forms: tuple[str | None, str | None]  # of denoiser and text encoders, as the user has set them
+    own_formats: tuple[str | None, str | None]  # of denoiser and text encoders, as the user has set them
     other_bytes: int  # of what is there all the time besides
     adapter_bytes: int
     gradient_bytes: int
@@ -63,25 +63,26 @@ class Predicted:
 
 def predict(step: CountedStep, way: Way, card: Card, correction: float = 1.0) -> Predicted:
     """`correction` is how many times what was counted the tensors of a step besides the weights really take."""
-    form = multiplied(STORED_FORMS[way.form]) if step.multiplies_codes else STORED_FORMS[way.form]
+    cost = StorageCost.of(way.weight_format)
+    cost = cost.of_8bit_matmul() if step.multiplies_codes else cost
     waiting = step.waiting_places(way.num_waiting)
     moves = list(moves_of(step, way))
-    denoiser_form, text_form = step.own_forms
-    text = STORED_FORMS[text_form if way.form == denoiser_form else way.form]
+    denoiser_format, text_format = step.own_formats
+    text = StorageCost.of(text_format if way.weight_format == denoiser_format else way.weight_format)
     encoders = sum(encoder.resident_bytes(text, ()) for encoder in step.encoders)
     if way.shared_by > 1:
-        own = step.weights.shared_bytes(form, way.shared_by)
+        own = step.weights.shared_bytes(cost, way.shared_by)
     else:
-        own = step.weights.resident_bytes(form, waiting)
+        own = step.weights.resident_bytes(cost, waiting)
     weights = own + encoders + step.other_bytes
     held = step.optimizer.state + step.held_gradient_bytes
-    within = held + peak_of(moves) + step.weights.decoded_bytes(form)
+    within = held + peak_of(moves) + step.weights.decoded_bytes(cost)
     stepping = step.gradient_bytes + max(step.optimizer.rise, step.optimizer.state)
     changing = step.adapter_bytes + round(correction * max(within, stepping))
-    sizes = step.weights.block_bytes(form)
+    sizes = step.weights.block_bytes(cost)
     streamed = sum(sizes[place] for place in waiting)
     inputs = waiting_inputs(step, way)
-    seconds = seconds_of(moves, form.slowdown, streamed, inputs, card)
+    seconds = seconds_of(moves, cost.slowdown, streamed, inputs, card)
     seconds *= 1 + COST_OF_WAITING * (len(waiting) / max(1, len(sizes)) + (inputs > 0))
     device = weights + round((1 + ALLOCATOR_SHARE) * changing) + CONTEXT_BYTES
     return Predicted(way, weights, weights + changing, device, seconds, streamed + inputs)

@@ -1,11 +1,12 @@
-"""Bytes of frozen weights in any form and place, from their shapes alone."""
+"""Bytes of frozen weights in any format and place, from their shapes alone."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
 from torch import Tensor, nn
 
+from library.memory.codecs.weight_format import load_format
 from library.memory.frozen import FrozenLayer
 from library.memory.offload.ring import NUM_SLOTS
 
@@ -57,61 +58,47 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class StoredForm:
-    """What storing weights in a form costs."""
+class StorageCost:
+    """The cost of storing weights in a format; the fields are those of `WeightFormat`."""
 
     num_bytes: Callable[[Matrix], int]
-    num_copies: float  # of a decoded weight at once while it is decoded; none where it is used as it lies
-    slowdown: float  # of the arithmetic, by decoding [derived, see docs/memory.md; no card has confirmed it]
+    num_copies: float
+    slowdown: float
 
+    @classmethod
+    def of(cls, name: str | None) -> "StorageCost":
+        """The cost of a value of --base_format.
 
-def nf4_bytes(matrix: Matrix) -> int:
-    """Two values to a byte, a float32 factor for each 64."""
-    return ceil(matrix.num_values / 2) + 4 * ceil(matrix.num_values / 64)
+        None stands for weights in --mixed_precision or as the file has them; decoding those is counted with the step.
+        """
+        if name is None:
+            return cls(lambda matrix: matrix.own_bytes, 0, 1.0)
+        found = load_format(name)
+        return cls(
+            lambda matrix: found.num_bytes(matrix.rows, matrix.columns, matrix.itemsize),
+            found.num_copies,
+            found.slowdown,
+        )
 
+    def of_8bit_matmul(self) -> "StorageCost":
+        """The cost where 8-bit codes are multiplied as they are; those products are counted with the step.
 
-def nf4_double_bytes(matrix: Matrix) -> int:
-    """The same with factors of a byte, a float32 for each 256 of them and one for their mean."""
-    num_factors = ceil(matrix.num_values / 64)
-    return ceil(matrix.num_values / 2) + num_factors + 4 * ceil(num_factors / 256) + 4
-
-
-def int8_bytes(matrix: Matrix) -> int:
-    """A byte a value, a float32 factor a row."""
-    return matrix.num_values + 4 * matrix.rows
-
-
-OWN = StoredForm(lambda matrix: matrix.own_bytes, 0, 1.0)
-STORED_FORMS: Mapping[str | None, StoredForm] = {
-    None: OWN,  # in the format of --mixed_precision, or in that of the file; decoding these is counted with the step
-    "bf16": StoredForm(lambda matrix: 2 * matrix.num_values, 0, 1.0),
-    "fp8": StoredForm(lambda matrix: matrix.num_values + matrix.itemsize * matrix.rows, 2, 1.05),
-    "int8": StoredForm(int8_bytes, 2, 1.05),
-    "int8_rotated": StoredForm(int8_bytes, 2, 1.1),
-    "nf4": StoredForm(nf4_bytes, 1, 1.15),
-    "nf4_double": StoredForm(nf4_double_bytes, 1, 1.15),
-}
-
-
-def multiplied(form: StoredForm) -> StoredForm:
-    """A form of 8 bits whose codes are multiplied as they are, which is counted with the step.
-
-    On a card they are there once more for a moment, in the order that it wants for gradients: half a copy in 16 bits.
-    """
-    return replace(form, num_copies=0.5, slowdown=1.0)
+        GPUs need a copy of the codes in another order for gradients: half as much as a decoded weight in 16 bits.
+        """
+        return replace(self, num_copies=0.5, slowdown=1.0)
 
 
 @dataclass(frozen=True)
 class ModelWeights:
     """The weights of a model by what can be done with them."""
 
-    fixed_bytes: int  # of what keeps its form and place: embedders, norms, biases
-    storable: tuple[Matrix, ...]  # that have another form and stay where they are
+    fixed_bytes: int  # of what keeps its format and place: embedders, norms, biases
+    storable: tuple[Matrix, ...]  # that are stored in the weight format and stay where they are
     blocks: tuple[tuple[Matrix, ...], ...]  # that can wait in main memory too, by the place of their block
 
     @classmethod
     def of(cls, model: nn.Module, storable: Iterable[nn.Module], blocks: Sequence[nn.Module]) -> "ModelWeights":
-        """`storable` are all layers that may be stored in a form; those in `blocks` may wait."""
+        """`storable` are all layers that may be stored in a weight format; those in `blocks` may wait."""
         layers = {layer: Matrix.of_layer(layer) for layer in storable}
         by_block = [[layer for layer in block.modules() if layer in layers] for block in blocks]
         inside = {layer for found in by_block for layer in found}
@@ -122,26 +109,26 @@ class ModelWeights:
             tuple(tuple(layers[layer] for layer in found) for found in by_block),
         )
 
-    def block_bytes(self, form: StoredForm) -> list[int]:
+    def block_bytes(self, cost: StorageCost) -> list[int]:
         """Bytes of the weights of each block that can wait."""
-        return [sum(map(form.num_bytes, block)) for block in self.blocks]
+        return [sum(map(cost.num_bytes, block)) for block in self.blocks]
 
-    def resident_bytes(self, form: StoredForm, waiting: Collection[int]) -> int:
+    def resident_bytes(self, cost: StorageCost, waiting: Collection[int]) -> int:
         """Bytes on the device with the blocks at some places in main memory, the slots for them included."""
-        sizes = self.block_bytes(form)
+        sizes = self.block_bytes(cost)
         staying = sum(size for place, size in enumerate(sizes) if place not in waiting)
         slots = NUM_SLOTS * max((sizes[place] for place in waiting), default=0)
-        return self.fixed_bytes + sum(map(form.num_bytes, self.storable)) + staying + slots
+        return self.fixed_bytes + sum(map(cost.num_bytes, self.storable)) + staying + slots
 
-    def shared_bytes(self, form: StoredForm, num_processes: int) -> int:
+    def shared_bytes(self, cost: StorageCost, num_processes: int) -> int:
         """Bytes on one device where the weights lie spread over as many.
 
         Beside the share two blocks are together at a time, and one of them is there twice while it comes.
         """
-        sizes = [*self.block_bytes(form), *map(form.num_bytes, self.storable)]
+        sizes = [*self.block_bytes(cost), *map(cost.num_bytes, self.storable)]
         return self.fixed_bytes + ceil(sum(sizes) / num_processes) + (NUM_SLOTS + 1) * max(sizes, default=0)
 
-    def decoded_bytes(self, form: StoredForm) -> int:
+    def decoded_bytes(self, cost: StorageCost) -> int:
         """The most that decoding one weight takes for a moment."""
         matrices = [*self.storable, *(matrix for block in self.blocks for matrix in block)]
-        return round(form.num_copies * max((matrix.plain_bytes for matrix in matrices), default=0))
+        return round(cost.num_copies * max((matrix.plain_bytes for matrix in matrices), default=0))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from library.options.base import Options, option
+from library.options.machine.base_formats import BASE_FORMATS
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,6 @@ class FitOptions(Options, affects_training=False):
         own=True,
         needs="fit",
         nargs="+",
-        choices=("bf16", "fp8", "int8", "int8_rotated", "nf4", "nf4_double"),
+        choices=BASE_FORMATS,
         help="Values of --base_format that --fit may choose from. Unset keeps the format that you set.",
     )

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 
 from library.options.base import Options, option
+from library.options.machine.base_formats import BASE_FORMATS
 
-ATTENTION_MODES = ("torch", "xformers", "flash", "sageattn", "sdpa")  # of --attn_mode
-EIGHT_BIT_FORMS = ("fp8", "int8", "int8_rotated")  # values of --base_format that can be multiplied as they are
 ATTENTION_MODES = ("torch", "xformers", "flash", "sageattn", "sdpa")  # values of --attn_mode, where a script has it
 
 
@@ -110,7 +109,7 @@ class PrecisionOptions(Options):
         None,
         own=True,
         usual=True,
-        choices=("bf16", "fp8", "int8", "int8_rotated", "nf4", "nf4_double"),
+        choices=BASE_FORMATS,
         help="How the weights of the frozen denoiser's blocks, and of text encoders that stay, are stored; they are "
         "computed with in --mixed_precision. fp8 and int8 take a byte each, int8_rotated errs least of the 8-bit ones "
         "where a layer has outliers, nf4 takes about half a byte and needs bitsandbytes, nf4_double a little less.",
@@ -132,7 +131,7 @@ class PrecisionOptions(Options):
 
     @property
     def denoiser_format(self) -> str | None:
-        """The name of the form in which the denoiser's blocks are stored; None for that of --mixed_precision."""
+        """The weight format of the denoiser's blocks; None for that of --mixed_precision."""
         return self.base_format or ("fp8" if self.fp8_base or self.fp8_base_unet else None)
 
     @property

@@ -8,8 +8,9 @@ from pathlib import Path, PureWindowsPath
 from library.checkpoints.metadata import thumbnail_url
 from library.checkpoints.overwriting import check_not_input, check_overwrite
 from library.errors import UserError
+from library.memory.codecs.weight_format import load_format
 from library.memory.planner.gpus import parse_size
-from library.options.machine.memory import EIGHT_BIT_FORMS
+from library.options.machine.base_formats import BASE_FORMATS
 from library.options.no_effect import is_set, unused
 from library.options.ranges import check_ranges
 from library.options.support import unsupported
@@ -231,13 +232,14 @@ def check_arithmetic(options: TrainOptions) -> None:
     precision = options.precision
     if not precision.multiplies_codes:
         return
-    form = precision.denoiser_format
-    if form not in (None, *EIGHT_BIT_FORMS):
+    name = precision.denoiser_format
+    multiplied = [other for other in BASE_FORMATS if load_format(other).supports_8bit_matmul]
+    if name not in (None, *multiplied):
         raise UserError(
-            f"--base_arithmetic 8bit multiplies weights that are stored in 8 bits, and --base_format {form} has none; "
-            f"use --base_format {' or '.join(EIGHT_BIT_FORMS)}, or leave out --base_arithmetic"
+            f"--base_arithmetic 8bit multiplies weights that are stored in 8 bits, and --base_format {name} has none; "
+            f"use --base_format {' or '.join(multiplied)}, or leave out --base_arithmetic"
         )
-    if form is None and options.network.base_weights:
+    if name is None and options.network.base_weights:
         raise UserError(
             "--base_arithmetic 8bit needs weights in 8 bits, and those that --base_weights are merged into are whole "
             "again; add --base_format int8_rotated"

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from library.checkpoints.weights import without_values
 from library.errors import UserError
-from library.memory.formats.codes import Codes, input_gradient, output
-from library.memory.formats.format import AS_IN_FILE
-from library.memory.formats.named import FORMS
+from library.memory.codecs.codec import AS_IN_FILE
+from library.memory.codecs.matmul_8bit import Codes, input_gradient, output
+from library.memory.codecs.weight_format import load_format
 from library.memory.frozen import FrozenLinear, frozen_layers
 from library.options.train import TrainOptions
 from library.protocols import Architecture
@@ -44,16 +44,16 @@ def check_arithmetic(options: TrainOptions, arch: Architecture, compute: Compute
 
 def kind_of(name: str) -> torch.dtype:
     """The format of the codes of a value of --base_format."""
-    form = FORMS[name]
-    codes = form.codes(form.encode(torch.ones(1, 8)))
-    assert codes is not None, "options refuse other forms"
+    codec = load_format(name).codec
+    codes = codec.codes(codec.encode(torch.ones(1, 8)))
+    assert codes is not None, "options refuse other formats"
     return codes.codes_OI.dtype
 
 
 def kinds_in_file(arch: Architecture) -> set[torch.dtype]:
     """The formats of the codes that the checkpoint has. Raises UserError where none can be multiplied."""
     layers = frozen_layers(without_values(arch.load).denoiser(AS_IN_FILE))
-    found = [layer.form.codes(layer.own_parts()) for layer in layers if isinstance(layer, FrozenLinear)]
+    found = [layer.decoder.codes(layer.own_parts()) for layer in layers if isinstance(layer, FrozenLinear)]
     kinds = {codes.codes_OI.dtype for codes in found if codes is not None and codes.can_be_multiplied}
     if not kinds:
         raise UserError(

@@ -1,6 +1,5 @@
-"""In which form the weights of the frozen models are stored, and where they wait."""
+"""How the weights of the frozen models are stored, and where they wait."""
 
-import importlib.util
 import logging
 import shutil
 from collections import Counter
@@ -12,13 +11,10 @@ from torch import nn
 
 from library.checkpoints.weights import without_values
 from library.errors import UserError
-from library.hidden_libraries import BITSANDBYTES, show
 from library.memory.blocks import Stacks
+from library.memory.codecs.plain import Plain
+from library.memory.codecs.scaled import Scaled
 from library.memory.devices import place
-from library.memory.formats.format import AS_IN_FILE, AsInFile, Form
-from library.memory.formats.named import FORMS
-from library.memory.formats.plain import Plain
-from library.memory.formats.scaled import Scaled
 from library.memory.frozen import (
     FrozenLayer,
     FrozenLinear,
@@ -30,11 +26,12 @@ from library.memory.frozen import (
 from library.memory.offload.sharded import Spread
 from library.memory.offload.shared import place_for, shared_masters
 from library.memory.offload.streamed import bytes_of_parts, stream
-from library.memory.planner.weights import STORED_FORMS, ModelWeights
+from library.memory.planner.weights import ModelWeights, StorageCost
 from library.options.train import TrainOptions
 from library.processes import Processes
 from library.protocols import Architecture
 from library.training.models.compute import Compute
+from library.training.models.weight_formats import check_format, store_in_format
 from library.training.step.context import Models
 
 logger = logging.getLogger(__name__)
@@ -43,15 +40,8 @@ NUM_STAYING = 2  # blocks of each kind, as sd-scripts has it
 
 
 def check_base(options: TrainOptions, arch: Architecture) -> None:
-    """Raise UserError, before anything is read, for a form or a number of waiting blocks that cannot be had."""
-    name = options.precision.denoiser_format
-    if name is not None and name.startswith("nf4"):
-        show(BITSANDBYTES)
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise UserError(
-                f"--base_format {name} needs the library bitsandbytes, which is not installed; install it with "
-                "`pip install bitsandbytes`, or use --base_format int8"
-            )
+    """Raise UserError, before anything is read, for a weight format or a number of blocks that cannot be had."""
+    check_format(options.precision.denoiser_format)
     if options.memory.blocks_to_swap:
         denoiser = without_values(arch.load).denoiser()
         waiting_blocks(options.memory.blocks_to_swap, arch.stacks(denoiser))
@@ -60,8 +50,8 @@ def check_base(options: TrainOptions, arch: Architecture) -> None:
 
 def check_main_memory(options: TrainOptions, denoiser: nn.Module) -> None:
     """Raise UserError where the denoiser as it is to be stored does not fit main memory, through which it comes."""
-    form = STORED_FORMS[options.precision.denoiser_format]
-    needed = ModelWeights.of(denoiser, layers_in_blocks(denoiser).values(), []).resident_bytes(form, ())
+    cost = StorageCost.of(options.precision.denoiser_format)
+    needed = ModelWeights.of(denoiser, layers_in_blocks(denoiser).values(), []).resident_bytes(cost, ())
     free = psutil.virtual_memory().available
     if needed > free:
         raise UserError(
@@ -103,17 +93,6 @@ def open_spread(options: TrainOptions, processes: Processes) -> Spread | None:
     return Spread(processes.device, processes.count, size)
 
 
-def form_while_reading(options: TrainOptions) -> Form | AsInFile | None:
-    """The form that the denoiser's weights get as they are read.
-
-    None where --base_weights are merged into weights that get no other form than that of the file.
-    """
-    name = options.precision.denoiser_format
-    if name is not None:
-        return FORMS[name]
-    return None if options.network.base_weights else AS_IN_FILE
-
-
 def settle_base(
     options: TrainOptions, arch: Architecture, models: Models, compute: Compute, processes: Processes
 ) -> None:
@@ -122,16 +101,15 @@ def settle_base(
     After --base_weights are merged; before the adapter, which may look at the weights.
     """
     precision = options.precision
-    kept = sum(isinstance(layer.form, Scaled) for layer in frozen_layers(models.denoiser))
+    kept = sum(isinstance(layer.decoder, Scaled) for layer in frozen_layers(models.denoiser))
     if kept:
         logger.info("denoiser: %d layers in 8 bits, as the file has them", kept)
     if precision.denoiser_format is not None:
-        count = store_all_in(FORMS[precision.denoiser_format], layers_in_blocks(models.denoiser).values())
+        count = store_in_format(precision.denoiser_format, models.denoiser)
         logger.info("denoiser: %d layers in %s", count, precision.denoiser_format)
     settle_arithmetic(options, models.denoiser)
     if precision.text_encoder_format is not None and models.text_encoders:
-        form = FORMS[precision.text_encoder_format]
-        count = sum(store_all_in(form, layers_in_blocks(model).values()) for model in models.text_encoders)
+        count = store_in_format(precision.text_encoder_format, *models.text_encoders)
         logger.info("text encoders: %d layers in %s", count, precision.text_encoder_format)
     if options.memory.blocks_to_swap:
         let_blocks_wait(options.memory.blocks_to_swap, arch.stacks(models.denoiser), compute.device, processes)
@@ -158,7 +136,7 @@ def why_not(layer: FrozenLayer) -> str:
     """What keeps a layer from it."""
     if not isinstance(layer, FrozenLinear):
         return "convolutions"
-    codes = layer.form.codes(layer.handle())
+    codes = layer.decoder.codes(layer.handle())
     if codes is None or codes.scales.ndim > 2:
         return "whose form has factors within a row or no codes"
     return "whose sizes are no multiples of 8 (int8) or 16 (fp8)"
@@ -182,7 +160,7 @@ def spread_blocks(spread: Spread, denoiser: nn.Module, stacks: Stacks) -> None:
 
 
 def let_blocks_wait(num_blocks: int, stacks: Stacks, device: torch.device, processes: Processes) -> None:
-    """Stream the weights of as many blocks; those that have no form yet keep their own.
+    """Stream the weights of as many blocks; those that are stored in no format yet keep their own.
 
     Processes of one machine wait for the first of them, which copies the weights to where all find them. Once all have
     mapped the files, their names are deleted, so that the memory is free as soon as the last process has ended.

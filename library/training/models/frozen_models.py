@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from library.checkpoints.weights import without_values
-from library.memory.formats.format import AsRead
+from library.memory.codecs.codec import AsRead
 from library.memory.offload.sharded import Spread
 from library.options.train import TrainOptions
 from library.options.training.network import NetworkOptions
 from library.protocols import Architecture
 from library.training.models.compute import Compute
-from library.training.models.frozen_base import form_while_reading
+from library.training.models.weight_formats import format_while_reading
 from library.training.reporting.console_lines import announce
 from library.training.step.context import Models
 from networks.core.protocol import OURS, adopt, open_network_module
@@ -34,7 +34,7 @@ def load_frozen(
 ) -> Models:
     """Read the denoiser, beside text encoders and a VAE that are there, and merge --base_weights into all of them.
 
-    Networks of our own are merged weight by weight as these are read, before they are stored in another form or spread
+    Networks of our own are merged weight by weight as these are read, before they are stored in a format or spread
     over processes: no more than one of them is ever there as numbers. Networks of others, where `reader` is such a
     module, need all of them, which --shard_base excludes (`sharding_values`). Raises UserError for a file that does
     not fit.
@@ -42,11 +42,11 @@ def load_frozen(
     merges, is_ours = bool(options.network.base_weights), reader.startswith(OURS)
     assert is_ours or spread is None or not merges
     changes = changes_while_reading(options.network, arch, text_encoders, compute, reader) if is_ours else {}
-    form = None if merges and not is_ours else form_while_reading(options)
+    wanted = format_while_reading(options, merges_afterwards=not is_ours)
     if changes or spread is not None:
-        denoiser = arch.load.denoiser(AsRead(form, changes, None if spread is None else spread.take))
+        denoiser = arch.load.denoiser(AsRead(wanted, changes, None if spread is None else spread.take))
     else:
-        denoiser = arch.load.denoiser(form)
+        denoiser = arch.load.denoiser(wanted)
     models = Models(denoiser, text_encoders, vae, arch.view(text_encoders, denoiser), spread)
     if not is_ours:
         merge_into_whole(options.network, models, compute, reader)

@@ -91,7 +91,9 @@ class MemoryWatch:
         assert chosen is not None
         fixed = chosen.weight_bytes + self._fitted.counted.step.adapter_bytes
         factor = max(0.0, (measured - fixed) / (chosen.tensor_bytes - fixed))
-        allowed = replace(self._fitted.allowed, forms=(chosen.way.form,), num_waiting=chosen.way.num_waiting)
+        allowed = replace(
+            self._fitted.allowed, weight_formats=(chosen.way.weight_format,), num_waiting=chosen.way.num_waiting
+        )
         choice = choose(self._fitted.counted.step, allowed, card, factor)
         if choice.chosen is None:
             room = card.memory_bytes - (measured - chosen.tensor_bytes)

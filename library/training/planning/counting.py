@@ -17,10 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from library.checkpoints.weights import without_values
 from library.errors import NotThere
 from library.memory.blocks import BlockRunner, plain, recompute, run_encoder_layers_with
+from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
-from library.memory.formats.format import AS_IN_FILE, WantedForm
 from library.memory.formats.int8 import matrices_forgotten
-from library.memory.formats.named import FORMS
 from library.memory.frozen import frozen_layers, layers_in_blocks, multiply_codes
 from library.memory.planner.counter import OperationCounter
 from library.memory.planner.fakes import give_fakes, norms_as_on_cards
@@ -40,6 +39,7 @@ from library.training.models.compute import Compute
 from library.training.models.network import create
 from library.training.models.step_context import step_context
 from library.training.models.text_caching import cached_text, live_text
+from library.training.models.weight_formats import format_while_counting
 from library.training.optimization.optimizers import build_optimizer
 from library.training.planning.waiting import WaitingBlocks
 from library.training.step.context import Models
@@ -118,7 +118,7 @@ def count_run(
         first_place=places[0],
         weights=ModelWeights.of(denoiser, storable_layers(denoiser), blocks),
         encoders=tuple(ModelWeights.of(e, storable_layers(e), ()) for e in sketch.models.text_encoders),
-        own_forms=(options.precision.denoiser_format, options.precision.text_encoder_format),
+        own_formats=(options.precision.denoiser_format, options.precision.text_encoder_format),
         other_bytes=bytes_of(*vae),
         adapter_bytes=bytes_of(*(one.module for one in networks)),
         gradient_bytes=gradients,
@@ -132,13 +132,13 @@ def count_run(
 
 
 def storable_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers in blocks whose weights can be stored in another form, those included that the file has in 8 bits."""
+    """The layers in blocks whose weights can be stored in a format, those included that the file has in 8 bits."""
     return [*layers_in_blocks(model).values(), *frozen_layers(model)]
 
 
 def sketch_run(options: TrainOptions, arch: Architecture, adapters: Sequence[TrainOptions]) -> Sketch:
     """The models as the run will have them, in the fake mode that is on."""
-    encoders, denoiser, vae = load_fakes(arch, form_to_count(options))
+    encoders, denoiser, vae = load_fakes(arch, format_while_counting(options))
     if options.precision.multiplies_codes:
         multiply_codes(frozen_layers(denoiser))
     staying = encoders
@@ -174,22 +174,13 @@ def sketch_network(options: TrainOptions, arch: Architecture, models: Models) ->
     return network
 
 
-def form_to_count(options: TrainOptions) -> WantedForm | None:
-    """How the step has its weights while it is counted.
-
-    Other forms than the file's are closed formulas, unless they are multiplied as they are; merging needs whole
-    weights.
-    """
-    if options.precision.multiplies_codes and options.precision.denoiser_format is not None:
-        return FORMS[options.precision.denoiser_format]
-    return None if options.network.base_weights else AS_IN_FILE
-
-
-def load_fakes(arch: Architecture, form: WantedForm | None) -> tuple[list[nn.Module], nn.Module, nn.Module | None]:
+def load_fakes(
+    arch: Architecture, weight_format: RequestedFormat | None
+) -> tuple[list[nn.Module], nn.Module, nn.Module | None]:
     """(text encoders, denoiser, VAE), frozen; no VAE where its files are not there."""
     loader = without_values(arch.load)
     with unset_fake_temporarily():
-        encoders, denoiser = loader.text_encoders(), loader.denoiser(form)
+        encoders, denoiser = loader.text_encoders(), loader.denoiser(weight_format)
         try:
             vae = loader.vae()
         except NotThere:  # then it has encoded everything elsewhere

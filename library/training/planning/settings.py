@@ -6,8 +6,11 @@ from typing import Any
 
 from library.memory.planner.choice import Allowed
 from library.memory.planner.prediction import Way
+from library.memory.planner.weights import Matrix, StorageCost
 from library.options.train import TrainOptions
 
+SMALLER = ("int8", "nf4")  # weight formats that are suggested
+TYPICAL_WEIGHT = Matrix(3072, 3072, itemsize=2)
 EVERY = (None, 3, 2, 1)  # blocks of which one is recomputed; fewer save hardly anything
 
 
@@ -15,7 +18,7 @@ def way_of(options: TrainOptions) -> Way:
     """How the options run a step."""
     memory = options.memory
     return Way(
-        form=options.precision.denoiser_format,
+        weight_format=options.precision.denoiser_format,
         recompute_every=memory.gradient_checkpointing_every if memory.recomputes else None,
         inputs_wait=memory.offloads_inputs,
         num_waiting=memory.blocks_to_swap or 0,
@@ -31,7 +34,7 @@ def shared_by(options: TrainOptions) -> int:
 def values_of(way: Way) -> dict[str, Any]:
     """The options that a way stands for."""
     return {
-        "base_format": way.form,
+        "base_format": way.weight_format,
         "gradient_checkpointing": way.recompute_every is not None,
         "gradient_checkpointing_every": way.recompute_every or 1,
         "cpu_offload_checkpointing": way.inputs_wait,
@@ -45,7 +48,7 @@ def changes(options: TrainOptions, way: Way) -> dict[str, Any]:
     """The options that a way sets to something else than the user."""
     values = options.flat()
     found = {name: value for name, value in values_of(way).items() if value != values[name]}
-    if way.form == options.precision.denoiser_format:  # however it was asked for
+    if way.weight_format == options.precision.denoiser_format:  # however it was asked for
         found.pop("base_format", None)
     if options.memory.unsloth_offload_checkpointing and way.inputs_wait:
         found.pop("gradient_checkpointing", None)
@@ -68,7 +71,7 @@ def allowed_by(options: TrainOptions) -> Allowed:
     """What is left to choose: what the user has set stays."""
     way, memory = way_of(options), options.memory
     return Allowed(
-        forms=tuple(options.fit.fit_formats or (way.form,)),
+        weight_formats=tuple(options.fit.fit_formats or (way.weight_format,)),
         recompute_every=(way.recompute_every,) if memory.recomputes else EVERY,
         inputs_wait=(True,) if way.inputs_wait or memory.cpu_offload_checkpointing else (False, True),
         num_waiting=memory.blocks_to_swap,
@@ -77,9 +80,13 @@ def allowed_by(options: TrainOptions) -> Allowed:
 
 
 def allowed_ever(options: TrainOptions) -> Allowed:
-    """All that a user could set, in the form that the weights have and in two smaller ones."""
-    form = options.precision.denoiser_format
+    """All that a user could set, in the format that the weights have and in those of SMALLER that take fewer bytes."""
+    name = options.precision.denoiser_format
+    allowed = replace(Allowed(), recompute_every=EVERY, shared_by=shared_by(options))
     if options.precision.multiplies_codes:
-        return replace(Allowed(), forms=(form,), recompute_every=EVERY, shared_by=shared_by(options))
-    smaller = {None: ("int8", "nf4"), "bf16": ("int8", "nf4"), "nf4": (), "nf4_double": ()}.get(form, ("nf4",))
-    return replace(Allowed(), forms=(form, *smaller), recompute_every=EVERY, shared_by=shared_by(options))
+        return replace(allowed, weight_formats=(name,))
+    own_bytes = None if name is None else StorageCost.of(name).num_bytes(TYPICAL_WEIGHT)
+    smaller = [
+        other for other in SMALLER if own_bytes is None or StorageCost.of(other).num_bytes(TYPICAL_WEIGHT) < own_bytes
+    ]
+    return replace(allowed, weight_formats=(name, *smaller))

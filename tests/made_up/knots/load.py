@@ -12,8 +12,8 @@ from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, with_prefix
 from library.errors import UserError
+from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
-from library.memory.formats.format import Form
 from library.models.identify import refuse_other_folder, refuse_other_model
 from library.models.loading import Component, materialise
 from library.models.vae.vae import empty_vae, vae_of_checkpoint
@@ -40,8 +40,8 @@ class KnotsLoader:
     def vae(self) -> nn.Module:
         return materialise(empty_vae(self.vae_component.config), self.vae_component.weights, torch.float32)
 
-    def denoiser(self, form: Form | None = None) -> nn.Module:
-        return materialise(empty_knots(self.config), self.denoiser_weights, self.dtype, form)
+    def denoiser(self, weight_format: RequestedFormat | None = None) -> nn.Module:
+        return materialise(empty_knots(self.config), self.denoiser_weights, self.dtype, weight_format)
 
 
 def empty_knots(config: KnotsConfig) -> Knots:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from library.memory import small_convolutions
+from library.memory.codecs.plain import Plain
 from library.memory.devices import place
-from library.memory.formats.plain import Plain
 from library.memory.frozen import store_in
 
 SHAPES = [

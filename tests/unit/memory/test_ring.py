@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from library.errors import UserError
-from library.memory.formats.plain import Plain
+from library.memory.codecs.plain import Plain
 from library.memory.frozen import layers_in_blocks, store_all_in
 from library.memory.offload import pinning, shared
 from library.memory.offload.shared import shared_masters

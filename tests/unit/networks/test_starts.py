@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from library.memory.formats.named import FORMS
 from library.memory.frozen import store_in
 from networks import dylora, loha, lora, lora_fa, tlora
 from networks.core.changes.adapter import Adapter
@@ -18,6 +17,7 @@ from networks.core.kinds.init import FromStart, starting_delta
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.one_layer import adapter_on, double, module_of
 from tests.unit.networks.toy import randomize, toy_models
+from tests.weight_formats import CODECS
 
 LAYERS: dict[str, Any] = {
     "linear": (lambda: nn.Linear(12, 9), (3, 5, 12)),
@@ -95,7 +95,7 @@ def test_the_weight_that_is_decomposed_is_what_an_eight_bit_base_stands_for() ->
     torch.manual_seed(86)
     layer = nn.Linear(128, 64).requires_grad_(False)
     exact = layer.weight.clone()
-    store_in(FORMS["int8"], layer)
+    store_in(CODECS["int8"], layer)
     delta = starting_delta("olora", layer, 8, 1.0)
     assert isinstance(delta, FromStart)
     q, r = torch.linalg.qr(layer.weight)

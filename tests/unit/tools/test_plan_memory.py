@@ -6,7 +6,7 @@ import pytest
 
 from library.memory.planner.gpus import GIB
 from library.memory.planner.steps import peak_of
-from library.memory.planner.weights import OWN
+from library.memory.planner.weights import StorageCost
 from tests.contracts.header_only import FULL_SIZE
 from tests.runs.bases import BASES
 from tools.plan_memory import count, main
@@ -89,7 +89,7 @@ def test_full_size_models_come_to_what_whole_models_were_counted_as(name: str, t
         ],
     )  # fmt: skip
     step = counted.step
-    fixed = step.weights.resident_bytes(OWN, ()) + step.adapter_bytes
+    fixed = step.weights.resident_bytes(StorageCost.of(None), ()) + step.adapter_bytes
     ways = [
         list(step.timeline.moves(recomputes, lambda place: True))
         for recomputes in (lambda place: False, lambda place: True)

@@ -11,16 +11,15 @@ from torch import Tensor, nn
 
 from library.architectures.sd.assembly import build
 from library.errors import UserError
-from library.memory.formats.codes import FP8
-from library.memory.formats.named import FORMS
+from library.memory.codecs.matmul_8bit import FP8
 from library.memory.frozen import store_all_in
-from library.options.machine.memory import EIGHT_BIT_FORMS
 from library.options.train import TrainOptions
 from library.training.command_line.checks import check
 from library.training.models.arithmetic import check_arithmetic, try_kind
 from library.training.models.compute import Compute
 from library.training.models.frozen_base import settle_arithmetic
 from tests.unit.training.test_checks import NEEDED
+from tests.weight_formats import CODECS, EIGHT_BIT_FORMATS
 
 COMPUTE = Compute(torch.device("cpu"), torch.float32, nullcontext)
 
@@ -45,7 +44,7 @@ def test_weights_in_other_forms_are_refused(values: dict[str, object], message: 
         check(asked(**values))
 
 
-@pytest.mark.parametrize("form", EIGHT_BIT_FORMS)
+@pytest.mark.parametrize("form", EIGHT_BIT_FORMATS)
 def test_the_8_bit_forms_are_taken_and_the_old_name_of_one(form: str) -> None:
     check(asked(base_format=form))
     check(asked(fp8_base=True, mixed_precision="bf16"))
@@ -57,7 +56,7 @@ def test_a_checkpoint_with_whole_weights_is_refused_before_it_is_read(tiny_sd_fo
         check_arithmetic(options, build(options), COMPUTE)
 
 
-@pytest.mark.parametrize("form", EIGHT_BIT_FORMS)
+@pytest.mark.parametrize("form", EIGHT_BIT_FORMATS)
 def test_only_8_bit_floats_on_a_cpu_are_warned_of(
     form: str, tiny_sd_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -102,7 +101,7 @@ class Model(nn.Module):
 
 def test_layers_that_stay_decoded_are_counted_with_the_reason(caplog: pytest.LogCaptureFixture) -> None:
     model = Model(64)
-    store_all_in(FORMS["int8"], model.blocks)
+    store_all_in(CODECS["int8"], model.blocks)
     with caplog.at_level(logging.INFO):
         settle_arithmetic(asked(base_format="int8"), model)
     assert caplog.messages[-1] == (
@@ -115,6 +114,6 @@ def test_layers_that_stay_decoded_are_counted_with_the_reason(caplog: pytest.Log
 def test_a_model_without_such_layers_is_refused() -> None:
     model = nn.Module()
     model.blocks = nn.ModuleList([nn.Conv2d(8, 8, 3), nn.Linear(9, 8)])
-    store_all_in(FORMS["int8"], model.blocks)
+    store_all_in(CODECS["int8"], model.blocks)
     with pytest.raises(UserError, match="no layer of the denoiser can multiply so"):
         settle_arithmetic(asked(base_format="int8"), model)

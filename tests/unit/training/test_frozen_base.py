@@ -13,17 +13,18 @@ import torch
 from library.architectures.flux.options import FluxOptions
 from library.architectures.sd.assembly import build
 from library.errors import UserError
-from library.memory.formats.format import AS_IN_FILE
-from library.memory.formats.named import FORMS
+from library.memory.codecs.codec import AS_IN_FILE
 from library.memory.offload import shared
 from library.options.no_effect import unused
 from library.options.train import TrainOptions
 from library.processes import Processes
 from library.training.models import frozen_base
-from library.training.models.frozen_base import check_base, form_while_reading, let_blocks_wait
+from library.training.models.frozen_base import check_base, let_blocks_wait
+from library.training.models.weight_formats import format_while_reading
 from tests.parity.deep import DEEP
 from tests.unit.test_processes import Board
 from tests.unit.training.test_checks import NEEDED
+from tests.weight_formats import CODECS
 
 
 def options(tiny: object, **values: object) -> TrainOptions:
@@ -64,16 +65,16 @@ def test_more_blocks_than_there_are_is_said_before_anything_is_read(tiny_sd_fold
     ("values", "wanted"),
     [
         ({}, AS_IN_FILE),
-        ({"base_format": "int8"}, FORMS["int8"]),
+        ({"base_format": "int8"}, CODECS["int8"]),
         ({"base_weights": ["a.safetensors"]}, None),
-        ({"base_weights": ["a.safetensors"], "base_format": "int8"}, FORMS["int8"]),
+        ({"base_weights": ["a.safetensors"], "base_format": "int8"}, CODECS["int8"]),
     ],
     ids=["as in the file", "int8", "merged", "merged and int8"],
 )
 def test_weights_are_stored_while_they_are_read_as_in_the_file_unless_they_are_merged(
     values: dict[str, object], wanted: object, tiny_sd_folder: object
 ) -> None:
-    assert form_while_reading(options(tiny_sd_folder, **values)) is wanted
+    assert format_while_reading(options(tiny_sd_folder, **values)) is wanted
 
 
 @pytest.mark.parametrize(("given", "number"), [(None, 18), (7, 7), (0, 0)])

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from library.memory.blocks import plain, recompute
-from library.memory.formats.named import FORMS
 from library.memory.frozen import frozen_layers, multiply_codes, store_in
 from library.memory.planner.counter import FlopCounter
 from library.memory.planner.gpus import PEAKS, peak_of
 from library.training.reporting.step_times import IN_STEP, StepTimes
 from library.types import Batch
+from tests.weight_formats import CODECS
 
 CPU = torch.device("cpu")
 
@@ -135,7 +135,7 @@ def test_arithmetic_is_that_of_the_formula_with_and_without_recomputing(runner):
 def test_arithmetic_of_stored_weights_is_that_of_whole_ones(form: str, is_multiplied: bool, runner: Any) -> None:
     """Their products run within a function of autograd's own, where no gradients are recorded."""
     layer = nn.Linear(64, 32).requires_grad_(False)
-    store_in(FORMS[form], layer)
+    store_in(CODECS[form], layer)
     if is_multiplied:
         assert multiply_codes(frozen_layers(layer)) == 1
     x = torch.randn(20, 64, generator=torch.Generator().manual_seed(6)).requires_grad_()

@@ -14,7 +14,7 @@ from library.memory.planner.prediction import ALLOCATOR_SHARE, CONTEXT_BYTES, Co
 from library.memory.planner.stages import Stage
 from library.memory.planner.steps import CountedOptimizer, CountedPass, Segment, Timeline
 from library.memory.planner.table import table_of
-from library.memory.planner.weights import OWN, Matrix, ModelWeights, bytes_of
+from library.memory.planner.weights import Matrix, ModelWeights, StorageCost, bytes_of
 from tests.unit.memory.planner.made_up import Adapter, MadeUp
 from tests.unit.memory.planner.test_steps import model_of
 
@@ -107,7 +107,7 @@ def test_inputs_that_wait_are_counted_out_and_over_the_bus() -> None:
 @pytest.mark.parametrize("memory_mib", range(1500, 3800, 230))
 def test_the_choice_is_the_fastest_of_all_that_fit(memory_mib: int) -> None:
     step, on = counted_step(adapter=3 * MIB), card(memory_mib * MIB, 2e8)
-    allowed = Allowed(forms=(None, "nf4"))
+    allowed = Allowed(weight_formats=(None, "nf4"))
     every_way = [
         predict(step, Way(form, every, wait and every is not None, number), on)
         for form, every, wait, number in product((None, "nf4"), (None, 3, 2, 1), (False, True), range(NUM_BLOCKS - 1))
@@ -123,7 +123,7 @@ def test_the_choice_is_the_fastest_of_all_that_fit(memory_mib: int) -> None:
 
 
 def test_what_is_fixed_is_the_only_candidate() -> None:
-    allowed = Allowed(forms=("fp8",), recompute_every=(2,), inputs_wait=(True,), num_waiting=4)
+    allowed = Allowed(weight_formats=("fp8",), recompute_every=(2,), inputs_wait=(True,), num_waiting=4)
     choice = choose(counted_step(), allowed, card(GIB))
     assert [found.way for found in choice.candidates] == [Way("fp8", 2, True, 4)]
 
@@ -147,12 +147,13 @@ def test_the_weights_of_a_model_are_sorted_by_what_can_be_done_with_them() -> No
     layers = [layer for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear)]
     weights = ModelWeights.of(model, [*layers, model.last], blocks)
     assert adapters > 0 and not any(isinstance(m, Adapter) for m in model.modules())
-    assert weights.resident_bytes(OWN, ()) == bytes_of(model)
+    own = StorageCost.of(None)
+    assert weights.resident_bytes(own, ()) == bytes_of(model)
     assert weights.storable == (Matrix.of(model.last.weight),)
     width = model.last.in_features
     sizes = [4 * 4 * width**2] * 6 + [4 * 10 * width**2] * 6
-    assert weights.block_bytes(OWN) == sizes
-    assert weights.resident_bytes(OWN, (0, 7, 8)) == bytes_of(model) - sizes[0] - 2 * sizes[7] + 2 * sizes[7]
+    assert weights.block_bytes(own) == sizes
+    assert weights.resident_bytes(own, (0, 7, 8)) == bytes_of(model) - sizes[0] - 2 * sizes[7] + 2 * sizes[7]
 
 
 def test_the_table_marks_what_is_chosen_and_counts_what_does_not_fit() -> None:

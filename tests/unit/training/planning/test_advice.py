@@ -23,7 +23,7 @@ def told(used: Way, **allowed: Any) -> list[tuple[str, float, int]]:
 
 
 def test_each_line_saves_more_and_takes_longer_than_the_one_before() -> None:
-    found = told(Way(), forms=(None, "nf4"))
+    found = told(Way(), weight_formats=(None, "nf4"))
     assert len(found) >= 4
     assert [saved for _, saved, _ in found] == sorted({saved for _, saved, _ in found})
     assert [percent for *_, percent in found] == sorted(percent for *_, percent in found)
@@ -37,7 +37,7 @@ def test_recomputing_all_blocks_of_the_made_up_step_costs_a_third() -> None:
 
 def test_what_is_in_use_is_not_advised() -> None:
     used = Way("nf4_double", 1, True, 6)
-    assert told(used, forms=(None, "nf4_double")) == []
+    assert told(used, weight_formats=(None, "nf4_double")) == []
 
 
 def test_of_many_lines_some_are_shown() -> None:

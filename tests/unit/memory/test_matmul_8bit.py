@@ -4,13 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.memory.formats.codes import FP8, Codes, columns_first, input_gradient, output
-from library.memory.formats.format import Form
+from library.memory.codecs.codec import Codec
+from library.memory.codecs.matmul_8bit import FP8, Codes, columns_first, input_gradient, output
 from library.memory.formats.int8 import turn
-from library.memory.formats.named import FORMS
 from library.memory.frozen import multiply_codes, store_all_in, store_in
-from library.options.machine.memory import EIGHT_BIT_FORMS
 from tests.tolerances import FLOAT32_SAME_MATH
+from tests.weight_formats import CODECS, EIGHT_BIT_FORMATS
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -19,11 +18,11 @@ def random(*shape: int, seed: int) -> Tensor:
 
 def stored(name: str, weight: Tensor) -> tuple[Codes, Tensor]:
     """The codes of a weight, and what they decode to, float64."""
-    form = FORMS[name]
-    parts = form.encode(weight)
-    codes = form.codes(parts)
+    codec = CODECS[name]
+    parts = codec.encode(weight)
+    codes = codec.codes(parts)
     assert codes is not None
-    return codes, form.decode(parts, weight.shape, torch.float64)
+    return codes, codec.decode(parts, weight.shape, torch.float64)
 
 
 def share(found: Tensor, wanted: Tensor) -> float:
@@ -35,7 +34,7 @@ BOUNDS = {"int8": (0.06, 0.012), "int8_rotated": (0.01, 0.012), "fp8": (0.03, 0.
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", EIGHT_BIT_FORMS)
+@pytest.mark.parametrize("name", EIGHT_BIT_FORMATS)
 def test_products_are_near_those_of_the_decoded_weight_with_an_outlier_channel(name: str, dtype: torch.dtype) -> None:
     """One input channel is 30 times as large as the others, and gradients of tokens differ by a factor of 1000."""
     weight, decoded = stored(name, 0.02 * random(96, 256, seed=1))
@@ -57,7 +56,7 @@ OF_FEW = {"int8": 3e-4, "int8_rotated": 1e-4, "fp8": 2e-3}
 
 
 @pytest.mark.parametrize("num_tokens", [1, 8])
-@pytest.mark.parametrize("name", EIGHT_BIT_FORMS)
+@pytest.mark.parametrize("name", EIGHT_BIT_FORMATS)
 def test_a_few_tokens_are_multiplied_to_twice_as_many_bits(name: str, num_tokens: int) -> None:
     """What modulates a block is one token for a whole picture; some are zeros."""
     weight, decoded = stored(name, 0.02 * random(96, 256, seed=21))
@@ -117,7 +116,7 @@ def test_one_scale_for_all_and_turned_codes_of_a_file() -> None:
     )
 
 
-@pytest.mark.parametrize("name", EIGHT_BIT_FORMS)
+@pytest.mark.parametrize("name", EIGHT_BIT_FORMATS)
 @pytest.mark.parametrize("num_tokens", [9, 16, 17])
 def test_few_tokens_are_multiplied_as_among_many(name: str, num_tokens: int) -> None:
     """Cards take no fewer than 17 rows of int8."""
@@ -138,7 +137,7 @@ def test_integer_kernels_are_given_enough_rows(monkeypatch: pytest.MonkeyPatch) 
     assert rows == [17, 17, 30]
 
 
-@pytest.mark.parametrize("name", EIGHT_BIT_FORMS)
+@pytest.mark.parametrize("name", EIGHT_BIT_FORMATS)
 def test_what_is_no_number_shows_in_its_token_alone_and_zeros_give_the_bias(name: str) -> None:
     weight, _ = stored(name, random(32, 64, seed=18))
     x, bias = random(18, 64, seed=19), random(32, seed=20)
@@ -176,18 +175,18 @@ def test_columns_come_first_for_cards() -> None:
 
 
 def test_the_forms_with_codes_are_those_that_the_option_needs() -> None:
-    def has_codes(form: Form) -> bool:
-        return form.codes(form.encode(torch.ones(8, 64))) is not None
+    def has_codes(codec: Codec) -> bool:
+        return codec.codes(codec.encode(torch.ones(8, 64))) is not None
 
-    assert tuple(name for name, form in FORMS.items() if has_codes(form)) == EIGHT_BIT_FORMS
+    assert tuple(name for name, codec in CODECS.items() if has_codes(codec)) == EIGHT_BIT_FORMATS
 
 
-@pytest.mark.parametrize("name", EIGHT_BIT_FORMS)
+@pytest.mark.parametrize("name", EIGHT_BIT_FORMATS)
 def test_layers_multiply_and_still_show_the_decoded_weight(name: str) -> None:
     torch.manual_seed(24)
     layers = [nn.Linear(64, 32), nn.Linear(64, 20), nn.Conv2d(16, 16, 3, padding=1)]
     decoded = [nn.Linear(64, 32), nn.Linear(64, 20), nn.Conv2d(16, 16, 3, padding=1)]
-    store_all_in(FORMS[name], layers)
+    store_all_in(CODECS[name], layers)
     assert multiply_codes(layers) == 1  # type: ignore[arg-type]
     for layer, plain in zip(layers, decoded, strict=True):
         plain.requires_grad_(False)
@@ -207,7 +206,7 @@ def test_layers_multiply_and_still_show_the_decoded_weight(name: str) -> None:
 def test_the_backward_pass_asks_for_the_codes_again() -> None:
     """By then another layer's may be where they were."""
     layer = nn.Linear(64, 32).requires_grad_(False)
-    store_in(FORMS["int8"], layer)
+    store_in(CODECS["int8"], layer)
     multiply_codes([layer])  # type: ignore[list-item]
     asked: list[str] = []
     parts = layer.own_parts()  # type: ignore[operator]

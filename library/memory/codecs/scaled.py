@@ -1,4 +1,4 @@
-"""The form in which files of 8-bit weights come; nothing is stored in it here."""
+"""8-bit weights as checkpoint files have them: they are decoded here and never encoded."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from library.memory.formats.codes import Codes
-from library.memory.formats.format import Parts
+from library.memory.codecs.codec import Parts
+from library.memory.codecs.matmul_8bit import Codes
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""The most main memory that reading a denoiser into a form takes, against the result and one weight.
+"""The most main memory that reading a denoiser into a weight format takes, against the result and one weight.
 
 Writes one double and one single block of FLUX.1 in full size, in bf16 with random values, and reads them in a process
-of its own for each form. Needs about 0.7 GB of disk.
+of its own for each format. Needs about 0.7 GB of disk.
 
-    python benchmarks/reading_in_a_form.py
+    python benchmarks/reading_in_a_format.py
 """
 
 import subprocess
@@ -18,7 +18,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from library.architectures.flux.model import FluxConfig  # noqa: E402
-from library.memory.formats.named import FORMS  # noqa: E402
+from library.options.machine.base_formats import BASE_FORMATS  # noqa: E402
 
 CONFIG = FluxConfig(
     in_features=64,
@@ -35,22 +35,22 @@ CHILD = """
 import sys
 from pathlib import Path
 import torch
-from benchmarks.reading_in_a_form import empty
+from benchmarks.reading_in_a_format import empty
 from library.checkpoints.weights import open_weights
-from library.memory.formats.named import FORMS
+from library.memory.codecs.weight_format import load_format
 from library.models.loading import materialise
 
 def status(word):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if word in line) / 1024
 
-form = FORMS.get(sys.argv[2])
-if form is not None:
-    form.encode(torch.ones(64, 64))  # what is imported on first use
+codec = None if sys.argv[2] == "none" else load_format(sys.argv[2]).codec
+if codec is not None:
+    codec.encode(torch.ones(64, 64))  # what is imported on first use
 weights, model = open_weights(Path(sys.argv[1])), empty()
 before = status("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")
-model = materialise(model, weights, torch.bfloat16, form)
+model = materialise(model, weights, torch.bfloat16, codec)
 result = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
 print(status("VmHWM") - before, result, max(2 * torch.Size(s).numel() for s in weights.shapes.values()) / 2**20)
 """
@@ -65,11 +65,11 @@ def empty() -> nn.Module:
 def main() -> None:
     from safetensors.torch import save_file
 
-    print(f"{'form':14}{'peak MiB':>10}{'result':>9}{'largest weight':>16}{'peak / (result + weight)':>26}")
+    print(f"{'format':14}{'peak MiB':>10}{'result':>9}{'largest weight':>16}{'peak / (result + weight)':>26}")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "blocks.safetensors"
         save_file({k: torch.randn(v.shape, dtype=torch.bfloat16) for k, v in empty().state_dict().items()}, path)
-        for name in ("none", *FORMS):
+        for name in ("none", *BASE_FORMATS):
             command = [sys.executable, "-c", CHILD, str(path), name]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
             if done.returncode:

@@ -1,24 +1,28 @@
-"""Forms of frozen weights, and the layers that keep them."""
+"""Weight formats, and the frozen layers that are stored in them."""
 
 import copy
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from library.memory.formats.codes import FP8
-from library.memory.formats.format import Form
+from library.memory.codecs.codec import Codec
+from library.memory.codecs.matmul_8bit import FP8
+from library.memory.codecs.plain import Plain
 from library.memory.formats.fp8 import Fp8Rows
 from library.memory.formats.int8 import Int8Rows, group_size, hadamard
-from library.memory.formats.named import FORMS
-from library.memory.formats.plain import Plain
 from library.memory.frozen import FrozenLinear, layers_in_blocks, store_all_in, store_in
-from library.memory.planner.weights import STORED_FORMS, Matrix
+from library.memory.planner.weights import Matrix, StorageCost
 from networks import lora
+from tests.running import ROOT
 from tests.tolerances import FLOAT32_SAME_MATH
 from tests.unit.networks.toy import randomize
 from tests.unit.networks.toy_transformer import toy_transformer
+from tests.weight_formats import CODECS
 
 
 class Model(nn.Module):
@@ -80,13 +84,13 @@ def test_every_value_is_off_by_a_sixteenth_at_most_however_small_its_row(dtype: 
     assert (after[5] == 0).all()
 
 
-ALL = {"plain": Plain(), **FORMS}
+ALL = {"plain": Plain(), **CODECS}
 
 
-@pytest.mark.parametrize("form", ALL.values(), ids=ALL)
-def test_outputs_and_gradients_are_those_of_the_decoded_weight(form: Form) -> None:
+@pytest.mark.parametrize("codec", ALL.values(), ids=ALL)
+def test_outputs_and_gradients_are_those_of_the_decoded_weight(codec: Codec) -> None:
     model = frozen()
-    store_all_in(form, layers_in_blocks(model).values())
+    store_all_in(codec, layers_in_blocks(model).values())
     plain = decoded_copy(model)
     results = []
     for one in (model, plain):
@@ -113,10 +117,10 @@ def test_the_backward_pass_keeps_no_decoded_weight() -> None:
     assert saved and not [t for t in saved if t.shape in ((24, 16), (16, 24))]
 
 
-@pytest.mark.parametrize("form", ALL.values(), ids=ALL)
-def test_the_weight_that_is_read_is_a_copy(form: Form) -> None:
+@pytest.mark.parametrize("codec", ALL.values(), ids=ALL)
+def test_the_weight_that_is_read_is_a_copy(codec: Codec) -> None:
     layer = nn.Linear(6, 4).requires_grad_(False)
-    store_in(form, layer)
+    store_in(codec, layer)
     read = layer.weight
     read.fill_(7)
     assert not (layer.weight == 7).any()
@@ -169,16 +173,16 @@ def random_weight(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", WEIGHTS.values(), ids=WEIGHTS)
-@pytest.mark.parametrize("name", [name for name in FORMS if name.startswith("nf4")])
+@pytest.mark.parametrize("name", [name for name in CODECS if name.startswith("nf4")])
 def test_nf4_is_what_bitsandbytes_makes_of_the_whole_weight(
     name: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Decoded by hand: for rows that 64 does not divide its own kernel for CPUs takes other factors."""
     from bitsandbytes.functional import dequantize_blockwise, get_4bit_type, quantize_4bit
 
-    monkeypatch.setattr("library.memory.formats.chunks.NUM_VALUES", 64 * 96)  # several chunks, the last one shorter
+    monkeypatch.setattr("library.memory.codecs.chunks.NUM_VALUES", 64 * 96)  # several chunks, the last one shorter
     weight = random_weight(shape, 9)
-    parts = FORMS[name].encode(weight)
+    parts = CODECS[name].encode(weight)
     codes, state = quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=name == "nf4_double")
     assert torch.equal(parts["codes"], codes)
     factors = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
@@ -186,12 +190,12 @@ def test_nf4_is_what_bitsandbytes_makes_of_the_whole_weight(
     values = get_4bit_type("nf4", device="cpu")[numbers.int()]
     wanted = (values * factors.repeat_interleave(64)[: weight.numel()]).reshape(shape)
     for dtype in (torch.float32, torch.bfloat16):
-        assert torch.equal(FORMS[name].decode(parts, weight.shape, dtype), wanted.to(dtype))
+        assert torch.equal(CODECS[name].decode(parts, weight.shape, dtype), wanted.to(dtype))
 
 
 @pytest.mark.parametrize("shape", WEIGHTS.values(), ids=WEIGHTS)
 def test_int8_is_off_by_half_a_step_of_its_row(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("library.memory.formats.chunks.NUM_VALUES", 64 * 96)
+    monkeypatch.setattr("library.memory.codecs.chunks.NUM_VALUES", 64 * 96)
     weight = random_weight(shape, 10)
     if len(weight) > 1:
         weight[0] = 0
@@ -206,8 +210,8 @@ def test_turning_shares_an_outlier_among_its_group() -> None:
     weight = random_weight((40, 512), 11)
     weight[:, 100] *= 30
     errors = []
-    for form in (Int8Rows(), Int8Rows(is_rotated=True)):
-        off = form.decode(form.encode(weight), weight.shape, torch.float32) - weight
+    for codec in (Int8Rows(), Int8Rows(is_rotated=True)):
+        off = codec.decode(codec.encode(weight), weight.shape, torch.float32) - weight
         errors.append(float(off.norm() / weight.norm()))
     assert errors[1] < errors[0] / 3
 
@@ -221,36 +225,53 @@ def test_groups_are_the_largest_power_of_two_that_divides(num_inputs: int, size:
     torch.testing.assert_close(matrix.abs(), torch.full_like(matrix, size**-0.5), rtol=0, atol=1e-15)
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_every_form_takes_what_the_planner_counts_and_chunks_change_nothing(
+@pytest.mark.parametrize("name", CODECS)
+def test_every_format_takes_what_the_planner_counts_and_chunks_change_nothing(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight = random_weight((256, 512), 12).to(torch.bfloat16)
-    whole = FORMS[name].encode(weight)
+    whole = CODECS[name].encode(weight)
     num_bytes = sum(part.numel() * part.element_size() for part in whole.values())
-    assert num_bytes == STORED_FORMS[name].num_bytes(Matrix.of(weight))
-    monkeypatch.setattr("library.memory.formats.chunks.NUM_VALUES", 64 * 512)
-    for key, part in FORMS[name].encode(weight).items():
+    assert num_bytes == StorageCost.of(name).num_bytes(Matrix.of(weight))
+    monkeypatch.setattr("library.memory.codecs.chunks.NUM_VALUES", 64 * 512)
+    for key, part in CODECS[name].encode(weight).items():
         assert part.dtype == whole[key].dtype and torch.equal(part.view(torch.uint8), whole[key].view(torch.uint8))
 
 
-def test_the_forms_are_those_that_the_option_offers() -> None:
+def test_the_files_of_the_folder_are_what_the_options_offer() -> None:
+    from library.options.machine.fit import FitOptions
     from library.options.machine.memory import PrecisionOptions
 
-    (field,) = (f for f, _ in PrecisionOptions.leaves() if f.name == "base_format")
-    assert tuple(FORMS) == tuple(field.metadata["choices"])
-    assert STORED_FORMS.keys() == FORMS.keys() | {None}
+    names = tuple(sorted(path.stem for path in (ROOT / "library" / "memory" / "formats").glob("[!_]*.py")))
+    for options, name in ((PrecisionOptions, "base_format"), (FitOptions, "fit_formats")):
+        (field,) = (f for f, _ in options.leaves() if f.name == name)
+        assert tuple(field.metadata["choices"]) == names == tuple(CODECS)
 
 
-@pytest.mark.parametrize("form", ALL.values(), ids=ALL)
+def test_the_table_in_the_docs_has_every_format_with_its_bytes() -> None:
+    text = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    _, _, text = text.partition("| `--base_format` | bytes a weight |")
+    rows = re.findall(r"(?m)^\| `(\w+)` \| ([\d.]+) \|", text.partition("\n\n")[0])
+    matrix = Matrix(3072, 3072, itemsize=2)
+    wanted = {name: f"{StorageCost.of(name).num_bytes(matrix) / matrix.num_values:.3f}" for name in CODECS}
+    assert dict(rows) == wanted
+
+
+def test_listing_the_formats_imports_no_torch() -> None:
+    code = "import sys; from library.options.machine.base_formats import BASE_FORMATS; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("codec", ALL.values(), ids=ALL)
 @pytest.mark.parametrize("is_last", [False, True], ids=["contiguous", "channels_last"])
-def test_convolutions_compute_with_the_decoded_weight(form: Form, is_last: bool) -> None:
+def test_convolutions_compute_with_the_decoded_weight(codec: Codec, is_last: bool) -> None:
     torch.manual_seed(13)
     layer = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2).requires_grad_(False)
     if is_last:
         layer = layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     exact = copy.deepcopy(layer)
-    store_in(form, layer)
+    store_in(codec, layer)
     assert type(layer).__name__ == "Conv2d" and layer.weight.shape == exact.weight.shape
     exact.weight = nn.Parameter(layer.weight, requires_grad=False)
     results = []

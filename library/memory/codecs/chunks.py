@@ -5,7 +5,7 @@ from math import ceil
 
 from torch import Tensor
 
-from library.memory.formats.format import Parts
+from library.memory.codecs.codec import Parts
 
 NUM_VALUES = 2**20  # encoded at a time, about
 STEP = 64  # rows are taken in multiples of this many, so that no group of values is cut

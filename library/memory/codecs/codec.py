@@ -1,4 +1,4 @@
-"""What a stored form of a frozen weight must offer.
+"""How a frozen weight is turned into stored tensors and back: the protocols, and what a loader can be asked for.
 
 Letters: O outputs, I inputs of a weight as a matrix; the inputs of a convolution are its channels times its kernel.
 """
@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from library.memory.formats.codes import Codes
+from library.memory.codecs.matmul_8bit import Codes
 
 Parts = Mapping[str, Tensor]
 """The tensors in which a weight is stored, by the names that they have on their layer."""
@@ -20,16 +20,16 @@ class Decoder(Protocol):
     """How a stored weight becomes numbers to compute with again."""
 
     def decode(self, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """The weight of that shape in `dtype`, rounded as the form rounds it; possibly the stored tensor itself."""
+        """The weight of that shape in `dtype`, rounded as storing rounded it; possibly the stored tensor itself."""
         ...
 
     def codes(self, parts: Parts) -> Codes | None:
-        """What of it can be multiplied with without decoding it; None for forms that have nothing of the kind."""
+        """The 8-bit codes that can be multiplied without decoding them; None if the weight is stored in another way."""
         ...
 
 
-class Form(Decoder, Protocol):
-    """A codec: how one weight is stored too."""
+class Codec(Decoder, Protocol):
+    """How one weight is stored, too."""
 
     def encode(self, weight: Tensor) -> Parts:
         """The parts of a weight, (O, I) or (O, channels, height, width), on its device."""
@@ -47,10 +47,10 @@ AS_IN_FILE = AsInFile()
 class AsRead:
     """Says what else becomes of each weight as soon as it is read: so the model is never whole, nor there twice."""
 
-    form: Form | AsInFile | None
+    codec: Codec | AsInFile | None
     changes: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)  # by name, before it is stored
     take: Callable[[nn.Module], None] | None = None  # takes a layer away whose weight is stored
 
 
-WantedForm = Form | AsInFile | AsRead
+RequestedFormat = Codec | AsInFile | AsRead
 """What weights are to be stored in while they are read."""

@@ -1,32 +1,32 @@
-"""The closed formulas of stored weights, against what the forms really store and take while they are decoded."""
+"""The closed formulas of stored weights, against what the formats really store and take while they are decoded."""
 
 import pytest
 import torch
 from torch import nn
 
-from library.memory.formats.named import FORMS
 from library.memory.frozen import store_in
-from library.memory.planner.weights import STORED_FORMS, Matrix
+from library.memory.planner.weights import Matrix, StorageCost
 from tests.unit.memory.planner.made_up import allocated_peak
+from tests.weight_formats import CODECS
 
 
 @pytest.mark.parametrize("shape", [(48, 128), (33, 64), (32, 16, 3, 3)])
-@pytest.mark.parametrize("name", FORMS)
-def test_a_form_stores_as_many_bytes_as_its_formula_says(name: str, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("name", CODECS)
+def test_a_format_stores_as_many_bytes_as_its_formula_says(name: str, shape: tuple[int, ...]) -> None:
     torch.manual_seed(95)
     weight = torch.randn(shape).bfloat16()
-    stored = sum(part.numel() * part.element_size() for part in FORMS[name].encode(weight).values())
-    assert STORED_FORMS[name].num_bytes(Matrix.of(weight)) == stored
+    stored = sum(part.numel() * part.element_size() for part in CODECS[name].encode(weight).values())
+    assert StorageCost.of(name).num_bytes(Matrix.of(weight)) == stored
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", CODECS)
 def test_decoding_takes_as_many_copies_as_its_entry_says(name: str) -> None:
     torch.manual_seed(96)
     layer = nn.Linear(1024, 2048, bias=False).bfloat16().requires_grad_(False)
     matrix = Matrix.of(layer.weight)
-    store_in(FORMS[name], layer)
+    store_in(CODECS[name], layer)
     x = torch.randn(1, 1024).bfloat16().requires_grad_()
     layer(x)  # what is made once, such as tables
     taken = allocated_peak(lambda: layer(x).sum().backward()) / matrix.plain_bytes
     # Kernels of CPUs take up to a fifth of this small weight for themselves, more with more threads.
-    assert taken == pytest.approx(STORED_FORMS[name].num_copies, abs=0.25)
+    assert taken == pytest.approx(StorageCost.of(name).num_copies, abs=0.25)

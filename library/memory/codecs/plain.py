@@ -1,11 +1,11 @@
-"""The form that stores a frozen weight as it is."""
+"""Frozen weights that are stored as numbers."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from library.memory.formats.format import Parts
+from library.memory.codecs.codec import Parts
 
 
 @dataclass(frozen=True)

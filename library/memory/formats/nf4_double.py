@@ -1,0 +1,16 @@
+"""The weight format nf4_double: nf4 whose factors are quantised, too (QLoRA's double quantisation)."""
+
+from math import ceil
+
+from library.memory.codecs.weight_format import WeightFormat
+from library.memory.formats.nf4 import FACTOR_GROUP, GROUP, PACKAGE, Nf4
+
+
+def num_bytes(num_rows: int, num_columns: int, itemsize: int) -> int:
+    """Two values to a byte, a factor of one byte for each 64, a float32 for each 256 factors and one for their mean."""
+    num_values = num_rows * num_columns
+    num_factors = ceil(num_values / GROUP)
+    return ceil(num_values / 2) + num_factors + 4 * ceil(num_factors / FACTOR_GROUP) + 4
+
+
+FORMAT = WeightFormat(Nf4(is_double=True), num_bytes, num_copies=1, slowdown=1.15, required_package=PACKAGE)

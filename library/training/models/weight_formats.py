@@ -1,0 +1,56 @@
+"""The formats of the frozen models' weights: while they are read, while a step is counted, and while training."""
+
+import importlib.util
+
+from torch import nn
+
+from library.errors import UserError
+from library.hidden_libraries import show
+from library.memory.codecs.codec import AS_IN_FILE, AsInFile, Codec
+from library.memory.codecs.weight_format import load_format
+from library.memory.frozen import layers_in_blocks, store_all_in
+from library.options.train import TrainOptions
+
+
+def check_format(name: str | None) -> None:
+    """Raise UserError if a package that the weight format needs is not installed."""
+    package = None if name is None else load_format(name).required_package
+    if package is None:
+        return
+    show(package)
+    if importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"--base_format {name} needs the library {package}, which is not installed; install it with "
+            f"`pip install {package}`, or use --base_format int8"
+        )
+
+
+def format_while_reading(options: TrainOptions, merges_afterwards: bool = False) -> Codec | AsInFile | None:
+    """Return the codec of the denoiser's weights while they are read; None leaves them in --mixed_precision.
+
+    --base_weights are merged into numbers: weights that the file has in 8 bits do not stay so, and with
+    `merges_afterwards`, which the network modules of others require, nothing is stored until all of it is read.
+    """
+    name, merges = options.precision.denoiser_format, bool(options.network.base_weights)
+    if merges and merges_afterwards:
+        return None
+    if name is not None:
+        return load_format(name).codec
+    return None if merges else AS_IN_FILE
+
+
+def format_while_counting(options: TrainOptions) -> Codec | AsInFile | None:
+    """Return the codec of the denoiser's weights while the planner counts a step.
+
+    Decoding costs what `WeightFormat` says and is added afterwards, so a format is counted only where its codes are
+    multiplied.
+    """
+    if options.precision.denoiser_format is not None and not options.precision.multiplies_codes:
+        return None if options.network.base_weights else AS_IN_FILE
+    return format_while_reading(options)
+
+
+def store_in_format(name: str, *models: nn.Module) -> int:
+    """Store the blocks' weights that are still numbers in a value of --base_format; return how many layers have it."""
+    codec = load_format(name).codec
+    return sum(store_all_in(codec, layers_in_blocks(model).values()) for model in models)
