@@ -13,8 +13,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
+
+import psutil
 
 logger = logging.getLogger(__name__)
 
@@ -145,10 +146,8 @@ def has_ended(process: str) -> bool:
     if host != socket.gethostname():
         return False
     try:
-        os.kill(int(number), 0)
-    except ProcessLookupError:
+        return bool(psutil.Process(int(number)).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
         return True
-    except OSError:
+    except psutil.AccessDenied:
         return False
-    state = Path(f"/proc/{number}/stat")
-    return state.is_file() and state.read_text().rpartition(")")[2].split()[0] == "Z"
