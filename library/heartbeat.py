@@ -13,8 +13,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
+
+import psutil
+
+# torchrun and accelerate launch end and restart the processes of a machine by themselves. They cannot say which process
+# is gone to those that save the run, and mpirun, srun and other machines do without them: there, torch's own limits are
+# those of a collective, which a process that waits for hours of caching must not have.
 
 logger = logging.getLogger(__name__)
 
@@ -145,10 +150,8 @@ def has_ended(process: str) -> bool:
     if host != socket.gethostname():
         return False
     try:
-        os.kill(int(number), 0)
-    except ProcessLookupError:
+        return bool(psutil.Process(int(number)).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
         return True
-    except OSError:
+    except psutil.AccessDenied:
         return False
-    state = Path(f"/proc/{number}/stat")
-    return state.is_file() and state.read_text().rpartition(")")[2].split()[0] == "Z"

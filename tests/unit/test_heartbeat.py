@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from library.heartbeat import Heartbeat, Times
+from library.heartbeat import Heartbeat, Times, has_ended
 from library.processes import Processes, ProcessLost
 from tests.unit.test_processes import Board
 
@@ -46,6 +46,16 @@ def test_a_process_that_ended_is_missed_unless_it_said_that_it_is_done() -> None
     assert Heartbeat(said, 0, 3).find() is None
     said["failure/1"] = "UserError: no picture"
     assert Heartbeat(said, 0, 3).find() == "process 1 ended with an error: UserError: no picture"
+
+
+def test_asking_whether_a_process_lives_sends_it_no_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Windows, signal 0 is Ctrl+C."""
+    monkeypatch.delattr(os, "kill")
+    zombie = subprocess.Popen([sys.executable, "-c", ""])
+    wait_until(lambda: has_ended(f"{HOST} {zombie.pid}"))
+    zombie.wait()
+    assert has_ended(f"{HOST} {zombie.pid}")
+    assert not has_ended(f"{HOST} {os.getpid()}") and not has_ended("elsewhere 1")
 
 
 def test_a_process_of_another_machine_is_missed_once_it_is_silent() -> None:

@@ -2,6 +2,7 @@
 
 import shutil
 import tarfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -290,6 +291,36 @@ def test_where_the_index_cannot_be_written_it_stays_in_memory(
     (tmp_path / "a file").write_text("no folder")
     found = open_subset(tmp_path, subset_of("tar txt", pictures, tmp_path), "cache_dir", str(tmp_path / "a file"))
     assert len(found.samples) == 11 and "cannot be written, so every start makes it again" in caplog.text
+
+
+def test_one_process_at_a_time_makes_an_index(tmp_path: Path) -> None:
+    ends: list[str] = []
+
+    def make_index(name: str, seconds: float) -> None:
+        with parquet_index.index_lock(tmp_path / "index.parquet"):
+            started.set()
+            time.sleep(seconds)
+            ends.append(name)
+
+    started = threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(make_index, "first", 0.3)
+        started.wait()
+        second = pool.submit(make_index, "second", 0)
+        first.result(), second.result()
+    assert ends == ["first", "second"] and not list(tmp_path.iterdir())
+
+
+def test_a_file_system_without_locks_keeps_the_index_in_memory(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def acquire(lock: object, **_: object) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", acquire)
+    monkeypatch.setattr("filelock.FileLock.__enter__", acquire)
+    found = open_subset(tmp_path, subset_of("tar txt", pictures, tmp_path))
+    assert len(found.samples) == 11 and "every start makes it again (FileSystem does not appear" in caplog.text
 
 
 def test_a_full_disk_is_told_and_what_is_done_stays(

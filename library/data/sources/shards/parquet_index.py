@@ -10,7 +10,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,10 +88,10 @@ def read_index(
     with ExitStack() as stack:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(only_one(path))
-        except OSError as error:
+            stack.enter_context(index_lock(path))
+        except (OSError, NotImplementedError) as error:  # filelock below 3.24 has the latter without flock
             told = "%s cannot be written, so every start makes it again (%s); give --cache_dir a folder that can"
-            logger.warning(told, path, error.strerror)
+            logger.warning(told, path, getattr(error, "strerror", error))
             return make_index(path, files, rows_of, num_threads, title, None)
         known = open_index(path, files)  # another process may have made it meanwhile
         if known is not None:
@@ -205,15 +205,13 @@ def open_part(path: Path) -> Any:
 
 
 @contextmanager
-def only_one(path: Path) -> Iterator[None]:
-    """Let one process of this machine at a time into the block, where the system has locks that end with a process."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: each process makes the index, and the last one's stays
-        yield
-        return
+def index_lock(path: Path) -> Iterator[None]:
+    """Wait until no other process of this machine makes the index, and hold the others off for the block."""
+    from filelock import FileLock
+
     lock = path.with_name(f"{path.name}.lock")
-    with open_lock_file(lock, LOCK) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    open_lock_file(lock, LOCK).close()  # versions of filelock below 3.30 empty a file before they lock it
+    with FileLock(lock):
         yield
-        lock.unlink(missing_ok=True)
+        with suppress(OSError):  # Windows deletes no open file; there filelock does, once it has closed it
+            lock.unlink()
