@@ -17,6 +17,10 @@ from typing import Protocol
 
 import psutil
 
+# torchrun and accelerate launch end and restart the processes of a machine by themselves. They cannot say which process
+# is gone to those that save the run, and mpirun, srun and other machines do without them: there, torch's own limits are
+# those of a collective, which a process that waits for hours of caching must not have.
+
 logger = logging.getLogger(__name__)
 
 KILLED = "is gone without a word: something killed it, such as the system where main memory was full"

@@ -3,6 +3,9 @@
 import io
 from collections.abc import Callable
 
+# fsspec's ReadAheadCache and AbstractBufferedFile would halve this file, but always fetch a chunk more than was asked
+# for: indexing local tar files takes 50 % more reads, or as many reads and 47 % more bytes. Importing them takes 0.1 s.
+
 Fetch = Callable[[int, int], bytes]
 """(first byte, how many) to these bytes"""
 
