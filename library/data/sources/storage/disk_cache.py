@@ -8,9 +8,9 @@ from pathlib import Path
 from library.data.sources.names import short_digest
 from library.errors import UserError
 
-# fsspec's caches (blockcache, filecache, simplecache) do not replace this one: they have no size limit, one damaged JSON
-# file makes everything they keep unreadable, and that file contains signed URLs. filecache and simplecache fetch whole
-# shards; blockcache fetches whole blocks and needs file objects that not every file system of fsspec has.
+# fsspec's caches do not replace this one. None has a size limit; filecache and simplecache fetch whole shards.
+# blockcache fetches whole blocks and needs file objects that not every file system of fsspec has; its one JSON file
+# holds signed URLs, and nothing in the cache can be read once that file is damaged.
 
 PRUNE_EVERY = 0.05  # of the size: so much is written between two looks at the folder
 KEPT_OF_FULL = 0.9  # of the size: what stays after a look that found more
