@@ -5,7 +5,7 @@ import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from library.data.sources.names import short_digest
+from library.data.scanned.names import short_digest
 from library.errors import UserError
 
 PRUNE_EVERY = 0.05  # of the size: so much is written between two looks at the folder
