@@ -28,7 +28,7 @@ from library.checkpoints.hashes import digest_of_file  # noqa: E402
 from library.checkpoints.overwriting import FileType, check_overwrite  # noqa: E402
 from library.data.decoding.images import open_picture  # noqa: E402
 from library.data.description.image_extensions import image_extensions  # noqa: E402
-from library.data.description.keys import ALL_KEYS, ONLY_OF, SOURCES  # noqa: E402
+from library.data.description.keys import ALL_KEYS  # noqa: E402
 from library.data.description.schema import (  # noqa: E402
     DatasetConfig,
     NoDataFound,
@@ -37,10 +37,11 @@ from library.data.description.schema import (  # noqa: E402
     load_dataset_config,
     read_description,
 )
-from library.data.sources.collect import collect, collect_subset  # noqa: E402
-from library.data.sources.images import Picture  # noqa: E402
-from library.data.sources.names import safe_name  # noqa: E402
-from library.data.sources.scanned import ScannedSubset  # noqa: E402
+from library.data.description.source_keys import SOURCES  # noqa: E402
+from library.data.plan.collect import collect, collect_subset  # noqa: E402
+from library.data.scanned.images import Picture  # noqa: E402
+from library.data.scanned.names import safe_name  # noqa: E402
+from library.data.scanned.subsets import ScannedSubset  # noqa: E402
 from library.data.sources.storage.storage import Storage  # noqa: E402
 from library.errors import UserError  # noqa: E402
 from library.options.train import TrainOptions  # noqa: E402
@@ -310,7 +311,7 @@ def name_of(subset: SubsetConfig, taken: set[str]) -> str:
 
 def described(content: Mapping[str, Any], patterns: Sequence[Sequence[str]]) -> dict[str, Any]:
     """The dataset file with shards in place of what they were made of; subsets that are never drawn are gone."""
-    gone = {*SOURCES, *ONLY_OF, "metadata_file"}
+    gone = (*SOURCES, "caption_extension", "cache_info", "caption_column", "image_column")
     datasets = []
     for dataset, wanted in zip(content["datasets"], patterns, strict=True):
         subsets = [subset for subset in dataset["subsets"] if is_drawn(subset, dataset, content)]

@@ -38,6 +38,7 @@ LAYERS = (
     ("library.architectures",),
     ("library.data.description",),
     ("library.data.decoding",),
+    ("library.data.scanned",),
     ("library.data.sources",),
     ("library.data.plan",),
     ("library.data.caching",),

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from library.data.decoding.npz import DAMAGE, CacheWords, EntryError, Verdict, fault_of, open_npz, reading, writing
 from library.data.description.buckets import Shape, Size, crop_ltrb
-from library.data.sources.images import Picture
+from library.data.scanned.images import Picture
 from library.data.sources.storage.storage import Storage
 from library.protocols import LatentSpec
 

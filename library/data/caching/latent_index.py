@@ -18,9 +18,9 @@ import numpy as np
 from library.checkpoints.files import atomic_path
 from library.data.caching.latent_files import Expected, LatentFile, judge
 from library.data.decoding.npz import DAMAGE, MISSING, Verdict, open_npz
+from library.data.scanned.images import Picture
 from library.data.sources.folders import image_index
 from library.data.sources.folders.image_index import UNSETTLED, stamp_of
-from library.data.sources.images import Picture
 from library.data.sources.storage.storage import Storage
 
 logger = logging.getLogger(__name__)

@@ -31,7 +31,7 @@ from library.data.decoding.tensors import to_pixels
 from library.data.description.buckets import Shape
 from library.data.plan.data_plan import DataPlan
 from library.data.plan.samples import Sample, check_size, stand_in
-from library.data.sources.images import Version
+from library.data.scanned.images import Version
 from library.data.sources.storage.storage import Storage
 from library.errors import NotThere, UserError, few, needing
 from library.options.caching import CachingOptions

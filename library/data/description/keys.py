@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from library.data.description.source_keys import SOURCES
 from library.options.dataset import INTERPOLATIONS
 
 Style = Literal["dreambooth", "metadata", "masked"]
@@ -69,6 +70,9 @@ def _with_option(name: str, kind: Kind, default: Any, levels: tuple[Level, ...],
     return Key(name, kind, default, levels, flag=flag or name)
 
 
+FILE_SOURCES = tuple(name for name in SOURCES if name not in ("image_dir", "metadata_file"))
+"""Sources of larger files that hold images; the value of such a key is a path, a pattern, or a list of them."""
+
 DATASET_KEYS = (
     _with_option("batch_size", INT, 1, GD, flag="train_batch_size"),
     _with_option("resolution", SIZE, None, GD),
@@ -106,8 +110,7 @@ SUBSET_KEYS = (
     _with_option("validation_split", SHARE, 0.0, GDS),
     _with_option("validation_seed", INT, None, GDS),
     Key("image_dir", TEXT, None, ONLY_S),
-    Key("shards", TEXTS, None, ONLY_S, ("dreambooth",)),
-    Key("parquet", TEXTS, None, ONLY_S, ("dreambooth",)),
+    *(Key(name, TEXTS, None, ONLY_S, ("dreambooth",)) for name in FILE_SOURCES),
     Key("image_column", TEXT, None, GDS, ("dreambooth",)),
     Key("caption_column", TEXT, None, GDS, ("dreambooth",)),
     Key("class_tokens", TEXT, None, GDS, ("dreambooth",)),
@@ -125,13 +128,6 @@ REQUIRED: dict[Style, tuple[str, ...]] = {
     "dreambooth": (),  # one of SOURCES
     "metadata": ("metadata_file",),
     "masked": ("image_dir", "conditioning_data_dir"),
-}
-SOURCES = ("image_dir", "shards", "parquet")
-ONLY_OF: dict[str, tuple[str, ...]] = {  # keys of a subset that only some sources have a use for
-    "cache_info": ("image_dir",),
-    "caption_extension": ("image_dir", "shards"),
-    "image_column": ("parquet",),
-    "caption_column": ("parquet", "shards"),
 }
 
 

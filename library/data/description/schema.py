@@ -14,15 +14,15 @@ from library.data.description.captions import CaptionRules
 from library.data.description.keys import (
     ALL_KEYS,
     DATASET_KEYS,
-    ONLY_OF,
+    FILE_SOURCES,
     REQUIRED,
-    SOURCES,
     SUBSET_KEYS,
     Key,
     Level,
     Style,
     stands_at,
 )
+from library.data.description.source_keys import SOURCES, keys_used_by
 from library.errors import UserError
 from library.options.config_file import read_toml
 from library.options.dataset import DatasetOptions
@@ -56,9 +56,9 @@ class SubsetConfig:
     """One folder, one metadata file, or some larger files that hold pictures."""
 
     style: Style
+    source_key: str  # which of the sources the images come from
+    patterns: tuple[str, ...]  # of larger files that hold them; none where images are files
     image_dir: str | None
-    shards: tuple[str, ...] | None  # tar files, patterns of them among them
-    parquet: tuple[str, ...] | None
     image_column: str | None
     caption_column: str | None
     metadata_file: str | None
@@ -85,11 +85,6 @@ class SubsetConfig:
     def source(self) -> str:
         """The folder or files that the pictures come from, for messages."""
         return self.metadata_file or self.image_dir or ", ".join(map(without_secrets, self.patterns))
-
-    @property
-    def patterns(self) -> tuple[str, ...]:
-        """The larger files that the pictures lie in, patterns of them among them; none where pictures are files."""
-        return self.shards or self.parquet or ()
 
     @property
     def base_name(self) -> str:
@@ -247,8 +242,8 @@ def source_problems(subset: Table, place: str) -> list[str]:
         return [f"{place} has {' and '.join(given)}; each is a source of its own, put them into two subsets"]
     return [
         f"{place}['{name}'] does nothing with {given[0]}; it is for {' and '.join(sources)}"
-        for name, sources in ONLY_OF.items()
-        if name in subset and given[0] not in sources
+        for name in subset
+        if (sources := [source for source in SOURCES if name in keys_used_by(source)]) and given[0] not in sources
     ]
 
 
@@ -379,7 +374,11 @@ def build_subset(subset: Table, outer: Sequence[Table], style: Style, place: str
         values["caption_extension"] = f".{extension}"
     check_subset(values, rules, place)
     check_level_offset(values["custom_attributes"], place)
-    return SubsetConfig(style=style, captions=rules, **values)
+    files = {name: values.pop(name) for name in FILE_SOURCES}
+    source = next((name for name in FILE_SOURCES if files[name]), "image_dir")
+    patterns = files.get(source, ())
+    source = "metadata_file" if style == "metadata" else source
+    return SubsetConfig(style=style, captions=rules, source_key=source, patterns=patterns, **values)
 
 
 def level_offset(attributes: Table) -> float:

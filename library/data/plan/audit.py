@@ -17,8 +17,8 @@ from library.data.description.buckets import BucketRules
 from library.data.description.captions import fullest_captions, has_nested_wildcard
 from library.data.plan.folder_audit import folder_lines
 from library.data.plan.samples import Draws, Samples, duplicated_stems
-from library.data.sources.images import Pictures
-from library.data.sources.scanned import ScannedDataset, ScannedSubset
+from library.data.scanned.images import Pictures
+from library.data.scanned.subsets import ScannedDataset, ScannedSubset
 from library.errors import few
 from library.formatting import format_count
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from library.data.description.buckets import Size
 from library.data.plan.audit_pixels import Look, groups_of, look_at_all, similar_pairs
 from library.data.plan.samples import Sample
-from library.data.sources.images import Picture
+from library.data.scanned.images import Picture
 from library.data.sources.storage.storage import Storage
 from library.errors import few
 from library.formatting import format_count

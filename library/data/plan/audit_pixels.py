@@ -13,7 +13,7 @@ from PIL import Image
 
 from library.data.decoding.images import TRANSPOSITIONS, decode_all, open_picture, orientation_of, read_pixels
 from library.data.description.buckets import Size
-from library.data.sources.images import Picture
+from library.data.scanned.images import Picture
 from library.data.sources.storage.storage import Storage
 from library.errors import UserError
 from library.progress import progress_bar

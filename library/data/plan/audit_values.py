@@ -9,8 +9,8 @@ from library.data.description.buckets import BucketRules
 from library.data.plan.audit import MOST_COUNTED_AT_START, TokenLimit
 from library.data.plan.samples import Draws
 from library.data.plan.summary import TagFrequency
-from library.data.sources.columns import Texts
-from library.data.sources.scanned import ScannedDataset, ScannedSubset
+from library.data.scanned.columns import Texts
+from library.data.scanned.subsets import ScannedDataset, ScannedSubset
 
 MOST_NAMED = 100  # pictures that are left out
 MOST_TAGS = 50

@@ -16,13 +16,13 @@ from library.data.description.captions import caption_variant
 from library.data.description.schema import DatasetConfig, RunDataConfig, SubsetConfig, load_dataset_config
 from library.data.plan.audit import MOST_COUNTED_AT_START, TokenLimit, audit_lines, log_lengths_later
 from library.data.plan.audit_values import dataset_facts
+from library.data.plan.collect import collect
 from library.data.plan.dataset_digest import dataset_identity, picture_digests
 from library.data.plan.order import epoch_batches
 from library.data.plan.samples import Draws, Sample, Samples, build_draws, build_samples, check_pictures, fixed_shape
 from library.data.plan.summary import TagFrequency, dataset_metadata, tag_frequency
 from library.data.plan.validation_split import Split, split_datasets, unchanging
-from library.data.sources.collect import collect
-from library.data.sources.scanned import ScannedDataset
+from library.data.scanned.subsets import ScannedDataset
 from library.data.sources.storage.storage import Storage
 from library.errors import UserError, few
 from library.options.train import TrainOptions

@@ -18,8 +18,8 @@ PART_BYTES = 1 << 17
 AT_ONCE = 4096  # pictures whose facts are digested together
 
 WHERE = (
-    "keeps_index", "entries", "image_dir", "metadata_file", "conditioning_data_dir", "cache_info", "shards", "parquet",
-    "image_column", "caption_column",
+    "keeps_index", "entries", "image_dir", "metadata_file", "conditioning_data_dir", "cache_info", "source_key",
+    "patterns", "image_column", "caption_column",
 )  # fmt: skip
 
 

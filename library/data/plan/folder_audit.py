@@ -7,9 +7,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from library.data.description.image_extensions import image_extensions
+from library.data.scanned.images import Pictures
+from library.data.scanned.subsets import ScannedSubset
 from library.data.sources.folders.listing import CAPTION_ENDINGS
-from library.data.sources.images import Pictures
-from library.data.sources.scanned import ScannedSubset
 from library.errors import few
 from library.formatting import format_count
 

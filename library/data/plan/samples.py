@@ -19,8 +19,8 @@ from library.data.description.buckets import BucketRules, Shape, Size, assign_sh
 from library.data.description.schema import DatasetConfig, NoDataFound, SubsetConfig
 from library.data.plan.folder_audit import pictures_below
 from library.data.plan.order import Bucket, regularisation_repeats
-from library.data.sources.images import Picture, Pictures, in_blocks
-from library.data.sources.scanned import ScannedDataset, ScannedSubset
+from library.data.scanned.images import Picture, Pictures, in_blocks
+from library.data.scanned.subsets import ScannedDataset, ScannedSubset
 from library.errors import UserError, few
 
 logger = logging.getLogger(__name__)

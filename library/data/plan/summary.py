@@ -7,7 +7,7 @@ from typing import Any
 from library.data.description.buckets import BucketRules, Size, ratio_error
 from library.data.description.schema import RunDataConfig
 from library.data.plan.samples import Samples
-from library.data.sources.scanned import ScannedDataset, ScannedSubset
+from library.data.scanned.subsets import ScannedDataset, ScannedSubset
 from library.options.train import TrainOptions
 
 MOST_TAGS = 100_000  # of a folder; a header of safetensors may have 100 MB

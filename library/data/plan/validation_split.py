@@ -16,8 +16,8 @@ import numpy as np
 
 from library.data.description.schema import SubsetConfig
 from library.data.plan.audit import Line
-from library.data.sources.images import END_BYTES, Picture, digest_of_ends
-from library.data.sources.scanned import ScannedDataset, ScannedSubset
+from library.data.scanned.images import END_BYTES, Picture, digest_of_ends
+from library.data.scanned.subsets import ScannedDataset, ScannedSubset
 from library.errors import UserError
 from library.randomness import stream_seed
 

@@ -13,9 +13,9 @@ from library.data.description.buckets import BucketRules, Shape
 from library.data.description.schema import DatasetConfig, SubsetConfig
 from library.data.plan.order import Bucket, epoch_batches
 from library.data.plan.samples import Sample, build_draws, build_samples
-from library.data.sources.columns import BLOCK, Texts
-from library.data.sources.images import Picture, Pictures, Place, Places
-from library.data.sources.scanned import ScannedDataset, ScannedSubset
+from library.data.scanned.columns import BLOCK, Texts
+from library.data.scanned.images import Picture, Pictures, Place, Places
+from library.data.scanned.subsets import ScannedDataset, ScannedSubset
 from library.randomness import random_for
 from tests.unit.data.builders import plan_of, write_config, write_folder
 

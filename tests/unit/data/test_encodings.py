@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from library.data.description.schema import load_dataset_config
-from library.data.sources.collect import collect
+from library.data.plan.collect import collect
 from library.errors import UserError
 from library.options.config_file import read_toml
 from library.options.encodings import likely_encoding

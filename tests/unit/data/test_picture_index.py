@@ -10,8 +10,8 @@ from PIL import Image
 
 from library.data.decoding.threads import BLOCK, in_blocks
 from library.data.plan.data_plan import DataPlan
+from library.data.scanned.subsets import ScannedSubset
 from library.data.sources.folders import image_index, reading, scan
-from library.data.sources.scanned import ScannedSubset
 from tests.unit.data.builders import plan_of, write_config, write_folder, write_picture
 
 LONG_AGO = 1_500_000_000

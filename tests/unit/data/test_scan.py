@@ -10,8 +10,8 @@ from PIL import Image
 
 from library.data.decoding.images import read_size
 from library.data.description.schema import NoDataFound, load_dataset_config
-from library.data.sources.collect import collect
-from library.data.sources.scanned import ScannedSubset
+from library.data.plan.collect import collect
+from library.data.scanned.subsets import ScannedSubset
 from tests.unit.data.builders import options_of, plan_of, write_config, write_folder, write_picture
 
 

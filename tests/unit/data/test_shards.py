@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from library.data.caching.latents import cache_latents
-from library.data.sources.shards import indexed, parquet_index
-from library.data.sources.shards.tar_files import Member, members_of
+from library.data.sources import parquet, shards
+from library.data.sources.indexed import parquet_index
+from library.data.sources.indexed.parquet_files import KeptGroups
+from library.data.sources.indexed.tar_files import Member, members_of
 from library.data.sources.storage import storage
 from library.data.sources.storage.ranges import Window
 from library.data.sources.storage.storage import expanded
@@ -186,19 +188,20 @@ def test_no_more_groups_of_rows_stay_in_memory_than_a_size_allows(
     monkeypatch.setattr(storage, "MOST_OPEN", 3)
     found = open_subset(tmp_path, 'parquet = "{here}/rows/*.parquet"\n')
     opened = found.storage.opened
-    opened.groups.max_bytes = 150_000
+    groups = found.storage.shared(KeptGroups)
+    groups.max_bytes = 150_000
     files = sorted(path for path in pictures.iterdir() if path.suffix != ".txt")
     for number in [0, 54, 20, 13, 40, 1, 54]:
         place = found.samples[number].picture.place
         assert place is not None and found.storage.read(place) == files[number % 11].read_bytes()
-        assert opened.groups.num_bytes <= 150_000 and len(opened.files) <= 3
-    assert opened.groups.num_bytes > 50_000
+        assert groups.num_bytes <= 150_000 and len(opened.files) <= 3
+    assert groups.num_bytes > 50_000
 
 
 def test_large_groups_of_rows_are_told_with_a_way_out(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(indexed, "MOST_GROUP_BYTES", 20_000)
+    monkeypatch.setattr(parquet, "MOST_GROUP_BYTES", 20_000)
     columns = rows_of([], pictures)
     write_parquet(tmp_path / "rows" / "0.parquet", columns, group=2)
     open_subset(tmp_path, 'parquet = "{here}/rows/*.parquet"\n')
@@ -214,14 +217,14 @@ def test_of_several_processes_one_makes_the_index(
     subset = subset_of("tar txt", pictures, tmp_path)
     options = write_config(tmp_path / "data.toml", DATASET + subset)
     made: list[str] = []
-    plain = indexed.rows_of_tar
+    plain = shards.rows_of_tar
 
     def noting(window: Window, shown: str, rule: object) -> object:
         made.append(Path(shown).name)
         time.sleep(0.05)
         return plain(window, shown, rule)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(indexed, "rows_of_tar", noting)
+    monkeypatch.setattr(shards, "rows_of_tar", noting)
     with ThreadPoolExecutor(3) as pool:
         found = list(pool.map(lambda _: len(plan_of(options).samples), range(3)))
     assert found == [11] * 3 and sorted(made) == ["0000.tar", "0001.tar", "0002.tar"]

@@ -23,7 +23,7 @@ from library.checkpoints.files import atomic_path
 from library.data.decoding.npz import DAMAGE, open_npz
 from library.data.decoding.threads import in_blocks
 from library.data.description.buckets import Size
-from library.data.sources.columns import Sizes, Texts
+from library.data.scanned.columns import Sizes, Texts
 from library.errors import UserError
 
 logger = logging.getLogger(__name__)

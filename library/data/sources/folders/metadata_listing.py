@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from library.data.description.buckets import Size
 from library.data.description.captions import CaptionRules
 from library.data.description.schema import SubsetConfig
-from library.data.sources.columns import Texts
+from library.data.scanned.columns import Texts
+from library.data.scanned.subsets import Listing
 from library.data.sources.folders.image_index import (
     open_index,
     renewed,
@@ -15,7 +16,6 @@ from library.data.sources.folders.image_index import (
 from library.data.sources.folders.listing import look_into
 from library.data.sources.folders.metadata_file import MetadataEntry, read_metadata
 from library.data.sources.folders.reading import size_of
-from library.data.sources.scanned import Listing
 
 
 def list_metadata(config: SubsetConfig, num_threads: int) -> Listing:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from library.data.decoding.images import read_size
 from library.data.description.buckets import Size
 from library.data.description.captions import CaptionRules
-from library.data.sources.columns import Texts
+from library.data.scanned.columns import Texts
 from library.data.sources.folders.image_headers import HEAD_BYTES, plain_size
 from library.data.sources.folders.image_index import (
     UNSETTLED,

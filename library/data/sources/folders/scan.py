@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from library.data.decoding.threads import in_blocks
 from library.data.description.buckets import Size
 from library.data.description.schema import SubsetConfig, not_a_folder
-from library.data.sources.columns import Texts
+from library.data.scanned.columns import Texts
+from library.data.scanned.subsets import Listing
 from library.data.sources.folders.folder_cache import CacheRow, FolderCache, fingerprint
 from library.data.sources.folders.image_index import (
     FolderIndex,
@@ -17,7 +18,6 @@ from library.data.sources.folders.image_index import (
     renewed,
 )
 from library.data.sources.folders.listing import Folder, look_again, look_into
-from library.data.sources.folders.metadata_listing import list_metadata
 from library.data.sources.folders.reading import (
     NotUtf8,
     caption_of,
@@ -26,22 +26,10 @@ from library.data.sources.folders.reading import (
     read_caption,
     size_of,
 )
-from library.data.sources.scanned import Listing, ScannedSubset
 from library.errors import UserError, few
 from library.options.config_file import BACKSLASH_HINT
 
 logger = logging.getLogger(__name__)
-
-
-def collect_files(config: SubsetConfig, num_threads: int) -> ScannedSubset:
-    """The pictures of a folder or of a metadata file, in the order of their paths."""
-    if config.style == "metadata":
-        listing = list_metadata(config, num_threads)
-    else:
-        listing = list_folder(config, num_threads)
-    if config.style == "masked":
-        add_masks(listing)
-    return listing.found()
 
 
 def list_folder(config: SubsetConfig, num_threads: int) -> Listing:

@@ -5,7 +5,7 @@ import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from library.data.sources.names import short_digest
+from library.data.scanned.names import short_digest
 from library.errors import UserError
 
 # fsspec's caches do not replace this one. None has a size limit; filecache and simplecache fetch whole shards.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from library.data.description.schema import without_secrets
-from library.data.sources.images import FileStamp
+from library.data.scanned.images import FileStamp
 from library.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -3,18 +3,17 @@
 import os
 import re
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from glob import glob
-from typing import Any
+from typing import Any, TypeVar
 
 from library.data.description.schema import without_secrets
-from library.data.sources.images import FileStamp, Picture, Place, Version, digest_of
-from library.data.sources.names import folder_name, safe_name, short_digest
+from library.data.scanned.images import FileStamp, Picture, Place, Version, digest_of
+from library.data.scanned.names import folder_name, safe_name, short_digest
 from library.data.sources.storage import object_storage
 from library.data.sources.storage.disk_cache import DiskCache
-from library.data.sources.storage.parquet_files import KeptGroups, ParquetRows
 from library.data.sources.storage.ranges import RangeFile, Window
 from library.errors import UserError
 
@@ -23,16 +22,18 @@ BRACES = re.compile(r"\{(?:(?P<first>\d+)\.\.(?P<last>\d+)|(?P<choices>[^{}]*,[^
 GLOB, GLOB_IN_URL = re.compile(r"[*?\[]"), re.compile(r"\*")
 REMOTE_CHUNK_BYTES = 16384  # a request takes longer than so much more in its answer
 READ_FOLDER = "read"
-MOST_OPEN = 64  # Parquet files; what stands at the end of one can have megabytes
+MOST_OPEN = 64  # files; what stands at the end of a Parquet file can have megabytes
 GB = 10**9
+
+T = TypeVar("T")
 
 
 @dataclass
 class Opened:
     """What stays open in this process."""
 
-    files: dict[str, ParquetRows] = field(default_factory=dict)
-    groups: KeptGroups = field(default_factory=KeptGroups)
+    files: dict[str, Any] = field(default_factory=dict)  # what readers opened
+    shared: dict[type[Any], Any] = field(default_factory=dict)  # what readers of several files have in common
     cache: DiskCache | None = None
     lock: Any = field(default_factory=threading.Lock)
 
@@ -74,14 +75,14 @@ class Storage:
         """The bytes at a place. Raises UserError naming a file that cannot be read, or that ends before."""
         if is_remote(place.file):
             return self._read_remote(place)
-        if place.column:
-            return self._rows(place.file).value(place.column, place.start)
+        if place.reader is not None:
+            return place.reader.read(self, place)
         return self.read_range(place.file, place.start, place.num_bytes)
 
     def read_ahead(self, pictures: Iterable[Picture]) -> None:
         """Bring what lies behind URLs to the disk, at the same time: its reading waits for one answer, not for each."""
         places = [picture.place for picture in pictures if picture.place is not None]
-        places = [place for place in places if is_remote(place.file) and not place.column]
+        places = [place for place in places if is_remote(place.file) and place.reader is None]
         missing = [place for place in dict.fromkeys(places) if not self.disk_cache.path(name_of(place)).exists()]
         if len(missing) > 1:
             ranges = [(place.file, place.start, place.num_bytes) for place in missing]
@@ -107,11 +108,11 @@ class Storage:
         content = self.disk_cache.get(name_of(place))
         if content is not None and digest_of(content) == place.digest:
             return content
-        if place.column:
+        if place.reader is not None:
             # All pictures of the group come with the one that is asked for, and each is asked for sooner or later.
-            for row, value in self._rows(place.file).group(place.column, place.start):
-                self.disk_cache.put(name_of(place._replace(start=row)), value)
-                content = value if row == place.start else content
+            for start, value in place.reader.read_group(self, place):
+                self.disk_cache.put(name_of(place._replace(start=start)), value)
+                content = value if start == place.start else content
         else:
             content = self.read_range(place.file, place.start, place.num_bytes)
             self.disk_cache.put(name_of(place), content)
@@ -119,15 +120,22 @@ class Storage:
             raise UserError(f"{without_secrets(place.file)} was replaced since it was indexed; start again")
         return content
 
-    def _rows(self, file: str) -> ParquetRows:
+    # Files
+
+    def kept_open(self, file: str, open_file: Callable[[], T]) -> T:
+        """Return what `open_file` gives, from an earlier call for the same file if it is still open."""
         with self.opened.lock:
             if file not in self.opened.files:
                 if len(self.opened.files) >= MOST_OPEN:
                     self.opened.files.pop(next(iter(self.opened.files)))
-                self.opened.files[file] = ParquetRows(self.file(file), without_secrets(file), self.opened.groups)
-            return self.opened.files[file]
+                self.opened.files[file] = open_file()
+            found: T = self.opened.files[file]
+            return found
 
-    # Files
+    def shared(self, kind: type[T]) -> T:
+        """Return the one object of a class without arguments that all readers of this process share."""
+        found: T = self.opened.shared.setdefault(kind, kind())
+        return found
 
     def read_range(self, file: str, start: int, num_bytes: int) -> bytes:
         """Some bytes of a file."""
@@ -198,7 +206,8 @@ def is_remote(file: str) -> bool:
 
 def name_of(place: Place) -> str:
     """What a picture is called in the disk cache. Its digest tells whether the content is still the one."""
-    return f"{without_secrets(place.file)} {place.start} {'' if place.column else place.num_bytes} {place.column}"
+    size, reader = (place.num_bytes, "") if place.reader is None else ("", place.reader.name)
+    return f"{without_secrets(place.file)} {place.start} {size} {reader}"
 
 
 def expanded(pattern: str) -> list[str]:

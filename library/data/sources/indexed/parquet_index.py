@@ -19,10 +19,10 @@ import numpy as np
 
 from library.checkpoints.files import atomic_path
 from library.checkpoints.overwriting import FileType, open_lock_file
-from library.data.sources.images import FileStamp
-from library.data.sources.names import short_digest
-from library.data.sources.shards.indexing import Row
-from library.data.sources.storage.parquet_files import pyarrow_parquet
+from library.data.scanned.images import FileStamp
+from library.data.scanned.names import short_digest
+from library.data.sources.indexed.parquet_files import pyarrow_parquet
+from library.data.sources.indexed.rows import Row
 from library.errors import UserError
 from library.progress import progress_bar
 

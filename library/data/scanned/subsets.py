@@ -8,8 +8,8 @@ import numpy as np
 
 from library.data.description.buckets import Size
 from library.data.description.schema import DatasetConfig, SubsetConfig
-from library.data.sources.columns import Sizes, Texts
-from library.data.sources.images import Pictures
+from library.data.scanned.columns import Sizes, Texts
+from library.data.scanned.images import Pictures
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from library.data.decoding.images import read_size
 from library.data.description.buckets import Size
 from library.data.description.image_extensions import image_extensions
+from library.data.scanned.images import END_BYTES, digest_of, digest_of_ends
 from library.data.sources.folders.image_headers import HEAD_BYTES, plain_size
-from library.data.sources.images import END_BYTES, digest_of, digest_of_ends
-from library.data.sources.shards.tar_files import Member, members_of
+from library.data.sources.indexed.tar_files import Member, members_of
 from library.data.sources.storage.ranges import RangeFile, Window
 from library.errors import UserError
 

@@ -1,18 +1,21 @@
 """What is known of the pictures of a subset before any is opened, column by column: a million of them are 200 MB."""
 
-from collections.abc import Iterator, Sequence
+import io
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import repeat
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, Protocol, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from library.data.description.buckets import Size
-from library.data.sources.columns import Texts
+from library.data.scanned.columns import Texts
 
 END_BYTES = 4096
+
+T = TypeVar("T")
 
 
 class FileStamp(NamedTuple):
@@ -39,15 +42,48 @@ def digest_of(content: bytes) -> str:
     return digest_of_ends(content[:END_BYTES] + content[max(0, len(content) - END_BYTES) :], len(content))
 
 
+class OpenFiles(Protocol):
+    """Files that a reader opens once in each process; `Storage` implements it."""
+
+    def file(self, file: str) -> io.RawIOBase:
+        """Open a path or a URL."""
+        ...
+
+    def kept_open(self, file: str, open_file: Callable[[], T]) -> T:
+        """Return what `open_file` gives, from an earlier call for the same file if it is still open."""
+        ...
+
+    def shared(self, kind: type[T]) -> T:
+        """Return the one object of a class without arguments that all readers of this process share."""
+        ...
+
+
+class Reader(Protocol):
+    """Reads images that are no plain range of bytes of their file. Workers get a pickled copy."""
+
+    @property
+    def name(self) -> str:
+        """Part of the names in the disk cache, where places of two readers may be equal otherwise."""
+        ...
+
+    def read(self, files: OpenFiles, place: "Place") -> bytes:
+        """Return the bytes of one image. Raises UserError for a file that was replaced or cannot be read."""
+        ...
+
+    def read_group(self, files: OpenFiles, place: "Place") -> Iterator[tuple[int, bytes]]:
+        """Yield (start of its place, bytes) of the image and of all others that have to be read with it."""
+        ...
+
+
 class Place(NamedTuple):
     """Where in a larger file a picture lies: the bytes of a member of a tar file, a row of a Parquet file."""
 
     file: str  # a path or a URL
     name: str  # of the picture in it
-    start: int  # byte; in a Parquet file the row
+    start: int  # byte, or another number that the reader knows it by, such as a row
     num_bytes: int
     digest: str  # of its size, beginning and end, in hexadecimal digits; copies share it
-    column: str = ""  # of a Parquet file
+    reader: Reader | None = None  # None where the image is these bytes of the file
 
 
 class Picture(NamedTuple):
@@ -71,14 +107,14 @@ class Places:
     start_N: NDArray[np.int64]
     bytes_N: NDArray[np.int64]
     digest_N16: NDArray[np.uint8]
-    column: str = ""  # of Parquet files
+    reader: Reader | None = None
     urls: Texts | None = None  # of pictures that are files of their own
 
     def of(self, number: int, name: str) -> Place:
         """The place of one picture."""
         file = self.files[self.file_N[number]] if self.urls is None else self.urls[number]
         start, num_bytes = int(self.start_N[number]), int(self.bytes_N[number])
-        return Place(file, name, start, num_bytes, self.digest_N16[number].tobytes().hex(), self.column)
+        return Place(file, name, start, num_bytes, self.digest_N16[number].tobytes().hex(), self.reader)
 
     @property
     def prefixes(self) -> list[str]:

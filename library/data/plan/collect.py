@@ -9,9 +9,8 @@ import numpy as np
 
 from library.data.description.buckets import Size
 from library.data.description.schema import DatasetConfig, RunDataConfig, SubsetConfig
-from library.data.sources.folders.scan import collect_files
-from library.data.sources.scanned import ScannedDataset, ScannedSubset
-from library.data.sources.shards.indexed import collect_indexed
+from library.data.scanned.subsets import ScannedDataset, ScannedSubset
+from library.data.sources.storage.source import load_source
 from library.data.sources.storage.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -58,4 +57,4 @@ def without_small(found: ScannedSubset, limit: Size) -> ScannedSubset:
 
 def collect_subset(config: SubsetConfig, storage: Storage, num_threads: int) -> ScannedSubset:
     """The pictures of one subset, in the order of their paths, or of their places in larger files."""
-    return collect_indexed(config, storage, num_threads) if config.patterns else collect_files(config, num_threads)
+    return load_source(config.source_key).scan(config, storage, num_threads)

@@ -1,10 +1,10 @@
-"""The pictures of tar shards and Parquet files, from their index."""
+"""The images of sources of larger files, from their index."""
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,47 +13,51 @@ from numpy.typing import NDArray
 
 from library.data.description.captions import CaptionRules
 from library.data.description.schema import SubsetConfig, without_secrets
-from library.data.sources.columns import Texts
+from library.data.scanned.columns import Texts
+from library.data.scanned.images import FileStamp, Pictures, Places, Reader
+from library.data.scanned.names import folder_name, short_digest
+from library.data.scanned.subsets import ScannedSubset
 from library.data.sources.folders.reading import caption_of
-from library.data.sources.images import FileStamp, Pictures, Places
-from library.data.sources.names import folder_name, short_digest
-from library.data.sources.scanned import ScannedSubset
-from library.data.sources.shards.indexing import CaptionRule, Row, row_of, row_of_bytes, rows_of_tar, stripped_lines
-from library.data.sources.shards.parquet_index import IndexedFiles, read_index
-from library.data.sources.shards.tar_files import Member
-from library.data.sources.storage.parquet_files import Columns, ParquetRows, columns_of
+from library.data.sources.indexed.parquet_index import IndexedFiles, read_index
+from library.data.sources.indexed.rows import Row
 from library.data.sources.storage.storage import Storage, is_remote
 from library.errors import UserError, few
 
 logger = logging.getLogger(__name__)
 
 NEWLINE = 10
-URLS_AT_ONCE = 16
-MOST_GROUP_BYTES = 64 << 20  # of rows that are read for one of them, before somebody is told
 
 
-def collect_indexed(config: SubsetConfig, storage: Storage, num_threads: int) -> ScannedSubset:
-    """The pictures of a subset of shards or Parquet files, in the order of the files and of their places in them.
+@dataclass(frozen=True)
+class SourceFile:
+    """One of the larger files of a subset."""
 
-    Raises UserError for files that are missing, damaged or of another kind.
+    path: str  # or URL
+    shown: str  # in messages and keys, without passwords and the like
+    num_bytes: int
+
+
+def scan_files(
+    config: SubsetConfig,
+    storage: Storage,
+    num_threads: int,
+    keys: Sequence[str],
+    read_rows: Callable[[SourceFile], Sequence[Row]],
+    open_reader: Callable[[SourceFile], Reader | None] = lambda file: None,
+) -> ScannedSubset:
+    """List the images of a subset of larger files, in the order of the files and of their places in them.
+
+    `read_rows` lists those of one file that the index does not know, `keys` are keys of the subset that decide what it
+    gives, and `open_reader` gives what reads the images of all files, from the first of them. Raises UserError for
+    files that are missing, damaged or of another kind.
     """
     if config.cache_info:
         logger.warning("cache_info has no effect on %s, whose pictures have an index", config.source)
-    files, shown, known = described_files(config, storage, num_threads)
-    rule = CaptionRule(config.caption_extension.removeprefix("."), config.caption_column)
-
-    def rows_of(number: int) -> Sequence[Row]:
-        if config.shards:
-            window = storage.window(files[number], known.stamps[number].num_bytes)
-            return rows_of_tar(window, shown[number], rule)
-        return rows_of_parquet(files[number], shown[number], config, storage)
-
+    paths, shown, known = described_files(config, storage, num_threads, keys)
+    files = [SourceFile(*file) for file in zip(paths, shown, (stamp.num_bytes for stamp in known.stamps), strict=True)]
     path, title = index_path(shown, known, storage), f"indexing {config.base_name}"
-    table = read_index(path, known, rows_of, num_threads, title, config.keeps_index)
-    column = ""
-    if config.parquet:
-        column = columns_of_file(files[0], shown[0], config, storage).image
-    found = found_in(table, config, files, shown, column)
+    table = read_index(path, known, lambda number: read_rows(files[number]), num_threads, title, config.keeps_index)
+    found = found_in(table, config, paths, shown, open_reader(files[0]))
     del table
     release_memory()
     return found
@@ -67,10 +71,10 @@ def release_memory() -> None:
 
 
 def described_files(
-    config: SubsetConfig, storage: Storage, num_threads: int
+    config: SubsetConfig, storage: Storage, num_threads: int, keys: Sequence[str]
 ) -> tuple[list[str], list[str], IndexedFiles]:
     """(the files of a subset, how they are shown, what an index of them must say). Raises UserError."""
-    key = "shards" if config.shards else "parquet"
+    key = config.source_key
     files = [file for pattern in config.patterns for file in storage.matching(pattern)]
     if not files:
         raise UserError(f"{key} = {config.source!r} matched no files; check bucket, path and pattern")
@@ -81,11 +85,11 @@ def described_files(
         storage.required_cache_dir(f"{key} behind a URL")
     shown = [without_secrets(file) for file in files]
     stamps = stamps_of(files, shown, key, storage, num_threads)
-    told = [config.image_column, config.caption_column]
-    if config.shards:
-        told = [config.caption_extension.removeprefix("."), config.caption_column]
+    values = {name: getattr(config, name) for name in keys}
+    if "caption_extension" in values:
+        values["caption_extension"] = config.caption_extension.removeprefix(".")
     folder = os.path.dirname(shown[0])
-    known = IndexedFiles([name.removeprefix(f"{folder}/") for name in shown], stamps, f"{key} {told}")
+    known = IndexedFiles([name.removeprefix(f"{folder}/") for name in shown], stamps, f"{key} {list(values.values())}")
     return files, shown, known
 
 
@@ -119,59 +123,8 @@ def index_path(shown: Sequence[str], files: IndexedFiles, storage: Storage) -> P
     return Path(folder, name)
 
 
-def columns_of_file(file: str, shown: str, config: SubsetConfig, storage: Storage) -> Columns:
-    """The columns of pictures and captions of a Parquet file."""
-    return columns_of(ParquetRows(storage.file(file), shown).schema, config.image_column, config.caption_column, shown)
-
-
-def rows_of_parquet(file: str, shown: str, config: SubsetConfig, storage: Storage) -> list[Row]:
-    """The rows of a Parquet file."""
-    opened = ParquetRows(storage.file(file), shown)
-    columns = columns_of(opened.schema, config.image_column, config.caption_column, shown)
-    num_rows, num_bytes = opened.largest_group(columns.image)
-    if num_bytes > MOST_GROUP_BYTES and not columns.is_url:
-        logger.warning(
-            "%s: to read one picture, %d are read (%.0f MB), for a group of rows is the least; tools/make_shards.py "
-            "writes tar files, of which each picture is read alone",
-            shown,
-            num_rows,
-            num_bytes / 1e6,
-        )
-    digits, folder = len(str(opened.num_rows)), os.path.dirname(file)
-    rows: list[Row] = []
-    with ThreadPoolExecutor(URLS_AT_ONCE, thread_name_prefix="look at URLs") as pool:
-        for batch in opened.batches([name for name in (columns.image, columns.caption) if name is not None]):
-            images = batch[columns.image]
-            captions = [None] * len(images) if columns.caption is None else batch[columns.caption]
-            lines = [None if caption is None else stripped_lines(caption) for caption in captions]
-            if columns.is_url:
-                rows += pool.map(partial(row_of_url, folder=folder, storage=storage), images, lines)
-            else:
-                for image, caption in zip(images, lines, strict=True):
-                    rows.append(row_of_bytes(f"{len(rows):0{digits}}", len(rows), image, caption, shown))
-    return rows
-
-
-def row_of_url(url: str | None, caption: str | None, folder: str, storage: Storage) -> Row:
-    """A picture that lies elsewhere: at a URL, or at a path from the folder of the Parquet file on."""
-    if not url:
-        return Row("?", 0, 0, 0, 0, caption, bytes(16), "has no URL")
-    whole = url if is_remote(url) else f"{folder}/{url}" if folder else url
-    if is_remote(whole):
-        storage.required_cache_dir("pictures behind a URL")
-    shown = without_secrets(whole)
-    try:
-        window = storage.window(whole)
-        found = row_of(window, Member(shown, 0, window.file_bytes), "")
-    except FileNotFoundError:
-        return Row(shown, 0, 0, 0, 0, caption, bytes(16), "is not there", whole)
-    except UserError as error:
-        return Row(shown, 0, 0, 0, 0, caption, bytes(16), str(error).removeprefix(shown).strip(), whole)
-    return found._replace(caption=caption, url=whole)
-
-
 def found_in(
-    table: Any, config: SubsetConfig, files: Sequence[str], shown: Sequence[str], column: str
+    table: Any, config: SubsetConfig, files: Sequence[str], shown: Sequence[str], reader: Reader | None
 ) -> ScannedSubset:
     """The rows of an index as pictures."""
     import pyarrow.compute as compute
@@ -195,7 +148,7 @@ def found_in(
             numbers(table["start"], np.int64),
             numbers(table["num_bytes"], np.int64),
             digests_of(table["digest"]),
-            "" if is_url else column,
+            None if is_url else reader,
             texts_of(table["url"]) if is_url else None,
         ),
     )

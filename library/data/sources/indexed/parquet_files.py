@@ -4,6 +4,7 @@ A column of a group of rows is the least that can be read of them. `image` is a 
 bytes may also be a column of their own, or a column of URLs stands in for them.
 """
 
+import io
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
@@ -11,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-from library.data.sources.storage.ranges import RangeFile
 from library.errors import UserError
 
 IMAGE_COLUMNS = ("image", "images", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
@@ -99,7 +99,7 @@ class KeptGroups:
 class ParquetRows:
     """A Parquet file that stays open."""
 
-    def __init__(self, file: RangeFile, shown: str, kept: KeptGroups | None = None) -> None:
+    def __init__(self, file: io.RawIOBase, shown: str, kept: KeptGroups | None = None) -> None:
         """Raises UserError for a file that is none, or is damaged."""
         parquet = pyarrow_parquet()
         self.shown = shown

@@ -1,0 +1,18 @@
+"""The source image_dir: a folder of images with caption files beside them, and masks in another folder."""
+
+from library.data.description.schema import SubsetConfig
+from library.data.scanned.subsets import ScannedSubset
+from library.data.sources.folders.scan import add_masks, list_folder
+from library.data.sources.storage.source import Source
+from library.data.sources.storage.storage import Storage
+
+
+def scan(config: SubsetConfig, storage: Storage, num_threads: int) -> ScannedSubset:
+    """List the images in the order of their paths."""
+    listing = list_folder(config, num_threads)
+    if config.style == "masked":
+        add_masks(listing)
+    return listing.found()
+
+
+SOURCE = Source(("caption_extension", "cache_info"), scan)

@@ -1,0 +1,15 @@
+"""The source metadata_file: a JSON or JSONL file with captions and tags of images that lie elsewhere."""
+
+from library.data.description.schema import SubsetConfig
+from library.data.scanned.subsets import ScannedSubset
+from library.data.sources.folders.metadata_listing import list_metadata
+from library.data.sources.storage.source import Source
+from library.data.sources.storage.storage import Storage
+
+
+def scan(config: SubsetConfig, storage: Storage, num_threads: int) -> ScannedSubset:
+    """List the images in the order of their paths."""
+    return list_metadata(config, num_threads).found()
+
+
+SOURCE = Source((), scan)

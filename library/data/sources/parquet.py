@@ -1,0 +1,109 @@
+"""The source parquet: Parquet files with an image, or the URL of one, and a caption in each row."""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+from library.data.description.schema import SubsetConfig, without_secrets
+from library.data.scanned.images import OpenFiles, Place, Reader
+from library.data.scanned.subsets import ScannedSubset
+from library.data.sources.indexed.parquet_files import Columns, KeptGroups, ParquetRows, columns_of
+from library.data.sources.indexed.rows import Row, row_of, row_of_bytes, stripped_lines
+from library.data.sources.indexed.scan import SourceFile, scan_files
+from library.data.sources.indexed.tar_files import Member
+from library.data.sources.storage.source import Source
+from library.data.sources.storage.storage import Storage, is_remote
+from library.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+KEYS = ("image_column", "caption_column")
+URLS_AT_ONCE = 16
+MOST_GROUP_BYTES = 64 << 20  # of rows that are read for one of them, before somebody is told
+
+
+@dataclass(frozen=True)
+class ParquetReader:
+    """Reads the images in one column; of a group of rows all have to be read for one."""
+
+    name: str  # of the column
+
+    def read(self, files: OpenFiles, place: Place) -> bytes:
+        return self._rows(files, place.file).value(self.name, place.start)
+
+    def read_group(self, files: OpenFiles, place: Place) -> Iterator[tuple[int, bytes]]:
+        return self._rows(files, place.file).group(self.name, place.start)
+
+    def _rows(self, files: OpenFiles, file: str) -> ParquetRows:
+        return files.kept_open(
+            file, lambda: ParquetRows(files.file(file), without_secrets(file), files.shared(KeptGroups))
+        )
+
+
+def scan(config: SubsetConfig, storage: Storage, num_threads: int) -> ScannedSubset:
+    """List the images in the order of the files and of their rows."""
+
+    def read_rows(file: SourceFile) -> Sequence[Row]:
+        return rows_of_parquet(file.path, file.shown, config, storage)
+
+    def open_reader(file: SourceFile) -> Reader:
+        return ParquetReader(columns_of_file(file.path, file.shown, config, storage).image)
+
+    return scan_files(config, storage, num_threads, KEYS, read_rows, open_reader)
+
+
+SOURCE = Source(KEYS, scan)
+
+
+def columns_of_file(file: str, shown: str, config: SubsetConfig, storage: Storage) -> Columns:
+    """The columns of pictures and captions of a Parquet file."""
+    return columns_of(ParquetRows(storage.file(file), shown).schema, config.image_column, config.caption_column, shown)
+
+
+def rows_of_parquet(file: str, shown: str, config: SubsetConfig, storage: Storage) -> list[Row]:
+    """The rows of a Parquet file."""
+    opened = ParquetRows(storage.file(file), shown)
+    columns = columns_of(opened.schema, config.image_column, config.caption_column, shown)
+    num_rows, num_bytes = opened.largest_group(columns.image)
+    if num_bytes > MOST_GROUP_BYTES and not columns.is_url:
+        logger.warning(
+            "%s: to read one picture, %d are read (%.0f MB), for a group of rows is the least; tools/make_shards.py "
+            "writes tar files, of which each picture is read alone",
+            shown,
+            num_rows,
+            num_bytes / 1e6,
+        )
+    digits, folder = len(str(opened.num_rows)), os.path.dirname(file)
+    rows: list[Row] = []
+    with ThreadPoolExecutor(URLS_AT_ONCE, thread_name_prefix="look at URLs") as pool:
+        for batch in opened.batches([name for name in (columns.image, columns.caption) if name is not None]):
+            images = batch[columns.image]
+            captions = [None] * len(images) if columns.caption is None else batch[columns.caption]
+            lines = [None if caption is None else stripped_lines(caption) for caption in captions]
+            if columns.is_url:
+                rows += pool.map(partial(row_of_url, folder=folder, storage=storage), images, lines)
+            else:
+                for image, caption in zip(images, lines, strict=True):
+                    rows.append(row_of_bytes(f"{len(rows):0{digits}}", len(rows), image, caption, shown))
+    return rows
+
+
+def row_of_url(url: str | None, caption: str | None, folder: str, storage: Storage) -> Row:
+    """A picture that lies elsewhere: at a URL, or at a path from the folder of the Parquet file on."""
+    if not url:
+        return Row("?", 0, 0, 0, 0, caption, bytes(16), "has no URL")
+    whole = url if is_remote(url) else f"{folder}/{url}" if folder else url
+    if is_remote(whole):
+        storage.required_cache_dir("pictures behind a URL")
+    shown = without_secrets(whole)
+    try:
+        window = storage.window(whole)
+        found = row_of(window, Member(shown, 0, window.file_bytes), "")
+    except FileNotFoundError:
+        return Row(shown, 0, 0, 0, 0, caption, bytes(16), "is not there", whole)
+    except UserError as error:
+        return Row(shown, 0, 0, 0, 0, caption, bytes(16), str(error).removeprefix(shown).strip(), whole)
+    return found._replace(caption=caption, url=whole)

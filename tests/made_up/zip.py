@@ -1,0 +1,61 @@
+"""The source zip, which is made up: archives of images, each with a caption file of the same name beside it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from zipfile import BadZipFile, ZipFile
+
+from library.data.description.image_extensions import image_extensions
+from library.data.description.schema import SubsetConfig, without_secrets
+from library.data.scanned.images import OpenFiles, Place
+from library.data.scanned.subsets import ScannedSubset
+from library.data.sources.indexed.rows import Row, row_of_bytes, stripped_lines
+from library.data.sources.indexed.scan import SourceFile, scan_files
+from library.data.sources.storage.source import Source
+from library.data.sources.storage.storage import Storage
+from library.errors import UserError
+
+KEYS = ("caption_extension",)
+
+
+@dataclass(frozen=True)
+class ZipReader:
+    """Unpacks one member at a time."""
+
+    name: str = "zip"
+
+    def read(self, files: OpenFiles, place: Place) -> bytes:
+        return files.kept_open(place.file, lambda: open_archive(files, place.file)).read(place.name)
+
+    def read_group(self, files: OpenFiles, place: Place) -> Iterator[tuple[int, bytes]]:
+        yield place.start, self.read(files, place)
+
+
+def open_archive(files: OpenFiles, file: str) -> ZipFile:
+    """Raises UserError for a file that is no zip archive."""
+    try:
+        return ZipFile(files.file(file))
+    except BadZipFile as error:
+        raise UserError(f"{without_secrets(file)} is not a zip archive, or is damaged: {error}") from None
+
+
+def scan(config: SubsetConfig, storage: Storage, num_threads: int) -> ScannedSubset:
+    """List the images in the order of the files and of their places in them."""
+
+    def read_rows(file: SourceFile) -> Sequence[Row]:
+        with open_archive(storage, file.path) as archive:
+            members = set(archive.namelist())
+            rows = []
+            for info in archive.infolist():
+                path = PurePosixPath(info.filename)
+                if path.suffix in image_extensions():
+                    beside = str(path.with_suffix(config.caption_extension))
+                    caption = stripped_lines(archive.read(beside).decode()) if beside in members else None
+                    content = archive.read(info)
+                    rows.append(row_of_bytes(info.filename, info.header_offset, content, caption, file.shown))
+        return rows
+
+    return scan_files(config, storage, num_threads, KEYS, read_rows, lambda file: ZipReader())
+
+
+SOURCE = Source(KEYS, scan)
