@@ -29,7 +29,7 @@ from networks.core.changes.adapter import Adapter  # noqa: E402
 from networks.core.changes.alpha import ScaledDelta  # noqa: E402
 from networks.core.changes.dora import Add  # noqa: E402
 from networks.core.kinds.lora import LowRank  # noqa: E402
-from networks.core.targets.targets import Site  # noqa: E402
+from networks.core.targets.targets import TargetModule  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FLUX = FluxConfig(64, 3072, 128, 12288, 4096, 768, 19, 38, True)
@@ -93,7 +93,7 @@ def adapt(block: nn.Module, rank: int) -> list[nn.Parameter]:
     for name, layer in list(block.named_modules()):
         if isinstance(layer, nn.Linear):
             change = ScaledDelta(layer, LowRank(layer, rank), Add(), rank)
-            Adapter(Site(name, name, layer, "plain"), change, 1.0).install()
+            Adapter(TargetModule(name, name, layer, "plain"), change, 1.0).install()
             trained += list(change.parameters())
     return trained
 

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from library.memory.planner.gpus import parse_size, typical_card  # noqa: E402
+from library.memory.planner.gpus import parse_size, typical_gpu  # noqa: E402
 from library.memory.planner.table import in_gib  # noqa: E402
 from library.training.planning.fit import Fit, fit_to  # noqa: E402
 from library.training.planning.settings import describe  # noqa: E402
@@ -59,7 +59,7 @@ def rows(names: Sequence[str], formats: Sequence[str], cards: Sequence[str]) -> 
         sizes = [parse_size("--cards", card) for card in cards]
         for form in formats:
             wanted = options.with_values({"fit_formats": [form]})
-            cells = [cell(fit_to(counted, wanted, typical_card(size))) for size in sizes]
+            cells = [cell(fit_to(counted, wanted, typical_gpu(size))) for size in sizes]
             yield f"| {name}, {model.side} px, {form} | {' | '.join(cells)} |"
         print(f"{name}: counted in {seconds:.1f} s", file=sys.stderr)
 

@@ -99,7 +99,7 @@ def train(script: str, *arguments: str) -> dict[str, Any]:
         watch.after_step()
         return found
 
-    def watched_start(self: sharded.GatheredStreams, slot: int, master: sharded.Shelf) -> None:
+    def watched_start(self: sharded.GatheredStreams, slot: int, master: sharded.ShardedBlock) -> None:
         watch.fetched += sum(parameter.numel() for parameter in master.parameters())
         start(self, slot, master)
 

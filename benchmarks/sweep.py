@@ -30,8 +30,8 @@ from networks.core.changes.adapter import Adapter  # noqa: E402
 from networks.core.changes.alpha import ScaledDelta  # noqa: E402
 from networks.core.changes.dora import Add  # noqa: E402
 from networks.core.kinds.lora import LowRank  # noqa: E402
-from networks.core.network.multiplexer import Beside, SideBySide  # noqa: E402
-from networks.core.targets.targets import Site  # noqa: E402
+from networks.core.network.multiplexer import AdapterMultiplexer, Beside  # noqa: E402
+from networks.core.targets.targets import TargetModule  # noqa: E402
 
 CPU = torch.device("cpu")
 TOY_SIDE = 64
@@ -61,7 +61,7 @@ def toy(args: argparse.Namespace, folder: Path, *network_args: str) -> tuple[Wor
     from library.processes import of_accelerator
     from library.training.command_line.cli import parse
     from library.training.loop import loop
-    from library.training.loop.stacked_step import backward_together
+    from library.training.loop.stacked_step import backward_stacked
     from library.training.models import opening
     from library.training.reporting.event_stream import Events
     from library.training.run import runs
@@ -96,7 +96,7 @@ def toy(args: argparse.Namespace, folder: Path, *network_args: str) -> tuple[Wor
 
     def together() -> None:
         for number, batch in enumerate(batches):
-            backward_together(runs, batch, number, 1, 0)
+            backward_stacked(runs, batch, number, 1, 0)
             for run in runs:
                 update(run)
 
@@ -109,19 +109,21 @@ def toy(args: argparse.Namespace, folder: Path, *network_args: str) -> tuple[Wor
     return together, apart
 
 
-def shared(block: nn.Module, args: argparse.Namespace) -> SideBySide:
+def shared(block: nn.Module, args: argparse.Namespace) -> AdapterMultiplexer:
     """A block, every Linear of which as many adapters share."""
     linears = [(path, layer) for path, layer in block.named_modules() if isinstance(layer, nn.Linear)]
 
     def adapters() -> Sequence[Adapter]:
         return [
             Adapter(
-                Site(path, path, layer, "plain"), ScaledDelta(layer, LowRank(layer, args.rank), Add(), args.rank), 1.0
+                TargetModule(path, path, layer, "plain"),
+                ScaledDelta(layer, LowRank(layer, args.rank), Add(), args.rank),
+                1.0,
             )
             for path, layer in linears
         ]
 
-    return SideBySide([Beside(adapters(), draws=False) for _ in range(args.adapters)])
+    return AdapterMultiplexer([Beside(adapters(), draws=False) for _ in range(args.adapters)])
 
 
 def passes(block: nn.Module, args: argparse.Namespace, run: Callable[[int], Tensor]) -> tuple[Work, Work]:

@@ -93,7 +93,7 @@ def arguments_of(folder: Path, args: argparse.Namespace, steps: int) -> list[str
     return given if args.text_encoder else [*given, "--network_train_unet_only"]
 
 
-class Turns:
+class Multiplexer:
     """Runs two loops turn by turn: each is a generator that yields after a step."""
 
     def __init__(self, loops: dict[str, Iterator[float]]) -> None:
@@ -280,7 +280,7 @@ def main() -> None:
         plain += ["--text_encoder"] if args.text_encoder else []
         report: dict[str, Any] = {"ours": measured_process(command), "plain": measured_process(plain)}
         loops = {"ours": our_steps(folder, args), "plain": plain_steps(folder, args)}
-        seconds = Turns(loops).seconds(args.steps, args.rounds)
+        seconds = Multiplexer(loops).seconds(args.steps, args.rounds)
     report["step_s"] = seconds
     report["step_ratio"] = seconds["ours"] / seconds["plain"]
     report["peak_ratio"] = report["ours"]["peak_gb"] / report["plain"]["peak_gb"]

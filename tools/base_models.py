@@ -7,7 +7,7 @@ from library.checkpoints import model_lookup
 from library.checkpoints.base_model import BaseModel
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.models.identify import base_of_checkpoint, spec_of
-from networks.core.targets.targets import AdapterTargets, Site, find_sites
+from networks.core.targets.targets import AdapterTargets, TargetModule, find_target_modules
 
 
 def open_base_model(flag: str, path: Path) -> BaseModel:
@@ -19,23 +19,23 @@ def open_base_model(flag: str, path: Path) -> BaseModel:
     return base_of_checkpoint(list_specs(), flag, path).open_for_merging(flag, path)
 
 
-def card_for(base: BaseModel) -> BaseModelSpec:
+def spec_for(base: BaseModel) -> BaseModelSpec:
     """The spec of an opened checkpoint's base model."""
     return spec_of(list_specs(), base.names.base)
 
 
-def adapter_sites(base: BaseModel, with_convolutions: bool) -> tuple[list[Site], list[Site]]:
+def find_adapter_targets(base: BaseModel, with_convolutions: bool) -> tuple[list[TargetModule], list[TargetModule]]:
     """(text encoders, denoiser): the modules that networks.lora adapts, with conv_dim or not; on the meta device.
 
     Of base models whose checkpoints have no text encoders only the denoiser is looked at.
     """
-    encoders, denoiser = card_for(base).seen_by_networks(base.path)
+    encoders, denoiser = spec_for(base).seen_by_networks(base.path)
     targets = denoiser.adapter_targets
     assert isinstance(targets, AdapterTargets)
     classes = targets.denoiser.blocks + (targets.denoiser.conv_blocks if with_convolutions else ())
     text = [
-        site
+        target
         for part, encoder in zip(targets.text_encoders, encoders, strict=bool(encoders))
-        for site in find_sites(part, encoder, part.blocks)
+        for target in find_target_modules(part, encoder, part.blocks)
     ]
-    return text, find_sites(targets.denoiser, denoiser, classes)
+    return text, find_target_modules(targets.denoiser, denoiser, classes)

@@ -24,10 +24,10 @@ from library.training.evaluation.choice import by_picture  # noqa: E402
 from library.training.evaluation.choosing import (  # noqa: E402
     Measured,
     choice_of,
+    format_choice,
     memorised,
     memory_line,
     table_of,
-    told_choice,
 )
 from library.training.evaluation.measurement import Measurement  # noqa: E402
 from library.training.models.opening import open_data_plan  # noqa: E402
@@ -39,7 +39,7 @@ from library.training.saving.checkpoints import Names  # noqa: E402
 from library.training.saving.saved_files import steps_of, without_copies  # noqa: E402
 from tools.command import make_parser, run  # noqa: E402
 from tools.contact_sheet import chosen_files, own_device  # noqa: E402
-from tools.plan_memory import card_of_script  # noqa: E402
+from tools.plan_memory import spec_of_script  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ def keep(choice: events.Choice, options: TrainOptions) -> None:
 
 def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
     """Raises UserError for options that are wrong, and for files that do not fit the base model."""
-    card = card_of_script(args.script)
+    card = spec_of_script(args.script)
     parser = importlib.import_module(args.script.removesuffix(".py")).setup_parser()
     options = for_measuring(card.options.from_args(parse(parser, training)))
     check_values(options)
@@ -154,7 +154,7 @@ def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
         raise UserError("the loss of every file is not a number; --mixed_precision bf16 or no is wider than fp16")
     for text in table_of(choice):
         print(text)
-    print(told_choice(choice))
+    print(format_choice(choice))
     if (text := memory_line(choice)) is not None:
         print(text)
     keep(choice, options)

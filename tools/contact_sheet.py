@@ -21,7 +21,7 @@ from library.options.train import TrainOptions  # noqa: E402
 from library.training.command_line.checks import check_precision, check_values  # noqa: E402
 from library.training.command_line.cli import parse  # noqa: E402
 from library.training.command_line.run_lock import run_lock  # noqa: E402
-from library.training.evaluation.prompts import read_prompts, settle  # noqa: E402
+from library.training.evaluation.prompts import read_prompts, resolve  # noqa: E402
 from library.training.offline.contact_sheet import arrange, draw_rows  # noqa: E402
 from library.training.report_page.writer import add_sheet  # noqa: E402
 from library.training.reporting.sample_images import data_url_of  # noqa: E402
@@ -29,7 +29,7 @@ from library.training.saving.checkpoints import Names  # noqa: E402
 from library.training.saving.saved_files import files_of_run, without_copies  # noqa: E402
 from library.types import Prompt  # noqa: E402
 from tools.command import make_parser, run  # noqa: E402
-from tools.plan_memory import card_of_script  # noqa: E402
+from tools.plan_memory import spec_of_script  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def columns_of(prompts: Sequence[Prompt], seeds: Sequence[int] | None) -> list[P
 
 def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     """Raises UserError for options that are wrong, and for files that do not fit the base model."""
-    card = card_of_script(args.script)
+    card = spec_of_script(args.script)
     parser = importlib.import_module(args.script.removesuffix(".py")).setup_parser()
     options = card.options.from_args(parse(parser, training))
     check_values(options)
@@ -105,7 +105,7 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     check_overwrite("--sheet", target, PNG, [*files, Path(options.preview.sample_prompts)])
     arch = card.build(options)
     specs = read_prompts(Path(options.preview.sample_prompts))
-    columns = columns_of([settle(spec, arch.preview.defaults, arch.inpaints) for spec in specs], args.seeds)
+    columns = columns_of([resolve(spec, arch.preview.defaults, arch.inpaints) for spec in specs], args.seeds)
     pictures = list(draw_rows(options, arch, [None, *files], columns, own_device()))
     labels = labels_of(files)
     sheet = arrange(pictures, labels, [f"{prompt.seed}: {prompt.text}" for prompt in columns], args.side)

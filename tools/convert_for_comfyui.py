@@ -12,7 +12,7 @@ from library.checkpoints.adapter_names import FileNaming
 from library.errors import UserError
 from library.version import add_version
 from tools.command import check_output, run
-from tools.convert_lora import card_for_file, convert, read_adapter
+from tools.convert_lora import convert, read_adapter, spec_for_file
 
 
 def command(description: str | None, base: str, to: FileNaming, back: FileNaming | None) -> Callable[..., int]:
@@ -38,7 +38,7 @@ def setup_parser(description: str | None) -> argparse.ArgumentParser:
 
 def rename(base: str, to: FileNaming, back: FileNaming | None, args: argparse.Namespace) -> None:
     """Read, rename and write. Raises UserError for a file of another base model, and where nothing can be done."""
-    card = card_for_file(read_adapter(args.src_path, "src_path"), str(args.src_path))
+    card = spec_for_file(read_adapter(args.src_path, "src_path"), str(args.src_path))
     if card.name != base:
         raise UserError(f"{args.src_path} is an adapter of {card.title}; tools/convert_lora.py renames it")
     if args.reverse and back is None:

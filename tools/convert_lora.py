@@ -32,7 +32,7 @@ EXAMPLES = """\
   python3 tools/convert_lora.py --model from_peft.safetensors --save_to for_comfyui.safetensors --to kohya"""
 
 
-def card_for_file(file: AdapterFile, origin: str) -> BaseModelSpec:
+def spec_for_file(file: AdapterFile, origin: str) -> BaseModelSpec:
     """The spec of the base model that a file is for. Raises UserError where that cannot be told."""
     shapes = {module.keys[leaf]: t.shape for module in file.modules.values() for leaf, t in module.tensors.items()}
     return require_card(list_specs(), shapes, file.metadata, origin)
@@ -47,7 +47,7 @@ def read_adapter(path: Path, flag: str) -> AdapterFile:
 def convert(model: Path, save_to: Path, to: FileNaming, drop_unsupported: bool) -> Renamed:
     """Write `model` to `save_to` in another naming. Raises UserError saying why that is not possible."""
     file = read_adapter(model, "--model")
-    spec = card_for_file(file, f"--model {model}")
+    spec = spec_for_file(file, f"--model {model}")
     if not programs_that_read(spec, to):
         raise UserError(
             f"--to {to}: no program reads adapters of {spec.title} in that naming; {best_namings(spec)} are read"

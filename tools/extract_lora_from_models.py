@@ -28,8 +28,8 @@ from networks.core.changes.svd import best_factors, clamped
 from networks.core.files.adapter_file import AdapterFile, save_adapter_file
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds import lora
-from networks.core.targets.targets import Site
-from tools.base_models import adapter_sites, card_for, open_base_model
+from networks.core.targets.targets import TargetModule
+from tools.base_models import find_adapter_targets, open_base_model, spec_for
 from tools.command import (
     add_device,
     add_save_precision,
@@ -61,19 +61,19 @@ def difference_of(org: BaseModel, tuned: BaseModel, name: str) -> Tensor:
     return weights[1] - weights[0]
 
 
-def differences(org: BaseModel, tuned: BaseModel, sites: Sequence[Site]) -> dict[str, float]:
+def differences(org: BaseModel, tuned: BaseModel, target_modules: Sequence[TargetModule]) -> dict[str, float]:
     """The largest change of a value in each layer, by name."""
     return {
-        site.name: float(difference_of(org, tuned, site.name).abs().max())
-        for site in tqdm(sites, desc="comparing text encoders", unit="layer")
+        target.name: float(difference_of(org, tuned, target.name).abs().max())
+        for target in tqdm(target_modules, desc="comparing text encoders", unit="layer")
     }
 
 
 def extract_module(
-    site: Site, difference: Tensor, rank: int, quantile: float, device: torch.device
+    target: TargetModule, difference: Tensor, rank: int, quantile: float, device: torch.device
 ) -> tuple[ModuleWeights, float, float]:
     """(module, squared norm that it misses, squared norm of the difference). Computed in float64 where there is any."""
-    weight = site.module.weight
+    weight = target.module.weight
     assert isinstance(weight, Tensor)
     dtype = torch.float32 if device.type == "mps" else torch.float64
     matrix_ON = difference.to(device, dtype).flatten(1)
@@ -83,7 +83,7 @@ def extract_module(
     missed = float((matrix_ON - up_OR @ down_RN).square().sum())
     alpha = torch.tensor(float(down_RN.shape[0]))
     up, down = (factor.to("cpu", torch.float32) for factor in (up_OR, down_RN))
-    module = ModuleWeights(site.name, lora.leaves_of(up, down, tuple(weight.shape), alpha), {})
+    module = ModuleWeights(target.name, lora.leaves_of(up, down, tuple(weight.shape), alpha), {})
     return module, missed, float(matrix_ON.square().sum())
 
 
@@ -91,18 +91,18 @@ def extract_modules(
     org: BaseModel, tuned: BaseModel, args: argparse.Namespace, device: torch.device
 ) -> list[ModuleWeights]:
     """The modules of the LoRA. Raises UserError when the checkpoints do not fit each other or are the same."""
-    encoder_sites, unet_sites = adapter_sites(org, with_convolutions=args.conv_dim is not None)
-    check_same_layers(org, tuned, [*encoder_sites, *unet_sites])
-    if max(differences(org, tuned, encoder_sites).values(), default=0.0) <= args.min_diff:
+    encoder_targets, unet_targets = find_adapter_targets(org, with_convolutions=args.conv_dim is not None)
+    check_same_layers(org, tuned, [*encoder_targets, *unet_targets])
+    if max(differences(org, tuned, encoder_targets).values(), default=0.0) <= args.min_diff:
         logger.info("the text encoders differ by no more than --min_diff %g; they are left out", args.min_diff)
-        encoder_sites = []
+        encoder_targets = []
     modules, missed, total = [], 0.0, 0.0
-    for site in tqdm([*encoder_sites, *unet_sites], desc="extracting", unit="layer"):
-        rank = args.conv_dim if site.kind == "conv" else args.dim
+    for target in tqdm([*encoder_targets, *unet_targets], desc="extracting", unit="layer"):
+        rank = args.conv_dim if target.kind == "conv" else args.dim
         if rank is None:
             continue
-        difference = difference_of(org, tuned, site.name)
-        module, module_missed, module_total = extract_module(site, difference, rank, args.clamp_quantile, device)
+        difference = difference_of(org, tuned, target.name)
+        module, module_missed, module_total = extract_module(target, difference, rank, args.clamp_quantile, device)
         modules.append(module)
         missed, total = missed + module_missed, total + module_total
     if total == 0:
@@ -115,14 +115,14 @@ def extract_modules(
     return modules
 
 
-def check_same_layers(org: BaseModel, tuned: BaseModel, sites: Sequence[Site]) -> None:
+def check_same_layers(org: BaseModel, tuned: BaseModel, target_modules: Sequence[TargetModule]) -> None:
     """Raise UserError unless both checkpoints have every layer in the same size."""
     shapes = [shapes_of(base) for base in (org, tuned)]
-    for site in sites:
-        a, b = (of_model.get(site.name) for of_model in shapes)
+    for target in target_modules:
+        a, b = (of_model.get(target.name) for of_model in shapes)
         if a != b:
             raise UserError(
-                f"--model_tuned {tuned.path} is not a tuned --model_org {org.path}: {site.name} has the shape "
+                f"--model_tuned {tuned.path} is not a tuned --model_org {org.path}: {target.name} has the shape "
                 f"{b or 'nothing'}, there {a or 'nothing'}"
             )
 
@@ -140,7 +140,7 @@ def shapes_of(base: BaseModel) -> dict[str, tuple[int, ...]]:
 def extracted_metadata(args: argparse.Namespace, base: BaseModel) -> dict[str, str]:
     """What the header says: what the LoRA is for and its ranks."""
     metadata = {
-        **card_for(base).adapter_metadata(base.architecture, args.v_parameterization),
+        **spec_for(base).adapter_metadata(base.architecture, args.v_parameterization),
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(args.dim),
         "ss_network_alpha": str(float(args.dim)),
@@ -215,7 +215,7 @@ def check(args: argparse.Namespace) -> None:
 
 def check_bases(args: argparse.Namespace, org: BaseModel, tuned: BaseModel) -> None:
     """Raise UserError unless both checkpoints are of one base model, the one that the options insist on."""
-    found, other = card_for(org), card_for(tuned)
+    found, other = spec_for(org), spec_for(tuned)
     if found.name != other.name:
         raise UserError(f"--model_org is of {found.title}, --model_tuned of {other.title}; give two of one kind")
     for flag, base in (("v2", "sd2"), ("sdxl", "sdxl")):

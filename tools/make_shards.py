@@ -26,7 +26,7 @@ import toml  # noqa: E402
 from library.checkpoints.files import atomic_path, remove_temporary  # noqa: E402
 from library.checkpoints.hashes import digest_of_file  # noqa: E402
 from library.checkpoints.overwriting import FileType, check_overwrite  # noqa: E402
-from library.data.decoding.images import open_picture  # noqa: E402
+from library.data.decoding.images import open_image  # noqa: E402
 from library.data.description.image_extensions import image_extensions  # noqa: E402
 from library.data.description.keys import ALL_KEYS  # noqa: E402
 from library.data.description.schema import (  # noqa: E402
@@ -54,7 +54,7 @@ from library.training.models.compute import Compute  # noqa: E402
 from library.training.models.opening import open_accelerator, open_data_plan  # noqa: E402
 from library.training.models.text_caching import cached_text, prepare_text  # noqa: E402
 from tools.command import make_parser, run  # noqa: E402
-from tools.plan_memory import card_of_script  # noqa: E402
+from tools.plan_memory import spec_of_script  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def ending_of(picture: Picture, content: bytes) -> str:
     ending = os.path.splitext(picture.key)[1].lower()
     if ending in image_extensions():
         return ending
-    with open_picture(picture.key, content) as image:
+    with open_image(picture.key, content) as image:
         return f".{str(image.format).lower()}".replace(".jpeg", ".jpg")
 
 
@@ -338,7 +338,7 @@ def is_drawn(subset: Mapping[str, Any], dataset: Mapping[str, Any], content: Map
 def read_options(args: argparse.Namespace, training: Sequence[str]) -> TrainOptions:
     """The options of the training. Raises UserError for what is missing or contradicts."""
     script = args.script or "train_network.py"
-    card = card_of_script(script)
+    card = spec_of_script(script)
     parser = importlib.import_module(script.removesuffix(".py")).setup_parser()
     options: TrainOptions = card.options.from_args(parse(parser, training))
     if options.dataset.dataset_config is None:
@@ -375,7 +375,7 @@ def fill_caches(script: str | None, options: TrainOptions) -> None:
     if not options.caching.cache_latents_to_disk and not caches_text:
         return
     assert script is not None
-    arch = card_of_script(script).build(options)
+    arch = spec_of_script(script).build(options)
     processes = of_accelerator(open_accelerator(options))
     plan = open_data_plan(options, arch, options.run.seed or 0, processes.count)
     if options.caching.cache_latents_to_disk:

@@ -24,7 +24,7 @@ from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.renaming import rename
 from networks.core.kinds import full, lora, norm
 from networks.core.kinds.table import PIECES
-from tools.convert_lora import card_for_file
+from tools.convert_lora import spec_for_file
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ def in_kohya_names(file: AdapterFile) -> AdapterFile:
     """The file with kohya's names of modules."""
     if all(naming_of(name) == "kohya" and not name.startswith("oft_") for name in file.modules):
         return file
-    return rename(file, card_for_file(file, file.origin).names, "kohya", keeps_pieces=True).file
+    return rename(file, spec_for_file(file, file.origin).names, "kohya", keeps_pieces=True).file
 
 
 def add_factors(

@@ -50,7 +50,7 @@ from networks.core.files.module_weights import ModuleWeights, named_twice
 from networks.core.files.renaming import rename
 from networks.core.kinds import norm
 from tools import block_weights
-from tools.base_models import card_for, open_base_model
+from tools.base_models import open_base_model, spec_for
 from tools.command import (
     add_device,
     add_save_precision,
@@ -61,7 +61,7 @@ from tools.command import (
     make_parser,
     run,
 )
-from tools.convert_lora import card_for_file, read_adapter
+from tools.convert_lora import read_adapter, spec_for_file
 from tools.merge_adapters import (
     Joining,
     Strengths,
@@ -145,7 +145,7 @@ def changes_by_module(base: BaseModel, adapters: Sequence[Weighted]) -> dict[str
 
 def way_out(base: BaseModel, missing: Sequence[str], num_modules: int) -> str:
     """What to do about modules that a checkpoint lacks: its base model may have them in another file, or never."""
-    have_place = [card_for(base).names.find(name) is not None for name in missing]
+    have_place = [spec_for(base).names.find(name) is not None for name in missing]
     if not any(have_place) and 2 * len(missing) < num_modules:  # layers that other programs adapt too
         return "`tools/convert_lora.py --to kohya --drop_unsupported` writes it without what has no place here"
     if all(have_place) and all(map(is_of_text_encoder, missing)):
@@ -350,7 +350,7 @@ def weighted(
     plain = [Weighted(file, ratio) for file, ratio in zip(files, ratios, strict=True)]
     if not lists:
         return plain
-    cards = [card_for_file(file, file.origin) if base is None else card_for(base) for file in files]
+    cards = [spec_for_file(file, file.origin) if base is None else spec_for(base) for file in files]
     strengths = map(block_weights.strength_by_block, files, cards, lists)
     return [replace(one, strength_of=strength) for one, strength in zip(plain, strengths, strict=True)]
 

@@ -17,7 +17,7 @@ from library.architectures.specs import list_specs  # noqa: E402
 from library.checkpoints.base_model_spec import BaseModelSpec  # noqa: E402
 from library.data.description.schema import load_dataset_config, parse_numbers  # noqa: E402
 from library.errors import UserError  # noqa: E402
-from library.memory.planner.gpus import parse_size, typical_card  # noqa: E402
+from library.memory.planner.gpus import parse_size, typical_gpu  # noqa: E402
 from library.options.train import TrainOptions  # noqa: E402
 from library.protocols import Architecture  # noqa: E402
 from library.training.command_line.checks import check_network, check_precision  # noqa: E402
@@ -37,7 +37,7 @@ EXAMPLES = """\
     --cache_latents --cache_text_encoder_outputs --resolution 1024"""
 
 
-def card_of_script(name: str) -> BaseModelSpec:
+def spec_of_script(name: str) -> BaseModelSpec:
     """The base model that a training script is for. Raises UserError naming the scripts where it is none."""
     found = {card.script: card for card in reversed(list_specs())}
     script = f"{name.removesuffix('.py')}.py"
@@ -62,7 +62,7 @@ def count(name: str, arguments: Sequence[str]) -> tuple[TrainOptions, Architectu
 
     Raises UserError for whatever the options are wrong in.
     """
-    card = card_of_script(name)
+    card = spec_of_script(name)
     parser = importlib.import_module(name.removesuffix(".py")).setup_parser()
     options = card.options.from_args(parse(parser, arguments))
     if not options.network.network_module:
@@ -101,7 +101,7 @@ def plan(args: argparse.Namespace, training: Sequence[str]) -> None:
     print(f"{arch.name}, {batch.count} x {batch.width}x{batch.height}, {options.network.network_module}")
     for size in sizes:
         print()
-        for line in fit_to(counted, options, typical_card(size), sweep).lines():
+        for line in fit_to(counted, options, typical_gpu(size), sweep).lines():
             print(line)
 
 

@@ -103,7 +103,7 @@ class FromFiles:
 LoaderT = TypeVar("LoaderT")
 
 
-def without_values(loader: LoaderT) -> LoaderT:
+def on_meta_device(loader: LoaderT) -> LoaderT:
     """The same loader, a frozen dataclass, whose models come on the meta device: with shapes alone, nothing is read.
 
     Every `Weights` in its fields, however deep, gives tensors that have no memory.
@@ -112,7 +112,7 @@ def without_values(loader: LoaderT) -> LoaderT:
     def emptied(value: Any) -> Any:
         if isinstance(value, Weights):
             shapes = value.shapes
-            kept = {name: codes_without_values(q, shapes[name]) for name, q in value.quantised.items()}
+            kept = {name: codes_on_meta_device(q, shapes[name]) for name, q in value.quantised.items()}
             return replace(value, read=lambda name: torch.empty(shapes[name], device="meta"), quantised=kept)
         if isinstance(value, list | tuple):
             return type(value)(emptied(item) for item in value)
@@ -124,7 +124,7 @@ def without_values(loader: LoaderT) -> LoaderT:
     return found
 
 
-def codes_without_values(quantised: Quantised, shape: tuple[int, ...]) -> Quantised:
+def codes_on_meta_device(quantised: Quantised, shape: tuple[int, ...]) -> Quantised:
     """The same with codes and scales, one for each row, that have no memory."""
 
     def read() -> Mapping[str, Tensor]:

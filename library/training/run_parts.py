@@ -17,7 +17,7 @@ from library.training.reporting.step_times import StepTimes
 from library.training.step.accumulation import Plan
 from library.training.step.context import StepContext
 from library.training.sweep_record import SweepRecord
-from networks.core.protocol import Turns
+from networks.core.protocol import Multiplexer
 
 
 @dataclass(frozen=True)
@@ -52,5 +52,5 @@ class Run:
     norms: NormMeter = field(default_factory=NormMeter)
     label: str = ""  # what the adapter is called where others train beside it (--sweep)
     place: int = 0  # among them
-    turns: Turns | None = None  # says which of them act; None where there is one
+    turns: Multiplexer | None = None  # says which of them act; None where there is one
     sweep: SweepRecord | None = None  # what they know of each other; None without --sweep

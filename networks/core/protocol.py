@@ -76,7 +76,7 @@ class Network(Protocol):
     `apply_max_norm_regularization(limit, device) -> (count, mean, maximum)`,
     `merge_to(text_encoder, unet, weights, dtype, device)`,
     `merging(weights, device) -> Iterable[Merging]`, which ours have, so that files are merged while the base is read,
-    `put_beside(others) -> Turns` for --sweep, once all of these networks are installed.
+    `put_beside(others) -> Multiplexer` for --sweep, once all of these networks are installed.
     """
 
     def apply_to(
@@ -105,7 +105,7 @@ class Merging:
     merged: Callable[[Tensor], Tensor]
 
 
-class Turns(Protocol):
+class Multiplexer(Protocol):
     """Which of several networks on one model act at a time; they are known by their places in a list."""
 
     def only(self, place: int) -> AbstractContextManager[None]:
@@ -198,7 +198,7 @@ def adopt(network: Any) -> "AdoptedNetwork":
     return AdoptedNetwork(network)
 
 
-def side_by_side(networks: Sequence["AdoptedNetwork"], name: str) -> Turns:
+def multiplex(networks: Sequence["AdoptedNetwork"], name: str) -> Multiplexer:
     """Let networks of the module `name`, all of them installed, act on rows of their own.
 
     Raises UserError for networks that cannot.
@@ -210,7 +210,7 @@ def side_by_side(networks: Sequence["AdoptedNetwork"], name: str) -> Turns:
             "themselves, so that several of them cannot act on rows of their own; use one of networks.*, or train one "
             "after the other"
         )
-    turns: Turns = method([network.module for network in networks[1:]])
+    turns: Multiplexer = method([network.module for network in networks[1:]])
     return turns
 
 

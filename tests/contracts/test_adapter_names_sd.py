@@ -8,7 +8,7 @@ from torch import nn
 from library.architectures.sd.adapters import view
 from library.models.clip.clip import empty_clip
 from library.models.unet.unet import empty_unet
-from networks.core.targets.targets import Site, find_sites
+from networks.core.targets.targets import TargetModule, find_target_modules
 from tests.contracts.test_base_keys import parts
 from tests.tiny.sd import full_size_keys
 
@@ -25,15 +25,17 @@ def models() -> tuple[nn.Module, nn.Module]:
     return text_view, unet_view
 
 
-def sites_of(models: tuple[nn.Module, nn.Module], with_conv: bool = False) -> tuple[list[Site], list[Site]]:
+def sites_of(
+    models: tuple[nn.Module, nn.Module], with_conv: bool = False
+) -> tuple[list[TargetModule], list[TargetModule]]:
     text_view, unet = models
     targets = unet.adapter_targets
     (text,) = targets.text_encoders
     classes = targets.denoiser.blocks + (targets.denoiser.conv_blocks if with_conv else ())
-    return find_sites(text, text_view, text.blocks), find_sites(targets.denoiser, unet, classes)
+    return find_target_modules(text, text_view, text.blocks), find_target_modules(targets.denoiser, unet, classes)
 
 
-def shapes_of(site: Site) -> dict[str, list[int]]:
+def shapes_of(site: TargetModule) -> dict[str, list[int]]:
     """Names and shapes of a rank 4 LoRA on one layer."""
     out, inner, *kernel = site.module.weight.shape
     ones = [1] * len(kernel)

@@ -16,7 +16,7 @@ from library.data.concepts.prompts_file import PAIR_KEYS, SLIDER_KEYS, read_prom
 from library.data.description.schema import ALL_KEYS
 from library.protocols import PromptDefaults
 from library.training.config_file import basic_string
-from library.training.evaluation.prompts import read_prompts, settle
+from library.training.evaluation.prompts import read_prompts, resolve
 from networks import dylora, lora, lora_fa
 from networks.core.arguments.parsing import SUPPORTED
 from networks.core.protocol import parse_network_args
@@ -124,7 +124,7 @@ lines = st.one_of(
 def test_lines_of_a_prompt_file(tmp_path: Path, line: str, ending: str) -> None:
     path = tmp_path / f"prompts{ending}"
     path.write_text(line, encoding="utf-8", errors="replace")
-    works_or_says_why(lambda: [settle(wish, PROMPT_DEFAULTS) for wish in read_prompts(path)])
+    works_or_says_why(lambda: [resolve(wish, PROMPT_DEFAULTS) for wish in read_prompts(path)])
 
 
 fields = st.sampled_from(
@@ -137,7 +137,7 @@ fields = st.sampled_from(
 def test_tables_of_a_prompt_file(tmp_path: Path, tables: list[dict[str, Any]]) -> None:
     path = tmp_path / "prompts.toml"
     path.write_text(written({"prompt": {"width": 64, "subset": tables}}), encoding="utf-8")
-    works_or_says_why(lambda: [settle(wish, PROMPT_DEFAULTS) for wish in read_prompts(path)])
+    works_or_says_why(lambda: [resolve(wish, PROMPT_DEFAULTS) for wish in read_prompts(path)])
 
 
 words = st.text(string.ascii_lowercase + "_", min_size=1, max_size=12)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from library.memory.offload import streamed
-from library.memory.offload.streams import CardStreams, StagedStreams
+from library.memory.offload.streams import CudaStreams, StagedStreams
 from tests.gpu.card import CARD_ONLY, DEVICE, ON_CARD
 from tests.parity.modes import Mode, gradients
 
@@ -34,7 +34,7 @@ def test_waiting_blocks_train_as_blocks_that_stay(base: str, form: str, runner: 
 
 
 @CARD_ONLY
-@pytest.mark.parametrize("streams", [CardStreams, StagedStreams])
+@pytest.mark.parametrize("streams", [CudaStreams, StagedStreams])
 def test_both_ways_to_the_card_are_taken_and_give_the_same(streams: type, monkeypatch: pytest.MonkeyPatch) -> None:
     stay = gradients(Mode("flux", adapter="lora"), device=DEVICE)
     opened: list[object] = []

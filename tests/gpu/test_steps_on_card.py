@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from library.memory.offload.readback import Readback
-from library.training.loop.ahead import Ahead, CardCopies
+from library.training.loop.ahead import Ahead, CudaCopies
 from library.training.reporting.step_times import StepTimes
 from tests.gpu.card import CARD_ONLY, DEVICE, ON_CARD
 from tests.unit.training.test_loop import batch_of
@@ -15,7 +15,7 @@ pytestmark = [*ON_CARD, CARD_ONLY]
 
 def test_batches_that_are_copied_meanwhile_arrive_whole() -> None:
     given = [replace(batch_of(float(i)), latents_BCHW=torch.full((1, 4, 512, 512), float(i))) for i in range(8)]
-    ahead = Ahead(iter(given), len(given), CardCopies(DEVICE, ()), StepTimes(DEVICE))
+    ahead = Ahead(iter(given), len(given), CudaCopies(DEVICE, ()), StepTimes(DEVICE))
     matrix, found = torch.randn(4096, 4096, device=DEVICE), []
     for batch in ahead:
         assert batch.latents_BCHW is not None and batch.latents_BCHW.device.type == "cuda"

@@ -16,7 +16,7 @@ from library.memory.codecs.codec import Codec
 from library.memory.codecs.plain import Plain
 from library.memory.frozen import FrozenLayer, frozen_layers, layers_in_blocks, multiply_codes, store_all_in
 from library.memory.offload.ring import Ring
-from library.memory.offload.sharded import Spread
+from library.memory.offload.sharded import ShardedModel
 from library.memory.offload.streamed import stream
 from networks.core.protocol import adopt
 from tests.parity.deep import DEEP
@@ -123,14 +123,14 @@ def gradients(
     return results
 
 
-def spread_over_all(model: nn.Module, stacks: Stacks, device: torch.device = CPU) -> Spread:
+def spread_over_all(model: nn.Module, stacks: Stacks, device: torch.device = CPU) -> ShardedModel:
     """Spread a model over all processes of torch's group."""
-    spread = Spread(device, dist.get_world_size(), dist.get_world_size())
+    sharded = ShardedModel(device, dist.get_world_size(), dist.get_world_size())
     store_all_in(Plain(), layers_in_blocks(model).values())
     for layer in frozen_layers(model):
-        spread.take(layer)
-    spread.settle(stacks)
-    return spread
+        sharded.take(layer)
+    sharded.resolve(stacks)
+    return sharded
 
 
 def with_adapter(name: str, seen: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from library.checkpoints.weights import Weights
 from library.memory.codecs.codec import AS_IN_FILE, AsRead
 from library.memory.frozen import FrozenLayer, frozen_layers, layers_in_blocks
-from library.memory.offload.sharded import Spread
+from library.memory.offload.sharded import ShardedModel
 from library.models.loading import materialise
 from library.processes import Order, Processes
 from library.training.models.compute import Compute
@@ -43,25 +43,25 @@ def kept() -> tuple[int, int, int]:
     """Bytes of a model's weights, those that this process keeps of them, and those that the model still has."""
     deep = DEEP["flux"]
     model = deep.frozen(71)
-    spread = spread_over_all(model, deep.stacks(model))
-    assert spread.ring is not None
-    shares: list[Any] = [p for shelf in spread.ring.masters for p in shelf.parameters()]
+    sharded = spread_over_all(model, deep.stacks(model))
+    assert sharded.ring is not None
+    shares: list[Any] = [p for shelf in sharded.ring.masters for p in shelf.parameters()]
     left = sum(p.numel() for layer in frozen_layers(model) for p in layer.own_parts().values())
-    return spread.num_bytes, sum(share.to_local().numel() for share in shares), left
+    return sharded.num_bytes, sum(share.to_local().numel() for share in shares), left
 
 
 def one_alone() -> list[bool]:
     """The first process computes and the others follow, also where it fails; then all compute. Whether it is right."""
     deep = DEEP["flux"]
     model, whole = deep.frozen(72), deep.frozen(72)
-    spread = spread_over_all(model, deep.stacks(model))
+    sharded = spread_over_all(model, deep.stacks(model))
     is_right = []
     for fails in (False, True, False):
         if dist.get_rank() != 0:
-            spread.follow(0)
+            sharded.follow(0)
             continue
         try:
-            with torch.no_grad(), spread.lead():
+            with torch.no_grad(), sharded.lead():
                 is_right.append(torch.equal(deep.loss(model, CPU), deep.loss(whole, CPU)))
                 if fails:
                     raise ValueError("drawing failed")
@@ -78,11 +78,11 @@ def out_of_order() -> list[str]:
     processes = Processes(dist.get_rank(), dist.get_world_size(), store=None)
     said = []
     for block in (5, 5 + dist.get_rank()):
-        spread = spread_over_all(model := deep.frozen(73), deep.stacks(model))
-        assert spread.ring is not None
-        spread.ring.need(block)
+        sharded = spread_over_all(model := deep.frozen(73), deep.stacks(model))
+        assert sharded.ring is not None
+        sharded.ring.need(block)
         try:
-            processes.exchange([], torch.zeros(0), 0, False, Order(spread.digest, spread.group_size))
+            processes.exchange([], torch.zeros(0), 0, False, Order(sharded.digest, sharded.group_size))
             said.append("")
         except RuntimeError as error:
             said.append(str(error))
@@ -99,10 +99,10 @@ def peaks() -> tuple[int, int, int]:
         return values * (1 + names.index(name))
 
     weights = Weights("made up", shapes, read)
-    spread = Spread(CPU, dist.get_world_size(), dist.get_world_size())
-    spread.mesh  # noqa: B018
-    first = grown(weights, AsRead(AS_IN_FILE, take=spread.take))
-    layers: list[Any] = list(spread.shares)
+    sharded = ShardedModel(CPU, dist.get_world_size(), dist.get_world_size())
+    sharded.mesh  # noqa: B018
+    first = grown(weights, AsRead(AS_IN_FILE, take=sharded.take))
+    layers: list[Any] = list(sharded.shares)
     assert all(isinstance(layer, FrozenLayer) for layer in layers)
     assert torch.equal(layers[3].weight, read(names[3]))
     return NUM_LAYERS * WIDTH**2 * 4, first, grown(weights, None)
@@ -131,10 +131,10 @@ def merged(*arguments: str) -> tuple[int, int, int, int, bool]:
     of them, and by how much main memory grew: spread, then whole. And whether both have the same weights."""
     options, arch = opened_with("flux", list(arguments))
     compute = Compute.build(options.precision, CPU)
-    spread = Spread(CPU, dist.get_world_size(), dist.get_world_size())
-    spread.mesh  # noqa: B018
+    sharded = ShardedModel(CPU, dist.get_world_size(), dist.get_world_size())
+    sharded.mesh  # noqa: B018
     load_frozen(options, arch, [], None, compute, "networks.lora")  # imports and what the allocator keeps
-    first, ours = growth(lambda: load_frozen(options, arch, [], None, compute, "networks.lora", spread))
+    first, ours = growth(lambda: load_frozen(options, arch, [], None, compute, "networks.lora", sharded))
     second, theirs = growth(lambda: load_frozen(options, arch, [], None, compute, "networks.lora"))
     layers = layers_in_blocks(theirs.denoiser)
     sizes = [layer.weight.numel() * layer.weight.element_size() for layer in layers.values()]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from library.architectures.sd.adapters import view
 from library.checkpoints.files import load_state_dict
 from networks import boft
-from networks.core.changes.orthogonal import Turned, turn
+from networks.core.changes.orthogonal import Orthogonal, turn
 from networks.core.files.adapter_file import read_adapter_file
 from networks.core.kinds.rotations.boft import BLOCKS, SCALES, Boft, fits, fresh, read, sizes_for
 from tests.parity.test_lora_merge import tiny_clip
@@ -142,7 +142,7 @@ def test_sizes_that_fit_are_those_that_theirs_takes() -> None:
 
 
 def test_scales_are_not_rounded_with_the_rest() -> None:
-    change = Turned(
+    change = Orthogonal(
         nn.Linear(8, 3), Boft(torch.zeros(1, 2, 4, 4), torch.tensor([[1.0009765625], [1.0], [0.9990234375]]))
     )
     change.to(torch.bfloat16)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from library.memory.blocks import plain, recompute
-from library.memory.planner.gpus import typical_card
+from library.memory.planner.gpus import typical_gpu
 from library.memory.planner.prediction import Way, predict
 from library.memory.planner.steps import peak_of
 from library.memory.planner.weights import StorageCost
@@ -17,7 +17,7 @@ from library.options.train import TrainOptions
 from library.protocols import Architecture
 from library.training.models.base_model import LoadedModels
 from library.training.models.compute import Compute
-from library.training.models.frozen_base import settle_arithmetic
+from library.training.models.frozen_base import resolve_arithmetic
 from library.training.models.network import create
 from library.training.models.step_context import step_context
 from library.training.models.weight_formats import format_while_reading
@@ -50,7 +50,7 @@ def opened(name: str, folder: Path, *more: str) -> tuple[TrainOptions, Architect
 def real_step(options: TrainOptions, arch: Architecture, shape: BatchShape, recomputes: bool) -> Callable[[], None]:
     """Forward and backward pass of the run on weights and tensors that are there."""
     encoders, denoiser = arch.load.text_encoders(), arch.load.denoiser(format_while_reading(options))
-    settle_arithmetic(options, denoiser)
+    resolve_arithmetic(options, denoiser)
     models = Models(denoiser, encoders, None, arch.view(encoders, denoiser))
     assert options.network.network_module is not None
     network = adopt(create(options.network, open_network_module(options.network.network_module), models))
@@ -130,7 +130,7 @@ def test_what_products_in_8_bits_take_is_counted(recomputes: bool, tmp_path: Pat
     torch.manual_seed(97)
     real = allocated_peak(real_step(options, arch, SHAPE, recomputes))
     assert 0.9 * real < planned_peak(counted, recomputes) < 1.01 * real
-    assert predict(counted.step, Way("int8_rotated"), typical_card(0)).seconds > 0
+    assert predict(counted.step, Way("int8_rotated"), typical_gpu(0)).seconds > 0
 
 
 def test_weights_that_the_file_has_in_8_bits_are_counted_as_they_stay(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from tests.parity.test_flux_model import inputs, oracle, oracle_output
 from tests.tiny.flux import tiny_flux
 from tests.tolerances import FLOAT32_DEEP
 from tests.unit.networks.toy import randomize
-from tools.convert_lora import card_for_file
+from tools.convert_lora import spec_for_file
 
 DOORS = {"lora_flux": lora_flux, "lora": lora, "lora_fa": lora_fa, "dylora": dylora}
 
@@ -119,7 +119,7 @@ def test_files_of_xlabs_are_what_diffusers_makes_of_them(prefix: str) -> None:
         tensors[f"{prefix}{name}.down.weight"] = torch.randn(4, inputs_, generator=generator)
         tensors[f"{prefix}{name}.up.weight"] = torch.randn(outputs, 4, generator=generator)
     file = in_a_model(parse_adapter(tensors, {}, "xlabs.safetensors"), [spec.names for spec in list_specs()])
-    assert card_for_file(file, "xlabs.safetensors").name == "flux"
+    assert spec_for_file(file, "xlabs.safetensors").name == "flux"
     ours = rename(file, NAMES, "kohya").file.modules
     theirs = rename(parse_adapter(_convert_xlabs_flux_lora_to_diffusers(dict(tensors)), {}, ""), NAMES, "kohya")
     assert ours.keys() == theirs.file.modules.keys() and len(ours) == len(layers)

@@ -17,7 +17,7 @@ from library.training.models.base_model import LoadedModels
 from library.training.models.compute import Compute
 from library.training.models.step_context import step_context
 from library.training.models.text_caching import live_text
-from library.training.planning.counting import BatchShape, count_captions, fake_batch, sketch_run
+from library.training.planning.counting import BatchShape, count_captions, fake_batch, run_on_meta_device
 from library.training.step.losses import loss_of, start_batch
 from library.types import Concept
 from tests.device_reads import HostWaits, NoWaiting, move_fakes, on_device
@@ -41,10 +41,10 @@ def take_step(name: str, folder: Path, *more: str, concept: Concept | None = Non
     cached = () if name in ENCODES else ("--cache_text_encoder_outputs", "--network_train_unet_only")
     options, arch = opened(name, folder, *cached, *more)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
-        sketch = sketch_run(options, arch, [options])
-        _, conditioning = count_captions(options, arch, sketch.encoders, SHAPE.count)
+        meta = run_on_meta_device(options, arch, [options])
+        _, conditioning = count_captions(options, arch, meta.encoders, SHAPE.count)
         batch = fake_batch(options, arch, SHAPE, conditioning)
-    models, (network,), on_host = sketch.models, sketch.networks, arch.text_cache.on_host if arch.text_cache else ()
+    models, (network,), on_host = meta.models, meta.networks, arch.text_cache.on_host if arch.text_cache else ()
     with device_without_float64(), NoWaiting():
         move_fakes([models.denoiser, *models.text_encoders, network.module])
         network.prepare_gradients(*models.network_view)

@@ -14,7 +14,7 @@ from networks import lora, oft, oft_flux, oft_v2
 from networks.core.changes.alpha import Dropout
 from networks.core.files.adapter_file import parse_adapter
 from networks.core.files.module_weights import ModuleWeights
-from networks.core.kinds.rotations.oft import TurnedOutputs
+from networks.core.kinds.rotations.oft import OrthogonalOutputs
 from networks.core.kinds.table import change_of, kind_of
 from tests.parity.test_lora_merge import tiny_clip, tiny_unet
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
@@ -41,7 +41,7 @@ def test_layer_merged_weight_and_gradients_are_those_of_lycoris(name: str, limit
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     leaves = {key: tensor.detach().clone() for key, tensor in theirs.state_dict().items() if "org" not in key}
-    ours = TurnedOutputs(layer, leaves)
+    ours = OrthogonalOutputs(layer, leaves)
     x = torch.randn(LAYERS[name][1], requires_grad=True)
     keys = [key for key, _ in ours.named_parameters()]
     y = ours.forward(x, layer, 1.0)
@@ -194,7 +194,7 @@ def test_dropout_leaves_out_blocks_of_outputs() -> None:
     torch.manual_seed(6381)
     layer = nn.Linear(12, 12, bias=False)
     layer.weight.copy_(torch.eye(12))
-    change = TurnedOutputs(layer, {"oft_blocks": torch.randn(3, 4, 4)}, Dropout(neuron=0.5, module=0.1))
+    change = OrthogonalOutputs(layer, {"oft_blocks": torch.randn(3, 4, 4)}, Dropout(neuron=0.5, module=0.1))
     x = torch.randn(1, 12)
     whole = change.eval().forward(x, layer, 1.0).view(3, 4)
     seen = set()

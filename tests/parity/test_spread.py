@@ -89,9 +89,9 @@ def test_blocks_that_are_asked_for_in_different_orders_are_noticed_before_weight
 def test_no_process_ever_has_the_whole_model_while_it_is_read(given: dict[str, list[Rank]]) -> None:
     """The most is the share and a weight in three copies: as it is read, as bytes, and the share that is cut."""
     for rank in given["peaks"]:
-        whole, spread, plain = rank.gave
+        whole, sharded, plain = rank.gave
         one = whole / 12
-        assert whole / COUNT * 0.9 < spread < whole / COUNT + 3.5 * one < 0.8 * whole
+        assert whole / COUNT * 0.9 < sharded < whole / COUNT + 3.5 * one < 0.8 * whole
         assert plain > 0.95 * whole
 
 
@@ -99,8 +99,8 @@ def test_no_process_ever_has_the_whole_model_while_it_is_read(given: dict[str, l
 def test_files_are_merged_into_each_weight_before_it_is_spread(given: dict[str, list[Rank]]) -> None:
     """The most is the share and the largest weight in five copies: those of plain reading, the product and the sum."""
     for rank in given["merged"]:
-        whole, largest, spread, plain, is_same = rank.gave
+        whole, largest, sharded, plain, is_same = rank.gave
         assert is_same
         rest = plain - whole  # what is not spread
         assert rest > -0.05 * whole, rank.gave
-        assert whole / COUNT * 0.5 < spread < whole / COUNT + max(0, rest) + 6 * largest < 0.8 * plain, rank.gave
+        assert whole / COUNT * 0.5 < sharded < whole / COUNT + max(0, rest) + 6 * largest < 0.8 * plain, rank.gave

@@ -16,7 +16,7 @@ from library.options.train import TrainOptions
 from library.processes import of_accelerator
 from library.training.command_line.cli import parse
 from library.training.loop import loop
-from library.training.loop.stacked_step import backward_together
+from library.training.loop.stacked_step import backward_stacked
 from library.training.models import frozen_base, opening
 from library.training.models.block_running import choose_block_runner
 from library.training.planning.counting import BatchShape, count_run
@@ -108,7 +108,7 @@ def gradients_of(run: Run) -> Iterator[tuple[str, torch.Tensor]]:
 def compare(runs: list[Run], tolerance: float) -> None:
     """Losses and gradients of a window of two batches, together and of each adapter alone."""
     (batch,) = runs[0].batches.of_epoch(1, [0], lambda place: 0, 0, False)
-    together = [backward_together(runs, batch, number, 2, 3) for number in (6, 7)]
+    together = [backward_stacked(runs, batch, number, 2, 3) for number in (6, 7)]
     found = [dict(gradients_of(run)) for run in runs]
     for i, (run, gradients) in enumerate(zip(runs, found, strict=True)):
         alone = [loop.backward(run, batch, number, 2, 3) for number in (6, 7)]
@@ -166,7 +166,7 @@ def test_the_shared_step_takes_what_is_counted(fresh_process: None, tmp_path: Pa
         context.captions([caption])
         for run in runs:
             run.context.captions([caption])
-    real = allocated_peak(lambda: backward_together(runs, batch, 0, 1, 0))
+    real = allocated_peak(lambda: backward_stacked(runs, batch, 0, 1, 0))
     planned = peak_of(list(counted.timeline.moves(lambda place: recomputes, lambda place: True)))
     assert planned == pytest.approx(real, rel=0.03)
     sizes = [sum(p.numel() * 4 for p in run.context.network.trainable_parameters()) for run in runs]

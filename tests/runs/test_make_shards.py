@@ -251,11 +251,11 @@ def test_with_caches_beside_them_neither_vae_nor_text_encoders_are_loaded(
     assert done.status == 0, done.stderr
 
     for part in ("vae", "text_encoders"):
-        sketch = getattr(SdxlLoader, part)
+        meta = getattr(SdxlLoader, part)
 
-        def load(self: SdxlLoader, part: str = part, sketch: Callable[..., object] = sketch) -> object:
+        def load(self: SdxlLoader, part: str = part, meta: Callable[..., object] = meta) -> object:
             assert torch.get_default_device().type == "meta", f"{part} were loaded"  # without weights, to count
-            return sketch(self)
+            return meta(self)
 
         monkeypatch.setattr(SdxlLoader, part, load)
     cached = [*common, "--dataset_config", str(out / "dataset.toml"), "--output_dir", str(tmp_path / "cached"), *caches]

@@ -23,13 +23,13 @@ def predict(
         encoder_hidden_states=text_BTW,
         added_cond_kwargs={
             "text_embeds": pooled_BP,
-            "time_ids": send(told_sizes(batch, tells_real_crops), pooled_BP.device),
+            "time_ids": send(format_sizes(batch, tells_real_crops), pooled_BP.device),
         },
     ).sample
     return prediction_BCHW
 
 
-def told_sizes(batch: Batch, tells_real_crops: bool) -> Tensor:
+def format_sizes(batch: Batch, tells_real_crops: bool) -> Tensor:
     """Original height and width, crop top and left, target height and width, float32."""
     if not tells_real_crops or batch.crops_B2 is None:
         return batch.sizes_B6

@@ -19,7 +19,7 @@ from library.data.caching.latent_files import LatentFile, Latents
 from library.data.caching.stores import CacheFiles
 from library.data.caching.text_files import Row, TextFile, stack_rows
 from library.data.decoding.images import (
-    DamagedPicture,
+    DamagedImage,
     Pixels,
     Placement,
     centred,
@@ -176,7 +176,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
         while True:
             try:
                 return self.taken(number, epoch, draw)
-            except DamagedPicture as error:
+            except DamagedImage as error:
                 broken.add(number)
                 number = stand_in(self.samples, self.subsets, number, broken, str(error))
                 skipped.append(str(error))

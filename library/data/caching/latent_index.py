@@ -63,13 +63,13 @@ class VerifiedEntries:
             stamp = stamp_of(os.stat(file.path), now_ns)
         except OSError:
             return Verdict(MISSING)
-        is_settled = UNSETTLED not in (stamp, picture_stamp)
+        is_resolved = UNSETTLED not in (stamp, picture_stamp)
         row = self.known.get(folder, {}).get(name + file.tail)
-        if is_settled and row is not None and row[0] == stamp and row[1] | FOREIGN == mark | FOREIGN:
+        if is_resolved and row is not None and row[0] == stamp and row[1] | FOREIGN == mark | FOREIGN:
             found = Verdict(None, is_foreign=bool(row[1] & FOREIGN))
         else:
             found = judge(file, picture, expected, self.storage)
-        if is_settled and found.fault is None:
+        if is_resolved and found.fault is None:
             self.sure.setdefault(folder, {})[name + file.tail] = stamp, mark | FOREIGN if found.is_foreign else mark
         return found
 

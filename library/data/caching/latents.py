@@ -25,7 +25,7 @@ from library.data.caching.latent_files import (
 )
 from library.data.caching.latent_index import VerifiedEntries
 from library.data.caching.stores import CacheFiles, LatentStore, usual_latent_file
-from library.data.decoding.images import DamagedPicture, Pixels, centred, place, read_pixels
+from library.data.decoding.images import DamagedImage, Pixels, centred, place, read_pixels
 from library.data.decoding.npz import Verdict
 from library.data.decoding.tensors import to_pixels
 from library.data.description.buckets import Shape
@@ -106,7 +106,7 @@ def cache_latents(
 
     def encode_jobs(share: Sequence[Job]) -> None:
         for job, latents in encoded(share, encode, load_vae, vae_identity, options.vae_batch_size, seed, plan, entries):
-            if isinstance(latents, DamagedPicture):
+            if isinstance(latents, DamagedImage):
                 damaged.update((user, str(latents)) for user in job.users)
             elif job.file is None:
                 memory.update((user, latents) for user in job.users)
@@ -260,7 +260,7 @@ def encoded(
     seed: int,
     plan: DataPlan,
     entries: VerifiedEntries,
-) -> Iterator[tuple[Job, Latents | DamagedPicture]]:
+) -> Iterator[tuple[Job, Latents | DamagedImage]]:
     """Every job with its latents, written to its file if it has one; threads decode pictures ahead of the VAE."""
     if not jobs:
         return
@@ -277,7 +277,7 @@ def encoded(
     ):
         writes: deque[Future[None]] = deque()
         for batch, results in decoded_ahead(batches, plan.storage, max(1, plan.num_workers)):
-            yield from ((job, one) for job, one in zip(batch, results, strict=True) if isinstance(one, DamagedPicture))
+            yield from ((job, one) for job, one in zip(batch, results, strict=True) if isinstance(one, DamagedImage))
             pairs = [(job, one) for job, one in zip(batch, results, strict=True) if isinstance(one, Decoded)]
             jobs_left, decoded = [job for job, _ in pairs], [one for _, one in pairs]
             for (job, picture), latents in zip(pairs, encode_batch(jobs_left, decoded, encode, seed), strict=True):
@@ -315,10 +315,10 @@ def equal_batches(jobs: Sequence[Job], count: int) -> Iterator[list[Job]]:
 
 def decoded_ahead(
     batches: Sequence[list[Job]], storage: Storage, num_threads: int
-) -> Iterator[tuple[list[Job], list[Decoded | DamagedPicture]]]:
+) -> Iterator[tuple[list[Job], list[Decoded | DamagedImage]]]:
     """Every batch with its pictures; two batches for each thread are read ahead, not more."""
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
-    waiting: deque[tuple[list[Job], list[Future[Decoded | DamagedPicture]]]] = deque()
+    waiting: deque[tuple[list[Job], list[Future[Decoded | DamagedImage]]]] = deque()
     remaining = iter(batches)
     try:
         while True:
@@ -335,11 +335,11 @@ def decoded_ahead(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def decode_or_damage(job: Job, storage: Storage) -> Decoded | DamagedPicture:
+def decode_or_damage(job: Job, storage: Storage) -> Decoded | DamagedImage:
     """A picture ready for the VAE, or why there is none."""
     try:
         return decode(job, storage)
-    except DamagedPicture as error:
+    except DamagedImage as error:
         return error
 
 

@@ -156,7 +156,7 @@ class PromptPairs:
         rng = random_for(self._seed, "concept", number)
         num_denoised = rng.randint(1, self._concepts.max_denoising_steps - 1)
         height, width = drawn_size(pair.height, rng) if pair.has_drawn_size else (pair.height, pair.width)
-        sizes = told_sizes(height, width, rng if pair.dynamic_crops else None)
+        sizes = format_sizes(height, width, rng if pair.dynamic_crops else None)
         return Drawn(pair, num_denoised, height, width, sizes)
 
     def _batch(self, number: int) -> Batch:
@@ -192,7 +192,7 @@ def drawn_size(most: int, rng: Random) -> tuple[int, int]:
     return height, width
 
 
-def told_sizes(height: int, width: int, rng: Random | None) -> tuple[int, ...]:
+def format_sizes(height: int, width: int, rng: Random | None) -> tuple[int, ...]:
     """The whole of a picture; with `rng` a part of one that is up to three times as large."""
     if rng is None:
         return height, width, 0, 0, height, width

@@ -31,11 +31,11 @@ TRANSPOSITIONS = {
 }
 
 
-class DamagedPicture(UserError):
+class DamagedImage(UserError):
     """A picture with a good header whose pixels cannot be decoded; the message names it."""
 
 
-def open_picture(path: str, content: bytes | io.RawIOBase | None = None) -> Image.Image:
+def open_image(path: str, content: bytes | io.RawIOBase | None = None) -> Image.Image:
     """The picture with its header read; ValueError names a file that is none. `content` is the file, read or open."""
     load_plugin(os.path.splitext(path)[1][1:].lower())
     try:
@@ -61,7 +61,7 @@ def orientation_of(image: Image.Image) -> int:
 
 def read_size(path: str, content: bytes | io.RawIOBase | None = None) -> Size:
     """(width, height) as `read_pixels` will give it, from the header alone; `content` is the file, if read or open."""
-    with open_picture(path, content) as image:
+    with open_image(path, content) as image:
         width, height = image.size
         turned = orientation_of(image) >= 5
     if width <= 0 or height <= 0:
@@ -74,7 +74,7 @@ def decode_all(image: Image.Image, path: str) -> None:
     try:
         image.load()
     except Exception as error:  # damaged pixels show as OSError, SyntaxError, struct.error, zlib.error, ...
-        raise DamagedPicture(f"{path} is damaged: {error}") from None
+        raise DamagedImage(f"{path} is damaged: {error}") from None
 
 
 def read_pixels(path: str, content: bytes | None = None) -> tuple[Pixels, Pixels | None]:
@@ -82,7 +82,7 @@ def read_pixels(path: str, content: bytes | None = None) -> tuple[Pixels, Pixels
 
     Raises DamagedPicture where its pixels are cut off or broken, ValueError where it cannot be read at all.
     """
-    with open_picture(path, content) as image:
+    with open_image(path, content) as image:
         orientation = orientation_of(image)
         decode_all(image, path)
         upright = image.transpose(TRANSPOSITIONS[orientation]) if orientation in TRANSPOSITIONS else image

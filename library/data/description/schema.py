@@ -442,7 +442,7 @@ def folder_dataset(data: DatasetOptions, fallbacks: Table) -> DatasetConfig:
         if data.reg_data_dir:
             subsets += numbered_folders("--reg_data_dir", data.reg_data_dir, is_reg=True)
         if not any(not subset["is_reg"] for subset in subsets):
-            num_direct = num_pictures_in(data.train_data_dir)
+            num_direct = num_images_in(data.train_data_dir)
             raise NoDataFound(
                 f"--train_data_dir {data.train_data_dir} must be the parent of folders with pictures, "
                 "called N_name, such as 10_cat"
@@ -451,7 +451,7 @@ def folder_dataset(data: DatasetOptions, fallbacks: Table) -> DatasetConfig:
     return build_dataset({"subsets": subsets}, {}, fallbacks, style, "command line")
 
 
-def num_pictures_in(folder: str) -> int:
+def num_images_in(folder: str) -> int:
     """How many files of a folder are pictures by their ending; those of its folders do not count."""
     from library.data.description.image_extensions import image_extensions
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from library.data.decoding.images import TRANSPOSITIONS, decode_all, open_picture, orientation_of, read_pixels
+from library.data.decoding.images import TRANSPOSITIONS, decode_all, open_image, orientation_of, read_pixels
 from library.data.description.buckets import Size
 from library.data.scanned.images import Picture
 from library.data.sources.storage.storage import Storage
@@ -58,7 +58,7 @@ def look_at(path: str, trained: Size, content: bytes | None = None) -> Look:
 
 def grey_of(path: str, trained: Size, content: bytes | None = None) -> Image.Image:
     """The picture in grey, upright; a JPEG no larger than it is needed. Raises UserError where it cannot be decoded."""
-    with open_picture(path, content) as image:
+    with open_image(path, content) as image:
         if image.format == "JPEG":
             orientation = orientation_of(image)
             image.draft("L", trained)  # its decoder halves the size on the way, for a part of the time

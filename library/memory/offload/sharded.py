@@ -28,7 +28,7 @@ from library.memory.offload.spans import ALIGNMENT, Span, parts_in, spans
 NOBODY = -1  # in place of a block's number: the one that was followed is done
 
 
-class Shelf(nn.Module):
+class ShardedBlock(nn.Module):
     """The bytes of one block's layers, spread over the processes of a mesh."""
 
     def __init__(self, shares: Sequence[Any], mesh: Any) -> None:
@@ -66,10 +66,10 @@ class GatheredStreams:
 
     def __init__(self, num_slots: int) -> None:
         self.slots: list[list[Tensor]] = [[] for _ in range(num_slots)]
-        self.held: list[Shelf | None] = [None] * num_slots
+        self.held: list[ShardedBlock | None] = [None] * num_slots
         self.coming: dict[int, Arrival] = {}
 
-    def start(self, slot: int, master: Shelf) -> None:
+    def start(self, slot: int, master: ShardedBlock) -> None:
         self.slots[slot] = []
         self.arrived(slot)  # a block that nobody asked for after all
         held = self.held[slot]
@@ -94,7 +94,7 @@ class GatheredStreams:
 class Shelved:
     """The handle of a layer whose weight is spread over processes."""
 
-    ring: Ring[Shelf, list[Tensor]]
+    ring: Ring[ShardedBlock, list[Tensor]]
     number: int  # of its block in the ring
     place: int  # among the layers of the block
     layout: Sequence[Span]
@@ -119,7 +119,7 @@ class Share:
 
 
 @dataclass
-class Spread:
+class ShardedModel:
     """The frozen layers of one model, spread over the processes of a group.
 
     With several groups each has the whole model: machines whose network is slow share nothing but gradients.
@@ -129,7 +129,7 @@ class Spread:
     num_processes: int
     group_size: int  # processes that share one copy
     shares: dict[FrozenLayer, Share] = field(default_factory=dict)
-    ring: Ring[Shelf, list[Tensor]] | None = None
+    ring: Ring[ShardedBlock, list[Tensor]] | None = None
     sizes: list[int] = field(default_factory=list)  # bytes of each block
 
     @cached_property
@@ -174,7 +174,7 @@ class Spread:
         self.shares[layer] = Share(layout, shared)
         layer.handle = self.shares[layer]
 
-    def settle(self, stacks: Stacks) -> None:
+    def resolve(self, stacks: Stacks) -> None:
         """Bring the shares together by block; layers outside of the blocks of `stacks` stand each for itself."""
         blocks = [
             [layer for layer in frozen_layers(block) if layer in self.shares] for stack in stacks for block in stack
@@ -183,7 +183,7 @@ class Spread:
         blocks += [[layer] for layer in self.shares if layer not in inside]
         blocks = [layers for layers in blocks if layers]
         self.sizes = [sum(self.shares[layer].bytes.numel() for layer in layers) for layers in blocks]
-        shelves = [Shelf([self.shares[layer].bytes for layer in layers], self.mesh) for layers in blocks]
+        shelves = [ShardedBlock([self.shares[layer].bytes for layer in layers], self.mesh) for layers in blocks]
         self.ring = Ring(shelves, GatheredStreams(NUM_SLOTS))
         for number, layers in enumerate(blocks):
             for place, layer in enumerate(layers):

@@ -13,7 +13,7 @@ from library.memory.frozen import frozen_layers
 from library.memory.offload.pinning import pin
 from library.memory.offload.ring import NUM_SLOTS, Ring
 from library.memory.offload.spans import Span, parts_in, spans
-from library.memory.offload.streams import CardStreams, HostStreams, StagedStreams, Streams
+from library.memory.offload.streams import CudaStreams, HostStreams, StagedStreams, Streams
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def open_streams(masters: Sequence[Tensor], device: torch.device) -> Streams[Ten
     reason = pin(masters)
     if reason is None:
         logger.info("%s, which is pinned: they are copied while others compute", what)
-        return CardStreams(NUM_SLOTS, largest, device)
+        return CudaStreams(NUM_SLOTS, largest, device)
     logger.warning(
         "%s, which is not pinned: %s; they are copied twice, which can take longer than the others compute",
         what,

@@ -48,7 +48,7 @@ class HostStreams:
             self.slots[slot][: len(master)].copy_(master)
 
 
-class CardStreams:
+class CudaStreams:
     """Copies from pinned memory by a stream of their own, beside the arithmetic; the host waits for nothing."""
 
     def __init__(self, num_slots: int, num_bytes: int, device: torch.device) -> None:
@@ -70,7 +70,7 @@ class CardStreams:
         torch.cuda.current_stream(self.slots[slot].device).wait_event(self.filled[slot])
 
 
-class StagedStreams(CardStreams):
+class StagedStreams(CudaStreams):
     """The same from memory that could not be pinned: a thread brings the bytes into a pinned buffer first.
 
     The bytes are copied twice, once by the processor, so a block takes about as long as its memory allows.

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from library.memory.planner.gpus import Card
+from library.memory.planner.gpus import Gpu
 from library.memory.planner.prediction import CountedStep, Predicted, Way, predict
 
 
@@ -14,7 +14,7 @@ class Allowed:
     weight_formats: Sequence[str | None] = (None,)
     recompute_every: Sequence[int | None] = (None, 3, 2, 1)
     inputs_wait: Sequence[bool] = (False, True)
-    num_waiting: int | None = None  # None for any number
+    num_offloaded: int | None = None  # None for any number
     shared_by: int = 1  # processes; where it is more than one, no block waits in main memory
 
     def ways(self) -> Iterator[Way]:
@@ -22,14 +22,14 @@ class Allowed:
         for weight_format in self.weight_formats:
             for every in self.recompute_every:
                 for wait in self.inputs_wait if every is not None else (False,):
-                    yield Way(weight_format, every, wait, self.num_waiting or 0, self.shared_by)
+                    yield Way(weight_format, every, wait, self.num_offloaded or 0, self.shared_by)
 
 
 @dataclass(frozen=True)
 class Choice:
     """Every candidate on a card, with as few blocks waiting as make it fit, and the one that is taken."""
 
-    card: Card
+    card: Gpu
     candidates: tuple[Predicted, ...]
     chosen: Predicted | None  # None where nothing fits
 
@@ -39,7 +39,7 @@ class Choice:
         return min(self.candidates, key=lambda found: found.device_bytes)
 
 
-def choose(step: CountedStep, allowed: Allowed, card: Card, correction: float = 1.0) -> Choice:
+def choose(step: CountedStep, allowed: Allowed, card: Gpu, correction: float = 1.0) -> Choice:
     """The candidate with the least predicted time; of several those that change least come first."""
     candidates = tuple(fitted(step, way, allowed, card, correction) for way in allowed.ways())
     fitting = [found for found in candidates if found.device_bytes <= card.memory_bytes]
@@ -47,13 +47,13 @@ def choose(step: CountedStep, allowed: Allowed, card: Card, correction: float = 
     return Choice(card, candidates, chosen)
 
 
-def fitted(step: CountedStep, way: Way, allowed: Allowed, card: Card, correction: float) -> Predicted:
+def fitted(step: CountedStep, way: Way, allowed: Allowed, card: Gpu, correction: float) -> Predicted:
     """A way with as few blocks waiting as make it fit, or with as many as can wait."""
     found = predict(step, way, card, correction)
-    if allowed.num_waiting is not None or allowed.shared_by > 1:
+    if allowed.num_offloaded is not None or allowed.shared_by > 1:
         return found
-    for number in range(1, step.most_waiting + 1):
+    for number in range(1, step.most_offloaded + 1):
         if found.device_bytes <= card.memory_bytes:
             break
-        found = predict(step, replace(way, num_waiting=number), card, correction)
+        found = predict(step, replace(way, num_offloaded=number), card, correction)
     return found

@@ -15,7 +15,7 @@ REACHED = 0.6  # of what one large product reaches, by a whole step [derived]
 
 
 @dataclass(frozen=True)
-class Card:
+class Gpu:
     """What computes."""
 
     name: str
@@ -27,12 +27,12 @@ class Card:
 # What steps reach by published figures: 60 % of the arithmetic that the makers give for bfloat16 with sums in float32,
 # and the bus as measured in practice. No card has confirmed them here.
 TYPICAL = (
-    Card("RTX 4060", 8 * GIB, 18e12, 12.5e9),
-    Card("RTX 4070", 12 * GIB, 35e12, 24e9),
-    Card("RTX 4060 Ti 16 GB", 16 * GIB, 26e12, 12.5e9),
-    Card("RTX 3090", 24 * GIB, 43e12, 24e9),
-    Card("RTX 5090", 32 * GIB, 125e12, 50e9),
-    Card("H100", 80 * GIB, 593e12, 50e9),
+    Gpu("RTX 4060", 8 * GIB, 18e12, 12.5e9),
+    Gpu("RTX 4070", 12 * GIB, 35e12, 24e9),
+    Gpu("RTX 4060 Ti 16 GB", 16 * GIB, 26e12, 12.5e9),
+    Gpu("RTX 3090", 24 * GIB, 43e12, 24e9),
+    Gpu("RTX 5090", 32 * GIB, 125e12, 50e9),
+    Gpu("H100", 80 * GIB, 593e12, 50e9),
 )
 
 
@@ -56,7 +56,7 @@ def peak_of(device: torch.device, dtype: torch.dtype) -> float | None:
         for name, flops in PEAKS:
             if name in torch.cuda.get_device_name(device):
                 return flops
-    return measured_card(device, 0, dtype).flops / REACHED
+    return measured_gpu(device, 0, dtype).flops / REACHED
 
 
 def parse_size(flag: str, text: str) -> int:
@@ -67,14 +67,14 @@ def parse_size(flag: str, text: str) -> int:
     return round(float(found[1]) * UNITS[found[2]])
 
 
-def typical_card(memory_bytes: int) -> Card:
+def typical_gpu(memory_bytes: int) -> Gpu:
     """A common card of about this memory: the largest that does not have more, or the smallest."""
     smaller = [card for card in TYPICAL if card.memory_bytes <= memory_bytes]
     like = smaller[-1] if smaller else TYPICAL[0]
-    return Card(like.name, memory_bytes, like.flops, like.bus)
+    return Gpu(like.name, memory_bytes, like.flops, like.bus)
 
 
-def measured_card(device: torch.device, memory_bytes: int, dtype: torch.dtype, side: int = 4096) -> Card:
+def measured_gpu(device: torch.device, memory_bytes: int, dtype: torch.dtype, side: int = 4096) -> Gpu:
     """This device, by one large product and one copy of as many bytes from main memory: about a tenth of a second."""
     on_card = device.type == "cuda"
 
@@ -94,4 +94,4 @@ def measured_card(device: torch.device, memory_bytes: int, dtype: torch.dtype, s
     product = seconds(lambda: matrix @ matrix)
     copy = seconds(lambda: matrix.copy_(host, non_blocking=True))
     name = torch.cuda.get_device_name(device) if on_card else "this processor"
-    return Card(name, memory_bytes, REACHED * 2 * side**3 / product, host.numel() * host.element_size() / copy)
+    return Gpu(name, memory_bytes, REACHED * 2 * side**3 / product, host.numel() * host.element_size() / copy)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from library.memory.planner.gpus import GIB, Card
+from library.memory.planner.gpus import GIB, Gpu
 from library.memory.planner.steps import CountedOptimizer, Move, Timeline, peak_of
 from library.memory.planner.weights import ModelWeights, StorageCost
 
@@ -23,7 +23,7 @@ class Way:
     weight_format: str | None = None  # of the frozen weights; None as --mixed_precision has them
     recompute_every: int | None = None  # blocks: 1 for all, 2 for every second; None for none
     inputs_wait: bool = False  # what is recomputed from lies in main memory between the passes
-    num_waiting: int = 0  # --blocks_to_swap
+    num_offloaded: int = 0  # --blocks_to_swap
     shared_by: int = 1  # processes over which the weights of the denoiser are spread, --shard_base
 
     def recomputes(self, place: int) -> bool:
@@ -44,8 +44,8 @@ class CountedStep:
     gradient_bytes: int
     held_gradient_bytes: int  # that are there already when a pass begins, where a step has several
     optimizer: CountedOptimizer
-    waiting_places: Callable[[int], Collection[int]]  # the blocks that wait for a number of --blocks_to_swap
-    most_waiting: int
+    offloaded_indices: Callable[[int], Collection[int]]  # the blocks that wait for a number of --blocks_to_swap
+    most_offloaded: int
     multiplies_codes: bool = False  # as they are: it was counted so
 
 
@@ -61,11 +61,11 @@ class Predicted:
     host_bytes: int  # of main memory, for what waits there
 
 
-def predict(step: CountedStep, way: Way, card: Card, correction: float = 1.0) -> Predicted:
+def predict(step: CountedStep, way: Way, card: Gpu, correction: float = 1.0) -> Predicted:
     """`correction` is how many times what was counted the tensors of a step besides the weights really take."""
     cost = StorageCost.of(way.weight_format)
     cost = cost.of_8bit_matmul() if step.multiplies_codes else cost
-    waiting = step.waiting_places(way.num_waiting)
+    waiting = step.offloaded_indices(way.num_offloaded)
     moves = list(moves_of(step, way))
     denoiser_format, text_format = step.own_formats
     text = StorageCost.of(text_format if way.weight_format == denoiser_format else way.weight_format)
@@ -112,7 +112,7 @@ def waiting_inputs(step: CountedStep, way: Way) -> int:
     )
 
 
-def seconds_of(moves: list[Move], slowdown: float, streamed: int, inputs: int, card: Card) -> float:
+def seconds_of(moves: list[Move], slowdown: float, streamed: int, inputs: int, card: Gpu) -> float:
     """Arithmetic and copies at the same time, in each pass as long as the longer: streamed weights come in both passes,
     inputs leave in the first and come in the second."""
     computing = {False: 0.0, True: 0.0}

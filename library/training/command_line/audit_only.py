@@ -18,8 +18,8 @@ from library.training.report_page.page import REPORT
 from library.training.report_page.record import Record
 from library.training.report_page.writer import report_of, write_page
 from library.training.reporting.event_stream import plain
-from library.training.reporting.events import Audit, End, Event, FoundPicture, Start
-from library.training.reporting.events import Finding as Told
+from library.training.reporting.events import Audit, End, Event, FoundImage, Start
+from library.training.reporting.events import Finding as StepResult
 from library.training.reporting.sample_images import data_url_of
 from library.training.run.run_events import given, versions
 from library.training.saving.checkpoints import Names
@@ -45,7 +45,7 @@ def audit_only(options: TrainOptions, latents: LatentSpec) -> None:
         events = [
             Start(None, given(options), versions()),
             Audit(**plan.facts()),
-            *(Told(finding.text, shown(finding, plan), len(finding.pictures)) for finding in findings),
+            *(StepResult(finding.text, shown(finding, plan), len(finding.pictures)) for finding in findings),
             End("finished", None, time.time() - began, None, None, None),
         ]
         path = Names.build(options.saving).of_audit()
@@ -64,7 +64,7 @@ def audited(options: TrainOptions, latents: LatentSpec) -> DataPlan:
     return plan
 
 
-def shown(finding: Finding, plan: DataPlan) -> Sequence[FoundPicture]:
+def shown(finding: Finding, plan: DataPlan) -> Sequence[FoundImage]:
     """The first pictures of a finding with a small copy of each that can be decoded."""
     notes = dict(finding.pictures[:MOST_SHOWN])
     pictures = {sample.picture.key: sample.picture for sample in plan.samples if sample.picture.key in notes}
@@ -75,7 +75,7 @@ def shown(finding: Finding, plan: DataPlan) -> Sequence[FoundPicture]:
             thumbnail = data_url_of(Image.fromarray(read_pixels(key, content)[0]))
         except (UserError, OSError):
             thumbnail = None
-        found.append(FoundPicture(str(Path(key)) if pictures[key].place is None else key, note, thumbnail))
+        found.append(FoundImage(str(Path(key)) if pictures[key].place is None else key, note, thumbnail))
     return found
 
 

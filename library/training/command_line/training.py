@@ -14,14 +14,14 @@ from library.training.command_line.checks import check, check_inpainting, check_
 from library.training.command_line.run_lock import run_locks
 from library.training.failures.interruption import Interrupted, Interruption
 from library.training.reporting.event_stream import EventsOfAll, WarningEvents
-from library.training.reporting.log_prefix import speaking_of
+from library.training.reporting.log_prefix import log_prefix
 from library.training.run.resolved_options import OptionsT, ResolvedOptions
 from library.training.sweep.combinations import shared_and_own
 
 if TYPE_CHECKING:
     from library.data.training_data import TrainingData
     from library.processes import Processes
-    from library.training.loop.prepared import Prepared
+    from library.training.loop.prepared import PreparedRun
     from library.training.planning.fit import Fit
     from library.training.sweep.states import FoundStates
     from library.training.sweep_record import SweepRecord
@@ -57,7 +57,7 @@ def train_alone(
     check_installed("adapters", NEEDED_BY_ALL)
     shared, adapters = shared_and_own(asked)
     for label, own in adapters.items() if shared.sweep.sweep else ():
-        with speaking_of(label):
+        with log_prefix(label):
             check(own)
     with (
         run_locks([shared, *adapters.values()]),
@@ -212,7 +212,7 @@ def train_resolved(
 
 
 def train_prepared(
-    prepared: "Sequence[Prepared]",
+    prepared: "Sequence[PreparedRun]",
     events: EventsOfAll,
     interruption: Interruption,
     processes: "Processes",
@@ -225,7 +225,7 @@ def train_prepared(
     from library.training.failures.failure import saved_on_error
     from library.training.failures.nonfinite import last_good_saved
     from library.training.loop.loop import train
-    from library.training.planning.advice import ways_out
+    from library.training.planning.advice import memory_hints
     from library.training.planning.correction import MemoryWatch
     from library.training.sweep.ranking import clearly_worse
 
@@ -239,7 +239,7 @@ def train_prepared(
                 stack.enter_context(last_good_saved(one.writer))
                 stack.enter_context(saved_on_error(one.writer, one.progress, one.run.plan))
             stack.enter_context(processes.failures_told())
-            train(prepared, interruption, MemoryWatch.build(first.run, fitted), ways_out, clearly_worse)
+            train(prepared, interruption, MemoryWatch.build(first.run, fitted), memory_hints, clearly_worse)
     finally:
         first.charts.close()
     if processes.is_main and (speed := first.run.times.summary()) is not None:
@@ -248,12 +248,12 @@ def train_prepared(
             each.summary = speed
     are_over = [has_come_to_end(one) for one in prepared]
     for one in (one for one, is_over in zip(prepared, are_over, strict=True) if processes.is_main and is_over):
-        with speaking_of(one.run.label):
+        with log_prefix(one.run.label):
             tell_end(one, first_step, time.monotonic() - started)
     return all(are_over)
 
 
-def rank_adapters(options: TrainOptions, prepared: Sequence["Prepared"], sweep: "SweepRecord") -> None:
+def rank_adapters(options: TrainOptions, prepared: Sequence["PreparedRun"], sweep: "SweepRecord") -> None:
     """Say which adapters of a sweep are better than others, and write the page that shows it."""
     from library.training.saving.checkpoints import Names
     from library.training.sweep.ranking import rank, tell_ranking
@@ -265,15 +265,15 @@ def rank_adapters(options: TrainOptions, prepared: Sequence["Prepared"], sweep: 
     tell_ranking(rank(standing_of(prepared, sweep)), title, page)
 
 
-def has_come_to_end(prepared: "Prepared") -> bool:
+def has_come_to_end(prepared: "PreparedRun") -> bool:
     """Whether an adapter was not stopped on the way."""
     progress = prepared.progress
     return progress.step >= prepared.run.plan.max_train_steps or bool(progress.ended)
 
 
-def tell_end(prepared: "Prepared", first_step: int, seconds: float) -> None:
+def tell_end(prepared: "PreparedRun", first_step: int, seconds: float) -> None:
     """Say what a complete run has trained, in `seconds` from `first_step` on, and which file is suggested."""
-    from library.training.evaluation.choosing import told_choice
+    from library.training.evaluation.choosing import format_choice
     from library.training.reporting.console_lines import finished_line
     from library.training.saving.saved_files import files_of_run
     from library.training.sweep_record import NOT_FINITE
@@ -285,7 +285,7 @@ def tell_end(prepared: "Prepared", first_step: int, seconds: float) -> None:
     choice = prepared.validation.choose(files_of_run(names))
     if choice is not None:
         run.events.emit(choice)
-        logger.info("%s", told_choice(choice))
+        logger.info("%s", format_choice(choice))
     rank = f" of rank {network.network_dim}" if network.network_dim else ""
     what = f"{network.network_module}{rank} on {run.context.arch.name}"
     best, run.events.file = prepared.validation.best, str(names.of_end())

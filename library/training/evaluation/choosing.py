@@ -132,14 +132,14 @@ def table_of(choice: events.Choice) -> list[str]:
                 f"{one.loss:.5f}{interval(one.low, one.high)}",
                 f"{one.difference:.5f}{interval(one.difference_low, one.difference_high)}" if one.difference else "-",
                 "yes" if one.is_worse else "no" if one.difference else "-",
-                told_memory(one.memorised),
+                format_memory(one.memorised),
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def told_memory(memory: events.Memorised | None) -> str:
+def format_memory(memory: events.Memorised | None) -> str:
     """How much more the loss fell on trained pictures."""
     return "" if memory is None else f"{memory.more:.5f}{interval(memory.low, memory.high)}"
 
@@ -165,7 +165,7 @@ def interval(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None or isnan(low) else f" ({low:.5f} to {high:.5f})"
 
 
-def told_choice(choice: events.Choice) -> str:
+def format_choice(choice: events.Choice) -> str:
     """The suggestion in a line."""
     if choice.suggested is None:
         return f"no file is suggested: {choice.reason}"

@@ -57,7 +57,7 @@ class Measurement:
         """
         numbers = list(range(processes.rank, len(self.places), processes.count))
         num_own = len(numbers)
-        if context.models.spread is not None and num_own < ceil(len(self.places) / processes.count):
+        if context.models.sharded is not None and num_own < ceil(len(self.places) / processes.count):
             numbers.append(len(self.places) - 1)  # in step with the others, for nothing
         names = self.rows if self.noise is None else self.noise
         losses_NL = torch.zeros(len(self.rows), len(self.levels), dtype=torch.float64)

@@ -23,7 +23,7 @@ from library.progress import progress_bar
 from library.protocols import Architecture, LiveText
 from library.randomness import generator_for
 from library.training.evaluation.painted import told_of_prompt
-from library.training.evaluation.prompts import read_prompts, settle
+from library.training.evaluation.prompts import read_prompts, resolve
 from library.training.evaluation.without_side_effects import evaluating
 from library.training.failures.interruption import Interrupted, Interruption
 from library.training.reporting.console_lines import announce
@@ -86,7 +86,7 @@ def wanted_prompts(options: TrainOptions, arch: Architecture) -> list[Prompt]:
             "%d of %d preview prompts leave their size to the default, %d x %d; --w and --h in the prompt file set it",
             num_unsized, len(specs), defaults.width, defaults.height,
         )  # fmt: skip
-    prompts = [settle(spec, defaults, arch.inpaints) for spec in specs]
+    prompts = [resolve(spec, defaults, arch.inpaints) for spec in specs]
     for text in texts_of(prompts, arch.preview.worded):
         if (num_tokens := arch.preview.text.count_tokens(text)) > arch.preview.text.max_tokens:
             logger.warning(
@@ -150,8 +150,8 @@ class Previews:
         which alone has prompts: those that share its base model go along.
         """
         self._run, self._charts, self._prompts = run, charts, prompts
-        spread = run.context.models.spread
-        self._shared_base = spread if is_drawing and spread is not None and spread.has_main else None
+        sharded = run.context.models.sharded
+        self._shared_base = sharded if is_drawing and sharded is not None and sharded.has_main else None
         self._encoded, self._cached = encoded, cached
         self._timetable = Timetable.build(run.options.preview)
 

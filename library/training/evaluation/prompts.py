@@ -1,6 +1,6 @@
 """--sample_prompts: the pictures to draw, from a .txt, .toml or .json file.
 
-`PromptSpec` is what a prompt says, `settle` fills in the rest from the base model's defaults.
+`PromptSpec` is what a prompt says, `resolve` fills in the rest from the base model's defaults.
 """
 
 import json
@@ -234,7 +234,7 @@ def named(key: str) -> str:
     return f"{key} (--{next(letters for letters, name in LINE_OPTIONS.items() if name == key)})"
 
 
-def settle(spec: PromptSpec, defaults: PromptDefaults, inpaints: bool = False) -> Prompt:
+def resolve(spec: PromptSpec, defaults: PromptDefaults, inpaints: bool = False) -> Prompt:
     """The prompt with everything filled in; warns of settings that the base model does not have.
 
     Raises UserError where a model that inpaints is given no picture, or one that is not there.

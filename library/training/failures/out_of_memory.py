@@ -63,18 +63,18 @@ def explained(
     device: torch.device,
     shape: str,
     sizes: Callable[[], Sizes] = Sizes,
-    ways_out: Callable[[], Sequence[str]] = tuple,
+    memory_hints: Callable[[], Sequence[str]] = tuple,
 ) -> Iterator[None]:
     """Turn running out of memory in this block into OutOfMemoryError; `shape` tells of the batch, "" where none is.
 
-    `ways_out` predicts what other ways of running the block would save; see library.training.planning.advice.
+    `memory_hints` predicts what other ways of running the block would save; see library.training.planning.advice.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        predicted = ways_out()
+        predicted = memory_hints()
         others = savings(options, sizes(), device, is_predicted=bool(predicted))
         lines = [
             f"out of memory while {doing}{f', {shape}' if shape else ''}",

@@ -13,14 +13,14 @@ from library.training.evaluation.preview import epoch_event, step_event
 from library.training.failures.interruption import Interruption
 from library.training.failures.nonfinite import NonFiniteError, NonFiniteGuard, last_good_saved
 from library.training.failures.out_of_memory import explained, sizes_of
-from library.training.loop.prepared import Prepared
+from library.training.loop.prepared import PreparedRun
 from library.training.loop.update import Updates, wanted_norm_limit
 from library.training.optimization.optimizers import effective_rates
 from library.training.reporting.console_lines import LimitedNorms, StepBar, bar_values, rate_values
-from library.training.reporting.log_prefix import speaking_of
+from library.training.reporting.log_prefix import log_prefix
 from library.training.reporting.progress import Part, Progress
-from library.training.reporting.step_events import told_step
-from library.training.reporting.step_result import Told
+from library.training.reporting.step_events import build_step_event
+from library.training.reporting.step_result import StepResult
 from library.training.reporting.trackers import Charts
 from library.training.run_parts import Run
 from library.training.saving.state import StateManifest
@@ -30,10 +30,10 @@ from library.training.sweep_record import NOT_FINITE, Ended
 logger = logging.getLogger(__name__)
 
 
-class Trainee:
+class AdapterRun:
     """What a run does for one adapter, step by step; the loop says when, and computes the gradients."""
 
-    def __init__(self, prepared: Prepared, interruption: Interruption, bar: StepBar) -> None:
+    def __init__(self, prepared: PreparedRun, interruption: Interruption, bar: StepBar) -> None:
         self.prepared, self._interruption = prepared, interruption
         self.run, self.progress, self.validation = prepared.run, prepared.progress, prepared.validation
         self._guard = NonFiniteGuard(self.run)
@@ -44,7 +44,7 @@ class Trainee:
     @contextmanager
     def speaking(self) -> Iterator[None]:
         """Lines in the block are about this adapter."""
-        with speaking_of(self.run.label):
+        with log_prefix(self.run.label):
             yield
 
     @contextmanager
@@ -52,7 +52,7 @@ class Trainee:
         """Where losses are not finite in the block, this adapter is saved and ends, if it `has_others` beside it."""
         with self.speaking():
             try:
-                with last_good_saved(self.prepared.writer) if has_others else speaking_of(""):
+                with last_good_saved(self.prepared.writer) if has_others else log_prefix(""):
                     yield
             except NonFiniteError as error:
                 if not has_others:
@@ -187,7 +187,7 @@ class Trainee:
             self._after_epoch(epoch)
 
 
-def report_step(run: Run, progress: Progress, charts: Charts, bar: StepBar, told: Told) -> None:
+def report_step(run: Run, progress: Progress, charts: Charts, bar: StepBar, told: StepResult) -> None:
     """Put the losses of a step into the running average, the events, the bar, and the charts: there a point a batch.
 
     The average leaves out losses that are not finite: the step that they belong to moved nothing.
@@ -201,7 +201,9 @@ def report_step(run: Run, progress: Progress, charts: Charts, bar: StepBar, told
             values = step_values(run, loss, progress.average.mean, told.rates, told.limited)
             charts.log_step(values, step, window.epoch)
     if run.events.is_on:
-        run.events.emit(told_step(told, progress.average.mean, run.optimization.group_names, run.norms, run.times))
+        run.events.emit(
+            build_step_event(told, progress.average.mean, run.optimization.group_names, run.norms, run.times)
+        )
     bar.show(window.step + 1, bar_values(progress.average.mean, told.limited), run.label)
 
 
@@ -220,5 +222,5 @@ def step_values(
 
 def order_of(run: Run) -> Order | None:
     """The blocks that this process has asked for, where those that share a base model have to ask alike."""
-    spread = run.context.models.spread
-    return None if spread is None else Order(spread.digest, spread.group_size)
+    sharded = run.context.models.sharded
+    return None if sharded is None else Order(sharded.digest, sharded.group_size)

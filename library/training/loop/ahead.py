@@ -31,7 +31,7 @@ class NoCopies:
         pass
 
 
-class CardCopies:
+class CudaCopies:
     """Copies from pinned memory by a stream of their own, beside the arithmetic."""
 
     def __init__(self, device: torch.device, on_host: Sequence[str]) -> None:
@@ -70,7 +70,7 @@ def moved(batch: Batch, on_host: Sequence[str], move: Callable[[Tensor], Tensor]
 
 def copies_to(device: torch.device, on_host: Sequence[str]) -> Copies:
     """The fastest way there."""
-    return CardCopies(device, on_host) if device.type == "cuda" else NoCopies()
+    return CudaCopies(device, on_host) if device.type == "cuda" else NoCopies()
 
 
 class Ahead:

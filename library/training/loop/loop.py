@@ -13,10 +13,10 @@ from torch import Tensor
 
 from library.training.failures.interruption import Interruption
 from library.training.failures.out_of_memory import explained, sizes_of
-from library.training.loop.adapter_run import Trainee
+from library.training.loop.adapter_run import AdapterRun
 from library.training.loop.ahead import Ahead, copies_to
-from library.training.loop.prepared import Prepared
-from library.training.loop.stacked_step import backward_together
+from library.training.loop.prepared import PreparedRun
+from library.training.loop.stacked_step import backward_stacked
 from library.training.reporting.console_lines import StepBar, announce_epoch
 from library.training.reporting.profile import profiled
 from library.training.run_parts import Run
@@ -53,7 +53,7 @@ def no_hints(runs: Sequence[Run], batch: Batch) -> list[str]:
 
 
 def train(
-    adapters: Sequence[Prepared],
+    adapters: Sequence[PreparedRun],
     interruption: Interruption,
     watch: StepWatch | None = None,
     memory_hints: MemoryHints = no_hints,
@@ -67,24 +67,24 @@ def train(
     run, step = adapters[0].run, adapters[0].progress.step  # of what all adapters share
     plan, is_main = run.plan, run.processes.is_main
     bar = StepBar(plan.max_train_steps, step, is_main)
-    trainees = [Trainee(one, interruption, bar) for one in adapters]
+    adapter_runs = [AdapterRun(one, interruption, bar) for one in adapters]
     num_adapters = len(adapters) + (0 if run.sweep is None else len(run.sweep.ended))  # also of those that are over
     stops = False
     epoch = plan.epoch_of(step)
-    for one in trainees:
+    for one in adapter_runs:
         with one.speaking():
             one.begin()
-    delete_outdated(trainees)
+    delete_outdated(adapter_runs)
     num_profiled = run.options.trackers.profile if is_main else 0
     profile = adapters[0].writer.names.of_profile()
     with ExitStack() as stack:
         stack.callback(run.batches.close)
         stack.enter_context(bar)
         profile_step = stack.enter_context(profiled(num_profiled, profile, run.context.device))
-        for one in trainees:
+        for one in adapter_runs:
             stack.enter_context(one.updates.told_at_end())
         run.times.start()
-        going = going_on(trainees, epoch)
+        going = going_on(adapter_runs, epoch)
         for epoch in plan.epochs(step) if step < plan.max_train_steps and going else ():
             announce_epoch(epoch, plan.num_epochs)
             for one in going:
@@ -121,18 +121,18 @@ def train(
             one.end(epoch)
 
 
-def delete_outdated(trainees: Sequence[Trainee]) -> None:
+def delete_outdated(adapter_runs: Sequence[AdapterRun]) -> None:
     """Delete outdated files if every adapter has saved this step, since a sweep resumes where all have a state."""
-    writers = [one.prepared.writer for one in trainees]
-    if all(w.rotation.saved_step == one.progress.step for w, one in zip(writers, trainees, strict=True)):
-        for one, writer in zip(trainees, writers, strict=True):
+    writers = [one.prepared.writer for one in adapter_runs]
+    if all(w.rotation.saved_step == one.progress.step for w, one in zip(writers, adapter_runs, strict=True)):
+        for one, writer in zip(adapter_runs, writers, strict=True):
             with one.speaking():
                 writer.delete_outdated()
 
 
 def without_worse(
-    going: list[Trainee], step: int, epoch: int, num_adapters: int, find_worse: FindWorse
-) -> list[Trainee]:
+    going: list[AdapterRun], step: int, epoch: int, num_adapters: int, find_worse: FindWorse
+) -> list[AdapterRun]:
     """The adapters without those that --sweep_stop_after ends, whose files are saved."""
     after = going[0].run.options.sweep.sweep_stop_after if going else None
     if after is None or step < after:
@@ -148,13 +148,13 @@ def without_worse(
     return [one for one in going if not one.progress.ended]
 
 
-def going_on(trainees: Sequence[Trainee], epoch: int) -> list[Trainee]:
+def going_on(adapter_runs: Sequence[AdapterRun], epoch: int) -> list[AdapterRun]:
     """Those that train on; what the others come to is saved."""
-    for one in trainees:
+    for one in adapter_runs:
         if one.validation.ends_run and not one.progress.ended:
             with one.speaking():
                 one.end(epoch)
-    return [one for one in trainees if not one.progress.ended]
+    return [one for one in adapter_runs if not one.progress.ended]
 
 
 def batches_of(run: Run, epoch: int, first_step: int) -> Ahead:
@@ -198,7 +198,7 @@ def accumulate_gradients(
             if len(runs) == 1:
                 found = [backward(run, batch, batch_number, size, window.step)]
             else:
-                found = backward_together(runs, batch, batch_number, size, window.step)
+                found = backward_stacked(runs, batch, batch_number, size, window.step)
         for own, loss in zip(losses, found, strict=True):
             own.append(loss)
         fetch_next()
@@ -210,7 +210,7 @@ def passes_of(run: Run, window: Window) -> list[int]:
     processes = run.processes
     share = [*window.share(processes.rank, processes.count)]
     stand_in = None
-    if run.context.models.spread is not None:
+    if run.context.models.sharded is not None:
         stand_in = window.stand_in(processes.rank, processes.count)
     return share if stand_in is None else [*share, stand_in]
 

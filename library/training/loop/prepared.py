@@ -12,7 +12,7 @@ from library.training.saving.state import StateManifest
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedRun:
     """One adapter that is ready to be trained."""
 
     run: Run

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class ActingTogether:
+class StackedNetworks:
     """The networks that act on the rows of a batch, each on its own part of them."""
 
     contexts: Sequence[StepContext]
@@ -40,7 +40,7 @@ class ActingTogether:
             context.network.set_multiplier(multiplier)
 
 
-def backward_together(
+def backward_stacked(
     runs: Sequence[Run], batch: Batch, batch_number: int, window_size: float, step: int
 ) -> list[Tensor]:
     """Add to every adapter's gradients those of one batch; gives the loss of each.
@@ -55,7 +55,7 @@ def backward_together(
         with times.stage("forward"):
             for context in contexts:
                 start_batch(context, batch_number, step)
-            losses_M = losses_together(contexts, batch, many, batch_number)
+            losses_M = stacked_losses(contexts, batch, many, batch_number)
             scalers = [run.optimization.scaler for run in runs]
             parts = [loss / window_size for loss in losses_M]
             scaled = [p if s is None else s.scale(p) for p, s in zip(parts, scalers, strict=True)]
@@ -65,7 +65,7 @@ def backward_together(
     return [loss.detach().float() for loss in losses_M]
 
 
-def losses_together(contexts: Sequence[StepContext], batch: Batch, many: Batch, batch_number: int) -> Sequence[Tensor]:
+def stacked_losses(contexts: Sequence[StepContext], batch: Batch, many: Batch, batch_number: int) -> Sequence[Tensor]:
     """The loss of each adapter, scalars with gradient; `many` is the batch once for each of them."""
     first, count = contexts[0], len(contexts)
     noised = of_each_seed(contexts, lambda context: noised_of(context, batch, batch_number, is_checked=False))
@@ -74,8 +74,8 @@ def losses_together(contexts: Sequence[StepContext], batch: Batch, many: Batch, 
         lambda context: inpainting_of(context, batch, context.seed, lambda place: ("batch", batch_number, place)),
     )
     joined = Noised(**{f.name: torch.cat([getattr(one, f.name) for one in noised]) for f in fields(Noised)})
-    condition = partial(conditioning_together, contexts, batch, many, batch_number, told)
-    losses_MB = losses_of(first, first.arch.objective, many, joined, condition, ActingTogether(contexts))
+    condition = partial(stacked_conditioning, contexts, batch, many, batch_number, told)
+    losses_MB = losses_of(first, first.arch.objective, many, joined, condition, StackedNetworks(contexts))
     weights_B = send(batch.loss_weights_B, losses_MB.device)
     return [(losses_B * weights_B).mean() for losses_B in losses_MB.chunk(count)]
 
@@ -89,7 +89,7 @@ def of_each_seed(contexts: Sequence[StepContext], make: Callable[[StepContext], 
     return [made[context.seed] for context in contexts]
 
 
-def conditioning_together(
+def stacked_conditioning(
     contexts: Sequence[StepContext],
     batch: Batch,
     many: Batch,

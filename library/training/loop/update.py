@@ -19,7 +19,7 @@ from library.randomness import stream_seed
 from library.training.failures.nonfinite import NonFiniteGuard
 from library.training.optimization.rounding import stochastic_rounding
 from library.training.reporting.console_lines import LimitedNorms
-from library.training.reporting.step_result import Told
+from library.training.reporting.step_result import StepResult
 from library.training.run_parts import Run
 from library.training.step.accumulation import Window
 from library.training.step.skipping import can_leave_out, left_out_if
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Taken:
+class PendingStep:
     """A step that was taken and is still to be told."""
 
     window: Window
@@ -44,10 +44,12 @@ class Updates:
     A step that is not finite is left out: neither weights nor optimizer nor learning rate move.
     """
 
-    def __init__(self, run: Run, guard: NonFiniteGuard, norm_limit: float | None, tell: Callable[[Told], None]) -> None:
+    def __init__(
+        self, run: Run, guard: NonFiniteGuard, norm_limit: float | None, tell: Callable[[StepResult], None]
+    ) -> None:
         """`norm_limit` is that of --scale_weight_norms, if it is wanted."""
         self._run, self._guard, self._norm_limit, self._tell = run, guard, norm_limit, tell
-        self._last: Taken | None = None
+        self._last: PendingStep | None = None
         self.tells_late = skips_by_itself(run)
 
     def take(self, window: Window, losses: Tensor) -> None:
@@ -67,7 +69,7 @@ class Updates:
             limited = Readback(run.context.network.limit_norms(self._norm_limit, run.context.device))
         if run.optimization.average is not None:
             run.optimization.average.update()
-        self._last = Taken(window, numbers, rates, limited, is_judged=not self.tells_late)
+        self._last = PendingStep(window, numbers, rates, limited, is_judged=not self.tells_late)
 
     def tell(self) -> None:
         """Tell of the last step, if that is still to be done; the learning rate is the next one's afterwards.
@@ -81,7 +83,7 @@ class Updates:
             self._run.optimization.schedule.step()
         *losses, norm = taken.numbers.read()
         limited = None if taken.limited is None else LimitedNorms.of(taken.limited.read())
-        self._tell(Told(taken.window, losses, norm, taken.rates, limited))
+        self._tell(StepResult(taken.window, losses, norm, taken.rates, limited))
 
     @contextmanager
     def told_at_end(self) -> Iterator[None]:

@@ -5,7 +5,7 @@ import logging
 import torch
 from torch import Tensor
 
-from library.checkpoints.weights import without_values
+from library.checkpoints.weights import on_meta_device
 from library.errors import UserError
 from library.memory.codecs.codec import AS_IN_FILE
 from library.memory.codecs.matmul_8bit import Codes, input_gradient, output
@@ -52,7 +52,7 @@ def kind_of(name: str) -> torch.dtype:
 
 def kinds_in_file(arch: Architecture) -> set[torch.dtype]:
     """The formats of the codes that the checkpoint has. Raises UserError where none can be multiplied."""
-    layers = frozen_layers(without_values(arch.load).denoiser(AS_IN_FILE))
+    layers = frozen_layers(on_meta_device(arch.load).denoiser(AS_IN_FILE))
     found = [layer.decoder.codes(layer.own_parts()) for layer in layers if isinstance(layer, FrozenLinear)]
     kinds = {codes.codes_OI.dtype for codes in found if codes is not None and codes.can_be_multiplied}
     if not kinds:

@@ -19,7 +19,7 @@ from library.options.train import TrainOptions
 from library.processes import Processes
 from library.protocols import Architecture, LatentCodec, LiveText
 from library.training.models.compute import Compute
-from library.training.models.frozen_base import open_spread
+from library.training.models.frozen_base import open_sharded
 from library.training.models.frozen_models import load_frozen
 from library.training.models.text_caching import live_text, prepare_text
 from library.training.step.context import Models
@@ -58,8 +58,8 @@ def load_models(
     release_memory(options.memory.highvram)
     text = prepare_text(options, arch, data, compute.device, compute.autocast, prompts, processes)
     release_memory(options.memory.highvram)
-    spread = open_spread(options, processes)
-    models = load_frozen(options, arch, text.encoders, vae, compute, reader, spread)
+    sharded = open_sharded(options, processes)
+    models = load_frozen(options, arch, text.encoders, vae, compute, reader, sharded)
     arch.fit_to_sizes(models.denoiser, [dataset.resolution for dataset in data.config.datasets])
     return LoadedModels(models, live_text(options, arch.text_cache), text.prompts, latents, text.store, text.concepts)
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from library.checkpoints.weights import without_values
+from library.checkpoints.weights import on_meta_device
 from library.collector import importing
 from library.errors import NotThere, UserError
 from library.options.train import TrainOptions
@@ -23,7 +23,7 @@ from library.training.step.context import Models
 from networks.core.protocol import OURS, adopt, open_network_module
 
 
-def rehearse(options: TrainOptions, arch: Architecture, max_train_steps: int) -> None:
+def check_batches(options: TrainOptions, arch: Architecture, max_train_steps: int) -> None:
     """Make adapter, optimizer and schedule as the run will, on models without values, and forget them.
 
     Raises UserError for whatever of --network_module, --network_args, --optimizer_*, --lr_scheduler* and learning
@@ -36,7 +36,7 @@ def rehearse(options: TrainOptions, arch: Architecture, max_train_steps: int) ->
         groups = [{"params": [], "lr": options.optimizer.learning_rate}]
         if name.startswith(OURS):  # modules of others may compute with weights while they are made
             with torch.device("meta"):
-                network = adopt(create(options.network, module, sketched_models(arch)))
+                network = adopt(create(options.network, module, models_on_meta_device(arch)))
             rates = options.network.text_encoder_lr, options.network.unet_lr, options.optimizer.learning_rate
             groups, _ = network.parameter_groups(*rates)
         # Some optimizers look at their parameters when they are made, which those on the meta device do not survive.
@@ -57,9 +57,9 @@ def take_first_step(options: ScheduleOptions, schedule: Schedule) -> None:
         raise UserError(f"--lr_scheduler_type {options.lr_scheduler_type} fails with {given}: {error}") from error
 
 
-def sketched_models(arch: Architecture) -> Models:
+def models_on_meta_device(arch: Architecture) -> Models:
     """The models that get adapters, on the meta device."""
-    loader = without_values(arch.load)
+    loader = on_meta_device(arch.load)
     with importing("models"):  # nearly all of the time that this takes
         try:
             encoders = loader.text_encoders()

@@ -9,7 +9,7 @@ import psutil
 import torch
 from torch import nn
 
-from library.checkpoints.weights import without_values
+from library.checkpoints.weights import on_meta_device
 from library.errors import UserError
 from library.memory.blocks import Stacks
 from library.memory.codecs.plain import Plain
@@ -23,7 +23,7 @@ from library.memory.frozen import (
     multiply_codes,
     store_all_in,
 )
-from library.memory.offload.sharded import Spread
+from library.memory.offload.sharded import ShardedModel
 from library.memory.offload.shared import place_for, shared_masters
 from library.memory.offload.streamed import bytes_of_parts, stream
 from library.memory.planner.weights import ModelWeights, StorageCost
@@ -43,8 +43,8 @@ def check_base(options: TrainOptions, arch: Architecture) -> None:
     """Raise UserError, before anything is read, for a weight format or a number of blocks that cannot be had."""
     check_format(options.precision.denoiser_format)
     if options.memory.blocks_to_swap:
-        denoiser = without_values(arch.load).denoiser()
-        waiting_blocks(options.memory.blocks_to_swap, arch.stacks(denoiser))
+        denoiser = on_meta_device(arch.load).denoiser()
+        offloaded_blocks(options.memory.blocks_to_swap, arch.stacks(denoiser))
         check_main_memory(options, denoiser)
 
 
@@ -61,7 +61,7 @@ def check_main_memory(options: TrainOptions, denoiser: nn.Module) -> None:
         )
 
 
-def waiting_blocks(num_blocks: int, stacks: Stacks) -> list[int]:
+def offloaded_blocks(num_blocks: int, stacks: Stacks) -> list[int]:
     """How many blocks of each stack wait for --blocks_to_swap, counted as sd-scripts counts them.
 
     Of two kinds half of the number is of the first, and the rest stands for two of the second each. Two blocks of each
@@ -85,15 +85,15 @@ def waiting_blocks(num_blocks: int, stacks: Stacks) -> list[int]:
     return split(num_blocks)
 
 
-def open_spread(options: TrainOptions, processes: Processes) -> Spread | None:
+def open_sharded(options: TrainOptions, processes: Processes) -> ShardedModel | None:
     """What spreads the denoiser over processes, where --shard_base asks for it and processes are to share it."""
     size = options.distributed.shard_group
     if not options.distributed.shard_base or size is None or processes.count == 1:
         return None
-    return Spread(processes.device, processes.count, size)
+    return ShardedModel(processes.device, processes.count, size)
 
 
-def settle_base(
+def resolve_base(
     options: TrainOptions, arch: Architecture, models: Models, compute: Compute, processes: Processes
 ) -> None:
     """Store the frozen models as they are to stay, and bring the denoiser to the device.
@@ -107,18 +107,18 @@ def settle_base(
     if precision.denoiser_format is not None:
         count = store_in_format(precision.denoiser_format, models.denoiser)
         logger.info("denoiser: %d layers in %s", count, precision.denoiser_format)
-    settle_arithmetic(options, models.denoiser)
+    resolve_arithmetic(options, models.denoiser)
     if precision.text_encoder_format is not None and models.text_encoders:
         count = store_in_format(precision.text_encoder_format, *models.text_encoders)
         logger.info("text encoders: %d layers in %s", count, precision.text_encoder_format)
     if options.memory.blocks_to_swap:
-        let_blocks_wait(options.memory.blocks_to_swap, arch.stacks(models.denoiser), compute.device, processes)
-    if models.spread is not None:
-        spread_blocks(models.spread, models.denoiser, arch.stacks(models.denoiser))
+        offload_blocks(options.memory.blocks_to_swap, arch.stacks(models.denoiser), compute.device, processes)
+    if models.sharded is not None:
+        shard_blocks(models.sharded, models.denoiser, arch.stacks(models.denoiser))
     place(models.denoiser, compute.device)
 
 
-def settle_arithmetic(options: TrainOptions, denoiser: nn.Module) -> None:
+def resolve_arithmetic(options: TrainOptions, denoiser: nn.Module) -> None:
     """Let the denoiser's layers multiply as --base_arithmetic says, and say which cannot. Before their weights wait."""
     if not options.precision.multiplies_codes:
         return
@@ -142,31 +142,31 @@ def why_not(layer: FrozenLayer) -> str:
     return "whose sizes are no multiples of 8 (int8) or 16 (fp8)"
 
 
-def spread_blocks(spread: Spread, denoiser: nn.Module, stacks: Stacks) -> None:
+def shard_blocks(sharded: ShardedModel, denoiser: nn.Module, stacks: Stacks) -> None:
     """Spread what was not taken while it was read, and bring the shares together by block."""
     store_all_in(Plain(), layers_in_blocks(denoiser).values())
     for layer in frozen_layers(denoiser):
-        spread.take(layer)
-    spread.settle(stacks)
+        sharded.take(layer)
+    sharded.resolve(stacks)
     logger.info(
         "denoiser: %d blocks and layers (%.2f GB) spread over %d processes, %.2f GB in each; the two that are together "
         "at a time take up to %.2f GB more",
-        spread.num_blocks,
-        spread.num_bytes / 1e9,
-        spread.group_size,
-        spread.num_bytes / spread.group_size / 1e9,
-        2 * spread.most_bytes / 1e9,
+        sharded.num_blocks,
+        sharded.num_bytes / 1e9,
+        sharded.group_size,
+        sharded.num_bytes / sharded.group_size / 1e9,
+        2 * sharded.most_bytes / 1e9,
     )
 
 
-def let_blocks_wait(num_blocks: int, stacks: Stacks, device: torch.device, processes: Processes) -> None:
+def offload_blocks(num_blocks: int, stacks: Stacks, device: torch.device, processes: Processes) -> None:
     """Stream the weights of as many blocks; those that are stored in no format yet keep their own.
 
     Processes of one machine wait for the first of them, which copies the weights to where all find them. Once all have
     mapped the files, their names are deleted, so that the memory is free as soon as the last process has ended.
     """
     store_all_in(Plain(), (layer for stack in stacks for block in stack for layer in block.modules()))
-    waiting = waiting_blocks(num_blocks, stacks)
+    waiting = offloaded_blocks(num_blocks, stacks)
     if processes.local_count == 1:
         stream(stacks, waiting, device)
         return

@@ -7,9 +7,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from library.checkpoints.weights import without_values
+from library.checkpoints.weights import on_meta_device
 from library.memory.codecs.codec import AsRead
-from library.memory.offload.sharded import Spread
+from library.memory.offload.sharded import ShardedModel
 from library.options.train import TrainOptions
 from library.options.training.network import NetworkOptions
 from library.protocols import Architecture
@@ -30,7 +30,7 @@ def load_frozen(
     vae: nn.Module | None,
     compute: Compute,
     reader: str,
-    spread: Spread | None = None,
+    sharded: ShardedModel | None = None,
 ) -> Models:
     """Read the denoiser, beside text encoders and a VAE that are there, and merge --base_weights into all of them.
 
@@ -40,14 +40,14 @@ def load_frozen(
     not fit.
     """
     merges, is_ours = bool(options.network.base_weights), reader.startswith(OURS)
-    assert is_ours or spread is None or not merges
+    assert is_ours or sharded is None or not merges
     changes = changes_while_reading(options.network, arch, text_encoders, compute, reader) if is_ours else {}
     wanted = format_while_reading(options, merges_afterwards=not is_ours)
-    if changes or spread is not None:
-        denoiser = arch.load.denoiser(AsRead(wanted, changes, None if spread is None else spread.take))
+    if changes or sharded is not None:
+        denoiser = arch.load.denoiser(AsRead(wanted, changes, None if sharded is None else sharded.take))
     else:
         denoiser = arch.load.denoiser(wanted)
-    models = Models(denoiser, text_encoders, vae, arch.view(text_encoders, denoiser), spread)
+    models = Models(denoiser, text_encoders, vae, arch.view(text_encoders, denoiser), sharded)
     if not is_ours:
         merge_into_whole(options.network, models, compute, reader)
     for file, multiplier in files_of(options.network):
@@ -68,9 +68,9 @@ def changes_while_reading(
     """What --base_weights make of the denoiser's parameters, by their names; text encoders are changed at once."""
     if not wanted.base_weights:
         return {}
-    sketch = without_values(arch.load).denoiser()
-    names = {layer: name for name, layer in sketch.named_modules()}
-    text_encoder, denoiser = arch.view(text_encoders, sketch)
+    meta = on_meta_device(arch.load).denoiser()
+    names = {layer: name for name, layer in meta.named_modules()}
+    text_encoder, denoiser = arch.view(text_encoders, meta)
     found: dict[str, list[Change]] = defaultdict(list)
     for file, multiplier in files_of(wanted):
         network, weights = open_network_module(reader).create_network_from_weights(

@@ -13,7 +13,7 @@ from library.options.train import TrainOptions
 from library.processes import ALONE
 from library.protocols import Architecture
 from library.training.models.compute import Compute
-from library.training.models.frozen_base import settle_base
+from library.training.models.frozen_base import resolve_base
 from library.training.step.context import Models
 from networks.core.protocol import AdoptedNetwork, adopt, open_network_module
 
@@ -25,9 +25,9 @@ Row = Path | None
 """An adapter file; None is the base model alone."""
 
 
-def settle_models(options: TrainOptions, arch: Architecture, models: Models, compute: Compute) -> None:
+def resolve_models(options: TrainOptions, arch: Architecture, models: Models, compute: Compute) -> None:
     """Store the models as in a training with these options; nothing of them trains."""
-    settle_base(options, arch, models, compute, replace(ALONE, device=compute.device))
+    resolve_base(options, arch, models, compute, replace(ALONE, device=compute.device))
     for model in (models.denoiser, *models.text_encoders):
         model.eval().requires_grad_(False)
     arch.run_blocks_with(models.denoiser, plain)

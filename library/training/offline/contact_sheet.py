@@ -16,7 +16,7 @@ from library.protocols import Architecture
 from library.training.evaluation.preview import decode, draw_latents, encode_prompts, generator_of
 from library.training.models.compute import Compute
 from library.training.models.frozen_models import load_frozen
-from library.training.offline.adapter_files import READER, Row, installed, settle_models
+from library.training.offline.adapter_files import READER, Row, installed, resolve_models
 from library.training.step.conditioning import CaptionMemo
 from library.training.step.context import Models, StepContext
 from library.types import Conditioning, Prompt
@@ -73,7 +73,7 @@ def load(
     vae = place(arch.load.vae(), compute.device)
     models = load_frozen(options, arch, encoders, vae, compute, READER)
     arch.fit_to_sizes(models.denoiser, [(prompt.width, prompt.height) for prompt in prompts])
-    settle_models(options, arch, models, compute)
+    resolve_models(options, arch, models, compute)
     return Loaded(arch, models, vae, compute, encoded)
 
 

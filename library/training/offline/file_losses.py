@@ -25,7 +25,7 @@ from library.training.evaluation.validation import measurement_of
 from library.training.models.base_model import load_models
 from library.training.models.compute import Compute
 from library.training.models.step_context import step_context
-from library.training.offline.adapter_files import READER, Row, installed, settle_models
+from library.training.offline.adapter_files import READER, Row, installed, resolve_models
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def losses_of_files(
     loaded = load_models(options, arch, seed, plan, compute, (), processes, READER)
     if not loaded.models.text_encoders:
         check_text_parts(rows)
-    settle_models(options, arch, loaded.models, compute)
+    resolve_models(options, arch, loaded.models, compute)
     batches = PlannedBatches(plan, loaded.latents, loaded.texts)
     aside = measurement_of(options, batches.validation, seed)  # with what is cached
     trained = all_of(batches.measured(numbers), aside)

@@ -8,7 +8,7 @@ import torch
 
 from library.errors import NotThere
 from library.memory.planner.choice import Allowed
-from library.memory.planner.gpus import Card, typical_card
+from library.memory.planner.gpus import Gpu, typical_gpu
 from library.memory.planner.prediction import CountedStep, Predicted, Way, predict
 from library.memory.planner.table import in_gib
 from library.training.planning.counting import BatchShape, count_run
@@ -21,7 +21,7 @@ MOST_LINES = 6
 WORTH = 0.02  # of what is needed: less is not worth a line
 
 
-def ways_out(runs: Sequence[Run], batch: Batch) -> list[str]:
+def memory_hints(runs: Sequence[Run], batch: Batch) -> list[str]:
     """A line for each way of running this step that needs less than the one in use, the fastest first, each saving more
     than the one before it. `runs` are those of all adapters that share the step.
 
@@ -39,15 +39,15 @@ def ways_out(runs: Sequence[Run], batch: Batch) -> list[str]:
     except NotThere:  # a run whose features are cached may lack text encoders, with which captions are counted
         return []
     fewer = ["fewer adapters in one --sweep need about that much less"] if len(runs) > 1 else []
-    return fewer + few(list(lines(step, way_of(run.options), allowed_ever(run.options), card_like(device))))
+    return fewer + few(list(lines(step, way_of(run.options), allowed_ever(run.options), gpu_like(device))))
 
 
-def card_like(device: torch.device) -> Card:
+def gpu_like(device: torch.device) -> Gpu:
     """A common card of this one's size; only how much longer one way takes than another is said."""
-    return typical_card(torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0)
+    return typical_gpu(torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0)
 
 
-def lines(step: CountedStep, used: Way, allowed: Allowed, card: Card) -> Iterator[str]:
+def lines(step: CountedStep, used: Way, allowed: Allowed, card: Gpu) -> Iterator[str]:
     now = predict(step, used, card)
     best = now.device_bytes
     for found in sorted(candidates(step, allowed, card), key=lambda found: (found.seconds, found.device_bytes)):
@@ -56,12 +56,12 @@ def lines(step: CountedStep, used: Way, allowed: Allowed, card: Card) -> Iterato
             yield f"{describe(found.way)} needs {in_gib(now.device_bytes - best)} less and {longer(found, now)}"
 
 
-def candidates(step: CountedStep, allowed: Allowed, card: Card) -> Iterator[Predicted]:
+def candidates(step: CountedStep, allowed: Allowed, card: Gpu) -> Iterator[Predicted]:
     """Every way, with no blocks waiting, half of those that can, and all of those."""
-    most = step.most_waiting if allowed.shared_by == 1 else 0
+    most = step.most_offloaded if allowed.shared_by == 1 else 0
     numbers = sorted({0, most // 2, most})
     for way in allowed.ways():
-        yield from (predict(step, replace(way, num_waiting=number), card) for number in numbers)
+        yield from (predict(step, replace(way, num_offloaded=number), card) for number in numbers)
 
 
 def longer(found: Predicted, now: Predicted) -> str:

@@ -92,7 +92,7 @@ class MemoryWatch:
         fixed = chosen.weight_bytes + self._fitted.counted.step.adapter_bytes
         factor = max(0.0, (measured - fixed) / (chosen.tensor_bytes - fixed))
         allowed = replace(
-            self._fitted.allowed, weight_formats=(chosen.way.weight_format,), num_waiting=chosen.way.num_waiting
+            self._fitted.allowed, weight_formats=(chosen.way.weight_format,), num_offloaded=chosen.way.num_offloaded
         )
         choice = choose(self._fitted.counted.step, allowed, card, factor)
         if choice.chosen is None:

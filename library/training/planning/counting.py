@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-from library.checkpoints.weights import without_values
+from library.checkpoints.weights import on_meta_device
 from library.errors import NotThere
 from library.memory.blocks import BlockRunner, plain, recompute, run_encoder_layers_with
 from library.memory.codecs.codec import RequestedFormat
@@ -31,7 +31,7 @@ from library.memory.planner.weights import ModelWeights, bytes_of, tensors_of
 from library.options.train import TrainOptions
 from library.protocols import Architecture
 from library.randomness import generator_for
-from library.training.loop.stacked_step import losses_together, repeated
+from library.training.loop.stacked_step import repeated, stacked_losses
 from library.training.models.base_model import LoadedModels
 from library.training.models.block_running import trains_text_encoders
 from library.training.models.check_batches import quiet
@@ -41,11 +41,11 @@ from library.training.models.step_context import step_context
 from library.training.models.text_caching import cached_text, live_text
 from library.training.models.weight_formats import format_while_counting
 from library.training.optimization.optimizers import build_optimizer
-from library.training.planning.waiting import WaitingBlocks
+from library.training.planning.waiting import OffloadedBlocks
 from library.training.step.context import Models
 from library.training.step.losses import loss_of
 from library.types import Batch, Conditioning
-from networks.core.protocol import AdoptedNetwork, adopt, open_network_module, side_by_side
+from networks.core.protocol import AdoptedNetwork, adopt, multiplex, open_network_module
 
 T = TypeVar("T")
 
@@ -75,7 +75,7 @@ class CountedRun:
 
 
 @dataclass(frozen=True)
-class Sketch:
+class MetaRun:
     """The models of a run, of full size and without values, the adapter installed."""
 
     models: Models  # those that stay while training
@@ -98,34 +98,34 @@ def count_run(
     adapters = adapters or (options,)
     with quiet(), torch.random.fork_rng(devices=[]), matrices_forgotten():
         with FakeTensorMode(allow_non_fake_inputs=True), nullcontext() if device.type == "cpu" else norms_as_on_cards():
-            sketch = sketch_run(options, arch, adapters)
-            denoiser, networks = sketch.models.denoiser, sketch.networks
+            meta = run_on_meta_device(options, arch, adapters)
+            denoiser, networks = meta.models.denoiser, meta.networks
             with shortened(arch.chains(denoiser)) as stands_for:
-                pictures = count_pictures(options, arch, sketch.vae, batch)
-                captions, conditioning = count_captions(options, arch, sketch.encoders, batch.count)
-                timeline = count_step(options, arch, sketch, fake_batch(options, arch, batch, conditioning), stands_for)
+                pictures = count_pictures(options, arch, meta.vae, batch)
+                captions, conditioning = count_captions(options, arch, meta.encoders, batch.count)
+                timeline = count_step(options, arch, meta, fake_batch(options, arch, batch, conditioning), stands_for)
                 optimizer = together(
                     [count_update(own, arch, one) for own, one in zip(adapters, networks, strict=True)]
                 )
-    vae = [] if sketch.models.vae is None else [sketch.models.vae]
+    vae = [] if meta.models.vae is None else [meta.models.vae]
     own = set(denoiser.modules())
     places = [place for place, block in enumerate(timeline.blocks) if block in own]
     blocks = [timeline.blocks[place] for place in places]
     gradients = sum(p.numel() * p.element_size() for one in networks for p in one.trainable_parameters())
-    waiting = WaitingBlocks(arch.stacks(denoiser), blocks)
+    waiting = OffloadedBlocks(arch.stacks(denoiser), blocks)
     step = CountedStep(
         timeline=timeline,
         first_place=places[0],
         weights=ModelWeights.of(denoiser, storable_layers(denoiser), blocks),
-        encoders=tuple(ModelWeights.of(e, storable_layers(e), ()) for e in sketch.models.text_encoders),
+        encoders=tuple(ModelWeights.of(e, storable_layers(e), ()) for e in meta.models.text_encoders),
         own_formats=(options.precision.denoiser_format, options.precision.text_encoder_format),
         other_bytes=bytes_of(*vae),
         adapter_bytes=bytes_of(*(one.module for one in networks)),
         gradient_bytes=gradients,
         held_gradient_bytes=gradients if options.run.gradient_accumulation_steps > 1 else 0,
         optimizer=optimizer,
-        waiting_places=waiting.places,
-        most_waiting=waiting.most,
+        offloaded_indices=waiting.places,
+        most_offloaded=waiting.most,
         multiplies_codes=options.precision.multiplies_codes,
     )
     return CountedRun(batch, step, tuple(stage for stage in (pictures, captions) if stage is not None))
@@ -136,7 +136,7 @@ def storable_layers(model: nn.Module) -> list[nn.Module]:
     return [*layers_in_blocks(model).values(), *frozen_layers(model)]
 
 
-def sketch_run(options: TrainOptions, arch: Architecture, adapters: Sequence[TrainOptions]) -> Sketch:
+def run_on_meta_device(options: TrainOptions, arch: Architecture, adapters: Sequence[TrainOptions]) -> MetaRun:
     """The models as the run will have them, in the fake mode that is on."""
     encoders, denoiser, vae = load_fakes(arch, format_while_counting(options))
     if options.precision.multiplies_codes:
@@ -146,11 +146,11 @@ def sketch_run(options: TrainOptions, arch: Architecture, adapters: Sequence[Tra
         live = live_text(options, arch.text_cache)
         staying = encoders[: 0 if live is None else live.num_encoders]
     models = Models(denoiser, staying, None if options.caching.cache_latents else vae, arch.view(staying, denoiser))
-    networks = [sketch_network(own, arch, models) for own in adapters]
-    return Sketch(models, encoders, vae, networks)
+    networks = [network_on_meta_device(own, arch, models) for own in adapters]
+    return MetaRun(models, encoders, vae, networks)
 
 
-def sketch_network(options: TrainOptions, arch: Architecture, models: Models) -> AdoptedNetwork:
+def network_on_meta_device(options: TrainOptions, arch: Architecture, models: Models) -> AdoptedNetwork:
     """The adapter, installed on the models."""
     wanted = options.network
     assert wanted.network_module is not None
@@ -178,7 +178,7 @@ def load_fakes(
     arch: Architecture, weight_format: RequestedFormat | None
 ) -> tuple[list[nn.Module], nn.Module, nn.Module | None]:
     """(text encoders, denoiser, VAE), frozen; no VAE where its files are not there."""
-    loader = without_values(arch.load)
+    loader = on_meta_device(arch.load)
     with unset_fake_temporarily():
         encoders, denoiser = loader.text_encoders(), loader.denoiser(weight_format)
         try:
@@ -268,16 +268,16 @@ def count_captions(
 def count_step(
     options: TrainOptions,
     arch: Architecture,
-    sketch: Sketch,
+    meta: MetaRun,
     batch: Batch,
     stands_for: Mapping[nn.Module, Sequence[nn.Module]],
 ) -> Timeline:
     """Forward and backward pass, with all blocks recomputed and with none; gradients are there already where a step
     has several passes."""
-    models, networks = sketch.models, sketch.networks
+    models, networks = meta.models, meta.networks
     loaded = LoadedModels(models, live_text(options, arch.text_cache), None)
     compute = Compute.build(options.precision, CPU)
-    turns = side_by_side(networks, options.network.network_module or "") if len(networks) > 1 else None
+    turns = multiplex(networks, options.network.network_module or "") if len(networks) > 1 else None
     contexts = [
         step_context(options, arch, 0, loaded, one, compute, nullcontext if turns is None else partial(turns.only, i))
         for i, one in enumerate(networks)
@@ -293,7 +293,7 @@ def count_step(
     def loss() -> Tensor:
         if turns is None:
             return loss_of(contexts[0], batch, 0)
-        losses = losses_together(contexts, batch, repeated(batch, len(contexts)), 0)
+        losses = stacked_losses(contexts, batch, repeated(batch, len(contexts)), 0)
         return torch.stack(list(losses)).sum()
 
     def count(runner: BlockRunner) -> CountedPass:

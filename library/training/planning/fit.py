@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from library.memory.planner.choice import Allowed, Choice, choose
-from library.memory.planner.gpus import Card
+from library.memory.planner.gpus import Gpu
 from library.memory.planner.prediction import CONTEXT_BYTES, predict
 from library.memory.planner.stages import Stage
 from library.memory.planner.table import in_gib, table_of
@@ -104,7 +104,7 @@ WITHOUT_CARD = {
 SMALLER_WEIGHTS = "--base_format or --fit_formats int8 nf4 store them in fewer bits"
 
 
-def fit_to(counted: CountedRun, options: TrainOptions, card: Card, sweep: Sweep | None = None) -> Fit:
+def fit_to(counted: CountedRun, options: TrainOptions, card: Gpu, sweep: Sweep | None = None) -> Fit:
     """The choice for a card; whatever the user has set stays as it is."""
     values, defaults = options.flat(), type(options).defaults()
     room = card.memory_bytes - CONTEXT_BYTES

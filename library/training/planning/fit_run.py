@@ -10,7 +10,7 @@ import torch
 from library.data.plan.data_plan import DataPlan
 from library.errors import UserError, needing
 from library.memory.devices import DTYPES
-from library.memory.planner.gpus import Card, measured_card, parse_size
+from library.memory.planner.gpus import Gpu, measured_gpu, parse_size
 from library.memory.planner.prediction import CONTEXT_BYTES
 from library.options.train import TrainOptions
 from library.processes import Processes
@@ -37,14 +37,14 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + CONTEXT_BYTES
 
 
-def card_of(options: TrainOptions, processes: Processes) -> Card:
+def card_of(options: TrainOptions, processes: Processes) -> Gpu:
     """This process's device with the room of --fit. Several processes choose alike: they take the least room that one
     of them has, and the main process's speed."""
     wanted = options.fit.fit
     assert wanted is not None
     room = free_memory(processes.device) if wanted == "auto" else parse_size("--fit", wanted)
     room = min(map(int, processes.merged("room", {processes.rank: str(room)}).values()))
-    card = measured_card(processes.device, room, DTYPES[options.precision.mixed_precision])
+    card = measured_gpu(processes.device, room, DTYPES[options.precision.mixed_precision])
     flops, bus = map(float, processes.share("speed", f"{card.flops} {card.bus}").split())
     return replace(card, flops=flops, bus=bus)
 

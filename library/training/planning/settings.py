@@ -21,7 +21,7 @@ def way_of(options: TrainOptions) -> Way:
         weight_format=options.precision.denoiser_format,
         recompute_every=memory.gradient_checkpointing_every if memory.recomputes else None,
         inputs_wait=memory.offloads_inputs,
-        num_waiting=memory.blocks_to_swap or 0,
+        num_offloaded=memory.blocks_to_swap or 0,
         shared_by=shared_by(options),
     )
 
@@ -38,7 +38,7 @@ def values_of(way: Way) -> dict[str, Any]:
         "gradient_checkpointing": way.recompute_every is not None,
         "gradient_checkpointing_every": way.recompute_every or 1,
         "cpu_offload_checkpointing": way.inputs_wait,
-        "blocks_to_swap": way.num_waiting or None,
+        "blocks_to_swap": way.num_offloaded or None,
         "shard_base": way.shared_by > 1,
         "shard_group": way.shared_by if way.shared_by > 1 else None,
     }
@@ -74,7 +74,7 @@ def allowed_by(options: TrainOptions) -> Allowed:
         weight_formats=tuple(options.fit.fit_formats or (way.weight_format,)),
         recompute_every=(way.recompute_every,) if memory.recomputes else EVERY,
         inputs_wait=(True,) if way.inputs_wait or memory.cpu_offload_checkpointing else (False, True),
-        num_waiting=memory.blocks_to_swap,
+        num_offloaded=memory.blocks_to_swap,
         shared_by=way.shared_by,
     )
 

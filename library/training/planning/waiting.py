@@ -8,11 +8,11 @@ from torch import nn
 from library.errors import UserError
 from library.memory.blocks import Stacks
 from library.memory.offload.streamed import chosen
-from library.training.models.frozen_base import waiting_blocks
+from library.training.models.frozen_base import offloaded_blocks
 
 
 @dataclass(frozen=True)
-class WaitingBlocks:
+class OffloadedBlocks:
     """What a number of --blocks_to_swap stands for."""
 
     stacks: Stacks
@@ -23,7 +23,7 @@ class WaitingBlocks:
         if num_blocks == 0:
             return ()
         places = {block: place for place, block in enumerate(self.blocks)}
-        counts = waiting_blocks(num_blocks, self.stacks)
+        counts = offloaded_blocks(num_blocks, self.stacks)
         waiting = [
             stack[i] for stack, count in zip(self.stacks, counts, strict=True) for i in chosen(len(stack), count)
         ]
@@ -39,7 +39,7 @@ class WaitingBlocks:
 
     def allows(self, num_blocks: int) -> bool:
         try:
-            waiting_blocks(num_blocks, self.stacks)
+            offloaded_blocks(num_blocks, self.stacks)
         except UserError:
             return False
         return True

@@ -52,7 +52,7 @@ class Audit(Event):
 
 
 @dataclass(frozen=True)
-class FoundPicture:
+class FoundImage:
     """A picture of a finding; `thumbnail` is a data: URL of a smaller copy, None where there is none."""
 
     file: str
@@ -66,7 +66,7 @@ class Finding(Event):
 
     event = "finding"
     text: str
-    pictures: Sequence[FoundPicture]
+    pictures: Sequence[FoundImage]
     num_pictures: int
 
 

@@ -23,7 +23,7 @@ class Prefix(logging.Filter):
 
 
 @contextmanager
-def speaking_of(label: str) -> Iterator[None]:
+def log_prefix(label: str) -> Iterator[None]:
     """In the block every line that is logged begins with the label, if there is one."""
     if not label:
         yield

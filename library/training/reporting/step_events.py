@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from library.memory.offload.readback import Readback
 from library.training.reporting.events import Memory, Norms, Step, Timing
-from library.training.reporting.step_result import Told
+from library.training.reporting.step_result import StepResult
 from library.training.reporting.step_times import StepTimes
 
 EVERY = 10  # steps; norms of groups read each weight and gradient once more
@@ -54,7 +54,9 @@ def norm_of(tensors: Sequence[Tensor]) -> Tensor:
     return get_total_norm(tensors).float() if tensors else torch.zeros(())
 
 
-def told_step(told: Told, average: float, names: Sequence[str], meter: NormMeter, times: StepTimes) -> Step:
+def build_step_event(
+    told: StepResult, average: float, names: Sequence[str], meter: NormMeter, times: StepTimes
+) -> Step:
     """The event of a step that is finished; `names` are those of the optimizer's groups."""
     norms, step, losses = meter.read(names), told.window.step + 1, told.losses
     return Step(

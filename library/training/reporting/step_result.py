@@ -7,7 +7,7 @@ from library.training.step.accumulation import Window
 
 
 @dataclass(frozen=True)
-class Told:
+class StepResult:
     """What a step gave."""
 
     window: Window

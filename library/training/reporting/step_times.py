@@ -122,7 +122,7 @@ class StepTimes:
         num_pictures = sum(shape[0] for shape in shapes)
         self._began, self._between, self._pressure = last, 0.0, pressure
         self._spans, self._shapes, self._new_shapes = [], [], set()
-        self.settle()
+        self.resolve()
 
         def figures() -> StepFigures:
             parts: defaultdict[Stage, float] = defaultdict(float)
@@ -135,7 +135,7 @@ class StepTimes:
 
         self._late = figures
 
-    def settle(self) -> None:
+    def resolve(self) -> None:
         """Take in the last step that ended."""
         if self._late is None:
             return
@@ -182,7 +182,7 @@ class StepTimes:
 
     def summary(self) -> str | None:
         """A sentence on all steps but the first; None where there was no second one."""
-        self.settle()
+        self.resolve()
         if not self._num_steps or self._seconds <= 0:
             return None
         shares = [f"{name} {100 * self._parts[name] / self._seconds:.0f} %" for name in IN_STEP]
@@ -216,9 +216,9 @@ class StepTimes:
             return
         self._noted_at = now
         waiting = found.parts.get("waiting for data", 0.0)
-        middle_waiting = median(before.parts.get("waiting for data", 0.0) for before in self._recent)
+        middle_offloaded = median(before.parts.get("waiting for data", 0.0) for before in self._recent)
         middle_flops = median(before.flops or 0.0 for before in self._recent)
-        if waiting - middle_waiting > extra / 2:
+        if waiting - middle_offloaded > extra / 2:
             reason = f"waited {waiting:.2f} s for images"
         elif new:
             reason = "first batch of " + ", ".join(f"{n} of {w}x{h}" for n, h, w in sorted(new))

@@ -22,9 +22,9 @@ from library.training.failures.out_of_memory import (
     reset_peak,
     sizes_of,
 )
-from library.training.loop.stacked_step import backward_together
+from library.training.loop.stacked_step import backward_stacked
 from library.training.loop.update import rounding_of
-from library.training.planning.advice import ways_out
+from library.training.planning.advice import memory_hints
 from library.training.run_parts import Run
 from library.training.saving.checkpoints import Writer
 from library.training.step.losses import describe_shape, loss_of, noised_of, start_batch
@@ -55,7 +55,7 @@ def try_largest_batch(runs: Sequence[Run], writer: Writer, place: int) -> None:
     (batch,) = run.batches.of_epoch(1, [place], lambda place: 0, 0, False)
     shape, sizes = describe_shape(batch), sizes_of(run)
     logger.info("dry run: memory while loading and caching: %s", memory_figures(run.context.device))
-    doing, predicted = "training the largest batch (--dry_run)", partial(ways_out, runs, batch)
+    doing, predicted = "training the largest batch (--dry_run)", partial(memory_hints, runs, batch)
     with explained(doing, run.options, run.context.device, shape, lambda: sizes, predicted):
         loss = forward_and_backward(runs, batch, place)
         for one in runs:
@@ -77,7 +77,7 @@ def try_largest_batch(runs: Sequence[Run], writer: Writer, place: int) -> None:
 def forward_and_backward(runs: Sequence[Run], batch: Batch, place: int) -> float:
     """One pass with gradients; gives the loss; of several adapters that of the first, or one that is not finite."""
     if len(runs) > 1:
-        losses = [float(loss) for loss in backward_together(runs, batch, place, 1, 0)]
+        losses = [float(loss) for loss in backward_stacked(runs, batch, place, 1, 0)]
         return next((loss for loss in losses if not math.isfinite(loss)), losses[0])
     (run,) = runs
     start_batch(run.context, place, 0)

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from library.checkpoints.weights import without_values
+from library.checkpoints.weights import on_meta_device
 from library.data.training_data import TrainingData, open_batches
 from library.errors import needing
 from library.memory.planner.gpus import peak_of
@@ -12,15 +12,15 @@ from library.options.train import TrainOptions
 from library.processes import Processes
 from library.protocols import Architecture
 from library.training.evaluation.preview import texts_of, wanted_prompts
-from library.training.loop.prepared import Prepared
+from library.training.loop.prepared import PreparedRun
 from library.training.models.arithmetic import check_arithmetic
 from library.training.models.base_model import load_models
 from library.training.models.block_running import attach_adapter, choose_block_runner
-from library.training.models.check_batches import rehearse
+from library.training.models.check_batches import check_batches
 from library.training.models.compute import Compute
-from library.training.models.frozen_base import check_base, settle_base
+from library.training.models.frozen_base import check_base, resolve_base
 from library.training.reporting.console_lines import PictureCounts, announce_run
-from library.training.reporting.log_prefix import speaking_of
+from library.training.reporting.log_prefix import log_prefix
 from library.training.reporting.progress import Progress
 from library.training.reporting.step_times import StepTimes
 from library.training.reporting.trackers import Charts, start_trackers
@@ -30,7 +30,7 @@ from library.training.saving.checkpoints import save_dtype
 from library.training.saving.resume import starting_steps
 from library.training.step.accumulation import Plan
 from library.training.sweep_record import SweepRecord
-from networks.core.protocol import side_by_side
+from networks.core.protocol import multiplex
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def prepare(
     processes: Processes,
     adapters: Sequence[Wanted],
     sweep: SweepRecord | None = None,
-) -> list[Prepared]:
+) -> list[PreparedRun]:
     """Load the models, attach the adapters, build what moves each of them, and put each where its state left it.
 
     `options` and `seed` are those of what all `adapters` share: pictures, base model, plan. Raises UserError for
@@ -58,22 +58,22 @@ def prepare(
     check_base(options, arch)
     check_arithmetic(options, arch, compute)
     for one in adapters:
-        rehearse(one.options, arch, plan.max_train_steps)
+        check_batches(one.options, arch, plan.max_train_steps)
     prompts = wanted_prompts(options, arch) if processes.is_main else []
     if prompts:
         with needing("--sample_prompts draws pictures; give the VAE, or leave it out"):
-            without_values(arch.load).vae()
+            on_meta_device(arch.load).vae()
     texts = texts_of(prompts, arch.preview.worded)
     reader = options.network.network_module or ""
     loaded = load_models(options, arch, seed, data, compute, texts, processes, reader)
-    settle_base(options, arch, loaded.models, compute, processes)
+    resolve_base(options, arch, loaded.models, compute, processes)
     networks = []
     for one in adapters:
-        with speaking_of(one.label):
+        with log_prefix(one.label):
             networks.append(attach_adapter(one.options, one.seed, loaded.models, compute))
     turns = None
     if len(networks) > 1:
-        turns = side_by_side(networks, options.network.network_module or "")
+        turns = multiplex(networks, options.network.network_module or "")
         logger.info("%s", told_turns(len(networks), turns.share_stacked(range(len(networks)))))
     choose_block_runner(options, arch, loaded.models, networks)
     times = StepTimes(compute.device, processes.count, peak_of(compute.device, compute.dtype))
@@ -82,7 +82,7 @@ def prepare(
     charts = Charts(accelerator)
     prepared = []
     for place, (one, network, first_step) in enumerate(zip(adapters, networks, first_steps, strict=True)):
-        with speaking_of(one.label):
+        with log_prefix(one.label):
             run = run_of(one, network, shared, place)
             prepared.append(ready_to_start(run, one, Progress(first_step), charts, prompts, loaded.prompts))
     if processes.is_main:
@@ -106,7 +106,7 @@ def told_turns(count: int, share: float) -> str:
     )
 
 
-def counts_of(prepared: Prepared) -> PictureCounts:
+def counts_of(prepared: PreparedRun) -> PictureCounts:
     data = prepared.run.data
     return PictureCounts(data.num_train_images, prepared.validation.num_pictures, data.num_reg_images)
 

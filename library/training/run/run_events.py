@@ -68,7 +68,7 @@ def told(
             events.end("stopped")
             raise
         except BaseException as error:
-            events.end("error", told_error(error))
+            events.end("error", format_error(error))
             raise
 
 
@@ -123,9 +123,9 @@ def versions() -> dict[str, str]:
     return found if commit is None else {"commit": commit, **found}
 
 
-def told_error(error: BaseException) -> str:
+def format_error(error: BaseException) -> str:
     """An error in a line or a few, with what caused it."""
-    cause = f" ({told_error(error.__cause__)})" if isinstance(error.__cause__, Exception) else ""
+    cause = f" ({format_error(error.__cause__)})" if isinstance(error.__cause__, Exception) else ""
     return f"{error}{cause}" if isinstance(error, UserError) else f"{type(error).__name__}: {error}{cause}"
 
 

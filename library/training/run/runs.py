@@ -11,7 +11,7 @@ from library.processes import Processes
 from library.protocols import Architecture
 from library.training.evaluation.preview import Previews
 from library.training.evaluation.validation import Validation
-from library.training.loop.prepared import Prepared
+from library.training.loop.prepared import PreparedRun
 from library.training.models.base_model import LoadedModels
 from library.training.models.compute import Compute
 from library.training.models.step_context import step_context
@@ -28,7 +28,7 @@ from library.training.saving.state import StateManifest
 from library.training.step.accumulation import Plan
 from library.training.sweep_record import SweepRecord
 from library.types import Conditioning, Prompt
-from networks.core.protocol import AdoptedNetwork, Turns
+from networks.core.protocol import AdoptedNetwork, Multiplexer
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Shared:
     batches: TrainingBatches
     plan: Plan
     times: StepTimes
-    turns: Turns | None  # None where there is one adapter
+    turns: Multiplexer | None  # None where there is one adapter
     sweep: SweepRecord | None
 
 
@@ -76,7 +76,7 @@ def run_of(wanted: Wanted, network: AdoptedNetwork, shared: Shared, place: int) 
     optimization = build_optimization(options, network, models, shared.plan.max_train_steps, compute.device)
     alone = nullcontext if shared.turns is None else partial(shared.turns.only, place)
     context = step_context(options, arch, wanted.seed, shared.loaded, network, compute, alone)
-    context = replace(context, preserves_in_step=preserves_in_step(shared.data, models.spread))
+    context = replace(context, preserves_in_step=preserves_in_step(shared.data, models.sharded))
     return Run(
         options=options,
         processes=shared.processes,
@@ -102,7 +102,7 @@ def ready_to_start(
     charts: Charts,
     prompts: Sequence[Prompt],
     encoded: Mapping[str, Conditioning] | None,
-) -> Prepared:
+) -> PreparedRun:
     """One adapter with everything that writes, draws and measures, where its state left it."""
     state = wanted.state
     charts = charts.named(run.label)
@@ -115,4 +115,4 @@ def ready_to_start(
     is_drawing = run.processes.share(f"are there previews {run.label}", "yes" if prompts else "no") == "yes"
     previews = Previews.build(run, charts, prompts, encoded, is_drawing)
     resumed = state if state is not None and state.step == progress.step else None
-    return Prepared(run, progress, writer, charts, previews, validation, resumed)
+    return PreparedRun(run, progress, writer, charts, previews, validation, resumed)

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from library.data.training_data import TrainingData
 from library.errors import UserError
 from library.launcher import fsdp_version
-from library.memory.offload.sharded import Spread
+from library.memory.offload.sharded import ShardedModel
 from library.options.train import TrainOptions
 from library.processes import Processes
 from library.training.step.losses import PRESERVATION
@@ -80,9 +80,9 @@ def sharding_values(options: TrainOptions, processes: Processes) -> dict[str, An
     return {"shard_group": size}
 
 
-def preserves_in_step(data: TrainingData, spread: Spread | None) -> bool:
+def preserves_in_step(data: TrainingData, sharded: ShardedModel | None) -> bool:
     """Whether every batch has to ask the base model alone, since one of another process may."""
-    if spread is None:
+    if sharded is None:
         return False
     subsets = [subset for dataset in data.config.datasets for subset in dataset.subsets]
     return any(bool(subset.custom_attributes.get(PRESERVATION)) for subset in subsets)

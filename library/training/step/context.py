@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from library.memory.offload.sharded import Spread
+from library.memory.offload.sharded import ShardedModel
 from library.protocols import Architecture, LiveText
 from library.training.step.conditioning import CaptionMemo
 from networks.core.protocol import AdoptedNetwork
@@ -24,7 +24,7 @@ class Models:
     text_encoders: list[nn.Module]
     vae: nn.Module | None  # None once every latent is cached
     network_view: tuple[nn.Module | list[nn.Module], nn.Module]  # (text encoders, denoiser) as network modules see them
-    spread: Spread | None = None  # the denoiser's weights, where they lie spread over processes
+    sharded: ShardedModel | None = None  # the denoiser's weights, where they lie spread over processes
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ def preserve_output(
     keep = [bool(attributes.get(PRESERVATION)) for attributes in batch.attributes]
     if not any(keep) and not context.preserves_in_step:
         return target_BCHW
-    if context.models.spread is not None and not context.preserves_in_step:
+    if context.models.sharded is not None and not context.preserves_in_step:
         raise UserError(
             f"--shard_base: {PRESERVATION} in custom_attributes of a --dataset_class asks the base model alone, and "
             "the other processes do not know of it; leave one of them out"

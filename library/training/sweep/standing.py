@@ -2,24 +2,24 @@
 
 from collections.abc import Iterator, Sequence
 
-from library.training.loop.prepared import Prepared
+from library.training.loop.prepared import PreparedRun
 from library.training.sweep.ranking import Measured
 from library.training.sweep_record import SweepRecord
 
 
-def standing_of(prepared: Sequence[Prepared], sweep: SweepRecord) -> list[Measured]:
+def standing_of(prepared: Sequence[PreparedRun], sweep: SweepRecord) -> list[Measured]:
     """What is known of each adapter: those that ended before a resume are told of by the record alone."""
     return [*of_record(prepared, sweep), *of_prepared(prepared)]
 
 
-def of_record(prepared: Sequence[Prepared], sweep: SweepRecord) -> Iterator[Measured]:
+def of_record(prepared: Sequence[PreparedRun], sweep: SweepRecord) -> Iterator[Measured]:
     here = {one.run.label for one in prepared}
     for label, ended in sweep.ended.items():
         if label not in here:
             yield Measured(label, ended.step, ended.losses_G, ended.why, None)
 
 
-def of_prepared(prepared: Sequence[Prepared]) -> Iterator[Measured]:
+def of_prepared(prepared: Sequence[PreparedRun]) -> Iterator[Measured]:
     for one in prepared:
         path = one.writer.names.of_end()
         file = path.name if path.exists() else None

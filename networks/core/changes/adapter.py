@@ -6,7 +6,7 @@ from torch import Tensor
 
 from networks.core.changes.change import Change, Forward
 from networks.core.changes.forward_patch import give_forward_back, take_forward
-from networks.core.targets.targets import Site
+from networks.core.targets.targets import TargetModule
 
 
 class Adapter:
@@ -15,8 +15,8 @@ class Adapter:
     It takes the layer's forward while installed, so the base model's module tree, keys and hooks stay as they were.
     """
 
-    def __init__(self, site: Site, change: Change, multiplier: float) -> None:
-        self.site = site
+    def __init__(self, target: TargetModule, change: Change, multiplier: float) -> None:
+        self.target = target
         self.change = change
         self.multiplier = multiplier
         self._base_forward: Forward | None = None
@@ -28,13 +28,13 @@ class Adapter:
     def install(self) -> None:
         """Take the layer's forward."""
         assert not self.is_installed
-        self._base_forward = take_forward(self.site.module, self.forward)
+        self._base_forward = take_forward(self.target.module, self.forward)
 
     def remove(self) -> None:
         """Give the layer's forward back; what was installed later must be removed first."""
         if self._base_forward is None:
             return
-        give_forward_back(self.site.module, self.forward, self._base_forward, self.site.path)
+        give_forward_back(self.target.module, self.forward, self._base_forward, self.target.path)
         self._base_forward = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class Adapter:
         """What the layer's parameters become when the adapter is merged into them, by name."""
         found = {}
         for name in self.change.changed_parameters:
-            base = getattr(self.site.module, name)
+            base = getattr(self.target.module, name)
             assert isinstance(base, Tensor)
             found[name] = self.merged_into(base, name)
         return found

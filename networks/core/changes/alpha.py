@@ -21,7 +21,7 @@ from networks.core.changes.change import (
 from networks.core.changes.dora import Add, Decompose, Join, are_per_output, scale_columns, scale_outputs
 from networks.core.changes.ggpo import Perturbation, add_noise
 from networks.core.changes.parameter_keys import ALPHA, DORA_SCALE, DOWN, START, UP
-from networks.core.changes.tlora import NoiseRanks
+from networks.core.changes.tlora import TLoraRanks
 
 DEVIATION = "ggpo_deviation"  # in memory and in states only
 SCALAR = "scalar"  # in memory only: files have it multiplied into the factor that starts at zero
@@ -73,7 +73,7 @@ class ScaledDelta(nn.Module):
             alpha = float(delta.rank)
         self.join = join
         self.drops = drops
-        self.noise_ranks: NoiseRanks | None = None  # all ranks act on every sample
+        self.tlora_ranks: TLoraRanks | None = None  # all ranks act on every sample
         self.noise_levels_B: Tensor | None = None  # of the batch, 0 to 1; None where there is none
         self.perturbation: Perturbation | None = None
         self.is_perturbed = False  # from the first gradient on
@@ -291,8 +291,8 @@ class ScaledDelta(nn.Module):
             if self.drops.rank > 0:
                 hidden = hidden * self._rank_mask(hidden)
                 strength /= 1 - self.drops.rank
-        if self.noise_ranks is not None and self.noise_levels_B is not None:
-            hidden = hidden * self._noise_mask(hidden, self.noise_ranks, self.noise_levels_B)
+        if self.tlora_ranks is not None and self.noise_levels_B is not None:
+            hidden = hidden * self._noise_mask(hidden, self.tlora_ranks, self.noise_levels_B)
         if self.scalar is not None:
             hidden = hidden * self.scalar
         return hidden if strength == 1 else hidden * strength
@@ -302,7 +302,7 @@ class ScaledDelta(nn.Module):
         keep_BK = torch.rand(len(hidden), self._num_channels(hidden), device=hidden.device) > self.drops.rank
         return self._per_channel(keep_BK, hidden)
 
-    def _noise_mask(self, hidden: Tensor, ranks: NoiseRanks, levels_B: Tensor) -> Tensor:
+    def _noise_mask(self, hidden: Tensor, ranks: TLoraRanks, levels_B: Tensor) -> Tensor:
         """The same for the ranks that act at the noise level of each sample."""
         if len(hidden) != len(levels_B):
             raise RuntimeError(f"a layer runs {len(hidden)} samples, but noise levels were told of {len(levels_B)}")

@@ -71,7 +71,7 @@ def with_kernels(size: int, arguments: Any) -> Any:
     return replace(arguments, conv_dim=conv_dim)
 
 
-def settle(rank: int | None, arguments: Any, default: int) -> tuple[int, Any]:
+def resolve(rank: int | None, arguments: Any, default: int) -> tuple[int, Any]:
     """(block size, network arguments) as the core of the networks understands them.
 
     `block_size` goes before --network_dim, `enable_conv` asks for larger kernels with blocks of the same size, and
@@ -84,8 +84,8 @@ def settle(rank: int | None, arguments: Any, default: int) -> tuple[int, Any]:
     if given:
         logger.warning("--network_args %s has no effect: a rotation has no alpha", ", ".join(given))
     size = default if size is None else size
-    settled = replace(
+    resolved = replace(
         with_kernels(size, arguments), only_patterns=arguments.include_patterns, include_patterns=(), conv_alpha=None,
         block_alphas=None, conv_block_alphas=None,
     )  # fmt: skip
-    return size, settled
+    return size, resolved

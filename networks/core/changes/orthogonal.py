@@ -53,7 +53,7 @@ class Rotation(Protocol):
         ...
 
 
-class Turned(nn.Module):
+class Orthogonal(nn.Module):
     """y = base(x R): W' = W R', so that the lengths of W's rows and the angles between them stay as they are.
 
     A Linear layer or 1x1 convolution gets x R, and no matrix of the weight's size is made. The patches that a larger
@@ -139,7 +139,7 @@ class Turned(nn.Module):
         """Take over the tensors of a file; a trained strength becomes 1."""
         self.load_state_dict({**({} if self.scalar is None else {SCALAR: torch.ones(())}), **leaves})
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Turned":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Orthogonal":
         """Move or cast, without rounding what has to stay exact."""
         exact = {name: self.get_parameter(name).detach() for name in self.rotation.exact}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -171,7 +171,7 @@ class Turned(nn.Module):
             return base(x + strength * change_of_turn(pixels, turns).movedim(-1, 1))
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        turned: Tensor = _TurnedConv.apply(x, turns, self.layer, strength)  # type: ignore[no-untyped-call]
+        turned: Tensor = _OrthogonalConv.apply(x, turns, self.layer, strength)  # type: ignore[no-untyped-call]
         return turned
 
 
@@ -224,7 +224,7 @@ def _unshuffle(x_TN: Tensor, blocks_Dbb: Tensor, i: int) -> Tensor:
     return x_TN if i == 0 else x_TN.reshape(*x_TN.shape[:-1], -1, 2**i, 2, half).transpose(-3, -2).flatten(-4)
 
 
-class _TurnedConv(torch.autograd.Function):
+class _OrthogonalConv(torch.autograd.Function):
     """A convolution with a turned weight, of which only the rotation and the input are kept for the backward pass."""
 
     @staticmethod

@@ -31,7 +31,7 @@ def can_be_stacked(changes: Sequence[object]) -> TypeGuard[Sequence[ScaledDelta]
         and looks_at_single_places(change.layer)
         and isinstance(change.delta, Paired)
         and change.scalar is None
-        and change.noise_ranks is None
+        and change.tlora_ranks is None
         and not change.join.is_per_output
         for change in changes
     )

@@ -12,7 +12,7 @@ ROUNDED = 1e-4  # of a rank: a level in float32 may lie this far below the whole
 
 
 @dataclass(frozen=True)
-class NoiseRanks:
+class TLoraRanks:
     """T-LoRA (Soboleva et al. 2025, arXiv:2507.05964): r(s) = floor((1 - s)^power (R - least)) + least.
 
     s is the share of noise, 0 to 1. Only the first r ranks act on a sample, so pure noise trains the first `least`

@@ -26,13 +26,13 @@ from networks.core.changes.adapter import Adapter
 from networks.core.changes.alpha import ScaledDelta
 from networks.core.changes.change import StoredOtherwise, in_shape_of
 from networks.core.changes.dora import are_per_output
-from networks.core.changes.orthogonal import Turned
+from networks.core.changes.orthogonal import Orthogonal
 from networks.core.changes.parameter_keys import ALPHA, DORA_SCALE
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds import norm
 from networks.core.kinds.kind import Kind
 from networks.core.kinds.qkv_pieces import by_rows, is_in_rows, whole_and_leaf
-from networks.core.kinds.rotations.oft import TurnedOutputs
+from networks.core.kinds.rotations.oft import OrthogonalOutputs
 from networks.core.kinds.table import KINDS, PIECES, SHARED, kind_of
 
 WITHOUT_THEM = (
@@ -226,7 +226,7 @@ def check_shapes(name: str, adapter: Adapter, group: Mapping[str, Tensor], sourc
                 f"{change.delta.rank}; add --dim_from_weights to take the ranks from the file, or set "
                 f"--network_dim={rank}"
             )
-    if isinstance(change, Turned) and (size := rank_and_alpha(group)[0]) != change.rotation.block_size:
+    if isinstance(change, Orthogonal) and (size := rank_and_alpha(group)[0]) != change.rotation.block_size:
         raise UserError(
             f"{name} has blocks of {size} in {source}, but the settings (--network_dim, --network_args) give it blocks "
             f"of {change.rotation.block_size}; add --dim_from_weights to take the sizes from the file, or set "
@@ -235,7 +235,7 @@ def check_shapes(name: str, adapter: Adapter, group: Mapping[str, Tensor], sourc
     for leaf in group:
         if leaf != ALPHA and (leaf not in own or group[leaf].shape != own[leaf].shape):
             needed = f"needs {list(own[leaf].shape)}" if leaf in own else "has none"
-            if isinstance(change, (Turned, TurnedOutputs)) or fits_layer(name, adapter, group):
+            if isinstance(change, (Orthogonal, OrthogonalOutputs)) or fits_layer(name, adapter, group):
                 raise UserError(
                     f"{name}.{leaf} has the shape {list(group[leaf].shape)} in {source}, but with these --network_args "
                     f"it {needed}; add --dim_from_weights to take the form from the file"
@@ -248,7 +248,7 @@ def check_shapes(name: str, adapter: Adapter, group: Mapping[str, Tensor], sourc
 
 def fits_layer(name: str, adapter: Adapter, group: Mapping[str, Tensor]) -> bool:
     """Whether the change of a file has the size of the layer's weight, however it is stored."""
-    shape_of, weight = kind_of(group).shape_of, adapter.site.module.weight
+    shape_of, weight = kind_of(group).shape_of, adapter.target.module.weight
     assert isinstance(weight, Tensor)
     return shape_of is not None and prod(shape_of(name, group)) == weight.numel() and DORA_SCALE not in group
 

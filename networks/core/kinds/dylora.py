@@ -16,7 +16,7 @@ from networks.core.changes.change import factor
 from networks.core.changes.parameter_keys import UP
 from networks.core.kinds.kind import Network
 from networks.core.kinds.lora import LowRank, add_product, run_like, start_up_moving
-from networks.core.targets.targets import Site
+from networks.core.targets.targets import TargetModule
 
 logger = logging.getLogger(__name__)
 
@@ -115,8 +115,8 @@ def draw_rank(network: Network, seed: int, step: int) -> None:
     ranks = range(unit, full_rank + 1, unit)
     drawn = random_for(seed, STREAM, step).randrange(len(ranks))
     rows: dict[tuple[int, int], tuple[int, int]] = {}  # by (rank, unit): networks have few of them
-    for site, delta in modules:
-        key = (delta.rank, unit_of(site, network.arguments))
+    for target, delta in modules:
+        key = (delta.rank, unit_of(target, network.arguments))
         if key not in rows:
             ladder = [nested_rank(key[0], rank, full_rank, key[1]) for rank in ranks[: drawn + 1]]
             below = max((rank for rank in ladder if rank < ladder[-1]), default=0)
@@ -126,14 +126,14 @@ def draw_rank(network: Network, seed: int, step: int) -> None:
 
 def check_units(network: Network) -> None:
     """Log which ranks are trained. Raises UserError naming the nearest multiples where a rank is none of its unit."""
-    for site, delta in nested_modules(network):
-        unit = unit_of(site, network.arguments)
+    for target, delta in nested_modules(network):
+        unit = unit_of(target, network.arguments)
         if delta.rank % unit:
-            argument, setting = UNITS[site.kind]
+            argument, setting = UNITS[target.kind]
             lower = delta.rank - delta.rank % unit
             nearest = f"{lower} or {lower + unit}" if lower else str(unit)
             raise UserError(
-                f"--network_args {argument}={unit}: {site.name} has rank {delta.rank}, which is no multiple of it; "
+                f"--network_args {argument}={unit}: {target.name} has rank {delta.rank}, which is no multiple of it; "
                 f"set {setting} to {nearest}, or choose another {argument}"
             )
     if nested_modules(network):
@@ -148,20 +148,20 @@ def check_units(network: Network) -> None:
 def measure_of(network: Network) -> tuple[int, int]:
     """(full rank, unit) of the network: the largest rank of its plain layers; of its convolutions if that is all."""
     modules = nested_modules(network)
-    plain = [(delta.rank, unit_of(site, network.arguments)) for site, delta in modules if site.kind == "plain"]
-    return max(plain or [(delta.rank, unit_of(site, network.arguments)) for site, delta in modules])
+    plain = [(delta.rank, unit_of(target, network.arguments)) for target, delta in modules if target.kind == "plain"]
+    return max(plain or [(delta.rank, unit_of(target, network.arguments)) for target, delta in modules])
 
 
-def unit_of(site: Site, arguments: NetworkArguments) -> int:
+def unit_of(target: TargetModule, arguments: NetworkArguments) -> int:
     """The block size of one module's rank."""
-    return arguments.unit if site.kind == "plain" else arguments.conv_unit
+    return arguments.unit if target.kind == "plain" else arguments.conv_unit
 
 
-def nested_modules(network: Network) -> list[tuple[Site, NestedRank]]:
+def nested_modules(network: Network) -> list[tuple[TargetModule, NestedRank]]:
     """The modules that have a rank; trained norms have none."""
     found = []
     for member in network.members:
         change = member.adapter.change
         if isinstance(change, ScaledDelta) and isinstance(change.delta, NestedRank):
-            found.append((member.adapter.site, change.delta))
+            found.append((member.adapter.target, change.delta))
     return found

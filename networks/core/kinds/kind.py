@@ -15,7 +15,7 @@ from networks.core.changes.parameter_keys import ALPHA, DORA_SCALE
 MakeChange = Callable[..., Change]
 """(the layer, its rank, dropouts, whether a strength is trained, the tensors of a file or None) -> its change."""
 
-Settle = Callable[[int | None, Any, int], tuple[int, Any]]
+Resolve = Callable[[int | None, Any, int], tuple[int, Any]]
 """(--network_dim, network arguments, the default rank) -> the rank and the arguments in the core's own terms."""
 
 MakeFresh = Callable[[nn.Module, str, int, float, Any, tuple[int, ...] | None], Change]
@@ -114,8 +114,8 @@ class Door:
     like: Callable[[nn.Module, Leaves], Delta] | None = None  # as in a file, where rank and core do not tell all
     default_rank: int = 4
     arguments: tuple[str, ...] = ()  # network arguments that few doors have
-    settle: Settle | None = None  # where arguments mean something else than for other kinds
-    settle_alpha: Callable[[float, Any], tuple[float, Any]] | None = None  # the same of --network_alpha
+    resolve: Resolve | None = None  # where arguments mean something else than for other kinds
+    resolve_alpha: Callable[[float, Any], tuple[float, Any]] | None = None  # the same of --network_alpha
     narrow: Callable[[Any, Any], Any] | None = None  # (a part of the model, arguments) -> where new adapters go there
     denoiser_only: bool = False  # text encoders get no new adapters
     with_arguments: Callable[[Any], "Door"] | None = None  # the same door for these arguments

@@ -101,10 +101,10 @@ def network_module(door: Door) -> tuple[CreateNetwork, CreateFromWeights]:
         """
         targets = targets_of(unet)
         arguments = arguments_of(door, parse_arguments(network_args, neuron_dropout, targets.known_arguments))
-        rank, arguments = settled(door, network_dim, arguments)
+        rank, arguments = resolved(door, network_dim, arguments)
         alpha = DEFAULT_ALPHA if network_alpha is None else float(network_alpha)
-        if door.settle_alpha is not None:
-            alpha, arguments = door.settle_alpha(alpha, arguments)
+        if door.resolve_alpha is not None:
+            alpha, arguments = door.resolve_alpha(alpha, arguments)
         if rank < 0 or alpha < 0:
             raise UserError(f"--network_dim is {rank} and --network_alpha {alpha:g}; neither can be negative")
         check_choices(targets, arguments, unet)
@@ -185,8 +185,8 @@ def network_module(door: Door) -> tuple[CreateNetwork, CreateFromWeights]:
 
 def warn_without_effect(targets: AdapterTargets, arguments: NetworkArguments, members: Sequence[Member]) -> None:
     """Say which arguments concern a kind of layer that is not adapted, and list the modules with `verbose`."""
-    sites = [member.adapter.site for member in members]
-    if arguments.conv_dim is not None and not any(site.kind == "conv" for site in sites):
+    target_modules = [member.adapter.target for member in members]
+    if arguments.conv_dim is not None and not any(target.kind == "conv" for target in target_modules):
         if targets.denoiser.conv_blocks:
             logger.warning(
                 "--network_args conv_dim=%s adapts no convolution larger than 1x1; the Linear layers and 1x1 "
@@ -196,9 +196,9 @@ def warn_without_effect(targets: AdapterTargets, arguments: NetworkArguments, me
             )
         else:
             logger.warning("--network_args conv_dim has no effect: no convolution larger than 1x1 is adapted here")
-    if arguments.train_norm and not any(site.kind == "norm" for site in sites):
+    if arguments.train_norm and not any(target.kind == "norm" for target in target_modules):
         logger.warning("--network_args train_norm has no effect: the adapted blocks have no norms with weights")
-    places = [place for site in sites for place in (*targets.spelled(site.name), site.path)]
+    places = [place for target in target_modules for place in (*targets.spelled(target.name), target.path)]
     for name in ("network_reg_dims", "network_reg_lrs"):
         entries = getattr(arguments, name) or ()
         unused = [e for e, value in entries if value and not any(re.search(e, place) for place in places)]
@@ -206,7 +206,7 @@ def warn_without_effect(targets: AdapterTargets, arguments: NetworkArguments, me
             logger.warning("--network_args %s: nothing is adapted that %s fits", name, " or ".join(unused))
     if arguments.verbose:
         for member in members:
-            logger.info("%s: rank %d", member.adapter.site.name, member.allotment.rank)
+            logger.info("%s: rank %d", member.adapter.target.name, member.settings.rank)
 
 
 def arguments_of(door: Door, given: NetworkArguments) -> NetworkArguments:
@@ -236,10 +236,10 @@ def check_arguments(door: Door, arguments: NetworkArguments) -> None:
             logger.warning("--network_args %s has no effect; it belongs to %s", ", ".join(given), owners)
 
 
-def settled(door: Door, network_dim: int | None, arguments: NetworkArguments) -> tuple[int, NetworkArguments]:
+def resolved(door: Door, network_dim: int | None, arguments: NetworkArguments) -> tuple[int, NetworkArguments]:
     """The rank and the arguments in the core's own terms."""
-    if door.settle is not None:
-        return door.settle(network_dim, arguments, door.default_rank)
+    if door.resolve is not None:
+        return door.resolve(network_dim, arguments, door.default_rank)
     return door.default_rank if network_dim is None else network_dim, arguments
 
 

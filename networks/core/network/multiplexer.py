@@ -23,7 +23,7 @@ class Beside:
     draws: bool  # whether they leave something out at random, or add noise, in training
 
 
-class SideBySide:
+class AdapterMultiplexer:
     """Says which networks act at a time, by their places in the list that was given.
 
     Outside of `only` and `together` a layer refuses to run: nobody has said whose rows it gets.
@@ -38,7 +38,7 @@ class SideBySide:
         layers: dict[nn.Module, dict[int, Adapter]] = {}
         for place, network in enumerate(networks):
             for adapter in network.adapters:
-                layers.setdefault(adapter.site.module, {})[place] = adapter
+                layers.setdefault(adapter.target.module, {})[place] = adapter
         self.draws = tuple(network.draws for network in networks)
         self.layers = [SharedLayer(layer, adapters, self) for layer, adapters in layers.items()]
 
@@ -77,7 +77,7 @@ class SideBySide:
 class SharedLayer:
     """One layer of the base model and the adapters that several networks have for it."""
 
-    def __init__(self, layer: nn.Module, adapters: Mapping[int, Adapter], turns: SideBySide) -> None:
+    def __init__(self, layer: nn.Module, adapters: Mapping[int, Adapter], turns: AdapterMultiplexer) -> None:
         self._adapters, self._turns = adapters, turns
         self._stacked: dict[tuple[int, ...], Sequence[ScaledDelta] | None] = {}
         self._base: Forward = take_forward(layer, self.forward)

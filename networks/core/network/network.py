@@ -18,10 +18,10 @@ from networks.core.files.file_spelling import FileSpelling
 from networks.core.files.foreign_names import in_own_names
 from networks.core.files.reading_writing import load_into, network_tensors, read_adapters, save_network
 from networks.core.kinds.qkv_pieces import InRows, changes_in, fast_leaves
-from networks.core.network.multiplexer import Beside, SideBySide
+from networks.core.network.multiplexer import AdapterMultiplexer, Beside
 from networks.core.network.summary import describe_part, describe_rates
 from networks.core.protocol import Merging
-from networks.core.targets.rules import SiteSettings
+from networks.core.targets.rules import TargetSettings
 from networks.core.targets.targets import AdapterTargets
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class Member:
 
     adapter: Adapter
     text_encoder: int | None  # index of the text encoder, None for the denoiser
-    allotment: SiteSettings
+    settings: TargetSettings
 
 
 StartStep = Callable[["AdapterNetwork", int, int], None]
@@ -70,7 +70,7 @@ class AdapterNetwork(nn.Module):
         self.start_step = start_step
         self._untrained: list[nn.Parameter] = []  # those of groups without a learning rate
         for member in self.members:
-            name = member.adapter.site.name
+            name = member.adapter.target.name
             if name in self._modules:
                 raise UserError(f"two modules of the base model have the name {name} in files")
             self.add_module(name, module_of(member.adapter))
@@ -78,7 +78,7 @@ class AdapterNetwork(nn.Module):
     @property
     def adapters(self) -> Mapping[str, Adapter]:
         """The adapters by name, text encoders first."""
-        return {member.adapter.site.name: member.adapter for member in self.members}
+        return {member.adapter.target.name: member.adapter for member in self.members}
 
     def changes(self) -> Iterator[Change]:
         """The changes of all layers; of a layer whose rows are changed apart, each."""
@@ -96,7 +96,7 @@ class AdapterNetwork(nn.Module):
             )
         for member in self.members:
             if member not in kept:
-                del self._modules[member.adapter.site.name]
+                del self._modules[member.adapter.target.name]
         self.members = kept
         for member in kept:
             member.adapter.install()
@@ -108,12 +108,12 @@ class AdapterNetwork(nn.Module):
         for member in reversed(self.members):
             member.adapter.remove()
 
-    def put_beside(self, others: Sequence["AdapterNetwork"]) -> SideBySide:
+    def put_beside(self, others: Sequence["AdapterNetwork"]) -> AdapterMultiplexer:
         """This network and others, all of them installed, on the layers of one model: each acts on its own rows."""
         networks = [self, *others]
         for network in reversed(networks):
             network.remove()
-        return SideBySide([Beside([m.adapter for m in n.members], n.arguments.draws) for n in networks])
+        return AdapterMultiplexer([Beside([m.adapter for m in n.members], n.arguments.draws) for n in networks])
 
     def merge_to(
         self,
@@ -151,7 +151,7 @@ class AdapterNetwork(nn.Module):
                 module_of(member.adapter).to(device)
             for name in member.adapter.change.changed_parameters:
                 merged = partial(member.adapter.merged_into, name=name)
-                yield Merging(member.adapter.site.module, name, merged)
+                yield Merging(member.adapter.target.module, name, merged)
 
     def load_weights(self, file: str) -> str:
         """Load a file; modules it lacks keep their start. Gives a sentence on what was loaded.
@@ -186,10 +186,10 @@ class AdapterNetwork(nn.Module):
         groups: dict[tuple[str, float], list[nn.Parameter]] = {}
         trained: set[nn.Parameter] = set()
         for member in self.members:
-            allotment = member.allotment
-            rate = (rates(member) if allotment.lr is None else allotment.lr) * allotment.lr_factor
-            block = "" if allotment.block is None else f"_block{allotment.block}"
-            block += "" if allotment.expression is None else f" reg_lr_{allotment.expression}"
+            settings = member.settings
+            rate = (rates(member) if settings.lr is None else settings.lr) * settings.lr_factor
+            block = "" if settings.block is None else f"_block{settings.block}"
+            block += "" if settings.expression is None else f" reg_lr_{settings.expression}"
             ratio = self._loraplus_ratio(member)
             for name, parameter in module_of(member.adapter).named_parameters():
                 is_plus = ratio is not None and name in fast_leaves(member.adapter.change)
@@ -233,7 +233,7 @@ class AdapterNetwork(nn.Module):
         With T-LoRA it decides which ranks act; without a level all of them do.
         """
         for change in self.changes():
-            if isinstance(change, ScaledDelta) and change.noise_ranks is not None:
+            if isinstance(change, ScaledDelta) and change.tlora_ranks is not None:
                 change.noise_levels_B = levels_B
 
     def looks_at_gradients(self) -> bool:
@@ -262,7 +262,7 @@ class AdapterNetwork(nn.Module):
         Gives how many were scaled, and mean and maximum of the norms that all have afterwards. Norms of changes are at
         multiplier 1, before DoRA's magnitudes; trained normalisation layers have none.
         """
-        changes = [m.adapter.change for m in self.members if m.adapter.site.kind != "norm"]
+        changes = [m.adapter.change for m in self.members if m.adapter.target.kind != "norm"]
         if not changes:
             return torch.zeros(3)
         norms = torch.stack([change.norm() for change in changes])

@@ -8,7 +8,7 @@ from library.errors import UserError
 from networks.core.arguments.parsing import NetworkArguments
 from networks.core.arguments.values import LR_CURVES, LrPreset, LrWeights
 from networks.core.targets.selection import Choices, Expressions
-from networks.core.targets.targets import AdapterTargets, BlockList, Part, Site
+from networks.core.targets.targets import AdapterTargets, BlockList, Part, TargetModule
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +18,7 @@ NO_RATES: Expressions[float] = Expressions()
 
 
 @dataclass(frozen=True)
-class SiteSettings:
+class TargetSettings:
     """What one module gets; rank 0 leaves it alone."""
 
     rank: int
@@ -72,38 +72,38 @@ class Rules:
         """The class names of the blocks that are searched."""
         return part.blocks + (part.conv_blocks if self.searches_conv_blocks else ())
 
-    def allot(self, site: Site) -> SiteSettings:
+    def resolve_settings(self, target: TargetModule) -> TargetSettings:
         """What one module gets. A block whose learning rate factor is 0 gets no adapters."""
-        return self.with_rate(site, *self._rank_and_alpha(site))
+        return self.with_rate(target, *self._rank_and_alpha(target))
 
-    def with_rate(self, site: Site, rank: int, alpha: float) -> SiteSettings:
+    def with_rate(self, target: TargetModule, rank: int, alpha: float) -> TargetSettings:
         """What a module of known rank and alpha gets."""
-        expression, lr = self.rates_by_expression.find(site) or (None, None)
-        factor, block = (1.0, None) if self.lr_factors is None else self.lr_factors.of(site.path)
-        return SiteSettings(rank if factor else 0, alpha, factor, block, lr, expression)
+        expression, lr = self.rates_by_expression.find(target) or (None, None)
+        factor, block = (1.0, None) if self.lr_factors is None else self.lr_factors.of(target.path)
+        return TargetSettings(rank if factor else 0, alpha, factor, block, lr, expression)
 
-    def allot_norm(self, site: Site) -> SiteSettings | None:
+    def resolve_norm_settings(self, target: TargetModule) -> TargetSettings | None:
         """What a normalisation layer gets: a learning rate factor, None where its block is left alone."""
-        block = self.layout.index_of(site.path) if self.layout else None
+        block = self.layout.index_of(target.path) if self.layout else None
         if self.blocks is not None and block is not None and not self.blocks.ranks[block]:
             return None
-        allotment = self.with_rate(site, 0, 0.0)
-        return allotment if allotment.lr_factor else None
+        settings = self.with_rate(target, 0, 0.0)
+        return settings if settings.lr_factor else None
 
-    def _rank_and_alpha(self, site: Site) -> tuple[int, float]:
-        if (matched := self.ranks_by_expression.find(site)) is not None:
+    def _rank_and_alpha(self, target: TargetModule) -> tuple[int, float]:
+        if (matched := self.ranks_by_expression.find(target)) is not None:
             return matched[1], self.alpha
-        rank, alpha = self._by_size_and_block(site)
+        rank, alpha = self._by_size_and_block(target)
         if self.choices is None:
             return rank, alpha
-        chosen = self.choices.rank_of(site, rank)
+        chosen = self.choices.rank_of(target, rank)
         return chosen, alpha if chosen == rank else self.alpha
 
-    def _by_size_and_block(self, site: Site) -> tuple[int, float]:
-        block = self.layout.index_of(site.path) if self.layout and self.blocks else None
+    def _by_size_and_block(self, target: TargetModule) -> tuple[int, float]:
+        block = self.layout.index_of(target.path) if self.layout and self.blocks else None
         if self.blocks is None or block is None:
-            return (self.rank, self.alpha) if site.kind == "plain" else (self.conv_rank, self.conv_alpha)
-        if site.kind == "plain":
+            return (self.rank, self.alpha) if target.kind == "plain" else (self.conv_rank, self.conv_alpha)
+        if target.kind == "plain":
             return self.blocks.ranks[block], self.blocks.alphas[block]
         return self.blocks.conv_ranks[block], self.blocks.conv_alphas[block]
 

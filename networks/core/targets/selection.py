@@ -10,7 +10,15 @@ from torch import nn
 from library.errors import UserError
 from networks.core.arguments.parsing import NetworkArguments
 from networks.core.arguments.values import Selection
-from networks.core.targets.targets import AdapterTargets, Filters, Part, Site, count_blocks, find_embedders, find_sites
+from networks.core.targets.targets import (
+    AdapterTargets,
+    Filters,
+    Part,
+    TargetModule,
+    count_blocks,
+    find_embedders,
+    find_target_modules,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -24,20 +32,20 @@ class Expressions(Generic[Value]):
     entries: tuple[tuple[str, Value], ...] = ()
     targets: AdapterTargets | None = None  # says whether they may be parts of names too, or must be whole paths
 
-    def find(self, site: Site) -> tuple[int, Value] | None:
+    def find(self, target: TargetModule) -> tuple[int, Value] | None:
         """(number of the entry, its value), None where no expression fits."""
         for number, (expression, value) in enumerate(self.entries):
-            if self._fits(expression, site):
+            if self._fits(expression, target):
                 return number, value
         return None
 
-    def _fits(self, expression: str, site: Site) -> bool:
+    def _fits(self, expression: str, target: TargetModule) -> bool:
         if self.targets is None:
-            return re.search(expression, site.name) is not None
-        is_path = re.fullmatch(expression, site.path) is not None
+            return re.search(expression, target.name) is not None
+        is_path = re.fullmatch(expression, target.path) is not None
         if is_path or self.targets.expressions == "path":
             return is_path
-        return any(re.search(expression, name) for name in self.targets.spelled(site.name))
+        return any(re.search(expression, name) for name in self.targets.spelled(target.name))
 
 
 @dataclass(frozen=True)
@@ -47,46 +55,46 @@ class Choices:
     targets: AdapterTargets
     arguments: NetworkArguments
 
-    def rank_of(self, site: Site, rank: int) -> int:
+    def rank_of(self, target: TargetModule, rank: int) -> int:
         """The rank of a module that has `rank` where no argument says otherwise; 0 in a block that is left out."""
         for name, pattern in self.targets.block_choices.items():
-            match = re.search(pattern, site.path)
+            match = re.search(pattern, target.path)
             selection = self.arguments.of_model.get(name)
             if match and isinstance(selection, Selection) and not selection.has(int(match[1])):
                 return 0
         for name, pattern in self.targets.ranks.items():
-            if name in self.arguments.of_model and re.search(pattern, site.path):
+            if name in self.arguments.of_model and re.search(pattern, target.path):
                 return int(self.arguments.of_model[name])
-        return self._embedder_rank(site, rank)
+        return self._embedder_rank(target, rank)
 
-    def _embedder_rank(self, site: Site, rank: int) -> int:
+    def _embedder_rank(self, target: TargetModule, rank: int) -> int:
         """conv_dim goes before the argument of the embedders where one is a convolution."""
         embedders = self.targets.embedders
         if embedders is None or embedders.argument not in self.arguments.of_model:
             return rank
-        number = embedders.index_of(site.path)
-        if number is None or (site.kind == "conv" and self.arguments.conv_dim is not None):
+        number = embedders.index_of(target.path)
+        if number is None or (target.kind == "conv" and self.arguments.conv_dim is not None):
             return rank
         return int(self.arguments.of_model[embedders.argument][number])
 
 
-def chosen_sites(
+def chosen_targets(
     part: Part, root: nn.Module, targets: AdapterTargets, arguments: NetworkArguments, classes: tuple[str, ...]
-) -> list[Site]:
+) -> list[TargetModule]:
     """The modules below blocks of the given classes that no argument leaves out, and the embedders that are asked for.
 
     Some of them may be given the rank 0.
     """
     classes += extra_classes(part, arguments)
-    sites = find_sites(part, root, classes, filters_of(arguments))
+    target_modules = find_target_modules(part, root, classes, filters_of(arguments))
     if part is not targets.denoiser:
-        return sites
+        return target_modules
     subset = targets.subsets.get(arguments.of_model.get("train_blocks", "all"))
-    kept = [site for site in sites if subset is None or re.search(subset, site.path)]
+    kept = [target for target in target_modules if subset is None or re.search(subset, target.path)]
     embedders = targets.embedders
     if embedders is None or embedders.argument not in arguments.of_model:
         return kept
-    return kept + find_embedders(part, root, embedders, sites)
+    return kept + find_embedders(part, root, embedders, target_modules)
 
 
 def filters_of(arguments: NetworkArguments) -> Filters:
@@ -94,13 +102,13 @@ def filters_of(arguments: NetworkArguments) -> Filters:
     return Filters(arguments.exclude_patterns, arguments.include_patterns, arguments.only_patterns)
 
 
-def all_sites(part: Part, root: nn.Module, targets: AdapterTargets) -> list[Site]:
+def all_targets(part: Part, root: nn.Module, targets: AdapterTargets) -> list[TargetModule]:
     """Every module that any argument could adapt."""
     classes = part.blocks + part.conv_blocks + tuple(name for names in part.extra_blocks.values() for name in names)
-    sites = find_sites(part, root, classes, Filters(include=(".*",)))
+    target_modules = find_target_modules(part, root, classes, Filters(include=(".*",)))
     if part is targets.denoiser and targets.embedders is not None:
-        sites += find_embedders(part, root, targets.embedders, sites)
-    return sites
+        target_modules += find_embedders(part, root, targets.embedders, target_modules)
+    return target_modules
 
 
 def extra_classes(part: Part, arguments: NetworkArguments) -> tuple[str, ...]:

@@ -133,7 +133,7 @@ class AdapterTargets:
 
 
 @dataclass(frozen=True)
-class Site:
+class TargetModule:
     """One module that an adapter may wrap."""
 
     name: str  # "lora_unet_double_blocks_0_img_attn_qkv"
@@ -174,20 +174,24 @@ def site_name(part: Part, path: str) -> str:
     return f"{part.prefix}.{path}".replace(".", "_")
 
 
-def find_sites(part: Part, root: nn.Module, classes: Sequence[str], filters: Filters = UNFILTERED) -> list[Site]:
+def find_target_modules(
+    part: Part, root: nn.Module, classes: Sequence[str], filters: Filters = UNFILTERED
+) -> list[TargetModule]:
     """Every Linear and Conv2d below a block of the given classes, once each, in the order the modules are declared."""
     return [
-        Site(site_name(part, path), path, module, kind)
+        TargetModule(site_name(part, path), path, module, kind)
         for path, module in _walk(root, classes)
         if (kind := kind_of(module)) is not None and not filters.leave_out(part, path)
     ]
 
 
-def find_embedders(part: Part, root: nn.Module, embedders: Embedders, blocks: Sequence[Site]) -> list[Site]:
+def find_embedders(
+    part: Part, root: nn.Module, embedders: Embedders, blocks: Sequence[TargetModule]
+) -> list[TargetModule]:
     """Every Linear and Conv2d of the embedders, in the order they are declared, without those found in blocks."""
-    taken = {site.path for site in blocks}
+    taken = {target.path for target in blocks}
     return [
-        Site(site_name(part, path), path, module, kind)
+        TargetModule(site_name(part, path), path, module, kind)
         for path, module in root.named_modules()
         if (kind := kind_of(module)) is not None and path not in taken and embedders.index_of(path) is not None
     ]
@@ -199,10 +203,12 @@ def count_blocks(root: nn.Module, pattern: str) -> int:
     return 1 + max((int(match[1]) for match in found if match), default=-1)
 
 
-def find_norms(part: Part, root: nn.Module, classes: Sequence[str], filters: Filters = UNFILTERED) -> list[Site]:
+def find_norms(
+    part: Part, root: nn.Module, classes: Sequence[str], filters: Filters = UNFILTERED
+) -> list[TargetModule]:
     """Every LayerNorm and GroupNorm with a learnable weight below a block of the given classes, once each."""
     return [
-        Site(site_name(part, path), path, module, "norm")
+        TargetModule(site_name(part, path), path, module, "norm")
         for path, module in _walk(root, classes)
         if type(module) in (nn.LayerNorm, nn.GroupNorm)
         and module.weight is not None

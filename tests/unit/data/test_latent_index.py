@@ -46,13 +46,13 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def settle() -> None:
+def resolve() -> None:
     time.sleep(TICK_S)
 
 
 def test_entries_that_were_written_or_checked_are_not_opened_again(folder, judged):  # noqa: F811
     first = latents_by_key(cache(folder)[0])
-    settle()
+    resolve()
     judged.clear()
     plan, num_encoded = cache(folder)
     assert (num_encoded, judged) == (0, [])
@@ -79,14 +79,14 @@ def test_entries_that_were_written_or_checked_are_not_opened_again(folder, judge
 )
 def test_an_entry_that_is_not_true_any_more_is_noticed(folder, judged, spoil: Callable[[Path], None]):  # noqa: F811
     cache(folder)
-    settle()
+    resolve()
     cache(folder)
     spoil(folder)
-    settle()
+    resolve()
     judged.clear()
     assert cache(folder)[1] == 1
     assert judged == ["p0_0064x0064_sd.npz"]
-    settle()
+    resolve()
     judged.clear()
     assert cache(folder)[1] == 0 and judged == []
 
@@ -97,7 +97,7 @@ def test_an_entry_that_is_not_true_any_more_is_noticed(folder, judged, spoil: Ca
 )
 def test_other_settings_are_checked_anew(folder, arguments, vae):  # noqa: F811
     cache(folder)
-    settle()
+    resolve()
     assert cache(folder)[1] == 0
     assert cache(folder, arguments, vae=vae)[1] > 0
 
@@ -105,7 +105,7 @@ def test_other_settings_are_checked_anew(folder, arguments, vae):  # noqa: F811
 def test_only_files_of_known_endings_lie_beside_pictures(folder):  # noqa: F811
     """kohya-colab trains no folder in which anything else lies than pictures, captions and .npz."""
     cache(folder)
-    settle()
+    resolve()
     cache(folder)
     names = {path.name for path in (folder / "2_a").iterdir()}
     assert {latent_index.FILE_NAME, image_index.FILE_NAME} <= names
@@ -114,10 +114,10 @@ def test_only_files_of_known_endings_lie_beside_pictures(folder):  # noqa: F811
 
 def test_entries_of_other_programs_stay_known_as_such(folder, judged, caplog):  # noqa: F811
     cache(folder)
-    settle()
+    resolve()
     for path in (folder / "2_a").glob("p*.npz"):
         rewrite(path)
-    settle()
+    resolve()
     for _ in range(2):
         judged.clear()
         caplog.clear()
@@ -132,13 +132,13 @@ def test_an_entry_that_another_run_replaced_meanwhile_is_checked(folder, judged,
 
     def replaced(self, file) -> None:
         note_written(self, file)
-        settle()
+        resolve()
         if os.path.basename(file.path).startswith("p0"):
             rewrite(Path(file.path))
 
     monkeypatch.setattr(latent_index.VerifiedEntries, "note_written", replaced)
     cache(folder)
-    settle()
+    resolve()
     judged.clear()
     cache(folder)
     assert judged == ["p0_0064x0064_sd.npz"]
@@ -147,7 +147,7 @@ def test_an_entry_that_another_run_replaced_meanwhile_is_checked(folder, judged,
 @pytest.mark.parametrize("content", [b"", b"garbage" * 99, b"PK\x03\x04" + bytes(99)])
 def test_a_damaged_index_is_made_again(folder, judged, caplog, content):  # noqa: F811
     cache(folder)
-    settle()
+    resolve()
     (folder / "2_a" / latent_index.FILE_NAME).write_bytes(content)
     judged.clear()
     assert cache(folder)[1] == 0 and len(judged) == 3
@@ -160,7 +160,7 @@ def test_entries_of_two_sizes_in_one_file(folder, judged):  # noqa: F811
     for _ in range(2):
         for arguments in ("", "--resolution 128,64"):
             cache(folder, arguments)
-            settle()
+            resolve()
     judged.clear()
     for arguments in ("", "--resolution 128,64"):
         assert cache(folder, arguments)[1] == 0

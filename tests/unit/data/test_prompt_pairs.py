@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from library.data.concepts.prompt_pairs import PromptPairs, drawn_size, open_prompt_pairs, told_sizes
+from library.data.concepts.prompt_pairs import PromptPairs, drawn_size, format_sizes, open_prompt_pairs
 from library.data.concepts.prompts_file import PromptPair
 from library.options.training.concepts import ConceptOptions
 from library.randomness import random_for
@@ -79,7 +79,7 @@ def test_drawn_sides_are_from_half_to_all_in_steps_of_64() -> None:
 
 
 def test_drawn_crops_lie_inside_a_picture_up_to_three_times_as_large() -> None:
-    found = [told_sizes(512, 768, random_for(1, "crop", n)) for n in range(300)]
+    found = [format_sizes(512, 768, random_for(1, "crop", n)) for n in range(300)]
     for height, width, top, left, *target in found:
         assert target == [512, 768]
         assert 512 <= height < 3 * 512 and 768 <= width < 3 * 768

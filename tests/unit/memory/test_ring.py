@@ -14,8 +14,8 @@ from library.memory.frozen import layers_in_blocks, store_all_in
 from library.memory.offload import pinning, shared
 from library.memory.offload.shared import shared_masters
 from library.memory.offload.streamed import chosen, stream
-from library.memory.offload.streams import CardStreams, HostStreams, StagedStreams
-from library.training.models.frozen_base import waiting_blocks
+from library.memory.offload.streams import CudaStreams, HostStreams, StagedStreams
+from library.training.models.frozen_base import offloaded_blocks
 from tests.parity.deep import DEEP
 
 CPU = torch.device("cpu")
@@ -59,13 +59,13 @@ BLOCKS_30 = [[nn.Identity()] * 30]
     [(35, BLOCKS_19_38, [17, 36]), (18, BLOCKS_19_38, [9, 18]), (7, BLOCKS_19_38, [3, 8]), (28, BLOCKS_30, [28])],
 )
 def test_blocks_are_counted_as_sd_scripts_counts_them(num_blocks: int, stacks: Any, wanted: list[int]) -> None:
-    assert waiting_blocks(num_blocks, stacks) == wanted
+    assert offloaded_blocks(num_blocks, stacks) == wanted
 
 
 @pytest.mark.parametrize(("num_blocks", "stacks", "most"), [(36, BLOCKS_19_38, 35), (29, BLOCKS_30, 28)])
 def test_more_blocks_than_there_are_is_an_error_that_names_the_most(num_blocks: int, stacks: Any, most: int) -> None:
-    with pytest.raises(UserError, match=f"--blocks_to_swap {num_blocks}: .* use at most {most}$"):
-        waiting_blocks(num_blocks, stacks)
+    with pytest.raises(UserError, match=f"--blocks_to_swap {num_blocks}: .* at most {most} can be swapped$"):
+        offloaded_blocks(num_blocks, stacks)
 
 
 def test_no_block_that_waits_is_no_ring() -> None:
@@ -157,7 +157,7 @@ def test_a_card_copies_after_what_was_computed_and_computes_after_what_was_copie
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cuda = FakeCuda(monkeypatch)
-    streams = CardStreams(2, 8, CPU)
+    streams = CudaStreams(2, 8, CPU)
     streams.start(1, torch.arange(6, dtype=torch.uint8))
     streams.ready(1)
     assert cuda.told == ["copies waits for compute", *FILL, "compute waits for an event"]

@@ -8,7 +8,7 @@ from networks.core.changes.adapter import Adapter
 from networks.core.changes.alpha import NO_DROPOUT, Dropout, ScaledDelta
 from networks.core.changes.change import Delta
 from networks.core.changes.dora import Add, Join
-from networks.core.targets.targets import Site, kind_of
+from networks.core.targets.targets import TargetModule, kind_of
 
 
 def adapter_on(
@@ -24,7 +24,7 @@ def adapter_on(
     kind = kind_of(layer)
     assert kind is not None
     change = ScaledDelta(layer, delta, join or Add(), alpha, drops, has_scalar)
-    return Adapter(Site("x", "x", layer, kind), change, multiplier)
+    return Adapter(TargetModule("x", "x", layer, kind), change, multiplier)
 
 
 def module_of(adapter: Adapter) -> Any:

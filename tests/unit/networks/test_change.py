@@ -16,7 +16,7 @@ from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.reading_writing import network_tensors
 from networks.core.kinds import table
 from networks.core.kinds.kind import Kind
-from networks.core.targets.targets import Site
+from networks.core.targets.targets import TargetModule
 from tests.tolerances import FLOAT64
 from tests.unit.networks.one_layer import double
 
@@ -73,7 +73,7 @@ ROTATION = Kind(name="rotation", words="a rotation", needs=(LEAF,), read=read, m
 def rotated(seed: int) -> tuple[nn.Linear, Adapter]:
     torch.manual_seed(seed)
     layer = nn.Linear(7, 5).requires_grad_(False)
-    adapter = Adapter(Site("lora_unet_x", "x", layer, "plain"), Rotation(layer, torch.randn(5, 5) * 0.3), 1.0)
+    adapter = Adapter(TargetModule("lora_unet_x", "x", layer, "plain"), Rotation(layer, torch.randn(5, 5) * 0.3), 1.0)
     layer.double()
     return layer, double(adapter)
 

@@ -388,7 +388,7 @@ def test_trained_strengths_and_norms_belong_to_every_rank(tmp_path: Path) -> Non
 def test_norms_alone_have_no_rank_to_draw() -> None:
     network = dylora.create_network(1.0, 0, 1, None, *toy_models(65), train_norm="True")
     network.on_optimizer_step_start(66, 0)
-    assert all(adapter.site.kind == "norm" for adapter in network.adapters.values())
+    assert all(adapter.target.kind == "norm" for adapter in network.adapters.values())
 
 
 def test_arguments_of_dylora_warn_in_other_modules(caplog: pytest.LogCaptureFixture) -> None:

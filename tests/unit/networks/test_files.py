@@ -192,7 +192,7 @@ def test_the_same_numbers_in_other_dimensions_compute_the_same(tmp_path: Path, w
         second.load_weights(str(tmp_path / "x.pt"))
     torch.testing.assert_close(unet(x), expected, rtol=1e-5, atol=1e-6)
     for name, module in parse_adapter(tensors, {}, "x.pt").modules.items():
-        weight = first.adapters[name].site.module.weight
+        weight = first.adapters[name].target.module.weight
         assert isinstance(weight, Tensor)
         plain = torch.zeros_like(weight)
         change = module.merged(plain, 1.0)

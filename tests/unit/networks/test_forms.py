@@ -18,7 +18,7 @@ from networks.core.changes.alpha import ScaledDelta
 from networks.core.kinds.norm import Norm, fresh_norm
 from networks.core.network.network import AdapterNetwork
 from networks.core.protocol import adopt
-from networks.core.targets.targets import Part, Site, find_norms
+from networks.core.targets.targets import Part, TargetModule, find_norms
 from networks.lora import create_network, create_network_from_weights
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.one_layer import double, module_of
@@ -239,12 +239,12 @@ def test_norms_follow_the_learning_rate_of_their_block_and_rank_0_leaves_them_al
     network = create_network(
         1.0, 4, 2.0, None, text, unet, train_norm="1", down_lr_weight="0.5,1", mid_lr_weight="0", up_lr_weight="2"
     )
-    norms = {m.adapter.site.path: m.allotment for m in network.members if isinstance(m.adapter.change, Norm)}
-    assert {path: allotment.lr_factor for path, allotment in norms.items()} == {
+    norms = {m.adapter.target.path: m.settings for m in network.members if isinstance(m.adapter.change, Norm)}
+    assert {path: settings.lr_factor for path, settings in norms.items()} == {
         "down.0.attention.norm": 1.0, "up.0.attention.norm": 2.0,
     }  # fmt: skip
     network = create_network(1.0, 4, 2.0, None, text, unet, train_norm="1", block_dims="0,4,0,4")
-    found = [m.adapter.site.path for m in network.members if isinstance(m.adapter.change, Norm)]
+    found = [m.adapter.target.path for m in network.members if isinstance(m.adapter.change, Norm)]
     assert found == ["down.0.attention.norm", "up.0.attention.norm"]
 
 
@@ -269,7 +269,7 @@ def test_a_norm_computes_with_the_sums_of_its_parameters(name: str) -> None:
     layer = make().double().requires_grad_(False)
     for parameter in layer.parameters():
         parameter.copy_(torch.randn_like(parameter))
-    adapter = double(Adapter(Site("x", "x", layer, "norm"), fresh_norm(layer), 0.6))
+    adapter = double(Adapter(TargetModule("x", "x", layer, "norm"), fresh_norm(layer), 0.6))
     assert (adapter.change.b_norm is None) == (layer.bias is None)
     perturb(module_of(adapter), 1652)
     x = torch.randn(shape, dtype=torch.float64)
@@ -289,7 +289,7 @@ def test_a_small_change_of_a_16_bit_norm_is_not_rounded_away(name: str) -> None:
     make, shape = NORM_LAYERS[name]
     torch.manual_seed(1661)
     layer = make().requires_grad_(False).bfloat16()
-    adapter = Adapter(Site("x", "x", layer, "norm"), fresh_norm(layer), 1.0)
+    adapter = Adapter(TargetModule("x", "x", layer, "norm"), fresh_norm(layer), 1.0)
     adapter.change.w_norm.data.fill_(1e-3)  # bf16 has nothing between 1 and 1.0078
     x = torch.randn(shape).bfloat16()
     alone = layer(x)
@@ -309,7 +309,7 @@ def test_a_norm_learns_from_channels_last_pixels_that_need_no_gradient() -> None
     x = torch.randn(2, 8, 4, 4)
     grads = []
     for pixels in (x, x.contiguous(memory_format=torch.channels_last), x.clone().requires_grad_()):
-        adapter = Adapter(Site("x", "x", layer, "norm"), fresh_norm(layer), 1.0)
+        adapter = Adapter(TargetModule("x", "x", layer, "norm"), fresh_norm(layer), 1.0)
         adapter.install()
         layer(pixels).pow(3).sum().backward()
         adapter.remove()
@@ -330,7 +330,7 @@ class Transformer2DModel(nn.Module):
 def test_only_affine_layer_and_group_norms_are_found() -> None:
     part = Part("lora_unet", blocks=("Transformer2DModel",))
     model = nn.ModuleDict({"block": Transformer2DModel(), "outside": nn.LayerNorm(4)})
-    assert [site.name for site in find_norms(part, model, part.blocks)] == ["lora_unet_block_with_weights"]
+    assert [target.name for target in find_norms(part, model, part.blocks)] == ["lora_unet_block_with_weights"]
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ def test_a_16_bit_weight_in_any_memory_format_has_the_norms_of_float64(
 
 def columns_of(adapter: Adapter) -> Tensor:
     assert adapter.change.dora_scale is not None
-    weight = adapter.site.module.weight
+    weight = adapter.target.module.weight
     assert isinstance(weight, Tensor)
     return adapter.change.join.scales(
         weight, adapter.change.dora_scale, *adapter.change.factors(), adapter.change.scale

@@ -146,14 +146,14 @@ def test_a_multiplier_takes_so_much_of_the_change_of_every_weight(kind: str, for
     network.remove()
     for name, adapter in network.adapters.items():
         for parameter, value in merged[name].items():
-            getattr(adapter.site.module, parameter).data = value.detach()
+            getattr(adapter.target.module, parameter).data = value.detach()
     assert_same(outputs(text, unet, 2032), expected)
 
 
 @pytest.mark.parametrize(("kind", "form"), PAIRS)
 def test_norms_are_limited(kind: str, form: str) -> None:
     network = trained(kind, form, SEEDS[kind, form] + 5)[0]
-    changes: list[Any] = [adapter.change for adapter in network.adapters.values() if adapter.site.kind != "norm"]
+    changes: list[Any] = [adapter.change for adapter in network.adapters.values() if adapter.target.kind != "norm"]
     limit = 0.5 * max(change.norm().item() for change in changes)
     count, mean, maximum = network.apply_max_norm_regularization(limit, "cpu")
     assert count > 0 and mean <= maximum * 1.000001 <= limit * 1.0001  # a mean of equal numbers is rounded
@@ -231,12 +231,12 @@ def test_ranks_and_rates_of_single_modules(kind: str) -> None:
     other = "3" if "oft" in kind else "2"
     arguments = {"network_reg_dims": f"mid_attention_proj_in={other}", "network_reg_lrs": "mid_attention=0.5"}
     network = trained(kind, "plain", 7551, **arguments)[0]
-    allotted = {member.adapter.site.name: member.allotment for member in network.members}
+    allotted = {member.adapter.target.name: member.settings for member in network.members}
     assert allotted["lora_unet_mid_attention_proj_in"].rank == int(other)
     assert {a.rank for name, a in allotted.items() if not name.endswith("proj_in")} == {CASES[kind].rank}
     assert {a.lr for name, a in allotted.items() if "mid_attention" in name} == {0.5}
     network = trained(kind, "plain", 7561, block_dims=f"0,{other},0,0")[0]
-    assert {m.adapter.site.path.split(".")[0] for m in network.members if m.text_encoder is None} == {"down"}
+    assert {m.adapter.target.path.split(".")[0] for m in network.members if m.text_encoder is None} == {"down"}
 
 
 @pytest.mark.parametrize("kind", CASES)
@@ -259,7 +259,9 @@ def test_under_autocast_outputs_are_bf16_and_gradients_float32(kind: str) -> Non
     network, text, unet = trained(kind, form, 7581)
     exact = outputs(text, unet, 7582)
     with torch.autocast("cpu", torch.bfloat16):
-        found = [adapter.site.module(torch.randn(2, 8)) for name, adapter in network.adapters.items() if name == LINEAR]
+        found = [
+            adapter.target.module(torch.randn(2, 8)) for name, adapter in network.adapters.items() if name == LINEAR
+        ]
         rounded = outputs(text, unet, 7582)
     assert found[0].dtype == torch.bfloat16
     for one, other in zip(rounded, exact, strict=True):
@@ -267,7 +269,7 @@ def test_under_autocast_outputs_are_bf16_and_gradients_float32(kind: str) -> Non
     sum(out.float().square().sum() for out in rounded).backward()  # type: ignore[union-attr]
     gradients = [parameter.grad for parameter in network.parameters()]
     assert all(gradient is not None and gradient.dtype == torch.float32 for gradient in gradients)
-    assert network.adapters[CONV].site.kind == "conv"
+    assert network.adapters[CONV].target.kind == "conv"
 
 
 @pytest.mark.parametrize("kind", CASES)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from library.checkpoints.files import load_state_dict, save_safetensors
 from networks import boft, loha, oft_v2
-from networks.core.changes.orthogonal import Turned
+from networks.core.changes.orthogonal import Orthogonal
 from networks.core.files.adapter_file import read_adapter_file
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds.rotations.oft_v2 import ANGLES, OftV2, fresh
@@ -62,7 +62,7 @@ def test_a_size_that_does_not_divide_can_be_an_error() -> None:
 
 def test_include_patterns_leave_out_everything_else() -> None:
     chosen = made(8031, 4, include_patterns=r"['.*to_q', 'mid\\..*']", exclude_patterns="up.*").adapters
-    assert {adapter.site.path for adapter in chosen.values()} == {
+    assert {adapter.target.path for adapter in chosen.values()} == {
         "down.0.attention.to_q", "mid.attention.proj_in", "mid.attention.to_q", "up.0.attention.to_q",
     }  # fmt: skip
 
@@ -162,7 +162,7 @@ def test_shared_blocks_count_as_often_as_they_serve() -> None:
     torch.manual_seed(8071)
     layer = nn.Linear(24, 4).double().requires_grad_(False)
     angles = torch.randn(1, 6, dtype=torch.float64) * 1e-4
-    shared, apart = Turned(layer, OftV2(angles)), Turned(layer, OftV2(angles.expand(6, 6).clone()))
+    shared, apart = Orthogonal(layer, OftV2(angles)), Orthogonal(layer, OftV2(angles.expand(6, 6).clone()))
     torch.testing.assert_close(shared.norm(), apart.norm(), **FLOAT64)
     identity = torch.eye(24, dtype=torch.float64)
     assert shared.norm().item() == pytest.approx((shared.merged(identity) - identity).norm().item(), rel=1e-6)
@@ -173,7 +173,7 @@ def test_left_out_blocks_are_the_identity_and_others_are_not() -> None:
     layer = nn.Linear(12, 12, bias=False).requires_grad_(False)
     network = oft_v2.create_network(1.0, 4, 1.0, None, *toy_models(8082), dropout_probability="0.5")
     assert {adapter.change.drops.neuron for adapter in network.adapters.values()} == {0.5}  # type: ignore[attr-defined]
-    change = Turned(layer, OftV2(torch.randn(3, 6) * 0.3), drops=next(iter(network.adapters.values())).change.drops)  # type: ignore[attr-defined]
+    change = Orthogonal(layer, OftV2(torch.randn(3, 6) * 0.3), drops=next(iter(network.adapters.values())).change.drops)  # type: ignore[attr-defined]
     layer.weight.data = torch.eye(12)
     x = torch.randn(1, 12)
     whole = change.eval().forward(x, layer, 1.0).view(3, 4)

@@ -9,15 +9,15 @@ from torch import nn
 
 from networks.core.arguments.parsing import NetworkArguments
 from networks.core.arguments.values import LrPreset
-from networks.core.targets.rules import Rules, SiteSettings, make_lr_factors, make_rules, preset_factors
-from networks.core.targets.targets import AdapterTargets, BlockList, Part, Site
+from networks.core.targets.rules import Rules, TargetSettings, make_lr_factors, make_rules, preset_factors
+from networks.core.targets.targets import AdapterTargets, BlockList, Part, TargetModule
 
 LAYOUT = BlockList(("", r"^down\.0\.", r"^down\.1\.", r"^mid\.", r"^up\.0\."), down=3, mid=1, up=1)
 TARGETS = AdapterTargets(Part("lora_unet", ()), block_list=LAYOUT)
 
 
-def site(path: str, kind: str = "plain") -> Site:
-    return Site(path, path, nn.Identity(), kind)  # type: ignore[arg-type]
+def target(path: str, kind: str = "plain") -> TargetModule:
+    return TargetModule(path, path, nn.Identity(), kind)  # type: ignore[arg-type]
 
 
 def rules(**given: object) -> Rules:
@@ -25,33 +25,33 @@ def rules(**given: object) -> Rules:
 
 
 def test_plain_layers_get_the_network_rank_and_larger_kernels_nothing() -> None:
-    assert rules().allot(site("down.0.to_q")) == SiteSettings(4, 1.0)
-    assert rules().allot(site("down.0.conv1", "conv")).rank == 0
+    assert rules().resolve_settings(target("down.0.to_q")) == TargetSettings(4, 1.0)
+    assert rules().resolve_settings(target("down.0.conv1", "conv")).rank == 0
 
 
 def test_conv_dim_is_for_larger_kernels_with_an_alpha_of_1() -> None:
-    assert rules(conv_dim=8).allot(site("down.0.conv1", "conv")) == SiteSettings(8, 1.0)
-    assert rules(conv_dim=8, conv_alpha=2.5).allot(site("down.0.conv1", "conv")) == SiteSettings(8, 2.5)
-    assert rules(conv_dim=8).allot(site("down.0.to_q")) == SiteSettings(4, 1.0)
+    assert rules(conv_dim=8).resolve_settings(target("down.0.conv1", "conv")) == TargetSettings(8, 1.0)
+    assert rules(conv_dim=8, conv_alpha=2.5).resolve_settings(target("down.0.conv1", "conv")) == TargetSettings(8, 2.5)
+    assert rules(conv_dim=8).resolve_settings(target("down.0.to_q")) == TargetSettings(4, 1.0)
 
 
 def test_block_dims_give_each_block_its_rank_and_text_encoders_ignore_them() -> None:
     by_block = rules(block_dims=(1, 2, 3, 4, 5), block_alphas=(1.0, 0.5, 3.0, 4.0, 5.0))
-    assert by_block.allot(site("down.0.to_q")) == SiteSettings(2, 0.5)
-    assert by_block.allot(site("up.0.to_q")) == SiteSettings(5, 5.0)
-    assert by_block.allot(site("elsewhere.to_q")) == SiteSettings(4, 1.0)
+    assert by_block.resolve_settings(target("down.0.to_q")) == TargetSettings(2, 0.5)
+    assert by_block.resolve_settings(target("up.0.to_q")) == TargetSettings(5, 5.0)
+    assert by_block.resolve_settings(target("elsewhere.to_q")) == TargetSettings(4, 1.0)
     in_text = make_rules(4, 1.0, NetworkArguments(block_dims=(1, 2, 3, 4, 5)), TARGETS, is_denoiser=False)
-    assert in_text.allot(site("down.0.to_q")) == SiteSettings(4, 1.0)
+    assert in_text.resolve_settings(target("down.0.to_q")) == TargetSettings(4, 1.0)
 
 
 def test_unset_block_alphas_are_the_network_alpha_and_conv_ranks_are_conv_dim() -> None:
     by_block = rules(block_dims=(1, 2, 3, 4, 5), conv_dim=6)
-    assert by_block.allot(site("mid.to_q")) == SiteSettings(4, 1.0)
-    assert by_block.allot(site("mid.conv1", "conv")) == SiteSettings(6, 1.0)
+    assert by_block.resolve_settings(target("mid.to_q")) == TargetSettings(4, 1.0)
+    assert by_block.resolve_settings(target("mid.conv1", "conv")) == TargetSettings(6, 1.0)
     lists = rules(
         block_dims=(1, 2, 3, 4, 5), conv_block_dims=(5, 4, 3, 2, 1), conv_block_alphas=(9.0, 8.0, 7.0, 6.0, 5.0)
     )
-    assert lists.allot(site("mid.conv1", "conv")) == SiteSettings(2, 6.0)
+    assert lists.resolve_settings(target("mid.conv1", "conv")) == TargetSettings(2, 6.0)
 
 
 @pytest.mark.parametrize("name", ["block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas"])
@@ -71,11 +71,11 @@ def test_block_arguments_need_a_base_model_with_numbered_blocks() -> None:
 
 def test_factors_scale_learning_rates_and_0_leaves_a_block_out() -> None:
     by_factor = rules(down_lr_weight=(1.0, 0.0, 0.5), up_lr_weight=(2.0,))
-    assert by_factor.allot(site("down.0.to_q")) == SiteSettings(0, 1.0, 0.0, 1)
-    assert by_factor.allot(site("down.1.to_q")) == SiteSettings(4, 1.0, 0.5, 2)
-    assert by_factor.allot(site("mid.to_q")) == SiteSettings(4, 1.0, 1.0, 3)
-    assert by_factor.allot(site("up.0.to_q")) == SiteSettings(4, 1.0, 2.0, 4)
-    assert by_factor.allot(site("elsewhere")) == SiteSettings(4, 1.0)
+    assert by_factor.resolve_settings(target("down.0.to_q")) == TargetSettings(0, 1.0, 0.0, 1)
+    assert by_factor.resolve_settings(target("down.1.to_q")) == TargetSettings(4, 1.0, 0.5, 2)
+    assert by_factor.resolve_settings(target("mid.to_q")) == TargetSettings(4, 1.0, 1.0, 3)
+    assert by_factor.resolve_settings(target("up.0.to_q")) == TargetSettings(4, 1.0, 2.0, 4)
+    assert by_factor.resolve_settings(target("elsewhere")) == TargetSettings(4, 1.0)
 
 
 def factors(layout: BlockList = LAYOUT, **given: object) -> tuple[float, ...]:

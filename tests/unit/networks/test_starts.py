@@ -52,7 +52,7 @@ def test_the_file_is_a_lora_of_twice_the_rank_that_computes_what_was_trained(nam
     layer, adapter, x = started(name, init, seed=82)
     double(adapter)
     randomize(module_of(adapter), 83)
-    adapter.site.module.double()
+    adapter.target.module.double()
     adapter.install()
     trained = layer(x.double())
     leaves = adapter.change.leaves()

@@ -5,7 +5,7 @@ import re
 import pytest
 from torch import nn
 
-from networks.core.targets.targets import BlockList, Part, find_sites, kind_of
+from networks.core.targets.targets import BlockList, Part, find_target_modules, kind_of
 from tests.unit.networks.toy import toy_models
 
 
@@ -29,27 +29,27 @@ def test_linears_and_convolutions_are_found(module: nn.Module, kind: str | None)
 
 def test_sites_are_named_by_prefix_and_path_in_the_order_of_the_model() -> None:
     _, unet = toy_models(501)
-    sites = find_sites(Part("p", ("Transformer2DModel",)), unet, ("Transformer2DModel",))
-    assert [(s.name, s.path, s.kind) for s in sites[:2]] == [
+    target_modules = find_target_modules(Part("p", ("Transformer2DModel",)), unet, ("Transformer2DModel",))
+    assert [(s.name, s.path, s.kind) for s in target_modules[:2]] == [
         ("p_down_0_attention_proj_in", "down.0.attention.proj_in", "plain"),
         ("p_down_0_attention_to_q", "down.0.attention.to_q", "plain"),
     ]
-    assert sites[0].module is unet.down[0].attention.proj_in
-    assert len(sites) == 6
+    assert target_modules[0].module is unet.down[0].attention.proj_in
+    assert len(target_modules) == 6
 
 
 def test_a_block_inside_a_block_is_searched_once() -> None:
     _, unet = toy_models(502)
-    sites = find_sites(Part("p", ()), unet, ("Transformer2DModel", "Block"))
-    paths = [site.path for site in sites]
+    target_modules = find_target_modules(Part("p", ()), unet, ("Transformer2DModel", "Block"))
+    paths = [target.path for target in target_modules]
     assert len(paths) == len(set(paths)) == 12
 
 
 def test_excluded_paths_are_matched_whole() -> None:
     _, unet = toy_models(503)
     classes = ("Transformer2DModel",)
-    assert len(find_sites(Part("p", classes, exclude=(r"mid\..*",)), unet, classes)) == 4
-    assert len(find_sites(Part("p", classes, exclude=(r"mid",)), unet, classes)) == 6
+    assert len(find_target_modules(Part("p", classes, exclude=(r"mid\..*",)), unet, classes)) == 4
+    assert len(find_target_modules(Part("p", classes, exclude=(r"mid",)), unet, classes)) == 6
 
 
 def test_a_block_list_finds_the_first_pattern_in_a_path() -> None:

@@ -16,7 +16,7 @@ from library.options.training.noise import NoiseOptions
 from library.types import Noised
 from networks import loha, lora, lora_fa, tlora
 from networks.core.changes.qkv_split import SplitRank
-from networks.core.changes.tlora import NoiseRanks
+from networks.core.changes.tlora import TLoraRanks
 from networks.core.kinds.lora import LowRank
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.one_layer import adapter_on, double
@@ -29,13 +29,13 @@ from tests.unit.networks.toy import randomize, toy_models
 def test_ranks_are_those_of_lycoris_at_every_timestep(rank: int, least: int, power: float) -> None:
     levels_B = torch.arange(1000) / 1000
     expected = torch.cat([compute_timestep_mask(t, 1000, rank, least, power) for t in range(1000)]).bool()
-    assert torch.equal(NoiseRanks(least, power).kept(rank, rank, levels_B), expected)
+    assert torch.equal(TLoraRanks(least, power).kept(rank, rank, levels_B), expected)
 
 
 def test_pure_noise_has_the_least_ranks_and_a_small_module_all_it_has() -> None:
     levels_B = torch.tensor([0.0, 0.25, 0.999, 1.0])
-    assert NoiseRanks(2, 1.0).ranks(10, levels_B).tolist() == [10, 8, 2, 2]
-    assert NoiseRanks(9, 1.0).ranks(4, levels_B).tolist() == [4, 4, 4, 4]
+    assert TLoraRanks(2, 1.0).ranks(10, levels_B).tolist() == [10, 8, 2, 2]
+    assert TLoraRanks(9, 1.0).ranks(4, levels_B).tolist() == [4, 4, 4, 4]
 
 
 def test_a_timestep_is_its_share_of_the_schedule() -> None:
@@ -63,7 +63,7 @@ def test_each_sample_is_computed_with_the_first_ranks_of_its_noise(name: str) ->
     adapter = double(adapter_on(layer, delta, 1.5))
     randomize(adapter.change, 72)  # type: ignore[arg-type]
     change: Any = adapter.change
-    change.noise_ranks, change.noise_levels_B = NoiseRanks(1, 1.0), torch.tensor([0.0, 0.9])
+    change.tlora_ranks, change.noise_levels_B = TLoraRanks(1, 1.0), torch.tensor([0.0, 0.9])
     adapter.install()
     found = layer(x)
     adapter.remove()
@@ -129,7 +129,7 @@ def test_the_argument_makes_of_other_loras_what_the_door_makes() -> None:
         each.on_noise_levels(levels_B)
     assert torch.equal(models[1](x), others[1](x))
     frozen, _ = network(lora_fa, tlora="True")
-    assert all(a.change.noise_ranks is not None for n, a in frozen.adapters.items() if n.startswith("lora_unet"))
+    assert all(a.change.tlora_ranks is not None for n, a in frozen.adapters.items() if n.startswith("lora_unet"))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from networks import sdxl_merge_lora, svd_merge_lora
 from tests.tolerances import FLOAT32_SAME_MATH
 from tests.unit.tools.adapter_files import write as write_small_adapter
 from tools import merge_flux_lora, merge_lora
-from tools.base_models import adapter_sites, open_base_model
+from tools.base_models import find_adapter_targets, open_base_model
 
 ORDER = ["BASE", *(f"IN{n:02d}" for n in range(12)), "MID", *(f"OUT{n:02d}" for n in range(12))]
 NAMED = {  # what the lists of each length name, as sd-scripts' documentation has it
@@ -49,7 +49,11 @@ def numbers(length: int, seed: int) -> list[float]:
 def write_adapter(path: Path, base: Path, seed: int, version: str) -> Path:
     """A LoRA of rank 2 on every layer that conv_dim adapts."""
     generator, tensors = torch.Generator().manual_seed(seed), {}
-    for site in (site for sites in adapter_sites(open_base_model("--sd_model", base), True) for site in sites):
+    for site in (
+        site
+        for target_modules in find_adapter_targets(open_base_model("--sd_model", base), True)
+        for site in target_modules
+    ):
         outputs, inputs, *kernel = site.module.weight.shape  # type: ignore[union-attr, misc]
         tensors[f"{site.name}.lora_down.weight"] = torch.randn(2, inputs, *kernel, generator=generator)
         tensors[f"{site.name}.lora_up.weight"] = torch.randn(outputs, 2, *(1,) * len(kernel), generator=generator)

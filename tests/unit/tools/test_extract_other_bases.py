@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from library.checkpoints.files import read_metadata
 from networks.core.files.adapter_file import read_adapter_file
-from networks.core.targets.targets import Site
+from networks.core.targets.targets import TargetModule
 from tests.tiny.anima import build_tiny_anima
 from tests.tiny.chroma import build_tiny_chroma
 from tests.tiny.flux import build_tiny_flux
@@ -18,7 +18,7 @@ from tests.tiny.lumina import build_tiny_lumina
 from tests.tiny.sd3 import build_tiny_sd3
 from tests.tolerances import FLOAT32_DEEP
 from tools import extract_lora_from_models, merge_lora
-from tools.base_models import adapter_sites, open_base_model
+from tools.base_models import find_adapter_targets, open_base_model
 
 SEED, RANK = 41, 3
 BASES: dict[str, tuple[Callable[[Path], str], str]] = {
@@ -33,12 +33,12 @@ BASES: dict[str, tuple[Callable[[Path], str], str]] = {
 }
 
 
-def tuned(base: Path, save_to: Path, sites: list[Site]) -> None:
+def tuned(base: Path, save_to: Path, target_modules: list[TargetModule]) -> None:
     """The checkpoint with a random change of rank 3 in each layer."""
     generator = torch.Generator().manual_seed(SEED)
     tensors = load_file(base)
     stems = {module: stem for file in open_base_model("base", base).files for module, stem in file.stems.items()}
-    for site in sites:
+    for site in target_modules:
         weight = tensors[f"{stems[site.name]}.weight"]
         up = torch.randn(weight.shape[0], RANK, generator=generator)
         change = up @ torch.randn(RANK, weight[0].numel(), generator=generator)
@@ -50,13 +50,13 @@ def tuned(base: Path, save_to: Path, sites: list[Site]) -> None:
 def test_the_extracted_lora_merged_back_gives_the_tuned_checkpoint(tmp_path: Path, name: str) -> None:
     build, version = BASES[name]
     base = Path(build(tmp_path))
-    _, sites = adapter_sites(open_base_model("base", base), with_convolutions=False)
-    assert len(sites) > 5
-    tuned(base, tmp_path / "tuned.safetensors", sites)
+    _, target_modules = find_adapter_targets(open_base_model("base", base), with_convolutions=False)
+    assert len(target_modules) > 5
+    tuned(base, tmp_path / "tuned.safetensors", target_modules)
     arguments = ["--model_org", str(base), "--model_tuned", str(tmp_path / "tuned.safetensors"), "--dim", str(RANK)]
     assert extract_lora_from_models.main([*arguments, "--save_to", str(tmp_path / "lora.safetensors")]) == 0
     lora = read_adapter_file(tmp_path / "lora.safetensors")
-    assert set(lora.modules) == {site.name for site in sites}
+    assert set(lora.modules) == {site.name for site in target_modules}
     assert read_metadata(tmp_path / "lora.safetensors")["ss_base_model_version"] == version
     arguments = ["--sd_model", str(base), "--models", str(tmp_path / "lora.safetensors")]
     assert merge_lora.main([*arguments, "--save_to", str(tmp_path / "merged.safetensors")]) == 0

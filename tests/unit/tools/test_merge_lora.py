@@ -20,7 +20,7 @@ from networks import lora
 from networks.core.files.adapter_file import AdapterFile, parse_adapter, read_adapter_file
 from tests.tolerances import FLOAT32_DEEP, FLOAT32_SAME_MATH
 from tools import convert_lora, extract_lora_from_models, merge_lora
-from tools.base_models import adapter_sites, open_base_model
+from tools.base_models import find_adapter_targets, open_base_model
 from tools.merge_adapters import Weighted, merge_adapters
 
 ROOT = Path(__file__).parents[3]
@@ -36,7 +36,11 @@ def write_adapter(path: Path, base: Path, seed: int, rank: int = 2, alpha: float
     """A LoRA on every layer that conv_dim adapts."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for site in (site for sites in adapter_sites(open_base_model("--sd_model", base), True) for site in sites):
+    for site in (
+        site
+        for target_modules in find_adapter_targets(open_base_model("--sd_model", base), True)
+        for site in target_modules
+    ):
         shape = tuple(site.module.weight.shape)  # type: ignore[union-attr]
         tensors[f"{site.name}.lora_down.weight"] = randn(generator, rank, *shape[1:])
         tensors[f"{site.name}.lora_up.weight"] = randn(generator, shape[0], rank, *(1,) * (len(shape) - 2))
@@ -357,8 +361,8 @@ def test_text_encoder_is_left_out_below_min_diff_and_kernels_without_conv_dim(
     arguments = ("--dim", 3, "--min_diff", 10)
     assert extract("--model_org", tiny_sd_folder, "--model_tuned", merged, "--save_to", out, *arguments) == 0
     modules = read_adapter_file(out).modules
-    unet_sites = adapter_sites(open_base_model("--sd_model", tiny_sd_file), False)[1]
-    assert modules.keys() == {site.name for site in unet_sites}
+    unet_targets = find_adapter_targets(open_base_model("--sd_model", tiny_sd_file), False)[1]
+    assert modules.keys() == {site.name for site in unet_targets}
     assert {module.form for module in modules.values()} == {"low_rank"}
 
 

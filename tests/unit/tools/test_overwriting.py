@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from library.data.sources.shards.parquet_index import index_lock
+from library.data.sources.indexed.parquet_index import index_lock
 from library.errors import UserError
 from library.options.output.console import ConsoleOptions
 from library.training.command_line.checks import check_output

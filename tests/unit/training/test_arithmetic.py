@@ -17,7 +17,7 @@ from library.options.train import TrainOptions
 from library.training.command_line.checks import check
 from library.training.models.arithmetic import check_arithmetic, try_kind
 from library.training.models.compute import Compute
-from library.training.models.frozen_base import settle_arithmetic
+from library.training.models.frozen_base import resolve_arithmetic
 from tests.unit.training.test_checks import NEEDED
 from tests.weight_formats import CODECS, EIGHT_BIT_FORMATS
 
@@ -103,7 +103,7 @@ def test_layers_that_stay_decoded_are_counted_with_the_reason(caplog: pytest.Log
     model = Model(64)
     store_all_in(CODECS["int8"], model.blocks)
     with caplog.at_level(logging.INFO):
-        settle_arithmetic(asked(base_format="int8"), model)
+        resolve_arithmetic(asked(base_format="int8"), model)
     assert caplog.messages[-1] == (
         "denoiser: 2 layers multiply in 8 bits; 2 are decoded: 1 whose sizes are no multiples of 8 (int8) or 16 (fp8), "
         "1 convolutions"
@@ -116,4 +116,4 @@ def test_a_model_without_such_layers_is_refused() -> None:
     model.blocks = nn.ModuleList([nn.Conv2d(8, 8, 3), nn.Linear(9, 8)])
     store_all_in(CODECS["int8"], model.blocks)
     with pytest.raises(UserError, match="no layer of the denoiser can multiply so"):
-        settle_arithmetic(asked(base_format="int8"), model)
+        resolve_arithmetic(asked(base_format="int8"), model)

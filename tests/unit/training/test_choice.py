@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 from library.training.evaluation.choice import Choice, by_picture, choose, estimate, is_clearly_worse
-from library.training.evaluation.choosing import Measured, choice_of, memorised, told_choice
+from library.training.evaluation.choosing import Measured, choice_of, format_choice, memorised
 
 NUM_RUNS = 1500
 
@@ -29,8 +29,8 @@ def runs_without_differences(num_files: int, num_pictures: int, kind: str, seed:
         noise = noise.cumsum(1)
     elif kind == "skewed":
         noise = np.exp(noise)
-    spread = rng.uniform(0.5, 2.0, size=(NUM_RUNS, 1, num_pictures)) if kind != "equal" else 1.0
-    return 0.2 + 0.1 * rng.normal(size=(NUM_RUNS, 1, num_pictures)) + 1e-3 * spread * noise
+    sharded = rng.uniform(0.5, 2.0, size=(NUM_RUNS, 1, num_pictures)) if kind != "equal" else 1.0
+    return 0.2 + 0.1 * rng.normal(size=(NUM_RUNS, 1, num_pictures)) + 1e-3 * sharded * noise
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_few_images_suggest_nothing(num_images: int, is_suggested: bool) -> None
     assert choice is not None and (choice.suggested == "3.safetensors") == is_suggested
     if not is_suggested:
         assert choice.suggested is None and choice.step is None
-        assert told_choice(choice).startswith("no file is suggested: too few images to tell")
+        assert format_choice(choice).startswith("no file is suggested: too few images to tell")
 
 
 def test_the_reason_names_the_standard_error() -> None:

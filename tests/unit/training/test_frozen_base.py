@@ -19,7 +19,7 @@ from library.options.no_effect import unused
 from library.options.train import TrainOptions
 from library.processes import Processes
 from library.training.models import frozen_base
-from library.training.models.frozen_base import check_base, let_blocks_wait
+from library.training.models.frozen_base import check_base, offload_blocks
 from library.training.models.weight_formats import format_while_reading
 from tests.parity.deep import DEEP
 from tests.unit.test_processes import Board
@@ -107,7 +107,7 @@ def test_shared_weights_have_no_file_once_all_processes_have_mapped_them(
 
     def let_wait(rank: int) -> None:
         processes = Processes(rank, 2, rank, 2, store=board)
-        let_blocks_wait(4, deep.stacks(models[rank]), torch.device("cpu"), processes)
+        offload_blocks(4, deep.stacks(models[rank]), torch.device("cpu"), processes)
         processes.wait_for_all("the end")
 
     with ThreadPoolExecutor(2) as pool:

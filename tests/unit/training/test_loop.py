@@ -16,7 +16,7 @@ from library.training.loop.loop import accumulate_gradients
 from library.training.loop.update import Updates
 from library.training.optimization.lr_schedules import build_schedule
 from library.training.optimization.optimizers import build_optimizer
-from library.training.reporting.step_result import Told
+from library.training.reporting.step_result import StepResult
 from library.training.run_parts import Optimization, Run
 from library.training.step.accumulation import Plan, Window
 from library.training.step.context import Models, StepContext
@@ -106,7 +106,7 @@ def weight_of(run: Run) -> float:
 
 
 def step(run: Run, window: Window, *batches: Batch) -> list[float]:
-    told: list[Told] = []
+    told: list[StepResult] = []
     updates = Updates(run, NonFiniteGuard(run), None, told.append)
     updates.take(window, accumulate_gradients([run], window, iter(batches))[0])
     updates.tell()

@@ -64,7 +64,7 @@ def test_predicted_ways_out_stand_in_for_those_without_figures() -> None:
     predicted = "--gradient_checkpointing needs 3.0 GiB less and takes 33 % longer"
     with (
         pytest.raises(OutOfMemoryError) as failed,
-        explained("computing step 3", made(), CPU, "a batch", ways_out=lambda: [predicted]),
+        explained("computing step 3", made(), CPU, "a batch", memory_hints=lambda: [predicted]),
     ):
         allocate_too_much()
     lines = str(failed.value).splitlines()

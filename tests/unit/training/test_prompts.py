@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from library.protocols import PromptDefaults
-from library.training.evaluation.prompts import LINE_OPTIONS, PromptSpec, parse_line, read_prompts, settle
+from library.training.evaluation.prompts import LINE_OPTIONS, PromptSpec, parse_line, read_prompts, resolve
 
 SD = PromptDefaults(num_steps=30, width=512, height=512, scale=7.5, size_step=8, sampler="ddim")
 FLOW = PromptDefaults(num_steps=20, width=512, height=512, scale=1.0, size_step=16, guidance_scale=3.5, flow_shift=3.0)
@@ -161,18 +161,18 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
 
 
 def test_what_a_prompt_leaves_open_comes_from_the_model() -> None:
-    prompt = settle(PromptSpec("p", "a", seed=3), SD)
+    prompt = resolve(PromptSpec("p", "a", seed=3), SD)
     assert (prompt.text, prompt.negative, prompt.seed, prompt.sampler) == ("a", "", 3, "ddim")
     assert (prompt.width, prompt.height, prompt.num_steps, prompt.scale) == (512, 512, 30, 7.5)
     assert prompt.guidance_scale is None
-    flow = settle(PromptSpec("p", "a", guidance_scale=0.0, scale=0.0), FLOW)
+    flow = resolve(PromptSpec("p", "a", guidance_scale=0.0, scale=0.0), FLOW)
     assert (flow.guidance_scale, flow.scale, flow.flow_shift, flow.sampler) == (0.0, 0.0, 3.0, None)
 
 
 @pytest.mark.parametrize(("wanted", "sd", "flow"), [(64, 64, 64), (1, 64, 64), (509, 504, 496), (1024, 1024, 1024)])
 def test_sides_are_rounded_down_to_what_the_model_draws(wanted: int, sd: int, flow: int) -> None:
-    assert settle(PromptSpec("p", "a", width=wanted), SD).width == sd
-    assert settle(PromptSpec("p", "a", height=wanted), FLOW).height == flow
+    assert resolve(PromptSpec("p", "a", width=wanted), SD).width == sd
+    assert resolve(PromptSpec("p", "a", height=wanted), FLOW).height == flow
 
 
 @pytest.mark.parametrize(
@@ -182,14 +182,14 @@ def test_a_setting_that_the_model_lacks_is_named(
     caplog: pytest.LogCaptureFixture, line: str, defaults: PromptDefaults, flag: str
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        settle(parse_line(line, "p.txt, line 4"), defaults)
+        resolve(parse_line(line, "p.txt, line 4"), defaults)
     (record,) = caplog.records
     assert "p.txt, line 4" in record.message and flag in record.message and "no effect" in record.message
 
 
 def test_a_picture_for_a_controlnet_is_ignored_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     spec = parse_line("a cat --cn my poses/pose.png --w 64", "p.txt, line 4")
-    prompt = settle(spec, SD)
+    prompt = resolve(spec, SD)
     assert (prompt.text, prompt.width) == ("a cat", 64)
     assert caplog.messages == [
         "p.txt, line 4: controlnet_image (--cn) is ignored, because no ControlNet is loaded in adapter training"

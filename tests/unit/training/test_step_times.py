@@ -105,7 +105,7 @@ def test_several_batches_of_a_step_add_up_and_each_shape_is_counted_once():
         with times.counted(batch_of(1, 32, 32)):
             work()
         take_step(times, clock, work=work)
-    times.settle()
+    times.resolve()
     assert times.last is not None and times.last.num_pictures == 3
     assert times.last.flops == 2 * 60_000 and len(calls) == 8
 
@@ -159,7 +159,7 @@ def slow_run(caplog: pytest.LogCaptureFixture, **last: object) -> str:
             take_step(times, clock, work=product)
         assert "where" not in caplog.text
         take_step(times, clock, **last)  # type: ignore[arg-type]
-        times.settle()
+        times.resolve()
     return caplog.text
 
 

@@ -13,7 +13,7 @@ from library.training.failures.nonfinite import NonFiniteError, NonFiniteGuard
 from library.training.failures.nonfinite_trace import first_damage
 from library.training.loop.loop import accumulate_gradients
 from library.training.loop.update import Updates, skips_by_itself
-from library.training.reporting.step_result import Told
+from library.training.reporting.step_result import StepResult
 from library.training.run_parts import Run
 from library.training.step.accumulation import Window
 from library.types import Batch
@@ -32,12 +32,12 @@ def batches_with(values: list[float]) -> list[Batch]:
     return [batch_of(value + 0.1 * place) for place, value in enumerate(values)]
 
 
-def taken(values: list[float], is_late: bool, **options: Any) -> tuple[Run, list[Told], list[Tensor]]:
+def taken(values: list[float], is_late: bool, **options: Any) -> tuple[Run, list[StepResult], list[Tensor]]:
     """A run whose step i has the batch `values[i]`, what was told of it, and the weight after each step."""
     batches = batches_with(values)
     run = run_of(0.7, tuple(batches), optimizer_type="AdamW", **options)
     run = replace(run, plan=replace(run.plan, num_batches=len(values), accumulation=1))
-    told: list[Told] = []
+    told: list[StepResult] = []
     updates, weights = Updates(run, NonFiniteGuard(run), None, told.append), []
     assert updates.tells_late, "AdamW is fused where nothing else is asked for"
     updates.tells_late = is_late
@@ -72,7 +72,7 @@ def test_a_step_that_is_told_late_moves_what_it_moves_at_once(schedule: str, cap
 
 def test_a_step_is_told_when_the_next_one_is_computed() -> None:
     run = run_of(optimizer_type="AdamW")
-    told: list[Told] = []
+    told: list[StepResult] = []
     updates = Updates(run, NonFiniteGuard(run), None, told.append)
     window = Window(0, 1, range(1), False)
     updates.take(window, accumulate_gradients([run], window, iter([batch_of(2.0)]))[0])
@@ -86,7 +86,7 @@ def test_a_step_is_told_when_the_next_one_is_computed() -> None:
 
 def test_an_error_leaves_no_step_untold_and_stays_the_error() -> None:
     run = run_of(optimizer_type="AdamW")
-    told: list[Told] = []
+    told: list[StepResult] = []
     updates = Updates(run, NonFiniteGuard(run), None, told.append)
     window = Window(0, 1, range(1), False)
     with pytest.raises(UserError, match="no such picture"), updates.told_at_end():

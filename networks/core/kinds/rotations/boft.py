@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from networks.core.changes.alpha import NO_DROPOUT, Dropout
-from networks.core.changes.blocks import REFUSED, block_size_for, num_outputs, refuse_magnitudes, row_length, settle
+from networks.core.changes.blocks import REFUSED, block_size_for, num_outputs, refuse_magnitudes, resolve, row_length
 from networks.core.changes.change import Change, Leaves
-from networks.core.changes.orthogonal import Turned
+from networks.core.changes.orthogonal import Orthogonal
 from networks.core.kinds.kind import Door, Kind
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def fresh(
     num_blocks: int = 0,
     num_factors: int = 1,
     may_adjust: bool = True,
-) -> Turned:
+) -> Orthogonal:
     """The change of a layer before training; in the form of `leaves`, where those of a file are given."""
     if leaves is not None:
         shape = tuple(leaves[BLOCKS].shape)
@@ -116,7 +116,7 @@ def fresh(
         many, size = sizes_for(row_length(layer), block_size, num_blocks, num_factors, may_adjust)
         shape = (num_factors, many, size, size)
     scales = torch.ones(num_outputs(layer), 1, dtype=torch.float32)
-    return Turned(layer, Boft(torch.zeros(shape, dtype=torch.float32), scales), drops, has_scalar)
+    return Orthogonal(layer, Boft(torch.zeros(shape, dtype=torch.float32), scales), drops, has_scalar)
 
 
 # --- in files ---
@@ -136,7 +136,7 @@ def read(leaves: Leaves, layer: nn.Module | None) -> Change:
     """The change of a module from a file."""
     refuse_magnitudes(leaves)
     own = in_own_form(leaves)
-    return Turned(layer, Boft(own[BLOCKS], own[SCALES])).requires_grad_(False)
+    return Orthogonal(layer, Boft(own[BLOCKS], own[SCALES])).requires_grad_(False)
 
 
 def fault(name: str, leaves: Leaves, keys: Mapping[str, str]) -> str | None:
@@ -189,7 +189,7 @@ DOOR = Door(
     kinds=(KIND,),
     default_rank=DEFAULT_BLOCK_SIZE,
     arguments=("block_size", "block_num", "boft_n_butterfly_factor", "enable_conv", "auto_adjust"),
-    settle=settle,
+    resolve=resolve,
     with_arguments=with_arguments,
     check=tell,
     refuses={**REFUSED, "dora_wd": "boft_s already trains the lengths of the weight's rows"},

@@ -28,7 +28,7 @@ BLOCKS, RESCALE, MATRICES = "oft_blocks", "rescale", "oft_diag"
 PIECES = tuple(f"{BLOCKS}.{i}" for i in range(4))  # of a layer whose rows are several projections
 
 
-class TurnedOutputs(nn.Module):
+class OrthogonalOutputs(nn.Module):
     """W' = R' W with blocks (1 + Q) / (1 - Q) on the diagonal of R: outputs are turned, and may be scaled then.
 
     `oft_blocks` (D, b, b) is any matrix for each block, Q that less its transpose; `oft_blocks.0` and so on are those
@@ -213,17 +213,17 @@ def further(
     drops: Dropout = NO_DROPOUT,
     has_scalar: bool = False,
     leaves: Leaves | None = None,
-) -> TurnedOutputs:
+) -> OrthogonalOutputs:
     """The change of a layer in the form of a file."""
     assert leaves is not None  # new ones are made by `fresh`
     zeros = {leaf: torch.zeros_like(t, dtype=torch.float32) for leaf, t in leaves.items() if leaf != ALPHA}
     zeros |= {leaf: tensor.float() for leaf, tensor in leaves.items() if leaf == ALPHA}
-    return TurnedOutputs(layer, zeros, drops)
+    return OrthogonalOutputs(layer, zeros, drops)
 
 
 def fresh(
     layer: nn.Module, path: str, num_blocks: int, limit: float, drops: Dropout, widths: tuple[int, ...] | None
-) -> TurnedOutputs:
+) -> OrthogonalOutputs:
     """A new change that turns nothing yet: `num_blocks` blocks for each projection of the layer.
 
     Raises UserError for a number that does not divide the outputs.
@@ -239,7 +239,7 @@ def fresh(
                 "networks.oft_v2"
             )
         leaves[name] = torch.zeros(num_blocks, width // num_blocks, width // num_blocks)
-    return TurnedOutputs(layer, leaves, drops)
+    return OrthogonalOutputs(layer, leaves, drops)
 
 
 # --- in files ---
@@ -253,7 +253,7 @@ def rank_of(leaves: Leaves) -> int:
 def read(leaves: Leaves, layer: nn.Module | None) -> Change:
     """The change of a module from a file."""
     refuse_magnitudes(leaves)
-    return TurnedOutputs(layer, leaves, is_trained=False)
+    return OrthogonalOutputs(layer, leaves, is_trained=False)
 
 
 def read_matrices(leaves: Leaves, layer: nn.Module | None) -> Change:
@@ -301,13 +301,13 @@ KINDS = (KIND, IN_PIECES, AS_MATRICES)
 # --- as --network_module ---
 
 
-def settle(num_blocks: int | None, arguments: Any, default: int) -> tuple[int, Any]:
+def resolve(num_blocks: int | None, arguments: Any, default: int) -> tuple[int, Any]:
     """(the number of blocks, network arguments) as the core of the networks understands them."""
     number = default if num_blocks is None else num_blocks
     return number, with_kernels(number, arguments)
 
 
-def settle_limit(alpha: float, arguments: Any) -> tuple[float, Any]:
+def resolve_limit(alpha: float, arguments: Any) -> tuple[float, Any]:
     """--network_alpha is the limit of angles, the same for all kernels."""
     if alpha >= 1:
         logger.warning(
@@ -325,8 +325,8 @@ def attention_alone(part: Any, arguments: Any) -> Any:
 DOOR = Door(
     make_change=further,
     make_fresh=fresh,
-    settle=settle,
-    settle_alpha=settle_limit,
+    resolve=resolve,
+    resolve_alpha=resolve_limit,
     narrow=attention_alone,
     denoiser_only=True,
     arguments=("enable_conv", "enable_all_linear"),

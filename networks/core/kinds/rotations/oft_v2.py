@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from networks.core.changes.alpha import NO_DROPOUT, Dropout
-from networks.core.changes.blocks import REFUSED, block_size_for, refuse_magnitudes, row_length, settle
+from networks.core.changes.blocks import REFUSED, block_size_for, refuse_magnitudes, resolve, row_length
 from networks.core.changes.change import Change, Leaves
-from networks.core.changes.orthogonal import Turned
+from networks.core.changes.orthogonal import Orthogonal
 from networks.core.kinds.kind import Door, Kind
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ def fresh(
     eps: float | None = None,
     is_shared: bool = False,
     may_adjust: bool = True,
-) -> Turned:
+) -> Orthogonal:
     """The change of a layer before training; in the form of `leaves`, where those of a file are given."""
     if leaves is not None:
         zeros = torch.zeros(leaves[ANGLES].shape, dtype=torch.float32)
@@ -126,7 +126,7 @@ def fresh(
         num_columns = row_length(layer)
         size = block_size_for(num_columns, block_size, may_adjust)
         zeros = torch.zeros(1 if is_shared else num_columns // size, size * (size - 1) // 2, dtype=torch.float32)
-    return Turned(layer, OftV2(zeros, eps), drops, has_scalar)
+    return Orthogonal(layer, OftV2(zeros, eps), drops, has_scalar)
 
 
 # --- in files ---
@@ -140,7 +140,7 @@ def rank_of(leaves: Leaves) -> int:
 def read(leaves: Leaves, layer: nn.Module | None) -> Change:
     """The change of a module from a file."""
     refuse_magnitudes(leaves)
-    return Turned(layer, OftV2(leaves[ANGLES])).requires_grad_(False)
+    return Orthogonal(layer, OftV2(leaves[ANGLES])).requires_grad_(False)
 
 
 def fault(name: str, leaves: Leaves, keys: Mapping[str, str]) -> str | None:
@@ -172,7 +172,7 @@ def with_arguments(arguments: Any) -> Door:
 def limit(network: Any, seed: int, step: int) -> None:
     """Keep every rotation within the limit of COFT; called before each batch."""
     for adapter in network.adapters.values():
-        if isinstance(adapter.change, Turned) and isinstance(adapter.change.rotation, OftV2):
+        if isinstance(adapter.change, Orthogonal) and isinstance(adapter.change.rotation, OftV2):
             adapter.change.rotation.limit_(1.0 if adapter.change.scalar is None else adapter.change.scalar)
 
 
@@ -189,7 +189,7 @@ DOOR = Door(
     kinds=(KIND,),
     default_rank=DEFAULT_BLOCK_SIZE,
     arguments=("block_size", "coft", "coft_eps", "block_share", "enable_conv", "auto_adjust"),
-    settle=settle,
+    resolve=resolve,
     with_arguments=with_arguments,
     check=tell,
     refuses={**REFUSED, "dora_wd": "no program that reads OFT applies magnitudes"},

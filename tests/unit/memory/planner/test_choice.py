@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from library.memory.planner.choice import Allowed, choose
-from library.memory.planner.gpus import GIB, Card, measured_card, parse_size, typical_card
+from library.memory.planner.gpus import GIB, Gpu, measured_gpu, parse_size, typical_gpu
 from library.memory.planner.prediction import ALLOCATOR_SHARE, CONTEXT_BYTES, CountedStep, Way, predict
 from library.memory.planner.stages import Stage
 from library.memory.planner.steps import CountedOptimizer, CountedPass, Segment, Timeline
@@ -49,8 +49,8 @@ def counted_step(adapter: int = 0, held: int = 0) -> CountedStep:
     )  # fmt: skip
 
 
-def card(memory: int, bus: float = 1e9) -> Card:
-    return Card("made up", memory, 1e12, bus)
+def card(memory: int, bus: float = 1e9) -> Gpu:
+    return Gpu("made up", memory, 1e12, bus)
 
 
 def test_what_a_way_needs_is_the_sum_of_its_parts() -> None:
@@ -73,7 +73,7 @@ def test_every_second_block_saves_half_and_costs_half() -> None:
 
 
 def test_blocks_that_wait_leave_two_slots_and_cost_the_bus_where_it_is_slow() -> None:
-    step, way = counted_step(), Way(num_waiting=3)
+    step, way = counted_step(), Way(num_offloaded=3)
     staying = predict(step, Way(), card(0))
     fast, slow = (predict(step, way, card(0, bus)) for bus in (1e12, 3e6))
     assert staying.tensor_bytes - fast.tensor_bytes == 3 * 40 * MIB - 2 * 40 * MIB
@@ -87,14 +87,14 @@ def test_blocks_that_wait_leave_two_slots_and_cost_the_bus_where_it_is_slow() ->
 def test_a_base_that_is_shared_takes_a_share_and_three_blocks(shared_by: int) -> None:
     """Of 20 and 8 x 40 MiB: two blocks are together, and one is there twice while it comes."""
     whole, shared = (predict(counted_step(), Way(shared_by=number), card(0)) for number in (1, shared_by))
-    spread = (20 + NUM_BLOCKS * 40) * MIB
-    assert whole.tensor_bytes - shared.tensor_bytes == spread - spread / shared_by - 3 * 40 * MIB
+    sharded = (20 + NUM_BLOCKS * 40) * MIB
+    assert whole.tensor_bytes - shared.tensor_bytes == sharded - sharded / shared_by - 3 * 40 * MIB
     assert shared.seconds == whole.seconds
 
 
 def test_nothing_waits_in_main_memory_where_the_base_is_shared() -> None:
     choice = choose(counted_step(), Allowed(shared_by=4), card(0))
-    assert {found.way.num_waiting for found in choice.candidates} == {0} and choice.chosen is None
+    assert {found.way.num_offloaded for found in choice.candidates} == {0} and choice.chosen is None
 
 
 def test_inputs_that_wait_are_counted_out_and_over_the_bus() -> None:
@@ -123,7 +123,7 @@ def test_the_choice_is_the_fastest_of_all_that_fit(memory_mib: int) -> None:
 
 
 def test_what_is_fixed_is_the_only_candidate() -> None:
-    allowed = Allowed(weight_formats=("fp8",), recompute_every=(2,), inputs_wait=(True,), num_waiting=4)
+    allowed = Allowed(weight_formats=("fp8",), recompute_every=(2,), inputs_wait=(True,), num_offloaded=4)
     choice = choose(counted_step(), allowed, card(GIB))
     assert [found.way for found in choice.candidates] == [Way("fp8", 2, True, 4)]
 
@@ -157,7 +157,7 @@ def test_the_weights_of_a_model_are_sorted_by_what_can_be_done_with_them() -> No
 
 
 def test_the_table_marks_what_is_chosen_and_counts_what_does_not_fit() -> None:
-    allowed = Allowed(recompute_every=(None, 1), inputs_wait=(False,), num_waiting=0)
+    allowed = Allowed(recompute_every=(None, 1), inputs_wait=(False,), num_offloaded=0)
     choice = choose(counted_step(), allowed, card(2 * GIB))
     first, recomputed, last = table_of(choice, lambda way: f"every {way.recompute_every}")
     assert first.split() == ["way", "memory", "of", "it", "tensors", "main", "memory", "a", "pass"]
@@ -181,13 +181,13 @@ def test_other_words_are_no_sizes(text: str) -> None:
 
 
 def test_a_typical_card_has_at_most_the_memory() -> None:
-    names = {size: typical_card(size * GIB).name for size in (6, 8, 11, 12, 24, 48)}
+    names = {size: typical_gpu(size * GIB).name for size in (6, 8, 11, 12, 24, 48)}
     assert names == {6: "RTX 4060", 8: "RTX 4060", 11: "RTX 4060", 12: "RTX 4070", 24: "RTX 3090", 48: "RTX 5090"}
-    assert typical_card(6 * GIB).memory_bytes == 6 * GIB
+    assert typical_gpu(6 * GIB).memory_bytes == 6 * GIB
 
 
 def test_a_device_is_measured() -> None:
-    found = measured_card(torch.device("cpu"), GIB, torch.float32, side=128)
+    found = measured_gpu(torch.device("cpu"), GIB, torch.float32, side=128)
     assert found.flops > 0 and found.bus > 0 and found.memory_bytes == GIB
 
 

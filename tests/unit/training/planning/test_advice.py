@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from library.memory.planner.choice import Allowed
-from library.memory.planner.gpus import typical_card
+from library.memory.planner.gpus import typical_gpu
 from library.memory.planner.prediction import Way
 from library.training.planning import advice
-from library.training.planning.advice import few, lines, ways_out
+from library.training.planning.advice import few, lines, memory_hints
 from tests.unit.memory.planner.test_choice import counted_step
 from tests.unit.training.test_checks import made
 
@@ -18,7 +18,7 @@ LINE = re.compile(r"(--.*) needs ([\d.]+) GiB less and takes (?:(\d+) % longer|n
 
 
 def told(used: Way, **allowed: Any) -> list[tuple[str, float, int]]:
-    found = [LINE.fullmatch(line) for line in lines(counted_step(), used, Allowed(**allowed), typical_card(0))]
+    found = [LINE.fullmatch(line) for line in lines(counted_step(), used, Allowed(**allowed), typical_gpu(0))]
     return [(m[1], float(m[2]), int(m[3] or 0)) for m in found if m is not None]
 
 
@@ -52,4 +52,4 @@ def test_modules_of_third_parties_are_not_counted(monkeypatch: pytest.MonkeyPatc
         options=made(network_module="lycoris.kohya"), context=SimpleNamespace(device=None)
     )  # counting would fail
     batch: Any = None
-    assert ways_out([run], batch) == []
+    assert memory_hints([run], batch) == []

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from library.memory.planner.gpus import GIB, Card
+from library.memory.planner.gpus import GIB, Gpu
 from library.processes import Processes
 from library.training.planning import fit_run
 from library.training.planning.counting import BatchShape
@@ -26,12 +26,12 @@ def test_processes_choose_by_the_least_room_and_the_main_process_speed(monkeypat
     free = {0: 9 * GIB, 1: 7 * GIB, 2: 8 * GIB}
     board = Board()
 
-    def card(rank: int) -> Card:
+    def card(rank: int) -> Gpu:
         processes = Processes(rank=rank, count=3, local_rank=rank, local_count=3, store=board)
         return card_of(made(fit="auto"), processes)
 
     ranks = iter(range(100, 200))
-    monkeypatch.setattr(fit_run, "measured_card", lambda device, room, dtype: Card("x", room, next(ranks), next(ranks)))
+    monkeypatch.setattr(fit_run, "measured_gpu", lambda device, room, dtype: Gpu("x", room, next(ranks), next(ranks)))
     with ThreadPoolExecutor(3) as pool, monkeypatch.context() as patch:
         patch.setattr(fit_run, "free_memory", lambda device: free.popitem()[1])
         found = list(pool.map(card, (0, 1, 2)))
