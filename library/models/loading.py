@@ -55,6 +55,8 @@ class Absent:
 
 MaybeComponent = Component | Absent
 ComponentT = TypeVar("ComponentT")
+ConfigT = TypeVar("ConfigT")
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def open_if_there(may_be_absent: bool, open_it: Callable[[], ComponentT]) -> ComponentT | Absent:
@@ -67,9 +69,27 @@ def open_if_there(may_be_absent: bool, open_it: Callable[[], ComponentT]) -> Com
         return Absent(str(error))
 
 
+def on_meta_device(model: Callable[[ConfigT], ModuleT], config: ConfigT) -> ModuleT:
+    """A model with shapes alone, for `materialise`."""
+    with torch.device("meta"):
+        return model(config)
+
+
 def first_side(component: Component | Absent, name: str) -> int | None:
     """The first side of a weight, which for embeddings is the number of words; None where the files are not there."""
     return None if isinstance(component, Absent) else shape_of(component.weights.shapes, name)[0]
+
+
+def check_text_width(flag: str, component: MaybeComponent, embedding: str, width: int, whose: str) -> None:
+    """Raise UserError where an encoder that is there gives another `width` than the transformer takes.
+
+    `embedding` is the name of its word embedding, `whose` says in the message which encoder it should be.
+    """
+    if isinstance(component, Component) and (found := shape_of(component.weights.shapes, embedding)[1]) != width:
+        raise UserError(
+            f"{flag} {component.weights.origin} is {found} wide, the transformer listens to {width}; it is another "
+            f"encoder than {whose}"
+        )
 
 
 def materialise(model: nn.Module, weights: Weights, dtype: torch.dtype, form: WantedForm | None = None) -> nn.Module:

@@ -2,7 +2,8 @@
 
 import torch
 
-from library.architectures.sd.load import BASE_FLAG, CLIP_PREFIXES, single_file_parts
+from library.architectures.sd.load import CLIP_PREFIXES, single_file_parts
+from library.checkpoints.base_files import BASE_FLAG
 from library.checkpoints.weights import Weights
 from library.models.clip.clip import clip_body, empty_clip
 from library.models.loading import Component, same_matrix
