@@ -17,7 +17,8 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from library.architectures.flux.model import FluxConfig  # noqa: E402
+from library.architectures.flux.model import Flux, FluxConfig  # noqa: E402
+from library.models.loading import on_meta_device  # noqa: E402
 from library.options.machine.base_formats import BASE_FORMATS  # noqa: E402
 
 CONFIG = FluxConfig(
@@ -57,9 +58,7 @@ print(status("VmHWM") - before, result, max(2 * torch.Size(s).numel() for s in w
 
 
 def empty() -> nn.Module:
-    from library.architectures.flux.load import empty_flux
-
-    return empty_flux(CONFIG)
+    return on_meta_device(Flux, CONFIG)
 
 
 def main() -> None:

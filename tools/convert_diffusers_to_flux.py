@@ -18,7 +18,7 @@ from library.architectures.flux.checkpoint_keys import DIFFUSERS_MARK, from_diff
 from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.files import save_safetensors
-from library.checkpoints.weights import Weights
+from library.checkpoints.weights import Weights, first_names
 from library.errors import UserError
 from library.models.identify import base_of_file
 from tools.command import add_file_precision, check_safetensors_output, dtype_of_file, make_parser, run
@@ -44,7 +44,7 @@ def open_transformer(path: Path) -> Weights:
     else:
         weights = model_lookup.open_file(FLAG, index_of(path) if PIECE.search(path.name) else path)
     if DIFFUSERS_MARK not in weights.shapes:
-        first = ", ".join(list(weights.shapes)[:3]) or "none"
+        first = first_names(weights)
         raise UserError(f"{FLAG} {path} is no FLUX.1 transformer in diffusers' layout (first names: {first})")
     original = from_diffusers(weights)
     spec = base_of_file(list_specs(), original.shapes)

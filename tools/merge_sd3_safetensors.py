@@ -21,16 +21,17 @@ from library.architectures.sd3.load import (
     DENOISER_PREFIX,
     TEXT_PREFIXES,
     check_widths,
+    denoiser_of,
     open_clip,
     open_t5,
     text_weights,
 )
-from library.architectures.sd3.merging import config_of
+from library.architectures.sd3.model import read_config
 from library.architectures.sd3.options import Sd3TextOptions
 from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.files import read_metadata, save_safetensors
-from library.checkpoints.weights import Weights, open_weights
+from library.checkpoints.weights import Weights, configure, open_weights
 from library.errors import UserError
 from library.models.identify import base_of_file, refuse_other
 from library.models.vae.checkpoint_keys import VAE_PREFIX
@@ -108,7 +109,7 @@ def check(parts: Sequence[PartFile]) -> None:
     there = [name for name in TEXT_PREFIXES if text_weights(name, Sd3TextOptions(), whole) is not None]
     clips = [open_clip(name, Sd3TextOptions(), whole) for name in ("clip_l", "clip_g") if name in there]
     t5 = open_t5(Sd3TextOptions(), whole) if "t5xxl" in there else None
-    check_widths(config_of(whole), clips if len(clips) == 2 else [], t5)
+    check_widths(configure(denoiser_of(whole), read_config), clips if len(clips) == 2 else [], t5)
     missing = [f"--{name}" for name in TEXT_PREFIXES if name not in there]
     if not any(key.startswith(VAE_PREFIX) for key in whole.shapes):
         missing.append("--vae")

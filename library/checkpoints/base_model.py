@@ -8,7 +8,7 @@ from torch import Tensor
 
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import BaseNames, ModuleNames
-from library.checkpoints.weights import Weights
+from library.checkpoints.weights import Weights, find_prefix
 from library.errors import UserError
 
 
@@ -88,7 +88,7 @@ def open_original(
             f"{flag} {path}: of {model} only files in the original layout are merged into; give such a file"
         )
     weights = model_lookup.open_file(flag, path)
-    prefix = next(p for p in prefixes if any(key.startswith(p) for key in weights.shapes))
+    prefix = find_prefix(weights.shapes, prefixes)
     if prefix + diffusers_mark in weights.shapes:
         raise UserError(
             f"{flag} {path}: this is a transformer in diffusers' layout; give a file in the original layout, which is "

@@ -29,11 +29,16 @@ def find_model(flag: str, name: str, parts: Sequence[Sequence[str]]) -> Path:
     ValueError with the way out.
     """
     path = Path(name).expanduser()
-    if path.exists():
-        return path
-    if path.is_absolute() or path.suffix.lower() in WEIGHT_SUFFIXES or not re.fullmatch(HUB_NAME, name):
+    is_local = path.is_absolute() or path.suffix.lower() in WEIGHT_SUFFIXES or not re.fullmatch(HUB_NAME, name)
+    return existing(flag, name) if path.exists() or is_local else fetch_model(flag, name, parts)
+
+
+def existing(flag: str, name: str) -> Path:
+    """The path of a file or folder. Raises NotThere with the nearest name where there is none."""
+    path = Path(name).expanduser()
+    if not path.exists():
         raise NotThere(f"{flag} {name} does not exist{nearby(path)}")
-    return fetch_model(flag, name, parts)
+    return path
 
 
 def fetch_model(flag: str, name: str, parts: Sequence[Sequence[str]]) -> Path:

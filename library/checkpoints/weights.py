@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -249,6 +249,16 @@ def renamed(weights: Weights, rename: Callable[[str], str]) -> Weights:
 def with_prefix(weights: Weights, prefix: str) -> Weights:
     """Only the tensors whose names begin with `prefix`, without it."""
     return selected(weights, {key[len(prefix) :]: key for key in weights.shapes if key.startswith(prefix)})
+
+
+def find_prefix(names: Iterable[str], prefixes: Sequence[str]) -> str:
+    """Return the first of `prefixes` that some name begins with; the last one is "", for files without any."""
+    return next(prefix for prefix in prefixes if not prefix or any(name.startswith(prefix) for name in names))
+
+
+def first_names(weights: Weights) -> str:
+    """Return three names of a file, for messages about one that holds something else."""
+    return ", ".join(list(weights.shapes)[:3]) or "none"
 
 
 def configure(weights: Weights, read_config: Callable[[Mapping[str, tuple[int, ...]]], ConfigT]) -> ConfigT:

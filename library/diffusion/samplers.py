@@ -15,7 +15,9 @@ from torch import Tensor
 
 from library.diffusion.noise import draw_normal
 from library.diffusion.schedules import BETA_END, BETA_START, NUM_TIMESTEPS, ddpm_abar, sigmas_of
+from library.diffusion.timesteps import shift_sigmas
 from library.options.output.samplers import ALIASES, SAMPLERS
+from library.types import Prompt
 
 
 class Level(NamedTuple):
@@ -219,3 +221,9 @@ class FlowSampler:
 def even_sigmas(num_steps: int) -> Tensor:
     """Shares of noise from 1 down to 1 / num_steps in equal steps, float64, shape N."""
     return torch.linspace(1.0, 1.0 / num_steps, num_steps, dtype=torch.float64)
+
+
+def shifted_sampler(prompt: Prompt) -> FlowSampler:
+    """Euler steps along even noise levels that --fs of the prompt pushes toward noise."""
+    assert prompt.flow_shift is not None
+    return FlowSampler(shift_sigmas(even_sigmas(prompt.num_steps), prompt.flow_shift))

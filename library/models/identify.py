@@ -4,18 +4,20 @@ import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from library.checkpoints import model_lookup
+from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.base_model_spec import BaseModelSpec, Shapes, recognise
 from library.checkpoints.model_lookup import read_json
-from library.checkpoints.weights import Weights, with_prefix
+from library.checkpoints.weights import Weights, find_prefix, first_names, with_prefix
 from library.errors import NotThere, UserError
 from library.models.unet.checkpoint_keys import UNET_NAME, UNET_PREFIX
 from library.models.vae.checkpoint_keys import VAE_PREFIX
 
 logger = logging.getLogger(__name__)
 
+DENOISER_PREFIXES = ("model.diffusion_model.", "")  # that names of a transformer carry in files
 NO_MODELS = (  # told only when there is no U-Net: old checkpoints may carry such names beside it
     ((".lora_down.", ".lora_up.", ".lora_A.", ".lora_B.", ".lokr_w", ".hada_w", ".oft_", ".boft_", "lora_unet_",
       "lora_te_"),
@@ -143,7 +145,7 @@ def refuse_unknown_file(flag: str, weights: Weights) -> NoReturn:
         )
     raise UserError(
         f"{flag} {weights.origin}: nothing in it begins with {UNET_PREFIX!r}, so it is no Stable Diffusion "
-        f"checkpoint (first names: {', '.join(names[:3]) or 'none'})"
+        f"checkpoint (first names: {first_names(weights)})"
     )
 
 
@@ -164,6 +166,39 @@ def refuse_other(
     """Raise UserError for a folder or file in which another base model was recognised; None stands for no model."""
     if found is not None and found.name != wanted:
         raise UserError(f"{flag} {origin}: this is {found.called} {kind}; {way_out(found, spec_of(specs, wanted))}")
+
+
+def open_unet_folder(specs: Sequence[BaseModelSpec], base: BaseFiles, wanted: str) -> tuple[dict[str, Any], Weights]:
+    """The U-Net of a diffusers folder: its configuration and weights. Raises UserError for another than `wanted`."""
+    refuse_other_folder(specs, base.flag, base.path, wanted)
+    config, weights = base.open_folder("unet")
+    class_name = read_json(base.path / "model_index.json").get("_class_name", "")
+    refuse_other(specs, base.flag, str(base.path), base_of_folder(specs, class_name, weights.shapes), wanted)
+    return config, weights
+
+
+def open_transformer(specs: Sequence[BaseModelSpec], base: BaseFiles, wanted: str) -> Weights:
+    """The denoiser of a base model, names without prefix. Raises UserError for a folder of another than `wanted`."""
+    if base.whole is None:
+        refuse_other_folder(specs, base.flag, base.path, wanted)
+        return base.open_folder("transformer")[1]
+    return with_prefix(base.whole, find_prefix(base.whole.shapes, DENOISER_PREFIXES))
+
+
+def open_single_file(specs: Sequence[BaseModelSpec], flag: str, path: Path, wanted: str, advice: str) -> Weights:
+    """The file of a base model that has no other form. Raises UserError for a folder: another model's, or `advice`."""
+    if path.is_dir():
+        refuse_other_folder(specs, flag, path, wanted)
+        raise UserError(f"{flag} {path} is a folder; {advice}")
+    return model_lookup.open_file(flag, path)
+
+
+def refuse_transformer(
+    specs: Sequence[BaseModelSpec], base: BaseFiles, weights: Weights, wanted: str, why: str
+) -> NoReturn:
+    """Raise UserError for weights that are no denoiser of `wanted`, saying which model they are of, else `why` not."""
+    refuse_other_model(specs, base.flag, str(base.path), (base.whole or weights).shapes, wanted)
+    raise UserError(f"{base.flag} {base.path}: {why} (first names: {first_names(weights)})")
 
 
 def spec_of(specs: Sequence[BaseModelSpec], name: str) -> BaseModelSpec:

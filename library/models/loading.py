@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from library.checkpoints.quantised import times, turn_regularly
 from library.checkpoints.weights import FromFiles, Weights
 from library.errors import NotThere, UserError, few
-from library.memory.codecs.codec import AS_IN_FILE, AsInFile, AsRead, RequestedFormat
+from library.memory.codecs.codec import AS_IN_FILE, AsInFile, AsRead, Codec, RequestedFormat
 from library.memory.codecs.plain import Plain
 from library.memory.codecs.scaled import Scaled
 from library.memory.codecs.weight_format import load_format
@@ -55,6 +55,8 @@ class Absent:
 
 MaybeComponent = Component | Absent
 ComponentT = TypeVar("ComponentT")
+ConfigT = TypeVar("ConfigT")
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def open_if_there(may_be_absent: bool, open_it: Callable[[], ComponentT]) -> ComponentT | Absent:
@@ -67,9 +69,27 @@ def open_if_there(may_be_absent: bool, open_it: Callable[[], ComponentT]) -> Com
         return Absent(str(error))
 
 
+def on_meta_device(model: Callable[[ConfigT], ModuleT], config: ConfigT) -> ModuleT:
+    """A model with shapes alone, for `materialise`."""
+    with torch.device("meta"):
+        return model(config)
+
+
 def first_side(component: Component | Absent, name: str) -> int | None:
     """The first side of a weight, which for embeddings is the number of words; None where the files are not there."""
     return None if isinstance(component, Absent) else shape_of(component.weights.shapes, name)[0]
+
+
+def check_text_width(flag: str, component: MaybeComponent, embedding: str, width: int, whose: str) -> None:
+    """Raise UserError where an encoder that is there gives another `width` than the transformer takes.
+
+    `embedding` is the name of its word embedding, `whose` says in the message which encoder it should be.
+    """
+    if isinstance(component, Component) and (found := shape_of(component.weights.shapes, embedding)[1]) != width:
+        raise UserError(
+            f"{flag} {component.weights.origin} is {found} wide, the transformer listens to {width}; it is another "
+            f"encoder than {whose}"
+        )
 
 
 def materialise(
@@ -85,60 +105,90 @@ def materialise(
     Raises UserError naming missing weights and wrong shapes; names that the model does not know are warned of.
     """
     wanted = model.state_dict()
+    check_names(weights, wanted, type(model).__name__)
+    check_shapes(weights, wanted, type(model).__name__)
+    layout = channels_last_where_it_fits(wanted.values())
+    asked = weight_format if isinstance(weight_format, AsRead) else AsRead(weight_format)
+    reader = WeightReader(weights, wanted, dtype, layout, asked.changes)
+    stored = store_blocks(model, reader, asked)
+    read = {name: reader.read(name) for name in wanted if name not in stored}
+    model.load_state_dict(read, assign=True, strict=not stored)
+    return model.requires_grad_(False).eval()
+
+
+def check_names(weights: Weights, wanted: Mapping[str, Tensor], model: str) -> None:
+    """Raise UserError for missing weights; warn of names that the model does not know."""
     missing = [name for name in wanted if name not in weights.shapes]
     if missing:
         raise UserError(
-            f"{weights.origin} is incomplete: {len(missing)} of the {len(wanted)} weights of "
-            f"{type(model).__name__} are missing: {few(missing)}"
+            f"{weights.origin} is incomplete: {len(missing)} of the {len(wanted)} weights of {model} are missing: "
+            f"{few(missing)}"
         )
     unknown = [name for name in weights.shapes if name not in wanted and not name.endswith("position_ids")]
     if unknown:
         logger.warning(
             "%s has %d weights that %s does not know, they are not used: %s",
-            weights.origin, len(unknown), type(model).__name__, few(unknown),
+            weights.origin, len(unknown), model, few(unknown),
         )  # fmt: skip
+
+
+def check_shapes(weights: Weights, wanted: Mapping[str, Tensor], model: str) -> None:
+    """Raise UserError for weights of another shape than the model has."""
     wrong = [name for name, tensor in wanted.items() if not fits(weights, name, tuple(tensor.shape))]
     if wrong:
         has, needs = weights.shapes[wrong[0]], tuple(wanted[wrong[0]].shape)
         raise UserError(
-            f"{weights.origin}: {len(wrong)} weights do not fit {type(model).__name__}, the first is {wrong[0]}: "
-            f"it has the shape {has}, the model needs {needs}"
+            f"{weights.origin}: {len(wrong)} weights do not fit {model}, the first is {wrong[0]}: it has the shape "
+            f"{has}, the model needs {needs}"
         )
 
-    layout = channels_last_where_it_fits(wanted.values())
-    asked = weight_format if isinstance(weight_format, AsRead) else AsRead(weight_format)
 
-    def read(name: str) -> Tensor:
-        value = read_as(weights, name, wanted[name], dtype, layout)
-        change = asked.changes.get(name)
+@dataclass(frozen=True)
+class WeightReader:
+    """Reads the weights of one model as the model is to have them."""
+
+    weights: Weights
+    wanted: Mapping[str, Tensor]
+    dtype: torch.dtype
+    layout: torch.memory_format
+    changes: Mapping[str, Callable[[Tensor], Tensor]]  # by name, see `AsRead`
+
+    def read(self, name: str) -> Tensor:
+        value = read_as(self.weights, name, self.wanted[name], self.dtype, self.layout)
+        change = self.changes.get(name)
         return value if change is None else change(value)
 
-    def keep(name: str, layer: nn.Module) -> bool:
-        quantised = None if name in asked.changes else weights.quantised.get(name)
-        if quantised is None or asked.codec not in (AS_IN_FILE, load_format(quantised.kind).codec):
+    def keep_quantised(self, name: str, layer: nn.Module, codec: Codec | AsInFile | None) -> bool:
+        """Give a layer its weight as the file stores it. Return False where that is not in `codec`, or is changed."""
+        quantised = None if name in self.changes else self.weights.quantised.get(name)
+        if quantised is None or codec not in (AS_IN_FILE, load_format(quantised.kind).codec):
             return False
         parts = quantised.read()
         if parts is None:
             return False
         turn = partial(turn_regularly, group_size=quantised.group_size) if quantised.group_size else None
-        keep_in(Scaled(times, turn), layer, parts, wanted[name].shape, dtype)
+        keep_in(Scaled(times, turn), layer, parts, self.wanted[name].shape, self.dtype)
         return True
 
-    is_stored = asked.codec is not None or asked.take is not None
-    otherwise = None if isinstance(asked.codec, AsInFile) else asked.codec
-    if asked.take is not None:
-        otherwise = otherwise or Plain()
+
+def store_blocks(model: nn.Module, reader: WeightReader, asked: AsRead) -> set[str]:
+    """Store the weights inside the model's blocks in the requested format; return their names."""
+    if asked.codec is None and asked.take is None:
+        return set()
+    codec = None if isinstance(asked.codec, AsInFile) else asked.codec
+    if codec is None and asked.take is not None:
+        codec = Plain()
     stored = set()
-    for path, layer in layers_in_blocks(model).items() if is_stored else ():
-        if not keep(name := f"{path}.weight", layer):
-            if otherwise is None:
+    for path, layer in layers_in_blocks(model).items():
+        name = f"{path}.weight"
+        if not reader.keep_quantised(name, layer, asked.codec):
+            if codec is None:
                 continue
-            store_in(otherwise, layer, read(name))
+            store_in(codec, layer, reader.read(name))
         stored.add(name)
         if asked.take is not None:
             asked.take(layer)
-    model.load_state_dict({name: read(name) for name in wanted if name not in stored}, assign=True, strict=not stored)
-    return model.requires_grad_(False).eval()
+    return stored
 
 
 def cast(value: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.checkpoints.weights import Weights, configure, selected, with_prefix
+from library.checkpoints.weights import Weights, configure, find_prefix, first_names, selected, with_prefix
 from library.errors import UserError
 from library.memory.devices import send
 from library.models.loading import Component, MaybeComponent, materialise
@@ -34,10 +34,9 @@ DISTANCE = 128  # beyond which all positions count as equally far
 
 def t5_component(weights: Weights) -> Component:
     """A text encoder from a single file. Raises UserError naming the file when it holds something else."""
-    prefix = next(p for p in T5_XXL_NAMES if not p or any(key.startswith(p) for key in weights.shapes))
-    weights = with_prefix(weights, prefix)
+    weights = with_prefix(weights, find_prefix(weights.shapes, T5_XXL_NAMES))
     if not any(name in weights.shapes for name in WORDS) or "encoder.final_layer_norm.weight" not in weights.shapes:
-        first = ", ".join(list(weights.shapes)[:3]) or "none"
+        first = first_names(weights)
         raise UserError(f"{weights.origin} is no T5 encoder: it has no {WORDS[0]} or no final norm (first: {first})")
     weights = with_one_embedding(weights)
     return Component(configure(weights, t5_config), weights)

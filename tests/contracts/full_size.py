@@ -40,8 +40,9 @@ def parts(model: str) -> dict[str, Component]:
     vae = {"vae": vae_of_checkpoint("--flag", whole)}
     if model == "sdxl":
         found = sdxl.single_file_parts("--flag", whole)
-        assert isinstance(found.clip_l, Component) and isinstance(found.clip_g, Component)
-        return {"unet": found.unet, "text_encoder": found.clip_l, "text_encoder_2": found.clip_g, **vae}
+        clip_l, clip_g = found.clips
+        assert isinstance(clip_l, Component) and isinstance(clip_g, Component)
+        return {"unet": found.unet, "text_encoder": clip_l, "text_encoder_2": clip_g, **vae}
     return {**sd.single_file_parts("--flag", whole, "sd2"), **vae}
 
 

@@ -13,9 +13,11 @@ from torch import nn
 from library.architectures.flux.adapters import CHROMA_NAMES, view_chroma
 from library.architectures.flux.approximator import ApproximatorConfig
 from library.architectures.flux.checkpoint_keys import from_diffusers
-from library.architectures.flux.load import denoiser_of, empty_flux
-from library.architectures.flux.model import FluxConfig, read_config
+from library.architectures.flux.load import denoiser_of
+from library.architectures.flux.model import Flux, FluxConfig, read_config
+from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.weights import Weights
+from library.models.loading import on_meta_device
 from library.models.t5 import empty_t5
 from networks.lora_flux import create_network, create_network_from_weights
 from tests.contracts.saved import listed_shapes, saved_shapes, saved_tensors
@@ -42,10 +44,12 @@ def opened(shapes: Mapping[str, tuple[int, ...]]) -> Weights:
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_the_denoiser_has_the_names_and_shapes_of_the_file(prefix: str) -> None:
-    weights = denoiser_of(Path("file"), opened({prefix + name: shape for name, shape in BASE.items()}), "chroma")
+    weights = denoiser_of(
+        BaseFiles(Path("file"), opened({prefix + name: shape for name, shape in BASE.items()})), "chroma"
+    )
     config = read_config(weights.shapes)
     assert config == FULL
-    assert {name: tuple(tensor.shape) for name, tensor in empty_flux(config).state_dict().items()} == BASE
+    assert {name: tuple(tensor.shape) for name, tensor in on_meta_device(Flux, config).state_dict().items()} == BASE
     assert sum(torch.Size(shape).numel() for shape in BASE.values()) == 8_899_983_424
 
 
@@ -60,7 +64,7 @@ def test_the_diffusers_layout_gives_our_shapes() -> None:
 
 @pytest.fixture(scope="module")
 def models() -> tuple[list[nn.Module], nn.Module]:
-    return view_chroma([empty_t5(T5_XXL)], empty_flux(FULL))
+    return view_chroma([empty_t5(T5_XXL)], on_meta_device(Flux, FULL))
 
 
 def test_the_default_adapts_228_layers_of_the_blocks(models: tuple[list[nn.Module], nn.Module]) -> None:

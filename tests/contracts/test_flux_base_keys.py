@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from library.architectures.flux.checkpoint_keys import from_diffusers, our_keys, source_keys
-from library.architectures.flux.load import CLIP_PREFIXES, denoiser_of, empty_flux
-from library.architectures.flux.model import read_config
+from library.architectures.flux.load import CLIP_PREFIXES, denoiser_of
+from library.architectures.flux.model import Flux, read_config
+from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.weights import Weights, with_prefix
 from library.models.clip.clip import clip_component, empty_clip
+from library.models.loading import on_meta_device
 from library.models.t5 import T5_XXL_NAMES, empty_t5, t5_component
 from library.models.vae.flux import checked_ae
 from library.models.vae.vae import empty_vae, single_vae
@@ -32,7 +34,7 @@ def opened(shapes: Mapping[str, tuple[int, ...]]) -> Weights:
 
 
 def flux_shapes(config_of: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    model = empty_flux(read_config(config_of))
+    model = on_meta_device(Flux, read_config(config_of))
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
@@ -46,7 +48,9 @@ def test_the_denoiser_has_the_names_and_shapes_of_the_file(prefix: str, kind: st
     expected = shapes_of("dit")
     if kind == "schnell":
         expected = {name: shape for name, shape in expected.items() if not name.startswith("guidance_in.")}
-    weights = denoiser_of(Path("file"), opened({prefix + name: shape for name, shape in expected.items()}), "flux")
+    weights = denoiser_of(
+        BaseFiles(Path("file"), opened({prefix + name: shape for name, shape in expected.items()})), "flux"
+    )
     assert flux_shapes(weights.shapes) == expected == dict(weights.shapes)
     num_values = sum(torch.Size(shape).numel() for shape in expected.values())
     assert num_values == {"dev": 11_901_408_320, "schnell": 11_891_178_560}[kind]
@@ -56,7 +60,7 @@ def test_the_denoiser_has_the_names_and_shapes_of_the_file(prefix: str, kind: st
 def test_a_file_of_all_parts_gives_its_denoiser(first: bool) -> None:
     dit = {f"model.diffusion_model.{name}": shape for name, shape in shapes_of("dit").items()}
     other = {f"vae.{name}": shape for name, shape in shapes_of("ae").items()}
-    weights = denoiser_of(Path("file"), opened({**dit, **other} if first else {**other, **dit}), "flux")
+    weights = denoiser_of(BaseFiles(Path("file"), opened({**dit, **other} if first else {**other, **dit})), "flux")
     assert dict(weights.shapes) == shapes_of("dit")
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from library.architectures.flux.adapters import view
-from library.architectures.flux.load import empty_flux
-from library.architectures.flux.model import FluxConfig
+from library.architectures.flux.model import Flux, FluxConfig
 from library.models.clip.clip import empty_clip
+from library.models.loading import on_meta_device
 from library.models.t5 import empty_t5
 from networks.lora_flux import create_network, create_network_from_weights
 from tests.contracts.saved import listed_shapes, saved_shapes, saved_tensors
@@ -36,7 +36,7 @@ Models = tuple[list[nn.Module], nn.Module]
 
 def full_size(config: FluxConfig) -> Models:
     """Text encoders and denoiser as network modules see them, without weights."""
-    return view([empty_clip(CLIP_L), empty_t5(T5_XXL)], empty_flux(config))
+    return view([empty_clip(CLIP_L), empty_t5(T5_XXL)], on_meta_device(Flux, config))
 
 
 @pytest.fixture(scope="module")

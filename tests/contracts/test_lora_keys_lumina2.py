@@ -14,9 +14,11 @@ from torch import nn
 from library.architectures.lumina.adapters import NAMES, view
 from library.architectures.lumina.checkpoint_keys import from_diffusers, source_keys
 from library.architectures.lumina.gemma import GEMMA_PREFIXES, empty_gemma, gemma_component
-from library.architectures.lumina.load import denoiser_of, empty_lumina
-from library.architectures.lumina.model import read_config
+from library.architectures.lumina.load import denoiser_of
+from library.architectures.lumina.model import NextDiT, read_config
+from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.weights import Weights
+from library.models.loading import on_meta_device
 from networks.lora_lumina import create_network, create_network_from_weights
 from tests.contracts.saved import listed_shapes, saved_shapes, saved_tensors
 from tests.recognising import base_of
@@ -50,8 +52,8 @@ def test_the_denoiser_has_the_names_and_shapes_of_the_file(prefix: str) -> None:
     expected = part("dit")
     assert len(expected) == 400 and sum(torch.Size(shape).numel() for shape in expected.values()) == 2_609_771_456
     del expected["norm_final.weight"]
-    weights = denoiser_of(Path("file"), opened(part("dit", prefix)))
-    assert dict(weights.shapes) == expected == shapes_of_model(empty_lumina(read_config(weights.shapes)))
+    weights = denoiser_of(BaseFiles(Path("file"), opened(part("dit", prefix))))
+    assert dict(weights.shapes) == expected == shapes_of_model(on_meta_device(NextDiT, read_config(weights.shapes)))
 
 
 def test_hyper_parameters_are_read_off_the_shapes() -> None:
@@ -96,7 +98,7 @@ def test_gemma_loads_with_every_prefix_and_beside_what_is_not_it(prefix: str) ->
 def models() -> Models:
     """Gemma and the denoiser as network modules see them, without weights."""
     gemma = empty_gemma(gemma_component(opened(part("gemma2"))).config)
-    return view([gemma], empty_lumina(read_config(part("dit"))))
+    return view([gemma], on_meta_device(NextDiT, read_config(part("dit"))))
 
 
 def ranks(shapes: Mapping[str, list[int]]) -> dict[str, int]:

@@ -9,11 +9,12 @@ import torch
 from hunyuan_image_train_network import setup_parser
 from library.architectures.hunyuan_image.assembly import build
 from library.architectures.hunyuan_image.options import HunyuanImageOptions
-from library.architectures.hunyuan_image.predict import predict, preview_sampler
+from library.architectures.hunyuan_image.predict import predict
 from library.architectures.hunyuan_image.qwen import TEMPLATE
 from library.architectures.hunyuan_image.text import glyph_text
 from library.architectures.hunyuan_image.vae import ChunkedConv2d, compute_in_chunks
 from library.diffusion.guidance import guided
+from library.diffusion.samplers import shifted_sampler
 from library.protocols import Architecture
 from library.training.evaluation.preview import batch_of
 from library.training.step.denoising import noised_at
@@ -127,7 +128,7 @@ def test_a_preview_is_the_picture_of_diffusers_pipeline(arch: Architecture, pipe
     encoders = arch.load.text_encoders()
     positive, negative = (arch.text.encode(encoders, arch.text.tokenize([t])) for t in (prompt.text, prompt.negative))
     noise = torch.randn(1, 64, 2, 4, generator=torch.Generator().manual_seed(1))
-    sampler, denoiser, latents = preview_sampler(prompt), arch.load.denoiser(), noise
+    sampler, denoiser, latents = shifted_sampler(prompt), arch.load.denoiser(), noise
     for n, level in enumerate(sampler.levels):
         noised = noised_at(level, sampler.denoiser_input(latents, n))
         predicted = guided(

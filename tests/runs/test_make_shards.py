@@ -9,7 +9,7 @@ import pytest
 import toml
 import torch
 
-from library.architectures.sdxl.load import SdxlLoader
+from library.models.unet_loader import UnetLoader
 from tests.running import Finished, make_pictures
 from tests.runs.bases import BASES
 from tests.runs.test_resume import saved
@@ -251,13 +251,13 @@ def test_with_caches_beside_them_neither_vae_nor_text_encoders_are_loaded(
     assert done.status == 0, done.stderr
 
     for part in ("vae", "text_encoders"):
-        meta = getattr(SdxlLoader, part)
+        meta = getattr(UnetLoader, part)
 
-        def load(self: SdxlLoader, part: str = part, meta: Callable[..., object] = meta) -> object:
+        def load(self: UnetLoader, part: str = part, meta: Callable[..., object] = meta) -> object:
             assert torch.get_default_device().type == "meta", f"{part} were loaded"  # without weights, to count
             return meta(self)
 
-        monkeypatch.setattr(SdxlLoader, part, load)
+        monkeypatch.setattr(UnetLoader, part, load)
     cached = [*common, "--dataset_config", str(out / "dataset.toml"), "--output_dir", str(tmp_path / "cached"), *caches]
     done = train([*cached, "--skip_cache_check"], script="sdxl_train_network")
     assert done.status == 0, done.stderr

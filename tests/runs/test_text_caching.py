@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from library.architectures.sd.assembly import build as build_sd
-from library.architectures.sd.load import SdLoader
 from library.checkpoints.weights import fingerprint
 from library.memory.codecs.codec import RequestedFormat
+from library.models.unet_loader import UnetLoader
 from library.options.base import group
 from library.options.caching import TextCachingOptions
 from library.options.train import TrainOptions
@@ -42,7 +42,7 @@ class CachingOptions(TrainOptions):
 class CountingLoader:
     """A loader that notes when text encoders are loaded."""
 
-    loader: SdLoader
+    loader: UnetLoader
     loads: list[int]
 
     def text_encoders(self) -> list[nn.Module]:
@@ -60,7 +60,7 @@ def build_with(loads: list[int]) -> Callable[[CachingOptions], Architecture]:
     def build(options: CachingOptions) -> Architecture:
         arch = build_sd(options)
         loader = arch.load
-        assert isinstance(loader, SdLoader)
+        assert isinstance(loader, UnetLoader)
 
         def view(
             text_encoders: Sequence[nn.Module], denoiser: nn.Module
@@ -69,7 +69,12 @@ def build_with(loads: list[int]) -> Callable[[CachingOptions], Architecture]:
             return (real if text_encoders else []), seen
 
         spec = TextCacheSpec(
-            options.text_caching, "_tiny_te.npz", ("hidden_state",), lambda: fingerprint(loader.clip.weights), "", ()
+            options.text_caching,
+            "_tiny_te.npz",
+            ("hidden_state",),
+            lambda: fingerprint(loader.parts.clips[0].weights),
+            "",
+            (),
         )
         return dataclasses.replace(arch, load=CountingLoader(loader, loads), view=view, text_cache=spec)
 

@@ -10,13 +10,14 @@ import torch
 from library.architectures.anima.adapters import view
 from library.architectures.anima.load import AnimaLoader, open_loader
 from library.architectures.anima.options import AnimaOptions
-from library.architectures.anima.predict import predict, preview_sampler
+from library.architectures.anima.predict import predict
 from library.architectures.anima.qwen3 import load_qwen3_tokenizer
 from library.architectures.anima.text import AnimaText
 from library.architectures.anima.vae import QwenImageLatents
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
+from library.diffusion.samplers import shifted_sampler
 from library.errors import UserError
 from library.models.recipe import OTHER_ATTENTION, Recipe, folders_beside, ignored_attention
 from library.models.t5 import holds_t5_tokenizer, load_t5_tokenizer
@@ -115,5 +116,5 @@ def build_preview(text: AnimaText) -> Preview:
         defaults=PromptDefaults(num_steps=30, width=512, height=512, scale=7.5, size_step=16, flow_shift=3.0),
         text=text,
         predict=lambda prompt: predict,
-        sampler=preview_sampler,
+        sampler=shifted_sampler,
     )

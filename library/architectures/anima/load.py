@@ -15,12 +15,15 @@ from library.architectures.anima.vae import SPEC, empty_vae, open_vae
 from library.architectures.anima.vae_2d import take_pictures_alone
 from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
-from library.checkpoints.weights import Weights, configure, with_prefix
+from library.checkpoints.base_files import BaseFiles, named
+from library.checkpoints.model_lookup import existing
+from library.checkpoints.weights import Weights, configure, first_names, with_prefix
 from library.errors import UserError
 from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
-from library.models.identify import refuse_other_folder, refuse_other_model
-from library.models.loading import Absent, MaybeComponent, first_side, materialise, open_if_there
+from library.models.identify import open_single_file, refuse_transformer
+from library.models.loading import Absent, MaybeComponent, first_side, materialise, on_meta_device, open_if_there
+from library.models.vae.vae import vae_dtype_of
 from library.options.model import BASE_FLAG
 from library.suggestions import nearby
 
@@ -58,7 +61,7 @@ class AnimaLoader:
         return take_pictures_alone(vae) if self.takes_pictures_alone else vae
 
     def denoiser(self, weight_format: RequestedFormat | None = None) -> nn.Module:
-        return materialise(empty_anima(self.config), self.denoiser_weights, self.dtype, weight_format)
+        return materialise(on_meta_device(Anima, self.config), self.denoiser_weights, self.dtype, weight_format)
 
 
 def open_loader(options: AnimaOptions) -> AnimaLoader:
@@ -74,7 +77,6 @@ def open_loader(options: AnimaOptions) -> AnimaLoader:
             f"{BASE_FLAG} {path} has no text adapter (nothing begins with {ADAPTER!r}), so it is a Cosmos model or "
             f"only a part of Anima; use anima-preview.safetensors or another whole one, or give {ADAPTER_FLAG}"
         )
-    dtype = DTYPES[options.precision.mixed_precision]
     loader = AnimaLoader(
         path=path,
         config=configure(weights, read_config),
@@ -83,43 +85,27 @@ def open_loader(options: AnimaOptions) -> AnimaLoader:
             options.text_caching.cache_text_encoder_outputs_to_disk, lambda: qwen3.open_qwen3(options.text.qwen3)
         ),
         vae_component=open_if_there(options.caching.cache_latents_to_disk, lambda: open_vae(options.model.vae)),
-        dtype=dtype,
-        vae_dtype=torch.float32 if options.model.no_half_vae else dtype,
+        dtype=DTYPES[options.precision.mixed_precision],
+        vae_dtype=vae_dtype_of(options),
         takes_pictures_alone=options.computing.qwen_image_vae_2d,
     )
     check_fit(loader)
     return loader
 
 
-def empty_anima(config: AnimaConfig) -> Anima:
-    """The denoiser on the meta device."""
-    with torch.device("meta"):
-        return Anima(config)
-
-
 def open_base(name: str | None) -> tuple[Path, Weights]:
     """The file of the denoiser, names without prefix. Raises UserError for another model, saying which."""
-    if not name:
-        raise UserError(f"{BASE_FLAG} is missing: give the .safetensors file of Anima's transformer")
-    path = Path(name).expanduser()
-    if not path.exists():
-        raise UserError(f"{BASE_FLAG} {name} does not exist{nearby(path)}")
-    if path.is_dir():
-        refuse_other_folder(list_specs(), BASE_FLAG, path, "anima")
-        raise UserError(f"{BASE_FLAG} {path} is a folder; Anima is read from the file of its transformer")
-    return path, denoiser_of(path, model_lookup.open_file(BASE_FLAG, path))
+    path = existing(BASE_FLAG, named(name, "the .safetensors file of Anima's transformer"))
+    advice = "Anima is read from the file of its transformer"
+    return path, denoiser_of(path, open_single_file(list_specs(), BASE_FLAG, path, "anima", advice))
 
 
 def denoiser_of(path: Path, whole: Weights) -> Weights:
     """The denoiser's weights under our names. Raises UserError for another model, saying which where it is known."""
     prefix = next((p for p in PREFIXES if f"{p}{MARK}" in whole.shapes), None)
     if prefix is None:
-        names = list(whole.shapes)
-        refuse_other_model(list_specs(), BASE_FLAG, str(path), whole.shapes, "anima")
-        raise UserError(
-            f"{BASE_FLAG} {path}: nothing in it is called {MARK}, so it is no Anima transformer (first names: "
-            f"{', '.join(names[:3]) or 'none'})"
-        )
+        why = f"nothing in it is called {MARK}, so it is no Anima transformer"
+        refuse_transformer(list_specs(), BaseFiles(path, whole), whole, "anima", why)
     return with_prefix(whole, prefix)
 
 
@@ -132,7 +118,7 @@ def open_adapter(name: str) -> Weights:
     prefixes = (*(f"{p}{ADAPTER}" for p in PREFIXES), "")
     prefix = next((p for p in prefixes if f"{p}{ADAPTER_MARK}" in weights.shapes), None)
     if prefix is None:
-        first = ", ".join(list(weights.shapes)[:3]) or "none"
+        first = first_names(weights)
         raise UserError(f"{ADAPTER_FLAG} {name} is no text adapter: it has no {ADAPTER_MARK} (first names: {first})")
     return with_prefix(weights, prefix)
 

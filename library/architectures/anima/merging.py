@@ -8,14 +8,15 @@ from torch import nn
 
 from library.architectures.anima.adapters import ADAPTER_BLOCK, TEXT_LAYER, denoiser_module, text_module
 from library.architectures.anima.checkpoint_keys import BLOCK, TOP
-from library.architectures.anima.load import ADAPTER_MARK, MARK, PREFIXES, empty_anima
-from library.architectures.anima.model import read_config
+from library.architectures.anima.load import ADAPTER_MARK, MARK, PREFIXES
+from library.architectures.anima.model import Anima, read_config
 from library.architectures.anima.qwen3 import PREFIXES as QWEN3_PREFIXES
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import ModuleNames
 from library.checkpoints.base_model import BaseModel, of_single_file
 from library.checkpoints.weights import configure, with_prefix
 from library.errors import UserError
+from library.models.loading import on_meta_device
 
 
 def open_base_model(flag: str, path: Path) -> BaseModel:
@@ -54,4 +55,4 @@ def seen_by_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
     prefix = next((p for p in PREFIXES if p + MARK in weights.shapes), None)
     if prefix is None:
         raise UserError(f"{path} holds the text adapter alone; give the transformer's file")
-    return [], empty_anima(configure(with_prefix(weights, prefix), read_config))
+    return [], on_meta_device(Anima, configure(with_prefix(weights, prefix), read_config))

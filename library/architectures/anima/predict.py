@@ -1,10 +1,8 @@
-"""One call of Anima's denoiser, and how its preview pictures come about."""
+"""One call of Anima's denoiser."""
 
 from torch import Tensor, nn
 
-from library.diffusion.samplers import FlowSampler, Sampler, even_sigmas
-from library.diffusion.timesteps import shift_sigmas
-from library.types import Batch, Conditioning, Noised, Prompt
+from library.types import Batch, Conditioning, Noised
 
 
 def predict(denoiser: nn.Module, noised: Noised, conditioning: Conditioning, batch: Batch) -> Tensor:
@@ -18,9 +16,3 @@ def predict(denoiser: nn.Module, noised: Noised, conditioning: Conditioning, bat
         conditioning["t5_attn_mask"],
     )
     return velocity_BCHW
-
-
-def preview_sampler(prompt: Prompt) -> Sampler:
-    """Even noise levels, pushed toward noise by --fs of the prompt."""
-    assert prompt.flow_shift is not None
-    return FlowSampler(shift_sigmas(even_sigmas(prompt.num_steps), prompt.flow_shift))

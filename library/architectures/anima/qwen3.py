@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from library.checkpoints import model_lookup
-from library.checkpoints.weights import Weights, configure, selected, with_prefix
+from library.checkpoints.weights import Weights, configure, first_names, selected, with_prefix
 from library.errors import NotThere, UserError
 from library.memory.devices import send
 from library.models.loading import Component, MaybeComponent, materialise
@@ -42,8 +42,7 @@ def qwen3_component(weights: Weights) -> Component:
     """The encoder with everything read off the shapes. Raises UserError when the weights are of something else."""
     prefix = next((p for p in PREFIXES if f"{p}{WORDS}" in weights.shapes), None)
     if prefix is None or f"{prefix}layers.0.self_attn.q_norm.weight" not in weights.shapes:
-        first = ", ".join(list(weights.shapes)[:3]) or "none"
-        raise UserError(f"{FLAG} {weights.origin} is no Qwen3 text encoder (first names: {first})")
+        raise UserError(f"{FLAG} {weights.origin} is no Qwen3 text encoder (first names: {first_names(weights)})")
     bare = with_prefix(weights, prefix)
     weights = selected(bare, {key: key for key in bare.shapes if key.startswith(PARTS)})
     return Component(configure(weights, qwen3_config), weights)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from library.checkpoints import model_lookup
-from library.checkpoints.weights import Weights, configure, renamed
+from library.checkpoints.weights import Weights, configure, first_names, renamed
 from library.errors import NotThere, UserError
 from library.models.loading import Component
 from library.models.shapes import Shapes, shape_of
@@ -86,8 +86,7 @@ def vae_component(weights: Weights) -> Component:
         num_blocks = first_resample(weights.shapes)
         weights = renamed(weights, lambda key: from_original(key, num_blocks))
     elif DIFFUSERS_MARK not in weights.shapes:
-        first = ", ".join(list(weights.shapes)[:3]) or "none"
-        raise UserError(f"{FLAG} {weights.origin} is not the VAE of Qwen-Image (first names: {first})")
+        raise UserError(f"{FLAG} {weights.origin} is not the VAE of Qwen-Image (first names: {first_names(weights)})")
     component = Component(configure(weights, vae_config), weights)
     channels = component.config["z_dim"]
     if channels != SPEC.channels:

@@ -9,14 +9,16 @@ from torch import nn
 
 from library.architectures.flux.adapters import clip_module, denoiser_module, t5_module, view
 from library.architectures.flux.checkpoint_keys import APPROXIMATOR, DIFFUSERS_MARK, STACKS, TOP
-from library.architectures.flux.load import CLIP_PREFIXES, DENOISER_PREFIXES, T5_MARK, empty_flux, title_of
-from library.architectures.flux.model import read_config
+from library.architectures.flux.load import CLIP_PREFIXES, T5_MARK, title_of
+from library.architectures.flux.model import Flux, read_config
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import ModuleNames
 from library.checkpoints.base_model import BaseModel, of_single_file, open_original
 from library.checkpoints.weights import configure, with_prefix
 from library.errors import UserError
 from library.models.clip.names import CLIP_LINEAR
+from library.models.identify import DENOISER_PREFIXES
+from library.models.loading import on_meta_device
 from library.models.t5 import T5_LINEAR
 
 LAYERS = tuple((f"{stack}.", tuple(f".{layer}" for layer in layers)) for stack, _, layers in STACKS)
@@ -85,4 +87,4 @@ def open_text_encoder(
 def seen_by_networks(kind: str, path: Path) -> tuple[list[nn.Module], nn.Module]:
     """([], transformer) of a checkpoint as network modules see it, on the meta device."""
     weights, prefix = open_original("the checkpoint", path, title_of(kind), DENOISER_PREFIXES, DIFFUSERS_MARK)
-    return view([], empty_flux(configure(with_prefix(weights, prefix), read_config)))
+    return view([], on_meta_device(Flux, configure(with_prefix(weights, prefix), read_config)))

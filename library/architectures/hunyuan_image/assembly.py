@@ -8,13 +8,14 @@ from pathlib import Path
 from library.architectures.hunyuan_image.adapters import view
 from library.architectures.hunyuan_image.load import SPEC, HunyuanImageLoader, open_loader
 from library.architectures.hunyuan_image.options import HunyuanImageOptions
-from library.architectures.hunyuan_image.predict import predict, preview_sampler
+from library.architectures.hunyuan_image.predict import predict
 from library.architectures.hunyuan_image.qwen import load_qwen_tokenizer
 from library.architectures.hunyuan_image.text import HunyuanImageText
 from library.architectures.hunyuan_image.vae import SCALE
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
+from library.diffusion.samplers import shifted_sampler
 from library.models.recipe import OTHER_ATTENTION, Recipe, folders_beside, ignored_attention
 from library.models.vae.latents import KlLatents
 from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
@@ -122,5 +123,5 @@ def build_preview(text: HunyuanImageText) -> Preview:
         ),
         text=text,
         predict=lambda prompt: predict,
-        sampler=preview_sampler,
+        sampler=shifted_sampler,
     )

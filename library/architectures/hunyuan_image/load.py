@@ -3,7 +3,6 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,24 +15,31 @@ from library.architectures.hunyuan_image.qwen import load_qwen, qwen_component
 from library.architectures.hunyuan_image.vae import MARK, SCALE, compute_in_chunks, empty_vae, vae_component
 from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
-from library.checkpoints.weights import Weights, configure, renamed, with_prefix
+from library.checkpoints.base_files import BaseFiles, open_base
+from library.checkpoints.weights import Weights, configure, renamed
 from library.errors import NotThere, UserError
 from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
 from library.memory.formats.fp8 import Fp8Rows
 from library.memory.frozen import layers_in_blocks, store_all_in
-from library.models.identify import refuse_other_folder, refuse_other_model
-from library.models.loading import Absent, Component, MaybeComponent, first_side, materialise, open_if_there
-from library.models.shapes import shape_of
+from library.models.identify import open_transformer, refuse_transformer
+from library.models.loading import (
+    Component,
+    MaybeComponent,
+    check_text_width,
+    first_side,
+    materialise,
+    on_meta_device,
+    open_if_there,
+)
 from library.models.t5 import load_t5, t5_component, t5_of_folder
 from library.options.model import BASE_FLAG
 from library.protocols import LatentSpec
 
 logger = logging.getLogger(__name__)
 
-DENOISER_PREFIXES = ("model.diffusion_model.", "")
 GLYPH_MARK = "byt5_in.fc1.weight"
-FOLDERS = {"denoiser": "transformer", "vae": "vae", "text_encoder": "text_encoder", "byt5": "text_encoder_2"}
+FOLDERS = {"vae": "vae", "text_encoder": "text_encoder", "byt5": "text_encoder_2"}
 GLYPH_WORDS = "shared.weight"
 NUM_BYTE_IDS = 259  # three special tokens and 256 bytes
 SPEC = LatentSpec(channels=64, downscale=32, bucket_step=32, cache_suffix="_hi.npz", had_keys_without_size=False)
@@ -72,9 +78,7 @@ class HunyuanImageLoader:
         return vae if self.vae_chunk_rows is None else compute_in_chunks(vae, self.vae_chunk_rows)
 
     def denoiser(self, weight_format: RequestedFormat | None = None) -> nn.Module:
-        with torch.device("meta"):
-            model = HunyuanImage(self.config)
-        return materialise(model, self.denoiser_weights, self.dtype, weight_format)
+        return materialise(on_meta_device(HunyuanImage, self.config), self.denoiser_weights, self.dtype, weight_format)
 
 
 def open_loader(options: HunyuanImageOptions) -> HunyuanImageLoader:
@@ -82,68 +86,52 @@ def open_loader(options: HunyuanImageOptions) -> HunyuanImageLoader:
 
     Raises UserError naming the flag when a file is missing, broken, incomplete or of another model.
     """
-    name = options.model.pretrained_model_name_or_path
-    if not name:
-        raise UserError(f"{BASE_FLAG} is missing: give hunyuanimage2.1.safetensors, or a diffusers folder")
-    wanted = {
-        "vae": options.model.vae,
-        "text_encoder": options.hunyuan_image.text_encoder,
-        "byt5": options.hunyuan_image.byt5,
-    }
-    needed = [folder for part, folder in FOLDERS.items() if wanted.get(part) is None]
-    path = model_lookup.find_model(BASE_FLAG, name, [(folder,) for folder in needed])
-    weights = denoiser_of(path, None if path.is_dir() else model_lookup.open_file(BASE_FLAG, path))
+    own = options.hunyuan_image
+    given = {"vae": options.model.vae, "text_encoder": own.text_encoder, "byt5": own.byt5}
+    base = open_base(
+        options.model.pretrained_model_name_or_path,
+        "hunyuanimage2.1.safetensors, or a diffusers folder",
+        ["transformer", *(folder for part, folder in FOLDERS.items() if given[part] is None)],
+    )
+    weights = denoiser_of(base)
     dtype = DTYPES[options.precision.mixed_precision]
     texts_are_cached = options.text_caching.cache_text_encoder_outputs_to_disk
     loader = HunyuanImageLoader(
-        path=path,
+        path=base.path,
         config=configure(weights, read_config),
         denoiser_weights=weights,
         vae_component=open_if_there(
-            options.caching.cache_latents_to_disk, lambda: checked_vae(open_component("vae", wanted["vae"], path))
+            options.caching.cache_latents_to_disk, lambda: checked_vae(open_component("vae", given["vae"], base))
         ),
-        qwen=open_if_there(texts_are_cached, lambda: open_component("text_encoder", wanted["text_encoder"], path)),
-        byt5=open_if_there(texts_are_cached, lambda: open_component("byt5", wanted["byt5"], path)),
+        qwen=open_if_there(texts_are_cached, lambda: open_component("text_encoder", own.text_encoder, base)),
+        byt5=open_if_there(texts_are_cached, lambda: open_component("byt5", own.byt5, base)),
         dtype=dtype,
         text_dtype=torch.bfloat16 if dtype == torch.float16 else dtype,  # Qwen's states do not fit float16
         vae_dtype=torch.float32 if options.model.no_half_vae or dtype == torch.float32 else torch.float16,
-        shrinks_qwen=options.hunyuan_image.fp8_vl,
-        vae_chunk_rows=options.hunyuan_image.vae_chunk_size or None,
+        shrinks_qwen=own.fp8_vl,
+        vae_chunk_rows=own.vae_chunk_size or None,
     )
     check_fit(loader)
     return loader
 
 
-def denoiser_of(path: Path, whole: Weights | None) -> Weights:
+def denoiser_of(base: BaseFiles) -> Weights:
     """The denoiser's weights under our names. Raises UserError saying which model it is where it is another."""
-    if whole is None:
-        refuse_other_folder(list_specs(), BASE_FLAG, path, "hunyuan_image")
-        _, weights = model_lookup.open_part(BASE_FLAG, path / FOLDERS["denoiser"], FOLDERS["denoiser"])
-    else:
-        prefix = next(p for p in DENOISER_PREFIXES if not p or any(key.startswith(p) for key in whole.shapes))
-        weights = with_prefix(whole, prefix)
+    weights = open_transformer(list_specs(), base, "hunyuan_image")
     if DIFFUSERS_MARK in weights.shapes:
         return from_diffusers(weights)
     if GLYPH_MARK not in weights.shapes:
-        names = list(weights.shapes)
-        refuse_other_model(list_specs(), BASE_FLAG, str(path), (whole or weights).shapes, "hunyuan_image")
-        raise UserError(
-            f"{BASE_FLAG} {path}: it has no {GLYPH_MARK}, so it is no transformer of HunyuanImage 2.1 (first names: "
-            f"{', '.join(names[:3]) or 'none'})"
-        )
+        why = f"it has no {GLYPH_MARK}, so it is no transformer of HunyuanImage 2.1"
+        refuse_transformer(list_specs(), base, weights, "hunyuan_image", why)
     return weights
 
 
-def open_component(part: str, name: str | None, base: Path) -> Component:
+def open_component(part: str, name: str | None, base: BaseFiles) -> Component:
     """One of the other models, from the file or folder of its flag or from the diffusers folder of the base."""
     flag, folder = f"--{part}", FOLDERS[part]
-    if name is None and not base.is_dir():
-        raise NotThere(f"{flag} is missing: {base} is the transformer alone")
-    if name is None:
-        opened: tuple[dict[str, Any] | None, Weights] = model_lookup.open_part(BASE_FLAG, base / folder, folder)
-    else:
-        opened = model_lookup.open_model(flag, name, folder)
-    config, weights = opened
+    if name is None and base.whole is not None:
+        raise NotThere(f"{flag} is missing: {base.path} is the transformer alone")
+    config, weights = base.open_folder(folder) if name is None else model_lookup.open_model(flag, name, folder)
     try:
         if config is None:
             return component_of_file(part, weights)
@@ -187,17 +175,9 @@ def check_fit(loader: HunyuanImageLoader) -> None:
             f"{BASE_FLAG} {loader.path}: the transformer takes {config.channels} channels, training feeds "
             f"{SPEC.channels}"
         )
-    for flag, component, words, width in (
-        ("--text_encoder", loader.qwen, QWEN_WORDS, config.text_width),
-        ("--byt5", loader.byt5, GLYPH_WORDS, config.glyph_width),
-    ):
-        if isinstance(component, Absent):
-            continue
-        num_words, found = shape_of(component.weights.shapes, words)
-        if found != width:
-            raise UserError(
-                f"{flag} {component.weights.origin} is {found} wide, the transformer listens to {width}; it is another "
-                "encoder than HunyuanImage 2.1's"
-            )
-        if flag == "--byt5" and num_words < NUM_BYTE_IDS:
-            raise UserError(f"{flag} {component.weights.origin} knows {num_words} words; ByT5 has more than 258")
+    whose = "HunyuanImage 2.1's"
+    check_text_width("--text_encoder", loader.qwen, QWEN_WORDS, config.text_width, whose)
+    check_text_width("--byt5", loader.byt5, GLYPH_WORDS, config.glyph_width, whose)
+    num_words = first_side(loader.byt5, GLYPH_WORDS)
+    if num_words is not None and num_words < NUM_BYTE_IDS:
+        raise UserError(f"--byt5 {loader.byt5.weights.origin} knows {num_words} words; ByT5 has more than 258")

@@ -4,17 +4,18 @@ file."""
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from library.architectures.hunyuan_image.adapters import denoiser_module, view
 from library.architectures.hunyuan_image.checkpoint_keys import DIFFUSERS_MARK, DOUBLE, SINGLE
-from library.architectures.hunyuan_image.load import DENOISER_PREFIXES, GLYPH_MARK
+from library.architectures.hunyuan_image.load import GLYPH_MARK
 from library.architectures.hunyuan_image.model import HunyuanImage, read_config
 from library.checkpoints.adapter_names import ModuleNames
 from library.checkpoints.base_model import BaseModel, of_single_file, open_original
 from library.checkpoints.weights import configure, with_prefix
 from library.errors import UserError
+from library.models.identify import DENOISER_PREFIXES
+from library.models.loading import on_meta_device
 
 STACKS = ("double_blocks.", "single_blocks.")
 LAYERS = tuple(f".{layer}" for layer in (*DOUBLE, *SINGLE) if not layer.endswith("_norm"))
@@ -41,5 +42,4 @@ def names_of(stem: str, prefix: str) -> ModuleNames | None:
 def seen_by_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
     """([], transformer) of a checkpoint as network modules see it, on the meta device."""
     weights, prefix = open_original("the checkpoint", path, "HunyuanImage", DENOISER_PREFIXES, DIFFUSERS_MARK)
-    with torch.device("meta"):
-        return view([], HunyuanImage(configure(with_prefix(weights, prefix), read_config)))
+    return view([], on_meta_device(HunyuanImage, configure(with_prefix(weights, prefix), read_config)))

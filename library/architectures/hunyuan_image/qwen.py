@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.checkpoints.weights import Weights, configure, selected, with_prefix
+from library.checkpoints.weights import Weights, configure, first_names, selected, with_prefix
 from library.errors import UserError
 from library.memory.devices import send
 from library.models.loading import Component, MaybeComponent, materialise
@@ -44,8 +44,7 @@ def qwen_component(weights: Weights, config: Mapping[str, Any] | None = None) ->
     """
     prefix = next((p for p in PREFIXES if f"{p}{WORDS}" in weights.shapes), None)
     if prefix is None or f"{prefix}layers.0.self_attn.q_proj.bias" not in weights.shapes:
-        first = ", ".join(list(weights.shapes)[:3]) or "none"
-        raise UserError(f"{weights.origin} is no Qwen2.5-VL text encoder (first names: {first})")
+        raise UserError(f"{weights.origin} is no Qwen2.5-VL text encoder (first names: {first_names(weights)})")
     weights = with_prefix(weights, prefix)
     num_layers = count(weights.shapes, r"layers\.(\d+)\.") - NUM_UNUSED_LAYERS
     if num_layers < 1:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
 
-from library.checkpoints.weights import Weights, configure, renamed, with_prefix
+from library.checkpoints.weights import Weights, configure, first_names, renamed, with_prefix
 from library.errors import UserError
 from library.models.loading import Component
 from library.models.shapes import Shapes, count, shape_of
@@ -24,8 +24,7 @@ def vae_component(weights: Weights) -> Component:
     """The VAE from a single file. Raises UserError naming the file when it holds something else."""
     prefix = next((p for p in VAE_PREFIXES if f"{p}{MARK}" in weights.shapes), None)
     if prefix is None:
-        first = ", ".join(list(weights.shapes)[:3]) or "none"
-        raise UserError(f"{weights.origin} is no VAE: it has no {MARK} (first names: {first})")
+        raise UserError(f"{weights.origin} is no VAE: it has no {MARK} (first names: {first_names(weights)})")
     weights = with_prefix(weights, prefix)
     if "encoder.down.0.block.0.conv1.weight" not in weights.shapes:
         raise UserError(

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from library.checkpoints.model_lookup import fetch_snapshot
-from library.checkpoints.weights import Weights, configure, selected, with_prefix
+from library.checkpoints.weights import Weights, configure, first_names, selected, with_prefix
 from library.errors import UserError
 from library.memory.devices import send
 from library.models.loading import Component, MaybeComponent, materialise
@@ -37,8 +37,7 @@ def gemma_component(weights: Weights) -> Component:
     """The encoder from a single file, bare or in a whole checkpoint. Raises UserError when it holds something else."""
     prefix = next((p for p in GEMMA_PREFIXES if f"{p}embed_tokens.weight" in weights.shapes), None)
     if prefix is None or f"{prefix}layers.0.pre_feedforward_layernorm.weight" not in weights.shapes:
-        first = ", ".join(list(weights.shapes)[:3]) or "none"
-        raise UserError(f"{weights.origin} is no Gemma 2 text encoder (first names: {first})")
+        raise UserError(f"{weights.origin} is no Gemma 2 text encoder (first names: {first_names(weights)})")
     weights = gemma_part(weights, prefix)
     return Component(configure(weights, gemma_config), weights)
 

@@ -9,12 +9,14 @@ from torch import nn
 from library.architectures.lumina.adapters import GEMMA_LAYER, denoiser_module, gemma_module
 from library.architectures.lumina.checkpoint_keys import BLOCK, DIFFUSERS_MARK, STACKS, TOP
 from library.architectures.lumina.gemma import GEMMA_PREFIXES
-from library.architectures.lumina.load import DENOISER_PREFIXES, MARK, empty_lumina
-from library.architectures.lumina.model import read_config
+from library.architectures.lumina.load import MARK
+from library.architectures.lumina.model import NextDiT, read_config
 from library.checkpoints.adapter_names import ModuleNames
 from library.checkpoints.base_model import BaseModel, of_single_file, open_original
 from library.checkpoints.weights import configure, with_prefix
 from library.errors import UserError
+from library.models.identify import DENOISER_PREFIXES
+from library.models.loading import on_meta_device
 
 
 def open_base_model(flag: str, path: Path) -> BaseModel:
@@ -41,4 +43,4 @@ def names_of(stem: str, prefix: str) -> ModuleNames | None:
 def seen_by_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
     """([], transformer) of a checkpoint as network modules see it, on the meta device."""
     weights, prefix = open_original("the checkpoint", path, "Lumina", DENOISER_PREFIXES, DIFFUSERS_MARK)
-    return [], empty_lumina(configure(with_prefix(weights, prefix), read_config))
+    return [], on_meta_device(NextDiT, configure(with_prefix(weights, prefix), read_config))

@@ -6,7 +6,7 @@ The assembly, and the table of contents of this package.
 import logging
 
 from library.architectures.sd.adapters import view
-from library.architectures.sd.load import LATENT_CHANNELS, LATENT_SCALE, SdLoader, open_loader
+from library.architectures.sd.load import LATENT_CHANNELS, LATENT_SCALE, open_loader
 from library.architectures.sd.predict import predict
 from library.architectures.sd.text import ClipText
 from library.architectures.specs import list_specs
@@ -14,8 +14,10 @@ from library.diffusion.objective import build_ddpm
 from library.errors import UserError
 from library.models.clip.tokenizer import load_tokenizer
 from library.models.clip.tokens import CHUNK_TOKENS, OPEN_CLIP_PAD, ClipTokens
+from library.models.shapes import count
 from library.models.unet.preview import build_unet_preview
 from library.models.unet.unet import run_unet_blocks_with, unet_chains, unet_stacks
+from library.models.unet_loader import UnetLoader
 from library.models.vae.latents import KlLatents
 from library.options.train import TrainOptions
 from library.protocols import Architecture, LatentSpec
@@ -52,10 +54,11 @@ def build(options: TrainOptions) -> Architecture:
     )
 
 
-def build_text(options: TrainOptions, loader: SdLoader) -> ClipText:
+def build_text(options: TrainOptions, loader: UnetLoader) -> ClipText:
     """The text pipeline that --v2, --max_token_length, --clip_skip and --weighted_captions ask for."""
     model = options.model
-    num_layers = loader.num_text_layers
+    (clip,) = loader.parts.clips
+    num_layers = count(clip.weights.shapes, r"encoder\.layers\.(\d+)\.")
     if model.clip_skip is not None and not 1 <= model.clip_skip <= num_layers:
         raise UserError(
             f"--clip_skip is {model.clip_skip}, the text encoder has {num_layers} layers; use 1 to {num_layers}"

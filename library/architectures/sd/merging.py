@@ -8,7 +8,7 @@ from torch import nn
 from library.architectures.sd.adapters import clip_module, unet_module, view
 from library.architectures.sd.load import CLIP_PREFIXES, open_parts
 from library.architectures.specs import list_specs
-from library.checkpoints import model_lookup
+from library.checkpoints.base_files import open_files
 from library.checkpoints.base_model import BaseModel
 from library.models.base_checkpoint import CheckpointLayout, EncoderPlace, open_checkpoint
 from library.models.clip.clip import empty_clip
@@ -36,7 +36,6 @@ def open_base_model(base: str, flag: str, path: Path) -> BaseModel:
 
 def seen_by_networks(base: str, path: Path) -> tuple[list[nn.Module], nn.Module]:
     """(text encoder, U-Net) of a checkpoint as network modules see them, on the meta device."""
-    flag = "the checkpoint"
-    parts = open_parts(flag, path, base, None if path.is_dir() else model_lookup.open_file(flag, path))
+    parts = open_parts(open_files("the checkpoint", path), base)
     encoder, unet = view([empty_clip(parts["text_encoder"].config)], empty_unet(parts["unet"].config))
     return encoder if isinstance(encoder, list) else [encoder], unet

@@ -12,24 +12,29 @@ from library.architectures.sd3.model import MMDiT, MMDiTConfig, read_config
 from library.architectures.sd3.options import Sd3Options, Sd3TextOptions
 from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
-from library.checkpoints.weights import Weights, configure, selected, with_prefix
+from library.checkpoints.base_files import named
+from library.checkpoints.model_lookup import existing
+from library.checkpoints.weights import Weights, configure, find_prefix, first_names, selected, with_prefix
 from library.errors import NotThere, UserError
 from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
 from library.models.clip.clip import PROJECTION, clip_component, load_clip
-from library.models.identify import base_of_file, refuse_other, refuse_other_folder
-from library.models.loading import Component, MaybeComponent, first_side, materialise, open_if_there
+from library.models.identify import DENOISER_PREFIXES, base_of_file, open_single_file, refuse_other
+from library.models.loading import Component, MaybeComponent, first_side, materialise, on_meta_device, open_if_there
 from library.models.t5 import load_t5, t5_component
-from library.models.vae.vae import VaeNeeds, empty_vae, open_vae, vae_of_checkpoint
+from library.models.vae.vae import VaeNeeds, load_vae, open_vae, vae_dtype_of, vae_of_checkpoint
 from library.options.model import BASE_FLAG
-from library.suggestions import nearby
 
 logger = logging.getLogger(__name__)
 
 LATENT_CHANNELS = 16
 LATENT_SCALE = 1.5305
 LATENT_SHIFT = 0.0609
-DENOISER_PREFIX = "model.diffusion_model."
+DENOISER_PREFIX = DENOISER_PREFIXES[0]
+ADVICE = (
+    "SD3 is read from a single file, such as the sd3_medium.safetensors or sd3.5_large.safetensors that lies beside "
+    "the diffusers folders of the same repository"
+)
 TEXT_PREFIXES = {name: f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_g", "t5xxl")}
 ACTIVATIONS = {"clip_l": "quick_gelu", "clip_g": "gelu"}
 
@@ -60,12 +65,10 @@ class Sd3Loader:
         return [load_clip(component, self.dtype) for component in self.clips]
 
     def vae(self) -> nn.Module:
-        return materialise(empty_vae(self.vae_component.config), self.vae_component.weights, self.vae_dtype)
+        return load_vae(self.vae_component, self.vae_dtype)
 
     def denoiser(self, weight_format: RequestedFormat | None = None) -> nn.Module:
-        with torch.device("meta"):
-            model = MMDiT(self.config)
-        return materialise(model, self.mmdit, self.dtype, weight_format)
+        return materialise(on_meta_device(MMDiT, self.config), self.mmdit, self.dtype, weight_format)
 
 
 def open_loader(options: Sd3Options) -> Sd3Loader:
@@ -73,9 +76,8 @@ def open_loader(options: Sd3Options) -> Sd3Loader:
 
     Raises UserError naming the flag when a file is missing, broken, incomplete or another kind of model.
     """
-    path, base = open_base(options.model.pretrained_model_name_or_path)
-    mmdit = with_prefix(base, DENOISER_PREFIX if any(k.startswith(DENOISER_PREFIX) for k in base.shapes) else "")
-    mmdit = of_denoiser(mmdit)
+    path, base = open_checkpoint(options.model.pretrained_model_name_or_path)
+    mmdit = denoiser_of(base)
     config = configure(mmdit, read_config)
     name, needs = options.model.vae, VaeNeeds("SD3", LATENT_CHANNELS, LATENT_SCALE)
     vae = open_if_there(
@@ -89,51 +91,25 @@ def open_loader(options: Sd3Options) -> Sd3Loader:
     t5 = open_if_there(texts_are_cached, lambda: open_t5(options.text, base, texts_are_cached))
     check_widths(config, clips, t5)
     dtype = DTYPES[options.precision.mixed_precision]
-    return Sd3Loader(
-        path=path,
-        mmdit=mmdit,
-        config=config,
-        vae_component=vae,
-        clips=clips,
-        t5=t5,
-        dtype=dtype,
-        vae_dtype=torch.float32 if options.model.no_half_vae else dtype,
-    )
+    return Sd3Loader(path, mmdit, config, vae, clips, t5, dtype, vae_dtype_of(options))
 
 
-def open_base(name: str | None) -> tuple[Path, Weights]:
+def open_checkpoint(name: str | None) -> tuple[Path, Weights]:
     """The single file that has the denoiser. Raises UserError when it is something else, naming what."""
-    if not name:
-        raise UserError(f"{BASE_FLAG} is missing: give the .safetensors file of an SD3 or SD3.5 model")
-    path = existing(BASE_FLAG, name)
-    if path.is_dir():
-        refuse_other_folder(list_specs(), BASE_FLAG, path, "sd3")
-        raise UserError(
-            f"{BASE_FLAG} {path} is a folder; SD3 is read from a single file, such as the sd3_medium.safetensors or "
-            "sd3.5_large.safetensors that lies beside the diffusers folders of the same repository"
-        )
-    weights = model_lookup.open_file(BASE_FLAG, path)
+    path = existing(BASE_FLAG, named(name, "the .safetensors file of an SD3 or SD3.5 model"))
     specs = list_specs()
+    weights = open_single_file(specs, BASE_FLAG, path, "sd3", ADVICE)
     found = base_of_file(specs, weights.shapes)
     refuse_other(specs, BASE_FLAG, str(path), found, "sd3", "checkpoint")
     if found is None:
-        first = ", ".join(list(weights.shapes)[:3]) or "none"
-        raise UserError(
-            f"{BASE_FLAG} {path}: it has no joint_blocks, so it is no SD3 checkpoint (first names: {first})"
-        )
+        why = "it has no joint_blocks, so it is no SD3 checkpoint"
+        raise UserError(f"{BASE_FLAG} {path}: {why} (first names: {first_names(weights)})")
     return path, weights
 
 
-def existing(flag: str, name: str) -> Path:
-    """The path of a file or folder. Raises UserError naming the nearest where there is none."""
-    path = Path(name).expanduser()
-    if not path.exists():
-        raise NotThere(f"{flag} {name} does not exist{nearby(path)}")
-    return path
-
-
-def of_denoiser(weights: Weights) -> Weights:
-    """Without what lies beside the denoiser in a file whose names have no prefix."""
+def denoiser_of(weights: Weights) -> Weights:
+    """The denoiser's weights, names without prefix and without what lies beside it in a file of such names."""
+    weights = with_prefix(weights, find_prefix(weights.shapes, DENOISER_PREFIXES))
     parts = ("joint_blocks.", "x_embedder.", "t_embedder.", "y_embedder.", "context_embedder.", "final_layer.")
     names = [name for name in weights.shapes if name.startswith(parts) or name == "pos_embed"]
     return selected(weights, {name: name for name in names})

@@ -3,17 +3,18 @@ file, with whatever else is in it."""
 
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from library.architectures.sd3.adapters import NAMES, view
-from library.architectures.sd3.load import DENOISER_PREFIX, of_denoiser
-from library.architectures.sd3.model import MMDiT, MMDiTConfig, read_config, version_of
+from library.architectures.sd3.load import denoiser_of
+from library.architectures.sd3.model import MMDiT, read_config, version_of
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import ModuleNames
 from library.checkpoints.base_model import BaseModel, of_single_file
-from library.checkpoints.weights import Weights, configure, with_prefix
+from library.checkpoints.weights import configure, find_prefix
 from library.errors import UserError
+from library.models.identify import DENOISER_PREFIXES
+from library.models.loading import on_meta_device
 
 
 def open_base_model(flag: str, path: Path) -> BaseModel:
@@ -24,28 +25,18 @@ def open_base_model(flag: str, path: Path) -> BaseModel:
     if path.is_dir():
         raise UserError(f"{flag} {path}: of SD3 only single files in the original layout are merged into; give one")
     weights = model_lookup.open_file(flag, path)
-    prefix = prefix_of(weights)
-    config = config_of(weights)
+    prefix = find_prefix(weights.shapes, DENOISER_PREFIXES)
+    version = version_of(configure(denoiser_of(weights), read_config))
 
     def names_of(stem: str) -> ModuleNames | None:
         if stem.startswith("text_encoders."):
             return NAMES.find(stem)
         return NAMES.find(f"diffusion_model.{stem.removeprefix(prefix)}") if stem.startswith(prefix) else None
 
-    return of_single_file(path, weights, names_of, "sd3", f"stable-diffusion-3-{version_of(config)}")
-
-
-def prefix_of(weights: Weights) -> str:
-    """What the names of the denoiser begin with."""
-    return DENOISER_PREFIX if any(key.startswith(DENOISER_PREFIX) for key in weights.shapes) else ""
-
-
-def config_of(weights: Weights) -> MMDiTConfig:
-    """The denoiser's sizes."""
-    return configure(of_denoiser(with_prefix(weights, prefix_of(weights))), read_config)
+    return of_single_file(path, weights, names_of, "sd3", f"stable-diffusion-3-{version}")
 
 
 def seen_by_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
     """([], denoiser) of a checkpoint as network modules see it, on the meta device."""
-    with torch.device("meta"):
-        return view([], MMDiT(config_of(model_lookup.open_file("the checkpoint", path))))
+    denoiser = denoiser_of(model_lookup.open_file("the checkpoint", path))
+    return view([], on_meta_device(MMDiT, configure(denoiser, read_config)))

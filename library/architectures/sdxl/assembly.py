@@ -6,7 +6,7 @@ The assembly, and the table of contents of this package.
 from functools import partial
 
 from library.architectures.sdxl.adapters import build_view
-from library.architectures.sdxl.load import LATENT_CHANNELS, LATENT_SCALE, SdxlLoader, open_loader
+from library.architectures.sdxl.load import LATENT_CHANNELS, LATENT_SCALE, open_loader, unet_layout_of
 from library.architectures.sdxl.options import SdxlOptions
 from library.architectures.sdxl.predict import predict
 from library.architectures.sdxl.text import CACHE_KEYS, SdxlText
@@ -18,6 +18,7 @@ from library.models.clip.tokens import CHUNK_TOKENS, ClipTokens
 from library.models.recipe import Recipe
 from library.models.unet.preview import build_unet_preview
 from library.models.unet.unet import run_unet_blocks_with, unet_chains, unet_stacks
+from library.models.unet_loader import UnetLoader
 from library.models.vae.latents import KlLatents
 from library.protocols import Architecture, LatentSpec, TextCacheSpec
 
@@ -55,7 +56,7 @@ def build(options: SdxlOptions) -> Architecture:
         codec=KlLatents(LATENTS, LATENT_SCALE),
         objective=build_ddpm(options),
         predict=call,
-        view=build_view(loader.layout),
+        view=build_view(unet_layout_of(loader.parts.unet)),
         preview=build_unet_preview(options, text.reading_emphasis(), call),
         metadata=RECIPE.describe(options, prediction_type="v" if options.model.v_parameterization else "epsilon"),
         specs=list_specs(),
@@ -70,7 +71,7 @@ def build(options: SdxlOptions) -> Architecture:
     )
 
 
-def build_text(options: SdxlOptions, loader: SdxlLoader) -> SdxlText:
+def build_text(options: SdxlOptions, loader: UnetLoader) -> SdxlText:
     """The text pipeline that --max_token_length and --weighted_captions ask for."""
     model = options.model
     tokenizer = load_tokenizer(loader.path, model.tokenizer_cache_dir, loader.num_words)
@@ -78,15 +79,14 @@ def build_text(options: SdxlOptions, loader: SdxlLoader) -> SdxlText:
     return SdxlText(ClipTokens(tokenizer, num_chunks, model.weighted_captions))
 
 
-def build_text_cache(options: SdxlOptions, loader: SdxlLoader, text: SdxlText) -> TextCacheSpec:
+def build_text_cache(options: SdxlOptions, loader: UnetLoader, text: SdxlText) -> TextCacheSpec:
     """How the outputs of both text encoders are kept."""
     model = options.model
-
     return TextCacheSpec(
         options=options.text_caching,
         suffix="_te_outputs.npz",
         keys=CACHE_KEYS,
-        encoders=lambda: fingerprint(loader.clip_l.weights, loader.clip_g.weights),
+        encoders=lambda: fingerprint(*(clip.weights for clip in loader.parts.clips)),
         settings=f"{loader.dtype} {model.max_token_length or CHUNK_TOKENS} {model.weighted_captions}",
         tokenizers=(text.tokens.tokenizer,),
     )

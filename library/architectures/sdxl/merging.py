@@ -8,7 +8,7 @@ from torch import nn
 from library.architectures.sdxl.adapters import build_view, clip_module, unet_module
 from library.architectures.sdxl.load import CLIP_G_PREFIX, CLIP_L_PREFIX, open_parts, unet_layout_of
 from library.architectures.specs import list_specs
-from library.checkpoints import model_lookup
+from library.checkpoints.base_files import open_files
 from library.checkpoints.base_model import BaseModel
 from library.models.base_checkpoint import CheckpointLayout, EncoderPlace, open_checkpoint
 from library.models.clip.clip import empty_clip
@@ -35,9 +35,9 @@ def open_base_model(flag: str, path: Path) -> BaseModel:
 
 def seen_by_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
     """(both text encoders, U-Net) of a checkpoint as network modules see them, on the meta device."""
-    flag = "the checkpoint"
-    parts = open_parts(flag, path, None if path.is_dir() else model_lookup.open_file(flag, path))
-    encoders = [empty_clip(parts.clip_l.config), empty_clip(parts.clip_g.config, projects=True)]
+    parts = open_parts(open_files("the checkpoint", path))
+    clip_l, clip_g = parts.clips
+    encoders = [empty_clip(clip_l.config), empty_clip(clip_g.config, projects=True)]
     seen, unet = build_view(unet_layout_of(parts.unet))(encoders, empty_unet(parts.unet.config))
     assert isinstance(seen, list)
     return seen, unet

@@ -129,44 +129,54 @@ class BatchMaker(Dataset[PartialBatch | str]):
 
     def draft(self, order: BatchOrder) -> PartialBatch:
         """Read, crop and mirror the pictures of an order, or read their latents."""
+        self.read_ahead(order)
         skipped: list[str] = []
+        taken = [self.taken_or_stand_in(order.epoch, draw, skipped) for draw in order.draws]
+        samples = [self.samples[one.number] for one in taken]
+        latents = [one.latent for one in taken if one.picture is None]
+        if 0 < len(latents) < len(taken):
+            raise UserError(f"only some latents are cached of {', '.join(sample.picture.key for sample in samples)}")
+        batch = self.plain_batch(order, taken, samples)
+        return PartialBatch(
+            batch=batch,
+            samples=[one.number for one in taken],
+            flips=[one.is_flipped for one in taken],
+            latents=latents,
+            masks=[one.mask for one in taken],
+            texts=[self.text_row(one.number, caption) for one, caption in zip(taken, batch.captions, strict=True)],
+            skipped=skipped,
+        )
+
+    def read_ahead(self, order: BatchOrder) -> None:
+        """Start reading the pictures of an order whose latents are cached nowhere."""
         numbers = self.sample_of_draw[list(order.draws)].tolist()
         unread = [number for number in numbers if number not in self.in_memory and number not in self.files]
         self.storage.read_ahead(self.samples[number].picture for number in unread)
-        taken = [self.taken_or_stand_in(order.epoch, draw, skipped) for draw in order.draws]
-        numbers, flips = [one.number for one in taken], [one.is_flipped for one in taken]
-        samples = [self.samples[number] for number in numbers]
+
+    def plain_batch(self, order: BatchOrder, taken: Sequence[Taken], samples: Sequence[Sample]) -> Batch:
+        """The batch without latents, masks and text features, which `finish_batch` adds."""
         subsets = [self.subsets[sample.subset] for sample in samples]
-        pixels = [one.picture for one in taken if one.picture is not None]
-        latents = [one.latent for one in taken if one.picture is None]
-        if latents and pixels:
-            raise UserError(f"only some latents are cached of {', '.join(sample.picture.key for sample in samples)}")
-        captions = [self.caption(s, order, draw) for s, draw in zip(samples, order.draws, strict=True)]
-        batch = Batch(
+        drawn = list(zip(samples, order.draws, [one.is_flipped for one in taken], strict=True))
+        pixels = [to_pixels(one.picture) for one in taken if one.picture is not None]
+        corners = [corner_of(self.placement(sample, order.epoch, draw, flip)) for sample, draw, flip in drawn]
+        return Batch(
             keys=[sample.picture.key for sample in samples],
-            captions=captions,
-            pixels_BCHW=torch.stack([to_pixels(picture) for picture in pixels]) if pixels else None,
+            captions=[self.caption(sample, order, draw) for sample, draw, _ in drawn],
+            pixels_BCHW=torch.stack(pixels) if pixels else None,
             latents_BCHW=None,
             conditioning=None,
             loss_weights_B=torch.tensor([self.prior_loss_weight if subset.is_reg else 1.0 for subset in subsets]),
             masks_B1HW=None,
-            sizes_B6=torch.tensor([sizes_of(s, f) for s, f in zip(samples, flips, strict=True)], dtype=torch.float32),
+            sizes_B6=torch.tensor([sizes_of(sample, flip) for sample, _, flip in drawn], dtype=torch.float32),
             attributes=[subset.custom_attributes for subset in subsets],
-            crops_B2=torch.tensor(
-                [
-                    corner_of(self.placement(sample, order.epoch, draw, is_flipped))
-                    for sample, draw, is_flipped in zip(samples, order.draws, flips, strict=True)
-                ],
-                dtype=torch.float32,
-            ),
+            crops_B2=torch.tensor(corners, dtype=torch.float32),
         )
-        texts = [
-            self.text_files.file(number, sample, self.storage).read(caption)
-            if caption and number in self.text_files
-            else None
-            for number, sample, caption in zip(numbers, samples, captions, strict=True)
-        ]
-        return PartialBatch(batch, numbers, flips, latents, [one.mask for one in taken], texts, skipped)
+
+    def text_row(self, number: int, caption: str) -> Row | None:
+        """The cached text features of a caption; None where no file has them."""
+        if not caption or number not in self.text_files:
+            return None
+        return self.text_files.file(number, self.samples[number], self.storage).read(caption)
 
     def taken_or_stand_in(self, epoch: int, draw: int, skipped: list[str]) -> Taken:
         """What a draw gives; for a damaged picture, which is told in `skipped`, what another one in its place gives."""

@@ -3,13 +3,13 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from library.checkpoints import model_lookup
-from library.checkpoints.weights import Weights, with_prefix
+from library.checkpoints.base_files import BaseFiles
+from library.checkpoints.weights import first_names, with_prefix
 from library.errors import NotThere, UserError
 from library.models.loading import Component
 from library.models.shapes import shape_of
@@ -51,26 +51,25 @@ def mapped_latents(cache_suffix: str) -> MappedLatents:
     )
 
 
-def open_ae(model: str, base_flag: str, name: str | None, base: Path, whole: Weights | None) -> Component:
+def open_ae(model: str, name: str | None, base: BaseFiles) -> Component:
     """The VAE from --ae, or from the base model, in the original layout or diffusers'.
 
-    `model` is what messages call the base model, which lies at `base`; `whole` is its single file, None for a folder.
+    `model` is what messages call the base model.
     """
-    if name is None and whole is None:
-        return checked_ae(model, base_flag, vae_of_folder(*model_lookup.open_part(base_flag, base / FOLDER, FOLDER)))
-    if name is None:
-        assert whole is not None
-        weights = whole
+    if name is not None:
+        config, weights = model_lookup.open_model("--ae", name, FOLDER)
+        if config is not None:
+            return checked_ae(model, "--ae", vae_of_folder(config, weights))
+    elif base.whole is None:
+        return checked_ae(model, base.flag, vae_of_folder(*base.open_folder(FOLDER)))
     else:
-        vae_config, weights = model_lookup.open_model("--ae", name, FOLDER)
-        if vae_config is not None:
-            return checked_ae(model, "--ae", vae_of_folder(vae_config, weights))
+        weights = base.whole
     prefixes = VAE_PREFIXES if name is not None else VAE_PREFIXES[:-1]
     prefix = next((p for p in prefixes if f"{p}decoder.conv_in.weight" in weights.shapes), None)
     if prefix is None:
         if name is None:
-            raise NotThere(f"--ae is missing: {base} has no VAE in it; give ae.safetensors")
-        first = ", ".join(list(weights.shapes)[:3]) or "none"
+            raise NotThere(f"--ae is missing: {base.path} has no VAE in it; give ae.safetensors")
+        first = first_names(weights)
         raise UserError(f"--ae {name} is no VAE: it has no decoder.conv_in.weight (first names: {first})")
     return checked_ae(model, "--ae", single_vae(with_prefix(weights, prefix)))
 

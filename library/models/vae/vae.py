@@ -3,17 +3,20 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from library.checkpoints import model_lookup
-from library.checkpoints.weights import Weights, configure, renamed, selected, with_prefix
+from library.checkpoints.base_files import BaseFiles
+from library.checkpoints.weights import Weights, configure, first_names, renamed, selected, with_prefix
 from library.errors import NotThere, UserError
-from library.models.loading import Component
+from library.memory.devices import DTYPES
+from library.models.loading import Component, MaybeComponent, materialise
 from library.models.shapes import Shapes, count, norm_groups, shape_of
 from library.models.vae.checkpoint_keys import VAE_PREFIX, vae_from_ldm, vae_from_old_diffusers
+from library.options.train import TrainOptions
 
 logger = logging.getLogger(__name__)
 
@@ -66,11 +69,19 @@ def vae_of_folder(config: Mapping[str, Any], weights: Weights) -> Component:
     return Component(config, renamed(weights, vae_from_old_diffusers))
 
 
-def vae_of_base(flag: str, path: Path, whole: Weights | None) -> Component:
-    """The VAE of a base model: of a diffusers folder, or of the single file `whole`. Raises NotThere without one."""
-    if whole is not None:
-        return vae_of_checkpoint(flag, whole)
-    return vae_of_folder(*model_lookup.open_part(flag, path / "vae", "vae"))
+def vae_of_base(base: BaseFiles) -> Component:
+    """The VAE of a base model. Raises NotThere without one."""
+    return vae_of_folder(*base.open_folder("vae")) if base.whole is None else vae_of_checkpoint(base.flag, base.whole)
+
+
+def load_vae(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
+    """The VAE with its weights in `dtype`, frozen, on the CPU."""
+    return materialise(empty_vae(component.config), component.weights, dtype)
+
+
+def vae_dtype_of(options: TrainOptions) -> torch.dtype:
+    """The dtype that the VAE computes in."""
+    return torch.float32 if options.model.no_half_vae else DTYPES[options.precision.mixed_precision]
 
 
 def open_vae(name: str, needs: VaeNeeds) -> Component:
@@ -100,7 +111,7 @@ def open_vae(name: str, needs: VaeNeeds) -> Component:
 def refuse_no_vae(name: str, weights: Weights) -> None:
     """Raise UserError when --vae names something else."""
     if "decoder.conv_in.weight" not in weights.shapes:
-        first = ", ".join(list(weights.shapes)[:3]) or "none"
+        first = first_names(weights)
         raise UserError(f"--vae {name} is no VAE of this kind: it has no decoder.conv_in.weight (first names: {first})")
 
 

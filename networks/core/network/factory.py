@@ -2,8 +2,9 @@
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from library.errors import UserError
 from networks.core.arguments.parsing import NetworkArguments, parse_arguments
 from networks.core.changes.parameter_keys import DORA_SCALE
-from networks.core.files.file_spelling import spelling_of
+from networks.core.files.file_spelling import FileSpelling, spelling_of
 from networks.core.files.foreign_names import in_own_names
 from networks.core.files.reading_writing import group_by_module, read_adapters
 from networks.core.kinds import norm
@@ -77,114 +78,102 @@ TLORA_ARGUMENTS = ("tlora_min_rank", "tlora_power")
 TextEncoder = nn.Module | Sequence[nn.Module | None] | None
 """One model, a list where the base model has several, None where text encoders are not loaded."""
 
+Groups = Mapping[str, Mapping[str, Tensor]]
+"""The tensors of an adapter file by module."""
+
 CreateNetwork = Callable[..., AdapterNetwork]
 CreateFromWeights = Callable[..., tuple[AdapterNetwork, dict[str, Tensor]]]
 
 
 def network_module(door: Door) -> tuple[CreateNetwork, CreateFromWeights]:
     """`create_network` and `create_network_from_weights` of one door, which gives them these names."""
+    return partial(create_network, door), partial(create_network_from_weights, door)
 
-    def create_network(
-        multiplier: float,
-        network_dim: int | None,
-        network_alpha: float | None,
-        vae: nn.Module | None,
-        text_encoder: TextEncoder,
-        unet: nn.Module,
-        neuron_dropout: float | None = None,
-        **network_args: Any,
-    ) -> AdapterNetwork:
-        """Adapters of the given rank (unset: the kind's own) and alpha (default 1, 0 for the rank) on every target.
 
-        `unet` is the denoiser as network modules see it; it carries `adapter_targets`. Raises UserError for wrong
-        network arguments.
-        """
-        targets = targets_of(unet)
-        arguments = arguments_of(door, parse_arguments(network_args, neuron_dropout, targets.known_arguments))
-        rank, arguments = resolved(door, network_dim, arguments)
-        alpha = DEFAULT_ALPHA if network_alpha is None else float(network_alpha)
-        if door.resolve_alpha is not None:
-            alpha, arguments = door.resolve_alpha(alpha, arguments)
-        if rank < 0 or alpha < 0:
-            raise UserError(f"--network_dim is {rank} and --network_alpha {alpha:g}; neither can be negative")
-        check_choices(targets, arguments, unet)
-        chosen = door if door.with_arguments is None else door.with_arguments(arguments)
-        members: list[Member] = []
-        for place in places(targets, text_encoder, unet):
-            if place.text_encoder is not None and door.denoiser_only:
-                continue
-            if not place.part.needs or arguments.of_model.get(place.part.needs):
-                rules = make_rules(rank, alpha, arguments, targets, is_denoiser=place.text_encoder is None)
-                searched = place if door.narrow is None else replace(place, part=door.narrow(place.part, arguments))
-                members += fresh_members(chosen, targets, searched, rules, arguments, multiplier)
-        if not members:
-            raise UserError(
-                f"nothing to train: with --network_dim {rank} and these --network_args every module has the rank 0"
-            )
-        warn_without_effect(targets, arguments, members)
-        if starts_at_weight(arguments):
-            logger.info(
-                "init=%s: factors start at a part of the weights; the saved LoRA takes it out again, at twice the rank",
-                arguments.init,
-            )
-        network = AdapterNetwork(members, targets, arguments, chosen.start_step)
+def create_network(
+    door: Door,
+    /,
+    multiplier: float,
+    network_dim: int | None,
+    network_alpha: float | None,
+    vae: nn.Module | None,
+    text_encoder: TextEncoder,
+    unet: nn.Module,
+    neuron_dropout: float | None = None,
+    **network_args: Any,
+) -> AdapterNetwork:
+    """Adapters of the given rank (unset: the kind's own) and alpha (default 1, 0 for the rank) on every target.
+
+    `unet` is the denoiser as network modules see it; it carries `adapter_targets`. Raises UserError for wrong
+    network arguments.
+    """
+    targets = targets_of(unet)
+    arguments = arguments_of(door, parse_arguments(network_args, neuron_dropout, targets.known_arguments))
+    rank, alpha, arguments = resolved(door, network_dim, network_alpha, arguments)
+    check_choices(targets, arguments, unet)
+    chosen = door if door.with_arguments is None else door.with_arguments(arguments)
+    members: list[Member] = []
+    for place in new_places(door, targets, arguments, text_encoder, unet):
+        rules = make_rules(rank, alpha, arguments, targets, is_denoiser=place.text_encoder is None)
+        members += fresh_members(chosen, targets, place, rules, arguments, multiplier)
+    if not members:
+        raise UserError(
+            f"nothing to train: with --network_dim {rank} and these --network_args every module has the rank 0"
+        )
+    report_new_members(targets, arguments, members)
+    network = AdapterNetwork(members, targets, arguments, chosen.start_step)
+    if door.check is not None:
+        door.check(network)
+    return network
+
+
+def create_network_from_weights(
+    door: Door,
+    /,
+    multiplier: float,
+    file: str,
+    vae: nn.Module | None,
+    text_encoder: TextEncoder,
+    unet: nn.Module,
+    weights_sd: Mapping[str, Tensor] | None = None,
+    for_inference: bool = False,
+    neuron_dropout: float | None = None,
+    **network_args: Any,
+) -> tuple[AdapterNetwork, dict[str, Tensor]]:
+    """Adapters on the modules that a file names, with its ranks and alphas, and the file's tensors.
+
+    The weights themselves are not loaded. Tucker cores, magnitudes and norms are there where the file has them. Of
+    the network arguments the dropouts, the LoRA+ ratios, use_scalar, dora_wd, wd_on_output, dora_constant_norm,
+    split_qkv, network_reg_lrs and the *_lr_weight lists count. Raises UserError when the file cannot be used.
+    """
+    targets = targets_of(unet)
+    arguments = arguments_of(door, parse_arguments(network_args, neuron_dropout, targets.known_arguments))
+    warn_of_ranks(arguments)
+    given = read_adapters(file) if weights_sd is None else weights_sd
+    weights = dict(in_own_names(given, targets.names, file, keeps_pieces=True))
+    kinds = KINDS if for_inference else (*door.kinds, norm.KIND)
+    groups = group_by_module(weights, str(file), (*kinds, PIECES))
+    spelling = None if for_inference else spelling_to_keep(door, groups, given, targets, file)
+    chosen = door if door.with_arguments is None else door.with_arguments(arguments)
+    members: list[Member] = []
+    for place in places(targets, text_encoder, unet):
+        rules = rates_alone(arguments, targets, is_denoiser=place.text_encoder is None)
+        members += members_of_file(
+            chosen, targets, place, rules, arguments, multiplier, groups, str(file), for_inference
+        )
+    if not members:
+        raise UserError(f"{file}: none of its {len(groups)} modules is in this base model; was it made for another?")
+    network = AdapterNetwork(members, targets, arguments, chosen.start_step, str(file), spelling)
+    if not for_inference:
+        check_forms(door, arguments, groups, str(file))
         if door.check is not None:
             door.check(network)
-        return network
-
-    def create_network_from_weights(
-        multiplier: float,
-        file: str,
-        vae: nn.Module | None,
-        text_encoder: TextEncoder,
-        unet: nn.Module,
-        weights_sd: Mapping[str, Tensor] | None = None,
-        for_inference: bool = False,
-        neuron_dropout: float | None = None,
-        **network_args: Any,
-    ) -> tuple[AdapterNetwork, dict[str, Tensor]]:
-        """Adapters on the modules that a file names, with its ranks and alphas, and the file's tensors.
-
-        The weights themselves are not loaded. Tucker cores, magnitudes and norms are there where the file has them. Of
-        the network arguments the dropouts, the LoRA+ ratios, use_scalar, dora_wd, wd_on_output, dora_constant_norm,
-        split_qkv, network_reg_lrs and the *_lr_weight lists count. Raises UserError when the file cannot be used.
-        """
-        targets = targets_of(unet)
-        arguments = arguments_of(door, parse_arguments(network_args, neuron_dropout, targets.known_arguments))
-        warn_of_ranks(arguments)
-        given = read_adapters(file) if weights_sd is None else weights_sd
-        weights = dict(in_own_names(given, targets.names, file, keeps_pieces=True))
-        kinds = KINDS if for_inference else (*door.kinds, norm.KIND)
-        groups = group_by_module(weights, str(file), (*kinds, PIECES))
-        spelling = None
-        if not for_inference and any(kind_of(group) is PIECES for group in groups.values()):
-            check_pieces(door, groups, str(file))
-            assert targets.names is not None
-            spelling = spelling_of(given, targets.names, file)
-        chosen = door if door.with_arguments is None else door.with_arguments(arguments)
-        members: list[Member] = []
-        for place in places(targets, text_encoder, unet):
-            rules = rates_alone(arguments, targets, is_denoiser=place.text_encoder is None)
-            members += members_of_file(
-                chosen, targets, place, rules, arguments, multiplier, groups, str(file), for_inference
-            )
-        if not members:
-            raise UserError(
-                f"{file}: none of its {len(groups)} modules is in this base model; was it made for another?"
-            )
-        network = AdapterNetwork(members, targets, arguments, chosen.start_step, str(file), spelling)
-        if not for_inference:
-            check_forms(door, arguments, groups, str(file))
-            if door.check is not None:
-                door.check(network)
-        network.train(not for_inference)
-        return network, weights
-
-    return create_network, create_network_from_weights
+    network.train(not for_inference)
+    return network, weights
 
 
-def warn_without_effect(targets: AdapterTargets, arguments: NetworkArguments, members: Sequence[Member]) -> None:
-    """Say which arguments concern a kind of layer that is not adapted, and list the modules with `verbose`."""
+def report_new_members(targets: AdapterTargets, arguments: NetworkArguments, members: Sequence[Member]) -> None:
+    """Warn of arguments for layers that are not adapted, and log the modules with `verbose` and a start at weights."""
     target_modules = [member.adapter.target for member in members]
     if arguments.conv_dim is not None and not any(target.kind == "conv" for target in target_modules):
         if targets.denoiser.conv_blocks:
@@ -207,6 +196,11 @@ def warn_without_effect(targets: AdapterTargets, arguments: NetworkArguments, me
     if arguments.verbose:
         for member in members:
             logger.info("%s: rank %d", member.adapter.target.name, member.settings.rank)
+    if starts_at_weight(arguments):
+        logger.info(
+            "init=%s: factors start at a part of the weights; the saved LoRA takes it out again, at twice the rank",
+            arguments.init,
+        )
 
 
 def arguments_of(door: Door, given: NetworkArguments) -> NetworkArguments:
@@ -236,11 +230,19 @@ def check_arguments(door: Door, arguments: NetworkArguments) -> None:
             logger.warning("--network_args %s has no effect; it belongs to %s", ", ".join(given), owners)
 
 
-def resolved(door: Door, network_dim: int | None, arguments: NetworkArguments) -> tuple[int, NetworkArguments]:
-    """The rank and the arguments in the core's own terms."""
+def resolved(
+    door: Door, network_dim: int | None, network_alpha: float | None, arguments: NetworkArguments
+) -> tuple[int, float, NetworkArguments]:
+    """The rank, alpha and the arguments in the core's own terms."""
+    rank = door.default_rank if network_dim is None else network_dim
     if door.resolve is not None:
-        return door.resolve(network_dim, arguments, door.default_rank)
-    return door.default_rank if network_dim is None else network_dim, arguments
+        rank, arguments = door.resolve(network_dim, arguments, door.default_rank)
+    alpha = DEFAULT_ALPHA if network_alpha is None else float(network_alpha)
+    if door.resolve_alpha is not None:
+        alpha, arguments = door.resolve_alpha(alpha, arguments)
+    if rank < 0 or alpha < 0:
+        raise UserError(f"--network_dim is {rank} and --network_alpha {alpha:g}; neither can be negative")
+    return rank, alpha, arguments
 
 
 def refused_by(door: Door, arguments: NetworkArguments) -> Mapping[str, str]:
@@ -252,9 +254,7 @@ def refused_by(door: Door, arguments: NetworkArguments) -> Mapping[str, str]:
     return {**few, **with_noise, **with_tlora, **with_init, **door.refuses}
 
 
-def check_forms(
-    door: Door, arguments: NetworkArguments, groups: Mapping[str, Mapping[str, Tensor]], source: str
-) -> None:
+def check_forms(door: Door, arguments: NetworkArguments, groups: Groups, source: str) -> None:
     """Raise UserError where a file that is to be trained further has what this kind does not support."""
     parts = [own for group in groups.values() for own in (by_rows(group).values() or [group])]
     found = {
@@ -269,7 +269,21 @@ def check_forms(
             )
 
 
-def check_pieces(door: Door, groups: Mapping[str, Mapping[str, Tensor]], source: str) -> None:
+def spelling_to_keep(
+    door: Door, groups: Groups, given: Mapping[str, Tensor], targets: AdapterTargets, file: str
+) -> FileSpelling | None:
+    """The names of a file that has parts of layers apart, to be saved under again; None for other files.
+
+    Raises UserError where the door does not train such a part.
+    """
+    if not any(kind_of(group) is PIECES for group in groups.values()):
+        return None
+    check_pieces(door, groups, str(file))
+    assert targets.names is not None
+    return spelling_of(given, targets.names, file)
+
+
+def check_pieces(door: Door, groups: Groups, source: str) -> None:
     """Raise UserError where a file has a part of a layer apart that this kind does not train as such."""
     for module, group in groups.items():
         for name, own in by_rows(group).items():
@@ -316,3 +330,13 @@ def places(targets: AdapterTargets, text_encoder: TextEncoder, denoiser: nn.Modu
         if encoder is not None
     ]
     return [*found, Place(targets.denoiser, denoiser, None)]
+
+
+def new_places(
+    door: Door, targets: AdapterTargets, arguments: NetworkArguments, text_encoder: TextEncoder, denoiser: nn.Module
+) -> Iterator[Place]:
+    """The parts of the base model that get new adapters with these arguments, narrowed to what the kind adapts."""
+    for place in places(targets, text_encoder, denoiser):
+        is_left_out = place.text_encoder is not None and door.denoiser_only
+        if not is_left_out and (not place.part.needs or arguments.of_model.get(place.part.needs)):
+            yield place if door.narrow is None else replace(place, part=door.narrow(place.part, arguments))

@@ -5,11 +5,12 @@ from pathlib import Path
 from torch import nn
 
 from library.architectures.knots.adapters import LAYERS, denoiser_module, text_module, view
-from library.architectures.knots.load import DENOISER_PREFIX, TEXT_PREFIX, empty_knots, open_denoiser
-from library.architectures.knots.model import read_config
+from library.architectures.knots.load import DENOISER_PREFIX, TEXT_PREFIX, open_denoiser
+from library.architectures.knots.model import Knots, read_config
 from library.checkpoints.adapter_names import ModuleNames
 from library.checkpoints.base_model import BaseModel, of_single_file
 from library.checkpoints.weights import configure
+from library.models.loading import on_meta_device
 
 
 def open_base_model(flag: str, path: Path) -> BaseModel:
@@ -28,4 +29,4 @@ def names_of(stem: str) -> ModuleNames | None:
 def seen_by_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
     """([], denoiser) of a checkpoint as network modules see it, on the meta device."""
     _, denoiser = open_denoiser("the checkpoint", path)
-    return [], view([], empty_knots(configure(denoiser, read_config)))[1]
+    return [], view([], on_meta_device(Knots, configure(denoiser, read_config)))[1]

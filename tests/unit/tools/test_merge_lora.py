@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from library.architectures.sd.adapters import view
-from library.architectures.sd.load import SdLoader, open_loader
+from library.architectures.sd.load import open_loader
 from library.checkpoints.files import load_state_dict, read_metadata, save_safetensors
 from library.checkpoints.hashes import sshs_hashes
+from library.models.unet_loader import UnetLoader
 from library.options.model import ModelOptions
 from library.options.train import TrainOptions
 from networks import lora
@@ -62,7 +63,7 @@ def extract(*arguments: object) -> int:
     return extract_lora_from_models.main([str(argument) for argument in arguments])
 
 
-def loader(path: Path) -> SdLoader:
+def loader(path: Path) -> UnetLoader:
     return open_loader(TrainOptions(model=ModelOptions(pretrained_model_name_or_path=str(path))))
 
 

@@ -1,0 +1,60 @@
+"""The files of a base model: a diffusers folder or a single file, beside which flags may name some of its parts."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from library.checkpoints import model_lookup
+from library.checkpoints.weights import Weights
+from library.errors import NotThere, UserError
+from library.options.model import BASE_FLAG
+
+
+@dataclass(frozen=True)
+class BaseFiles:
+    """A base model on disk; of the files only headers are read."""
+
+    path: Path
+    whole: Weights | None = None  # the tensors of a single file; None for a folder
+    flag: str = BASE_FLAG  # for messages
+
+    def open_folder(self, name: str) -> tuple[dict[str, Any], Weights]:
+        """Open one part of a diffusers folder: its configuration and weights. Raises NotThere where it is missing."""
+        return model_lookup.open_part(self.flag, self.path / name, name)
+
+    def open_text_encoder(
+        self, flag: str, name: str | None, folder: str, prefix: str
+    ) -> tuple[dict[str, Any] | None, Weights]:
+        """Open what a flag names or, with no `name`, the encoder in the base model: its folder, or the whole single
+        file, in which names of the encoder begin with `prefix`. The configuration is None for a file.
+
+        Raises NotThere where the base model has no such encoder.
+        """
+        if name is not None:
+            return model_lookup.open_model(flag, name, folder)
+        if self.whole is None:
+            return self.open_folder(folder)
+        if not any(key.startswith(prefix) for key in self.whole.shapes):
+            raise NotThere(f"{flag} is missing: {self.path} has no such text encoder in it")
+        return None, self.whole
+
+
+def open_files(flag: str, path: Path) -> BaseFiles:
+    """Open a base model that is on disk."""
+    return BaseFiles(path, None if path.is_dir() else model_lookup.open_file(flag, path), flag)
+
+
+def open_base(name: str | None, give: str, folders: Iterable[str] = ()) -> BaseFiles:
+    """Open the base model that a run names, downloading these `folders` of a repository of the hub.
+
+    Raises UserError saying what to `give` where there is no name.
+    """
+    return open_files(BASE_FLAG, model_lookup.find_model(BASE_FLAG, named(name, give), [(f,) for f in folders]))
+
+
+def named(name: str | None, give: str) -> str:
+    """Return the name of the base model. Raises UserError saying what to `give` where there is none."""
+    if not name:
+        raise UserError(f"{BASE_FLAG} is missing: give {give}")
+    return name

@@ -1,0 +1,88 @@
+"""The loader of the U-Net models, whose checkpoints have all parts: U-Net, CLIP text encoders and VAE."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from library.checkpoints.base_files import BaseFiles, open_base
+from library.memory.codecs.codec import RequestedFormat
+from library.memory.devices import DTYPES
+from library.models.attention import wants_xformers, with_attention
+from library.models.clip.clip import load_clip
+from library.models.identify import warn_of_other_prediction
+from library.models.loading import Component, MaybeComponent, first_side, materialise, open_if_there
+from library.models.unet.unet import check_unet_input, empty_unet, for_inpainting
+from library.models.vae.vae import VaeNeeds, load_vae, open_vae, vae_dtype_of, vae_of_base
+from library.options.train import TrainOptions
+
+GIVE = "a .safetensors or .ckpt file, a diffusers folder or a hub name"
+
+
+@dataclass(frozen=True)
+class UnetParts:
+    """The U-Net and the CLIP text encoders of a checkpoint."""
+
+    unet: Component
+    clips: tuple[MaybeComponent, ...]
+
+
+@dataclass(frozen=True)
+class UnetLoader:
+    """The models of a checkpoint, each loaded when it is asked for; frozen, on the CPU."""
+
+    path: Path  # the folder or file of the checkpoint
+    parts: UnetParts
+    vae_component: MaybeComponent
+    latent_channels: int
+    dtype: torch.dtype
+    vae_dtype: torch.dtype
+    uses_xformers: bool
+    inpaints: bool
+
+    @property
+    def num_words(self) -> int | None:
+        """Size of the vocabulary that all text encoders know; None where none is there."""
+        found = [first_side(clip, "embeddings.token_embedding.weight") for clip in self.parts.clips]
+        return min((number for number in found if number is not None), default=None)
+
+    def text_encoders(self) -> list[nn.Module]:
+        return [load_clip(clip, self.dtype) for clip in self.parts.clips]
+
+    def vae(self) -> nn.Module:
+        return with_attention(load_vae(self.vae_component, self.vae_dtype), self.uses_xformers)
+
+    def denoiser(self, weight_format: RequestedFormat | None = None) -> nn.Module:
+        component = self.parts.unet
+        unet = materialise(empty_unet(component.config), component.weights, self.dtype, weight_format)
+        return with_attention(for_inpainting(unet, self.latent_channels) if self.inpaints else unet, self.uses_xformers)
+
+
+def open_unet_loader(
+    options: TrainOptions, needs: VaeNeeds, encoders: Sequence[str], open_parts: Callable[[BaseFiles], UnetParts]
+) -> UnetLoader:
+    """Open the checkpoint that the options name; `encoders` are the folders of its text encoders on the hub.
+
+    Raises UserError naming the flag when a file is missing, broken, incomplete or another kind of model.
+    """
+    vae, inpaints = options.model.vae, options.dataset.train_inpainting
+    base = open_base(options.model.pretrained_model_name_or_path, GIVE, ("unet", "vae", *encoders))
+    if base.whole is None:
+        warn_of_other_prediction(base.path, options.model.v_parameterization)
+    parts = open_parts(base)
+    check_unet_input(f"{base.flag} {base.path}", parts.unet, needs.channels, inpaints)
+    return UnetLoader(
+        path=base.path,
+        parts=parts,
+        vae_component=open_if_there(
+            options.caching.cache_latents_to_disk,
+            lambda: vae_of_base(base) if vae is None else open_vae(vae, needs),
+        ),
+        latent_channels=needs.channels,
+        dtype=DTYPES[options.precision.mixed_precision],
+        vae_dtype=vae_dtype_of(options),
+        uses_xformers=wants_xformers(options.memory),
+        inpaints=inpaints,
+    )
