@@ -286,7 +286,7 @@ def test_text_outputs_are_cached_as_training_reads_them(
              "--learning_rate", "1e-3", "--max_train_steps", "1", "--network_train_unet_only",
              "--cache_text_encoder_outputs", "--cache_text_encoder_outputs_to_disk"]  # fmt: skip
     done = train(words, "sdxl_train_network")
-    assert done.status == 0 and "text cache: 3 files are used, 0 are missing" in done.stderr
+    assert done.status == 0 and "text cache: 3 files reused, 0 to encode" in done.stderr
     assert caches(tmp_path / "data") == before
 
 
