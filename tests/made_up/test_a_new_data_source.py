@@ -100,8 +100,8 @@ def test_it_is_audited(project: Project, tmp_path: Path) -> None:
         archive.writestr("broken.png", b"no image")
     done = project.run(project.archive, tmp_path / "audit", "--audit_only")
     assert done.returncode == 0, done.stderr
-    assert "more.zip/broken.png" in done.stderr and "1 pictures show one colour alone" in done.stderr
-    assert "2 pictures are nearly the same as others" in done.stderr
+    assert "more.zip/broken.png" in done.stderr and "1 image of a single colour" in done.stderr
+    assert "2 images near-duplicated" in done.stderr
     assert (tmp_path / "audit" / "mine-audit.html").is_file()
 
 

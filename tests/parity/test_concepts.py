@@ -87,7 +87,7 @@ def merge_into(unet: Any, context: StepContext, multiplier: float) -> Any:
     paths = {id(layer): path for path, layer in context.models.denoiser.named_modules()}
     for adapter in module.adapters.values():
         adapter.multiplier = multiplier
-        layer = unet.get_submodule(paths[id(adapter.site.module)])
+        layer = unet.get_submodule(paths[id(adapter.target.module)])
         for name, value in adapter.merged().items():
             getattr(layer, name).copy_(value)
     return unet
