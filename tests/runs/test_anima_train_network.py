@@ -158,8 +158,8 @@ def test_a_model_of_another_depth_and_width_trains_with_its_blocks_waiting(
     assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
     assert "lora_unet_blocks_6_mlp_layer2.lora_up.weight" in found
     done = train_anima([*words, "--blocks_to_swap", "6"])
-    assert done.status == 1 and "--blocks_to_swap 6: the denoiser has 7 blocks" in done.stderr
-    assert "use at most 5" in done.stderr
+    assert done.status == 1 and "--blocks_to_swap 6: the model has 7 blocks" in done.stderr
+    assert "at most 5 can be swapped" in done.stderr
 
 
 @pytest.mark.parametrize(

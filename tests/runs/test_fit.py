@@ -108,7 +108,10 @@ def test_a_budget_that_nothing_fits_ends_the_run_before_anything_is_loaded(train
 
 @pytest.mark.parametrize(
     ("size", "message"),
-    [("auto", "--fit auto asks the card what is free on it, and there is none"), ("lots", "'lots' is no size of mem")],
+    [
+        ("auto", "--fit auto asks the card what is free on it, and there is none"),
+        ("lots", "'lots' is not a memory size"),
+    ],
 )
 def test_sizes_that_cannot_be_had_are_named(size: str, message: str, train: Train, tmp_path: Path) -> None:
     done = train(flux_arguments(tmp_path, "--fit", size), script="flux_train_network")

@@ -62,4 +62,4 @@ def test_another_token_limit_makes_everything_anew(
     train_flux([*arguments, *ON_DISK])
     done = train_flux([*arguments, *ON_DISK, "--t5xxl_max_token_length", "24"])
     assert done.status == 0, done.stderr
-    assert "7 are made again (7 made with other text encoders or settings" in done.stderr
+    assert "7 stale (7 made with other text encoders or settings" in done.stderr

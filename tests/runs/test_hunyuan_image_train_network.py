@@ -127,7 +127,7 @@ def test_a_preview_is_drawn(train_hunyuan: Train, arguments: list[str], tmp_path
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--blocks_to_swap", "4"], "--blocks_to_swap 4: the denoiser has 2 and 2 blocks"),
+        (["--blocks_to_swap", "4"], "--blocks_to_swap 4: the model has 2 and 2 blocks"),
         (["--weighted_captions"], "Qwen2.5-VL knows no weighted words"),
         (["--network_train_text_encoder_only"], "HunyuanImage 2.1: its text encoders have no adapters"),
         (["--text_encoder", "nowhere.safetensors"], "--text_encoder nowhere.safetensors does not exist"),

@@ -127,8 +127,9 @@ def test_the_file_continues_training(train: Train, arguments: Callable[..., list
     line = arguments("sd3-medium", "networks.lora_sd3", "--network_args", "split_qkv=True")
     run(train, line)
     before = load_file(tmp_path / "out" / OUTPUT)
-    run(train, [*line, "--network_weights", str(tmp_path / "out" / OUTPUT), "--learning_rate", "1e-12"])
-    after = load_file(tmp_path / "out" / OUTPUT)
+    more = ["--network_weights", str(tmp_path / "out" / OUTPUT), "--output_name", "more"]
+    run(train, [*line, *more, "--learning_rate", "1e-12"])
+    after = load_file(tmp_path / "out" / "more.safetensors")
     assert before.keys() == after.keys()
     for key in before:
         torch.testing.assert_close(after[key], before[key], rtol=0, atol=1e-9)

@@ -56,8 +56,9 @@ def test_every_combination_gives_the_file_of_its_run_alone(train: Train, words: 
         for lr in ("0.5", "1")
         for drop in ("0.2", "0")
     }
-    for dim, rate, drop in (("2", "0.5", "0.2"), ("3", "1", "0")):
-        own = ["--network_dim", dim, "--learning_rate", rate, "--network_dropout", drop, "--output_name", "alone"]
+    for dim, alpha, rate, drop in (("2", "2", "0.5", "0.2"), ("3", "3", "1", "0")):  # alpha / rank is kept
+        own = ["--network_dim", dim, "--network_alpha", alpha, "--learning_rate", rate, "--network_dropout", drop]
+        own += ["--output_name", "alone"]
         assert train([*words, *own], "flux_train_network").status == 0
         name = f"mine-dim{dim}-lr{rate}-dropout{drop}.safetensors"
         assert_same_files(tmp_path / "out" / name, tmp_path / "out" / "alone.safetensors")

@@ -99,15 +99,15 @@ def test_what_stands_out_is_told_with_its_pictures_and_nothing_else() -> None:
         Look("soft", fourth, BLURRED / 2, 5 * EMPTY), Look("cut", problem="image file is truncated"),
     ]  # fmt: skip
     found = {
-        f.text.partition("pictures ")[2][:12]: [path for path, _ in f.pictures]
+        f.text.partition("image")[2].removeprefix("s").strip()[:16]: [path for path, _ in f.pictures]
         for f in findings_of(looks, {"a", "b", "c"})
     }
     assert found == {
-        "cannot be de": ["cut"],
-        "show one col": ["red", "blue"],
-        "of the valid": ["c", "v"],
-        "are nearly t": ["a", "b"],
-        "are blurred ": ["soft"],
+        "cannot be decode": ["cut"],
+        "of a single colo": ["red", "blue"],
+        "near-duplicated ": ["c", "v"],
+        "near-duplicated;": ["a", "b"],
+        "blurred all over": ["soft"],
     }
     (line,) = [f.line for f in findings_of(looks[2:4], {"c"})]
     assert line.endswith("c (group 1, trained), v (group 1, validation)")
