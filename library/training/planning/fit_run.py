@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 import torch
 
@@ -20,8 +19,6 @@ from library.training.planning.fit import Fit, Sweep, fit_to
 from networks.core.protocol import OURS
 
 logger = logging.getLogger(__name__)
-
-OptionsT = TypeVar("OptionsT", bound=TrainOptions)
 
 
 def largest_batch(plan: DataPlan) -> BatchShape:

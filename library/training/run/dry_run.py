@@ -5,13 +5,12 @@ import math
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from library.errors import UserError
 from library.formatting import format_bytes
-from library.options.train import TrainOptions
 from library.options.training.averaging import FILES
 from library.training.evaluation.without_side_effects import shown_weights
 from library.training.failures.out_of_memory import (
@@ -31,8 +30,6 @@ from library.training.step.losses import describe_shape, loss_of, noised_of, sta
 from library.types import Batch
 
 logger = logging.getLogger(__name__)
-
-OptionsT = TypeVar("OptionsT", bound=TrainOptions)
 
 
 def dry_run_values() -> dict[str, Any]:

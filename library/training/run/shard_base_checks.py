@@ -1,7 +1,7 @@
 """--shard_base: what does not go with it, and whether all processes go in step."""
 
 import logging
-from typing import Any, TypeVar
+from typing import Any
 
 from library.data.training_data import TrainingData
 from library.errors import UserError
@@ -13,8 +13,6 @@ from library.training.step.losses import PRESERVATION
 from networks.core.protocol import OURS
 
 logger = logging.getLogger(__name__)
-
-OptionsT = TypeVar("OptionsT", bound=TrainOptions)
 
 
 def launched_values(options: TrainOptions) -> dict[str, Any]:

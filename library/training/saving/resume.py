@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from library.checkpoints.files import remove_temporary
 from library.checkpoints.folders import tidy
@@ -32,9 +32,6 @@ logger = logging.getLogger(__name__)
 OF_THE_STATE = ("optimizer_args",)
 RATES = ("learning_rate", "unet_lr", "text_encoder_lr")
 LENGTH = ("max_train_steps", "max_train_epochs")
-
-
-OptionsT = TypeVar("OptionsT", bound=TrainOptions)
 
 
 class AlreadyComplete(Exception):

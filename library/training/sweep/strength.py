@@ -2,14 +2,10 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from library.errors import UserError
-from library.options.train import TrainOptions
 from library.options.training.network import NetworkOptions
 from networks.core.protocol import is_switched_on, parse_network_args
-
-OptionsT = TypeVar("OptionsT", bound=TrainOptions)
 
 NETWORK_DIM = "network_dim"
 CONV_DIM = "network_args.conv_dim"
