@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from functools import cache
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
 OptionsT = TypeVar("OptionsT", bound="Options")
@@ -172,7 +173,8 @@ class Options:
                 yield f, kind
 
     @classmethod
-    def facts(cls) -> dict[str, Facts]:
+    @cache
+    def facts(cls) -> Mapping[str, Facts]:
         """The facts of every option below this class, by name, in the order of declaration."""
         hints = get_type_hints(cls)
         found: dict[str, Facts] = {}
