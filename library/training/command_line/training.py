@@ -83,6 +83,7 @@ def train_network(
     from library.processes import of_accelerator
     from library.temporary_folders import delete_abandoned_folders
     from library.training.models.opening import open_accelerator
+    from library.training.reporting.events import Audit
     from library.training.run.dry_run import dry_run_values
     from library.training.run.shard_base_checks import launched_values
 
@@ -99,6 +100,8 @@ def train_network(
         if run.options.shared.dataset.debug_dataset:
             show_batches(run.data)
             return True
+        if events.is_on:
+            events.emit(Audit(**run.data.facts()))
         return train_resolved(fit_to_memory(run, processes, events), accelerator, processes, interruption, events)
 
 
@@ -148,11 +151,9 @@ def resolve_run(
 
 
 def fit_to_memory(run: ResolvedRun[OptionsT], processes: "Processes", events: EventsOfAll) -> ResolvedRun[OptionsT]:
-    """Emit the audit, and override what --fit chooses for the largest batch."""
-    from library.training.reporting.events import Audit, Planned
+    """Override what --fit chooses for the largest batch."""
+    from library.training.reporting.events import Planned
 
-    if events.is_on:
-        events.emit(Audit(**run.data.facts()))
     if run.options.shared.fit.fit is None:
         return run
     from library.data.plan.data_plan import DataPlan
