@@ -31,7 +31,7 @@ def version_of(package: str) -> str | None:
 
 
 def find_lack(requirement: str) -> Lack | None:
-    """What is wrong with the package of a line such as "torch>=2.9"; None where it fits or is not for this Python."""
+    """Check the package of a requirement such as "torch>=2.9"; None if it fits or is not for this Python."""
     from packaging.requirements import Requirement
 
     wanted = Requirement(requirement)

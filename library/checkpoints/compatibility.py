@@ -80,7 +80,7 @@ def readings(
     metadata: Mapping[str, str],
     alphas: Mapping[str, float] = MappingProxyType({}),
 ) -> tuple[Reading, ...]:
-    """What each program does with an adapter file that has these keys; empty where the base model cannot be told.
+    """Return how each program reads an adapter file with these keys; empty if its base model is not recognised.
 
     `alphas` has the values of `alpha` keys where they are known: those of OFT are limits, and 0 is none.
     """

@@ -13,7 +13,7 @@ START_BYTES = 4096
 
 @dataclass(frozen=True)
 class FileType:
-    """What a command writes under a name, recognised by its first `START_BYTES` bytes."""
+    """A type of file that commands write, recognised by the first `START_BYTES` bytes."""
 
     name: str  # with its article, as messages have it
     recognises: Callable[[bytes], bool]

@@ -48,7 +48,7 @@ class Recipe:
         }
 
     def of_checkpoint(self, architecture: str, predicts_velocity: bool = False) -> dict[str, str]:
-        """What a file that was made from a checkpoint says about it: `BaseModelSpec.adapter_metadata`."""
+        """Return the metadata of an adapter extracted from a checkpoint, for `BaseModelSpec.adapter_metadata`."""
         return {"ss_v2": "False", **self.metadata, "modelspec.architecture": f"{architecture}/lora"}
 
 

@@ -1,4 +1,4 @@
-"""What the specs of the models with a U-Net have in common."""
+"""Parts of `BaseModelSpec` that the models with a U-Net share."""
 
 from collections.abc import Mapping
 

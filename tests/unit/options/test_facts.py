@@ -52,7 +52,7 @@ def names_in(lines: Iterable[str]) -> set[str]:
 
 
 @by_script
-def test_a_resumed_run_is_told_of_every_option_that_may_not_change(kind: type[TrainOptions]) -> None:
+def test_resuming_warns_of_every_option_that_may_not_change(kind: type[TrainOptions]) -> None:
     state = StateManifest(Path("s"), 1, 0, 1, recorded_options(kind()), {}, {})
     told = names_in(line for _, line in option_differences(state, with_all_changed(kind), 1))
     assert told == {name for name, facts in kind.facts().items() if not facts.may_change_on_resume}

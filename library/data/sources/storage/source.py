@@ -11,7 +11,7 @@ from library.data.sources.storage.storage import Storage
 
 @dataclass(frozen=True)
 class Source:
-    """What such a file defines as SOURCE."""
+    """A source of images, defined as SOURCE by its file."""
 
     keys: tuple[str, ...]  # of a subset, that this source has a use for and not every source has
     scan: Callable[[SubsetConfig, Storage, int], ScannedSubset]
