@@ -26,11 +26,12 @@ def test_example_dataset_file_is_accepted(path: Path) -> None:
     assert load(path).datasets
 
 
-def test_readme_shows_the_file_that_its_command_names() -> None:
-    assert blocks_of(ROOT / "README.md", "toml") == [(ROOT / "configs/examples/dataset.toml").read_text("utf-8")]
+def test_the_page_begins_with_the_file_that_the_commands_name() -> None:
+    page, example = ROOT / "docs" / "dataset_config.md", ROOT / "configs" / "examples" / "dataset.toml"
+    assert blocks_of(page, "toml")[0] == example.read_text(encoding="utf-8")
 
 
-def test_example_of_the_readme_trains_one_folder_at_512() -> None:
+def test_the_example_trains_one_folder_at_512() -> None:
     (dataset,) = load(ROOT / "configs" / "examples" / "dataset.toml").datasets
     assert (dataset.resolution, dataset.batch_size, dataset.enable_bucket) == ((512, 512), 4, True)
     assert [subset.num_repeats for subset in dataset.subsets] == [10]
