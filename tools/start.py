@@ -321,7 +321,7 @@ def quickstart(venv: Path) -> int:
         f"  the adapter:             {ROOT / ADAPTER}\n"
         f"  a picture, before|after: {ROOT / PICTURE}\n"
         f"  how the training went:   {ROOT / REPORT} (opens in any browser)\n"
-        "Training on pictures of your own: README.md",
+        "Training on your own images: README.md",
         flush=True,
     )
     return 0
