@@ -71,6 +71,8 @@ COMMANDS = [(page.relative_to(ROOT).as_posix(), command) for page in PAGES for c
 def check_command(command: str) -> None:
     """Raise AssertionError if a reader who types this would be told off. A command of unknown kind is one too."""
     words = shlex.split(command)
+    while re.fullmatch(r"[A-Z_]+=\w*", words[0]):  # a variable for this command alone
+        words = words[1:]
     for word in words:
         assert not word.startswith("configs/") or (ROOT / word).exists(), f"{word} is not there"
     match words:

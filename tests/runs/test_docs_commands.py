@@ -26,8 +26,8 @@ NOT_RUN = {  # beginning of a command -> where it is tested, or why it cannot be
     "python3 tools/start.py": "tests/runs/test_quickstart.py and tests/unit/tools/test_start.py",
     "python3 -m": "programs of others",
     "python3 benchmarks/gpu_": "needs a card; tests/runs/test_memory_modes.py runs both in small",
-    "accelerate launch --cpu": "tests/runs/test_processes.py, without a card as well",
     "accelerate launch --multi_gpu": "tests/runs/test_processes.py",
+    "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu": "tests/runs/test_processes.py",
 }
 BASE_OF_SCRIPT = {
     **{base.script: name for name, base in reversed(BASES.items())}, "train_leco": "sd", "sdxl_train_leco": "sdxl",
