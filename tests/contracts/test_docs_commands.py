@@ -213,6 +213,19 @@ def test_pages_link_only_to_what_is_there(page: Path) -> None:
     assert missing == []
 
 
+def headings_of(page: Path) -> set[str]:
+    """The anchors of a page, as GitHub makes them of its headings."""
+    lines = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_headings_that_exist(page: Path) -> None:
+    links = re.findall(r"\]\(([\w./]*\.md)?#([^)]+)\)", page.read_text(encoding="utf-8"))
+    broken = [f"{file}#{name}" for file, name in links if name not in headings_of(page.parent / file if file else page)]
+    assert broken == []
+
+
 def table_rows(page: Path) -> list[list[str]]:
     """The cells of every row of every table of a page."""
     lines = page.read_text(encoding="utf-8").splitlines()
