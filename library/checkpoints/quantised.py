@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ PADDED_TO = {"nvfp4": 16, "mxfp8": 32}  # both sides of a matrix are filled up t
 HALVED = ("nvfp4",)  # formats with two values to a byte
 
 Config = Mapping[str, Any]
-"""What a file says of one layer: `format`, and `convrot` with `convrot_groupsize` for turned ones."""
+"""A file's description of one layer: `format`, and `convrot` with `convrot_groupsize` for rotated ones."""
+DEFAULT_CONVROT_GROUP = 256  # comfy-kitchen's
+LARGEST_CONVROT_GROUP = 4**6  # the matrix of the next one takes 2 GiB
 
 
 def open_checkpoint(path: Path) -> Weights:
@@ -58,15 +61,17 @@ def with_quantised(weights: Weights) -> Weights:
     layers = {f"{layer}.weight": layer for layer in scales if f"{layer}.weight" in shapes}
     formats = {name: configs.get(layer, {}).get("format", "") for name, layer in layers.items()}
     for name, kind in formats.items():
-        if kind not in DECODERS:
+        if not isinstance(kind, str) or kind not in DECODERS:
             raise UserError(
-                f"{weights.origin}: {name} is stored as {kind}, which is not known; known are "
+                f"{weights.origin}: {name} is stored as {str(kind)[:40]!r}, which is not known; known are "
                 f"{', '.join(sorted(filter(None, DECODERS)))}. Use a bf16 or fp8 file of this model"
             )
-        if kind in HALVED:
+    check_scales(weights, scales, configs)
+    for name, layer in layers.items():
+        check_layout(weights, layer, scales[layer], configs.get(layer, {}))
+        if formats[name] in HALVED:
             rows, columns = shapes[name]
             shapes[name] = (rows, 2 * columns)
-    check_scales(weights, scales, configs)
 
     def read(name: str) -> Tensor:
         layer = layers.get(name)
@@ -105,7 +110,7 @@ def check_scales(weights: Weights, scales: Mapping[str, str], configs: Mapping[s
             whole = f"{layer}.weight_scale_2"
             if whole not in weights.shapes:
                 missing.append(layer)
-            elif not 0 < float(weights.read(whole)) < torch.inf:
+            elif prod(weights.shapes[whole]) != 1 or not 0 < float(weights.read(whole)) < torch.inf:
                 impossible.append(layer)
         elif configs.get(layer, {}).get("format") != "mxfp8" and not are_possible(weights, layer, scales[layer]):
             impossible.append(layer)
@@ -117,6 +122,47 @@ def check_scales(weights: Weights, scales: Mapping[str, str], configs: Mapping[s
             )
 
 
+def check_layout(weights: Weights, layer: str, scale: str, config: Config) -> None:
+    """Raise UserError naming a layer whose codes, scales and rotation do not fit each other."""
+    name, kind = f"{layer}.weight", config.get("format", "")
+    shape, num_scales = weights.shapes[name], prod(weights.shapes[scale])
+    if kind in PADDED_TO:
+        fits = is_tiled(kind, shape, num_scales) and stored_bytes(weights, name, scale) == {1}
+    else:
+        num_groups, rest = divmod(num_scales, shape[0] if shape else 1)
+        is_grouped = not rest and num_groups > 1 and len(shape) == 2 and shape[1] % num_groups == 0
+        fits = num_scales == 1 or (num_groups == 1 and not rest) or is_grouped
+    if not fits:
+        raise UserError(
+            f"{weights.origin}: {layer} has {num_scales} scales for a weight of shape {list(shape)} stored as "
+            f"{kind or 'fp8'}, which do not fit each other. Download the file again, or use a bf16 file of this model"
+        )
+    if not config.get("convrot"):
+        return
+    size = config.get("convrot_groupsize") or DEFAULT_CONVROT_GROUP
+    is_power_of_4 = type(size) is int and size in (4**power for power in range(1, 7))
+    if not is_power_of_4 or len(shape) != 2 or shape[1] % size:
+        raise UserError(
+            f"{weights.origin}: {layer} has the convrot_groupsize {str(size)[:40]!r}; it must be a power of 4, at most "
+            f"{LARGEST_CONVROT_GROUP}, that divides the weight's {shape[-1] if shape else 0} inputs. Use a bf16 file "
+            "of this model"
+        )
+
+
+def is_tiled(kind: str, shape: tuple[int, ...], num_scales: int) -> bool:
+    """Return True if the scales fill the tiles of a matrix in nvfp4 or mxfp8."""
+    if len(shape) != 2 or 0 in shape:
+        return False
+    num_inputs, group = (2 * shape[1], NVFP4_GROUP) if kind in HALVED else (shape[1], MXFP8_GROUP)
+    num_tiles = -(-shape[0] // TILE_ROWS) * -(-num_inputs // (group * TILE_COLUMNS))
+    return num_inputs % group == 0 and num_scales == num_tiles * TILE_ROWS * TILE_COLUMNS
+
+
+def stored_bytes(weights: Weights, *names: str) -> set[int]:
+    """Return the sizes in bytes of the elements of some tensors."""
+    return {dtype_in_file(weights, name).itemsize for name in names}
+
+
 def model_in_file(key: str) -> str:
     """The prefix of one of the models in a file that holds several; "" for a key of another file."""
     found = MODEL_PREFIX.match(key)
@@ -125,9 +171,14 @@ def model_in_file(key: str) -> str:
 
 def is_plain_fp8(weights: Weights, name: str) -> bool:
     """Return True if a tensor is stored in 8-bit floating point."""
-    places = weights.read.places if isinstance(weights.read, FromFiles) else {}
-    dtype = places[name].entry.dtype if name in places else weights.read(name).dtype
+    dtype = dtype_in_file(weights, name)
     return dtype.is_floating_point and dtype.itemsize == 1
+
+
+def dtype_in_file(weights: Weights, name: str) -> torch.dtype:
+    """Return a tensor's dtype, from the file's header where there is one."""
+    places = weights.read.places if isinstance(weights.read, FromFiles) else {}
+    return places[name].entry.dtype if name in places else weights.read(name).dtype
 
 
 def are_possible(weights: Weights, layer: str, scale: str) -> bool:
@@ -142,24 +193,25 @@ def are_possible(weights: Weights, layer: str, scale: str) -> bool:
 
 
 def layer_configs(weights: Weights) -> dict[str, Config]:
-    """What the file says of its layers, by their names. Raises UserError for a description that is no JSON."""
+    """Return the file's descriptions of its layers, by name. Raises UserError for one that is not JSON."""
     found: dict[str, Config] = {}
     try:
-        told = json.loads(weights.metadata.get("_quantization_metadata", "{}"))
-        layers = told.get("layers", {}) if isinstance(told, dict) else {}
+        described = json.loads(weights.metadata.get("_quantization_metadata", "{}"))
+        layers = described.get("layers") if isinstance(described, dict) else None
+        layers = layers if isinstance(layers, dict) else {}
         for key in weights.shapes:
             layer, dot, last = key.rpartition(".")
             if last == "comfy_quant":
                 found[layer] = json.loads(bytes(weights.read(key).to(torch.uint8).flatten().tolist()))
-            elif dot and last == "weight" and (named := told_of(layers, layer)) is not None:
+            elif dot and last == "weight" and (named := described_layer(layers, layer)) is not None:
                 found.setdefault(layer, named)
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{weights.origin}: how its weights are stored is not readable: {error}") from error
     return {layer: flat(config) for layer, config in found.items() if isinstance(config, dict)}
 
 
-def told_of(layers: Mapping[str, Config], layer: str) -> Config | None:
-    """The header's words about a layer, whose name may lack the prefix that the tensors have."""
+def described_layer(layers: Mapping[str, Config], layer: str) -> Config | None:
+    """Return the header's description of a layer, whose name there may lack the prefix of the tensors."""
     while layer not in layers:
         _, dot, layer = layer.partition(".")
         if not dot:
@@ -184,7 +236,7 @@ def kept_kind(config: Config, stored_as: str, shape: tuple[int, ...]) -> str | N
 
 def turned_together(config: Config) -> int:
     """Inputs in a group that is turned."""
-    return int(config.get("convrot_groupsize") or 256)
+    return int(config.get("convrot_groupsize") or DEFAULT_CONVROT_GROUP)
 
 
 def codes_reader(weights: Weights, layer: str, scale: str) -> Callable[[], Mapping[str, Tensor] | None]:

@@ -84,7 +84,7 @@ def test_the_older_dialect_has_a_scale_for_all_for_rows_or_for_groups(shape: tup
     [
         (
             {"format": "asym_w4a8_int8"},
-            "fp8.weight is stored as asym_w4a8_int8, which is not known; known are float8",
+            "fp8.weight is stored as 'asym_w4a8_int8', which is not known; known are float8",
         ),
         ("not JSON", "how its weights are stored is not readable"),
     ],
@@ -123,6 +123,57 @@ def test_a_missing_or_impossible_scale_is_refused_with_the_layer(case: str, tmp_
     save_file(UNUSABLE[case], tmp_path / "a.safetensors")
     layer = "nvfp4" if "nvfp4" in case else "turned" if "described" in case else "b"
     with pytest.raises(UserError, match=rf"a\.safetensors: these quantised layers have .*: {layer}\. Download"):
+        open_checkpoint(tmp_path / "a.safetensors")
+
+
+def described(layer: str, **changes: Any) -> dict[str, Tensor]:
+    """The file with another description of one layer."""
+    text = json.dumps({**CONFIGS[layer], **changes})
+    return {**STORED, f"{layer}.comfy_quant": torch.tensor(list(text.encode()), dtype=torch.uint8)}
+
+
+NESTED = torch.tensor(list(b"[" * 100_000), dtype=torch.uint8)
+HOSTILE = {  # -> what the message says
+    "too few scales": ({**STORED, "int8_rows.weight_scale": torch.ones(3, 1)}, "int8_rows has 3 scales"),
+    "too many scales": ({**STORED, "int8_rows.weight_scale": torch.ones(10_000)}, "int8_rows has 10000 scales"),
+    "no scales": ({**STORED, "fp8.weight_scale": torch.ones(0)}, "fp8 has 0 scales"),
+    "format a list": (described("fp8", format=["fp8"]), "fp8.weight is stored as .* which is not known"),
+    "format a number": (described("fp8", format=8), "fp8.weight is stored as '8'"),
+    "group 3": (described("turned", convrot_groupsize=3), "turned has the convrot_groupsize '3'"),
+    "group -4": (described("turned", convrot_groupsize=-4), "turned has the convrot_groupsize '-4'"),
+    "group text": (described("turned", convrot_groupsize="four"), "turned has the convrot_groupsize 'four'"),
+    "group huge": (described("turned", convrot_groupsize=10**9), "turned has the convrot_groupsize '1000000000'"),
+    "group that divides nothing": (described("turned", convrot_groupsize=4096), "divides the weight's"),
+    "nvfp4 as text": (described("fp8", format="nvfp4"), "have no scale .*: fp8"),
+    "mxfp8 as fp8": (described("fp8", format="mxfp8"), "fp8 has 1 scales"),
+    "mxfp8 with float32 scales": (
+        {**STORED, "mxfp8.weight_scale": torch.ones(STORED["mxfp8.weight_scale"].shape)},
+        "mxfp8 has .* scales",
+    ),
+    "mxfp8 of one axis": ({**STORED, "mxfp8.weight": STORED["mxfp8.weight"][0].clone()}, "mxfp8 has .* scales"),
+    "two scales of nvfp4": ({**STORED, "nvfp4.weight_scale_2": torch.ones(2)}, "not finite or 0 .*: nvfp4"),
+    "nested JSON": ({**STORED, "fp8.comfy_quant": NESTED}, "how its weights are stored is not readable"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_descriptions_and_scales_that_do_not_fit_are_refused(case: str, tmp_path: Path) -> None:
+    tensors, message = HOSTILE[case]
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=rf"a\.safetensors: .*{message}"):
+        open_checkpoint(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("layers", [None, [], 3, "fp8"])
+def test_a_header_without_a_table_of_layers_describes_none(layers: Any, tmp_path: Path) -> None:
+    metadata = {"_quantization_metadata": json.dumps({"layers": layers})}
+    save_file(eight_bits(), tmp_path / "a.safetensors", metadata=metadata)
+    assert torch.equal(open_checkpoint(tmp_path / "a.safetensors").read("a.weight"), torch.full((4, 32), 0.5))
+
+
+def test_a_deeply_nested_header_is_refused(tmp_path: Path) -> None:
+    save_file(eight_bits(), tmp_path / "a.safetensors", metadata={"_quantization_metadata": "[" * 100_000})
+    with pytest.raises(UserError, match="how its weights are stored is not readable"):
         open_checkpoint(tmp_path / "a.safetensors")
 
 
