@@ -1,6 +1,5 @@
 """--lbws of the commands that merge: for each adapter file a list of numbers by which the blocks of a U-Net count."""
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from math import isfinite
 from library.architectures.specs import list_specs
 from library.checkpoints.base_model_spec import BaseModelSpec, BlockWeights
 from library.errors import UserError
+from library.json_text import parse_json
 from library.options.ranges import is_number
 from networks.core.files.adapter_file import AdapterFile
 
@@ -62,7 +62,7 @@ def parse_lists(texts: Sequence[str] | None, num_files: int) -> list[tuple[float
 def parse_list(text: str) -> tuple[float, ...]:
     """`[1, 0.5]` or `1,0.5` as numbers."""
     try:
-        found = json.loads(text if text.strip().startswith("[") else f"[{text}]")
+        found = parse_json(text if text.strip().startswith("[") else f"[{text}]")
     except ValueError:
         found = None
     if not isinstance(found, list) or not all(is_number(value) and isfinite(value) for value in found):

@@ -22,6 +22,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.errors import UserError
+from library.json_text import parse_json
 from networks.core.files.adapter_file import AdapterFile, read_adapter_file, require_kinds, save_adapter_file
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds import lora, norm
@@ -88,7 +89,7 @@ def open_nested(path: Path) -> Nested:
 def network_arguments(metadata: Mapping[str, str]) -> Mapping[str, object]:
     """What `ss_network_args` records; nothing where it is not there or cannot be read."""
     try:
-        arguments = json.loads(metadata.get("ss_network_args", "{}"))
+        arguments = parse_json(metadata.get("ss_network_args", "{}"))
     except ValueError:
         return {}
     return arguments if isinstance(arguments, dict) else {}
@@ -165,7 +166,7 @@ def cut_file(nested: Nested, rank: int) -> AdapterFile:
 def with_conv_rank(arguments: str | None, convs: set[tuple[int, float]]) -> str | None:
     """`ss_network_args` with the rank and alpha that the convolutions have, None where it does not record them."""
     try:
-        recorded = dict(json.loads(arguments or "{}"))
+        recorded = dict(parse_json(arguments or "{}"))
     except (ValueError, TypeError):
         return None
     if "conv_dim" not in recorded or len(convs) != 1:

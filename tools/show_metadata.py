@@ -19,6 +19,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library.checkpoints.files import file_in_folder, holds_safetensors, read_header, refuse_stranger
 from library.errors import UserError
+from library.json_text import parse_json
 from tools.command import make_parser, run
 
 TAG_KEY = "ss_tag_frequency"
@@ -37,8 +38,8 @@ def parsed(text: str) -> Any:
     if not text.startswith(("{", "[")):
         return text
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parse_json(text)
+    except ValueError:
         return text
 
 

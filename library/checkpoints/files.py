@@ -1,7 +1,6 @@
 """Tensors in files: read lazily and checked, written whole or not at all."""
 
 import errno
-import json
 import logging
 import os
 import re
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
+from library.json_text import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -89,9 +89,9 @@ def read_header(path: str | Path) -> Header:
             raise _broken(path, f"it is cut short: the header needs {num_bytes} bytes, {size - LENGTH_BYTES} are there")
         text = file.read(num_bytes)
     try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _broken(path, f"its header is not JSON ({error})") from error
+        fields = parse_json(text)
+    except ValueError as error:
+        raise _broken(path, f"its header is not valid JSON: {error}") from error
     if not isinstance(fields, dict):
         raise _broken(path, "its header is not a JSON object")
     metadata = fields.pop("__metadata__", None) or {}

@@ -1,6 +1,5 @@
 """Find the files of a model: a single file, a diffusers folder, or a repository of the hub."""
 
-import json
 import logging
 import re
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from library.checkpoints.files import WEIGHT_SUFFIXES
 from library.checkpoints.quantised import open_checkpoint
 from library.checkpoints.weights import Weights
 from library.errors import NotThere, UserError
+from library.json_text import parse_json
 from library.suggestions import nearby
 
 logger = logging.getLogger(__name__)
@@ -153,10 +153,10 @@ def open_file(flag: str, path: Path) -> Weights:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a diffusers folder, {} when there is no such file. Raises UserError naming a damaged one."""
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged: it holds a {type(content).__name__}, not a table")

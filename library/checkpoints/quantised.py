@@ -7,7 +7,6 @@ how a layer is stored. Names and layouts are those of comfy-kitchen, whose resul
 Letters: O outputs, I inputs, G groups of inputs.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from library.checkpoints.weights import FromFiles, Quantised, Weights, open_weights
 from library.errors import UserError, few
+from library.json_text import parse_json
 
 MARK = "scaled_fp8"
 SCALES = (".scale_weight", ".weight_scale")
@@ -196,16 +196,16 @@ def layer_configs(weights: Weights) -> dict[str, Config]:
     """Return the file's descriptions of its layers, by name. Raises UserError for one that is not JSON."""
     found: dict[str, Config] = {}
     try:
-        described = json.loads(weights.metadata.get("_quantization_metadata", "{}"))
+        described = parse_json(weights.metadata.get("_quantization_metadata", "{}"))
         layers = described.get("layers") if isinstance(described, dict) else None
         layers = layers if isinstance(layers, dict) else {}
         for key in weights.shapes:
             layer, dot, last = key.rpartition(".")
             if last == "comfy_quant":
-                found[layer] = json.loads(bytes(weights.read(key).to(torch.uint8).flatten().tolist()))
+                found[layer] = parse_json(bytes(weights.read(key).to(torch.uint8).flatten().tolist()))
             elif dot and last == "weight" and (named := described_layer(layers, layer)) is not None:
                 found.setdefault(layer, named)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{weights.origin}: how its weights are stored is not readable: {error}") from error
     return {layer: flat(config) for layer, config in found.items() if isinstance(config, dict)}
 

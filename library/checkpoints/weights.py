@@ -1,6 +1,5 @@
 """A checkpoint to load a model from: names and shapes at hand, values read one by one when they are asked for."""
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from library.checkpoints.files import (
     refuse_stranger,
 )
 from library.errors import UserError
+from library.json_text import parse_json
 
 ConfigT = TypeVar("ConfigT")
 
@@ -218,8 +218,8 @@ def open_sharded(index: Path) -> Weights:
 def read_weight_map(index: Path) -> dict[str, str]:
     """Names of tensors -> names of the files beside the index. Raises UserError for anything else, paths included."""
     try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        content = parse_json(index.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise UserError(f"{index} is not valid JSON: {error}; download it again") from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):

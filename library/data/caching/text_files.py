@@ -34,6 +34,7 @@ from library.data.decoding.npz import (
     require_small,
     writing,
 )
+from library.json_text import parse_json
 from library.types import Conditioning
 
 WORDS = CacheWords(
@@ -68,7 +69,7 @@ class Note:
         if NOTE not in archive:
             return None
         try:
-            note = cls(**json.loads(np.asarray(archive[NOTE]).tobytes()))
+            note = cls(**parse_json(np.asarray(archive[NOTE]).tobytes()))
         except (ValueError, TypeError):
             return None
         kinds = (isinstance(note.texts, list), isinstance(note.dtypes, dict), isinstance(note.checksums, dict))

@@ -1,6 +1,5 @@
 """The dataset file and its fallbacks as frozen values: subset, else dataset, general, option, default."""
 
-import json
 import logging
 import math
 import os
@@ -24,6 +23,7 @@ from library.data.description.keys import (
 )
 from library.data.description.source_keys import SOURCES, keys_used_by
 from library.errors import UserError
+from library.json_text import InvalidJson, parse_json
 from library.options.config_file import read_toml
 from library.options.dataset import DatasetOptions
 from library.options.encodings import decoded
@@ -178,12 +178,12 @@ def read_description(path: str) -> dict[str, Any]:
         return read_toml(Path(path), "--dataset_config")
     try:
         raw = Path(path).read_bytes()
-        content = json.loads(decoded(raw, f"--dataset_config {path}"))
+        content = parse_json(decoded(raw, f"--dataset_config {path}"))
     except FileNotFoundError:
         raise UserError(f"--dataset_config is {path}, but there is no such file") from None
     except OSError as error:
         raise UserError(f"--dataset_config {path} cannot be read: {error.strerror}; change its rights") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except InvalidJson as error:
         raise UserError(f"--dataset_config {path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(

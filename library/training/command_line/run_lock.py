@@ -18,6 +18,7 @@ from typing import IO
 
 from library.checkpoints.overwriting import FileType, open_lock_file
 from library.errors import UserError
+from library.json_text import parse_json
 from library.launcher import launched_rank
 from library.options.train import TrainOptions
 
@@ -128,7 +129,7 @@ def read_holder(file: IO[str]) -> str:
     """Who has written himself into the file, in words."""
     file.seek(0)
     try:
-        found = json.loads(file.read())
+        found = parse_json(file.read())
         return f"process {found['process']} on {found['host']}, since {found['since']}"
     except (ValueError, KeyError, TypeError):
         return "it has not said which yet"

@@ -3,7 +3,6 @@
 `PromptSpec` is what a prompt says, `resolve` fills in the rest from the base model's defaults.
 """
 
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
+from library.json_text import InvalidJson, parse_json
 from library.options.config_file import read_toml
 from library.options.encodings import decoded
 from library.options.output.samplers import ALIASES, SAMPLERS
@@ -130,8 +130,8 @@ def specs_in_toml(path: Path) -> Iterator[PromptSpec]:
 def specs_in_json(path: Path, text: str) -> Iterator[PromptSpec]:
     """A list of objects, or of strings as in .txt files."""
     try:
-        entries = json.loads(text) if text.strip() else []
-    except (json.JSONDecodeError, RecursionError) as error:
+        entries = parse_json(text) if text.strip() else []
+    except InvalidJson as error:
         raise UserError(f"{FLAG} {path} is not valid JSON: {error}") from None
     if not isinstance(entries, list):
         raise UserError(f'{FLAG} {path} must be a list of prompts: [{{"prompt": "a cat"}}]')

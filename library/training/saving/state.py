@@ -28,6 +28,7 @@ from library.checkpoints.folders import atomic_folder
 from library.checkpoints.hashes import digest_of_file
 from library.checkpoints.tree_json import put_together, take_apart
 from library.errors import UserError
+from library.json_text import parse_json
 from library.training.reporting.progress import Part
 
 logger = logging.getLogger(__name__)
@@ -114,10 +115,10 @@ def read_facts(folder: Path) -> StateManifest:
     if not folder.is_dir():
         raise UserError(f"--resume {folder} is not a folder; give the folder of a saved state, such as last-state")
     try:
-        content = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+        content = parse_json((folder / FACTS_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         content = {}
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"--resume {folder}: its {FACTS_FILE} cannot be read ({error}); use another state") from None
     version = content.get("version") if isinstance(content, dict) else None
     if version is None:

@@ -9,7 +9,6 @@
 for look-ups. Where nothing records alpha it is the rank.
 """
 
-import json
 import logging
 import math
 import re
@@ -24,6 +23,7 @@ from torch import Tensor
 from library.checkpoints.adapter_keys import AdapterKey, without_peft_prefix
 from library.checkpoints.files import PEFT_STEM, file_in_folder, is_safetensors, load_state_dict, read_metadata
 from library.errors import UserError
+from library.json_text import parse_json
 from networks.core.changes.parameter_keys import ALPHA
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.reading_writing import WITHOUT_THEM, save_network
@@ -179,7 +179,7 @@ def diffusers_settings(metadata: Mapping[str, str]) -> PeftSettings:
     if DIFFUSERS_SETTINGS not in metadata:
         return {}
     try:
-        flat = dict(json.loads(metadata[DIFFUSERS_SETTINGS]))
+        flat = dict(parse_json(metadata[DIFFUSERS_SETTINGS]))
     except (ValueError, TypeError):
         logger.warning("the metadata %s is not JSON; alpha is taken to be the rank", DIFFUSERS_SETTINGS)
         return {}
@@ -196,7 +196,7 @@ def peft_settings(path: Path) -> PeftSettings | None:
     if path.stem != PEFT_STEM or not beside.is_file():
         return None
     try:
-        return {"": dict(json.loads(beside.read_text(encoding="utf-8")))}
+        return {"": dict(parse_json(beside.read_text(encoding="utf-8")))}
     except (ValueError, TypeError) as error:
         raise UserError(f"{beside} is damaged: {error}") from error
 

@@ -256,6 +256,9 @@ def test_metadata_keys_can_be_paths_as_they_were_typed_below_the_working_folder(
     ("name", "text", "words"),
     [
         ("meta.json", "{", "meta.json is not valid JSON: .*line 1"),
+        ("meta.json", "[" * 100_000, "meta.json is not valid JSON: it is nested too deeply"),
+        ("meta.json", '{"p": {"caption": "\\ud800"}}', "is not valid JSON: it contains half of a surrogate pair"),
+        ("meta.jsonl", '{"image_path": "p", "caption": "\\udc00"}', "line 1.*half of a surrogate pair"),
         ("meta.json", "[]", "must hold a table"),
         ("meta.json", '{"p": 3}', "meta.json: p must be a table"),
         ("meta.json", '{"p": {"tags": ["x"]}}', "p: tags is"),

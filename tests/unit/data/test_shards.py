@@ -397,6 +397,7 @@ def test_pictures_that_cannot_be_used_are_left_out_and_named(tmp_path: Path) -> 
         ('shards = "{here}/text.tar"', r"text\.tar is not a tar file"),
         ('shards = "{here}/latin.tar"', r"latin\.tar/a\.txt is not UTF-8: byte 3"),
         ('shards = "{here}/json.tar"', r"json\.tar/a\.json is not valid JSON"),
+        ('shards = "{here}/half.tar"', r"half\.tar/a\.json is not valid JSON: it contains half of a surrogate pair"),
         ('parquet = "{here}/text.tar"', r"text\.tar is not a Parquet file"),
         (
             'parquet = "{here}/other.parquet"',
@@ -425,6 +426,7 @@ def test_sources_that_cannot_be_read_say_why(subset: str, message: str, tmp_path
     (tmp_path / "text.tar").write_text("words " * 300)
     write_tar(tmp_path / "latin.tar", [("a.png", png()), ("a.txt", "caf\xe9".encode("latin-1"))])
     write_tar(tmp_path / "json.tar", [("a.png", png()), ("a.json", b"{'caption'")])
+    write_tar(tmp_path / "half.tar", [("a.png", png()), ("a.json", b'{"caption": "\\ud800"}')])
     write_parquet(tmp_path / "other.parquet", {"a": [1], "b": ["x"]})
     with pytest.raises(UserError, match=message):
         open_subset(tmp_path, subset)

@@ -1,13 +1,13 @@
 """Metadata files: captions and tags of many pictures in one .json or .jsonl file."""
 
 import io
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from library.errors import UserError
+from library.json_text import InvalidJson, parse_json
 from library.options.encodings import decoded
 
 
@@ -49,8 +49,8 @@ def _values(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _json_table(path: str, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        table = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        table = parse_json(text)
+    except InvalidJson as error:
         raise UserError(f"metadata_file {path} is not valid JSON: {error}") from None
     if not isinstance(table, dict):
         raise UserError(f"metadata_file {path} must hold a table of pictures, not {type(table).__name__}")
@@ -63,8 +63,8 @@ def _json_lines(path: str, lines: Iterable[str]) -> Iterator[tuple[str, dict[str
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+            value = parse_json(line)
+        except InvalidJson as error:
             raise UserError(f"metadata_file {path}, line {number} is not valid JSON: {error}") from None
         if not isinstance(value, dict) or not isinstance(value.get("image_path"), str):
             raise UserError(f"metadata_file {path}, line {number}: image_path is missing")

@@ -1,6 +1,5 @@
 """What an index has of each picture of a tar file or a Parquet file, found without reading more than it must."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from library.data.sources.folders.image_headers import HEAD_BYTES, plain_size
 from library.data.sources.indexed.tar_files import Member, members_of
 from library.data.sources.storage.ranges import RangeFile, Window
 from library.errors import UserError
+from library.json_text import parse_json
 
 CAPTION_FIELDS = ("caption", "text", "prompt")  # of a .json member, where caption_column does not say
 MOST_CAPTION_BYTES = 1 << 20
@@ -95,10 +95,10 @@ def text_of(window: Window, member: Member, shown: str, rule: CaptionRule) -> st
     content = window.read(member.start, member.num_bytes)
     try:
         text = content.decode("utf-8-sig")
-        said = field_of(json.loads(text), rule.field) if member.ending == "json" else text
+        said = field_of(parse_json(text), rule.field) if member.ending == "json" else text
     except UnicodeDecodeError as error:
         raise UserError(f"the caption {name} is not UTF-8: byte {error.start}; write the tar file anew") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{name} is not valid JSON: {error}") from None
     return None if said is None else stripped_lines(said)
 

@@ -1,0 +1,35 @@
+"""JSON from files that anyone may have written."""
+
+import json
+import re
+from typing import Any
+
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+class InvalidJson(ValueError):
+    """Text that is not JSON, or that holds values which no text file can hold."""
+
+
+def parse_json(text: str | bytes, allow_nan: bool = True) -> Any:
+    """Return the value of a JSON text. Raises InvalidJson with the reason, never another exception.
+
+    Python's parser fails with RecursionError on deep nesting, and accepts half of a surrogate pair ("\\ud800"), on
+    which the first write to a UTF-8 file or terminal then fails. `allow_nan` accepts its extension NaN and Infinity.
+    """
+    try:
+        text = text if isinstance(text, str) else text.decode(json.detect_encoding(text))
+        value = json.loads(text, parse_constant=None if allow_nan else refuse_constant)
+        if SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise InvalidJson("it is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise InvalidJson("it contains half of a surrogate pair, such as \\ud800, which is not a character") from None
+    except ValueError as error:
+        raise InvalidJson(str(error)) from error
+    return value
+
+
+def refuse_constant(name: str) -> None:
+    raise InvalidJson(f"{name} is not a number in JSON")
