@@ -78,7 +78,7 @@ def test_a_file_that_holds_no_events_is_refused(tmp_path: Path, capsys: pytest.C
     path = tmp_path / "x.jsonl"
     path.write_text("a,b\n1,2\n")
     assert report.main([str(path)]) == 1
-    assert "line 1 is no event" in capsys.readouterr().err
+    assert "line 1 is not an event" in capsys.readouterr().err
     path.write_text("")
     assert report.main([str(path)]) == 1
     assert f"{path} has no events; name the file that --log_events wrote" in capsys.readouterr().err

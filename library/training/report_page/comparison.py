@@ -34,7 +34,7 @@ def read_run(path: Path) -> Record:
     """The run of a report, of a file of events, or of a folder with one report. Raises UserError if there is none."""
     path = file_of_run(path)
     record = read_report(path) if path.suffix == ".html" else read_events(path)
-    if record.plan is None:
+    if record.plan is None or not record.sessions:
         raise UserError(f"{path}: that run ended before its training began, there is nothing to compare")
     return record
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from library.checkpoints.overwriting import FileType
+from library.json_text import parse_json
 
 HERE = Path(__file__).parent
 UPLOT = ("uplot/uPlot.iife.min.js", "uplot/uPlot.min.css")
@@ -60,7 +61,7 @@ def data_of(page: str) -> dict[str, Any]:
     end = page.find(END, start)
     if start < 0 or end < 0:
         raise ValueError("it holds no data of a report")
-    data = json.loads(page[start + len(START) : end])
+    data = parse_json(page[start + len(START) : end], allow_nan=False)
     if not isinstance(data, dict):
         raise ValueError("its data are no table")
     return data

@@ -5,12 +5,14 @@ there, and `tools/report.py` makes the same of a file of events.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import PurePath, PureWindowsPath
-from typing import Any
+from typing import Any, TypedDict, get_type_hints
 
-from library.training.report_page.thinning import Curves, Kept
+from library.training.report_page.thinning import Curves, Kept, SavedCurves, SavedKept
+from library.training.reporting.event_checks import check_value
+from library.training.reporting.events import Audit, Plan
 
 VERSION = 1
 MOST_FINDINGS = 20
@@ -43,12 +45,23 @@ class Smoothed:
         return self.total / self.weight
 
 
+class Session(TypedDict):
+    """A process of the run."""
+
+    time: float  # of its start
+    command: Sequence[str] | None
+    options: Mapping[str, Any]
+    versions: Mapping[str, str]
+    end: Mapping[str, Any] | None
+    first_step: int | None
+
+
 @dataclass
 class Record:
     """All that is shown. `sessions` are the processes of the run: one, and another each time that it goes on."""
 
     updated: float = 0.0
-    sessions: list[dict[str, Any]] = field(default_factory=list)
+    sessions: list[Session] = field(default_factory=list)
     plan: dict[str, Any] | None = None
     audit: dict[str, Any] | None = None
     findings: list[dict[str, Any]] = field(default_factory=list)
@@ -230,15 +243,22 @@ class Record:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Record":
-        """What `as_json` gave. Raises ValueError for another version, KeyError and TypeError for something else."""
-        if values["version"] != VERSION:
-            raise ValueError(f"version {values['version']} of the report, not {VERSION}")
-        given = {f.name: values[f.name] for f in fields(cls)}
+        """Return the record of which `as_json` gave these values. Raises ValueError for anything else."""
+        if values.get("version") != VERSION:
+            raise ValueError(f"its data have version {str(values.get('version'))[:20]}, not {VERSION}")
+        given: dict[str, Any] = {f.name: values.get(f.name) for f in fields(cls)}
+        for name, annotation in {**get_type_hints(cls), **SAVED_AS}.items():
+            check_value(given[name], annotation, name)
         given["curves"] = Curves.from_json(given["curves"])
         given["smoothed"] = Smoothed(**given["smoothed"])
         given["validations"] = Kept.from_json(MOST_VALIDATIONS, given["validations"])
         given["previews"] = Kept.from_json(MOST_TIMES, given["previews"])
         return cls(**given)
+
+
+SAVED_AS = {  # fields of Record that have other types as plain values
+    "plan": Plan | None, "audit": Audit | None, "curves": SavedCurves, "validations": SavedKept, "previews": SavedKept,
+}  # fmt: skip
 
 
 def values_of(line: Line) -> dict[str, Any]:

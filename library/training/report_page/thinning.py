@@ -5,7 +5,7 @@ What is kept is a function of what was added alone, so a report that goes on and
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 MOST_BUCKETS = 1000  # of a curve: about the pixels that a chart is wide
 DIGITS = 7  # of what is kept of a number
@@ -49,6 +49,13 @@ class Curve:
         return curve
 
 
+class SavedCurves(TypedDict):
+    """`Curves` as plain values."""
+
+    width: int
+    columns: Mapping[str, Mapping[str, Sequence[float | None]]]
+
+
 @dataclass
 class Curves:
     """Several curves over the steps of a run, with the same buckets.
@@ -85,15 +92,32 @@ class Curves:
         return {"width": self.width, "columns": columns}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "Curves":
-        """What `as_json` gave."""
+    def from_json(cls, values: SavedCurves) -> "Curves":
+        """Return the curves of which `as_json` gave these values. Raises ValueError for columns that do not fit."""
         curves = cls(values["width"])
         for name, columns in values["columns"].items():
-            totals = columns["total"]
+            totals = columns.get("total", ())
+            if curves.width < 1 or any(len(column) != len(totals) for column in columns.values()):
+                raise ValueError(f"the curve {name[:60]!r} has columns of several lengths")
             counts = columns.get("count") or [int(total is not None) for total in totals]
             lows, highs = (columns.get(column) or list(totals) for column in ("low", "high"))
-            curves.by_name[name] = Curve(list(totals), list(lows), list(highs), list(counts))
+            curves.by_name[name] = Curve(list(totals), list(lows), list(highs), [int(count or 0) for count in counts])
         return curves
+
+
+class KeptItem(TypedDict):
+    """What all kept tables have."""
+
+    number: int  # in the sequence
+    step: int
+
+
+class SavedKept(TypedDict):
+    """`Kept` as plain values."""
+
+    stride: int
+    num_seen: int
+    items: Sequence[KeptItem]
 
 
 @dataclass
@@ -127,7 +151,6 @@ class Kept:
         return {"stride": self.stride, "num_seen": self.num_seen, "items": self.items}
 
     @classmethod
-    def from_json(cls, limit: int, values: Mapping[str, Any]) -> "Kept":
-        """What `as_json` gave."""
-        items: Sequence[Mapping[str, Any]] = values["items"]
-        return cls(limit, values["stride"], values["num_seen"], [dict(item) for item in items])
+    def from_json(cls, limit: int, values: SavedKept) -> "Kept":
+        """Return the tables of which `as_json` gave these values."""
+        return cls(limit, max(1, values["stride"]), values["num_seen"], [dict(item) for item in values["items"]])

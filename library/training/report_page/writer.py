@@ -1,6 +1,5 @@
 """Keeps the report of a run up to date, and makes it of a file of events."""
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,8 +8,10 @@ from typing import Any
 
 from library.checkpoints.files import atomic_path
 from library.errors import UserError
+from library.json_text import parse_json
 from library.training.report_page.page import data_of, page_of
 from library.training.report_page.record import Record
+from library.training.reporting.event_checks import check_line
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +90,8 @@ def read_report(path: Path) -> Record:
         return Record.from_json(data_of(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no report of this version: {error}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not a report of this version: {error}") from error
 
 
 def read_events(path: Path) -> Record:
@@ -114,9 +115,10 @@ def record_of(lines: Iterable[str], source: str) -> Record:
         if not line.endswith("\n"):
             break
         try:
-            record.add(json.loads(line))
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise UserError(f"{source}: line {number} is no event: {type(error).__name__}: {error}") from error
+            event = check_line(parse_json(line, allow_nan=False))
+        except ValueError as error:
+            raise UserError(f"{source}: line {number} is not an event: {error}") from error
+        record.add(event)
     return record
 
 

@@ -6,7 +6,7 @@ field that is added leaves VERSION as it is; one that goes or changes its meanin
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypedDict
 
 from library.progress import State
 
@@ -39,15 +39,51 @@ class Start(Event):
     versions: Mapping[str, str]  # by package, and `commit` of this suite where git knows it
 
 
+class AuditedSubset(TypedDict):
+    """The images of one subset."""
+
+    source: str
+    num_pictures: int
+    num_repeats: int
+    is_reg: bool
+    num_without_caption: int
+
+
+class AuditedBucket(TypedDict):
+    """The images trained at one size."""
+
+    width: int
+    height: int
+    num_draws: int  # repeats included
+    num_batches: int
+
+
+class AuditedDataset(TypedDict):
+    """One [[datasets]] table of the dataset file."""
+
+    resolution: Sequence[int]
+    batch_size: int
+    subsets: Sequence[AuditedSubset]
+    buckets: Sequence[AuditedBucket]
+
+
+class CaptionLengths(TypedDict):
+    """How many captions have which length: rows of [length, count]."""
+
+    unit: Literal["tokens", "words"]
+    most: int | None  # tokens that reach the model
+    counts: Sequence[Sequence[int]]
+
+
 @dataclass(frozen=True)
 class Audit(Event):
-    """What was found in the data; see library/data/plan/audit_values.py."""
+    """The findings of the dataset audit, as library/data/plan/audit_values.py collects them."""
 
     event = "audit"
-    datasets: Sequence[Mapping[str, Any]]
+    datasets: Sequence[AuditedDataset]
     dropped: Sequence[Mapping[str, str]]
     num_dropped: int
-    caption_lengths: Mapping[str, Any]
+    caption_lengths: CaptionLengths
     tags: Sequence[Sequence[Any]]
 
 

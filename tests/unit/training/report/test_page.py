@@ -110,8 +110,8 @@ def test_what_is_no_report_is_said_and_replaced(content: str, tmp_path: Path, ca
     assert earlier_record(path) is None and caplog.text == ""
     path.write_text(content)
     assert earlier_record(path) is None
-    assert f"{path} is no report of this version" in caplog.text
-    with pytest.raises(UserError, match="is no report"):
+    assert f"{path} is not a report of this version" in caplog.text
+    with pytest.raises(UserError, match="is not a report"):
         read_report(path)
 
 

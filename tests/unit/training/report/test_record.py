@@ -102,6 +102,6 @@ def test_pictures_that_are_none_are_left_out(url: str) -> None:
 @pytest.mark.parametrize("line", ["[1]", "{}", "no json", '{"event": "step", "time": 1}', '"start"'])
 def test_a_line_that_is_no_event_is_named(line: str) -> None:
     good = json.dumps(lines_of([start()])[0])
-    with pytest.raises(UserError, match=r"events\.jsonl: line 2 is no event"):
+    with pytest.raises(UserError, match=r"events\.jsonl: line 2 is not an event"):
         record_of([good + "\n", line + "\n"], "events.jsonl")
     record_of([good + "\n", line], "events.jsonl")  # cut off by a kill

@@ -1,0 +1,72 @@
+"""Files of events and reports that somebody edited, damaged or made up."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from library.errors import UserError
+from library.training.report_page.comparison import comparison_of
+from library.training.report_page.page import page_of
+from library.training.report_page.record import Record
+from library.training.report_page.writer import read_events, report_of
+from tests.event_lines import lines_of, whole_run
+from tests.fuzz.budget import any_input, works_or_says_why
+
+LINES = lines_of(whole_run(6))
+JUNK: tuple[Any, ...] = (
+    None, True, -1, 0, 10**400, 1e308, float("nan"), "", "\ud800", "x" * 3000, [], {}, [[]], {"a": {}}, [None],
+    -(2**63),
+)  # fmt: skip
+
+
+def changed(value: Any, rng: random.Random, junk: Any) -> Any:
+    """A copy in which one value, at any depth, is replaced, dropped or doubled."""
+    if not isinstance(value, (dict, list)) or not value or rng.random() < 0.2:
+        return junk
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    key = rng.choice(list(copy) if isinstance(copy, dict) else range(len(copy)))
+    if rng.random() < 0.1:
+        del copy[key]
+    else:
+        copy[key] = changed(copy[key], rng, junk)
+    return copy
+
+
+@given(seed=st.integers(0, 2**32), junk=st.sampled_from(JUNK), number=st.integers(0, len(LINES) - 1))
+@any_input(150)
+def test_any_change_of_an_event_works_or_is_named(seed: int, junk: Any, number: int, tmp_path: Path) -> None:
+    lines = [*LINES]
+    lines[number] = changed(lines[number], random.Random(seed), junk)
+    path = tmp_path / "events.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    works_or_says_why(lambda: report_of(read_events(path)))
+    works_or_says_why(lambda: comparison_of([path, path]))
+
+
+@given(seed=st.integers(0, 2**32), junk=st.sampled_from(JUNK))
+@any_input(150)
+def test_any_change_of_a_report_works_or_is_named(seed: int, junk: Any, tmp_path: Path) -> None:
+    record = Record()
+    for line in LINES:
+        record.add(line)
+    content = json.dumps(changed(json.loads(json.dumps(record.as_json())), random.Random(seed), junk))
+    page, placeholder = page_of("cat", "report.js", {"DATA": 0}), '{"DATA":0}'
+    assert page.count(placeholder) == 1
+    path = tmp_path / "cat-report.html"
+    path.write_text(page.replace(placeholder, content.replace("<", "\\u003c")))
+    works_or_says_why(lambda: comparison_of([path, path]))
+
+
+@pytest.mark.parametrize(
+    "line", ["[" * 100_000, '{"event": "start", "time": 1, "options": []}', '{"event": "start"}', "3"]
+)
+def test_lines_that_are_no_events_are_named(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(UserError, match="line 1 is not an event: "):
+        read_events(path)
