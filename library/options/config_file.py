@@ -59,4 +59,14 @@ def read_toml(path: Path, flag: str) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         hint = "; " + BACKSLASH_HINT if is_about_backslash(str(error)) else ""
         raise UserError(f"{flag} {path} is not valid TOML: {error}{hint}") from None
+    refuse_nul(tables, f"{flag} {path}")
     return tables
+
+
+def refuse_nul(value: Any, shown: str) -> None:
+    """Raise UserError if a text in nested tables and lists has a NUL character, which ends a path for the system."""
+    if isinstance(value, str) and "\0" in value:
+        raise UserError(f"{shown} has a NUL character in a text: {value[:60]!r}; remove it")
+    if isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            refuse_nul(item, shown)

@@ -24,7 +24,7 @@ from library.data.description.keys import (
 from library.data.description.source_keys import SOURCES, keys_used_by
 from library.errors import UserError
 from library.json_text import InvalidJson, parse_json
-from library.options.config_file import read_toml
+from library.options.config_file import read_toml, refuse_nul
 from library.options.dataset import DatasetOptions
 from library.options.encodings import decoded
 from library.options.train import TrainOptions
@@ -189,6 +189,7 @@ def read_description(path: str) -> dict[str, Any]:
         raise UserError(
             f"--dataset_config {path}: expected a table with general and datasets, got {type(content).__name__}"
         )
+    refuse_nul(content, f"--dataset_config {path}")
     return content
 
 

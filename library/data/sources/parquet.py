@@ -11,7 +11,7 @@ from library.data.description.schema import SubsetConfig, without_secrets
 from library.data.scanned.images import OpenFiles, Place, Reader
 from library.data.scanned.subsets import ScannedSubset
 from library.data.sources.indexed.parquet_files import Columns, KeptGroups, ParquetRows, columns_of
-from library.data.sources.indexed.rows import Row, row_of, row_of_bytes, stripped_lines
+from library.data.sources.indexed.rows import MOST_CAPTION_BYTES, Row, row_of, row_of_bytes, stripped_lines
 from library.data.sources.indexed.scan import SourceFile, scan_files
 from library.data.sources.indexed.tar_files import Member
 from library.data.sources.storage.source import Source
@@ -82,13 +82,20 @@ def rows_of_parquet(file: str, shown: str, config: SubsetConfig, storage: Storag
         for batch in opened.batches([name for name in (columns.image, columns.caption) if name is not None]):
             images = batch[columns.image]
             captions = [None] * len(images) if columns.caption is None else batch[columns.caption]
-            lines = [None if caption is None else stripped_lines(caption) for caption in captions]
+            lines = [None if caption is None else caption_lines(caption, shown) for caption in captions]
             if columns.is_url:
                 rows += pool.map(partial(row_of_url, folder=folder, storage=storage), images, lines)
             else:
                 for image, caption in zip(images, lines, strict=True):
                     rows.append(row_of_bytes(f"{len(rows):0{digits}}", len(rows), image, caption, shown))
     return rows
+
+
+def caption_lines(caption: str, shown: str) -> str:
+    """Return the lines of a caption. Raises UserError for a text that is too long to be one."""
+    if len(caption) > MOST_CAPTION_BYTES:
+        raise UserError(f"{shown} has a caption of {len(caption) / 1e6:.1f} MB; no caption is that long")
+    return stripped_lines(caption)
 
 
 def row_of_url(url: str | None, caption: str | None, folder: str, storage: Storage) -> Row:

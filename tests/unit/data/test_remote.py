@@ -255,7 +255,7 @@ def test_no_secret_reaches_a_message_a_key_or_an_identity(
 
 def test_wrong_keys_are_said_at_once(shards: ObjectStore, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     shards.statuses = ["403 Forbidden"] * 50
-    with pytest.raises(UserError, match=r"cats/\d\.tar cannot be read: .*check the credentials"):
+    with pytest.raises(UserError, match=r"cats/\d\.tar cannot be read: .*check the address and the credentials"):
         open_remote(tmp_path, SHARDS)
     assert "trying again" not in caplog.text
 

@@ -5,6 +5,7 @@ bytes may also be a column of their own, or a column of URLs stands in for them.
 """
 
 import io
+import re
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
@@ -17,7 +18,9 @@ from library.errors import UserError
 IMAGE_COLUMNS = ("image", "images", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 URL_COLUMNS = ("url", "image_url", "img_url", "URL")
 CAPTION_COLUMNS = ("caption", "text", "prompt", "TEXT", "txt", "description")
-BATCH_ROWS = 64  # that are looked at together
+BATCH_ROWS = 64  # that are looked at together, fewer where they are large
+BATCH_BYTES = 256 << 20
+BINARY = re.compile(r"(large_)?binary(_view)?|fixed_size_binary\[\d+\]|dictionary<values=(large_)?binary.*")
 
 
 def pyarrow_parquet() -> Any:
@@ -53,17 +56,23 @@ def columns_of(schema: Any, image: str | None, caption: str | None, shown: str) 
     if caption is not None and not is_text(schema.field(caption).type):
         raise UserError(f"caption_column {caption!r} of {shown} has {schema.field(caption).type}, but must have texts")
     kind = schema.field(image).type
-    if is_struct(kind) and "bytes" in [kind.field(i).name for i in range(kind.num_fields)]:
-        return Columns(f"{image}.bytes", False, caption)
+    if is_struct(kind):
+        of_bytes = [field.type for field in kind if field.name == "bytes"]
+        if of_bytes and is_binary(of_bytes[0]):
+            return Columns(f"{image}.bytes", False, caption)
     if is_text(kind):
         return Columns(image, True, caption)
-    if "binary" not in str(kind):
+    if not is_binary(kind):
         raise UserError(f"image_column {image!r} of {shown} has {kind}, but must have bytes of pictures, or URLs")
     return Columns(image, False, caption)
 
 
 def is_text(kind: Any) -> bool:
     return str(kind) in ("string", "large_string", "string_view") or str(kind).startswith("dictionary<values=string")
+
+
+def is_binary(kind: Any) -> bool:
+    return BINARY.fullmatch(str(kind)) is not None
 
 
 def is_struct(kind: Any) -> bool:
@@ -132,10 +141,16 @@ class ParquetRows:
 
     def batches(self, columns: Sequence[str]) -> Iterator[dict[str, list[Any]]]:
         """The values of some columns, some rows at a time."""
+        import pyarrow as pa
+
+        groups = [self._file.metadata.row_group(number) for number in range(self._file.num_row_groups)]
+        # Values of more than 2 GB in one batch are more than pyarrow's arrays can hold.
+        row_bytes = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
+        num_rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, row_bytes)))
         try:
-            for batch in self._file.iter_batches(batch_size=BATCH_ROWS, columns=list(columns)):
+            for batch in self._file.iter_batches(batch_size=num_rows, columns=list(columns)):
                 yield {name: _values(batch, name) for name in columns}
-        except (OSError, ValueError) as error:
+        except (OSError, pa.ArrowException) as error:
             raise UserError(f"{self.shown} is damaged: {error}") from None
 
     def value(self, column: str, row: int) -> bytes:
@@ -163,9 +178,11 @@ class ParquetRows:
         return self._firsts[group], values
 
     def _column(self, column: str, group: int) -> Any:
+        import pyarrow as pa
+
         try:
             return _leaf(self._file.read_row_group(group, columns=[column], use_threads=False), column)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, KeyError, pa.ArrowException) as error:
             raise UserError(f"{self.shown} cannot be read any more: {error}") from None
 
 

@@ -123,7 +123,34 @@ def open_index(path: Path, files: IndexedFiles) -> Any:
     except (OSError, ValueError) as error:
         logger.warning("%s cannot be used and is made again: %s", path, error)
         return None
-    return table if (table.schema.metadata or {}).get(ABOUT) == files.about() else None
+    if (table.schema.metadata or {}).get(ABOUT) != files.about():
+        return None
+    if not is_plausible(table, files):
+        logger.warning("%s is damaged and is made again", path)
+        return None
+    return table
+
+
+def is_plausible(table: Any, files: IndexedFiles) -> bool:
+    """Return True if the rows of an index have the columns and the order of its files, and lie within them."""
+    import pyarrow.compute as compute
+
+    if not table.schema.equals(schema_of_rows()):
+        return False
+    if any(table[name].null_count for name in table.schema.names if name not in ("caption", "problem", "url")):
+        return False
+    columns = ("file", "start", "num_bytes", "width", "height")
+    number, start, num_bytes, width, height = (table[name].to_numpy() for name in columns)
+    is_inside = compute.is_valid(table["url"]).to_numpy()  # images behind URLs lie in files that nobody has measured
+    if len(number):
+        if number.min() < 0 or number.max() >= len(files.names) or (np.diff(number) < 0).any():
+            return False
+        # Parquet rows are compressed: `start` is a row number there, and the size says nothing.
+        is_inside = is_inside | files.rule.startswith("parquet ")
+        file_bytes = np.array([stamp.num_bytes for stamp in files.stamps])[number]
+        is_inside = is_inside | ((start <= file_bytes) & (num_bytes <= file_bytes - start))
+    is_size = ((width > 0) & (height > 0)) | compute.is_valid(table["problem"]).to_numpy()
+    return bool(is_inside.all() and is_size.all() and all((column >= 0).all() for column in (start, num_bytes)))
 
 
 def make_index(
@@ -174,6 +201,9 @@ def known_tables(path: Path, files: IndexedFiles) -> dict[int, Any]:
         about = json.loads(table.schema.metadata[ABOUT])
         old = {name: (place, FileStamp(*stamp)) for place, (name, *stamp) in enumerate(about["files"])}
         if (about["version"], about["rule"]) != (VERSION, files.rule):
+            return {}
+        stamps = [stamp for _, stamp in old.values()]
+        if not is_plausible(table, IndexedFiles(list(old), stamps, files.rule)):
             return {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}

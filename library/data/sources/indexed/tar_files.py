@@ -4,6 +4,7 @@ Only headers are read, and the ends of pictures, which tell copies. Names are th
 long ones. What belongs together has one name up to the first dot behind the last slash.
 """
 
+import re
 import tarfile
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -13,6 +14,9 @@ from library.errors import UserError
 
 BLOCK = 512
 LONGEST_NAME = 1 << 16
+NAME_ERRORS = "backslashreplace"  # bytes of names that are not UTF-8 become \\xe9, which every file can hold
+NUMBER = re.compile(r"[0-9]{1,20}")
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 
 
@@ -41,14 +45,18 @@ def members_of(window: Window, shown: str) -> Iterator[Member]:
     Raises UserError for a file that is no tar file, is compressed, or ends in the middle of a member; `shown` is how
     messages call it.
     """
+    if window.file_bytes < BLOCK:
+        raise UserError(f"{shown} is not a tar file: it has {window.file_bytes} bytes; check the path or the address")
     place, next_name, next_bytes = 0, None, None
     while len(block := window.read(place, BLOCK)) == BLOCK and block.strip(b"\0"):
         try:
-            info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            info = tarfile.TarInfo.frombuf(block, "utf-8", NAME_ERRORS)
         except tarfile.HeaderError:
             raise UserError(f"{shown} {fault_of(block, place)}") from None
         start = place + BLOCK
         num_bytes = info.size if next_bytes is None else next_bytes
+        if num_bytes < 0:
+            raise UserError(f"{shown} is damaged at byte {place}: a size is negative; copy it again")
         if info.type in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE):
             num_bytes = 0
         if start + num_bytes > window.file_bytes:
@@ -64,14 +72,16 @@ def members_of(window: Window, shown: str) -> Iterator[Member]:
                 )
             content = window.read(start, num_bytes)
             if info.type == tarfile.GNUTYPE_LONGNAME:
-                next_name = content.rstrip(b"\0").decode("utf-8", "surrogateescape")
+                next_name = content.rstrip(b"\0").decode("utf-8", NAME_ERRORS)
             else:
                 records = pax_records(content, shown, start)
                 next_name = records.get("path", next_name)
-                next_bytes = int(records["size"]) if records.get("size", "").isdigit() else None
+                if not NUMBER.fullmatch(records.get("size", "0")):
+                    raise UserError(f"{shown} has a damaged header at byte {start}; write it anew")
+                next_bytes = int(records["size"]) if "size" in records else None
             continue
         if info.type in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE):
-            yield Member(next_name or info.name, start, num_bytes)
+            yield Member(printable(next_name or info.name), start, num_bytes)
         elif info.type == tarfile.GNUTYPE_SPARSE:
             raise UserError(f"{shown}: {info.name} is stored with holes (GNU sparse); write the tar file without -S")
         next_name, next_bytes = None, None
@@ -83,12 +93,21 @@ def pax_records(content: bytes, shown: str, place: int) -> dict[str, str]:
     rest = content
     while rest.strip(b"\0"):
         length, space, _ = rest.partition(b" ")
-        if not space or not length.isdigit() or not len(length) + 1 < int(length) <= len(rest):
+        if (
+            not space
+            or not NUMBER.fullmatch(length.decode("latin-1"))
+            or not len(length) + 1 < int(length) <= len(rest)
+        ):
             raise UserError(f"{shown} has a damaged header at byte {place}; write it anew")
         key, _, value = rest[len(length) + 1 : int(length)].rstrip(b"\n").partition(b"=")
-        records[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
+        records[key.decode("utf-8", "replace")] = value.decode("utf-8", NAME_ERRORS)
         rest = rest[int(length) :]
     return records
+
+
+def printable(name: str) -> str:
+    """Return a name whose control characters are written as escapes: it is shown on terminals."""
+    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", name)
 
 
 def fault_of(block: bytes, place: int) -> str:

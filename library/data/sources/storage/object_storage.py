@@ -17,6 +17,7 @@ Value = TypeVar("Value")
 NUM_TRIES = 5
 FIRST_WAIT_S = 0.5  # doubled after each try: eight seconds in all
 TIMEOUT_S = 60.0  # for one answer; a range of a megabyte takes that on a line of 140 kbit/s
+MISSING_STATUSES, REFUSED_STATUSES = (404, 410), (401, 403)  # of HTTP
 PACKAGES = {  # protocol -> what pip installs for it
     "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp",
     "hf": "huggingface_hub", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs", "sftp": "paramiko", "ssh": "paramiko",
@@ -130,13 +131,20 @@ def tried(ask: Callable[[], Value], url: str) -> Value:
     for number in range(1, NUM_TRIES + 1):
         try:
             return ask()
-        except (UserError, FileNotFoundError):
+        except UserError:
             raise
         except Exception as error:
-            # Libraries raise kinds of their own for a broken connection, from botocore's to aiohttp's.
-            reason = cleaned(error)
-            if is_for_people(error):
-                raise UserError(f"{without_secrets(url)} cannot be read: {reason}; check the credentials") from None
+            # Libraries raise kinds of their own for a broken connection, from botocore's to aiohttp's. fsspec's HTTP
+            # file system says "not found" whatever the server answered; the answer is the cause.
+            answer = error.__cause__ if isinstance(error, FileNotFoundError) else None
+            cause = error if answer is None or not type(answer).__module__.startswith("aiohttp") else answer
+            if isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) in MISSING_STATUSES:
+                raise FileNotFoundError(without_secrets(url)) from None
+            reason = cleaned(cause)
+            if is_for_people(cause):
+                raise UserError(
+                    f"{without_secrets(url)} cannot be read: {reason}; check the address and the credentials"
+                ) from None
             if number == NUM_TRIES:
                 raise UserError(
                     f"{without_secrets(url)} cannot be read after {NUM_TRIES} tries: {reason}; check the network, and "
@@ -148,10 +156,10 @@ def tried(ask: Callable[[], Value], url: str) -> Value:
     raise AssertionError("unreachable")
 
 
-def is_for_people(error: Exception) -> bool:
-    """Whether trying again cannot help."""
-    status = getattr(error, "status", None)  # aiohttp's
-    return isinstance(error, PermissionError) or "Credentials" in type(error).__name__ or status in (401, 403)
+def is_for_people(error: BaseException) -> bool:
+    """Return True if trying again cannot help: missing rights, or redirects without end."""
+    is_named = type(error).__name__ == "TooManyRedirects" or "Credentials" in type(error).__name__
+    return isinstance(error, PermissionError) or is_named or getattr(error, "status", None) in REFUSED_STATUSES
 
 
 def cleaned(error: BaseException) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from glob import glob
+from math import prod
 from typing import Any, TypeVar
 
 from library.data.description.schema import without_secrets
@@ -18,10 +19,11 @@ from library.data.sources.storage.ranges import RangeFile, Window
 from library.errors import UserError
 
 CHUNK_BYTES = 5120  # a picture's end, the header behind it, and the beginning of the next one
-BRACES = re.compile(r"\{(?:(?P<first>\d+)\.\.(?P<last>\d+)|(?P<choices>[^{}]*,[^{}]*))\}")
+BRACES = re.compile(r"\{(?:(?P<first>[0-9]{1,18})\.\.(?P<last>[0-9]{1,18})|(?P<choices>[^{}]*,[^{}]*))\}")
 GLOB, GLOB_IN_URL = re.compile(r"[*?\[]"), re.compile(r"\*")
 REMOTE_CHUNK_BYTES = 16384  # a request takes longer than so much more in its answer
 READ_FOLDER = "read"
+MOST_NAMES = 1_000_000  # that a pattern stands for
 MOST_OPEN = 64  # files; what stands at the end of a Parquet file can have megabytes
 GB = 10**9
 
@@ -174,6 +176,11 @@ class Storage:
 
     def matching(self, pattern: str) -> list[str]:
         """The files that a pattern names, in order: `{000..013}` counts, `*` matches what is there, `?` on a disk."""
+        num_names = count_names(pattern)
+        if num_names > MOST_NAMES:
+            raise UserError(
+                f"{without_secrets(pattern)!r} stands for {num_names} names; at most {MOST_NAMES} are listed"
+            )
         found: list[str] = []
         for path in expanded(pattern):
             if is_remote(path):
@@ -208,6 +215,15 @@ def name_of(place: Place) -> str:
     """What a picture is called in the disk cache. Its digest tells whether the content is still the one."""
     size, reader = (place.num_bytes, "") if place.reader is None else ("", place.reader.name)
     return f"{without_secrets(place.file)} {place.start} {size} {reader}"
+
+
+def count_names(pattern: str) -> int:
+    """Return how many names `expanded` lists, without listing them."""
+    counts = (
+        max(0, int(match["last"]) - int(match["first"]) + 1) if match["first"] else match["choices"].count(",") + 1
+        for match in BRACES.finditer(pattern)
+    )
+    return prod(counts)
 
 
 def expanded(pattern: str) -> list[str]:
