@@ -6,6 +6,8 @@ from typing import TypeGuard
 from library.errors import UserError
 from library.options.base import Facts, Options
 
+LARGEST = 2**63  # what tensors and files hold
+
 
 def is_number(value: object) -> TypeGuard[int | float]:
     """Whether a value is a number, which true and false are not."""
@@ -26,6 +28,8 @@ def check_number(name: str, number: float, facts: Facts) -> None:
     """Raise UserError where a number of the option `name` is outside its range."""
     if isinstance(number, float) and not isfinite(number):
         raise UserError(f"--{name} is {number}; use a finite number")
+    if abs(number) >= LARGEST:
+        raise UserError(f"--{name} is {number}; use a number below 2^63")
     if facts.is_share and not 0 <= number <= 1:
         raise UserError(f"--{name} is {number}; it is a share, use 0 to 1")
     if facts.at_least is not None and number < facts.at_least:

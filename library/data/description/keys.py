@@ -1,5 +1,6 @@
 """The keys of a dataset file: names, types, where each may stand, and what holds when it does not."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,13 +24,20 @@ class Kind:
 
 
 def _is_pair(value: Any, of: type) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(item, of) for item in value)
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) == 2
+        and all(isinstance(item, of) and abs(item) < LARGEST for item in value)
+    )
+
+
+LARGEST = 2**31  # of a number; nan and inf are not below it either
 
 
 # A bool is an int in Python and counts as one in dataset files of sd-scripts.
-INT = Kind("an int", lambda v: isinstance(v, int), int)
-FLOAT = Kind("a float (with a decimal point)", lambda v: isinstance(v, float))
-NUMBER = Kind("a number", lambda v: isinstance(v, (int, float)), float)
+INT = Kind("an int", lambda v: isinstance(v, int) and abs(v) < LARGEST, int)
+FLOAT = Kind("a float (with a decimal point)", lambda v: isinstance(v, float) and math.isfinite(v))
+NUMBER = Kind("a number", lambda v: isinstance(v, (int, float)) and abs(v) < LARGEST, float)
 TEXT = Kind("a string", lambda v: isinstance(v, str))
 TEXTS = Kind(
     "a string or a list of strings",
@@ -41,7 +49,7 @@ TABLE = Kind("a table", lambda v: isinstance(v, dict))
 FLOAT_PAIR = Kind("two floats, [1.0, 3.0]", lambda v: _is_pair(v, float), tuple)
 SIZE = Kind(
     "an int or [width, height]",
-    lambda v: (isinstance(v, int) and not isinstance(v, bool)) or _is_pair(v, int),
+    lambda v: (isinstance(v, int) and not isinstance(v, bool) and abs(v) < LARGEST) or _is_pair(v, int),
     lambda v: (int(v[0]), int(v[1])) if isinstance(v, (list, tuple)) else (int(v), int(v)),
 )
 SHARE = Kind("a float from 0.0 to 1.0", lambda v: isinstance(v, float) and 0 <= v <= 1)

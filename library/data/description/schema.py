@@ -14,6 +14,7 @@ from library.data.description.keys import (
     ALL_KEYS,
     DATASET_KEYS,
     FILE_SOURCES,
+    LARGEST,
     REQUIRED,
     SUBSET_KEYS,
     Key,
@@ -278,7 +279,7 @@ def table_problems(table: Table, place: str, level: Level, style: Style | None) 
         elif not stands_at(key, level, style):
             problems.append(f"{place}['{name}'] {where_it_belongs(key, level)}")
         elif not key.kind.fits(value):
-            problems.append(f"{place}['{name}'] is {value!r}, but must be {key.kind.name}")
+            problems.append(f"{place}['{name}'] is {value!r}, but must be {key.kind.name}{limit_of(value)}")
     return problems
 
 
@@ -420,6 +421,11 @@ def check_subset(values: Table, rules: CaptionRules, place: str) -> None:
         raise UserError(
             f"{place}: random_crop cannot be used with conditioning_data_dir; masks are cropped at the centre"
         )
+
+
+def limit_of(value: Any) -> str:
+    """Return the rest of a message about a number that is too large for any key."""
+    return " below 2^31" if isinstance(value, (int, float)) and abs(value) >= LARGEST else ""
 
 
 # Folder arguments

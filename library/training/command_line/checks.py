@@ -182,6 +182,8 @@ def check_output_name(name: str) -> None:
             f"--output_name {name} holds a path, but all files of a run lie in --output_dir itself; put the folder "
             f"into --output_dir and give only a name, such as {PureWindowsPath(name).name or 'my_cat'}"
         )
+    if name and not name.strip(". "):
+        raise UserError(f"--output_name is {name!r}; give a name with letters or digits, such as my_cat")
 
 
 def check_folder(flag: str, folder: Path) -> None:

@@ -142,23 +142,57 @@ def build_optimizer(options: OptimizerOptions, groups: Sequence[Mapping[str, Any
     if cls is torch.optim.AdamW and can_fuse(parameter_groups, given):
         ours["fused"] = True
 
-    optimizer = call_with_keywords(
-        MuonWithAdamW if cls is torch.optim.Muon else cls,
-        [parameter_groups],
-        keywords,
-        flag=FLAG,
-        ours=ours,
-        set_elsewhere={"params": "", "lr": "learning_rate"},
-    )
-    built = BuiltOptimizer(
-        optimizer=optimizer,
-        name=f"{cls.__module__}.{cls.__qualname__}{written_out(keywords)}",
-        is_schedule_free=cls.__name__.lower().endswith("schedulefree"),
-        has_relative_step=has_relative_step,
-        moves_in_float32=options.stochastic_rounding,
-    )
-    built.train()
-    return built
+    def build(groups: Sequence[Mapping[str, Any]]) -> BuiltOptimizer:
+        optimizer = call_with_keywords(
+            MuonWithAdamW if cls is torch.optim.Muon else cls,
+            [groups],
+            keywords,
+            flag=FLAG,
+            ours=ours,
+            set_elsewhere={"params": "", "lr": "learning_rate"},
+        )
+        built = BuiltOptimizer(
+            optimizer=optimizer,
+            name=f"{cls.__module__}.{cls.__qualname__}{written_out(keywords)}",
+            is_schedule_free=cls.__name__.lower().endswith("schedulefree"),
+            has_relative_step=has_relative_step,
+            moves_in_float32=options.stochastic_rounding,
+        )
+        built.train()
+        return built
+
+    if given:
+        check_step(build(one_weight_each(parameter_groups)), wanted, given)
+    return build(parameter_groups)
+
+
+def one_weight_each(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return parameter groups with one small matrix each, of the dtype and device of the group's first weight."""
+    return [
+        {**group, "params": [torch.nn.Parameter(torch.ones(8, 8, dtype=weight.dtype, device=weight.device))]}
+        for group in groups
+        for weight in group["params"][:1]
+    ]
+
+
+def check_step(built: BuiltOptimizer, wanted: str, given: Mapping[str, Any]) -> None:
+    """Take one step with small weights, which are thrown away.
+
+    Most optimizers look at their arguments in the first step only, when models are loaded and caches are made. Raises
+    UserError naming the arguments.
+    """
+    optimizer = built.optimizer
+    generator = torch.Generator().manual_seed(0)
+    devices = [weight.device for weight in built._parameters if weight.device.type == "cuda"]
+    try:
+        with torch.random.fork_rng(devices):
+            for weight in built._parameters:
+                weight.grad = torch.randn(weight.shape, generator=generator).to(weight)
+            optimizer.step()
+    except Exception as error:
+        text = " ".join(f"{key}={value!r}" for key, value in given.items())
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--optimizer_type {wanted} fails with {FLAG} {text}: {reason}; change or drop them") from error
 
 
 def wanted_type(options: OptimizerOptions) -> str:

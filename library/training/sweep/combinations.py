@@ -6,6 +6,7 @@ from argparse import ArgumentTypeError
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -26,6 +27,7 @@ OptionsT = TypeVar("OptionsT", bound=TrainOptions)
 
 NEAR = 0.9  # a slip of an option's name; the nearest key of --network_args, network_reg_dims, is at 0.81
 TABLES = ("network_args", "optimizer_args", "lr_scheduler_args")  # options whose keys can be swept, the first without
+MOST_ADAPTERS = 1000  # each has files of its own and a line in the log
 NONE = "none"  # stands for an option that is not given
 FORM = "write OPTION=A,B, such as learning_rate=1e-4,2e-4; A|B where values have commas in them"
 OF_DATA = "it changes the pictures, and all adapters see the same batches; train one run after the other"
@@ -89,6 +91,9 @@ def combinations_of(options: OptionsT) -> list[Combination[OptionsT]]:
     names = [name for name, _ in words]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"--sweep names {twice} twice; give all of its values in one word")
+    num_adapters = prod(len(texts) for _, texts in words)
+    if num_adapters > MOST_ADAPTERS:
+        raise UserError(f"--sweep names {num_adapters} adapters; at most {MOST_ADAPTERS} can be trained in one run")
     warn_of_replaced(options, names)
     strengths = kept_strengths(options.network, dict(words))
     found = []

@@ -122,6 +122,17 @@ MISTAKES = [
         SUBSET.replace("resolution = 512", "resolution = 512\nskip_image_resolution = [-1, -9]"),
         "['skip_image_resolution'] is [-1, -9]; use sizes in pixels",
     ),
+    (
+        SUBSET.replace("resolution = 512", f"resolution = {10**30}"),
+        "0, but must be an int or [width, height] below 2^31",
+    ),
+    (
+        SUBSET.replace("resolution = 512", f"resolution = 512\nbatch_size = {10**30}"),
+        f"['batch_size'] is {10**30}, but must be an int below 2^31",
+    ),
+    (SUBSET + "token_warmup_step = nan", "['token_warmup_step'] is nan, but must be a number"),
+    (SUBSET + "token_warmup_step = inf", "['token_warmup_step'] is inf, but must be a number below 2^31"),
+    (SUBSET + "caption_dropout_rate = nan", "['caption_dropout_rate'] is nan, but must be a"),
 ]
 
 

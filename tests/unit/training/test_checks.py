@@ -450,6 +450,16 @@ def test_a_name_with_a_folder_in_it_is_refused(name: str) -> None:
     assert told.startswith(f"--output_name {name} holds a path") and "--output_dir" in told
 
 
+@pytest.mark.parametrize("name", [".", "..", " ", " . "])
+def test_a_name_without_letters_is_refused(name: str) -> None:
+    assert refusal(output_name=name).startswith(f"--output_name is {name!r}; give a name with letters or digits")
+
+
+@pytest.mark.parametrize("value", [10**30, 2**63])
+def test_a_number_that_no_tensor_holds_is_refused(value: int) -> None:
+    assert f"--seed is {value}; use a number below 2^63" in refusal(seed=value)
+
+
 @pytest.mark.parametrize("name", ["m", "my cat.v2", "学習", ".hidden", "m-000001", None, ""])
 def test_a_plain_name_is_taken(name: str | None) -> None:
     check(made(output_name=name))

@@ -70,6 +70,13 @@ def test_words_that_cannot_be_swept(words: list[str], message: str) -> None:
         combinations_of(options_of(*words))
 
 
+def test_a_million_combinations_are_counted_and_refused() -> None:
+    words = [f"{name}={','.join(str(value + 1) for value in range(100))}" for name in ("network_dim", "network_alpha")]
+    words.append("seed=" + ",".join(map(str, range(100))))
+    with pytest.raises(UserError, match="--sweep names 1000000 adapters; at most 1000 can be trained in one run"):
+        combinations_of(options_of(*words))
+
+
 def test_a_rate_that_others_replace_is_refused() -> None:
     with pytest.raises(UserError, match="learning_rate has no effect with --unet_lr"):
         combinations_of(options_of("learning_rate=1e-4,1e-3", unet_lr=1e-4, network_train_unet_only=True))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from library.errors import UserError
 from library.options.keyword_args import read_keyword_args
 from library.options.training.optimizer import OptimizerOptions
 from library.training.optimization.optimizers import KNOWN, BuiltOptimizer, build_optimizer, effective_rates
@@ -244,6 +245,15 @@ def test_an_argument_is_split_at_its_first_equals_sign() -> None:
 )
 def test_a_wrong_argument_is_named(argument: str, message: str) -> None:
     assert message in refusal(optimizer_args=[argument])
+
+
+@pytest.mark.parametrize(("name", "argument"), [("RMSprop", "differentiable=True"), ("DAdaptSGD", "momentum=[[1]]")])
+def test_an_argument_on_which_the_first_step_fails_is_refused_at_the_start(name: str, argument: str) -> None:
+    weights = [nn.Parameter(torch.ones(3, 5))]
+    before = torch.get_rng_state()
+    with pytest.raises(UserError, match=rf"--optimizer_type {name} fails with --optimizer_args {argument[:5]}"):
+        build_optimizer(OptimizerOptions(optimizer_type=name, optimizer_args=[argument]), [{"params": weights}])
+    assert torch.equal(weights[0], torch.ones(3, 5)) and torch.equal(torch.get_rng_state(), before)
 
 
 def test_an_argument_given_twice_is_refused() -> None:
