@@ -1,4 +1,8 @@
-"""Quantities as text."""
+"""Quantities and names as text."""
+
+import re
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def format_bytes(num_bytes: int) -> str:
@@ -9,3 +13,8 @@ def format_bytes(num_bytes: int) -> str:
 def format_count(count: int, noun: str) -> str:
     """Format a count with its noun: `1 image`, `2 images`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def escape_controls(text: str, keep: str = "") -> str:
+    """Write control characters as escapes, so that names and texts from files cannot steer a terminal."""
+    return CONTROL.sub(lambda found: found[0] if found[0] in keep else f"\\x{ord(found[0]):02x}", text)

@@ -12,9 +12,10 @@ import torch
 from library.checkpoints.files import SAFETENSORS_SUFFIXES, is_safetensors
 from library.checkpoints.overwriting import check_not_input
 from library.errors import UserError
+from library.formatting import escape_controls
 from library.hidden_libraries import BITSANDBYTES, hidden
 from library.memory.devices import SAVE_DTYPES
-from library.training.command_line.console import setup_plain_logging
+from library.training.command_line.console import LINES, setup_plain_logging
 from library.version import add_version
 
 logger = logging.getLogger(__name__)
@@ -40,12 +41,12 @@ def run(
         with hidden(BITSANDBYTES):
             action(args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {escape_controls(str(error), keep=LINES)}", file=sys.stderr)
         return 1
     except OSError as error:
         if error.errno is None or error.filename is None:  # nothing that the operating system refused
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {escape_controls(str(error), keep=LINES)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; nothing was written half", file=sys.stderr)

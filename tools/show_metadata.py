@@ -6,7 +6,6 @@ The texts are only shown: nothing in them is run. JSON among them is laid out, e
 import argparse
 import io
 import json
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library.checkpoints.files import file_in_folder, holds_safetensors, read_header, refuse_stranger
 from library.errors import UserError
+from library.formatting import escape_controls
 from library.json_text import parse_json
 from tools.command import make_parser, run
 
@@ -61,13 +61,15 @@ def entry(key: str, text: str, num_tags: int) -> Iterator[str]:
     """One key, its JSON indented below it."""
     value = parsed(text)
     if key == TAG_KEY and isinstance(value, dict):
-        yield f"  {printable(key)}:"
+        yield f"  {escape_controls(key)}:"
         yield from (f"    {line}" for line in tag_lines(value, num_tags))
     elif isinstance(value, (dict, list)) and value:
-        yield f"  {printable(key)}:"
-        yield from (f"    {printable(line)}" for line in json.dumps(value, indent=2, ensure_ascii=False).split("\n"))
+        yield f"  {escape_controls(key)}:"
+        yield from (
+            f"    {escape_controls(line)}" for line in json.dumps(value, indent=2, ensure_ascii=False).split("\n")
+        )
     else:
-        yield f"  {printable(key)}: {printable(shortened(text))}{time_of(key, text)}"
+        yield f"  {escape_controls(key)}: {escape_controls(shortened(text))}{time_of(key, text)}"
 
 
 def tag_lines(frequencies: Mapping[str, Any], num_tags: int) -> Iterator[str]:
@@ -76,7 +78,7 @@ def tag_lines(frequencies: Mapping[str, Any], num_tags: int) -> Iterator[str]:
     for tags in frequencies.values():
         if isinstance(tags, dict):
             counts.update({str(tag): count for tag, count in tags.items() if isinstance(count, int)})
-    yield from (f"{count:6} {printable(tag)}" for tag, count in counts.most_common(num_tags))
+    yield from (f"{count:6} {escape_controls(tag)}" for tag, count in counts.most_common(num_tags))
     if len(counts) > num_tags:
         yield f"and {len(counts) - num_tags} more; --num_tags {len(counts)} shows all"
 
@@ -93,11 +95,6 @@ def time_of(key: str, text: str) -> str:
 
 def shortened(text: str) -> str:
     return text if len(text) <= LONGEST_TEXT else f"{text[:80]}... ({len(text)} characters)"
-
-
-def printable(text: str) -> str:
-    """A text that cannot steer a terminal."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 def setup_parser() -> argparse.ArgumentParser:

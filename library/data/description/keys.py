@@ -14,6 +14,9 @@ Level = Literal["general", "dataset", "subset"]
 FILTERS = (*INTERPOLATIONS, "box")
 
 
+LARGEST = 2**31  # of a number; nan and inf are not below it either
+
+
 @dataclass(frozen=True)
 class Kind:
     """A type of value: what an error calls it, what fits, and the value as the program uses it."""
@@ -24,14 +27,8 @@ class Kind:
 
 
 def _is_pair(value: Any, of: type) -> bool:
-    return (
-        isinstance(value, (list, tuple))
-        and len(value) == 2
-        and all(isinstance(item, of) and abs(item) < LARGEST for item in value)
-    )
-
-
-LARGEST = 2**31  # of a number; nan and inf are not below it either
+    items: list[Any] = list(value) if isinstance(value, (list, tuple)) else []
+    return len(items) == 2 and all(isinstance(item, of) for item in items) and max(map(abs, items)) < LARGEST
 
 
 # A bool is an int in Python and counts as one in dataset files of sd-scripts.

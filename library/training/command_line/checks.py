@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PureWindowsPath
 
@@ -26,6 +27,7 @@ from library.training.saving.checkpoints import Names
 
 logger = logging.getLogger(__name__)
 
+PASSWORD = re.compile(r"(?P<scheme>\w+://)[^\s/@:]*:[^\s/@]+@(?P<host>[^\s/]*)")
 OUTPUT_FLAGS = ("log_events", "console_log_file")  # the options that name files to write
 SETS_OWN_RATE = ("prodigy", "dadapt", "adafactor")  # warned of with their own reasons where the rate is odd
 MAX_NAME_BYTES = 255 - len("-step00000000-state")  # what file systems allow, less what a run appends
@@ -76,8 +78,20 @@ def check_values(options: TrainOptions) -> None:
     missing = unsupported(options)
     if missing:
         raise UserError("\n".join(missing))
+    refuse_passwords(options)
     check_ranges(options)
     check_choices(options)
+
+
+def refuse_passwords(options: TrainOptions) -> None:
+    """Raise UserError for a URL with a password: log, events, report and metadata keep what options say."""
+    for name, value in options.flat().items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and (found := PASSWORD.search(text)):
+                raise UserError(
+                    f"--{name} has a URL with a password, {found['scheme']}…@{found['host']}, which logs and files "
+                    "would keep. No option takes one; give a file or a folder"
+                )
 
 
 def report_unused(options: TrainOptions, ignores: Mapping[str, str]) -> None:

@@ -11,12 +11,14 @@ from typing import Any
 
 from library.checkpoints.overwriting import FileType, check_overwrite
 from library.errors import UserError
+from library.formatting import escape_controls
 from library.launcher import launched_rank
 from library.options.output.console import ConsoleOptions
 
 DATED = logging.Formatter("%(asctime)s %(levelname)-8s %(message)s", "%Y-%m-%d %H:%M:%S")
 LOG_LINE = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")  # as `build_handler` has it begin
 LOG = FileType("a log file", lambda start: LOG_LINE.match(start) is not None)
+LINES = "\n\t"  # control characters that a message may have
 CONSOLE = "console of "  # how the name of the one handler begins that shows log lines
 
 
@@ -41,6 +43,17 @@ class WithoutNoise(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not any(record.name.startswith(name) and words in record.getMessage() for name, words in NOISE)
+
+
+class EscapedControls(logging.Filter):
+    """Writes control characters as escapes: a message may hold names from files that anyone made."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        escaped = escape_controls(text, keep=LINES)
+        if escaped != text:
+            record.msg, record.args = escaped, ()
+        return True
 
 
 class ForgivingFile(io.FileIO):
@@ -86,6 +99,7 @@ def setup_plain_logging() -> None:
     """Send bare lines to standard error, as commands do, until `setup_logging` says otherwise."""
     handler = logging.StreamHandler(sys.stderr)
     handler.set_name(f"{CONSOLE}a command")
+    handler.addFilter(EscapedControls())
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
 
 
@@ -109,6 +123,7 @@ def setup_logging(options: ConsoleOptions) -> None:
         handler.close()
     for handler in build_handlers(options):
         handler.set_name(name)
+        handler.addFilter(EscapedControls())
         if not isinstance(handler, logging.FileHandler) and level_of(options) > logging.DEBUG:
             handler.addFilter(WithoutNoise())
         root.addHandler(handler)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from library.formatting import escape_controls
 from library.launcher import launched_rank
 from library.training.step.accumulation import Plan
 
@@ -21,7 +22,7 @@ def announce(text: str) -> None:
     """Write a line to standard output at once; front ends look for these lines. Only the main process writes."""
     if launched_rank() != 0:
         return
-    encoding = sys.stdout.encoding or "utf-8"
+    encoding, text = sys.stdout.encoding or "utf-8", escape_controls(text, keep="\n\t")
     try:
         sys.stdout.write(text.encode(encoding, errors="replace").decode(encoding) + "\n")
         sys.stdout.flush()

@@ -479,3 +479,9 @@ def test_what_belongs_to_recomputation_is_warned_of_without_it(name: str, caplog
     assert not [
         line for line in warnings_of(caplog, unsloth_offload_checkpointing=True, **{name: value}) if name in line
     ]
+
+
+@pytest.mark.parametrize("name", ["vae", "pretrained_model_name_or_path", "resume", "dataset_config", "sample_prompts"])
+def test_a_url_with_a_password_is_refused_without_showing_it(name: str) -> None:
+    told = refusal(**{name: "https://user:s3cr3t@host.example/x.safetensors"})
+    assert told.startswith(f"--{name} has a URL with a password, https://…@host.example") and "s3cr3t" not in told

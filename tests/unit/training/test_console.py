@@ -21,8 +21,10 @@ logger = logging.getLogger("a")
 logger.debug("detail")
 logger.info("\\u5b66\\u7fd2 " + "x" * 200)
 logger.warning("careful")
+logger.warning("red \\x1b[31m%s", "\\x07")
 """
 LONG = "学習 " + "x" * 200
+ESCAPED = r"red \x1b[31m\x07"  # control characters of names and texts from files
 
 
 def run(level: str | None = None, file: str | None = None, simple: bool = False) -> tuple[list[str], list[str]]:
@@ -37,11 +39,15 @@ def run(level: str | None = None, file: str | None = None, simple: bool = False)
 def test_lines_in_a_pipe_go_to_standard_error_once_and_unwrapped() -> None:
     out, err = run()
     assert out == []
-    assert [line.split(maxsplit=3)[2:] for line in err] == [["INFO", LONG], ["WARNING", "careful"]]
+    assert [line.split(maxsplit=3)[2:] for line in err] == [
+        ["INFO", LONG],
+        ["WARNING", "careful"],
+        ["WARNING", ESCAPED],
+    ]
 
 
 def test_simple_lines_go_to_standard_output() -> None:
-    assert run(simple=True) == ([LONG, "WARNING: careful"], [])
+    assert run(simple=True) == ([LONG, "WARNING: careful", f"WARNING: {ESCAPED}"], [])
 
 
 def test_level_decides_what_is_shown() -> None:
@@ -55,7 +61,7 @@ def test_file_takes_the_lines_and_is_emptied_first(tmp_path: Path) -> None:
     path.write_text("old\n", encoding="utf-8")
     assert run(file=str(path), simple=True) == ([], [])
     lines = path.read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 2 and lines[0].endswith(LONG) and "WARNING" in lines[1]
+    assert len(lines) == 3 and lines[2].endswith(ESCAPED) and lines[0].endswith(LONG) and "WARNING" in lines[1]
 
 
 def test_errors_go_to_the_file_and_once_to_standard_error(tmp_path: Path) -> None:

@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 from library.data.sources.storage.ranges import Window
 from library.errors import UserError
+from library.formatting import escape_controls
 
 BLOCK = 512
 LONGEST_NAME = 1 << 16
 NAME_ERRORS = "backslashreplace"  # bytes of names that are not UTF-8 become \\xe9, which every file can hold
 NUMBER = re.compile(r"[0-9]{1,20}")
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 
 
@@ -81,7 +81,7 @@ def members_of(window: Window, shown: str) -> Iterator[Member]:
                 next_bytes = int(records["size"]) if "size" in records else None
             continue
         if info.type in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE):
-            yield Member(printable(next_name or info.name), start, num_bytes)
+            yield Member(escape_controls(next_name or info.name), start, num_bytes)
         elif info.type == tarfile.GNUTYPE_SPARSE:
             raise UserError(f"{shown}: {info.name} is stored with holes (GNU sparse); write the tar file without -S")
         next_name, next_bytes = None, None
@@ -103,11 +103,6 @@ def pax_records(content: bytes, shown: str, place: int) -> dict[str, str]:
         records[key.decode("utf-8", "replace")] = value.decode("utf-8", NAME_ERRORS)
         rest = rest[int(length) :]
     return records
-
-
-def printable(name: str) -> str:
-    """Return a name whose control characters are written as escapes: it is shown on terminals."""
-    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", name)
 
 
 def fault_of(block: bytes, place: int) -> str:
