@@ -127,6 +127,7 @@ class BaseModelSpec:
     """What an adapter for a checkpoint says of it, by `BaseModel.architecture` and whether it predicts velocity."""
     block_weights: BlockWeights | None = None  # None where no program gives it lists of them
     script_flag: str = ""  # with which the script trains it
+    prompts_script: str = ""  # that trains concepts from prompts alone
     folders: tuple[str, ...] = ()  # of a diffusers folder with a U-Net, where nothing names its pipeline
     variants: Mapping[str, str] = field(default_factory=dict)  # pattern of names -> what has them, but is not trained
 

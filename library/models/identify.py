@@ -101,7 +101,9 @@ def way_out(found: BaseModelSpec, wanted: BaseModelSpec) -> str:
     """What to do with a model of another kind than is wanted."""
     if found.script == wanted.script:
         return f"add {found.script_flag}" if found.script_flag else f"leave out {wanted.script_flag}"
-    return f"use {found.script}" + (f" with {found.script_flag}" if found.script_flag else "")
+    flag = f" with {found.script_flag}" if found.script_flag else ""
+    prompts = f", or {found.prompts_script}{flag} to train from prompts alone" if found.prompts_script else ""
+    return f"use {found.script}{flag}{prompts}"
 
 
 def refuse_other_file(specs: Sequence[BaseModelSpec], flag: str, weights: Weights, wanted: str) -> None:

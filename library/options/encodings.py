@@ -1,5 +1,7 @@
 """Which encoding a text that is not UTF-8 is likely to have."""
 
+import re
+
 from library.errors import UserError
 
 COMMON = {
@@ -13,9 +15,21 @@ COMMON = {
 """Encodings that editors still write. Among all that exist a few words fit too many: "café" is cp1250 as well."""
 
 
+# A letter with an accent among plain ones, as in "fille blonde, forêt"; other alphabets fill whole words.
+LATIN_WORD = re.compile(rb"[A-Za-z][\xc0-\xff]{1,2}(?![\x80-\xff])|(?<![\x80-\xff])[\xc0-\xff]{1,2}[A-Za-z]")
+NOT_LATIN = re.compile(rb"[\x00\x80-\x90\x98-\x9f]|[\xa0-\xff]{3}")
+
+
+class NotUtf8(UserError):
+    """A text file in another encoding."""
+
+
 def likely_encoding(content: bytes) -> str | None:
-    """The encoding that fits best in words; None where none does."""
+    """Name the encoding that fits best; None if none does."""
     from charset_normalizer import from_bytes
+
+    if LATIN_WORD.search(content) and not NOT_LATIN.search(content):
+        return COMMON["cp1252"]
 
     best = from_bytes(content, cp_isolation=list(COMMON)).best()
     return None if best is None else COMMON.get(best.encoding, best.encoding)
@@ -26,7 +40,7 @@ def decoded(content: bytes, what: str) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{what} {not_utf8(content, error)}") from None
+        raise NotUtf8(f"{what} {not_utf8(content, error)}") from None
 
 
 def not_utf8(content: bytes, error: UnicodeDecodeError) -> str:

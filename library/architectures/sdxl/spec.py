@@ -38,6 +38,7 @@ SPECS = (
         title="Stable Diffusion XL",
         called="an SDXL",
         script="sdxl_train_network.py",
+        prompts_script="sdxl_train_leco.py",
         options=SdxlOptions,
         build=build,
         checkpoint=(Sign(r"conditioner\.embedders\.|diffusion_model\.label_emb\.|add_embedding\.linear_1"),),

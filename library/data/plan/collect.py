@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -12,21 +13,33 @@ from library.data.description.schema import DatasetConfig, RunDataConfig, Subset
 from library.data.scanned.subsets import ScannedDataset, ScannedSubset
 from library.data.sources.storage.source import load_source
 from library.data.sources.storage.storage import Storage
+from library.options.encodings import NotUtf8
 
 logger = logging.getLogger(__name__)
 
 
 def collect(config: RunDataConfig, storage: Storage | None = None, num_threads: int = 16) -> tuple[ScannedDataset, ...]:
-    """List the pictures of every subset, read their captions and headers.
+    """List the images of every subset, read their captions and headers.
 
-    Raises UserError for missing folders and files, captions that are not UTF-8 and masks that are missing.
+    Raises UserError for missing folders, files and masks, and for texts that are not UTF-8 in all subsets at once.
     """
-    storage = storage or Storage()
-    return tuple(collect_dataset(dataset, storage, num_threads) for dataset in config.datasets)
+    storage, encodings = storage or Storage(), list[str]()
+
+    def scan(subset: SubsetConfig) -> ScannedSubset | None:
+        try:
+            return load_source(subset.source_key).scan(subset, storage, num_threads)
+        except NotUtf8 as error:
+            encodings.append(str(error))
+            return None
+
+    datasets = tuple(collect_dataset(dataset, scan) for dataset in config.datasets)
+    if encodings:
+        raise NotUtf8("\n".join(encodings))
+    return datasets
 
 
-def collect_dataset(config: DatasetConfig, storage: Storage, num_threads: int) -> ScannedDataset:
-    """The pictures of one dataset; a source that was named before in it is left out."""
+def collect_dataset(config: DatasetConfig, scan: Callable[[SubsetConfig], ScannedSubset | None]) -> ScannedDataset:
+    """Return the images of one dataset; a source that was named before in it is left out."""
     subsets, seen = [], set()
     for subset in config.subsets:
         source = subset.source if subset.patterns else os.path.normcase(os.path.abspath(subset.source))
@@ -34,9 +47,9 @@ def collect_dataset(config: DatasetConfig, storage: Storage, num_threads: int) -
             logger.warning("%s stands twice in one dataset; the second one is left out", subset.source)
             continue
         seen.add(source)
-        found = collect_subset(subset, storage, num_threads)
         limit = config.skip_image_resolution
-        subsets.append(found if limit is None else without_small(found, limit))
+        if (found := scan(subset)) is not None:
+            subsets.append(found if limit is None else without_small(found, limit))
     return ScannedDataset(config, tuple(subsets))
 
 
@@ -53,8 +66,3 @@ def without_small(found: ScannedSubset, limit: Size) -> ScannedSubset:
         empty_caption=tuple(path for path in found.empty_caption if path not in left_out),
         small=small,
     )
-
-
-def collect_subset(config: SubsetConfig, storage: Storage, num_threads: int) -> ScannedSubset:
-    """The pictures of one subset, in the order of their paths, or of their places in larger files."""
-    return load_source(config.source_key).scan(config, storage, num_threads)

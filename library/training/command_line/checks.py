@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 PASSWORD = re.compile(r"(?P<scheme>\w+://)[^\s/@:]*:[^\s/@]+@(?P<host>[^\s/]*)")
 OUTPUT_FLAGS = ("log_events", "console_log_file")  # the options that name files to write
+ADAPTIVE = ("adam", "lion")  # whose steps have the size of the rate, whatever the gradient
+HIGH_RATE = 5e-3  # ten times what front ends and guides use for small adapters
 SETS_OWN_RATE = ("prodigy", "dadapt", "adafactor")  # warned of with their own reasons where the rate is odd
 MAX_NAME_BYTES = 255 - len("-step00000000-state")  # what file systems allow, less what a run appends
 SQUARES_IN_DTYPE_OF_WEIGHTS = (
@@ -436,6 +438,24 @@ def doubtful(options: TrainOptions) -> Iterator[str]:
             f"and that is no; give --mixed_precision {launched} to the script"
         )
     yield from low_rate(options)
+    yield from high_rates(options)
+
+
+def high_rates(options: TrainOptions) -> Iterator[str]:
+    """A line for every learning rate at which Adam and its relatives destroy an adapter."""
+    name = wanted_type(options.optimizer)
+    if not any(part in name.lower() for part in ADAPTIVE) or name.lower().startswith(SETS_OWN_RATE):
+        return
+    network = options.network
+    rates = {"unet_lr": network.unet_lr, "text_encoder_lr": max(network.text_encoder_lr or (), default=None)}
+    if network.unet_lr is None:
+        rates["learning_rate"] = options.optimizer.learning_rate
+    for flag, rate in rates.items():
+        if rate is not None and rate >= HIGH_RATE:
+            yield (
+                f"--{flag} is {rate:g}, at which {name} usually destroys an adapter within a few steps; 1e-4 is usual, "
+                "1e-3 is high"
+            )
 
 
 def low_rate(options: TrainOptions) -> Iterator[str]:

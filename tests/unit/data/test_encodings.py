@@ -17,6 +17,13 @@ CASES = [
     ("a cat in a café", "latin-1", "Latin-1"),
     ("a cat", "utf-16", "UTF-16"),
     ("一个女孩坐在草地上", "gb18030", "GB18030"),
+    ("fille blonde, forêt", "latin-1", "Latin-1"),
+    ("ein mädchen, größe", "cp1252", "Latin-1"),
+    ("niño, cabaña", "latin-1", "Latin-1"),
+    ("jeune fille à l’école", "cp1252", "Latin-1"),
+    ("девушка сидит на траве", "cp1251", "Cyrillic"),
+    ("1girl, 猫耳, 青い空の下で座っている", "cp932", "Shift-JIS"),
+    ("소녀가 풀밭에 앉아 있다", "cp949", "EUC-KR"),
 ]
 
 
@@ -32,6 +39,17 @@ def test_all_captions_in_other_encodings_are_listed_at_once(tmp_path: Path) -> N
     subset = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{here}/a'\ncaption_extension = '.txt'"
     config = load_dataset_config(write_config(tmp_path / "data.toml", subset))
     with pytest.raises(UserError, match=r"3 caption files .* p0\.txt \(Shift-JIS.*p1\.txt \(Latin-1.*p2\.txt \(UTF-16"):
+        collect(config)
+
+
+def test_captions_of_all_subsets_are_listed_at_once(tmp_path: Path) -> None:
+    subsets = "[[datasets]]\nresolution = 64\n"
+    for name in "ab":
+        write_folder(tmp_path / name, 2)
+        (tmp_path / name / "p1.txt").write_bytes("forêt".encode("latin-1"))
+        subsets += f"[[datasets.subsets]]\nimage_dir = '{{here}}/{name}'\ncaption_extension = '.txt'\n"
+    config = load_dataset_config(write_config(tmp_path / "data.toml", subsets))
+    with pytest.raises(UserError, match=r"(?s)a/p1\.txt is not UTF-8.*\n.*b/p1\.txt is not UTF-8"):
         collect(config)
 
 

@@ -67,7 +67,8 @@ def test_the_way_out_is_a_flag_between_generations_and_a_script_between_models()
     sd1, sd2, sdxl, flux = (spec_of(SPECS, name) for name in ("sd1", "sd2", "sdxl", "flux"))
     assert way_out(sd2, sd1) == "add --v2"
     assert way_out(sd1, sd2) == "leave out --v2"
-    assert way_out(sd2, sdxl) == "use train_network.py with --v2"
+    prompts = "train_leco.py with --v2 to train from prompts alone"
+    assert way_out(sd2, sdxl) == f"use train_network.py with --v2, or {prompts}"
     assert way_out(flux, sdxl) == "use flux_train_network.py"
 
 

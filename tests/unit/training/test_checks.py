@@ -331,6 +331,24 @@ def test_a_rate_with_which_an_adapter_learns_nothing_is_told(caplog: pytest.LogC
         assert not any("far too low" in line for line in warnings_of(caplog, learning_rate=2e-6, **values))
 
 
+@pytest.mark.parametrize(
+    ("values", "flags"),
+    [
+        ({"learning_rate": 1e-2}, ["learning_rate"]),
+        ({"learning_rate": 100.0, "optimizer_type": "Lion8bit"}, ["learning_rate"]),
+        ({"unet_lr": 1e-2, "text_encoder_lr": [1e-4, 5e-3]}, ["unet_lr", "text_encoder_lr"]),
+        ({"learning_rate": 1e-3}, []),
+        ({"learning_rate": 1.0, "optimizer_type": "Prodigy"}, []),
+        ({"learning_rate": 1e-2, "optimizer_type": "SGD"}, []),
+    ],
+)
+def test_a_rate_that_destroys_an_adapter_is_warned_of(
+    values: dict[str, Any], flags: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = [line for line in warnings_of(caplog, **values) if "destroys an adapter" in line]
+    assert [line.split(" is ")[0].removeprefix("--") for line in lines] == flags
+
+
 @pytest.mark.parametrize("values", [{"ddp_timeout": -1}, {"max_data_loader_n_workers": 10**9}, {"min_timestep": 1001}])
 def test_numbers_that_make_no_sense_are_refused(values: dict[str, Any]) -> None:
     ((name, value),) = values.items()

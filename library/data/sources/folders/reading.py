@@ -15,17 +15,13 @@ from library.data.sources.folders.image_index import (
     stamp_of,
 )
 from library.errors import UserError, few
-from library.options.encodings import likely_encoding, not_utf8
+from library.options.encodings import NotUtf8, likely_encoding, not_utf8
 
 MOST_CAPTION_BYTES = 1 << 20  # counting the tokens of ten times as much takes a minute
 
 
-class NotUtf8(UserError):
-    """A caption file in another encoding."""
-
-
 def check_encodings(folder: str, names: Iterable[str]) -> None:
-    """Raise UserError naming all caption files that are not UTF-8, with the encoding that fits each."""
+    """Raise NotUtf8 naming all caption files that are not UTF-8, with the encoding that fits each."""
     wrong = []
     for name in names:
         try:
@@ -37,7 +33,7 @@ def check_encodings(folder: str, names: Iterable[str]) -> None:
         raise first
     if wrong:
         listed = few([f"{name} ({encoding})" for name, encoding in wrong], 20)
-        raise UserError(
+        raise NotUtf8(
             f"{len(wrong)} caption files in {folder} are not UTF-8; save them as UTF-8. The encoding that fits each: "
             f"{listed}"
         )

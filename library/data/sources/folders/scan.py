@@ -19,7 +19,6 @@ from library.data.sources.folders.image_index import (
 )
 from library.data.sources.folders.listing import Folder, look_again, look_into
 from library.data.sources.folders.reading import (
-    NotUtf8,
     caption_of,
     captions_of,
     check_encodings,
@@ -28,6 +27,7 @@ from library.data.sources.folders.reading import (
 )
 from library.errors import UserError, few
 from library.options.config_file import BACKSLASH_HINT
+from library.options.encodings import NotUtf8
 
 logger = logging.getLogger(__name__)
 
