@@ -1,35 +1,43 @@
 """--debug_dataset: what the first epoch would train on."""
 
 import logging
+from collections import Counter, defaultdict
+from itertools import islice
 
 from library.data.training_data import TrainingData, open_batches
+from library.types import Batch
 
 logger = logging.getLogger(__name__)
 
+MOST_IMAGES = 100  # that are shown
+
 
 def show_batches(data: TrainingData) -> None:
-    """Log every batch of the first epoch: pictures, captions, sizes, loss weights, shapes of the tensors."""
-    batches = open_batches(data)
-    for number, batch in enumerate(batches.of_epoch(1, range(data.num_batches), lambda index: index, 0, False)):
-        tensors = {
-            "pixels": batch.pixels_BCHW,
-            "latents": batch.latents_BCHW,
-            "masks": batch.masks_B1HW,
-        }
-        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items() if tensor is not None)
-        logger.info("batch %d of %d: %s", number + 1, data.num_batches, shapes)
-        for place, (key, caption) in enumerate(zip(batch.keys, batch.captions, strict=True)):
-            height, width, top, left, target_height, target_width = batch.sizes_B6[place].tolist()
-            logger.info(
-                '  %s: "%s", %dx%d, crop at %d,%d, trained at %dx%d, loss weight %g%s',
-                key,
-                caption,
-                width,
-                height,
-                left,
-                top,
-                target_width,
-                target_height,
-                batch.loss_weights_B[place].item(),
-                f", {dict(batch.attributes[place])}" if batch.attributes[place] else "",
-            )
+    """Log the shapes of the first epoch's batches, then each image once: caption, sizes, loss weight, attributes."""
+    shapes: Counter[str] = Counter()
+    samples: defaultdict[str, list[str]] = defaultdict(list)  # by image, as they are drawn
+    for batch in open_batches(data).of_epoch(1, range(data.num_batches), lambda index: index, 0, False):
+        tensors = {"pixels": batch.pixels_BCHW, "latents": batch.latents_BCHW, "masks": batch.masks_B1HW}
+        shapes[
+            ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items() if tensor is not None)
+        ] += 1
+        for place, key in enumerate(batch.keys):
+            samples[key].append(describe_sample(batch, place))
+    for shape, count in shapes.items():
+        logger.info("%d x %s", count, shape)
+    for key, lines in islice(samples.items(), MOST_IMAGES):
+        others = len(set(lines)) - 1
+        varied = f"; {others} more with another caption or crop" if others else ""
+        logger.info("  %s: %s%s%s", key, lines[0], f", {len(lines)} times" if len(lines) > 1 else "", varied)
+    if len(samples) > MOST_IMAGES:
+        logger.info("  and %d more images", len(samples) - MOST_IMAGES)
+
+
+def describe_sample(batch: Batch, place: int) -> str:
+    """Describe one sample of a batch in a line."""
+    height, width, top, left, target_height, target_width = batch.sizes_B6[place].tolist()
+    attributes = f", {dict(batch.attributes[place])}" if batch.attributes[place] else ""
+    return (
+        f'"{batch.captions[place]}", {width}x{height}, crop at {left},{top}, '
+        f"trained at {target_width}x{target_height}, loss weight {batch.loss_weights_B[place].item():g}{attributes}"
+    )

@@ -10,6 +10,7 @@ from library.errors import UserError
 logger = logging.getLogger(__name__)
 
 Size = tuple[int, int]
+MOST_PIXELS = 4096 * 4096  # of a resolution: encoding one image of twice the sides takes 18 GB
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,11 @@ class BucketRules:
         """
         if min(resolution) <= 0:
             raise UserError(f"resolution is {resolution[0]}x{resolution[1]}; both sides must be positive")
+        if resolution[0] * resolution[1] > MOST_PIXELS:
+            raise UserError(
+                f"resolution is {resolution[0]}x{resolution[1]}; at most {MOST_PIXELS // 10**6} megapixels are "
+                "trained, such as 4096x4096, and base models work best far below"
+            )
         if not enable_bucket:
             return cls(resolution, False, min_reso, max_reso, step, no_upscale)
         if step <= 0 or step % needed_step:
@@ -61,6 +67,14 @@ class BucketRules:
             raise UserError(
                 f"bucket_reso_steps is {step}, more than the shorter side of the resolution {resolution}: no bucket "
                 f"fits; lower bucket_reso_steps, {needed_step} is the least"
+            )
+        side = math.isqrt(resolution[0] * resolution[1])
+        if resolution[0] % step or resolution[1] % step:
+            logger.warning(
+                "resolution %dx%d is not a multiple of bucket_reso_steps %d: square images are trained at %dx%d",
+                *resolution,
+                step,
+                *[side // step * step] * 2,
             )
         low, high = min_reso // step * step, -(-max_reso // step) * step
         if (low, high) != (min_reso, max_reso):

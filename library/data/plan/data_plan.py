@@ -268,7 +268,17 @@ def build_plan(
 
 
 def bucket_rules(config: DatasetConfig, spec: LatentSpec) -> BucketRules:
-    """The shapes that a dataset's pictures get."""
+    """Return the shapes that a dataset's images get."""
+    width, height = config.resolution
+    rounded = width // spec.downscale * spec.downscale, height // spec.downscale * spec.downscale
+    if not config.enable_bucket and rounded != config.resolution:
+        logger.warning(
+            "resolution %dx%d is not a multiple of %d, the pixels of one latent: images are trained at %dx%d",
+            width,
+            height,
+            spec.downscale,
+            *rounded,
+        )
     return BucketRules.build(
         config.resolution,
         config.enable_bucket,

@@ -114,6 +114,13 @@ def test_without_buckets_every_picture_is_cut_to_the_resolution():
     assert [shape.resized for shape in shapes] == [(320, 192), (640, 192), (320, 960)]
 
 
+def test_a_resolution_that_is_no_multiple_of_the_step_is_said(caplog):
+    BucketRules.build((70, 70), True, 64, 128, 64, False, 64)
+    assert (
+        "resolution 70x70 is not a multiple of bucket_reso_steps 64: square images are trained at 64x64" in caplog.text
+    )
+
+
 def test_limits_are_rounded_to_the_step_and_said_so(caplog):
     rule = BucketRules.build((512, 512), True, 300, 1000, 64, False, 64)
     assert (rule.min_reso, rule.max_reso) == (256, 1024)
@@ -127,6 +134,7 @@ def test_limits_are_rounded_to_the_step_and_said_so(caplog):
         (((512, 512), True, 256, 448, 64, False, 64), "max_bucket_reso is 448"),
         (((512, 512), True, 256, 1024, 32, False, 64), "bucket_reso_steps is 32.*multiple of 64"),
         (((0, 512), False, 256, 1024, 64, False, 64), "both sides must be positive"),
+        (((8192, 8192), True, 256, 8192, 64, False, 64), "resolution is 8192x8192; at most 16 megapixels are trained"),
     ],
 )
 def test_limits_that_do_not_fit_are_named(arguments, words):

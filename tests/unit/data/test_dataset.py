@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -425,8 +426,20 @@ def test_face_crops_are_ignored_with_buckets_and_caches_as_in_sd_scripts(tmp_pat
     assert f"face_crop_aug_range has no effect with {reason}: {tmp_path / '1_a'}" in caplog.text
 
 
-def test_debugging_shows_every_picture_caption_and_shape(rich, caplog):
+def test_debugging_shows_every_image_once_with_its_samples(rich, caplog):
     with caplog.at_level(logging.INFO):
         show_batches(plan_of(rich))
-    assert caplog.text.count("loss weight") == 19
-    assert "pixels (3, 3, 64, 64)" in caplog.text and "loss weight 0.25" in caplog.text
+    lines = [line for line in caplog.messages if "loss weight" in line]
+    times = [int(found[1]) if (found := re.search(r", (\d+) times", line)) else 1 for line in lines]
+    assert len({line.split(": ")[0] for line in lines}) == len(lines) and sum(times) == 19
+    assert "x pixels (3, 3, 64, 64)" in caplog.text and "loss weight 0.25" in caplog.text
+
+
+def test_a_resolution_that_no_latents_have_is_said(tmp_path, caplog):
+    write_folder(tmp_path / "a", 1)
+    subset = "[[datasets]]\nresolution = 70\nenable_bucket = false\n[[datasets.subsets]]\nimage_dir = '{here}/a'\n"
+    with caplog.at_level(logging.WARNING):
+        plan_of(write_config(tmp_path / "data.toml", subset))
+    assert (
+        "resolution 70x70 is not a multiple of 8, the pixels of one latent: images are trained at 64x64" in caplog.text
+    )
