@@ -1,7 +1,8 @@
-"""The version of this suite; pyproject.toml reads it from here."""
+"""The name and version of this suite; pyproject.toml reads the version from here."""
 
 import argparse
 
+NAME = "lora-training-suite"  # what metadata calls the program that trained a file
 VERSION = "0.1.0"
 
 

@@ -19,6 +19,7 @@ from library.checkpoints.hashes import sha256_of_file, webui_hash
 from library.errors import UserError
 from library.options.train import TrainOptions
 from library.options.training.averaging import FILES
+from library.version import NAME, VERSION
 
 KEPT_WITHOUT_METADATA = (
     "ss_v2",
@@ -159,7 +160,7 @@ def modelspec_metadata(options: TrainOptions, architecture: Mapping[str, str], s
     title = texts.metadata_title or options.saving.output_name or f"LoRA@{saved_at}"
     values: dict[str, str | None] = {
         "sai_model_spec": "1.0.1",
-        "implementation_version": f"sd-scripts/{commit_hash() or 'unknown'}",
+        "implementation_version": f"{NAME}/{VERSION}+{(commit_hash() or 'unknown')[:12]}",
         "title": title,
         "date": datetime.fromtimestamp(int(saved_at)).isoformat(),
         "timestep_range": _timestep_range(options.noise.min_timestep, options.noise.max_timestep),

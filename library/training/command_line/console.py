@@ -100,6 +100,7 @@ def setup_plain_logging() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.set_name(f"{CONSOLE}a command")
     handler.addFilter(EscapedControls())
+    handler.addFilter(WithoutNoise())
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
 
 

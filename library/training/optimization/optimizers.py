@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -231,19 +232,36 @@ def import_class(path: str, flag: str, wanted: str) -> type[Any]:
     except ModuleNotFoundError as error:
         missing = error.name or module_name
         if missing.split(".")[0] != module_name.split(".")[0]:
-            raise UserError(f"{flag} {wanted}: {module_name} needs {missing}; pip install {missing}") from error
+            package = PACKAGE_OF.get(missing.split(".")[0], missing.split(".")[0])
+            raise UserError(
+                f"{flag} {wanted}: {installed_package(module_name)} needs {missing}: pip install {package}"
+            ) from error
         if missing != module_name.split(".")[0]:
             raise UserError(f"{flag} {wanted}: there is no module {missing}; check the path") from error
         package = PACKAGE_OF.get(missing, missing)
         raise UserError(f"{flag} {wanted} needs the library {missing}: pip install {package}") from error
     except ImportError as error:
-        raise UserError(f"{flag} {wanted}: {module_name} cannot be imported: {error}") from error
+        found = installed_package(module_name)
+        raise UserError(
+            f"{flag} {wanted}: {found} cannot be imported: {error}; install another version: "
+            f"pip install --upgrade {found.partition(' ')[0]}"
+        ) from error
     value = getattr(module, class_name, None)
     if not inspect.isclass(value):
         raise UserError(
             f"{flag} {wanted}: {module_name} has no class {class_name}{did_you_mean(class_name, vars(module))}"
         )
     return value
+
+
+def installed_package(module_name: str) -> str:
+    """Return the package of a module with its installed version: `prodigyopt 1.1.2`."""
+    module = module_name.partition(".")[0]
+    package = next(iter(metadata.packages_distributions().get(module, ())), PACKAGE_OF.get(module, module))
+    try:
+        return f"{package} {metadata.version(package)}"
+    except metadata.PackageNotFoundError:
+        return package
 
 
 def import_optimizer(path: str, wanted: str) -> type[Optimizer]:

@@ -1,5 +1,6 @@
 """Every optimizer by its name: it trains, and says what is wrong with its settings."""
 
+import re
 import sys
 import types
 from io import BytesIO
@@ -222,6 +223,28 @@ def test_a_missing_library_says_what_to_install(
         monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.setattr(sys, "meta_path", [Missing, *sys.meta_path])
     assert refusal(optimizer_type=name) == f"--optimizer_type {name} needs the library {module}: pip install {package}"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ImportError("no torch.foo"), r"prodigyopt \d\S* cannot be imported: no torch.foo.*--upgrade prodigyopt"),
+        (ModuleNotFoundError("No module", name="pytorch_optimizer.x"), r"prodigyopt \d\S* needs .*install pytorch-opt"),
+    ],
+)
+def test_a_library_that_fails_to_import_is_named_with_its_version(
+    error: ImportError, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing:
+        @staticmethod
+        def find_spec(fullname: str, path: object = None, target: object = None) -> None:
+            if fullname.split(".")[0] == "prodigyopt":
+                raise error
+
+    for loaded in [m for m in sys.modules if m.split(".")[0] == "prodigyopt"]:
+        monkeypatch.delitem(sys.modules, loaded)
+    monkeypatch.setattr(sys, "meta_path", [Failing, *sys.meta_path])
+    assert re.search(message, refusal(optimizer_type="Prodigy"))
 
 
 def test_an_argument_is_split_at_its_first_equals_sign() -> None:
