@@ -70,6 +70,7 @@ class StepTimes:
         self._seconds = 0.0
         self._parts: defaultdict[Stage, float] = defaultdict(float)
         self._noted_at: float | None = None
+        self._noted_unknown = False  # whether a slow step without a known cause was noted
         self._pressure = pressure_of(self.device)
 
     # Measuring
@@ -228,8 +229,10 @@ class StepTimes:
             reason = f"main memory was full: {faults['pages']} pages were swapped in from disk"
         elif (found.flops or 0.0) > SLOW * middle_flops > 0:
             reason = "larger or more images than usual"
+        elif self._noted_unknown:  # one is enough: on a busy machine there is one every minute
+            return
         else:
-            reason = "cause unknown"
+            reason, self._noted_unknown = "cause unknown", True
         with tqdm.external_write_mode():
             logger.info("slow step: %.2f s (typical: %.2f s), %s", found.seconds, middle, reason)
 

@@ -188,15 +188,16 @@ def test_memory_that_ran_short_is_a_reason(caplog, monkeypatch, faults, reason):
     assert reason in slow_run(caplog, more=1.0, work=lambda: count.update(faults))
 
 
-def test_slow_steps_that_follow_each_other_are_noted_once_a_minute(caplog):
+@pytest.mark.parametrize(("cause", "most"), [({"data": 2.0}, None), ({"more": 2.0}, 1)])
+def test_slow_steps_are_noted_once_a_minute_and_without_a_cause_once(caplog, cause, most):
     clock = Clock()
     times = StepTimes(clock=clock)
     times.start()
     with caplog.at_level(logging.INFO):
         for number in range(120):
-            take_step(times, clock, more=2.0 if number % 3 == 2 and number > 40 else 0.0)
+            take_step(times, clock, **(cause if number % 3 == 2 and number > 40 else {}))
     num_notes = caplog.text.count("slow step")
-    assert 1 < num_notes <= 1 + clock.now // 60
+    assert num_notes == most if most else 1 < num_notes <= 1 + clock.now // 60
 
 
 def test_peaks_are_told_by_the_names_of_cards(monkeypatch):
