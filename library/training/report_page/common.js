@@ -23,8 +23,12 @@ function table(headings, rows, numbers = []) {
   return make("div", {class: "scroll"}, make("table", {}, make("tr", {}, cells("th", headings)), body));
 }
 
-const short = (value, digits = 4) =>
-  value === null || value === undefined ? "–" : String(Number(value.toPrecision(digits)));
+/** A number with few digits: 0.1234, 2.5e-6, 12350. */
+function short(value, digits = 4) {
+  if (value === null || value === undefined) return "–";
+  const rounded = Number(value.toPrecision(digits));
+  return rounded !== 0 && Math.abs(rounded) < 1e-3 ? rounded.toExponential() : String(rounded);
+}
 const megabytes = (bytes) => (bytes === null ? "–" : `${short(bytes / 1e6, 3)} MB`);
 const moment = (seconds) => new Date(seconds * 1000).toLocaleString();
 

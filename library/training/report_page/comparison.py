@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
-from library.training.report_page.page import page_of
+from library.training.report_page.page import ENDING, page_of
 from library.training.report_page.record import Record
 from library.training.report_page.writer import read_events, read_report
 
 SCRIPT = "comparison.js"
-ENDING = "-report.html"
 NAMES_ONLY = ("output_dir", "output_name", "log_events", "logging_dir", "log_prefix", "config_file", "wandb_run_name")
 """Options that say where a run is kept and not what it is."""
 OF_PLAN = ("base_model", "network", "num_trained", "seed", "max_train_steps", "batch_sizes", "accumulation", "pictures",

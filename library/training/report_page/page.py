@@ -20,6 +20,7 @@ HERE = Path(__file__).parent
 UPLOT = ("uplot/uPlot.iife.min.js", "uplot/uPlot.min.css")
 POLICY_START = "default-src 'none'; img-src data:"
 REPORT = FileType("a report", lambda start: escape(POLICY_START).encode() in start)
+ENDING = "-report.html"  # of the file of a run
 START, END = '<script type="application/json" id="data">', "</script>"
 
 

@@ -17,6 +17,7 @@ from library.options.train import TrainOptions
 from library.progress import listening
 from library.training.config_file import SECRETS
 from library.training.failures.interruption import Interrupted
+from library.training.report_page.index import IndexWriter
 from library.training.report_page.writer import ReportWriter, earlier_record
 from library.training.reporting.console_lines import PictureCounts
 from library.training.reporting.event_stream import (
@@ -88,6 +89,7 @@ def open_sinks(options: TrainOptions, stack: ExitStack) -> list[Sink]:
     if not options.reports.no_report:
         report = Names.build(options.saving).of_report()
         sinks.append(ReportWriter(report, earlier_record(report) if goes_on else None))
+        sinks.append(IndexWriter(report.parent))  # behind the report, which it reads
     return sinks
 
 

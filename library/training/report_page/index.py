@@ -1,0 +1,79 @@
+"""index.html: all runs of an output folder on one page, with links to their reports."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from library.checkpoints.overwriting import check_overwrite
+from library.errors import UserError
+from library.training.report_page.page import ENDING, REPORT, page_of
+from library.training.report_page.record import Record
+from library.training.report_page.writer import read_report, write_page
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "index.html"
+MOST_RUNS = 100  # the latest; each report can hold megabytes of previews
+
+
+class IndexWriter:
+    """Writes the index when a run begins and when it ends, after its report."""
+
+    name = "the index of runs"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def take(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        if any(line["event"] == "plan" for line in lines):
+            self.close()
+
+    def close(self) -> None:
+        try:
+            write_index(self.folder)
+        except (OSError, UserError) as error:
+            logger.warning("%s was not written: %s", self.folder / FILE_NAME, error)
+
+
+def write_index(folder: Path) -> None:
+    """Write the index of a folder with two reports or more. Raises UserError for an index.html of another program."""
+    reports = sorted(folder.glob(f"*{ENDING}"), key=lambda path: path.stat().st_mtime_ns, reverse=True)[:MOST_RUNS]
+    if len(reports) < 2:
+        return
+    check_overwrite("index of the runs:", folder / FILE_NAME, REPORT)
+    runs = []
+    for path in reports:
+        try:
+            runs.append(summarize(read_report(path), path))
+        except UserError as error:
+            logger.warning("%s; it is left out of %s", error, FILE_NAME)
+    title = f"Runs in {folder.resolve().name}"
+    write_page(folder / FILE_NAME, page_of(title, "index.js", {"title": title, "runs": runs}))
+
+
+def summarize(record: Record, path: Path) -> dict[str, Any]:
+    """Return one run as the index shows it."""
+    end = record.sessions[-1]["end"] if record.sessions else None
+    number, picture = last_preview(record)
+    return {
+        "name": record.name,
+        "file": path.name,
+        "state": "running, or killed" if end is None else end["reason"],
+        "step": record.step,
+        "max_train_steps": None if record.plan is None else record.plan["max_train_steps"],
+        "loss": record.loss,
+        "best": record.best,
+        "prompt": record.prompts.get(number, {}).get("prompt", ""),
+        "picture": picture,
+        "updated": record.updated,
+    }
+
+
+def last_preview(record: Record) -> tuple[str, str | None]:
+    """Return (number of its prompt, data: URL) of the first of the last previews; ("", None) if there are none."""
+    for item in reversed(record.previews.items):
+        if found := sorted(item["pictures"].items(), key=lambda pair: int(pair[0])):
+            number, picture = found[0]
+            return number, picture
+    return "", None
