@@ -1,8 +1,11 @@
 """Installed packages against the versions that are needed."""
 
+import os
+import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
+from typing import Any
 
 from library.errors import UserError
 
@@ -41,6 +44,42 @@ def find_lack(requirement: str) -> Lack | None:
     if found is not None and wanted.specifier.contains(found, prereleases=True):
         return None
     return Lack(wanted.name, found, str(wanted.specifier))
+
+
+GET_TORCH = "see https://pytorch.org/get-started for the command that installs torch for your card"
+SECONDS = 20  # for nvidia-smi to answer
+
+
+def list_nvidia_gpus() -> list[str]:
+    """Return "name, driver version, memory" of the GPUs that NVIDIA's driver lists; none if there is no driver."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
+
+
+def explain_unused_gpu(torch: Any, gpus: Iterable[str]) -> str | None:
+    """Say what to do where the driver lists GPUs that torch cannot use; None if it can, or if there are none."""
+    if not list(gpus) or torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA: {GET_TORCH}, after `pip uninstall torch`"
+    return f"torch wants CUDA {torch.version.cuda}: update the driver, or {GET_TORCH} and its driver"
+
+
+def check_gpu_is_used(torch: Any) -> None:
+    """Raise UserError where training would run on the CPU beside an NVIDIA GPU, unless the CPU was asked for."""
+    asks_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    if asks_for_cpu or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or torch.accelerator.is_available():
+        return
+    gpus = list_nvidia_gpus()
+    if reason := explain_unused_gpu(torch, gpus):
+        raise UserError(
+            f"this machine has {gpus[0].partition(',')[0]}, but training would run on the CPU, a hundred times slower: "
+            f"{reason}. To train on the CPU all the same, use `accelerate launch --cpu`"
+        )
 
 
 def install_command(requirements: Iterable[str]) -> str:

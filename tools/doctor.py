@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(ROOT))
 
-from library.installed import find_lack, install_command, version_of  # noqa: E402
+from library.installed import GET_TORCH, explain_unused_gpu, find_lack, install_command, list_nvidia_gpus, version_of  # noqa: E402
 from library.version import add_version  # noqa: E402
 from tools.start import python_problem  # noqa: E402
 
@@ -40,7 +40,6 @@ VARIABLES = (
 )  # fmt: skip
 # Relative distance (Frobenius) from the product in float64: the format's own rounding of random numbers, times three.
 BOUNDS = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.2e-2, "float8_e4m3fn": 0.12}
-GET_TORCH = "see https://pytorch.org/get-started for the command that installs torch for your card"
 
 
 @dataclass(frozen=True)
@@ -104,19 +103,15 @@ def requirement_line(text: str) -> Line | None:
     return Line(wanted.name, version_of(wanted.name) or "")
 
 
-def card_lines(torch: Any, driver: str | None) -> Iterator[Line]:
-    """Torch's build against the card and its driver. `driver` is what nvidia-smi says; None where it is missing."""
+def card_lines(torch: Any, cards: Sequence[str]) -> Iterator[Line]:
+    """Compare torch's build with the GPUs that NVIDIA's driver lists."""
     made_for = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
     build = next((f"{name} {version}" for name, version in made_for.items() if version), "CPU")
     yield Line("torch build", f"{torch.__version__}, {build}")
-    cards = [line.strip() for line in (driver or "").splitlines() if line.strip()]
     for card in cards:
         yield Line("driver's card", card)
     if not torch.cuda.is_available():
-        if cards and build == "CPU":
-            yield Line("card", "there, but torch is its CPU build", f"{GET_TORCH}, after `pip uninstall torch`", True)
-        elif cards:
-            way_out = f"torch wants CUDA {torch.version.cuda}: update the driver, or {GET_TORCH} and its driver"
+        if way_out := explain_unused_gpu(torch, cards):
             yield Line("card", "there, but torch cannot use it", way_out, True)
         elif getattr(torch.backends, "mps", None) and torch.backends.mps.is_available():
             yield Line("card", "Apple's, through MPS")
@@ -308,8 +303,7 @@ def all_lines(folder: Path) -> Iterator[Line]:
     except Exception as error:  # whatever a broken installation raises, the rest is still to be told
         yield Line("torch", f"cannot be imported: {first_line(error)}", GET_TORCH, True)
     if torch is not None:
-        asked = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-        yield from card_lines(torch, output(asked))
+        yield from card_lines(torch, list_nvidia_gpus())
     if version_of("psutil") is not None:
         yield from memory_lines(torch)
     yield from disk_lines({"disk": folder, "temporary files": Path(tempfile.gettempdir())})

@@ -1,10 +1,12 @@
 """Installed packages against the versions that are needed."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from library import installed
 from library.errors import UserError
-from library.installed import check_installed, find_lack
+from library.installed import check_gpu_is_used, check_installed, find_lack
 
 
 @pytest.fixture(autouse=True)
@@ -36,3 +38,29 @@ def test_all_packages_are_updated_together_where_one_is_too_old() -> None:
         "The installed packages cannot train Knots 1: transformers 4.54.1, needed is >=5. "
         'Run python3 -m pip install -U "transformers>=5" "diffusers>=0.32"'
     )
+
+
+def torch_of(cuda: str | None, has_gpu: bool = False) -> SimpleNamespace:
+    """The parts of torch that are looked at."""
+    found = SimpleNamespace(is_available=lambda: has_gpu)
+    return SimpleNamespace(cuda=found, accelerator=found, version=SimpleNamespace(cuda=cuda), __version__="2.9.0+cpu")
+
+
+GPU = ["NVIDIA GeForce RTX 3060, 580.1, 12288 MiB"]
+
+
+def test_training_on_the_cpu_beside_a_gpu_is_refused_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(installed, "list_nvidia_gpus", lambda: [])
+    check_gpu_is_used(torch_of(None))
+    monkeypatch.setattr(installed, "list_nvidia_gpus", lambda: GPU)
+    check_gpu_is_used(torch_of("13.0", has_gpu=True))
+    with pytest.raises(UserError, match=r"RTX 3060, but .*torch 2.9.0\+cpu is a build without CUDA.*--cpu"):
+        check_gpu_is_used(torch_of(None))
+    with pytest.raises(UserError, match=r"torch wants CUDA 13\.0: update the driver"):
+        check_gpu_is_used(torch_of("13.0"))
+    for name, value in (("ACCELERATE_USE_CPU", "true"), ("CUDA_VISIBLE_DEVICES", "")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            check_gpu_is_used(torch_of(None))

@@ -11,6 +11,7 @@ from library.errors import UserError
 
 GIB = 2**30
 UNITS = {"": GIB, "g": GIB, "gb": GIB, "gib": GIB, "m": 2**20, "mb": 2**20, "mib": 2**20}
+LARGEST_GPU = 1024 * GIB  # "4090" is the name of a card
 REACHED = 0.6  # of what one large product reaches, by a whole step [derived]
 
 
@@ -53,8 +54,9 @@ def peak_of(device: torch.device, dtype: torch.dtype) -> float | None:
     if device.type != "cuda":
         return None
     if dtype in (torch.bfloat16, torch.float16):
+        found = torch.cuda.get_device_name(device)
         for name, flops in PEAKS:
-            if name in torch.cuda.get_device_name(device):
+            if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", found):  # an "RTX A4000" is not an A40
                 return flops
     return measured_gpu(device, 0, dtype).flops / REACHED
 
@@ -64,7 +66,10 @@ def parse_size(flag: str, text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
     if found is None or found[2] not in UNITS or float(found[1]) <= 0:
         raise UserError(f"{flag}: {text!r} is not a memory size; use e.g. 12GB or 11500MB")
-    return round(float(found[1]) * UNITS[found[2]])
+    num_bytes = round(float(found[1]) * UNITS[found[2]])
+    if num_bytes > LARGEST_GPU:
+        raise UserError(f"{flag}: {text!r} is {num_bytes / GIB:g} GiB, more than any GPU has; use e.g. 24GB")
+    return num_bytes
 
 
 def typical_gpu(memory_bytes: int) -> Gpu:

@@ -325,6 +325,15 @@ def check_vae_precision(options: TrainOptions, overflows_in_fp16: bool) -> None:
         )
 
 
+def gpu_without_bf16() -> str | None:
+    """Return the name of the CUDA GPU if it is older than Ampere, whose tensor cores were the first with bf16."""
+    import torch
+
+    if not torch.cuda.is_available() or torch.version.hip or torch.cuda.get_device_capability() >= (8, 0):
+        return None
+    return torch.cuda.get_device_name()
+
+
 def has_accelerator() -> bool:
     """Whether torch finds anything but the CPU."""
     import torch
@@ -436,6 +445,11 @@ def doubtful(options: TrainOptions) -> Iterator[str]:
         yield (
             f"accelerate launch has --mixed_precision {launched}, which has no effect: the script's own option counts, "
             f"and that is no; give --mixed_precision {launched} to the script"
+        )
+    if options.precision.mixed_precision == "bf16" and (gpu := gpu_without_bf16()) is not None:
+        yield (
+            f"--mixed_precision bf16: {gpu} has no units for bf16, so products are emulated and attention takes far "
+            "more memory; --mixed_precision fp16 is faster there"
         )
     yield from low_rate(options)
     yield from high_rates(options)

@@ -49,12 +49,15 @@ def train_alone(
     warnings: WarningEvents,
 ) -> bool:
     """Train while no other run writes the same files, and emit events; return whether the run came to its end."""
-    from library.installed import NEEDED_BY_ALL, check_installed
+    import torch
+
+    from library.installed import NEEDED_BY_ALL, check_gpu_is_used, check_installed
     from library.training.models.cuda_kernels import cuda_kernels
     from library.training.run.deterministic import deterministic
     from library.training.run.run_events import told
 
     check_installed("adapters", NEEDED_BY_ALL)
+    check_gpu_is_used(torch)
     shared, adapters = shared_and_own(asked)
     for label, own in adapters.items() if shared.sweep.sweep else ():
         with log_prefix(label):

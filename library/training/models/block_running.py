@@ -1,5 +1,6 @@
 """The second stage of the set-up: the adapter on the models, and how their blocks run."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -17,6 +18,12 @@ from library.training.models.compute import Compute
 from library.training.models.network import open_network
 from library.training.step.context import Models
 from networks.core.protocol import AdoptedNetwork
+
+logger = logging.getLogger(__name__)
+
+# A CUDA graph keeps its outputs in memory of its own, which the next run of the graph overwrites: blocks that share a
+# compiled graph overwrite each other's outputs before the backward pass has read them.
+MODES_WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
 
 def attach_adapter(options: TrainOptions, seed: int, models: Models, compute: Compute) -> AdoptedNetwork:
@@ -59,9 +66,16 @@ def choose_block_runner(
 def compile_settings(options: CompileOptions) -> CompileSettings:
     """What --compile and the options beside it ask for; --torch_compile names its compiler by --dynamo_backend."""
     backend = options.compile_backend if options.compile else options.dynamo_backend
+    mode = MODES_WITHOUT_GRAPHS.get(options.compile_mode, options.compile_mode)
+    if mode != options.compile_mode:
+        logger.warning(
+            "--compile_mode %s uses CUDA graphs, which fail where each block is compiled alone; compiling with mode %s",
+            options.compile_mode,
+            mode,
+        )
     settings = CompileSettings(
         backend=backend,
-        mode=None if options.compile_mode == "default" else options.compile_mode,
+        mode=None if mode == "default" else mode,
         is_dynamic=options.compile_dynamic != "false",
         needs_full_graph=options.compile_fullgraph,
     )

@@ -34,7 +34,7 @@ def found(lines: Any, what: str) -> Line:
 
 
 GIB = 2**30
-DRIVER = "NVIDIA GeForce RTX 4060, 535.54, 8188 MiB\n"
+DRIVER = ["NVIDIA GeForce RTX 4060, 535.54, 8188 MiB"]
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ DRIVER = "NVIDIA GeForce RTX 4060, 535.54, 8188 MiB\n"
     [
         (torch_like(), DRIVER, "card", True, "pytorch.org/get-started"),
         (torch_like("13.0"), DRIVER, "card", True, "wants CUDA 13.0: update the driver"),
-        (torch_like("13.0"), None, "card", False, "far too slow"),
+        (torch_like("13.0"), [], "card", False, "far too slow"),
         (torch_like("13.0", capability=(8, 9), memory=(7 * GIB, 8 * GIB)), DRIVER, "card 0", False, ""),
         (torch_like("13.0", capability=(8, 9), memory=(3 * GIB, 8 * GIB)), DRIVER, "card 0", False, "nvidia-smi"),
         (torch_like("13.0", capability=(7, 5), memory=(7 * GIB, 8 * GIB)), DRIVER, "card 0", True, "kernels for sm_80"),
@@ -51,7 +51,7 @@ DRIVER = "NVIDIA GeForce RTX 4060, 535.54, 8188 MiB\n"
     ids=["CPU build", "old driver", "no card", "fine", "busy", "card too old", "compiled for a newer card"],
 )
 def test_torch_is_held_to_the_card_and_its_driver(
-    torch_there: Any, driver: str | None, what: str, is_wrong: bool, way_out: str
+    torch_there: Any, driver: list[str], what: str, is_wrong: bool, way_out: str
 ) -> None:
     line = found(doctor.card_lines(torch_there, driver), what)
     assert line.is_wrong is is_wrong

@@ -12,11 +12,13 @@ import torch
 from library.architectures.flux.options import FluxModelOptions
 from library.architectures.sd3.options import Sd3TrainingOptions
 from library.options.base import group
+from library.options.machine.compiling import CompileOptions
 from library.options.no_effect import unused
 from library.options.support import DEEPSPEED, INSTEAD, OTHERS, UNSUPPORTED, unsupported
 from library.options.train import TrainOptions
 from library.training.command_line import checks
 from library.training.command_line.checks import check, check_vae_precision, report_unused
+from library.training.models.block_running import compile_settings
 from library.training.optimization.optimizers import build_optimizer
 
 NEEDED = {
@@ -503,3 +505,30 @@ def test_what_belongs_to_recomputation_is_warned_of_without_it(name: str, caplog
 def test_a_url_with_a_password_is_refused_without_showing_it(name: str) -> None:
     told = refusal(**{name: "https://user:s3cr3t@host.example/x.safetensors"})
     assert told.startswith(f"--{name} has a URL with a password, https://…@host.example") and "s3cr3t" not in told
+
+
+@pytest.mark.parametrize(("capability", "is_warned"), [((7, 5), True), ((8, 0), False), ((12, 0), False)])
+def test_bf16_on_a_gpu_without_it_is_warned_of(
+    capability: tuple[int, int], is_warned: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    lines = [line for line in warnings_of(caplog, mixed_precision="bf16") if "Tesla T4 has no units for bf16" in line]
+    assert bool(lines) is is_warned
+
+
+@pytest.mark.parametrize(
+    ("mode", "compiled", "is_warned"),
+    [
+        ("default", None, False),
+        ("reduce-overhead", None, True),
+        ("max-autotune", "max-autotune-no-cudagraphs", True),
+        ("max-autotune-no-cudagraphs", "max-autotune-no-cudagraphs", False),
+    ],
+)
+def test_modes_with_cuda_graphs_are_compiled_without(
+    mode: str, compiled: str | None, is_warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert compile_settings(CompileOptions(compile=True, compile_mode=mode)).mode == compiled
+    assert ("uses CUDA graphs" in caplog.text) is is_warned

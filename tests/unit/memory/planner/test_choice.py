@@ -180,6 +180,11 @@ def test_other_words_are_no_sizes(text: str) -> None:
         parse_size("--fit", text)
 
 
+def test_the_name_of_a_card_is_no_size() -> None:
+    with pytest.raises(ValueError, match="--cards: '4090' is 4090 GiB, more than any GPU has"):
+        parse_size("--cards", "4090")
+
+
 def test_a_typical_card_has_at_most_the_memory() -> None:
     names = {size: typical_gpu(size * GIB).name for size in (6, 8, 11, 12, 24, 48)}
     assert names == {6: "RTX 4060", 8: "RTX 4060", 11: "RTX 4060", 12: "RTX 4070", 24: "RTX 3090", 48: "RTX 5090"}
