@@ -8,7 +8,7 @@ from library.training.report_page.comparison import comparison_of
 from library.training.report_page.page import data_of
 from library.training.report_page.record import Record
 from library.training.report_page.writer import report_of, write_page
-from library.training.sweep.ranking import Measured, rank, tell_ranking
+from library.training.sweep.ranking import Measured, add_runs, rank, tell_ranking
 from tests.browser import CHROMIUM, ask
 from tests.event_lines import EVIL, lines_of, thumbnail, whole_run
 
@@ -147,4 +147,35 @@ def test_the_adapters_of_a_sweep_are_shown_by_rank(tmp_path: Path) -> None:
     rows, told = ask(page.read_text(encoding="utf-8"), script, tmp_path)
     assert told == []
     assert [row[:3] for row in rows[1:]] == [["1", EVIL, "8"], ["2", "lr1", "8"], ["–", "lr9", "3"]]
-    assert rows[2][5:7] == ["more than chance", "lr1.safetensors"] and rows[3][7] == "its losses were not finite"
+    assert rows[2][5:7] == ["significantly worse", "lr1.safetensors"] and rows[3][7] == "its losses were not finite"
+
+
+@in_browser
+def test_the_page_of_a_sweep_has_a_grid_charts_previews_and_links(tmp_path: Path) -> None:
+    chosen = {f"lr{rate}-dim{rank}": {"learning_rate": rate, "network_dim": rank} for rate in ("1e-4", "2e-4", EVIL)
+              for rank in ("8", "16")}  # fmt: skip
+    measured, reports = [], {}
+    for number, label in enumerate(chosen):
+        record = Record()
+        for line in lines_of(whole_run(20, name=label, seed=number)):
+            record.add(line)
+        reports[label] = tmp_path / f"cat-{number}-report.html"
+        write_page(reports[label], report_of(record))
+        measured.append(Measured(label, 20, [1.0 + number, 2.1, 1.5 + number], "", f"{number}.safetensors"))
+    page = tmp_path / "cat-sweep.html"
+    tell_ranking(rank(measured), "Sweep of cat", page)
+    add_runs(page, chosen, reports)
+    script = """
+      const row = (tr) => [...tr.children].map((td) => td.textContent);
+      const cells = (table) => [...table.querySelectorAll("tr")].map(row);
+      const [ranks, grid] = [...document.querySelectorAll("table")].map(cells);
+      return {ranks, grid, headings: [...document.querySelectorAll("h2")].map((one) => one.textContent),
+        links: [...document.querySelectorAll("a")].map((a) => a.getAttribute("href")),
+        charts: document.querySelectorAll("canvas").length, images: document.querySelectorAll(".shown img").length};
+    """
+    found, told = ask(page.read_text(encoding="utf-8"), script, tmp_path)
+    assert told == [], told
+    assert found["headings"] == ["Validation loss by option", "Losses", "Validation", "Previews", "Training"]
+    assert found["links"] == [reports[row[1]].name for row in found["ranks"][1:]] and len(found["links"]) == 6
+    assert found["grid"][0] == ["learning_rate \\ network_dim", "8", "16"] and found["grid"][3][0] == EVIL
+    assert found["grid"][1][1] == "1.533" and found["charts"] == 10 and found["images"] == 18

@@ -153,6 +153,8 @@ def test_worse_adapters_end_early_and_all_are_ranked(train: Train, words: list[s
     page = data_of((tmp_path / "out" / "mine-sweep.html").read_text(encoding="utf-8"))
     rows = {row["label"]: row for row in page["rows"]}
     assert [row["label"] for row in page["rows"]][-1] == "lr1e6" and rows["lr1e6"]["compared"]["is_worse"]
+    assert [run["label"] for run in page["runs"]] == list(page["chosen"]) == ["lr1e-3", "lr1e6"]
+    assert page["reports"]["lr1e6"] == "mine-lr1e6-report.html"
     assert page["num_pictures"] == 12 and rows["lr1e-3"]["step"] == 3 and rows["lr1e6"]["step"] == 2
     for label in rows:
         lines = [json.loads(line) for line in (tmp_path / f"events-{label}.jsonl").read_text().splitlines()]

@@ -2,12 +2,13 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any, Generic
 
+from library.launcher import launched_rank
 from library.options.train import TrainOptions
 from library.protocols import Architecture
 from library.training.command_line.checks import check, check_inpainting, check_vae_precision, report_unused
@@ -70,7 +71,9 @@ def train_alone(
     ):
         is_over = train_network(ResolvedOptions(shared, adapters), build, interruption, events)
         events.end("finished" if is_over else "stopped")
-        return is_over
+    if shared.sweep.sweep and not shared.reports.no_report and launched_rank() == 0:
+        complete_sweep_page(asked, adapters)
+    return is_over
 
 
 def train_network(
@@ -267,6 +270,18 @@ def rank_adapters(options: TrainOptions, prepared: Sequence["PreparedRun"], swee
     page = None if options.reports.no_report else names.of_sweep()
     title = f"Sweep of {options.saving.output_name or names.folder.name}"
     tell_ranking(rank(standing_of(prepared, sweep)), title, page)
+
+
+def complete_sweep_page(asked: OptionsT, adapters: Mapping[str, OptionsT]) -> None:
+    """Add charts and previews to the page of a sweep that is over, once all reports are written."""
+    from library.training.saving.checkpoints import Names
+    from library.training.sweep.combinations import combinations_of
+    from library.training.sweep.ranking import add_runs
+
+    page = Names.build(asked.saving).of_sweep()
+    if page.exists():
+        chosen = {one.label: one.chosen for one in combinations_of(asked)}
+        add_runs(page, chosen, {label: Names.build(own.saving).of_report() for label, own in adapters.items()})
 
 
 def has_come_to_end(prepared: "PreparedRun") -> bool:

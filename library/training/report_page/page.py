@@ -18,6 +18,7 @@ from library.json_text import parse_json
 
 HERE = Path(__file__).parent
 UPLOT = ("uplot/uPlot.iife.min.js", "uplot/uPlot.min.css")
+SHARED = {"comparison.js": ("runs.js",), "sweep.js": ("runs.js",)}  # scripts that others need before them
 POLICY_START = "default-src 'none'; img-src data:"
 REPORT = FileType("a report", lambda start: escape(POLICY_START).encode() in start)
 ENDING = "-report.html"  # of the file of a run
@@ -27,7 +28,7 @@ START, END = '<script type="application/json" id="data">', "</script>"
 def page_of(title: str, script: str, data: Mapping[str, Any]) -> str:
     """The page that `script`, a file beside this one, draws of `data`."""
     chart_script, chart_style = map(source_of, UPLOT)
-    scripts = [chart_script, source_of("common.js"), source_of(script)]
+    scripts = [chart_script, *map(source_of, ("common.js", *SHARED.get(script, ()), script))]
     return source_of("page.html").format(
         title=escape(title),
         policy=escape(policy_of(scripts)),

@@ -15,8 +15,10 @@ import torch
 
 from library.training.evaluation.choice import CONFIDENCE, Compared, choose, is_clearly_worse
 from library.training.evaluation.choosing import interval
+from library.training.report_page.comparison import shown
+from library.training.report_page.page import data_of as read_data
 from library.training.report_page.page import page_of
-from library.training.report_page.writer import write_page
+from library.training.report_page.writer import read_report, write_page
 from library.training.reporting.event_stream import plain
 
 logger = logging.getLogger(__name__)
@@ -118,6 +120,22 @@ def tell_ranking(ranking: Ranking, title: str, page: Path | None) -> None:
             write_page(page, page_of(title, SCRIPT, data_of(ranking, title)))
         except OSError as error:
             logger.warning("%s cannot be written: %s", page, error)
+
+
+def add_runs(page: Path, chosen: Mapping[str, Mapping[str, str]], reports: Mapping[str, Path]) -> None:
+    """Add charts, previews and links of the adapters to the page of a sweep, from their finished reports.
+
+    `chosen` are the swept values of each adapter, `reports` its report; both by label. A page or report that cannot be
+    read is left as it is, with a warning.
+    """
+    try:
+        data = read_data(page.read_text(encoding="utf-8"))
+        runs = [{"label": label, **shown(read_report(path))} for label, path in reports.items() if path.exists()]
+        names = {label: path.name for label, path in reports.items()}
+        data = {**data, "chosen": chosen, "reports": names, "runs": runs}
+        write_page(page, page_of(str(data.get("title")), SCRIPT, data))
+    except (OSError, ValueError) as error:
+        logger.warning("%s has no charts: %s", page, error)
 
 
 def data_of(ranking: Ranking, title: str) -> Mapping[str, Any]:
