@@ -38,10 +38,11 @@ from library.data.description.schema import (  # noqa: E402
     read_description,
 )
 from library.data.description.source_keys import SOURCES  # noqa: E402
-from library.data.plan.collect import collect, collect_subset  # noqa: E402
+from library.data.plan.collect import collect  # noqa: E402
 from library.data.scanned.images import Picture  # noqa: E402
 from library.data.scanned.names import safe_name  # noqa: E402
 from library.data.scanned.subsets import ScannedSubset  # noqa: E402
+from library.data.sources.storage.source import load_source  # noqa: E402
 from library.data.sources.storage.storage import Storage  # noqa: E402
 from library.errors import UserError  # noqa: E402
 from library.options.train import TrainOptions  # noqa: E402
@@ -290,7 +291,7 @@ def pack(config: RunDataConfig, out: Path, shard_bytes: float, storage: Storage)
             key = (subset.source, subset.caption_extension, subset.caption_column, subset.image_column)
             key = (*key, rules.enable_wildcard, rules.caption_separator)  # what decides the caption as it is read
             if key not in patterns:
-                found = collect_subset(subset, storage, num_threads=16)
+                found = load_source(subset.source_key).scan(subset, storage, 16)
                 if not found.pictures:
                     raise NoDataFound(f"there are no pictures in {subset.source}; leave the subset out")
                 name = name_of(subset, names)

@@ -14,7 +14,7 @@ MODULES = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path 
 # Every folder, and every module that lies beside folders, from the bottom up. What stands in one line is one layer,
 # whose parts may import each other as long as there is no cycle. A longer name wins over a shorter one.
 LAYERS = (
-    ("library.errors", "library.suggestions", "library.formatting"),
+    ("library.errors", "library.suggestions", "library.formatting", "library.json_text"),
     ("library.types", "library.randomness", "library.collector", "library.hidden_libraries", "library.launcher"),
     ("library.version", "library.installed"),
     ("library.heartbeat", "library.progress", "library.processes", "library.temporary_folders"),
@@ -48,8 +48,8 @@ LAYERS = (
     ("library.training.config_file", "library.training.sweep_record"),
     ("library.training.step",),
     ("library.training.optimization",),
-    ("library.training.report_page",),
     ("library.training.reporting",),
+    ("library.training.report_page",),
     ("library.training.run_parts",),
     ("library.training.saving",),
     ("library.training.failures",),

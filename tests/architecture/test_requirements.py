@@ -19,7 +19,7 @@ MODULE_OF = {
     "pre-commit": "pre_commit",
 }
 NAMED_WHEN_MISSING = {
-    "dadaptation", "fsspec", "lion_pytorch", "prodigyopt", "pyarrow", "schedulefree", "wandb", "xformers",
+    "dadaptation", "fsspec", "lion_pytorch", "prodigyopt", "pyarrow", "pynvml", "schedulefree", "wandb", "xformers",
 }  # fmt: skip
 COMMANDS = {"mypy", "pre_commit", "pytest-xdist", "ruff"}  # used from the command line
 FOR_PIP = {"aiobotocore"}  # named so that pip settles on versions sooner

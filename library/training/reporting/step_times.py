@@ -14,6 +14,7 @@ from torch.profiler import record_function
 from tqdm import tqdm
 
 from library.memory.planner.counter import FlopCounter
+from library.training.reporting.slowdown import SlowdownWatch, StepSeconds, read_machine
 from library.types import Batch
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class StepTimes:
         self._noted_at: float | None = None
         self._noted_unknown = False  # whether a slow step without a known cause was noted
         self._pressure = pressure_of(self.device)
+        self._watch = SlowdownWatch(lambda: read_machine(self.device, num_pages_read_back))
 
     # Measuring
 
@@ -116,12 +118,10 @@ class StepTimes:
     def end_step(self) -> None:
         """The step ends here and the next one begins; what is between them is told by `stage`."""
         first, last, between = self._began, self._mark(), self._between
-        pressure = pressure_of(self.device)
-        faults = {name: count - self._pressure[name] for name, count in pressure.items()}
         spans, shapes, new_shapes = self._spans, self._shapes, self._new_shapes
         flops = sum(self._flops[shape] for shape in shapes) if self._flops.keys() >= set(shapes) else None
         num_pictures = sum(shape[0] for shape in shapes)
-        self._began, self._between, self._pressure = last, 0.0, pressure
+        self._began, self._between = last, 0.0
         self._spans, self._shapes, self._new_shapes = [], [], set()
         self.resolve()
 
@@ -131,7 +131,7 @@ class StepTimes:
                 parts[name] += span(began, ended)
             seconds = 0.0 if first is None else span(first, last) - between
             found = StepFigures(seconds, parts, num_pictures, flops)
-            self._note_if_slow(found, new_shapes, shapes, faults)
+            self._note_if_slow(found, new_shapes)
             return found
 
         self._late = figures
@@ -148,6 +148,9 @@ class StepTimes:
             for name, seconds in found.parts.items():
                 self._parts[name] += seconds
         self._recent.append(found)
+        if warning := self._watch.add(StepSeconds(found.seconds, found.parts.get("waiting for data", 0.0))):
+            with tqdm.external_write_mode():
+                logger.warning("%s", warning)
 
     def _mark(self) -> Any:
         """Now, by the clock of what computes: the host may be a step ahead of a card."""
@@ -202,9 +205,7 @@ class StepTimes:
         between = [f"{name} {self._parts[name]:.1f} s" for name in BETWEEN if self._parts[name] >= 0.05]
         return text + (f"; besides, {', '.join(between)}" if between else "")
 
-    def _note_if_slow(
-        self, found: StepFigures, new: set[BatchShape], shapes: list[BatchShape], faults: Mapping[str, int]
-    ) -> None:
+    def _note_if_slow(self, found: StepFigures, new: set[BatchShape]) -> None:
         """A line in the log where a step took much longer than the middle of those before, and why if that is known."""
         if len(self._recent) < NUM_KNOWN or found.flops is None:  # nobody knows how long it should take
             return
@@ -216,6 +217,9 @@ class StepTimes:
         if self._noted_at is not None and now - self._noted_at < QUIET_S:
             return
         self._noted_at = now
+        pressure = pressure_of(self.device)  # read here alone: torch makes a large table of it
+        faults = {name: count - self._pressure[name] for name, count in pressure.items()}
+        self._pressure = pressure
         waiting = found.parts.get("waiting for data", 0.0)
         middle_offloaded = median(before.parts.get("waiting for data", 0.0) for before in self._recent)
         middle_flops = median(before.flops or 0.0 for before in self._recent)

@@ -1,0 +1,136 @@
+"""Says why a run slows down: one warning once its steps take twice as long as they did."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+
+NUM_BASELINE, NUM_RECENT = 100, 50  # steps that are compared
+SLOWDOWN = 2.0  # times the baseline
+CHECK_EVERY = 10  # steps; reading the machine takes milliseconds
+FRAGMENTED = 0.1  # of the GPU's memory: how much more torch may hold beyond what it uses before it counts as a cause
+FULL = 0.02  # of the GPU's memory: with less left, drivers that can move memory into system RAM do so
+MANY_PAGES = 5000  # read back from disk since the baseline, 20 MB
+GIB = 2**30
+# NVML's bits; a power cap is no cause, since a GPU at work is always at it.
+THROTTLING = {0x08: "hardware slowdown", 0x20: "temperature", 0x40: "temperature", 0x80: "power brake"}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What may slow a run down, at one time; GPU values are 0 on the CPU."""
+
+    pages: int = 0  # that this process has read back from disk so far
+    retries: int = 0  # allocations so far for which cached GPU memory had to be freed
+    allocated_bytes: int = 0
+    reserved_bytes: int = 0  # by torch's allocator
+    free_bytes: int = 0
+    total_bytes: int = 0
+    throttling: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class StepSeconds:
+    """A step's time, and how much of it was spent waiting for data."""
+
+    total: float
+    waiting: float
+
+
+class SlowdownWatch:
+    """Compares the median of the last 50 steps with that of the first 100, the very first left out."""
+
+    def __init__(self, read: Callable[[], Machine]) -> None:
+        """`read` gives the state of the machine."""
+        self._read = read
+        self._baseline: list[StepSeconds] | None = []
+        self._middle = self._waiting = 0.0
+        self._before = Machine()
+        self._recent: deque[StepSeconds] = deque(maxlen=NUM_RECENT)
+        self._num_steps = 0
+        self._is_over = False
+
+    def add(self, step: StepSeconds) -> str | None:
+        """Take in a step; return the warning when the run is found to be slow, once."""
+        self._num_steps += 1
+        if self._is_over or self._num_steps == 1:  # the first step compiles, tunes and allocates
+            return None
+        if self._baseline is not None:
+            self._baseline.append(step)
+            if len(self._baseline) == NUM_BASELINE:
+                self._middle = median(one.total for one in self._baseline)
+                self._waiting = median(one.waiting for one in self._baseline)
+                self._before, self._baseline = self._read(), None
+            return None
+        self._recent.append(step)
+        if len(self._recent) < NUM_RECENT or self._num_steps % CHECK_EVERY:
+            return None
+        now = median(one.total for one in self._recent)
+        if now < SLOWDOWN * self._middle:
+            return None
+        self._is_over = True
+        waiting = median(one.waiting for one in self._recent) - self._waiting
+        causes = [*causes_of(self._before, self._read())]
+        if waiting > (now - self._middle) / 2:
+            causes.insert(
+                0, f"each waits {waiting:.2f} s longer for images: disk, network or loader workers are slower"
+            )
+        return f"the last {NUM_RECENT} steps took {now:.2f} s each, the first {NUM_BASELINE} {self._middle:.2f} s: " + (
+            "; ".join(causes) or "no cause found in data loading, memory, swap and GPU clocks"
+        )
+
+
+def causes_of(before: Machine, now: Machine) -> Iterator[str]:
+    """Name what changed on the machine and slows steps down."""
+    if now.retries > before.retries:
+        yield (
+            f"GPU memory ran full {now.retries - before.retries} times and cached memory was freed; see docs/memory.md "
+            "for options that need less"
+        )
+    held = (now.reserved_bytes - now.allocated_bytes) - (before.reserved_bytes - before.allocated_bytes)
+    if now.total_bytes and held > FRAGMENTED * now.total_bytes:
+        yield f"torch holds {held / GIB:.1f} GiB more GPU memory than it uses (fragmentation)"
+    if now.total_bytes and now.free_bytes < FULL * now.total_bytes <= before.free_bytes:
+        yield (
+            f"GPU memory is full ({now.free_bytes / GIB:.1f} of {now.total_bytes / GIB:.1f} GiB free), and drivers of "
+            "Windows then move memory into system RAM: close other programs that use the GPU"
+        )
+    if now.throttling:
+        yield f"the GPU lowers its clock ({', '.join(now.throttling)}): check cooling and power supply"
+    if now.pages - before.pages > MANY_PAGES:
+        yield f"system memory ran full: {now.pages - before.pages} pages were swapped in from disk"
+
+
+def read_machine(device: torch.device, num_pages: Callable[[], int]) -> Machine:
+    """Read the state of this machine; `num_pages` counts the pages read back from disk so far."""
+    if device.type != "cuda":
+        return Machine(num_pages())
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    return Machine(
+        pages=num_pages(),
+        retries=torch.cuda.memory_stats(device).get("num_alloc_retries", 0),
+        allocated_bytes=torch.cuda.memory_allocated(device),
+        reserved_bytes=torch.cuda.memory_reserved(device),
+        free_bytes=free_bytes,
+        total_bytes=total_bytes,
+        throttling=throttling_of(str(torch.cuda.get_device_properties(device).uuid)),
+    )
+
+
+def throttling_of(uuid: str) -> tuple[str, ...]:
+    """Why a GPU lowers its clock now, by NVML; () if it does not, or if the package nvidia-ml-py is not installed."""
+    try:
+        import pynvml
+    except ImportError:
+        return ()
+    nvml: Any = pynvml
+    try:
+        nvml.nvmlInit()
+        handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        reasons = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
+    except nvml.NVMLError:
+        return ()
+    return tuple(dict.fromkeys(name for bit, name in THROTTLING.items() if reasons & bit))
