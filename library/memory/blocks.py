@@ -93,12 +93,16 @@ def run_library_blocks_with(blocks: Iterable[nn.Module], runner: BlockRunner) ->
         block.forward = partial(runner, BlockBody(block))
 
 
+def encoder_layers(encoder: nn.Module) -> list[nn.Module]:
+    """Return the layers of a text encoder of transformers, in the order of a pass."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in encoder.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
 def run_encoder_layers_with(encoder: nn.Module, runner: BlockRunner) -> None:
     """Lead the layers of a text encoder of transformers through `runner`.
 
     Its own switch for recomputing works in train mode only, which also turns the base model's dropout on.
     """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers = [module for module in encoder.modules() if isinstance(module, GradientCheckpointingLayer)]
-    run_library_blocks_with(layers, runner)
+    run_library_blocks_with(encoder_layers(encoder), runner)

@@ -13,6 +13,16 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  #
 SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --save_precision
 
 
+def tensors_of(*modules: nn.Module) -> list[Tensor]:
+    """Return the parameters and buffers of modules, shared ones once."""
+    return list({id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}.values())
+
+
+def bytes_of(*modules: nn.Module) -> int:
+    """Return the bytes of the parameters and buffers of modules, shared ones once."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(*modules))
+
+
 def release_memory(keep_cache: bool = False) -> None:
     """Collect what is unreferenced; `keep_cache` (--highvram) leaves the card's cached blocks with torch."""
     gc.collect()

@@ -84,8 +84,8 @@ class TextCachingOptions(Options):
     text_encoder_cpu: bool = option(
         False,
         own=True,
-        help="Run text encoders that are not trained on the processor instead of the card. Slow, but worth it where "
-        "captions are cached and the encoders do not fit the card.",
+        help="Run text encoders that are not trained on the CPU. Slow: encoders that do not fit the GPU are streamed "
+        "from main memory without it.",
     )
     text_cache_variants: int = option(
         VARIANTS,

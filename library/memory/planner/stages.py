@@ -14,14 +14,23 @@ class Stage:
     weights: int
     rise_of_one: int  # most above the weights
     rise_of_each_more: int
+    streamed_weights: int | None = None  # with layers in main memory, where the weights do not fit; None if they stay
 
-    def peak(self, count: int) -> int:
-        """With as many at a time."""
-        return self.weights + self.rise_of_one + (count - 1) * self.rise_of_each_more
+    def peak(self, count: int, is_streamed: bool = False) -> int:
+        """Return the most bytes with so many at a time."""
+        weights = self.streamed_weights if is_streamed and self.streamed_weights is not None else self.weights
+        return weights + self.rise_of_one + (count - 1) * self.rise_of_each_more
+
+    def is_streamed(self, count: int, num_bytes: int) -> bool:
+        """Return True if so many at a time fit only with layers in main memory."""
+        return self.peak(count) > num_bytes >= self.peak(count, is_streamed=True)
 
     def most_that_fits(self, num_bytes: int) -> int:
         """How many at a time, a power of two up to 8; 0 where not even one fits."""
-        count = MOST_AT_ONCE
-        while count and self.peak(count) > num_bytes:
-            count //= 2
-        return count
+        for is_streamed in (False, True):
+            count = MOST_AT_ONCE
+            while count and self.peak(count, is_streamed) > num_bytes:
+                count //= 2
+            if count:
+                return count
+        return 0

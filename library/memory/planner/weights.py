@@ -7,18 +7,9 @@ from math import ceil
 from torch import Tensor, nn
 
 from library.memory.codecs.weight_format import load_format
+from library.memory.devices import bytes_of
 from library.memory.frozen import FrozenLayer
 from library.memory.offload.ring import NUM_SLOTS
-
-
-def tensors_of(*modules: nn.Module) -> list[Tensor]:
-    """The parameters and buffers of some modules; one that several have comes once."""
-    return list({id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}.values())
-
-
-def bytes_of(*modules: nn.Module) -> int:
-    """Bytes of the parameters and buffers of some modules."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(*modules))
 
 
 @dataclass(frozen=True)

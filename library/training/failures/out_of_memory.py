@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from library.errors import UserError
 from library.formatting import format_bytes
+from library.memory.devices import bytes_of
 from library.options.leco import ignored_by_leco
 from library.options.support import UNSUPPORTED
 from library.options.train import TrainOptions
@@ -42,11 +42,6 @@ def sizes_of(run: Run) -> Sizes:
         0 if models.vae is None else bytes_of(models.vae),
         sum(p.numel() for p in run.context.network.trainable_parameters()),
     )
-
-
-def bytes_of(module: nn.Module) -> int:
-    """Bytes of a model's weights and buffers."""
-    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -139,6 +134,10 @@ def every_saving(values: Mapping[str, Any], sizes: Sizes, device: torch.device, 
     yield from weight_savings(values, sizes, is_predicted)
     if wants(values, "vae_batch_size", 1):
         yield "--vae_batch_size 1 encodes one picture at a time"
+    if not sizes.num_trained and can_have(values, "text_encoder_cpu"):  # models are loaded and captions encoded
+        if wants(values, "text_encoder_batch_size", 1):
+            yield "--text_encoder_batch_size 1 encodes one caption at a time"
+        yield "--text_encoder_cpu encodes captions on the CPU, which is slow"
     if optimizer_is_adamw(values) and sizes.num_trained:
         saved = format_bytes(6 * sizes.num_trained)
         yield f"--optimizer_type AdamW8bit keeps the optimizer's memory in 8 bits: {saved} less"

@@ -16,6 +16,7 @@ from library.data.concepts.prompt_pairs import PromptPairs
 from library.data.plan.data_plan import DataPlan
 from library.data.training_data import TrainingData
 from library.errors import UserError, needing
+from library.memory.offload.encoders import place_encoders
 from library.options.caching import TextCachingOptions
 from library.options.train import TrainOptions
 from library.processes import Processes
@@ -135,7 +136,8 @@ def prepare_text(
     encodes_on = torch.device("cpu") if on_cpu else device
 
     def open_encoders() -> Encoders:
-        encoders = [encoder.to(encodes_on).eval() for encoder in arch.load.text_encoders()]
+        encoders = [encoder.eval() for encoder in arch.load.text_encoders()]
+        place_encoders(encoders, encodes_on)
         return Encoders(
             frozen_encode(arch.text, encoders, autocast), frozen_encode(arch.preview.text, encoders, autocast)
         )
@@ -154,7 +156,8 @@ def encode_concepts(
     arch: Architecture, texts: Sequence[str], prompts: Sequence[str], device: torch.device, autocast: Autocast
 ) -> RunText:
     """What the text encoders make of all that is trained on and of the previews' prompts; then they leave memory."""
-    encoders = [encoder.to(device).eval() for encoder in arch.load.text_encoders()]
+    encoders = [encoder.eval() for encoder in arch.load.text_encoders()]
+    place_encoders(encoders, device)
     read, draw = (frozen_encode(pipeline, encoders, autocast) for pipeline in (arch.text, arch.preview.text))
     return RunText([], prompts=encoded_each(draw, prompts), concepts=encoded_each(read, texts))
 

@@ -18,16 +18,17 @@ from library.checkpoints.weights import on_meta_device
 from library.errors import NotThere
 from library.memory.blocks import BlockRunner, plain, recompute, run_encoder_layers_with
 from library.memory.codecs.codec import RequestedFormat
-from library.memory.devices import DTYPES
+from library.memory.devices import DTYPES, bytes_of, tensors_of
 from library.memory.formats.int8 import matrices_forgotten
 from library.memory.frozen import frozen_layers, layers_in_blocks, multiply_codes
+from library.memory.offload.encoders import least_bytes
 from library.memory.planner.counter import OperationCounter
 from library.memory.planner.fakes import give_fakes, norms_as_on_cards
 from library.memory.planner.prediction import CountedStep
 from library.memory.planner.repeats import shortened
 from library.memory.planner.stages import Stage
 from library.memory.planner.steps import CountedOptimizer, CountedPass, Timeline, count_optimizer, count_pass
-from library.memory.planner.weights import ModelWeights, bytes_of, tensors_of
+from library.memory.planner.weights import ModelWeights
 from library.options.train import TrainOptions
 from library.protocols import Architecture
 from library.randomness import generator_for
@@ -262,7 +263,8 @@ def count_captions(
     features = {name: tensor for name, tensor in counted[batch_size][1].items() if name in spec.keys}
     if spec.options.text_encoder_cpu:
         return None, features
-    return Stage("encoding captions", "text_encoder_batch_size", bytes_of(*encoders), one, two - one), features
+    weights, streamed = bytes_of(*encoders), least_bytes(encoders)
+    return Stage("encoding captions", "text_encoder_batch_size", weights, one, two - one, streamed), features
 
 
 def count_step(

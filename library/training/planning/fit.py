@@ -78,6 +78,10 @@ class Fit:
 
     def stage_line(self, stage: Stage) -> str:
         size = self.stage_sizes[stage.option]
+        room = self.choice.card.memory_bytes - CONTEXT_BYTES
+        if size and stage.is_streamed(size, room):
+            need = in_gib(stage.peak(size, is_streamed=True) + CONTEXT_BYTES)
+            return f"{stage.name}: {need} with --{stage.option} {size}, layers streamed from main memory"
         if size:
             return f"{stage.name}: {in_gib(stage.peak(size) + CONTEXT_BYTES)} with --{stage.option} {size}"
         need = in_gib(stage.peak(1) + CONTEXT_BYTES)

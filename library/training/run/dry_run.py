@@ -11,11 +11,11 @@ import torch
 
 from library.errors import UserError
 from library.formatting import format_bytes
+from library.memory.devices import bytes_of
 from library.options.training.averaging import FILES
 from library.training.evaluation.without_side_effects import shown_weights
 from library.training.failures.out_of_memory import (
     Sizes,
-    bytes_of,
     explained,
     memory_figures,
     reset_peak,

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from library.memory.devices import bytes_of
 from library.training.failures.out_of_memory import (
     OutOfMemoryError,
     Sizes,
-    bytes_of,
     explained,
     is_out_of_memory,
     savings,
@@ -41,6 +41,17 @@ def test_the_message_says_what_was_done_with_which_batch() -> None:
     doing = explained("computing step 3", made(), CPU, "4 pictures of 768x512")
     with pytest.raises(OutOfMemoryError, match="out of memory while computing step 3, 4 pictures of 768x512"), doing:
         allocate_too_much()
+
+
+def test_encoding_captions_names_the_options_of_text_encoders() -> None:
+    from library.architectures.flux.options import FluxOptions
+
+    options = FluxOptions().with_values({"cache_text_encoder_outputs": True, "text_encoder_batch_size": 4})
+    lines = "\n".join(savings(options, Sizes(), CPU))
+    assert "--text_encoder_cpu encodes captions on the CPU" in lines and "--text_encoder_batch_size 1" in lines
+    lines = "\n".join(savings(options.with_values({"text_encoder_cpu": True}), Sizes(), CPU))
+    assert "--text_encoder" not in lines
+    assert "--text_encoder_cpu" not in "\n".join(savings(options, Sizes(num_trained=5), CPU))  # in a step
 
 
 def test_options_in_use_are_not_advised() -> None:

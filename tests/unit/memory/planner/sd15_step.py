@@ -16,11 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from library.architectures.sd import load as sd
 from library.architectures.sd.adapters import TARGETS
 from library.memory.blocks import BlockRunner, plain, recompute
+from library.memory.devices import bytes_of, tensors_of
 from library.memory.planner.counter import OperationCounter
 from library.memory.planner.fakes import give_fakes
 from library.memory.planner.repeats import shortened
 from library.memory.planner.steps import Timeline, count_pass, peak_of
-from library.memory.planner.weights import bytes_of, tensors_of
 from library.models.unet.unet import empty_unet, run_unet_blocks_with, unet_chains
 from networks import lora
 from tests.contracts.full_size import checkpoint

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import nn
 
+from library.memory.devices import bytes_of
 from library.memory.planner.choice import Allowed, choose
 from library.memory.planner.gpus import GIB, Gpu, measured_gpu, parse_size, typical_gpu
 from library.memory.planner.prediction import ALLOCATOR_SHARE, CONTEXT_BYTES, CountedStep, Way, predict
 from library.memory.planner.stages import Stage
 from library.memory.planner.steps import CountedOptimizer, CountedPass, Segment, Timeline
 from library.memory.planner.table import table_of
-from library.memory.planner.weights import Matrix, ModelWeights, StorageCost, bytes_of
+from library.memory.planner.weights import Matrix, ModelWeights, StorageCost
 from tests.unit.memory.planner.made_up import Adapter, MadeUp
 from tests.unit.memory.planner.test_steps import model_of
 

@@ -11,11 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from library.memory.blocks import BlockRunner, plain, recompute
+from library.memory.devices import tensors_of
 from library.memory.planner.counter import OperationCounter
 from library.memory.planner.fakes import give_fakes, norms_as_on_cards
 from library.memory.planner.repeats import shortened
 from library.memory.planner.steps import Timeline, count_optimizer, count_pass, peak_of
-from library.memory.planner.weights import tensors_of
 from tests.unit.memory.planner.made_up import MadeUp, allocated_peak
 
 WIDTH, NUM_BLOCKS, TOKENS, RANK = 96, 6, 160, 5

@@ -1,0 +1,88 @@
+"""Text encoders whose layers wait in main memory compute the same bit for bit."""
+
+import logging
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+from library.memory.devices import bytes_of
+from library.memory.frozen import frozen_layers
+from library.memory.offload import encoders as offload
+from library.memory.offload.encoders import least_bytes, place_encoders, stream_layers, streamed_bytes
+from library.memory.offload.streamed import Waiting
+from library.memory.planner.stages import Stage
+from tests.parity.opened import opened_with
+from tests.runs.bases import BASES
+
+CPU = torch.device("cpu")
+CAPTIONS = ["a red cat", "dog"], ["a dog"]
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("base", BASES)
+def test_streamed_layers_compute_the_same_bits(base: str, precision: str, tmp_path: Path) -> None:
+    _, arch = opened_with(base, [*BASES[base].build(tmp_path), "--mixed_precision", precision])
+    whole, streamed = ([encoder.eval() for encoder in arch.load.text_encoders()] for _ in range(2))
+    sizes = [bytes_of(encoder) for encoder in streamed]
+    for encoder in streamed:  # also those that are too small here to gain by it
+        stream_layers(encoder, CPU)
+    waiting = [layer for encoder in streamed for layer in frozen_layers(encoder) if isinstance(layer.handle, Waiting)]
+    assert waiting and sum(map(bytes_of, streamed)) < sum(sizes)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    with torch.no_grad(), autocast:
+        for captions in CAPTIONS:  # the second pass begins with a guess of the ring
+            tokens = arch.text.tokenize(captions)
+            wanted, found = (arch.text.encode(encoders, tokens) for encoders in (whole, streamed))
+            assert found.keys() == wanted.keys()
+            for name, tensor in found.items():
+                assert torch.equal(tensor, wanted[name]), name
+
+
+def deep_encoders() -> list[nn.Module]:
+    """A CLIP of 4 layers and a T5 of 8, which takes more."""
+    clip = CLIPTextConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2
+    )
+    t5 = T5Config(vocab_size=50, d_model=32, d_kv=8, d_ff=96, num_layers=8, num_heads=4)
+    return [CLIPTextModel(clip).eval(), T5EncoderModel(t5).eval()]
+
+
+def test_only_the_largest_are_streamed_and_only_as_far_as_needed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(offload, "MARGIN_BYTES", 1000)
+    total = bytes_of(*deep_encoders())
+
+    def streamed(free_bytes: int | None) -> list[str]:
+        encoders = deep_encoders()
+        place_encoders(encoders, CPU, free_bytes)
+        return [type(encoder).__name__ for encoder in encoders if any(frozen_layers(encoder))]
+
+    assert streamed(None) == streamed(total + 1000) == []
+    with caplog.at_level(logging.INFO):
+        assert streamed(total + 999) == ["T5EncoderModel"]
+    assert re.search(r"T5EncoderModel \(\d\.\d MB\) does not fit the GPU beside the others", caplog.text)
+    assert streamed(0) == ["CLIPTextModel", "T5EncoderModel"]
+
+
+def test_what_streamed_encoders_take_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoders, rings, open_stream = deep_encoders(), [], offload.stream
+    predicted = least_bytes(encoders)
+    monkeypatch.setattr(offload, "stream", lambda *given: rings.append(open_stream(*given)))
+    place_encoders(encoders, CPU, free_bytes=0)
+    slots = sum(slot.numel() for ring in rings for slot in ring.streams.slots)
+    assert bytes_of(*encoders) + slots == pytest.approx(predicted, rel=0.01)  # parts of a slot are aligned
+    assert sum(map(streamed_bytes, deep_encoders())) == predicted < 0.6 * bytes_of(*deep_encoders())
+
+
+def test_a_stage_is_planned_whole_then_streamed_then_not_at_all() -> None:
+    stage = Stage("encoding captions", "text_encoder_batch_size", 1000, 30, 20, streamed_weights=100)
+    assert stage.most_that_fits(1170) == 8 and not stage.is_streamed(8, 1170)
+    assert stage.most_that_fits(1029) == 8 and stage.is_streamed(8, 1029)  # streamed: 100 + 30 + 7 * 20
+    assert stage.most_that_fits(150) == 2 and stage.peak(2, is_streamed=True) == 150
+    assert stage.most_that_fits(129) == 0
+    assert Stage("encoding pictures", "vae_batch_size", 1000, 30, 20).most_that_fits(1029) == 0
