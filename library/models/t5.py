@@ -7,6 +7,7 @@ Letters: B captions, T tokens, W width.
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -83,18 +84,34 @@ def empty_t5(config: Mapping[str, Any]) -> Any:
     return model
 
 
+def t5_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the precision in which T5 runs beside others in `dtype`: its hidden states exceed the range of float16."""
+    return torch.bfloat16 if dtype == torch.float16 else dtype
+
+
+def precisions(dtype: torch.dtype) -> str:
+    """Name the precision of text features by CLIP and T5, for the identity of their caches."""
+    return str(dtype) if t5_dtype(dtype) == dtype else f"{dtype}, T5 {t5_dtype(dtype)}"
+
+
 def load_t5(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
-    """The encoder with its weights in `dtype`, frozen, on the CPU."""
+    """Load the encoder with its weights in `t5_dtype(dtype)`, frozen, on the CPU."""
     model: Any = empty_t5(component.config)
     names = {WORDS[1]: WORDS[0]} | {key: key for key in component.weights.shapes}
-    return materialise(model, selected(component.weights, names), dtype)
+    return materialise(model, selected(component.weights, names), t5_dtype(dtype))
 
 
 def encode_t5(encoder: nn.Module, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
-    """The last hidden state after the final norm, BTW; tokens where the mask is 0 are not attended to."""
+    """Return the last hidden state after the final norm, BTW; tokens where the mask is 0 are not attended to.
+
+    Under autocast to float16 it runs in bfloat16, see `t5_dtype`.
+    """
     device = next(encoder.parameters()).device
     mask = None if mask_BT is None else send(mask_BT, device)
-    hidden_BTW: Tensor = encoder(send(ids_BT, device), attention_mask=mask).last_hidden_state
+    kind = device.type
+    is_float16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    with torch.autocast(kind, torch.bfloat16) if is_float16 else nullcontext():
+        hidden_BTW: Tensor = encoder(send(ids_BT, device), attention_mask=mask).last_hidden_state
     return hidden_BTW
 
 

@@ -22,7 +22,7 @@ from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
 from library.models.clip.tokenizer import load_tokenizer
 from library.models.clip.tokens import ClipTokens
 from library.models.recipe import OTHER_ATTENTION, Recipe, folders_beside
-from library.models.t5 import load_t5_tokenizer
+from library.models.t5 import load_t5_tokenizer, precisions
 from library.models.vae.flux import mapped_latents
 from library.protocols import Architecture, LiveText, Preview, PromptDefaults, TextCacheSpec
 
@@ -183,7 +183,7 @@ def build_text_cache(options: FluxOptions, loader: FluxLoader, text: FluxText) -
         suffix="_flux_te.npz",
         keys=("l_pooled", "t5_out", "t5_attn_mask"),
         encoders=lambda: f"{fingerprint(clip.weights, loader.t5.weights)} {clip.config['hidden_act']}",
-        settings=f"{loader.dtype} {text.t5.num_tokens} {masks}",
+        settings=f"{precisions(loader.dtype)} {text.t5.num_tokens} {masks}",
         tokenizers=(text.clip.tokenizer, text.t5.tokenizer),
         constants={"txt_ids": torch.zeros(text.t5.num_tokens, 3), "apply_t5_attn_mask": torch.tensor(masks)},
         live=LiveText(lambda: [loader.clip_l()], ("l_pooled",), text.encode_clip, 1, excluded_by="train_t5xxl"),
@@ -200,7 +200,7 @@ def build_t5_cache(options: FluxOptions, loader: FluxLoader, text: T5Text) -> Te
         suffix="_flux_te.npz",
         keys=("t5_out", "t5_attn_mask"),
         encoders=lambda: fingerprint(loader.t5.weights),
-        settings=f"{loader.dtype} {text.num_tokens} {text.masks_padding}",
+        settings=f"{precisions(loader.dtype)} {text.num_tokens} {text.masks_padding}",
         tokenizers=(text.tokenizer,),
         constants={
             "l_pooled": torch.zeros(77, 1),

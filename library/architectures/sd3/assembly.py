@@ -29,7 +29,7 @@ from library.models.clip.tokens import ClipTokens
 from library.models.loading import Absent
 from library.models.recipe import OTHER_ATTENTION, Recipe, folders_beside
 from library.models.shapes import shape_of
-from library.models.t5 import load_t5_tokenizer
+from library.models.t5 import load_t5_tokenizer, precisions
 from library.models.vae.latents import KlLatents
 from library.protocols import Architecture, LatentSpec, LiveText, Preview, PromptDefaults, TextCacheSpec, leave_sizes
 from library.types import Prompt
@@ -125,7 +125,7 @@ def build_text_cache(options: Sd3Options, loader: Sd3Loader, text: Sd3Text) -> T
         suffix="_sd3_te.npz",
         keys=(*clip_keys, *t5_keys),
         encoders=encoders,
-        settings=f"{loader.dtype} {text.num_t5_tokens} {masks_clip} {masks_t5}",
+        settings=f"{precisions(loader.dtype)} {text.num_t5_tokens} {masks_clip} {masks_t5}",
         tokenizers=(text.clip.tokenizer, *([] if text.t5_tokenizer is None else [text.t5_tokenizer])),
         constants={"apply_lg_attn_mask": torch.tensor(masks_clip), "apply_t5_attn_mask": torch.tensor(masks_t5)},
         live=LiveText(loader.clip_encoders, clip_keys, text.encode_clips, len(loader.clips), excluded_by="train_t5xxl"),

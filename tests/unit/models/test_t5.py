@@ -132,3 +132,18 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     write_t5_tokenizer(tmp_path / "tokenizer_2")
     with pytest.raises(ValueError, match="T5 knows 3 words: it belongs to another model"):
         load_t5_tokenizer([tmp_path / "tokenizer_2"], None, 3)
+
+
+def test_float16_runs_keep_t5_in_bfloat16(state: dict[str, Tensor], tmp_path: Path) -> None:
+    """Its hidden states exceed 65504, here by a large output matrix of the first feed-forward layer."""
+    large = {**state, "encoder.block.0.layer.1.DenseReluDense.wo.weight": torch.full((32, 48), 3e5)}
+    model = loaded(large, tmp_path, torch.float16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.float16):
+            found = encode_t5(model, IDS_BT, MASK_BT)
+        assert not model.half()(IDS_BT, attention_mask=MASK_BT).last_hidden_state.isfinite().all()
+        wanted = reference(large, MASK_BT)
+    assert found.dtype == torch.bfloat16 and found.isfinite().all()
+    kept = MASK_BT.bool()
+    torch.testing.assert_close(found.float()[kept], wanted[kept], rtol=0.05, atol=0.05)
