@@ -269,7 +269,7 @@ def num_threads() -> int:
 
 def training_command(python: Path, threads: int) -> "list[str]":
     """Return `accelerate launch train_network.py` for the quickstart; an accelerate config file plays no part in it."""
-    launch = [str(python), "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    launch = [str(python), "-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", str(threads)]
     return [*launch, "train_network.py", "--config_file", TRAINING_CONFIG]
 

@@ -110,7 +110,7 @@ def test_damaged_stamp_counts_as_nothing_installed(requirements: Path, installs:
 
 def test_quickstart_trains_through_accelerate_without_its_config_file() -> None:
     assert start.training_command(PYTHON, threads=2) == [
-        str(PYTHON), "-m", "accelerate.commands.launch",
+        str(PYTHON), "-m", "accelerate.commands.launch", "--quiet",
         "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
         "--num_cpu_threads_per_process", "2",
         "train_network.py", "--config_file", "configs/quickstart/train.toml",
