@@ -17,7 +17,7 @@ def versions(monkeypatch: pytest.MonkeyPatch) -> None:
     ("requirement", "lack"),
     [
         ("transformers>=4.54", None),
-        ("transformers>=5", "4.54.1, needed is >=5"),
+        ("transformers>=5", "4.54.1 (required: >=5)"),
         ("diffusers>=0.35", None),
         ("none-such>=1", "missing"),
         ('none-such>=1; python_version < "3"', None),
@@ -33,6 +33,6 @@ def test_all_packages_are_updated_together_where_one_is_too_old() -> None:
     with pytest.raises(UserError) as error:
         check_installed("Knots 1", {"transformers": ">=5", "diffusers": ">=0.32"})
     assert str(error.value) == (
-        "The installed packages cannot train Knots 1: transformers 4.54.1, needed is >=5. "
+        "The installed packages cannot train Knots 1: transformers 4.54.1 (required: >=5). "
         'Run python3 -m pip install -U "transformers>=5" "diffusers>=0.32"'
     )

@@ -108,7 +108,7 @@ def test_settings_that_chroma_was_not_made_with_are_warned_of(
     for line in (
         "--guidance_scale is 3.5; Chroma was made with --guidance_scale 0.0",
         "--timestep_sampling is sigma; Chroma was made with --timestep_sampling sigmoid",
-        "--model_prediction_type sigma_scaled turns the output into something else",
+        "--model_prediction_type sigma_scaled converts the output to something other",
     ):
         assert line in caplog.text
 
