@@ -141,7 +141,7 @@ def check_folder(flag: str, path: Path) -> None:
         raise UserError(f"{flag} {path}: {folder} is a file, in which nothing can lie; give another folder")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(
-            f"{flag} {path}: nothing may be written into {folder}; change its rights, or give another folder"
+            f"{flag} {path}: nothing may be written into {folder}; change its permissions, or give another folder"
         )
 
 

@@ -84,9 +84,9 @@ def test_the_older_dialect_has_a_scale_for_all_for_rows_or_for_groups(shape: tup
     [
         (
             {"format": "asym_w4a8_int8"},
-            "fp8.weight is stored as asym_w4a8_int8, which is not known; known are float8",
+            "fp8.weight is stored in the unsupported format asym_w4a8_int8; supported: float8",
         ),
-        ("not JSON", "how its weights are stored is not readable"),
+        ("not JSON", "the JSON description of its weights is invalid"),
     ],
 )
 def test_what_is_not_known_is_refused_by_name(config: Any, message: str, tmp_path: Path) -> None:
@@ -196,5 +196,5 @@ def test_padding_is_cut_to_the_shape_of_the_model(layer: str, tmp_path: Path) ->
     weights = open_checkpoint(tmp_path / "m.safetensors")
     model = materialise(nn.ModuleDict({layer: linear(expected)}), weights, torch.float32)
     torch.testing.assert_close(model[layer].weight.data, expected, **FLOAT32_SAME_MATH)
-    with pytest.raises(UserError, match=f"1 weights do not fit ModuleDict, the first is {layer}.weight"):
+    with pytest.raises(UserError, match=f"1 weights do not fit ModuleDict; the first, {layer}.weight"):
         materialise(nn.ModuleDict({layer: linear(torch.empty(35, 33))}), weights, torch.float32)

@@ -182,7 +182,7 @@ def read_description(path: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"--dataset_config is {path}, but there is no such file") from None
     except OSError as error:
-        raise UserError(f"--dataset_config {path} cannot be read: {error.strerror}; change its rights") from error
+        raise UserError(f"--dataset_config {path} cannot be read: {error.strerror}; change its permissions") from error
     except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"--dataset_config {path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):

@@ -78,7 +78,7 @@ def test_a_file_cut_short_ends_with_1(tmp_path: Path, capsys: pytest.CaptureFixt
     path = write(tmp_path / "a.safetensors", 954)
     path.write_bytes(path.read_bytes()[:-8])
     assert main(["--model", str(path)]) == 1
-    assert "it is cut short" in capsys.readouterr().err
+    assert "it is truncated" in capsys.readouterr().err
 
 
 def test_odd_but_usable_things_are_warnings() -> None:

@@ -67,7 +67,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(
         with pytest.raises(UserError, match=words):
             check_output("--save_to", Path(name), given)
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write everywhere
-    with pytest.raises(UserError, match=f"nothing may be written into {tmp_path}; change its rights"):
+    with pytest.raises(UserError, match=f"nothing may be written into {tmp_path}; change its permissions"):
         check_output("--save_to", Path("new/out.safetensors"))
     with pytest.raises(UserError, match="exists already"):
         check_new_folder("--save_to", tmp_path)

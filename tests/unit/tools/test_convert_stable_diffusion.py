@@ -136,7 +136,7 @@ def test_the_variant_of_a_folder_is_read(tmp_path: Path, capsys: pytest.CaptureF
         (["{file}", "{tmp}/v1.5", "--reference_model", "{folder}"], "ends in .5: a file ends in one of"),
         (["{file}", "{folder}", "--reference_model", "{folder}"], "exists already"),
         (["{file}", "{tmp}/new", "--reference_model", "{tmp}"], "has no scheduler/scheduler_config.json"),
-        (["{file}", "{tmp}/new.ckpt", "--v2"], "this is an SD 1.x model; leave out --v2"),
+        (["{file}", "{tmp}/new.ckpt", "--v2"], "this is an SD 1.x model; remove --v2"),
         (["{file}", "{tmp}/new.ckpt", "--v1", "--v2"], "--v1 and --v2 exclude each other"),
         (["{file}", "{tmp}/new.ckpt", "--variant", "fp16"], "is a file, leave it out"),
         (["{folder}", "{tmp}/new.safetensors", "--metadata", "{'a': 1}"], "is no table of texts"),

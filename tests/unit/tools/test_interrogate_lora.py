@@ -79,7 +79,7 @@ def test_both_text_encoders_of_sdxl_are_asked(
     ("case", "said"),
     [
         ("unet", "changes no text encoder of Stable Diffusion 1.x"),
-        ("skip", "--clip_skip is 99, the text encoder has"),
+        ("skip", "--clip_skip is 99, but the text encoder has"),
         ("flux", "is a FLUX model; words are looked for with"),
     ],
 )

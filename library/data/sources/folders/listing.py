@@ -105,4 +105,4 @@ def look_again(index: FolderIndex, caption_extension: str, num_threads: int) -> 
 
 def not_listed(folder: str, error: OSError) -> UserError:
     """The error for a folder that cannot be listed."""
-    return UserError(f"{folder} cannot be read: {error.strerror}; change its rights, or leave it out")
+    return UserError(f"{folder} cannot be read: {error.strerror}; change its permissions, or leave it out")

@@ -42,7 +42,7 @@ def _values(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         with open(path, "rb") as file:
             content = file.read()
     except OSError as error:
-        raise UserError(f"metadata_file {path} cannot be read: {error.strerror}; change its rights") from error
+        raise UserError(f"metadata_file {path} cannot be read: {error.strerror}; change its permissions") from error
     text = decoded(content, f"metadata_file {path}")
     yield from _json_lines(path, io.StringIO(text)) if path.lower().endswith(".jsonl") else _json_table(path, text)
 
