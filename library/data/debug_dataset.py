@@ -1,4 +1,4 @@
-"""--debug_dataset: what the first epoch would train on."""
+"""--debug_dataset: logs the batches of the first epoch."""
 
 import logging
 
@@ -8,7 +8,7 @@ logger = logging.getLogger(__name__)
 
 
 def show_batches(data: TrainingData) -> None:
-    """Log every batch of the first epoch: pictures, captions, sizes, loss weights, shapes of the tensors."""
+    """Log every batch of the first epoch: images, captions, sizes, loss weights, tensor shapes."""
     batches = open_batches(data)
     for number, batch in enumerate(batches.of_epoch(1, range(data.num_batches), lambda index: index, 0, False)):
         tensors = {

@@ -1,4 +1,4 @@
-"""From a description to pictures, wherever they come from."""
+"""Listing of the images that a data description names, from any source."""
 
 import logging
 import math
@@ -17,21 +17,21 @@ logger = logging.getLogger(__name__)
 
 
 def collect(config: RunDataConfig, storage: Storage | None = None, num_threads: int = 16) -> tuple[ScannedDataset, ...]:
-    """List the pictures of every subset, read their captions and headers.
+    """List the images of every subset, and read their captions and headers.
 
-    Raises UserError for missing folders and files, captions that are not UTF-8 and masks that are missing.
+    Raises UserError for missing folders and files, captions that are not UTF-8 and missing masks.
     """
     storage = storage or Storage()
     return tuple(collect_dataset(dataset, storage, num_threads) for dataset in config.datasets)
 
 
 def collect_dataset(config: DatasetConfig, storage: Storage, num_threads: int) -> ScannedDataset:
-    """The pictures of one dataset; a source that was named before in it is left out."""
+    """Return the images of one dataset; repeated sources are skipped."""
     subsets, seen = [], set()
     for subset in config.subsets:
         source = subset.source if subset.patterns else os.path.normcase(os.path.abspath(subset.source))
         if source in seen:
-            logger.warning("%s stands twice in one dataset; the second one is left out", subset.source)
+            logger.warning("%s is listed twice in one dataset; the second one is ignored", subset.source)
             continue
         seen.add(source)
         found = collect_subset(subset, storage, num_threads)
@@ -41,7 +41,7 @@ def collect_dataset(config: DatasetConfig, storage: Storage, num_threads: int) -
 
 
 def without_small(found: ScannedSubset, limit: Size) -> ScannedSubset:
-    """Only pictures of a larger area than `limit` has; nothing is said of the captions of the others."""
+    """Keep only images of a larger area than `limit`; captions of the others are not reported."""
     sizes_N2 = found.pictures.sizes_N2.astype(np.int64)
     is_small = sizes_N2.prod(axis=1) <= math.prod(limit)
     small = found.pictures.keys_at(np.flatnonzero(is_small))
@@ -56,5 +56,5 @@ def without_small(found: ScannedSubset, limit: Size) -> ScannedSubset:
 
 
 def collect_subset(config: SubsetConfig, storage: Storage, num_threads: int) -> ScannedSubset:
-    """The pictures of one subset, in the order of their paths, or of their places in larger files."""
+    """Return the images of one subset, in the order of their paths, or of their places in larger files."""
     return load_source(config.source_key).scan(config, storage, num_threads)
