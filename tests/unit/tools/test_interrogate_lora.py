@@ -80,7 +80,7 @@ def test_both_text_encoders_of_sdxl_are_asked(
     [
         ("unet", "changes no text encoder of Stable Diffusion 1.x"),
         ("skip", "--clip_skip is 99, but the text encoder has"),
-        ("flux", "is a FLUX model; words are looked for with"),
+        ("flux", "is a FLUX model; supported:"),
     ],
 )
 def test_what_cannot_be_asked_is_told(
