@@ -1,4 +1,4 @@
-"""Python's garbage collector, kept away from what stays to the end: looking through it took a fifth of every start."""
+"""Control of Python's garbage collector, whose scans of long-lived objects took a fifth of every start."""
 
 import gc
 from collections.abc import Iterator
@@ -8,7 +8,8 @@ from functools import cache
 
 @contextmanager
 def without_collection() -> Iterator[None]:
-    """Keep the collector off while many objects are made of which none is garbage: pictures, imported modules."""
+    """Disable the collector while many objects are made of which none is garbage, such as images and imported
+    modules."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -20,7 +21,7 @@ def without_collection() -> Iterator[None]:
 
 @contextmanager
 def importing(what: str) -> Iterator[None]:
-    """Keep the collector off while modules are imported, and let no later collection look through them."""
+    """Disable the collector during imports and exempt the imported objects from later collections."""
     with without_collection():
         yield
         keep_imported(what)
@@ -28,8 +29,8 @@ def importing(what: str) -> Iterator[None]:
 
 @cache
 def keep_imported(what: str) -> None:
-    """Let no later collection look through what there is by now; once in a process, so that nothing piles up.
+    """Exempt all existing objects from later collections; once per process and `what`, so that nothing piles up.
 
-    What is garbage by then, 8 MB after all imports, stays: to look for it takes a third of a second.
+    Garbage of that moment, 8 MB after all imports, is kept: finding it would take a third of a second.
     """
     gc.freeze()

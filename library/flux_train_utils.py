@@ -1,4 +1,4 @@
-"""What programs that import sd-scripts' library call by these names; nothing here calls it."""
+"""Functions of sd-scripts' library.flux_train_utils for programs that import it; nothing here calls them."""
 
 import argparse
 
@@ -11,4 +11,4 @@ def add_flux_train_arguments(parser: argparse.ArgumentParser) -> None:
     add_missing(parser, FluxOptions)
 
 
-AS_IMPORTED = dict(globals())  # by which it is told what a program puts here that nothing uses
+AS_IMPORTED = dict(globals())  # to notice names that a program patches in without effect

@@ -1,9 +1,9 @@
-"""Whether the other processes of a run still live, looked at by a thread of each process.
+"""Heartbeats between the processes of a run, sent and watched by a thread of each process.
 
-Torch tells of a process that is gone only where its connection breaks within an exchange, and on cards only after many
-minutes. Here every process says twice in a while that it lives, the main process looks after all, and the others
-after the main one and those of their own machine. What is found is said in a sentence; a process that then does not
-end by itself, because it waits for the one that is gone, is ended.
+Torch notices a lost process only when its connection breaks within a collective, and on GPUs only after many minutes.
+Here every process sends a beat every few seconds; the main process watches all others, and these watch the main one and
+those on their own machine. A loss is reported in one sentence; a process that does not end by itself afterwards,
+because it waits for the lost one, is ended.
 """
 
 import logging
@@ -17,18 +17,18 @@ from typing import Protocol
 
 import psutil
 
-# torchrun and accelerate launch end and restart the processes of a machine by themselves. They cannot say which process
-# is gone to those that save the run, and mpirun, srun and other machines do without them: there, torch's own limits are
-# those of a collective, which a process that waits for hours of caching must not have.
+# torchrun and accelerate launch also end and restart the processes of a machine. But they cannot tell the processes
+# that save the run which process was lost, and mpirun, srun and other machines do without them: there only torch's
+# timeouts of collectives apply, which would also hit a process that waits for hours of caching.
 
 logger = logging.getLogger(__name__)
 
-KILLED = "is gone without a word: something killed it, such as the system where main memory was full"
-UNREACHABLE = "the main process, or its machine, cannot be reached any more"
+KILLED = "was killed without an error message, for example by the system when main memory ran out"
+UNREACHABLE = "the main process or its machine is no longer reachable"
 
 
 class Store(Protocol):
-    """The key-value store through which processes find each other; torch.distributed.Store is one."""
+    """The key-value store through which processes find each other; torch.distributed.Store implements it."""
 
     def set(self, key: str, value: str) -> None: ...
     def get(self, key: str) -> bytes: ...
@@ -37,44 +37,44 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class Times:
-    """How long what may take, in seconds."""
+    """Intervals and timeouts, in seconds."""
 
-    beat: float = 2.0  # between two looks
-    silent: float = 60.0  # until a process on another machine counts as gone
-    say: float = 3.0  # until it is said, where the process has not noticed it by itself
-    end: float = 60.0  # until the process is ended, where it has not ended by itself
+    beat: float = 2.0  # between two checks
+    silent: float = 60.0  # until a silent process on another machine counts as lost
+    say: float = 3.0  # until a loss is logged, unless the process noticed it by itself
+    end: float = 60.0  # until the process is ended, unless it ended by itself
 
 
 @dataclass
 class Heartbeat:
-    """Says that this process lives, and finds out which other does not."""
+    """The sender of this process's beats and the watcher of the others."""
 
-    store: Store  # with a connection of its own: a process that waits for a value holds its connection
+    store: Store  # with its own connection: a process that waits for a value blocks the one it uses
     rank: int
     count: int
     times: Times = field(default_factory=Times)
-    lost: str | None = None  # what has become of another process, in a sentence
-    is_told: bool = False  # whether this process ends because of it
+    lost: str | None = None  # a sentence about the first lost process
+    is_told: bool = False  # this process ends because of it
     quit: Callable[[int], object] = os._exit
     _is_over: threading.Event = field(default_factory=threading.Event)
-    _hosts: dict[int, str] = field(default_factory=dict)  # of each process host and number
-    _heard: dict[int, tuple[bytes, float]] = field(default_factory=dict)  # its last word, and when it came
+    _hosts: dict[int, str] = field(default_factory=dict)  # host and process ID by rank
+    _heard: dict[int, tuple[bytes, float]] = field(default_factory=dict)  # last beat and its time by rank
 
     def start(self) -> None:
-        """Begin to look after the others, once all are there."""
+        """Start the watching thread, once all processes have joined."""
         threading.Thread(target=self._watch, name="heartbeat", daemon=True).start()
 
     def stop(self) -> None:
-        """This process is done: none is to miss it, and it misses none."""
+        """Deregister: peers stop expecting this process, and it stops watching them."""
         if not self._is_over.is_set():
             self._is_over.set()
             try:
                 self.store.set(f"over/{self.rank}", "1")
-            except RuntimeError:  # the store is gone with the process that had it
-                logger.debug("the store is gone", exc_info=True)
+            except RuntimeError:  # the process that hosted the store has ended
+                logger.debug("the store is unreachable", exc_info=True)
 
     def find(self) -> str | None:
-        """What has become of a process that is gone, in a sentence; None where none is known to be."""
+        """Return a sentence about a lost process, or None if none is known."""
         try:
             for rank in self._looked_after:
                 if (found := self._fate_of(rank)) is not None:
@@ -111,14 +111,14 @@ class Heartbeat:
         before, at = self._heard.get(rank, (b"", now))
         self._heard[rank] = (said, now if said != before else at)
         if now - self._heard[rank][1] > self.times.silent:
-            return f"process {rank} on {host} has not been heard of for {now - at:.0f} s: machine or network down"
+            return f"process {rank} on {host} has sent nothing for {now - at:.0f} s: its machine or the network is down"
         return None
 
     def _beat(self, number: int) -> None:
         try:
             self.store.set(f"beat/{self.rank}", str(number))
         except RuntimeError:
-            logger.debug("the store is gone", exc_info=True)
+            logger.debug("the store is unreachable", exc_info=True)
 
     def _watch(self) -> None:
         number = 0
@@ -134,10 +134,10 @@ class Heartbeat:
             try:
                 self.store.set("lost", self.lost)
             except RuntimeError:
-                logger.debug("the store is gone", exc_info=True)
+                logger.debug("the store is unreachable", exc_info=True)
         if self._is_over.wait(self.times.say) or self.is_told:
             return
-        logger.error("%s; this process ends too, in %.0f s at the latest", self.lost, self.times.end)
+        logger.error("%s; this process will end too, within %.0f s", self.lost, self.times.end)
         if self._is_over.wait(self.times.end) or self.is_told:
             return
         logging.shutdown()
@@ -145,7 +145,7 @@ class Heartbeat:
 
 
 def has_ended(process: str) -> bool:
-    """Whether a process, as host and number, is known to have ended: one on another machine is not."""
+    """Return True if a process, given as "host pid", is known to have ended; on another machine that is unknown."""
     host, _, number = process.rpartition(" ")
     if host != socket.gethostname():
         return False

@@ -1,11 +1,11 @@
-"""What programs that import sd-scripts' library call by these names; nothing here calls it."""
+"""Functions of sd-scripts' library.huggingface_util for programs that import it; nothing here calls them."""
 
 import argparse
 from pathlib import Path
 
 
 def upload(args: argparse.Namespace, src: str | Path, dest_suffix: str = "", force_sync_upload: bool = False) -> None:
-    """Send a file or a folder to --huggingface_repo_id; an error is logged. The upload is always waited for."""
+    """Upload a file or a folder to --huggingface_repo_id, waiting until it is done; errors are logged."""
     from library.options.output.saving import HubOptions
     from library.training.saving import hub
 
@@ -15,4 +15,4 @@ def upload(args: argparse.Namespace, src: str | Path, dest_suffix: str = "", for
     hub.upload(options, path, place or ("" if path.is_dir() else path.name))
 
 
-AS_IMPORTED = dict(globals())  # by which it is told what a program puts here that nothing uses
+AS_IMPORTED = dict(globals())  # to notice names that a program patches in without effect

@@ -1,4 +1,4 @@
-"""Installed packages against the versions that are needed."""
+"""Checks of installed packages against required versions."""
 
 import os
 import subprocess
@@ -15,18 +15,18 @@ NEEDED_BY_ALL: Mapping[str, str] = {"transformers": ">=4.53", "diffusers": ">=0.
 
 @dataclass(frozen=True)
 class Lack:
-    """A package that is missing or has another version than the one needed."""
+    """A required package that is missing or has the wrong version."""
 
     package: str
-    found: str | None  # version; None where it is missing
+    found: str | None  # installed version; None if missing
     needed: str  # ">=0.38"
 
     def __str__(self) -> str:
-        return "missing" if self.found is None else f"{self.found}, needed is {self.needed}"
+        return "missing" if self.found is None else f"{self.found} (required: {self.needed})"
 
 
 def version_of(package: str) -> str | None:
-    """The installed version of a package."""
+    """Return the installed version of a package, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -34,7 +34,7 @@ def version_of(package: str) -> str | None:
 
 
 def find_lack(requirement: str) -> Lack | None:
-    """Check the package of a requirement such as "torch>=2.9"; None if it fits or is not for this Python."""
+    """Check the package of a requirement such as "torch>=2.9"; return None if it fits or is not for this Python."""
     from packaging.requirements import Requirement
 
     wanted = Requirement(requirement)
@@ -46,7 +46,7 @@ def find_lack(requirement: str) -> Lack | None:
     return Lack(wanted.name, found, str(wanted.specifier))
 
 
-GET_TORCH = "see https://pytorch.org/get-started for the command that installs torch for your card"
+GET_TORCH = "see https://pytorch.org/get-started for the command that installs torch for your GPU"
 SECONDS = 20  # for nvidia-smi to answer
 
 
@@ -66,7 +66,7 @@ def explain_unused_gpu(torch: Any, gpus: Iterable[str]) -> str | None:
         return None
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA: {GET_TORCH}, after `pip uninstall torch`"
-    return f"torch wants CUDA {torch.version.cuda}: update the driver, or {GET_TORCH} and its driver"
+    return f"torch requires CUDA {torch.version.cuda}: update the driver, or {GET_TORCH} and its driver"
 
 
 def check_gpu_is_used(torch: Any) -> None:
@@ -83,12 +83,12 @@ def check_gpu_is_used(torch: Any) -> None:
 
 
 def install_command(requirements: Iterable[str]) -> str:
-    """The command that installs or updates packages."""
+    """Return the command that installs or updates packages."""
     return "python3 -m pip install -U " + " ".join(f'"{requirement}"' for requirement in requirements)
 
 
 def check_installed(what: str, needed: Mapping[str, str]) -> None:
-    """Raise UserError with the command that helps where a package is missing or too old for training `what`.
+    """Raise UserError with the fixing command if a package that training `what` needs is missing or too old.
 
     `needed` are version specifiers by package.
     """

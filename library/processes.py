@@ -1,8 +1,9 @@
-"""The processes of a run: who computes what, and how their gradients become one.
+"""The processes of a run: ranks, communication and the sum of their gradients.
 
-`accelerate launch --num_processes N` starts N of them. Every step averages a window of batches (see plan.py); each
-process computes its share of the window, and the gradients are added up in one flat buffer. So N processes are one
-process that accumulates N times as many batches: the same batches, noise, steps and learning rates.
+`accelerate launch --num_processes N` starts N of them. Every step averages an accumulation window of batches (see
+library/training/loop/accumulation.py); each process computes its share of the window, and the gradients are summed in
+one flat buffer. So N processes equal one process that accumulates N times as many batches: the same batches, noise,
+steps and learning rates.
 """
 
 import json
@@ -27,48 +28,48 @@ from library.temporary_folders import Kind, make_temporary_folder
 
 logger = logging.getLogger(__name__)
 
-SHORT_SECONDS, POLL_SECONDS = 0.005, 0.1  # from one look at the store to the next
+SHORT_SECONDS, POLL_SECONDS = 0.005, 0.1  # between two checks of the store
 SAY_AFTER_SECONDS = 60.0
-LOOK_FOR_S = 5  # for the reason of a process that has ended
-HEARD_WITHIN_S = 6.0  # the others look every two seconds, and those that wait for a word every second
+LOOK_FOR_S = 5  # for the reason why a process ended
+HEARD_WITHIN_S = 6.0  # the heartbeats check every two seconds, waiting processes every second
 OF_CONNECTIONS = ("onnection closed", "onnection reset", "onnection refused", "roken pipe", "NCCL", "timed out")
 PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULTI_MUSA", "MULTI_XPU", "MULTI_HPU")
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of the run."""
+    """The identity of this process among those of the run."""
 
     rank: int = 0
     count: int = 1
-    local_rank: int = 0  # among those of this machine
+    local_rank: int = 0  # among the processes of this machine
     local_count: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    store: Store | None = None  # None where there is only one process
+    store: Store | None = None  # None if there is only one process
     heartbeat: Heartbeat | None = None
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one that writes files and talks to the user."""
+        """True for the process that writes files and prints messages."""
         return self.rank == 0
 
     @property
     def is_local_main(self) -> bool:
-        """Whether this is the first process of its machine."""
+        """True for the first process of its machine."""
         return self.local_rank == 0
 
     @property
     def machine(self) -> int:
-        """The number of this machine, where each runs equally many processes."""
+        """The index of this machine; every machine runs equally many processes."""
         return self.rank // self.local_count
 
     @property
     def num_machines(self) -> int:
-        """Machines of the run."""
+        """The number of machines of the run."""
         return -(-self.count // self.local_count)
 
     def share(self, what: str, text: str) -> str:
-        """The main process's text, for all; the others wait until it is there."""
+        """Return the main process's text in every process; blocks until it is available."""
         if self.store is None:
             return text
         if self.is_main:
@@ -76,7 +77,7 @@ class Processes:
         return self._wait_for(what)
 
     def merged(self, what: str, own: Mapping[int, str]) -> dict[int, str]:
-        """The tables of all processes in one, for all; each is to be called for `what` once."""
+        """Merge the mappings of all processes; every process must call it, once per `what`."""
         if self.store is None:
             return dict(own)
         self.store.set(f"{what} {self.rank}", json.dumps(list(own.items())))
@@ -87,20 +88,20 @@ class Processes:
         }
 
     def share_seed(self, seed: int) -> int:
-        """The main process's seed, for all."""
+        """Return the main process's seed in every process."""
         return int(self.share("seed", str(seed)))
 
     def require_same(self, what: str, own: str) -> None:
-        """Raise UserError where this process has another `what` than the main one, both described in words."""
+        """Raise UserError if `own`, a description of this process's `what`, differs from the main process's."""
         main = self.share(f"same {what}", own)
         if own != main:
             raise UserError(
-                f"{what} of process {self.rank} is not that of the main process: {own} here, {main} there; every "
+                f"{what} of process {self.rank} differs from the main process: {own} here, {main} there; every "
                 "machine needs the same"
             )
 
     def shared_folder(self, kind: Kind, parent: str | None = None) -> str:
-        """A temporary folder for all processes of this machine, in `parent`, gone when the run ends."""
+        """Make a temporary folder in `parent` for all processes of this machine; it is deleted when the run ends."""
         key = f"folder/{kind}/{self.machine}"
         if self.is_local_main:
             folder = make_temporary_folder(kind, parent)
@@ -110,10 +111,10 @@ class Processes:
         return self._wait_for(key)
 
     def wait_for_all(self, what: str) -> None:
-        """Return once every process has come to `what`, each of which has its own name.
+        """Return once every process has called this with the same `what`, which must be unique in the run.
 
-        No collective runs meanwhile, so there is no time limit: one process may have hours of work more than another.
-        Raises ProcessLost where one is gone.
+        No collective is used, so there is no timeout: one process may have hours more work than another. Raises
+        ProcessLost if one has ended.
         """
         if self.store is None:
             return
@@ -135,11 +136,11 @@ class Processes:
         stops: bool,
         order: "Order | None" = None,
     ) -> tuple[Tensor, bool]:
-        """Add up the gradients of all processes; gives the losses of all, and whether one wants to stop.
+        """Sum the gradients of all processes; return the losses of all, and True if any process wants to stop.
 
         `losses` are those of this process's share of `num_losses` batches, in order; the result has all of them in
         order. One buffer and one reduction carry everything, in float32. A gradient that no process has stays None.
-        Raises RuntimeError where processes that have to do something in one `order` did not.
+        Raises RuntimeError if processes that share an `order` did different things.
         """
         if self.count == 1:
             return losses, stops
@@ -164,18 +165,18 @@ class Processes:
         return shared.clone(), is_there[-1]
 
     def _all_reduce(self, values: Tensor) -> None:
-        """Add up a tensor of all processes in place. Raises ProcessLost where one of them does not take part."""
+        """Sum a tensor over all processes in place. Raises ProcessLost if one of them does not take part."""
         try:
             torch.distributed.all_reduce(values)
         except RuntimeError as error:
             raise ProcessLost(f"{self.lost()} ({first_line(error)})") from error
 
     def lost(self) -> str:
-        """Which of the other processes has ended, and why, as far as that can be told; this one ends because of it."""
-        return self._found(LOOK_FOR_S) or "the connection to another process broke; its own lines say why"
+        """Return a sentence about the process that ended, as far as known; this one then ends because of it."""
+        return self._found(LOOK_FOR_S) or "the connection to another process broke; see its own log for the reason"
 
     def _found(self, num_looks: int) -> str | None:
-        """What has become of another process, looked for once a second; None where nothing is known."""
+        """Look for a lost process once a second; return a sentence about it, or None."""
         if self.heartbeat is None:
             return None
         for number in range(num_looks):
@@ -188,17 +189,17 @@ class Processes:
 
     @property
     def is_lost(self) -> bool:
-        """Whether another process is known to be gone: nothing that needs all of them will be any more."""
+        """True if another process is known to be lost: no collective will complete any more."""
         return self.heartbeat is not None and self.heartbeat.lost is not None
 
     def require_all(self) -> None:
-        """Raise ProcessLost where another process is known to be gone."""
+        """Raise ProcessLost if another process is known to be lost."""
         if self.heartbeat is not None and self.heartbeat.lost is not None:
             self.heartbeat.is_told = True
             raise ProcessLost(self.heartbeat.lost)
 
     def _wait_for(self, key: str) -> str:
-        """What another process says, once it does. Raises ProcessLost where one is gone."""
+        """Wait for a value from another process. Raises ProcessLost if one has ended."""
         assert self.store is not None
         pause = SHORT_SECONDS
         while not self.store.check([key]):
@@ -209,7 +210,7 @@ class Processes:
 
     @contextmanager
     def taking_part(self, *signals: type[Exception]) -> Iterator[None]:
-        """What a process does among the others, from its first word to them to its last; see `failures_told`."""
+        """Report failures to the other processes (see `failures_told`), and deregister at the end."""
         try:
             with self.failures_told(*signals):
                 yield
@@ -221,8 +222,8 @@ class Processes:
     def failures_told(self, *signals: type[Exception]) -> Iterator[None]:
         """Tell the other processes why this one ends.
 
-        Raises ProcessLost in place of what comes of another one's end: a broken connection, and the `signals` by which
-        a launcher ends all others then.
+        Raises ProcessLost instead of the consequences of another one's end: a broken connection, or the `signals` by
+        which a launcher then ends all others.
         """
         try:
             yield
@@ -234,7 +235,7 @@ class Processes:
             )
             if (is_broken or isinstance(error, signals)) and (found := self._found(LOOK_FOR_S if is_broken else 1)):
                 raise ProcessLost(f"{found} ({first_line(error)})") from error
-            with suppress(RuntimeError):  # the store may be gone
+            with suppress(RuntimeError):  # the store may be unreachable
                 if not self.store.check([f"failure/{self.rank}"]):
                     self.store.set(f"failure/{self.rank}", first_line(error))
                     if not isinstance(error, signals):
@@ -242,7 +243,7 @@ class Processes:
             raise
 
     def _let_others_hear(self) -> None:
-        """Stay until the others have ended too, a few seconds at most: the main process takes what was said with it."""
+        """Wait until the others have ended too, a few seconds at most: the store ends with the main process."""
         if self.rank != 0 or self.heartbeat is None or self.store is None:
             return
         end = time.monotonic() + HEARD_WITHIN_S
@@ -252,7 +253,7 @@ class Processes:
             others = [r for r in others if not (self.store.check([f"over/{r}"]) or self.store.check([f"failure/{r}"]))]
 
     def add_up(self, values: Tensor) -> Tensor:
-        """The sum of the tensors of all processes, each of which must call it; on the CPU."""
+        """Return the sum of the tensors of all processes, on the CPU; every process must call it."""
         if self.count == 1:
             return values
         total = values.to(self.device)
@@ -265,42 +266,41 @@ ALONE = Processes()
 
 @dataclass(frozen=True)
 class Order:
-    """What a process did, in order, that the others of its group have to do alike."""
+    """A digest of what a process did, which must be equal within its group."""
 
-    digest: int  # below 2**24, which float32 holds exactly
+    digest: int  # below 2**24, so that float32 holds it exactly
     group_size: int
 
     def require_same(self, digests: Sequence[float], rank: int) -> None:
-        """Raise RuntimeError where the group of `rank` has more than one of the digests of all processes."""
+        """Raise RuntimeError if the group of `rank` has more than one of the digests of all processes."""
         first = rank // self.group_size * self.group_size
         if len(set(digests[first : first + self.group_size])) > 1:
             raise RuntimeError(
                 "processes that share the base model (--shard_base) computed its blocks in different orders, so this "
-                "step has wrong weights; it moves nothing"
+                "step used wrong weights; its update was not applied"
             )
 
 
 class ProcessLost(UserError):
-    """Another process of the run has ended, so that this one cannot go on."""
+    """Another process of the run has ended, so that this one cannot continue."""
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in short."""
+    """Return an error's type and first line."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
 
 
 def of_accelerator(accelerator: Any) -> Processes:
-    """The processes that accelerate set up.
+    """Return the processes that accelerate set up.
 
-    Raises UserError for its configurations that this suite does not train with.
+    Raises UserError for accelerate configurations that are not supported.
     """
     kind = accelerator.distributed_type.name
     if kind not in PLAIN and fsdp_version() != 2:
         raise UserError(
-            f"accelerate is configured for {kind}, which spreads a model over processes; the base model is frozen here "
-            "and the adapter is small, so plain data-parallel training is what works: run `accelerate config` again "
-            f"without {kind}, or give --multi_gpu to accelerate launch. A base model that does not fit one card is "
-            "spread over several with --shard_base"
+            f"accelerate is configured for {kind}, but only plain data-parallel training is supported. Run `accelerate "
+            f"config` again without {kind}, or use accelerate launch --multi_gpu. To shard a base model that does not "
+            "fit one GPU, use --shard_base"
         )
     check_count(launched_count(), accelerator.num_processes)
     if accelerator.num_processes == 1:
@@ -351,18 +351,18 @@ def way_to_meet() -> str:
 
 
 def check_count(launched: int, count: int) -> None:
-    """Raise UserError where the launcher started other processes than accelerate brings together."""
+    """Raise UserError if accelerate connects fewer processes than the launcher started."""
     if launched == count:
         return
     if count == 1 and not torch.accelerator.is_available():
-        why = "torch sees no graphics card here, so they do not find each other"
-        way_out = "look what `nvidia-smi` says and whether this is torch's build for the card, or start one process"
+        why = "torch sees no GPU, so the processes cannot connect"
+        fix = "Run `nvidia-smi` and check that torch is built for this GPU"
     else:
-        why = "its configuration says otherwise"
-        way_out = "run `accelerate config` again, or start one process"
+        why = "its configuration differs"
+        fix = "Run `accelerate config` again"
     raise UserError(
-        f"the launcher started {launched} processes, but for accelerate {count} of them belong together: {why}. Each "
-        f"would train the whole run and write the same files; {way_out}: python3 instead of accelerate launch, or "
+        f"the launcher started {launched} processes, but accelerate connects only {count}: {why}. Each would train the "
+        f"whole run and write the same files. {fix}, or start one process: python3 instead of accelerate launch, or "
         "--num_processes 1"
     )
 

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar for people, and a word to whoever listens."""
+"""Progress of long work: a bar for people, and events for a listener."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,23 +12,23 @@ from library.launcher import launched_rank
 
 State = Literal["begin", "progress", "end"]
 Listener = Callable[[str, State, int, int], None]
-"""It is told (what, state, how many are done, of how many)."""
+"""A callback that gets (title, state, number done, total)."""
 
 LISTENER: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
 @dataclass
 class Bar:
-    """Counts what is done."""
+    """A progress bar's counter."""
 
     title: str
     total: int
-    shown: Any  # tqdm's bar
+    shown: Any  # the tqdm bar
     listener: Listener | None
     done: int = 0
 
     def update(self, count: int) -> None:
-        """`count` more are done."""
+        """Add `count` to what is done."""
         self.done += count
         self.shown.update(count)
         self.tell("progress")
@@ -40,7 +40,7 @@ class Bar:
 
 @contextmanager
 def progress_bar(title: str, total: int, leave: bool = True) -> Iterator[Bar]:
-    """A bar on standard error, in the main process; whoever `listening` has named hears of it too."""
+    """Show a bar on standard error in the main process, and report to the listener set by `listening`."""
     is_main = launched_rank() == 0
     with tqdm(total=total, desc=title, disable=not is_main, leave=leave, smoothing=0, dynamic_ncols=True) as shown:
         bar = Bar(title.rstrip("…"), total, shown, LISTENER.get() if is_main and total else None)
@@ -53,7 +53,7 @@ def progress_bar(title: str, total: int, leave: bool = True) -> Iterator[Bar]:
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Tell `listener` of the progress of what this thread does in the block."""
+    """Report the progress of this thread's work within the block to `listener`."""
     token = LISTENER.set(listener)
     try:
         yield

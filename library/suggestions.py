@@ -1,27 +1,27 @@
-"""Which known name, or file, a misspelt one comes near."""
+"""Suggestions of the known name or file nearest to a misspelt one."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 
-USUAL = 0.6  # the share of matching letters from which on a name counts as near
+USUAL = 0.6  # minimum share of matching letters of a near name
 
 
 def nearest_name(given: str, known: Iterable[str], least: float = USUAL) -> str | None:
-    """The known name that is nearest to `given`, whatever its case; None if none has `least` of its letters."""
+    """Return the known name nearest to `given`, ignoring case; None if none shares at least `least` of its letters."""
     by_lower_case = {name.lower(): name for name in known}
     near = get_close_matches(given.lower(), by_lower_case, n=1, cutoff=least)
     return by_lower_case[near[0]] if near else None
 
 
 def did_you_mean(given: str, known: Iterable[str], least: float = USUAL) -> str:
-    """What stands behind a name that nothing has: " (did you mean ...?)", or nothing."""
+    """Return " (did you mean ...?)" for an unknown name, or ""."""
     near = nearest_name(given, known, least)
     return f" (did you mean {near}?)" if near else ""
 
 
 def nearby(path: Path, is_folder: bool = False) -> str:
-    """A hint for a path that does not exist: the nearest name in its folder, or the part of it that exists.
+    """Return a hint for a path that does not exist: the nearest name in its folder, or the part of it that exists.
 
     With `is_folder`, only names of folders are suggested.
     """

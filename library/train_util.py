@@ -1,4 +1,4 @@
-"""What programs that import sd-scripts' library call by these names; nothing here calls it."""
+"""Functions of sd-scripts' library.train_util for programs that import it; nothing here calls them."""
 
 import argparse
 import logging
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def verify_command_line_training_args(args: argparse.Namespace) -> None:
-    """Warn of secrets on the command line where a tracker may publish that."""
+    """Warn of secrets on the command line if a tracker may publish it."""
     if args.log_with not in (None, "tensorboard"):
         for name in SECRETS:
             if getattr(args, name, None) is not None:
@@ -28,12 +28,12 @@ def verify_command_line_training_args(args: argparse.Namespace) -> None:
 
 
 def read_config_from_file(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The options of the process's command line above those of --config_file, where `args` name one."""
+    """Return the options of the command line merged over those of --config_file, if `args` name one."""
     return parse(parser) if args.config_file or args.output_config else args
 
 
 def prepare_dataset_args(args: argparse.Namespace, support_metadata: bool) -> None:
-    """Make pairs of numbers of --resolution and --face_crop_aug_range, and --caption_extension of its old spelling."""
+    """Parse pairs of numbers in --resolution and --face_crop_aug_range, and rename the misspelt --caption_extention."""
     if args.caption_extention is not None:
         args.caption_extension, args.caption_extention = args.caption_extention, None
     if isinstance(args.resolution, str):
@@ -44,14 +44,14 @@ def prepare_dataset_args(args: argparse.Namespace, support_metadata: bool) -> No
 
 
 def precalculate_safetensors_hashes(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> tuple[str, str]:
-    """`sshs_model_hash` and `sshs_legacy_hash` of a file of these tensors."""
+    """Return `sshs_model_hash` and `sshs_legacy_hash` of a file with these tensors."""
     from library.checkpoints.hashes import sshs_hashes
 
     return sshs_hashes(tensors, metadata)
 
 
 class BucketManager:
-    """Sorts pictures into buckets; sizes are (width, height) in pixels."""
+    """Assignment of images to buckets; sizes are (width, height) in pixels."""
 
     def __init__(
         self, no_upscale: bool, max_reso: Size | None, min_size: int | None, max_size: int | None, reso_steps: int
@@ -64,11 +64,11 @@ class BucketManager:
         self.buckets: list[list[Any]] = []
 
     def make_buckets(self) -> None:
-        """Lay the buckets down from which pictures are given the nearest."""
+        """Compute the bucket sizes from which `select_bucket` chooses."""
         self.predefined_resos = bucket_sizes(self.max_reso, self.min_size, self.max_size, self.reso_steps)
 
     def select_bucket(self, image_width: int, image_height: int) -> tuple[Size, Size, float]:
-        """(bucket, size that the picture is resized to before it is cut, error of the ratio) of a picture."""
+        """Return (bucket, size that the image is resized to before cropping, aspect ratio error) for an image."""
         picture = (image_width, image_height)
         if self.no_upscale:
             shape = shape_without_upscale(picture, self.max_reso, self.reso_steps)
@@ -77,17 +77,17 @@ class BucketManager:
         return bucket, cover(picture, bucket), ratio_error(bucket, picture)
 
     def add_image(self, reso: Size, image_or_info: Any) -> None:
-        """Put something into a bucket."""
+        """Add an entry to a bucket."""
         if reso not in self.resos:
             self.resos.append(reso)
             self.buckets.append([])
         self.buckets[self.resos.index(reso)].append(image_or_info)
 
     def sort(self) -> None:
-        """Bring the buckets into the order of their sizes."""
+        """Sort the buckets by size."""
         order = sorted(range(len(self.resos)), key=lambda i: self.resos[i])
         self.resos = [self.resos[i] for i in order]
         self.buckets = [self.buckets[i] for i in order]
 
 
-AS_IMPORTED = dict(globals())  # by which it is told what a program puts here that nothing uses
+AS_IMPORTED = dict(globals())  # to notice names that a program patches in without effect

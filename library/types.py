@@ -16,7 +16,7 @@ Conditioning = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Tokens:
-    """Captions as token ids, one entry for each text encoder."""
+    """Captions as token IDs, one entry per text encoder."""
 
     ids_BLT: tuple[Tensor, ...]
     weights_BLT: tuple[Tensor, ...] | None = None  # emphasis of --weighted_captions, 1.0 elsewhere
@@ -24,49 +24,49 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Concept:
-    """What a batch of a prompt teaches in place of pictures (LECO).
+    """A concept that a batch teaches by a prompt instead of images (LECO).
 
-    The adapted model draws the caption from pure noise, `num_denoised` of `num_steps` steps far and guided away from
-    `unconditional`. What it says there is to become what the base model says of `neutral`, moved `push` times the way
-    from what that says of `unconditional` to what it says of `positive`.
+    The adapted model denoises the caption from pure noise for `num_denoised` of `num_steps` steps, guided away from
+    `unconditional`. There its prediction is trained toward the base model's prediction for `neutral`, plus `push` times
+    the difference of those for `positive` and `unconditional`.
     """
 
     positive: str
     unconditional: str
     neutral: str
-    push: float  # below 0 away from it
-    multiplier: float  # how strongly the adapter acts meanwhile
+    push: float  # negative values push away
+    multiplier: float  # strength of the adapter meanwhile
     num_steps: int
     num_denoised: int
-    guidance: float  # of classifier-free guidance on the way; 1 is without
+    guidance: float  # classifier-free guidance scale during denoising; 1 disables it
 
 
 @dataclass(frozen=True)
 class Batch:
     """Samples of one bucket; what was not cached is None and computed in the step."""
 
-    keys: list[str]  # the pictures' paths, for messages
+    keys: list[str]  # the images' paths, for messages
     captions: list[str]
     pixels_BCHW: Tensor | None  # float32, -1..1
-    latents_BCHW: Tensor | None  # as the cache keeps them, before `LatentCodec.normalize`
+    latents_BCHW: Tensor | None  # as cached, before `LatentCodec.normalize`
     conditioning: Conditioning | None
     loss_weights_B: Tensor
     masks_B1HW: Tensor | None  # float32, 0..1, in pixels of the bucket
     sizes_B6: Tensor  # original height and width, crop top and left, target height and width
     attributes: list[Mapping[str, Any]]  # custom_attributes of the subset
-    crops_B2: Tensor | None = None  # where the pictures were really cut from the resized ones: top and left
-    concept: Concept | None = None  # where there are no pictures, and all captions are one
+    crops_B2: Tensor | None = None  # actual crop positions in the resized images: top and left
+    concept: Concept | None = None  # set if there are no images; all captions are then equal
 
     @property
     def height_width(self) -> tuple[int, int]:
-        """The pixels that all its pictures have."""
+        """The size in pixels of all its images."""
         height, width = self.sizes_B6[0, 4:].tolist()
         return int(height), int(width)
 
 
 @dataclass(frozen=True)
 class Noised:
-    """Latents on their way to noise."""
+    """Latents with noise added."""
 
     latents_BCHW: Tensor
     clean_BCHW: Tensor
@@ -77,18 +77,18 @@ class Noised:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One picture to draw during training, every setting filled in; None where the base model has no such setting."""
+    """One image to generate during training with all settings filled in; None if the base model has no such setting."""
 
     text: str
     negative: str
     width: int
     height: int
-    seed: int | None  # None: a stream of the run's own seed
+    seed: int | None  # None: derived from the run's seed
     num_steps: int
-    scale: float  # of classifier-free guidance; 1 and below are without
+    scale: float  # of classifier-free guidance; 1 and below disable it
     sampler: str | None  # a name of library.diffusion.samplers.SAMPLERS
-    guidance_scale: float | None  # what a guidance-distilled model is told
-    cfg_trunc_ratio: float | None  # the share of the steps, counted from the first, that have classifier-free guidance
-    renorm_cfg: float | None  # how many times as long as the unguided prediction the guided one may be; 0 is no limit
-    flow_shift: float | None  # how far the noise levels of a flow model lie toward pure noise
-    image_path: Path | None = None  # the picture that a model that inpaints paints anew in part
+    guidance_scale: float | None  # input of a guidance-distilled model
+    cfg_trunc_ratio: float | None  # share of the first steps that use classifier-free guidance
+    renorm_cfg: float | None  # limit of the guided prediction's norm, relative to the unguided one; 0: none
+    flow_shift: float | None  # shift of a flow model's noise levels toward pure noise
+    image_path: Path | None = None  # the image that an inpainting model repaints in part

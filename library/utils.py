@@ -1,11 +1,11 @@
-"""What programs that import sd-scripts' library call by these names; nothing here calls it."""
+"""Functions of sd-scripts' library.utils for programs that import it; nothing here calls them."""
 
 import argparse
 import logging
 
 
 def setup_logging(args: argparse.Namespace | None = None, log_level: str | None = None, reset: bool = False) -> None:
-    """Send log lines where the options of the console say; without `reset` only where they go nowhere yet."""
+    """Configure logging by the console options; without `reset` only if it is not configured yet."""
     from library.options.output.console import ConsoleOptions
     from library.training.command_line import console
 
@@ -20,4 +20,4 @@ def setup_logging(args: argparse.Namespace | None = None, log_level: str | None 
         root.setLevel(log_level)
 
 
-AS_IMPORTED = dict(globals())  # by which it is told what a program puts here that nothing uses
+AS_IMPORTED = dict(globals())  # to notice names that a program patches in without effect

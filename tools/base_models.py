@@ -1,4 +1,4 @@
-"""The checkpoints that adapters are merged into and extracted from, opened by what they are."""
+"""Checkpoints that adapters are merged into and extracted from, opened by recognising their base model."""
 
 from pathlib import Path
 
@@ -11,23 +11,23 @@ from networks.core.targets.targets import AdapterTargets, TargetModule, find_tar
 
 
 def open_base_model(flag: str, path: Path) -> BaseModel:
-    """Open a single file or a diffusers folder; of the files only headers are read.
+    """Open a single file or a diffusers folder; only headers of its files are read.
 
-    Raises UserError naming `flag` when it is missing, broken or of a kind that nothing is merged into.
+    Raises UserError naming `flag` if it is missing, broken or of an unsupported kind.
     """
     path = model_lookup.find_model(flag, str(path), (("unet",), ("text_encoder",)))
     return base_of_checkpoint(list_specs(), flag, path).open_for_merging(flag, path)
 
 
 def spec_for(base: BaseModel) -> BaseModelSpec:
-    """The spec of an opened checkpoint's base model."""
+    """Return the spec of an opened checkpoint's base model."""
     return spec_of(list_specs(), base.names.base)
 
 
 def find_adapter_targets(base: BaseModel, with_convolutions: bool) -> tuple[list[TargetModule], list[TargetModule]]:
-    """(text encoders, denoiser): the modules that networks.lora adapts, with conv_dim or not; on the meta device.
+    """Return (text encoders, denoiser): the modules that networks.lora targets, on the meta device.
 
-    Of base models whose checkpoints have no text encoders only the denoiser is looked at.
+    If a base model's checkpoints have no text encoders, only the denoiser's modules are returned.
     """
     encoders, denoiser = spec_for(base).seen_by_networks(base.path)
     targets = denoiser.adapter_targets

@@ -1,4 +1,4 @@
-"""--lbws of the commands that merge: for each adapter file a list of numbers by which the blocks of a U-Net count."""
+"""--lbws of the merging commands: for each adapter file a list of strengths by block of a U-Net."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def help_text() -> str:
-    """What --lbws takes, with the lengths that the base models have."""
+    """Return the help text of --lbws, with the list lengths of all base models."""
     lengths = [f"{lengths_of(spec)} for {spec.title}" for spec in list_specs() if spec.block_weights is not None]
     return (
         "a list for each file, such as [1,0,0,1,...]: strength by block, times --ratios, the first number for the text "
@@ -25,13 +25,13 @@ def help_text() -> str:
 
 
 def lengths_of(spec: BaseModelSpec) -> str:
-    """How many numbers a list of block weights may have."""
+    """Return the possible lengths of a list of block weights."""
     return " or ".join(str(len(names)) for names in spec.block_weights.lists) if spec.block_weights else "none"
 
 
 @dataclass(frozen=True)
 class BlockStrength:
-    """How much the modules of one base model count, by the block that they are in; 1 outside of the blocks named."""
+    """The strengths of one base model's modules by block; 1 outside of the named blocks."""
 
     spec: BaseModelSpec
     by_block: dict[str, float]
@@ -41,59 +41,60 @@ class BlockStrength:
         return 1.0 if block is None else self.by_block.get(block, 1.0)
 
     def block_of(self, name: str) -> str | None:
-        """The block of a module by its name in any naming; None outside of all."""
+        """Return the block of a module by its name in any naming; None outside of all blocks."""
         found, lists = self.spec.names.find(name), self.spec.block_weights
         assert lists is not None
         return None if found is None else lists.block_of(found.generic)
 
 
 def parse_lists(texts: Sequence[str] | None, num_files: int) -> list[tuple[float, ...]]:
-    """The lists of --lbws, none where it is not given. Raises UserError unless each file has one."""
+    """Parse the lists of --lbws, none if it is not set. Raises UserError unless each file has one."""
     if not texts:
         return []
     if len(texts) != num_files:
         raise UserError(
-            f"--lbws has {len(texts)} lists, but --models {num_files}; give one for each file, in quotes where it "
-            "has spaces"
+            f"--lbws has {len(texts)} lists, but --models {num_files}; use one for each file, in quotes if it "
+            "contains spaces"
         )
     return [parse_list(text) for text in texts]
 
 
 def parse_list(text: str) -> tuple[float, ...]:
-    """`[1, 0.5]` or `1,0.5` as numbers."""
+    """Parse `[1, 0.5]` or `1,0.5` to numbers."""
     try:
         found = parse_json(text if text.strip().startswith("[") else f"[{text}]")
     except ValueError:
         found = None
     if not isinstance(found, list) or not all(is_number(value) and isfinite(value) for value in found):
-        raise UserError(f'--lbws has "{text}", which is no list of numbers; write it as [1,0,0.5,...]')
+        raise UserError(f'--lbws has "{text}", which is not a list of numbers; write it as [1,0,0.5,...]')
     return tuple(float(value) for value in found)
 
 
 def strength_by_block(file: AdapterFile, spec: BaseModelSpec, numbers: tuple[float, ...]) -> Callable[[str], float]:
-    """How much each module of a file counts, by a list of --lbws.
+    """Return the strength of each module of a file by a list of --lbws.
 
-    Raises UserError where the base model has no such list; what the list does not reach is warned of.
+    Raises UserError if the base model has no such list; warns of modules that the list does not cover.
     """
     lists = spec.block_weights
     if lists is None:
         raise UserError(
-            f"--lbws names the blocks of a U-Net, but {file.origin} is for {spec.title}, which has none; leave it out"
+            f"--lbws names the blocks of a U-Net, but {file.origin} is for {spec.title}, which has none; remove it"
         )
     names = next((names for names in lists.lists if len(names) == len(numbers)), None)
     if names is None:
         raise UserError(
-            f"--lbws has a list of {len(numbers)} numbers; {file.origin} is for {spec.title}, give {lengths_of(spec)}"
+            f"--lbws has a list of {len(numbers)} numbers, but {file.origin} is for {spec.title}, "
+            f"which needs {lengths_of(spec)}"
         )
     strength = BlockStrength(spec, dict(zip(names, numbers, strict=True)))
     if not any(map(strength, file.modules)):
-        raise UserError(f"--lbws leaves out every module of {file.origin}; leave out the file or give other numbers")
+        raise UserError(f"--lbws gives every module of {file.origin} strength 0; remove the file or use other numbers")
     warn_of_the_rest(file, lists, strength)
     return strength
 
 
 def warn_of_the_rest(file: AdapterFile, lists: BlockWeights, strength: BlockStrength) -> None:
-    """Say which modules no number of a list reaches, and which numbers no module can have."""
+    """Warn of modules that a list does not cover, and of numbers without effect."""
     blocks = [strength.block_of(name) for name in file.modules]
     beyond = sorted({block or "outside of all blocks" for block in blocks if block not in strength.by_block})
     if beyond:
@@ -105,5 +106,5 @@ def warn_of_the_rest(file: AdapterFile, lists: BlockWeights, strength: BlockStre
     in_vain = [block for block, value in strength.by_block.items() if block in lists.missing and value not in (0, 1)]
     if in_vain:
         logger.warning(
-            "--lbws: the numbers for %s have no effect, %s lacks these blocks", ", ".join(in_vain), strength.spec.title
+            "--lbws: the numbers for %s have no effect: %s lacks these blocks", ", ".join(in_vain), strength.spec.title
         )

@@ -1,7 +1,7 @@
-"""Encode the pictures of a data set and keep the latents beside them, where the next training run finds them.
+"""Encode the images of a data set and store the latents beside them, where the next training run finds them.
 
-Takes the options of train_network.py; --sdxl and --flux those of the scripts for SDXL and FLUX.1, of which only --ae is
-needed.
+Takes the options of train_network.py; with --sdxl and --flux those of the scripts for SDXL and FLUX.1, of which only
+--ae is needed.
 """
 
 import argparse
@@ -37,25 +37,23 @@ from library.training.models.opening import open_accelerator
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """The options of the training scripts that share these commands, and --sdxl, --flux and --skip_existing."""
+    """Return the options of the training scripts that share these commands, with --sdxl, --flux and --skip_existing."""
     parser = build_parser(FluxOptions)
     add_missing(parser, SdxlOptions)
     parser.add_argument("--sdxl", action="store_true", help="the base model is SDXL")
     parser.add_argument("--flux", action="store_true", help="the base model is FLUX.1")
-    parser.add_argument(
-        "--skip_existing", action="store_true", help="trust files that are there by their name: --skip_cache_check"
-    )
+    parser.add_argument("--skip_existing", action="store_true", help="trust existing files by name: --skip_cache_check")
     return parser
 
 
 def read_options(args: argparse.Namespace, **values: bool) -> TrainOptions:
-    """The options of the script for the base model that is asked for, some of them with other values.
+    """Return the options of the requested base model's script, some of them with other values.
 
-    Raises UserError for what contradicts and for values that make no sense.
+    Raises UserError for contradictory and invalid values.
     """
     args = from_program(setup_parser(), args)
     if args.sdxl and args.flux:
-        raise UserError("--sdxl and --flux name two base models; leave one of them out")
+        raise UserError("--sdxl and --flux name two base models; remove one of them")
     kind: type[TrainOptions] = SdxlOptions if args.sdxl else FluxOptions if args.flux else TrainOptions
     skips = {"skip_cache_check": args.skip_existing or args.skip_cache_check}
     options = kind.from_args(argparse.Namespace(**{**vars(args), **skips, **values}))
@@ -64,14 +62,15 @@ def read_options(args: argparse.Namespace, **values: bool) -> TrainOptions:
 
 
 def build(options: TrainOptions) -> Architecture:
-    """The base model that the options are for."""
+    """Assemble the base model of the options."""
     if isinstance(options, FluxOptions):
         return flux.build(options)
     return sdxl.build(options) if isinstance(options, SdxlOptions) else sd.build(options)
 
 
 def open_vae(options: TrainOptions) -> tuple[LatentCodec, Callable[[], nn.Module]]:
-    """What latents look like, and a call that loads the VAE; of FLUX.1 without the rest of the model if it can be."""
+    """Return the latent codec and a function that loads the VAE; for FLUX.1 without the rest of the model if
+    possible."""
     if isinstance(options, FluxOptions) and options.flux.ae:
         return flux.CODEC, partial(load_ae, options.flux.ae, options)
     arch = build(options)
@@ -79,12 +78,12 @@ def open_vae(options: TrainOptions) -> tuple[LatentCodec, Callable[[], nn.Module
 
 
 def cache_to_disk(args: argparse.Namespace) -> None:
-    """Encode every picture whose cache file is missing or outdated. Raises UserError."""
+    """Encode every image whose cache file is missing or outdated. Raises UserError."""
     cache_pictures(args)
 
 
 def cache_pictures(args: argparse.Namespace, entries: Sequence[tuple[str, MetadataEntry]] | None = None) -> DataPlan:
-    """The same, and gives the pictures with their buckets; `entries` where the metadata file is read already."""
+    """Encode the images and return them with their buckets; `entries` are the metadata file if already read."""
     options = read_options(args, cache_latents=True, cache_latents_to_disk=True)
     processes = of_accelerator(open_accelerator(options))
     codec, load_vae = open_vae(options)
@@ -95,14 +94,14 @@ def cache_pictures(args: argparse.Namespace, entries: Sequence[tuple[str, Metada
 
 
 def run(action: Callable[[argparse.Namespace], None], argv: Sequence[str] | None) -> int:
-    """Parse, act, and give the exit status: 0 done, 1 ended by an error."""
+    """Parse, act, and return the exit status: 0 success, 1 error."""
     interruption = Interruption()
     interruption.install()
     args = parse(setup_parser(), argv)
     try:
         action(args)
     except Interrupted as error:
-        print(f"{error} received: the files that are complete stay", file=sys.stderr)
+        print(f"{error} received; complete files are kept", file=sys.stderr)
         return interruption.exit_status
     except Exception as error:
         report_error(error)

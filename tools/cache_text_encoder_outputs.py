@@ -1,7 +1,7 @@
-"""Encode the captions of a data set and keep the results beside the pictures, where the next training run finds them.
+"""Encode the captions of a data set and store the results beside the images, where the next training run finds them.
 
-Takes the options of sdxl_train_network.py with --sdxl and of flux_train_network.py with --flux: the outputs of the text
-encoders of Stable Diffusion 1.x and 2.x are not cached.
+Takes the options of sdxl_train_network.py with --sdxl and of flux_train_network.py with --flux: the text encoder
+outputs of Stable Diffusion 1.x and 2.x are not cached.
 """
 
 import argparse
@@ -30,8 +30,8 @@ def cache_to_disk(args: argparse.Namespace) -> None:
     arch = build(options)
     if arch.text_cache is None:
         raise UserError(
-            "give --sdxl or --flux: the outputs of Stable Diffusion 1.x's and 2.x's text encoder are not cached, it is "
-            "fast"
+            "use --sdxl or --flux: the text encoder outputs of Stable Diffusion 1.x and 2.x are not cached, because "
+            "their encoder is fast"
         )
     processes = of_accelerator(open_accelerator(options))
     compute = Compute.build(options.precision, processes.device)

@@ -1,7 +1,7 @@
-"""Look into an adapter file: ranks, alphas and norms by block, what is wrong with it, which programs will use it.
+"""Inspect an adapter file: ranks, alphas and norms by block, its problems, and which programs will use it.
 
-The norms are those of the factors and of the change they make, alpha / rank * up @ down. The exit status is 0 for a
-file that can be used and 1 for one that cannot: broken off, values that are not finite, halves of pairs missing.
+The norms are those of the factors and of their change, alpha / rank * up @ down. The exit status is 0 for a usable file
+and 1 for an unusable one: truncated, with values that are not finite, or with halves of pairs missing.
 """
 
 import argparse
@@ -49,7 +49,7 @@ EXAMPLES = """\
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that is known about a file."""
+    """The facts about a file."""
 
     origin: str
     base: str | None
@@ -58,11 +58,11 @@ class Report:
     blocks: list[BlockFacts]
     programs: tuple[Reading, ...]
     problems: list[str]  # the file cannot be used
-    warnings: list[str]  # it can, but something is odd
+    warnings: list[str]  # the file can be used, but is unusual
 
 
 def check(path: Path) -> Report:
-    """Read a file and judge it. Raises UserError when it cannot be read."""
+    """Read and judge a file. Raises UserError if it cannot be read."""
     origin = str(path)
     path = file_in_folder(path, origin)
     return judge(load_state_dict(path), read_metadata(path), origin, peft_settings(path))
@@ -91,10 +91,10 @@ def judge(
         else:
             found.append(wrong)
     if len(modules) == len(lone):
-        found.append(f"there are no weights of an adapter (first keys: {', '.join(list(tensors)[:3]) or 'none'})")
+        found.append(f"the file contains no adapter weights (first keys: {', '.join(list(tensors)[:3]) or 'none'})")
     warnings = list(oddities(list(modules.values()), facts, unknown, base))
     if lone and len(modules) > len(lone):
-        warnings.append(f"alphas without weights, which change nothing: {some_keys(lone)}")
+        warnings.append(f"alphas without weights, which have no effect: {some_keys(lone)}")
     name = base.name if base else None
     alphas = {key: float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha") and tensor.numel() == 1}
     programs = readings(specs, shapes, metadata, alphas)
@@ -104,11 +104,11 @@ def judge(
 def oddities(
     modules: Sequence[ModuleWeights], facts: Sequence[ModuleFacts], unknown: Sequence[str], base: BaseModelSpec | None
 ) -> Iterator[str]:
-    """What a user should know about a usable file."""
+    """Yield what a user should know about a usable file."""
     if unknown:
         yield f"keys that belong to no adapter: {some_keys(unknown)}"
     if base is None:
-        yield "the keys do not tell which base model the file is for"
+        yield "the base model cannot be recognised from the keys"
     else:
         strangers = [module.name for module in modules if base.names.find(module.name) is None]
         if strangers:
@@ -119,7 +119,7 @@ def oddities(
 
 
 def as_json(report: Report) -> str:
-    """The report as JSON; numbers that are not finite are null."""
+    """Format the report as JSON; numbers that are not finite become null."""
     content = asdict(report)
     content["programs"] = [
         {
@@ -138,7 +138,7 @@ def as_json(report: Report) -> str:
 
 
 def finite(value: Any) -> Any:
-    """The same with None for numbers that JSON lacks."""
+    """Replace numbers that JSON does not support by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -147,7 +147,7 @@ def finite(value: Any) -> Any:
 
 
 def as_text(report: Report) -> Iterator[str]:
-    """The report in lines."""
+    """Yield the report line by line."""
     base = "unknown base model" if report.base is None else spec_of(list_specs(), report.base).title
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in report.dtypes.items())
     yield f"{report.origin}: {sum(report.dtypes.values())} keys ({dtypes}), {len(report.modules)} modules, {base}"
@@ -159,7 +159,7 @@ def as_text(report: Report) -> Iterator[str]:
 
 
 def block_table(blocks: Sequence[BlockFacts]) -> Iterator[str]:
-    """One line per block under one heading per part."""
+    """Yield one line per block, with one heading per part."""
     width = max((len(block.block) for block in blocks), default=0)
     for part in dict.fromkeys(block.part for block in blocks):
         yield f"{part}:"
@@ -177,7 +177,7 @@ def listed(numbers: Sequence[float]) -> str:
 
 
 def list_keys(path: Path) -> Iterator[str]:
-    """Every key with its dtype, shape and norm."""
+    """Yield every key with its dtype, shape and norm."""
     for key, tensor in read_adapters(path).items():
         dtype = str(tensor.dtype).removeprefix("torch.")
         yield f"{key} {dtype} {list(tensor.shape)} norm {float(tensor.double().norm()):.4g}"
@@ -187,8 +187,8 @@ def setup_parser() -> argparse.ArgumentParser:
     """Return the command's options."""
     parser = make_parser(__doc__, EXAMPLES)
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", type=Path, help="the adapter file, or folder by PEFT")
-    which.add_argument("file", type=Path, nargs="?", help="the same, without the option's name")
+    which.add_argument("--model", type=Path, help="the adapter file, or a folder saved by PEFT")
+    which.add_argument("file", type=Path, nargs="?", help="the same, as a positional argument")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--json", action="store_true", help="print everything as JSON, single modules included")
     how.add_argument("-s", "--show_all_keys", action="store_true", help="also list every key: dtype, shape, norm")
@@ -196,7 +196,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 def print_report(args: argparse.Namespace) -> list[str]:
-    """Print what was found and return the problems."""
+    """Print the report and return the problems."""
     path = args.model or args.file
     report = check(path)
     if args.json:

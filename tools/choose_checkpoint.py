@@ -1,5 +1,5 @@
-"""Measure saved adapter files on the pictures that are set aside, all with the same noise, from one load of the base
-model, and say which file to keep. The options of the training say which model and pictures these are."""
+"""Measure saved adapter files on the held-out images, all with the same noise and one load of the base model, and
+choose the file to keep. The training options determine the model and the images."""
 
 import argparse
 import importlib
@@ -50,7 +50,7 @@ EXAMPLES = """\
 
 def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EXAMPLES)
-    parser.allow_abbrev = False  # an abbreviation is one of an option of the training
+    parser.allow_abbrev = False  # abbreviations refer to training options
     parser.add_argument("--script", required=True, help="training script, such as train_network.py")
     parser.add_argument(
         "--files", "--models", type=Path, nargs="+", help="adapter files; unset: all of the run in --output_dir"
@@ -60,21 +60,21 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 def seed_of(options: TrainOptions, files: Sequence[Path]) -> int:
-    """--seed, else that which the files were trained with; it decides which pictures are set aside.
+    """Return --seed, or else the seed recorded in the files; it determines the held-out images.
 
-    Raises UserError where neither says it.
+    Raises UserError if there is none.
     """
     if options.run.seed is not None:
         return options.run.seed
     found = {read_metadata(path).get("ss_seed", "") for path in files}
     if len(found) != 1 or not (text := found.pop()).isdigit():
-        raise UserError("--seed is not set and the files name none in common; give that of the training")
-    logger.info("no --seed given: using --seed %s of the files", text)
+        raise UserError("--seed is not set and the files do not share one; use that of the training")
+    logger.info("--seed is not set: using %s from the files", text)
     return int(text)
 
 
 def warn_of_other_splits(options: TrainOptions, files: Sequence[Path], seed: int) -> None:
-    """Say which files may have trained on the pictures that are set aside here."""
+    """Warn of files that may have been trained on the images held out here."""
     wanted = seed if options.validation.validation_seed is None else options.validation.validation_seed
     for path in files:
         told = read_metadata(path)
@@ -85,14 +85,14 @@ def warn_of_other_splits(options: TrainOptions, files: Sequence[Path], seed: int
         share = options.validation.validation_split
         if float(told["ss_validation_split"]) != share or own != str(wanted):
             text = (
-                "%s was trained with --validation_split %s and the seed %s, here they are %g and %d: it may have been "
-                "trained on pictures that are measured"
+                "%s was trained with --validation_split %s and seed %s, but here they are %g and %d: it may have been "
+                "trained on images that are measured"
             )
             logger.warning(text, path.name, told["ss_validation_split"], own, share, wanted)
 
 
 def measured_files(sides: Sides, found: Sequence[FileLosses]) -> list[Measured]:
-    """The files with their losses by picture, the base model first."""
+    """Return the files with their losses by image, the base model first."""
     unseen = sides.held_out or sides.mirrored
     is_held_out = sides.held_out is not None
 
@@ -121,7 +121,7 @@ def measured_files(sides: Sides, found: Sequence[FileLosses]) -> list[Measured]:
 
 
 def keep(choice: events.Choice, options: TrainOptions) -> None:
-    """Add the choice to the events and the report of the run, where it has them."""
+    """Add the choice to the run's events and report, if they exist."""
     line = plain(choice.as_line(time.time()))
     if (path := options.reports.log_events) and path != "-":
         file = open_event_file(Path(path), goes_on=True)
@@ -130,11 +130,12 @@ def keep(choice: events.Choice, options: TrainOptions) -> None:
     if options.saving.output_dir and (report := Names.build(options.saving).of_report()).is_file():
         with run_lock(options):
             add_event(report, line)
-        logger.info("%s shows it too", report)
+        logger.info("updated %s", report)
 
 
 def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
-    """Raises UserError for options that are wrong, and for files that do not fit the base model."""
+    """Measure the files and print the choice. Raises UserError for invalid options, and for files of another base
+    model."""
     card = spec_of_script(args.script)
     parser = importlib.import_module(args.script.removesuffix(".py")).setup_parser()
     options = for_measuring(card.options.from_args(parse(parser, training)))
@@ -143,7 +144,7 @@ def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
     files = sorted(chosen_files(args.files, options), key=lambda path: (steps_of(path), told_path(path).name))
     files = without_copies(files)
     if options.dataset.dataset_class:
-        raise UserError("--dataset_class: its pictures are not known one by one, so none can be measured again")
+        raise UserError("--dataset_class: its images are not listed, so none can be measured again")
     seed = seed_of(options, files)
     warn_of_other_splits(options, files, seed)
     arch = card.build(options)
@@ -151,7 +152,7 @@ def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
     sides, losses = losses_of_files(options, arch, plan, seed, [None, *files], own_device())
     choice = choice_of(measured_files(sides, list(losses)), is_held_out=sides.held_out is not None)
     if choice is None:
-        raise UserError("the loss of every file is not a number; --mixed_precision bf16 or no is wider than fp16")
+        raise UserError("the loss of every file is NaN; use --mixed_precision bf16 or no")
     for text in table_of(choice):
         print(text)
     print(format_choice(choice))

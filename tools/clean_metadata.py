@@ -1,8 +1,8 @@
-"""Clean the tags and captions of a metadata file of drawings, as taggers and caption models write them.
+"""Clean tags and captions of drawings in a metadata file, as taggers and caption models write them.
 
-Tags: underscores become spaces, ratings go, and so does a tag that another one says more exactly ("shirt" beside "white
-shirt"). Where several people are in the picture, hair, eyes, sleeves and hairstyles that are there more than once go,
-since nobody can tell whose they are. Captions: "a cartoon lady" and the like become "a girl".
+Tags: underscores become spaces; ratings are removed, and so are tags that another one includes ("shirt" with "white
+shirt"). With several people in the image, repeated hair, eyes, sleeves and hairstyles are removed, because nothing
+tells whose they are. Captions: "a cartoon lady" and the like become "a girl".
 """
 
 import argparse
@@ -32,8 +32,8 @@ OF_ONE_PERSON = (
         r"ponytail|braid|ahoge|twintails|sidelocks|two side up|two tails|[\w-]+ braid|[\w-]+ bun|single (hair|side) bun"
     ),
 )
-SAID_AGAIN = re.compile(r"[\w-]+|hair ornament")  # tags that a longer one can say too
-UNDERSCORE = re.compile(r"(?<!\^)_|_(?!\^)")  # but the one of a face, ^_^
+SAID_AGAIN = re.compile(r"[\w-]+|hair ornament")  # tags that a longer one can include
+UNDERSCORE = re.compile(r"(?<!\^)_|_(?!\^)")  # except in the emoticon ^_^
 
 DRAWN, PEOPLE = "(?:anime|cartoon)", "(?:lady|female|woman|person)"
 CAPTION_RULES = tuple(
@@ -58,7 +58,7 @@ EXAMPLES = """\
 
 
 def clean_tags(text: str) -> str:
-    """The tags that are worth learning, with commas between them."""
+    """Return the tags worth learning, separated by commas."""
     tags = [tag.strip() for tag in UNDERSCORE.sub(" ", text).split(",") if tag.strip()]
     end = next((i for i, tag in enumerate(tags) if i and tag.startswith("rating")), len(tags))
     tags = tags[:end]
@@ -69,12 +69,12 @@ def clean_tags(text: str) -> str:
 
 
 def is_more_exact(other: str, tag: str) -> bool:
-    """Whether a tag is another one with words before it."""
+    """Return True if `other` is `tag` with words before it."""
     return re.fullmatch(rf"(\w+ )+{re.escape(tag)}", other) is not None
 
 
 def without_attributes(tags: Sequence[str]) -> list[str]:
-    """The tags of several people without attributes that are there more than once; one length of hair may be all's."""
+    """Remove repeated attributes from the tags of several people; a single hair length may apply to all."""
     left = list(tags)
     for pattern in OF_ONE_PERSON:
         found = [tag for tag in left if pattern.fullmatch(tag)]
@@ -85,7 +85,7 @@ def without_attributes(tags: Sequence[str]) -> list[str]:
 
 
 def clean_caption(text: str) -> str:
-    """The caption with one word for all who are drawn; each rule is used until it changes nothing."""
+    """Replace the terms for drawn people by one word; each rule is applied until nothing changes."""
     for pattern, new in CAPTION_RULES:
         while (changed := pattern.sub(new, text)) != text:
             text = changed
@@ -96,9 +96,9 @@ CLEANERS: dict[str, Callable[[str], str]] = {"tags": clean_tags, "caption": clea
 
 
 def clean(args: argparse.Namespace) -> None:
-    """Read, clean and write; what lacks tags or a caption is counted."""
-    if args.old_out_json is not None:  # as this command was called when it had a folder before the two files
-        logger.warning("%s has no effect: whatever the metadata file has is cleaned", args.in_json)
+    """Read, clean and write; count entries without tags or caption."""
+    if args.old_out_json is not None:  # older form of this command, with a folder before the two files
+        logger.warning("%s has no effect: all entries of the metadata file are cleaned", args.in_json)
         args.in_json, args.out_json = args.out_json, args.old_out_json
     check_name(args.out_json)
     table = read_table(str(args.in_json))
@@ -117,7 +117,7 @@ def clean(args: argparse.Namespace) -> None:
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """The command's options."""
+    """Return the command's options."""
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("in_json", type=Path, help="the metadata file to read")
     parser.add_argument("out_json", type=Path, help="the metadata file to write")

@@ -1,4 +1,4 @@
-"""What the commands for adapter files share: options, dtypes, and how they start and fail."""
+"""Common options, dtypes, start and error handling of the commands for adapter files."""
 
 import argparse
 import logging
@@ -27,14 +27,14 @@ FILE_PRECISIONS = {
     **dict.fromkeys(("fp8", "fp8_e4m3fn", "float8_e4m3fn"), torch.float8_e4m3fn),
     **dict.fromkeys(("fp8_e5m2", "float8_e5m2"), torch.float8_e5m2),
 }
-"""Precisions of whole checkpoints by the words that programs have for them."""
+"""Precisions of whole checkpoints by the words that programs use for them."""
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".sft")
 
 
 def run(
     parser: argparse.ArgumentParser, action: Callable[[argparse.Namespace], None], argv: Sequence[str] | None
 ) -> int:
-    """Parse, act, and give the exit status: 0 done, 1 for what the user can put right, 130 when interrupted."""
+    """Parse, act, and return the exit status: 0 success, 1 user error, 130 interrupted."""
     args = parser.parse_args(argv)
     setup_plain_logging()
     try:
@@ -44,19 +44,19 @@ def run(
         print(f"error: {escape_controls(str(error), keep=LINES)}", file=sys.stderr)
         return 1
     except OSError as error:
-        if error.errno is None or error.filename is None:  # nothing that the operating system refused
+        if error.errno is None or error.filename is None:  # not an error of the operating system
             raise
         print(f"error: {escape_controls(str(error), keep=LINES)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; nothing was written half", file=sys.stderr)
+        print("stopped; no partial file was written", file=sys.stderr)
         return 130
     return 0
 
 
 def completed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
-    """The options of a program that calls a command as a function: what it leaves out has its default, paths may be
-    text."""
+    """Complete the options of a program that calls a command as a function: missing ones get defaults, paths may be
+    strings."""
     values = {action.dest: getattr(args, action.dest, action.default) for action in parser._actions}
     for action in parser._actions:
         value = values[action.dest]
@@ -66,7 +66,7 @@ def completed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argp
 
 
 def make_parser(description: str | None, examples: str) -> argparse.ArgumentParser:
-    """A parser with --version whose help ends with examples."""
+    """Return a parser with --version whose help ends with examples."""
     return add_version(
         argparse.ArgumentParser(
             description=description,
@@ -77,23 +77,23 @@ def make_parser(description: str | None, examples: str) -> argparse.ArgumentPars
 
 
 def add_save_precision(parser: argparse.ArgumentParser, unset: str) -> None:
-    """--save_precision; `unset` says what happens without it."""
+    """Add --save_precision; `unset` describes the default."""
     parser.add_argument("--save_precision", choices=tuple(SAVE_DTYPES), help=f"precision of the file; unset: {unset}")
 
 
 def add_file_precision(parser: argparse.ArgumentParser) -> None:
-    """Add --save_precision for a checkpoint, which takes any of the words of `FILE_PRECISIONS`."""
+    """Add --save_precision for a checkpoint, which accepts all words of `FILE_PRECISIONS`."""
     parser.add_argument(
         "--save_precision", help="precision of the file: float32, fp16, bf16, fp8 ...; unset: that of each tensor"
     )
 
 
 def dtype_of_file(name: str | None) -> torch.dtype | None:
-    """Return the dtype of a value of --save_precision. Raises UserError for one that is not known."""
+    """Return the dtype of a value of --save_precision. Raises UserError for an unknown one."""
     if name is None:
         return None
     if name.lower() not in FILE_PRECISIONS:
-        raise UserError(f"--save_precision is {name}; known are {', '.join(FILE_PRECISIONS)}")
+        raise UserError(f"--save_precision is {name}; use one of {', '.join(FILE_PRECISIONS)}")
     return FILE_PRECISIONS[name.lower()]
 
 
@@ -102,61 +102,59 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
-    """The dtype of a precision on the command line."""
+    """Return the dtype of a precision on the command line."""
     return None if name is None else SAVE_DTYPES[name]
 
 
 def check_output(flag: str, path: Path, inputs: Iterable[Path | None] = ()) -> None:
-    """Raise UserError unless the extension says how to write the file, and nothing is in the way of it."""
+    """Raise UserError unless the extension determines the format and the file can be written."""
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"{flag} {path}: the name must end in one of {', '.join(SUFFIXES)}, which chooses the format")
     check_place(flag, path, inputs)
 
 
 def check_safetensors_output(flag: str, path: Path, inputs: Iterable[Path | None] = ()) -> None:
-    """The same where safetensors is the one format."""
+    """Raise UserError unless the file can be written as safetensors, the only format."""
     if not is_safetensors(path):
-        raise UserError(f"{flag} {path}: the name must end in {' or '.join(SAFETENSORS_SUFFIXES)}, the one format here")
+        raise UserError(f"{flag} {path}: the name must end in {' or '.join(SAFETENSORS_SUFFIXES)}, the only format")
     check_place(flag, path, inputs)
 
 
 def check_place(flag: str, path: Path, inputs: Iterable[Path | None] = ()) -> None:
-    """Raise UserError where no file of this name can be written, or one of `inputs` would be lost by it."""
+    """Raise UserError if no file of this name can be written, or one of `inputs` would be overwritten."""
     if path.is_dir():
-        raise UserError(f"{flag} {path} is a folder; give the name of a file")
+        raise UserError(f"{flag} {path} is a folder; use the name of a file")
     check_not_input(flag, path, inputs)
     check_folder(flag, path)
 
 
 def check_new_folder(flag: str, path: Path) -> None:
-    """Raise UserError unless a folder can be made there."""
+    """Raise UserError unless a folder can be created there."""
     if path.exists():
-        raise UserError(f"{flag} {path} exists already; name a folder that does not")
+        raise UserError(f"{flag} {path} already exists; use the name of a new folder")
     check_folder(flag, path)
 
 
 def check_folder(flag: str, path: Path) -> None:
-    """Raise UserError where nothing can be written beside `path`; folders that are missing will be made."""
+    """Raise UserError if nothing can be written beside `path`; missing folders will be created."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir():
-        raise UserError(f"{flag} {path}: {folder} is a file, in which nothing can lie; give another folder")
+        raise UserError(f"{flag} {path}: {folder} is a file, not a folder; use another folder")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(
-            f"{flag} {path}: nothing may be written into {folder}; change its rights, or give another folder"
-        )
+        raise UserError(f"{flag} {path}: {folder} is not writable; change its permissions, or use another folder")
 
 
 def device_of(name: str) -> torch.device:
-    """The device to compute on. Raises UserError when it cannot be used."""
+    """Return the device to compute on. Raises UserError if it cannot be used."""
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--device {name} cannot be used ({reason}); use cpu, or cuda where there is a card") from None
+        raise UserError(f"--device {name} cannot be used ({reason}); use cpu, or cuda if there is a GPU") from None
     return device
 
 
 def with_comment(old: str | None, comment: str) -> str:
-    """`ss_training_comment` with what a tool did in front."""
+    """Prepend a tool's remark to `ss_training_comment`."""
     return f"{comment}; {old}" if old and old != "None" else comment

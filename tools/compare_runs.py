@@ -1,5 +1,5 @@
-"""Compare runs on one HTML page: what differs in their options, data and versions, losses on one axis, previews side by
-side. A run is its folder, its report, or a file that --log_events wrote."""
+"""Compare runs on one HTML page: differences in options, data and versions, losses on one axis, previews side by side.
+A run is its folder, its report, or a file written by --log_events."""
 
 import argparse
 import logging
@@ -23,7 +23,7 @@ EXAMPLE = "  python3 tools/compare_runs.py output/cat_rank8 output/cat_rank32 --
 
 def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EXAMPLE)
-    parser.add_argument("runs", type=Path, nargs="+", help="folders, reports, or files of events; two or more")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders, reports, or event files; two or more")
     parser.add_argument(
         "--output", type=Path, default=Path("comparison.html"), help="HTML file to write (default: comparison.html)"
     )
@@ -31,7 +31,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Raises UserError for a run that cannot be read."""
+    """Write the page. Raises UserError for a run that cannot be read."""
     page = comparison_of(args.runs)
     check_overwrite("--output", args.output, REPORT, [file_of_run(path) for path in args.runs])
     write_page(args.output, page)

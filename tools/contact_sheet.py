@@ -1,5 +1,5 @@
-"""Draw a contact sheet: the same prompts and seeds with several adapter files and without one, from one load of the
-base model. The options of the training say which model that is and how it is stored."""
+"""Generate a contact sheet: the same prompts and seeds with several adapter files and without one, from one load of the
+base model. The training options determine the model and how it is stored."""
 
 import argparse
 import importlib
@@ -42,25 +42,25 @@ EXAMPLES = """\
 
 def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EXAMPLES)
-    parser.allow_abbrev = False  # an abbreviation is one of an option of the training
+    parser.allow_abbrev = False  # abbreviations refer to training options
     parser.add_argument("--script", required=True, help="training script, such as train_network.py")
     parser.add_argument("--files", type=Path, nargs="+", help="adapter files; unset: all of the run in --output_dir")
     parser.add_argument("--seeds", type=int, nargs="+", help="seeds of each prompt; unset: its own, else 1")
     parser.add_argument("--sheet", type=Path, help="PNG to write; unset: <output_name>-sheet.png in --output_dir")
-    parser.add_argument("--side", type=int, default=256, help="most pixels of a picture in the sheet (default: 256)")
+    parser.add_argument("--side", type=int, default=256, help="largest side of an image, in pixels (default: 256)")
     parser.epilog = f"all other options are those of the training.\n\n{parser.epilog}"
     return parser
 
 
 def labels_of(files: Sequence[Path]) -> list[str]:
-    """What stands beside each row of the sheet, the one without an adapter first."""
+    """Return the label of each row, the one without an adapter first."""
     return ["without an adapter", *(told_path(path).name.removesuffix(path.suffix) for path in files)]
 
 
 def chosen_files(named: list[Path] | None, options: TrainOptions) -> list[Path]:
-    """The files that --files names, PEFT's in its folders, else the adapter files of the run in --output_dir.
+    """Return the files of --files, including PEFT's in folders, or else the adapter files of the run in --output_dir.
 
-    Raises UserError for none.
+    Raises UserError if there are none.
     """
     for path in named or ():
         if not path.exists():
@@ -68,27 +68,27 @@ def chosen_files(named: list[Path] | None, options: TrainOptions) -> list[Path]:
     if named:
         return [file_in_folder(path, f"--files {path}") for path in named]
     if not options.saving.output_dir:
-        raise UserError("--files names no adapter files, and --output_dir no folder to look for them in")
+        raise UserError("no adapter files: set --files, or --output_dir to search for them")
     names = Names.build(options.saving)
     found = files_of_run(names)
     if not found:
-        raise UserError(f"--output_dir {names.folder} holds no adapter files of this name; name some with --files")
+        raise UserError(f"--output_dir {names.folder} contains no adapter files of this name; list some with --files")
     return found
 
 
 def own_device() -> torch.device:
-    """The accelerator of this machine, else the CPU."""
+    """Return the accelerator of this machine, else the CPU."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return torch.device("cpu") if device is None else device
 
 
 def columns_of(prompts: Sequence[Prompt], seeds: Sequence[int] | None) -> list[Prompt]:
-    """Each prompt with each seed."""
+    """Return each prompt with each seed."""
     return [replace(p, seed=seed) for p in prompts for seed in seeds or [1 if p.seed is None else p.seed]]
 
 
 def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
-    """Raises UserError for options that are wrong, and for files that do not fit the base model."""
+    """Generate the sheet. Raises UserError for invalid options, and for files of another base model."""
     card = spec_of_script(args.script)
     parser = importlib.import_module(args.script.removesuffix(".py")).setup_parser()
     options = card.options.from_args(parse(parser, training))
@@ -97,11 +97,11 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     if args.side < 1:
         raise UserError(f"--side is {args.side}; use at least 1")
     if not options.preview.sample_prompts:
-        raise UserError("--sample_prompts names no prompts to draw")
+        raise UserError("--sample_prompts contains no prompts")
     files = without_copies(chosen_files(args.files, options))
     target = args.sheet or Names.build(options.saving).of_sheet() if options.saving.output_dir else args.sheet
     if target is None:
-        raise UserError("--sheet is not set; name the PNG to write, or give --output_dir")
+        raise UserError("--sheet is not set; set the PNG to write, or --output_dir")
     check_overwrite("--sheet", target, PNG, [*files, Path(options.preview.sample_prompts)])
     arch = card.build(options)
     specs = read_prompts(Path(options.preview.sample_prompts))
@@ -115,7 +115,7 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     if options.saving.output_dir and (report := Names.build(options.saving).of_report()).is_file():
         with run_lock(options):
             add_sheet(report, data_url_of(sheet, *LARGEST_IN_REPORT))
-        logger.info("%s shows it too", report)
+        logger.info("updated %s", report)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""The path under which other programs start tools/convert_stable_diffusion.py."""
+"""Alias of tools/convert_stable_diffusion.py for other programs."""
 
 import sys
 from pathlib import Path

@@ -1,6 +1,7 @@
-"""Write FLUX.1's or Chroma's transformer from diffusers' folder as one file in the original layout.
+"""Convert FLUX.1's or Chroma's transformer from a diffusers folder to one file in the original layout.
 
-Its weights are the same: q, k and v, which diffusers has apart, lie below each other in one tensor, under other names.
+The weights are the same, except that q, k and v, separate in diffusers, are stacked in one tensor, and that names
+differ.
 """
 
 import argparse
@@ -33,7 +34,7 @@ EXAMPLES = """\
 
 
 def open_transformer(path: Path) -> Weights:
-    """The transformer of a diffusers folder, of its own folder, or of its file, under the original names.
+    """Open the transformer of a diffusers folder, of its own folder, or of its file, under the original names.
 
     Raises UserError for one that is missing, incomplete or of another model.
     """
@@ -45,19 +46,19 @@ def open_transformer(path: Path) -> Weights:
         weights = model_lookup.open_file(FLAG, index_of(path) if PIECE.search(path.name) else path)
     if DIFFUSERS_MARK not in weights.shapes:
         first = first_names(weights)
-        raise UserError(f"{FLAG} {path} is no FLUX.1 transformer in diffusers' layout (first names: {first})")
+        raise UserError(f"{FLAG} {path} is not a FLUX.1 transformer in diffusers' layout (first names: {first})")
     original = from_diffusers(weights)
     spec = base_of_file(list_specs(), original.shapes)
     if spec is None or spec.name not in MODELS:
-        raise UserError(f"{FLAG} {path} is {'of no model that is known' if spec is None else f'{spec.called} model'}")
+        raise UserError(f"{FLAG} {path} is {'of an unknown model' if spec is None else f'{spec.called} model'}")
     strangers = sorted(set(original.shapes) - set(our_keys(weights.shapes)))
     if strangers:
-        raise UserError(f"{FLAG} {path}: {strangers[0]} has no place in the original layout; it is another variant")
+        raise UserError(f"{FLAG} {path}: {strangers[0]} does not exist in the original layout; this is another variant")
     return original
 
 
 def index_of(piece: Path) -> Path:
-    """The index of a checkpoint in several files, one of which is given. Raises UserError where it is not there."""
+    """Return the index of a checkpoint in several files, one of which is given. Raises UserError if it is missing."""
     index = piece.with_name(PIECE.sub(r"\1.index.json", piece.name))
     if not index.is_file():
         raise UserError(f"{FLAG} {piece} is one of several files, and {index.name} is not beside it; download it too")
@@ -65,17 +66,17 @@ def index_of(piece: Path) -> Path:
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """The command's options."""
+    """Return the command's options."""
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument(FLAG, type=Path, required=True, help="a diffusers folder, its transformer's folder, or a file")
     parser.add_argument("--save_to", type=Path, required=True, help="the .safetensors file to write")
-    parser.add_argument("--mem_eff_load_save", action="store_true", help="has no effect: weights are read one by one")
+    parser.add_argument("--mem_eff_load_save", action="store_true", help="has no effect: this is always on")
     add_file_precision(parser)
     return parser
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Read, rename and write."""
+    """Read, rename and write the weights."""
     check_safetensors_output("--save_to", args.save_to, [args.diffusers_path])
     dtype = dtype_of_file(args.save_precision)
     weights = open_transformer(args.diffusers_path)

@@ -1,6 +1,6 @@
-"""Rename the keys of an adapter file for ComfyUI, as two commands of sd-scripts do that have doors in networks/.
+"""Rename the keys of an adapter file for ComfyUI, like two commands of sd-scripts that have modules in networks/.
 
-tools/convert_lora.py is the command to type; it knows all base models and namings.
+tools/convert_lora.py is the command for users; it supports all base models and namings.
 """
 
 import argparse
@@ -16,9 +16,10 @@ from tools.convert_lora import convert, read_adapter, spec_for_file
 
 
 def command(description: str | None, base: str, to: FileNaming, back: FileNaming | None) -> Callable[..., int]:
-    """The `main` of a door: files of the base model named `base` get the naming `to`, with --reverse that of `back`.
+    """Return the `main` of such a module: files of base model `base` get the naming `to`, with --reverse that of
+    `back`.
 
-    `back` is None where no naming of sd-scripts' own is written.
+    `back` is None if sd-scripts has no naming of its own.
     """
 
     def main(argv: Sequence[str] | None = None) -> int:
@@ -28,23 +29,23 @@ def command(description: str | None, base: str, to: FileNaming, back: FileNaming
 
 
 def setup_parser(description: str | None) -> argparse.ArgumentParser:
-    """The commands' options."""
+    """Return the commands' options."""
     parser = add_version(argparse.ArgumentParser(description=description))
     parser.add_argument("src_path", type=Path, help="the adapter file to read")
     parser.add_argument("dst_path", type=Path, help="the adapter file to write")
-    parser.add_argument("--reverse", action="store_true", help="from ComfyUI's names to those that training writes")
+    parser.add_argument("--reverse", action="store_true", help="from ComfyUI's names to those written by training")
     return parser
 
 
 def rename(base: str, to: FileNaming, back: FileNaming | None, args: argparse.Namespace) -> None:
-    """Read, rename and write. Raises UserError for a file of another base model, and where nothing can be done."""
+    """Read, rename and write. Raises UserError for a file of another base model, and if there is nothing to rename."""
     card = spec_for_file(read_adapter(args.src_path, "src_path"), str(args.src_path))
     if card.name != base:
-        raise UserError(f"{args.src_path} is an adapter of {card.title}; tools/convert_lora.py renames it")
+        raise UserError(f"{args.src_path} is an adapter of {card.title}; use tools/convert_lora.py")
     if args.reverse and back is None:
         raise UserError(
-            f"--reverse: {args.src_path} needs no renaming here, training and all tools read and write ComfyUI's names "
-            f"for {card.title}; give it to --network_weights as it is"
+            f"--reverse: {args.src_path} needs no renaming: training and all tools read and write ComfyUI's names for "
+            f"{card.title}; use it with --network_weights as it is"
         )
     check_output("dst_path", args.dst_path, [args.src_path])
     renamed = convert(args.src_path, args.dst_path, (back or to) if args.reverse else to, drop_unsupported=False)

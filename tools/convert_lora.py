@@ -1,8 +1,8 @@
 """Rename the keys of an adapter file for another program: kohya's, generic or diffusers' names, same effect.
 
-Reads files of any trainer, and folders that PEFT saved. In the generic and the diffusers naming alpha is multiplied
-into lora_B: exactly in the file's own dtype where alpha / rank is a power of two, else both factors of the module are
-written as float32.
+Reads files of any trainer, and folders saved by PEFT. In the generic and the diffusers naming alpha is multiplied into
+lora_B: exactly in the file's own dtype if alpha / rank is a power of two, else both factors of the module are written
+as float32.
 """
 
 import argparse
@@ -33,19 +33,19 @@ EXAMPLES = """\
 
 
 def spec_for_file(file: AdapterFile, origin: str) -> BaseModelSpec:
-    """The spec of the base model that a file is for. Raises UserError where that cannot be told."""
+    """Return the spec of a file's base model. Raises UserError if it cannot be recognised."""
     shapes = {module.keys[leaf]: t.shape for module in file.modules.values() for leaf, t in module.tensors.items()}
     return require_card(list_specs(), shapes, file.metadata, origin)
 
 
 def read_adapter(path: Path, flag: str) -> AdapterFile:
-    """Read an adapter file of any trainer; what PEFT saved alone is recognised by its modules. Raises UserError naming
+    """Read an adapter file of any trainer; a folder saved by PEFT is recognised by its modules. Raises UserError naming
     `flag`."""
     return in_a_model(read_adapter_file(path, flag), [spec.names for spec in list_specs()])
 
 
 def convert(model: Path, save_to: Path, to: FileNaming, drop_unsupported: bool) -> Renamed:
-    """Write `model` to `save_to` in another naming. Raises UserError saying why that is not possible."""
+    """Write `model` to `save_to` in another naming. Raises UserError with the reason if that is impossible."""
     file = read_adapter(model, "--model")
     spec = spec_for_file(file, f"--model {model}")
     if not programs_that_read(spec, to):
@@ -54,7 +54,7 @@ def convert(model: Path, save_to: Path, to: FileNaming, drop_unsupported: bool) 
         )
     renamed = rename(file, spec.names, to, drop_unsupported)
     if renamed.dropped:
-        logger.warning("left out, the %s naming has no place for them: %s", to, some_keys(renamed.dropped))
+        logger.warning("dropped keys that the %s naming cannot express: %s", to, some_keys(renamed.dropped))
     if renamed.widened:
         logger.info(
             "%d modules are written as float32: their alpha / rank cannot be multiplied into the file's dtype exactly",
@@ -67,7 +67,7 @@ def convert(model: Path, save_to: Path, to: FileNaming, drop_unsupported: bool) 
 def setup_parser() -> argparse.ArgumentParser:
     """Return the command's options."""
     parser = make_parser(__doc__, EXAMPLES)
-    parser.add_argument("--model", type=Path, required=True, help="the adapter file, or folder by PEFT, to read")
+    parser.add_argument("--model", type=Path, required=True, help="the adapter file, or folder saved by PEFT, to read")
     parser.add_argument(
         "--save_to", type=Path, required=True, help="the file to write, .safetensors keeps the metadata"
     )
@@ -75,17 +75,17 @@ def setup_parser() -> argparse.ArgumentParser:
         "--to",
         choices=NAMINGS,
         required=True,
-        help="kohya: most programs, and the only one that holds everything; generic: original module paths, for "
+        help="kohya: most programs, and the only one that can express everything; generic: original module paths, for "
         "ComfyUI; diffusers: diffusers' module paths",
     )
     parser.add_argument(
-        "--drop_unsupported", action="store_true", help="leave out what the naming cannot hold instead of refusing"
+        "--drop_unsupported", action="store_true", help="drop what the naming cannot express instead of refusing"
     )
     return parser
 
 
 def best_namings(spec: BaseModelSpec) -> str:
-    """The namings of a base model that some program reads."""
+    """List the namings of a base model that some program reads."""
     return " and ".join(naming for naming in NAMINGS if programs_that_read(spec, naming))
 
 

@@ -1,7 +1,7 @@
 """Convert Stable Diffusion 1.x and 2.x between one file and a diffusers folder, or write either in another precision.
 
-A name that ends in .safetensors, .ckpt, .pt or .sft is written as a file, one without an ending as a folder. What is
-read is recognised.
+A name that ends in .safetensors, .ckpt, .pt or .sft is written as a file, one without an extension as a folder. The
+input is recognised.
 """
 
 import argparse
@@ -54,7 +54,7 @@ EXAMPLES = """\
 
 @dataclass(frozen=True)
 class Opened:
-    """A model that is to be written in another layout."""
+    """A model to write in another layout."""
 
     path: Path
     base: str  # "sd1" or "sd2"
@@ -63,18 +63,16 @@ class Opened:
 
 
 def opened(name: str, wanted: str | None, variant: str | None) -> Opened:
-    """Open the model; of its files only headers are read. Raises UserError for one of another kind."""
+    """Open the model; only headers of its files are read. Raises UserError for one of another kind."""
     path = model_lookup.find_model(SOURCE, name, tuple((part,) for part in layouts.PARTS))
     spec = base_of_checkpoint(list_specs(), SOURCE, path)
     if spec.name not in TITLES:
-        raise UserError(f"{SOURCE} {path}: this is {spec.called} model; this command is for SD 1.x and SD 2.x")
+        raise UserError(f"{SOURCE} {path}: this is {spec.called} model; this command supports only SD 1.x and SD 2.x")
     if wanted not in (None, spec.name):
-        raise UserError(
-            f"{SOURCE} {path}: this is {spec.called} model; leave out --{'v1' if wanted == 'sd1' else 'v2'}"
-        )
+        raise UserError(f"{SOURCE} {path}: this is {spec.called} model; remove --{'v1' if wanted == 'sd1' else 'v2'}")
     if not path.is_dir():
         if variant is not None:
-            raise UserError(f"--variant is of files in a diffusers folder; {SOURCE} {path} is a file, leave it out")
+            raise UserError(f"--variant selects files in a diffusers folder, but {SOURCE} {path} is a file; remove it")
         whole = model_lookup.open_file(SOURCE, path)
         parts = {**single_file_parts(SOURCE, whole, spec.name), "vae": vae_of_checkpoint(SOURCE, whole)}
         return Opened(path, spec.name, parts, whole)
@@ -87,7 +85,7 @@ def opened(name: str, wanted: str | None, variant: str | None) -> Opened:
 
 
 def write_file(model: Opened, args: argparse.Namespace, dtype: torch.dtype | None) -> int:
-    """Write all parts into one file; gives the number of weights."""
+    """Write all parts into one file and return the number of weights."""
     num = sum(len(part.weights.shapes) for part in model.parts.values())
     named = tqdm(layouts.in_single_file(model.base, model.parts, dtype or torch.float32), "converting", num)
     tensors: dict[str, Tensor] = dict(named)
@@ -97,29 +95,29 @@ def write_file(model: Opened, args: argparse.Namespace, dtype: torch.dtype | Non
         tensors.update(layouts.made_up(tensors, dtype))
     if is_safetensors(args.model_to_save):
         if args.epoch or args.global_step:
-            logger.warning("--epoch and --global_step have no effect: a .safetensors file has no place for them")
+            logger.warning("--epoch and --global_step have no effect: a .safetensors file cannot store them")
         save_safetensors(args.model_to_save, tensors, metadata_of(args.metadata))
     else:
         if args.metadata is not None:
-            logger.warning("--metadata has no effect: only a .safetensors file has a place for it")
+            logger.warning("--metadata has no effect: only a .safetensors file can store it")
         before = counts_in(model.path)
         save_pickle_state_dict(args.model_to_save, tensors, {n: getattr(args, n) + before.get(n, 0) for n in COUNTS})
     return len(tensors)
 
 
 def metadata_of(text: str | None) -> dict[str, str]:
-    """--metadata as a table of texts. Raises UserError for anything else."""
+    """Parse --metadata to a mapping of strings. Raises UserError for anything else."""
     try:
         found = {} if text is None else ast.literal_eval(text)
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         found = None
     if not isinstance(found, dict) or not all(isinstance(word, str) for item in found.items() for word in item):
-        raise UserError(f"""--metadata {text} is no table of texts; write it as '{{"name": "my model"}}'""")
+        raise UserError(f"""--metadata {text} is not a mapping of strings; write it as '{{"name": "my model"}}'""")
     return found
 
 
 def counts_in(path: Path) -> dict[str, int]:
-    """The epochs and steps that a file which a training program pickled was trained."""
+    """Return the epochs and steps recorded in a file that a training program pickled."""
     content = {} if path.is_dir() or holds_safetensors(path) else load_pickle(path, mmap=True)
     found = {name: content.get(name) for name in COUNTS} if isinstance(content, Mapping) else {}
     return {name: value for name, value in found.items() if isinstance(value, int)}
@@ -129,7 +127,7 @@ def counts_in(path: Path) -> dict[str, int]:
 
 
 def reference_of(model: Opened, name: str | None) -> Path:
-    """The folder that scheduler and tokenizer are taken from. Raises UserError where it lacks them."""
+    """Return the folder that provides scheduler and tokenizer. Raises UserError if it lacks them."""
     if name is None and model.whole is None:
         path = model.path
     elif name is not None and Path(name).expanduser().exists():
@@ -140,21 +138,21 @@ def reference_of(model: Opened, name: str | None) -> Path:
             path = model_lookup.fetch_snapshot(name or REFERENCES[model.base], wanted)
         except ConnectionError as error:
             raise UserError(
-                f"--reference_model {name or 'is not given'}: a file has neither scheduler nor tokenizer, and "
-                f"{name or REFERENCES[model.base]} cannot be downloaded ({error}); give a diffusers folder of "
+                f"--reference_model {name or 'is not set'}: a file has neither scheduler nor tokenizer, and "
+                f"{name or REFERENCES[model.base]} cannot be downloaded ({error}); use a diffusers folder of "
                 f"{TITLES[model.base]}"
             ) from error
     missing = [part for part in ("scheduler/scheduler_config.json", "tokenizer") if not (path / part).exists()]
     if missing:
-        raise UserError(f"--reference_model {path} has no {missing[0]}; give a diffusers folder of the same model")
+        raise UserError(f"--reference_model {path} has no {missing[0]}; use a diffusers folder of the same model")
     return path
 
 
 def write_folder(model: Opened, args: argparse.Namespace, dtype: torch.dtype | None, reference: Path) -> int:
-    """Write the folder, with scheduler and tokenizer of `reference`; gives the number of weights."""
+    """Write the folder, with scheduler and tokenizer of `reference`, and return the number of weights."""
     other = model_lookup.read_json(reference / "unet" / "config.json")
     is_linear = model.parts["unet"].config.get("use_linear_projection", False)
-    if model.whole is not None and model.base == "sd2":  # the file has matrices, whatever programs make of it
+    if model.whole is not None and model.base == "sd2":  # the file has matrices, whatever programs expect
         is_linear = args.unet_use_linear_projection or bool(other.get("use_linear_projection"))
     num = 0
     with atomic_folder(args.model_to_save) as folder:
@@ -176,7 +174,7 @@ def write_folder(model: Opened, args: argparse.Namespace, dtype: torch.dtype | N
 
 
 def write_scheduler(reference: Path, folder: Path) -> None:
-    """The scheduler of another folder as diffusers' DDIMScheduler, and the table of all parts."""
+    """Write another folder's scheduler as diffusers' DDIMScheduler, and model_index.json."""
     from diffusers import DDIMScheduler
 
     DDIMScheduler.from_pretrained(reference, subfolder="scheduler").save_pretrained(folder / "scheduler")
@@ -198,39 +196,39 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """The command's options."""
+    """Return the command's options."""
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument(SOURCE, help="a single file, a diffusers folder or the name of one on the hub")
-    parser.add_argument(TARGET, type=Path, help="the file or, without an ending, the folder to write")
-    parser.add_argument("--v1", action="store_true", help="the model must be SD 1.x, which is recognised without it")
-    parser.add_argument("--v2", action="store_true", help="the model must be SD 2.x, which is recognised without it")
+    parser.add_argument(TARGET, type=Path, help="the file or, without an extension, the folder to write")
+    parser.add_argument("--v1", action="store_true", help="require SD 1.x; the version is recognised anyway")
+    parser.add_argument("--v2", action="store_true", help="require SD 2.x; the version is recognised anyway")
     parser.add_argument(
         "--unet_use_linear_projection", action="store_true",
         help="in a folder of SD 2.x: projections of attention as matrices, as Stability has them",
     )  # fmt: skip
     precision = parser.add_mutually_exclusive_group()
     for name in SAVE_DTYPES:
-        precision.add_argument(f"--{name}", action="store_true", help=f"write {name}; without a precision float")
-    precision.add_argument("--save_precision_as", choices=tuple(SAVE_DTYPES), help="the same in one word")
-    parser.add_argument("--epoch", type=int, default=0, help="epochs to note in a .ckpt, added to those in the old one")
-    parser.add_argument("--global_step", type=int, default=0, help="the same for steps")
+        precision.add_argument(f"--{name}", action="store_true", help=f"write {name} (default: float)")
+    precision.add_argument("--save_precision_as", choices=tuple(SAVE_DTYPES), help="the precision as one option")
+    parser.add_argument("--epoch", type=int, default=0, help="epochs to record in a .ckpt, added to those of the input")
+    parser.add_argument("--global_step", type=int, default=0, help="steps to record, likewise")
     parser.add_argument("--metadata", help="""metadata of a .safetensors file, as '{"name": "my model"}'""")
-    parser.add_argument("--variant", help="which files of a folder to read: fp16 for those that end in .fp16")
+    parser.add_argument("--variant", help="variant of a folder's files to read, such as fp16")
     parser.add_argument(
-        "--reference_model", help="folder or hub name of the model whose scheduler and tokenizer a folder gets"
+        "--reference_model", help="folder or hub name of the model that provides scheduler and tokenizer"
     )
     parser.add_argument("--use_safetensors", action="store_true", help="in a folder: .safetensors instead of .bin")
     return parser
 
 
 def dtype_asked(args: argparse.Namespace) -> torch.dtype | None:
-    """The precision on the command line, None where there is none."""
+    """Return the precision on the command line, or None."""
     asked = next((name for name in SAVE_DTYPES if getattr(args, name)), args.save_precision_as)
     return None if asked is None else SAVE_DTYPES[asked]
 
 
 def is_file_name(path: Path) -> bool:
-    """Whether a file is to be written. Raises UserError for an ending that is of no format."""
+    """Return True if a file is to be written. Raises UserError for an unsupported extension."""
     if path.suffix and path.suffix.lower() not in SUFFIXES:
         raise UserError(
             f"{TARGET} {path} ends in {path.suffix}: a file ends in one of {', '.join(SUFFIXES)}, a folder's name has "
@@ -240,9 +238,9 @@ def is_file_name(path: Path) -> bool:
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Read, rename and write."""
+    """Read, rename and write the weights."""
     if args.v1 and args.v2:
-        raise UserError("--v1 and --v2 exclude each other; the model is recognised without them")
+        raise UserError("--v1 and --v2 exclude each other; the model is recognised anyway")
     to_file, dtype = is_file_name(args.model_to_save), dtype_asked(args)
     metadata_of(args.metadata)
     folder_only = {"--reference_model": args.reference_model, "--use_safetensors": args.use_safetensors}

@@ -1,7 +1,7 @@
-"""Look at this machine as a training would: Python, torch and the card, packages, memory, disk, and one product in each
-number format. Each line says what is there; what is wrong comes with the way out. The lines belong into a bug report.
+"""Examine this machine for training: Python, torch and the GPU, packages, memory, disk, and one product in each number
+format. Each line is a finding; problems come with a fix. Attach the lines to a bug report.
 
-Nothing is changed, and nothing is read but versions, settings and sizes: no token, no file of yours.
+Nothing is changed, and only versions, settings and sizes are read: no token, no file of yours.
 """
 
 import argparse
@@ -27,24 +27,24 @@ from library.version import add_version  # noqa: E402
 from tools.start import python_problem  # noqa: E402
 
 GIB = 2**30
-LEAST_FREE_GIB = 8  # of main memory: a checkpoint passes through it
-LEAST_DISK_GIB = 10  # caches, states and saved files of one training
-LEAST_SHARED_GIB = 1  # /dev/shm: containers get 64 MB unless told otherwise
-SIDE = 256  # of the matrices that are multiplied
+LEAST_FREE_GIB = 8  # of main memory, through which checkpoints are loaded
+LEAST_DISK_GIB = 10  # for caches, states and saved files of one training
+LEAST_SHARED_GIB = 1  # /dev/shm: containers get 64 MB by default
+SIDE = 256  # of the multiplied matrices
 PINNED_MIB = 256
-SECONDS = 120  # for a package to be imported in a process of its own
+SECONDS = 120  # timeout for importing a package in a separate process
 OPTIONAL = ("xformers", "triton", "lycoris-lora", "wandb", "prodigyopt", "lion-pytorch", "dadaptation", "schedulefree")
 VARIABLES = (
     "CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "OMP_NUM_THREADS", "OMP_WAIT_POLICY",
     "HF_HOME", "HF_HUB_OFFLINE", "ACCELERATE_CONFIG_FILE", "TORCHINDUCTOR_CACHE_DIR",
 )  # fmt: skip
-# Relative distance (Frobenius) from the product in float64: the format's own rounding of random numbers, times three.
+# Relative distance (Frobenius) from the float64 product: three times the format's own rounding of random numbers.
 BOUNDS = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.2e-2, "float8_e4m3fn": 0.12}
 
 
 @dataclass(frozen=True)
 class Line:
-    """One finding: what, what is there, and the way out where it is wrong or worth a note."""
+    """One finding: subject, result, and the fix for a problem or a remark."""
 
     what: str
     found: str
@@ -58,7 +58,7 @@ class Line:
 
 
 def python_lines() -> Iterator[Line]:
-    """The interpreter, the system, and which revision of this suite it is."""
+    """Report the interpreter, the system, and the revision of this suite."""
     version = f"{platform.python_version()}, {8 * struct.calcsize('P')} bit, {at_home(sys.executable)}"
     problem = python_problem(sys.version_info[:2])
     way_out = f"{problem}; install one of these from https://www.python.org" if problem else ""
@@ -68,7 +68,7 @@ def python_lines() -> Iterator[Line]:
 
 
 def revision() -> str:
-    """The commit that is checked out and how many files differ from it; its folder where git does not know it."""
+    """Return the current commit and the number of changed files; the folder if git does not know it."""
     git = ["git", "-C", str(ROOT)]
     commit = output([*git, "log", "-1", "--format=%h of %cs"])
     if commit is None:
@@ -78,7 +78,7 @@ def revision() -> str:
 
 
 def package_lines(requirements: Path = ROOT / "requirements.txt") -> Iterator[Line]:
-    """The packages that training needs, against the versions that it needs, then those that some options need."""
+    """Compare the installed packages with the required versions, then list optional ones."""
     for text in requirements.read_text(encoding="utf-8").splitlines():
         line = requirement_line(text)
         if line is not None:
@@ -88,10 +88,10 @@ def package_lines(requirements: Path = ROOT / "requirements.txt") -> Iterator[Li
 
 
 def requirement_line(text: str) -> Line | None:
-    """What is installed for a line of a requirements file; None where the line is not for this Python."""
+    """Check the package of a requirements line; return None if the line is not for this Python."""
     try:
         from packaging.requirements import Requirement
-    except ImportError:  # comes with pip and transformers
+    except ImportError:  # installed with pip and transformers
         name = text.split(">")[0].split(";")[0].strip()
         return Line(name, version_of(name) or "missing", "", version_of(name) is None)
     wanted = Requirement(text)
@@ -116,7 +116,7 @@ def card_lines(torch: Any, cards: Sequence[str]) -> Iterator[Line]:
         elif getattr(torch.backends, "mps", None) and torch.backends.mps.is_available():
             yield Line("card", "Apple's, through MPS")
         else:
-            slow = "fine for trying things, far too slow for models of full size"
+            slow = "fine for experiments, far too slow for full-size models"
             yield Line("card", "none: training runs on the processor", slow)
         return
     known = torch.cuda.get_arch_list()
@@ -125,20 +125,21 @@ def card_lines(torch: Any, cards: Sequence[str]) -> Iterator[Line]:
 
 
 def card_line(torch: Any, number: int, known: Sequence[str]) -> Line:
-    """A card that torch sees: memory, and whether this build has kernels for it."""
+    """Report a GPU that torch sees: memory, and whether this build has kernels for it."""
     major, minor = torch.cuda.get_device_capability(number)
     free, total = torch.cuda.mem_get_info(number)
     name = f"{torch.cuda.get_device_name(number)}, sm_{major}{minor}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
     what = f"card {number}"
     if not runs_on(f"sm_{major}{minor}", known):
-        return Line(what, name, f"torch has kernels for {', '.join(known)} alone: {GET_TORCH}", True)
+        return Line(what, name, f"torch has kernels only for {', '.join(known)}: {GET_TORCH}", True)
     if free < 0.8 * total:
-        return Line(what, name, "something else holds memory of it: `nvidia-smi` lists the programs, close them")
+        return Line(what, name, "other programs use its memory: list them with `nvidia-smi` and close them")
     return Line(what, name)
 
 
 def runs_on(wanted: str, known: Sequence[str]) -> bool:
-    """Whether kernels for one of `known` run on `wanted`: the same generation and not newer, or code to compile."""
+    """Return True if kernels for one of `known` run on `wanted`: the same generation and not newer, or PTX to
+    compile."""
     number = int(wanted.removeprefix("sm_"))
     for name in known:
         digits = "".join(c for c in name if c.isdigit())
@@ -149,7 +150,7 @@ def runs_on(wanted: str, known: Sequence[str]) -> bool:
 
 
 def product_lines(torch: Any, device: Any) -> Iterator[Line]:
-    """One product in each number format, against float64."""
+    """Compare one product in each number format with float64."""
     generator = torch.Generator().manual_seed(20)
     a, b = (torch.randn(SIDE, SIDE, generator=generator) for _ in range(2))
     exact = a.double() @ b.double()
@@ -172,20 +173,21 @@ def product_lines(torch: Any, device: Any) -> Iterator[Line]:
 
 
 def product_line(what: str, multiply: Callable[[], Any], exact: Any, bound: float) -> Line:
-    """How far a product is from the exact one. What a card cannot do is a note: no option needs every format."""
+    """Report a product's distance from the exact one. Unsupported formats are only remarks: no option needs all of
+    them."""
     try:
         off = ((multiply().cpu().double() - exact).norm() / exact.norm()).item()
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        return Line(what, "cannot be computed here", f"options that need it end with an error ({first_line(error)})")
+        return Line(what, "cannot be computed here", f"options that require it end with an error ({first_line(error)})")
     found = f"off by {off:.1e}"
     if not off <= bound:
-        way_out = f"more than {bound:.0e}: the card, its driver or its clock is not to be trusted; try another driver"
+        way_out = f"more than {bound:.0e}: the GPU, its driver or its clock is unreliable; try another driver"
         return Line(what, found, way_out, True)
     return Line(what, found)
 
 
 def memory_lines(torch: Any | None) -> Iterator[Line]:
-    """Main memory, what of it can be pinned, and the shared memory of worker processes."""
+    """Report main memory, how much can be pinned, and the shared memory of worker processes."""
     import psutil
 
     memory, swap = psutil.virtual_memory(), psutil.swap_memory()
@@ -203,27 +205,27 @@ def memory_lines(torch: Any | None) -> Iterator[Line]:
 
 
 def pinned_line(torch: Any) -> Line:
-    """Whether main memory can be pinned, which waiting blocks need for fast copies."""
+    """Report whether main memory can be pinned, which offloaded blocks need for fast copies."""
     try:
         torch.empty(PINNED_MIB * 2**20, dtype=torch.uint8, pin_memory=True)
     except RuntimeError as error:
-        way_out = f"blocks that wait are copied through small buffers, which is slower ({first_line(error)})"
+        way_out = f"offloaded blocks are copied through small buffers, which is slower ({first_line(error)})"
         return Line("pinned memory", f"{PINNED_MIB} MiB refused", way_out)
     limit = "; Windows allows about half of main memory" if sys.platform == "win32" else ""
     return Line("pinned memory", f"{PINNED_MIB} MiB given{limit}")
 
 
 def disk_lines(folders: Mapping[str, Path]) -> Iterator[Line]:
-    """What is free where files are written."""
+    """Report free disk space where files are written."""
     for what, folder in folders.items():
         there = next(path for path in (folder, *folder.parents) if path.exists())
         free = shutil.disk_usage(there).free / GIB
-        hint = f"less than {LEAST_DISK_GIB} GiB: caches, states and files of one training need about that much"
+        hint = f"less than {LEAST_DISK_GIB} GiB: caches, states and files of one training need about this much"
         yield Line(what, f"{free:.0f} GiB free at {at_home(str(folder))}", hint if free < LEAST_DISK_GIB else "")
 
 
 def setting_lines() -> Iterator[Line]:
-    """Variables that change how a training runs, and accelerate's own settings."""
+    """Report environment variables that affect training, and accelerate's settings."""
     for name in VARIABLES:
         if name in os.environ:
             yield Line(name, at_home(os.environ[name]))
@@ -232,18 +234,18 @@ def setting_lines() -> Iterator[Line]:
         kept = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if is_telling(line)]
         yield Line("accelerate's settings", f"{at_home(str(path))}: {'; '.join(kept)}")
     else:
-        yield Line("accelerate's settings", "none, so what the command line says counts")
+        yield Line("accelerate's settings", "none; the command line decides")
 
 
 def accelerate_config() -> Path:
-    """Where `accelerate launch` looks for its settings."""
+    """Return the path of `accelerate launch`'s settings."""
     given = os.environ.get("ACCELERATE_CONFIG_FILE")
     home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     return Path(given) if given else Path(home).expanduser() / "accelerate" / "default_config.yaml"
 
 
 def is_telling(line: str) -> bool:
-    """Whether a line of accelerate's settings says how processes and numbers are, and not where other machines are."""
+    """Return True if a line of accelerate's settings describes processes or precision, not other machines."""
     telling = ("mixed_precision", "distributed_type", "num_processes", "num_machines", "dynamo_backend", "use_cpu")
     return line.strip().startswith(telling)
 
@@ -259,9 +261,9 @@ print("moved" if abs(weight.mean().item() - 0.9) < 0.01 else f"wrong: {{weight.m
 
 
 def eight_bit_line(device: str) -> Line:
-    """One step of an 8-bit optimizer, in a process of its own, which a broken library may end."""
+    """Report one step of an 8-bit optimizer, in a separate process, which a broken library may crash."""
     if version_of("bitsandbytes") is None:
-        return Line("8-bit optimizer", "bitsandbytes is missing", "only *8bit optimizers and nf4 need it")
+        return Line("8-bit optimizer", "bitsandbytes is missing", "only *8bit optimizers and nf4 require it")
     command = [sys.executable, "-c", EIGHT_BITS.format(device=device)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SECONDS)
@@ -275,7 +277,7 @@ def eight_bit_line(device: str) -> Line:
 
 
 def output(command: Sequence[str]) -> str | None:
-    """What a program prints; None where it is missing or fails."""
+    """Return a program's output; None if it is missing or fails."""
     try:
         done = subprocess.run(list(command), capture_output=True, text=True, errors="replace", timeout=SECONDS)
     except (OSError, subprocess.TimeoutExpired):
@@ -284,7 +286,7 @@ def output(command: Sequence[str]) -> str | None:
 
 
 def at_home(path: str) -> str:
-    """A path without the name of the user, since the lines are shown to others."""
+    """Return a path without the user's name, because the lines are shown to others."""
     home = str(Path.home())
     return f"~{path[len(home) :]}" if home != "/" and path.startswith(home) else path
 
@@ -294,13 +296,13 @@ def first_line(error: BaseException) -> str:
 
 
 def all_lines(folder: Path) -> Iterator[Line]:
-    """Every finding, the slow ones last. `folder` is where trainings write."""
+    """Yield every finding, the slow ones last. `folder` is where trainings write."""
     yield from python_lines()
     yield from package_lines()
     torch: Any = None
     try:
         import torch
-    except Exception as error:  # whatever a broken installation raises, the rest is still to be told
+    except Exception as error:  # whatever a broken installation raises, the rest is still reported
         yield Line("torch", f"cannot be imported: {first_line(error)}", GET_TORCH, True)
     if torch is not None:
         yield from card_lines(torch, list_nvidia_gpus())
@@ -323,7 +325,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print what is found. Gives the exit status: 0 nothing is wrong, 1 something is."""
+    """Print the findings. Return the exit status: 0 without problems, else 1."""
     args = setup_parser().parse_args(argv)
     wrong = []
     for line in all_lines(args.output_dir.resolve()):

@@ -1,10 +1,10 @@
-"""Cut plain LoRA files of smaller ranks out of a file trained with networks.dylora.
+"""Extract plain LoRA files of smaller ranks from a file trained with networks.dylora.
 
-DyLoRA trains the first k rows of lora_down and columns of lora_up to be an adapter of rank k of their own. Training
-at rank k computes (alpha / R) * up[:, :k] @ down[:k], R being the full rank: one scale for every rank. A file cut at
-rank r therefore gets the alpha alpha * r / R, so that its alpha / r is the same and its strength is what was trained.
-Modules of another rank than the rest (convolutions with conv_dim) are cut in proportion, as they were trained: R'
-becomes R' * r / R, rounded to their own unit where the file records one.
+DyLoRA trains the first k rows of lora_down and columns of lora_up to be an adapter of rank k. Training at rank k
+computes (alpha / R) * up[:, :k] @ down[:k], with the full rank R: one scale for every rank. A file cut at rank r
+therefore gets the alpha alpha * r / R, so that its alpha / r and its strength are as trained. Modules of another rank
+(convolutions with conv_dim) are cut in proportion, as they were trained: R' becomes R' * r / R, rounded to their own
+unit if the file records one.
 """
 
 import argparse
@@ -41,23 +41,23 @@ EXAMPLES = """\
 
 @dataclass(frozen=True)
 class Nested:
-    """A DyLoRA file and what is known about its ranks."""
+    """A DyLoRA file and its ranks."""
 
     file: AdapterFile
-    full_rank: int  # of the Linear layers; of the convolutions where there is nothing else
-    unit: int | None  # the block size it was trained with, None where the file does not say
-    conv_unit: int  # the same for larger kernels, 1 where the file does not say
+    full_rank: int  # of the Linear layers; of the convolutions if there are no others
+    unit: int | None  # the block size in training; None if the file does not record it
+    conv_unit: int  # for larger kernels; 1 if the file does not record it
 
     @property
     def possible_ranks(self) -> list[int]:
-        """Every rank that was trained as one, in ascending order."""
+        """Every trained rank, in ascending order."""
         unit = self.unit or 1
         return list(range(unit, self.full_rank + 1, unit))
 
     def rank_of(self, module: ModuleWeights, rank: int) -> int:
-        """What a module's rank becomes when the file is cut at `rank`: what it was in training at that rank."""
+        """Return a module's rank when the file is cut at `rank`, as in training at that rank."""
         own_unit = self.conv_unit if module.form == "conv" else self.unit or 1
-        if module.rank % own_unit:  # not what it was trained with
+        if module.rank % own_unit:  # not the unit of its training
             own_unit = 1
         return nested_rank(module.rank, rank, self.full_rank, own_unit)
 
@@ -74,7 +74,7 @@ def open_nested(path: Path) -> Nested:
         )
     modules = [module for module in file.modules.values() if module.is_low_rank]
     if not modules:
-        raise UserError(f"{file.origin} has norm weights only, nothing in it has a rank")
+        raise UserError(f"{file.origin} contains only norm weights, which have no rank")
     ranks = [m.rank for m in modules if m.form == "low_rank"] or [m.rank for m in modules]
     arguments = network_arguments(file.metadata)
     unit = trained_unit(arguments, ("unit", "dyloRA", "dylora"))
@@ -87,7 +87,7 @@ def open_nested(path: Path) -> Nested:
 
 
 def network_arguments(metadata: Mapping[str, str]) -> Mapping[str, object]:
-    """What `ss_network_args` records; nothing where it is not there or cannot be read."""
+    """Return the content of `ss_network_args`; empty if it is missing or unreadable."""
     try:
         arguments = parse_json(metadata.get("ss_network_args", "{}"))
     except ValueError:
@@ -96,7 +96,7 @@ def network_arguments(metadata: Mapping[str, str]) -> Mapping[str, object]:
 
 
 def trained_unit(arguments: Mapping[str, object], names: Sequence[str]) -> int | None:
-    """The block size recorded under one of these names, None where there is none that makes sense."""
+    """Return the block size recorded under one of these names, or None."""
     for name in names:
         text = str(arguments.get(name, ""))
         if text.isdecimal() and int(text) > 0:
@@ -105,31 +105,31 @@ def trained_unit(arguments: Mapping[str, object], names: Sequence[str]) -> int |
 
 
 def choose_ranks(nested: Nested, unit: int | None, ranks: Sequence[int] | None) -> list[int]:
-    """The ranks to cut at. Raises UserError saying which are possible."""
+    """Return the ranks to cut at. Raises UserError with the possible ones."""
     possible = nested.possible_ranks
     trained = f", trained in units of {nested.unit}" if nested.unit else ""
     if ranks:
         wrong = [rank for rank in ranks if rank not in possible]
         if wrong:
             raise UserError(
-                f"--rank {wrong[0]}: the file has rank {nested.full_rank}{trained}; possible are {listed(possible)}"
+                f"--rank {wrong[0]}: the file has rank {nested.full_rank}{trained}; use one of {listed(possible)}"
             )
         return sorted(set(ranks))
     unit = unit if unit is not None else nested.unit
     if unit is None:
         raise UserError(
-            f"give --unit N for the ranks N, 2N, ... or --rank R [R ...]: the file has rank {nested.full_rank} and "
-            "does not say in which units it was trained"
+            f"use --unit N for the ranks N, 2N, ... or --rank R [R ...]: the file has rank {nested.full_rank} and "
+            "does not record its unit"
         )
     smallest = nested.unit or 1
     if unit < 1 or nested.full_rank % unit or unit % smallest:
         units = [n for n in possible if nested.full_rank % n == 0]
-        raise UserError(f"--unit {unit}: the file has rank {nested.full_rank}{trained}; possible are {listed(units)}")
+        raise UserError(f"--unit {unit}: the file has rank {nested.full_rank}{trained}; use one of {listed(units)}")
     return list(range(unit, nested.full_rank + 1, unit))
 
 
 def listed(numbers: Sequence[int]) -> str:
-    """Numbers in a sentence: all of a few, the two ends of many."""
+    """List numbers in a sentence: all of a few, the two ends of many."""
     if len(numbers) > 16:
         step = numbers[1] - numbers[0]
         return f"{numbers[0]}, {numbers[1]}, ... {numbers[-1]}" if step > 1 else f"{numbers[0]} to {numbers[-1]}"
@@ -137,7 +137,7 @@ def listed(numbers: Sequence[int]) -> str:
 
 
 def cut_module(nested: Nested, module: ModuleWeights, rank: int) -> ModuleWeights:
-    """The first ranks of a module, at the same scale; norm weights stay, they have no rank."""
+    """Cut a module to its first ranks at the same scale; norm weights, which have no rank, are kept."""
     if not module.is_low_rank:
         return module
     own = nested.rank_of(module, rank)
@@ -146,7 +146,7 @@ def cut_module(nested: Nested, module: ModuleWeights, rank: int) -> ModuleWeight
 
 
 def cut_file(nested: Nested, rank: int) -> AdapterFile:
-    """The plain LoRA of one rank, with metadata that says so."""
+    """Return the plain LoRA of one rank, with metadata that records this."""
     modules = [cut_module(nested, module, rank) for module in nested.file.modules.values()]
     alphas = {module.alpha for module in modules if module.is_low_rank and module.form == "low_rank"} or {
         module.alpha for module in modules if module.is_low_rank
@@ -164,7 +164,7 @@ def cut_file(nested: Nested, rank: int) -> AdapterFile:
 
 
 def with_conv_rank(arguments: str | None, convs: set[tuple[int, float]]) -> str | None:
-    """`ss_network_args` with the rank and alpha that the convolutions have, None where it does not record them."""
+    """Return `ss_network_args` with the rank and alpha of the convolutions; None if it does not record them."""
     try:
         recorded = dict(parse_json(arguments or "{}"))
     except (ValueError, TypeError):
@@ -176,12 +176,13 @@ def with_conv_rank(arguments: str | None, convs: set[tuple[int, float]]) -> str 
 
 
 def path_at(save_to: Path, rank: int) -> Path:
-    """`<base>-<rank as 4 digits><ext>`."""
+    """Return `<base>-<rank as 4 digits><ext>`."""
     return save_to.with_name(f"{save_to.stem}-{rank:04d}{save_to.suffix}")
 
 
 def differences(nested: Nested, ranks: Sequence[int]) -> Iterator[tuple[int, float]]:
-    """(rank, |full - cut| / |full|), Frobenius norms over all modules, in float64 and without building any matrix.
+    """Yield (rank, |full - cut| / |full|), Frobenius norms over all modules, in float64 and without building any
+    matrix.
 
     full - cut is scale * up[:, r:] @ down[r:], and |up @ down|^2 is the sum of (up^T up) * (down down^T).
     """
@@ -200,28 +201,28 @@ def differences(nested: Nested, ranks: Sequence[int]) -> Iterator[tuple[int, flo
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """The command's options."""
+    """Return the command's options."""
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("--model", type=Path, required=True, help="the file trained with networks.dylora")
     parser.add_argument(
         "--save_to", type=Path, help="base name of the files, to which the rank is added: cat.safetensors, cat.ckpt"
     )
     parser.add_argument(
-        "--unit", type=int, help="cut at every multiple of this, the full rank included; unset: as the file was trained"
+        "--unit", type=int, help="cut at every multiple of this, including the full rank; unset: as trained"
     )
-    parser.add_argument("--rank", type=int, nargs="+", help="cut at just these ranks")
+    parser.add_argument("--rank", type=int, nargs="+", help="cut at only these ranks")
     parser.add_argument(
-        "--report", action="store_true", help="print for each rank how far its change is from that of the full rank"
+        "--report", action="store_true", help="print each rank's relative difference from the full rank"
     )
     return parser
 
 
 def extract(args: argparse.Namespace) -> None:
-    """Write the files and print the report, as asked."""
+    """Write the files and print the report, as requested."""
     if args.unit is not None and args.rank is not None:
-        raise UserError("--unit and --rank exclude each other: --unit cuts at every multiple, --rank at those you name")
+        raise UserError("--unit and --rank exclude each other: --unit cuts at every multiple, --rank at given ranks")
     if args.save_to is None and not args.report:
-        raise UserError("--save_to is missing: give the base name of the files, or --report to see the ranks only")
+        raise UserError("--save_to is missing: set the base name of the files, or use --report to only print the ranks")
     if args.save_to is not None:
         check_output("--save_to", args.save_to)
     nested = open_nested(args.model)

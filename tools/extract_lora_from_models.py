@@ -1,9 +1,9 @@
-"""Make a LoRA of the difference between two checkpoints of one base model.
+"""Extract a LoRA from the difference between two checkpoints of one base model.
 
-Every layer that networks.lora adapts gets the best approximation of its difference at --dim, and with --conv_dim also
-the larger kernels. Text encoder layers of a model with a U-Net are left out when none of them differs by more than
---min_diff; of other models only the transformer is compared, which must be a file in the original layout. Biases, norm
-weights and layers that LoRA does not adapt are not part of the result.
+Every layer that networks.lora targets gets the best approximation of its difference at --dim, and with --conv_dim also
+larger kernels. Text encoder layers of a model with a U-Net are omitted if none of them differs by more than --min_diff;
+of other models only the transformer is compared, which must be a file in the original layout. Biases, norm weights and
+layers that LoRA does not target are not included.
 """
 
 import argparse
@@ -50,19 +50,20 @@ EXAMPLES = """\
 
 
 def difference_of(org: BaseModel, tuned: BaseModel, name: str) -> Tensor:
-    """What was added to a weight, in float64. Raises UserError naming the checkpoint whose values are not finite."""
+    """Return the change of a weight, in float64. Raises UserError naming a checkpoint with values that are not
+    finite."""
     weights = [base.read(name).double() for base in (org, tuned)]
     for flag, base, weight in zip(("--model_org", "--model_tuned"), (org, tuned), weights, strict=True):
         if num_bad := int((~torch.isfinite(weight)).sum()):
             raise UserError(
                 f"{flag} {base.path}: {name} has {num_bad} of {weight.numel()} values that are not finite; the "
-                "checkpoint is damaged, take another one"
+                "checkpoint is damaged; use another one"
             )
     return weights[1] - weights[0]
 
 
 def differences(org: BaseModel, tuned: BaseModel, target_modules: Sequence[TargetModule]) -> dict[str, float]:
-    """The largest change of a value in each layer, by name."""
+    """Return the largest change of a value in each layer, by name."""
     return {
         target.name: float(difference_of(org, tuned, target.name).abs().max())
         for target in tqdm(target_modules, desc="comparing text encoders", unit="layer")
@@ -72,7 +73,8 @@ def differences(org: BaseModel, tuned: BaseModel, target_modules: Sequence[Targe
 def extract_module(
     target: TargetModule, difference: Tensor, rank: int, quantile: float, device: torch.device
 ) -> tuple[ModuleWeights, float, float]:
-    """(module, squared norm that it misses, squared norm of the difference). Computed in float64 where there is any."""
+    """Return (module, squared norm that it misses, squared norm of the difference). Computed in float64 if the device
+    has it."""
     weight = target.module.weight
     assert isinstance(weight, Tensor)
     dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -90,11 +92,11 @@ def extract_module(
 def extract_modules(
     org: BaseModel, tuned: BaseModel, args: argparse.Namespace, device: torch.device
 ) -> list[ModuleWeights]:
-    """The modules of the LoRA. Raises UserError when the checkpoints do not fit each other or are the same."""
+    """Return the modules of the LoRA. Raises UserError if the checkpoints do not match or are equal."""
     encoder_targets, unet_targets = find_adapter_targets(org, with_convolutions=args.conv_dim is not None)
     check_same_layers(org, tuned, [*encoder_targets, *unet_targets])
     if max(differences(org, tuned, encoder_targets).values(), default=0.0) <= args.min_diff:
-        logger.info("the text encoders differ by no more than --min_diff %g; they are left out", args.min_diff)
+        logger.info("omitting the text encoders, which differ by no more than --min_diff %g", args.min_diff)
         encoder_targets = []
     modules, missed, total = [], 0.0, 0.0
     for target in tqdm([*encoder_targets, *unet_targets], desc="extracting", unit="layer"):
@@ -106,9 +108,7 @@ def extract_modules(
         modules.append(module)
         missed, total = missed + module_missed, total + module_total
     if total == 0:
-        raise UserError(
-            "--model_tuned is the same as --model_org in every layer that a LoRA adapts; nothing to extract"
-        )
+        raise UserError("--model_tuned equals --model_org in every layer that a LoRA targets; nothing to extract")
     logger.info(
         "%d layers; the LoRA misses %.1f%% of their difference (norm)", len(modules), 100 * (missed / total) ** 0.5
     )
@@ -122,13 +122,13 @@ def check_same_layers(org: BaseModel, tuned: BaseModel, target_modules: Sequence
         a, b = (of_model.get(target.name) for of_model in shapes)
         if a != b:
             raise UserError(
-                f"--model_tuned {tuned.path} is not a tuned --model_org {org.path}: {target.name} has the shape "
-                f"{b or 'nothing'}, there {a or 'nothing'}"
+                f"--model_tuned {tuned.path} is not a tuned --model_org {org.path}: {target.name} has shape "
+                f"{b or 'none'} instead of {a or 'none'}"
             )
 
 
 def shapes_of(base: BaseModel) -> dict[str, tuple[int, ...]]:
-    """The shape of every module's weight, a 1x1 convolution counting as the matrix it is."""
+    """Return the shape of every module's weight; a 1x1 convolution counts as a matrix."""
     found = {}
     for file in base.files:
         for module in file.modules:
@@ -138,7 +138,7 @@ def shapes_of(base: BaseModel) -> dict[str, tuple[int, ...]]:
 
 
 def extracted_metadata(args: argparse.Namespace, base: BaseModel) -> dict[str, str]:
-    """What the header says: what the LoRA is for and its ranks."""
+    """Return the metadata: the base model and the ranks."""
     metadata = {
         **spec_for(base).adapter_metadata(base.architecture, args.v_parameterization),
         "ss_network_module": "networks.lora",
@@ -157,7 +157,7 @@ def extracted_metadata(args: argparse.Namespace, base: BaseModel) -> dict[str, s
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """The command's options."""
+    """Return the command's options."""
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument(
         "--model_org", type=Path, required=True, help="the original checkpoint: file or diffusers folder"
@@ -167,23 +167,22 @@ def setup_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--save_to", type=Path, required=True, help="the LoRA to write: .safetensors, .ckpt or .pt")
     parser.add_argument("--dim", type=int, default=4, help="rank of Linear layers and 1x1 convolutions (default: 4)")
-    parser.add_argument("--conv_dim", type=int, help="rank of larger kernels; unset: they are left out")
+    parser.add_argument("--conv_dim", type=int, help="rank of larger kernels; unset: they are omitted")
     parser.add_argument(
         "--clamp_quantile",
         type=float,
         default=1.0,
-        help="draw values of the factors beyond this quantile in to it, as 0.99 does in sd-scripts; costs accuracy "
-        "(default: 1, leave them)",
+        help="clamp values of the factors to this quantile, in sd-scripts 0.99; costs accuracy (default: 1, off)",
     )
     parser.add_argument(
         "--min_diff", type=float, default=0.01, help="how far the text encoders must differ to count (default: 0.01)"
     )
     parser.add_argument(
-        "--v2", action="store_true", help="insist on Stable Diffusion 2.x; the files tell it themselves"
+        "--v2", action="store_true", help="require Stable Diffusion 2.x; the version is recognised anyway"
     )
-    parser.add_argument("--sdxl", action="store_true", help="insist on SDXL; the files tell it themselves")
+    parser.add_argument("--sdxl", action="store_true", help="require SDXL; the model is recognised anyway")
     parser.add_argument(
-        "--v_parameterization", action="store_true", help="say in the LoRA that the model predicts velocity"
+        "--v_parameterization", action="store_true", help="record in the LoRA that the model predicts velocity"
     )
     parser.add_argument(
         "--load_precision",
@@ -201,26 +200,26 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise UserError for values that make no sense."""
+    """Raise UserError for invalid values."""
     for flag in ("dim", "conv_dim"):
         rank = getattr(args, flag)
         if rank is not None and rank < 1:
             raise UserError(f"--{flag} is {rank}; it must be at least 1")
     if not 0.5 < args.clamp_quantile <= 1:
         raise UserError(
-            f"--clamp_quantile is {args.clamp_quantile:g}; give a value above 0.5 and up to 1, which is off"
+            f"--clamp_quantile is {args.clamp_quantile:g}; use a value above 0.5 and up to 1, which disables it"
         )
     check_output("--save_to", args.save_to, [args.model_org, args.model_tuned])
 
 
 def check_bases(args: argparse.Namespace, org: BaseModel, tuned: BaseModel) -> None:
-    """Raise UserError unless both checkpoints are of one base model, the one that the options insist on."""
+    """Raise UserError unless both checkpoints are of one base model, and of the required one."""
     found, other = spec_for(org), spec_for(tuned)
     if found.name != other.name:
-        raise UserError(f"--model_org is of {found.title}, --model_tuned of {other.title}; give two of one kind")
+        raise UserError(f"--model_org is of {found.title}, --model_tuned of {other.title}; use two of one model")
     for flag, base in (("v2", "sd2"), ("sdxl", "sdxl")):
         if getattr(args, flag) and found.name != base:
-            raise UserError(f"--{flag}: --model_org {org.path} is of {found.title}; leave --{flag} out")
+            raise UserError(f"--{flag}: --model_org {org.path} is of {found.title}; remove --{flag}")
 
 
 def extract(args: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
-"""Which words a LoRA changes most: every token of the vocabulary through the text encoder with and without it.
+"""Find the words that a LoRA changes most: every token of the vocabulary through the text encoder with and without it.
 
-A LoRA that was trained on a trigger word moves the features of that word further than those of others, so the list can
-tell the word that nobody wrote down. It needs a part for the text encoder, and a base model with a U-Net.
+A LoRA trained on a trigger word changes the features of that word more than others, so the list can reveal a forgotten
+trigger. It needs a text encoder part, and a base model with a U-Net.
 """
 
 import argparse
@@ -30,19 +30,19 @@ from networks.core.files.module_weights import ModuleWeights
 from tools.command import add_device, device_of, make_parser, run
 from tools.convert_lora import read_adapter
 
-ENCODERS = ("text_encoder.", "text_encoder_2.")  # how the names that diffusers gives their modules begin
+ENCODERS = ("text_encoder.", "text_encoder_2.")  # prefixes of diffusers' names of their modules
 BODY = "text_model."
 EXAMPLES = """\
   python3 tools/interrogate_lora.py --sd_model sd15.safetensors --model cat.safetensors"""
 
 
 def open_architecture(flag: str, name: str) -> tuple[BaseModelSpec, Architecture]:
-    """The base model of a checkpoint, of which only the text encoders will be loaded. Raises UserError."""
+    """Open the base model of a checkpoint, of which only the text encoders will be loaded. Raises UserError."""
     path = model_lookup.find_model(flag, name, (("unet",), ("text_encoder",)))
     spec = base_of_checkpoint(list_specs(), flag, path)
     if not spec.folders:
         known = ", ".join(other.title for other in list_specs() if other.folders)
-        raise UserError(f"{flag} {name} is {spec.called} model; words are looked for with {known}")
+        raise UserError(f"{flag} {name} is {spec.called} model; supported: {known}")
     values: dict[str, Any] = spec.options.defaults() | {"pretrained_model_name_or_path": str(path)}
     if spec.script_flag:
         values[spec.script_flag.removeprefix("--")] = True
@@ -50,7 +50,7 @@ def open_architecture(flag: str, name: str) -> tuple[BaseModelSpec, Architecture
 
 
 def by_encoder(spec: BaseModelSpec, file: AdapterFile, num_encoders: int) -> list[dict[str, ModuleWeights]]:
-    """For each text encoder what the file has of it, by path. Raises UserError where it has nothing."""
+    """Return the file's modules of each text encoder, by path. Raises UserError if there are none."""
     require_kinds(file, COMPUTED, "looked into")
     found: list[dict[str, ModuleWeights]] = [{} for _ in range(num_encoders)]
     for name, module in file.modules.items():
@@ -60,14 +60,14 @@ def by_encoder(spec: BaseModelSpec, file: AdapterFile, num_encoders: int) -> lis
                 modules[names.diffusers.removeprefix(prefix).removeprefix(BODY)] = module
     if not any(found):
         raise UserError(
-            f"{file.origin} changes no text encoder of {spec.title}, so no word is changed: it was trained with "
+            f"{file.origin} changes no text encoder of {spec.title}, and so no word: it was trained with "
             "--network_train_unet_only, or for another base model"
         )
     return found
 
 
 def adapted(encoder: nn.Module, modules: dict[str, ModuleWeights]) -> nn.Module:
-    """A copy of a text encoder that computes what it computes with the adapter."""
+    """Return a copy of a text encoder with the adapter merged."""
     merged = copy.deepcopy(encoder)
     body = clip_body(merged)
     for path, module in modules.items():
@@ -80,14 +80,14 @@ def adapted(encoder: nn.Module, modules: dict[str, ModuleWeights]) -> nn.Module:
 
 
 def hidden_states(encoder: nn.Module, ids_BT: Tensor, clip_skip: int) -> Tensor:
-    """(B, T, W) after the layer that --clip_skip says, normed."""
+    """Return the normed states (B, T, W) after the layer of --clip_skip."""
     states: Sequence[Tensor] = encoder(ids_BT, output_hidden_states=True).hidden_states
     normed: Tensor = clip_body(encoder).final_layer_norm(states[-clip_skip])
     return normed
 
 
 def batches_of_words(tokenizer: Any, batch_size: int) -> Iterator[Tensor]:
-    """Ids of shape (B, 3): the beginning, one token, the end; of all tokens in the order of their ids."""
+    """Yield IDs of shape (B, 3): begin, one token, end; for all tokens in the order of their IDs."""
     for first in range(0, max(tokenizer.all_special_ids) + 1, batch_size):
         ids = range(first, min(first + batch_size, max(tokenizer.all_special_ids) + 1))
         yield torch.tensor([[tokenizer.bos_token_id, token, tokenizer.eos_token_id] for token in ids])
@@ -98,10 +98,12 @@ def changes_of_words(
     encoder: nn.Module, modules: dict[str, ModuleWeights], tokenizer: Any, batch_size: int, clip_skip: int,
     device: torch.device,
 ) -> Tensor:  # fmt: skip
-    """By how much the features of each token change, the mean over positions and channels of the absolute values."""
+    """Return the change of each token's features: the mean absolute difference over positions and channels."""
     num_layers = len(clip_body(encoder).encoder.layers)
     if not 1 <= clip_skip <= num_layers:
-        raise UserError(f"--clip_skip is {clip_skip}, the text encoder has {num_layers} layers; use 1 to {num_layers}")
+        raise UserError(
+            f"--clip_skip is {clip_skip}, but the text encoder has {num_layers} layers; use 1 to {num_layers}"
+        )
     plain, changed = encoder.to(device), adapted(encoder, modules).to(device)
     batches = list(batches_of_words(tokenizer, batch_size))
     found = []
@@ -112,7 +114,7 @@ def changes_of_words(
 
 
 def interrogate(args: argparse.Namespace) -> None:
-    """Compare every word and show those that change most."""
+    """Compare every word and print those that change most."""
     device = device_of(args.device)
     for flag in ("batch_size", "top"):
         if getattr(args, flag) < 1:
@@ -131,7 +133,7 @@ def interrogate(args: argparse.Namespace) -> None:
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """The command's options."""
+    """Return the command's options."""
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("--v2", action="store_true", help="has no effect: checkpoints are recognised")
     parser.add_argument("--sd_model", required=True, help="checkpoint that the LoRA is for: a file or diffusers folder")

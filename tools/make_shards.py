@@ -1,4 +1,4 @@
-"""Write the pictures of a dataset file as tar shards, with an index and a dataset file that reads them; on request also
+"""Write the images of a dataset file as tar shards, with an index and a dataset file that reads them; on request also
 latents and text features, so that training loads neither VAE nor text encoders."""
 
 import argparse
@@ -69,31 +69,31 @@ SHARDS_FILE = FileType("a dataset file of make_shards.py", lambda start: start.s
 SHARD = FileType("a shard of an earlier call", lambda start: False)
 CACHES = ("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk")
 ENDING = ".txt"
-LONGEST_NAME = 90  # letters, with which a name stays in a header of 1988
+LONGEST_NAME = 90  # bytes, so that names fit into a ustar header
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A picture as a member of a shard, and what is said of it."""
+    """An image as a member of a shard, with its caption."""
 
     picture: Picture
     stem: str
-    caption: str | None  # None where there is none, for which class_tokens may stand in
+    caption: str | None  # None without a caption; class_tokens may replace it
 
     @property
     def text(self) -> bytes | None:
-        """What is written of the caption. Raises UserError for one that is no text."""
+        """Return the bytes of the caption. Raises UserError for one that is not valid text."""
         try:
             return None if self.caption is None else self.caption.encode()
         except UnicodeEncodeError as error:
             raise UserError(
-                f"the caption of {self.picture.key} has half of a character at place {error.start}, which no file of "
-                "text can hold; mend it in the metadata file"
+                f"the caption of {self.picture.key} contains an unpaired surrogate at position {error.start}, which "
+                "text files cannot store; fix it in the metadata file"
             ) from None
 
 
 def ending_of(picture: Picture, content: bytes) -> str:
-    """The ending that says how a picture is read: that of its file, else that of its format."""
+    """Return the extension for an image: that of its file, else that of its format."""
     ending = os.path.splitext(picture.key)[1].lower()
     if ending in image_extensions():
         return ending
@@ -103,20 +103,20 @@ def ending_of(picture: Picture, content: bytes) -> str:
 
 def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EXAMPLES)
-    parser.allow_abbrev = False  # an abbreviation is one of an option of the training
+    parser.allow_abbrev = False  # abbreviations refer to training options
     parser.add_argument("--out", type=Path, required=True, help="folder for the shards, the index and the dataset file")
     parser.add_argument(
         "--shard_mb", type=float, default=1000.0, help="size at which a shard is full (default: %(default)g)"
     )
     parser.add_argument(
-        "--script", help=f"training script, such as train_network.py; needed for --{CACHES[0]} and --{CACHES[1]}"
+        "--script", help=f"training script, such as train_network.py; required for --{CACHES[0]} and --{CACHES[1]}"
     )
     parser.epilog = f"all other options are those of the training, --dataset_config among them.\n\n{parser.epilog}"
     return parser
 
 
 def packed(found: ScannedSubset) -> Iterator[Packed]:
-    """The pictures of a subset with names for a shard: their own where these are plain and no other has them."""
+    """Yield the images of a subset with names for a shard: their own if these are plain and unique."""
     without, names = set(found.without_caption), set[str]()
     digits = len(str(len(found.pictures)))
     for number, picture in enumerate(found.pictures):
@@ -130,13 +130,13 @@ def packed(found: ScannedSubset) -> Iterator[Packed]:
 
 
 def write_shards(found: ScannedSubset, out: Path, name: str, shard_bytes: float, storage: Storage) -> str:
-    """Write the pictures of a subset, the captions beside them; gives the pattern of the files.
+    """Write the images of a subset with their captions, and return the pattern of the files.
 
-    Shards that an earlier call finished are kept from the first on, as long as they are what this one would write.
+    Finished shards of an earlier call are kept from the first on, as long as this call would write the same.
     """
     remove_temporary(out, lambda stem: re.fullmatch(rf"{re.escape(name)}-\d{{5}}", stem) is not None)
     journal, members = Journal(out / f".{name}-shards.json"), iter(packed(found))
-    if not journal.path.exists():  # without one, no earlier call wrote shards of this name
+    if not journal.path.exists():  # no earlier call wrote shards of this name
         for path in shards_in(out, name):
             check_overwrite("--out", path, SHARD)
         journal.write([])
@@ -144,7 +144,7 @@ def write_shards(found: ScannedSubset, out: Path, name: str, shard_bytes: float,
     with progress_bar(f"packing {name}", len(found.pictures)) as bar:
         if shards:
             bar.update(sum(shard.num_pictures for shard in shards))
-            logger.info("%d shards of %s with %d pictures are kept as they are", len(shards), name, bar.done)
+            logger.info("keeping %d shards of %s with %d images", len(shards), name, bar.done)
         while (first := next(members, None)) is not None:
             path = out / f"{name}-{len(shards):05}.tar"
             with atomic_path(path) as temporary:
@@ -155,13 +155,13 @@ def write_shards(found: ScannedSubset, out: Path, name: str, shard_bytes: float,
             journal.write(shards)
     for path in shards_in(out, name):
         if path.name not in {shard.name for shard in shards}:
-            logger.info("%s, of an earlier packing, is deleted", path)
+            logger.info("deleted %s from an earlier call", path)
             path.unlink()
     return f"{name}-{{00000..{len(shards) - 1:05}}}.tar"
 
 
 def shards_in(out: Path, name: str) -> list[Path]:
-    """The files that have the names of a subset's shards, in their order."""
+    """Return the files with the names of a subset's shards, in order."""
     found = sorted(out.glob(f"{glob.escape(name)}-*.tar"))
     return [path for path in found if re.fullmatch(rf"{re.escape(name)}-\d{{5}}\.tar", path.name)]
 
@@ -169,7 +169,7 @@ def shards_in(out: Path, name: str) -> list[Path]:
 def write_shard(
     path: Path, members: Iterator[Packed], shard_bytes: float, storage: Storage, bar: Bar
 ) -> tuple[list[Packed], bool]:
-    """Write one shard of the next pictures; gives those that it holds, and whether it is full."""
+    """Write one shard of the next images; return its images, and whether it is full."""
     held: list[Packed] = []
     with tarfile.open(path, "w") as archive:
         for one in members:
@@ -184,35 +184,35 @@ def write_shard(
     return held, False
 
 
-# What an earlier call finished
+# Finished shards of earlier calls
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard that is complete, and what it was made of."""
+    """A complete shard and a digest of its inputs."""
 
     name: str
     num_bytes: int
     digest: str
     num_pictures: int
     is_full: bool
-    inputs: str  # digest of pictures and captions as they were, and of the size of shards
+    inputs: str  # digest of images, captions and the shard size
 
 
 @dataclass(frozen=True)
 class Journal:
-    """The file beside the shards of a subset that says which of them are complete."""
+    """The file beside a subset's shards that lists the complete ones."""
 
     path: Path
 
     def read(self) -> list[Shard]:
-        """None of them where there is no such file, or where it is damaged."""
+        """Read the list; empty if there is no file or it is damaged."""
         try:
             return [Shard(**row) for row in json.loads(self.path.read_text(encoding="utf-8"))]
         except FileNotFoundError:
             return []
         except (ValueError, TypeError):
-            logger.warning("%s is damaged: its shards are packed anew", self.path)
+            logger.warning("%s is damaged; repacking its shards", self.path)
             return []
 
     def write(self, shards: Sequence[Shard]) -> None:
@@ -228,9 +228,9 @@ def kept_shards(
     shard_bytes: float,
     storage: Storage,
 ) -> tuple[list[Shard], Iterator[Packed]]:
-    """Those at the beginning that this call would write too, each read once, and the pictures that are left.
+    """Return the first shards that this call would also write, each read once, and the remaining images.
 
-    `num_pictures` is how many `members` there are.
+    `num_pictures` is the number of `members`.
     """
     kept: list[Shard] = []
     num_left = num_pictures
@@ -245,12 +245,12 @@ def kept_shards(
 
 
 def is_kept(shard: Shard, held: Sequence[Packed], path: Path, shard_bytes: float, storage: Storage) -> bool:
-    """Whether a shard is still what these pictures make, and lies there as it was written."""
+    """Return True if a shard is still what these images give, and is unchanged on disk."""
     if len(held) != shard.num_pictures or digest_of_inputs(held, shard_bytes, storage) != shard.inputs:
         return False
     if path.is_file() and path.stat().st_size == shard.num_bytes and digest_of_file(path) == shard.digest:
         return True
-    logger.warning("%s is not as it was packed, and is packed anew", path)
+    logger.warning("%s has changed since it was packed; repacking it", path)
     return False
 
 
@@ -262,24 +262,24 @@ def digest_of_inputs(members: Sequence[Packed], shard_bytes: float, storage: Sto
 
 
 def add_member(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-    """Add a file without owner and time, so that the same pictures give the same shard."""
+    """Add a file without owner and time, so that the same images give the same shard."""
     info = tarfile.TarInfo(name)
     info.size = len(content)
     archive.addfile(info, io.BytesIO(content))
 
 
 def refuse_masks(dataset: DatasetConfig) -> None:
-    """Raise UserError for masks in a folder of their own, which a shard has no place for."""
+    """Raise UserError for masks in a separate folder, which shards do not support."""
     if dataset.style == "masked":
         source = dataset.subsets[0].conditioning_data_dir
         raise UserError(
-            f"conditioning_data_dir {source}: shards have no place for masks; put them into the pictures as their "
-            "transparency and set alpha_mask, or train this dataset from its folders"
+            f"conditioning_data_dir {source}: shards do not support mask files; store masks as the images' alpha "
+            "channel and set alpha_mask, or train this dataset from its folders"
         )
 
 
 def pack(config: RunDataConfig, out: Path, shard_bytes: float, storage: Storage) -> list[list[str]]:
-    """Write the shards of every source once; gives the pattern for each subset of each dataset."""
+    """Write the shards of every source once, and return the pattern for each subset of each dataset."""
     patterns: dict[tuple[Any, ...], str] = {}
     names: set[str] = set()
     wanted: list[list[str]] = []
@@ -289,11 +289,11 @@ def pack(config: RunDataConfig, out: Path, shard_bytes: float, storage: Storage)
         for subset in dataset.subsets:
             rules = subset.captions
             key = (subset.source, subset.caption_extension, subset.caption_column, subset.image_column)
-            key = (*key, rules.enable_wildcard, rules.caption_separator)  # what decides the caption as it is read
+            key = (*key, rules.enable_wildcard, rules.caption_separator)  # settings that affect how captions are read
             if key not in patterns:
                 found = load_source(subset.source_key).scan(subset, storage, 16)
                 if not found.pictures:
-                    raise NoDataFound(f"there are no pictures in {subset.source}; leave the subset out")
+                    raise NoDataFound(f"there are no images in {subset.source}; remove the subset")
                 name = name_of(subset, names)
                 patterns[key] = write_shards(found, out, name, shard_bytes, storage)
             wanted[-1].append((out / patterns[key]).resolve().as_posix())
@@ -301,7 +301,7 @@ def pack(config: RunDataConfig, out: Path, shard_bytes: float, storage: Storage)
 
 
 def name_of(subset: SubsetConfig, taken: set[str]) -> str:
-    """What the shards of a subset are called: as its folder, and no two alike."""
+    """Return a unique name for the shards of a subset, after its folder."""
     own = safe_name(os.path.splitext(subset.base_name)[0].strip("*?[]{}")).replace("%", "_") or "pictures"
     name, number = own, 2
     while name in taken:
@@ -311,7 +311,7 @@ def name_of(subset: SubsetConfig, taken: set[str]) -> str:
 
 
 def described(content: Mapping[str, Any], patterns: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """The dataset file with shards in place of what they were made of; subsets that are never drawn are gone."""
+    """Return the dataset file with shards instead of their sources, without subsets that are never drawn."""
     gone = (*SOURCES, "caption_extension", "cache_info", "caption_column", "image_column")
     datasets = []
     for dataset, wanted in zip(content["datasets"], patterns, strict=True):
@@ -330,31 +330,32 @@ def described(content: Mapping[str, Any], patterns: Sequence[Sequence[str]]) -> 
 
 
 def is_drawn(subset: Mapping[str, Any], dataset: Mapping[str, Any], content: Mapping[str, Any]) -> bool:
-    """Whether a subset of the file is one of the run: `num_repeats = 0` switches it off."""
+    """Return True if a subset of the file is used in the run: `num_repeats = 0` disables it."""
     name, default = "num_repeats", ALL_KEYS["num_repeats"].default
     tables = (subset, dataset, content.get("general", {}))
     return int(next((table[name] for table in tables if name in table), default)) > 0
 
 
 def read_options(args: argparse.Namespace, training: Sequence[str]) -> TrainOptions:
-    """The options of the training. Raises UserError for what is missing or contradicts."""
+    """Return the training options. Raises UserError for missing and contradictory ones."""
     script = args.script or "train_network.py"
     card = spec_of_script(script)
     parser = importlib.import_module(script.removesuffix(".py")).setup_parser()
     options: TrainOptions = card.options.from_args(parse(parser, training))
     if options.dataset.dataset_config is None:
-        raise UserError("--dataset_config is missing: it says which pictures are to be packed")
+        raise UserError("--dataset_config is missing; it lists the images to pack")
     if args.shard_mb <= 0:
         raise UserError(f"--shard_mb is {args.shard_mb:g}, but must be above 0")
     asked = [name for name in CACHES if options.flat().get(name)]
     if asked and args.script is None:
-        raise UserError(f"--{asked[0]} needs --script, the training script of the base model that it is made with")
+        raise UserError(f"--{asked[0]} requires --script, the training script of the base model")
     check_data(options)
     return options
 
 
 def make_shards(args: argparse.Namespace, training: Sequence[str]) -> None:
-    """Raises UserError for options that are wrong, and for pictures that cannot be read."""
+    """Write shards, index and dataset file. Raises UserError for invalid options, and for images that cannot be
+    read."""
     options = read_options(args, training)
     config, storage = load_dataset_config(options), Storage(options.caching.cache_dir)
     path = args.out / DESCRIPTION
@@ -365,13 +366,13 @@ def make_shards(args: argparse.Namespace, training: Sequence[str]) -> None:
         temporary.write_text(f"{FIRST_LINE}\n{content}", encoding="utf-8")
     options = options.with_values({"dataset_config": path, "cache_dir": None})
     count = sum(len(subset.pictures) for dataset in collect(load_dataset_config(options)) for subset in dataset.subsets)
-    logger.info("%d pictures are in the shards of %s", count, args.out)
+    logger.info("%d images are in the shards of %s", count, args.out)
     fill_caches(args.script, options)
     print(path)
 
 
 def fill_caches(script: str | None, options: TrainOptions) -> None:
-    """Encode what is asked for, and keep it beside the shards."""
+    """Encode what is requested, and store it beside the shards."""
     caches_text = bool(options.flat().get(CACHES[1]))
     if not options.caching.cache_latents_to_disk and not caches_text:
         return
@@ -383,7 +384,7 @@ def fill_caches(script: str | None, options: TrainOptions) -> None:
         encode_pictures(arch.load.vae, arch.codec, options.caching, options.run.seed or 0, plan, processes)
     if caches_text:
         if cached_text(options, arch.text_cache) is None:
-            raise UserError(f"--{CACHES[1]} does nothing here: every text encoder trains, or none is cached")
+            raise UserError(f"--{CACHES[1]} has no effect: every text encoder is trained, or none is cached")
         compute = Compute.build(options.precision, processes.device)
         prepare_text(options, arch, plan, compute.device, compute.autocast, [], processes)
 

@@ -1,4 +1,5 @@
-"""Several adapter files as one LoRA, exactly or at a rank: the part of tools/merge_lora.py that needs no checkpoint.
+"""Merging of several adapter files into one LoRA, exactly or at a rank: the part of tools/merge_lora.py without a
+checkpoint.
 
 Letters: O rows of a weight, N its columns, R rank.
 """
@@ -28,53 +29,54 @@ from tools.convert_lora import spec_for_file
 
 logger = logging.getLogger(__name__)
 
-WORTH_TELLING = 1e-5  # of the norm of a sum: what a LoRA misses beyond rounding
+WORTH_TELLING = 1e-5  # relative error of a LoRA above which it is reported
 
 
 @dataclass(frozen=True)
 class Weighted:
-    """An adapter file and how much of it is merged, as a whole and of each module."""
+    """An adapter file and its strength, as a whole and for each module."""
 
     file: AdapterFile
     ratio: float
-    strength_of: Callable[[str], float] = lambda name: 1.0  # by the name of the module in any naming
+    strength_of: Callable[[str], float] = lambda name: 1.0  # by module name in any naming
 
     def ratio_of(self, name: str) -> float:
         return self.ratio * self.strength_of(name)
 
     def leaves_out(self, name: str) -> bool:
-        """Whether nothing of a module is merged."""
+        """Return True if a module has strength 0."""
         return self.strength_of(name) == 0
 
 
 Terms = Sequence[tuple[ModuleWeights, float]]
-"""The changes of one module by all files, with their ratios."""
+"""The changes of one module in all files, with their ratios."""
 
 Strengths = Callable[[Sequence[float], Sequence[int]], list[float]]
-"""(ratios, ranks) of the changes of one module -> how much of each counts."""
+"""Maps (ratios, ranks) of one module's changes to their strengths."""
 
 
 def as_given(ratios: Sequence[float], ranks: Sequence[int]) -> list[float]:
-    """A ratio is the strength."""
+    """Return the ratios as strengths."""
     return list(ratios)
 
 
 def of_both_factors(ratios: Sequence[float], ranks: Sequence[int]) -> list[float]:
-    """What ratios come to in sd-scripts' --concat: both factors are multiplied, and alpha stays while the ranks add."""
+    """Return the strengths of ratios in sd-scripts' --concat: both factors are multiplied, and alpha stays while the
+    ranks add."""
     return [ratio * abs(ratio) * rank / sum(ranks) for ratio, rank in zip(ratios, ranks, strict=True)]
 
 
 @dataclass(frozen=True)
 class Joining:
-    """How the factors of several files become those of one, where the result is exact."""
+    """Settings for joining the factors of several files exactly."""
 
     strengths: Strengths = as_given
-    shuffling: torch.Generator | None = None  # puts the ranks in another order, so that no file can be cut out again
+    shuffling: torch.Generator | None = None  # shuffles the ranks, so that no file can be extracted again
 
 
 @dataclass(frozen=True)
 class Merged:
-    """One module of the LoRA; the squared norms of the sum of the changes and of what is missing of it."""
+    """One module of the LoRA; the squared norms of the sum of the changes and of the error."""
 
     module: ModuleWeights
     missed: float = 0.0
@@ -89,11 +91,12 @@ def merge_adapters(
     base: BaseModel | None = None,
     joining: Joining = Joining(),
 ) -> list[ModuleWeights]:
-    """The modules of one LoRA in kohya's names whose change is the sum of ratio * change, in `dtype`.
+    """Merge adapters into the modules of one LoRA in kohya's names, whose change is the sum of ratio * change, in
+    `dtype`.
 
-    `ranks` are those of Linear layers and 1x1 convolutions, and of larger kernels; None joins the factors as `joining`
-    says, so the result is exact and the ranks add. What OFT, BOFT and DoRA change depends on the weight that they
-    change, which is read from `base`. Raises UserError for kinds that cannot be added.
+    `ranks` are those of Linear layers and 1x1 convolutions, and of larger kernels; None joins the factors by `joining`,
+    so the result is exact and the ranks add. The change of OFT, BOFT and DoRA depends on the base weight, which is read
+    from `base`. Raises UserError for kinds that cannot be added.
     """
     sums: dict[str, list[tuple[ModuleWeights, float]]] = {}
     for adapter in adapters:
@@ -104,14 +107,14 @@ def merge_adapters(
                 continue
             if full.DIFF_B in module.tensors or (module.kind is full.KIND and len(module.shape) == 1):
                 raise UserError(
-                    f"{file.origin}: {name} changes a bias or a norm, which no LoRA does; merge it into a checkpoint "
+                    f"{file.origin}: {name} changes a bias or a norm, which a LoRA cannot; merge it into a checkpoint "
                     "with --sd_model"
                 )
             if needs_base(module) and (base is None or ranks is None):
                 raise UserError(refusal(file, module, has_base=base is not None))
             sums.setdefault(name, []).append((module, adapter.ratio_of(name)))
     if base is not None and not any(needs_base(module) for terms in sums.values() for module, _ in terms):
-        logger.warning("--base_model has no effect: what --models add to a weight does not depend on it")
+        logger.warning("--base_model has no effect: the changes of --models do not depend on it")
     merged = []
     for name, terms in tqdm(sums.items(), desc="merging", unit="module"):
         if terms[0][0].kind is norm.KIND:
@@ -128,25 +131,25 @@ def merge_adapters(
 
 
 def needs_base(module: ModuleWeights) -> bool:
-    """Whether the change of a module is another for another base weight."""
+    """Return True if the change of a module depends on the base weight."""
     return module.kind is not norm.KIND and (module.is_dora or not module.is_low_rank)
 
 
 def refusal(file: AdapterFile, module: ModuleWeights, has_base: bool) -> str:
-    """Why such a module cannot become part of a LoRA like this."""
+    """Return why such a module cannot be merged into a LoRA this way."""
     what = "DoRA" if module.is_dora else module.kind.words
     if has_base:
-        return f"{file.origin}: {module.name} is {what}, which is no LoRA exactly; give --new_rank instead of --concat"
+        return f"{file.origin}: {module.name} is {what}, not exactly a LoRA; use --new_rank instead of --concat"
     has_no_factors = module.kind in (full.KIND, PIECES) and not module.is_dora
     why = "which has no factors to add" if has_no_factors else "whose change depends on the base weight"
     return (
-        f"{file.origin}: {module.name} is {what}, {why}; name the checkpoint that it "
-        "was trained on with --base_model and a rank with --new_rank, or merge it into a checkpoint with --sd_model"
+        f"{file.origin}: {module.name} is {what}, {why}; set --base_model to the checkpoint that it "
+        "was trained on and a rank with --new_rank, or merge it into a checkpoint with --sd_model"
     )
 
 
 def in_kohya_names(file: AdapterFile) -> AdapterFile:
-    """The file with kohya's names of modules."""
+    """Return the file with kohya's names of modules."""
     if all(naming_of(name) == "kohya" and not name.startswith("oft_") for name in file.modules):
         return file
     return rename(file, spec_for_file(file, file.origin).names, "kohya", keeps_pieces=True).file
@@ -160,8 +163,9 @@ def add_factors(
     device: torch.device,
     joining: Joining,
 ) -> Merged:
-    """The sum of low-rank changes of one module."""
-    shape = max((module.shape for module, _ in terms), key=len)  # a LoHa does not tell 1x1 convolutions from matrices
+    """Add low-rank changes of one module."""
+    # A LoHa does not distinguish 1x1 convolutions and matrices.
+    shape = max((module.shape for module, _ in terms), key=len)
     for module, _ in terms:
         if not module.is_low_rank or module.shape[:2] != shape[:2] or prod(module.shape) != prod(shape):
             raise UserError(f"{name} has different shapes in --models; they were made for different base models")
@@ -184,8 +188,8 @@ def add_factors(
 def approximate(
     name: str, terms: Terms, ranks: tuple[int, int], weight: Tensor, dtype: torch.dtype, device: torch.device
 ) -> Merged:
-    """The best LoRA for the sum of what each file alone makes of the base weight, less that weight."""
-    dtype = torch.promote_types(dtype, torch.float32)  # a difference of near numbers
+    """Return the best LoRA for the sum of each file's own change of the base weight."""
+    dtype = torch.promote_types(dtype, torch.float32)  # for the difference of close numbers
     weight = weight.to(device, dtype)
     change = torch.zeros_like(weight)
     for module, ratio in terms:
@@ -193,25 +197,25 @@ def approximate(
     if not bool(torch.isfinite(change).all()):
         raise UserError(f"--base_model has values that are not finite in {name}; the checkpoint is damaged")
     matrix_ON = change.flatten(1)
-    exact_ON = matrix_ON if device.type == "mps" else matrix_ON.double()  # which has no float64
+    exact_ON = matrix_ON if device.type == "mps" else matrix_ON.double()  # MPS has no float64
     up_OR, down_RN = (factor.to(dtype) for factor in best_factors(exact_ON, rank_for(tuple(weight.shape), ranks)))
     missed = float((matrix_ON - up_OR @ down_RN).square().sum())
     return Merged(of_factors(name, up_OR, down_RN, tuple(weight.shape)), missed, float(matrix_ON.square().sum()))
 
 
 def rank_for(shape: tuple[int, ...], ranks: tuple[int, int]) -> int:
-    """The rank of a module with a weight of this shape."""
+    """Return the rank of a module with a weight of this shape."""
     return ranks[1] if len(shape) == 4 and shape[2:] != (1, 1) else ranks[0]
 
 
 def of_factors(name: str, up_OR: Tensor, down_RN: Tensor, shape: tuple[int, ...]) -> ModuleWeights:
-    """A LoRA of strength 1."""
+    """Return a LoRA of strength 1."""
     alpha = torch.tensor(float(down_RN.shape[0]))
     return ModuleWeights(name, lora.leaves_of(up_OR.cpu(), down_RN.cpu(), shape, alpha), {})
 
 
 def add_norms(name: str, terms: Terms, joining: Joining) -> ModuleWeights:
-    """The sum of norm changes of one module."""
+    """Add norm changes of one module."""
     total: dict[str, Tensor] = {}
     strengths = joining.strengths([ratio for _, ratio in terms], [1] * len(terms))
     for (module, _), strength in zip(terms, strengths, strict=True):
@@ -221,7 +225,7 @@ def add_norms(name: str, terms: Terms, joining: Joining) -> ModuleWeights:
 
 
 def largest_ranks(adapters: Sequence[Weighted]) -> tuple[int, int] | None:
-    """(rank, rank of larger kernels) of the module that has most; None where nothing has a rank.
+    """Return (rank, rank of larger kernels) of the module with the largest; None if none has a rank.
 
     LoKr of two whole matrices, OFT and BOFT have none.
     """
@@ -235,7 +239,7 @@ def largest_ranks(adapters: Sequence[Weighted]) -> tuple[int, int] | None:
 def merged_metadata(
     adapters: Sequence[Weighted], modules: Sequence[ModuleWeights], save_to: Path, with_modelspec: bool
 ) -> dict[str, str]:
-    """What the header of the one LoRA says: what it is for, its ranks, what it was made of."""
+    """Return the merged LoRA's metadata: base model, ranks, sources."""
     plain = {m.rank for m in modules if m.form == "low_rank"}
     conv = {m.rank for m in modules if m.form == "conv"}
     metadata = {"ss_network_module": "networks.lora"}
@@ -268,12 +272,12 @@ def merged_metadata(
 
 
 def path_of(file: AdapterFile) -> Path:
-    """The path of a file that --models names."""
+    """Return the path of a file of --models."""
     return Path(file.origin.removeprefix("--models "))
 
 
 def modelspec(save_to: Path, sources_: Sequence[Path]) -> dict[str, str]:
-    """Title, date and origin of a merged file."""
+    """Return title, date and origin of a merged file."""
     return {
         "modelspec.title": save_to.stem,
         "modelspec.date": datetime.now().isoformat(timespec="seconds"),

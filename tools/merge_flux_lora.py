@@ -1,6 +1,6 @@
-"""Merge LoRA files into FLUX.1, whose transformer, CLIP-L and T5-XXL are files of their own, or several into one.
+"""Merge LoRA files into FLUX.1, whose transformer, CLIP-L and T5-XXL are separate files, or several into one.
 
-What a LoRA changes in a text encoder whose file is not named is left out, with a warning.
+Changes of a text encoder whose file is not set are omitted, with a warning.
 """
 
 import argparse
@@ -31,7 +31,7 @@ TEXT_ENCODERS = ("lora_te1_", "lora_te3_")
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """The options of tools/merge_lora.py, and those for the parts of FLUX.1."""
+    """Return the options of tools/merge_lora.py with those for the parts of FLUX.1."""
     parser = merge_lora.setup_parser()
     parser.add_argument("--flux_model", type=Path, dest="sd_model", help="file of the transformer to merge into")
     parser.add_argument("--clip_l", type=Path, help="file of CLIP-L to merge into")
@@ -39,14 +39,14 @@ def setup_parser() -> argparse.ArgumentParser:
     parser.add_argument("--t5xxl", type=Path, help="file of T5-XXL to merge into")
     parser.add_argument("--t5xxl_save_to", type=Path, help="the file to write for --t5xxl")
     parser.add_argument("--working_device", dest="device", help="device to compute on, for example cuda (default: cpu)")
-    parser.add_argument("--loading_device", help="has no effect: weights are read one by one into main memory")
-    parser.add_argument("--mem_eff_load_save", action="store_true", help="has no effect: only headers are read first")
-    parser.add_argument("--diffusers", action="store_true", help="has no effect: the names of diffusers are recognised")
+    parser.add_argument("--loading_device", help="has no effect: weights are always read one by one into main memory")
+    parser.add_argument("--mem_eff_load_save", action="store_true", help="has no effect: this is always on")
+    parser.add_argument("--diffusers", action="store_true", help="has no effect: diffusers' names are recognised")
     return parser
 
 
 def opened_parts(args: argparse.Namespace) -> list[tuple[BaseModel, Path]]:
-    """Each checkpoint to merge into and the file to write. Raises UserError where one of the two is missing."""
+    """Return each checkpoint to merge into with the file to write. Raises UserError if one of the two is missing."""
     parts = [(open_base_model("--flux_model", args.sd_model), args.save_to)] if args.sd_model is not None else []
     for flag, path, save_to, opener in (
         ("--clip_l", args.clip_l, args.clip_l_save_to, open_clip_l),
@@ -61,47 +61,47 @@ def opened_parts(args: argparse.Namespace) -> list[tuple[BaseModel, Path]]:
 
 
 def restricted(file: AdapterFile, base: BaseModel) -> AdapterFile:
-    """The modules of an adapter that lie in a checkpoint."""
+    """Return the modules of an adapter that exist in a checkpoint."""
     here = {module for part in base.files for module in part.modules}
     return replace(file, modules={name: module for name, module in file.modules.items() if name in here})
 
 
 def without_text_encoders(file: AdapterFile, parts: Sequence[BaseModel]) -> AdapterFile:
-    """An adapter without those modules of text encoders that no checkpoint has.
+    """Drop an adapter's text encoder modules that no checkpoint has.
 
-    Raises UserError where it has others, or none is left: it was made for another base model.
+    Raises UserError if other modules are missing, or none is left: it was made for another base model.
     """
     here = {module for base in parts for part in base.files for module in part.modules}
     missing = [name for name in file.modules if name not in here]
     others = [name for name in missing if not name.startswith(TEXT_ENCODERS)]
     if others or len(missing) == len(file.modules):
         raise UserError(
-            f"{file.origin}: {len(missing)} of its {len(file.modules)} modules are in none of the files to merge into, "
+            f"{file.origin}: {len(missing)} of its {len(file.modules)} modules are in none of the files to merge into; "
             f"the first is {(others or missing)[0]}; was it made for another base model?"
         )
     if missing:
         logger.warning(
-            "%s changes %d layers of text encoders, which are left out: name their files with --clip_l and --t5xxl",
-            file.origin, len(missing),
+            "omitting %d text encoder layers of %s: set their files with --clip_l and --t5xxl",
+            len(missing), file.origin,
         )  # fmt: skip
     return replace(file, modules={name: module for name, module in file.modules.items() if name in here})
 
 
 def merge(args: argparse.Namespace, strengths: Strengths = as_given) -> None:
-    """Read, merge and write; `strengths` says what --ratios mean with --concat."""
+    """Read, merge and write; `strengths` interprets --ratios with --concat."""
     if args.sd_model is None and args.clip_l is None and args.t5xxl is None:
         merge_lora.merge(args, strengths)
         return
     ratios = merge_lora.check(args)
     if args.lbws:
-        raise UserError("--lbws names the blocks of a U-Net, and FLUX.1 has none; leave it out")
+        raise UserError("--lbws names the blocks of a U-Net, but FLUX.1 has none; remove it")
     device, save_dtype, dtype = device_of(args.device), dtype_of(args.save_precision), SAVE_DTYPES[args.precision]
     parts = opened_parts(args)
     files = [in_kohya_names(read_adapter(path, "--models")) for path in args.models]
     kept = [without_text_encoders(file, [base for base, _ in parts]) for file in files]
     for base, save_to in parts:
         adapters = [Weighted(restricted(file, base), ratio) for file, ratio in zip(kept, ratios, strict=True)]
-        with_metadata = bool(base.architecture) and not args.no_metadata  # a text encoder alone is of no architecture
+        with_metadata = bool(base.architecture) and not args.no_metadata  # a text encoder alone has no architecture
         num = merge_into_checkpoint(base, adapters, save_to, dtype, save_dtype, device, with_metadata)
         print(f"{save_to}: {len(adapters)} adapters merged into {num} modules")
 

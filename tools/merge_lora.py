@@ -1,13 +1,12 @@
 """Merge LoRA files into a checkpoint, or several LoRA files into one.
 
-With --sd_model the changes are added to the weights of a checkpoint of any base model that is trained here: a file in
-the original layout gives a file, a diffusers folder of a model with a U-Net gives a folder; what the adapters do not
-touch is copied as it is. Without it the files become one LoRA whose change is the sum of ratio * change: exactly with
---concat (the ranks add), else as the best approximation (SVD) at --new_rank, by default the largest rank among the
-files. LoRA, convolutions, Tucker cores, LoHa, LoKr and norm weights can be merged either way. What OFT, BOFT and DoRA
-change depends on the base weight: they become part of a LoRA only at a rank and with --base_model. The change of a LoHa
-of rank r has the rank r * r, that of a LoKr the product of the ranks of its matrices: --concat gives it as many. The
-log says how much the one LoRA misses.
+With --sd_model the changes are added to the weights of a checkpoint of any supported base model: a file in the original
+layout gives a file, a diffusers folder of a model with a U-Net gives a folder; all other tensors are copied. Without it
+the files become one LoRA whose change is the sum of ratio * change: exactly with --concat (the ranks add), else as the
+best approximation (SVD) at --new_rank, by default the largest rank among the files. LoRA, convolutions, Tucker cores,
+LoHa, LoKr and norm weights can be merged either way. The change of OFT, BOFT and DoRA depends on the base weight: they
+can be merged into a LoRA only at a rank and with --base_model. The change of a LoHa of rank r has rank r * r, that of a
+LoKr the product of the ranks of its matrices: --concat uses these. The log reports the error of the merged LoRA.
 """
 
 import argparse
@@ -100,9 +99,9 @@ def merge_into_checkpoint(
     device: torch.device,
     with_metadata: bool,
 ) -> int:
-    """Write the checkpoint with the changes in it; gives the number of modules that changed.
+    """Write the checkpoint with the changes and return the number of changed modules.
 
-    Sums are computed in `dtype`. `save_dtype` None leaves every tensor the dtype it has.
+    Sums are computed in `dtype`. `save_dtype` None keeps the dtype of every tensor.
     """
     changes = changes_by_module(base, adapters)
     progress = tqdm(total=sum(len(file.weights.shapes) for file in base.files), desc="merging", unit="tensor")
@@ -116,9 +115,9 @@ def merge_into_checkpoint(
 
 
 def changes_by_module(base: BaseModel, adapters: Sequence[Weighted]) -> dict[str, list[tuple[ModuleWeights, float]]]:
-    """kohya's name of a module -> its changes in the order of the files, with their ratios.
+    """Map kohya's name of a module to its changes in the order of the files, with their ratios.
 
-    Raises UserError for modules that the checkpoint lacks: nothing is left out in silence.
+    Raises UserError for modules that the checkpoint lacks: nothing is omitted silently.
     """
     here = {module for file in base.files for module in file.modules}
     changes: dict[str, list[tuple[ModuleWeights, float]]] = {}
@@ -128,7 +127,7 @@ def changes_by_module(base: BaseModel, adapters: Sequence[Weighted]) -> dict[str
         missing = [name for name, found in names.items() if found is None or found.kohya not in here]
         if missing:
             raise UserError(
-                f"{adapter.file.origin}: {len(missing)} of its {len(names)} modules are not in --sd_model {base.path}, "
+                f"{adapter.file.origin}: {len(missing)} of its {len(names)} modules are not in --sd_model {base.path}; "
                 f"the first is {missing[0]}; {way_out(base, missing, len(names))}"
             )
         own: dict[str, ModuleWeights] = {}
@@ -144,12 +143,12 @@ def changes_by_module(base: BaseModel, adapters: Sequence[Weighted]) -> dict[str
 
 
 def way_out(base: BaseModel, missing: Sequence[str], num_modules: int) -> str:
-    """What to do about modules that a checkpoint lacks: its base model may have them in another file, or never."""
+    """Return what to do about modules that a checkpoint lacks, which may be in another file or nowhere."""
     have_place = [spec_for(base).names.find(name) is not None for name in missing]
     if not any(have_place) and 2 * len(missing) < num_modules:  # layers that other programs adapt too
-        return "`tools/convert_lora.py --to kohya --drop_unsupported` writes it without what has no place here"
+        return "`tools/convert_lora.py --to kohya --drop_unsupported` writes it without the missing modules"
     if all(have_place) and all(map(is_of_text_encoder, missing)):
-        return "they are of a text encoder; give a checkpoint that holds all parts of the model"
+        return "they belong to a text encoder; use a checkpoint with all parts of the model"
     return "was it made for another base model?"
 
 
@@ -161,7 +160,7 @@ def merged_tensors(
     device: torch.device,
     progress: "tqdm[None]",
 ) -> dict[str, Tensor]:
-    """Every tensor of one file, changed where an adapter says so."""
+    """Return every tensor of one file, changed by the adapters."""
     modules = {stem: module for module, stem in file.stems.items()}
     tensors = {}
     for key in file.weights.shapes:
@@ -186,7 +185,7 @@ def merged_thirds(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """A tensor with the rows changed of those modules that lie in it as thirds; itself where none is changed."""
+    """Change the rows of modules that are thirds of a tensor; return the tensor itself if none changes."""
     changed = [(m, third) for m, third in file.thirds.items() if third.key == key and m in changes]
     if not changed:
         return old
@@ -196,13 +195,13 @@ def merged_thirds(
         for module, ratio in changes[name]:
             if module.kind is not norm.KIND:
                 if module.changes("bias"):
-                    raise UserError(f"{module.origin}: {name} changes a bias that is stored with others; leave it out")
+                    raise UserError(f"{module.origin}: {name} changes a bias that is stored with others; remove it")
                 rows.copy_(module.merged(rows, ratio, dtype))
     return new
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write one file of weights, whole or not at all."""
+    """Write one weight file, whole or not at all."""
     if is_safetensors(path):
         save_safetensors(path, tensors, metadata)
     else:
@@ -218,11 +217,11 @@ def write_folder(
     device: torch.device,
     progress: "tqdm[None]",
 ) -> None:
-    """A copy of the diffusers folder with other weights; it appears under its name when it is complete."""
+    """Write a copy of the diffusers folder with changed weights; it appears under its name when it is complete."""
     parts = {file.part: file for file in base.files}
 
     def replaced(folder: str, names: list[str]) -> list[str]:
-        """The weight files, in every precision and format, that the merged ones take the place of."""
+        """Return the weight files, in every precision and format, that the merged ones replace."""
         is_part = Path(folder).parent == base.path and Path(folder).name in parts
         return [name for name in names if is_part and name != "config.json"]
 
@@ -235,7 +234,7 @@ def write_folder(
 
 
 def checkpoint_metadata(base: BaseModel, adapters: Sequence[Weighted], save_to: Path) -> dict[str, str]:
-    """The metadata of the merged checkpoint: that of the old one, but for what is no longer true of it."""
+    """Return the merged checkpoint's metadata: the old one without entries that are no longer true."""
     old = {} if base.is_folder else read_metadata(base.path)
     kept = {key: value for key, value in old.items() if "hash" not in key}
     return {
@@ -250,7 +249,7 @@ def checkpoint_metadata(base: BaseModel, adapters: Sequence[Weighted], save_to: 
 
 
 def setup_parser(new_rank: int | None = None) -> argparse.ArgumentParser:
-    """The command's options; `new_rank` is the default of --new_rank."""
+    """Return the command's options; `new_rank` is the default of --new_rank."""
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("--sd_model", type=Path, help="checkpoint to merge into: a single file or a diffusers folder")
     parser.add_argument("--v2", action="store_true", help="has no effect: checkpoints are recognised")
@@ -265,12 +264,12 @@ def setup_parser(new_rank: int | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--shuffle",
         action="store_true",
-        help="with --concat: in random order, so that the files cannot be cut out of it again; else there is none",
+        help="with --concat: shuffle the ranks, so that the files cannot be extracted again",
     )
     parser.add_argument(
         "--new_rank", type=int, default=new_rank, help="without --sd_model: rank of the result; unset: the largest one"
     )
-    parser.add_argument("--new_conv_rank", type=int, help="the same for kernels larger than 1x1; unset: --new_rank")
+    parser.add_argument("--new_conv_rank", type=int, help="rank for kernels larger than 1x1; unset: --new_rank")
     parser.add_argument("--precision", choices=tuple(SAVE_DTYPES), default="float", help="precision of the arithmetic")
     add_save_precision(parser, "that of each tensor in a checkpoint, --precision in a LoRA")
     add_device(parser)
@@ -279,31 +278,31 @@ def setup_parser(new_rank: int | None = None) -> argparse.ArgumentParser:
 
 
 def ranks_of(args: argparse.Namespace, adapters: Sequence[Weighted]) -> tuple[int, int] | None:
-    """(rank, rank of larger kernels) of the one LoRA, None for --concat."""
+    """Return (rank, rank of larger kernels) of the merged LoRA, or None for --concat."""
     if args.concat:
         return None
     largest = largest_ranks(adapters) or ((1, 1) if all(is_norms(adapter.file) for adapter in adapters) else None)
     if args.new_rank is None and largest is None:
         raise UserError(
-            "--new_rank is needed: --models have no rank that the one LoRA could take over (LoKr of two whole "
-            "matrices, OFT and BOFT have none); try 32, and see in the log what is missed"
+            "--new_rank is required: --models have no rank for the merged LoRA (LoKr of two whole matrices, OFT and "
+            "BOFT have none); try 32, and see the error in the log"
         )
     new_rank, new_conv_rank = (args.new_rank, args.new_rank) if args.new_rank or largest is None else largest
     return new_rank, args.new_conv_rank or new_conv_rank
 
 
 def is_norms(file: AdapterFile) -> bool:
-    """Whether a file has norm weights alone."""
+    """Return True if a file has only norm weights."""
     return all(module.kind is norm.KIND for module in file.modules.values())
 
 
 def check(args: argparse.Namespace) -> list[float]:
-    """The ratios. Raises UserError for options that do not go together."""
+    """Return the ratios. Raises UserError for options that do not go together."""
     ratios = args.ratios or [1.0] * len(args.models)
     if len(ratios) != len(args.models):
-        raise UserError(f"--ratios has {len(ratios)} values, but --models {len(args.models)}; give one for each file")
+        raise UserError(f"--ratios has {len(ratios)} values, but --models {len(args.models)}; use one for each file")
     if args.sd_model is not None and args.concat:
-        raise UserError("--concat makes one LoRA of several; it has no meaning with --sd_model, leave one of them out")
+        raise UserError("--concat makes one LoRA of several; it has no meaning with --sd_model; remove one of them")
     if args.sd_model is not None and args.base_model is not None:
         raise UserError("--base_model is what one LoRA was trained on; it has no meaning with --sd_model")
     for flag in ("new_rank", "new_conv_rank"):
@@ -324,28 +323,28 @@ def check(args: argparse.Namespace) -> list[float]:
 
 
 def tell_strengths(ratios: Sequence[float], strengths: Strengths) -> None:
-    """Say what --ratios come to with --concat where they are not the strengths, or look as if they should not be.
+    """Log the strengths of --ratios with --concat if they differ from the ratios, or look unintended.
 
     In sd-scripts 1.41 and -1.41 are the difference of two files of one rank.
     """
     alike = [1] * len(ratios)
     if strengths is not as_given:
         logger.info(
-            "--ratios with --concat act as in sd-scripts: as %s where the ranks are equal; "
-            "tools/merge_lora.py takes them as they are",
+            "--ratios with --concat act as in sd-scripts: as %s if the ranks are equal; tools/merge_lora.py uses "
+            "them unchanged",
             ", ".join(f"{strength:.2f}" for strength in strengths(ratios, alike)),
         )  # fmt: skip
     elif len(ratios) > 1 and all(isclose(abs(s), 1, rel_tol=0.02) for s in of_both_factors(ratios, alike)):
         logger.warning(
             "--ratios: %.2f with --concat is %.2f times the change of a file; in sd-scripts, and in %s, it is once the "
-            "change, give 1 for that", abs(ratios[0]), abs(ratios[0]), "networks/merge_lora.py",
+            "change; use 1 for that", abs(ratios[0]), abs(ratios[0]), "networks/merge_lora.py",
         )  # fmt: skip
 
 
 def weighted(
     files: Sequence[AdapterFile], ratios: Sequence[float], lbws: Sequence[str] | None, base: BaseModel | None
 ) -> list[Weighted]:
-    """The files with how much of them is merged; --lbws are for the checkpoint's base model, else each file's."""
+    """Return the files with their strengths; --lbws are for the checkpoint's base model, else each file's."""
     lists = block_weights.parse_lists(lbws, len(files))
     plain = [Weighted(file, ratio) for file, ratio in zip(files, ratios, strict=True)]
     if not lists:
@@ -356,14 +355,15 @@ def weighted(
 
 
 def merge(args: argparse.Namespace, strengths: Strengths = as_given) -> None:
-    """Read, merge and write; `strengths` says what --ratios mean with --concat."""
+    """Read, merge and write; `strengths` interprets --ratios with --concat."""
     ratios = check(args)
     device, save_dtype, dtype = device_of(args.device), dtype_of(args.save_precision), SAVE_DTYPES[args.precision]
     files = [read_adapter(path, "--models") for path in args.models]
     base = None if args.sd_model is None else open_base_model("--sd_model", args.sd_model)
     adapters = weighted(files, ratios, args.lbws, base)
     if base is not None:
-        if any(module.pieces for module in base.names.modules):  # diffusers has several modules for one of the base
+        # Diffusers has several modules for one of the base model.
+        if any(module.pieces for module in base.names.modules):
             adapters = [replace(a, file=rename(a.file, base.names, "kohya", keeps_pieces=True).file) for a in adapters]
         num = merge_into_checkpoint(base, adapters, args.save_to, dtype, save_dtype, device, not args.no_metadata)
         print(f"{args.save_to}: {len(adapters)} adapters merged into {num} modules")

@@ -1,7 +1,7 @@
 """Merge checkpoints of one base model: every weight becomes the sum of ratio * weight.
 
-A weight that only some of the files have counts as the first file's in the others; weights that the first file lacks
-are left out. Whole numbers, such as positions of tokens, are the first file's.
+A weight that some files lack counts as the first file's in those; weights that the first file lacks are omitted.
+Integers, such as token positions, are the first file's.
 """
 
 import argparse
@@ -37,7 +37,7 @@ EXAMPLES = """\
 def merged_tensors(
     models: Sequence[Weights], ratios: Sequence[float], unet_only: bool, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
-    """Every weight of the first file, merged in `dtype` where it is a number of a kind that can be.
+    """Merge every floating-point weight of the first file in `dtype`.
 
     Raises UserError for weights of different shapes.
     """
@@ -51,8 +51,8 @@ def merged_tensors(
         for model, ratio in zip(models, ratios, strict=True):
             if model.shapes.get(key, value.shape) != first.shapes[key]:
                 raise UserError(
-                    f"--models: {key} has the shape {first.shapes[key]} in {first.origin} and {model.shapes[key]} in "
-                    f"{model.origin}; give checkpoints of one base model"
+                    f"--models: {key} has shape {first.shapes[key]} in {first.origin} and {model.shapes[key]} in "
+                    f"{model.origin}; use checkpoints of one base model"
                 )
             total += ratio * (model.read(key) if key in model.shapes else value).to(device, dtype)
         tensors[key] = total.cpu()
@@ -60,42 +60,42 @@ def merged_tensors(
 
 
 def tell_differences(models: Sequence[Weights], show_skipped: bool) -> None:
-    """Say which weights the files do not share, by name where that is asked for. Raises UserError where all are."""
+    """Report the weights that the files do not share, by name if requested. Raises UserError if they share none."""
     first = models[0].shapes
     for model in models[1:]:
         skipped = [key for key in model.shapes if key not in first]
         missing = [key for key in first if key not in model.shapes]
         if len(missing) == len(first):
             raise UserError(
-                f"--models: {model.origin} and {models[0].origin} have no weight in common; give checkpoints of one "
+                f"--models: {model.origin} and {models[0].origin} have no weight in common; use checkpoints of one "
                 "base model in one layout"
             )
         if skipped:
             names = f": {', '.join(skipped)}" if show_skipped else "; --show_skipped names them"
-            logger.warning("%s: %d weights that the first file lacks are left out%s", model.origin, len(skipped), names)
+            logger.warning("%s: omitting %d weights that the first file lacks%s", model.origin, len(skipped), names)
         if missing:
-            logger.warning("%s lacks %d weights, which count as the first file's", model.origin, len(missing))
+            logger.warning("%s lacks %d weights; using the first file's", model.origin, len(missing))
 
 
 def tell_broken(output: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Say which of the weights that are saved hold NaN or infinity; some checkpoints have them where nothing reads."""
+    """Warn of saved weights with NaN or infinity; some checkpoints have them in unused weights."""
     broken = [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         logger.warning(
-            "%s: %d weights have values that are not finite, which no picture survives where they are read: %s; they "
-            "are so in --models, or too large for --saving_precision",
+            "%s: %d weights have values that are not finite, which ruin images unless they are unused: %s; --models "
+            "have them too, or they exceed the range of --saving_precision",
             output, len(broken), few(broken),
         )  # fmt: skip
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """The command's options."""
+    """Return the command's options."""
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("--models", type=Path, nargs="+", required=True, help="checkpoints, each a single file")
     parser.add_argument("--output", type=Path, required=True, help="the file to write: .safetensors, .ckpt or .pt")
     parser.add_argument("--ratios", type=float, nargs="+", help="share of each file; unset: equal shares")
     parser.add_argument(
-        "--unet_only", action="store_true", help="merge the U-Net; text encoders and VAE are the first file's"
+        "--unet_only", action="store_true", help="merge only the U-Net; text encoders and VAE are the first file's"
     )
     parser.add_argument("--precision", choices=tuple(SAVE_DTYPES), default="float", help="precision of the arithmetic")
     parser.add_argument(
@@ -107,18 +107,18 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 def merge(args: argparse.Namespace) -> None:
-    """Read, merge and write."""
+    """Read, merge and write the checkpoints."""
     ratios = args.ratios or [1 / len(args.models)] * len(args.models)
     if len(ratios) != len(args.models):
-        raise UserError(f"--ratios has {len(ratios)} values, but --models {len(args.models)}; give one for each file")
+        raise UserError(f"--ratios has {len(ratios)} values, but --models {len(args.models)}; use one for each file")
     check_output("--output", args.output, args.models)
     device = device_of(args.device)
     folders = [path for path in args.models if path.is_dir()]
     if folders:
-        raise UserError(f"--models {folders[0]} is a folder; give checkpoints that are single files")
+        raise UserError(f"--models {folders[0]} is a folder; use single-file checkpoints")
     models = [model_lookup.open_file("--models", model_lookup.find_model("--models", str(p), ())) for p in args.models]
     if args.unet_only and not any(key.startswith(UNET) for key in models[0].shapes):
-        raise UserError(f"--unet_only: nothing in {args.models[0]} is called {UNET}...; leave it out")
+        raise UserError(f"--unet_only: {args.models[0]} has no {UNET}...; remove it")
     tell_differences(models, args.show_skipped)
     tensors = merged_tensors(models, ratios, args.unet_only, SAVE_DTYPES[args.precision], device)
     dtype = SAVE_DTYPES[args.saving_precision]

@@ -1,7 +1,7 @@
-"""Put the parts of Stable Diffusion 3 or 3.5 that lie in files of their own into one file.
+"""Combine the separate files of Stable Diffusion 3 or 3.5 into one file.
 
-Every weight is copied as it is stored, 8-bit ones with their scales, unless a precision is given. The parts are looked
-at first: text encoders that do not fit the transformer are refused.
+Every weight is copied as stored, 8-bit ones with their scales, unless a precision is set. The parts are checked first:
+text encoders that do not fit the transformer are refused.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from tools.command import add_file_precision, check_safetensors_output, dtype_of
 
 logger = logging.getLogger(__name__)
 
-WHOLE = (DENOISER_PREFIX, VAE_PREFIX, *TEXT_PREFIXES.values())  # what names in a file of several parts begin with
+WHOLE = (DENOISER_PREFIX, VAE_PREFIX, *TEXT_PREFIXES.values())  # prefixes of names in a file with several parts
 LDM_VAE = "encoder.mid.block_1.conv1.weight"
 EXAMPLES = """\
   python3 tools/merge_sd3_safetensors.py --dit sd3.5_large.safetensors --clip_l clip_l.safetensors \\
@@ -49,39 +49,39 @@ EXAMPLES = """\
 
 @dataclass(frozen=True)
 class PartFile:
-    """One file, and what the names of its weights get in front where they do not say whose they are."""
+    """One file, and the prefix of its weights if their names do not tell their part."""
 
     flag: str
     path: Path
     prefix: str
 
     def names(self, weights: Weights) -> dict[str, str]:
-        """Name in the one file -> name in this file."""
+        """Map the names in the combined file to those in this file."""
         return {key if key.startswith(WHOLE) else f"{self.prefix}{key}": key for key in weights.shapes}
 
 
 def parts_of(args: argparse.Namespace) -> list[PartFile]:
-    """The files that are given, the transformer first."""
+    """Return the given files, the transformer first."""
     texts = [(f"--{name}", getattr(args, name), prefix) for name, prefix in TEXT_PREFIXES.items()]
     given = [("--dit", args.dit, DENOISER_PREFIX), ("--vae", args.vae, VAE_PREFIX), *texts]
     return [PartFile(flag, path, prefix) for flag, path, prefix in given if path is not None]
 
 
 def gathered(parts: Sequence[PartFile], opened: Sequence[Weights]) -> dict[str, tuple[Weights, str]]:
-    """Where every weight of the one file is read; of a part that two files have the later one counts."""
+    """Return the source of every weight of the combined file; the last file with a part wins."""
     found: dict[str, tuple[Weights, str]] = {}
     for part, weights in zip(parts, opened, strict=True):
         names = part.names(weights)
         again = [key for key in found if key.startswith(part.prefix)]
         if again:
-            logger.warning("%s takes the place of what %s has of that part", part.flag, found[again[0]][0].origin)
+            logger.warning("%s replaces that part of %s", part.flag, found[again[0]][0].origin)
         found = {key: place for key, place in found.items() if key not in again}
         found |= {new: (weights, old) for new, old in names.items()}
     return found
 
 
 def as_weights(places: dict[str, tuple[Weights, str]], origin: str) -> Weights:
-    """The one file before it is written."""
+    """Return the combined file before it is written."""
 
     def read(key: str) -> torch.Tensor:
         weights, name = places[key]
@@ -91,19 +91,19 @@ def as_weights(places: dict[str, tuple[Weights, str]], origin: str) -> Weights:
 
 
 def check(parts: Sequence[PartFile]) -> None:
-    """Raise UserError unless the files are the parts of one SD3 model, naming the one that is not."""
+    """Raise UserError unless the files are the parts of one SD3 model, naming the wrong one."""
     opened = [model_lookup.open_file(part.flag, existing(part)) for part in parts]
     dit = opened[0]
     specs = list_specs()
     found = base_of_file(specs, {f"{DENOISER_PREFIX}{key}": shape for key, shape in dit.shapes.items()} | dit.shapes)
     refuse_other(specs, "--dit", dit.origin, found, "sd3", "transformer")
     if found is None:
-        raise UserError(f"--dit {dit.origin} has no joint_blocks, so it is no transformer of SD3")
+        raise UserError(f"--dit {dit.origin} has no joint_blocks, so it is not a transformer of SD3")
     for part, weights in zip(parts[1:], opened[1:], strict=True):
         if part.flag == "--vae" and not any(key.removeprefix(VAE_PREFIX) == LDM_VAE for key in weights.shapes):
             raise UserError(
-                f"--vae {part.path} has nothing called {LDM_VAE}, so it is no VAE in the original layout (diffusers' "
-                "has other names); take the one that lies beside the transformer's file"
+                f"--vae {part.path} has no {LDM_VAE}, so it is not a VAE in the original layout; use the one beside "
+                "the transformer's file instead of diffusers'"
             )
     whole = as_weights(gathered(parts, opened), dit.origin)
     there = [name for name in TEXT_PREFIXES if text_weights(name, Sd3TextOptions(), whole) is not None]
@@ -116,24 +116,24 @@ def check(parts: Sequence[PartFile]) -> None:
     else:
         vae_of_checkpoint("--vae", whole)
     if missing:
-        logger.warning("the file will be without %s, which is given in no file", ", ".join(missing))
+        logger.warning("the combined file will lack %s, which no input contains", ", ".join(missing))
 
 
 def existing(part: PartFile) -> Path:
-    """The path of a file. Raises UserError where there is none, or a folder."""
+    """Return the path of a file. Raises UserError if it does not exist, or is a folder."""
     path = model_lookup.find_model(part.flag, str(part.path), ())
     if path.is_dir():
-        raise UserError(f"{part.flag} {path} is a folder; give a file of weights")
+        raise UserError(f"{part.flag} {path} is a folder; use a weight file")
     return path
 
 
 def merge(args: argparse.Namespace) -> None:
-    """Look at the parts, read them and write them as one."""
+    """Check the parts, read them and write them as one."""
     parts = parts_of(args)
     check_safetensors_output("--output", args.output, [part.path for part in parts])
     dtype = dtype_of_file(args.save_precision)
     check(parts)
-    # Scales of 8-bit weights belong to the numbers beside them: both are copied, or the weights decoded.
+    # Scales of 8-bit weights belong to their weights: either both are copied, or the weights are decoded.
     opened = [open_weights(p.path) if dtype is None else model_lookup.open_file(p.flag, p.path) for p in parts]
     whole = as_weights(gathered(parts, opened), str(args.output))
     tensors = {}
@@ -146,7 +146,7 @@ def merge(args: argparse.Namespace) -> None:
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """The command's options."""
+    """Return the command's options."""
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("--dit", type=Path, required=True, help="file of the transformer, which may hold other parts")
     parser.add_argument("--vae", type=Path, help="file of the VAE in the original layout")

@@ -1,5 +1,5 @@
-"""Predict what a training needs and how long a step takes, on any machine: from the options and the headers of the
-checkpoint, without a card and without reading a weight."""
+"""Predict memory and time of a training on any machine: from the options and the headers of the checkpoint, without a
+GPU and without reading a weight."""
 
 import argparse
 import importlib
@@ -29,7 +29,7 @@ from library.training.planning.fit_run import sweep_of  # noqa: E402
 from library.training.sweep.combinations import shared_and_own  # noqa: E402
 from tools.command import make_parser, run  # noqa: E402
 
-CARD = torch.device("cuda")  # whose rules count; none need be there
+CARD = torch.device("cuda")  # whose rules apply; none need be present
 EXAMPLES = """\
   python3 tools/plan_memory.py --script flux_train_network.py --cards 8GB,12GB,16GB,24GB \\
     --pretrained_model_name_or_path flux1-dev.safetensors --clip_l clip_l.safetensors --t5xxl t5xxl.safetensors \\
@@ -38,53 +38,53 @@ EXAMPLES = """\
 
 
 def spec_of_script(name: str) -> BaseModelSpec:
-    """The base model that a training script is for. Raises UserError naming the scripts where it is none."""
+    """Return the base model of a training script. Raises UserError naming the scripts if it is none."""
     found = {card.script: card for card in reversed(list_specs())}
     script = f"{name.removesuffix('.py')}.py"
     if script not in found:
-        raise UserError(f"--script {name} is no training script; use one of {', '.join(sorted(found, key=len))}")
+        raise UserError(f"--script {name} is not a training script; use one of {', '.join(sorted(found, key=len))}")
     return found[script]
 
 
 def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EXAMPLES)
-    parser.allow_abbrev = False  # an abbreviation is one of an option of the training
+    parser.allow_abbrev = False  # abbreviations refer to training options
     parser.add_argument("--script", required=True, help="training script, such as flux_train_network.py")
     parser.add_argument(
-        "--cards", default="8GB,12GB,16GB,24GB", help="memory of the cards, by commas (default: %(default)s)"
+        "--cards", default="8GB,12GB,16GB,24GB", help="memory of the GPUs, separated by commas (default: %(default)s)"
     )
     parser.epilog = f"all other options are those of the training.\n\n{parser.epilog}"
     return parser
 
 
 def count(name: str, arguments: Sequence[str]) -> tuple[TrainOptions, Architecture, BatchShape, CountedRun]:
-    """Options, base model, largest batch and count of a training that has this script and these options.
+    """Count a training with this script and these options; return options, base model, largest batch and count.
 
-    Raises UserError for whatever the options are wrong in.
+    Raises UserError for invalid options.
     """
     card = spec_of_script(name)
     parser = importlib.import_module(name.removesuffix(".py")).setup_parser()
     options = card.options.from_args(parse(parser, arguments))
     if not options.network.network_module:
-        raise UserError("--network_module is not set; networks.lora trains a LoRA")
+        raise UserError("--network_module is not set; use networks.lora for a LoRA")
     if options.distributed.shard_base and not options.distributed.shard_group:
-        raise UserError("--shard_base: say with --shard_group over how many processes the base model is to be spread")
+        raise UserError("--shard_base: set --shard_group to the number of processes that share the base model")
     check_precision(options)
     check_network(options)
     batch = described_batch(options)
-    with quiet():  # the run itself will say it
+    with quiet():  # the run itself will log it
         options, adapters = shared_and_own(options)
         arch = card.build(options)
         return options, arch, batch, count_run(options, arch, batch, CARD, list(adapters.values()))
 
 
 def described_batch(options: TrainOptions) -> BatchShape:
-    """The largest batch by --resolution and --train_batch_size, or by the --dataset_config; pictures need not be
-    there. Buckets have as many pixels or a little fewer."""
+    """Return the largest batch by --resolution and --train_batch_size, or by --dataset_config; the images need not
+    exist. Buckets have as many pixels or slightly fewer."""
     data = options.dataset
     if data.dataset_config is None:
         if not data.resolution:
-            raise UserError("--resolution is not set; give the training size with it, such as 512 or 512,768")
+            raise UserError("--resolution is not set; set the training size, such as 512 or 512,768")
         sides = parse_numbers("--resolution", data.resolution, int, (1, 2), "512 or 768,512")
         return BatchShape(data.train_batch_size, sides[0], sides[-1])
     shapes = [BatchShape(d.batch_size, *d.resolution) for d in load_dataset_config(options).datasets]
@@ -92,7 +92,7 @@ def described_batch(options: TrainOptions) -> BatchShape:
 
 
 def plan(args: argparse.Namespace, training: Sequence[str]) -> None:
-    """Print a table for each card."""
+    """Print a table for each GPU."""
     sizes = [parse_size("--cards", text) for text in args.cards.split(",")]
     options, arch, batch, counted = count(args.script, training)
     with quiet():

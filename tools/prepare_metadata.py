@@ -1,7 +1,7 @@
-"""Encode the pictures of a metadata file, and write into the file at which size each is trained.
+"""Encode the images of a metadata file, and record in the file the training size of each.
 
-The latents lie beside the pictures, where training with --cache_latents_to_disk and the same sizes finds them. Training
-here needs no sizes in the file: it takes each from the picture's header.
+The latents are stored beside the images, where training with --cache_latents_to_disk and the same sizes finds them.
+Training here needs no sizes in the file: it reads each from the image's header.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from tools.command import make_parser, run
 
 logger = logging.getLogger(__name__)
 
-LATENT_STEP = 8  # pixels of a picture that one latent stands for
+LATENT_STEP = 8  # pixels per latent
 TAKEN_OVER = (
     "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale", "mixed_precision", "flip_aug",
     "alpha_mask", "skip_existing",
@@ -38,14 +38,14 @@ EXAMPLES = """\
 
 
 def options_of(args: argparse.Namespace) -> argparse.Namespace:
-    """The options of tools/cache_latents.py. Raises UserError for a base model that it does not know by a U-Net."""
+    """Return the options of tools/cache_latents.py. Raises UserError for a base model without a U-Net."""
     name = args.model_name_or_path
     path = model_lookup.find_model("model_name_or_path", name, (("unet",), ("vae",)))
     spec = base_of_checkpoint(list_specs(), "model_name_or_path", path)
     if not spec.folders:
         raise UserError(
-            f"{name} is {spec.called} model, whose pictures are encoded by its script with --cache_latents_to_disk, or "
-            "by tools/make_shards.py"
+            f"{name} is {spec.called} model; encode its images with its training script and --cache_latents_to_disk, "
+            "or with tools/make_shards.py"
         )
     values: dict[str, Any] = {key: getattr(args, key) for key in TAKEN_OVER}
     values |= {
@@ -61,7 +61,7 @@ def options_of(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def note_sizes(table: dict[str, Any], folder: Path, sizes: dict[str, Size]) -> None:
-    """Write the size of each picture's bucket into its entry, in steps of a latent."""
+    """Write the size of each image's bucket into its entry, in multiples of a latent."""
     listings: dict[str, dict[str, str]] = {}
     for key, entry in table.items():
         size = sizes.get(find_picture(key, str(folder), listings) or "")
@@ -70,7 +70,7 @@ def note_sizes(table: dict[str, Any], folder: Path, sizes: dict[str, Size]) -> N
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Encode the pictures and write the table."""
+    """Encode the images and write the table."""
     check_name(args.out_json)
     table = read_table(str(args.in_json))
     pictures = list_pictures(args.train_data_dir, args.recursive)
@@ -79,36 +79,36 @@ def prepare(args: argparse.Namespace) -> None:
     strangers = [path for path in pictures if str(path) not in sizes]
     if strangers:
         logger.warning(
-            "%d of %d pictures have no entry in %s and are left out, the first is %s; "
-            "tools/captions_to_metadata.py makes entries",
+            "skipping %d of %d images without an entry in %s; the first is %s; "
+            "tools/captions_to_metadata.py creates entries",
             len(strangers), len(pictures), args.in_json, strangers[0],
         )  # fmt: skip
     note_sizes(table, args.train_data_dir, sizes)
     write_table(args.out_json, table)
-    print(f"{args.out_json}: sizes of {len(sizes)} pictures, {len(table)} entries")
+    print(f"{args.out_json}: sizes of {len(sizes)} images, {len(table)} entries")
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """The command's options."""
+    """Return the command's options."""
     parser = make_parser(__doc__, EXAMPLES)
-    parser.add_argument("train_data_dir", type=Path, help="the folder of the pictures")
+    parser.add_argument("train_data_dir", type=Path, help="the folder of images")
     parser.add_argument("in_json", type=Path, help="the metadata file to read")
     parser.add_argument("out_json", type=Path, help="the metadata file to write")
     parser.add_argument("model_name_or_path", help="the base model, whose VAE encodes")
     parser.add_argument("--v2", action="store_true", help="has no effect: checkpoints are recognised")
-    parser.add_argument("--batch_size", type=int, default=1, help="pictures that are encoded together")
-    parser.add_argument("--max_data_loader_n_workers", type=int, help="processes that read pictures")
-    parser.add_argument("--max_resolution", default="512,512", help="width,height whose area buckets have")
+    parser.add_argument("--batch_size", type=int, default=1, help="images per batch")
+    parser.add_argument("--max_data_loader_n_workers", type=int, help="processes that read images")
+    parser.add_argument("--max_resolution", default="512,512", help="width,height whose area the buckets have")
     parser.add_argument("--min_bucket_reso", type=int, default=256, help="shortest side of a bucket")
     parser.add_argument("--max_bucket_reso", type=int, default=1024, help="longest side of a bucket")
     parser.add_argument("--bucket_reso_steps", type=int, default=64, help="sides of buckets are multiples of this")
-    parser.add_argument("--bucket_no_upscale", action="store_true", help="never enlarge a picture")
+    parser.add_argument("--bucket_no_upscale", action="store_true", help="never enlarge an image")
     parser.add_argument("--mixed_precision", choices=tuple(DTYPES), default="no", help="format of the VAE")
-    parser.add_argument("--full_path", action="store_true", help="has no effect: keys are found either way")
+    parser.add_argument("--full_path", action="store_true", help="has no effect: both kinds of keys are found")
     parser.add_argument("--flip_aug", action="store_true", help="encode mirrored copies too")
     parser.add_argument("--alpha_mask", action="store_true", help="keep the alpha channel as a mask")
-    parser.add_argument("--skip_existing", action="store_true", help="trust latents that are there by their name")
-    parser.add_argument("--recursive", action="store_true", help="count pictures in the folders below too")
+    parser.add_argument("--skip_existing", action="store_true", help="trust existing latents by name")
+    parser.add_argument("--recursive", action="store_true", help="also include images in subfolders")
     return parser
 
 

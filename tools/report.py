@@ -1,4 +1,4 @@
-"""Make the report of a run from its events, which --log_events wrote: the same HTML file that the run leaves itself."""
+"""Build the report of a run from its --log_events file: the same HTML file that the run writes itself."""
 
 import argparse
 import logging
@@ -21,17 +21,17 @@ logger = logging.getLogger(__name__)
 def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, "  python3 tools/report.py output/events.jsonl --output output/my_cat-report.html")
     parser.add_argument("events", type=Path, help="file that --log_events wrote")
-    parser.add_argument("--output", type=Path, help="HTML file to write; unset: beside the events, named like them")
+    parser.add_argument("--output", type=Path, help="HTML file to write; unset: named like the events file, beside it")
     return parser
 
 
 def make_report(args: argparse.Namespace) -> None:
-    """Raises UserError for a file that holds no events."""
+    """Write the report. Raises UserError for a file without events."""
     path = args.output or args.events.with_name(f"{args.events.stem}-report.html")
     check_overwrite("--output", path, REPORT, [args.events])
     record = read_events(args.events)
     if record.is_empty:
-        raise UserError(f"{args.events} has no events; name the file that --log_events wrote")
+        raise UserError(f"{args.events} has no events; use the file written by --log_events")
     write_page(path, report_of(record))
     logger.info("wrote %s", path)
 

@@ -1,8 +1,8 @@
-"""Write the pictures of a folder smaller, at one or several resolutions, for datasets of several sizes.
+"""Write the images of a folder smaller, at one or several resolutions, for datasets of several sizes.
 
-Each picture keeps its shape; a resolution is an area, so 512x512 makes 362x724 of a tall one. Pictures are never
-enlarged. `cat.png` becomes `cat+512x512.jpg`; files that are no pictures are copied, but for caches of the old ones.
-Training resizes by itself: this saves disk and the time of reading large files.
+Each image keeps its aspect ratio; a resolution is an area, so 512x512 gives 362x724 for a tall one. Images are never
+enlarged. `cat.png` becomes `cat+512x512.jpg`; other files are copied, except caches of the old images. Training resizes
+by itself: this saves disk space and the time of reading large files.
 """
 
 import argparse
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_RESOLUTIONS = "512x512,384x384,256x256,128x128"
 FILTERS = {name: name for name in ("area", "cubic", "nearest", "linear", "box")} | {"lanczos4": "lanczos"}
 JPEG_QUALITY = 100
-CACHES = (".npz", "metadata_cache.json")  # how the names of files end that hold what was made of the old pictures
+CACHES = (".npz", "metadata_cache.json")  # endings of files made from the old images
 EXAMPLES = """\
   python3 tools/resize_images.py pictures pictures_small --max_resolution 1024x1024,512x512 --divisible_by 64 \\
       --copy_associated_files"""
@@ -41,7 +41,7 @@ EXAMPLES = """\
 
 @dataclass(frozen=True)
 class Resizing:
-    """What becomes of each picture."""
+    """Settings for resizing each image."""
 
     resolutions: tuple[Size, ...]
     divisible_by: int
@@ -49,27 +49,27 @@ class Resizing:
     ending: str  # ".png" or ".jpg"
 
     def suffixes(self) -> tuple[str, ...]:
-        """What the names of the new files have after that of the picture."""
+        """The suffixes of the new files' names."""
         return tuple(f"+{width}x{height}" for width, height in self.resolutions)
 
 
 def parse_resolutions(text: str) -> tuple[Size, ...]:
-    """`1024x1024,512x512` as sizes. Raises UserError for anything else."""
+    """Parse `1024x1024,512x512` to sizes. Raises UserError for anything else."""
     found = [re.fullmatch(r"(\d+)x(\d+)", part.strip()) for part in text.split(",")]
     sizes = tuple((int(match[1]), int(match[2])) for match in found if match is not None)
     if len(sizes) < len(found) or not all(map(min, sizes)):
-        raise UserError(f'--max_resolution is "{text}"; give sizes such as 1024x1024, with commas between them')
+        raise UserError(f'--max_resolution is "{text}"; use sizes such as 1024x1024, separated by commas')
     return sizes
 
 
 def fitted(size: Size, limit: Size) -> Size:
-    """The size of a picture at an area of at most `limit`'s, in its own shape."""
+    """Return the size of an image at an area of at most `limit`'s, with its aspect ratio."""
     factor = min(1.0, sqrt(limit[0] * limit[1] / (size[0] * size[1])))
     return (max(1, int(size[0] * factor)), max(1, int(size[1] * factor)))
 
 
 def resized(pixels: Pixels, limit: Size, resizing: Resizing) -> Pixels:
-    """The picture at an area, cut around its middle to sides that can be divided."""
+    """Return the image at an area, cropped at the centre to divisible sides."""
     scaled = resize(pixels, fitted((pixels.shape[1], pixels.shape[0]), limit), resizing.interpolation)
     height, width = (side - side % resizing.divisible_by for side in scaled.shape[:2])
     top, left = (scaled.shape[0] - height) // 2, (scaled.shape[1] - width) // 2
@@ -77,7 +77,7 @@ def resized(pixels: Pixels, limit: Size, resizing: Resizing) -> Pixels:
 
 
 def write_sizes(picture: Path, folder: Path, resizing: Resizing) -> None:
-    """Write one picture at every resolution. Raises UserError for one that cannot be read, or is too small."""
+    """Write one image at every resolution. Raises UserError for one that cannot be read, or is too small."""
     pixels, _ = read_pixels(str(picture))
     for limit, suffix in zip(resizing.resolutions, resizing.suffixes(), strict=True):
         found = resized(pixels, limit, resizing)
@@ -88,21 +88,21 @@ def write_sizes(picture: Path, folder: Path, resizing: Resizing) -> None:
 
 
 def check_names(pictures: Sequence[Path]) -> None:
-    """Raise UserError where two pictures would be written to the same file."""
+    """Raise UserError if two images would be written to the same file."""
     names: dict[str, Path] = {}
     for picture in pictures:
         other = names.setdefault(picture.stem, picture)
         if other is not picture:
-            raise UserError(f"{other} and {picture.name} have one name but for their ending; rename one of them")
+            raise UserError(f"{other} and {picture.name} differ only in their extension; rename one of them")
 
 
 def resize_all(args: argparse.Namespace) -> None:
-    """Write every picture of a folder at every resolution, and copy the other files."""
+    """Write every image of a folder at every resolution, and copy the other files."""
     source, target = args.src_img_folder, args.dst_img_folder
     if not source.is_dir():
-        raise UserError(f"{source} is no folder")
+        raise UserError(f"{source} is not a folder")
     if target.resolve() == source.resolve():
-        raise UserError(f"{target} is the folder of the pictures themselves; name another one for the new files")
+        raise UserError(f"{target} is the folder of the images themselves; use another one for the new files")
     if args.divisible_by < 1:
         raise UserError(f"--divisible_by is {args.divisible_by}; it must be at least 1")
     filter_name = FILTERS[args.interpolation] if args.interpolation else None
@@ -111,20 +111,20 @@ def resize_all(args: argparse.Namespace) -> None:
     files = sorted(path for path in source.iterdir() if path.is_file() and not path.name.startswith("."))
     pictures = [path for path in files if path.suffix in image_extensions()]
     if not pictures:
-        raise UserError(f"{source} has no pictures; folders below it are not looked into")
+        raise UserError(f"{source} has no images; subfolders are not searched")
     check_names(pictures)
     target.mkdir(parents=True, exist_ok=True)
     for picture in tqdm(pictures, desc="resizing", unit="picture"):
         write_sizes(picture, target, resizing)
     others = [path for path in files if path not in set(pictures) and not path.name.endswith(CACHES)]
     num_copied = copy_others(others, pictures, target, resizing, args)
-    print(f"{target}: {len(pictures)} pictures at {len(resizing.resolutions)} resolutions, {num_copied} other files")
+    print(f"{target}: {len(pictures)} images at {len(resizing.resolutions)} resolutions, {num_copied} other files")
 
 
 def copy_others(
     files: Sequence[Path], pictures: Sequence[Path], target: Path, resizing: Resizing, args: argparse.Namespace
 ) -> int:
-    """Copy what is no picture, files of a picture's name for each of its sizes where that is asked for."""
+    """Copy other files; files named like an image, for each of its sizes if requested."""
     stems = {picture.stem for picture in pictures}
     copies = [
         (file, target / f"{file.stem}{suffix}{file.suffix}")
@@ -137,9 +137,9 @@ def copy_others(
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """The command's options."""
+    """Return the command's options."""
     parser = make_parser(__doc__, EXAMPLES)
-    parser.add_argument("src_img_folder", type=Path, help="the folder of the pictures")
+    parser.add_argument("src_img_folder", type=Path, help="the folder of images")
     parser.add_argument("dst_img_folder", type=Path, help="the folder to write to")
     parser.add_argument("--max_resolution", default=DEFAULT_RESOLUTIONS, help="areas: 1024x1024,512x512")
     parser.add_argument("--divisible_by", type=int, default=1, help="cut sides to multiples of this")
@@ -148,7 +148,7 @@ def setup_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--copy_associated_files",
         action="store_true",
-        help="copy captions and others of a picture's name for each size",
+        help="copy captions and other files of an image for each size",
     )
     return parser
 

@@ -1,4 +1,4 @@
-"""The path under which other programs resize the pictures of a folder: tools/resize_images.py."""
+"""Alias of tools/resize_images.py for other programs."""
 
 import sys
 from pathlib import Path

@@ -1,8 +1,8 @@
-"""Reduce the rank of a LoRA file: to a fixed one, or for each module to what a measure of its singular values asks for.
+"""Reduce the rank of a LoRA file: to a fixed one, or for each module by its singular values.
 
-The change of a module is decomposed exactly from its small factors. What is kept is the best approximation of that
-rank, at the same alpha / rank as before. Modules with a Tucker core become plain convolutions of the same effect, LoHa
-and LoKr become LoRA; DoRA magnitudes and norm weights are kept.
+The change of a module is decomposed exactly from its small factors. The result is the best approximation of its rank,
+at the same alpha / rank as before. Modules with a Tucker core become plain convolutions of the same effect, LoHa and
+LoKr become LoRA; DoRA magnitudes and norm weights are kept.
 """
 
 import argparse
@@ -62,13 +62,13 @@ METHODS: Mapping[str, Callable[[Tensor, float], int]] = {
 
 @dataclass(frozen=True)
 class Measure:
-    """How the rank of a module is chosen: a fixed one, or what `method` asks for up to it."""
+    """The choice of a module's rank: a fixed one, or by `method` up to it."""
 
     new_rank: int
     new_conv_rank: int
     method: str | None
     param: float
-    lowrank_niter: int = 0  # power iterations that stand in for the exact decomposition of large modules; 0 for none
+    lowrank_niter: int = 0  # power iterations that replace the exact decomposition of large modules; 0 for none
 
     def most_of(self, module: ModuleWeights) -> int:
         return self.new_conv_rank if module.is_larger_kernel else self.new_rank
@@ -84,17 +84,17 @@ class Measure:
 
 @dataclass(frozen=True)
 class Resized:
-    """One module and what its new rank keeps of it."""
+    """One resized module and the shares that its new rank keeps."""
 
     module: ModuleWeights
     old_rank: int
-    kept_sum: float | None  # share of the sum of singular values; None where not all were computed
+    kept_sum: float | None  # share of the sum of singular values; None if not all were computed
     kept_norm: float  # share of the Frobenius norm
-    ratio: float  # the largest singular value over the smallest that is kept
+    ratio: float  # largest singular value / smallest kept one
 
 
 def resize_module(module: ModuleWeights, measure: Measure, device: torch.device) -> Resized:
-    """The module at its new rank, computed in float32 on `device`."""
+    """Resize a module, computed in float32 on `device`."""
     up_OR, down_RN = module.factors()
     if measure.method is None and measure.lowrank_niter and min(*up_OR.shape, len(down_RN.T)) > MANY_SINGULAR_VALUES:
         return resize_large_module(module, measure, device)
@@ -114,7 +114,7 @@ def resize_module(module: ModuleWeights, measure: Measure, device: torch.device)
 
 
 def resize_large_module(module: ModuleWeights, measure: Measure, device: torch.device) -> Resized:
-    """The same to a fixed rank, of which alone the singular values are computed, nearly."""
+    """Resize to a fixed rank, computing only its singular values, approximately."""
     up_OR, down_RN = (factor.to(device) for factor in module.factors())
     rank = measure.most_of(module)
     generator = generator_for(0, "resize_lora", module.name)
@@ -130,13 +130,13 @@ def resize_large_module(module: ModuleWeights, measure: Measure, device: torch.d
 
 
 def resize_file(file: AdapterFile, measure: Measure, device: torch.device, verbose: bool = False) -> AdapterFile:
-    """Every module at its new rank, and metadata that says so. Raises UserError for kinds that have no rank."""
+    """Resize every module and update the metadata. Raises UserError for kinds without a rank."""
     require_kinds(file, COMPUTED, "resized")
     turned = next((m for m in file.modules.values() if not m.is_low_rank and m.kind is not norm.KIND), None)
     if turned is not None:
         raise UserError(
-            f"{file.origin}: {turned.name} is {turned.kind.words}, which has no rank to reduce; make a LoRA of it with "
-            "tools/merge_lora.py --base_model (the checkpoint that it was trained on) --new_rank"
+            f"{file.origin}: {turned.name} is {turned.kind.words}, which has no rank to reduce; convert it to a LoRA "
+            "with tools/merge_lora.py --base_model (the checkpoint that it was trained on) --new_rank"
         )
     modules = []
     kept_norms = []
@@ -154,14 +154,14 @@ def resize_file(file: AdapterFile, measure: Measure, device: torch.device, verbo
                 f"{resized.kept_norm:.1%} of the norm, largest / smallest {resized.ratio:.1f}"
             )
     if not kept_norms:
-        raise UserError(f"{file.origin} has norm weights only, nothing in it has a rank")
+        raise UserError(f"{file.origin} contains only norm weights, which have no rank")
     mean = sum(kept_norms) / len(kept_norms)
     logger.info("%d modules, on average %.1f%% of the Frobenius norm is kept", len(kept_norms), 100 * mean)
     return file.with_modules(modules, resized_metadata(file, modules, measure))
 
 
 def resized_metadata(file: AdapterFile, modules: Sequence[ModuleWeights], measure: Measure) -> dict[str, str]:
-    """The file's metadata with the new rank and alpha; "Dynamic" where the modules have different ones."""
+    """Return the file's metadata with the new rank and alpha; "Dynamic" if the modules' ranks differ."""
     metadata = dict(file.metadata)
     main = [m for m in modules if m.form == "low_rank"] or [m for m in modules if m.is_low_rank]
     ranks, alphas = {module.rank for module in main}, {module.alpha for module in main}
@@ -179,14 +179,14 @@ def resized_metadata(file: AdapterFile, modules: Sequence[ModuleWeights], measur
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """The command's options."""
+    """Return the command's options."""
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("--model", type=Path, required=True, help="the LoRA file to read, of any trainer")
     parser.add_argument("--save_to", type=Path, required=True, help="the file to write: .safetensors, .ckpt or .pt")
     parser.add_argument(
         "--new_rank", type=int, default=4, help="rank of Linear layers and 1x1 convolutions; the largest with a method"
     )
-    parser.add_argument("--new_conv_rank", type=int, help="the same for larger kernels; unset: --new_rank")
+    parser.add_argument("--new_conv_rank", type=int, help="rank of larger kernels; unset: --new_rank")
     parser.add_argument(
         "--dynamic_method",
         choices=tuple(METHODS),
@@ -203,13 +203,13 @@ def setup_parser() -> argparse.ArgumentParser:
         "(default: 0, exact)",
     )
     parser.add_argument("--verbose", action="store_true", help="show for each module what its new rank keeps")
-    add_save_precision(parser, "as in the file that is read")
+    add_save_precision(parser, "as in the input file")
     add_device(parser)
     return parser
 
 
 def measure_of(args: argparse.Namespace) -> Measure:
-    """The measure that the options ask for. Raises UserError for values that make no sense."""
+    """Return the measure that the options request. Raises UserError for invalid values."""
     conv = args.new_rank if args.new_conv_rank is None else args.new_conv_rank
     for flag, rank in (("--new_rank", args.new_rank), ("--new_conv_rank", conv)):
         if rank < 1:
@@ -226,12 +226,12 @@ def measure_of(args: argparse.Namespace) -> Measure:
             f"--svd_lowrank_niter is {args.svd_lowrank_niter}; use 0 for the exact decomposition, 2 is usual"
         )
     if args.svd_lowrank_niter and method is not None:
-        logger.warning("--svd_lowrank_niter has no effect with --dynamic_method, which looks at all singular values")
+        logger.warning("--svd_lowrank_niter has no effect with --dynamic_method, which needs all singular values")
     return Measure(args.new_rank, conv, method, param or 0.0, args.svd_lowrank_niter)
 
 
 def resize(args: argparse.Namespace) -> None:
-    """Read, resize and write."""
+    """Read, resize and write the file."""
     measure = measure_of(args)
     check_output("--save_to", args.save_to, [args.model])
     file = read_adapter_file(args.model, "--model")

@@ -1,6 +1,6 @@
-"""Show what the header of a .safetensors file says: how it was trained, the model's card, the commonest tags.
+"""Show the metadata of a .safetensors file: training settings, model description, commonest tags.
 
-The texts are only shown: nothing in them is run. JSON among them is laid out, everything else is printed as it is.
+The values are only shown: nothing in them is executed. JSON values are formatted, all others are printed unchanged.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from tools.command import make_parser, run
 
 TAG_KEY = "ss_tag_frequency"
 TIME_KEYS = ("ss_training_started_at", "ss_training_finished_at")
-LONGEST_TEXT = 2000  # characters that are shown of one value; pictures are longer
+LONGEST_TEXT = 2000  # characters shown of one value; embedded images are longer
 SECTIONS = (("modelspec.", "model"), ("ss_", "training"), ("sshs_", "hashes"))
 
 EXAMPLES = """\
@@ -34,7 +34,7 @@ EXAMPLES = """\
 
 
 def parsed(text: str) -> Any:
-    """A JSON object or list as Python values, any other text as it is."""
+    """Parse a JSON object or list; return any other text unchanged."""
     if not text.startswith(("{", "[")):
         return text
     try:
@@ -44,7 +44,7 @@ def parsed(text: str) -> Any:
 
 
 def as_text(metadata: Mapping[str, str], num_tags: int) -> Iterator[str]:
-    """All keys in sections, one line each where they are short."""
+    """Yield all keys in sections, short ones on one line each."""
     if not metadata:
         yield "the file has no metadata"
     shown = set()
@@ -58,7 +58,7 @@ def as_text(metadata: Mapping[str, str], num_tags: int) -> Iterator[str]:
 
 
 def entry(key: str, text: str, num_tags: int) -> Iterator[str]:
-    """One key, its JSON indented below it."""
+    """Yield one key, with its JSON indented below it."""
     value = parsed(text)
     if key == TAG_KEY and isinstance(value, dict):
         yield f"  {escape_controls(key)}:"
@@ -73,7 +73,7 @@ def entry(key: str, text: str, num_tags: int) -> Iterator[str]:
 
 
 def tag_lines(frequencies: Mapping[str, Any], num_tags: int) -> Iterator[str]:
-    """The commonest tags over all folders, then how many there are."""
+    """Yield the commonest tags over all folders, then their number."""
     counts: Counter[str] = Counter()
     for tags in frequencies.values():
         if isinstance(tags, dict):
@@ -84,7 +84,7 @@ def tag_lines(frequencies: Mapping[str, Any], num_tags: int) -> Iterator[str]:
 
 
 def time_of(key: str, text: str) -> str:
-    """A date beside Unix times."""
+    """Return a date for Unix times."""
     if key not in TIME_KEYS:
         return ""
     try:
@@ -102,15 +102,15 @@ def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EXAMPLES)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", type=Path, help="a .safetensors file")
-    which.add_argument("file", type=Path, nargs="?", help="the same, without the option's name")
-    parser.add_argument("--json", action="store_true", help="print all of it as JSON, JSON inside of it unpacked")
-    parser.add_argument("--key", help="print only this value, as it is in the file")
+    which.add_argument("file", type=Path, nargs="?", help="the same, as a positional argument")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON, with nested JSON unpacked")
+    parser.add_argument("--key", help="print only this value, unchanged")
     parser.add_argument("--num_tags", type=int, default=20, help="tags to list")
     return parser
 
 
 def show(path: Path, key: str | None, is_json: bool, num_tags: int) -> Iterator[str]:
-    """The lines to print. Raises UserError for a file or key that cannot be shown."""
+    """Yield the lines to print. Raises UserError for a file or key that cannot be shown."""
     path = file_in_folder(path, f"--model {path}")
     if not path.is_file():
         raise UserError(f"--model {path} does not exist")
@@ -131,7 +131,7 @@ def show(path: Path, key: str | None, is_json: bool, num_tags: int) -> Iterator[
 
 
 def print_metadata(args: argparse.Namespace) -> None:
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a console of Windows may lack a letter
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a Windows console may lack a character
         sys.stdout.reconfigure(errors="backslashreplace")
     for line in show(args.model or args.file, args.key, args.json, args.num_tags):
         print(line)

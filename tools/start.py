@@ -1,11 +1,11 @@
 """Set up and run: `tools/start.py quickstart` trains a small LoRA, `tools/start.py test` runs the tests,
-`tools/start.py doctor` says whether this machine can train and what to do where it cannot.
+`tools/start.py doctor` checks whether this machine can train.
 
 Needs only Python and its standard library. The packages go into `.venv` in this folder (elsewhere: --venv PATH or the
-variable START_VENV) and are installed again only when a requirements file or the environment's Python changes.
+variable START_VENV) and are reinstalled only when a requirements file or the environment's Python changes.
 """
 
-# An old Python must be able to read this file in order to refuse: the syntax is Python 3.6's, annotations are quoted.
+# An old Python must be able to parse this file in order to refuse: the syntax is Python 3.6's, annotations are quoted.
 
 import argparse
 import hashlib
@@ -43,7 +43,7 @@ REPORT = "output/quickstart/quickstart-report.html"
 
 
 class StartError(Exception):
-    """Something the user can put right; the message says how."""
+    """An error that the user can fix; the message says how."""
 
 
 # --- Python ---
@@ -68,7 +68,7 @@ def supported_python_on_path() -> "str | None":
 
 
 def check_python(version: "tuple[int, int]") -> None:
-    """Raise StartError, naming the way out, unless this Python is one that the packages support."""
+    """Raise StartError with the fix unless this Python is supported by the packages."""
     problem = python_problem(version)
     if problem is None:
         return
@@ -81,7 +81,7 @@ def check_python(version: "tuple[int, int]") -> None:
 
 
 def interpreter_of(venv: Path) -> Path:
-    """Return where a virtual environment keeps its Python."""
+    """Return the path of a virtual environment's Python."""
     return venv / "Scripts" / "python.exe" if os.name == "nt" else venv / "bin" / "python"
 
 
@@ -98,15 +98,15 @@ def version_of(python: Path) -> "tuple[int, int, int] | None":
 
 
 def make_venv(venv: Path) -> None:
-    """Create the virtual environment, or make it again where its Python no longer starts.
+    """Create the virtual environment, or recreate it if its Python no longer starts.
 
-    Raises StartError if the folder holds something else, if this Python lacks the modules, or if making it fails.
+    Raises StartError if the folder contains something else, if this Python lacks the modules, or if creation fails.
     """
     if venv.exists() and any(venv.iterdir()) and not (venv / "pyvenv.cfg").exists():
-        raise StartError(f"{venv} is there but is no virtual environment; name another folder with --venv")
+        raise StartError(f"{venv} exists but is not a virtual environment; use another folder with --venv")
     if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
         raise StartError(
-            "this Python comes without the modules that make virtual environments (venv, ensurepip); on Debian and "
+            "this Python lacks the modules for virtual environments (venv, ensurepip); on Debian and "
             f"Ubuntu get them with `sudo apt install python3-venv` (or `python3.{sys.version_info[1]}-venv`), "
             "then run this command again"
         )
@@ -116,7 +116,7 @@ def make_venv(venv: Path) -> None:
 
 
 def digest_of(path: Path) -> str:
-    """Return the SHA-256 of a text file, whatever line ends git gave it."""
+    """Return the SHA-256 of a text file, regardless of its line endings."""
     return hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
 
 
@@ -158,7 +158,7 @@ def check_disk(venv: Path) -> None:
     if free_bytes < SMALLEST_INSTALL_BYTES:
         raise StartError(
             f"{free_bytes / 1024**3:.1f} GiB are free where {venv} is, the packages need at least "
-            f"{SMALLEST_INSTALL_BYTES / 1024**3:.0f} GiB; make room or name a folder on another disk with --venv"
+            f"{SMALLEST_INSTALL_BYTES / 1024**3:.0f} GiB; free space or use a folder on another disk with --venv"
         )
 
 
@@ -188,7 +188,7 @@ def install(venv: Path, python: Path, requirement_names: "list[str]") -> None:
 def ready_python(venv: Path, requirement_names: "tuple[str, ...]") -> Path:
     """Return the environment's Python once everything in the requirement files is installed.
 
-    The stamp is removed before pip starts and written after it ends, so an interrupted installation is done again.
+    The stamp is removed before pip starts and written after it ends, so an interrupted installation is repeated.
     """
     python = interpreter_of(venv)
     version = version_of(python)
@@ -219,10 +219,7 @@ def ready_python(venv: Path, requirement_names: "tuple[str, ...]") -> Path:
 
 
 def child_environment() -> "dict[str, str]":
-    """Return the environment of everything that is started here.
-
-    UTF-8 output, no model hub, packages from `.venv`.
-    """
+    """Return the environment of all child processes: UTF-8 output, no model hub, packages from `.venv`."""
     settings = {"PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "PIP_USER": "0"}
     return {**os.environ, **settings}
 
@@ -230,8 +227,8 @@ def child_environment() -> "dict[str, str]":
 def run(command: "list[str]", keep_errors_in: "deque | None" = None, quiet: bool = False) -> int:
     """Run a command in the repository's folder and return its exit status.
 
-    `keep_errors_in` collects the lines of its standard error, which are shown as well. After Ctrl-C the command, which
-    hears it too, gets the time to save and end; a third Ctrl-C ends it at once. Raises KeyboardInterrupt then.
+    `keep_errors_in` collects the lines of its standard error, which are also shown. After Ctrl-C the command, which
+    receives it too, gets time to save and end; a third Ctrl-C ends it at once. Raises KeyboardInterrupt then.
     """
     process = subprocess.Popen(
         command,
@@ -268,14 +265,14 @@ def num_threads() -> int:
 
 
 def training_command(python: Path, threads: int) -> "list[str]":
-    """Return `accelerate launch train_network.py` for the quickstart; an accelerate config file plays no part in it."""
+    """Return `accelerate launch train_network.py` for the quickstart, independent of an accelerate config file."""
     launch = [str(python), "-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", str(threads)]
     return [*launch, "train_network.py", "--config_file", TRAINING_CONFIG]
 
 
 def picture_command(python: Path) -> "list[str]":
-    """Return the command that draws the same prompts without and with the adapter."""
+    """Return the command that generates the same prompts without and with the adapter."""
     command = [str(python), "tools/quickstart/draw_before_after.py", "--base", TOY_BASE, "--lora", ADAPTER]
     return [*command, "--prompts", PROMPTS, "--out", PICTURE]
 
@@ -283,26 +280,26 @@ def picture_command(python: Path) -> "list[str]":
 def pytest_command(python: Path, slow: bool, pytest_arguments: "list[str]") -> "list[str]":
     """Return the command that runs the fast tier, or with `slow` whole trainings too, on every core.
 
-    A `-m` or a path among `pytest_arguments` wins over the tier.
+    A `-m` or a path among `pytest_arguments` overrides the tier.
     """
     tier = "not gpu and not nightly" if slow else "not slow and not gpu and not nightly"
     in_parallel = [
         "-n",
         str(num_threads()),
         "--dist",
-        "loadfile",  # a file's tests share models that are costly to make
-        "--no-loadscope-reorder",  # by number of tests, which puts files of a single long one last
+        "loadfile",  # a file's tests share expensive models
+        "--no-loadscope-reorder",  # reordering by number of tests would put files with one long test last
     ]
     return [str(python), "-m", "pytest", "-m", tier, *in_parallel, *pytest_arguments]
 
 
 def written_at(path: Path) -> "int | None":
-    """Return when a file was written, in nanoseconds; None if it is not there."""
+    """Return when a file was written, in nanoseconds; None if it does not exist."""
     return path.stat().st_mtime_ns if path.exists() else None
 
 
 def quickstart(venv: Path) -> int:
-    """Train the bundled example and draw what it learned. Returns the exit status."""
+    """Train the bundled example and show what it learned. Return the exit status."""
     python = ready_python(venv, RUN_REQUIREMENTS)
     started = time.monotonic()
     for command, product in ((training_command(python, num_threads()), ADAPTER), (picture_command(python), PICTURE)):
@@ -328,16 +325,16 @@ def quickstart(venv: Path) -> int:
 
 
 def run_tests(venv: Path, slow: bool, pytest_arguments: "list[str]") -> int:
-    """Run the tests. Returns pytest's exit status."""
+    """Run the tests. Return pytest's exit status."""
     python = ready_python(venv, TEST_REQUIREMENTS)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many processes as cores run the tests
     return run(pytest_command(python, slow, pytest_arguments))
 
 
 def examine(venv: Path) -> int:
-    """Look at the machine with the environment's Python, or with this one where there is no environment.
+    """Examine the machine with the environment's Python, or with this one if there is no environment.
 
-    Nothing is installed for it. Returns the exit status of tools/doctor.py.
+    Installs nothing. Return the exit status of tools/doctor.py.
     """
     python = interpreter_of(venv)
     if version_of(python) is None:
@@ -350,7 +347,7 @@ def examine(venv: Path) -> int:
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line; what follows `--` is not for it."""
+    """Return the parser of the command line before `--`."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--venv",
@@ -377,7 +374,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 def split_at_dashes(arguments: "list[str]") -> "tuple[list[str], list[str]]":
-    """Cut a command line at its first `--`."""
+    """Split a command line at its first `--`."""
     if "--" not in arguments:
         return arguments, []
     cut = arguments.index("--")
@@ -385,11 +382,11 @@ def split_at_dashes(arguments: "list[str]") -> "tuple[list[str], list[str]]":
 
 
 def main(arguments: "list[str]") -> int:
-    """Do what the command line says and return the exit status."""
+    """Run the command line and return the exit status."""
     ours, for_pytest = split_at_dashes(arguments)
     try:
         check_python(sys.version_info[:2])
-        sys.stdout.reconfigure(errors="backslashreplace")  # a console of Windows may lack a letter of a path
+        sys.stdout.reconfigure(errors="backslashreplace")  # a Windows console may lack a character of a path
         parser = setup_parser()
         args = parser.parse_args(ours)
         venv = Path(os.path.abspath(str(args.venv)))

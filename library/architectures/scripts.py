@@ -1,4 +1,4 @@
-"""Which script has which options of its own, by listing the packages beside this file; imports no torch."""
+"""The options of each script, found by listing the packages beside this file; imports no torch."""
 
 import importlib
 import pkgutil
@@ -10,21 +10,22 @@ from pathlib import Path
 from library.options.train import TrainOptions
 from library.options.training.concepts import ConceptOptions
 
-ROOT = Path(__file__).parents[2]  # of the scripts
-BY_PROMPTS = "train_leco.py"  # what the names of scripts end in that train concepts by prompts alone
+ROOT = Path(__file__).parents[2]  # the folder of the scripts
+BY_PROMPTS = "train_leco.py"  # endings of scripts that train concepts from prompts alone
 
 
 @dataclass(frozen=True)
 class Script:
-    """One training script: a package's options.py has its class of options and says how those of others are called."""
+    """One training script; its package's options.py has its options class and alternatives to other scripts'
+    options."""
 
     name: str  # "knots_train_network.py"
     options: type[TrainOptions]
-    instead: Mapping[str, str]  # option of other scripts -> the end of a sentence about it
+    instead: Mapping[str, str]  # option of other scripts -> alternative here
 
 
 def list_scripts() -> tuple[Script, ...]:
-    """The script of every package that has options.py; one without a class of its own has the common options."""
+    """List the script of every package with options.py; one without its own class has the common options."""
     packages = [p.name for p in pkgutil.iter_modules([str(Path(__file__).parent)]) if p.ispkg]
     names = [name for name in packages if (Path(__file__).parent / name / "options.py").is_file()]
     return tuple(script_of(name) for name in names)
@@ -40,21 +41,20 @@ def script_of(package: str) -> Script:
 
 @dataclass(frozen=True)
 class OtherScripts:
-    """What there is to say of an option that others have and the script of this name has not: other scripts, earlier
-    versions and other programs."""
+    """Hints about options that this script lacks but other scripts, earlier versions or other programs have."""
 
     name: str
 
     @cached_property
     def scripts(self) -> Mapping[str, tuple[frozenset[str], Mapping[str, str]]]:
-        """(its options, what those of others are there) by script; made when it is asked for first, after a mistake."""
+        """(Its options, its alternatives to others') by script; computed only after a mistake."""
         return {script.name: (frozenset(script.options.defaults()), script.instead) for script in list_scripts()}
 
     def __call__(self, option: str) -> str:
-        """The hint behind an option, "" for one that this script has, or of which nothing is known."""
+        """Return the hint for an option; "" for one that this script has, or that is unknown."""
         if option in ConceptOptions.defaults() and not self.name.endswith(BY_PROMPTS):
             names = sorted((path.name for path in ROOT.glob(f"*{BY_PROMPTS}")), key=len)
-            return f" (an option of {' and '.join(names)}, which train concepts by prompts alone)"
+            return f" (an option of {' and '.join(names)}, which train concepts from prompts alone)"
         has = [script for script, (options, _) in self.scripts.items() if option in options]
         if self.name in has:
             return ""
@@ -65,7 +65,7 @@ class OtherScripts:
 
 
 def words_for(has: list[str], scripts: list[str]) -> str:
-    """Which scripts have an option, or which have it not where these are fewer."""
+    """Name the scripts that have the option, or those that lack it if that list is shorter."""
     lack = [script for script in scripts if script not in has]
     if not lack:
         return "an option of every other script"

@@ -1,10 +1,11 @@
-"""The keys of adapter files: the one grammar for the names that all programs give.
+"""The keys of adapter files: one grammar for the names that all programs use.
 
 A key is the name of a module and an ending: `lora_unet_mid_block_attentions_0_proj_in.lora_down.weight` of kohya and
 LyCORIS, `diffusion_model.middle_block.1.proj_in.lora_A.weight` after the modules of the original checkpoint,
 `unet.mid_block.attentions.0.proj_in.lora_A.weight` of diffusers, `base_model.model.q_proj.lora_A.x.weight` of PEFT.
-It lies here and not beside the networks, since what programs read and which base model a file is for are told by keys
-alone, also where no network is loaded.
+
+The grammar is not part of networks/, because keys alone, without a network, tell which programs read a file and which
+base model it is for.
 """
 
 import re
@@ -36,17 +37,17 @@ MODELS = (
     "unet.", "transformer.", "diffusion_model.", "text_encoder.", "text_encoder_2.", "text_encoder_3.",
     "text_conditioner.",
 )  # fmt: skip
-"""What stands before a path in a file that says in which model of a pipeline it is."""
+"""Prefixes of paths in a file that name a model of the pipeline."""
 
 ROOTLESS = (PEFT_PREFIX, "lycoris_", "lora_transformer_", "lora_unet_", "net.", "model.diffusion_model.", *MODELS)
-"""What programs put before a path without saying whose it is, or before paths of the other layout: PEFT, LyCORIS in
-the hands of SimpleTuner and others, OneTrainer."""
+"""Prefixes of paths that do not tell the model, or belong to the other layout: PEFT's, LyCORIS's as used by SimpleTuner
+and others, and OneTrainer's."""
 
 TEXT_ENCODERS = ("lora_te", "text_encoder", "clip_l.", "clip_g.", "t5.")
-TEXT_PATHS = ("text_model", "encoder.", "encoder_")  # of CLIP and T5, which no denoiser has
+TEXT_PATHS = ("text_model", "encoder.", "encoder_")  # in CLIP and T5 but in no denoiser
 
 DOWN, UP = "lora_down.weight", "lora_up.weight"
-ENDINGS: tuple[tuple[str, str], ...] = (  # (pattern, the leaf that kohya's format has for it; "" for itself)
+ENDINGS: tuple[tuple[str, str], ...] = (  # (pattern, kohya's name of the leaf; "" if it is the same)
     (r"lora_down\.weight|lora_A(?:\.[\w-]+)?\.weight|lora\.down\.weight|lora_linear_layer\.down\.weight", DOWN),
     (r"lora_up\.weight|lora_B(?:\.[\w-]+)?\.weight|lora\.up\.weight|lora_linear_layer\.up\.weight", UP),
     (r"dora_scale|lora_magnitude_vector(?:(?:\.[\w-]+)?\.weight)?", "dora_scale"),
@@ -57,28 +58,30 @@ ENDINGS: tuple[tuple[str, str], ...] = (  # (pattern, the leaf that kohya's form
     (r"lora_mid\.weight|alpha|w_norm|b_norm|hada_\w+|lokr_\w+|diff(?:_b)?", ""),
 )
 KEY_PATTERNS = tuple((re.compile(rf"(.+?)\.({pattern})"), leaf) for pattern, leaf in ENDINGS)
-PROCESSOR_KEY = re.compile(r"(.+)\.processor\.((to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight)")  # of old diffusers
-OWN_PROCESSOR_KEY = re.compile(r"(.+\.processor\.\w+_lora\d?)\.((down|up)\.weight)")  # of a model's own trainer
-# Words that are too common to end a dotted name, but are leaves after kohya's names, which have no dots.
+# The first form is written by old versions of diffusers, the second by base models' own trainers.
+PROCESSOR_KEY = re.compile(r"(.+)\.processor\.((to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight)")
+OWN_PROCESSOR_KEY = re.compile(r"(.+\.processor\.\w+_lora\d?)\.((down|up)\.weight)")
+# Words too common to end a dotted name, but leaves after kohya's names, which have no dots.
 KOHYA_KEY = re.compile(
     r"([^.]+)\.(scalar|scale|rescale|bias_\w+|oft_\w+|oft_blocks|on_input|weight|bias|a[12]\.weight|b[12]\.weight)"
 )
-WIDE_LEAVES = frozenset((DOWN, "hada_w1_b"))  # of Linear layers: as wide as the module's input
-KRONECKER_SIDES = {"lokr_w1": 0, "lokr_w1_b": 0, "lokr_w2": 1, "lokr_w2_b": 1}  # their columns multiply to the width
+WIDE_LEAVES = frozenset((DOWN, "hada_w1_b"))  # as wide as the input, in Linear layers
+# The product of these leaves' columns is the input width.
+KRONECKER_SIDES = {"lokr_w1": 0, "lokr_w1_b": 0, "lokr_w2": 1, "lokr_w2_b": 1}
 
 
 @dataclass(frozen=True)
 class AdapterKey:
-    """One key, taken apart."""
+    """A parsed key."""
 
     module: str  # as in the file
     ending: str  # as in the file
-    leaf: str  # the ending by the name that kohya's format has for it
+    leaf: str  # kohya's name of the ending
     naming: Naming
 
     @classmethod
     def parse(cls, text: str) -> "AdapterKey | None":
-        """Take a key apart; None for one that belongs to no kind of adapter."""
+        """Parse a key; return None if it belongs to no kind of adapter."""
         if match := PROCESSOR_KEY.fullmatch(text):
             layer = "to_out.0" if match[3] == "to_out" else match[3]
             module = f"{match[1]}.{layer}"
@@ -94,18 +97,19 @@ class AdapterKey:
 
 
 def naming_of(name: str) -> Naming:
-    """Which program's names the name of a module follows."""
+    """Return the program whose naming a module's name follows."""
     return next((naming for prefix, naming in PREFIXES if name.startswith(prefix)), "unknown")
 
 
 def composed_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
-    """(rows, inputs of the layer) by the key of a tensor that tells these of a Linear layer together with others: the
-    first matrix of a LoKr, the blocks of OFT."""
+    """Return (rows, inputs of the layer) by key, for tensors that determine these of a Linear layer together with
+    others: the first matrix of a LoKr, the blocks of OFT."""
     return {**_kronecker_shapes(shapes), **_block_shapes(shapes)}
 
 
 def _block_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
-    """Blocks of b inputs, stored as b (b - 1) / 2 angles or whole; one block of angles can serve for all inputs."""
+    """Return the shapes of OFT layers: blocks of b inputs, stored as b (b - 1) / 2 angles or whole; one block can serve
+    all inputs."""
     found = {}
     for text, shape in shapes.items():
         key = AdapterKey.parse(text)
@@ -117,7 +121,7 @@ def _block_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, i
 
 
 def _kronecker_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
-    """(rows, inputs) by the key of the first matrix of each LoKr."""
+    """Return (rows, inputs) by the key of the first matrix of each LoKr."""
     firsts: dict[str, tuple[str, int, int]] = {}
     seconds: dict[str, int] = {}
     for text, shape in shapes.items():
@@ -131,34 +135,34 @@ def _kronecker_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[in
 
 
 def tells_no_model(name: str) -> bool:
-    """Whether the beginning of a module's name leaves open in which model of a pipeline it is, and in whose layout."""
+    """Return True if a module's prefix does not tell its model in the pipeline and its layout."""
     is_bare = naming_of(name) in ("unknown", "peft") or name.startswith(("lycoris_", "lora_transformer_"))
     return is_bare or f".{PEFT_PREFIX}" in name
 
 
 def path_alone(name: str) -> str:
-    """The name of a module without all that programs put before its path."""
+    """Strip all prefixes from the name of a module."""
     while (path := next((name[len(p) :] for p in ROOTLESS if name.startswith(p)), name)) != name:
         name = path
     return name
 
 
 def under(other: str, key: str, module: str, leaf: str) -> str:
-    """A key of `module` with another name of it; old keys of diffusers have the processor in the middle of the name."""
+    """Replace the module in a key by `other`; old diffusers keys have the processor in the middle of the name."""
     return other + (key[len(module) :] if key.startswith(module) else f".{leaf}")
 
 
 def is_of_text_encoder(name: str) -> bool:
-    """Whether a module or key is of a text encoder, by what it begins with in any naming."""
+    """Return True if a module or key belongs to a text encoder, by its prefix in any naming."""
     return name.startswith(TEXT_ENCODERS) or path_alone(name).startswith(TEXT_PATHS)
 
 
 def without_peft_prefix(name: str) -> str:
-    """What PEFT's wrapper calls a module inside of it; other names as they are."""
+    """Strip PEFT's wrapper from a module's name."""
     return name.removeprefix(PEFT_PREFIX)
 
 
 def underscored(name: str) -> str:
-    """The form in which names of all namings can be compared."""
+    """Convert a name to the form in which all namings are compared."""
     name = without_peft_prefix(name)
     return name.removeprefix("model.").replace(".", "_") if name.startswith("model.diff") else name.replace(".", "_")

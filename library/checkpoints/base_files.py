@@ -1,4 +1,4 @@
-"""The files of a base model: a diffusers folder or a single file, beside which flags may name some of its parts."""
+"""The files of a base model: a diffusers folder or a single file, with parts that flags may replace."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,48 +13,48 @@ from library.options.model import BASE_FLAG
 
 @dataclass(frozen=True)
 class BaseFiles:
-    """A base model on disk; of the files only headers are read."""
+    """A base model on disk; only headers of its files are read."""
 
     path: Path
     whole: Weights | None = None  # the tensors of a single file; None for a folder
     flag: str = BASE_FLAG  # for messages
 
     def open_folder(self, name: str) -> tuple[dict[str, Any], Weights]:
-        """Open one part of a diffusers folder: its configuration and weights. Raises NotThere where it is missing."""
+        """Open one part of a diffusers folder: its configuration and weights. Raises NotThere if it is missing."""
         return model_lookup.open_part(self.flag, self.path / name, name)
 
     def open_text_encoder(
         self, flag: str, name: str | None, folder: str, prefix: str
     ) -> tuple[dict[str, Any] | None, Weights]:
-        """Open what a flag names or, with no `name`, the encoder in the base model: its folder, or the whole single
-        file, in which names of the encoder begin with `prefix`. The configuration is None for a file.
+        """Open the text encoder that `name` names, or without a name the base model's: its folder, or the whole single
+        file, in which its names begin with `prefix`. The configuration is None for a file.
 
-        Raises NotThere where the base model has no such encoder.
+        Raises NotThere if the base model has no such encoder.
         """
         if name is not None:
             return model_lookup.open_model(flag, name, folder)
         if self.whole is None:
             return self.open_folder(folder)
         if not any(key.startswith(prefix) for key in self.whole.shapes):
-            raise NotThere(f"{flag} is missing: {self.path} has no such text encoder in it")
+            raise NotThere(f"{flag} is missing: {self.path} does not contain this text encoder")
         return None, self.whole
 
 
 def open_files(flag: str, path: Path) -> BaseFiles:
-    """Open a base model that is on disk."""
+    """Open a base model on disk."""
     return BaseFiles(path, None if path.is_dir() else model_lookup.open_file(flag, path), flag)
 
 
 def open_base(name: str | None, give: str, folders: Iterable[str] = ()) -> BaseFiles:
-    """Open the base model that a run names, downloading these `folders` of a repository of the hub.
+    """Open the base model that a run names, downloading these `folders` of a hub repository.
 
-    Raises UserError saying what to `give` where there is no name.
+    Raises UserError saying what to `give` if there is no name.
     """
     return open_files(BASE_FLAG, model_lookup.find_model(BASE_FLAG, named(name, give), [(f,) for f in folders]))
 
 
 def named(name: str | None, give: str) -> str:
-    """Return the name of the base model. Raises UserError saying what to `give` where there is none."""
+    """Return the name of the base model. Raises UserError saying what to `give` if there is none."""
     if not name:
-        raise UserError(f"{BASE_FLAG} is missing: give {give}")
+        raise UserError(f"{BASE_FLAG} is missing: use {give}")
     return name

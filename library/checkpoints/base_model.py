@@ -1,4 +1,4 @@
-"""A base model's checkpoint as merging and extracting see it: files of weights, and the module each weight is of."""
+"""A base model's checkpoint for merging and extracting: its files and the module of each weight."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,13 +14,13 @@ from library.errors import UserError
 
 @dataclass(frozen=True)
 class Third:
-    """One of the three modules whose rows lie below each other in one tensor: q, k or v."""
+    """One of three modules whose rows are stacked in one tensor: q, k or v."""
 
     key: str
     number: int
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Its rows, a view."""
+        """Return a view of its rows."""
         return tensor.chunk(3)[self.number]
 
 
@@ -30,8 +30,8 @@ class WeightFile:
 
     part: str  # "" for a single file, "unet" and "text_encoder" in a diffusers folder
     weights: Weights
-    stems: Mapping[str, str]  # kohya's name of a module -> its name in the file: weights are `<stem>.weight`
-    thirds: Mapping[str, Third] = field(default_factory=dict)  # kohya's name -> where its rows lie
+    stems: Mapping[str, str]  # kohya's name of a module -> its stem in the file: weights are `<stem>.weight`
+    thirds: Mapping[str, Third] = field(default_factory=dict)  # kohya's name -> location of its rows
 
     @property
     def modules(self) -> frozenset[str]:
@@ -39,14 +39,14 @@ class WeightFile:
         return frozenset((*self.stems, *self.thirds))
 
     def read(self, module: str) -> Tensor:
-        """The weight of a module."""
+        """Read the weight of a module."""
         third = self.thirds.get(module)
         if third is None:
             return self.weights.read(f"{self.stems[module]}.weight")
         return third.of(self.weights.read(third.key))
 
     def shape(self, module: str) -> tuple[int, ...]:
-        """The shape of a module's weight."""
+        """Return the shape of a module's weight."""
         third = self.thirds.get(module)
         if third is None:
             return self.weights.shapes[f"{self.stems[module]}.weight"]
@@ -56,7 +56,7 @@ class WeightFile:
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A checkpoint whose modules are known by the names of adapter files."""
+    """A checkpoint with its modules by their names in adapter files."""
 
     path: Path
     files: tuple[WeightFile, ...]
@@ -68,7 +68,7 @@ class BaseModel:
         return not (len(self.files) == 1 and self.files[0].part == "")
 
     def read(self, module: str) -> Tensor:
-        """The weight of a module, by kohya's name of it."""
+        """Read the weight of a module, by kohya's name."""
         for file in self.files:
             if module in file.modules:
                 return file.read(module)
@@ -78,21 +78,19 @@ class BaseModel:
 def open_original(
     flag: str, path: Path, model: str, prefixes: Sequence[str], diffusers_mark: str
 ) -> tuple[Weights, str]:
-    """(weights of a single file, the first of `prefixes` that its names carry); only its header is read.
+    """Open a single file; return its weights, of which only the header is read, and the first matching prefix.
 
-    Raises UserError naming `flag` for a folder, for a file that cannot be read, and for one in diffusers' layout,
-    which `diffusers_mark` gives away.
+    Raises UserError naming `flag` for a folder, an unreadable file, and one in diffusers' layout, which has the weight
+    `diffusers_mark`.
     """
     if path.is_dir():
-        raise UserError(
-            f"{flag} {path}: of {model} only files in the original layout are merged into; give such a file"
-        )
+        raise UserError(f"{flag} {path} is a folder; for {model} merging supports only a file in the original layout")
     weights = model_lookup.open_file(flag, path)
     prefix = find_prefix(weights.shapes, prefixes)
     if prefix + diffusers_mark in weights.shapes:
         raise UserError(
-            f"{flag} {path}: this is a transformer in diffusers' layout; give a file in the original layout, which is "
-            "what programs load"
+            f"{flag} {path}: this is a transformer in diffusers' layout; use a file in the original layout, which "
+            "other programs load"
         )
     return weights, prefix
 
@@ -100,7 +98,7 @@ def open_original(
 def of_single_file(
     path: Path, weights: Weights, names_of: Callable[[str], ModuleNames | None], base: str, architecture: str
 ) -> BaseModel:
-    """The checkpoint in a single file; `names_of` gives the names of the layer that a weight `<stem>.weight` is of."""
+    """Open the checkpoint in a single file; `names_of` returns the names of the layer of a weight `<stem>.weight`."""
     stems = sorted(key.removesuffix(".weight") for key in weights.shapes if key.endswith(".weight"))
     found = {stem: names for stem in stems if (names := names_of(stem)) is not None}
     file = WeightFile("", weights, {names.kohya: stem for stem, names in found.items()})

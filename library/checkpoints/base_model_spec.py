@@ -1,7 +1,7 @@
-"""What others may know of a base model: its names, how its files are recognised, and what is done with them.
+"""The public facts of a base model: its names, how its files are recognised, and which programs read its adapters.
 
-A package of library/architectures declares its specs in spec.py, and nobody outside knows its name: scripts and tools
-list the specs of all packages and hand them on.
+A package of library/architectures declares its specs in spec.py, and no code outside names a package: scripts and tools
+list the specs of all packages and pass them on.
 """
 
 import re
@@ -23,23 +23,23 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Certainty(IntEnum):
-    """How much a sign says; of all base models the one with the surest sign is told."""
+    """The strength of a sign; the base model with the strongest sign is recognised."""
 
-    FAMILY = 1  # what several models have, told where nothing else is there
-    PART = 2  # names of a part that other models have too, such as a text encoder
-    SHARED = 3  # names that another model has too, but with a sign of its own beside them
-    OWN = 4  # names or sizes of this model alone
+    FAMILY = 1  # common to several models; used if nothing else is found
+    PART = 2  # names of a part shared with other models, such as a text encoder
+    SHARED = 3  # names that another model has too, together with a sign of its own
+    OWN = 4  # names or sizes of only this model
 
 
 @dataclass(frozen=True)
 class Sign:
-    """Names in a file, and where names are shared sizes, by which a base model is recognised."""
+    """Names in a file, and sizes where names are shared, by which a base model is recognised."""
 
-    pattern: str  # regular expression that is searched for in names
+    pattern: str  # regular expression, searched in names
     certainty: Certainty = Certainty.OWN
-    width: int | None = None  # what is found has a tensor with so many inputs
-    num_axes: int | None = None  # ... with so many axes
-    unless: str = ""  # regular expression that no name may have
+    width: int | None = None  # a matching tensor has this many inputs
+    num_axes: int | None = None  # ... and this many axes
+    unless: str = ""  # regular expression that no name may match
 
     def is_in(self, shapes: Shapes) -> bool:
         found = [shape for name, shape in shapes.items() if re.search(self.pattern, name)]
@@ -50,7 +50,7 @@ class Sign:
         return bool(found) and not (self.unless and any(re.search(self.unless, name) for name in shapes))
 
 
-# --- what programs that make pictures read ---
+# --- what inference programs read ---
 
 Program = Literal["ComfyUI", "Forge", "A1111-style", "diffusers", "stable-diffusion.cpp"]
 PROGRAMS: tuple[Program, ...] = ("ComfyUI", "Forge", "A1111-style", "diffusers", "stable-diffusion.cpp")
@@ -64,22 +64,23 @@ NONE: frozenset[FileNaming] = frozenset()
 
 @dataclass(frozen=True)
 class Gap:
-    """Modules that a program does not look for, although it reads their naming."""
+    """Modules that a program ignores although it reads their naming."""
 
     namings: frozenset[FileNaming]
-    modules: str  # pattern of whole underscored names
+    modules: str  # pattern of complete underscored names
     reason: str  # "it ..."
 
 
 @dataclass(frozen=True)
 class Reader:
-    """What one program reads of the adapter files of a base model."""
+    """The adapter files of a base model that one program reads."""
 
-    denoiser: frozenset[FileNaming]  # namings
-    text: frozenset[FileNaming]  # the same for the text encoders
+    denoiser: frozenset[FileNaming]  # namings read
+    text: frozenset[FileNaming]  # namings read for the text encoders
     gaps: tuple[Gap, ...] = ()
     refuses: Callable[[Mapping[str, FileNaming | None]], str | None] = lambda modules: None
-    """Why it refuses a whole file, by its modules (underscored name -> naming); None where it does not."""
+    """Returns why the program refuses a whole file, from its modules (underscored name -> naming); None if it does
+    not."""
 
 
 # --- the strength of an adapter by block ---
@@ -87,55 +88,56 @@ class Reader:
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """How lists of block weights speak of a base model: one number for each block that a list of this length names."""
+    """Lists of block weights for a base model: one number for each block that a list of this length names."""
 
-    lists: tuple[tuple[str, ...], ...]  # the names of the blocks, in lists of different lengths
+    lists: tuple[tuple[str, ...], ...]  # block names, in lists of different lengths
     block_of: Callable[[str], str | None]
-    """The block of a module by its generic name; None outside of all blocks."""
-    missing: frozenset[str] = frozenset()  # blocks that some list names, but this base model lacks
+    """Returns the block of a module by its generic name; None outside of all blocks."""
+    missing: frozenset[str] = frozenset()  # blocks in some list that this base model lacks
 
 
 # --- the spec ---
 
 ArgumentForm = Literal["rank", "ranks", "blocks", "flag", "word"]
-"""How the value of a network argument is written: 4; 4,0,4; 0-3,7; True; any text."""
+"""Forms of a network argument's value: 4; 4,0,4; 0-3,7; True; any text."""
 
 
 @dataclass(frozen=True)
 class BaseModelSpec:
-    """One base model as everybody outside its package knows it."""
+    """One base model as code outside its package sees it."""
 
     name: str  # "knots"; `BaseNames.base` of its modules
     title: str  # "Knots 1"
-    called: str  # in messages, with its article: "a Knots"
+    called: str  # with article, for messages: "a Knots"
     script: str  # "knots_train_network.py"
     options: type[TrainOptions]  # of the script
     build: Callable[[Any], Any]  # those options -> library.protocols.Architecture
-    checkpoint: tuple[Sign, ...]  # in the names of a single file; of a folder's U-Net they begin with "unet." here
-    adapter: tuple[Sign, ...]  # in the keys of adapter files, with underscores for dots
-    version: str  # pattern of how ss_base_model_version begins
-    architecture: str  # the same of modelspec.architecture
-    pipelines: tuple[str, ...]  # how the class names of diffusers' pipelines begin
-    readers: Mapping[Program, Reader]  # a program that is not there takes no adapters of it
-    names: BaseNames  # what all programs call its modules
-    network_arguments: Mapping[str, ArgumentForm]  # that mean something for this base model, and not for all
+    checkpoint: tuple[Sign, ...]  # in names of a single file; a folder's U-Net gets the prefix "unet."
+    adapter: tuple[Sign, ...]  # in keys of adapter files, with underscores for dots
+    version: str  # pattern at the start of ss_base_model_version
+    architecture: str  # pattern at the start of modelspec.architecture
+    pipelines: tuple[str, ...]  # prefixes of the class names of its diffusers pipelines
+    readers: Mapping[Program, Reader]  # programs not listed read no adapters of it
+    names: BaseNames  # its modules in all namings
+    network_arguments: Mapping[str, ArgumentForm]  # specific to this base model
     open_for_merging: Callable[[str, Path], BaseModel]
-    """The checkpoint at a path; the first value is the flag that errors name."""
+    """Opens the checkpoint at a path; the first argument is the flag for error messages."""
     seen_by_networks: Callable[[Path], tuple[list[nn.Module], nn.Module]]
-    """(text encoders, denoiser) of a checkpoint as network modules see them, on the meta device."""
+    """Returns (text encoders, denoiser) of a checkpoint as network modules see them, on the meta device."""
     adapter_metadata: Callable[[str, bool], Mapping[str, str]]
-    """What an adapter for a checkpoint says of it, by `BaseModel.architecture` and whether it predicts velocity."""
-    block_weights: BlockWeights | None = None  # None where no program gives it lists of them
+    """Returns the metadata of an adapter for a checkpoint, from `BaseModel.architecture` and whether it predicts
+    velocity."""
+    block_weights: BlockWeights | None = None  # None if no program uses such lists for it
     script_flag: str = ""  # with which the script trains it
     prompts_script: str = ""  # that trains concepts from prompts alone
-    folders: tuple[str, ...] = ()  # of a diffusers folder with a U-Net, where nothing names its pipeline
-    variants: Mapping[str, str] = field(default_factory=dict)  # pattern of names -> what has them, but is not trained
+    folders: tuple[str, ...] = ()  # in a diffusers folder with a U-Net that names no pipeline
+    variants: Mapping[str, str] = field(default_factory=dict)  # pattern of names -> unsupported model that has them
 
 
 def recognise(
     specs: Sequence[BaseModelSpec], shapes: Shapes, signs_of: Callable[[BaseModelSpec], Sequence[Sign]]
 ) -> BaseModelSpec | None:
-    """The base model with the surest sign in a file, the first of several, None where there is no sign."""
+    """Return the base model with the strongest sign in a file, the first of equals; None if there is no sign."""
     found = [
         (max((sign.certainty for sign in signs_of(spec) if sign.is_in(shapes)), default=0), spec) for spec in specs
     ]

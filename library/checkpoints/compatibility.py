@@ -1,7 +1,7 @@
-"""What programs that make pictures will do with an adapter file, by its keys and shapes alone.
+"""Which inference programs use an adapter file, by its keys and shapes alone.
 
 The rules were found by giving files of every form to each program's own loading code: ComfyUI 0.29, diffusers 0.42,
-Forge and stable-diffusion.cpp in 2026; "A1111-style" are the loaders in the manner of AUTOMATIC1111's web UI.
+Forge and stable-diffusion.cpp in 2026; "A1111-style" are loaders like that of AUTOMATIC1111's web UI.
 """
 
 import re
@@ -27,50 +27,50 @@ class Key:
     """One key of an adapter file."""
 
     text: str
-    module: str  # without the leaf, underscores for dots
+    module: str  # without the leaf, with underscores for dots
     leaf: str
     shape: tuple[int, ...]
-    naming: FileNaming | None  # None: of no program
+    naming: FileNaming | None  # None if no program uses it
     part: Part
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What one program does with a file."""
+    """One program's use of a file."""
 
     program: Program
     num_keys: int
-    unused: tuple[str, ...]  # keys that change nothing there
-    inexact: tuple[str, ...]  # keys that are applied, but not as they were trained
-    reasons: tuple[str, ...]  # why, one sentence each
+    unused: tuple[str, ...]  # keys without effect in the program
+    inexact: tuple[str, ...]  # keys that act differently than in training
+    reasons: tuple[str, ...]  # one sentence each
 
     @property
     def num_used(self) -> int:
-        """Keys that act as trained."""
+        """The number of keys that act as trained."""
         return self.num_keys - len(self.unused) - len(self.inexact)
 
     @property
     def amount(self) -> Amount:
-        """How much of the file acts as trained."""
+        """The share of the file that acts as trained."""
         if self.num_used == self.num_keys:
             return "all"
         return "some" if self.num_used else "none"
 
 
-# --- which kinds of weights are read where ---
+# --- kinds of weights by program ---
 
 LOW_RANK = frozenset(("lora_down.weight", "lora_up.weight", "lora_A.weight", "lora_B.weight", "alpha"))
 NORM = frozenset(("w_norm", "b_norm"))
 OFT = frozenset(("oft_blocks", "rescale"))
 GLORA = frozenset(f"{side}{n}.weight" for side in "ab" for n in (1, 2))
-FULL = frozenset(("diff", "diff_b"))  # changes of whole weights and biases
+FULL = frozenset(("diff", "diff_b"))  # full changes of weights and biases
 LOKR_CORE = "lokr_t2"
-OFT_PREFIX = "oft_unet_"  # of the names in files by networks.oft
-READ = re.compile(  # endings that programs look for
+OFT_PREFIX = "oft_unet_"  # of names in files written by networks.oft
+READ = re.compile(  # endings that programs read
     r"lora_(?:down|up|mid|A|B)\.weight|alpha|dora_scale|w_norm|b_norm|hada_(?:w[12]_[ab]|t[12])"
     r"|lokr_(?:w[12](?:_[ab])?|t2)|oft_blocks|rescale|[ab][12]\.weight|diff(?:_b)?|lora_magnitude_vector(?:\.weight)?"
 )
-PEFT_MAGNITUDES = frozenset(("lora_magnitude_vector", "lora_magnitude_vector.weight"))  # of DoRA per output
+PEFT_MAGNITUDES = frozenset(("lora_magnitude_vector", "lora_magnitude_vector.weight"))  # of DoRA per output row
 DIFFUSERS_LEAVES = LOW_RANK | PEFT_MAGNITUDES | {"dora_scale"}
 
 
@@ -82,7 +82,7 @@ def readings(
 ) -> tuple[Reading, ...]:
     """Return how each program reads an adapter file with these keys; empty if its base model is not recognised.
 
-    `alphas` has the values of `alpha` keys where they are known: those of OFT are limits, and 0 is none.
+    `alphas` has the known values of `alpha` keys: those of OFT are limits, and 0 means none.
     """
     spec = recognise_adapter(specs, shapes, metadata)
     if spec is None:
@@ -93,15 +93,15 @@ def readings(
 
 
 def parse(text: str, shape: tuple[int, ...]) -> Key:
-    """Take a key apart; one whose ending or prefix no program knows keeps its text and has no naming."""
+    """Parse a key; one with an unknown ending or prefix keeps its text and has no naming."""
     found = AdapterKey.parse(text)
     if found is None or READ.fullmatch(found.ending) is None:
         return Key(text, underscored(text), "", shape, None, part_of(text))
     naming = next((naming for naming in NAMINGS if naming == found.naming), None)
     if re.match(r"model\.diffusion_model\.", found.module) or (naming == "kohya" and "." in found.module):
-        naming = None  # names of a whole checkpoint
+        naming = None  # names in a complete checkpoint
     if tells_no_model(found.module):
-        naming = None  # some programs look for some of these, but for each base model others
+        naming = None  # programs read some of these, but different ones for each base model
     return Key(text, underscored(found.module), found.ending, shape, naming, part_of(found.module))
 
 
@@ -111,15 +111,15 @@ def part_of(module: str) -> Part:
 
 @dataclass(frozen=True)
 class Content:
-    """A file as the rules see it."""
+    """The content of a file as the rules use it."""
 
     spec: BaseModelSpec
     keys: tuple[Key, ...]
-    without_limit: frozenset[str]  # modules whose alpha is 0
+    without_limit: frozenset[str]  # modules with alpha 0
 
     @cached_property
     def leaves(self) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
-        """Module -> leaf -> shape."""
+        """Shapes by module and leaf."""
         found: dict[str, dict[str, tuple[int, ...]]] = {}
         for key in self.keys:
             found.setdefault(key.module, {})[key.leaf] = key.shape
@@ -161,7 +161,7 @@ def read_by(program: Program, content: Content) -> Reading:
 
 
 def why_unused(program: Program, content: Content, key: Key, reader: Reader) -> str | None:
-    """Why a key changes nothing in a program, None when it acts."""
+    """Return why a key has no effect in a program, or None if it has."""
     if key.naming is None:
         return f"it is not known to read keys such as {key.text}"
     if key.naming not in (reader.denoiser if key.part == "denoiser" else reader.text):
@@ -178,45 +178,45 @@ def why_unused(program: Program, content: Content, key: Key, reader: Reader) -> 
 
 
 def why_leaf_unused(program: Program, content: Content, key: Key) -> str | None:
-    """The same, for the kind of weight."""
+    """Return why a key's kind of weight has no effect in a program, or None if it has."""
     if program == "stable-diffusion.cpp" and key.leaf in NORM | {"dora_scale"}:
-        return "it has no norm weights and no DoRA: what is left acts as plain LoRA"
+        return "it supports neither norm weights nor DoRA: the rest acts as plain LoRA"
     if program in ("Forge", "stable-diffusion.cpp") and content.leaves[key.module].keys() & OFT:
-        return "it has no OFT"
+        return "it does not support OFT"
     if program != "ComfyUI" and content.leaves[key.module].keys() & (GLORA | FULL):
-        return "it is not known to read GLoRA and changes of whole weights"
+        return "it is not known to read GLoRA or full weight changes"
     if program == "ComfyUI" and LOKR_CORE in content.leaves[key.module]:
-        return "it skips layers that have LoKr with a Tucker core"
+        return "it skips layers with a LoKr that has a Tucker core"
     if key.leaf in PEFT_MAGNITUDES and (program != "diffusers" or key.naming != "diffusers"):
-        return "it does not look for lora_magnitude_vector: what is left acts as plain LoRA"
+        return "it does not read lora_magnitude_vector: the rest acts as plain LoRA"
     if key.leaf == "lora_magnitude_vector" and key.part == "text":
         return (
-            "for text encoders it looks for lora_magnitude_vector.weight: what is left acts as DoRA of other magnitudes"
+            "for text encoders it reads only lora_magnitude_vector.weight: the rest acts as DoRA with other magnitudes"
         )
     if program == "diffusers" and key.leaf == "dora_scale":
-        return "it drops dora_scale: what is left acts as plain LoRA"
+        return "it drops dora_scale: the rest acts as plain LoRA"
     if program == "ComfyUI" and key.leaf in NORM and key.part == "text":
-        return "it does not look for norms of text encoders"
+        return "it does not read norms of text encoders"
     if program == "A1111-style" and key.leaf in NORM and not content.leaves[key.module].keys() >= NORM:
         return "it needs w_norm and b_norm of a module together"
     return None
 
 
 def why_inexact(program: Program, content: Content, key: Key) -> str | None:
-    """Why a key that acts does not act as it was trained, None when it does."""
+    """Return why a key acts differently than in training, or None if it does not."""
     leaves = content.leaves[key.module]
     if program in ("ComfyUI", "Forge", "A1111-style") and is_dora_per_output(leaves):
         return "DoRA with one magnitude per output acts differently there than in training"
     has_limit = "alpha" in leaves and key.module not in content.without_limit
     if program == "ComfyUI" and leaves.keys() & OFT and (has_limit or "rescale" in leaves):
-        return "it turns OFT within a limit of alpha, not alpha times the outputs, and leaves out rescale"
+        return "it limits OFT rotations to alpha, not alpha times the outputs, and ignores rescale"
     if program == "stable-diffusion.cpp" and leaves.keys() & {"lora_mid.weight", "hada_t1", "hada_t2"}:
         return "it multiplies Tucker cores the wrong way round"
     return None
 
 
 def is_dora_per_output(leaves: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether the magnitudes are of output rows: programs see that the first axis is as long as the weight's."""
+    """Return True if DoRA's magnitudes are per output row: programs check the length of the first axis."""
     return leaves.get("dora_scale", (1,))[:1] != (1,)
 
 
@@ -224,7 +224,7 @@ def is_dora_per_output(leaves: Mapping[str, tuple[int, ...]]) -> bool:
 
 
 def why_refused(program: Program, content: Content, reader: Reader, num_unknown: int) -> str | None:
-    """Why a program takes nothing from a file, None when it reads it."""
+    """Return why a program uses nothing from a file, or None if it reads it."""
     if program == "Forge" and num_unknown > FORGE_MAX_UNKNOWN_KEYS:
         return f"it refuses a file with more than {FORGE_MAX_UNKNOWN_KEYS} keys that it does not know"
     if program in ("Forge", "stable-diffusion.cpp") and any(LOKR_CORE in leaves for leaves in content.leaves.values()):
@@ -247,7 +247,7 @@ def has_foreign_leaves(content: Content) -> str | None:
 
 
 def has_keys_without_lora(content: Content) -> str | None:
-    """Outside kohya's naming every key must have "lora" in it."""
+    """Refuse alphas: outside kohya's naming every key must contain "lora"."""
     odd = [key.text for key in content.keys if key.naming != "kohya" and "lora" not in key.text and key.leaf == "alpha"]
     return "it refuses .alpha beside lora_A and lora_B" if odd else None
 
@@ -265,17 +265,17 @@ DIFFUSERS_REFUSALS: tuple[Callable[[Content], str | None], ...] = (
 
 
 def programs_that_read(spec: BaseModelSpec, naming: FileNaming) -> list[Program]:
-    """The programs that take the denoiser's keys of a base model in a naming."""
+    """Return the programs that read a base model's denoiser keys in a naming."""
     return [program for program, reader in spec.readers.items() if naming in reader.denoiser]
 
 
-# --- in words ---
+# --- messages ---
 
 
 def describe(found: Sequence[Reading]) -> str:
-    """One line: which programs use all, some or none of the keys."""
+    """Summarise in one line which programs use all, some or none of the keys."""
     if not found:
-        return "its keys do not tell which base model they are for"
+        return "its base model cannot be recognised from its keys"
     groups = (
         ("all used by", [r.program for r in found if r.amount == "all"]),
         ("some by", [f"{r.program} ({r.num_used} of {r.num_keys})" for r in found if r.amount == "some"]),
@@ -285,7 +285,7 @@ def describe(found: Sequence[Reading]) -> str:
 
 
 def problems(found: Sequence[Reading]) -> Iterator[str]:
-    """One sentence for each program and reason."""
+    """Yield one sentence for each program and reason."""
     for reading in found:
         for reason in reading.reasons:
             yield f"{reading.program}: {reason}"

@@ -26,14 +26,14 @@ logger = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 LENGTH_BYTES = 8
-MAX_DIMENSIONS = 64  # of a tensor in torch
+MAX_DIMENSIONS = 64  # limit of a tensor in torch
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 WEIGHT_SUFFIXES = (*SAFETENSORS_SUFFIXES, ".ckpt", ".pt", ".pth", ".bin")
-PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02")  # torch's zip archives, and what torch before 1.6 wrote
-FULL_BYTES = 1 << 20  # free on a disk that a file has just filled, but for what does not make a block
-PEFT_STEM = "adapter_model"  # of the file in a folder that PEFT saves
-OBJECT_IN_PICKLE = re.compile(r"GLOBAL ([\w.]+)")  # in what torch says of one that it does not open
-TEMPORARY = re.compile(r"\.(?P<stem>.+)\.[0-9a-f]{12}")  # the stem that `atomic_path` gives a file until it is whole
+PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02")  # torch's zip archives, and files by torch before 1.6
+FULL_BYTES = 1 << 20  # a disk with less space left counts as full
+PEFT_STEM = "adapter_model"  # of the file that PEFT saves in a folder
+OBJECT_IN_PICKLE = re.compile(r"GLOBAL ([\w.]+)")  # in torch's message about an object that it refuses
+TEMPORARY = re.compile(r"\.(?P<stem>.+)\.[0-9a-f]{12}")  # stem of an `atomic_path` file that is not complete
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -48,7 +48,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies in a safetensors file; offsets are bytes from the start of the data."""
+    """The location of one tensor in a safetensors file; offsets are bytes from the start of the data."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -58,7 +58,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says about itself."""
+    """The header of a safetensors file."""
 
     tensors: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
@@ -66,16 +66,16 @@ class Header:
 
 
 class TensorReader(Protocol):
-    """An open safetensors file, one tensor at a time."""
+    """An open safetensors file that reads one tensor at a time."""
 
     def keys(self) -> list[str]: ...
     def get_tensor(self, name: str) -> Tensor: ...
 
 
 def read_header(path: str | Path) -> Header:
-    """Names, shapes, dtypes and metadata of a safetensors file, without its data.
+    """Read names, shapes, dtypes and metadata of a safetensors file, without its data.
 
-    Raises UserError naming the file and what is wrong with it, when the file is cut short or is none of the format.
+    Raises UserError naming the file and the problem if it is truncated or not in the format.
     """
     path = Path(path)
     with path.open("rb") as file:
@@ -86,7 +86,7 @@ def read_header(path: str | Path) -> Header:
         if num_bytes > MAX_HEADER_BYTES:
             raise _broken(path, f"its header would be {num_bytes} bytes long; the format allows {MAX_HEADER_BYTES}")
         if LENGTH_BYTES + num_bytes > size:
-            raise _broken(path, f"it is cut short: the header needs {num_bytes} bytes, {size - LENGTH_BYTES} are there")
+            raise _broken(path, f"it is truncated: {size - LENGTH_BYTES} of {num_bytes} header bytes exist")
         text = file.read(num_bytes)
     try:
         fields = parse_json(text)
@@ -96,20 +96,20 @@ def read_header(path: str | Path) -> Header:
         raise _broken(path, "its header is not a JSON object")
     metadata = fields.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _broken(path, "its metadata is not a table of texts")
+        raise _broken(path, "its metadata does not map names to strings")
     tensors = {name: _entry(path, name, entry) for name, entry in fields.items()}
     _check_offsets(path, tensors, size - LENGTH_BYTES - num_bytes)
     return Header(tensors, metadata, num_bytes)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The metadata of a safetensors file; empty for a file of another kind, which has none."""
+    """Return the metadata of a safetensors file; empty for a file of another kind, which has none."""
     return dict(read_header(path).metadata) if holds_safetensors(path) else {}
 
 
 @contextmanager
 def open_safetensors(path: str | Path, device: str | torch.device = "cpu") -> Iterator[TensorReader]:
-    """Open a safetensors file for reading single tensors; the file is checked first (see `read_header`)."""
+    """Open a safetensors file for reading single tensors, after checking it (see `read_header`)."""
     from safetensors import safe_open
 
     read_header(path)
@@ -118,17 +118,15 @@ def open_safetensors(path: str | Path, device: str | torch.device = "cpu") -> It
 
 
 def load_state_dict(path: str | Path, device: str | torch.device = "cpu", mmap: bool = False) -> dict[str, Tensor]:
-    """All tensors of a safetensors file or of a pickled one (.ckpt, .pt, .pth, .bin), by name.
+    """Load all tensors of a safetensors file or a pickled one (.ckpt, .pt, .pth, .bin), by name.
 
-    The content tells the format, see `holds_safetensors`.
-    `mmap` leaves the values of a pickled file on disk until they are used, where its format allows it (torch >= 1.6).
-
-    Pickled files are read with weights_only=True, so nothing inside them is executed; a table `state_dict` in them,
-    as training programs write it, is unwrapped.
+    The content determines the format, see `holds_safetensors`. `mmap` leaves the values of a pickled file on disk until
+    they are used, if its format allows it (torch >= 1.6). Pickled files are read with weights_only=True, so nothing
+    inside them is executed; a dictionary `state_dict` in them, as training programs write it, is unwrapped.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path} does not exist" if not path.exists() else f"{path} is a folder, not a file of weights")
+        raise UserError(f"{path} does not exist" if not path.exists() else f"{path} is a folder, not a weight file")
     refuse_stranger(path)
     if holds_safetensors(path):
         with open_safetensors(path, device) as reader:
@@ -137,21 +135,21 @@ def load_state_dict(path: str | Path, device: str | torch.device = "cpu", mmap: 
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a table of tensors")
+        raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
     tensors = {str(name): as_tensor(str(name), value) for name, value in content.items()}
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def load_pickle(path: Path, device: str | torch.device = "cpu", mmap: bool = False) -> Any:
-    """What a pickled file holds: tensors, numbers and texts in tables. Nothing in it is executed.
+    """Load the tensors, numbers and strings of a pickled file without executing anything.
 
-    Raises UserError for a broken file and for one with other objects.
+    Raises UserError for a damaged file and for one with other objects.
     """
     maps = mmap and is_zipfile(path) and not is_safetensors(path)  # given a path, torch.load goes by its extension
     try:
         with path.open("rb") as file:
             return torch.load(path if maps else file, map_location=device, weights_only=True, mmap=maps)
-    except Exception as error:  # unpickling raises whatever the broken or foreign file leads to
+    except Exception as error:  # unpickling a damaged file can raise anything
         found = OBJECT_IN_PICKLE.search(str(error))
         if found or type(error).__name__ == "UnpicklingError":
             what = f" ({found[1]})" if found else ""
@@ -161,45 +159,45 @@ def load_pickle(path: Path, device: str | torch.device = "cpu", mmap: bool = Fal
             ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0][:200]
         raise UserError(
-            f"{path} cannot be read as a file of plain tensors: it is cut short or damaged ({reason}); download or "
+            f"{path} cannot be read as a file of plain tensors: it is truncated or damaged ({reason}); download or "
             "copy it again"
         ) from error
 
 
 def as_tensor(name: str, value: Any) -> Tensor | None:
-    """A value of a pickled table; None for what is no weight. An alpha may be a plain number, without which an adapter
-    would be of another strength."""
+    """Convert a value of a pickled dictionary to a tensor; return None unless it is a weight or an alpha. Alphas may be
+    plain numbers, and dropping them would change the strength."""
     is_alpha = name.endswith(".alpha") and isinstance(value, int | float)
     return torch.tensor(float(value), device="cpu") if is_alpha else value if isinstance(value, Tensor) else None
 
 
 def file_in_folder(path: Path, where: str) -> Path:
-    """The file in a folder that PEFT saved; a path of anything else as it is. Raises UserError for another folder."""
+    """Return the file in a folder saved by PEFT; return other paths unchanged. Raises UserError for other folders."""
     if not path.is_dir():
         return path
     found = next(
         (file for suffix in ("safetensors", "bin") if (file := path / f"{PEFT_STEM}.{suffix}").is_file()), None
     )
     if found is None:
-        raise UserError(f"{where} is a folder without {PEFT_STEM}.safetensors, which PEFT saves; give an adapter file")
+        raise UserError(f"{where} is a folder without {PEFT_STEM}.safetensors, which PEFT saves; use an adapter file")
     return found
 
 
 def told_path(path: Path) -> Path:
-    """What an adapter file is called by in what people read: of PEFT's, whose names are all the same, the folder."""
+    """Return the path to show for an adapter file: for PEFT's, whose file names are all the same, the folder."""
     return path.parent if path.stem == PEFT_STEM and path.parent.name else path
 
 
 def is_safetensors(path: str | Path) -> bool:
-    """Whether a file that is to be written gets the safetensors format, by its extension; others are pickled."""
+    """Return True if a file is to be written as safetensors, by its extension; others are pickled."""
     return Path(path).suffix.lower() in SAFETENSORS_SUFFIXES
 
 
 def holds_safetensors(path: str | Path) -> bool:
-    """Whether an existing file is to be read as safetensors: its content decides, whatever its name.
+    """Return True if an existing file is to be read as safetensors, by its content rather than its name.
 
-    Only a file that has the start of neither format is judged by its extension, so that a damaged one is reported as
-    what it was meant to be.
+    Only a file that starts like neither format is judged by its extension, so that a damaged one is reported as what it
+    was meant to be.
     """
     with Path(path).open("rb") as file:
         start = file.read(LENGTH_BYTES + 1)
@@ -211,7 +209,7 @@ def holds_safetensors(path: str | Path) -> bool:
 
 
 def refuse_stranger(path: Path) -> None:
-    """Raise UserError for the files that downloads leave in place of a checkpoint, saying what they are."""
+    """Raise UserError for files that failed downloads leave instead of a checkpoint, saying what they are."""
     with path.open("rb") as file:
         start = file.read(256)
     if not start:
@@ -219,20 +217,20 @@ def refuse_stranger(path: Path) -> None:
     if start.startswith(b"version https://git-lfs"):
         raise UserError(f"{path} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
     if start.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
-        raise UserError(f"{path} is a web page: the page about the download was saved instead of the download")
+        raise UserError(f"{path} is a web page, not a checkpoint: download the file itself")
     if all(32 <= byte < 127 or byte in b"\t\r\n" for byte in start):
         raise UserError(f"{path} is a text file, not a checkpoint; it begins with {start[:40].decode('ascii')!r}")
     is_named = path.suffix.lower() in WEIGHT_SUFFIXES
     if not (is_named or holds_safetensors(path) or start.startswith(PICKLE_STARTS)):
         raise UserError(
-            f"{path} is no checkpoint: it holds neither safetensors nor a PyTorch pickle (it begins with "
-            f"{start[:8]!r}); other formats, such as GGUF, are not read"
+            f"{path} is not a checkpoint: it contains neither safetensors nor a PyTorch pickle (it begins with "
+            f"{start[:8]!r}); other formats, such as GGUF, are not supported"
         )
 
 
 @contextmanager
 def full_disk_named(path: str | Path) -> Iterator[None]:
-    """Raise OSError naming `path` for what writers raise where a disk is full: each has an error of its own."""
+    """Raise OSError naming `path` instead of the different errors that writers raise when a disk is full."""
     from safetensors import SafetensorError
 
     try:
@@ -245,10 +243,10 @@ def full_disk_named(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside `path` to write to; it takes the place of `path` when the block ends well.
+    """Yield a temporary path beside `path` to write to; it replaces `path` if the block succeeds.
 
-    When the block fails, the temporary file is removed and an earlier file at `path` stays as it was. The temporary
-    name keeps the extension, since writers choose the format by it. Missing parent folders are made.
+    If the block fails, the temporary file is removed and an earlier file at `path` is kept. The temporary name keeps
+    the extension, because writers choose the format by it. Missing parent folders are created.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -258,7 +256,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         mode = stat.S_IMODE(temporary.stat().st_mode)
         with full_disk_named(path):
             yield temporary
-        temporary.chmod(mode)  # some writers make files that only their owner can read
+        temporary.chmod(mode)  # some writers restrict the permissions
         _flush_to_disk(temporary)
         os.replace(temporary, path)
     except BaseException:
@@ -268,13 +266,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def remove_temporary(folder: Path, is_wanted: Callable[[str], bool]) -> None:
-    """Clear up after a process that was killed inside `atomic_path`, for the files whose stems are wanted.
+    """Remove the temporary files of a process killed inside `atomic_path`, for stems accepted by `is_wanted`.
 
-    To be called only while no other process writes such files.
+    Must be called only while no other process writes such files.
     """
     for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
         stem = entry.stem
-        while match := TEMPORARY.fullmatch(stem):  # a writer that is atomic itself makes a second one beside the first
+        while match := TEMPORARY.fullmatch(stem):  # an atomic writer makes a second temporary file
             stem = match["stem"]
         if stem != entry.stem and entry.is_file() and is_wanted(stem):
             entry.unlink()
@@ -282,9 +280,9 @@ def remove_temporary(folder: Path, is_wanted: Callable[[str], bool]) -> None:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Give a path beside `path` for a folder, to be made; it gets the name `path` when the block ends well.
+    """Yield a path beside `path` at which to create a folder; it is renamed to `path` if the block succeeds.
 
-    When the block fails, nothing stays of it.
+    If the block fails, it is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{uuid4().hex[:12]}"
@@ -312,14 +310,14 @@ def save_pickle_state_dict(
 ) -> None:
     """Write a .ckpt or .pt file that `torch.load(weights_only=True)` reads, whole or not at all. It has no metadata.
 
-    With `counts`, such as epochs, these stand beside a table `state_dict`, as training programs write it.
+    With `counts`, such as epochs, these are stored beside a dictionary `state_dict`, as training programs do.
     """
     with atomic_path(path) as temporary:
         torch.save(dict(tensors) if counts is None else {"state_dict": dict(tensors), **counts}, temporary)
 
 
 def _broken(path: Path, problem: str) -> UserError:
-    return UserError(f"{path} is not a whole safetensors file: {problem}. Download or copy it again")
+    return UserError(f"{path} is not a complete safetensors file: {problem}. Download or copy it again")
 
 
 def _entry(path: Path, name: str, fields: Any) -> TensorEntry:
@@ -337,7 +335,7 @@ def _entry(path: Path, name: str, fields: Any) -> TensorEntry:
 
 
 def _check_offsets(path: Path, tensors: Mapping[str, TensorEntry], data_bytes: int) -> None:
-    """Every tensor lies inside the data, has the length its shape asks for, and none lies over another."""
+    """Check that every tensor lies inside the data, has the length of its shape, and overlaps none."""
     position, previous = 0, "the header"
     for name, entry in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         num_bytes = entry.dtype.itemsize
@@ -346,12 +344,12 @@ def _check_offsets(path: Path, tensors: Mapping[str, TensorEntry], data_bytes: i
         if entry.end - entry.start != num_bytes:
             raise _broken(path, f"{name!r} needs {num_bytes} bytes but has the offsets {entry.start} to {entry.end}")
         if entry.start < position:
-            raise _broken(path, f"{name!r} lies over {previous!r}")
+            raise _broken(path, f"{name!r} overlaps {previous!r}")
         if entry.start > position:
             raise _broken(path, f"there is a gap of {entry.start - position} bytes before {name!r}")
         if entry.end > data_bytes:
             raise _broken(
-                path, f"it is cut short: {name!r} ends at byte {entry.end} of the data, {data_bytes} are there"
+                path, f"it is truncated: {name!r} ends at byte {entry.end} of the data, but only {data_bytes} exist"
             )
         position, previous = entry.end, name
     if position != data_bytes:
@@ -364,13 +362,13 @@ def _flush_to_disk(path: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Make the new name survive a power cut; Windows has no such call and needs none."""
+    """Make a rename survive a power cut; Windows has no such call and needs none."""
     if sys.platform == "win32":
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError:
-        logger.debug("%s: this file system does not flush folders", folder)
+        logger.debug("%s: this file system cannot flush folders", folder)
     finally:
         os.close(handle)

@@ -16,10 +16,10 @@ MOVED = re.compile(rf"\.(.+)\.[0-9a-f]{{12}}\.({UNFINISHED}|{REPLACED})")
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `path` to fill; it takes the place of `path` when the block ends well.
+    """Yield a temporary folder beside `path` to fill; it replaces `path` if the block succeeds.
 
-    When the block fails, it is removed and an earlier folder at `path` stays as it was. A process that is killed in
-    between leaves what `tidy` clears up.
+    If the block fails, it is removed and an earlier folder at `path` is kept. `tidy` cleans up after a process that is
+    killed in between.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     mark = uuid4().hex[:12]
@@ -42,16 +42,16 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder so that no half of it is ever taken for the whole."""
+    """Delete a folder such that no part of it is ever taken for the whole."""
     gone = path.parent / f".{path.name}.{uuid4().hex[:12]}.{UNFINISHED}"
     os.rename(path, gone)
     shutil.rmtree(gone, ignore_errors=True)
 
 
 def tidy(parent: Path, is_wanted: Callable[[str], bool]) -> None:
-    """Clear up after a process that was killed while it wrote folders, those whose names are wanted.
+    """Clean up after a process that was killed while writing folders, for names accepted by `is_wanted`.
 
-    What it had not finished goes; a folder that it had moved out of the way, and not yet replaced, comes back.
+    Unfinished folders are deleted; a folder that was moved away but not yet replaced is restored.
     """
     for entry in sorted(parent.iterdir()) if parent.is_dir() else ():
         match = MOVED.fullmatch(entry.name)

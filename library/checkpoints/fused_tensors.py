@@ -1,4 +1,4 @@
-"""Checkpoints in which several tensors, one below the other, are what another layout has as one."""
+"""Checkpoints that store as several tensors what another layout stacks into one."""
 
 from collections.abc import Mapping
 
@@ -10,11 +10,10 @@ from library.errors import UserError
 
 
 def joined(weights: Weights, parts: Mapping[str, tuple[str, ...]], swapped: str | None = None) -> Weights:
-    """The tensors that `parts` lists under their new names, each joined from its old ones when it is read.
+    """Join the tensors that `parts` lists under their new names when they are read.
 
-    New names of which the checkpoint has no part are left out; old names that belong to none stay as they are. Where
-    the new name begins with `swapped`, the halves change places. Raises UserError naming what is missing of a tensor
-    whose other parts are there.
+    New names without any part in the checkpoint are omitted; other tensors are kept. If the new name begins with
+    `swapped`, the halves are swapped. Raises UserError naming missing parts of an incomplete tensor.
     """
     made: dict[str, tuple[str, ...]] = {}
     shapes: dict[str, tuple[int, ...]] = {}

@@ -1,4 +1,4 @@
-"""Hashes that programs identify models and adapters by."""
+"""Hashes by which programs identify models and adapters."""
 
 import hashlib
 import struct
@@ -15,10 +15,10 @@ LEGACY_BYTES = 0x10000
 
 
 def sshs_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[str, str]:
-    """`sshs_model_hash` and `sshs_legacy_hash` of what is about to be written, after the cast to its final dtype.
+    """Return `sshs_model_hash` and `sshs_legacy_hash` of tensors in their final dtype.
 
-    The first is SHA-256 over the tensor data in file order, whatever the metadata. The second is the first 8 digits of
-    SHA-256 over 64 KiB at 1 MiB of a safetensors file whose metadata has only the ss_* entries.
+    The first is SHA-256 over the tensor data in file order, regardless of the metadata. The second is the first 8
+    digits of SHA-256 over 64 KiB at 1 MiB of a safetensors file whose metadata has only the ss_* entries.
     """
     from safetensors.torch import save
 
@@ -30,23 +30,23 @@ def sshs_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> t
 
 
 def with_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """The metadata with both sshs hashes of these tensors, replacing any that were there."""
+    """Return the metadata with both sshs hashes of these tensors, replacing earlier ones."""
     model_hash, legacy_hash = sshs_hashes(tensors, metadata)
     return {**metadata, "sshs_model_hash": model_hash, "sshs_legacy_hash": legacy_hash}
 
 
 def sshs_model_hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the tensor data in file order, 64 hex digits."""
+    """Return SHA-256 over the tensor data in file order, 64 hex digits."""
     return sshs_hashes(tensors, {})[0]
 
 
 def sshs_legacy_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """8 hex digits that depend on the tensors and on the length of the ss_* metadata; e3b0c442 under 1 MiB."""
+    """Return 8 hex digits that depend on the tensors and on the length of the ss_* metadata; e3b0c442 under 1 MiB."""
     return sshs_hashes(tensors, metadata)[1]
 
 
 def webui_hash(path: str | Path) -> str:
-    """`ss_sd_model_hash`: 8 hex digits over 64 KiB at 1 MiB of a file; NOFILE, or IsADirectory for a folder."""
+    """Return `ss_sd_model_hash`: 8 hex digits over 64 KiB at 1 MiB of a file; NOFILE, or IsADirectory for a folder."""
     path = Path(path)
     if path.is_dir():
         return "IsADirectory"
@@ -58,7 +58,7 @@ def webui_hash(path: str | Path) -> str:
 
 
 def sha256_of_file(path: str | Path) -> str:
-    """`ss_new_sd_model_hash`: SHA-256 over a whole file, 64 hex digits; NOFILE, or IsADirectory for a folder."""
+    """Return `ss_new_sd_model_hash`: SHA-256 over a whole file, 64 hex digits; NOFILE, or IsADirectory for a folder."""
     path = Path(path)
     if path.is_dir():
         return "IsADirectory"
@@ -68,7 +68,7 @@ def sha256_of_file(path: str | Path) -> str:
 
 
 def digest_of_file(path: Path) -> str:
-    """BLAKE2b over a whole file, 32 hex digits: how we tell that a file of ours is as it was written."""
+    """Return BLAKE2b over a whole file, 32 hex digits, which shows whether a file of ours is as it was written."""
     return _of_content(path, hashlib.blake2b(digest_size=16))
 
 

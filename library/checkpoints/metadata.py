@@ -1,7 +1,7 @@
-"""What the header of a saved adapter says: `ss_*` keys about the training, `modelspec.*` keys about the model.
+"""The metadata of a saved adapter: `ss_*` keys about the training, `modelspec.*` keys about the model.
 
-All values are strings, `str()` of the Python value, so None is "None"; where a key holds JSON it says so below.
-Format of modelspec.*: the model metadata standard of Stability AI, version 1.0.1.
+All values are strings, `str()` of the Python value, so None is "None"; dicts and lists become JSON. Format of
+modelspec.*: the model metadata standard of Stability AI, version 1.0.1.
 """
 
 import base64
@@ -45,7 +45,7 @@ MODELSPEC_TEXTS = (
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What is only known once the run is set up."""
+    """Facts of a run that are known only after set-up."""
 
     session_id: int
     started_at: float  # Unix time
@@ -57,13 +57,13 @@ class RunFacts:
     num_epochs: int
     max_train_steps: int
     optimizer: str  # full class name and the arguments given
-    has_relative_step: bool  # Adafactor that sets its own learning rates
-    network_args: Mapping[str, Any]  # as handed to the network module
+    has_relative_step: bool  # Adafactor with its own learning rates
+    network_args: Mapping[str, Any]  # as passed to the network module
     datasets: Mapping[str, Any]  # the ss_* keys that describe the data; dicts and lists become JSON
 
 
 def training_metadata(options: TrainOptions, architecture: Mapping[str, str], facts: RunFacts) -> dict[str, str]:
-    """The `ss_*` keys that stay the same in every file of a run, but for the hashes of the base files."""
+    """Return the `ss_*` keys that are the same in every file of a run, without the hashes of the base files."""
     o = options
     text_rates = o.network.text_encoder_lr or []
     values: dict[str, Any] = {
@@ -140,7 +140,7 @@ def training_metadata(options: TrainOptions, architecture: Mapping[str, str], fa
 
 
 def base_file_metadata(options: TrainOptions) -> dict[str, str]:
-    """Names and hashes of the checkpoint and the VAE. Reads both files whole: seconds for a large checkpoint."""
+    """Return names and hashes of the checkpoint and the VAE. Reads both files whole: seconds for a large checkpoint."""
     found: dict[str, str] = {}
     for key, path in (("sd_model", options.model.pretrained_model_name_or_path), ("vae", options.model.vae)):
         if not path:
@@ -155,7 +155,7 @@ def base_file_metadata(options: TrainOptions) -> dict[str, str]:
 
 
 def modelspec_metadata(options: TrainOptions, architecture: Mapping[str, str], saved_at: float) -> dict[str, str]:
-    """The `modelspec.*` keys of a file saved at `saved_at` (Unix time); only those that have a value."""
+    """Return the `modelspec.*` keys that have a value, for a file saved at `saved_at` (Unix time)."""
     texts = options.metadata
     title = texts.metadata_title or options.saving.output_name or f"LoRA@{saved_at}"
     values: dict[str, str | None] = {
@@ -179,7 +179,7 @@ def modelspec_metadata(options: TrainOptions, architecture: Mapping[str, str], s
 def file_metadata(
     training: Mapping[str, str], modelspec: Mapping[str, str], *, step: int, epoch: int, saved_at: float, is_full: bool
 ) -> dict[str, str]:
-    """What one file's header says; `epoch` counts from 1. With `is_full` false only what readers need is kept."""
+    """Return the metadata of one file; `epoch` counts from 1. Unless `is_full`, only what readers need is kept."""
     found = dict(training)
     found.update(ss_training_finished_at=str(saved_at), ss_steps=str(step), ss_epoch=str(epoch))
     if not is_full:
@@ -189,7 +189,7 @@ def file_metadata(
 
 @cache
 def commit_hash() -> str | None:
-    """The commit of this checkout, None outside git."""
+    """Return the commit of this checkout; None outside git."""
     here = Path(__file__).parents[2]
     if not (here / ".git").exists():
         return None
@@ -216,14 +216,14 @@ def _timestep_range(low: int | None, high: int | None) -> str | None:
 
 
 def thumbnail_url(value: str | None) -> str | None:
-    """A picture file as a data URL; a data URL passes through.
+    """Convert an image file to a data URL; a data URL is returned unchanged.
 
-    Raises UserError where --metadata_thumbnail is neither.
+    Raises UserError if --metadata_thumbnail is neither.
     """
     if not value or value.startswith("data:"):
         return value
     path = Path(value)
     kind = mimetypes.guess_type(path.name)[0]
     if not path.is_file() or kind is None or not kind.startswith("image/"):
-        raise UserError(f"--metadata_thumbnail is {value}, which is no picture file; give a PNG, JPEG or WebP file")
+        raise UserError(f"--metadata_thumbnail is {value}, which is not an image file; use a PNG, JPEG or WebP file")
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"

@@ -1,4 +1,4 @@
-"""Find the files of a model: a single file, a diffusers folder, or a repository of the hub."""
+"""Location of a model's files: a single file, a diffusers folder, or a hub repository."""
 
 import logging
 import re
@@ -17,16 +17,16 @@ logger = logging.getLogger(__name__)
 
 HUB_NAME = r"[\w.-]+(/[\w.-]+)?"
 HUB_TIMEOUT_S = 5.0
-TEXT_STEMS = ("model", "pytorch_model")  # of .safetensors and of .bin files
+TEXT_STEMS = ("model", "pytorch_model")  # of .safetensors and .bin files
 WEIGHT_STEMS = {"text_encoder": TEXT_STEMS, "text_encoder_2": TEXT_STEMS, "text_encoder_3": TEXT_STEMS}  # by folder
 PLAIN_STEMS = ("diffusion_pytorch_model", "diffusion_pytorch_model")
 
 
 def find_model(flag: str, name: str, parts: Sequence[Sequence[str]]) -> Path:
-    """The local file or folder of `name`, downloaded from the hub when it is the name of a repository there.
+    """Return the local file or folder of `name`, downloading it if it names a hub repository.
 
-    `parts` says what is needed of a repository: for each part the folders that may hold it, "" for the top. Raises
-    ValueError with the way out.
+    `parts` lists what is needed of a repository: for each part the folders that may hold it, "" for the top. Raises
+    UserError saying what to do.
     """
     path = Path(name).expanduser()
     is_local = path.is_absolute() or path.suffix.lower() in WEIGHT_SUFFIXES or not re.fullmatch(HUB_NAME, name)
@@ -34,7 +34,7 @@ def find_model(flag: str, name: str, parts: Sequence[Sequence[str]]) -> Path:
 
 
 def existing(flag: str, name: str) -> Path:
-    """The path of a file or folder. Raises NotThere with the nearest name where there is none."""
+    """Return the path of a file or folder. Raises NotThere with the nearest name if it does not exist."""
     path = Path(name).expanduser()
     if not path.exists():
         raise NotThere(f"{flag} {name} does not exist{nearby(path)}")
@@ -42,7 +42,7 @@ def existing(flag: str, name: str) -> Path:
 
 
 def fetch_model(flag: str, name: str, parts: Sequence[Sequence[str]]) -> Path:
-    """Download what is needed of a diffusers repository: its configuration, and one format of the weights."""
+    """Download the needed files of a diffusers repository: its configuration, and one format of the weights."""
     folders = [folder for part in parts for folder in part]
     small = ["model_index.json", "scheduler/*.json", "tokenizer/*.json", "tokenizer/*.txt"]
     small += [in_repository(folder, "config.json") for folder in folders]
@@ -53,8 +53,8 @@ def fetch_model(flag: str, name: str, parts: Sequence[Sequence[str]]) -> Path:
             snapshot = fetch_snapshot(name, [*small, *weights])
         except ConnectionError as error:
             raise NotThere(
-                f"{flag} {name} is neither a file nor a folder here, and the hub does not give it ({error}). "
-                "Check the path; or download the model elsewhere and give the path of its folder or file"
+                f"{flag} {name} is neither a file nor a folder, and cannot be downloaded from the hub ({error}). "
+                "Check the path, or download the model elsewhere and use the path of its folder or file"
             ) from error
         if all(any(find_weight_file(snapshot / folder, folder) for folder in part) for part in parts):
             break
@@ -66,26 +66,26 @@ def in_repository(folder: str, file: str) -> str:
 
 
 def fetch_snapshot(name: str, patterns: Sequence[str]) -> Path:
-    """Files of a hub repository that match `patterns`, downloaded or from the cache.
+    """Return the folder with the files of a hub repository that match `patterns`, downloaded or cached.
 
-    Raises ConnectionError with the reason when the hub does not give them and the cache does not have them.
+    Raises ConnectionError with the reason if the files are neither on the hub nor in the cache.
     """
     from huggingface_hub import HfApi, snapshot_download
 
     refusal = ""
     try:
-        HfApi().repo_info(name, timeout=HUB_TIMEOUT_S)  # snapshot_download itself waits for minutes without a network
-    except Exception as error:  # each network library of the hub client raises its own kinds
+        HfApi().repo_info(name, timeout=HUB_TIMEOUT_S)  # snapshot_download alone waits for minutes without a network
+    except Exception as error:  # each network library of the hub client has its own errors
         refusal = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        logger.warning("the hub does not give %s (%s); trying what was downloaded before", name, refusal)
+        logger.warning("cannot download %s from the hub (%s); trying the local cache", name, refusal)
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=bool(refusal)))
-    except (OSError, ValueError) as error:  # ValueError: the name is none that a repository can have
+    except (OSError, ValueError) as error:  # ValueError: not a valid repository name
         raise ConnectionError(refusal or str(error)) from error
 
 
 def weight_files(kind: str) -> tuple[tuple[str, ...], ...]:
-    """File names (with * for numbered pieces) that the weights of one part may have, one tuple for each format."""
+    """Return possible file names (with * for numbered pieces) of a part's weights, one tuple for each format."""
     stem, pickled = WEIGHT_STEMS.get(kind, PLAIN_STEMS)
     return (
         (f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{stem}-*-of-*.safetensors"),
@@ -99,9 +99,9 @@ NUM_FORMATS = len(weight_files("unet"))
 
 
 def find_weight_file(folder: Path, kind: str, variant: str | None = None) -> Path | None:
-    """The file that holds the weights of one part of a diffusers folder, None when there is none.
+    """Return the weight file of one part of a diffusers folder, or None.
 
-    `variant` asks for those that have it in their name, as `fp16`.
+    `variant` requires this word, such as `fp16`, in its name.
     """
     formats = weight_files(kind)
     if variant is None:
@@ -112,8 +112,8 @@ def find_weight_file(folder: Path, kind: str, variant: str | None = None) -> Pat
 
 
 def open_model(flag: str, name: str, kind: str) -> tuple[dict[str, Any] | None, Weights]:
-    """Configuration and weights of one model: of a file, whose configuration is None, of its own folder, or of a
-    diffusers folder that has it in `kind`/.
+    """Open configuration and weights of one model: a file, whose configuration is None, its own folder, or a diffusers
+    folder that has it in `kind`/.
 
     Raises UserError naming `flag` and what is missing.
     """
@@ -124,14 +124,14 @@ def open_model(flag: str, name: str, kind: str) -> tuple[dict[str, Any] | None, 
 
 
 def open_part(flag: str, folder: Path, kind: str, variant: str | None = None) -> tuple[dict[str, Any], Weights]:
-    """Configuration and weights of the part `kind` of a diffusers folder: "unet", "vae", "text_encoder", ...
+    """Open configuration and weights of the part `kind` of a diffusers folder: "unet", "vae", "text_encoder", ...
 
     Raises NotThere naming what is missing.
     """
     if not (folder / "config.json").is_file():
         files = sorted(file.name for file in folder.parent.glob("*") if file.suffix.lower() in WEIGHT_SUFFIXES)
-        hint = f"; to use {files[0]} in it, give the path of that file" if files else ""
-        raise NotThere(f"{flag} {folder.parent} is no diffusers folder: {folder / 'config.json'} is missing{hint}")
+        hint = f"; to use {files[0]} in it, give its path" if files else ""
+        raise NotThere(f"{flag} {folder.parent} is not a diffusers folder: {folder / 'config.json'} is missing{hint}")
     file = find_weight_file(folder, kind, variant)
     if file is None:
         name, ending = weight_files(kind)[0][0], "" if variant is None else f".{variant}"
@@ -141,17 +141,18 @@ def open_part(flag: str, folder: Path, kind: str, variant: str | None = None) ->
 
 
 def open_file(flag: str, path: Path) -> Weights:
-    """Open a checkpoint; the errors name the flag that asked for it."""
+    """Open a checkpoint; errors name the flag."""
     try:
         return open_checkpoint(path)
     except ValueError as error:
         raise UserError(f"{flag}: {error}") from error
     except PermissionError as error:
-        raise UserError(f"{flag} {path} cannot be read: {error.strerror}; change its rights") from error
+        raise UserError(f"{flag} {path} cannot be read: {error.strerror}; change its permissions") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a diffusers folder, {} when there is no such file. Raises UserError naming a damaged one."""
+    """Read a JSON object of a diffusers folder; return {} if there is no such file. Raises UserError naming a damaged
+    one."""
     try:
         content: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -159,5 +160,5 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it holds a {type(content).__name__}, not a table")
+        raise UserError(f"{path} is damaged: it holds a {type(content).__name__}, not an object")
     return content

@@ -15,7 +15,7 @@ START_BYTES = 4096
 class FileType:
     """A type of file that commands write, recognised by the first `START_BYTES` bytes."""
 
-    name: str  # with its article, as messages have it
+    name: str  # with article, for messages
     recognises: Callable[[bytes], bool]
 
 
@@ -23,13 +23,13 @@ PNG = FileType("a PNG image", lambda start: start.startswith(b"\x89PNG\r\n\x1a\n
 
 
 def check_overwrite(flag: str, path: Path, file_type: FileType, inputs: Iterable[Path | None] = ()) -> None:
-    """Raise UserError if writing `path` would destroy one of `inputs` or a file that is not of this type.
+    """Raise UserError if writing `path` would destroy one of `inputs` or a file of another type.
 
-    `flag` names the option in messages. Empty files, and what is no regular file (/dev/null), may be written to.
+    `flag` names the option in messages. Empty files and special files (/dev/null) may be written to.
     """
     check_not_input(flag, path, inputs)
     if path.is_dir():
-        raise UserError(f"{flag} {path} is a folder; give the name of a file")
+        raise UserError(f"{flag} {path} is a folder; use the name of a file")
     if path.is_file():
         with path.open("rb") as file:
             check_start(flag, path, file.read(START_BYTES), file_type)
@@ -39,24 +39,24 @@ def check_start(flag: str, path: Path, start: bytes, file_type: FileType) -> Non
     """Raise UserError if a file that begins with `start` is not of this type."""
     if start and not file_type.recognises(start):
         raise UserError(
-            f"{flag} {path} exists, is not {file_type.name} and would be overwritten; give another name, or move "
+            f"{flag} {path} exists, is not {file_type.name} and would be overwritten; use another name, or move "
             "the file away"
         )
 
 
 def check_not_input(flag: str, path: Path, inputs: Iterable[Path | None]) -> None:
-    """Raise UserError if `path` is one of `inputs`, also by way of links, or an existing file in a folder of them."""
+    """Raise UserError if `path` is one of `inputs`, also through links, or an existing file in a folder of them."""
     for given in inputs:
         if given is None or not path.exists() or not given.exists():
             continue
         if path.samefile(given) or (given.is_dir() and given.resolve() in path.resolve().parents):
-            raise UserError(f"{flag} {path} is also read by this command and would be lost; give another name")
+            raise UserError(f"{flag} {path} is also read by this command and would be lost; use another name")
 
 
 def open_lock_file(path: Path, file_type: FileType) -> IO[str]:
-    """Open a file whose lock stands for other files, or create it; its content stays.
+    """Open or create a file whose lock protects other files; its content is kept.
 
-    Raises UserError for a symbolic link, since writing would reach its target, and for a file of another type.
+    Raises UserError for a symbolic link, because writing would reach its target, and for a file of another type.
     """
     if path.is_symlink():
         raise UserError(f"{path} is a symbolic link, but must be {file_type.name}; remove the link")

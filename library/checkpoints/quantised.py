@@ -1,8 +1,9 @@
-"""Checkpoints whose weights are stored in 8 or 4 bits: the two dialects in which ComfyUI and its users keep them.
+"""Checkpoints with weights in 8 or 4 bits, in the two dialects of ComfyUI and its users.
 
 The older one has a `scaled_fp8` marker and `<layer>.scale_weight` beside 8-bit weights. The newer one has
-`<layer>.weight_scale`, and says in `<layer>.comfy_quant` (JSON in bytes) or in the header's `_quantization_metadata`
-how a layer is stored. Names and layouts are those of comfy-kitchen, whose results the tests compare with.
+`<layer>.weight_scale`, and describes in `<layer>.comfy_quant` (JSON in bytes) or in the header's
+`_quantization_metadata` how a layer is stored. Names and layouts are those of comfy-kitchen, with whose results the
+tests compare.
 
 Letters: O outputs, I inputs, G groups of inputs.
 """
@@ -24,32 +25,33 @@ from library.json_text import parse_json
 MARK = "scaled_fp8"
 SCALES = (".scale_weight", ".weight_scale")
 DROPPED = (MARK, ".scale_input", ".input_scale", ".comfy_quant", ".weight_scale_2", *SCALES)
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # what 3 bits of a 4-bit number stand for; the first bit is the sign
+# The values of the lower three bits of a 4-bit number, whose first bit is the sign.
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 NVFP4_GROUP, MXFP8_GROUP = 16, 32  # inputs that share a scale
-E8M0_BIAS = 127  # of scales that are exponents alone
-TILE_ROWS, TILE_COLUMNS = 128, 4  # of scales in the order in which tensor cores read them
+E8M0_BIAS = 127  # of scales that are only exponents
+TILE_ROWS, TILE_COLUMNS = 128, 4  # of scales in the order of tensor cores
 MODEL_PREFIX = re.compile(
     r"model\.diffusion_model\.|cond_stage_model\.|first_stage_model\.|vae\.|(?:text_encoders|conditioner\.embedders)\.\w+\."
 )
-PADDED_TO = {"nvfp4": 16, "mxfp8": 32}  # both sides of a matrix are filled up to a multiple
+PADDED_TO = {"nvfp4": 16, "mxfp8": 32}  # both sides of a matrix are padded to a multiple
 HALVED = ("nvfp4",)  # formats with two values to a byte
 
 Config = Mapping[str, Any]
-"""A file's description of one layer: `format`, and `convrot` with `convrot_groupsize` for rotated ones."""
+"""The description of one layer in a file: `format`, and `convrot` with `convrot_groupsize` for rotated ones."""
 DEFAULT_CONVROT_GROUP = 256  # comfy-kitchen's
 LARGEST_CONVROT_GROUP = 4**6  # the matrix of the next one takes 2 GiB
 
 
 def open_checkpoint(path: Path) -> Weights:
-    """A file of weights, or the index of several, with whole weights whatever they are stored in."""
+    """Open a weight file, or the index of several, with decoded weights whatever their format."""
     return with_quantised(open_weights(path))
 
 
 def with_quantised(weights: Weights) -> Weights:
-    """The same checkpoint with whole weights: scales and markers are hidden, `read` decodes, `quantised` tells codes.
+    """Decode the weights of a checkpoint: scales and markers are hidden, `read` decodes, `quantised` returns codes.
 
-    A checkpoint that has nothing of the kind is given back as it is. Raises UserError naming the file and the layer
-    for a format that is not known and for scales that are missing or impossible.
+    A checkpoint without quantised weights is returned unchanged. Raises UserError naming the file and the layer for an
+    unknown format and for missing or impossible scales.
     """
     scales = {
         key.removesuffix(suffix): key for suffix in SCALES for key in weights.shapes if key.endswith(suffix)
@@ -63,7 +65,7 @@ def with_quantised(weights: Weights) -> Weights:
     for name, kind in formats.items():
         if not isinstance(kind, str) or kind not in DECODERS:
             raise UserError(
-                f"{weights.origin}: {name} is stored as {str(kind)[:40]!r}, which is not known; known are "
+                f"{weights.origin}: {name} is stored in the unsupported format {str(kind)[:40]!r}; supported: "
                 f"{', '.join(sorted(filter(None, DECODERS)))}. Use a bf16 or fp8 file of this model"
             )
     check_scales(weights, scales, configs)
@@ -93,7 +95,7 @@ def with_quantised(weights: Weights) -> Weights:
 def check_scales(weights: Weights, scales: Mapping[str, str], configs: Mapping[str, Config]) -> None:
     """Raise UserError naming the layers that lack a scale, or have one that is negative, not finite, or 0 for codes
     that are not 0."""
-    # Weights in plain fp8 are legitimate where only another model of the file is scaled, or only matrices are.
+    # Plain fp8 weights are legitimate if only another model in the file, or only its matrices, are scaled.
     scaled_kinds = {(model_in_file(key), 2) for key in weights.shapes if key.endswith(MARK)}
     scaled_kinds |= {
         (model_in_file(scale), len(weights.shapes.get(f"{layer}.weight", ()))) for layer, scale in scales.items()
@@ -164,7 +166,7 @@ def stored_bytes(weights: Weights, *names: str) -> set[int]:
 
 
 def model_in_file(key: str) -> str:
-    """The prefix of one of the models in a file that holds several; "" for a key of another file."""
+    """Return the prefix of a model in a file that holds several; "" for a key of another file."""
     found = MODEL_PREFIX.match(key)
     return found[0] if found else ""
 
@@ -206,7 +208,7 @@ def layer_configs(weights: Weights) -> dict[str, Config]:
             elif dot and last == "weight" and (named := described_layer(layers, layer)) is not None:
                 found.setdefault(layer, named)
     except ValueError as error:
-        raise UserError(f"{weights.origin}: how its weights are stored is not readable: {error}") from error
+        raise UserError(f"{weights.origin}: the JSON description of its weights is invalid: {error}") from error
     return {layer: flat(config) for layer, config in found.items() if isinstance(config, dict)}
 
 
@@ -220,13 +222,13 @@ def described_layer(layers: Mapping[str, Config], layer: str) -> Config | None:
 
 
 def flat(config: Config) -> Config:
-    """A description whose numbers may stand in `params`."""
+    """Merge the numbers in `params` into a description."""
     params = config.get("params")
     return {**config, **(params if isinstance(params, dict) else {})}
 
 
 def kept_kind(config: Config, stored_as: str, shape: tuple[int, ...]) -> str | None:
-    """The value of --base_format that has such codes; None where a weight has to be decoded."""
+    """Return the value of --base_format with the same codes, or None if the weight has to be decoded."""
     if len(shape) != 2:
         return None
     if stored_as == "int8_tensorwise":
@@ -235,12 +237,13 @@ def kept_kind(config: Config, stored_as: str, shape: tuple[int, ...]) -> str | N
 
 
 def turned_together(config: Config) -> int:
-    """Inputs in a group that is turned."""
+    """Return the number of inputs that are rotated together."""
     return int(config.get("convrot_groupsize") or DEFAULT_CONVROT_GROUP)
 
 
 def codes_reader(weights: Weights, layer: str, scale: str) -> Callable[[], Mapping[str, Tensor] | None]:
-    """Reads codes (O, I) and scales (), (O, 1) or (O, G, 1) as they are; None where the weight is no 8-bit one."""
+    """Return a reader of codes (O, I) and scales (), (O, 1) or (O, G, 1); it returns None if the weight is not
+    8-bit."""
 
     def read() -> Mapping[str, Tensor] | None:
         codes = weights.read(f"{layer}.weight")
@@ -252,21 +255,21 @@ def codes_reader(weights: Weights, layer: str, scale: str) -> Callable[[], Mappi
 
 
 def shaped(scales: Tensor, num_rows: int) -> Tensor:
-    """float32, (), (O, 1) or (O, G, 1)."""
+    """Reshape scales to (), (O, 1) or (O, G, 1), float32."""
     if scales.numel() == 1:
         return scales.float().reshape(())
     return scales.float().reshape(num_rows, -1, 1) if scales.numel() > num_rows else scales.float().reshape(num_rows, 1)
 
 
 def scaled(weights: Weights, layer: str, scale: str, config: Config) -> Tensor:
-    """codes * scales, turned back where they were turned."""
+    """Return codes * scales, rotated back if they were rotated."""
     codes, scales = weights.read(f"{layer}.weight").float(), weights.read(scale)
     values = times(codes, shaped(scales, len(codes)))
     return turn_regularly(values, turned_together(config)) if config.get("convrot") else values
 
 
 def times(codes: Tensor, scales: Tensor) -> Tensor:
-    """Codes times their scales, one for all, for each row, or for each group of a row, in the dtype of the codes."""
+    """Multiply codes by scales, per tensor, per row, or per group within a row, in the dtype of the codes."""
     if scales.ndim < 3:
         return codes * (scales if scales.ndim == 0 else scales.to(codes.dtype).reshape(-1, *[1] * (codes.ndim - 1)))
     grouped = codes.reshape(len(codes), scales.shape[1], -1) * scales.to(codes.dtype)
@@ -274,14 +277,15 @@ def times(codes: Tensor, scales: Tensor) -> Tensor:
 
 
 def turn_regularly(weight_OI: Tensor, group_size: int) -> Tensor:
-    """Each group of inputs times the regular Hadamard matrix of ConvRot, which is its own inverse."""
+    """Multiply each group of inputs by ConvRot's regular Hadamard matrix, which is its own inverse."""
     matrix = regular_hadamard(group_size).to(weight_OI.device, weight_OI.dtype)
     turned: Tensor = weight_OI.reshape(-1, group_size) @ matrix
     return turned.reshape(weight_OI.shape)
 
 
 def regular_hadamard(size: int) -> Tensor:
-    """Powers of the matrix of 4 whose rows all have the sum 2; symmetric and orthogonal, float64. Size a power of 4."""
+    """Return powers of the 4 x 4 matrix whose rows all have sum 2; symmetric and orthogonal, float64. Size a power of
+    4."""
     four = 1 - 2 * torch.eye(4, dtype=torch.float64).flip(1)
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < size:
@@ -290,7 +294,7 @@ def regular_hadamard(size: int) -> Tensor:
 
 
 def nvfp4(weights: Weights, layer: str, scale: str, config: Config) -> Tensor:
-    """4-bit numbers, the first of two in the higher bits, a scale in fp8 for each 16 and one for all of them."""
+    """Decode 4-bit numbers, the first of two in the higher bits, with an fp8 scale for each 16 and one for all."""
     bytes_OH = weights.read(f"{layer}.weight").view(torch.uint8)
     codes_OI = torch.stack([bytes_OH >> 4, bytes_OH & 15], dim=-1).flatten(1).long()
     table = torch.tensor([*E2M1, *(-number for number in E2M1)])
@@ -301,17 +305,17 @@ def nvfp4(weights: Weights, layer: str, scale: str, config: Config) -> Tensor:
 
 
 def mxfp8(weights: Weights, layer: str, scale: str, config: Config) -> Tensor:
-    """8-bit numbers, with a power of two for each 32."""
+    """Decode 8-bit numbers with a power of two for each 32."""
     codes_OI = weights.read(f"{layer}.weight").float()
     exponents = untiled(weights.read(scale).view(torch.uint8), len(codes_OI), codes_OI.shape[1] // MXFP8_GROUP)
     return times(codes_OI, torch.exp2(exponents.float() - E8M0_BIAS)[..., None])
 
 
 def untiled(scales: Tensor, num_rows: int, num_columns: int) -> Tensor:
-    """Scales (O, G) from the order in which tensor cores read them (cuBLAS, block scaling factors layout).
+    """Reorder scales (O, G) from the order of tensor cores (cuBLAS, block scaling factors layout).
 
     Tiles of 128 rows and 4 columns follow each other along the rows; within a tile the four groups of 32 rows lie side
-    by side. What fills the last tiles is cut.
+    by side. Padding of the last tiles is cut.
     """
     across, down = -(-num_columns // TILE_COLUMNS), -(-num_rows // TILE_ROWS)
     tiles = scales.reshape(down, across, 32, 4, TILE_COLUMNS).transpose(2, 3)
@@ -320,7 +324,7 @@ def untiled(scales: Tensor, num_rows: int, num_columns: int) -> Tensor:
 
 
 DECODERS: Mapping[str, Callable[[Weights, str, str, Config], Tensor]] = {
-    "": scaled,  # the older dialect, and files that say nothing
+    "": scaled,  # the older dialect, and files without a description
     "float8_e4m3fn": scaled,
     "float8_e5m2": scaled,
     "int8_tensorwise": scaled,

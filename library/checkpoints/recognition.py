@@ -1,4 +1,4 @@
-"""Which base model an adapter file is for, by its keys."""
+"""Recognition of an adapter file's base model by its keys."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -25,11 +25,11 @@ TEXT_ENCODER = r"(lora_te\d?|text_encoders?(_\d)?)_"
 def recognise_adapter(
     specs: Sequence[BaseModelSpec], shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]
 ) -> BaseModelSpec | None:
-    """The base model whose modules the keys of an adapter file name, None where they do not tell.
+    """Return the base model whose modules the keys of an adapter file name, or None if they do not tell.
 
-    `shapes` has every key of the file. The base model that the metadata names is trusted unless another one has more of
-    the modules. Without it sizes decide where base models share names. Text encoders are shared by several base models,
-    so a file of these alone is of the one that its metadata names.
+    `shapes` has every key of the file. The base model in the metadata is trusted unless another one has more of the
+    modules. Without it, sizes decide if base models share names. Text encoders are shared by several base models, so a
+    file with only these belongs to the one in its metadata.
     """
     shapes = _in_models(specs, shapes)
     told = base_in_metadata(specs, metadata)
@@ -46,13 +46,12 @@ def recognise_adapter(
 
 
 def keys_of_text_encoders(path: Path) -> list[str]:
-    """The keys of an adapter file, or of a folder by PEFT, that change a text encoder; of the file only the header is
-    read."""
+    """Return the keys of an adapter file, or of a PEFT folder, that change a text encoder; only the header is read."""
     return [key for key in open_weights(file_in_folder(path, str(path))).shapes if is_of_text_encoder(key)]
 
 
 def base_in_metadata(specs: Sequence[BaseModelSpec], metadata: Mapping[str, str]) -> BaseModelSpec | None:
-    """The base model that the header of an adapter file names, None where it names none that is known."""
+    """Return the base model named in an adapter file's metadata, or None if it names no known one."""
     version, architecture = (metadata.get(key, "") for key in ("ss_base_model_version", "modelspec.architecture"))
     by_version = next((spec for spec in specs if re.match(spec.version, version)), None)
     return by_version or next((spec for spec in specs if re.match(spec.architecture, architecture)), None)
@@ -68,17 +67,17 @@ def _has_most_modules(told: BaseModelSpec, specs: Sequence[BaseModelSpec], shape
 def require_card(
     specs: Sequence[BaseModelSpec], shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str], origin: str
 ) -> BaseModelSpec:
-    """The base model that an adapter file is for. Raises UserError naming `origin` where none is recognised."""
+    """Return the base model of an adapter file. Raises UserError naming `origin` if none is recognised."""
     spec = recognise_adapter(specs, shapes, metadata)
     if spec is None:
         known = ", ".join(spec.title for spec in specs)
-        raise UserError(f"{origin}: its keys do not tell which base model it is for; supported: {known}")
+        raise UserError(f"{origin}: its base model cannot be recognised from its keys; supported: {known}")
     return spec
 
 
 def _in_models(specs: Sequence[BaseModelSpec], shapes: Mapping[str, Sequence[int]]) -> Mapping[str, Sequence[int]]:
-    """The shapes by keys that begin with their module, and say in which model of a pipeline that is where it is known;
-    keys of no adapter stay as they are."""
+    """Return shapes by keys that begin with their module and, where known, its model in the pipeline; keys of no
+    adapter are kept."""
     parsed = {key: AdapterKey.parse(key) for key in shapes}
     open_ones = {found.module for found in parsed.values() if found is not None and tells_no_model(found.module)}
     others = placed(open_ones, [spec.names for spec in specs]) if open_ones else {}
@@ -91,11 +90,11 @@ def _in_models(specs: Sequence[BaseModelSpec], shapes: Mapping[str, Sequence[int
 
 
 def _flat(key: str) -> str:
-    """A key in the form that signs are for; networks.oft has a prefix of its own for the same names."""
+    """Convert a key to the form that signs match; networks.oft has its own prefix for the same names."""
     return re.sub(r"^oft_unet_", "lora_unet_", underscored(key))
 
 
 def _tells_width(key: str) -> bool:
-    """Whether the second dimension of a key's tensor is the width of the module's input."""
+    """Return True if the second dimension of a key's tensor is the width of the module's input."""
     found = AdapterKey.parse(key)
     return found is not None and found.leaf in WIDE_LEAVES

@@ -1,6 +1,6 @@
-"""Nested values with tensors, such as an optimizer's state, as plain JSON beside a table of tensors.
+"""Nested values with tensors, such as an optimizer's state, as plain JSON and a dictionary of tensors.
 
-Nothing is pickled, so reading runs no code, and every number comes back bit for bit.
+Nothing is pickled, so reading executes no code, and every number is restored bit for bit.
 """
 
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ TENSOR, LIST, TUPLE, TABLE = "tensor", "list", "tuple", "table"
 
 
 def take_apart(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """`value` as JSON; the tensors in it are put into `tensors` under names that begin with `name`.
+    """Convert `value` to JSON; its tensors are put into `tensors` under names that begin with `name`.
 
-    Knows None, bool, int, float, str, tensors, numpy numbers, lists, tuples and tables with plain keys; raises
-    ValueError naming anything else.
+    Supports None, bool, int, float, str, tensors, numpy numbers, lists, tuples and dictionaries with plain keys; raises
+    UserError naming anything else.
     """
     if isinstance(value, np.generic):
         value = value.item()
@@ -38,7 +38,7 @@ def take_apart(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def put_together(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The value that `take_apart` took apart. Raises UserError for what it has not written."""
+    """Invert `take_apart`. Raises UserError for values that it did not write."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, dict) and len(value) == 1:
@@ -50,4 +50,4 @@ def put_together(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         if kind in (LIST, TUPLE):
             items = [put_together(item, tensors) for item in content]
             return items if kind == LIST else tuple(items)
-    raise UserError(f"{value!r} is no part of a nested value")
+    raise UserError(f"{value!r} is not part of a nested value")

@@ -1,4 +1,4 @@
-"""A checkpoint to load a model from: names and shapes at hand, values read one by one when they are asked for."""
+"""A checkpoint to load a model from: names and shapes are known, values are read one by one on request."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,11 +30,11 @@ ConfigT = TypeVar("ConfigT")
 
 @dataclass(frozen=True)
 class Quantised:
-    """A weight that lies in the file as 8-bit codes with scales."""
+    """A weight stored as 8-bit codes with scales."""
 
-    kind: str  # the value of --base_format that has such codes
-    group_size: int | None  # inputs that are turned together, where they are
-    read: Callable[[], Mapping[str, Tensor] | None]  # `codes` and `scales`; None where it is none after all
+    kind: str  # the value of --base_format with the same codes
+    group_size: int | None  # inputs that are rotated together; None without rotation
+    read: Callable[[], Mapping[str, Tensor] | None]  # `codes` and `scales`; None if the weight is not 8-bit
 
 
 @dataclass(frozen=True)
@@ -43,30 +43,30 @@ class Weights:
 
     origin: str  # the path, for messages
     shapes: Mapping[str, tuple[int, ...]]
-    read: Callable[[str], Tensor]  # in memory of its own
-    quantised: Mapping[str, Quantised] = field(default_factory=dict)  # those of which `read` gives decoded values
-    metadata: Mapping[str, str] = field(default_factory=dict)  # of the headers
-    padded_to: Mapping[str, int] = field(default_factory=dict)  # matrices whose sides a file fills up to a multiple
+    read: Callable[[str], Tensor]  # into its own memory
+    quantised: Mapping[str, Quantised] = field(default_factory=dict)  # weights that `read` decodes
+    metadata: Mapping[str, str] = field(default_factory=dict)  # from the headers
+    padded_to: Mapping[str, int] = field(default_factory=dict)  # matrices whose sides are padded to a multiple
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies in a safetensors file."""
+    """The location of a tensor in a safetensors file."""
 
     path: Path
-    opened: os.stat_result  # of the file, when its header was read
+    opened: os.stat_result  # of the file when its header was read
     start: int
     entry: TensorEntry
 
     def read(self) -> Tensor:
-        """The tensor, in memory of its own."""
+        """Read the tensor into its own memory."""
         raw = torch.empty(self.entry.end - self.entry.start, dtype=torch.uint8)
         with self._at_start() as file:
             read_into(file, raw.numpy().data, self.path)
         return raw.view(self.entry.dtype).reshape(self.entry.shape)
 
     def pieces(self, num_bytes: int) -> Iterator[Tensor]:
-        """Its rows, some after others, about `num_bytes` at a time, each time in the memory of those before."""
+        """Yield the rows in order, about `num_bytes` at a time, each time in the same memory."""
         shape = self.entry.shape
         size_of_row = prod(shape[1:]) * self.entry.dtype.itemsize
         num_rows = min(shape[0], max(1, num_bytes // max(1, size_of_row)))
@@ -89,7 +89,7 @@ class Place:
 
 @dataclass(frozen=True)
 class FromFiles:
-    """Reads tensors as they lie in safetensors files."""
+    """Reads tensors as safetensors files store them."""
 
     places: Mapping[str, Place]
 
@@ -104,9 +104,9 @@ LoaderT = TypeVar("LoaderT")
 
 
 def on_meta_device(loader: LoaderT) -> LoaderT:
-    """The same loader, a frozen dataclass, whose models come on the meta device: with shapes alone, nothing is read.
+    """Return a copy of a loader, a frozen dataclass, whose models are on the meta device: only shapes, nothing is read.
 
-    Every `Weights` in its fields, however deep, gives tensors that have no memory.
+    Every `Weights` in its fields, however deeply nested, returns meta tensors.
     """
 
     def emptied(value: Any) -> Any:
@@ -125,7 +125,7 @@ def on_meta_device(loader: LoaderT) -> LoaderT:
 
 
 def codes_on_meta_device(quantised: Quantised, shape: tuple[int, ...]) -> Quantised:
-    """The same with codes and scales, one for each row, that have no memory."""
+    """Replace codes and scales by meta tensors, with one scale per row."""
 
     def read() -> Mapping[str, Tensor]:
         codes = torch.empty(shape, dtype=torch.int8, device="meta").flatten(1)
@@ -135,10 +135,10 @@ def codes_on_meta_device(quantised: Quantised, shape: tuple[int, ...]) -> Quanti
 
 
 def open_weights(path: Path) -> Weights:
-    """Open a file of weights, or the `*.index.json` of a checkpoint in several files, as they lie there.
+    """Open a weight file, or the `*.index.json` of a checkpoint in several files, without decoding.
 
-    Safetensors and torch's pickles are told apart by their content, whatever the file is called. Raises UserError
-    naming the file when it is truncated, something else, or a pickle that holds more than tensors.
+    Safetensors and torch's pickles are distinguished by content, not by name. Raises UserError naming the file if it is
+    truncated, something else, or a pickle with more than tensors.
     """
     if path.name.endswith(".index.json"):
         return open_sharded(path)
@@ -152,9 +152,9 @@ def open_weights(path: Path) -> Weights:
 
 
 def open_safetensors(path: Path) -> Weights:
-    """Open one safetensors file; only its header is read before the first tensor is asked for.
+    """Open one safetensors file; only its header is read before the first tensor is requested.
 
-    Tensors are read into memory of their own, not mapped: the peak is one copy, and the file may change afterwards.
+    Tensors are read into their own memory, not mapped: the peak is one copy, and the file may change afterwards.
     """
     opened = path.stat()
     header = read_header(path)
@@ -165,7 +165,7 @@ def open_safetensors(path: Path) -> Weights:
 
 
 def fingerprint(*parts: Weights) -> str:
-    """A digest of names, shapes, dtypes and values of checkpoints, in this order; it does not depend on file names.
+    """Return a digest of names, shapes, dtypes and values of checkpoints, in this order, independent of file names.
 
     Reads everything once, tensor by tensor, in several threads.
     """
@@ -186,7 +186,7 @@ def fingerprint(*parts: Weights) -> str:
 
 
 def read_into(file: RawIOBase, buffer: memoryview, path: Path) -> None:
-    """Fill `buffer`; one call of the system reads at most about 2 GiB."""
+    """Fill `buffer`; one system call reads at most about 2 GiB."""
     while buffer:
         num_bytes = file.readinto(buffer)
         if not num_bytes:
@@ -203,7 +203,7 @@ def open_sharded(index: Path) -> Weights:
     files = {name: open_weights(index.parent / name) for name in sorted(set(weight_map.values()))}
     absent = sorted(name for name, file in weight_map.items() if name not in files[file].shapes)
     if absent:
-        raise UserError(f"{index} lists weights that its files do not hold: {', '.join(absent[:3])}; download it again")
+        raise UserError(f"{index} lists weights missing from its files: {', '.join(absent[:3])}; download it again")
     shapes = {name: files[file].shapes[name] for name, file in weight_map.items()}
     metadata = {key: value for file in files.values() for key, value in file.metadata.items()}
     places = {}
@@ -216,14 +216,14 @@ def open_sharded(index: Path) -> Weights:
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """Names of tensors -> names of the files beside the index. Raises UserError for anything else, paths included."""
+    """Read the file name of each tensor from an index. Raises UserError for anything else, paths included."""
     try:
         content = parse_json(index.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{index} is not valid JSON: {error}; download it again") from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise UserError(f"{index} has no table weight_map with names of files; download it again")
+        raise UserError(f"{index} has no weight_map of tensor names to file names; download it again")
     outside = sorted(file for file in set(weight_map.values()) if Path(file).name != file)
     if outside:
         raise UserError(f"{index} names files outside its folder: {', '.join(outside[:3])}; they are not opened")
@@ -231,7 +231,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
 
 
 def selected(weights: Weights, old_names: Mapping[str, str]) -> Weights:
-    """The tensors `old_names` lists, under their new names."""
+    """Select tensors by `old_names`, which maps new names to old ones."""
     given = weights.read
     return replace(
         weights,
@@ -247,7 +247,7 @@ def renamed(weights: Weights, rename: Callable[[str], str]) -> Weights:
 
 
 def with_prefix(weights: Weights, prefix: str) -> Weights:
-    """Only the tensors whose names begin with `prefix`, without it."""
+    """Keep only tensors whose names begin with `prefix`, and strip it."""
     return selected(weights, {key[len(prefix) :]: key for key in weights.shapes if key.startswith(prefix)})
 
 
@@ -262,7 +262,7 @@ def first_names(weights: Weights) -> str:
 
 
 def configure(weights: Weights, read_config: Callable[[Mapping[str, tuple[int, ...]]], ConfigT]) -> ConfigT:
-    """What `read_config` reads off the shapes; its errors name the file."""
+    """Derive a configuration from the shapes with `read_config`; errors name the file."""
     try:
         return read_config(weights.shapes)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""--debug_dataset: what the first epoch would train on."""
+"""--debug_dataset: logs the batches of the first epoch."""
 
 import logging
 from collections import Counter, defaultdict

@@ -1,7 +1,8 @@
-"""What transformer denoisers learn: the straight flow between a latent and noise (rectified flow, Liu et al. 2022).
+"""The objective of transformer denoisers: the straight flow between a latent and noise (rectified flow, Liu et al.
+2022).
 
-The noisy latent is x = (1 - sigma) * latent + sigma * noise, and the way from the latent to the noise is the velocity
-noise - latent. Letters: B samples, C channels, H height, W width.
+The noisy latent is x = (1 - sigma) * latent + sigma * noise, and its velocity from latent to noise is noise - latent.
+Letters: B samples, C channels, H height, W width.
 """
 
 import logging
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 NUM_TIMESTEPS = 1000
 Target = Literal["noise - latent", "latent - noise", "latent"]
 
-IGNORES: Mapping[str, str] = dict.fromkeys(  # options that do nothing for a flow model
+IGNORES: Mapping[str, str] = dict.fromkeys(  # options without effect on a flow model
     (
         "noise_offset", "noise_offset_random_strength", "adaptive_noise_scale", "multires_noise_iterations",
         "zero_terminal_snr", "min_snr_gamma", "scale_v_pred_loss_like_noise_pred", "v_pred_like_loss",
@@ -39,30 +40,31 @@ IGNORES: Mapping[str, str] = dict.fromkeys(  # options that do nothing for a flo
 
 @dataclass(frozen=True, eq=False)
 class FlowMatching:
-    """Predict the flow at a noise level between 0 and 1.
+    """The objective of predicting the flow at a noise level between 0 and 1.
 
-    `corrupt` draws from its generator in this order, and only what is switched on: noise; strength and values of the
-    extra input noise; levels. The strength is one number for the batch. --min_timestep and --max_timestep stretch what
-    is drawn over the range between them.
+    `corrupt` draws from its generator in this order, and only what is enabled: noise; strength and values of the extra
+    input noise; levels. The strength is one number for the batch. --min_timestep and --max_timestep map the drawn
+    levels to the range between them.
     """
 
     draw_levels: LevelSampler
     target_kind: Target
-    prediction_type: str  # of --model_prediction_type
+    prediction_type: str  # a value of --model_prediction_type
     loss_scheme: str  # the --weighting_scheme that weights the loss; "none" for no weights
     min_timestep: int
     max_timestep: int
     has_whole_timesteps: bool  # levels are thousandths, 0 to 999
-    tells_whole_timesteps: bool  # the denoiser is told thousandths rounded down, whatever the exact level
+    tells_whole_timesteps: bool  # the denoiser gets thousandths rounded down, whatever the exact level
     noise: NoiseOptions
     weighting: LossOptions
-    takes_offset: bool  # the levels come from normal values, which an offset moves
+    takes_offset: bool  # levels are computed from normal values, to which an offset can be added
 
     def corrupt(self, clean_BCHW: Tensor, generator: torch.Generator, offsets_B: Tensor | None = None) -> Noised:
-        """Noise latents to levels of their own; tensors in the latents' dtype and device, arithmetic in float32.
+        """Add noise at a level drawn for each sample; tensors have the latents' dtype and device, arithmetic is
+        float32.
 
-        `timesteps_B` is a thousand times the share of noise, float32, rounded down where the denoiser is told so.
-        Offsets move the normal values behind the levels, where such are (`takes_offset`).
+        `timesteps_B` is 1000 times the level, float32, rounded down if `tells_whole_timesteps`. Offsets are added to
+        the normal values behind the levels, if there are any (`takes_offset`).
         """
         clean = clean_BCHW.float()
         noise_BCHW = self.draw_noise(clean, generator)
@@ -83,13 +85,13 @@ class FlowMatching:
         )
 
     def draw_noise(self, clean_BCHW: Tensor, generator: torch.Generator) -> Tensor:
-        """White noise for latents, float32."""
+        """Return white noise for latents, float32."""
         return draw_normal(clean_BCHW.shape, generator, clean_BCHW.device)
 
     def draw_timesteps(
         self, B: int, H: int, W: int, generator: torch.Generator, offsets_B: Tensor | None = None
     ) -> Tensor:
-        """Thousandths of noise, float32, on the CPU; where the limits leave no room every sample gets the upper one."""
+        """Draw thousandths of noise, float32, on the CPU; an empty range gives every sample its upper limit."""
         if self.min_timestep >= self.max_timestep:
             return torch.full((B,), float(self.max_timestep))
         room = self.max_timestep - self.min_timestep
@@ -97,11 +99,11 @@ class FlowMatching:
         return timesteps_B.floor().clamp(max=self.max_timestep - 1) if self.has_whole_timesteps else timesteps_B
 
     def noise_levels(self, noised: Noised) -> Tensor:
-        """The share of noise in the latents."""
+        """Return the share of noise in the latents."""
         return noised.sigmas_B.float()
 
     def estimate(self, output_BCHW: Tensor, noised: Noised) -> Tensor:
-        """What the denoiser's output is compared as, float32: with the noisy latent x and the output p, `raw` is p,
+        """Convert the denoiser's output p to the terms of the target, float32: with the noisy latent x, `raw` is p,
         `additive` p + x, `sigma_scaled` x - sigma p."""
         output_BCHW, x_BCHW = output_BCHW.float(), noised.latents_BCHW.float()
         if self.prediction_type == "additive":
@@ -111,14 +113,14 @@ class FlowMatching:
         return output_BCHW
 
     def target(self, noised: Noised) -> Tensor:
-        """What `estimate` should give, float32."""
+        """Return the value that `estimate` is trained to give, float32."""
         clean_BCHW, noise_BCHW = noised.clean_BCHW.float(), noised.noise_BCHW.float()
         if self.target_kind == "latent":
             return clean_BCHW
         return noise_BCHW - clean_BCHW if self.target_kind == "noise - latent" else clean_BCHW - noise_BCHW
 
     def loss(self, prediction_BCHW: Tensor, target_BCHW: Tensor, noised: Noised) -> Tensor:
-        """The error of every latent value times the weight of its noise level, float32, shape BCHW."""
+        """Return the error of every latent value times the weight of its noise level, float32, shape BCHW."""
         threshold_B = None
         if self.weighting.loss_type in ("huber", "smooth_l1"):
             noise_per_signal_B = noised.sigmas_B / (1 - noised.sigmas_B)
@@ -127,11 +129,11 @@ class FlowMatching:
         return error_BCHW * scheme_weights(self.loss_scheme, noised.sigmas_B).view(-1, 1, 1, 1)
 
     def on(self, device: torch.device) -> "FlowMatching":
-        """There is no table to move."""
+        """Return self: there is no table to move."""
         return self
 
     def at_timestep(self, timestep: int) -> "FlowMatching":
-        """The same objective at one noise level, for validation."""
+        """Return this objective at one noise level, for validation."""
         return replace(self, min_timestep=timestep, max_timestep=timestep)
 
 
@@ -146,10 +148,9 @@ def build_flow(
     tells_whole_timesteps: bool = False,
     takes_offset: bool = False,
 ) -> FlowMatching:
-    """The objective of a flow matching model whose levels and target are its own.
+    """Build the objective of a flow matching model with its own levels and target.
 
-    Raises UserError for timesteps outside 0..1000 and
-    for thresholds that make no loss.
+    Raises UserError for timesteps outside 0..1000 and for invalid Huber thresholds.
     """
     noise, weighting = options.noise, options.loss
     min_timestep = 0 if noise.min_timestep is None else noise.min_timestep
@@ -182,10 +183,10 @@ def build_sampled_flow(
     always_weights_loss: bool = False,
     tells_whole_timesteps: bool = False,
 ) -> FlowMatching:
-    """The objective of the models that have --timestep_sampling.
+    """Build the objective of the models that accept --timestep_sampling.
 
-    --weighting_scheme weights the loss where the prediction is an estimate of the latent (sigma_scaled), or always.
-    Raises UserError for a setting that makes no levels; settings without effect are warned of.
+    --weighting_scheme weights the loss if the prediction estimates the latent (sigma_scaled), or always. Raises
+    UserError for settings that give no noise levels; warns of settings without effect.
     """
     weights_loss = always_weights_loss or prediction_type == "sigma_scaled"
     for line in (*idle_settings(sampling, weighting, weights_loss), *odd_target(prediction_type, target_kind)):
@@ -202,19 +203,22 @@ def build_sampled_flow(
 
 
 def idle_settings(sampling: FlowSamplingOptions, weighting: FlowWeightingOptions, weights_loss: bool) -> Iterator[str]:
-    """A line for every setting that does nothing with the others."""
+    """Yield a warning for every setting that has no effect with the others."""
     kind, scheme = sampling.timestep_sampling, weighting.weighting_scheme
     if scheme in ("logit_normal", "mode") and kind != "sigma":
-        yield f"--weighting_scheme {scheme} has no effect with --timestep_sampling {kind}; it shapes the draws of sigma"
+        yield (
+            f"--weighting_scheme {scheme} has no effect with --timestep_sampling {kind}; it shapes the draws of "
+            "--timestep_sampling sigma"
+        )
     if scheme in ("sigma_sqrt", "cosmap") and not weights_loss:
-        yield f"--weighting_scheme {scheme} has no effect: it weights the loss of --model_prediction_type sigma_scaled"
+        yield f"--weighting_scheme {scheme} has no effect: it requires --model_prediction_type sigma_scaled"
 
 
 def odd_target(prediction_type: str, target_kind: Target) -> Iterator[str]:
-    """A line where the output is turned into something that the target is not."""
+    """Yield a warning if the prediction type does not match the target."""
     if prediction_type != "raw" and target_kind != "latent":
         yield (
-            f"--model_prediction_type {prediction_type} turns the output into something else than the target "
-            f"({target_kind}), so the model unlearns what it knows; it is kept because sd-scripts trains so, "
-            "give --model_prediction_type raw to train what the model was made for"
+            f"--model_prediction_type {prediction_type} converts the output to something other than the target "
+            f"({target_kind}), so the model unlearns what it knows. This is supported because sd-scripts trains so; "
+            "use --model_prediction_type raw to train as the model was trained"
         )

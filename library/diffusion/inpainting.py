@@ -1,7 +1,7 @@
-"""Areas to paint anew, drawn at random, and what an inpainting model is told of a picture with such an area.
+"""Random inpainting masks, and the extra input channels of an inpainting model.
 
-Source of the input's layout: the pipelines of diffusers for U-Nets of nine channels.
-Letters: B pictures, C channels, H height, W width in pixels, h and w of latents.
+The input's layout is that of diffusers' pipelines for U-Nets of nine channels. Letters: B images, C channels, H height,
+W width in pixels, h and w of latents.
 """
 
 from math import cos, pi, sin
@@ -13,23 +13,23 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-FEATURE = "inpainting"  # in a batch's conditioning
+FEATURE = "inpainting"  # key in a batch's conditioning
 MOST_CORNERS, MOST_SHAPES = 12, 4
-LEAST_SHARE, MOST_SHARE = 0.1, 0.6  # of the picture, in a cloud
+LEAST_SHARE, MOST_SHARE = 0.1, 0.6  # of the image covered by a cloud
 COARSEST_GRID, NUM_OCTAVES = 3, 4
 
 Mask = NDArray[np.float32]
-"""(H, W), 1 where the picture is to be painted anew, 0 where it is kept."""
+"""(H, W), 1 where the image is to be repainted, 0 where it is kept."""
 
 
 def draw_mask(width: int, height: int, rng: np.random.Generator) -> Mask:
-    """A cloud, a polygon or some rectangles and ellipses, equally often; neither empty nor the whole picture."""
+    """Draw a cloud, a polygon or some rectangles and ellipses, equally often; never empty nor the whole image."""
     mask = (draw_cloud, draw_polygon, draw_shapes)[rng.integers(3)](width, height, rng)
     return mask if 0 < mask.mean() < 1 else draw_cloud(width, height, rng)
 
 
 def draw_cloud(width: int, height: int, rng: np.random.Generator) -> Mask:
-    """The highest places of fractal noise: random grids, each twice as fine as the one before and half as high."""
+    """Draw the peaks of fractal noise: random grids, each twice as fine as the one before with half its amplitude."""
     noise_HW = np.zeros((height, width), np.float32)
     for octave in range(NUM_OCTAVES):
         grid = rng.standard_normal((COARSEST_GRID << octave, COARSEST_GRID << octave)).astype(np.float32)
@@ -39,7 +39,7 @@ def draw_cloud(width: int, height: int, rng: np.random.Generator) -> Mask:
 
 
 def draw_polygon(width: int, height: int, rng: np.random.Generator) -> Mask:
-    """Corners around a point, each at its own distance, in shares of the picture's sides."""
+    """Draw corners around a point, each at a random distance, as shares of the image's sides."""
     x, y = rng.uniform(0.2, 0.8, 2)
     angles = np.sort(rng.uniform(0, 2 * pi, rng.integers(3, MOST_CORNERS + 1)))
     radii = rng.uniform(0.1, 0.5, len(angles))
@@ -50,7 +50,7 @@ def draw_polygon(width: int, height: int, rng: np.random.Generator) -> Mask:
 
 
 def draw_shapes(width: int, height: int, rng: np.random.Generator) -> Mask:
-    """Rectangles and ellipses with sides of a tenth to half of the picture's."""
+    """Draw rectangles and ellipses with sides of a tenth to half of the image's."""
     image, draw = _canvas(width, height)
     for _ in range(rng.integers(1, MOST_SHAPES + 1)):
         w, h = rng.uniform(0.1, 0.5, 2) * (width, height)
@@ -65,11 +65,12 @@ def _canvas(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
 
 
 def blank(pixels_BCHW: Tensor, masks_B1HW: Tensor) -> Tensor:
-    """The pictures (-1..1) without what is to be painted anew, which is grey."""
+    """Return the images (-1..1) with the masked area grey."""
     return pixels_BCHW * (1 - masks_B1HW)
 
 
 def told_of(masks_B1HW: Tensor, kept_BChw: Tensor) -> Tensor:
-    """What follows the noisy latents: the mask at their size, latents of the blanked picture; (B, 1 + C, h, w)."""
+    """Return the channels that follow the noisy latents: the mask at their size, latents of the blanked image; (B, 1 +
+    C, h, w)."""
     masks_B1hw = interpolate(masks_B1HW, size=kept_BChw.shape[-2:], mode="nearest")
     return torch.cat([masks_B1hw.to(kept_BChw), kept_BChw], 1)

@@ -1,7 +1,7 @@
-"""The noise that is added to latents, beyond plain white noise.
+"""Noise that is added to latents: white, with an offset, or multi-resolution.
 
-Letters: B samples, C channels, H height, W width. Everything random comes from the given generator, a CPU one, so the
-numbers do not depend on the card; everything is float32, on the device of the tensors that come in.
+Letters: B samples, C channels, H height, W width. All random numbers come from the given CPU generator, so that they do
+not depend on the GPU; everything is float32, on the device of the input tensors.
 """
 
 import torch
@@ -12,12 +12,12 @@ from library.memory.devices import send
 
 
 def draw_normal(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
-    """White noise, float32."""
+    """Draw white noise, float32."""
     return send(torch.randn(shape, generator=generator), device)
 
 
 def draw_strength(strength: float, is_random: bool, generator: torch.Generator) -> float:
-    """`strength`, or a uniform share of it; nothing is drawn for a fixed strength."""
+    """Return `strength`, or a uniform share of it if random; a fixed strength draws nothing."""
     return strength * torch.rand((), generator=generator).item() if is_random else strength
 
 
@@ -28,11 +28,10 @@ def add_offset(
     adaptive_scale: float | None,
     generator: torch.Generator,
 ) -> Tensor:
-    """Shift each channel of each sample by one random value, so that the brightness of whole pictures is learned.
+    """Shift each channel of each sample by one random value, so that the model learns the brightness of whole images.
 
-    The shift is `strength` times a normal value. With `adaptive_scale` the strength of a channel grows by that many
-    times the absolute mean of the clean latent's channel, and never falls below 0. Source: crosslabs.org, "Diffusion
-    with offset noise".
+    The shift is `strength` times a normal value. With `adaptive_scale` a channel's strength grows by that many times
+    the absolute mean of its clean latent and never falls below 0. Source: crosslabs.org, "Diffusion with offset noise".
     """
     B, C = noise_BCHW.shape[:2]
     strength_BC11 = torch.full((B, C, 1, 1), strength, device=noise_BCHW.device)
@@ -43,12 +42,12 @@ def add_offset(
 
 
 def add_coarse_noise(noise_BCHW: Tensor, num_iterations: int, discount: float, generator: torch.Generator) -> Tensor:
-    """Add noise of ever coarser grain ("multi-resolution noise"), then bring each sample back to unit deviation.
+    """Add noise of increasingly coarse grain ("multi-resolution noise"), then scale each sample back to unit deviation.
 
-    Pass i adds discount**i times white noise of 1 / r**i of the size, stretched bilinearly, r uniform in [2, 4) and
-    drawn anew for each pass; the passes end early once a side is one value. The deviation is taken over one sample,
-    so what a picture gets does not depend on the others in its batch. Source: Jonathan Whitaker, "Multi-resolution
-    noise for diffusion model training".
+    Pass i adds discount**i times white noise at 1 / r**i of the size, resized bilinearly, with r uniform in [2, 4)
+    drawn anew for each pass; it ends early once a side is one value. The deviation is taken per sample, so that an
+    image's noise does not depend on the others in its batch. Source: Jonathan Whitaker, "Multi-resolution noise for
+    diffusion model training".
     """
     B, C, H, W = noise_BCHW.shape
     for i in range(num_iterations):

@@ -1,4 +1,4 @@
-"""What the denoiser learns: DDPM's noise or velocity prediction.
+"""The DDPM objective: noise or velocity prediction.
 
 Letters: B samples, C channels, H height, W width, T timesteps of the schedule.
 """
@@ -24,31 +24,33 @@ TABLES = ("signal", "noise", "sigmas", "weights")
 
 @dataclass(frozen=True, eq=False)
 class DDPM:
-    """Predict the noise, or the velocity (Salimans and Ho 2022), at one of 1000 discrete noise levels.
+    """The objective of predicting the noise, or the velocity (Salimans and Ho 2022), at one of 1000 discrete noise
+    levels.
 
-    `corrupt` draws from its generator in this order, and only what is switched on: noise; strength and values of the
-    noise offset; for each multires pass its shrink factor and its noise (so far `draw_noise` draws too); timesteps;
+    `corrupt` draws from its generator in this order, and only what is enabled: noise; strength and values of the noise
+    offset; for each multires pass its shrink factor and its noise (up to here `draw_noise` draws too); timesteps;
     strength and values of the extra input noise. Strengths are one number for the batch.
     """
 
-    abar_T: Tensor  # float64, what latents are noised with
-    snr_T: Tensor  # float64, what weights are computed from
+    abar_T: Tensor  # float64, noises latents
+    snr_T: Tensor  # float64, determines loss weights
     predicts_velocity: bool
     min_timestep: int
     max_timestep: int
     noise: NoiseOptions
     weighting: LossOptions
-    tables: Mapping[str, Tensor] = field(default_factory=dict)  # those that are there already, see `on`
+    tables: Mapping[str, Tensor] = field(default_factory=dict)  # tables already moved to the device, see `on`
 
     @property
     def takes_offset(self) -> bool:
-        """Timesteps are drawn evenly, with no normal value behind them."""
+        """False: timesteps are uniform, without a normal value that an offset could move."""
         return False
 
     def corrupt(self, clean_BCHW: Tensor, generator: torch.Generator, offsets_B: Tensor | None = None) -> Noised:
-        """Noise latents to levels of their own; tensors in the latents' dtype and device, arithmetic in float32.
+        """Add noise at a timestep drawn for each sample; tensors have the latents' dtype and device, arithmetic is
+        float32.
 
-        Offsets move nothing.
+        Offsets are ignored.
         """
         o = self.noise
         clean = clean_BCHW.float()
@@ -71,7 +73,7 @@ class DDPM:
         )
 
     def draw_noise(self, clean_BCHW: Tensor, generator: torch.Generator) -> Tensor:
-        """The noise for latents, float32, with the offset and the coarse noise that are asked for."""
+        """Draw noise for latents, float32, with the requested offset and coarse noise."""
         o, clean = self.noise, clean_BCHW.float()
         noise_BCHW = draw_normal(clean.shape, generator, clean.device)
         if o.noise_offset:
@@ -82,22 +84,22 @@ class DDPM:
         return noise_BCHW
 
     def noise_levels(self, noised: Noised) -> Tensor:
-        """The timestep as a share of all, 0 to 0.999."""
+        """Return the timesteps as shares of the schedule, 0 to 0.999."""
         return noised.timesteps_B.float() / len(self.abar_T)
 
     def estimate(self, output_BCHW: Tensor, noised: Noised) -> Tensor:
-        """The denoiser's output as it is: it says noise, or velocity, in the terms of the target."""
+        """Return the output unchanged: the denoiser predicts the target itself."""
         return output_BCHW
 
     def target(self, noised: Noised) -> Tensor:
-        """What the denoiser should say, float32: the noise, or sqrt(abar) * noise - sqrt(1 - abar) * latent."""
+        """Return the training target, float32: the noise, or sqrt(abar) * noise - sqrt(1 - abar) * latent."""
         if not self.predicts_velocity:
             return noised.noise_BCHW.float()
         signal_B111, noise_B111 = self._scales(noised.timesteps_B)
         return signal_B111 * noised.noise_BCHW.float() - noise_B111 * noised.clean_BCHW.float()
 
     def loss(self, prediction_BCHW: Tensor, target_BCHW: Tensor, noised: Noised) -> Tensor:
-        """The error of every latent value times the weight of its noise level, float32, shape BCHW."""
+        """Return the error of every latent value times the weight of its noise level, float32, shape BCHW."""
         threshold_B = None
         if self.weighting.loss_type in ("huber", "smooth_l1"):
             threshold_B = huber_threshold(self.weighting, noised.sigmas_B, noised.timesteps_B, len(self.abar_T))
@@ -105,28 +107,28 @@ class DDPM:
         return error_BCHW * self._look_up("weights", noised.timesteps_B).view(-1, 1, 1, 1)
 
     def on(self, device: torch.device) -> "DDPM":
-        """The same with its tables on the device."""
+        """Return this objective with its tables on the device."""
         return replace(self, tables={name: send(self._table(name), device) for name in TABLES})
 
     def at_timestep(self, timestep: int) -> "DDPM":
-        """The same objective at one noise level, for validation."""
+        """Return this objective at one noise level, for validation."""
         return replace(self, min_timestep=timestep, max_timestep=timestep)
 
     def _scales(self, timesteps_B: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt(abar) and sqrt(1 - abar), float32, shape B111."""
+        """Return sqrt(abar) and sqrt(1 - abar), float32, shape B111."""
         signal_B, noise_B = (self._look_up(name, timesteps_B) for name in ("signal", "noise"))
         return signal_B.view(-1, 1, 1, 1), noise_B.view(-1, 1, 1, 1)
 
     def _look_up(self, name: str, timesteps_B: Tensor) -> Tensor:
-        """A table's values at the timesteps, on their device; the table moves, so that no card is waited for.
+        """Look up a table at the timesteps, which a sampler gives as floats, on their device.
 
-        Timesteps of a sampler are floats.
+        The table moves rather than the timesteps, so that the host does not wait for the GPU.
         """
         table_T = self.tables[name] if name in self.tables else self._table(name)
         return send(table_T, timesteps_B.device)[timesteps_B.long()]
 
     def _table(self, name: str) -> Tensor:
-        """A value for each timestep, float32, computed in float64."""
+        """Compute a table of one value per timestep, float32 rounded from float64."""
         if name == "signal":
             return self.abar_T.sqrt().float()
         if name == "noise":
@@ -137,11 +139,9 @@ class DDPM:
 
 
 def build_ddpm(options: TrainOptions) -> DDPM:
-    """The objective of the models that learned on `ddpm_abar`.
+    """Build the objective of the models trained on `ddpm_abar`.
 
-    Weights use the signal-to-noise ratios of the unchanged schedule even with --zero_terminal_snr: the changed one ends
-    at 0, where min-SNR and debiased weights would be 0 / 0 and 1 / 0.
-    Raises UserError for timesteps outside the schedule and for thresholds that make no loss.
+    Raises UserError for timesteps outside the schedule and for invalid Huber thresholds.
     """
     noise, weighting, predicts_velocity = options.noise, options.loss, options.model.v_parameterization
     min_timestep = 0 if noise.min_timestep is None else noise.min_timestep
@@ -151,6 +151,8 @@ def build_ddpm(options: TrainOptions) -> DDPM:
         check_huber(weighting)
     return DDPM(
         abar_T=ddpm_abar(noise.zero_terminal_snr),
+        # The unchanged schedule even with --zero_terminal_snr, whose last ratio is 0: min-SNR and debiased weights
+        # would be 0 / 0 and 1 / 0 there.
         snr_T=snr_of(ddpm_abar(zero_terminal_snr=False)),
         predicts_velocity=predicts_velocity,
         min_timestep=min_timestep,

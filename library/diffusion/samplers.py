@@ -1,6 +1,6 @@
-"""From noise to a picture's latents: diffusers' schedulers behind one face.
+"""Samplers from noise to latents: diffusers' schedulers behind one interface.
 
-Letters: B samples, C channels, H height, W width, T timesteps of the schedule, N noise levels of a picture.
+Letters: B samples, C channels, H height, W width, T timesteps of the schedule, N noise levels of a sampling run.
 """
 
 import inspect
@@ -21,43 +21,43 @@ from library.types import Prompt
 
 
 class Level(NamedTuple):
-    """Where one call of the denoiser stands."""
+    """The noise level of one call of the denoiser."""
 
     timestep: float  # 0..999, or 0..1000 for flow models
     sigma: float  # DDPM: sqrt((1 - abar) / abar); flow: the share of noise, 0..1
 
 
 class Sampler(Protocol):
-    """The way of one picture; made anew for each, since multi-step methods remember what came before."""
+    """A sampler for one image; it is built anew for each, because multi-step methods keep a history."""
 
     @property
     def levels(self) -> Sequence[Level]:
-        """One for each call of the denoiser; methods of second order call it twice a step."""
+        """The level of each call of the denoiser; second-order methods call it twice per step."""
         ...
 
     def start(self, noise_BCHW: Tensor) -> Tensor:
-        """What sampling begins with, given noise of unit variance."""
+        """Return the initial latents for noise of unit variance."""
         ...
 
     def denoiser_input(self, latents_BCHW: Tensor, index: int) -> Tensor:
-        """What the denoiser is shown at level `index`."""
+        """Return the denoiser's input at level `index`."""
         ...
 
     def step(self, prediction_BCHW: Tensor, latents_BCHW: Tensor, index: int, generator: torch.Generator) -> Tensor:
-        """The latents after level `index`, float32; ancestral methods draw noise from `generator` (CPU)."""
+        """Return the latents after level `index`, float32; ancestral methods draw noise from `generator` (CPU)."""
         ...
 
 
 LEAST_ABAR = 2.0**-24
 DDPM_SAMPLER = "ddpm"
-"""The way back that these models are made for (Ho et al. 2020), with noise in each step; no --sample_sampler."""
+"""The stochastic sampler of Ho et al. 2020, with noise in each step; not a value of --sample_sampler."""
 
 
 def build_ddpm_sampler(name: str, num_steps: int, *, predicts_velocity: bool, zero_terminal_snr: bool) -> Sampler:
-    """The sampler called `name` (a key of SAMPLERS or ALIASES, or DDPM_SAMPLER) for a DDPM model.
+    """Build the sampler called `name` (a key of SAMPLERS or ALIASES, or DDPM_SAMPLER) for a DDPM model.
 
-    A schedule that ends without any signal is walked from its very last timestep (Lin et al. 2024); its last abar is
-    LEAST_ABAR rather than 0, where most methods divide by it.
+    A schedule with zero terminal SNR starts at its very last timestep (Lin et al. 2024); the abar there is LEAST_ABAR
+    rather than 0, because most methods divide by it.
     """
     if name == DDPM_SAMPLER:
         return AncestralSampler(num_steps, predicts_velocity, zero_terminal_snr)
@@ -77,19 +77,19 @@ def build_ddpm_sampler(name: str, num_steps: int, *, predicts_velocity: bool, ze
     else:
         schedule |= {"beta_start": BETA_START, "beta_end": BETA_END, "beta_schedule": "scaled_linear"}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of "dpmsolver", which diffusers means to drop
+        warnings.simplefilter("ignore", FutureWarning)  # "dpmsolver" is deprecated in diffusers
         scheduler = kind(**schedule, **keywords)
     scheduler.set_timesteps(num_steps)
     return (MultistepSampler if name == "lms" else DdpmSampler)(scheduler, zero_terminal_snr)
 
 
 def betas_of(abar_T: Tensor) -> Tensor:
-    """The betas whose running product of 1 - beta is `abar_T`."""
+    """Return the betas whose running product of 1 - beta is `abar_T`."""
     return 1 - abar_T / torch.cat([torch.ones(1, dtype=abar_T.dtype), abar_T[:-1]])
 
 
 class DdpmSampler:
-    """A scheduler of diffusers for models that predict noise or velocity."""
+    """A diffusers scheduler for models that predict noise or velocity."""
 
     def __init__(self, scheduler: Any, zero_terminal_snr: bool) -> None:
         self.scheduler = scheduler
@@ -116,7 +116,7 @@ class DdpmSampler:
 class MultistepSampler(DdpmSampler):
     """The linear multistep method of k-diffusion: Adams-Bashforth of order 4 on the schedule's own noise levels.
 
-    diffusers has it too, but integrates numerically with scipy what is a polynomial of degree 3.
+    diffusers' version integrates a polynomial of degree 3 numerically, with scipy.
     """
 
     def __init__(self, scheduler: Any, zero_terminal_snr: bool, order: int = 4) -> None:
@@ -135,10 +135,11 @@ class MultistepSampler(DdpmSampler):
 
 
 class AncestralSampler:
-    """The posterior of the latents one level down, drawn anew in each step (Ho et al. 2020, algorithm 2).
+    """The stochastic DDPM sampler, which draws from the posterior of the latents one level down (Ho et al. 2020,
+    algorithm 2).
 
-    diffusers has it too, but lets the host wait for the card in each step, to bring the noise there; training takes
-    many such steps.
+    diffusers' version makes the host wait for the GPU in each step to move the noise there; training takes many such
+    steps.
     """
 
     def __init__(self, num_steps: int, predicts_velocity: bool, zero_terminal_snr: bool) -> None:
@@ -173,9 +174,10 @@ class AncestralSampler:
 
 
 def adams_bashforth(positions: Any, index: int, order: int) -> list[float]:
-    """What each of the last `order` slopes, the newest first, adds to the step from position `index` to the next.
+    """Return the weight of each of the last `order` slopes, newest first, in the step from position `index` to the
+    next.
 
-    The integral over the step of the Lagrange polynomials through those positions.
+    Each weight is the integral over the step of a Lagrange polynomial through those positions.
     """
     origin = positions[index]
     nodes = [positions[index - back] - origin for back in range(order)]
@@ -189,9 +191,9 @@ def adams_bashforth(positions: Any, index: int, order: int) -> list[float]:
 
 
 class FlowSampler:
-    """Euler steps of a flow model along `sigmas_N`, falling shares of noise; the step after the last ends at 0.
+    """Euler steps of a flow model along `sigmas_N`, decreasing shares of noise; the last step ends at 0.
 
-    `predicts` is what the denoiser calls the velocity.
+    `predicts` is the denoiser's sign convention of the velocity.
     """
 
     def __init__(
@@ -219,11 +221,11 @@ class FlowSampler:
 
 
 def even_sigmas(num_steps: int) -> Tensor:
-    """Shares of noise from 1 down to 1 / num_steps in equal steps, float64, shape N."""
+    """Return shares of noise from 1 down to 1 / num_steps in equal steps, float64, shape N."""
     return torch.linspace(1.0, 1.0 / num_steps, num_steps, dtype=torch.float64)
 
 
 def shifted_sampler(prompt: Prompt) -> FlowSampler:
-    """Euler steps along even noise levels that --fs of the prompt pushes toward noise."""
+    """Build an Euler sampler on even noise levels, shifted toward noise by the prompt's --fs."""
     assert prompt.flow_shift is not None
     return FlowSampler(shift_sigmas(even_sigmas(prompt.num_steps), prompt.flow_shift))

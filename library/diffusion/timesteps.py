@@ -1,5 +1,5 @@
-"""Which noise levels are trained: whole timesteps of DDPM, and for flow matching shares of noise between 0 (the latent)
-and 1 (pure noise).
+"""Sampling of training noise levels: whole timesteps for DDPM, shares of noise between 0 (the latent) and 1 (pure
+noise) for flow matching.
 
 Letters: B samples, z standard normal, s a shift, m its logarithm. Everything is drawn on the CPU from the given
 generator; shares are float32.
@@ -16,7 +16,7 @@ from library.options.training.flow import FlowSamplingOptions, FlowWeightingOpti
 
 
 class LevelSampler(Protocol):
-    """Draws shares of noise, shape B. An offset of its own can be added to the normal value behind each sample."""
+    """A function that draws shares of noise, shape B; an offset can be added to the normal value behind each sample."""
 
     def __call__(
         self,
@@ -30,33 +30,34 @@ class LevelSampler(Protocol):
 
 
 TABLE_SIZE = 1000
-PATCH = 2  # latents a side that transformers read as one token
-FLUX_SHIFT_ENDS = ((256, 0.5), (4096, 1.15))  # (tokens, m): FLUX.1 was trained between these two sizes
-MODE_SCALE_LIMITS = (-1.0, 2 / (math.pi - 2))  # outside, the mode scheme leaves 0..1
-SMALLEST_DRAW = 1e-7  # NextDiT's draws stay this far above no noise
-FINEST_LEVEL = 1 / TABLE_SIZE  # levels below it weigh as it does: sigma ** -2 has no value at 0
+PATCH = 2  # latents per side of a transformer's token
+FLUX_SHIFT_ENDS = ((256, 0.5), (4096, 1.15))  # (tokens, m) of the sizes between which FLUX.1 was trained
+MODE_SCALE_LIMITS = (-1.0, 2 / (math.pi - 2))  # outside these the mode scheme leaves 0..1
+SMALLEST_DRAW = 1e-7  # smallest share of noise that NextDiT draws
+FINEST_LEVEL = 1 / TABLE_SIZE  # weights below this level are constant, because sigma ** -2 diverges at 0
 
 
 def shift_sigmas(sigmas_B: Tensor, shift: float) -> Tensor:
-    """Push noise levels toward pure noise: 1 leaves them alone, SD3 draws at 3 (Esser et al. 2024, eq. 23)."""
+    """Shift noise levels toward pure noise; 1 leaves them unchanged, SD3 uses 3 (Esser et al. 2024, eq. 23)."""
     return shift * sigmas_B / (1 + (shift - 1) * sigmas_B)
 
 
 def resolution_shift(latent_height: int, latent_width: int) -> float:
-    """FLUX's shift e^m for a picture, m linear in its number of tokens; large pictures need more noise."""
+    """Return FLUX's shift e^m, with m linear in the number of tokens: larger images need more noise."""
     (few, low), (many, high) = FLUX_SHIFT_ENDS
     num_tokens = (latent_height // PATCH) * (latent_width // PATCH)
     return math.exp(low + (high - low) * (num_tokens - few) / (many - few))
 
 
 def draw_moved_normal(num_samples: int, generator: torch.Generator, offsets_B: Tensor | None) -> Tensor:
-    """Standard normal values, each moved by the offset of its sample."""
+    """Draw standard normal values and add each sample's offset."""
     z_B = torch.randn(num_samples, generator=generator)
     return z_B if offsets_B is None else z_B + offsets_B
 
 
 def takes_offset(weighting: FlowWeightingOptions, sampling: FlowSamplingOptions | None = None) -> bool:
-    """Whether a normal value is behind the levels, so that an offset moves them; SD3 has no --timestep_sampling."""
+    """Return True if levels are computed from a normal value, which an offset can move; SD3 has no
+    --timestep_sampling."""
     if sampling is not None and sampling.timestep_sampling != "sigma":
         return sampling.timestep_sampling in ("sigmoid", "shift", "flux_shift")
     return weighting.weighting_scheme == "logit_normal"
@@ -65,10 +66,10 @@ def takes_offset(weighting: FlowWeightingOptions, sampling: FlowSamplingOptions 
 def draw_scheme(
     options: FlowWeightingOptions, num_samples: int, generator: torch.Generator, offsets_B: Tensor | None = None
 ) -> Tensor:
-    """Draws in 0..1 whose density is that of --weighting_scheme, uniform for those that only weight the loss.
+    """Draw numbers in 0..1 with the density of --weighting_scheme; uniform for schemes that only weight the loss.
 
-    logit_normal is the sigmoid of a normal value, which offsets are added to; mode is
-    1 - u - c (cos(pi u / 2)^2 - 1 + u), c = --mode_scale (Esser et al. 2024, section 3.1).
+    logit_normal is the sigmoid of a normal value, to which offsets are added; mode is 1 - u - c (cos(pi u / 2)^2 - 1 +
+    u), c = --mode_scale (Esser et al. 2024, section 3.1).
     """
     if options.weighting_scheme == "logit_normal":
         z_B = draw_moved_normal(num_samples, generator, offsets_B)
@@ -81,7 +82,7 @@ def draw_scheme(
 
 
 def scheme_weights(scheme: str, sigmas_B: Tensor) -> Tensor:
-    """How much the error at each level counts, float32: sigma^-2, 2 / (pi (1 - 2 sigma + 2 sigma^2)), or 1."""
+    """Return the loss weight of each level, float32: sigma^-2, 2 / (pi (1 - 2 sigma + 2 sigma^2)), or 1."""
     sigmas_B = sigmas_B.float()
     if scheme == "sigma_sqrt":
         return sigmas_B.clamp(min=FINEST_LEVEL) ** -2
@@ -91,7 +92,7 @@ def scheme_weights(scheme: str, sigmas_B: Tensor) -> Tensor:
 
 
 def shifted_scheme(options: FlowWeightingOptions, shift: float) -> LevelSampler:
-    """SD3's levels: draws of --weighting_scheme, shifted. Raises UserError for a value that makes no levels."""
+    """Return SD3's sampler: draws of --weighting_scheme, shifted. Raises UserError for invalid settings."""
     check_scheme(options)
     check_shift("--training_shift", shift)
 
@@ -104,11 +105,11 @@ def shifted_scheme(options: FlowWeightingOptions, shift: float) -> LevelSampler:
 
 
 def sampled(sampling: FlowSamplingOptions, weighting: FlowWeightingOptions) -> LevelSampler:
-    """The levels that --timestep_sampling names. Raises UserError for a value that makes no levels.
+    """Return the sampler of --timestep_sampling. Raises UserError for invalid settings.
 
     `sigma` takes entry int(1000 u) of a table that descends from pure noise, u drawn by --weighting_scheme; `uniform`
-    is uniform; `sigmoid` is q = sigmoid(k (z + offset)), k = --sigmoid_scale; `shift` pushes q by
-    --discrete_flow_shift, `flux_shift` by a shift that grows with the picture, `nextdit_shift` does so with a uniform
+    is uniform; `sigmoid` is q = sigmoid(k (z + offset)), k = --sigmoid_scale; `shift` shifts q by
+    --discrete_flow_shift, `flux_shift` by a shift that grows with the image, and `nextdit_shift` does so with a uniform
     q.
     """
     check_scheme(weighting)
@@ -126,7 +127,7 @@ def sampled(sampling: FlowSamplingOptions, weighting: FlowWeightingOptions) -> L
     ) -> Tensor:
         kind = sampling.timestep_sampling
         if kind == "sigma":
-            # The table descends, so a draw near 1 is little noise.
+            # The table descends, so a draw near 1 means little noise.
             away_B = None if offsets_B is None else -offsets_B
             u_B = draw_scheme(weighting, num_samples, generator, away_B)
             places_B = (u_B * TABLE_SIZE).long().clamp(max=TABLE_SIZE - 1)
@@ -145,7 +146,7 @@ def sampled(sampling: FlowSamplingOptions, weighting: FlowWeightingOptions) -> L
 
 
 def check_scheme(options: FlowWeightingOptions) -> None:
-    """Raise UserError for settings of --weighting_scheme that make no levels."""
+    """Raise UserError for settings of --weighting_scheme that give no noise levels."""
     if options.weighting_scheme == "logit_normal" and options.logit_std < 0:
         raise UserError(f"--logit_std is {options.logit_std}; a standard deviation cannot be negative, 1 is usual")
     low, high = MODE_SCALE_LIMITS
@@ -154,18 +155,18 @@ def check_scheme(options: FlowWeightingOptions) -> None:
 
 
 def check_shift(flag: str, shift: float) -> None:
-    """Raise UserError for a shift that is no number above 0."""
+    """Raise UserError unless the shift is a number above 0."""
     if not shift > 0:
-        raise UserError(f"{flag} is {shift}; use a number above 0, 1 leaves noise levels alone")
+        raise UserError(f"{flag} is {shift}; use a number above 0, 1 leaves noise levels unchanged")
 
 
 def draw_timesteps(
     num_samples: int, min_timestep: int, max_timestep: int, generator: torch.Generator, *, num_timesteps: int
 ) -> Tensor:
-    """One whole timestep for each sample, uniform in [min_timestep, max_timestep); int64, shape B, on the CPU.
+    """Draw one whole timestep per sample, uniform in [min_timestep, max_timestep); int64, shape B, on the CPU.
 
-    Where min_timestep is max_timestep or above it, every sample gets max_timestep and nothing is drawn: that is how a
-    single level is validated.
+    If min_timestep is not below max_timestep, every sample gets max_timestep and nothing is drawn; validation fixes a
+    level so.
     """
     check_timestep_range(min_timestep, max_timestep, num_timesteps)
     if min_timestep >= max_timestep:

@@ -1,4 +1,4 @@
-"""How much each error counts: the error of one latent value, and the weight of its noise level.
+"""Loss functions and their weights by noise level.
 
 Letters: B samples, C channels, H height, W width, T noise levels.
 """
@@ -9,14 +9,15 @@ from torch import Tensor
 from library.errors import UserError
 from library.options.training.loss import HUBER_SCHEDULES, LossOptions
 
-MAX_SNR = 1000.0  # the first timesteps are nearly clean; without a cap they would rule the weights
+MAX_SNR = 1000.0  # the first timesteps are nearly clean; uncapped they would dominate the weights
 
 
 def pointwise_error(prediction_BCHW: Tensor, target_BCHW: Tensor, loss_type: str, threshold_B: Tensor | None) -> Tensor:
-    """The error of every value, float32. `threshold_B` is where huber and smooth_l1 turn from square to straight.
+    """Return the error of every value, float32; `threshold_B` is where huber and smooth_l1 change from quadratic to
+    linear.
 
-    With d = prediction - target and threshold c, huber is 2c (sqrt(d^2 + c^2) - c) and smooth_l1 is
-    2 (sqrt(d^2 + c^2) - c) (pseudo-Huber, Charbonnier et al. 1997).
+    With d = prediction - target and threshold c, huber is 2c (sqrt(d^2 + c^2) - c) and smooth_l1 is 2 (sqrt(d^2 + c^2)
+    - c) (pseudo-Huber, Charbonnier et al. 1997).
     """
     difference_BCHW = prediction_BCHW.float() - target_BCHW.float()
     if loss_type == "l2":
@@ -28,16 +29,16 @@ def pointwise_error(prediction_BCHW: Tensor, target_BCHW: Tensor, loss_type: str
     assert threshold_B is not None
     c_B111 = threshold_B.float().view(-1, *[1] * (difference_BCHW.ndim - 1))
     square_BCHW = difference_BCHW.square()
-    # sqrt(d^2 + c^2) - c, written so that small differences do not cancel away
+    # sqrt(d^2 + c^2) - c without cancellation for small differences.
     arc_BCHW = square_BCHW / ((square_BCHW + c_B111.square()).sqrt() + c_B111)
     return 2 * c_B111 * arc_BCHW if loss_type == "huber" else 2 * arc_BCHW
 
 
 def huber_threshold(options: LossOptions, sigmas_B: Tensor, timesteps_B: Tensor, num_timesteps: int) -> Tensor:
-    """The threshold c of each sample, times --huber_scale.
+    """Return the threshold c of each sample, times --huber_scale.
 
-    constant is --huber_c; exponential falls from 1 at timestep 0 to --huber_c at the last one; snr goes from 1 at the
-    clean end to --huber_c with the noise level, (1 - huber_c) / (1 + sigma)^2 + huber_c.
+    constant is --huber_c; exponential falls from 1 at timestep 0 to --huber_c at the last one; snr falls with the noise
+    level from 1 at the clean end to --huber_c, (1 - huber_c) / (1 + sigma)^2 + huber_c.
     """
     check_huber(options)
     if options.huber_schedule == "constant":
@@ -50,7 +51,7 @@ def huber_threshold(options: LossOptions, sigmas_B: Tensor, timesteps_B: Tensor,
 
 
 def check_huber(options: LossOptions) -> None:
-    """Raise UserError for thresholds that make no loss and for an unknown schedule."""
+    """Raise UserError for invalid thresholds and for an unknown schedule."""
     for flag, value in (("--huber_c", options.huber_c), ("--huber_scale", options.huber_scale)):
         if value <= 0:
             raise UserError(f"{flag} is {value}; with --loss_type {options.loss_type} it must be above 0")
@@ -59,9 +60,9 @@ def check_huber(options: LossOptions) -> None:
 
 
 def snr_weights(options: LossOptions, snr_T: Tensor, predicts_velocity: bool) -> Tensor:
-    """The product of all weights that depend on the signal-to-noise ratio, one for each of the given ratios.
+    """Return the product of all weights that depend on the signal-to-noise ratio, one per given ratio.
 
-    In the order of application: --min_snr_gamma (Hang et al. 2023), --scale_v_pred_loss_like_noise_pred,
+    They are applied in this order: --min_snr_gamma (Hang et al. 2023), --scale_v_pred_loss_like_noise_pred,
     --v_pred_like_loss, --debiased_estimation_loss (Yu et al. 2024).
     """
     capped_T = snr_T.clamp(max=MAX_SNR)

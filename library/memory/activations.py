@@ -1,4 +1,4 @@
-"""Where the inputs wait from which blocks are computed again."""
+"""Recomputation from block inputs that are kept in main memory."""
 
 from typing import Any
 
@@ -9,14 +9,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from library.memory.blocks import recompute
 
 Waiting = tuple[Tensor, torch.device | None]
-"""A tensor, and the device that it is to come back to; None where it never left."""
+"""A saved tensor and the device to return it to; None if it never left its device."""
 
 
 def recompute_from_main_memory(block: nn.Module, *inputs: Any, **named: Any) -> Any:
-    """Run a block again in the backward pass, from inputs that wait in main memory until then.
+    """Run a block again in the backward pass, from inputs kept in main memory until then.
 
-    Only inputs that carry a gradient move: they are the block's own, while what is frozen, such as positions and masks,
-    is shared by all blocks and would be copied once for each.
+    Only inputs that carry a gradient are moved: frozen ones, such as positions and masks, are shared by all blocks and
+    would be copied once per block.
     """
     if not torch.is_grad_enabled():
         return block(*inputs, **named)
@@ -31,15 +31,15 @@ def recompute_from_main_memory(block: nn.Module, *inputs: Any, **named: Any) -> 
 
 
 def place_of(tensor: Tensor) -> tuple[int, torch.Size]:
-    """What tells the values of one tensor from another's: autograd hands out aliases."""
+    """Identify the values of a tensor: autograd hands out aliases, which are different objects."""
     return tensor.data_ptr(), tensor.shape
 
 
 def to_main_memory(tensor: Tensor) -> Waiting:
-    """A copy in main memory, pinned where there is a card: the host goes on while it is made.
+    """Copy a tensor to main memory without blocking the host if it is on a GPU.
 
-    The card frees and computes in the order of its stream, so the tensor may be dropped before the copy is done, and
-    whatever reads the copy by the same stream comes after it.
+    The GPU frees and computes in stream order, so the tensor may be dropped before the copy is done, and everything
+    that reads the copy on the same stream runs after it.
     """
     on_card = tensor.device.type == "cuda"
     waiting = torch.empty_like(tensor, device="cpu", pin_memory=on_card)

@@ -1,6 +1,6 @@
-"""How the blocks of a model run: the one place where recomputing (and whatever else changes a block's run) is decided.
+"""Runners for the blocks of a model: the one place where recomputing, offloading or compiling a block is decided.
 
-A denoiser hands each block to the runner it was given instead of calling it; it knows nothing of what the runner does.
+A denoiser hands each block to its runner instead of calling it and knows nothing of what the runner does.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -13,13 +13,14 @@ from torch.utils.checkpoint import checkpoint
 
 
 class BlockRunner(Protocol):
-    """Runs one block and gives what it gives; the same block, called in the same order, in every pass."""
+    """A function that runs one block and returns its output; it gets the same blocks in the same order in every
+    pass."""
 
     def __call__(self, block: nn.Module, *inputs: Any, **named: Any) -> Any: ...
 
 
 Stacks = Sequence[Sequence[nn.Module]]
-"""The blocks of a model that its runner runs, about in the order of a pass: one sequence for each kind of block."""
+"""The blocks that a model hands to its runner, roughly in execution order: one sequence for each kind of block."""
 
 
 class RunsBlocks(Protocol):
@@ -31,20 +32,21 @@ class RunsBlocks(Protocol):
 
 
 def plain(block: nn.Module, *inputs: Any, **named: Any) -> Any:
-    """Run a block as it is; autograd keeps whatever it needs."""
+    """Run a block unchanged; autograd keeps what it needs."""
     return block(*inputs, **named)
 
 
 def recompute(block: nn.Module, *inputs: Any, **named: Any) -> Any:
     """Keep only a block's inputs and run it again in the backward pass (Chen et al. 2016, arXiv:1604.06174)."""
-    # Without gradients there is no second run, and the machinery of the first one would only cost time.
+    # Without gradients there is no second run, and checkpointing would only cost time.
     if not torch.is_grad_enabled():
         return block(*inputs, **named)
     return checkpoint(block, *inputs, use_reentrant=False, **named)
 
 
 class Every:
-    """Runs every n-th block with a runner and the others plainly; blocks are counted in the order they first come."""
+    """Runs every n-th block with a runner and the others plainly; blocks are numbered in the order of their first
+    call."""
 
     def __init__(self, n: int, runner: BlockRunner) -> None:
         self.n = n
@@ -57,27 +59,27 @@ class Every:
 
 
 def stacks_of(model: nn.Module) -> Stacks:
-    """The blocks of a model of ours."""
+    """Return the blocks of one of our models."""
     return cast(RunsBlocks, model).stacks()
 
 
 def run_blocks_with(model: nn.Module, runner: BlockRunner) -> None:
-    """Give a model of ours its runner."""
+    """Set the runner of one of our models."""
     cast(RunsBlocks, model).runner = runner
 
 
 def chains_of(model: nn.Module) -> list[nn.ModuleList]:
-    """The lists of blocks of a model of ours: each block takes what the one before it gives."""
+    """Return the block lists of one of our models; each block takes the output of the one before it."""
     return [child for child in model.children() if isinstance(child, nn.ModuleList)]
 
 
 class BlockBody(nn.Module):
-    """A block of a library's model as a runner sees it: calling it runs the block's own code, not the runner again."""
+    """A library's block as a runner sees it: calling it runs the block's own code, not the runner again."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.block = block
-        # The class's forward: the block's own attribute `forward` is the way into the runner.
+        # The class's forward, because the block's own attribute `forward` leads into the runner.
         self.run: Callable[..., Any] = type(block).forward
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
@@ -85,9 +87,9 @@ class BlockBody(nn.Module):
 
 
 def run_library_blocks_with(blocks: Iterable[nn.Module], runner: BlockRunner) -> None:
-    """Lead the calls of blocks that belong to a library's model through `runner`; a later call replaces the runner.
+    """Route calls of blocks of a library's model through `runner`; a later call replaces the runner.
 
-    The module tree, its class names and its hooks stay as they are: only each block's `forward` is shadowed.
+    The module tree, class names and hooks stay unchanged: only each block's `forward` is shadowed.
     """
     for block in blocks:
         block.forward = partial(runner, BlockBody(block))
@@ -101,8 +103,8 @@ def encoder_layers(encoder: nn.Module) -> list[nn.Module]:
 
 
 def run_encoder_layers_with(encoder: nn.Module, runner: BlockRunner) -> None:
-    """Lead the layers of a text encoder of transformers through `runner`.
+    """Route the layers of a transformers text encoder through `runner`.
 
-    Its own switch for recomputing works in train mode only, which also turns the base model's dropout on.
+    Its own gradient checkpointing works only in train mode, which would also enable the base model's dropout.
     """
     run_library_blocks_with(encoder_layers(encoder), runner)

@@ -1,4 +1,4 @@
-"""Blocks whose arithmetic is compiled (torch.compile), each kind of block once however many there are."""
+"""Blocks compiled with torch.compile, once for each kind of block."""
 
 import logging
 from dataclasses import dataclass
@@ -19,28 +19,28 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CompileSettings:
-    """How blocks are compiled, in torch.compile's own terms.
+    """Settings of torch.compile for blocks.
 
-    What torch calls automatic, a graph of one size and then one of all, is not to be had: both fit the first size, and
-    a block that is computed again might get the other one, which keeps other tensors.
+    torch's automatic mode, first a static graph and then a dynamic one, is not offered: both match the first size, and
+    a recomputed block might run the other graph, which saves different tensors.
     """
 
     backend: Any = "inductor"
     mode: str | None = None
-    is_dynamic: bool = True  # whether a graph serves all sizes, or each has its own
+    is_dynamic: bool = True  # one graph for all sizes instead of one for each
     needs_full_graph: bool = False
-    most_graphs: int = 128  # of one kind of block
+    most_graphs: int = 128  # per kind of block
 
 
 class CompiledBlock(nn.Module):
-    """A block as a runner sees it, compiled when it is first called for gradients.
+    """A block as a runner sees it, compiled at its first call with gradients.
 
-    Without gradients, as in previews and validation, it runs as it is: their other sizes would be compiled too. So it
-    does while operations are counted, for torch never again compiles what it met then.
+    Without gradients, as in previews and validation, it runs uncompiled: their other sizes would trigger compilations.
+    It also does while operations are counted, because torch never retries to compile a frame that it skipped then.
     """
 
     def __init__(self, block: nn.Module, settings: CompileSettings, told: set[type]) -> None:
-        """`told` are the kinds of blocks that have been warned of."""
+        """`told` collects the kinds of blocks for which a warning was already logged."""
         super().__init__()
         self.block = block
         self.settings = settings
@@ -58,7 +58,7 @@ class CompiledBlock(nn.Module):
             return self.block(*inputs, **named)
         from torch import _dynamo
 
-        # Each thread has settings of its own, and blocks are computed again in autograd's.
+        # These settings are per thread, and autograd recomputes blocks in its own threads.
         _dynamo.config.recompile_limit = self.settings.most_graphs
         _dynamo.config.accumulated_recompile_limit = max(256, 4 * self.settings.most_graphs)
         _dynamo.config.fail_on_recompile_limit_hit = True
@@ -71,15 +71,15 @@ class CompiledBlock(nn.Module):
         return self.block(*inputs, **named)
 
     def tell(self, given: Any) -> None:
-        """Warn, once for each kind of block, of the first inputs that it is not compiled for any more."""
-        kind = type(getattr(self.block, "block", self.block))  # of a library's block, the block in its body
+        """Warn once per kind of block, with the first input shapes that are no longer compiled."""
+        kind = type(getattr(self.block, "block", self.block))  # a library's block is wrapped in a BlockBody
         if kind in self.told:
             return
         self.told.add(kind)
         shapes = ", ".join(str(tuple(t.shape)) for t in tree_leaves(given) if isinstance(t, Tensor) and t.ndim > 1)
         logger.warning(
-            "%s has been compiled %d times, --compile_cache_size_limit: what comes with new sizes runs uncompiled from "
-            "here on, the first with %s",
+            "%s was compiled %d times (--compile_cache_size_limit); inputs of new sizes run uncompiled from here on, "
+            "the first with shapes %s",
             kind.__name__,
             self.settings.most_graphs,
             shapes,
@@ -87,7 +87,7 @@ class CompiledBlock(nn.Module):
 
 
 class Compiled:
-    """Runs compiled blocks as another runner runs blocks; those whose weights wait in main memory as they are."""
+    """Runs blocks compiled, through another runner; offloaded blocks run uncompiled."""
 
     def __init__(self, runner: BlockRunner, settings: CompileSettings) -> None:
         self.runner = runner
@@ -104,5 +104,6 @@ class Compiled:
 
 
 def waits(block: nn.Module) -> bool:
-    """Whether weights of a block come through a ring while it computes; compiled code would read them too early."""
+    """Return True if weights of a block arrive through a ring while it computes; compiled code would read them too
+    early."""
     return any(isinstance(layer.handle, Waiting | Shelved) for layer in frozen_layers(block))

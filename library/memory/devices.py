@@ -1,4 +1,4 @@
-"""Number formats and devices, and giving memory back between the stages of a run."""
+"""Number formats, devices, and memory release between the stages of a run."""
 
 import gc
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ def bytes_of(*modules: nn.Module) -> int:
 
 
 def release_memory(keep_cache: bool = False) -> None:
-    """Collect what is unreferenced; `keep_cache` (--highvram) leaves the card's cached blocks with torch."""
+    """Collect garbage and return cached GPU memory; `keep_cache` (--highvram) leaves the cached blocks with torch."""
     gc.collect()
     if keep_cache:
         return
@@ -35,31 +35,32 @@ def release_memory(keep_cache: bool = False) -> None:
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on `device`, from wherever it is; the host goes on without waiting for what the device is doing.
+    """Return a tensor on `device` without making the host wait for earlier work of the device.
 
-    torch's plain copy lets the host wait until a card has come to it, and so does every copy of memory that is not
-    pinned. The memory that is pinned here is used again once the copy is done: torch sees to it.
+    torch's plain copy blocks until the GPU reaches it, and so does every copy of unpinned memory. torch reuses the
+    memory pinned here once the copy is done.
     """
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=device.type in ("cuda", "cpu"))  # others may read memory that is gone by then
+    return tensor.to(device, non_blocking=device.type in ("cuda", "cpu"))  # other devices may read freed memory
 
 
 def is_on(tensor: Tensor, device: torch.device) -> bool:
-    """Whether a tensor is on a device, which may leave its number open, as `cuda` does."""
+    """Return True if a tensor is on `device`; a device without an index, such as `cuda`, matches every index."""
     return tensor.device.type == device.type and device.index in (None, tensor.device.index)
 
 
 def channels_last_where_it_fits(weights: Iterable[Tensor]) -> torch.memory_format:
-    """The layout of a model's convolution weights: channels last, which CPUs and tensor cores prefer.
+    """Return the layout for a model's convolution weights: channels last, which is faster on CPUs and tensor cores.
 
-    A model with convolutions over frames keeps its layout: torch's switch knows one number of dimensions at a time.
+    A model with convolutions over frames keeps its layout: `Module.to(memory_format=...)` supports one number of
+    dimensions.
     """
     return torch.channels_last if all(weight.ndim <= 4 for weight in weights) else torch.contiguous_format
 
 
 def place(module: nn.Module, device: torch.device) -> nn.Module:
-    """Move a frozen model to `device`, with the layout that suits it."""
+    """Move a frozen model to `device`, in the layout that suits it."""
     moved = module.to(device)
     layout = channels_last_where_it_fits(moved.parameters())
     if layout == torch.channels_last:
@@ -71,18 +72,18 @@ def place(module: nn.Module, device: torch.device) -> nn.Module:
 
 
 def protect_group_norms(module: nn.Module) -> None:
-    """Give group norms an input that torch's backward pass survives, whoever trains them and in whatever way."""
+    """Give group norms an input that survives torch's backward pass, whatever trains them."""
     for layer in module.modules():
         if isinstance(layer, nn.GroupNorm) and survivable not in layer._forward_pre_hooks.values():
             layer.register_forward_pre_hook(survivable)
 
 
 def survivable(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """The input of a group norm in torch's usual layout where its own gradient is not asked for.
+    """Make the input of a group norm contiguous if it needs no gradient.
 
-    On the CPU torch 2.13 ends the process with a segmentation fault in the backward pass of a group norm whose input is
-    channels last and has no gradient while its weight has one. Only what comes before the first adapter is such an
-    input.
+    On the CPU torch 2.13 ends the process with a segmentation fault in the backward pass of a group norm whose input
+    is channels last and has no gradient while its weight has one. Only inputs before the first adapter are of this
+    kind.
     """
     x, *rest = inputs
     if not torch.is_grad_enabled() or x.requires_grad or x.device.type != "cpu" or x.is_contiguous():

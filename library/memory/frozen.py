@@ -1,4 +1,4 @@
-"""Frozen layers that ask for their weight when they compute instead of holding on to it.
+"""Frozen layers that fetch and decode their weight when they compute instead of holding it.
 
 Letters: O output features, I input features.
 """
@@ -16,16 +16,15 @@ from library.memory.codecs.codec import Codec, Decoder, Parts
 from library.memory.codecs.matmul_8bit import Codes, input_gradient, output
 
 Handle = Callable[[], Parts]
-"""Gives the stored parts of a weight, from wherever they wait, each time it is called."""
+"""A function that returns the stored parts of a weight, wherever they are kept."""
 
 
 class FrozenLayer(nn.Module):
-    """A layer whose frozen weight is stored as parts, which a `handle` gives and a `decoder` turns into the weight.
+    """A layer whose frozen weight is stored as parts, which a `handle` provides and a `decoder` turns into the weight.
 
-    The parts are frozen parameters, so that whatever moves or shards a model's parameters takes them along. `weight`
-    is decoded whenever it is asked for, in the dtype it had: a copy, so that what was read stays what it was when the
-    place of the parts is used for another layer's. A weight that is frozen needs no gradient of its own; the gradient
-    of the input decodes it once more, for autograd would keep it in the precision of the run.
+    The parts are frozen parameters, so that moving or sharding a model's parameters includes them. `weight` is decoded
+    on each access, in its original dtype, as a copy: the value stays valid when the parts' memory is reused for another
+    layer. The backward pass decodes the weight again, because autograd would keep it in the precision of the run.
     """
 
     decoder: Decoder
@@ -33,7 +32,7 @@ class FrozenLayer(nn.Module):
     weight_shape: torch.Size
     weight_dtype: torch.dtype
     bias: Tensor | None
-    multiplies_codes = False  # whether the product is one of 8-bit numbers; the weight that is read is decoded anyway
+    multiplies_codes = False  # compute with 8-bit products; `weight` is decoded anyway
 
     @property
     def weight(self) -> Tensor:
@@ -42,19 +41,19 @@ class FrozenLayer(nn.Module):
         return decoded.clone() if any(decoded is part for part in parts.values()) else decoded
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
-        """The weight to compute with in `dtype`, before anything else asks for one."""
+        """Return the weight decoded to `dtype` for computing."""
         return self.decoder.decode(self.handle(), self.weight_shape, dtype)
 
     def own_codes(self) -> Codes | None:
-        """What the layer multiplies with as it is stored; None where it decodes its weight."""
+        """Return the stored codes to multiply with, or None if the layer decodes its weight."""
         return self.decoder.codes(self.handle()) if self.multiplies_codes else None
 
     def own_parts(self) -> Parts:
-        """The handle of a layer whose parts are its own parameters."""
+        """Return the parts that are the layer's own parameters; serves as the default handle."""
         return {name: part for name, part in self._parameters.items() if part is not None and name != "bias"}
 
     def product(self, x: Tensor) -> Tensor:
-        """What the layer makes of `x`, in its dtype."""
+        """Return the layer's output for `x`, in the dtype of `x`."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         codes = self.own_codes()
         if codes is not None:
@@ -62,11 +61,11 @@ class FrozenLayer(nn.Module):
         return self.compute(x, self.weight_in(x.dtype), bias)
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """What the layer makes of `x`."""
+        """Return the layer's output for `x` with a decoded weight."""
         raise NotImplementedError
 
     def input_gradient(self, gradient: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
-        """The gradient of an input of that shape, from the gradient of the output."""
+        """Return the gradient of an input of this shape, from the gradient of the output."""
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
@@ -88,7 +87,7 @@ class FrozenLinear(FrozenLayer, nn.Linear):  # type: ignore[misc, override]
 
 
 class FrozenConv2d(FrozenLayer, nn.Conv2d):  # type: ignore[misc, override]
-    """A frozen nn.Conv2d whose padding is a number of zeros."""
+    """A frozen nn.Conv2d padded with zeros."""
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if small_convolutions.is_better(small_convolutions.shape_of_output(x.shape, self), weight, self):
@@ -104,7 +103,7 @@ class FrozenConv2d(FrozenLayer, nn.Conv2d):  # type: ignore[misc, override]
         return x_gradient
 
 
-# Network modules find layers by the name of their class, and LyCORIS treats a name it does not know as another kind.
+# Network modules find layers by class name, and LyCORIS treats an unknown name as another kind of layer.
 FrozenLinear.__name__ = FrozenLinear.__qualname__ = "Linear"
 FrozenConv2d.__name__ = FrozenConv2d.__qualname__ = "Conv2d"
 
@@ -112,12 +111,13 @@ KINDS: dict[type[nn.Module], type[FrozenLayer]] = {nn.Linear: FrozenLinear, nn.C
 
 
 class _Product(torch.autograd.Function):
-    """A layer's product. What is kept for the backward pass is the layer, not its weight."""
+    """A layer's product that saves the layer, not its weight, for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: FrozenLayer, trains: bool) -> Tensor:
         ctx.layer, ctx.shape = layer, x.shape
-        # Nothing here needs a gradient, so nothing is recorded; but who counts arithmetic asks whether there could be.
+        # Nothing here needs a gradient, so nothing is recorded; the flag only tells the FLOP counter that a gradient
+        # could be asked for.
         with torch.set_grad_enabled(trains):
             return layer.product(x.detach())
 
@@ -130,15 +130,15 @@ class _Product(torch.autograd.Function):
 
 
 def can_be_frozen(layer: nn.Module) -> bool:
-    """Whether there is a frozen twin of a layer; subclasses may compute something else, and are left alone."""
+    """Return True if a layer has a frozen twin; subclasses may compute something else and are left alone."""
     return type(layer) is nn.Linear or small_convolutions.pads_with_zeros(layer)
 
 
 def layers_in_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers inside the blocks of a model that can be frozen, by their paths, in order.
+    """Return the layers inside the blocks of a model that can be frozen, in order, by path.
 
-    Blocks are what lies in lists of modules. What stands outside them, such as embedders and the last layer, is small
-    and stays as it is, and so do norms.
+    Blocks are members of module lists. Layers outside them, such as embedders and the last layer, are small and stay as
+    they are; so do norms.
     """
     stems = [
         f"{path}.{name}."
@@ -153,15 +153,15 @@ def layers_in_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def frozen_layers(block: nn.Module) -> Iterator[FrozenLayer]:
-    """The layers of a block whose weights are stored by a codec."""
+    """Yield the layers of a block whose weights a codec stores."""
     return (layer for layer in block.modules() if isinstance(layer, FrozenLayer))
 
 
 @torch.no_grad()
 def store_in(codec: Codec, layer: nn.Module, weight: Tensor | None = None) -> None:
-    """Turn a layer into its frozen twin, stored by `codec`, in place, so that others may hold on to it.
+    """Turn a layer into its frozen twin, stored by `codec`, in place, so that references to it stay valid.
 
-    `weight` stands in for the layer's own, which may have no values yet.
+    `weight` replaces the layer's own, which may have no values yet.
     """
     whole = layer.weight if weight is None else weight
     assert isinstance(whole, Tensor)
@@ -169,7 +169,7 @@ def store_in(codec: Codec, layer: nn.Module, weight: Tensor | None = None) -> No
 
 
 def keep_in(decoder: Decoder, layer: nn.Module, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> None:
-    """The same with the parts of a weight of that shape and dtype at hand."""
+    """Turn a layer into its frozen twin from the encoded parts of a weight with this shape and dtype."""
     del layer.weight
     layer.__class__ = KINDS[type(layer)]
     assert isinstance(layer, FrozenLayer)
@@ -180,7 +180,7 @@ def keep_in(decoder: Decoder, layer: nn.Module, parts: Parts, shape: torch.Size,
 
 
 def store_all_in(codec: Codec, layers: Iterable[nn.Module]) -> int:
-    """Store the layers that can be and are not frozen yet by `codec`; return how many frozen ones there are."""
+    """Store by `codec` all layers that can be frozen and are not yet; return how many frozen ones there are."""
     layers = list(layers)
     for layer in layers:
         if can_be_frozen(layer):
@@ -189,7 +189,7 @@ def store_all_in(codec: Codec, layers: Iterable[nn.Module]) -> int:
 
 
 def multiply_codes(layers: Iterable[FrozenLayer]) -> int:
-    """Let those of the layers compute with 8-bit numbers that can; gives how many do."""
+    """Enable 8-bit products in the layers that support them; return their number."""
     count = 0
     for layer in layers:
         codes = layer.decoder.codes(layer.handle()) if isinstance(layer, FrozenLinear) else None

@@ -1,8 +1,8 @@
-"""Convolutions of few pixels as one matrix product, which makes them up to five times faster on a CPU.
+"""Convolutions of few pixels as one matrix product, which is up to five times faster on a CPU.
 
-On every call oneDNN lays the weight of a convolution out anew. That takes longer than the product itself where weights
-are large and images small, as in the lower half of a U-Net: at 8 x 8 pixels and 1280 channels three times as long.
-Here the pixels that each output looks at are laid side by side instead, and the weight stays where it is.
+oneDNN reorders the weight of a convolution on every call. That takes longer than the product itself if weights are
+large and images small, as in the lower half of a U-Net: three times as long at 8 x 8 pixels and 1280 channels. Here the
+input patches are unfolded instead, and the weight stays in place.
 
 Letters: O output channels, I input channels, H W pixels, h w kernel, N = h * w * I.
 """
@@ -16,9 +16,9 @@ from torch.nn.functional import linear, pad
 
 
 def is_better(outputs: torch.Size, weight: Tensor, layer: nn.Conv2d) -> bool:
-    """Whether to go this way for outputs (B, O, H, W), on a CPU.
+    """Return True if the product is faster for outputs (B, O, H, W) on a CPU.
 
-    Where they have fewer pixels than channels, or where the kernel is one pixel: then nothing is laid side by side.
+    That is if they have fewer pixels than channels, or if the kernel is one pixel: then nothing is unfolded.
     """
     return (
         weight.device.type == "cpu"
@@ -31,7 +31,7 @@ def is_better(outputs: torch.Size, weight: Tensor, layer: nn.Conv2d) -> bool:
 
 
 def shape_of_output(x: torch.Size, layer: nn.Conv2d) -> torch.Size:
-    """(B, O, H, W) of the output for an input (B, I, H, W), without dilation."""
+    """Return the output's shape (B, O, H, W) for an input (B, I, H, W), without dilation."""
     height, width = (
         (side + 2 * border - size) // step + 1
         for side, border, size, step in zip(x[2:], borders_of(layer), layer.kernel_size, layer.stride, strict=True)
@@ -40,7 +40,7 @@ def shape_of_output(x: torch.Size, layer: nn.Conv2d) -> torch.Size:
 
 
 def output(x: Tensor, weight: Tensor, bias: Tensor | None, layer: nn.Conv2d) -> Tensor:
-    """What the layer makes of `x` (B, I, H, W) with a weight (O, I, h, w) that is channels last; so is the result."""
+    """Convolve `x` (B, I, H, W) with a channels-last weight (O, I, h, w); the result is channels last too."""
     (top, left), (down, right) = borders_of(layer), layer.stride
     x_BHWI = pad(x.permute(0, 2, 3, 1), (0, 0, left, left, top, top))
     seen_BHWIhw = x_BHWI.unfold(1, weight.shape[2], down).unfold(2, weight.shape[3], right)
@@ -49,7 +49,7 @@ def output(x: Tensor, weight: Tensor, bias: Tensor | None, layer: nn.Conv2d) -> 
 
 
 def input_gradient(gradient: Tensor, weight: Tensor, shape: torch.Size, layer: nn.Conv2d) -> Tensor:
-    """The gradient of an input of `shape` (B, I, H, W), from that of the output (B, O, H, W)."""
+    """Return the gradient of an input of `shape` (B, I, H, W), from that of the output (B, O, H, W)."""
     (top, left), (down, right) = borders_of(layer), layer.stride
     batch, channels, height, width = shape
     columns_BHWN = gradient.permute(0, 2, 3, 1) @ as_matrix(weight)
@@ -66,24 +66,24 @@ def input_gradient(gradient: Tensor, weight: Tensor, shape: torch.Size, layer: n
 
 
 def pads_with_zeros(layer: nn.Module) -> bool:
-    """Whether it is torch's own convolution of images, whose subclasses may compute something else, with a number of
-    zeros around these."""
+    """Return True for torch's own nn.Conv2d padded with a fixed number of zeros; subclasses may compute something
+    else."""
     return type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
 
 
 def borders_of(layer: nn.Conv2d) -> tuple[int, ...]:
-    """The pixels of zeros above and below, and left and right."""
+    """Return the rows of zero padding above and below, and the columns left and right."""
     assert not isinstance(layer.padding, str)
     return layer.padding
 
 
 def as_matrix(weight: Tensor) -> Tensor:
-    """A weight (O, I, h, w) that is channels last as (O, N), in the same memory."""
+    """View a channels-last weight (O, I, h, w) as (O, N), in the same memory."""
     return weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
 
 
 class FewPixels(nn.Conv2d):
-    """A convolution with a frozen weight that goes this way where it is better."""
+    """A convolution with a frozen weight that uses the matrix product where it is faster."""
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         device = x.device.type
@@ -96,12 +96,12 @@ class FewPixels(nn.Conv2d):
         return y
 
 
-# Network modules find layers by the name of their class.
+# Network modules find layers by class name.
 FewPixels.__name__ = FewPixels.__qualname__ = "Conv2d"
 
 
 class _Product(torch.autograd.Function):
-    """The product, of which nothing is kept but the weight."""
+    """The product; only the weight is saved for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: nn.Conv2d) -> Tensor:
@@ -117,7 +117,8 @@ class _Product(torch.autograd.Function):
 
 
 def quicken(module: nn.Module) -> None:
-    """Let the frozen convolutions of a model go this way where it is better; in place, after it was laid out."""
+    """Let the frozen convolutions of a model use the matrix product where it is faster; in place, after channels last
+    is set."""
     for layer in module.modules():
         if pads_with_zeros(layer):
             layer.__class__ = FewPixels

@@ -1,4 +1,4 @@
-"""Which attention the diffusers models run."""
+"""The attention kernel of diffusers models."""
 
 import logging
 from typing import Any
@@ -11,19 +11,19 @@ logger = logging.getLogger(__name__)
 
 
 def wants_xformers(memory: MemoryOptions) -> bool:
-    """Whether attention runs in xformers; torch's scaled dot product attention is used otherwise.
+    """Return True if attention runs in xformers instead of torch's scaled dot product attention.
 
-    It computes the same, so it also stands in for a missing xformers, with a warning: front ends ask for that by
+    Both compute the same, so torch's also replaces a missing xformers, with a warning: front ends request xformers by
     default.
     """
     from importlib.util import find_spec
 
     if memory.mem_eff_attn:
-        logger.info("--mem_eff_attn: torch's scaled dot product attention (sdpa) is used, which needs as little memory")
+        logger.info("--mem_eff_attn: using torch's scaled dot product attention (sdpa), which needs as little memory")
         return False
     if memory.xformers and find_spec("xformers") is None:
         logger.warning(
-            "--xformers: the package xformers is not installed; torch's scaled dot product attention (sdpa) is used, "
+            "--xformers: the package xformers is not installed; using torch's scaled dot product attention (sdpa), "
             "which computes the same in as little memory"
         )
         return False
@@ -31,7 +31,7 @@ def wants_xformers(memory: MemoryOptions) -> bool:
 
 
 def with_attention(model: Any, uses_xformers: bool) -> nn.Module:
-    """The diffusers model with its attention set; torch's scaled dot product attention is what it comes with."""
+    """Set the attention of a diffusers model; the default is torch's scaled dot product attention."""
     if uses_xformers:
         model.enable_xformers_memory_efficient_attention()
     module: nn.Module = model

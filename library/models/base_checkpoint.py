@@ -1,4 +1,4 @@
-"""Checkpoints of the U-Net models for merging adapters into them and extracting adapters from them."""
+"""Checkpoints of the U-Net models, for merging adapters into them and extracting adapters from them."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,12 +16,12 @@ from library.models.unet.checkpoint_keys import UNET_PREFIX, UnetLayout, unet_fr
 from library.models.unet.unet import layout_of_config, unet_layout
 
 Placed = tuple[ModuleNames, str | Third]
-"""A module, and where a file has its weight: the name before ".weight", or a third of the rows of a key."""
+"""A module and the location of its weight in a file: the name before ".weight", or a third of the rows of a key."""
 
 
 @dataclass(frozen=True)
 class EncoderPlace:
-    """One text encoder: its folder in diffusers' layout, its prefix in a single file, and its modules' names."""
+    """A text encoder: its folder in diffusers' layout, its prefix in a single file, and its modules' names."""
 
     folder: str
     prefix: str
@@ -30,7 +30,7 @@ class EncoderPlace:
 
 @dataclass(frozen=True)
 class CheckpointLayout:
-    """Where a base model's checkpoints have what adapters change."""
+    """The locations in a base model's checkpoints of the modules that adapters change."""
 
     base: str  # `BaseModelSpec.name`
     architecture: str  # modelspec.architecture of a merged file
@@ -39,9 +39,9 @@ class CheckpointLayout:
 
 
 def open_checkpoint(specs: Sequence[BaseModelSpec], flag: str, path: Path, layout: CheckpointLayout) -> BaseModel:
-    """Open a single file or a diffusers folder; of the files only headers are read.
+    """Open a single file or a diffusers folder; only headers of the files are read.
 
-    Raises UserError naming `flag` when it is broken or another kind of model.
+    Raises UserError naming `flag` if it is broken or another kind of model.
     """
     return open_folder(specs, flag, path, layout) if path.is_dir() else open_single(specs, flag, path, layout)
 
@@ -76,14 +76,14 @@ def open_folder(specs: Sequence[BaseModelSpec], flag: str, path: Path, layout: C
 
 
 def stems(weights: Weights, prefix: str) -> Iterator[str]:
-    """The names of every module with a `weight` below `prefix`, without it."""
+    """Yield the names of all modules with a `weight` below `prefix`, without the prefix."""
     for key in weights.shapes:
         if key.startswith(prefix) and key.endswith(".weight"):
             yield key[len(prefix) :].removesuffix(".weight")
 
 
 def encoder_places(weights: Weights, prefix: str, names: Callable[[str], ModuleNames]) -> Iterator[Placed]:
-    """The modules of a text encoder; OpenCLIP has q, k and v as the thirds of one matrix."""
+    """Yield the modules of a text encoder; in OpenCLIP q, k and v are thirds of one matrix."""
     for stem in stems(weights, prefix):
         yield names(clip_from_any(open_clip_name(f"{stem}.")[:-1])), prefix + stem
     for key in weights.shapes:

@@ -1,4 +1,4 @@
-"""Which base model a checkpoint is of, and what to tell a user who gave another one than is wanted."""
+"""Recognition of a checkpoint's base model, and errors for a model other than the requested one."""
 
 import logging
 import re
@@ -17,28 +17,28 @@ from library.models.vae.checkpoint_keys import VAE_PREFIX
 
 logger = logging.getLogger(__name__)
 
-DENOISER_PREFIXES = ("model.diffusion_model.", "")  # that names of a transformer carry in files
-NO_MODELS = (  # told only when there is no U-Net: old checkpoints may carry such names beside it
+DENOISER_PREFIXES = ("model.diffusion_model.", "")  # prefixes of a transformer's names in files
+NO_MODELS = (  # used only if there is no U-Net: old checkpoints may contain such names too
     ((".lora_down.", ".lora_up.", ".lora_A.", ".lora_B.", ".lokr_w", ".hada_w", ".oft_", ".boft_", "lora_unet_",
       "lora_te_"),
-     "an adapter (LoRA), not a base model; go on training it with --network_weights"),
+     "an adapter (LoRA), not a base model; continue training it with --network_weights"),
     (("control_model.", "controlnet_"), "a ControlNet, not a base model"),
     (("emb_params", "string_to_param"), "a textual inversion embedding, not a base model"),
     (("down_blocks.", "up_blocks.", "mid_block."),
-     "the U-Net of a diffusers folder alone; give the folder that has unet/, vae/ and text_encoder/"),
+     "only the U-Net of a diffusers folder; use the folder that has unet/, vae/ and text_encoder/"),
     ((VAE_PREFIX, "encoder.down.", "encoder.down_blocks.", "decoder.conv_in."),
      "a VAE, not a base model; use it with --vae"),
-    (("encoder.layers.", "token_embedding"), "a text encoder alone, not a base model"),
+    (("encoder.layers.", "token_embedding"), "only a text encoder, not a base model"),
 )  # fmt: skip
 
 
 def base_of_file(specs: Sequence[BaseModelSpec], shapes: Shapes) -> BaseModelSpec | None:
-    """The base model of a single file, None where its names do not tell."""
+    """Return the base model of a single file, or None if its names do not tell."""
     return recognise(specs, shapes, lambda spec: spec.checkpoint)
 
 
 def base_of_folder(specs: Sequence[BaseModelSpec], class_name: str, unet_shapes: Shapes) -> BaseModelSpec | None:
-    """The base model of a diffusers folder with a U-Net, by its pipeline's class name and the U-Net's names."""
+    """Return the base model of a diffusers folder with a U-Net, by its pipeline's class name and the U-Net's names."""
     named = bases_of_pipeline(specs, class_name)
     if len(named) == 1:
         return named[0]
@@ -46,15 +46,15 @@ def base_of_folder(specs: Sequence[BaseModelSpec], class_name: str, unet_shapes:
 
 
 def bases_of_pipeline(specs: Sequence[BaseModelSpec], class_name: str) -> tuple[BaseModelSpec, ...]:
-    """The base models that a pipeline of diffusers is for: those with the longest beginning of its class name."""
+    """Return the base models of a diffusers pipeline: those with the longest matching prefix of its class name."""
     lengths = [max((len(s) for s in spec.pipelines if class_name.startswith(s)), default=0) for spec in specs]
     return tuple(spec for spec, length in zip(specs, lengths, strict=True) if length and length == max(lengths))
 
 
 def base_of_checkpoint(specs: Sequence[BaseModelSpec], flag: str, path: Path) -> BaseModelSpec:
-    """The base model of a file or folder, recognised by names alone.
+    """Recognise the base model of a file or folder by names alone.
 
-    Raises UserError naming `flag` for one that is broken or of no base model that is known, saying what it is.
+    Raises UserError naming `flag` if it is broken or of no known base model, saying what it is.
     """
     if not path.is_dir():
         weights = model_lookup.open_file(flag, path)
@@ -67,14 +67,14 @@ def base_of_checkpoint(specs: Sequence[BaseModelSpec], flag: str, path: Path) ->
     if len(named) == 1:
         return named[0]
     found = base_of_folder(specs, class_name, model_lookup.open_part(flag, path / "unet", "unet")[1].shapes)
-    if found is None:  # whatever has names is of the family
-        raise UserError(f"{flag} {path}: the U-Net in it has no weights")
+    if found is None:  # any U-Net with names belongs to this family
+        raise UserError(f"{flag} {path}: its U-Net has no weights")
     return found
 
 
 def refuse_other_folder(specs: Sequence[BaseModelSpec], flag: str, folder: Path, wanted: str) -> None:
-    """Raise UserError where a diffusers folder names the pipeline of another model than `wanted`, or of one that no
-    script trains. A folder that names none passes, and so does one with a U-Net, which tells more than a name."""
+    """Raise UserError if a diffusers folder names the pipeline of another model than `wanted`, or of one that no script
+    trains. A folder that names none passes, and so does one with a U-Net, whose weights tell more than a name."""
     class_name = read_json(folder / "model_index.json").get("_class_name", "")
     named = bases_of_pipeline(specs, class_name)
     is_told = len(named) == 1 or (named and not spec_of(specs, wanted).folders)
@@ -84,7 +84,7 @@ def refuse_other_folder(specs: Sequence[BaseModelSpec], flag: str, folder: Path,
 
 
 def base_of_parts(specs: Sequence[BaseModelSpec], folder: Path) -> BaseModelSpec | None:
-    """The one base model that has more of its folders there than others have, None where several have as many."""
+    """Return the base model with the most of its folders present, or None if several have as many."""
     there = [spec for spec in specs if spec.folders and all((folder / name).is_dir() for name in spec.folders)]
     most = max((len(spec.folders) for spec in there), default=0)
     found = [spec for spec in there if len(spec.folders) == most]
@@ -92,22 +92,22 @@ def base_of_parts(specs: Sequence[BaseModelSpec], folder: Path) -> BaseModelSpec
 
 
 def refuse_unknown_folder(flag: str, folder: Path, class_name: str) -> None:
-    """Raise UserError for a folder whose pipeline no script trains, unless there is a U-Net, which tells more."""
+    """Raise UserError for a folder whose pipeline no script trains, unless it has a U-Net, whose weights tell more."""
     if class_name and not (folder / "unet").is_dir():
-        raise UserError(f"{flag} {folder}: its model_index.json names {class_name}, which no script trains yet")
+        raise UserError(f"{flag} {folder}: its model_index.json names {class_name}, which no script supports")
 
 
 def way_out(found: BaseModelSpec, wanted: BaseModelSpec) -> str:
-    """What to do with a model of another kind than is wanted."""
+    """Return what to do with a model of another kind than the wanted one."""
     if found.script == wanted.script:
-        return f"add {found.script_flag}" if found.script_flag else f"leave out {wanted.script_flag}"
+        return f"add {found.script_flag}" if found.script_flag else f"remove {wanted.script_flag}"
     flag = f" with {found.script_flag}" if found.script_flag else ""
     prompts = f", or {found.prompts_script}{flag} to train from prompts alone" if found.prompts_script else ""
     return f"use {found.script}{flag}{prompts}"
 
 
 def refuse_other_file(specs: Sequence[BaseModelSpec], flag: str, weights: Weights, wanted: str) -> None:
-    """Raise UserError when a single file is no checkpoint of a U-Net model `wanted`, naming what it is."""
+    """Raise UserError if a single file is not a checkpoint of the U-Net model `wanted`, naming what it is."""
     names = list(weights.shapes)
     refuse_variants(specs, flag, weights.origin, weights.shapes)
     refuse_other(specs, flag, weights.origin, base_of_file(specs, weights.shapes), wanted, "checkpoint")
@@ -116,7 +116,7 @@ def refuse_other_file(specs: Sequence[BaseModelSpec], flag: str, weights: Weight
 
 
 def text_encoder_in(flag: str, weights: Weights, prefix: str) -> Weights:
-    """The text encoder in a checkpoint of a U-Net model, whose names begin with `prefix`. Raises NotThere."""
+    """Return the text encoder of a U-Net checkpoint, whose names begin with `prefix`. Raises NotThere."""
     found = with_prefix(weights, prefix)
     if not found.shapes:
         raise NotThere(
@@ -127,7 +127,7 @@ def text_encoder_in(flag: str, weights: Weights, prefix: str) -> Weights:
 
 
 def refuse_variants(specs: Sequence[BaseModelSpec], flag: str, origin: str, shapes: Shapes) -> None:
-    """Raise UserError for a file of a model that looks like one of those known and is not trained."""
+    """Raise UserError for an unsupported variant of a known model."""
     for pattern, what in (item for spec in specs for item in spec.variants.items()):
         if any(re.search(pattern, name) for name in shapes):
             raise UserError(f"{flag} {origin}: this is {what}")
@@ -142,11 +142,11 @@ def refuse_unknown_file(flag: str, weights: Weights) -> NoReturn:
     of_denoiser = [name for name in names if name.startswith(UNET_PREFIX)]
     if of_denoiser:
         raise UserError(
-            f"{flag} {weights.origin}: its denoiser is of no model that a script trains (first names: "
+            f"{flag} {weights.origin}: its denoiser belongs to no supported model (first names: "
             f"{', '.join(of_denoiser[:3])})"
         )
     raise UserError(
-        f"{flag} {weights.origin}: nothing in it begins with {UNET_PREFIX!r}, so it is no Stable Diffusion "
+        f"{flag} {weights.origin}: nothing in it begins with {UNET_PREFIX!r}, so it is not a Stable Diffusion "
         f"checkpoint (first names: {first_names(weights)})"
     )
 
@@ -165,13 +165,14 @@ def refuse_other(
     wanted: str,
     kind: str = "model",
 ) -> None:
-    """Raise UserError for a folder or file in which another base model was recognised; None stands for no model."""
+    """Raise UserError if another base model was recognised in a folder or file; None means that no model was."""
     if found is not None and found.name != wanted:
         raise UserError(f"{flag} {origin}: this is {found.called} {kind}; {way_out(found, spec_of(specs, wanted))}")
 
 
 def open_unet_folder(specs: Sequence[BaseModelSpec], base: BaseFiles, wanted: str) -> tuple[dict[str, Any], Weights]:
-    """The U-Net of a diffusers folder: its configuration and weights. Raises UserError for another than `wanted`."""
+    """Open the U-Net of a diffusers folder: its configuration and weights. Raises UserError for a model other than
+    `wanted`."""
     refuse_other_folder(specs, base.flag, base.path, wanted)
     config, weights = base.open_folder("unet")
     class_name = read_json(base.path / "model_index.json").get("_class_name", "")
@@ -180,7 +181,8 @@ def open_unet_folder(specs: Sequence[BaseModelSpec], base: BaseFiles, wanted: st
 
 
 def open_transformer(specs: Sequence[BaseModelSpec], base: BaseFiles, wanted: str) -> Weights:
-    """The denoiser of a base model, names without prefix. Raises UserError for a folder of another than `wanted`."""
+    """Open the denoiser of a base model, names without prefix. Raises UserError for a folder of a model other than
+    `wanted`."""
     if base.whole is None:
         refuse_other_folder(specs, base.flag, base.path, wanted)
         return base.open_folder("transformer")[1]
@@ -188,7 +190,8 @@ def open_transformer(specs: Sequence[BaseModelSpec], base: BaseFiles, wanted: st
 
 
 def open_single_file(specs: Sequence[BaseModelSpec], flag: str, path: Path, wanted: str, advice: str) -> Weights:
-    """The file of a base model that has no other form. Raises UserError for a folder: another model's, or `advice`."""
+    """Open the file of a base model that has no other form. Raises UserError for a folder: another model's, or
+    `advice`."""
     if path.is_dir():
         refuse_other_folder(specs, flag, path, wanted)
         raise UserError(f"{flag} {path} is a folder; {advice}")
@@ -198,7 +201,8 @@ def open_single_file(specs: Sequence[BaseModelSpec], flag: str, path: Path, want
 def refuse_transformer(
     specs: Sequence[BaseModelSpec], base: BaseFiles, weights: Weights, wanted: str, why: str
 ) -> NoReturn:
-    """Raise UserError for weights that are no denoiser of `wanted`, saying which model they are of, else `why` not."""
+    """Raise UserError for weights that are no denoiser of `wanted`, naming their model if recognised, else with
+    `why`."""
     refuse_other_model(specs, base.flag, str(base.path), (base.whole or weights).shapes, wanted)
     raise UserError(f"{base.flag} {base.path}: {why} (first names: {first_names(weights)})")
 
@@ -208,10 +212,10 @@ def spec_of(specs: Sequence[BaseModelSpec], name: str) -> BaseModelSpec:
 
 
 def warn_of_other_prediction(path: Path, predicts_velocity: bool) -> None:
-    """Say so when a diffusers folder was trained to predict another thing than this run will teach it."""
+    """Warn if a diffusers folder was trained with another prediction type than this run uses."""
     learned = read_json(path / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
     if predicts_velocity != (learned == "v_prediction"):
         verb = "give" if learned == "v_prediction" else "leave out"
         logger.warning(
-            "%s says that the model predicts %s; %s --v_parameterization to go on with that", path, learned, verb
+            "%s says that the model predicts %s; %s --v_parameterization to continue with that", path, learned, verb
         )

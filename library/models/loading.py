@@ -1,7 +1,7 @@
-"""Weights into modules.
+"""Loading of weights into modules.
 
-A module is built without memory (on the meta device) and takes its weights straight in the training dtype, so nothing
-is initialised twice and the peak is about the weights themselves.
+A module is built on the meta device and takes its weights directly in the training dtype, so nothing is initialised
+twice and peak memory is about the size of the weights.
 """
 
 import logging
@@ -32,7 +32,7 @@ BYTES_IN_CACHE = 1 << 19
 
 @dataclass(frozen=True)
 class Component:
-    """One model that is not loaded yet: its configuration, and weights under its module paths."""
+    """A model that is not loaded yet: its configuration, and weights under its module paths."""
 
     config: Mapping[str, Any]
     weights: Weights
@@ -40,7 +40,7 @@ class Component:
 
 @dataclass(frozen=True)
 class Absent:
-    """In place of the `Component` of a model whose files are not there: who needs it after all hears why."""
+    """A `Component` whose files are missing; any use raises NotThere with the reason."""
 
     reason: str
 
@@ -60,7 +60,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def open_if_there(may_be_absent: bool, open_it: Callable[[], ComponentT]) -> ComponentT | Absent:
-    """What is opened, or, where a run may do without it, the reason why its files cannot be."""
+    """Open a component; if a run may do without it, return Absent instead of raising NotThere."""
     try:
         return open_it()
     except NotThere as error:
@@ -70,39 +70,38 @@ def open_if_there(may_be_absent: bool, open_it: Callable[[], ComponentT]) -> Com
 
 
 def on_meta_device(model: Callable[[ConfigT], ModuleT], config: ConfigT) -> ModuleT:
-    """A model with shapes alone, for `materialise`."""
+    """Build a model on the meta device, for `materialise`."""
     with torch.device("meta"):
         return model(config)
 
 
 def first_side(component: Component | Absent, name: str) -> int | None:
-    """The first side of a weight, which for embeddings is the number of words; None where the files are not there."""
+    """Return the first dimension of a weight, for embeddings the number of words; None if the files are missing."""
     return None if isinstance(component, Absent) else shape_of(component.weights.shapes, name)[0]
 
 
 def check_text_width(flag: str, component: MaybeComponent, embedding: str, width: int, whose: str) -> None:
-    """Raise UserError where an encoder that is there gives another `width` than the transformer takes.
+    """Raise UserError if a present text encoder's width differs from `width`, the text width of the transformer.
 
-    `embedding` is the name of its word embedding, `whose` says in the message which encoder it should be.
+    `embedding` is the name of its word embedding; `whose` names the expected encoder in the message.
     """
     if isinstance(component, Component) and (found := shape_of(component.weights.shapes, embedding)[1]) != width:
         raise UserError(
-            f"{flag} {component.weights.origin} is {found} wide, the transformer listens to {width}; it is another "
-            f"encoder than {whose}"
+            f"{flag} {component.weights.origin} has width {found}, but the transformer expects text features of width "
+            f"{width}; use {whose}"
         )
 
 
 def materialise(
     model: nn.Module, weights: Weights, dtype: torch.dtype, weight_format: RequestedFormat | None = None
 ) -> nn.Module:
-    """Give a module on the meta device its weights in `dtype`; frozen, in evaluation mode.
+    """Load weights into a module on the meta device in `dtype`; the module is then frozen and in evaluation mode.
 
-    With a `weight_format` the weights inside its blocks are stored in it, each as soon as it is read: the most memory
-    that this takes is the result and one weight. With AS_IN_FILE those that the file has in 8 bits stay as they are,
-    and so do those that it has in the format that is asked for, unless they are changed. Where layers are taken away
-    all of them are stored in some format.
+    With a `weight_format` the weights inside its blocks are stored in it as they are read: peak memory is the result
+    and one weight. Weights that the file has in that format, or with AS_IN_FILE in 8 bits, are kept as stored unless
+    they are changed. If layers are taken away (`AsRead.take`), all of them are stored in some format.
 
-    Raises UserError naming missing weights and wrong shapes; names that the model does not know are warned of.
+    Raises UserError naming missing weights and wrong shapes; warns of unknown names.
     """
     wanted = model.state_dict()
     check_names(weights, wanted, type(model).__name__)
@@ -117,7 +116,7 @@ def materialise(
 
 
 def check_names(weights: Weights, wanted: Mapping[str, Tensor], model: str) -> None:
-    """Raise UserError for missing weights; warn of names that the model does not know."""
+    """Raise UserError for missing weights; warn of unknown names."""
     missing = [name for name in wanted if name not in weights.shapes]
     if missing:
         raise UserError(
@@ -127,31 +126,31 @@ def check_names(weights: Weights, wanted: Mapping[str, Tensor], model: str) -> N
     unknown = [name for name in weights.shapes if name not in wanted and not name.endswith("position_ids")]
     if unknown:
         logger.warning(
-            "%s has %d weights that %s does not know, they are not used: %s",
+            "%s has %d weights that %s does not have; ignoring them: %s",
             weights.origin, len(unknown), model, few(unknown),
         )  # fmt: skip
 
 
 def check_shapes(weights: Weights, wanted: Mapping[str, Tensor], model: str) -> None:
-    """Raise UserError for weights of another shape than the model has."""
+    """Raise UserError for weights whose shape differs from the model's."""
     wrong = [name for name, tensor in wanted.items() if not fits(weights, name, tuple(tensor.shape))]
     if wrong:
         has, needs = weights.shapes[wrong[0]], tuple(wanted[wrong[0]].shape)
         raise UserError(
-            f"{weights.origin}: {len(wrong)} weights do not fit {model}, the first is {wrong[0]}: it has the shape "
-            f"{has}, the model needs {needs}"
+            f"{weights.origin}: {len(wrong)} weights do not fit {model}; the first, {wrong[0]}, has shape "
+            f"{has} instead of {needs}"
         )
 
 
 @dataclass(frozen=True)
 class WeightReader:
-    """Reads the weights of one model as the model is to have them."""
+    """Reader of one model's weights in their target shape, dtype and layout."""
 
     weights: Weights
     wanted: Mapping[str, Tensor]
     dtype: torch.dtype
     layout: torch.memory_format
-    changes: Mapping[str, Callable[[Tensor], Tensor]]  # by name, see `AsRead`
+    changes: Mapping[str, Callable[[Tensor], Tensor]]  # by parameter name, see `AsRead`
 
     def read(self, name: str) -> Tensor:
         value = read_as(self.weights, name, self.wanted[name], self.dtype, self.layout)
@@ -159,7 +158,7 @@ class WeightReader:
         return value if change is None else change(value)
 
     def keep_quantised(self, name: str, layer: nn.Module, codec: Codec | AsInFile | None) -> bool:
-        """Give a layer its weight as the file stores it. Return False where that is not in `codec`, or is changed."""
+        """Give a layer its weight as the file stores it. Return False if that is not in `codec`, or is changed."""
         quantised = None if name in self.changes else self.weights.quantised.get(name)
         if quantised is None or codec not in (AS_IN_FILE, load_format(quantised.kind).codec):
             return False
@@ -192,11 +191,11 @@ def store_blocks(model: nn.Module, reader: WeightReader, asked: AsRead) -> set[s
 
 
 def cast(value: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
-    """What `value.to(dtype, memory_format=layout)` gives, bit for bit, in a faster way where that one is slow.
+    """Compute `value.to(dtype, memory_format=layout)` bit for bit, faster where torch is slow.
 
-    In general one pass does number format and layout: each pass more over a U-Net costs as long as reading it. But
-    torch turns float16 into bfloat16 one number at a time. By way of float32, which is exact, it takes a quarter of
-    the time (half of it where the layout changes too), as long as the parts stay in the processor's cache.
+    Usually one pass does dtype and layout: each further pass over a U-Net costs as long as reading it. But torch
+    converts float16 to bfloat16 one number at a time. Through float32, which is exact, it takes a quarter of the time
+    (half if the layout changes too), as long as the parts stay in the processor's cache.
     """
     is_slow = (value.dtype, dtype, value.device.type) == (torch.float16, torch.bfloat16, "cpu")
     if not is_slow or value.ndim == 0 or value.numel() == 0:
@@ -206,7 +205,7 @@ def cast(value: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Tens
 
 
 def joined(pieces: Iterable[Tensor], found: Tensor) -> Tensor:
-    """`found`, which gets the rows of all pieces in its own number format and layout."""
+    """Fill `found` with the rows of all pieces, converted to its dtype and layout, and return it."""
     first = 0
     for rows in pieces:
         target = found[first : first + len(rows)]
@@ -217,10 +216,10 @@ def joined(pieces: Iterable[Tensor], found: Tensor) -> Tensor:
 
 
 def read_as(weights: Weights, name: str, wanted: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
-    """One weight in the shape of `wanted`, in `dtype` and, with four dimensions, in `layout`.
+    """Read one weight in the shape of `wanted`, in `dtype` and, with four dimensions, in `layout`.
 
-    What changes on the way from a file is read through a piece of memory that stays in the processor's cache. Raises
-    UserError as `read_number` does.
+    Converted values are read through a buffer that stays in the processor's cache. Raises UserError as `read_number`
+    does.
     """
     place = weights.read.places.get(name) if isinstance(weights.read, FromFiles) else None
     layout = layout if wanted.ndim == 4 else torch.contiguous_format
@@ -230,13 +229,14 @@ def read_as(weights: Weights, name: str, wanted: Tensor, dtype: torch.dtype, lay
 
 
 def read_number(weights: Weights, name: str, wanted: Tensor) -> Tensor:
-    """One weight in the shape of `wanted`. Raises UserError for whole numbers, which quantised checkpoints hold."""
+    """Read one weight in the shape of `wanted`. Raises UserError for integers, as in unsupported quantised
+    checkpoints."""
     value = weights.read(name)
     if wanted.is_floating_point() and not value.is_floating_point():
         kind = str(value.dtype).removeprefix("torch.")
         raise UserError(
-            f"{weights.origin}: {name} holds whole numbers ({kind}), so this is a quantised checkpoint, whose scales "
-            "are not read; give one in float32, float16, bfloat16 or float8"
+            f"{weights.origin}: {name} holds integers ({kind}), so this is a quantised checkpoint in an unsupported "
+            "format; use one in float32, float16, bfloat16 or float8"
         )
     if name in weights.padded_to:
         value = value[tuple(map(slice, wanted.shape))]
@@ -244,7 +244,7 @@ def read_number(weights: Weights, name: str, wanted: Tensor) -> Tensor:
 
 
 def fits(weights: Weights, name: str, shape: tuple[int, ...]) -> bool:
-    """Return True if a weight has a shape once its padding is cut."""
+    """Return True if a weight has this shape once its padding is removed."""
     has, multiple = weights.shapes[name], weights.padded_to.get(name)
     if multiple is None:
         return same_matrix(has, shape)
@@ -252,5 +252,5 @@ def fits(weights: Weights, name: str, shape: tuple[int, ...]) -> bool:
 
 
 def same_matrix(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
-    """Equal shapes, a 1x1 convolution counting as the matrix it is."""
+    """Return True for equal shapes; a 1x1 convolution counts as a matrix."""
     return a == b or (prod(a) == prod(b) and a[:2] == b[:2] and len(a) != len(b) and set(a[2:] + b[2:]) == {1})

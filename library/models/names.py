@@ -1,4 +1,4 @@
-"""Renaming dotted names of weights."""
+"""Renaming of dotted weight names."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ def inverse(names: Mapping[str, str]) -> dict[str, str]:
 
 
 def swap_stem(key: str, stems: Mapping[str, str]) -> str | None:
-    """`key` with its first dotted names replaced as `stems` says, or None when it begins with none of them."""
+    """Replace the first dotted names of `key` by `stems`; return None if it begins with none of them."""
     for old, new in stems.items():
         if key == old or key.startswith(old + "."):
             return new + key[len(old) :]

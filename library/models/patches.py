@@ -1,4 +1,4 @@
-"""Latents as tokens, P x P of them each.
+"""Conversion between latents and tokens of P x P latents.
 
 Letters: B samples, C channels, H and W sides of the latent, h and w sides in patches, F features, P P C, of a token.
 """
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def patchify(latents_BCHW: Tensor, patch: int, channels_last: bool = False) -> Tensor:
-    """Each square of P x P latents as a token, row by row, its channels outside or inside; shape (B, h w, F)."""
+    """Make each square of P x P latents a token, in row order, channels outermost or innermost; shape (B, h w, F)."""
     B, C, H, W = latents_BCHW.shape
     grid = latents_BCHW.view(B, C, H // patch, patch, W // patch, patch)
     order = (0, 2, 4, 3, 5, 1) if channels_last else (0, 2, 4, 1, 3, 5)
@@ -15,7 +15,7 @@ def patchify(latents_BCHW: Tensor, patch: int, channels_last: bool = False) -> T
 
 
 def unpatchify(tokens_BTF: Tensor, h: int, w: int, patch: int, channels_last: bool = False) -> Tensor:
-    """The inverse of `patchify`, shape BCHW."""
+    """Invert `patchify`; shape BCHW."""
     B, _, F = tokens_BTF.shape
     C = F // patch**2
     if channels_last:

@@ -1,4 +1,4 @@
-"""What the assemblies of base models declare instead of coding it."""
+"""Declarations that the assemblies of base models share."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from library.installed import NEEDED_BY_ALL, check_installed
 from library.options.no_effect import asks
 from library.options.train import TrainOptions
 
-OTHER_ATTENTION: Mapping[str, str] = {  # options that do nothing for denoisers of ours
+OTHER_ATTENTION: Mapping[str, str] = {  # options without effect on our own denoisers
     "xformers": "attention is torch's scaled dot product",
     "mem_eff_attn": "attention is torch's scaled dot product, which needs as little memory",
 }
@@ -17,28 +17,26 @@ OTHER_ATTENTION: Mapping[str, str] = {  # options that do nothing for denoisers 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a base model takes the options that all scripts share, and what files trained on it say."""
+    """The shared options that a base model refuses or ignores, and the metadata of files trained on it."""
 
     title: str  # in messages
-    metadata: Mapping[str, str]  # keys and values of every file
-    refuses: Mapping[str, str] = field(default_factory=dict)  # option that cannot be meant here -> why
-    ignores: Mapping[str, str] = field(default_factory=dict)  # option that does nothing here -> why
-    records: Sequence[str] = ()  # options that files tell as ss_<option>
-    needs: Mapping[str, str] = field(
-        default_factory=dict
-    )  # package -> versions, where newer than for other base models
+    metadata: Mapping[str, str]  # written into every file
+    refuses: Mapping[str, str] = field(default_factory=dict)  # unsupported option -> reason
+    ignores: Mapping[str, str] = field(default_factory=dict)  # option without effect -> reason
+    records: Sequence[str] = ()  # options written into files as ss_<option>
+    needs: Mapping[str, str] = field(default_factory=dict)  # package -> versions, if newer than for other base models
 
     def check(self, options: TrainOptions) -> None:
-        """Raise UserError for packages that are too old, and for an option that would train something else than is
-        meant."""
+        """Raise UserError for outdated packages and for unsupported options."""
         check_installed(self.title, {**NEEDED_BY_ALL, **self.needs})
         values = options.flat()
         for name, why in self.refuses.items():
             if asks(values[name]):
-                raise UserError(f"--{name} does not work with {self.title}: {why}; leave it out")
+                raise UserError(f"--{name} does not work with {self.title}: {why}; remove it")
 
     def describe(self, options: TrainOptions, **more: str) -> dict[str, str]:
-        """What files trained with these options say about the base model; `more` are modelspec.* keys without that."""
+        """Return the base model's metadata of files trained with these options; `more` are modelspec.* keys without
+        prefix."""
         values = options.flat()
         return {
             "ss_v2": "False",
@@ -53,11 +51,11 @@ class Recipe:
 
 
 def folders_beside(*files: str | Path | None) -> list[Path]:
-    """The folders that model files lie in, or that they are, in this order; None names none."""
+    """Return the folders that contain these model files, or the folders themselves, in order; None is skipped."""
     paths = [Path(file).expanduser() for file in files if file is not None]
     return [path if path.is_dir() else path.parent for path in paths]
 
 
 def ignored_attention(attn_mode: str | None) -> dict[str, str]:
-    """Why --attn_mode does nothing where it names another kernel than torch's own; empty where it names that."""
+    """Return the reason why --attn_mode has no effect, by option; empty if it names torch's own kernel."""
     return {} if attn_mode in (None, "torch", "sdpa") else {"attn_mode": "attention is torch's scaled dot product"}

@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al. 2021) along several axes, each turning a share of the values of a head.
+"""Rotary position embeddings (Su et al. 2021) along several axes, each rotating a share of a head's values.
 
 Letters: T tokens, A axes, D head width, N heads, B samples.
 """
@@ -11,23 +11,24 @@ from torch import Tensor
 from library.memory.devices import send
 
 ROPE_BASE = 10_000
-HAVE_COMPLEX = ("cpu", "cuda")  # kinds of devices
+HAVE_COMPLEX = ("cpu", "cuda")  # device types with complex arithmetic
 
 Rope = Tensor
-"""Cosine and sine of the angle that each pair of neighbouring values of a head turns by, float32 (..., T, D / 2, 2)."""
+"""Cosine and sine of the rotation angle of each pair of neighbouring values of a head, float32 (..., T, D / 2, 2)."""
 
 
 class AxisTables:
-    """Cosines and sines for the positions of one axis, each table made on the host once and kept on its device.
+    """Cosines and sines for the positions of one axis, each table computed once on the host and kept on its device.
 
-    A model has its own: the planner runs models whose tables have no values. One of 128 positions takes 28 kB.
+    Each model has its own tables, because the planner runs models whose tables are fake. One of 128 positions takes 28
+    kB.
     """
 
     def __init__(self) -> None:
         self.kept: dict[tuple[int, int, float, torch.device], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, width: int, extent: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-        """For the positions 0 to `extent` - 1, each of shape (extent, width / 2)."""
+        """Return the tables for the positions 0 to `extent` - 1, each of shape (extent, width / 2)."""
         asked = (width, extent, base, device)
         if asked not in self.kept:
             cos, sin = axis_table(width, extent, base)
@@ -36,7 +37,7 @@ class AxisTables:
 
 
 class Rotary:
-    """The angles of tokens along axes of which axis a turns `widths[a]` values of a head, an even number."""
+    """Rotation angles of tokens along axes; axis a rotates `widths[a]` values of a head, an even number."""
 
     def __init__(self, widths: Sequence[int], base: int = ROPE_BASE) -> None:
         self.widths = widths
@@ -44,7 +45,8 @@ class Rotary:
         self.tables = AxisTables()
 
     def __call__(self, positions: Tensor, extents: Sequence[int]) -> Rope:
-        """Of tokens at whole `positions` (..., T, A), which are below `extents[a]`, on their device."""
+        """Return the angles of tokens at integer `positions` (..., T, A), which are below `extents[a]`, on their
+        device."""
         places = positions.long().unbind(-1)
         turned = [
             [part[place] for part in self.tables(width, extent, self.base, positions.device)]
@@ -55,9 +57,9 @@ class Rotary:
 
 
 def axis_table(width: int, extent: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for the positions 0 to `extent` - 1 of one axis, on the CPU, shape (extent, width / 2).
+    """Compute cosines and sines for the positions 0 to `extent` - 1 of one axis, on the CPU, shape (extent, width / 2).
 
-    The angles need float64, which not every device has: float32 is off by 1e-4 at position 1000.
+    The angles need float64, which not every device supports: float32 is off by 1e-4 at position 1000.
     """
     frequencies = base ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
     angles = torch.arange(extent, dtype=torch.float64)[:, None] * frequencies
@@ -65,10 +67,10 @@ def axis_table(width: int, extent: int, base: float) -> tuple[Tensor, Tensor]:
 
 
 def turn(x_BNTD: Tensor, rope: Rope) -> Tensor:
-    """Turn each pair of neighbouring values of a head by its angle; the table must broadcast to (B, N, T, D / 2, 2).
+    """Rotate each pair of neighbouring values of a head; the table must broadcast to (B, N, T, D / 2, 2).
 
-    As products of complex numbers, which is one pass in place of seven; where they are not to be had, and in compiled
-    code, which makes one pass of everything, as sums.
+    Complex multiplication takes one pass instead of seven. Devices without it, and compiled code, which fuses the
+    passes anyway, use real arithmetic.
     """
     pairs = x_BNTD.float().unflatten(-1, (-1, 2))  # type: ignore[no-untyped-call]
     if x_BNTD.device.type in HAVE_COMPLEX and not torch.compiler.is_compiling():

@@ -1,4 +1,4 @@
-"""What the shapes of weights say about a model, so that tiny and pruned models load from a single file.
+"""Model configurations from the shapes of weights, so that tiny and pruned models load from a single file.
 
 `shapes` maps the module paths of diffusers and transformers to shapes.
 """
@@ -16,43 +16,43 @@ NORM_GROUPS = 32
 
 
 def shape_of(shapes: Shapes, name: str) -> tuple[int, ...]:
-    """Raises UserError where the name is missing."""
+    """Look up a shape. Raises UserError if the name is missing."""
     if name not in shapes:
-        raise UserError(f"{name} is not there; the checkpoint is incomplete or of another kind")
+        raise UserError(f"{name} is missing; the checkpoint is incomplete or of another kind")
     return shapes[name]
 
 
 def count(shapes: Shapes, pattern: str) -> int:
-    """How many different numbers the one group of `pattern` takes at the beginning of the names."""
+    """Count the different numbers that the one group of `pattern` matches at the beginning of the names."""
     return len({match[1] for match in (re.match(pattern, name) for name in shapes) if match})
 
 
 @dataclass(frozen=True)
 class ShapeReader:
-    """The sizes in a checkpoint of our own denoisers, names without prefix; errors call the model by its name."""
+    """The sizes in a checkpoint of one of our denoisers, names without prefix; errors name the model."""
 
-    model: str  # as messages call it
+    model: str  # its name in messages
     shapes: Shapes
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Raises UserError where the name is missing."""
+        """Look up a shape. Raises UserError if the name is missing."""
         if name not in self.shapes:
-            raise UserError(f"no {self.model} model: {name} is missing")
+            raise UserError(f"not a {self.model} model: {name} is missing")
         return self.shapes[name]
 
     def count(self, stem: str) -> int:
-        """The number of blocks `<stem>.0`, `<stem>.1`, …. Raises UserError where there are none, or one is missing."""
+        """Count the blocks `<stem>.0`, `<stem>.1`, …. Raises UserError if there are none, or one is missing."""
         numbers = {int(match[1]) for name in self.shapes if (match := re.match(rf"{re.escape(stem)}\.(\d+)\.", name))}
         if not numbers or numbers != set(range(len(numbers))):
-            raise UserError(f"no {self.model} model: its {stem} are numbered {sorted(numbers)}")
+            raise UserError(f"not a {self.model} model: its {stem} are numbered {sorted(numbers)}")
         return len(numbers)
 
 
 def norm_groups(*channels: int) -> int:
-    """32, or for narrow models the largest divisor of 32 that divides every width."""
+    """Return 32, or for narrow models the largest divisor of 32 that divides every width."""
     return gcd(NORM_GROUPS, *channels)
 
 
 def heads_of(width: int, wanted: int) -> int:
-    """`wanted` heads, or the largest smaller number that divides `width`."""
+    """Return `wanted`, or the largest smaller number of heads that divides `width`."""
     return next(heads for heads in range(max(wanted, 1), 0, -1) if width % heads == 0)

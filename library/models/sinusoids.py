@@ -1,4 +1,4 @@
-"""Numbers as waves: how denoisers are told a noise level (Vaswani et al. 2017, section 3.5).
+"""Sinusoidal embeddings of numbers such as noise levels (Vaswani et al. 2017, section 3.5).
 
 Letters: B samples, F features.
 """
@@ -13,7 +13,7 @@ MAX_PERIOD = 10_000
 
 
 def sinusoids(values_B: Tensor, num_features: int = FREQUENCIES) -> Tensor:
-    """Each value as cosines, then sines, of falling frequencies, float32, shape BF."""
+    """Embed each value as cosines, then sines, of decreasing frequencies, float32, shape BF."""
     half = num_features // 2
     exponents = torch.arange(half, dtype=torch.float32, device=values_B.device) / half
     angles = values_B.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponents)

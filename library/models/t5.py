@@ -1,6 +1,6 @@
 """T5 text encoders (v1.1, gated): transformers' T5EncoderModel, from files in its layout or from a folder.
 
-A `Component` of such an encoder has the module paths of transformers, the word embedding as "shared.weight" alone.
+A `Component` of such an encoder has the module paths of transformers, the word embedding only as "shared.weight".
 
 Letters: B captions, T tokens, W width.
 """
@@ -23,40 +23,41 @@ from library.models.tokenizer_files import TokenizerFiles, check_ids, read_token
 
 logger = logging.getLogger(__name__)
 
-T5_XXL_NAMES = ("text_encoders.t5xxl.transformer.", "t5xxl.transformer.", "")  # that names may carry in files
+T5_XXL_NAMES = ("text_encoders.t5xxl.transformer.", "t5xxl.transformer.", "")  # possible prefixes in files
 WORDS = ("shared.weight", "encoder.embed_tokens.weight")  # two names of one tensor; files have either or both
-T5_BLOCKS = ("T5Attention", "T5DenseGatedActDense")  # classes whose linear layers adapters change
+T5_BLOCKS = ("T5Attention", "T5DenseGatedActDense")  # classes whose linear layers adapters target
 T5_LINEAR = (
     *(f"layer.0.SelfAttention.{name}" for name in ("q", "k", "v", "o")),
     *(f"layer.1.DenseReluDense.{name}" for name in ("wi_0", "wi_1", "wo")),
 )
-DISTANCE = 128  # beyond which all positions count as equally far
+DISTANCE = 128  # relative positions beyond it share one bucket
 
 
 def t5_component(weights: Weights) -> Component:
-    """A text encoder from a single file. Raises UserError naming the file when it holds something else."""
+    """Build a text encoder from a single file. Raises UserError naming the file if it holds something else."""
     weights = with_prefix(weights, find_prefix(weights.shapes, T5_XXL_NAMES))
     if not any(name in weights.shapes for name in WORDS) or "encoder.final_layer_norm.weight" not in weights.shapes:
         first = first_names(weights)
-        raise UserError(f"{weights.origin} is no T5 encoder: it has no {WORDS[0]} or no final norm (first: {first})")
+        raise UserError(f"{weights.origin} is not a T5 encoder: no {WORDS[0]} or no final norm (first names: {first})")
     weights = with_one_embedding(weights)
     return Component(configure(weights, t5_config), weights)
 
 
 def t5_of_folder(config: Mapping[str, Any], weights: Weights) -> Component:
-    """A text encoder of a diffusers folder."""
+    """Build a text encoder from a diffusers folder."""
     return Component(config, with_one_embedding(weights))
 
 
 def with_one_embedding(weights: Weights) -> Weights:
-    """The encoder's weights with the word embedding under one name; a decoder that is there is left out."""
+    """Keep the encoder's weights with the word embedding under one name; a decoder is dropped."""
     words = next((name for name in WORDS if name in weights.shapes), None)
     names = {key: key for key in weights.shapes if key.startswith("encoder.") and key not in WORDS}
     return selected(weights, names if words is None else {WORDS[0]: words, **names})
 
 
 def t5_config(shapes: Shapes) -> dict[str, Any]:
-    """Arguments of transformers' T5Config. Its own dropout is off: it would act wherever a module is in train mode."""
+    """Return the arguments of transformers' T5Config. Its own dropout is off: it would act whenever a module is in
+    train mode."""
     vocab, width = shape_of(shapes, WORDS[0])
     buckets, num_heads = shape_of(shapes, "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
     is_gated = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight" in shapes
@@ -75,12 +76,13 @@ def t5_config(shapes: Shapes) -> dict[str, Any]:
 
 
 def empty_t5(config: Mapping[str, Any]) -> Any:
-    """transformers' T5EncoderModel on the meta device, without dropout; both names of the embedding are one module."""
+    """Build transformers' T5EncoderModel on the meta device, without dropout; both names of the embedding are one
+    module."""
     from transformers import T5Config, T5EncoderModel
 
     with torch.device("meta"):
         model = T5EncoderModel(T5Config.from_dict({**config, "dropout_rate": 0.0}))
-    model.encoder.embed_tokens = model.shared  # transformers 5 makes two, and both would take memory
+    model.encoder.embed_tokens = model.shared  # transformers 5 makes two, which would take twice the memory
     return model
 
 
@@ -102,7 +104,7 @@ def load_t5(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
 
 
 def encode_t5(encoder: nn.Module, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
-    """Return the last hidden state after the final norm, BTW; tokens where the mask is 0 are not attended to.
+    """Return the last hidden state after the final norm, BTW; tokens with mask 0 are not attended to.
 
     Under autocast to float16 it runs in bfloat16, see `t5_dtype`.
     """
@@ -116,21 +118,22 @@ def encode_t5(encoder: nn.Module, ids_BT: Tensor, mask_BT: Tensor | None) -> Ten
 
 
 def tokenize_t5(tokenizer: Any, captions: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
-    """(ids, mask) of shape (B, length): a caption's tokens, the end token, padding; the mask is 0 for padding."""
+    """Return (IDs, mask) of shape (B, length): a caption's tokens, the end token, padding; the mask is 0 for
+    padding."""
     found = tokenizer(list(captions), max_length=length, padding="max_length", truncation=True, return_tensors="pt")
     return found["input_ids"], found["attention_mask"]
 
 
 def count_t5_tokens(tokenizer: Any, caption: str) -> int:
-    """Tokens of a caption, the end token left out."""
+    """Count the tokens of a caption without the end token."""
     return len(tokenizer(caption, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def load_t5_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_words: int | None) -> Any:
-    """T5's tokenizer for an encoder that knows `num_words`.
+    """Load T5's tokenizer for an encoder with `num_words` embeddings.
 
-    Looked for in `folders`, then in --tokenizer_cache_dir, then on the hub, from where it is saved into
-    --tokenizer_cache_dir. Raises UserError saying what to put where.
+    It is searched in `folders`, then in --tokenizer_cache_dir, then on the hub, from where it is saved into
+    --tokenizer_cache_dir. Raises UserError saying which files to put where.
     """
     from transformers import T5TokenizerFast
 
@@ -142,7 +145,7 @@ def load_t5_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_words:
 
 
 def holds_t5_tokenizer(folder: Path) -> bool:
-    """Whether T5's tokenizer can be made from the files of a folder."""
+    """Return True if a folder has the files of T5's tokenizer."""
     is_t5 = (folder / "spiece.model").is_file()
     return is_t5 or ((folder / "tokenizer.json").is_file() and not (folder / "merges.txt").is_file())
 

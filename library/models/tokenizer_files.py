@@ -1,4 +1,4 @@
-"""Where the files of a tokenizer lie: beside a model, in --tokenizer_cache_dir, or on the hub."""
+"""Location of a tokenizer's files: beside a model, in --tokenizer_cache_dir, or on the hub."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -14,26 +14,26 @@ BYTE_PAIR_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_conf
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """The files that make one tokenizer."""
+    """The files of one tokenizer."""
 
     hub_name: str
-    files: tuple[str, ...]  # those of the repository that are fetched
-    are_in: Callable[[Path], bool]  # whether the tokenizer can be made from a folder
+    files: tuple[str, ...]  # files to download from the repository
+    are_in: Callable[[Path], bool]  # True if a folder has the tokenizer
 
     def cache_folder(self, cache_dir: str | None) -> Path | None:
-        """The folder of --tokenizer_cache_dir that keeps them."""
+        """Return the folder of --tokenizer_cache_dir that keeps the files, or None."""
         return Path(cache_dir).expanduser() / self.hub_name.replace("/", "_") if cache_dir else None
 
     def cache_place(self, cache_dir: str | None) -> str:
-        """That folder in words, with the option that names it where it is not given."""
+        """Describe that folder for a message, with the option that sets it if it is not set."""
         cached = self.cache_folder(cache_dir)
         name = self.hub_name.replace("/", "_")
         return str(cached) if cached else f"<folder>/{name} and give --tokenizer_cache_dir <folder>"
 
     def find(self, folders: Sequence[Path], cache_dir: str | None) -> Path:
-        """The first of `folders` that has them, else the cache folder, else that of the hub, copied into the cache.
+        """Find the first of `folders` that has the files, else the cache folder, else download them into the cache.
 
-        Raises ConnectionError with the reason when the hub does not give them.
+        Raises ConnectionError with the reason if the hub does not provide them.
         """
         cached = self.cache_folder(cache_dir)
         for folder in (*folders, *([cached] if cached else [])):
@@ -48,7 +48,7 @@ class TokenizerFiles:
         return downloaded
 
     def find_or_explain(self, owner: str, needed: str, folders: Sequence[Path], cache_dir: str | None) -> Path:
-        """`find`, which raises UserError saying which files of whose tokenizer to put where."""
+        """Call `find`, and raise UserError saying which files of whose tokenizer to put where."""
         try:
             return self.find(folders, cache_dir)
         except ConnectionError as error:
@@ -60,25 +60,25 @@ class TokenizerFiles:
 
 
 def holds_byte_pairs(folder: Path) -> bool:
-    """Whether a tokenizer of byte pairs, such as CLIP's and Qwen's, can be made from the files of a folder."""
+    """Return True if a folder has the files of a byte-pair tokenizer, such as CLIP's and Qwen's."""
     names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
     return "tokenizer.json" in names or {"vocab.json", "merges.txt"} <= names
 
 
 def read_tokenizer(read: Callable[[], Any], place: Path) -> Any:
-    """What `read` makes of the tokenizer's files at `place`. Raises UserError naming them where they are damaged."""
+    """Call `read` on the tokenizer's files at `place`. Raises UserError naming them if they are damaged."""
     try:
         return read()
     except Exception as error:  # transformers and tokenizers raise whatever they meet in a file, also bare Exception
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f"the tokenizer {place} cannot be read ({reason}); put its files there again") from error
+        raise UserError(f"the tokenizer {place} cannot be read ({reason}); download its files again") from error
 
 
 def check_ids(owner: str, tokenizer: Any, folder: Path, num_words: int | None) -> None:
-    """Raise UserError where a tokenizer has ids that its text encoder has no word for; None if that is not there."""
+    """Raise UserError if a tokenizer has token IDs beyond the text encoder's `num_words`; None skips the check."""
     largest = max(tokenizer.get_vocab().values())
     if num_words is not None and largest >= num_words:
         raise UserError(
-            f"the tokenizer in {folder} has ids up to {largest}, {owner} knows {num_words} words: it belongs to "
-            "another model; put the right one into its place"
+            f"the tokenizer in {folder} has token IDs up to {largest}, but {owner} has {num_words} embeddings: it "
+            "belongs to another model; replace it with the right one"
         )

@@ -1,4 +1,4 @@
-"""The loader of the U-Net models, whose checkpoints have all parts: U-Net, CLIP text encoders and VAE."""
+"""The loader of the U-Net models, whose checkpoints contain U-Net, CLIP text encoders and VAE."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class UnetParts:
 
 @dataclass(frozen=True)
 class UnetLoader:
-    """The models of a checkpoint, each loaded when it is asked for; frozen, on the CPU."""
+    """The models of a checkpoint, each loaded on request; frozen, on the CPU."""
 
     path: Path  # the folder or file of the checkpoint
     parts: UnetParts
@@ -44,7 +44,7 @@ class UnetLoader:
 
     @property
     def num_words(self) -> int | None:
-        """Size of the vocabulary that all text encoders know; None where none is there."""
+        """Return the size of the vocabulary that all text encoders share; None if none is present."""
         found = [first_side(clip, "embeddings.token_embedding.weight") for clip in self.parts.clips]
         return min((number for number in found if number is not None), default=None)
 
@@ -65,7 +65,7 @@ def open_unet_loader(
 ) -> UnetLoader:
     """Open the checkpoint that the options name; `encoders` are the folders of its text encoders on the hub.
 
-    Raises UserError naming the flag when a file is missing, broken, incomplete or another kind of model.
+    Raises UserError naming the flag if a file is missing, broken, incomplete or another kind of model.
     """
     vae, inpaints = options.model.vae, options.dataset.train_inpainting
     base = open_base(options.model.pretrained_model_name_or_path, GIVE, ("unet", "vae", *encoders))

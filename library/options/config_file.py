@@ -52,7 +52,7 @@ def read_toml(path: Path, flag: str) -> dict[str, Any]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{flag} {path} cannot be read: {error.strerror}; change its rights") from error
+        raise UserError(f"{flag} {path} cannot be read: {error.strerror}; change its permissions") from error
     text = decoded(content, f"{flag} {path}")
     try:
         tables: dict[str, Any] = tomllib.loads(text)

@@ -67,7 +67,7 @@ def test_flux_merge_lora_takes_what_kohya_ss_gives_it(
              "float", "--save_to", str(save_to), "--loading_device", "cpu", "--working_device", "cpu", "--models",
              str(flux["lora"]), "--ratios", "0.5"]  # fmt: skip
     assert command.main(words) == 0
-    assert "changes 1 layers of text encoders, which are left out" in caplog.text
+    assert "omitting 1 text encoder layers" in caplog.text
     words = ["--sd_model", str(flux["pretrained_model_name_or_path"]), "--models", str(flux["denoiser"])]
     assert merge_lora.main([*words, "--ratios", "0.5", "--save_to", str(tmp_path / "expected.safetensors")]) == 0
     found, expected = load_file(save_to), load_file(tmp_path / "expected.safetensors")
@@ -200,7 +200,7 @@ def test_a_lora_of_hunyuan_image_gets_comfyuis_names(tmp_path: Path, capsys: pyt
         "lora_unet_single_blocks_3_modulation_lin",
     }
     assert command.main(["--reverse", *words]) == 1
-    assert "needs no renaming here" in capsys.readouterr().err
+    assert "needs no renaming" in capsys.readouterr().err
     anima = write_lora(tmp_path / "anima.safetensors", "lora_unet_blocks_0_self_attn_q_proj")
     assert command.main([str(anima), str(tmp_path / "no.safetensors")]) == 1
     assert "is an adapter of Anima" in capsys.readouterr().err
@@ -311,4 +311,4 @@ def test_text_outputs_of_stable_diffusion_1_are_not_cached(
     words = ["--train_data_dir", str(tmp_path / "data"), "--resolution", "64"]
     command = loaded("tools/cache_text_encoder_outputs.py")
     assert command.main([*words, "--pretrained_model_name_or_path", str(tiny_sd_folder)]) == 1
-    assert "give --sdxl or --flux" in capsys.readouterr().err
+    assert "use --sdxl or --flux" in capsys.readouterr().err

@@ -36,7 +36,7 @@ def test_distilled_models_of_diffusers_are_recognised(options: dict[str, Any]) -
         theirs = HunyuanImageTransformer2DModel(text_embed_2_dim=1472, num_layers=1, num_single_layers=1, **options)
     shapes = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
     weights = from_diffusers(Weights("file", shapes, lambda name: torch.empty(shapes[name], device="meta")))
-    with pytest.raises(ValueError, match=r"this is a distilled HunyuanImage 2.1 .* train on"):
+    with pytest.raises(ValueError, match=r"this is a distilled HunyuanImage 2.1 .* Train on"):
         read_config(weights.shapes)
 
 
@@ -120,6 +120,6 @@ def test_the_denoiser_is_found_with_and_without_prefix(prefix: str) -> None:
 def test_other_models_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"this is a FLUX model; use flux_train_network\.py"):
         denoiser_of(BaseFiles(Path("file"), opened({"double_blocks.0.img_attn.qkv.weight": (9216, 3072)})))
-    with pytest.raises(ValueError, match=r"--vae file makes 16 channels of every 8 pixels, HunyuanImage 2\.1 needs 64"):
+    with pytest.raises(ValueError, match=r"--vae file has 16 channels per 8 pixels, but HunyuanImage 2\.1 needs 64"):
         shapes = {"decoder.conv_in.weight": (512, 16, 3, 3)}
         checked_vae(Component({"latent_channels": 16, "spatial_compression_ratio": 8}, opened(shapes)))

@@ -64,7 +64,7 @@ def test_a_config_file_gets_the_same_hint(tmp_path: Path, caplog: pytest.LogCapt
     args = parse(parser_of(script), ["--config_file", str(tmp_path / "train.toml")])
     assert not hasattr(args, "discrete_flow_shift")
     assert "train.toml: ignored: discrete_flow_shift (an option of every script but" in caplog.text
-    assert "here it is --training_shift)" in caplog.text
+    assert "use --training_shift" in caplog.text
     assert "train.toml: ignored: guidance_scale (an option of flux_train_network.py;" in caplog.text
     assert "train.toml: ignored, no such option: lerning_rate (nearest: learning_rate)" in caplog.text
     assert "split_mode" not in caplog.text and "ae (" not in caplog.text  # not given
@@ -75,8 +75,8 @@ def test_options_of_other_programs_and_earlier_versions_are_told(capsys: pytest.
     with pytest.raises(SystemExit):
         parse(parser_of(script), ["--dit_path=x", "--qwen3_path", "y", "--vae_path=z", "--timestep_sample_method=w"])
     said = capsys.readouterr().err
-    assert "--dit_path=x (here it is --pretrained_model_name_or_path) --qwen3_path (nearest: --qwen3) y" in said
-    assert "--vae_path=z (nearest: --vae) --timestep_sample_method=w (here it is --timestep_sampling)" in said
+    assert "--dit_path=x (use --pretrained_model_name_or_path) --qwen3_path (nearest: --qwen3) y" in said
+    assert "--vae_path=z (nearest: --vae) --timestep_sample_method=w (use --timestep_sampling)" in said
 
 
 @pytest.mark.parametrize("words", [["--text_encoder", "qwen.safetensors"], ["--text_encoder=qwen.safetensors"]])
@@ -108,7 +108,7 @@ def test_the_fewer_scripts_are_named(has: str, words: str) -> None:
 def test_options_for_prompts_alone_name_the_scripts_that_have_them(
     script: Script, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    hint = " (an option of train_leco.py and sdxl_train_leco.py, which train concepts by prompts alone)"
+    hint = " (an option of train_leco.py and sdxl_train_leco.py, which train concepts from prompts alone)"
     with pytest.raises(SystemExit):
         parse(parser_of(script), ["--prompts_file", "erase.toml", "--max_denoising_steps=20"])
     assert f"--prompts_file{hint} erase.toml --max_denoising_steps=20{hint}" in capsys.readouterr().err

@@ -38,7 +38,10 @@ def test_training_takes_the_latents_that_were_prepared(
     with patch.object(metadata_file, "decoded", wraps=metadata_file.decoded) as reading:
         assert prepare_buckets_latents.main([*paths, *words]) == 0
     assert reading.call_count == 1  # the table that is written is the one whose pictures are encoded
-    assert "1 of 4 pictures have no entry in" in caplog.text and "new.png; tools/captions_to_metadata.py" in caplog.text
+    assert (
+        "skipping 1 of 4 images without an entry in" in caplog.text
+        and "new.png; tools/captions_to_metadata.py" in caplog.text
+    )
     table = json.loads((tmp_path / "out.json").read_text())
     assert {key: entry.get("train_resolution") for key, entry in table.items()} == {
         "00": [64, 64], "01": [64, 64], "wide": [96, 32], "elsewhere": None,
@@ -60,7 +63,7 @@ def test_a_model_without_a_unet_is_sent_elsewhere(tmp_path: Path, capsys: pytest
 
     paths = [str(describe(tmp_path)), str(tmp_path / "captions.json"), str(tmp_path / "out.json")]
     assert prepare_buckets_latents.main([*paths, build_tiny_flux(tmp_path / "flux", 5)[1]]) == 1
-    assert "is a FLUX model, whose pictures are encoded by its script" in capsys.readouterr().err
+    assert "is a FLUX model; encode its images with its" in capsys.readouterr().err
     assert prepare_buckets_latents.main([str(tmp_path), *paths[1:], "none.safetensors"]) == 1
-    assert "has no pictures; --recursive" in capsys.readouterr().err
+    assert "has no images; --recursive" in capsys.readouterr().err
     assert not (tmp_path / "out.json").exists()

@@ -82,7 +82,7 @@ def test_it_trains_as_the_folder_with_caches_that_a_resumed_run_takes(project: P
     options = ["--save_state", "--save_every_n_steps", "2", "--max_data_loader_n_workers", "2"]
     done = project.run(project.archive, tmp_path / "zip", *to_disk, *options)
     assert done.returncode == 0, done.stderr
-    assert "2 of 7 pictures are set aside" in done.stderr and "things.zip/06.png" in done.stderr
+    assert "2 of 7 images are held out" in done.stderr and "things.zip/06.png" in done.stderr
     assert equal(tmp_path / "folder", tmp_path / "zip")
     before = project.caches
     assert len(before) == 7
@@ -109,5 +109,5 @@ def test_its_key_is_checked_as_those_of_other_sources(project: Project, tmp_path
     subsets = [f"{project.archive}\n{project.folder}", f'{project.archive}\nimage_column = "a"']
     done = project.run("\n[[datasets.subsets]]\n".join(subsets), tmp_path / "wrong")
     assert done.returncode == 1
-    assert "has image_dir and zip; each is a source of its own" in done.stderr
-    assert "['image_column'] does nothing with zip; it is for parquet" in done.stderr
+    assert "has image_dir and zip; each is a separate source" in done.stderr
+    assert "['image_column'] has no effect with zip; it is for parquet" in done.stderr

@@ -187,7 +187,7 @@ def test_sizes_beyond_the_limit_run_uncompiled_which_is_told_once(
     with caplog.at_level(logging.WARNING):
         found = steps_with(CompileSettings(backend, is_dynamic=False, most_graphs=2), sizes, runner)
     assert backend.num_graphs == 2
-    assert caplog.text.count("Toy has been compiled 2 times") == 1 and "(2, 9, 8)" in caplog.text
+    assert caplog.text.count("Toy was compiled 2 times") == 1 and "(2, 9, 8)" in caplog.text
     for one, other in zip(found, steps_with(CompileSettings("eager"), sizes), strict=True):
         assert torch.equal(one, other)
 

@@ -92,7 +92,7 @@ def test_a_plain_model_that_is_widened_gives_what_it_gave(
             build_sdxl(SdxlOptions.from_args(parser.parse_args([*words, *more])))
             for more in ([], ["--train_inpainting"])
         )
-    assert "takes 4 channels, so it knows nothing of masks" in caplog.text
+    assert "takes 4 channels, so it cannot use masks" in caplog.text
     generator = torch.Generator().manual_seed(33)
     latents = torch.randn(2, 4, 8, 12, generator=generator)
     told = torch.randn(2, 5, 8, 12, generator=generator)

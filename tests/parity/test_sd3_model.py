@@ -99,7 +99,7 @@ def test_a_picture_may_lie_elsewhere_in_the_table() -> None:
 
 
 def test_a_picture_larger_than_the_table_is_refused() -> None:
-    with pytest.raises(ValueError, match="a picture of 784x64 pixels does not fit this model, which knows 384x384"):
+    with pytest.raises(ValueError, match="an image of 784x64 pixels exceeds this model's limit of 384x384"):
         run_ours(tiny_mmdit(PLAIN, SEED), inputs(PLAIN, (8, 98), seed=6))
 
 

@@ -165,7 +165,7 @@ def test_a_model_of_another_depth_and_width_trains_with_its_blocks_waiting(
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--weighted_captions"], "Qwen3 knows no weighted words"),
+        (["--weighted_captions"], "Qwen3 has no prompt weighting"),
         (["--blocks_to_swap", "1"], "--blocks_to_swap 1: the model has 2 blocks and must keep 2 of each kind"),
         (["--qwen3", "nowhere.safetensors"], "--qwen3 nowhere.safetensors does not exist"),
         (["--qwen3", ""], "--qwen3 is missing"),
@@ -191,10 +191,10 @@ def test_files_in_each_others_places_are_recognised(
     base, qwen3, vae = arguments[1], arguments[3], arguments[5]
     for flags, message in (
         (["--pretrained_model_name_or_path", str(tiny_sd_file)], "this is an SD 1.x model; use train_network.py"),
-        (["--pretrained_model_name_or_path", vae], "so it is no Anima transformer"),
-        (["--qwen3", vae], "is no Qwen3 text encoder"),
+        (["--pretrained_model_name_or_path", vae], "so it is not an Anima transformer"),
+        (["--qwen3", vae], "is not a Qwen3 text encoder"),
         (["--vae", qwen3], "is not the VAE of Qwen-Image"),
-        (["--llm_adapter_path", qwen3], "is no text adapter"),
+        (["--llm_adapter_path", qwen3], "is not a text adapter"),
     ):
         done = train_anima([*arguments, *flags])
         assert done.status == 1

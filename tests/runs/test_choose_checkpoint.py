@@ -189,7 +189,7 @@ def test_copies_name_no_winner_and_trained_pictures_choose_nothing(
     assert len({one["loss"] for one in noisy["candidates"]}) == 4
     assert not aside["has_winner"] and aside["suggested"] == copies[0] and aside["num_pictures"] == 8
     assert without["suggested"] is None and "no file is suggested: no picture is set aside" in printed.out
-    assert "may have been trained on pictures that are measured" in printed.err
+    assert "may have been trained on images that are measured" in printed.err
     memories = [one["memorised"] for one in without["candidates"][1:]]
     assert without["num_pictures"] == 24 and memories[0]["unseen"] == "mirrored"
     assert memories[0]["low"] < memories[0]["more"] < memories[0]["high"]
@@ -201,10 +201,10 @@ def test_copies_name_no_winner_and_trained_pictures_choose_nothing(
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [
-        (["--script", "nothing.py"], "is no training script"),
-        (["--script", "train_network.py"], "no folder to look for them in"),
+        (["--script", "nothing.py"], "is not a training script"),
+        (["--script", "train_network.py"], "or --output_dir to search for them"),
         (["--script", "train_network.py", "--files", "no.pt"], "no.pt does not exist"),
-        (["--script", "train_network.py", "--files", "some.pt"], "--seed is not set and the files name none"),
+        (["--script", "train_network.py", "--files", "some.pt"], "--seed is not set and the files do not share one"),
     ],
 )
 def test_what_is_missing_is_said(

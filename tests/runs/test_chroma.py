@@ -59,7 +59,7 @@ def test_adapters_train_in_what_is_asked_for(
     assert {key.split("_")[1] for key in ups} == {"unet"} | ({"te3"} if "train_t5xxl=True" in network_args else set())
     assert any("distilled" in key for key in ups) == ("train_approximator=True" in network_args)
     assert any("unet_img_in" in key for key in ups) == ("train_approximator=True" in network_args)
-    assert "--apply_t5_attn_mask is set" in done.stderr
+    assert "--apply_t5_attn_mask is enabled" in done.stderr
     metadata = read_metadata(tmp_path / "out" / "a.safetensors")
     assert metadata["ss_base_model_version"] == "chroma" and metadata["modelspec.architecture"] == "chroma/lora"
     assert (metadata["ss_apply_t5_attn_mask"], metadata["ss_guidance_scale"]) == ("True", "0.0")
@@ -117,7 +117,7 @@ def test_without_a_file_of_clip_nothing_is_missing_and_one_that_is_given_does_no
     run: Callable[..., Finished],
 ) -> None:
     done = run("a", "--clip_l", "nowhere.safetensors", "--text_encoder_lr", "1e-4", "--max_train_steps", "1")
-    assert done.status == 0 and "--clip_l has no effect: Chroma reads captions with T5 alone" in done.stderr
+    assert done.status == 0 and "--clip_l has no effect: Chroma reads captions only with T5" in done.stderr
     assert "--text_encoder_lr has no effect: no text encoder has an adapter" in done.stderr
     t5 = ("--network_args", "train_t5xxl=True", "--text_encoder_lr", "1e-4", "--max_train_steps", "1")
     assert "--text_encoder_lr has no effect" not in run("b", *t5).stderr

@@ -98,10 +98,13 @@ def test_files_and_seeds_can_be_chosen(train: Train, base_arguments: list[str], 
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [
-        (["--script", "nothing.py"], "is no training script"),
-        (["--script", "train_network.py"], "--sample_prompts names no prompts"),
-        (["--script", "train_network.py", "--sample_prompts", "x.txt"], "no folder to look for them in"),
-        (["--script", "train_network.py", "--sample_prompts", "x.txt", "--output_dir", "."], "holds no adapter files"),
+        (["--script", "nothing.py"], "is not a training script"),
+        (["--script", "train_network.py"], "--sample_prompts contains no prompts"),
+        (["--script", "train_network.py", "--sample_prompts", "x.txt"], "or --output_dir to search for them"),
+        (
+            ["--script", "train_network.py", "--sample_prompts", "x.txt", "--output_dir", "."],
+            "contains no adapter files",
+        ),
         (["--script", "train_network.py", "--sample_prompts", "x.txt", "--files", "no.pt"], "no.pt does not exist"),
         (["--script", "train_network.py", "--side", "0"], "--side is 0"),
     ],

@@ -131,9 +131,9 @@ def test_a_preview_is_drawn(train_flux: Train, arguments: list[str], tmp_path: P
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--model_type", "chroma"], "this is a FLUX model; leave out --model_type chroma"),
+        (["--model_type", "chroma"], "this is a FLUX model; remove --model_type chroma"),
         (["--blocks_to_swap", "4"], "--blocks_to_swap 4: the model has 2 and 2 blocks"),
-        (["--weighted_captions"], "T5 knows no weighted words"),
+        (["--weighted_captions"], "T5 has no prompt weighting"),
         (["--network_args", "train_double_block_indices=2"], "names block 2, but the base model has 2 of them: 0 to 1"),
         (["--clip_l", "nowhere.safetensors"], "--clip_l nowhere.safetensors does not exist"),
     ],

@@ -15,7 +15,7 @@ from library.checkpoints.files import load_state_dict
 from tests.ranks import Job, Rank, run_ranks
 from tests.runs.test_processes import children_of, on_the_cpu, process_of_rank, two_processes, wait_for
 
-GONE = "process 1 is gone without a word"
+GONE = "process 1 was killed without an error message"
 MOST_SECONDS = 45  # of a run with its imports, on a busy machine; a connection that breaks unnoticed takes half an hour
 
 
@@ -50,8 +50,8 @@ def test_an_error_of_the_main_process_alone_is_told_by_the_other(base_arguments:
     ((main, other),) = run_ranks([Job(words, 2, str(tmp_path / "second"))], tmp_path)
     assert time.monotonic() - started < MOST_SECONDS
     assert main.status == other.status == 1
-    assert "1 pictures are to be encoded" in main.said and "Traceback" not in main.said + other.said
-    assert "process 0 ended with an error: UserError: 1 pictures are to be encoded" in other.said
+    assert "1 images must be encoded" in main.said and "Traceback" not in main.said + other.said
+    assert "process 0 ended with an error: UserError: 1 images must be encoded" in other.said
 
 
 @pytest.mark.slow
@@ -59,7 +59,7 @@ def test_the_death_of_the_main_process_is_noticed_by_the_others(base_arguments: 
     words = [*base_arguments, "--cache_latents_to_disk"]
     _, other = run(words, tmp_path, "library.data.caching.latents:encoded", killed=0, killer=1)
     assert other.status == 1
-    assert "process 0 is gone without a word" in other.said or "the main process" in other.said
+    assert "process 0 was killed without an error message" in other.said or "the main process" in other.said
 
 
 @pytest.mark.slow

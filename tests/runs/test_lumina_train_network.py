@@ -83,7 +83,7 @@ def test_layouts_of_one_model_train_the_same(train_lumina: Train, arguments: lis
         model = build_tiny_lumina(tmp_path / layout, seed=31, layout=layout)  # type: ignore[arg-type]
         done = train_lumina([*model, *own, "--output_name", layout])
         assert done.status == 0, done.stderr
-        assert "does not know" not in done.stderr
+        assert "does not have; ignoring" not in done.stderr
         other = saved(tmp_path, layout)
         assert other.keys() == first.keys() and all(torch.equal(other[key], first[key]) for key in first)
     with safe_open(tmp_path / "out" / "mine.safetensors", "pt") as file:
@@ -189,11 +189,11 @@ def test_previews_are_drawn_with_and_without_cached_text(
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--weighted_captions"], "Gemma knows no weighted words"),
+        (["--weighted_captions"], "Gemma has no prompt weighting"),
         (["--network_args", "train_block_indices=2"], "names block 2, but the base model has 2 of them: 0 to 1"),
         (["--gemma2", "nowhere.safetensors"], "--gemma2 nowhere.safetensors does not exist"),
         (["--gemma2_max_token_length", "1"], "--gemma2_max_token_length is 1; use at least 2"),
-        (["--gemma2_max_token_length", "9"], "leaves no room for a caption in the 9 of --gemma2_max_token_length"),
+        (["--gemma2_max_token_length", "9"], "leaves no room for a caption within --gemma2_max_token_length 9"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -225,7 +225,7 @@ def test_another_base_model_is_recognised(
         done = train_lumina([*arguments, base, file])
         assert done.status == 1 and message in done.stderr
     done = train_lumina([*arguments, "--gemma2", flux[7]])
-    assert done.status == 1 and f"--gemma2 {flux[7]} is no Gemma 2 text encoder" in done.stderr
+    assert done.status == 1 and f"--gemma2 {flux[7]} is not a Gemma 2 text encoder" in done.stderr
     own = arguments[6 : arguments.index("--gemma2_max_token_length")]
     done = train([*own, base, arguments[1]])
     assert done.status == 1 and "lumina_train_network.py" in done.stderr

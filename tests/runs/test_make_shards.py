@@ -191,7 +191,7 @@ def test_a_caption_that_is_no_text_is_named(tmp_path: Path, capsys) -> None:
     (tmp_path / "data.toml").write_text(f'{text}metadata_file = "{(tmp_path / "meta.json").as_posix()}"\n')
     assert make_shards.main(["--dataset_config", str(tmp_path / "data.toml"), "--out", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
-    assert "a.png has half of a character at place 5" in error and not list((tmp_path / "out").glob("*.tar"))
+    assert "a.png contains an unpaired surrogate at position 5" in error and not list((tmp_path / "out").glob("*.tar"))
 
 
 def test_captions_of_a_metadata_file_stay(tmp_path: Path) -> None:
@@ -211,7 +211,10 @@ def test_captions_of_a_metadata_file_stay(tmp_path: Path) -> None:
         (["--out", "{out}"], "--dataset_config is missing"),
         (["--out", "{out}", "--dataset_config", "{data}", "--shard_mb", "0"], "--shard_mb is 0, but must be above 0"),
         (["--out", "{out}", "--dataset_config", "{data}", "--cache_latents_to_disk"], "needs --script"),
-        (["--out", "{out}", "--dataset_config", "{data}", "--script", "x.py"], "--script x.py is no training script"),
+        (
+            ["--out", "{out}", "--dataset_config", "{data}", "--script", "x.py"],
+            "--script x.py is not a training script",
+        ),
     ],
 )
 def test_what_is_missing_is_said(arguments: list[str], message: str, described: Path, tmp_path: Path, capsys) -> None:
@@ -227,7 +230,7 @@ def test_masks_are_refused_before_anything_is_written(described: Path, tmp_path:
     described.write_text(text.replace('class_tokens = "a thing"\n', ""))
     arguments = ["--dataset_config", str(described), "--out", str(tmp_path / "out"), "--masked_loss"]
     assert make_shards.main(arguments) == 1
-    assert "shards have no place for masks" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "shards do not support mask files" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_with_caches_beside_them_neither_vae_nor_text_encoders_are_loaded(

@@ -89,7 +89,7 @@ def test_blocks_that_wait_and_inputs_that_wait_change_nothing(
 ) -> None:
     run("plain")
     swapped = run("swapped", "--blocks_to_swap", WAITING[name], *OFFLOADED)
-    assert "wait in main memory; without a card this saves nothing" in swapped.stderr
+    assert "offloaded to main memory; without a GPU this saves nothing" in swapped.stderr
     assert same(tmp_path / "plain", tmp_path / "swapped")
 
 
@@ -105,7 +105,7 @@ def test_blocks_wait_in_the_form_in_which_they_are_stored(
 
 def test_a_rehearsal_takes_the_mode_that_was_asked_for(run: Callable[..., Finished], name: str, tmp_path: Path) -> None:
     done = run("dry", "--dry_run", "--blocks_to_swap", WAITING[name], "--base_format", "int8_rotated")
-    assert "wait in main memory" in done.stderr and "layers in int8_rotated" in done.stderr
+    assert "offloaded to main memory" in done.stderr and "layers in int8_rotated" in done.stderr
     assert not (tmp_path / "dry" / "mine.safetensors").exists()
 
 

@@ -81,5 +81,5 @@ def test_a_file_that_holds_no_events_is_refused(tmp_path: Path, capsys: pytest.C
     assert "line 1 is not an event" in capsys.readouterr().err
     path.write_text("")
     assert report.main([str(path)]) == 1
-    assert f"{path} has no events; name the file that --log_events wrote" in capsys.readouterr().err
+    assert f"{path} has no events; use the file written by --log_events" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == [path]

@@ -161,5 +161,5 @@ def test_positions_are_stretched_to_the_resolution_of_the_data_set(
     words = arguments("sd3.5-medium", "networks.lora", "--max_train_steps", "1", "--network_train_unet_only")
     plain = run(train, words)
     stretched = run(train, [*words, "--enable_scaled_pos_embed", "--pos_emb_random_crop_rate", "1"])
-    assert "positions for squares of (4,) patches" in stretched.stderr
+    assert "positions scaled to squares of (4,) patches" in stretched.stderr
     assert stretched.losses != plain.losses

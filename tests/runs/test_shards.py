@@ -56,7 +56,7 @@ def test_the_adapter_is_that_of_the_folder(
     for name in ("folder", source):
         done = train(arguments_of(base_arguments, tmp_path / name, sources[name], *options))
         assert done.status == 0, done.stderr
-        assert "2 of 7 pictures are set aside" in done.stderr
+        assert "2 of 7 images are held out" in done.stderr
     assert equal(tmp_path / "folder", tmp_path / source)
 
 

@@ -232,7 +232,7 @@ def test_counts_below_one_are_refused_and_unused_ones_warned_of(
 
 def test_token_warm_up_is_refused(run: Run, base_arguments: list[str]) -> None:
     message = refused(run, [*base_arguments, *CACHED, "--token_warmup_step", "3"])
-    assert "--token_warmup_step makes other captions in every step" in message
+    assert "--token_warmup_step changes captions in every step" in message
 
 
 def test_other_networks_find_no_text_encoder(run: Run, base_arguments: list[str], tmp_path: Path) -> None:

@@ -346,8 +346,8 @@ def test_batches_of_an_own_class_are_trained_and_a_cut_run_goes_on_bit_for_bit(
     words = [*base_arguments, "--dataset_class", "my_noise.Noise", "--max_train_steps", "5"]
     whole = train([*words, "--save_state", "--save_every_n_steps", "2"])
     assert whole.status == 0, whole.stderr
-    assert "--train_data_dir is ignored: --dataset_class gives the data" in whole.stderr
-    assert "my_noise.Noise: 3 batches in an epoch" in whole.stderr
+    assert "--train_data_dir is ignored: --dataset_class provides the data" in whole.stderr
+    assert "my_noise.Noise: 3 batches per epoch" in whole.stderr
     state = str(tmp_path / "out" / "mine-step00000002-state")
     resumed = train([*words, "--resume", state, "--output_name", "resumed"])
     assert resumed.status == 0, resumed.stderr

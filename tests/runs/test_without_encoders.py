@@ -78,8 +78,8 @@ def test_a_run_whose_features_are_cached_is_the_same_without_the_models_that_mad
     without = train([*words, "--output_dir", str(tmp_path / "without")], script=base.script)
     assert without.status == 0, without.stderr
     assert without.losses == with_models.losses and len(without.losses) == 3
-    assert without.stderr.count("latents are not held against their VAE, which is not there") == 1
-    assert without.stderr.count("text features are not held against their encoders") == (name not in KEEPS_TEXT)
+    assert without.stderr.count("latents are not verified against their VAE, which is missing") == 1
+    assert without.stderr.count("text features are not verified against their encoders") == (name not in KEEPS_TEXT)
     one, other = saved(tmp_path / "with"), saved(tmp_path / "without")
     assert one.keys() == other.keys() and all(bool((one[key] == other[key]).all()) for key in one)
 
@@ -106,11 +106,11 @@ def test_what_needs_a_model_that_is_not_there_is_named_before_any_work(
     assert "text encoders get an adapter without --network_train_unet_only; give them, or that option: --clip_l" in said
     said = refusal("--t5xxl_max_token_length", "16")
     assert "made with other settings" in said and f"--t5xxl {t5} does not exist" not in said.partition("captions")[0]
-    assert "captions are to be encoded" in said and "does not exist" in said
+    assert "captions must be encoded" in said and "does not exist" in said
     one = next(shards.rglob("*_flux.npz"))
     one.rename(one.with_suffix(".gone"))
     said = refusal()
-    assert "1 pictures are to be encoded" in said and f"--ae {ae} does not exist" in said and cat
+    assert "1 images must be encoded" in said and f"--ae {ae} does not exist" in said and cat
 
 
 def test_entries_of_two_models_are_never_taken_together(cached: Cached, train: Train, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def wait_until(is_so: Callable[[], object]) -> None:
 def test_a_process_that_ended_is_missed_unless_it_said_that_it_is_done() -> None:
     said = board(_0=f"{HOST} {os.getpid()}", _1=ended(), _2=f"{HOST} {os.getpid()}")
     for rank in (0, 2):
-        assert str(Heartbeat(said, rank, 3).find()).startswith("process 1 is gone without a word")
+        assert str(Heartbeat(said, rank, 3).find()).startswith("process 1 was killed without an error message")
     said["over/1"] = "1"
     assert Heartbeat(said, 0, 3).find() is None
     said["failure/1"] = "UserError: no picture"
@@ -64,7 +64,7 @@ def test_a_process_of_another_machine_is_missed_once_it_is_silent() -> None:
     heart = Heartbeat(said, 0, 2, QUICK)
     assert heart.find() is None
     time.sleep(0.2)
-    assert str(heart.find()).startswith("process 1 on elsewhere has not been heard of for")
+    assert str(heart.find()).startswith("process 1 on elsewhere has sent nothing for")
     said["beat/1"] = "2"
     assert heart.find() is None
 
@@ -81,7 +81,7 @@ class Gone(Board):
 
 
 def test_a_store_that_is_gone_is_the_main_process() -> None:
-    assert "the main process, or its machine, cannot be reached" in str(
+    assert "the main process or its machine is no longer reachable" in str(
         Heartbeat(Gone({"process/0": "elsewhere 5"}), 1, 2).find()
     )
 
@@ -94,10 +94,10 @@ def test_a_process_that_does_not_end_by_itself_is_ended(is_told: bool, caplog: p
     wait_until(lambda: heart.lost)
     if is_told:  # it saves, and may take its time
         time.sleep(0.3)
-        assert not quits and "this process ends too" not in caplog.text
+        assert not quits and "this process will end too" not in caplog.text
     else:
         wait_until(lambda: quits)
-        assert quits == [1] and "process 1 is gone" in caplog.text and "this process ends too" in caplog.text
+        assert quits == [1] and "process 1 was killed" in caplog.text and "this process will end too" in caplog.text
     assert said["lost"] == heart.lost
 
 
@@ -119,7 +119,7 @@ def of_rank(rank: int, store: Board) -> Processes:
 def test_a_store_that_breaks_under_a_wait_is_told_as_the_end_of_who_had_it() -> None:
     """torch says it in one of many ways, and in one type."""
     torch_said = "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?"
-    with pytest.raises(ProcessLost, match=r"the main process, or its machine, cannot be reached.*got 0 bytes"):
+    with pytest.raises(ProcessLost, match=r"the main process or its machine is no longer reachable.*got 0 bytes"):
         with of_rank(1, Gone({"process/0": "elsewhere 5"})).failures_told():
             raise torch.distributed.DistNetworkError(torch_said)
 

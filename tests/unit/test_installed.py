@@ -19,7 +19,7 @@ def versions(monkeypatch: pytest.MonkeyPatch) -> None:
     ("requirement", "lack"),
     [
         ("transformers>=4.54", None),
-        ("transformers>=5", "4.54.1, needed is >=5"),
+        ("transformers>=5", "4.54.1 (required: >=5)"),
         ("diffusers>=0.35", None),
         ("none-such>=1", "missing"),
         ('none-such>=1; python_version < "3"', None),
@@ -35,7 +35,7 @@ def test_all_packages_are_updated_together_where_one_is_too_old() -> None:
     with pytest.raises(UserError) as error:
         check_installed("Knots 1", {"transformers": ">=5", "diffusers": ">=0.32"})
     assert str(error.value) == (
-        "The installed packages cannot train Knots 1: transformers 4.54.1, needed is >=5. "
+        "The installed packages cannot train Knots 1: transformers 4.54.1 (required: >=5). "
         'Run python3 -m pip install -U "transformers>=5" "diffusers>=0.32"'
     )
 
@@ -58,7 +58,7 @@ def test_training_on_the_cpu_beside_a_gpu_is_refused_unless_asked_for(monkeypatc
     check_gpu_is_used(torch_of("13.0", has_gpu=True))
     with pytest.raises(UserError, match=r"RTX 3060, but .*torch 2.9.0\+cpu is a build without CUDA.*--cpu"):
         check_gpu_is_used(torch_of(None))
-    with pytest.raises(UserError, match=r"torch wants CUDA 13\.0: update the driver"):
+    with pytest.raises(UserError, match=r"torch requires CUDA 13\.0: update the driver"):
         check_gpu_is_used(torch_of("13.0"))
     for name, value in (("ACCELERATE_USE_CPU", "true"), ("CUDA_VISIBLE_DEVICES", "")):
         with monkeypatch.context() as patch:

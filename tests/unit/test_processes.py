@@ -15,7 +15,7 @@ from library.processes import PLAIN, Processes, of_accelerator
 )
 def test_a_configuration_that_spreads_a_model_is_refused_with_the_reason(kind: DistributedType) -> None:
     accelerator = SimpleNamespace(distributed_type=kind, num_processes=2, device=torch.device("cpu"))
-    with pytest.raises(ValueError, match=f"configured for {kind.name}.*the base model is frozen"):
+    with pytest.raises(ValueError, match=f"configured for {kind.name}.*only plain data-parallel training"):
         of_accelerator(accelerator)
 
 
@@ -23,9 +23,7 @@ def test_fsdp_and_deepspeed_are_among_the_refused() -> None:
     assert not {"FSDP", "DEEPSPEED", "MEGATRON_LM"} & set(PLAIN)
 
 
-@pytest.mark.parametrize(
-    ("has_card", "why"), [(False, "torch sees no graphics card here"), (True, "its configuration says otherwise")]
-)
+@pytest.mark.parametrize(("has_card", "why"), [(False, "torch sees no GPU"), (True, "its configuration differs")])
 def test_processes_that_do_not_find_each_other_are_refused(
     monkeypatch: pytest.MonkeyPatch, has_card: bool, why: str
 ) -> None:
@@ -33,7 +31,7 @@ def test_processes_that_do_not_find_each_other_are_refused(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_card)
     accelerator = SimpleNamespace(distributed_type=DistributedType.NO, num_processes=1, device=torch.device("cpu"))
-    with pytest.raises(ValueError, match=rf"started 2 processes, but for accelerate 1 of them.*{why}"):
+    with pytest.raises(ValueError, match=rf"started 2 processes, but accelerate connects only 1.*{why}"):
         of_accelerator(accelerator)
 
 
@@ -87,7 +85,7 @@ def test_a_process_with_other_data_than_the_main_one_says_so() -> None:
     board = Board()
     Processes(0, 2, store=board).require_same("the dataset", "3 pictures")
     Processes(1, 2, store=board).require_same("the dataset", "3 pictures")
-    with pytest.raises(ValueError, match=r"the dataset of process 1 is not.*4 pictures here, 3 pictures there"):
+    with pytest.raises(ValueError, match=r"the dataset of process 1 differs.*4 pictures here, 3 pictures there"):
         Processes(1, 2, store=board).require_same("the dataset", "4 pictures")
 
 

@@ -1,7 +1,7 @@
-"""Measure the base model of the quickstart: how many of its pictures show what their prompt says.
+"""Measure the quickstart's base model: how many of its images show their prompt.
 
 Prompts of the world that it was trained on are sampled with fixed seeds through diffusers' pipeline (DDIM), and every
-picture is judged from its pixels. The shapes that it has never seen are counted too: they should come out almost never.
+image is judged by its pixels. Unseen shapes are counted too: they should almost never appear.
 """
 
 import argparse

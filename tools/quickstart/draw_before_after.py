@@ -1,6 +1,6 @@
-"""Draw what a LoRA has taught the quickstart's base model: the same prompts and seeds before and after it.
+"""Show what a LoRA has taught the quickstart's base model: the same prompts and seeds before and after it.
 
-Writes one picture, `before | after`, and prints in how many samples of either half the checker finds what was asked.
+Writes one image, `before | after`, and prints in how many samples of each half the checker finds the prompt.
 """
 
 import argparse

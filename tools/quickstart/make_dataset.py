@@ -1,7 +1,7 @@
-"""Draw the quickstart's dataset: pictures and captions of a shape that the toy base model has never seen.
+"""Draw the quickstart's dataset: images and captions of a shape that the toy base model has never seen.
 
-Three quarters of the shape's scenes go into the dataset; the prompts ask for these and for the rest, so that what the
-LoRA has learned is the shape and not the pictures.
+Three quarters of the shape's scenes are in the dataset; the prompts cover these and the rest, so that the LoRA is
+tested on the shape and not on the images.
 """
 
 import argparse

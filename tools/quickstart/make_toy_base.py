@@ -1,9 +1,9 @@
-"""Make the base model of the quickstart: a very small Stable Diffusion 1.x, trained on the pictures of the toy world.
+"""Train the quickstart's base model: a very small Stable Diffusion 1.x, on images of the toy world.
 
 The result is a diffusers folder: tokenizer, text encoder, VAE, U-Net and scheduler, weights in fp16. Everything is
-drawn and trained here from fixed seeds, in under two hours on two CPU cores.
+drawn and trained from fixed seeds, in under two hours on two CPU cores.
 
-Letters of shapes: B pictures, T the 77 positions of a caption, H and W pixels or latent cells, C channels.
+Letters of shapes: B images, T the 77 positions of a caption, H and W pixels or latent cells, C channels.
 """
 
 import argparse
@@ -57,16 +57,16 @@ NUM_DOODLES = 3  # of a batch
 VAE_LEARNING_RATE = 2e-3
 KL_WEIGHT = 1e-3  # of the mean over latents, against the mean over pixels
 UNET_BATCH_SIZE = 32
-PICTURES_PER_CAPTION = 2  # of a batch; the text encoder runs once for them
+PICTURES_PER_CAPTION = 2  # per batch; the text encoder runs once for them
 UNET_LEARNING_RATE = 1e-3
-EMPTY_CAPTION_SHARE = 0.1  # what classifier-free guidance subtracts is trained on these
+EMPTY_CAPTION_SHARE = 0.1  # share of empty captions, which train the unconditional prediction
 WARMUP_STEPS = 200
 EMA_DECAY = 0.999
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line decides."""
+    """The command line's settings."""
 
     out: Path
     seed: int
@@ -288,7 +288,7 @@ def train_vae(num_steps: int, seed: int) -> "AutoencoderKL":
 def rescale_latents(vae: "AutoencoderKL", pixels_BCHW: Tensor) -> None:
     """Fold a scale and a shift into the VAE so that its latents times 0.18215 have mean 0 and deviation 1 per channel.
 
-    The 1 x 1 convolutions around the latents take them up: what the VAE gives back stays the same.
+    The 1 x 1 convolutions around the latents absorb them: the VAE's reconstruction is unchanged.
     """
     latents_BCHW = vae.encode(pixels_BCHW).latent_dist.mean
     mean_C = latents_BCHW.mean(dim=(0, 2, 3))

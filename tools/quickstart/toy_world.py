@@ -1,8 +1,8 @@
-"""The toy world of the quickstart: how its pictures are drawn, what they are called, and how to tell what one shows.
+"""The toy world of the quickstart: drawing of its images, their captions, and recognition of what an image shows.
 
-A picture is 64 x 64 pixels and shows one flat shape on one flat background. The bundled base model is trained on
-`KNOWN_SHAPES` drawn solid; `HELD_OUT_SHAPES` and the outlined style are what it has never seen, so that a LoRA has
-something to teach it. The checker `look_at` measures pixels only and knows nothing of the models.
+An image is 64 x 64 pixels and shows one flat shape on one flat background. The bundled base model is trained on solid
+`KNOWN_SHAPES`; it has never seen `HELD_OUT_SHAPES` and the outlined style, so a LoRA has something to teach it. The
+checker `look_at` measures only pixels and knows nothing of the models.
 """
 
 from collections.abc import Iterator
@@ -55,7 +55,7 @@ CAPTION_TEMPLATES = (
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows, in words."""
+    """The content of an image in words."""
 
     shape: str
     colour: str
@@ -75,9 +75,9 @@ def list_scenes(shapes: tuple[str, ...] = KNOWN_SHAPES, style: Style = "solid") 
 
 
 def parse_caption(caption: str) -> Scene:
-    """Return the scene that a caption of the world asks for; the size is "" where it names none.
+    """Parse a caption of the world to its scene; the size is "" if the caption has none.
 
-    Raises UserError for a caption that does not name a shape, a colour and a background.
+    Raises UserError for a caption without a shape, a colour and a background.
     """
     words = caption.lower().replace(",", " ").split()
     shape, colour, background, size = (
@@ -201,7 +201,7 @@ GRID_HALF_WIDTH = 1.3  # of that grid, in units of the square root of the shape'
 
 @dataclass(frozen=True)
 class Seen:
-    """What the checker found in a picture; "" for what it cannot name."""
+    """The checker's result for an image; "" for what it cannot name."""
 
     shape: str = ""
     colour: str = ""
@@ -210,7 +210,7 @@ class Seen:
     style: str = ""
 
     def shows(self, scene: Scene) -> bool:
-        """Whether shape, colour, background and style are the scene's; the size is not asked."""
+        """Return True if shape, colour, background and style are the scene's, regardless of the size."""
         return (self.shape, self.colour, self.background, self.style) == (
             scene.shape,
             scene.colour,
@@ -220,10 +220,10 @@ class Seen:
 
 
 def look_at(picture: Picture) -> Seen:
-    """Name what a picture (64, 64, 3) shows from its pixels alone.
+    """Name what an image (64, 64, 3) shows from its pixels alone.
 
     The background is the median of the border, the foreground what differs from it; its filled silhouette is moved to
-    one centre and one area and compared with every shape at every allowed turn. Blank pictures, noise, several blobs
+    one centre and one area and compared with every shape at every allowed rotation. Blank images, noise, several blobs
     and silhouettes unlike every shape get "" for the shape.
     """
     pixels = picture.astype(np.float64)

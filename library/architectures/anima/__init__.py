@@ -1,4 +1,2 @@
-"""Anima: the transformer of Cosmos-Predict2, a text adapter that reads Qwen3 through T5's words, Qwen-Image's VAE.
-
-See `assembly.py`.
-"""
+"""Anima: Cosmos-Predict2's transformer, a text adapter from Qwen3 to T5 tokens, and Qwen-Image's VAE. See
+`assembly.py`."""

@@ -1,4 +1,4 @@
-"""The layers of Anima that adapters change: what they attach to, and the names that files have for it.
+"""The layers of Anima that adapters target, and their names in files.
 
 Module paths are those of the original checkpoint.
 """
@@ -12,7 +12,7 @@ from library.architectures.specs import list_network_arguments
 from library.checkpoints.adapter_names import BaseNames, ModuleNames
 from networks.core.targets.targets import AdapterTargets, Part
 
-NUM_BLOCKS, NUM_ADAPTER_BLOCKS, NUM_TEXT_LAYERS = 28, 6, 28  # of the first release; there are deeper ones
+NUM_BLOCKS, NUM_ADAPTER_BLOCKS, NUM_TEXT_LAYERS = 28, 6, 28  # of the first release; others are deeper
 ADAPTER_BLOCK = (
     *(f"{layer}.{name}_proj" for layer in ("self_attn", "cross_attn") for name in ("q", "k", "v", "o")),
     *("mlp.0", "mlp.2"),
@@ -24,7 +24,7 @@ TEXT_LAYER = (
 
 
 def denoiser_paths() -> Iterator[str]:
-    """Path of every Linear layer that an adapter may be on."""
+    """Yield the path of every Linear layer that an adapter may target."""
     yield from (path for path in TOP if not path.endswith("_norm"))
     for number in range(NUM_BLOCKS):
         yield from (f"blocks.{number}.{layer}" for layer in BLOCK if not layer.endswith("_norm"))
@@ -58,7 +58,7 @@ NAMES = BaseNames(
 )
 
 
-LEFT_OUT = (r".*(_modulation|_norm|_embedder|final_layer).*",)  # unless include_patterns readmits it
+LEFT_OUT = (r".*(_modulation|_norm|_embedder|final_layer).*",)  # unless include_patterns includes it again
 
 TARGETS = AdapterTargets(
     denoiser=Part(
@@ -81,5 +81,5 @@ TARGETS = AdapterTargets(
 
 
 def view(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[nn.Module | list[nn.Module], nn.Module]:
-    """(Qwen3, denoiser) for `create_network` and `apply_to`; [] where no text encoder is loaded."""
+    """Return (Qwen3, denoiser) for `create_network` and `apply_to`; [] if no text encoder is loaded."""
     return text_encoders[0] if text_encoders else [], denoiser

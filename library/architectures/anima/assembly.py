@@ -1,6 +1,6 @@
-"""Anima: the transformer of Cosmos-Predict2, a text adapter that reads Qwen3 through T5's words, Qwen-Image's VAE.
+"""Assembly of Anima: Cosmos-Predict2's transformer, a text adapter from Qwen3 to T5 tokens, and Qwen-Image's VAE.
 
-The assembly, and the table of contents of this package.
+Start here to read this package.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ from library.models.recipe import OTHER_ATTENTION, Recipe, folders_beside, ignor
 from library.models.t5 import holds_t5_tokenizer, load_t5_tokenizer
 from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
 
-QWEN3_TOKENIZER, T5_TOKENIZER = "tokenizer", "t5_tokenizer"  # folders beside the files, as in diffusers' folders
+QWEN3_TOKENIZER, T5_TOKENIZER = "tokenizer", "t5_tokenizer"  # folders beside the files, named as in diffusers folders
 RECIPE = Recipe(
     title="Anima",
     metadata={
@@ -32,12 +32,12 @@ RECIPE = Recipe(
         "modelspec.implementation": "https://huggingface.co/circlestone-labs/Anima",
         "modelspec.resolution": "1024x1024",
     },
-    refuses={"weighted_captions": "Qwen3 knows no weighted words"},
+    refuses={"weighted_captions": "Qwen3 has no prompt weighting"},
     ignores={
         **IGNORES,
         "v2": "it is for Stable Diffusion 2",
         "v_parameterization": "Anima predicts the velocity of a flow",
-        "clip_skip": "Anima takes Qwen3's last states",
+        "clip_skip": "Anima uses Qwen3's last hidden states",
         "max_token_length": "use --qwen3_max_token_length and --t5_max_token_length",
         **OTHER_ATTENTION,
     },
@@ -52,7 +52,7 @@ LATENTS = CODEC.spec
 
 
 def build(options: AnimaOptions) -> Architecture:
-    """The parts of the Anima model that the options name; none is loaded yet.
+    """Assemble the Anima model that the options name; nothing is loaded yet.
 
     Raises UserError naming the flag for a file or a setting that does not fit Anima.
     """
@@ -80,7 +80,7 @@ def build_objective(options: AnimaOptions) -> FlowMatching:
 
 
 def build_text(options: AnimaOptions, loader: AnimaLoader) -> AnimaText:
-    """Both tokenizers: Qwen3's is looked for beside the text encoder and the base model, T5's beside both too."""
+    """Build both tokenizers: Qwen3's is searched beside the text encoder and the base model, T5's beside these too."""
     text, cache_dir = options.text, options.model.tokenizer_cache_dir
     folders = [*folders_beside(text.qwen3 or ""), loader.path.parent]
     qwen3_folders = [folders[0], *(folder / QWEN3_TOKENIZER for folder in folders)]
@@ -88,7 +88,7 @@ def build_text(options: AnimaOptions, loader: AnimaLoader) -> AnimaText:
     if text.t5_tokenizer_path:
         t5_folders = [Path(text.t5_tokenizer_path).expanduser()]
         if not holds_t5_tokenizer(t5_folders[0]):
-            raise UserError(f"--t5_tokenizer_path {text.t5_tokenizer_path} has no tokenizer.json and no spiece.model")
+            raise UserError(f"--t5_tokenizer_path {text.t5_tokenizer_path} lacks tokenizer.json and spiece.model")
     return AnimaText(
         qwen3_tokenizer=load_qwen3_tokenizer(qwen3_folders, cache_dir, loader.num_qwen3_words),
         t5_tokenizer=load_t5_tokenizer(t5_folders, cache_dir, loader.config.adapter.num_words),
@@ -98,7 +98,8 @@ def build_text(options: AnimaOptions, loader: AnimaLoader) -> AnimaText:
 
 
 def build_text_cache(options: AnimaOptions, loader: AnimaLoader, text: AnimaText) -> TextCacheSpec:
-    """Files that hold what sd-scripts' do. Their rate of dropped captions is 0: a dropped caption is one of its own."""
+    """Return the cache format, which matches sd-scripts'. Its dropout rates are 0: dropped captions are cached
+    separately."""
 
     return TextCacheSpec(
         options=options.text_caching,

@@ -1,8 +1,8 @@
-"""Names of the denoiser's layers: the original layout, which is ours, against the two models of diffusers."""
+"""Names of the denoiser's layers in the original layout, which is ours, and in diffusers' two models."""
 
 from collections.abc import Mapping
 
-ADAPTER = "llm_adapter."  # a model of its own in diffusers, with the same names inside
+ADAPTER = "llm_adapter."  # a separate model in diffusers, with the same names inside
 
 TOP: Mapping[str, str] = {
     "x_embedder.proj.1": "patch_embed.proj",
@@ -35,7 +35,8 @@ BLOCK: Mapping[str, str] = {
 
 
 def diffusers_path(path: str) -> str:
-    """The path of a layer in diffusers, below "transformer." or "text_conditioner."; raises KeyError for no layer."""
+    """Return the path of a layer in diffusers, below "transformer." or "text_conditioner."; raises KeyError for other
+    paths."""
     if path.startswith(ADAPTER):
         return f"text_conditioner.{path.removeprefix(ADAPTER)}"
     if path.startswith("blocks."):

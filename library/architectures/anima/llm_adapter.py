@@ -1,7 +1,7 @@
-"""The part of Anima's checkpoint that makes the denoiser's text: T5's words, filled with what Qwen3 says of them.
+"""The text adapter in Anima's checkpoint: T5 tokens that attend to Qwen3's states become the denoiser's text features.
 
-Module paths are the keys of the checkpoint below "llm_adapter". Letters: B samples, L T5 tokens, S Qwen3 tokens,
-E width, N heads, D head width.
+Module paths are the keys of the checkpoint below "llm_adapter". Letters: B samples, L T5 tokens, S Qwen3 tokens, E
+width, N heads, D head width.
 """
 
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from library.architectures.anima.positions import Angles, text_angles, turn
 from library.models.rotary import AxisTables
 
 EPS = 1e-6
-MIN_TOKENS = 512  # the denoiser attends to so many; what a shorter caption leaves over is zero
+MIN_TOKENS = 512  # the denoiser attends to this many; shorter captions are padded with zeros
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The hyper-parameters of the adapter, as the shapes of a checkpoint tell them."""
+    """The hyper-parameters of the adapter, inferred from the shapes of a checkpoint."""
 
     num_words: int
     width: int
@@ -30,7 +30,7 @@ class AdapterConfig:
 
 
 class AdapterAttention(nn.Module):
-    """Attention with normed queries and keys that know their places."""
+    """Attention with normalized queries and keys and rotary positions."""
 
     def __init__(self, width: int, source_width: int, head_width: int) -> None:
         super().__init__()
@@ -57,8 +57,8 @@ class AdapterAttention(nn.Module):
 
 
 class LLMAdapterTransformerBlock(nn.Module):
-    """T5's words look at each other, then at Qwen3's states. The class name is an interface: network modules find the
-    layers by it."""
+    """Self-attention of T5 tokens, then cross-attention to Qwen3's states. Network modules find the layers by this
+    class name."""
 
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class LLMAdapterTransformerBlock(nn.Module):
 
 
 class LLMAdapter(nn.Module):
-    """Qwen3's states and T5's ids to what the denoiser attends to."""
+    """The network from Qwen3's states and T5's IDs to the text features of the denoiser."""
 
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__()
@@ -101,7 +101,8 @@ class LLMAdapter(nn.Module):
         self.norm = nn.RMSNorm(config.width, eps=EPS)
 
     def forward(self, source_BSE: Tensor, source_mask_BS: Tensor, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
-        """Shape (B, max(L, 512), E); zero where `mask_BL` is 0. `source_BSE` must be zero where its mask is 0."""
+        """Return features of shape (B, max(L, 512), E), zero where `mask_BL` is 0. `source_BSE` must be zero where its
+        mask is 0."""
         x_BLE = self.embed(ids_BL)
         head_width, device = self.config.head_width, x_BLE.device
         angles = text_angles(self.tables, head_width, ids_BL.shape[1], device)
@@ -114,10 +115,10 @@ class LLMAdapter(nn.Module):
 
 
 def key_mask(mask_BT: Tensor) -> Tensor:
-    """Which tokens may be attended to, shape (B, 1, 1, T).
+    """Return the mask of tokens that may be attended to, shape (B, 1, 1, T).
 
-    A caption without any token may attend to all of its padding: Qwen3's states are zero there and give nothing, while
-    a softmax over no token at all is not a number.
+    A caption without any token may attend to all of its padding: Qwen3's states are zero there and contribute nothing,
+    while a softmax over no token at all is NaN.
     """
     is_token = mask_BT.bool()
     return torch.where(is_token.any(dim=-1, keepdim=True), is_token, True)[:, None, None]

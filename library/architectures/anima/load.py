@@ -1,4 +1,4 @@
-"""Checkpoints of Anima to modules: the three files of its release (transformer with text adapter, Qwen3, VAE)."""
+"""Loading of Anima checkpoints: the three files of its release (transformer with text adapter, Qwen3, VAE)."""
 
 import logging
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ PREFIXES = ("net.", "model.diffusion_model.", "")
 
 @dataclass(frozen=True)
 class AnimaLoader:
-    """The three models, each loaded when it is asked for; frozen, on the CPU."""
+    """The three models, each loaded on request; frozen, on the CPU."""
 
     path: Path  # the file of the denoiser
     config: AnimaConfig
@@ -46,11 +46,11 @@ class AnimaLoader:
     vae_component: MaybeComponent
     dtype: torch.dtype
     vae_dtype: torch.dtype
-    takes_pictures_alone: bool  # whether the VAE computes in two dimensions
+    takes_pictures_alone: bool  # the VAE computes in two dimensions
 
     @property
     def num_qwen3_words(self) -> int | None:
-        """None where the encoder is not there."""
+        """The size of Qwen3's vocabulary, or None if its files are missing."""
         return first_side(self.text, qwen3.WORDS)
 
     def text_encoders(self) -> list[nn.Module]:
@@ -67,15 +67,15 @@ class AnimaLoader:
 def open_loader(options: AnimaOptions) -> AnimaLoader:
     """Open the files that the options name; only headers are read.
 
-    Raises UserError naming the flag when a file is missing, broken, incomplete or of another model.
+    Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
     """
     path, weights = open_base(options.model.pretrained_model_name_or_path)
     if options.text.llm_adapter_path:
         weights = with_adapter(weights, open_adapter(options.text.llm_adapter_path))
     elif f"{ADAPTER}{ADAPTER_MARK}" not in weights.shapes:
         raise UserError(
-            f"{BASE_FLAG} {path} has no text adapter (nothing begins with {ADAPTER!r}), so it is a Cosmos model or "
-            f"only a part of Anima; use anima-preview.safetensors or another whole one, or give {ADAPTER_FLAG}"
+            f"{BASE_FLAG} {path} has no text adapter (nothing begins with {ADAPTER!r}); it is a Cosmos model or "
+            f"only a part of Anima; use anima-preview.safetensors or another complete one, or add {ADAPTER_FLAG}"
         )
     loader = AnimaLoader(
         path=path,
@@ -94,37 +94,37 @@ def open_loader(options: AnimaOptions) -> AnimaLoader:
 
 
 def open_base(name: str | None) -> tuple[Path, Weights]:
-    """The file of the denoiser, names without prefix. Raises UserError for another model, saying which."""
+    """Open the denoiser's file, names without prefix. Raises UserError for another model, naming it."""
     path = existing(BASE_FLAG, named(name, "the .safetensors file of Anima's transformer"))
-    advice = "Anima is read from the file of its transformer"
+    advice = "use the file of Anima's transformer"
     return path, denoiser_of(path, open_single_file(list_specs(), BASE_FLAG, path, "anima", advice))
 
 
 def denoiser_of(path: Path, whole: Weights) -> Weights:
-    """The denoiser's weights under our names. Raises UserError for another model, saying which where it is known."""
+    """Return the denoiser's weights under our names. Raises UserError for another model, naming it if it is known."""
     prefix = next((p for p in PREFIXES if f"{p}{MARK}" in whole.shapes), None)
     if prefix is None:
-        why = f"nothing in it is called {MARK}, so it is no Anima transformer"
+        why = f"it has no {MARK}, so it is not an Anima transformer"
         refuse_transformer(list_specs(), BaseFiles(path, whole), whole, "anima", why)
     return with_prefix(whole, prefix)
 
 
 def open_adapter(name: str) -> Weights:
-    """The text adapter of --llm_adapter_path, names without prefix."""
+    """Open the text adapter of --llm_adapter_path, names without prefix."""
     path = Path(name).expanduser()
     if not path.is_file():
-        raise UserError(f"{ADAPTER_FLAG} {name} is no file{nearby(path)}")
+        raise UserError(f"{ADAPTER_FLAG} {name} is not a file{nearby(path)}")
     weights = model_lookup.open_file(ADAPTER_FLAG, path)
     prefixes = (*(f"{p}{ADAPTER}" for p in PREFIXES), "")
     prefix = next((p for p in prefixes if f"{p}{ADAPTER_MARK}" in weights.shapes), None)
     if prefix is None:
         first = first_names(weights)
-        raise UserError(f"{ADAPTER_FLAG} {name} is no text adapter: it has no {ADAPTER_MARK} (first names: {first})")
+        raise UserError(f"{ADAPTER_FLAG} {name} is not a text adapter: it has no {ADAPTER_MARK} (first names: {first})")
     return with_prefix(weights, prefix)
 
 
 def with_adapter(base: Weights, adapter: Weights) -> Weights:
-    """The denoiser with another text adapter in place of its own."""
+    """Replace the denoiser's text adapter."""
     own = {name: shape for name, shape in base.shapes.items() if not name.startswith(ADAPTER)}
     given = {f"{ADAPTER}{name}": shape for name, shape in adapter.shapes.items()}
 
@@ -135,23 +135,23 @@ def with_adapter(base: Weights, adapter: Weights) -> Weights:
 
 
 def check_fit(loader: AnimaLoader) -> None:
-    """Raise UserError where the parts do not fit together."""
+    """Raise UserError if the parts do not fit together."""
     config = loader.config
     if config.channels != SPEC.channels:
         raise UserError(
-            f"{BASE_FLAG} {loader.path}: the transformer takes {config.channels} channels, the VAE makes "
-            f"{SPEC.channels}; it is no Anima"
+            f"{BASE_FLAG} {loader.path}: the transformer takes {config.channels} channels, but the VAE has "
+            f"{SPEC.channels}; it is not an Anima model"
         )
     if config.adapter.width != config.text_width:
         raise UserError(
-            f"{BASE_FLAG} {loader.path}: its text adapter gives {config.adapter.width} features, the transformer "
-            f"listens to {config.text_width}"
+            f"{BASE_FLAG} {loader.path}: its text adapter has width {config.adapter.width}, but the transformer "
+            f"expects text features of width {config.text_width}"
         )
     if isinstance(loader.text, Absent):
         return
     width = loader.text.config["hidden_size"]
     if width != config.adapter.source_width:
         raise UserError(
-            f"{qwen3.FLAG} {loader.text.weights.origin} is {width} wide, Anima's text adapter listens to "
+            f"{qwen3.FLAG} {loader.text.weights.origin} has width {width}, but Anima's text adapter expects "
             f"{config.adapter.source_width}; use {qwen3.HUB_NAME}"
         )

@@ -1,5 +1,4 @@
-"""Anima checkpoints for merging adapters into them and extracting adapters from them: the transformer's file, whose
-text adapter is part of it."""
+"""Anima checkpoints for merging and extracting adapters: the transformer's file, which contains the text adapter."""
 
 from functools import partial
 from pathlib import Path
@@ -22,20 +21,20 @@ from library.models.loading import on_meta_device
 def open_base_model(flag: str, path: Path) -> BaseModel:
     """Open a single file in the original layout; only its header is read.
 
-    Raises UserError naming `flag` when it is missing, broken or of another kind.
+    Raises UserError naming `flag` if it is missing, broken or of another kind.
     """
     if path.is_dir():
-        raise UserError(f"{flag} {path}: of Anima only the transformer's file is merged into; give that")
+        raise UserError(f"{flag} {path}: for Anima use the transformer's file")
     weights = model_lookup.open_file(flag, path)
     marks = (MARK, f"llm_adapter.{ADAPTER_MARK}")
     prefix = next((p for p in PREFIXES if any(p + mark in weights.shapes for mark in marks)), None)
     if prefix is None:
-        raise UserError(f"{flag} {path} has no layer of Anima's transformer")
+        raise UserError(f"{flag} {path} has no layers of Anima's transformer")
     return of_single_file(path, weights, partial(names_of, prefix=prefix), "anima", "anima-preview")
 
 
 def names_of(stem: str, prefix: str) -> ModuleNames | None:
-    """The names of the layer that a weight of the file belongs to; None where adapters change none."""
+    """Return the names of the layer that a weight of the file belongs to; None if adapters do not target it."""
     qwen3 = QWEN3_PREFIXES[0]
     if stem.startswith(qwen3):
         return text_module(stem.removeprefix(qwen3)) if stem.endswith(TEXT_LAYER) else None
@@ -47,12 +46,12 @@ def names_of(stem: str, prefix: str) -> ModuleNames | None:
 
 
 def seen_by_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
-    """([], transformer) of a checkpoint as network modules see it, on the meta device.
+    """Return ([], transformer) of a checkpoint as network modules see it, on the meta device.
 
-    Raises UserError for a file of the text adapter alone.
+    Raises UserError for a file with only the text adapter.
     """
     weights = model_lookup.open_file("the checkpoint", path)
     prefix = next((p for p in PREFIXES if p + MARK in weights.shapes), None)
     if prefix is None:
-        raise UserError(f"{path} holds the text adapter alone; give the transformer's file")
+        raise UserError(f"{path} contains only the text adapter; use the transformer's file")
     return [], on_meta_device(Anima, configure(with_prefix(weights, prefix), read_config))

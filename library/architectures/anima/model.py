@@ -1,5 +1,5 @@
-"""The denoiser of Anima: the transformer of Cosmos-Predict2 (NVIDIA 2025) for single pictures, with an adapter that
-makes its text, in the layout of the original checkpoints.
+"""The denoiser of Anima: Cosmos-Predict2's transformer (NVIDIA 2025) for single images with a text adapter, in the
+layout of the original checkpoints.
 
 Module paths are the keys of the checkpoint (after "net.") and the names of adapters. Letters: B samples, C channels, H
 and W sides of the latent, h and w sides in patches, T patches, L text tokens, E width of the text, N heads, D head
@@ -24,13 +24,13 @@ from library.models.shapes import ShapeReader
 from library.models.sinusoids import sinusoids
 
 PATCH = 2
-MASK_CHANNELS = 1  # of what is shown beside the latent: where the picture is padded, which it never is
-MIN_HEAD_WIDTH = 12  # a head has values for frames, rows and columns, two of each at least
+MASK_CHANNELS = 1  # the padding mask beside the latent; images are never padded
+MIN_HEAD_WIDTH = 12  # a head has at least two values each for frames, rows and columns
 
 
 @dataclass(frozen=True)
 class AnimaConfig:
-    """The hyper-parameters, as the shapes of a checkpoint tell them."""
+    """The hyper-parameters, inferred from the shapes of a checkpoint."""
 
     channels: int  # of the latent
     width: int
@@ -43,8 +43,8 @@ class AnimaConfig:
 
 
 def read_config(shapes: Mapping[str, tuple[int, ...]]) -> AnimaConfig:
-    """The configuration of a checkpoint from names and shapes, names without prefix. Raises UserError for a name that
-    is missing and for sizes that make no model."""
+    """Read the configuration of a checkpoint from names and shapes, names without prefix. Raises UserError for a
+    missing name and for invalid sizes."""
     read = ShapeReader("Anima", shapes)
     shape, count = read.shape, read.count
     width, in_features = shape("x_embedder.proj.1.weight")
@@ -56,7 +56,7 @@ def read_config(shapes: Mapping[str, tuple[int, ...]]) -> AnimaConfig:
         ("llm_adapter width", adapter_width, adapter_head, 2),
     ):
         if whole % head or head % 2 or head < least:
-            raise UserError(f"no Anima model: {name} {whole} with heads of {head}")
+            raise UserError(f"not an Anima model: {name} {whole} with heads of {head}")
     adapter = AdapterConfig(
         num_words=shape("llm_adapter.embed.weight")[0],
         width=adapter_width,
@@ -78,7 +78,7 @@ def read_config(shapes: Mapping[str, tuple[int, ...]]) -> AnimaConfig:
 
 
 class Anima(nn.Module):
-    """Noisy latents, noise level and text to the velocity noise - latent."""
+    """The network from noisy latents, noise level and text to the velocity noise - latent."""
 
     adapter_targets = TARGETS
 
@@ -96,7 +96,7 @@ class Anima(nn.Module):
         self.llm_adapter = LLMAdapter(c.adapter)
 
     def stacks(self) -> Stacks:
-        """The blocks that go through the runner."""
+        """Return the blocks that run through the runner."""
         return [[*self.blocks]]
 
     def forward(
@@ -108,7 +108,7 @@ class Anima(nn.Module):
         ids_BL: Tensor,
         mask_BL: Tensor,
     ) -> Tensor:
-        """The velocity, shape BCHW, of the latents' dtype or float32.
+        """Return the velocity, shape BCHW, in the latents' dtype or float32.
 
         `sigmas_B` are shares of noise, 0..1. `source_BSE` are Qwen3's states, zero where `source_mask_BS` is 0;
         `ids_BL` and `mask_BL` are the same captions as T5 tokens.
@@ -119,21 +119,21 @@ class Anima(nn.Module):
         waves_BM = self.t_embedder[0](sigmas_B).to(dtype)
         time = self.t_embedding_norm(waves_BM), self.t_embedder[1](waves_BM)  # (B, M) and (B, 3 M)
         x_BTM = self.x_embedder(patchify(with_mask(latents_BCHW), PATCH).to(dtype))
-        x_BTM = x_BTM.float() if dtype == torch.float16 else x_BTM  # the sum of all blocks is too large for float16
+        x_BTM = x_BTM.float() if dtype == torch.float16 else x_BTM  # the sum over all blocks overflows float16
         angles = picture_angles(self.tables, self.config.head_width, h, w, x_BTM.device)
         for block in self.blocks:
             x_BTM = self.runner(block, x_BTM, text_BLE, *time, angles)
-        # channels come out last, which is not how they went in
+        # Channels come last in the output but first in the input.
         return unpatchify(self.final_layer(x_BTM, *time), h, w, PATCH, channels_last=True)
 
 
 def with_mask(latents_BCHW: Tensor) -> Tensor:
-    """The latents and a last channel that says that nothing is padded."""
+    """Append a channel to the latents that marks nothing as padded."""
     return torch.cat([latents_BCHW, torch.zeros_like(latents_BCHW[:, :MASK_CHANNELS])], dim=1)
 
 
 class PatchEmbed(nn.Module):
-    """The class name is an interface: network modules find the layers by it."""
+    """The embedding of patches. Network modules find the layers by this class name."""
 
     def __init__(self, in_features: int, width: int) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class PatchEmbed(nn.Module):
 
 
 class Sinusoids(nn.Module):
-    """Values as cosines, then sines, of falling frequencies, float32, shape (B, M)."""
+    """An embedding of values as cosines, then sines, of decreasing frequencies, float32, shape (B, M)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -156,8 +156,7 @@ class Sinusoids(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-    """Shift, scale and gate that every layer begins from. The class name is an interface: network modules find the
-    layers by it."""
+    """The shift, scale and gate that every layer starts from. Network modules find the layers by this class name."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -170,7 +169,7 @@ class TimestepEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention to the picture itself or to the text, with normed queries and keys."""
+    """Attention to the image itself or to the text, with normalized queries and keys."""
 
     def __init__(self, width: int, context_width: int, head_width: int) -> None:
         super().__init__()
@@ -210,19 +209,18 @@ def make_norm(width: int) -> nn.LayerNorm:
 
 
 def make_modulation(width: int, rank: int, num_values: int) -> nn.Sequential:
-    """What a layer adds to the shift, scale and gate that all share, through a narrow place."""
+    """Build the low-rank correction of a layer to the shared shift, scale and gate."""
     return nn.Sequential(nn.SiLU(), nn.Linear(width, rank, bias=False), nn.Linear(rank, num_values * width, bias=False))
 
 
 def modulate(norm: nn.Module, x_BTM: Tensor, shift_BM: Tensor, scale_BM: Tensor) -> Tensor:
-    """Normed tokens, scaled and shifted, in the dtype of the weights."""
+    """Normalize, scale and shift tokens, in the dtype of the weights."""
     y_BTM: Tensor = norm(x_BTM) * (1 + scale_BM[:, None]) + shift_BM[:, None]
     return y_BTM.to(shift_BM.dtype)
 
 
 class Block(nn.Module):
-    """Attention to the picture, attention to the text, MLP. The class name is an interface: network modules find the
-    layers by it."""
+    """Self-attention, cross-attention to the text, and MLP. Network modules find the layers by this class name."""
 
     def __init__(self, config: AnimaConfig) -> None:
         super().__init__()
@@ -250,7 +248,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens to patches of the velocity. The class name is an interface: network modules find the layers by it."""
+    """The last layer, from tokens to patches of the velocity. Network modules find the layers by this class name."""
 
     def __init__(self, width: int, rank: int, out_features: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Rotary positions as Cosmos has them: value i of a head is paired with value i + D / 2.
+"""Rotary positions as in Cosmos: value i of a head is paired with value i + D / 2.
 
 Letters: T tokens, D head width, N heads, B samples, h and w sides in patches.
 """
@@ -9,25 +9,25 @@ from torch import Tensor
 from library.models.rotary import AxisTables
 
 BASE = 10_000
-STRETCH = 4.0  # rows and columns are told apart over four times the distance that Cosmos was first made for
+STRETCH = 4.0  # NTK scaling of rows and columns: four times the range of the first Cosmos
 
 Angles = tuple[Tensor, Tensor]
 """Cosines and sines of the angle of each pair, float32, shape (T, D / 2)."""
 
 
 def axes_of(head_width: int) -> tuple[int, int, int]:
-    """How many values of a head turn with (frame, row, column): 44, 42 and 42 of 128."""
+    """Return how many values of a head rotate with (frame, row, column): 44, 42 and 42 of 128."""
     side = head_width // 6 * 2
     return head_width - 2 * side, side, side
 
 
 def stretched_base(width: int) -> float:
-    """The base with which `width` values reach `STRETCH` times as far (NTK-aware scaling)."""
+    """Return the base with which `width` values reach `STRETCH` times as far (NTK-aware scaling)."""
     return float(BASE * STRETCH ** (width / (width - 2)))
 
 
 def picture_angles(tables: AxisTables, head_width: int, h: int, w: int, device: torch.device) -> Angles:
-    """The angles of a picture's patches, row by row; it is the first frame, which turns nothing."""
+    """Return the angles of an image's patches in row order; it is frame 0, which rotates nothing."""
     first, side, _ = axes_of(head_width)
     base = stretched_base(side)
     rows, columns = tables(side, h, base, device), tables(side, w, base, device)
@@ -38,12 +38,12 @@ def picture_angles(tables: AxisTables, head_width: int, h: int, w: int, device: 
 
 
 def text_angles(tables: AxisTables, head_width: int, num_tokens: int, device: torch.device) -> Angles:
-    """The angles of tokens in a row."""
+    """Return the angles of tokens in a sequence."""
     return tables(head_width, num_tokens, BASE, device)
 
 
 def turn(x_BNTD: Tensor, angles: Angles) -> Tensor:
-    """Turn each pair of values of a head by its angle."""
+    """Rotate each pair of values of a head by its angle."""
     cos, sin = angles
     first, second = x_BNTD.float().chunk(2, dim=-1)
     turned = torch.cat([cos * first - sin * second, sin * first + cos * second], dim=-1)

@@ -1,4 +1,4 @@
-"""One call of Anima's denoiser."""
+"""Prediction by Anima's denoiser."""
 
 from torch import Tensor, nn
 
@@ -6,7 +6,7 @@ from library.types import Batch, Conditioning, Noised
 
 
 def predict(denoiser: nn.Module, noised: Noised, conditioning: Conditioning, batch: Batch) -> Tensor:
-    """The velocity, in the shape of the latents."""
+    """Return the velocity, in the shape of the latents."""
     velocity_BCHW: Tensor = denoiser(
         noised.latents_BCHW,
         noised.sigmas_B,

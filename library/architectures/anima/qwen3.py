@@ -1,4 +1,4 @@
-"""The text encoder of Anima: transformers' Qwen3Model, from a file in its layout or from a folder, and its tokenizer.
+"""The text encoder of Anima: transformers' Qwen3Model, from a file in its layout or a folder, and its tokenizer.
 
 Letters: B captions, S tokens, E width.
 """
@@ -23,33 +23,33 @@ logger = logging.getLogger(__name__)
 
 FLAG = "--qwen3"
 HUB_NAME = "Qwen/Qwen3-0.6B"
-PREFIXES = ("text_encoders.qwen3_06b.transformer.model.", "model.", "")  # that names may carry in files
+PREFIXES = ("text_encoders.qwen3_06b.transformer.model.", "model.", "")  # possible prefixes in files
 PARTS = ("embed_tokens.", "layers.", "norm.")  # the rest of a file is the head that predicts words
 WORDS = "embed_tokens.weight"
 ROPE_BASE = 1_000_000.0
 EPS = 1e-6
-FOLDER = "text_encoder"  # of a diffusers folder
+FOLDER = "text_encoder"  # in a diffusers folder
 
 
 def open_qwen3(name: str | None) -> Component:
-    """The encoder from a file or a folder. Raises UserError naming the flag when it is something else."""
+    """Open the encoder from a file or a folder. Raises UserError naming the flag if it is something else."""
     if not name:
-        raise NotThere(f"{FLAG} is missing: give the file or folder of {HUB_NAME}")
+        raise NotThere(f"{FLAG} is missing: use the file or folder of {HUB_NAME}")
     return qwen3_component(model_lookup.open_model(FLAG, name, FOLDER)[1])
 
 
 def qwen3_component(weights: Weights) -> Component:
-    """The encoder with everything read off the shapes. Raises UserError when the weights are of something else."""
+    """Build the encoder from shapes. Raises UserError if the weights are of something else."""
     prefix = next((p for p in PREFIXES if f"{p}{WORDS}" in weights.shapes), None)
     if prefix is None or f"{prefix}layers.0.self_attn.q_norm.weight" not in weights.shapes:
-        raise UserError(f"{FLAG} {weights.origin} is no Qwen3 text encoder (first names: {first_names(weights)})")
+        raise UserError(f"{FLAG} {weights.origin} is not a Qwen3 text encoder (first names: {first_names(weights)})")
     bare = with_prefix(weights, prefix)
     weights = selected(bare, {key: key for key in bare.shapes if key.startswith(PARTS)})
     return Component(configure(weights, qwen3_config), weights)
 
 
 def qwen3_config(shapes: Shapes) -> dict[str, Any]:
-    """Arguments of transformers' Qwen3Config."""
+    """Return the arguments of transformers' Qwen3Config."""
     vocab, width = shape_of(shapes, WORDS)
     head_width = shape_of(shapes, "layers.0.self_attn.q_norm.weight")[0]
     return {
@@ -66,7 +66,8 @@ def qwen3_config(shapes: Shapes) -> dict[str, Any]:
 
 
 def empty_qwen3(config: Mapping[str, Any]) -> Any:
-    """transformers' Qwen3Model, its weights on the meta device; what no file has, such as positions, is real."""
+    """Build transformers' Qwen3Model with weights on the meta device; tensors that are in no file, such as positions,
+    are real."""
     from accelerate import init_empty_weights
     from transformers import Qwen3Config, Qwen3Model
 
@@ -75,14 +76,14 @@ def empty_qwen3(config: Mapping[str, Any]) -> Any:
 
 
 def load_qwen3(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
-    """The encoder with its weights in `dtype`, frozen, on the CPU."""
+    """Load the encoder in `dtype`, frozen, on the CPU."""
     return materialise(empty_qwen3(component.config), component.weights, dtype)
 
 
 def encode_qwen3(encoder: nn.Module, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
-    """The last states after the final norm, BSE, zero where the mask is 0. Gradients flow.
+    """Return the last states after the final norm, BSE, zero where the mask is 0. Gradients flow.
 
-    No token attends to what comes after it, and all padding does, so the encoder itself needs no mask.
+    The encoder needs no mask: attention is causal, and padding comes last.
     """
     device = next(encoder.parameters()).device
     states_BSE: Tensor = encoder(send(ids_BS, device)).last_hidden_state
@@ -90,10 +91,10 @@ def encode_qwen3(encoder: nn.Module, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
 
 
 def load_qwen3_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_words: int | None) -> Any:
-    """Qwen3's tokenizer for an encoder that knows `num_words`; padding goes behind the caption.
+    """Load Qwen3's tokenizer for an encoder with `num_words` embeddings; it pads on the right.
 
-    Looked for in `folders`, then in --tokenizer_cache_dir, then on the hub, from where it is saved into
-    --tokenizer_cache_dir. Raises UserError saying what to put where.
+    It is searched in `folders`, then in --tokenizer_cache_dir, then on the hub, from where it is saved into
+    --tokenizer_cache_dir. Raises UserError saying which files to put where.
     """
     from transformers import Qwen2Tokenizer
 
@@ -107,7 +108,7 @@ def load_qwen3_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_wor
 
 
 def holds_qwen3_tokenizer(folder: Path) -> bool:
-    """Whether Qwen3's tokenizer can be made from the files of a folder; T5's cannot pass for it."""
+    """Return True if a folder has the files of Qwen3's tokenizer; T5's do not qualify."""
     return holds_byte_pairs(folder) and not (folder / "spiece.model").exists()
 
 

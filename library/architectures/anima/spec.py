@@ -1,4 +1,4 @@
-"""Anima as everybody outside this package knows it."""
+"""The public facts of Anima."""
 
 from library.architectures.anima.adapters import NAMES, TARGETS
 from library.architectures.anima.assembly import RECIPE, build
@@ -9,7 +9,7 @@ from library.checkpoints.base_model_spec import ALL, DIFFUSERS, GENERIC, KOHYA, 
 LOST_NAMES = Gap(
     KOHYA,
     r".*_(cross_attn_.*|self_attn_output_proj|adaln_modulation_.*|t_embedder_.*|final_layer_.*|llm_adapter_.*)",
-    "under kohya's names it finds q, k, v of self_attn, mlp and x_embedder",
+    "under kohya's names it finds only q, k, v of self_attn, mlp and x_embedder",
 )
 
 SPECS = (

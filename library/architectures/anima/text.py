@@ -1,4 +1,4 @@
-"""Captions to the conditioning of Anima: Qwen3's states, and T5's ids, from which the denoiser makes its text.
+"""Encoding of captions for Anima: Qwen3's states, and T5's IDs, which the denoiser's text adapter combines.
 
 Letters: B captions, S Qwen3 tokens, L T5 tokens, E width of Qwen3.
 """
@@ -18,23 +18,23 @@ from library.types import Conditioning, Tokens
 
 @dataclass(frozen=True)
 class AnimaText:
-    """Both tokenizers read the same caption."""
+    """Both tokenizers of Anima, which read the same caption."""
 
-    qwen3_tokenizer: Any  # transformers' Qwen2Tokenizer, which pads on the right
+    qwen3_tokenizer: Any  # transformers' Qwen2Tokenizer, padding on the right
     t5_tokenizer: Any  # transformers' T5TokenizerFast
     num_qwen3_tokens: int
     num_t5_tokens: int
 
     @property
     def max_tokens(self) -> int:
-        return min(self.num_qwen3_tokens, self.num_t5_tokens - 1)  # the end token is one of T5's
+        return min(self.num_qwen3_tokens, self.num_t5_tokens - 1)  # without T5's end token
 
     def count_tokens(self, caption: str) -> int:
-        """Of the tokenizer that needs more."""
+        """Count the tokens of the tokenizer that needs more."""
         return max(count_t5_tokens(tokenizer, caption) for tokenizer in (self.qwen3_tokenizer, self.t5_tokenizer))
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
-        """Qwen3's ids and mask (B, 1, S), then T5's (B, 1, L); a mask is 0 for padding."""
+        """Return Qwen3's IDs and mask (B, 1, S), then T5's (B, 1, L); masks are 0 for padding."""
         found = self.qwen3_tokenizer(
             list(captions),
             max_length=self.num_qwen3_tokens,
@@ -47,7 +47,7 @@ class AnimaText:
         return Tokens(tuple(tokens[:, None] for tokens in (ids_BS, mask_BS, ids_BL, mask_BL)))
 
     def encode(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
-        """{"prompt_embeds": (B, S, E), "attn_mask": (B, S), "t5_input_ids": (B, L), "t5_attn_mask": (B, L)}."""
+        """Return {"prompt_embeds": (B, S, E), "attn_mask": (B, S), "t5_input_ids": (B, L), "t5_attn_mask": (B, L)}."""
         ids_BS, mask_BS, ids_BL, mask_BL = (ids_BLT[:, 0] for ids_BLT in tokens.ids_BLT)
         states_BSE = encode_qwen3(encoders[0], ids_BS, mask_BS)
         device = states_BSE.device
@@ -60,7 +60,7 @@ class AnimaText:
 
     @property
     def identity(self) -> str:
-        """A digest of what decides the ids of a caption."""
+        """Return a digest of everything that determines a caption's IDs."""
         digest = blake2b(digest_size=16)
         for tokenizer in (self.qwen3_tokenizer, self.t5_tokenizer):
             digest.update(repr(sorted(tokenizer.get_vocab().items())).encode())

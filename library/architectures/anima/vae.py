@@ -1,6 +1,5 @@
-"""The VAE of Qwen-Image: diffusers' AutoencoderKLQwenImage, from its original single file (in the layout of Wan, which
-it grew out of) or from one in diffusers' layout. It is made for video; pictures are its first frame.
-"""
+"""The VAE of Qwen-Image: diffusers' AutoencoderKLQwenImage, from its original single file (in the layout of Wan, from
+which it derives) or one in diffusers' layout. It is a video VAE; images are its first frame."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -41,14 +40,14 @@ ORIGINAL_MARK, DIFFUSERS_MARK = "decoder.middle.0.residual.0.gamma", "decoder.mi
 
 @dataclass(frozen=True)
 class QwenImageLatents:
-    """Latents of 16 channels, 8 pixels a side; the cache keeps them as the denoiser sees them."""
+    """Latents of 16 channels, 8 pixels a side, cached as the denoiser sees them."""
 
     spec: LatentSpec = SPEC
 
     def encode(self, vae: nn.Module, pixels_BCHW: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """The middle of the posterior, less the mean and over the deviation of its channel, float32; nothing is
-        drawn. The parts of the VAE are called one by one: as a whole it keeps a copy of every layer's input for a next
-        frame, which a picture has not."""
+        """Return the posterior's mean, normalized by each channel's mean and deviation, float32; nothing is sampled.
+        The VAE's parts are called one by one: called as a whole it caches every layer's input for a next frame, which
+        an image does not have."""
         model: Any = vae
         frames = pixels_BCHW[:, :, None].to(model.device, model.dtype)
         middle, _ = model.quant_conv(model.encoder(frames)).chunk(2, dim=1)
@@ -60,7 +59,7 @@ class QwenImageLatents:
         return latents_BCHW
 
     def decode(self, vae: nn.Module, latents_BCHW: Tensor) -> Tensor:
-        """Pictures, float32, -1..1, of latents as the denoiser sees them."""
+        """Decode latents as the denoiser sees them to images, float32, -1..1."""
         model: Any = vae
         mean, std = statistics(latents_BCHW.device)
         frames = (latents_BCHW.float() * std + mean)[:, :, None]
@@ -69,19 +68,20 @@ class QwenImageLatents:
 
 
 def statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each channel, shape (1, C, 1, 1)."""
-    return tuple(torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (MEAN, STD))  # type: ignore[return-value]
+    """Return mean and deviation of each channel, shape (1, C, 1, 1)."""
+    mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (MEAN, STD))
+    return mean, std
 
 
 def open_vae(name: str | None) -> Component:
-    """The VAE of --vae. Raises UserError naming the flag when it is missing or something else."""
+    """Open the VAE of --vae. Raises UserError naming the flag if it is missing or something else."""
     if not name:
-        raise NotThere(f"{FLAG} is missing: give qwen_image_vae.safetensors, or a folder in diffusers' layout")
+        raise NotThere(f"{FLAG} is missing: use qwen_image_vae.safetensors, or a folder in diffusers' layout")
     return vae_component(model_lookup.open_model(FLAG, name, FOLDER)[1])
 
 
 def vae_component(weights: Weights) -> Component:
-    """The VAE with everything read off the shapes. Raises UserError when the weights are of something else."""
+    """Build the VAE from shapes. Raises UserError if the weights are of something else."""
     if ORIGINAL_MARK in weights.shapes:
         num_blocks = first_resample(weights.shapes)
         weights = renamed(weights, lambda key: from_original(key, num_blocks))
@@ -91,22 +91,23 @@ def vae_component(weights: Weights) -> Component:
     channels = component.config["z_dim"]
     if channels != SPEC.channels:
         raise UserError(
-            f"{FLAG} {weights.origin} has {channels} latent channels, Anima needs {SPEC.channels}; use "
+            f"{FLAG} {weights.origin} has {channels} latent channels, but Anima needs {SPEC.channels}; use "
             "qwen_image_vae.safetensors"
         )
     return component
 
 
 def first_resample(shapes: Shapes) -> int:
-    """How many residual blocks a level of the decoder has."""
+    """Return the number of residual blocks per level of the decoder."""
     numbers = [int(m[1]) for key in shapes if (m := re.match(r"decoder\.upsamples\.(\d+)\.resample\.", key))]
     return min(numbers, default=len(shapes))
 
 
 def from_original(key: str, num_blocks: int) -> str:
-    """diffusers' name of a weight of the original layout, whose decoder has `num_blocks` residual blocks a level.
+    """Return diffusers' name of a weight of the original layout, whose decoder has `num_blocks` residual blocks per
+    level.
 
-    The layers of all levels are counted through there: blocks, then what resamples, then the next level.
+    There the layers of all levels are numbered consecutively: blocks, then the resampling layer, then the next level.
     """
     if match := re.fullmatch(r"(conv[12])\.(\w+)", key):
         return f"{QUANT[match[1]]}.{match[2]}"
@@ -124,13 +125,13 @@ def from_original(key: str, num_blocks: int) -> str:
 
 
 def in_block(tail: str) -> str:
-    """diffusers' name of a weight inside a residual block; attention and what resamples are called the same."""
+    """Return diffusers' name of a weight inside a residual block; attention and resampling layers have equal names."""
     stem, _, leaf = tail.rpartition(".")
     return f"{RESIDUAL.get(stem, stem)}.{leaf}"
 
 
 def vae_config(shapes: Shapes) -> dict[str, Any]:
-    """Arguments of diffusers' AutoencoderKLQwenImage, from names in its layout."""
+    """Return the arguments of diffusers' AutoencoderKLQwenImage, from names in its layout."""
     base = shape_of(shapes, "encoder.conv_in.weight")[0]
     layers = sorted({int(m[1]) for key in shapes if (m := re.match(r"encoder\.down_blocks\.(\d+)\.", key))})
     resampling = [n for n in layers if f"encoder.down_blocks.{n}.resample.1.weight" in shapes]
@@ -146,7 +147,7 @@ def vae_config(shapes: Shapes) -> dict[str, Any]:
 
 
 def empty_vae(config: Mapping[str, Any]) -> Any:
-    """diffusers' AutoencoderKLQwenImage on the meta device."""
+    """Build diffusers' AutoencoderKLQwenImage on the meta device."""
     from diffusers import AutoencoderKLQwenImage
 
     with torch.device("meta"):

@@ -1,9 +1,8 @@
-"""The layers of Qwen-Image's VAE as a single picture needs them.
+"""Two-dimensional layers of Qwen-Image's VAE for single images.
 
-Its convolutions look back in time: before the first frame lie zeros, so of a kernel's places in time only the last
-meets anything, and a convolution in two dimensions with these weights computes the same. Its norms, of each pixel
-alone, are computed in float32, which for a whole picture takes more than the convolutions do. Letters: T frames, of
-which there is one.
+Its convolutions look back in time: zeros precede the first frame, so only the last temporal slice of a kernel meets
+data, and a two-dimensional convolution with these weights computes the same. Its norms, per pixel, are computed in
+float32, which takes more memory for a whole image than the convolutions do. Letters: T frames, of which there is one.
 """
 
 from typing import Any
@@ -12,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, normalize
 
-NORM_STRIPES = 16  # a stripe's copies in float32 are then an eighth of the picture's bf16
+NORM_STRIPES = 16  # a stripe's float32 copies then take an eighth of the image's bf16
 
 
 class PictureConv(nn.Module):
     """A convolution of the VAE for one frame.
 
-    It keeps the whole kernel under its name: so a module of these is, by its weights, the VAE that it was made of, and
-    latents that were cached with either are those of the other.
+    It keeps the whole kernel under its name, so the module has the same weights as the VAE it was made from, and
+    latents cached by either are valid for both.
     """
 
     def __init__(self, conv: nn.Conv3d) -> None:
@@ -28,20 +27,20 @@ class PictureConv(nn.Module):
         self.padding = tuple(side // 2 for side in conv.kernel_size[1:])
 
     def forward(self, x_BCTHW: Tensor, earlier: None = None) -> Tensor:
-        """Shape BCTHW."""
-        assert x_BCTHW.shape[2] == 1, "a picture is one frame"
+        """Return the output, shape BCTHW."""
+        assert x_BCTHW.shape[2] == 1, "an image is one frame"
         return conv2d(x_BCTHW[:, :, 0], self.weight[:, :, -1], self.bias, padding=self.padding)[:, :, None]
 
 
 class StripedNorm(nn.Module):
-    """A norm of the VAE, stripe by stripe of the picture: to the bit what it gives for the whole."""
+    """A norm of the VAE computed in stripes of the image, bit-identical to the whole."""
 
     def __init__(self, norm: Any) -> None:
         super().__init__()
         self.gamma, self.scale = norm.gamma, norm.scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of the shape of `x`, whose second axis are channels and whose last are rows and columns."""
+        """Normalize `x`, whose second axis is channels and whose last two are rows and columns."""
         y = torch.empty_like(x)
         for part, stripe in zip(y.chunk(NORM_STRIPES, dim=-2), x.chunk(NORM_STRIPES, dim=-2), strict=True):
             wide = stripe.float() if x.dtype.itemsize < 4 else stripe
@@ -50,9 +49,8 @@ class StripedNorm(nn.Module):
 
 
 def take_pictures_alone(vae: Any) -> Any:
-    """Give diffusers' AutoencoderKLQwenImage a `PictureConv` for each of its convolutions and a `StripedNorm` for each
-    norm, in place; its weights and their names stay. The convolutions that join frames are left: a picture does not
-    come by them."""
+    """Replace the convolutions of diffusers' AutoencoderKLQwenImage by `PictureConv` and its norms by `StripedNorm`, in
+    place; weights and their names stay. Convolutions that join frames are kept: images do not pass them."""
     from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d, QwenImageRMS_norm
 
     for module in list(vae.modules()):

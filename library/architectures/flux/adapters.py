@@ -1,4 +1,4 @@
-"""The layers of FLUX.1 and Chroma that adapters change: what they attach to, and the names that files have for it.
+"""The layers of FLUX.1 and Chroma that adapters target, and their names in files.
 
 Module paths are those of the original checkpoint.
 """
@@ -21,16 +21,16 @@ NUM_BLOCKS = {"double_blocks": 19, "single_blocks": 38}
 QKV_SHARES = (1, 1, 1)
 LINEAR1_SHARES = (1, 1, 1, 4)  # the MLP is four times as wide as the model
 NUM_CLIP_LAYERS, NUM_T5_BLOCKS, NUM_APPROXIMATOR_LAYERS = 12, 24, 5
-MODULATION = ("_mod.lin", ".modulation.lin", ".adaLN_modulation.1")  # how the paths end that Chroma has not
-VECTORS = ("time_in.", "guidance_in.", "vector_in.")  # how paths begin that make FLUX.1's modulation
-PROCESSORS = {  # of XLabs's trainer -> the layers whose outputs they change
+MODULATION = ("_mod.lin", ".modulation.lin", ".adaLN_modulation.1")  # endings of paths that Chroma lacks
+VECTORS = ("time_in.", "guidance_in.", "vector_in.")  # prefixes of the paths of FLUX.1's modulation
+PROCESSORS = {  # names of XLabs's trainer -> the layers whose outputs they change
     "qkv_lora1": "img_attn.qkv", "proj_lora1": "img_attn.proj",
     "qkv_lora2": "txt_attn.qkv", "proj_lora2": "txt_attn.proj", "proj_lora": "linear2",
 }  # fmt: skip
 
 
 def denoiser_paths() -> Iterator[str]:
-    """Path of every Linear layer, in the order of the checkpoint."""
+    """Yield the path of every Linear layer, in the order of the checkpoint."""
     yield from TOP
     for stack, _, layers in STACKS:
         for number in range(NUM_BLOCKS[stack]):
@@ -38,7 +38,7 @@ def denoiser_paths() -> Iterator[str]:
 
 
 def chroma_paths() -> Iterator[str]:
-    """The same of Chroma, whose approximator stands for all layers that modulate."""
+    """Yield the path of every Linear layer of Chroma, whose approximator replaces all modulation layers."""
     yield from (path for path in denoiser_paths() if not path.startswith(VECTORS) and not path.endswith(MODULATION))
     yield from (f"{APPROXIMATOR}{side}_proj" for side in ("in", "out"))
     layers = [f"{APPROXIMATOR}layers.{number}" for number in range(NUM_APPROXIMATOR_LAYERS)]
@@ -75,7 +75,7 @@ def t5_module(path: str) -> ModuleNames:
 
 
 def chroma_t5_module(path: str) -> ModuleNames:
-    """Of Chroma it is the only text encoder, so OneTrainer gives it no number."""
+    """Name a module of Chroma's T5: its only text encoder, which OneTrainer therefore does not number."""
     found = t5_module(path)
     return replace(found, aliases=(*found.aliases, f"lora_te_{path.replace('.', '_')}"))
 
@@ -134,14 +134,14 @@ CHROMA_TARGETS = replace(
 
 
 def view(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[list[nn.Module], nn.Module]:
-    """([CLIP-L, T5 where it is there], denoiser) for `create_network` and `apply_to`.
+    """Return ([CLIP-L, T5 if present], denoiser) for `create_network` and `apply_to`.
 
-    The denoiser's own paths are those of files.
+    The denoiser's own paths are those in files.
     """
     clip = [ClipView(clip_body(encoder)) for encoder in text_encoders[:1]]
     return [*clip, *text_encoders[1:]], denoiser
 
 
 def view_chroma(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[list[nn.Module], nn.Module]:
-    """([T5 where it is there], denoiser), whose paths are those of files."""
+    """Return ([T5 if present], denoiser), whose paths are those in files."""
     return [*text_encoders], denoiser

@@ -1,5 +1,5 @@
-"""What Chroma (lodestones 2025) has in place of FLUX.1's modulation layers: one network that works out the rows of all
-of them from the noise level, in the layout of the original checkpoints.
+"""Chroma's (lodestones 2025) replacement of FLUX.1's modulation layers: one network that computes the rows of all of
+them from the noise level, in the layout of the original checkpoints.
 
 Letters: B samples, V rows of modulation, M model width, F input features, A width of the network.
 """
@@ -18,16 +18,16 @@ from library.models.sinusoids import sinusoids
 
 @dataclass(frozen=True)
 class ApproximatorConfig:
-    """Its sizes, as the shapes of a checkpoint tell them."""
+    """Its sizes, inferred from the shapes of a checkpoint."""
 
-    in_features: int  # a quarter for the noise level, a quarter for the guidance, half for the number of the row
+    in_features: int  # a quarter for the noise level, a quarter for the guidance, half for the row's index
     hidden_width: int
     depth: int
 
 
 def read_approximator(shapes: Mapping[str, tuple[int, ...]]) -> ApproximatorConfig | None:
-    """The configuration from names and shapes, names without prefix; None where there is none of its names. Raises
-    UserError for a name that is missing."""
+    """Read the configuration from names and shapes, names without prefix; None if the checkpoint has no approximator.
+    Raises UserError for a missing name."""
     if not any(name.startswith(APPROXIMATOR) for name in shapes):
         return None
     read = ShapeReader("Chroma", shapes)
@@ -36,8 +36,8 @@ def read_approximator(shapes: Mapping[str, tuple[int, ...]]) -> ApproximatorConf
 
 
 def modulation_inputs(sigmas_B: Tensor, guidance_B: Tensor, num_rows: int, in_features: int) -> Tensor:
-    """What an approximator is told for each row, float32, shape BVF: the noise level and the guidance, which are the
-    same for all rows, then the number of the row."""
+    """Return the approximator's input for each row, float32, shape BVF: the noise level and the guidance, equal for all
+    rows, then the index of the row."""
     told_BF = [sinusoids(1000 * values_B.float(), in_features // 4) for values_B in (sigmas_B, guidance_B)]
     rows_VF = sinusoids(1000 * torch.arange(num_rows, device=sigmas_B.device), in_features // 2)
     told_BVF = [values[:, None].expand(-1, num_rows, -1) for values in told_BF]
@@ -45,9 +45,9 @@ def modulation_inputs(sigmas_B: Tensor, guidance_B: Tensor, num_rows: int, in_fe
 
 
 class Approximator(nn.Module):
-    """The class name is an interface: adapters find its layers by it where they are asked for.
+    """The network that computes modulation. Adapters find its layers by this class name if they are requested.
 
-    The modulation of a frozen model depends on nothing that is trained, so autograd keeps nothing of it.
+    The modulation of a frozen model depends on nothing that is trained, so autograd saves nothing of it.
     """
 
     def __init__(self, config: ApproximatorConfig, width: int) -> None:
@@ -59,7 +59,7 @@ class Approximator(nn.Module):
         self.out_proj = nn.Linear(hidden, width)
 
     def forward(self, inputs_BVF: Tensor) -> Tensor:
-        """The rows of modulation, BVM."""
+        """Return the rows of modulation, BVM."""
         x_BVA = self.in_proj(inputs_BVF)
         for layer, norm in zip(self.layers, self.norms, strict=True):
             x_BVA = x_BVA + layer(norm(x_BVA))
@@ -68,12 +68,12 @@ class Approximator(nn.Module):
 
 
 class GivenModulation(nn.Module):
-    """Hands on rows that an approximator worked out, where FLUX.1 has a layer; it has no weights."""
+    """A weightless layer in place of FLUX.1's modulation layers that passes on rows of the approximator."""
 
     def __init__(self, first_row: int, num_rows: int) -> None:
         super().__init__()
         self.rows = slice(first_row, first_row + num_rows)
 
     def forward(self, rows_BVM: Tensor) -> tuple[Tensor, ...]:
-        """Each row as (B, 1, M)."""
+        """Return each row as (B, 1, M)."""
         return torch.split(rows_BVM[:, self.rows], 1, dim=1)

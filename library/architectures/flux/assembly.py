@@ -1,7 +1,7 @@
-"""FLUX.1: a transformer of double and single streams, CLIP-L and T5-XXL, 16-channel latents; and Chroma, its relative
-without CLIP-L, whose blocks are modulated by an approximator.
+"""Assembly of FLUX.1, a transformer of double and single streams with CLIP-L, T5-XXL and 16-channel latents; and of
+Chroma, its variant without CLIP-L, whose blocks are modulated by an approximator.
 
-The assembly, and the table of contents of this package.
+Start here to read this package.
 """
 
 import logging
@@ -36,12 +36,12 @@ RECIPE = Recipe(
         "modelspec.implementation": "https://github.com/black-forest-labs/flux",
         "modelspec.resolution": "1024x1024",
     },
-    refuses={"weighted_captions": "T5 knows no weighted words"},
+    refuses={"weighted_captions": "T5 has no prompt weighting"},
     ignores={
         **IGNORES,
         "v_parameterization": "FLUX.1 predicts the velocity of a flow",
-        "clip_skip": "FLUX.1 takes CLIP's pooled state",
-        "max_token_length": "T5 reads captions in one piece; use --t5xxl_max_token_length",
+        "clip_skip": "FLUX.1 uses CLIP's pooled state",
+        "max_token_length": "T5 reads captions whole; use --t5xxl_max_token_length",
         "vae": "use --ae",
         **OTHER_ATTENTION,
     },
@@ -63,16 +63,17 @@ CHROMA_RECIPE = replace(
         **RECIPE.ignores,
         "v_parameterization": "Chroma predicts the velocity of a flow",
         "clip_skip": "Chroma has no CLIP",
-        "clip_l": "Chroma reads captions with T5 alone",
+        "clip_l": "Chroma reads captions only with T5",
     },
 )
-CHROMA_USUAL = {"guidance_scale": 0.0, "timestep_sampling": "sigmoid"}  # what it was made with, beside raw predictions
+# Settings Chroma was trained with, besides raw predictions.
+CHROMA_USUAL = {"guidance_scale": 0.0, "timestep_sampling": "sigmoid"}
 CODEC = mapped_latents("_flux.npz")
 LATENTS = CODEC.spec
 
 
 def build(options: FluxOptions) -> Architecture:
-    """The parts of the model that the options name; none is loaded yet.
+    """Assemble the model that the options name; nothing is loaded yet.
 
     Raises UserError naming the flag for a file or a setting that does not fit the model of --model_type.
     """
@@ -130,19 +131,19 @@ def build_chroma(options: FluxOptions) -> Architecture:
 
 
 def with_masked_padding(options: FluxOptions) -> FluxOptions:
-    """The options with --apply_t5_attn_mask, without which there is no Chroma."""
+    """Set --apply_t5_attn_mask, which Chroma requires."""
     if options.flux.apply_t5_attn_mask:
         return options
-    logger.info("--apply_t5_attn_mask is set: Chroma was made with the padding behind captions masked")
+    logger.info("--apply_t5_attn_mask is enabled: Chroma was trained with masked caption padding")
     return options.with_values({"apply_t5_attn_mask": True})
 
 
 def warn_of_unusual(options: FluxOptions) -> None:
-    """Say where a setting is another than what Chroma was made with."""
+    """Warn of settings that differ from those that Chroma was trained with."""
     values = options.flat()
     for name, usual in CHROMA_USUAL.items():
         if values[name] != usual:
-            logger.warning("--%s is %s; Chroma was made with --%s %s", name, values[name], name, usual)
+            logger.warning("--%s is %s; Chroma was trained with --%s %s", name, values[name], name, usual)
 
 
 def build_objective(options: FluxOptions) -> FlowMatching:
@@ -155,14 +156,15 @@ def build_objective(options: FluxOptions) -> FlowMatching:
 
 
 def build_text(options: FluxOptions, loader: FluxLoader) -> FluxText:
-    """Both tokenizers, looked for beside the base model and T5's also beside that encoder."""
+    """Build both tokenizers, searched beside the base model, and T5's also beside that encoder."""
     usual = T5_TOKENS_SCHNELL if loader.is_schnell else T5_TOKENS_DEV
     clip = load_tokenizer(loader.path, options.model.tokenizer_cache_dir, loader.num_clip_words)
     return FluxText(ClipTokens(clip), build_t5_text(options, loader, usual, ("tokenizer_2",)))
 
 
 def build_t5_text(options: FluxOptions, loader: FluxLoader, usual: int, folders: Sequence[str]) -> T5Text:
-    """T5's tokenizer, from one of the folders beside the base model or the encoder; `usual` is the longest caption."""
+    """Build T5's tokenizer from one of the folders beside the base model or the encoder; `usual` is the default token
+    limit."""
     length = options.flux.t5xxl_max_token_length
     beside = folders_beside(loader.path, options.flux.t5xxl)
     cache_dir = options.model.tokenizer_cache_dir
@@ -174,7 +176,8 @@ def build_t5_text(options: FluxOptions, loader: FluxLoader, usual: int, folders:
 
 
 def build_text_cache(options: FluxOptions, loader: FluxLoader, text: FluxText) -> TextCacheSpec:
-    """Files that hold what sd-scripts' do; its `txt_ids` are the places of the text tokens, which are all zero."""
+    """Return the cache format, which matches sd-scripts'; its `txt_ids` are the positions of the text tokens, all
+    zero."""
     masks, clip = text.t5.masks_padding, loader.clip
     assert clip is not None
 
@@ -191,9 +194,9 @@ def build_text_cache(options: FluxOptions, loader: FluxLoader, text: FluxText) -
 
 
 def build_t5_cache(options: FluxOptions, loader: FluxLoader, text: T5Text) -> TextCacheSpec:
-    """Files that hold what sd-scripts' do, in which CLIP-L's place is taken by zeros.
+    """Return the cache format, which matches sd-scripts' with zeros for CLIP-L.
 
-    No encoder stays beside the cache: T5 gets an adapter only where it is asked for, and then cannot be cached.
+    No encoder stays in memory besides the cache: T5 gets an adapter only on request, and then cannot be cached.
     """
     return TextCacheSpec(
         options=options.text_caching,
@@ -212,7 +215,7 @@ def build_t5_cache(options: FluxOptions, loader: FluxLoader, text: T5Text) -> Te
 
 
 def build_preview(text: FluxText, loader: FluxLoader, masks_text: bool) -> Preview:
-    """Pictures as the model was made to draw them: distilled guidance, a schedule that depends on the size."""
+    """Build previews as the model was made for: distilled guidance, and a schedule that depends on the size."""
     guidance = PromptDefaults(
         num_steps=20, width=512, height=512, scale=1.0, size_step=16, guidance_scale=None if loader.is_schnell else 3.5
     )

@@ -1,6 +1,6 @@
-"""Names of the denoiser's weights: the original layout, which is ours, against the one of diffusers.
+"""Names of the denoiser's weights in the original layout, which is ours, and in diffusers'.
 
-A weight of ours is made of several of diffusers', one below the other; `sources` lists them.
+A weight of ours stacks several of diffusers'; `sources` lists them.
 """
 
 import re
@@ -10,8 +10,8 @@ from library.checkpoints.fused_tensors import joined
 from library.checkpoints.weights import Weights
 
 DIFFUSERS_MARK = "x_embedder.weight"
-SWAPPED = "final_layer.adaLN_modulation.1."  # shift and scale stand in the other order in diffusers
-APPROXIMATOR = "distilled_guidance_layer."  # of Chroma; diffusers calls its layers like this too, but two parts of them
+SWAPPED = "final_layer.adaLN_modulation.1."  # diffusers has shift and scale in reverse order
+APPROXIMATOR = "distilled_guidance_layer."  # of Chroma; diffusers uses these names except for two parts
 APPROXIMATOR_PARTS = {"in_layer": "linear_1", "out_layer": "linear_2"}
 
 TOP = {
@@ -53,7 +53,7 @@ STACKS = (("double_blocks", "transformer_blocks", DOUBLE), ("single_blocks", "si
 
 
 def sources(path: str) -> tuple[str, ...]:
-    """diffusers' paths of the layers that one of ours is made of; raises KeyError for a path of no layer."""
+    """Return diffusers' paths of the layers that make up one of ours; raises KeyError for other paths."""
     for ours, theirs, layers in STACKS:
         if path.startswith(f"{ours}."):
             _, number, layer = path.split(".", 2)
@@ -65,13 +65,13 @@ def sources(path: str) -> tuple[str, ...]:
 
 
 def source_keys(key: str) -> tuple[str, ...]:
-    """diffusers' names of the weights that one of ours is made of."""
+    """Return diffusers' names of the weights that make up one of ours."""
     path, _, leaf = key.rpartition(".")
     return tuple(f"{name}.{'weight' if leaf == 'scale' else leaf}" for name in sources(path))
 
 
 def our_keys(names: Iterable[str]) -> list[str]:
-    """Our names of the weights of a model in diffusers' layout."""
+    """Return our names of the weights of a model in diffusers' layout."""
     names = list(names)
     has = set(names)
     keys = [f"{path}.{leaf}" for path in TOP for leaf in ("weight", "bias")]
@@ -86,15 +86,15 @@ def our_keys(names: Iterable[str]) -> list[str]:
 
 
 def our_approximator_key(name: str) -> str:
-    """Our name of an approximator's weight in diffusers' layout."""
+    """Return our name of an approximator's weight in diffusers' layout."""
     for ours, theirs in APPROXIMATOR_PARTS.items():
         name = name.replace(f".{theirs}.", f".{ours}.")
     return re.sub(r"(\.norms\.\d+)\.weight$", r"\1.scale", name)
 
 
 def from_diffusers(weights: Weights) -> Weights:
-    """A model in diffusers' layout under our names, each tensor joined when it is read.
+    """Rename a model in diffusers' layout to our names, joining each tensor when it is read.
 
-    Raises UserError naming what is missing of a layer whose other parts are there.
+    Raises UserError naming missing parts of an incomplete layer.
     """
     return joined(weights, {key: source_keys(key) for key in our_keys(weights.shapes)}, SWAPPED)

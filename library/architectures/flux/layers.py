@@ -1,4 +1,4 @@
-"""Layers that the denoiser and an approximator are made of; the names of their weights are the checkpoints'."""
+"""Layers shared by the denoiser and the approximator; their weights have the checkpoints' names."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ EPS = 1e-6
 
 
 class MLPEmbedder(nn.Module):
-    """Two linear layers with SiLU between them."""
+    """Two linear layers with SiLU in between."""
 
     def __init__(self, in_features: int, width: int) -> None:
         super().__init__()
@@ -21,12 +21,12 @@ class MLPEmbedder(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root mean square over the last axis, computed in float32."""
+    """Root mean square norm over the last axis, computed in float32."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous()  # it is kept for the backward pass, and were it a part of something, all of that
+        x = x.contiguous()  # autograd saves it, and with a view the whole base tensor
         return rms_norm(x.float(), x.shape[-1:], eps=EPS).to(x.dtype) * self.scale.to(x.dtype)

@@ -1,5 +1,5 @@
-"""Checkpoints of FLUX.1 and Chroma to modules: the files of the original release, one file of all, or a folder of
-diffusers."""
+"""Loading of FLUX.1 and Chroma checkpoints: the files of the original release, one file with everything, or a diffusers
+folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +43,7 @@ FOLDERS = {  # --model_type -> part -> folder in diffusers' layout
 
 @dataclass(frozen=True)
 class FluxLoader:
-    """The models, each loaded when it is asked for; frozen, on the CPU."""
+    """The models, each loaded on request; frozen, on the CPU."""
 
     path: Path  # the folder or file of the denoiser
     config: FluxConfig
@@ -56,7 +56,7 @@ class FluxLoader:
 
     @property
     def num_clip_words(self) -> int | None:
-        """None where the encoder is not there."""
+        """The size of CLIP-L's vocabulary, or None if its files are missing."""
         assert self.clip is not None
         return first_side(self.clip, CLIP_WORDS)
 
@@ -66,7 +66,7 @@ class FluxLoader:
 
     @property
     def is_schnell(self) -> bool:
-        """The step-distilled model, which has no input for guidance."""
+        """True for the step-distilled model, which has no guidance input."""
         return not self.config.has_guidance
 
     def text_encoders(self) -> list[nn.Module]:
@@ -74,7 +74,7 @@ class FluxLoader:
         return [*clip, load_t5(self.t5, self.dtype)]
 
     def clip_l(self) -> nn.Module:
-        """The first text encoder alone."""
+        """Load only the first text encoder."""
         assert self.clip is not None
         return load_clip(self.clip, self.dtype)
 
@@ -88,7 +88,7 @@ class FluxLoader:
 def open_loader(options: FluxOptions) -> FluxLoader:
     """Open the files that the options name; only headers are read.
 
-    Raises UserError naming the flag when a file is missing, broken, incomplete or of another model.
+    Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
     """
     flux, folders, title = options.flux, FOLDERS[options.flux.model_type], title_of(options.flux.model_type)
     given = {"clip_l": flux.clip_l, "t5xxl": flux.t5xxl, "ae": flux.ae}
@@ -116,32 +116,32 @@ def open_loader(options: FluxOptions) -> FluxLoader:
 
 
 def load_ae(name: str, options: FluxOptions) -> nn.Module:
-    """The VAE in the file or folder of --ae, for those who need nothing else of the model."""
+    """Load only the VAE in the file or folder of --ae."""
     return load_vae(open_ae("FLUX.1", name, BaseFiles(Path())), vae_dtype_of(options))
 
 
 def title_of(kind: str) -> str:
-    """What messages call the model of a --model_type."""
+    """Return the name of a --model_type in messages."""
     return spec_of(list_specs(), kind).title
 
 
 def denoiser_of(base: BaseFiles, kind: str) -> Weights:
-    """The denoiser's weights under our names; `kind` is --model_type.
+    """Return the denoiser's weights under our names; `kind` is --model_type.
 
-    Raises UserError saying which model it is where it is another.
+    Raises UserError for another model, naming it.
     """
     weights = open_transformer(list_specs(), base, kind)
     refuse_other_model(list_specs(), base.flag, str(base.path), (base.whole or weights).shapes, kind)
     if DIFFUSERS_MARK in weights.shapes:
         return from_diffusers(weights)
     if "double_blocks.0.img_attn.qkv.weight" not in weights.shapes:
-        why = f"nothing in it is called double_blocks.0..., so it is no {title_of(kind)} transformer"
+        why = f"it has no double_blocks.0..., so it is not a {title_of(kind)} transformer"
         refuse_transformer(list_specs(), base, weights, kind, why)
     return weights
 
 
 def open_clip(name: str | None, base: BaseFiles, folder: str) -> Component:
-    """CLIP-L from --clip_l, or from the base model. FLUX.1 was trained with the exact GELU in it."""
+    """Open CLIP-L from --clip_l or from the base model. FLUX.1 was trained with the exact GELU in it."""
     config, weights = base.open_text_encoder("--clip_l", name, folder, CLIP_PREFIXES[0])
     if config is not None:
         return clip_of_folder(config, weights)
@@ -150,18 +150,18 @@ def open_clip(name: str | None, base: BaseFiles, folder: str) -> Component:
 
 
 def open_t5(name: str | None, base: BaseFiles, folder: str) -> Component:
-    """T5-XXL from --t5xxl, or from the base model."""
+    """Open T5-XXL from --t5xxl or from the base model."""
     config, weights = base.open_text_encoder("--t5xxl", name, folder, T5_MARK)
     return t5_component(weights) if config is None else t5_of_folder(config, weights)
 
 
 def check_fit(loader: FluxLoader, title: str) -> None:
-    """Raise UserError where the parts do not fit together."""
+    """Raise UserError if the parts do not fit together."""
     config = loader.config
     if config.in_features != CHANNELS * PATCH**2:
         raise UserError(
-            f"{BASE_FLAG} {loader.path}: the transformer takes {config.in_features} values a patch, training feeds "
-            f"{CHANNELS * PATCH**2}; FLUX.1 Fill, Canny, Depth and other conditioned variants are not supported"
+            f"{BASE_FLAG} {loader.path}: the transformer takes {config.in_features} values per patch, but only "
+            f"{CHANNELS * PATCH**2} are supported, not FLUX.1 Fill, Canny, Depth and other conditioned variants"
         )
     if loader.clip is not None:
         check_text_width("--clip_l", loader.clip, CLIP_WORDS, config.pooled_width, f"{title}'s")

@@ -1,5 +1,5 @@
-"""Checkpoints of FLUX.1 and Chroma for merging adapters into them and extracting adapters from them: the file of the
-transformer, or one file of all parts."""
+"""FLUX.1 and Chroma checkpoints for merging and extracting adapters: the transformer's file, or one file with
+everything."""
 
 from collections.abc import Callable
 from functools import partial
@@ -24,13 +24,13 @@ from library.models.t5 import T5_LINEAR
 LAYERS = tuple((f"{stack}.", tuple(f".{layer}" for layer in layers)) for stack, _, layers in STACKS)
 
 
-APPROXIMATOR_LAYERS = ("_proj", "_layer")  # how the names of its layers end
+APPROXIMATOR_LAYERS = ("_proj", "_layer")  # endings of its layers' names
 
 
 def open_base_model(kind: str, flag: str, path: Path) -> BaseModel:
     """Open a single file in the original layout; only its header is read. `kind` is --model_type.
 
-    Raises UserError naming `flag` when it is missing, broken or of another kind.
+    Raises UserError naming `flag` if it is missing, broken or of another kind.
     """
     path = path if path.is_dir() else model_lookup.find_model(flag, str(path), ())
     weights, prefix = open_original(flag, path, title_of(kind), DENOISER_PREFIXES, DIFFUSERS_MARK)
@@ -40,12 +40,12 @@ def open_base_model(kind: str, flag: str, path: Path) -> BaseModel:
         architecture = f"flux-1-{'schnell' if is_schnell else 'dev'}"
     model = of_single_file(path, weights, partial(names_of, prefix=prefix), kind, architecture)
     if not any(name.startswith("lora_unet") for name in model.files[0].stems):
-        raise UserError(f"{flag} {path} has no layer of {title_of(kind)}'s transformer")
+        raise UserError(f"{flag} {path} has no layers of {title_of(kind)}'s transformer")
     return model
 
 
 def names_of(stem: str, prefix: str) -> ModuleNames | None:
-    """The names of the layer that a weight of the file belongs to; None where adapters change none."""
+    """Return the names of the layer that a weight of the file belongs to; None if adapters do not target it."""
     clip, t5 = f"{CLIP_PREFIXES[0]}text_model.", T5_MARK
     if stem.startswith(clip) and stem.endswith(CLIP_LINEAR):
         return clip_module(stem.removeprefix(clip))
@@ -58,19 +58,19 @@ def names_of(stem: str, prefix: str) -> ModuleNames | None:
 
 
 def open_clip_l(flag: str, path: Path) -> BaseModel:
-    """CLIP-L in a file of its own; only its header is read. Raises UserError naming `flag` for another file."""
+    """Open a file of CLIP-L; only its header is read. Raises UserError naming `flag` for another file."""
     return open_text_encoder(flag, path, "text_model.", CLIP_LINEAR, clip_module)
 
 
 def open_t5xxl(flag: str, path: Path) -> BaseModel:
-    """T5-XXL in a file of its own; only its header is read. Raises UserError naming `flag` for another file."""
+    """Open a file of T5-XXL; only its header is read. Raises UserError naming `flag` for another file."""
     return open_text_encoder(flag, path, "", T5_LINEAR, t5_module)
 
 
 def open_text_encoder(
     flag: str, path: Path, prefix: str, layers: tuple[str, ...], module: Callable[[str], ModuleNames]
 ) -> BaseModel:
-    """A text encoder's file, its layers by the names of adapter files."""
+    """Open a text encoder's file with its layers by their names in adapter files."""
 
     def names_of(stem: str) -> ModuleNames | None:
         is_layer = stem.startswith(f"{prefix}encoder.") and stem.endswith(layers)
@@ -78,13 +78,11 @@ def open_text_encoder(
 
     model = of_single_file(path, model_lookup.open_file(flag, path), names_of, "flux", "")
     if not model.files[0].modules:
-        raise UserError(
-            f"{flag} {path} has no layer called {prefix}encoder....{layers[0]}; give the file that FLUX.1 uses"
-        )
+        raise UserError(f"{flag} {path} has no layer called {prefix}encoder....{layers[0]}; use the file for FLUX.1")
     return model
 
 
 def seen_by_networks(kind: str, path: Path) -> tuple[list[nn.Module], nn.Module]:
-    """([], transformer) of a checkpoint as network modules see it, on the meta device."""
+    """Return ([], transformer) of a checkpoint as network modules see it, on the meta device."""
     weights, prefix = open_original("the checkpoint", path, title_of(kind), DENOISER_PREFIXES, DIFFUSERS_MARK)
     return view([], on_meta_device(Flux, configure(with_prefix(weights, prefix), read_config)))

@@ -1,8 +1,8 @@
-"""The denoiser of FLUX.1 (Black Forest Labs 2024) and of Chroma, in the layout of the original checkpoints.
+"""The denoiser of FLUX.1 (Black Forest Labs 2024) and Chroma, in the layout of the original checkpoints.
 
 Module paths are the keys of the checkpoint and the names of adapters. Letters: B samples, C channels, H and W sides of
-the latent, h and w sides in patches, L text tokens, T all tokens (text first, then the picture row by row), N heads,
-D head width, M model width, F features of a patch, V rows of modulation.
+the latent, h and w sides in patches, L text tokens, T all tokens (text first, then the image in row order), N heads, D
+head width, M model width, F features of a patch, V rows of modulation.
 """
 
 from collections.abc import Iterator, Mapping
@@ -30,34 +30,34 @@ from library.models.shapes import ShapeReader
 from library.models.sinusoids import FREQUENCIES, sinusoids
 
 PATCH = 2
-ROPE_STEP = 32  # head widths are multiples of it: the angles of a head are shared out 1 : 3.5 : 3.5 in pairs
+ROPE_STEP = 32  # head widths are multiples: the pairs of a head are split 1 : 3.5 : 3.5
 
 
 @dataclass(frozen=True)
 class FluxConfig:
-    """The hyper-parameters, as the shapes of a checkpoint tell them."""
+    """The hyper-parameters, inferred from the shapes of a checkpoint."""
 
     in_features: int  # of a patch: four times the channels of the latent
     width: int
     head_width: int
     mlp_width: int
     text_width: int
-    pooled_width: int  # of CLIP-L; 0 with an approximator, which takes no caption
+    pooled_width: int  # of CLIP-L; 0 with an approximator, which uses no caption
     num_double: int
     num_single: int
-    has_guidance: bool  # dev and Chroma have it, schnell has not
-    approximator: ApproximatorConfig | None = None  # Chroma: works out the modulation of all blocks
+    has_guidance: bool  # true for dev and Chroma, false for schnell
+    approximator: ApproximatorConfig | None = None  # Chroma's, which computes the modulation of all blocks
 
     @property
     def rope_axes(self) -> tuple[int, int, int]:
-        """Values of a head that turn with (text, row, column): 16, 56 and 56 of 128."""
+        """The number of values of a head that rotate with (text, row, column): 16, 56 and 56 of 128."""
         first = self.head_width // 8
         return (first, (self.head_width - first) // 2, (self.head_width - first) // 2)
 
 
 def read_config(shapes: Mapping[str, tuple[int, ...]]) -> FluxConfig:
-    """The configuration of a checkpoint from names and shapes, names without prefix. Raises UserError for a name that
-    is missing and for sizes that make no model."""
+    """Read the configuration of a checkpoint from names and shapes, names without prefix. Raises UserError for a
+    missing name and for invalid sizes."""
     approximator = read_approximator(shapes)
     read = ShapeReader("FLUX.1" if approximator is None else "Chroma", shapes)
     shape, count = read.shape, read.count
@@ -65,7 +65,7 @@ def read_config(shapes: Mapping[str, tuple[int, ...]]) -> FluxConfig:
     head_width = shape("double_blocks.0.img_attn.norm.query_norm.scale")[0]
     if width % head_width or head_width % ROPE_STEP:
         raise UserError(
-            f"no {read.model} model: width {width} with heads of {head_width}, multiples of {ROPE_STEP} work"
+            f"not a {read.model} model: width {width}, heads of {head_width}, which must be multiples of {ROPE_STEP}"
         )
     return FluxConfig(
         in_features=in_features,
@@ -82,9 +82,9 @@ def read_config(shapes: Mapping[str, tuple[int, ...]]) -> FluxConfig:
 
 
 class Flux(nn.Module):
-    """Noisy latents, noise level and text to the velocity noise - latent.
+    """The network from noisy latents, noise level and text to the velocity noise - latent.
 
-    With `config.approximator` it is Chroma: the same streams, modulated by what one network gives for the noise level
+    With `config.approximator` it is Chroma: the same streams, modulated by one network's output for the noise level
     instead of by a layer in each block, and without CLIP-L.
     """
 
@@ -109,7 +109,7 @@ class Flux(nn.Module):
         self.final_layer = LastLayer(c)
 
     def stacks(self) -> Stacks:
-        """The blocks that go through the runner: the double ones, then the single ones."""
+        """Return the blocks that run through the runner: the double ones, then the single ones."""
         return [[*self.double_blocks], [*self.single_blocks]]
 
     def forward(
@@ -121,11 +121,11 @@ class Flux(nn.Module):
         guidance_B: Tensor | None = None,
         text_mask_BL: Tensor | None = None,
     ) -> Tensor:
-        """The velocity, shape BCHW.
+        """Return the velocity, shape BCHW.
 
-        `sigmas_B` are shares of noise, 0..1. `pooled_BE` is CLIP-L's, None for Chroma. `guidance_B` is the strength of
-        the guidance that a distilled model imitates; a model without that input ignores it. `text_mask_BL` is true for
-        the tokens that may be attended to, None for all.
+        `sigmas_B` are shares of noise, 0..1. `pooled_BE` is CLIP-L's, None for Chroma. `guidance_B` is the guidance
+        strength that a distilled model imitates; a model without that input ignores it. `text_mask_BL` is true for
+        tokens that may be attended to, None for all.
         """
         h, w = (side // PATCH for side in latents_BCHW.shape[-2:])
         dtype = self.img_in.weight.dtype
@@ -144,8 +144,8 @@ class Flux(nn.Module):
     def modulation(
         self, sigmas_B: Tensor, pooled_BE: Tensor | None, guidance_B: Tensor | None, dtype: torch.dtype
     ) -> Iterator[Tensor]:
-        """What modulates each double block, each single block and the last layer, in this order: one vector BM for all
-        of them, or of Chroma the rows BVM that belong to each."""
+        """Yield the modulation of each double block, each single block and the last layer, in this order: one vector BM
+        for all, or for Chroma each one's rows BVM."""
         if (approximator := self.config.approximator) is not None:
             assert guidance_B is not None
             inputs = modulation_inputs(sigmas_B, guidance_B, self.num_modulations, approximator.in_features)
@@ -159,12 +159,13 @@ class Flux(nn.Module):
 
     @property
     def num_modulations(self) -> int:
-        """Rows of an approximator: shift, scale and gate of each part of each block, shift and scale of the last."""
+        """The number of an approximator's rows: shift, scale and gate of each part of each block, shift and scale of
+        the last."""
         return 3 * self.config.num_single + 2 * 6 * self.config.num_double + 2
 
     def modulation_rows(self, rows_BVM: Tensor) -> Iterator[Tensor]:
-        """The rows of each double block (picture, then text), each single block and the last layer. An approximator
-        gives those of the single blocks first, then all of the picture's, all of the text's, and the last layer's."""
+        """Yield the rows of each double block (image, then text), each single block and the last layer. An approximator
+        returns those of the single blocks first, then all of the image's, all of the text's, and the last layer's."""
         c = self.config
         single, img, txt, last = torch.split(rows_BVM, [3 * c.num_single, 6 * c.num_double, 6 * c.num_double, 2], dim=1)
         for img_B6M, txt_B6M in zip(torch.split(img, 6, dim=1), torch.split(txt, 6, dim=1), strict=True):
@@ -174,7 +175,7 @@ class Flux(nn.Module):
 
 
 def positions(num_text: int, h: int, w: int, device: torch.device) -> Tensor:
-    """Where tokens lie, shape (T, 3): text at (0, 0, 0), the picture's row y and column x at (0, y, x)."""
+    """Return positions of tokens, shape (T, 3): text at (0, 0, 0), row y and column x of the image at (0, y, x)."""
     ids_T3 = torch.zeros(num_text + h * w, 3, dtype=torch.long, device=device)
     ids_T3[num_text:, 1] = torch.arange(h, device=device).repeat_interleave(w)
     ids_T3[num_text:, 2] = torch.arange(w, device=device).repeat(h)
@@ -182,13 +183,13 @@ def positions(num_text: int, h: int, w: int, device: torch.device) -> Tensor:
 
 
 def key_mask(text_mask_BL: Tensor, num_patches: int) -> Tensor:
-    """Which tokens may be attended to: the text's as given, the whole picture; shape (B, 1, 1, T)."""
+    """Return the mask of tokens that may be attended to: the text's as given, the whole image; shape (B, 1, 1, T)."""
     picture = text_mask_BL.new_ones((len(text_mask_BL), num_patches), dtype=torch.bool)
     return torch.cat([text_mask_BL.bool(), picture], dim=1)[:, None, None]
 
 
 def attend(q_BNTD: Tensor, k_BNTD: Tensor, v_BNTD: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
-    """Shape BTM."""
+    """Return attention, shape BTM."""
     attended = scaled_dot_product_attention(turn(q_BNTD, rope), turn(k_BNTD, rope), v_BNTD, attn_mask=mask)
     return attended.transpose(1, 2).flatten(2)
 
@@ -201,13 +202,13 @@ class QKNorm(nn.Module):
 
 
 def heads(qkv_BTM: Tensor, norm: QKNorm, head_width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values that lie one after another on the last axis, the first two normed; each BNTD."""
+    """Split queries, keys and values that are concatenated on the last axis, and normalize the first two; each BNTD."""
     q, k, v = qkv_BTM.unflatten(-1, (3, -1, head_width)).permute(2, 0, 3, 1, 4)  # type: ignore[no-untyped-call]
     return norm.query_norm(q), norm.key_norm(k), v
 
 
 class SelfAttention(nn.Module):
-    """The projections of one stream; attention itself runs over both streams."""
+    """The projections of one stream; attention itself spans both streams."""
 
     def __init__(self, width: int, head_width: int) -> None:
         super().__init__()
@@ -221,7 +222,7 @@ class SelfAttention(nn.Module):
 
 
 class Modulation(nn.Module):
-    """Shift, scale and gate for each of some parts of a block."""
+    """Shift, scale and gate for each of several parts of a block."""
 
     def __init__(self, width: int, num_parts: int) -> None:
         super().__init__()
@@ -229,13 +230,13 @@ class Modulation(nn.Module):
         self.lin = nn.Linear(width, 3 * num_parts * width)
 
     def forward(self, vec_BM: Tensor) -> tuple[Tensor, ...]:
-        """3 times the number of parts, each (B, 1, M)."""
+        """Return 3 times the number of parts, each (B, 1, M)."""
         parts: tuple[Tensor, ...] = self.lin(silu(vec_BM))[:, None].chunk(3 * self.num_parts, dim=-1)
         return parts
 
 
 def make_modulation(config: FluxConfig, num_parts: int, first_row: int = 0) -> nn.Module:
-    """Gives shift, scale and gate of each part, each (B, 1, M), from what modulates the block."""
+    """Build the module that returns shift, scale and gate of each part, each (B, 1, M), from a block's modulation."""
     if config.approximator is None:
         return Modulation(config.width, num_parts)
     return GivenModulation(first_row, 3 * num_parts)
@@ -254,8 +255,8 @@ def make_norm(width: int) -> nn.LayerNorm:
 
 
 class DoubleStreamBlock(nn.Module):
-    """Picture and text, each with weights of its own, attending to both. The class name is an interface: network
-    modules find the layers by it."""
+    """Image and text streams with their own weights, attending to both. Network modules find the layers by this class
+    name."""
 
     def __init__(self, config: FluxConfig) -> None:
         super().__init__()
@@ -288,8 +289,7 @@ class DoubleStreamBlock(nn.Module):
 
 
 class SingleStreamBlock(nn.Module):
-    """Attention and MLP side by side over all tokens. The class name is an interface: network modules find the layers
-    by it."""
+    """Parallel attention and MLP over all tokens. Network modules find the layers by this class name."""
 
     def __init__(self, config: FluxConfig) -> None:
         super().__init__()
@@ -305,13 +305,13 @@ class SingleStreamBlock(nn.Module):
         shift, scale, gate = self.modulation(vec)
         mlp, q, k, v = self.parts(modulate(self.pre_norm(x_BTM), shift, scale))
         attended_BTM = attend(q, k, v, rope, mask)
-        del q, k, v  # turned copies of them are kept
+        del q, k, v  # their rotated copies are kept
         y_BTM: Tensor = self.linear2(torch.cat([attended_BTM, gelu(mlp, approximate="tanh")], dim=-1))
         after_BTM: Tensor = x_BTM + gate * y_BTM
         return after_BTM
 
     def parts(self, x_BTM: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What goes through the MLP, queries, keys and values, none as a view of all, which would be kept with it."""
+        """Return the MLP's input, queries, keys and values, as copies: a view would keep the whole tensor alive."""
         qkv, mlp = self.linear1(x_BTM).split(self.widths, dim=-1)
         q, k, v = heads(qkv, self.norm, self.head_width)
         return mlp.contiguous(), q, k, v.contiguous()
@@ -324,13 +324,13 @@ class LastModulation(nn.Sequential):
         super().__init__(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, vec_BM: Tensor) -> tuple[Tensor, ...]:
-        """Two, each (B, 1, M)."""
+        """Return both, each (B, 1, M)."""
         parts: tuple[Tensor, ...] = self[1](self[0](vec_BM))[:, None].chunk(2, dim=-1)
         return parts
 
 
 class LastLayer(nn.Module):
-    """Tokens to patches of the velocity."""
+    """The last layer, from tokens to patches of the velocity."""
 
     def __init__(self, config: FluxConfig) -> None:
         super().__init__()

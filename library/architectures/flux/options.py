@@ -1,4 +1,4 @@
-"""The options that only FLUX.1 and Chroma have."""
+"""The options of FLUX.1 and Chroma only."""
 
 import argparse
 from collections.abc import Mapping
@@ -18,12 +18,12 @@ from library.options.training.flow import (
 
 OptionsT = TypeVar("OptionsT", bound="FluxOptions")
 
-SPLIT_MODE_BLOCKS = 18  # that wait with --split_mode
+SPLIT_MODE_BLOCKS = 18  # offloaded with --split_mode
 
 
 @dataclass(frozen=True)
 class FluxModelOptions(Options):
-    """The parts of the base model and what reaches the denoiser of a caption."""
+    """The parts of the base model and the text limits."""
 
     clip_l: str | None = option(
         None,
@@ -36,25 +36,25 @@ class FluxModelOptions(Options):
     ae: str | None = option(None, usual=True, help="File or folder of the VAE. Unset takes it from the base.")
     controlnet_model_name_or_path: str | None = option(
         None,
-        ignored="adapters are trained without a ControlNet",
-        help="Has no effect: adapters are trained without one.",
+        ignored="training adapters with a ControlNet is not supported",
+        help="Has no effect: training adapters with a ControlNet is not supported.",
     )
     t5xxl_max_token_length: int | None = option(
         None,
         at_least=2,
-        help="Longest caption in T5's tokens; what is longer is cut. Unset is 256 for schnell and 512 otherwise.",
+        help="Longest caption in T5's tokens; longer captions are cut. Unset is 256 for schnell and 512 otherwise.",
     )
     apply_t5_attn_mask: bool = option(
-        False, help="Keep T5 and the denoiser from attending to the padding behind a caption. Always on for Chroma."
+        False, help="Keep T5 and the denoiser from attending to caption padding. Always on for Chroma."
     )
     guidance_scale: float = option(
         3.5,
         usual=True,
-        help="Strength of guidance that the denoiser is told while it trains; schnell has no such input. 1 is what "
-        "most recipes train FLUX.1 with; Chroma was made with 0.",
+        help="Guidance strength given to the denoiser in training; schnell has no such input. Most FLUX.1 recipes "
+        "train with 1; Chroma was trained with 0.",
     )
     model_type: str = option(
-        "flux", help="Which model the base is: flux for FLUX.1 dev and schnell.", choices=("flux", "chroma")
+        "flux", help="The base model: flux for FLUX.1 dev and schnell.", choices=("flux", "chroma")
     )
     split_mode: bool = option(
         False, unless="blocks_to_swap", affects_training=False, help="An old name for --blocks_to_swap 18."
@@ -63,23 +63,23 @@ class FluxModelOptions(Options):
 
 @dataclass(frozen=True)
 class FluxPredictionOptions(FlowPredictionOptions):
-    """What the output of the denoiser is compared as."""
+    """The interpretation of the denoiser's output."""
 
     model_prediction_type: str = redeclared(FlowPredictionOptions, "model_prediction_type", "sigma_scaled")
 
 
 INSTEAD: Mapping[str, str] = {
-    "dit": "here it is --pretrained_model_name_or_path",
-    "training_shift": "here it is --discrete_flow_shift with --timestep_sampling shift",
-    "clip_g": "the model has CLIP-L and T5 alone",
-    "apply_lg_attn_mask": "CLIP-L gives one vector here, which needs no mask",
-    "t5_max_token_length": "here it is --t5xxl_max_token_length",
-    "text_encoder": "here they are --clip_l and --t5xxl",
-    "qwen3": "here it is --t5xxl",
-    "gemma2": "here it is --t5xxl",
+    "dit": "use --pretrained_model_name_or_path",
+    "training_shift": "use --discrete_flow_shift with --timestep_sampling shift",
+    "clip_g": "the model has only CLIP-L and T5",
+    "apply_lg_attn_mask": "only CLIP-L's pooled vector is used, which needs no mask",
+    "t5_max_token_length": "use --t5xxl_max_token_length",
+    "text_encoder": "use --clip_l and --t5xxl",
+    "qwen3": "use --t5xxl",
+    "gemma2": "use --t5xxl",
     "sample_batch_size": "previews are drawn one by one",
 }
-"""What options of other scripts and programs are here, as the error for one of them ends."""
+"""Alternatives to options of other scripts and programs; they end the error for such an option."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class FluxOptions(TrainOptions):
 
     @classmethod
     def from_args(cls: type[OptionsT], args: argparse.Namespace) -> OptionsT:
-        """Collect the parsed values; --split_mode becomes what it stands for."""
+        """Collect the parsed values and resolve --split_mode."""
         options = super().from_args(args)
         if not options.flux.split_mode or options.memory.blocks_to_swap is not None:
             return options

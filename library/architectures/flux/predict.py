@@ -1,4 +1,4 @@
-"""One call of the denoiser of FLUX.1 or Chroma, and how their preview pictures come about."""
+"""Prediction by the denoiser of FLUX.1 or Chroma, and their preview samplers."""
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,9 @@ def predict(
     guidance: float,
     masks_text: bool,
 ) -> Tensor:
-    """The velocity, noise - latent, in the shape of the latents.
+    """Return the velocity, noise - latent, in the shape of the latents.
 
-    `guidance` is what a guidance-distilled model is told; `masks_text` hides the padding behind the caption.
+    `guidance` is the input of a guidance-distilled model; `masks_text` hides caption padding.
     """
     velocity_BCHW: Tensor = denoiser(
         noised.latents_BCHW,
@@ -35,7 +35,7 @@ def predict(
 def predict_chroma(
     denoiser: nn.Module, noised: Noised, conditioning: Conditioning, batch: Batch, *, guidance: float
 ) -> Tensor:
-    """The velocity of Chroma, which attends to a caption and the first padding token behind it."""
+    """Return the velocity of Chroma, which attends to a caption and the first padding token after it."""
     velocity_BCHW: Tensor = denoiser(
         noised.latents_BCHW,
         noised.sigmas_B,
@@ -48,16 +48,16 @@ def predict_chroma(
 
 
 def with_first_padding(mask_BT: Tensor) -> Tensor:
-    """The caption's tokens and, where there is one, the padding token behind them: true for both, shape BT.
+    """Return a mask that is true for the caption's tokens and the first padding token after them, shape BT.
 
-    So Chroma was trained (https://huggingface.co/lodestones/Chroma, "masking T5 padding tokens").
+    Chroma was trained so (https://huggingface.co/lodestones/Chroma, "masking T5 padding tokens").
     """
     places_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
     return places_T <= mask_BT.sum(dim=1, keepdim=True)
 
 
 def preview_sampler(prompt: Prompt, is_shifted: bool) -> Sampler:
-    """Even noise levels, pushed toward noise as the size of the picture asks; schnell takes them as they are."""
+    """Build a sampler on even noise levels, shifted toward noise by the image size; schnell's are not shifted."""
     sigmas_N = even_sigmas(prompt.num_steps)
     if is_shifted:
         sigmas_N = shift_sigmas(sigmas_N, resolution_shift(prompt.height // 8, prompt.width // 8))

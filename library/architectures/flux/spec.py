@@ -1,4 +1,4 @@
-"""FLUX.1 and Chroma as everybody outside this package knows them."""
+"""The public facts of FLUX.1 and Chroma."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -22,15 +22,15 @@ from library.checkpoints.base_model_spec import (
 )
 
 WIDTH = 3072
-NO_T5 = Gap(ALL, r"(lora_te3|text_encoder_2|text_encoders_t5xxl)_.*", "it has no place for LoRA of FLUX.1's T5")
+NO_T5 = Gap(ALL, r"(lora_te3|text_encoder_2|text_encoders_t5xxl)_.*", "it does not support LoRA for FLUX.1's T5")
 T5_OF_DIFFUSERS = Gap(
-    DIFFUSERS, r"text_encoder_2_encoder_block_.*", "it has no place for LoRA of T5 under diffusers' names"
+    DIFFUSERS, r"text_encoder_2_encoder_block_.*", "it does not support LoRA for T5 under diffusers' names"
 )
 INPUTS = r"lora_unet_(img|txt|time|vector|guidance)_in(_.*)?"
-NO_INPUTS = Gap(KOHYA, INPUTS, "it has no place for LoRA of FLUX.1's input layers")
+NO_INPUTS = Gap(KOHYA, INPUTS, "it does not support LoRA for FLUX.1's input layers")
 CHROMA_ONLY = r"distilled_guidance_layer"
 CHROMA_INPUTS = Gap(
-    KOHYA, r"lora_unet_(img|txt)_in", "it has no place under kohya's names for LoRA of Chroma's input layers"
+    KOHYA, r"lora_unet_(img|txt)_in", "it does not support LoRA for Chroma's input layers under kohya's names"
 )
 MODULATION = r"_(mod|modulation)_lin|_norm1?(_context)?_linear"  # in blocks; Chroma has none
 
@@ -53,7 +53,8 @@ NO_APPROXIMATOR = Gap(
 
 
 def refuse_strangers(modules: Mapping[str, FileNaming | None]) -> str | None:
-    """Why diffusers refuses a whole file with modules that FLUX.1 lacks under kohya's names; None without such."""
+    """Return why diffusers refuses a whole file with modules that FLUX.1 lacks under kohya's names; None without
+    such."""
     if any(
         naming == "kohya" and name.startswith("lora_unet_") and NAMES.find(name) is None
         for name, naming in modules.items()
@@ -63,7 +64,7 @@ def refuse_strangers(modules: Mapping[str, FileNaming | None]) -> str | None:
 
 
 def refuse_approximator(modules: Mapping[str, FileNaming | None]) -> str | None:
-    """Why diffusers refuses a whole file that has one under kohya's names; None where it does not."""
+    """Return why diffusers refuses a whole file with an approximator under kohya's names; None without one."""
     if any(naming == "kohya" and CHROMA_ONLY in name for name, naming in modules.items()):
         return "it refuses LoRA of Chroma's approximator under kohya's names"
     return None
@@ -110,7 +111,7 @@ SPECS = (
         checkpoint=(Sign(rf"\b{CHROMA_ONLY}\."),),
         adapter=(
             Sign(rf"_{CHROMA_ONLY}_"),
-            # Its blocks have the names of FLUX.1's: where a file has no other names, its header tells.
+            # Its blocks have FLUX.1's names: if a file has no other names, its metadata decides.
             Sign(r"^transformer_transformer_blocks_.*_attn_to_q_", width=WIDTH, unless=MODULATION),
             Sign(r"_((double|single)_blocks|single_transformer_blocks)_\d+_", Certainty.SHARED, unless=MODULATION),
         ),

@@ -1,4 +1,4 @@
-"""Captions to the conditioning of FLUX.1: CLIP-L's pooled state, and T5-XXL's states; of Chroma the latter alone.
+"""Encoding of captions for FLUX.1: CLIP-L's pooled state and T5-XXL's states; for Chroma only the latter.
 
 Letters: B captions, T T5's tokens, W width of an encoder.
 """
@@ -17,26 +17,26 @@ from library.types import Conditioning, Tokens
 
 @dataclass(frozen=True)
 class T5Text:
-    """T5 reads the caption."""
+    """T5's reading of a caption."""
 
     tokenizer: Any  # transformers' T5TokenizerFast
     num_tokens: int
-    masks_padding: bool  # whether T5 leaves the padding behind a caption out
+    masks_padding: bool  # T5 does not attend to caption padding
 
     @property
     def max_tokens(self) -> int:
-        return self.num_tokens - 1  # the end token is one of them
+        return self.num_tokens - 1  # without the end token
 
     def count_tokens(self, caption: str) -> int:
         return count_t5_tokens(self.tokenizer, caption)
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
-        """T5's ids (B, 1, T) and which of those are no padding (B, 1, T)."""
+        """Return T5's IDs (B, 1, T) and their mask (B, 1, T), 0 for padding."""
         ids_BT, mask_BT = tokenize_t5(self.tokenizer, captions, self.num_tokens)
         return Tokens((ids_BT[:, None], mask_BT[:, None]))
 
     def encode(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
-        """{"t5_out": (B, T, W), "t5_attn_mask": (B, T)}. Gradients flow."""
+        """Return {"t5_out": (B, T, W), "t5_attn_mask": (B, T)}. Gradients flow."""
         ids_BT, mask_BT = (ids_BLT[:, 0] for ids_BLT in tokens.ids_BLT)
         t5_out = encode_t5(encoders[0], ids_BT, mask_BT if self.masks_padding else None)
         return {"t5_out": t5_out, "t5_attn_mask": send(mask_BT, t5_out.device)}
@@ -44,7 +44,7 @@ class T5Text:
 
 @dataclass(frozen=True)
 class FluxText:
-    """Both encoders read the same caption; T5 reads more of it, so it is what counts how long a caption may be."""
+    """Both encoders' reading of a caption; T5 reads more of it, so it determines the token limit."""
 
     clip: ClipTokens
     t5: T5Text
@@ -57,16 +57,16 @@ class FluxText:
         return self.t5.count_tokens(caption)
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
-        """CLIP's ids (B, 1, 77), T5's ids (B, 1, T) and which of those are no padding (B, 1, T)."""
+        """Return CLIP's IDs (B, 1, 77), T5's IDs (B, 1, T) and their mask (B, 1, T), 0 for padding."""
         return Tokens((self.clip.tokenize(captions)[0], *self.t5.tokenize(captions).ids_BLT))
 
     def encode(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
-        """{"l_pooled": (B, W), "t5_out": (B, T, W), "t5_attn_mask": (B, T)}. Gradients flow."""
+        """Return {"l_pooled": (B, W), "t5_out": (B, T, W), "t5_attn_mask": (B, T)}. Gradients flow."""
         of_t5 = self.t5.encode(encoders[1:], Tokens(tokens.ids_BLT[1:]))
         return {**self.encode_clip(encoders, tokens), **of_t5}
 
     def encode_clip(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
-        """{"l_pooled": (B, W)}, for which CLIP-L, the first of `encoders`, is enough. Gradients flow."""
+        """Return {"l_pooled": (B, W)}, which needs only CLIP-L, the first of `encoders`. Gradients flow."""
         clip = encoders[0]
         device = next(clip.parameters()).device
         return {"l_pooled": clip(send(tokens.ids_BLT[0][:, 0], device)).pooler_output}

@@ -1,8 +1,8 @@
-"""The layers of HunyuanImage 2.1 that adapters change: what they attach to, and the names that files have for it.
+"""The layers of HunyuanImage 2.1 that adapters target, and their names in files.
 
-Files name the layers as ComfyUI's model does. The original checkpoint, which is what the denoiser follows, calls some
-of them otherwise; adapters of those names are dropped by ComfyUI without an error. So network modules see a view, whose
-paths are the names in files.
+Files name the layers as ComfyUI's model does. The original checkpoint, which the denoiser follows, names some of them
+differently, and ComfyUI drops adapters of those names without an error. So network modules see a view whose paths are
+the names in files.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from networks.core.targets.targets import AdapterTargets, Part, qkv_and_rest, th
 NUM_BLOCKS = {"double_blocks": 20, "single_blocks": 40}
 QKV_SHARES = (1, 1, 1)
 LINEAR1_SHARES = (1, 1, 1, 4)  # the MLP is four times as wide as the model
-RENAMED = {  # block's child -> its layers and their names in files
+RENAMED = {  # child of a block -> its layers -> their names in files
     "img_mod": {"linear": "lin"},
     "txt_mod": {"linear": "lin"},
     "modulation": {"linear": "lin"},
@@ -27,21 +27,21 @@ RENAMED = {  # block's child -> its layers and their names in files
 
 
 def denoiser_paths() -> Iterator[str]:
-    """Path in the original checkpoint of every Linear layer of the blocks."""
+    """Yield the path in the original checkpoint of every Linear layer of the blocks."""
     for stack, layers in (("double_blocks", DOUBLE), ("single_blocks", SINGLE)):
         for number in range(NUM_BLOCKS[stack]):
             yield from (f"{stack}.{number}.{layer}" for layer in layers if not layer.endswith("_norm"))
 
 
 def in_files(path: str) -> str:
-    """The path in files of a layer of the denoiser."""
+    """Return the path of a denoiser layer in files."""
     parent, _, layer = path.rpartition(".")
     names = RENAMED.get(parent.rpartition(".")[2], {})
     return f"{parent}.{names.get(layer, layer)}"
 
 
 def denoiser_module(path: str) -> ModuleNames:
-    """sd-scripts names layers as the original checkpoint does, ComfyUI, which our files follow, as its own model."""
+    """Name a module: sd-scripts follows the original checkpoint, ComfyUI, which our files follow, its own model."""
     found = sources(path)
     shares = LINEAR1_SHARES if path.endswith(".linear1") else QKV_SHARES
     pieces = tuple(Piece(f"transformer.{name}", share) for name, share in zip(found, shares, strict=False))
@@ -55,7 +55,7 @@ def denoiser_module(path: str) -> ModuleNames:
 
 
 def comfy_path(named: str) -> str:
-    """The path in ComfyUI's model, which has the attention of each stream in a module of its own."""
+    """Return the path in ComfyUI's model, which has each stream's attention in a separate module."""
     return named.replace("_attn_", "_attn.")
 
 
@@ -71,17 +71,17 @@ TARGETS = AdapterTargets(
 
 
 class HunyuanImageView(nn.Module):
-    """The blocks under the paths that files name their layers by."""
+    """The blocks under the paths by which files name their layers."""
 
     adapter_targets = TARGETS
 
 
 class MMDoubleStreamBlock(nn.Module):
-    """A double block; network modules find it by the name of this class."""
+    """A double block; network modules find it by this class name."""
 
 
 class MMSingleStreamBlock(nn.Module):
-    """A single block; network modules find it by the name of this class."""
+    """A single block; network modules find it by this class name."""
 
 
 BLOCKS: dict[str, type[nn.Module]] = {
@@ -91,8 +91,8 @@ BLOCKS: dict[str, type[nn.Module]] = {
 
 
 def view(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[list[nn.Module], nn.Module]:
-    """([], denoiser) for `create_network` and `apply_to`: the text encoders have no adapters. Every layer is the real
-    one; what lies outside the blocks stands as it is."""
+    """Return ([], denoiser) for `create_network` and `apply_to`: the text encoders have no adapters. Every layer is the
+    real one; modules outside the blocks are unchanged."""
     root = HunyuanImageView()
     for name, child in denoiser.named_children():
         root.add_module(name, stack_view(child, BLOCKS[name]) if name in BLOCKS else child)
@@ -104,7 +104,7 @@ def stack_view(stack: nn.Module, kind: type[nn.Module]) -> nn.ModuleList:
 
 
 def block_view(block: nn.Module, kind: type[nn.Module]) -> nn.Module:
-    """A block with its layers under the names in files."""
+    """Return a block with its layers under their names in files."""
     seen = kind()
     for name, child in block.named_children():
         if name in RENAMED:

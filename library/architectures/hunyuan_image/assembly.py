@@ -1,6 +1,7 @@
-"""HunyuanImage 2.1: a transformer of double and single streams, Qwen2.5-VL and ByT5, 64-channel latents of 32 pixels.
+"""Assembly of HunyuanImage 2.1: a transformer of double and single streams, Qwen2.5-VL and ByT5, 64-channel latents of
+32 pixels.
 
-The assembly, and the table of contents of this package.
+Start here to read this package.
 """
 
 from pathlib import Path
@@ -20,7 +21,7 @@ from library.models.recipe import OTHER_ATTENTION, Recipe, folders_beside, ignor
 from library.models.vae.latents import KlLatents
 from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
 
-SAMPLING_SHIFT = 5.0  # that the model draws pictures with
+SAMPLING_SHIFT = 5.0  # used by the model to sample images
 RECIPE = Recipe(
     title="HunyuanImage 2.1",
     metadata={
@@ -30,8 +31,8 @@ RECIPE = Recipe(
         "modelspec.resolution": "2048x2048",
     },
     refuses={
-        "weighted_captions": "Qwen2.5-VL knows no weighted words",
-        "network_train_text_encoder_only": "its text encoders have no adapters",
+        "weighted_captions": "Qwen2.5-VL has no prompt weighting",
+        "network_train_text_encoder_only": "its text encoders cannot be trained",
     },
     ignores={
         **IGNORES,
@@ -50,7 +51,7 @@ LATENTS = SPEC
 
 
 def build(options: HunyuanImageOptions) -> Architecture:
-    """The parts of the HunyuanImage 2.1 model that the options name; none is loaded yet.
+    """Assemble the HunyuanImage 2.1 model that the options name; nothing is loaded yet.
 
     Raises UserError naming the flag for a file or a setting that does not fit HunyuanImage 2.1.
     """
@@ -79,12 +80,12 @@ def build_objective(options: HunyuanImageOptions) -> FlowMatching:
         options.flow_sampling,
         options.flow_weighting,
         prediction_type=options.flow_prediction.model_prediction_type,
-        tells_whole_timesteps=True,  # as sd-scripts trains it; pictures are drawn with the exact levels
+        tells_whole_timesteps=True,  # as in sd-scripts; previews use the exact levels
     )
 
 
 def build_text(options: HunyuanImageOptions, loader: HunyuanImageLoader) -> HunyuanImageText:
-    """Qwen's tokenizer is looked for beside the base model and beside the text encoder; ByT5's has no files."""
+    """Build the tokenizers: Qwen's is searched beside the base model and the text encoder; ByT5's has no files."""
     from transformers import ByT5Tokenizer
 
     named = options.hunyuan_image.text_encoder
@@ -97,7 +98,7 @@ def build_text(options: HunyuanImageOptions, loader: HunyuanImageLoader) -> Huny
 
 
 def build_text_cache(options: HunyuanImageOptions, loader: HunyuanImageLoader, text: HunyuanImageText) -> TextCacheSpec:
-    """Files that hold what sd-scripts' do."""
+    """Return the cache format, which matches sd-scripts'."""
 
     def encoders() -> str:
         weights = fingerprint(loader.qwen.weights, loader.byt5.weights)
@@ -116,7 +117,7 @@ def build_text_cache(options: HunyuanImageOptions, loader: HunyuanImageLoader, t
 
 
 def build_preview(text: HunyuanImageText) -> Preview:
-    """Plain classifier-free guidance; --fs of a prompt shifts the noise levels."""
+    """Build previews with plain classifier-free guidance; --fs of a prompt shifts the noise levels."""
     return Preview(
         defaults=PromptDefaults(
             num_steps=20, width=512, height=512, scale=3.5, size_step=32, flow_shift=SAMPLING_SHIFT

@@ -1,6 +1,6 @@
-"""Names of the denoiser's weights: the original layout, which is ours, against the one of diffusers.
+"""Names of the denoiser's weights in the original layout, which is ours, and in diffusers'.
 
-A weight of ours is made of several of diffusers', one below the other; `sources` lists them.
+A weight of ours stacks several of diffusers'; `sources` lists them.
 """
 
 from collections.abc import Iterable, Mapping
@@ -9,7 +9,7 @@ from library.checkpoints.fused_tensors import joined
 from library.checkpoints.weights import Weights
 
 DIFFUSERS_MARK = "x_embedder.proj.weight"
-SWAPPED = "final_layer.adaLN_modulation.1."  # shift and scale stand in the other order in diffusers
+SWAPPED = "final_layer.adaLN_modulation.1."  # diffusers has shift and scale in reverse order
 TIME, TEXT = "time_guidance_embed.timestep_embedder", "context_embedder"
 
 TOP: Mapping[str, tuple[str, ...]] = {
@@ -25,7 +25,7 @@ TOP: Mapping[str, tuple[str, ...]] = {
     "txt_in.c_embedder.linear_2": (f"{TEXT}.time_text_embed.text_embedder.linear_2",),
     "time_in.mlp.0": (f"{TIME}.linear_1",),
     "time_in.mlp.2": (f"{TIME}.linear_2",),
-    "time_r_in.mlp.0": (f"{TIME}_r.linear_1",),  # of distilled models, as the next
+    "time_r_in.mlp.0": (f"{TIME}_r.linear_1",),  # in distilled models, like the next
     "time_r_in.mlp.2": (f"{TIME}_r.linear_2",),
     "guidance_in.mlp.0": ("time_guidance_embed.guidance_embedder.linear_1",),
     "guidance_in.mlp.2": ("time_guidance_embed.guidance_embedder.linear_2",),
@@ -72,7 +72,7 @@ STACKS = (
 
 
 def sources(path: str) -> tuple[str, ...]:
-    """diffusers' paths of the layers that one of ours is made of; raises KeyError for a path of no layer."""
+    """Return diffusers' paths of the layers that make up one of ours; raises KeyError for other paths."""
     for ours, theirs, layers in STACKS:
         if path.startswith(f"{ours}."):
             number, layer = path.removeprefix(f"{ours}.").split(".", 1)
@@ -81,13 +81,13 @@ def sources(path: str) -> tuple[str, ...]:
 
 
 def source_keys(key: str) -> tuple[str, ...]:
-    """diffusers' names of the weights that one of ours is made of."""
+    """Return diffusers' names of the weights that make up one of ours."""
     path, _, leaf = key.rpartition(".")
     return tuple(f"{name}.{leaf}" for name in sources(path))
 
 
 def our_keys(names: Iterable[str]) -> list[str]:
-    """Our names of the weights of a model in diffusers' layout."""
+    """Return our names of the weights of a model in diffusers' layout."""
     has = set(names)
     paths = list(TOP)
     for ours, theirs, layers in STACKS:
@@ -100,8 +100,8 @@ def our_keys(names: Iterable[str]) -> list[str]:
 
 
 def from_diffusers(weights: Weights) -> Weights:
-    """A model in diffusers' layout under our names, each tensor joined when it is read.
+    """Rename a model in diffusers' layout to our names, joining each tensor when it is read.
 
-    Raises UserError naming what is missing of a layer whose other parts are there.
+    Raises UserError naming missing parts of an incomplete layer.
     """
     return joined(weights, {key: source_keys(key) for key in our_keys(weights.shapes)}, SWAPPED)

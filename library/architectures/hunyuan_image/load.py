@@ -1,4 +1,4 @@
-"""Checkpoints of HunyuanImage 2.1 to modules: the four files of the original release, or a diffusers folder."""
+"""Loading of HunyuanImage 2.1 checkpoints: the four files of the original release, or a diffusers folder."""
 
 import logging
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ SPEC = LatentSpec(channels=64, downscale=32, bucket_step=32, cache_suffix="_hi.n
 
 @dataclass(frozen=True)
 class HunyuanImageLoader:
-    """The four models, each loaded when it is asked for; frozen, on the CPU."""
+    """The four models, each loaded on request; frozen, on the CPU."""
 
     path: Path  # the folder or file of the denoiser
     config: HunyuanImageConfig
@@ -59,11 +59,11 @@ class HunyuanImageLoader:
     text_dtype: torch.dtype
     vae_dtype: torch.dtype
     shrinks_qwen: bool
-    vae_chunk_rows: int | None = None  # of each convolution that are computed at a time; None for all
+    vae_chunk_rows: int | None = None  # rows of each convolution computed at a time; None for all
 
     @property
     def num_qwen_words(self) -> int | None:
-        """None where the encoder is not there."""
+        """The size of Qwen's vocabulary, or None if its files are missing."""
         return first_side(self.qwen, QWEN_WORDS)
 
     def text_encoders(self) -> list[nn.Module]:
@@ -84,7 +84,7 @@ class HunyuanImageLoader:
 def open_loader(options: HunyuanImageOptions) -> HunyuanImageLoader:
     """Open the files that the options name; only headers are read.
 
-    Raises UserError naming the flag when a file is missing, broken, incomplete or of another model.
+    Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
     """
     own = options.hunyuan_image
     given = {"vae": options.model.vae, "text_encoder": own.text_encoder, "byt5": own.byt5}
@@ -106,7 +106,7 @@ def open_loader(options: HunyuanImageOptions) -> HunyuanImageLoader:
         qwen=open_if_there(texts_are_cached, lambda: open_component("text_encoder", own.text_encoder, base)),
         byt5=open_if_there(texts_are_cached, lambda: open_component("byt5", own.byt5, base)),
         dtype=dtype,
-        text_dtype=torch.bfloat16 if dtype == torch.float16 else dtype,  # Qwen's states do not fit float16
+        text_dtype=torch.bfloat16 if dtype == torch.float16 else dtype,  # Qwen's states overflow float16
         vae_dtype=torch.float32 if options.model.no_half_vae or dtype == torch.float32 else torch.float16,
         shrinks_qwen=own.fp8_vl,
         vae_chunk_rows=own.vae_chunk_size or None,
@@ -116,21 +116,21 @@ def open_loader(options: HunyuanImageOptions) -> HunyuanImageLoader:
 
 
 def denoiser_of(base: BaseFiles) -> Weights:
-    """The denoiser's weights under our names. Raises UserError saying which model it is where it is another."""
+    """Return the denoiser's weights under our names. Raises UserError for another model, naming it."""
     weights = open_transformer(list_specs(), base, "hunyuan_image")
     if DIFFUSERS_MARK in weights.shapes:
         return from_diffusers(weights)
     if GLYPH_MARK not in weights.shapes:
-        why = f"it has no {GLYPH_MARK}, so it is no transformer of HunyuanImage 2.1"
+        why = f"it has no {GLYPH_MARK}, so it is not a transformer of HunyuanImage 2.1"
         refuse_transformer(list_specs(), base, weights, "hunyuan_image", why)
     return weights
 
 
 def open_component(part: str, name: str | None, base: BaseFiles) -> Component:
-    """One of the other models, from the file or folder of its flag or from the diffusers folder of the base."""
+    """Open another part from the file or folder of its flag or from the diffusers folder of the base model."""
     flag, folder = f"--{part}", FOLDERS[part]
     if name is None and base.whole is not None:
-        raise NotThere(f"{flag} is missing: {base.path} is the transformer alone")
+        raise NotThere(f"{flag} is missing: {base.path} is only the transformer")
     config, weights = base.open_folder(folder) if name is None else model_lookup.open_model(flag, name, folder)
     try:
         if config is None:
@@ -147,37 +147,37 @@ def component_of_file(part: str, weights: Weights) -> Component:
         return vae_component(weights)
     if part == "text_encoder":
         return qwen_component(weights)
-    if any(key.startswith("block.") for key in weights.shapes):  # an encoder that was saved by itself
+    if any(key.startswith("block.") for key in weights.shapes):  # an encoder saved separately
         weights = renamed(weights, lambda key: key if key == GLYPH_WORDS else f"encoder.{key}")
     return t5_component(weights)
 
 
 def checked_vae(component: Component) -> Component:
-    """Raise UserError where a VAE makes other latents than HunyuanImage 2.1's."""
+    """Raise UserError if a VAE's latents differ from HunyuanImage 2.1's in shape; warn of another scale."""
     origin, config = component.weights.origin, component.config
     found = (config.get("latent_channels"), config.get("spatial_compression_ratio"))
     if MARK not in component.weights.shapes or found != (SPEC.channels, SPEC.downscale):
         raise UserError(
-            f"--vae {origin} makes {found[0]} channels of every {found[1]} pixels, HunyuanImage 2.1 needs "
-            f"{SPEC.channels} of every {SPEC.downscale}; use hunyuan_image_2.1_vae_fp16.safetensors"
+            f"--vae {origin} has {found[0]} channels per {found[1]} pixels, but HunyuanImage 2.1 needs "
+            f"{SPEC.channels} per {SPEC.downscale}; use hunyuan_image_2.1_vae_fp16.safetensors"
         )
     scale = config.get("scaling_factor") or SCALE
     if scale != SCALE:
-        logger.warning("--vae %s is made for latents times %s; HunyuanImage 2.1 takes %s", origin, scale, SCALE)
+        logger.warning("--vae %s has latent scale %s, but HunyuanImage 2.1 uses %s", origin, scale, SCALE)
     return component
 
 
 def check_fit(loader: HunyuanImageLoader) -> None:
-    """Raise UserError where the parts do not fit together."""
+    """Raise UserError if the parts do not fit together."""
     config = loader.config
     if config.channels != SPEC.channels:
         raise UserError(
-            f"{BASE_FLAG} {loader.path}: the transformer takes {config.channels} channels, training feeds "
-            f"{SPEC.channels}"
+            f"{BASE_FLAG} {loader.path}: the transformer takes {config.channels} channels, but only {SPEC.channels} "
+            "are supported"
         )
     whose = "HunyuanImage 2.1's"
     check_text_width("--text_encoder", loader.qwen, QWEN_WORDS, config.text_width, whose)
     check_text_width("--byt5", loader.byt5, GLYPH_WORDS, config.glyph_width, whose)
     num_words = first_side(loader.byt5, GLYPH_WORDS)
     if num_words is not None and num_words < NUM_BYTE_IDS:
-        raise UserError(f"--byt5 {loader.byt5.weights.origin} knows {num_words} words; ByT5 has more than 258")
+        raise UserError(f"--byt5 {loader.byt5.weights.origin} has {num_words} embeddings; ByT5 needs {NUM_BYTE_IDS}")

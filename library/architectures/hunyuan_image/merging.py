@@ -1,5 +1,4 @@
-"""HunyuanImage 2.1 checkpoints for merging adapters into them and extracting adapters from them: the transformer's
-file."""
+"""HunyuanImage 2.1 checkpoints for merging and extracting adapters: the transformer's file."""
 
 from functools import partial
 from pathlib import Path
@@ -24,22 +23,22 @@ LAYERS = tuple(f".{layer}" for layer in (*DOUBLE, *SINGLE) if not layer.endswith
 def open_base_model(flag: str, path: Path) -> BaseModel:
     """Open a single file in the original layout; only its header is read.
 
-    Raises UserError naming `flag` when it is missing, broken or of another kind.
+    Raises UserError naming `flag` if it is missing, broken or of another kind.
     """
     weights, prefix = open_original(flag, path, "HunyuanImage", DENOISER_PREFIXES, DIFFUSERS_MARK)
     if prefix + GLYPH_MARK not in weights.shapes:
-        raise UserError(f"{flag} {path} has no layer of HunyuanImage 2.1's transformer")
+        raise UserError(f"{flag} {path} has no layers of HunyuanImage 2.1's transformer")
     return of_single_file(path, weights, partial(names_of, prefix=prefix), "hunyuan_image", "hunyuan-image-2.1")
 
 
 def names_of(stem: str, prefix: str) -> ModuleNames | None:
-    """The names of the layer that a weight of the file belongs to; None where adapters change none."""
+    """Return the names of the layer that a weight of the file belongs to; None if adapters do not target it."""
     path = stem.removeprefix(prefix)
     is_layer = path.startswith(STACKS) and path.endswith(LAYERS)
     return denoiser_module(path) if stem.startswith(prefix) and is_layer else None
 
 
 def seen_by_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
-    """([], transformer) of a checkpoint as network modules see it, on the meta device."""
+    """Return ([], transformer) of a checkpoint as network modules see it, on the meta device."""
     weights, prefix = open_original("the checkpoint", path, "HunyuanImage", DENOISER_PREFIXES, DIFFUSERS_MARK)
     return view([], on_meta_device(HunyuanImage, configure(with_prefix(weights, prefix), read_config)))

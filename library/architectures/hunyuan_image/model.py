@@ -1,8 +1,8 @@
 """The denoiser of HunyuanImage 2.1 (Tencent 2025), in the layout of the original checkpoint.
 
-Module paths are the keys of the checkpoint. Letters: B samples, C channels, H and W sides of the latent (a patch is
-one latent pixel), L text tokens, G glyph tokens, T all tokens (the picture row by row, then glyphs and text), N heads,
-D head width, M model width, E width of the text encoder, F frequencies.
+Module paths are the keys of the checkpoint. Letters: B samples, C channels, H and W sides of the latent (a patch is one
+latent pixel), L text tokens, G glyph tokens, T all tokens (the image in row order, then glyphs and text), N heads, D
+head width, M model width, E width of the text encoder, F frequencies.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ NUM_AXES = 2  # rows and columns share the pairs of a head
 
 @dataclass(frozen=True)
 class HunyuanImageConfig:
-    """The hyper-parameters, as the shapes of a checkpoint tell them."""
+    """The hyper-parameters, inferred from the shapes of a checkpoint."""
 
     channels: int
     width: int
@@ -42,15 +42,15 @@ class HunyuanImageConfig:
 
 
 def read_config(shapes: Mapping[str, tuple[int, ...]]) -> HunyuanImageConfig:
-    """The configuration of a checkpoint from names and shapes, names without prefix. Raises UserError for a name that
-    is missing, for sizes that make no model and for the variants that are not trained."""
+    """Read the configuration of a checkpoint from names and shapes, names without prefix. Raises UserError for a
+    missing name, invalid sizes and unsupported variants."""
     read = ShapeReader("HunyuanImage 2.1", shapes)
     shape, count = read.shape, read.count
     refuse_variants(shapes)
     width, channels = shape("img_in.proj.weight")[:2]
     head_width = shape("double_blocks.0.img_attn_q_norm.weight")[0]
     if width % head_width or head_width % (2 * NUM_AXES):
-        raise UserError(f"no HunyuanImage 2.1 model: width {width} with heads of {head_width}")
+        raise UserError(f"not a HunyuanImage 2.1 model: width {width} with heads of {head_width}")
     refiners = "txt_in.individual_token_refiner.blocks"
     return HunyuanImageConfig(
         channels=channels,
@@ -68,19 +68,19 @@ def read_config(shapes: Mapping[str, tuple[int, ...]]) -> HunyuanImageConfig:
 
 
 def refuse_variants(shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise UserError for relatives of the base model, which learn something else than a flow's velocity."""
+    """Raise UserError for variants of the base model that are not trained to predict a flow's velocity."""
     marks = [stem for stem in ("guidance_in", "time_r_in") if any(name.startswith(f"{stem}.") for name in shapes)]
     if marks:
         raise UserError(
-            f"this is a distilled HunyuanImage 2.1 (it has {' and '.join(marks)}), which draws in few steps and would "
-            "unlearn that; train on hunyuanimage2.1.safetensors, and use the adapter with either"
+            f"this is a distilled HunyuanImage 2.1 (it has {' and '.join(marks)}): training would undo its few-step "
+            "distillation. Train on hunyuanimage2.1.safetensors; the adapter works with both"
         )
     if len(shapes.get("img_in.proj.weight", ())) == 5:
         raise UserError("this is the refiner of HunyuanImage 2.1, which cannot be trained; use the base model")
 
 
 class HunyuanImage(nn.Module):
-    """Noisy latents, noise level and text to the velocity noise - latent."""
+    """The network from noisy latents, noise level and text to the velocity noise - latent."""
 
     adapter_targets = TARGETS
 
@@ -88,7 +88,7 @@ class HunyuanImage(nn.Module):
         super().__init__()
         self.config = config
         self.runner: BlockRunner = plain
-        # Half of a head turns with the row, half with the column.
+        # Half of a head rotates with the row, half with the column.
         self.rotary = Rotary([config.head_width // NUM_AXES] * NUM_AXES, ROPE_BASE)
         c = config
         self.byt5_in = GlyphMapper(c.glyph_width, c.glyph_mlp_width, c.width)
@@ -100,7 +100,7 @@ class HunyuanImage(nn.Module):
         self.final_layer = FinalLayer(c.width, c.channels)
 
     def stacks(self) -> Stacks:
-        """The blocks that go through the runner: the double ones, then the single ones."""
+        """Return the blocks that run through the runner: the double ones, then the single ones."""
         return [[*self.double_blocks], [*self.single_blocks]]
 
     def forward(
@@ -112,10 +112,10 @@ class HunyuanImage(nn.Module):
         glyphs_BGE: Tensor,
         glyph_mask_BG: Tensor,
     ) -> Tensor:
-        """The velocity, shape BCHW.
+        """Return the velocity, shape BCHW.
 
-        `timesteps_B` are 0..1000. The masks are true for tokens that may be attended to; each sample needs such a token
-        of text, none of glyphs.
+        `timesteps_B` are 0..1000. The masks are true for tokens that may be attended to; each sample needs at least one
+        such text token, but no glyph token.
         """
         H, W = latents_BCHW.shape[-2:]
         dtype = self.img_in.proj.weight.dtype
@@ -135,32 +135,32 @@ class HunyuanImage(nn.Module):
 
 
 def positions(H: int, W: int, device: torch.device) -> Tensor:
-    """Where the picture's tokens lie, shape (T, 2): row and column."""
+    """Return the positions of the image's tokens, shape (T, 2): row and column."""
     rows = torch.arange(H, device=device).repeat_interleave(W)
     columns = torch.arange(W, device=device).repeat(H)
     return torch.stack([rows, columns], dim=-1)
 
 
 def turn_picture(x_BNTD: Tensor, rope: Rope) -> Tensor:
-    """Turn what is of the picture; text, which comes last, has no place."""
+    """Rotate the image's tokens; text, which comes last, has no position."""
     num_patches = len(rope)
     return torch.cat([turn(x_BNTD[:, :, :num_patches], rope), x_BNTD[:, :, num_patches:]], dim=2)
 
 
 def key_mask(text_mask_BL: Tensor, num_patches: int) -> Tensor:
-    """Which tokens may be attended to: the whole picture, the text as given; shape (B, 1, 1, T)."""
+    """Return the mask of tokens that may be attended to: the whole image, the text as given; shape (B, 1, 1, T)."""
     picture = text_mask_BL.new_ones((len(text_mask_BL), num_patches), dtype=torch.bool)
     return torch.cat([picture, text_mask_BL.bool()], dim=1)[:, None, None]
 
 
 def split_heads(qkv_BTM: Tensor, head_width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values that lie one after another on the last axis; each BNTD."""
+    """Split queries, keys and values that are concatenated on the last axis; each BNTD."""
     q, k, v = qkv_BTM.unflatten(-1, (3, -1, head_width)).permute(2, 0, 3, 1, 4)  # type: ignore[no-untyped-call]
     return q, k, v
 
 
 def attend(q_BNTD: Tensor, k_BNTD: Tensor, v_BNTD: Tensor, mask: Tensor) -> Tensor:
-    """Shape BTM."""
+    """Return attention, shape BTM."""
     return scaled_dot_product_attention(q_BNTD, k_BNTD, v_BNTD, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
@@ -170,12 +170,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous()  # it is kept for the backward pass, and were it a part of something, all of that
+        x = x.contiguous()  # autograd saves it, and with a view the whole base tensor
         return rms_norm(x.float(), x.shape[-1:], eps=EPS).to(x.dtype) * self.weight.to(x.dtype)
 
 
 class PatchEmbed(nn.Module):
-    """Each latent pixel as a token."""
+    """The embedding of each latent pixel as a token."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
@@ -209,7 +209,7 @@ class TextProjection(nn.Module):
 
 
 class GlyphMapper(nn.Module):
-    """ByT5's states of the text that is to be seen in the picture, as tokens."""
+    """The mapping of ByT5's states, which encode text to be rendered in the image, to tokens."""
 
     def __init__(self, glyph_width: int, mlp_width: int, width: int) -> None:
         super().__init__()
@@ -224,7 +224,7 @@ class GlyphMapper(nn.Module):
 
 
 class Mlp(nn.Module):
-    """The activation is the caller's: blocks use GELU, text refiners SiLU."""
+    """Two linear layers without activation, which the caller applies: blocks use GELU, text refiners SiLU."""
 
     def __init__(self, width: int, mlp_width: int) -> None:
         super().__init__()
@@ -233,7 +233,7 @@ class Mlp(nn.Module):
 
 
 class RefinerBlock(nn.Module):
-    """Text tokens attending to each other, gated by noise level and mean text."""
+    """Self-attention of text tokens, gated by noise level and mean text."""
 
     def __init__(self, width: int, head_width: int, mlp_width: int) -> None:
         super().__init__()
@@ -261,7 +261,7 @@ class RefinerBlocks(nn.Module):
 
 
 class TokenRefiner(nn.Module):
-    """The text encoder's states as tokens of the denoiser."""
+    """The mapping of the text encoder's states to tokens of the denoiser."""
 
     def __init__(self, config: HunyuanImageConfig) -> None:
         super().__init__()
@@ -271,7 +271,7 @@ class TokenRefiner(nn.Module):
         self.individual_token_refiner = RefinerBlocks(config)
 
     def forward(self, text_BLE: Tensor, timesteps_B: Tensor, mask_BL: Tensor) -> Tensor:
-        """Tokens where the mask is false are left out of the mean and not attended to; they come back as anything."""
+        """Refine the tokens; those with a false mask are ignored, and their outputs are undefined."""
         weights_BL1 = mask_BL.float()[..., None]
         mean_BE = (text_BLE * weights_BL1).sum(dim=1) / weights_BL1.sum(dim=1)
         vec_BM = self.t_embedder(timesteps_B) + self.c_embedder(mean_BE.to(text_BLE.dtype))
@@ -282,7 +282,7 @@ class TokenRefiner(nn.Module):
 
 
 class Modulation(nn.Module):
-    """Shift, scale and gate for each of some parts of a block."""
+    """Shift, scale and gate for each of several parts of a block."""
 
     def __init__(self, width: int, num_parts: int) -> None:
         super().__init__()
@@ -290,7 +290,7 @@ class Modulation(nn.Module):
         self.linear = nn.Linear(width, 3 * num_parts * width)
 
     def forward(self, vec_BM: Tensor) -> tuple[Tensor, ...]:
-        """Each of shape (B, 1, M)."""
+        """Return tensors of shape (B, 1, M)."""
         return self.linear(silu(vec_BM))[:, None].chunk(3 * self.num_parts, dim=-1)  # type: ignore[no-any-return]
 
 
@@ -303,8 +303,8 @@ def make_norm(width: int) -> nn.LayerNorm:
 
 
 class MMDoubleStreamBlock(nn.Module):
-    """Picture and text, each with weights of its own, attending to both. The class name is an interface: network
-    modules find the layers by it."""
+    """Image and text streams with their own weights, attending to both. Network modules find the layers by this class
+    name."""
 
     def __init__(self, config: HunyuanImageConfig) -> None:
         super().__init__()
@@ -349,8 +349,7 @@ class MMDoubleStreamBlock(nn.Module):
 
 
 class MMSingleStreamBlock(nn.Module):
-    """Attention and MLP side by side over all tokens. The class name is an interface: network modules find the layers
-    by it."""
+    """Parallel attention and MLP over all tokens. Network modules find the layers by this class name."""
 
     def __init__(self, config: HunyuanImageConfig) -> None:
         super().__init__()
@@ -367,20 +366,20 @@ class MMSingleStreamBlock(nn.Module):
         shift, scale, gate = self.modulation(vec_BM)
         mlp, q, k, v = self.parts(modulate(self.pre_norm(x_BTM), shift, scale))
         attended_BTM = attend(turn_picture(q, rope), turn_picture(k, rope), v, mask)
-        del q, k, v  # turned copies of them are kept
+        del q, k, v  # their rotated copies are kept
         y_BTM: Tensor = self.linear2(torch.cat([attended_BTM, gelu(mlp, approximate="tanh")], dim=-1))
         after_BTM: Tensor = x_BTM + gate * y_BTM
         return after_BTM
 
     def parts(self, x_BTM: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What goes through the MLP, queries, keys and values, none as a view of all, which would be kept with it."""
+        """Return the MLP's input, queries, keys and values, as copies: a view would keep the whole tensor alive."""
         qkv, mlp = self.linear1(x_BTM).split(self.widths, dim=-1)
         q, k, v = split_heads(qkv, self.head_width)
         return mlp.contiguous(), self.q_norm(q), self.k_norm(k), v.contiguous()
 
 
 class FinalLayer(nn.Module):
-    """Tokens to latent pixels of the velocity."""
+    """The last layer, from tokens to latent pixels of the velocity."""
 
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The options that only HunyuanImage 2.1 has."""
+"""The options of HunyuanImage 2.1 only."""
 
 import argparse
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ OptionsT = TypeVar("OptionsT", bound="HunyuanImageOptions")
 
 @dataclass(frozen=True)
 class HunyuanImageModelOptions(Options):
-    """The parts of the base model and how they run."""
+    """The parts of the base model and their execution."""
 
     text_encoder: str | None = option(
         None,
@@ -32,18 +32,18 @@ class HunyuanImageModelOptions(Options):
     byt5: str | None = option(
         None,
         usual=True,
-        help="File or folder of ByT5, which reads what is to be written in a picture. Unset takes it from a base in "
+        help="File or folder of ByT5, which reads text to be rendered in an image. Unset takes it from a base in "
         "diffusers' layout.",
     )
     fp8_vl: bool = option(False, help="Keep the text encoder Qwen2.5-VL in 8 bits.")
     vae_chunk_size: int | None = option(
         None,
         at_least=0,
-        help="Compute the convolutions of the VAE for this many rows at a time, which saves the card's memory.",
+        help="Compute the convolutions of the VAE for this many rows at a time, which saves GPU memory.",
     )
     attn_mode: str | None = option(
         None,
-        help="Which implementation of attention runs. Only torch and sdpa, which are the same, are used here.",
+        help="Attention implementation. Always PyTorch's own, which torch and sdpa select.",
         choices=ATTENTION_MODES,
     )
     split_attn: bool = option(
@@ -55,7 +55,7 @@ class HunyuanImageModelOptions(Options):
 
 @dataclass(frozen=True)
 class HunyuanImageSamplingOptions(FlowSamplingOptions):
-    """How noise levels are drawn."""
+    """Sampling of noise levels."""
 
     discrete_flow_shift: float = redeclared(FlowSamplingOptions, "discrete_flow_shift", 5.0)
 
@@ -67,7 +67,7 @@ class HunyuanImagePrecisionOptions(PrecisionOptions):
     fp8_scaled: bool = option(
         False,
         usual=True,
-        help="Keep the frozen denoiser in 8 bits with a factor for each row, in any --mixed_precision.",
+        help="Keep the frozen denoiser in 8 bits with a scale for each row, in any --mixed_precision.",
     )
 
     @property
@@ -76,18 +76,18 @@ class HunyuanImagePrecisionOptions(PrecisionOptions):
 
 
 INSTEAD: Mapping[str, str] = {
-    "dit": "here it is --pretrained_model_name_or_path",
-    "dit_path": "here it is --pretrained_model_name_or_path",
-    "training_shift": "here it is --discrete_flow_shift with --timestep_sampling shift",
-    "guidance_scale": "the model is trained without guidance; --l in the line of a prompt guides its preview",
-    "ae": "here it is --vae",
-    "t5xxl": "here they are --text_encoder and --byt5",
-    "clip_l": "here they are --text_encoder and --byt5",
-    "qwen3": "here it is --text_encoder",
-    "gemma2": "here it is --text_encoder",
-    "split_mode": "here it is --blocks_to_swap",
+    "dit": "use --pretrained_model_name_or_path",
+    "dit_path": "use --pretrained_model_name_or_path",
+    "training_shift": "use --discrete_flow_shift with --timestep_sampling shift",
+    "guidance_scale": "the model is trained without guidance; use --l in a prompt line to guide a preview",
+    "ae": "use --vae",
+    "t5xxl": "use --text_encoder and --byt5",
+    "clip_l": "use --text_encoder and --byt5",
+    "qwen3": "use --text_encoder",
+    "gemma2": "use --text_encoder",
+    "split_mode": "use --blocks_to_swap",
 }
-"""What options of other scripts and programs are here, as the error for one of them ends."""
+"""Alternatives to options of other scripts and programs; they end the error for such an option."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,6 @@ class HunyuanImageOptions(TrainOptions):
 
     @classmethod
     def from_args(cls: type[OptionsT], args: argparse.Namespace) -> OptionsT:
-        """Collect the parsed values. The text encoders have no adapters, so only the denoiser is ever trained."""
+        """Collect the parsed values. The text encoders have no adapters, so only the denoiser is trained."""
         options = super().from_args(args)
         return options.with_values({"network_train_unet_only": not options.network.network_train_text_encoder_only})

@@ -1,4 +1,4 @@
-"""One call of HunyuanImage 2.1's denoiser."""
+"""Prediction by HunyuanImage 2.1's denoiser."""
 
 from torch import Tensor, nn
 
@@ -6,7 +6,7 @@ from library.types import Batch, Conditioning, Noised
 
 
 def predict(denoiser: nn.Module, noised: Noised, conditioning: Conditioning, batch: Batch) -> Tensor:
-    """The velocity, noise - latent, in the shape of the latents."""
+    """Return the velocity, noise - latent, in the shape of the latents."""
     velocity_BCHW: Tensor = denoiser(
         noised.latents_BCHW,
         noised.timesteps_B,

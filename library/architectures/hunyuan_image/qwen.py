@@ -1,8 +1,7 @@
-"""The text encoder of HunyuanImage 2.1: the language half of Qwen2.5-VL, as transformers has it, from a file or folder.
+"""The text encoder of HunyuanImage 2.1: transformers' language model of Qwen2.5-VL, from a file or folder.
 
-What is read is the state before the last two layers, so these and the last norm are not loaded.
-
-Letters: B captions, T tokens, E width.
+The states before the last two layers are used, so these and the last norm are not loaded. Letters: B captions, T
+tokens, E width.
 """
 
 import logging
@@ -38,13 +37,13 @@ NUM_TEMPLATE_TOKENS = 34  # before the caption
 
 
 def qwen_component(weights: Weights, config: Mapping[str, Any] | None = None) -> Component:
-    """The language half under the module paths of transformers' Qwen2_5_VLTextModel; `config` is that of a folder.
+    """Build the language model under the module paths of transformers' Qwen2_5_VLTextModel; `config` is a folder's.
 
-    Raises UserError naming the file when it holds something else.
+    Raises UserError naming the file if it holds something else.
     """
     prefix = next((p for p in PREFIXES if f"{p}{WORDS}" in weights.shapes), None)
     if prefix is None or f"{prefix}layers.0.self_attn.q_proj.bias" not in weights.shapes:
-        raise UserError(f"{weights.origin} is no Qwen2.5-VL text encoder (first names: {first_names(weights)})")
+        raise UserError(f"{weights.origin} is not a Qwen2.5-VL text encoder (first names: {first_names(weights)})")
     weights = with_prefix(weights, prefix)
     num_layers = count(weights.shapes, r"layers\.(\d+)\.") - NUM_UNUSED_LAYERS
     if num_layers < 1:
@@ -60,7 +59,7 @@ def is_used(key: str, num_layers: int) -> bool:
 
 
 def qwen_config(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of transformers' Qwen2_5_VLTextConfig; `given` is what a folder says of it."""
+    """Return the arguments of transformers' Qwen2_5_VLTextConfig; `given` is a folder's configuration."""
     vocab, width = shape_of(shapes, WORDS)
     num_keys = shape_of(shapes, "layers.0.self_attn.k_proj.weight")[0]
     num_heads = given.get("num_attention_heads") or max(width // HEAD_WIDTH, 1)
@@ -79,17 +78,17 @@ def qwen_config(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": ROPE_BASE,
-            "mrope_section": [head_width // 8, rest // 2, rest - rest // 2],  # all the same where there is no picture
+            "mrope_section": [head_width // 8, rest // 2, rest - rest // 2],  # without images all sections are equal
         },
         "use_cache": False,
-        "bos_token_id": None,  # of writing text
+        "bos_token_id": None,  # used only for text generation
         "eos_token_id": None,
     }
 
 
 def empty_qwen(config: Mapping[str, Any]) -> Any:
-    """transformers' Qwen2_5_VLTextModel without its last norm, its weights on the meta device; what no file has, such
-    as the angles of positions, is real."""
+    """Build transformers' Qwen2_5_VLTextModel without its last norm and with weights on the meta device; tensors that
+    are in no file, such as rotary angles, are real."""
     from accelerate import init_empty_weights
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
@@ -101,19 +100,20 @@ def empty_qwen(config: Mapping[str, Any]) -> Any:
 
 
 def load_qwen(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
-    """The encoder with its weights in `dtype`, frozen, on the CPU."""
+    """Load the encoder in `dtype`, frozen, on the CPU."""
     return materialise(empty_qwen(component.config), component.weights, dtype)
 
 
 def encode_qwen(encoder: nn.Module, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """The states after the last layer that is loaded, template tokens cut off, (B, T - 34, E)."""
+    """Return the states after the last loaded layer, without template tokens, (B, T - 34, E)."""
     device = next(encoder.parameters()).device
     states_BTE: Tensor = encoder(send(ids_BT, device), attention_mask=send(mask_BT, device)).last_hidden_state
     return states_BTE[:, NUM_TEMPLATE_TOKENS:]
 
 
 def tokenize_qwen(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> tuple[Tensor, Tensor]:
-    """(ids, mask) of captions in the template, both (B, T), padded behind to the longest; the mask is 0 for padding."""
+    """Return (IDs, mask) of captions in the template, both (B, T), right-padded to the longest; the mask is 0 for
+    padding."""
     texts = [TEMPLATE.replace("{}", caption) for caption in captions]
     length = max_tokens + NUM_TEMPLATE_TOKENS
     found = tokenizer(texts, max_length=length, padding="longest", truncation=True, return_tensors="pt")
@@ -121,10 +121,10 @@ def tokenize_qwen(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> t
 
 
 def load_qwen_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_words: int | None) -> Any:
-    """Qwen2.5-VL's tokenizer for an encoder that knows `num_words`.
+    """Load Qwen2.5-VL's tokenizer for an encoder with `num_words` embeddings.
 
-    Looked for in `folders`, then in --tokenizer_cache_dir, then on the hub, from where it is saved into
-    --tokenizer_cache_dir. Raises UserError saying what to put where.
+    It is searched in `folders`, then in --tokenizer_cache_dir, then on the hub, from where it is saved into
+    --tokenizer_cache_dir. Raises UserError saying which files to put where.
     """
     from transformers import Qwen2Tokenizer
 
@@ -138,8 +138,8 @@ def load_qwen_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_word
     largest = max(tokenizer.get_vocab().values())
     if num_tokens != NUM_TEMPLATE_TOKENS or (num_words is not None and largest >= num_words):
         raise UserError(
-            f"the tokenizer in {folder} makes {num_tokens} tokens of the system prompt, Qwen2.5-VL's makes "
-            f"{NUM_TEMPLATE_TOKENS}, and has ids up to {largest} for {num_words} words: it belongs to another model; "
-            f"put the one of {HUB_NAME} into its place"
+            f"the tokenizer in {folder} encodes the system prompt in {num_tokens} tokens instead of "
+            f"{NUM_TEMPLATE_TOKENS}, and has token IDs up to {largest} for {num_words} embeddings: it belongs to "
+            f"another model; replace it with {HUB_NAME}'s"
         )
     return tokenizer

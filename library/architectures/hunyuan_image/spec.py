@@ -1,4 +1,4 @@
-"""HunyuanImage 2.1 as everybody outside this package knows it."""
+"""The public facts of HunyuanImage 2.1."""
 
 from library.architectures.hunyuan_image.adapters import NAMES, TARGETS
 from library.architectures.hunyuan_image.assembly import RECIPE, build
@@ -10,7 +10,7 @@ WIDTH = 3584
 ORIGINAL_NAMES = Gap(
     KOHYA,
     r".*_((img|txt)_mlp_fc[12]|(img|txt)_mod_linear|modulation_linear)$",
-    "it expects mlp_0, mlp_2, mod_lin, modulation_lin in place of mlp_fc1, mlp_fc2, mod_linear, modulation_linear",
+    "it expects mlp_0, mlp_2, mod_lin, modulation_lin instead of mlp_fc1, mlp_fc2, mod_linear, modulation_linear",
 )
 
 SPECS = (

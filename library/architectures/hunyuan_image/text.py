@@ -1,4 +1,4 @@
-"""Captions to the conditioning of HunyuanImage 2.1: Qwen2.5-VL reads all of them, ByT5 what is to be written.
+"""Encoding of captions for HunyuanImage 2.1: Qwen2.5-VL reads everything, ByT5 only text to be rendered.
 
 Letters: B captions, T tokens of the longest, G glyph tokens, E width of an encoder.
 """
@@ -16,14 +16,14 @@ from library.memory.devices import send
 from library.models.t5 import encode_t5, tokenize_t5
 from library.types import Conditioning, Tokens
 
-MAX_TOKENS = 1024  # of a caption and the end of its template
+MAX_TOKENS = 1024  # for a caption and the end of its template
 NUM_GLYPH_TOKENS = 128
 QUOTED = re.compile('"(.*?)"|\u2018(.*?)\u2019|\u201c(.*?)\u201d')
-"""Straight double quotes, curly single ones and curly double ones. Straight single ones are mostly apostrophes."""
+"""Straight double quotes, curly single and curly double ones. Straight single quotes are mostly apostrophes."""
 
 
 def glyph_text(caption: str) -> str | None:
-    """What ByT5 is shown of a caption: `Text "..."` and a full stop for each quoted piece; None where nothing is."""
+    """Return ByT5's text for a caption: `Text "..."` and a full stop for each quoted part; None without quotes."""
     pieces = ["".join(found) for found in QUOTED.findall(caption)]
     return "".join(f'Text "{piece}". ' for piece in pieces) or None
 
@@ -35,14 +35,13 @@ class HunyuanImageText:
 
     @property
     def max_tokens(self) -> int:
-        return MAX_TOKENS - 1  # the end of the template is one of them
+        return MAX_TOKENS - 1  # without the end of the template
 
     def count_tokens(self, caption: str) -> int:
         return len(self.qwen_tokenizer(caption, add_special_tokens=False, verbose=False)["input_ids"])
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
-        """Qwen's ids and which are no padding, (B, 1, T); ByT5's ids and which are no padding, (B, 1, G), the latter
-        all 0 where nothing is quoted."""
+        """Return Qwen's IDs and mask, (B, 1, T); ByT5's IDs and mask, (B, 1, G), the mask all 0 without quotes."""
         ids_BT, mask_BT = tokenize_qwen(self.qwen_tokenizer, captions, MAX_TOKENS)
         glyphs = [glyph_text(caption) for caption in captions]
         glyph_ids_BG, glyph_mask_BG = tokenize_t5(
@@ -53,10 +52,10 @@ class HunyuanImageText:
         return Tokens(tuple(ids[:, None] for ids in (ids_BT, mask_BT, glyph_ids_BG, glyph_mask_BG)))
 
     def encode(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
-        """{"vlm_embed": (B, T - 34, E), "vlm_mask": (B, T - 34), "byt5_embed": (B, G, E), "byt5_mask": (B, G),
-        "ocr_mask": (B,)}, the last saying in which captions something is quoted; without it ByT5's states are 0.
+        """Return {"vlm_embed": (B, T - 34, E), "vlm_mask": (B, T - 34), "byt5_embed": (B, G, E), "byt5_mask": (B, G),
+        "ocr_mask": (B,)}; the last is true for captions with quotes; without them ByT5's states are 0.
 
-        The encoders run in the precision they are kept in: Qwen's states do not fit float16.
+        The encoders run in the precision they are stored in: Qwen's states overflow float16.
         """
         qwen, byt5 = encoders
         ids_BT, mask_BT, glyph_ids_BG, glyph_mask_BG = (ids_BLT[:, 0] for ids_BLT in tokens.ids_BLT)
@@ -74,7 +73,7 @@ class HunyuanImageText:
 
 
 def encode_glyphs(encoder: nn.Module, ids_BG: Tensor, mask_BG: Tensor) -> Tensor:
-    """ByT5's states, 0 for captions whose mask is 0 throughout; the encoder is not asked for those."""
+    """Return ByT5's states, 0 for captions with an empty mask, for which the encoder is not run."""
     weight = next(encoder.parameters())
     width: int = encoder.config.d_model  # type: ignore[union-attr,assignment]
     states_BGE = weight.new_zeros(*ids_BG.shape, width)

@@ -15,20 +15,20 @@ from library.models.shapes import Shapes, count, shape_of
 from library.models.vae.checkpoint_keys import VAE_MID, VAE_PREFIXES
 
 SCALE = 0.75289
-SAMPLE_SIZE = 384  # of tiles, which are off
+SAMPLE_SIZE = 384  # of tiles, which are disabled
 MARK = "decoder.conv_in.weight"
 ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "proj"}
 
 
 def vae_component(weights: Weights) -> Component:
-    """The VAE from a single file. Raises UserError naming the file when it holds something else."""
+    """Build the VAE from a single file. Raises UserError naming the file if it holds something else."""
     prefix = next((p for p in VAE_PREFIXES if f"{p}{MARK}" in weights.shapes), None)
     if prefix is None:
-        raise UserError(f"{weights.origin} is no VAE: it has no {MARK} (first names: {first_names(weights)})")
+        raise UserError(f"{weights.origin} is not a VAE: it has no {MARK} (first names: {first_names(weights)})")
     weights = with_prefix(weights, prefix)
     if "encoder.down.0.block.0.conv1.weight" not in weights.shapes:
         raise UserError(
-            f"{weights.origin} is no VAE of HunyuanImage 2.1 in the original layout; give "
+            f"{weights.origin} is not a VAE of HunyuanImage 2.1 in the original layout; use "
             "hunyuan_image_2.1_vae_fp16.safetensors, or the folder vae/ of a diffusers model"
         )
     config = configure(weights, vae_config)
@@ -36,7 +36,7 @@ def vae_component(weights: Weights) -> Component:
 
 
 def vae_config(shapes: Shapes) -> dict[str, Any]:
-    """Arguments of diffusers' AutoencoderKLHunyuanImage, from names of the original layout."""
+    """Return the arguments of diffusers' AutoencoderKLHunyuanImage, from names of the original layout."""
     levels = range(count(shapes, r"encoder\.down\.(\d+)\."))
     num_halvings = sum(f"encoder.down.{level}.downsample.conv.weight" in shapes for level in levels)
     return {
@@ -52,7 +52,7 @@ def vae_config(shapes: Shapes) -> dict[str, Any]:
 
 
 def vae_from_original(key: str, layers_per_block: int) -> str:
-    """diffusers' name of a weight: it has the blocks of all levels in one list, each level's change of size last."""
+    """Return diffusers' name of a weight: it has the blocks of all levels in one list, each level's resampling last."""
     match = re.fullmatch(r"(encoder|decoder)\.mid\.(block_1|attn_1|block_2)\.(\w+)\.(.+)", key)
     if match:
         part, block, layer, leaf = match.groups()
@@ -67,7 +67,7 @@ def vae_from_original(key: str, layers_per_block: int) -> str:
 
 
 def empty_vae(config: Mapping[str, Any]) -> Any:
-    """diffusers' AutoencoderKLHunyuanImage on the meta device."""
+    """Build diffusers' AutoencoderKLHunyuanImage on the meta device."""
     from diffusers import AutoencoderKLHunyuanImage
 
     with torch.device("meta"):
@@ -75,7 +75,7 @@ def empty_vae(config: Mapping[str, Any]) -> Any:
 
 
 class ChunkedConv2d(nn.Conv2d):
-    """A convolution that is computed for some rows of its output at a time, with the same result in less memory."""
+    """A convolution computed for some rows of its output at a time, with the same result in less memory."""
 
     num_rows: int
 
@@ -97,7 +97,7 @@ class ChunkedConv2d(nn.Conv2d):
 
 
 def compute_in_chunks(vae: nn.Module, num_rows: int) -> nn.Module:
-    """The VAE, whose convolutions all have stride 1, with `num_rows` rows computed at a time."""
+    """Compute the VAE's convolutions, all of stride 1, for `num_rows` rows at a time; in place."""
     for layer in vae.modules():
         if type(layer) is nn.Conv2d:
             layer.__class__ = ChunkedConv2d

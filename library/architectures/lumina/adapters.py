@@ -1,4 +1,4 @@
-"""The layers of Lumina Image 2.0 that adapters change: what they attach to, and the names that files have for it.
+"""The layers of Lumina Image 2.0 that adapters target, and their names in files.
 
 Module paths are those of the original checkpoint.
 """
@@ -22,7 +22,7 @@ GEMMA_LAYER = (
 
 
 def denoiser_paths() -> Iterator[str]:
-    """Path of every Linear layer."""
+    """Yield the path of every Linear layer."""
     yield from (path for path in TOP if path != "cap_embedder.0")
     layers = [layer for layer in BLOCK if "norm" not in layer]
     for stack, num_blocks in NUM_BLOCKS.items():
@@ -58,7 +58,7 @@ NAMES = BaseNames(
 
 
 def grouped_qkv(num_inputs: int, num_outputs: int) -> tuple[int, ...]:
-    """q as wide as the input; k and v, whose heads several queries share, halve the rest."""
+    """Return the sizes of q, k and v: q is as wide as the input; k and v, shared by several queries, halve the rest."""
     rest = (num_outputs - num_inputs) // 2
     return (num_inputs, rest, rest)
 
@@ -89,5 +89,5 @@ TARGETS = AdapterTargets(
 
 
 def view(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[nn.Module | list[nn.Module], nn.Module]:
-    """(Gemma 2, denoiser) for `create_network` and `apply_to`; the paths of both are those of files."""
+    """Return (Gemma 2, denoiser) for `create_network` and `apply_to`; the paths of both are those in files."""
     return (text_encoders[0] if text_encoders else []), denoiser

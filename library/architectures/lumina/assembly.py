@@ -1,6 +1,6 @@
-"""Lumina Image 2.0: a transformer of one stream, Gemma 2 as text encoder, 16-channel latents.
+"""Assembly of Lumina Image 2.0: a transformer of one stream, Gemma 2 as text encoder, 16-channel latents.
 
-The assembly, and the table of contents of this package.
+Start here to read this package.
 """
 
 from dataclasses import replace
@@ -28,11 +28,11 @@ RECIPE = Recipe(
         "modelspec.implementation": "https://github.com/Alpha-VLLM/Lumina-Image-2.0",
         "modelspec.resolution": "1024x1024",
     },
-    refuses={"weighted_captions": "Gemma knows no weighted words"},
+    refuses={"weighted_captions": "Gemma has no prompt weighting"},
     ignores={
         **IGNORES,
         "v_parameterization": "Lumina Image 2.0 predicts the velocity of a flow",
-        "clip_skip": "Lumina Image 2.0 reads Gemma's states before its last layer",
+        "clip_skip": "Lumina Image 2.0 uses Gemma's states before its last layer",
         "max_token_length": "use --gemma2_max_token_length",
         "vae": "use --ae",
         **OTHER_ATTENTION,
@@ -47,7 +47,7 @@ LATENTS = CODEC.spec
 
 
 def build(options: LuminaOptions) -> Architecture:
-    """The parts of the model that the options name; none is loaded yet.
+    """Assemble the model that the options name; nothing is loaded yet.
 
     Raises UserError naming the flag for a file or a setting that does not fit Lumina Image 2.0.
     """
@@ -81,7 +81,7 @@ def build_objective(options: LuminaOptions) -> FlowMatching:
 
 
 def build_text(options: LuminaOptions, loader: LuminaLoader) -> LuminaText:
-    """The tokenizer, looked for beside the base model and beside the encoder."""
+    """Build the tokenizer, searched beside the base model and the encoder."""
     beside = folders_beside(loader.path, options.lumina.gemma2)
     folders = [folder / "tokenizer" for folder in beside] + beside[1:]
     text = LuminaText(
@@ -92,8 +92,8 @@ def build_text(options: LuminaOptions, loader: LuminaLoader) -> LuminaText:
     num_instruction = text.count_tokens(" ") if text.system_prompt else 0
     if num_instruction >= text.max_tokens:
         raise UserError(
-            f"--system_prompt has {num_instruction} tokens, which leaves no room for a caption in the "
-            f"{text.num_tokens} of --gemma2_max_token_length; shorten one or raise the other"
+            f"--system_prompt has {num_instruction} tokens, which leaves no room for a caption within "
+            f"--gemma2_max_token_length {text.num_tokens}; shorten the prompt or raise the limit"
         )
     return text
 
@@ -113,7 +113,8 @@ def build_text_cache(options: LuminaOptions, loader: LuminaLoader, text: LuminaT
 
 
 def build_preview(text: LuminaText) -> Preview:
-    """Pictures as sd-scripts draws them: guidance in the first quarter of the steps, no longer than without it."""
+    """Build previews as in sd-scripts: guidance in the first quarter of the steps, with its norm limited to the
+    unguided one."""
     return Preview(
         defaults=PromptDefaults(
             num_steps=36,

@@ -1,6 +1,6 @@
-"""Names of the denoiser's weights: the original layout, which is ours, against the one of diffusers.
+"""Names of the denoiser's weights in the original layout, which is ours, and in diffusers'.
 
-A weight of ours is made of several of diffusers', one below the other; `sources` lists them.
+A weight of ours stacks several of diffusers'; `sources` lists them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -38,7 +38,7 @@ UNMODULATED = {**BLOCK, "attention_norm1": ("norm1",)}  # where diffusers has a 
 
 
 def sources(path: str) -> tuple[str, ...]:
-    """diffusers' paths of the layers that one of ours is made of; raises KeyError for a path of no layer."""
+    """Return diffusers' paths of the layers that make up one of ours; raises KeyError for other paths."""
     stack, _, rest = path.partition(".")
     if stack not in STACKS:
         return (TOP[path],)
@@ -48,13 +48,13 @@ def sources(path: str) -> tuple[str, ...]:
 
 
 def source_keys(key: str) -> tuple[str, ...]:
-    """diffusers' names of the weights that one of ours is made of."""
+    """Return diffusers' names of the weights that make up one of ours."""
     path, _, leaf = key.rpartition(".")
     return tuple(f"{name}.{leaf}" for name in sources(path))
 
 
 def candidates(names: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
-    """Our names of the weights that a model in diffusers' layout may have."""
+    """Yield our names of the weights that a model in diffusers' layout may have."""
     paths = list(TOP)
     for stack in STACKS:
         numbers = sorted({int(name.split(".")[1]) for name in names if name.startswith(f"{stack}.")})
@@ -63,8 +63,8 @@ def candidates(names: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
 
 
 def from_diffusers(weights: Weights) -> Weights:
-    """A model in diffusers' layout under our names, each tensor joined when it is read.
+    """Rename a model in diffusers' layout to our names, joining each tensor when it is read.
 
-    Raises UserError naming what is missing of a layer whose other parts are there.
+    Raises UserError naming missing parts of an incomplete layer.
     """
     return joined(weights, {key: source_keys(key) for key in candidates(weights.shapes)})

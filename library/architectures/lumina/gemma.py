@@ -1,4 +1,4 @@
-"""The text encoder of Lumina Image 2.0: transformers' Gemma2Model, from a file in its layout or from a folder.
+"""The text encoder of Lumina Image 2.0: transformers' Gemma2Model, from a file in its layout or a folder.
 
 Letters: B captions, T tokens, E width.
 """
@@ -22,11 +22,11 @@ from library.models.tokenizer_files import read_tokenizer
 logger = logging.getLogger(__name__)
 
 TOKENIZER_FILE = "tokenizer.json"
-HUB: Mapping[str, str] = {  # repository -> the tokenizer in it
+HUB: Mapping[str, str] = {  # repository -> its tokenizer file
     "Alpha-VLLM/Lumina-Image-2.0": f"tokenizer/{TOKENIZER_FILE}",
-    "google/gemma-2-2b": TOKENIZER_FILE,  # gives files only to those who signed its terms
+    "google/gemma-2-2b": TOKENIZER_FILE,  # requires accepted terms
 }
-HUB_CACHE = "models--google--gemma-2-2b/snapshots/*"  # what sd-scripts leaves in --tokenizer_cache_dir
+HUB_CACHE = "models--google--gemma-2-2b/snapshots/*"  # where sd-scripts stores it in --tokenizer_cache_dir
 GEMMA_PREFIXES = ("text_encoders.gemma2_2b.transformer.model.", "model.", "")
 PARTS = ("embed_tokens.", "layers.", "norm.")  # the rest of a file is the head that predicts words, or a tokenizer
 HEAD_WIDTH = 256
@@ -34,18 +34,18 @@ BEGIN, PADDING = "<bos>", "<pad>"
 
 
 def gemma_component(weights: Weights) -> Component:
-    """The encoder from a single file, bare or in a whole checkpoint. Raises UserError when it holds something else."""
+    """Build the encoder from a single file or a full checkpoint. Raises UserError if it holds something else."""
     prefix = next((p for p in GEMMA_PREFIXES if f"{p}embed_tokens.weight" in weights.shapes), None)
     if prefix is None or f"{prefix}layers.0.pre_feedforward_layernorm.weight" not in weights.shapes:
-        raise UserError(f"{weights.origin} is no Gemma 2 text encoder (first names: {first_names(weights)})")
+        raise UserError(f"{weights.origin} is not a Gemma 2 text encoder (first names: {first_names(weights)})")
     weights = gemma_part(weights, prefix)
     return Component(configure(weights, gemma_config), weights)
 
 
 def gemma_of_folder(config: Mapping[str, Any], weights: Weights) -> Component:
-    """The encoder of a diffusers or transformers folder."""
+    """Build the encoder from a diffusers or transformers folder."""
     if config.get("model_type") != "gemma2":
-        raise UserError(f"{weights.origin} is a {config.get('model_type', 'nameless')} model, no Gemma 2 text encoder")
+        raise UserError(f"{weights.origin} is a {config.get('model_type', 'nameless')} model, not a Gemma 2 encoder")
     prefix = next((p for p in GEMMA_PREFIXES if f"{p}embed_tokens.weight" in weights.shapes), "")
     return Component(config, gemma_part(weights, prefix))
 
@@ -56,7 +56,7 @@ def gemma_part(weights: Weights, prefix: str) -> Weights:
 
 
 def gemma_config(shapes: Shapes) -> dict[str, Any]:
-    """Arguments of transformers' Gemma2Config."""
+    """Return the arguments of transformers' Gemma2Config."""
     vocab, width = shape_of(shapes, "embed_tokens.weight")
     num_keys = shape_of(shapes, "layers.0.self_attn.k_proj.weight")[0]
     head_width = min(HEAD_WIDTH, num_keys)
@@ -73,22 +73,24 @@ def gemma_config(shapes: Shapes) -> dict[str, Any]:
 
 
 def empty_gemma(config: Mapping[str, Any]) -> Any:
-    """transformers' Gemma2Model, its weights on the meta device; what no file has, such as positions, is real."""
+    """Build transformers' Gemma2Model with weights on the meta device; tensors that are in no file, such as positions,
+    are real."""
     from accelerate import init_empty_weights
     from transformers import Gemma2Config, Gemma2Model
 
     with init_empty_weights(include_buffers=False):
-        # transformers up to 5.0 defaults to sdpa, which leaves out the cap on attention logits.
+        # transformers up to 5.0 defaults to sdpa, which ignores the cap on attention logits.
         return Gemma2Model(Gemma2Config.from_dict({**config, "use_cache": False}, attn_implementation="eager"))
 
 
 def load_gemma(component: MaybeComponent, dtype: Any) -> nn.Module:
-    """The encoder with its weights in `dtype`, frozen, on the CPU."""
+    """Load the encoder in `dtype`, frozen, on the CPU."""
     return materialise(empty_gemma(component.config), component.weights, dtype)
 
 
 def encode_gemma(encoder: nn.Module, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """The states before the last layer, BTE; padding, where the mask is 0, is not attended to. Gradients flow."""
+    """Return the states before the last layer, BTE; padding, where the mask is 0, is not attended to. Gradients
+    flow."""
     device = next(encoder.parameters()).device
     found = encoder(send(ids_BT, device), attention_mask=send(mask_BT, device), output_hidden_states=True)
     states_BTE: Tensor = found.hidden_states[-2]
@@ -96,10 +98,10 @@ def encode_gemma(encoder: nn.Module, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 def load_gemma_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_words: int | None) -> Any:
-    """Gemma's tokenizer for an encoder that knows `num_words`.
+    """Load Gemma's tokenizer for an encoder with `num_words` embeddings.
 
-    Looked for in `folders`, then in --tokenizer_cache_dir, then on the hub, from where it is saved into
-    --tokenizer_cache_dir. Raises UserError saying what to put where.
+    It is searched in `folders`, then in --tokenizer_cache_dir, then on the hub, from where it is saved into
+    --tokenizer_cache_dir. Raises UserError saying which files to put where.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -109,13 +111,14 @@ def load_gemma_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_wor
     words = tokenizer.get_vocab()
     lacks = [word for word in (BEGIN, PADDING) if word not in words]
     if lacks or (num_words is not None and max(words.values()) >= num_words):
-        why = f"does not know {lacks[0]}" if lacks else f"has ids up to {max(words.values())}, Gemma knows {num_words}"
-        raise UserError(f"the tokenizer {file} {why}: it belongs to another model; put the right one into its place")
+        excess = f"has token IDs up to {max(words.values())}, but Gemma has {num_words} embeddings"
+        why = f"has no {lacks[0]}" if lacks else excess
+        raise UserError(f"the tokenizer {file} {why}: it belongs to another model; replace it with the right one")
     return tokenizer
 
 
 def find_gemma_tokenizer(folders: Sequence[Path], cache_dir: str | None) -> Path:
-    """The file of the tokenizer, downloaded if need be."""
+    """Find the tokenizer's file, downloading it if needed."""
     cache = Path(cache_dir).expanduser() if cache_dir else None
     own = None if cache is None else cache / next(iter(HUB)).replace("/", "_")
     cached = [] if cache is None or own is None else [own, *sorted(cache.glob(HUB_CACHE))]
@@ -127,7 +130,7 @@ def find_gemma_tokenizer(folders: Sequence[Path], cache_dir: str | None) -> Path
     except ConnectionError as error:
         place = own or f"<folder>/{next(iter(HUB)).replace('/', '_')}"
         raise UserError(
-            f"Gemma's tokenizer is in none of {', '.join(map(str, folders))}, and the hub does not give it ({error}). "
+            f"Gemma's tokenizer is in none of {', '.join(map(str, folders))}, and it cannot be downloaded ({error}). "
             f"Put {TOKENIZER_FILE} of Gemma 2 into one of them, or into {place}"
             f"{'' if own else ' and give --tokenizer_cache_dir <folder>'}"
         ) from error
@@ -138,7 +141,8 @@ def find_gemma_tokenizer(folders: Sequence[Path], cache_dir: str | None) -> Path
 
 
 def download_tokenizer() -> Path:
-    """The tokenizer from the first repository that gives it. Raises ConnectionError with the reason of each."""
+    """Download the tokenizer from the first repository that allows it. Raises ConnectionError with the reason of
+    each."""
     refusals = []
     for repository, file in HUB.items():
         try:

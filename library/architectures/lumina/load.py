@@ -1,4 +1,4 @@
-"""Checkpoints of Lumina Image 2.0 to modules: three files, one file of all, or a diffusers folder."""
+"""Loading of Lumina Image 2.0 checkpoints: three files, one file with everything, or a diffusers folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,13 +34,13 @@ MODEL = "Lumina Image 2.0"
 GEMMA_FLAG = "--gemma2"
 GEMMA_MARK = "text_encoders.gemma2_2b."
 MARK = "layers.0.attention.qkv.weight"
-UNUSED = "norm_final.weight"  # checkpoints have it, the model has no use for it
+UNUSED = "norm_final.weight"  # in checkpoints, but unused by the model
 WORDS = "embed_tokens.weight"
 
 
 @dataclass(frozen=True)
 class LuminaLoader:
-    """The three models, each loaded when it is asked for; frozen, on the CPU."""
+    """The three models, each loaded on request; frozen, on the CPU."""
 
     path: Path  # the folder or file of the denoiser
     config: LuminaConfig
@@ -52,7 +52,7 @@ class LuminaLoader:
 
     @property
     def num_words(self) -> int | None:
-        """None where the encoder is not there."""
+        """The size of Gemma's vocabulary, or None if its files are missing."""
         return first_side(self.gemma, WORDS)
 
     def text_encoders(self) -> list[nn.Module]:
@@ -68,7 +68,7 @@ class LuminaLoader:
 def open_loader(options: LuminaOptions) -> LuminaLoader:
     """Open the files that the options name; only headers are read.
 
-    Raises UserError naming the flag when a file is missing, broken, incomplete or of another model.
+    Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
     """
     gemma, ae = options.lumina.gemma2, options.lumina.ae
     given = {"text_encoder": gemma, "vae": ae}
@@ -93,18 +93,18 @@ def open_loader(options: LuminaOptions) -> LuminaLoader:
 
 
 def denoiser_of(base: BaseFiles) -> Weights:
-    """The denoiser's weights under our names. Raises UserError saying which model it is where it is another."""
+    """Return the denoiser's weights under our names. Raises UserError for another model, naming it."""
     weights = open_transformer(list_specs(), base, "lumina")
     if DIFFUSERS_MARK in weights.shapes:
         weights = from_diffusers(weights)
     if MARK not in weights.shapes:
-        why = f"nothing in it is called {MARK}, so it is no {MODEL} transformer"
+        why = f"it has no {MARK}, so it is not a {MODEL} transformer"
         refuse_transformer(list_specs(), base, base.whole or weights, "lumina", why)
     return selected(weights, {key: key for key in weights.shapes if key != UNUSED})
 
 
 def open_gemma(name: str | None, base: BaseFiles) -> Component:
-    """Gemma 2 from --gemma2, or from the base model."""
+    """Open Gemma 2 from --gemma2 or from the base model."""
     config, weights = base.open_text_encoder(GEMMA_FLAG, name, "text_encoder", GEMMA_MARK)
     try:
         return gemma_component(weights) if config is None else gemma_of_folder(config, weights)
@@ -115,11 +115,11 @@ def open_gemma(name: str | None, base: BaseFiles) -> Component:
 
 
 def check_fit(loader: LuminaLoader) -> None:
-    """Raise UserError where the parts do not fit together."""
+    """Raise UserError if the parts do not fit together."""
     config = loader.config
     if config.in_features != CHANNELS * PATCH**2:
         raise UserError(
-            f"{BASE_FLAG} {loader.path}: the transformer takes {config.in_features} values a patch, training feeds "
-            f"{CHANNELS * PATCH**2}; use a checkpoint of Lumina Image 2.0"
+            f"{BASE_FLAG} {loader.path}: the transformer takes {config.in_features} values per patch, but only "
+            f"{CHANNELS * PATCH**2} are supported; use a checkpoint of Lumina Image 2.0"
         )
-    check_text_width(GEMMA_FLAG, loader.gemma, WORDS, config.text_width, "Lumina's, which is Gemma 2 2B")
+    check_text_width(GEMMA_FLAG, loader.gemma, WORDS, config.text_width, "Gemma 2 2B")

@@ -1,5 +1,5 @@
-"""Lumina Image 2.0 checkpoints for merging adapters into them and extracting adapters from them: the transformer's
-file, or one file of all parts."""
+"""Lumina Image 2.0 checkpoints for merging and extracting adapters: the transformer's file, or one file with
+everything."""
 
 from functools import partial
 from pathlib import Path
@@ -22,16 +22,16 @@ from library.models.loading import on_meta_device
 def open_base_model(flag: str, path: Path) -> BaseModel:
     """Open a single file in the original layout; only its header is read.
 
-    Raises UserError naming `flag` when it is missing, broken or of another kind.
+    Raises UserError naming `flag` if it is missing, broken or of another kind.
     """
     weights, prefix = open_original(flag, path, "Lumina", DENOISER_PREFIXES, DIFFUSERS_MARK)
     if prefix + MARK not in weights.shapes:
-        raise UserError(f"{flag} {path} has no layer of Lumina Image 2.0's transformer")
+        raise UserError(f"{flag} {path} has no layers of Lumina Image 2.0's transformer")
     return of_single_file(path, weights, partial(names_of, prefix=prefix), "lumina", "lumina-2")
 
 
 def names_of(stem: str, prefix: str) -> ModuleNames | None:
-    """The names of the layer that a weight of the file belongs to; None where adapters change none."""
+    """Return the names of the layer that a weight of the file belongs to; None if adapters do not target it."""
     gemma = GEMMA_PREFIXES[0]
     if stem.startswith(gemma):
         return gemma_module(stem.removeprefix(gemma)) if stem.endswith(GEMMA_LAYER) else None
@@ -41,6 +41,6 @@ def names_of(stem: str, prefix: str) -> ModuleNames | None:
 
 
 def seen_by_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
-    """([], transformer) of a checkpoint as network modules see it, on the meta device."""
+    """Return ([], transformer) of a checkpoint as network modules see it, on the meta device."""
     weights, prefix = open_original("the checkpoint", path, "Lumina", DENOISER_PREFIXES, DIFFUSERS_MARK)
     return [], on_meta_device(NextDiT, configure(with_prefix(weights, prefix), read_config))

@@ -1,7 +1,7 @@
 """The denoiser of Lumina Image 2.0 (NextDiT, Qin et al. 2025), in the layout of the original checkpoints.
 
 Module paths are the keys of the checkpoint and the names of adapters. Letters: B samples, C channels, H and W sides of
-the latent, h and w sides in patches, L text tokens, I picture tokens, T tokens, N heads, K heads of keys and values, D
+the latent, h and w sides in patches, L text tokens, I image tokens, T tokens, N heads, K heads of keys and values, D
 head width, M model width, E text width, V width of the noise level's embedding, F features of a patch.
 """
 
@@ -23,12 +23,12 @@ from library.models.sinusoids import FREQUENCIES, sinusoids
 
 EPS, FINAL_EPS = 1e-5, 1e-6
 PATCH = 2
-ROPE_STEP = 6  # head widths are multiples of it: three axes share the pairs of a head
+ROPE_STEP = 6  # head widths are multiples: three axes share the pairs of a head
 
 
 @dataclass(frozen=True)
 class LuminaConfig:
-    """The hyper-parameters, as the shapes of a checkpoint tell them."""
+    """The hyper-parameters, inferred from the shapes of a checkpoint."""
 
     in_features: int  # of a patch: four times the channels of the latent
     width: int
@@ -47,13 +47,13 @@ class LuminaConfig:
 
     @property
     def rope_axes(self) -> tuple[int, int, int]:
-        """Values of a head that turn with (text, row, column): 32 of 96 each."""
+        """The number of values of a head that rotate with (text, row, column): 32 of 96 each."""
         return (self.head_width // 3,) * 3
 
 
 def read_config(shapes: Mapping[str, tuple[int, ...]]) -> LuminaConfig:
-    """The configuration of a checkpoint from names and shapes, names without prefix. Raises UserError for a name that
-    is missing and for sizes that make no model."""
+    """Read the configuration of a checkpoint from names and shapes, names without prefix. Raises UserError for a
+    missing name and for invalid sizes."""
     read = ShapeReader("Lumina Image 2.0", shapes)
     shape, count = read.shape, read.count
     width, in_features = shape("x_embedder.weight")
@@ -63,7 +63,7 @@ def read_config(shapes: Mapping[str, tuple[int, ...]]) -> LuminaConfig:
     num_heads = width // head_width
     if width % head_width or head_width % ROPE_STEP or rest or num_kv_heads < 1 or num_heads % num_kv_heads:
         raise UserError(
-            f"no Lumina Image 2.0 model: width {width}, heads of {head_width}, {num_outputs} queries, keys and values"
+            f"not a Lumina Image 2.0 model: width {width}, heads of {head_width}, {num_outputs} outputs of q, k and v"
         )
     return LuminaConfig(
         in_features=in_features,
@@ -80,7 +80,8 @@ def read_config(shapes: Mapping[str, tuple[int, ...]]) -> LuminaConfig:
 
 
 class NextDiT(nn.Module):
-    """Noisy latents, noise level and text to the velocity latent - noise: time runs from noise to the picture."""
+    """The network from noisy latents, noise level and text to the velocity latent - noise: time runs from noise to
+    image."""
 
     adapter_targets = TARGETS
 
@@ -101,15 +102,16 @@ class NextDiT(nn.Module):
         self.final_layer = FinalLayer(c.width, c.time_width, c.in_features)
 
     def stacks(self) -> Stacks:
-        """The blocks of the transformer itself; the few that refine text and noise before it stay where they are."""
+        """Return the blocks of the transformer itself; the few that refine text and noise before it are not
+        offloaded."""
         return [[*self.layers]]
 
     def forward(self, latents_BCHW: Tensor, times_B: Tensor, text_BLE: Tensor, text_mask_BL: Tensor) -> Tensor:
-        """The velocity, shape BCHW.
+        """Return the velocity, shape BCHW.
 
-        `times_B` are 1 less the share of noise: 0 is noise, 1 the picture. `text_mask_BL` is true for the tokens of the
-        caption, which come before its padding; padding has no part in anything, and what is behind the longest caption
-        is not computed. How long that is is asked of the mask, which is therefore best on the host.
+        `times_B` are 1 minus the share of noise: 0 is noise, 1 the image. `text_mask_BL` is true for the tokens of the
+        caption, which precede its padding; padding is never attended to, and positions after the longest caption are
+        not computed. Its length is read from the mask, which should therefore be on the host.
         """
         h, w = (side // PATCH for side in latents_BCHW.shape[-2:])
         dtype = self.x_embedder.weight.dtype
@@ -121,7 +123,7 @@ class NextDiT(nn.Module):
         time_BV = self.t_embedder(times_B, dtype)
         rope = self.rotary(positions(is_text_BL, h, w)[:, None], (L + 1, h, w))
         text_rope, picture_rope = rope[:, :, :L], rope[:, :, L:]
-        text_mask = mask = None  # without one, attention has faster kernels
+        text_mask = mask = None  # attention has faster kernels without a mask
         if min(num_text_B) < L:
             text_mask, mask = is_text_BL[:, None, None], key_mask(is_text_BL, h * w)
         for block in self.context_refiner:
@@ -135,14 +137,14 @@ class NextDiT(nn.Module):
 
 
 def key_mask(is_text_BL: Tensor, num_patches: int) -> Tensor:
-    """Which tokens may be attended to: the text's as given, the whole picture; shape (B, 1, 1, T)."""
+    """Return the mask of tokens that may be attended to: the text's as given, the whole image; shape (B, 1, 1, T)."""
     picture_BI = is_text_BL.new_ones((len(is_text_BL), num_patches))
     return torch.cat([is_text_BL, picture_BI], dim=1)[:, None, None]
 
 
 def positions(is_text_BL: Tensor, h: int, w: int) -> Tensor:
-    """Where tokens lie, shape (B, T, 3): token i of a caption at (i, 0, 0), the picture's row y and column x at
-    (n, y, x), n being the tokens of its caption. Padding lies anywhere."""
+    """Return positions of tokens, shape (B, T, 3): token i of a caption at (i, 0, 0), row y and column x of the image
+    at (n, y, x), where n is the number of tokens of its caption. Positions of padding are arbitrary."""
     B, L = is_text_BL.shape
     device = is_text_BL.device
     text_BL3 = torch.zeros(B, L, 3, dtype=torch.long, device=device)
@@ -155,7 +157,7 @@ def positions(is_text_BL: Tensor, h: int, w: int) -> Tensor:
 
 
 class TimestepEmbedder(nn.Module):
-    """The time as cosines and sines of falling frequencies, then two layers."""
+    """An embedding of the time as cosines and sines of decreasing frequencies, then two layers."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -167,7 +169,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class JointAttention(nn.Module):
-    """Attention whose keys and values are shared by several queries (Ainslie et al. 2023)."""
+    """Grouped-query attention (Ainslie et al. 2023)."""
 
     def __init__(self, config: LuminaConfig) -> None:
         super().__init__()
@@ -180,7 +182,7 @@ class JointAttention(nn.Module):
 
     def forward(self, x_BTM: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
         q, k, v = self.qkv(x_BTM).unflatten(-1, (-1, self.head_width)).transpose(1, 2).split(self.heads, dim=1)
-        # What a norm keeps for the backward pass would keep the values too, were it a view of all three.
+        # The norm saves its input for the backward pass; a view would keep queries, keys and values alive.
         norms = ((self.q_norm, q.contiguous()), (self.k_norm, k.contiguous()))
         q, k = (turn(norm(part), rope).to(v.dtype) for norm, part in norms)
         repeats = self.heads[0] // self.heads[1]
@@ -203,10 +205,9 @@ class FeedForward(nn.Module):
 
 
 class JointTransformerBlock(nn.Module):
-    """Attention and feed-forward layer, each between two norms. The class name is an interface: network modules find
-    the layers by it.
+    """Attention and feed-forward layer, each between two norms. Network modules find the layers by this class name.
 
-    Where it is modulated, the noise level scales what goes in and gates what comes out.
+    If modulated, the noise level scales the inputs and gates the outputs.
     """
 
     def __init__(self, config: LuminaConfig, is_modulated: bool = True) -> None:
@@ -230,7 +231,8 @@ class JointTransformerBlock(nn.Module):
         return after_BTM
 
     def modulation(self, time_BV: Tensor | None) -> tuple[Tensor | float, ...]:
-        """Scale and gate of attention, then of the feed-forward layer, each (B, 1, M), 1 where there is none."""
+        """Return scale and gate of attention, then of the feed-forward layer, each (B, 1, M), or 1 without
+        modulation."""
         if not self.is_modulated:
             return (1.0,) * 4
         scale_1, gate_1, scale_2, gate_2 = self.adaLN_modulation(time_BV)[:, None].chunk(4, dim=-1)
@@ -238,7 +240,7 @@ class JointTransformerBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens to patches of the velocity. The class name is an interface."""
+    """The last layer, from tokens to patches of the velocity. Network modules find the layers by this class name."""
 
     def __init__(self, width: int, time_width: int, out_features: int) -> None:
         super().__init__()

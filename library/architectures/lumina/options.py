@@ -1,4 +1,4 @@
-"""The options that only Lumina Image 2.0 has."""
+"""The options of Lumina Image 2.0 only."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,19 +19,19 @@ TIMESTEP_SAMPLINGS = ("sigma", "uniform", "sigmoid", "shift", "nextdit_shift", "
 
 @dataclass(frozen=True)
 class LuminaModelOptions(Options):
-    """The parts of the base model and what reaches the denoiser of a caption."""
+    """The parts of the base model and the text limits."""
 
     gemma2: str | None = option(
         None, usual=True, help="File or folder of the text encoder Gemma 2. Unset takes it from the base."
     )
     ae: str | None = option(None, usual=True, help="File or folder of the VAE. Unset takes it from the base.")
     gemma2_max_token_length: int | None = option(
-        None, at_least=2, help="Longest caption in Gemma's tokens; what is longer is cut. Unset is 256."
+        None, at_least=2, help="Longest caption in Gemma's tokens; longer captions are cut. Unset is 256."
     )
     system_prompt: str = option(
         "",
-        help="Instruction that is put before every caption and preview prompt, with the marker that the model was "
-        "trained with between them. Empty captions and negative prompts have none.",
+        help="Instruction before every caption and preview prompt, followed by the marker that the model was trained "
+        "with. Empty captions and negative prompts get none.",
     )
     use_flash_attn: bool = option(
         False,
@@ -45,41 +45,41 @@ class LuminaModelOptions(Options):
     )
     sample_batch_size: int | None = option(
         None,
-        ignored="preview pictures are drawn one by one",
-        help="Has no effect: preview pictures are drawn one by one, so that no picture depends on another.",
+        ignored="preview images are generated one by one",
+        help="Has no effect: preview images are generated one by one, so that none depends on another.",
     )
 
 
 @dataclass(frozen=True)
 class LuminaSamplingOptions(FlowSamplingOptions):
-    """How noise levels are drawn."""
+    """Sampling of noise levels."""
 
     timestep_sampling: str = redeclared(
         FlowSamplingOptions,
         "timestep_sampling",
         "shift",
         choices=TIMESTEP_SAMPLINGS,
-        help="How noise levels are drawn: sigma from a table by --weighting_scheme, uniform, sigmoid of a normal draw, "
-        "shift as sigmoid with --discrete_flow_shift, flux_shift with a shift that grows with the picture, "
-        "nextdit_shift as flux_shift from uniform draws.",
+        help="Sampling of noise levels: sigma from a table by --weighting_scheme, uniform, sigmoid of a normal value, "
+        "shift as sigmoid with --discrete_flow_shift, flux_shift with a shift that grows with the image size, "
+        "nextdit_shift as flux_shift of uniform values.",
     )
     discrete_flow_shift: float = redeclared(FlowSamplingOptions, "discrete_flow_shift", 6.0)
 
 
 INSTEAD: Mapping[str, str] = {
-    "dit": "here it is --pretrained_model_name_or_path",
-    "training_shift": "here it is --discrete_flow_shift with --timestep_sampling shift",
-    "guidance_scale": "the model is trained without guidance; --l in the line of a prompt guides its preview",
-    "t5xxl_max_token_length": "here it is --gemma2_max_token_length",
-    "t5_max_token_length": "here it is --gemma2_max_token_length",
-    "qwen3_max_token_length": "here it is --gemma2_max_token_length",
-    "t5xxl": "here it is --gemma2",
-    "clip_l": "here it is --gemma2",
-    "qwen3": "here it is --gemma2",
-    "text_encoder": "here it is --gemma2",
-    "split_mode": "here it is --blocks_to_swap",
+    "dit": "use --pretrained_model_name_or_path",
+    "training_shift": "use --discrete_flow_shift with --timestep_sampling shift",
+    "guidance_scale": "the model is trained without guidance; use --l in a prompt line to guide a preview",
+    "t5xxl_max_token_length": "use --gemma2_max_token_length",
+    "t5_max_token_length": "use --gemma2_max_token_length",
+    "qwen3_max_token_length": "use --gemma2_max_token_length",
+    "t5xxl": "use --gemma2",
+    "clip_l": "use --gemma2",
+    "qwen3": "use --gemma2",
+    "text_encoder": "use --gemma2",
+    "split_mode": "use --blocks_to_swap",
 }
-"""What options of other scripts and programs are here, as the error for one of them ends."""
+"""Alternatives to options of other scripts and programs; they end the error for such an option."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""One call of Lumina Image 2.0's denoiser, and how its preview pictures come about."""
+"""Prediction by Lumina Image 2.0's denoiser, and its preview sampler."""
 
 from torch import Tensor, nn
 
@@ -8,7 +8,8 @@ from library.types import Batch, Conditioning, Noised, Prompt
 
 
 def predict(denoiser: nn.Module, noised: Noised, conditioning: Conditioning, batch: Batch) -> Tensor:
-    """The velocity in the shape of the latents. This model calls latent - noise so, and its time runs that way too."""
+    """Return the velocity in the shape of the latents; for this model it is latent - noise, and time runs that way
+    too."""
     velocity_BCHW: Tensor = denoiser(
         noised.latents_BCHW, 1 - noised.sigmas_B, conditioning["hidden_state"], conditioning["attention_mask"]
     )
@@ -16,7 +17,7 @@ def predict(denoiser: nn.Module, noised: Noised, conditioning: Conditioning, bat
 
 
 def preview_sampler(prompt: Prompt) -> Sampler:
-    """Even noise levels, pushed toward noise. Raises UserError for a shift that makes no levels."""
+    """Build a sampler on even noise levels, shifted toward noise. Raises UserError for an invalid shift."""
     shift = 1.0 if prompt.flow_shift is None else prompt.flow_shift
     check_shift("--fs of a prompt", shift)
     return FlowSampler(shift_sigmas(even_sigmas(prompt.num_steps), shift), predicts="latent - noise")

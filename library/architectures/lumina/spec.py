@@ -1,4 +1,4 @@
-"""Lumina Image 2.0 as everybody outside this package knows it."""
+"""The public facts of Lumina Image 2.0."""
 
 import re
 from collections.abc import Mapping
@@ -14,20 +14,20 @@ BLOCK = frozenset(("attention_qkv", "attention_out", *(f"feed_forward_w{n}" for 
 
 
 def refuse_parts_of_blocks(modules: Mapping[str, FileNaming | None]) -> str | None:
-    """Why diffusers takes nothing: its converter of generic names counts the blocks of each stack and takes every
-    module of each."""
+    """Return why diffusers uses nothing of a file: its converter of generic names counts the blocks of each stack and
+    requires every module of each."""
     if not any(naming == "generic" and not name.startswith("text_") for name, naming in modules.items()):
         return None
     stacks: dict[str, dict[int, set[str]]] = {}
     for module in modules:
         place = re.fullmatch(r"diffusion_model_(layers|noise_refiner|context_refiner)_(\d+)_(.*)", module)
         if place is None:
-            return f"it refuses Lumina 2's {module} in the generic naming, where it expects blocks alone"
+            return f"it refuses Lumina 2's {module} in the generic naming, where it expects only blocks"
         stacks.setdefault(place[1], {}).setdefault(int(place[2]), set()).add(place[3])
     for stack, blocks in stacks.items():
         whole = BLOCK - {"adaLN_modulation_1"} if stack == "context_refiner" else BLOCK
         if blocks.keys() != set(range(len(blocks))) or any(found != whole for found in blocks.values()):
-            return f"of Lumina 2's {stack} it takes every module of every block from the first, in the generic naming"
+            return f"it requires every module of every block of Lumina 2's {stack} in the generic naming"
     return None
 
 

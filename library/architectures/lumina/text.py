@@ -1,4 +1,4 @@
-"""Captions to the conditioning of Lumina Image 2.0: the states of Gemma 2.
+"""Encoding of captions for Lumina Image 2.0: the states of Gemma 2.
 
 Letters: B captions, T tokens, E width of the encoder.
 """
@@ -13,16 +13,16 @@ from torch import nn
 from library.architectures.lumina.gemma import BEGIN, PADDING, encode_gemma
 from library.types import Conditioning, Tokens
 
-PROMPT_START = " <Prompt Start> "  # stands between the instruction and the caption; the model was trained so
-MULTIPLE = 8  # of positions in a tensor
+PROMPT_START = " <Prompt Start> "  # between instruction and caption, as in the model's training
+MULTIPLE = 8  # tensors have a multiple of this many positions
 
 
 @dataclass(frozen=True)
 class LuminaText:
-    """What Gemma reads: an instruction, which may be empty, and the caption."""
+    """Gemma's reading of a caption after an instruction, which may be empty."""
 
     tokenizer: Any  # transformers' PreTrainedTokenizerFast
-    num_tokens: int  # the begin token and the instruction are some of them
+    num_tokens: int  # with the begin token and the instruction
     system_prompt: str = ""
 
     @property
@@ -30,11 +30,11 @@ class LuminaText:
         return self.num_tokens - 1
 
     def count_tokens(self, caption: str) -> int:
-        """Tokens of the caption and of the instruction before it."""
+        """Count the tokens of the caption and of the instruction before it."""
         return len(self.ids_of(caption))
 
     def worded(self, caption: str) -> str:
-        """The caption behind the instruction. An empty one, which stands for no caption, has none."""
+        """Prepend the instruction to a caption; an empty one, which means no caption, gets none."""
         return f"{self.system_prompt}{PROMPT_START}{caption}" if self.system_prompt and caption else caption
 
     def ids_of(self, caption: str) -> list[int]:
@@ -43,7 +43,7 @@ class LuminaText:
         return ids
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
-        """Ids (B, 1, T) and which of them are no padding (B, 1, T): the begin token, the caption, padding."""
+        """Return IDs (B, 1, T) and their mask (B, 1, T), 0 for padding: the begin token, the caption, padding."""
         length = -(-self.num_tokens // MULTIPLE) * MULTIPLE
         begin, padding = self.tokenizer.convert_tokens_to_ids([BEGIN, PADDING])
         rows = [[begin, *self.ids_of(caption)][: self.num_tokens] for caption in captions]
@@ -52,12 +52,12 @@ class LuminaText:
         return Tokens((ids[:, None], mask[:, None]))
 
     def encode(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
-        """{"hidden_state": (B, T, E), "attention_mask": (B, T), "input_ids": (B, T)}. Gradients flow."""
+        """Return {"hidden_state": (B, T, E), "attention_mask": (B, T), "input_ids": (B, T)}. Gradients flow."""
         (gemma,) = encoders
         ids_BT, mask_BT = (ids_BLT[:, 0] for ids_BLT in tokens.ids_BLT)
         states_BTE = encode_gemma(gemma, ids_BT, mask_BT)
         return {
             "hidden_state": states_BTE,
-            "attention_mask": mask_BT,  # stays on the host
+            "attention_mask": mask_BT,  # kept on the host
             "input_ids": ids_BT,  # only for the files of --cache_text_encoder_outputs_to_disk
         }

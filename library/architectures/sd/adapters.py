@@ -1,4 +1,4 @@
-"""The layers of Stable Diffusion 1.x and 2.x that adapters change: what they attach to, and their names in files.
+"""The layers of Stable Diffusion 1.x and 2.x that adapters target, and their names in files.
 
 Module paths are diffusers' and transformers'.
 """
@@ -42,7 +42,7 @@ SD2_NAMES = names_of("sd2", NUM_SD2_LAYERS)
 
 
 def unet_block_list() -> BlockList:
-    """The 25 entries of block_dims: 12 down, the middle, 12 up.
+    """Return the 25 entries of block_dims: 12 down, the middle, 12 up.
 
     A level has three: its residual blocks with their attentions, and its down- or upsampler counts as the third.
     """
@@ -68,13 +68,13 @@ TARGETS = AdapterTargets(
     ),
     text_encoders=(Part("lora_te", blocks=clip_names.CLIP_BLOCKS),),
     block_list=unet_block_list(),
-    names=BaseNames("sd", (*NAMES.modules, *SD2_NAMES.modules)),  # they share the U-Net and kohya's names
+    names=BaseNames("sd", (*NAMES.modules, *SD2_NAMES.modules)),  # both share the U-Net and kohya's names
     elsewhere=list_network_arguments,
 )
 
 
 class UNet2DConditionModel(nn.Module):
-    """The U-Net's layers under the paths that files name them by, which are diffusers'."""
+    """The U-Net's layers under their paths in files, which are diffusers'."""
 
     adapter_targets = TARGETS
 
@@ -82,15 +82,15 @@ class UNet2DConditionModel(nn.Module):
 class TimeLayers(nn.Module):
     """The two layers that embed the timestep.
 
-    LyCORIS's preset `full`, its default, names these layers, and since version 4 also the class that diffusers has for
-    them. It refuses a layer that is named twice, so the view has another class.
+    LyCORIS's preset `full`, its default, names these layers, and since version 4 also diffusers' class for them. It
+    refuses a layer that is named twice, so the view has another class.
     """
 
 
 def view(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[nn.Module | list[nn.Module], nn.Module]:
-    """(text encoder, U-Net) for `create_network` and `apply_to`; every layer is the real one.
+    """Return (text encoder, U-Net) for `create_network` and `apply_to`; every layer is the real one.
 
-    The first is an empty list once the text encoder has left memory.
+    The first is an empty list once the text encoder has been freed.
     """
     if not text_encoders:
         return [], unet_view(denoiser)
@@ -99,7 +99,7 @@ def view(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[nn.Mo
 
 
 def unet_view(unet: nn.Module) -> nn.Module:
-    """diffusers' U-Net, of which only the embedder of timesteps has another class."""
+    """Return a view of diffusers' U-Net in which only the timestep embedder has another class."""
     root = UNet2DConditionModel()
     for name, child in unet.named_children():
         root.add_module(name, with_children(TimeLayers(), child) if name == "time_embedding" else child)
@@ -107,7 +107,7 @@ def unet_view(unet: nn.Module) -> nn.Module:
 
 
 def with_children(parent: nn.Module, of: nn.Module) -> nn.Module:
-    """`parent` with the modules of another one."""
+    """Add the children of another module to `parent` and return it."""
     for name, child in of.named_children():
         parent.add_module(name, child)
     return parent

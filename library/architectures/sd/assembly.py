@@ -1,6 +1,6 @@
-"""Stable Diffusion 1.x and 2.x: U-Net of diffusers, one CLIP text encoder, 4-channel latents.
+"""Assembly of Stable Diffusion 1.x and 2.x: diffusers' U-Net, one CLIP text encoder, 4-channel latents.
 
-The assembly, and the table of contents of this package.
+Start here to read this package.
 """
 
 import logging
@@ -30,7 +30,7 @@ LATENTS = LatentSpec(
 
 
 def build(options: TrainOptions) -> Architecture:
-    """The parts of the SD 1.x or, with --v2, 2.x checkpoint that the options name; no model is loaded yet.
+    """Assemble the SD 1.x or, with --v2, 2.x checkpoint that the options name; nothing is loaded yet.
 
     Raises UserError naming the flag for a checkpoint or a setting that does not fit.
     """
@@ -55,18 +55,18 @@ def build(options: TrainOptions) -> Architecture:
 
 
 def build_text(options: TrainOptions, loader: UnetLoader) -> ClipText:
-    """The text pipeline that --v2, --max_token_length, --clip_skip and --weighted_captions ask for."""
+    """Build the text pipeline for --v2, --max_token_length, --clip_skip and --weighted_captions."""
     model = options.model
     (clip,) = loader.parts.clips
     num_layers = count(clip.weights.shapes, r"encoder\.layers\.(\d+)\.")
     if model.clip_skip is not None and not 1 <= model.clip_skip <= num_layers:
         raise UserError(
-            f"--clip_skip is {model.clip_skip}, the text encoder has {num_layers} layers; use 1 to {num_layers}"
+            f"--clip_skip is {model.clip_skip}, but the text encoder has {num_layers} layers; use 1 to {num_layers}"
         )
     if model.v2 and (model.clip_skip or 1) > 1:
         logger.warning(
-            "--clip_skip %d: SD 2.x was trained without its last layer, which is left out already; programs that make "
-            "pictures seldom skip more",
+            "--clip_skip %d: SD 2.x was trained without its last layer, which is dropped already; inference programs "
+            "seldom skip more",
             model.clip_skip,
         )
     tokenizer = load_tokenizer(loader.path, model.tokenizer_cache_dir, loader.num_words)
@@ -79,7 +79,7 @@ def build_text(options: TrainOptions, loader: UnetLoader) -> ClipText:
 
 
 def metadata(is_v2: bool, predicts_velocity: bool) -> dict[str, str]:
-    """What files trained on this base model say about it."""
+    """Return the base model's metadata of files trained on it."""
     version = "sd_v2" if is_v2 else "sd_v1"
     architecture = "stable-diffusion-v1"
     if is_v2:

@@ -1,4 +1,4 @@
-"""The parts of Stable Diffusion 1.x and 2.x in one file, and in diffusers' folders."""
+"""The parts of Stable Diffusion 1.x and 2.x in single files and diffusers folders."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,14 +16,14 @@ from library.models.unet.unet import layout_of_config
 from library.models.vae.checkpoint_keys import VAE_PREFIX, vae_to_ldm
 
 PARTS = ("unet", "vae", "text_encoder")
-VAE_SIDE = 256  # of the pictures that Stable Diffusion's VAE was trained on; diffusers cuts tiles of that size
+VAE_SIDE = 256  # image size in the VAE's training; diffusers' tiles have this size
 LAST_LAYER, ONE_MORE = (f"transformer.resblocks.{n}." for n in (NUM_SD2_LAYERS - 1, NUM_SD2_LAYERS))
 
 
 def in_single_file(base: str, parts: Mapping[str, Component], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The weights of unet, vae and text_encoder in `dtype`, under the names of Stability's checkpoints of `base`.
+    """Yield the weights of unet, vae and text_encoder in `dtype`, under the names of Stability's checkpoints of `base`.
 
-    The projections of attention are as these have them: 1x1 convolutions, but in the U-Net of SD 2.x matrices.
+    The projections of attention have these checkpoints' form: 1x1 convolutions, but matrices in the U-Net of SD 2.x.
     """
     unet, vae = parts["unet"], parts["vae"].weights
     layout = layout_of_config(unet.config)
@@ -43,7 +43,7 @@ def in_single_file(base: str, parts: Mapping[str, Component], dtype: torch.dtype
 
 
 def is_projection(key: str) -> bool:
-    """Whether a weight, by diffusers' name, goes into or out of attention over the pixels of a picture."""
+    """Return True if a weight, by diffusers' name, projects into or out of attention over pixels."""
     ends = ("proj_in.weight", "proj_out.weight", "to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight")
     return ".attentions." in key and ".transformer_blocks." not in key and key.endswith(ends)
 
@@ -57,8 +57,8 @@ def as_matrix(weight: Tensor) -> Tensor:
 
 
 def made_up(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """What a file of SD 2.x has and nothing computes from: the last layer (here a copy of the one before), the
-    projection of the text and the temperature, with which programs recognise and load it."""
+    """Return the tensors of an SD 2.x file that programs need to recognise and load it but that are not used: the last
+    layer (here a copy of the one before), the text projection and the temperature."""
     prefix = CLIP_PREFIXES["sd2"]
     last = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix + LAST_LAYER)}
     copies = {key.replace(LAST_LAYER, ONE_MORE): tensor.clone() for key, tensor in last.items()}
@@ -68,7 +68,7 @@ def made_up(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[st
 
 
 def other_weights(whole: Weights, found: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """What else a single file has, as it is stored: averages of training, buffers of schedules, positions."""
+    """Yield the other weights of a single file as stored: averages of training, schedule buffers, positions."""
     prefix = CLIP_PREFIXES["sd1"]
     for key in whole.shapes:
         is_old = key.startswith(tuple(f"{prefix}{part}." for part in ("embeddings", "encoder", "final_layer_norm")))
@@ -78,9 +78,9 @@ def other_weights(whole: Weights, found: Mapping[str, Tensor]) -> Iterator[tuple
 
 
 def in_folder(part: str, component: Component, dtype: torch.dtype, is_linear: bool) -> Iterator[tuple[str, Tensor]]:
-    """The weights of one part in `dtype`, under the names that diffusers and transformers save them with.
+    """Yield the weights of one part in `dtype`, under the names that diffusers and transformers save.
 
-    `is_linear` says whether the U-Net's projections are matrices, else they are 1x1 convolutions.
+    `is_linear` makes the U-Net's projections matrices instead of 1x1 convolutions.
     """
     weights = component.weights
     if part == "text_encoder":
@@ -95,7 +95,7 @@ def in_folder(part: str, component: Component, dtype: torch.dtype, is_linear: bo
 def folder_config(
     part: str, config: Mapping[str, Any], reference: Mapping[str, Any], is_linear: bool
 ) -> dict[str, Any]:
-    """config.json of a part: what its weights tell, and what they do not as in the same part of another model."""
+    """Return config.json of a part, inferred from its weights, and otherwise copied from another model's."""
     if part == "unet":
         found = {**reference, **config, "use_linear_projection": is_linear}
         return {"_class_name": "UNet2DConditionModel", **found}
@@ -105,5 +105,5 @@ def folder_config(
 
 
 def without_ids(text: Weights) -> Weights:
-    """A text encoder without the numbers of its positions, which old files have and models make themselves."""
+    """Drop the position IDs of a text encoder, which old files have and models create themselves."""
     return selected(text, {key: key for key in text.shapes if not key.endswith("position_ids")})

@@ -1,4 +1,4 @@
-"""Checkpoints of Stable Diffusion 1.x and 2.x to modules."""
+"""Loading of Stable Diffusion 1.x and 2.x checkpoints."""
 
 from library.architectures.specs import list_specs
 from library.checkpoints.base_files import BaseFiles
@@ -13,16 +13,16 @@ from library.models.vae.vae import VaeNeeds
 from library.options.train import TrainOptions
 
 LATENT_CHANNELS = 4
-LATENT_SCALE = 0.18215  # brings the latents of Stable Diffusion's VAE to about unit variance
+LATENT_SCALE = 0.18215  # scales the VAE's latents to about unit variance
 TITLES = {"sd1": "SD 1.x", "sd2": "SD 2.x"}  # in messages
 CLIP_PREFIXES = {"sd1": "cond_stage_model.transformer.", "sd2": "cond_stage_model.model."}
-NUM_SD2_LAYERS = 23  # of the text encoder; the checkpoints have one more, whose output SD 2.x was not trained on
+NUM_SD2_LAYERS = 23  # of the text encoder; checkpoints have one more, which SD 2.x does not use
 
 
 def open_loader(options: TrainOptions) -> UnetLoader:
-    """Open the checkpoint that the options name; of the files only headers are read.
+    """Open the checkpoint that the options name; only headers of its files are read.
 
-    Raises UserError naming the flag when a file is missing, broken, incomplete or another kind of model.
+    Raises UserError naming the flag if a file is missing, broken, incomplete or another kind of model.
     """
     base = "sd2" if options.model.v2 else "sd1"
 
@@ -34,20 +34,20 @@ def open_loader(options: TrainOptions) -> UnetLoader:
 
 
 def open_parts(files: BaseFiles, base: str) -> dict[str, Component]:
-    """unet and text_encoder of the model `base` ("sd1", "sd2")."""
+    """Open unet and text_encoder of the model `base` ("sd1", "sd2")."""
     return folder_parts(files, base) if files.whole is None else single_file_parts(files.flag, files.whole, base)
 
 
 def folder_parts(files: BaseFiles, base: str) -> dict[str, Component]:
-    """The U-Net and the text encoder of a diffusers folder."""
+    """Open the U-Net and the text encoder of a diffusers folder."""
     unet = Component(*open_unet_folder(list_specs(), files, base))
     return {"unet": unet, "text_encoder": clip_of_folder(*files.open_folder("text_encoder"))}
 
 
 def single_file_parts(flag: str, weights: Weights, base: str) -> dict[str, Component]:
-    """The U-Net and the text encoder of a checkpoint in Stability's layout.
+    """Open the U-Net and the text encoder of a checkpoint in Stability's layout.
 
-    Names outside of the parts (averages of training, schedule buffers) are left alone.
+    Other tensors (averages of training, schedule buffers) are ignored.
     """
     refuse_other_file(list_specs(), flag, weights, base)
     clip = text_encoder_in(flag, weights, CLIP_PREFIXES[base])

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x checkpoints for merging adapters into them and extracting adapters from them."""
+"""Stable Diffusion 1.x and 2.x checkpoints for merging and extracting adapters."""
 
 from functools import partial
 from pathlib import Path
@@ -27,15 +27,15 @@ LAYOUTS = {
 
 
 def open_base_model(base: str, flag: str, path: Path) -> BaseModel:
-    """Open a single file or a diffusers folder of "sd1" or "sd2"; of the files only headers are read.
+    """Open a single file or a diffusers folder of "sd1" or "sd2"; only headers of its files are read.
 
-    Raises UserError naming `flag` when it is broken or another kind of model.
+    Raises UserError naming `flag` if it is broken or another kind of model.
     """
     return open_checkpoint(list_specs(), flag, path, LAYOUTS[base])
 
 
 def seen_by_networks(base: str, path: Path) -> tuple[list[nn.Module], nn.Module]:
-    """(text encoder, U-Net) of a checkpoint as network modules see them, on the meta device."""
+    """Return (text encoder, U-Net) of a checkpoint as network modules see them, on the meta device."""
     parts = open_parts(open_files("the checkpoint", path), base)
     encoder, unet = view([empty_clip(parts["text_encoder"].config)], empty_unet(parts["unet"].config))
     return encoder if isinstance(encoder, list) else [encoder], unet

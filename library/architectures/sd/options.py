@@ -1,4 +1,4 @@
-"""The script of Stable Diffusion 1.x and 2.x has the options that all scripts have and no others."""
+"""The options of the Stable Diffusion 1.x and 2.x script: only those common to all scripts."""
 
 from collections.abc import Mapping
 
@@ -11,4 +11,4 @@ INSTEAD: Mapping[str, str] = {
     **unet.INSTEAD,
     **dict.fromkeys(("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"), NOT_CACHED),
 }
-"""What options of other scripts are here, as the error for one of them ends."""
+"""Alternatives to options of other scripts; they end the error for such an option."""

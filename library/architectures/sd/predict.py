@@ -1,4 +1,4 @@
-"""One call of Stable Diffusion's U-Net."""
+"""Prediction by Stable Diffusion's U-Net."""
 
 from torch import Tensor, nn
 
@@ -7,7 +7,7 @@ from library.types import Batch, Conditioning, Noised
 
 
 def predict(denoiser: nn.Module, noised: Noised, conditioning: Conditioning, batch: Batch) -> Tensor:
-    """The predicted noise, or velocity for a v-prediction model, in the shape of the latents."""
+    """Return the predicted noise, or velocity for a v-prediction model, in the shape of the latents."""
     prediction_BCHW: Tensor = denoiser(
         unet_input(noised, conditioning), noised.timesteps_B, encoder_hidden_states=conditioning["hidden_state"]
     ).sample

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x as everybody outside this package knows them."""
+"""The public facts of Stable Diffusion 1.x and 2.x."""
 
 from functools import partial
 
@@ -23,7 +23,7 @@ SD1_TEXT_WIDTH, SD2_TEXT_WIDTH = 768, 1024
 NO_OUTER_LAYERS = Gap(
     ALL,
     r".*_(conv_in|conv_out|time_embedding_linear_[12])",
-    "it does not look for conv_in, conv_out and time_embedding",
+    "it does not read conv_in, conv_out and time_embedding",
 )
 PACKED_QKV = Gap(
     KOHYA, r"lora_te_.*_self_attn_[qkv]_proj", "q, k and v of SD 2's text encoder are one matrix in the checkpoint"
@@ -34,7 +34,7 @@ BLOCK_WEIGHTS = BlockWeights((WITH_ATTENTION, every_block()), block_of)
 
 
 def adapter_metadata(is_v2: bool, architecture: str, predicts_velocity: bool) -> dict[str, str]:
-    """What an adapter for a checkpoint says of it."""
+    """Return the metadata of an adapter for a checkpoint."""
     return metadata(is_v2, predicts_velocity)
 
 

@@ -1,4 +1,4 @@
-"""Captions to the conditioning of Stable Diffusion 1.x and 2.x.
+"""Encoding of captions for Stable Diffusion 1.x and 2.x.
 
 Shapes: B captions, L chunks, T the 77 positions of a chunk, W the width of the text encoder.
 """
@@ -17,19 +17,19 @@ from library.types import Conditioning, Tokens
 
 @dataclass(frozen=True)
 class ClipText:
-    """One CLIP text encoder; captions longer than 75 tokens are encoded in chunks and joined."""
+    """The text pipeline of one CLIP encoder; captions longer than 75 tokens are encoded in chunks and joined."""
 
     tokens: ClipTokens
     clip_skip: int = 1  # 1: the last layer
-    pad_id: int | None = None  # None: captions are filled up with the end token
+    pad_id: int | None = None  # None: captions are padded with the end token
 
     @property
     def tokenizer(self) -> Any:
-        """transformers' CLIPTokenizer."""
+        """The transformers CLIPTokenizer."""
         return self.tokens.tokenizer
 
     def reading_emphasis(self) -> "ClipText":
-        """The same text pipeline for prompts, which have emphasis whatever captions have."""
+        """Return this text pipeline for prompts, which always have emphasis."""
         return replace(self, tokens=replace(self.tokens, reads_emphasis=True))
 
     @property
@@ -40,12 +40,12 @@ class ClipText:
         return len(self.tokens.weigh_tokens(caption)[0])
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
-        """Token ids of shape (B, L, 77)."""
+        """Return token IDs of shape (B, L, 77)."""
         ids_BLT, weights_BLT = self.tokens.tokenize(captions, self.pad_id)
         return Tokens((ids_BLT,), (weights_BLT,) if self.tokens.reads_emphasis else None)
 
     def encode(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
-        """{"hidden_state": (B, 77, W)}, or 152 or 227 positions with two or three chunks. Gradients flow."""
+        """Return {"hidden_state": (B, 77, W)}, or 152 or 227 positions with two or three chunks. Gradients flow."""
         (encoder,) = encoders
         body = clip_body(encoder)
         (ids_BLT,) = tokens.ids_BLT

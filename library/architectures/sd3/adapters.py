@@ -1,4 +1,4 @@
-"""The layers of Stable Diffusion 3 and 3.5, all sizes, that adapters change: what they attach to, their names in files.
+"""The layers of Stable Diffusion 3 and 3.5, all sizes, that adapters target, and their names in files.
 
 Module paths are those of the original checkpoint.
 """
@@ -38,7 +38,7 @@ STREAMS = {  # stream -> (its names in a block of diffusers: q, k, v, output, mo
 
 
 def denoiser_module(path: str, diffusers: str | tuple[str, ...]) -> ModuleNames:
-    """One module, by the path in the original checkpoint and by one name, or one for each third, in diffusers.
+    """Name one module by its path in the original checkpoint and its diffusers name, or one for each third of its rows.
 
     Modulations of two parts have the shift first here and the scale first in diffusers.
     """
@@ -125,6 +125,6 @@ TARGETS = AdapterTargets(
 
 
 def view(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[list[nn.Module], nn.Module]:
-    """([CLIP-L, CLIP-G, T5 where there is one], denoiser) for `create_network` and `apply_to`."""
+    """Return ([CLIP-L, CLIP-G, T5 if present], denoiser) for `create_network` and `apply_to`."""
     clips = [ClipView(clip_body(encoder)) for encoder in text_encoders[:2]]
     return [*clips, *text_encoders[2:]], denoiser

@@ -1,6 +1,6 @@
-"""Stable Diffusion 3 and 3.5: our own MMDiT, two CLIP text encoders and T5, 16-channel latents.
+"""Assembly of Stable Diffusion 3 and 3.5: our own MMDiT, two CLIP text encoders and T5, 16-channel latents.
 
-The assembly, and the table of contents of this package.
+Start here to read this package.
 """
 
 import logging
@@ -39,8 +39,8 @@ logger = logging.getLogger(__name__)
 LATENTS = LatentSpec(
     channels=LATENT_CHANNELS, downscale=8, bucket_step=32, cache_suffix="_sd3.npz", had_keys_without_size=False
 )
-T5_TOKENIZER = "tokenizer_3"  # the folder beside a model that has it, as in diffusers' folders
-SAMPLING_SHIFT = 3.0  # that SD3 draws pictures with
+T5_TOKENIZER = "tokenizer_3"  # a folder beside the model, named as in diffusers folders
+SAMPLING_SHIFT = 3.0  # used by SD3 to sample images
 
 
 RECIPE = Recipe(
@@ -49,12 +49,12 @@ RECIPE = Recipe(
         "modelspec.implementation": "https://github.com/Stability-AI/sd3.5",
         "modelspec.resolution": "1024x1024",
     },
-    refuses={"weighted_captions": "its text encoders read captions without weights"},
+    refuses={"weighted_captions": "its text encoders have no prompt weighting"},
     ignores={
         **IGNORES,
         "v2": "it is for Stable Diffusion 2",
         "v_parameterization": "SD3 predicts the velocity of a flow",
-        "clip_skip": "SD3 takes the last states but one of both CLIPs",
+        "clip_skip": "SD3 uses the second-to-last states of both CLIPs",
         "max_token_length": "both CLIPs read 75 tokens; use --t5xxl_max_token_length",
         **OTHER_ATTENTION,
     },
@@ -66,7 +66,7 @@ RECIPE = Recipe(
 
 
 def build(options: Sd3Options) -> Architecture:
-    """The parts of the SD3 or SD3.5 checkpoint that the options name; no model is loaded yet.
+    """Assemble the SD3 or SD3.5 checkpoint that the options name; nothing is loaded yet.
 
     Raises UserError naming the flag for a checkpoint or a setting that does not fit SD3.
     """
@@ -92,14 +92,14 @@ def build(options: Sd3Options) -> Architecture:
 
 
 def stretch_positions(denoiser: nn.Module, sizes: Sequence[tuple[int, int]]) -> None:
-    """Let positions follow the resolutions of the data set."""
+    """Scale positions to the resolutions of the data set."""
     assert isinstance(denoiser, MMDiT)
     denoiser.scaled_sides = tuple(sorted({side_of(size, denoiser.config.patch) for size in sizes}))
-    logger.info("--enable_scaled_pos_embed: positions for squares of %s patches", denoiser.scaled_sides)
+    logger.info("--enable_scaled_pos_embed: positions scaled to squares of %s patches", denoiser.scaled_sides)
 
 
 def build_text(options: Sd3Options, loader: Sd3Loader) -> Sd3Text:
-    """The text pipeline that the token lengths and masks ask for."""
+    """Build the text pipeline for the token limits and masks."""
     text, cache_dir = options.text, options.model.tokenizer_cache_dir
     clip = load_tokenizer(loader.path, cache_dir, loader.num_clip_words)
     t5 = None
@@ -111,7 +111,7 @@ def build_text(options: Sd3Options, loader: Sd3Loader) -> Sd3Text:
 
 
 def build_text_cache(options: Sd3Options, loader: Sd3Loader, text: Sd3Text) -> TextCacheSpec:
-    """Files that hold what sd-scripts' do; without T5 they hold nothing of it."""
+    """Return the cache format, which matches sd-scripts'; without T5 the files have no T5 features."""
     masks_clip, masks_t5 = text.masks_clip, text.masks_t5
     clip_keys = ("lg_out", "lg_pooled", "clip_l_attn_mask", "clip_g_attn_mask")
     t5_keys = () if loader.t5 is None else ("t5_out", "t5_attn_mask")
@@ -133,7 +133,7 @@ def build_text_cache(options: Sd3Options, loader: Sd3Loader, text: Sd3Text) -> T
 
 
 def build_objective(options: Sd3Options) -> FlowMatching:
-    """An estimate of the clean latent against it, at whole thousandths of noise."""
+    """Build the objective that compares an estimate of the clean latent, at whole thousandths of noise."""
     levels = shifted_scheme(options.flow, options.sd3.training_shift)
     return build_flow(
         options,
@@ -147,11 +147,11 @@ def build_objective(options: Sd3Options) -> FlowMatching:
 
 
 def build_variation(options: Sd3Options, loader: Sd3Loader) -> Variation | None:
-    """What is left out or moved in some of the training steps."""
+    """Return the random changes of conditioning in training, or None."""
     text, position = options.text, options.sd3.pos_emb_random_crop_rate
     if not any((text.clip_l_dropout_rate, text.clip_g_dropout_rate, text.t5_dropout_rate, position)):
         return None
-    with needing("--clip_l_dropout_rate and the like are told which features are CLIP-L's by its file"):
+    with needing("--clip_l_dropout_rate and similar options need CLIP-L's file to know its features"):
         clip_l = loader.clips[0].weights.shapes
     return Variation(
         clip_l=text.clip_l_dropout_rate,
@@ -164,7 +164,7 @@ def build_variation(options: Sd3Options, loader: Sd3Loader) -> Variation | None:
 
 
 def build_preview(text: Sd3Text) -> Preview:
-    """Euler steps from pure noise; --fs of a prompt shifts their levels."""
+    """Build previews with Euler steps from pure noise; --fs of a prompt shifts their levels."""
 
     def sampler(prompt: Prompt) -> Sampler:
         assert prompt.flow_shift is not None
@@ -181,14 +181,14 @@ def build_preview(text: Sd3Text) -> Preview:
 
 
 def sampling_sigmas(num_steps: int, shift: float) -> torch.Tensor:
-    """Falling shares of noise, float64: even steps from 1 to the finest level of the shifted table, shifted again, as
-    SD3 was published with."""
+    """Return decreasing shares of noise, float64: even steps from 1 to the finest level of the shifted table, shifted
+    again, as SD3 was published."""
     finest = shift * FINEST_LEVEL / (1 + (shift - 1) * FINEST_LEVEL)
     return shift_sigmas(torch.linspace(1.0, finest, num_steps, dtype=torch.float64), shift)
 
 
 def metadata(options: Sd3Options, config: MMDiTConfig) -> dict[str, str]:
-    """What files trained on this base model say about it."""
+    """Return the base model's metadata of files trained on it."""
     version = version_of(config)
     return {
         **RECIPE.describe(options, architecture=f"stable-diffusion-3-{version}/lora"),

@@ -1,4 +1,4 @@
-"""What changes in the conditioning from one draw to the next: text encoders left out, pictures at another place.
+"""Random changes of the conditioning: dropped text encoders and shifted image positions.
 
 Letters: B samples, T text positions, E width of the text features.
 """
@@ -12,15 +12,15 @@ from torch import Tensor
 from library.memory.devices import send
 from library.types import Conditioning
 
-Parts = Mapping[str, tuple[int, int | None]]  # name in the conditioning -> the channels that are an encoder's
+Parts = Mapping[str, tuple[int, int | None]]  # name in the conditioning -> channel range of an encoder
 
 
 @dataclass(frozen=True)
 class Variation:
     """The rates of --clip_l_dropout_rate, --clip_g_dropout_rate, --t5_dropout_rate and --pos_emb_random_crop_rate.
 
-    Draws in this order, one number for each sample: CLIP-L, CLIP-G, T5; then whether the batch lies elsewhere, and
-    where. Everything is drawn in every call, so that one rate does not move the draws of another.
+    Draws in this order, one number per sample: CLIP-L, CLIP-G, T5; then whether and where the batch is shifted.
+    Everything is drawn in every call, so that a rate does not affect the draws of another.
     """
 
     clip_l: float
@@ -31,7 +31,7 @@ class Variation:
     clip_l_pooled_width: int
 
     def __call__(self, conditioning: Conditioning, generator: torch.Generator) -> Conditioning:
-        """The conditioning of one training step; what is left out is zero."""
+        """Return the conditioning of one training step; dropped features are zero."""
         B = len(conditioning["lg_out"])
         drops_EB = torch.rand(3, B, generator=generator) < torch.tensor([self.clip_l, self.clip_g, self.t5])[:, None]
         is_elsewhere = torch.rand((), generator=generator).item() < self.position
@@ -46,7 +46,7 @@ class Variation:
         return changed
 
     def _parts(self) -> tuple[Parts, Parts, Parts]:
-        """What each encoder gives."""
+        """Return the features of each encoder."""
         out, pooled = self.clip_l_width, self.clip_l_pooled_width
         return (
             {"lg_out": (0, out), "lg_pooled": (0, pooled), "clip_l_attn_mask": (0, None)},
@@ -56,7 +56,7 @@ class Variation:
 
 
 def without(features: Tensor, channels: tuple[int, int | None], drops_B: Tensor) -> Tensor:
-    """The features with the given last-axis range zero in the samples that are dropped."""
+    """Zero the given last-axis range of the features in dropped samples."""
     is_there = torch.ones(features.shape[-1], dtype=torch.bool)
     is_there[slice(*channels)] = False
     keeps = is_there | ~drops_B.view(-1, *(1,) * (features.dim() - 1))

@@ -1,4 +1,4 @@
-"""Checkpoints of Stable Diffusion 3 and 3.5 to modules."""
+"""Loading of Stable Diffusion 3 and 3.5 checkpoints."""
 
 import logging
 from collections.abc import Sequence
@@ -32,8 +32,8 @@ LATENT_SCALE = 1.5305
 LATENT_SHIFT = 0.0609
 DENOISER_PREFIX = DENOISER_PREFIXES[0]
 ADVICE = (
-    "SD3 is read from a single file, such as the sd3_medium.safetensors or sd3.5_large.safetensors that lies beside "
-    "the diffusers folders of the same repository"
+    "SD3 requires a single file, such as the sd3_medium.safetensors or sd3.5_large.safetensors beside the diffusers "
+    "folders of the same repository"
 )
 TEXT_PREFIXES = {name: f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_g", "t5xxl")}
 ACTIVATIONS = {"clip_l": "quick_gelu", "clip_g": "gelu"}
@@ -41,7 +41,7 @@ ACTIVATIONS = {"clip_l": "quick_gelu", "clip_g": "gelu"}
 
 @dataclass(frozen=True)
 class Sd3Loader:
-    """The models of an SD3 checkpoint, each loaded when it is asked for; frozen, on the CPU."""
+    """The models of an SD3 checkpoint, each loaded on request; frozen, on the CPU."""
 
     path: Path
     mmdit: Weights
@@ -54,14 +54,14 @@ class Sd3Loader:
 
     @property
     def num_clip_words(self) -> int | None:
-        """Size of the vocabulary that both CLIPs have; None where CLIP-L is not there."""
+        """The size of the vocabulary of both CLIPs, or None if CLIP-L's files are missing."""
         return first_side(self.clips[0], "embeddings.token_embedding.weight")
 
     def text_encoders(self) -> list[nn.Module]:
         return self.clip_encoders() if self.t5 is None else [*self.clip_encoders(), load_t5(self.t5, self.dtype)]
 
     def clip_encoders(self) -> list[nn.Module]:
-        """CLIP-L and CLIP-G alone."""
+        """Load only CLIP-L and CLIP-G."""
         return [load_clip(component, self.dtype) for component in self.clips]
 
     def vae(self) -> nn.Module:
@@ -74,7 +74,7 @@ class Sd3Loader:
 def open_loader(options: Sd3Options) -> Sd3Loader:
     """Open the files that the options name; only headers are read.
 
-    Raises UserError naming the flag when a file is missing, broken, incomplete or another kind of model.
+    Raises UserError naming the flag if a file is missing, broken, incomplete or another kind of model.
     """
     path, base = open_checkpoint(options.model.pretrained_model_name_or_path)
     mmdit = denoiser_of(base)
@@ -95,20 +95,20 @@ def open_loader(options: Sd3Options) -> Sd3Loader:
 
 
 def open_checkpoint(name: str | None) -> tuple[Path, Weights]:
-    """The single file that has the denoiser. Raises UserError when it is something else, naming what."""
+    """Open the single file with the denoiser. Raises UserError if it is something else, naming it."""
     path = existing(BASE_FLAG, named(name, "the .safetensors file of an SD3 or SD3.5 model"))
     specs = list_specs()
     weights = open_single_file(specs, BASE_FLAG, path, "sd3", ADVICE)
     found = base_of_file(specs, weights.shapes)
     refuse_other(specs, BASE_FLAG, str(path), found, "sd3", "checkpoint")
     if found is None:
-        why = "it has no joint_blocks, so it is no SD3 checkpoint"
+        why = "it has no joint_blocks, so it is not an SD3 checkpoint"
         raise UserError(f"{BASE_FLAG} {path}: {why} (first names: {first_names(weights)})")
     return path, weights
 
 
 def denoiser_of(weights: Weights) -> Weights:
-    """The denoiser's weights, names without prefix and without what lies beside it in a file of such names."""
+    """Keep only the denoiser's tensors, without prefix; an unprefixed file has others beside them."""
     weights = with_prefix(weights, find_prefix(weights.shapes, DENOISER_PREFIXES))
     parts = ("joint_blocks.", "x_embedder.", "t_embedder.", "y_embedder.", "context_embedder.", "final_layer.")
     names = [name for name in weights.shapes if name.startswith(parts) or name == "pos_embed"]
@@ -116,12 +116,12 @@ def denoiser_of(weights: Weights) -> Weights:
 
 
 def open_clip(name: str, options: Sd3TextOptions, base: Weights) -> Component:
-    """CLIP-L or CLIP-G, from its own file or folder or from the base. Raises UserError where neither has it."""
+    """Open CLIP-L or CLIP-G from its own file or folder or from the base. Raises UserError if neither has it."""
     weights = text_weights(name, options, base)
     if weights is None:
         raise NotThere(
             f"{BASE_FLAG} {base.origin} has no text encoder {name} (nothing begins with {TEXT_PREFIXES[name]!r}); "
-            f"give it with --{name}"
+            f"use --{name}"
         )
     if name == "clip_l":
         weights = with_projection(weights)
@@ -129,21 +129,21 @@ def open_clip(name: str, options: Sd3TextOptions, base: Weights) -> Component:
 
 
 def open_t5(options: Sd3TextOptions, base: Weights, is_cached: bool = False) -> Component | None:
-    """T5, None where neither --t5xxl nor the base has it: SD3 can do without."""
+    """Open T5; return None if neither --t5xxl nor the base has it: SD3 works without."""
     weights = text_weights("t5xxl", options, base)
     if weights is None:
         logger.warning(
-            "no T5: %s has none and --t5xxl is not given; the model is shown zeros in its place, and long captions "
-            "are cut at CLIP's 75 tokens%s",
+            "no T5: %s has none and --t5xxl is not set; its features are zeros, and captions are cut at CLIP's 75 "
+            "tokens%s",
             base.origin,
-            ". Where captions were cached with T5, give --t5xxl: its file need not be there" if is_cached else "",
+            ". If captions were cached with T5, set --t5xxl; its file need not exist" if is_cached else "",
         )
         return None
     return t5_component(weights)
 
 
 def text_weights(name: str, options: Sd3TextOptions, base: Weights) -> Weights | None:
-    """The weights of a text encoder without prefix: of --clip_l, --clip_g or --t5xxl, else of the base."""
+    """Return the weights of a text encoder without prefix: of --clip_l, --clip_g or --t5xxl, else of the base."""
     given: str | None = getattr(options, name)
     prefix = TEXT_PREFIXES[name]
     if given is None:
@@ -158,7 +158,7 @@ def text_weights(name: str, options: Sd3TextOptions, base: Weights) -> Weights |
 
 
 def with_projection(weights: Weights) -> Weights:
-    """CLIP-L with the identity for a projection where the file has none: OpenAI's weights without it do so."""
+    """Add an identity projection to CLIP-L if its file has none: OpenAI's weights without one mean this."""
     embedding = next((shape for key, shape in weights.shapes.items() if key.endswith("token_embedding.weight")), None)
     if embedding is None or any(key.startswith("text_projection") for key in weights.shapes):
         return weights
@@ -171,16 +171,16 @@ def with_projection(weights: Weights) -> Weights:
 
 
 def check_widths(config: MMDiTConfig, clips: Sequence[MaybeComponent], t5: MaybeComponent | None) -> None:
-    """Raise UserError where the text encoders that are there do not fit the denoiser."""
+    """Raise UserError if the present text encoders do not fit the denoiser."""
     pooled = [clip.weights.shapes[PROJECTION][0] for clip in clips if isinstance(clip, Component)]
     if len(pooled) == len(clips) == 2 and (sum(pooled) != config.pooled_width or pooled[0] > pooled[1]):
         raise UserError(
-            f"--clip_l and --clip_g give {pooled[0]} and {pooled[1]} pooled features ({clips[0].weights.origin}, "
-            f"{clips[1].weights.origin}), the model takes {config.pooled_width} together, fewer of CLIP-L; are they "
-            "swapped, or of another model?"
+            f"--clip_l and --clip_g have {pooled[0]} and {pooled[1]} pooled features ({clips[0].weights.origin}, "
+            f"{clips[1].weights.origin}), but the model expects {config.pooled_width} together, fewer from CLIP-L; "
+            "check that they are not swapped or of another model"
         )
     if isinstance(t5, Component) and t5.config["d_model"] != config.context_width:
         raise UserError(
-            f"--t5xxl {t5.weights.origin} gives {t5.config['d_model']} features, the model takes "
-            f"{config.context_width}; use T5-XXL v1.1"
+            f"--t5xxl {t5.weights.origin} has width {t5.config['d_model']}, but the transformer expects text features "
+            f"of width {config.context_width}; use T5-XXL v1.1"
         )

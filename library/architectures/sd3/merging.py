@@ -1,5 +1,4 @@
-"""Stable Diffusion 3 checkpoints for merging adapters into them and extracting adapters from them: the denoiser's
-file, with whatever else is in it."""
+"""Stable Diffusion 3 checkpoints for merging and extracting adapters: the file with the denoiser."""
 
 from pathlib import Path
 
@@ -20,10 +19,10 @@ from library.models.loading import on_meta_device
 def open_base_model(flag: str, path: Path) -> BaseModel:
     """Open a single file in the original layout; only its header is read.
 
-    Raises UserError naming `flag` when it is missing, broken or of another kind.
+    Raises UserError naming `flag` if it is missing, broken or of another kind.
     """
     if path.is_dir():
-        raise UserError(f"{flag} {path}: of SD3 only single files in the original layout are merged into; give one")
+        raise UserError(f"{flag} {path}: for SD3 use a single file in the original layout")
     weights = model_lookup.open_file(flag, path)
     prefix = find_prefix(weights.shapes, DENOISER_PREFIXES)
     version = version_of(configure(denoiser_of(weights), read_config))
@@ -37,6 +36,6 @@ def open_base_model(flag: str, path: Path) -> BaseModel:
 
 
 def seen_by_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
-    """([], denoiser) of a checkpoint as network modules see it, on the meta device."""
+    """Return ([], denoiser) of a checkpoint as network modules see it, on the meta device."""
     denoiser = denoiser_of(model_lookup.open_file("the checkpoint", path))
     return view([], on_meta_device(MMDiT, configure(denoiser, read_config)))

@@ -22,12 +22,12 @@ from library.models.shapes import ShapeReader
 from library.models.sinusoids import FREQUENCIES, sinusoids
 
 EPS = 1e-6
-HEAD_WIDTH = 64  # of the models without normed queries, whose shapes do not tell it
+HEAD_WIDTH = 64  # of models without query norms, whose shapes do not tell it
 
 
 @dataclass(frozen=True)
 class MMDiTConfig:
-    """The hyper-parameters, as the shapes of a checkpoint tell them."""
+    """The hyper-parameters, inferred from the shapes of a checkpoint."""
 
     width: int
     depth: int
@@ -37,14 +37,14 @@ class MMDiTConfig:
     in_channels: int
     context_width: int
     pooled_width: int
-    positions_side: int  # the table holds positions_side ** 2 places
+    positions_side: int  # the table has positions_side ** 2 positions
     norms_queries: bool
-    dual_attention: frozenset[int]  # blocks whose picture stream attends to itself once more
+    dual_attention: frozenset[int]  # blocks whose image stream has a second self-attention
 
 
 def read_config(shapes: Mapping[str, tuple[int, ...]]) -> MMDiTConfig:
-    """The configuration of a checkpoint from names and shapes, names without prefix. Raises UserError for a name that
-    is missing and for sizes that make no model."""
+    """Read the configuration of a checkpoint from names and shapes, names without prefix. Raises UserError for a
+    missing name and for invalid sizes."""
     read = ShapeReader("SD3", shapes)
     shape, depth = read.shape, read.count("joint_blocks")
     width, in_channels, patch, _ = shape("x_embedder.proj.weight")
@@ -53,7 +53,7 @@ def read_config(shapes: Mapping[str, tuple[int, ...]]) -> MMDiTConfig:
     num_positions = shape("pos_embed")[-2]
     side = math.isqrt(num_positions)
     if width % head_width or side**2 != num_positions:
-        raise UserError(f"no SD3 model: width {width} with heads of {head_width}, {num_positions} positions")
+        raise UserError(f"not a SD3 model: width {width} with heads of {head_width}, {num_positions} positions")
     return MMDiTConfig(
         width=width,
         depth=depth,
@@ -70,14 +70,14 @@ def read_config(shapes: Mapping[str, tuple[int, ...]]) -> MMDiTConfig:
 
 
 def version_of(config: MMDiTConfig) -> str:
-    """Which of the published models a configuration is like: "medium", "5-medium" or "5-large"."""
+    """Return the published model that a configuration resembles: "medium", "5-medium" or "5-large"."""
     if not config.norms_queries:
         return "medium"
     return "5-medium" if config.dual_attention else "5-large"
 
 
 class MMDiT(nn.Module):
-    """Noisy latents, noise level and text to the velocity noise - latent."""
+    """The network from noisy latents, noise level and text to the velocity noise - latent."""
 
     adapter_targets = TARGETS
     pos_embed: Tensor
@@ -87,7 +87,7 @@ class MMDiT(nn.Module):
         self.config = config
         c = config
         self.runner: BlockRunner = plain
-        self.scaled_sides: tuple[int, ...] = ()  # of the resolutions that positions are stretched to, in patches
+        self.scaled_sides: tuple[int, ...] = ()  # in patches, of the resolutions that positions are scaled to
         self.x_embedder = PatchEmbed(c.in_channels, c.width, c.patch)
         self.register_buffer("pos_embed", torch.zeros(1, c.positions_side**2, c.width))
         self.t_embedder = TimestepEmbedder(c.width)
@@ -99,7 +99,7 @@ class MMDiT(nn.Module):
         self.final_layer = FinalLayer(c.width, c.patch**2 * c.in_channels)
 
     def stacks(self) -> Stacks:
-        """The blocks that go through the runner."""
+        """Return the blocks that run through the runner."""
         return [[*self.joint_blocks]]
 
     def forward(
@@ -110,8 +110,8 @@ class MMDiT(nn.Module):
         pooled_BV: Tensor,
         corner: tuple[int, int] | None = None,
     ) -> Tensor:
-        """The velocity, shape BCHW. `timesteps_B` is a thousand times the share of noise; `corner` (top, left) is where
-        the picture lies in the table of positions, its middle where None."""
+        """Return the velocity, shape BCHW. `timesteps_B` is 1000 times the share of noise; `corner` (top, left) is the
+        image's location in the table of positions, None for the centre."""
         P = self.config.patch
         h, w = (side // P for side in latents_BCHW.shape[-2:])
         x_BTM = self.x_embedder(latents_BCHW)
@@ -123,15 +123,15 @@ class MMDiT(nn.Module):
         return unpatchify(self.final_layer(x_BTM, c_BM), h, w, P, channels_last=True)
 
     def table_side(self, h: int, w: int) -> int:
-        """The side of the table that a picture of h x w patches lies on."""
+        """Return the side of the position table for an image of h x w patches."""
         if self.scaled_sides:
             return table_side(nearest_side(h, w, self.scaled_sides))
         return self.config.positions_side
 
     def positions(self, h: int, w: int, corner: tuple[int, int] | None) -> Tensor:
-        """The part of the table that a picture of h x w patches lies on, shape (1, h w, M).
+        """Return the part of the position table for an image of h x w patches, shape (1, h w, M).
 
-        Raises UserError for a picture larger than the model's own table.
+        Raises UserError for an image larger than the model's own table.
         """
         if self.scaled_sides:
             side = nearest_side(h, w, self.scaled_sides)
@@ -140,8 +140,8 @@ class MMDiT(nn.Module):
         if h > side or w > side:
             pixels = side * self.config.patch * 8
             raise UserError(
-                f"a picture of {w * self.config.patch * 8}x{h * self.config.patch * 8} pixels does not fit this model, "
-                f"which knows {pixels}x{pixels}; lower --resolution or --max_bucket_reso"
+                f"an image of {w * self.config.patch * 8}x{h * self.config.patch * 8} pixels exceeds this model's "
+                f"limit of {pixels}x{pixels}; lower --resolution or --max_bucket_reso"
             )
         top, left = ((side - h) // 2, (side - w) // 2) if corner is None else corner
         table_1yxM = self.pos_embed.view(1, side, side, -1)
@@ -149,7 +149,7 @@ class MMDiT(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Each patch of P x P latents to a token."""
+    """The embedding of each patch of P x P latents as a token."""
 
     def __init__(self, in_channels: int, width: int, patch: int) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """The noise level as cosines and sines of falling frequencies, then two layers."""
+    """An embedding of the noise level as cosines and sines of decreasing frequencies, then two layers."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class VectorEmbedder(nn.Module):
-    """The pooled text features through two layers."""
+    """Two layers for the pooled text features."""
 
     def __init__(self, pooled_width: int, width: int) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ class VectorEmbedder(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """The projections of one stream; attention itself runs over what the streams bring together."""
+    """The projections of one stream; attention itself spans the streams."""
 
     def __init__(self, config: MMDiTConfig, has_output: bool = True) -> None:
         super().__init__()
@@ -201,15 +201,15 @@ class SelfAttention(nn.Module):
             self.proj = nn.Linear(config.width, config.width)
 
     def queries_keys_values(self, x_BTM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Three tensors of shape BNTD."""
+        """Return three tensors of shape BNTD."""
         q, k, v = self.qkv(x_BTM).unflatten(-1, (3, -1, self.head_width)).permute(2, 0, 3, 1, 4)
-        # What a norm keeps for the backward pass would keep the values too, were it a view of all three.
+        # The norm saves its input for the backward pass; a view would keep queries, keys and values alive.
         q, k = (q.contiguous(), k.contiguous()) if self.norms_queries else (q, k)
         return self.ln_q(q).to(v.dtype), self.ln_k(k).to(v.dtype), v
 
 
 def attend(q_BNTD: Tensor, k_BNTD: Tensor, v_BNTD: Tensor) -> Tensor:
-    """Shape BTM."""
+    """Return attention, shape BTM."""
     return scaled_dot_product_attention(q_BNTD, k_BNTD, v_BNTD).transpose(1, 2).flatten(2)
 
 
@@ -234,9 +234,9 @@ def make_modulation(width: int, num_parts: int) -> nn.Sequential:
 
 
 class SingleDiTBlock(nn.Module):
-    """One stream of a joint block. The class name is an interface: network modules find the layers by it.
+    """One stream of a joint block. Network modules find the layers by this class name.
 
-    The last block's text stream only lends its queries, keys and values, so it has no output of its own.
+    The last block's text stream only provides queries, keys and values, so it has no output.
     """
 
     def __init__(self, config: MMDiTConfig, only_lends: bool = False, has_dual_attention: bool = False) -> None:
@@ -254,13 +254,13 @@ class SingleDiTBlock(nn.Module):
         self.adaLN_modulation = make_modulation(config.width, self.num_parts)
 
     def modulation(self, c_BM: Tensor) -> tuple[Tensor, ...]:
-        """Shift and scale of attention; then its gate, shift, scale and gate of the MLP; then shift, scale and gate of
-        the second attention. Each of shape BM."""
+        """Return shift and scale of attention; then its gate, shift, scale and gate of the MLP; then shift, scale and
+        gate of the second attention. Each of shape BM."""
         parts: tuple[Tensor, ...] = self.adaLN_modulation(c_BM).chunk(self.num_parts, dim=-1)
         return parts
 
     def finish(self, x_BTM: Tensor, attended_BTM: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
-        """The stream after both attentions and the MLP."""
+        """Return the stream after both attentions and the MLP."""
         shift_mlp_BM, scale_mlp_BM = parts[3:5]
         after_BTM: Tensor = x_BTM + parts[2][:, None] * self.attn.proj(attended_BTM)
         if self.has_dual_attention:
@@ -272,7 +272,7 @@ class SingleDiTBlock(nn.Module):
 
 
 class JointBlock(nn.Module):
-    """Text and picture, each with weights of its own, attending to both."""
+    """Text and image streams with their own weights, attending to both."""
 
     def __init__(self, config: MMDiTConfig, is_last: bool, has_dual_attention: bool) -> None:
         super().__init__()
@@ -280,7 +280,7 @@ class JointBlock(nn.Module):
         self.x_block = SingleDiTBlock(config, has_dual_attention=has_dual_attention)
 
     def forward(self, context_BTM: Tensor, x_BTM: Tensor, c_BM: Tensor) -> tuple[Tensor, Tensor]:
-        """Both streams; the text one is left as it is by the last block, after which nothing reads it."""
+        """Return both streams; the last block leaves the text unchanged, because nothing reads it afterwards."""
         streams = ((self.context_block, context_BTM), (self.x_block, x_BTM))
         parts = [block.modulation(c_BM) for block, _ in streams]
         projected = [
@@ -288,7 +288,7 @@ class JointBlock(nn.Module):
             for (block, tokens), part in zip(streams, parts, strict=True)
         ]
         q, k, v = (torch.cat(both, dim=2) for both in zip(*projected, strict=True))
-        del projected  # which would last through the MLPs
+        del projected  # free it before the MLPs
         num_context = context_BTM.shape[1]
         if self.context_block.only_lends:
             return context_BTM, self.x_block.finish(x_BTM, attend(q[:, :, num_context:], k, v), parts[1])
@@ -300,7 +300,7 @@ class JointBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens to patches of the velocity."""
+    """The last layer, from tokens to patches of the velocity."""
 
     def __init__(self, width: int, num_outputs: int) -> None:
         super().__init__()

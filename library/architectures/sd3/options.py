@@ -1,4 +1,4 @@
-"""The options that only Stable Diffusion 3 has."""
+"""The options of Stable Diffusion 3 only."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from library.options.training.flow import FlowWeightingOptions, TimestepPreviewO
 
 @dataclass(frozen=True)
 class Sd3TextOptions(Options):
-    """The text encoders and what reaches the denoiser of them."""
+    """The text encoders and their use by the denoiser."""
 
     clip_l: str | None = option(
         None, usual=True, help="File or folder of the text encoder CLIP-L. Unset takes it from the base."
@@ -23,40 +23,42 @@ class Sd3TextOptions(Options):
     t5xxl: str | None = option(
         None,
         usual=True,
-        help="File or folder of the text encoder T5-XXL. Unset takes it from the base model, and trains without T5 "
-        "where that has none.",
+        help="File or folder of the text encoder T5-XXL. Unset takes it from the base model, and trains without T5 if "
+        "that has none.",
     )
     save_clip: bool = option(
-        False, ignored="adapter files hold no text encoders", help="Has no effect: adapter files hold no text encoders."
+        False,
+        ignored="adapter files contain no text encoders",
+        help="Has no effect: adapter files hold no text encoders.",
     )
     save_t5xxl: bool = option(
         False,
-        ignored="adapter files hold no text encoders",
-        help="Has no effect: files of adapters hold nothing of T5-XXL but its adapters.",
+        ignored="adapter files contain no text encoders",
+        help="Has no effect: adapter files contain only the adapters of T5-XXL.",
     )
     t5xxl_device: str | None = option(
         None,
-        ignored="T5-XXL runs where everything else does",
-        help="Has no effect: T5-XXL runs where everything else does.",
+        ignored="T5-XXL runs on the same device as everything else",
+        help="Has no effect: T5-XXL runs on the same device as everything else.",
     )
     t5xxl_dtype: str | None = option(
         None,
         ignored="T5-XXL runs in the precision of --mixed_precision",
         help="Has no effect: T5-XXL runs in the precision of --mixed_precision.",
     )
-    t5xxl_max_token_length: int = option(256, at_least=2, help="Longest caption in T5's tokens; what is longer is cut.")
-    apply_lg_attn_mask: bool = option(
-        False, help="Keep both CLIP encoders from attending to the padding behind a caption."
+    t5xxl_max_token_length: int = option(
+        256, at_least=2, help="Longest caption in T5's tokens; longer captions are cut."
     )
-    apply_t5_attn_mask: bool = option(False, help="Keep T5 from attending to the padding behind a caption.")
+    apply_lg_attn_mask: bool = option(False, help="Keep both CLIP encoders from attending to caption padding.")
+    apply_t5_attn_mask: bool = option(False, help="Keep T5 from attending to caption padding.")
     clip_l_dropout_rate: float = option(
-        0.0, is_share=True, help="Share of samples that are trained with zeros in place of CLIP-L's features, 0 to 1."
+        0.0, is_share=True, help="Share of samples trained with zeros instead of CLIP-L's features, 0 to 1."
     )
     clip_g_dropout_rate: float = option(
-        0.0, is_share=True, help="Share of samples that are trained with zeros in place of CLIP-G's features, 0 to 1."
+        0.0, is_share=True, help="Share of samples trained with zeros instead of CLIP-G's features, 0 to 1."
     )
     t5_dropout_rate: float = option(
-        0.0, is_share=True, help="Share of samples that are trained with zeros in place of T5's features, 0 to 1."
+        0.0, is_share=True, help="Share of samples trained with zeros instead of T5's features, 0 to 1."
     )
 
 
@@ -67,36 +69,35 @@ class Sd3TrainingOptions(Options):
     pos_emb_random_crop_rate: float = option(
         0.0,
         is_share=True,
-        help="Share of batches whose pictures lie at a random place of the table of positions in place of its middle, "
+        help="Share of batches whose images are placed at random in the table of positions instead of its centre, "
         "0 to 1. For SD3.5 medium.",
     )
     enable_scaled_pos_embed: bool = option(
         False,
-        help="Stretch the table of positions to each resolution of the data set, for SD3.5 medium.",
+        help="Scale the table of positions to each resolution of the data set, for SD3.5 medium.",
     )
     training_shift: float = option(
         1.0,
         usual=True,
-        help="How far the drawn noise levels are pushed toward pure noise. 1 leaves them alone, 3 is what SD3 draws "
-        "pictures with.",
+        help="Shift of the drawn noise levels toward pure noise. 1 leaves them unchanged; SD3 generates images with 3.",
     )
 
 
 INSTEAD: Mapping[str, str] = {
-    "dit": "here it is --pretrained_model_name_or_path",
-    "discrete_flow_shift": "here it is --training_shift",
-    "timestep_sampling": "here it is --weighting_scheme",
-    "sigmoid_scale": "here it is --logit_std with --weighting_scheme logit_normal",
-    "guidance_scale": "the model is trained without guidance; --l in the line of a prompt guides its preview",
-    "model_prediction_type": "the model is trained in one way, as with raw",
-    "ae": "here it is --vae",
-    "t5_max_token_length": "here it is --t5xxl_max_token_length",
-    "text_encoder": "here they are --clip_l, --clip_g and --t5xxl",
-    "qwen3": "here they are --clip_l, --clip_g and --t5xxl",
-    "gemma2": "here they are --clip_l, --clip_g and --t5xxl",
-    "split_mode": "here it is --blocks_to_swap",
+    "dit": "use --pretrained_model_name_or_path",
+    "discrete_flow_shift": "use --training_shift",
+    "timestep_sampling": "use --weighting_scheme",
+    "sigmoid_scale": "use --logit_std with --weighting_scheme logit_normal",
+    "guidance_scale": "the model is trained without guidance; use --l in a prompt line to guide a preview",
+    "model_prediction_type": "the model has only one prediction type, equal to raw",
+    "ae": "use --vae",
+    "t5_max_token_length": "use --t5xxl_max_token_length",
+    "text_encoder": "use --clip_l, --clip_g and --t5xxl",
+    "qwen3": "use --clip_l, --clip_g and --t5xxl",
+    "gemma2": "use --clip_l, --clip_g and --t5xxl",
+    "split_mode": "use --blocks_to_swap",
 }
-"""What options of other scripts and programs are here, as the error for one of them ends."""
+"""Alternatives to options of other scripts and programs; they end the error for such an option."""
 
 
 @dataclass(frozen=True)

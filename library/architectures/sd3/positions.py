@@ -1,6 +1,6 @@
-"""Positions that are stretched to the resolutions of a data set (--enable_scaled_pos_embed).
+"""Positions scaled to the resolutions of a data set (--enable_scaled_pos_embed).
 
-Letters: h and w sides of a picture in patches, s side of a resolution in patches, M width of the model.
+Letters: h and w sides of an image in patches, s side of a resolution in patches, M width of the model.
 """
 
 import math
@@ -10,17 +10,17 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-BASE_SIZE = 16  # a square picture of any resolution lies on as many units
-ROOM = 1.5  # the side of the table by that of the resolution: pictures that are long one way, or lie elsewhere in it
+BASE_SIZE = 16  # a square image of any resolution spans this many units
+ROOM = 1.5  # side of the table relative to the resolution, for elongated and shifted images
 
 
 def side_of(resolution: tuple[int, int], patch: int) -> int:
-    """s of a resolution (width, height) in pixels: of the square of its area."""
+    """Return s of a resolution (width, height) in pixels: the side of the square with its area."""
     return round(math.sqrt(resolution[0] * resolution[1])) // 8 // patch
 
 
 def nearest_side(h: int, w: int, sides: Sequence[int]) -> int:
-    """The s whose area is nearest to that of the picture; its longer side where that table has no room for it."""
+    """Return the s whose area is nearest to the image's; its longer side if that table is too small."""
     ascending = sorted(set(sides))
     middles = [(a**2 + b**2) // 2 for a, b in pairwise(ascending)]
     side = next((s for s, most in zip(ascending, middles, strict=False) if h * w <= most), ascending[-1])
@@ -28,15 +28,15 @@ def nearest_side(h: int, w: int, sides: Sequence[int]) -> int:
 
 
 def table_side(side: int) -> int:
-    """The side of the table of a resolution."""
+    """Return the side of a resolution's table."""
     return int(side * ROOM)
 
 
 def scaled_positions(h: int, w: int, side: int, corner: tuple[int, int] | None, width: int) -> Tensor:
-    """The part of the table of resolution s that a picture lies on, its middle where `corner` is None; (1, h w, M).
+    """Return the part of the table of resolution s for an image, its centre if `corner` is None; (1, h w, M).
 
     Sines and cosines as in the model's own table, columns first, of coordinates that run from 0 to 16 over a square
-    picture of the resolution, with room for more on all sides.
+    image of the resolution, with margins on all sides.
     """
     room = table_side(side)
     top, left = ((room - h) // 2, (room - w) // 2) if corner is None else corner
@@ -50,7 +50,7 @@ def scaled_positions(h: int, w: int, side: int, corner: tuple[int, int] | None, 
 
 
 def _waves(values_N: Tensor, num_features: int) -> Tensor:
-    """Sines, then cosines, of falling frequencies, shape (N, F), in the dtype of the values."""
+    """Return sines, then cosines, of decreasing frequencies, shape (N, F), in the dtype of the values."""
     half = num_features // 2
     angles = values_N[:, None] / 10_000 ** (torch.arange(half, dtype=values_N.dtype) / half)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)

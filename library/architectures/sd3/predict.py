@@ -1,4 +1,4 @@
-"""One call of Stable Diffusion 3's denoiser.
+"""Prediction by Stable Diffusion 3's denoiser.
 
 Letters: B samples, C channels, H and W sides of the latent, T text positions, E width of the text features.
 """
@@ -14,7 +14,7 @@ from library.types import Batch, Conditioning, Noised
 
 
 def predict(denoiser: nn.Module, noised: Noised, conditioning: Conditioning, batch: Batch) -> Tensor:
-    """The velocity, noise - latent, in the shape of the latents."""
+    """Return the velocity, noise - latent, in the shape of the latents."""
     model: Any = denoiser
     context_BTE = join_context(conditioning, model.config.context_width)
     corner = None
@@ -28,8 +28,8 @@ def predict(denoiser: nn.Module, noised: Noised, conditioning: Conditioning, bat
 
 
 def join_context(conditioning: Conditioning, width: int) -> Tensor:
-    """Both CLIPs' features side by side, filled up with zeros to the width of T5, then T5's; without T5 as many zeros
-    as CLIP has places."""
+    """Concatenate both CLIPs' features, zero-padded to the width of T5, with T5's; without T5 as many zeros as CLIP has
+    positions."""
     lg_BTE = conditioning["lg_out"]
     lg_BTE = pad(lg_BTE, (0, width - lg_BTE.shape[-1]))
     t5_BTE = conditioning.get("t5_out")
@@ -39,7 +39,7 @@ def join_context(conditioning: Conditioning, width: int) -> Tensor:
 
 
 def corner_of(shares_B2: Tensor, h: int, w: int, side: int) -> tuple[int, int]:
-    """Top and left of the place of h x w patches in a table of positions; `shares_B2` are shares of the room, equal
+    """Return top and left of h x w patches in a table of positions; `shares_B2` are shares of the free space, equal
     rows."""
     top, left = shares_B2[0].tolist()
     return int(top * (side - h + 1)), int(left * (side - w + 1))

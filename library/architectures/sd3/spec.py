@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5 as everybody outside this package knows them."""
+"""The public facts of Stable Diffusion 3 and 3.5."""
 
 from library.architectures.sd3.adapters import NAMES, TARGETS
 from library.architectures.sd3.assembly import RECIPE, build
@@ -17,12 +17,12 @@ from library.checkpoints.base_model_spec import (
 )
 
 T5_OF_DIFFUSERS = Gap(
-    DIFFUSERS, r"text_encoder_3_encoder_block_.*", "it has no place for LoRA of T5 under diffusers' names"
+    DIFFUSERS, r"text_encoder_3_encoder_block_.*", "it does not support LoRA for T5 under diffusers' names"
 )
 
 
 def adapter_metadata(architecture: str, predicts_velocity: bool) -> dict[str, str]:
-    """What an adapter for a checkpoint says of it: which of the sizes it is."""
+    """Return the metadata of an adapter for a checkpoint, with its size."""
     version = architecture.removeprefix("stable-diffusion-3-")
     return {**RECIPE.of_checkpoint(architecture), "ss_base_model_version": version}
 

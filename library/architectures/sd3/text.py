@@ -1,4 +1,4 @@
-"""Captions to the conditioning of Stable Diffusion 3.
+"""Encoding of captions for Stable Diffusion 3.
 
 Letters: B captions, T positions, W width of one text encoder, P width of its pooled features.
 """
@@ -21,17 +21,17 @@ CLIP_PLACES = 77
 
 @dataclass(frozen=True)
 class Sd3Text:
-    """CLIP-L, CLIP-G and, where it has a tokenizer, T5; longer captions are cut, each encoder at its own length."""
+    """The text pipeline of CLIP-L, CLIP-G and, with a tokenizer, T5; each encoder cuts captions at its own length."""
 
     clip: ClipTokens
-    t5_tokenizer: Any  # transformers' T5TokenizerFast, None where there is no T5
+    t5_tokenizer: Any  # transformers' T5TokenizerFast; None without T5
     num_t5_tokens: int
     masks_clip: bool = False  # keep padding out of attention
     masks_t5: bool = False
 
     @property
     def max_tokens(self) -> int:
-        """Of the encoder that reads most; the end token is one of T5's."""
+        """The limit of the encoder that reads most, without T5's end token."""
         return self.clip.max_tokens if self.t5_tokenizer is None else max(self.clip.max_tokens, self.num_t5_tokens - 1)
 
     def count_tokens(self, caption: str) -> int:
@@ -40,7 +40,7 @@ class Sd3Text:
         return count_t5_tokens(self.t5_tokenizer, caption)
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
-        """Token ids of shape (B, 1, 77) for CLIP-L and CLIP-G; (B, 1, T) for T5, and 1 where they are no padding."""
+        """Return token IDs of shape (B, 1, 77) for CLIP-L and CLIP-G; (B, 1, T) for T5, and its mask, 0 for padding."""
         large, _ = self.clip.tokenize(captions)
         giant, _ = self.clip.tokenize(captions, OPEN_CLIP_PAD)
         if self.t5_tokenizer is None:
@@ -49,11 +49,11 @@ class Sd3Text:
         return Tokens((large, giant, ids_BT[:, None], mask_BT[:, None]))
 
     def encode(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
-        """Features under the names of the cache; gradients flow.
+        """Return features under the names of the cache; gradients flow.
 
-        "lg_out" (B, 77, W of both) are the states before the last layer side by side, without the last norm,
+        "lg_out" (B, 77, W of both) are the concatenated states before the last layer, without the last norm,
         "lg_pooled" (B, P of both) the projected states of the end token, "t5_out" (B, T, W) T5's last states. The masks
-        are 1 where a token is.
+        are 1 for tokens.
         """
         found = self.encode_clips(encoders, tokens)
         if self.t5_tokenizer is None:
@@ -63,7 +63,7 @@ class Sd3Text:
         return {**found, "t5_out": t5_out, "t5_attn_mask": send(mask_BT, t5_out.device)}
 
     def encode_clips(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
-        """Those of the features that CLIP-L and CLIP-G, the first two of `encoders`, are enough for."""
+        """Return the features that need only CLIP-L and CLIP-G, the first two of `encoders`."""
         ids = [ids_BLT[:, 0] for ids_BLT in tokens.ids_BLT[:2]]
         masks = [up_to_end(ids_BT, self.clip.end_id) for ids_BT in ids]
         clips = [
@@ -79,13 +79,13 @@ class Sd3Text:
 
 
 def up_to_end(ids_BT: Tensor, end_id: int) -> Tensor:
-    """1 up to and with the first end token, 0 in the padding behind it."""
+    """Return 1 up to and including the first end token, 0 in the padding after it."""
     is_end_BT = (ids_BT == end_id).int()
     return ((is_end_BT.cumsum(dim=1) - is_end_BT) == 0).long()
 
 
 def encode_clip(encoder: nn.Module, ids_BT: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(states before the last layer BTW, pooled BP)."""
+    """Return (states before the last layer BTW, pooled BP)."""
     model: Any = encoder
     device = clip_body(encoder).final_layer_norm.weight.device
     mask_BT = None if mask_BT is None else send(mask_BT, device)

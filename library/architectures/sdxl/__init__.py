@@ -1,1 +1,1 @@
-"""Stable Diffusion XL: U-Net of diffusers, two CLIP text encoders, 4-channel latents. See `assembly.py`."""
+"""Stable Diffusion XL: diffusers' U-Net, two CLIP text encoders, 4-channel latents. See `assembly.py`."""

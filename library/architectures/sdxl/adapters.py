@@ -1,8 +1,8 @@
-"""The layers of Stable Diffusion XL that adapters change: what they attach to, and the names that files have for it.
+"""The layers of Stable Diffusion XL that adapters target, and their names in files.
 
-Files name the U-Net's layers after the single-file layout (`input_blocks_4_1_...`), diffusers' model has them under
-other paths. So network modules see a view: a tree with the paths of files, in which attention blocks and layers are the
-real ones.
+Files name the U-Net's layers after the single-file layout (`input_blocks_4_1_...`), while diffusers' model has other
+paths. So network modules see a view: a tree with the paths of files, in which attention blocks and layers are the real
+ones.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ def unet_module(path: str, layout: UnetLayout = LAYOUT) -> ModuleNames:
 
 
 def clip_module(path: str, encoder: int) -> ModuleNames:
-    """One module of the first (0) or second (1) text encoder."""
+    """Name one module of the first (0) or second (1) text encoder."""
     return clip_names.clip_module(path, *ENCODERS[encoder])
 
 
@@ -44,12 +44,13 @@ NAMES = BaseNames(
 )
 
 
-NUM_SIDE_BLOCKS = 9  # input blocks, and output blocks
+NUM_SIDE_BLOCKS = 9  # of input blocks and of output blocks
 NUM_MIDDLE_BLOCKS = 3
 
 
 def unet_block_list() -> BlockList:
-    """The 23 entries of block_dims: embeddings, 9 input blocks, 3 middle blocks, 9 output blocks, output layers."""
+    """Return the 23 entries of block_dims: embeddings, 9 input blocks, 3 middle blocks, 9 output blocks, output
+    layers."""
     return BlockList(
         patterns=(
             r"^(time_embed|label_emb)\.",
@@ -79,34 +80,34 @@ TARGETS = AdapterTargets(
 )
 
 
-WHOLE = ("Transformer2DModel",)  # blocks that have the same names inside in both layouts
+WHOLE = ("Transformer2DModel",)  # blocks with the same inner names in both layouts
 RENAMED = unet_names.CONV_BLOCKS  # blocks whose layers have other names in files
 
 
 class SdxlUNet2DConditionModel(nn.Module):
-    """The U-Net's layers under the paths that files name them by."""
+    """The U-Net's layers under their paths in files."""
 
 
 class ResnetBlock2D(nn.Module):
-    """A residual block; network modules find it by the name of this class."""
+    """A residual block; network modules find it by this class name."""
 
 
 class Downsample2D(nn.Module):
-    """The layer that halves the size; network modules find it by the name of this class."""
+    """The layer that halves the size; network modules find it by this class name."""
 
 
 class Upsample2D(nn.Module):
-    """The layer that doubles the size; network modules find it by the name of this class."""
+    """The layer that doubles the size; network modules find it by this class name."""
 
 
 BLOCKS: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in (ResnetBlock2D, Downsample2D, Upsample2D)}
 
 
 def build_view(layout: UnetLayout) -> AdapterView:
-    """The view of models whose U-Net has this layout."""
+    """Build the view of models whose U-Net has this layout."""
 
     def view(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[list[nn.Module], nn.Module]:
-        """(both text encoders, U-Net) for `create_network` and `apply_to`; every layer is the real one."""
+        """Return (both text encoders, U-Net) for `create_network` and `apply_to`; every layer is the real one."""
         unet = unet_view(denoiser, layout)
         unet.adapter_targets = TARGETS  # type: ignore[assignment]  # a plain attribute beside the modules
         return [ClipView(clip_body(encoder)) for encoder in text_encoders], unet
@@ -115,7 +116,7 @@ def build_view(layout: UnetLayout) -> AdapterView:
 
 
 def unet_view(unet: nn.Module, layout: UnetLayout) -> nn.Module:
-    """diffusers' U-Net under the paths of the single-file layout."""
+    """Return diffusers' U-Net under the paths of the single-file layout."""
     placed: dict[str, nn.Module] = {}  # path in files -> a real module, or an empty block of the view
     hidden: list[str] = []  # diffusers' paths of blocks that are placed whole
     for path, module in unet.named_modules():
@@ -139,14 +140,14 @@ def in_files(path: str, layout: UnetLayout) -> str:
 
 
 def block_in_files(path: str, layout: UnetLayout) -> str:
-    """The path of a renamed block: that of any of its layers without the end."""
+    """Return the path of a renamed block: that of any of its layers without the ending."""
     layer = "conv1" if ".resnets." in path else "conv"
     parent = in_files(f"{path}.{layer}", layout)
     return parent.removesuffix(".in_layers.2").removesuffix(".op").removesuffix(".conv")
 
 
 def in_order(path: str) -> tuple[tuple[int, str], ...]:
-    """The order in which the single-file layout declares its modules: numbers by size, input to output."""
+    """Return the sort key of the single-file layout's order: numbers by value, input to output."""
     tops = ("time_embed", "label_emb", "input_blocks", "middle_block", "output_blocks", "out")
     inner = ("in_layers", "emb_layers", "out_layers", "skip_connection")
     first, *rest = path.split(".")
@@ -157,7 +158,7 @@ def in_order(path: str) -> tuple[tuple[int, str], ...]:
 
 
 def put(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Hang a module into the tree; containers that are missing on the way are made."""
+    """Add a module to the tree, with any missing containers."""
     *parents, name = path.split(".")
     here = root
     for parent in parents:

@@ -1,6 +1,6 @@
-"""Stable Diffusion XL: U-Net of diffusers, two CLIP text encoders, 4-channel latents.
+"""Assembly of Stable Diffusion XL: diffusers' U-Net, two CLIP text encoders, 4-channel latents.
 
-The assembly, and the table of contents of this package.
+Start here to read this package.
 """
 
 from functools import partial
@@ -36,12 +36,12 @@ RECIPE = Recipe(
         "modelspec.resolution": "1024x1024",
     },
     refuses={"v2": "it is for Stable Diffusion 2.x, which train_network.py trains"},
-    ignores={"clip_skip": "SDXL always takes the last layer but one of both text encoders"},
+    ignores={"clip_skip": "SDXL always uses the second-to-last layer of both text encoders"},
 )
 
 
 def build(options: SdxlOptions) -> Architecture:
-    """The parts of the SDXL checkpoint that the options name; no model is loaded yet.
+    """Assemble the SDXL checkpoint that the options name; nothing is loaded yet.
 
     Raises UserError naming the flag for a checkpoint or a setting that does not fit SDXL.
     """
@@ -72,7 +72,7 @@ def build(options: SdxlOptions) -> Architecture:
 
 
 def build_text(options: SdxlOptions, loader: UnetLoader) -> SdxlText:
-    """The text pipeline that --max_token_length and --weighted_captions ask for."""
+    """Build the text pipeline for --max_token_length and --weighted_captions."""
     model = options.model
     tokenizer = load_tokenizer(loader.path, model.tokenizer_cache_dir, loader.num_words)
     num_chunks = (model.max_token_length or CHUNK_TOKENS) // CHUNK_TOKENS
@@ -80,7 +80,7 @@ def build_text(options: SdxlOptions, loader: UnetLoader) -> SdxlText:
 
 
 def build_text_cache(options: SdxlOptions, loader: UnetLoader, text: SdxlText) -> TextCacheSpec:
-    """How the outputs of both text encoders are kept."""
+    """Return the cache format of both text encoders' outputs."""
     model = options.model
     return TextCacheSpec(
         options=options.text_caching,

@@ -1,4 +1,4 @@
-"""The options of the script that trains Stable Diffusion XL on prompts alone."""
+"""The options of the script that trains Stable Diffusion XL from prompts alone."""
 
 from dataclasses import dataclass
 

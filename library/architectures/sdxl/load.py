@@ -1,4 +1,4 @@
-"""Checkpoints of Stable Diffusion XL to modules."""
+"""Loading of Stable Diffusion XL checkpoints."""
 
 from functools import partial
 
@@ -17,40 +17,40 @@ from library.models.unet_loader import UnetLoader, UnetParts, open_unet_loader
 from library.models.vae.vae import VaeNeeds
 
 LATENT_CHANNELS = 4
-LATENT_SCALE = 0.13025  # brings the latents of SDXL's VAE to about unit variance
-POOLED_WIDTH = 1280  # of OpenCLIP's bigG, which the checkpoint does not tell without it
+LATENT_SCALE = 0.13025  # scales the latents of SDXL's VAE to about unit variance
+POOLED_WIDTH = 1280  # of OpenCLIP's bigG, unknown if its files are missing
 ENCODERS = ("text_encoder", "text_encoder_2")  # folders of CLIP-L and OpenCLIP's bigG
 CLIP_L_PREFIX = "conditioner.embedders.0.transformer."
 CLIP_G_PREFIX = "conditioner.embedders.1.model."
 
 
 def unet_layout_of(unet: Component) -> UnetLayout:
-    """The layout of a U-Net by its configuration."""
+    """Return the layout of a U-Net by its configuration."""
     attends = tuple(kind.startswith("CrossAttn") for kind in unet.config["down_block_types"])
     return UnetLayout(int(unet.config.get("layers_per_block", 2)), attends)
 
 
 def open_loader(options: SdxlOptions) -> UnetLoader:
-    """Open the checkpoint that the options name; of the files only headers are read.
+    """Open the checkpoint that the options name; only headers of its files are read.
 
-    Raises UserError naming the flag when a file is missing, broken, incomplete or another kind of model.
+    Raises UserError naming the flag if a file is missing, broken, incomplete or another kind of model.
     """
     parts_of = partial(open_parts, may_lack_text=options.text_caching.cache_text_encoder_outputs_to_disk)
     return open_unet_loader(options, VaeNeeds("SDXL", LATENT_CHANNELS, LATENT_SCALE), ENCODERS, parts_of)
 
 
 def open_parts(files: BaseFiles, may_lack_text: bool = False) -> UnetParts:
-    """The U-Net, CLIP-L and OpenCLIP's bigG; the text encoders may be absent where nothing needs them."""
+    """Open the U-Net, CLIP-L and OpenCLIP's bigG; the text encoders may be absent if nothing needs them."""
     if files.whole is None:
         return folder_parts(files, may_lack_text)
     return single_file_parts(files.flag, files.whole, may_lack_text)
 
 
 def folder_parts(files: BaseFiles, may_lack_text: bool = False) -> UnetParts:
-    """Those of a diffusers folder."""
+    """Open the parts of a diffusers folder."""
     unet = Component(*open_unet_folder(list_specs(), files, "sdxl"))
     if not (files.path / "text_encoder").is_dir() and (files.path / "text_encoder_2").is_dir():
-        raise UserError(f"{files.flag} {files.path}: this is the SDXL refiner; only the base model is trained")
+        raise UserError(f"{files.flag} {files.path}: this is the SDXL refiner; only the base model can be trained")
 
     def clip(folder: str, projects: bool) -> Component:
         return clip_of_folder(*files.open_folder(folder), projects=projects)
@@ -62,9 +62,9 @@ def folder_parts(files: BaseFiles, may_lack_text: bool = False) -> UnetParts:
 
 
 def single_file_parts(flag: str, weights: Weights, may_lack_text: bool = False) -> UnetParts:
-    """Those of a checkpoint in Stability's layout.
+    """Open the parts of a checkpoint in Stability's layout.
 
-    Names outside of the parts (averages of training, schedule buffers) are left alone.
+    Other tensors (averages of training, schedule buffers) are ignored.
     """
     refuse_other_file(list_specs(), flag, weights, "sdxl")
 

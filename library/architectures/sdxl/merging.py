@@ -1,4 +1,4 @@
-"""Stable Diffusion XL checkpoints for merging adapters into them and extracting adapters from them."""
+"""Stable Diffusion XL checkpoints for merging and extracting adapters."""
 
 from functools import partial
 from pathlib import Path
@@ -26,15 +26,15 @@ LAYOUT = CheckpointLayout(
 
 
 def open_base_model(flag: str, path: Path) -> BaseModel:
-    """Open a single file or a diffusers folder; of the files only headers are read.
+    """Open a single file or a diffusers folder; only headers of its files are read.
 
-    Raises UserError naming `flag` when it is broken or another kind of model.
+    Raises UserError naming `flag` if it is broken or another kind of model.
     """
     return open_checkpoint(list_specs(), flag, path, LAYOUT)
 
 
 def seen_by_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
-    """(both text encoders, U-Net) of a checkpoint as network modules see them, on the meta device."""
+    """Return (both text encoders, U-Net) of a checkpoint as network modules see them, on the meta device."""
     parts = open_parts(open_files("the checkpoint", path))
     clip_l, clip_g = parts.clips
     encoders = [empty_clip(clip_l.config), empty_clip(clip_g.config, projects=True)]

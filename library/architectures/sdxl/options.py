@@ -1,4 +1,4 @@
-"""The options that only Stable Diffusion XL has."""
+"""The options of Stable Diffusion XL only."""
 
 from dataclasses import dataclass
 
@@ -11,14 +11,14 @@ from library.options.train import TrainOptions
 
 @dataclass(frozen=True)
 class SdxlSizeOptions(Options):
-    """What the denoiser is told about the sizes of pictures."""
+    """The size conditioning of the denoiser."""
 
     correct_crop_coordinates: bool = option(
         False,
         own=True,
         needs_images=True,
-        help="Tell the denoiser where each picture was really cut, as SDXL itself was trained. Unset tells it what "
-        "sd-scripts does, the corner of the picture fitted inside its bucket, which existing recipes are made with.",
+        help="Condition the denoiser on the actual crop of each image, as SDXL itself was trained. Unset uses the same "
+        "corner as sd-scripts, that of the image fitted inside its bucket, which existing recipes assume.",
     )
 
 

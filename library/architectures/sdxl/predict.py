@@ -1,4 +1,4 @@
-"""One call of Stable Diffusion XL's U-Net."""
+"""Prediction by Stable Diffusion XL's U-Net."""
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,9 @@ from library.types import Batch, Conditioning, Noised
 def predict(
     denoiser: nn.Module, noised: Noised, conditioning: Conditioning, batch: Batch, *, tells_real_crops: bool = False
 ) -> Tensor:
-    """The predicted noise, or velocity for a v-prediction model, in the shape of the latents.
+    """Return the predicted noise, or velocity for a v-prediction model, in the shape of the latents.
 
-    The denoiser gets both encoders' features side by side, the pooled vector, and the sizes of the pictures.
+    The denoiser gets both encoders' concatenated features, the pooled vector, and the sizes of the images.
     """
     text_BTW = torch.cat([conditioning["hidden_state1"], conditioning["hidden_state2"]], dim=-1)
     pooled_BP = conditioning["pool2"]
@@ -30,7 +30,7 @@ def predict(
 
 
 def format_sizes(batch: Batch, tells_real_crops: bool) -> Tensor:
-    """Original height and width, crop top and left, target height and width, float32."""
+    """Return original height and width, crop top and left, target height and width, float32."""
     if not tells_real_crops or batch.crops_B2 is None:
         return batch.sizes_B6
     return torch.cat([batch.sizes_B6[:, :2], batch.crops_B2, batch.sizes_B6[:, 4:]], dim=1)

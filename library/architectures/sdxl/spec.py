@@ -1,4 +1,4 @@
-"""Stable Diffusion XL as everybody outside this package knows it."""
+"""The public facts of Stable Diffusion XL."""
 
 from library.architectures.sdxl.adapters import NAMES, TARGETS
 from library.architectures.sdxl.assembly import RECIPE, build
@@ -27,7 +27,7 @@ BLOCK_WEIGHTS = BlockWeights(
 
 
 def adapter_metadata(architecture: str, predicts_velocity: bool) -> dict[str, str]:
-    """What an adapter for a checkpoint says of it."""
+    """Return the metadata of an adapter for a checkpoint."""
     prediction = "v" if predicts_velocity else "epsilon"
     return {**RECIPE.of_checkpoint(architecture), "modelspec.prediction_type": prediction}
 
@@ -45,7 +45,7 @@ SPECS = (
         adapter=(
             Sign(ADAPTED_TEXT_INPUT, width=TEXT_WIDTH),
             Sign(rf"{ADAPTED_UNET}.*_transformer_blocks_[1-9]"),
-            # SD3 has the two text encoders too, with T5 beside them.
+            # SD3 has these two text encoders too, together with T5.
             Sign(r"^(lora_te2_|text_encoder_2_|text_encoders_clip_g_)", Certainty.PART, unless=r"^lora_te3_"),
             Sign(r"^lora_unet_(input|middle|output)_block", Certainty.PART),
         ),
@@ -53,7 +53,7 @@ SPECS = (
         architecture=r"stable-diffusion-xl",
         pipelines=("StableDiffusionXL",),
         folders=("unet", "text_encoder_2"),
-        variants={r"conditioner\.embedders\.0\.model\.": "the SDXL refiner; only the base model is trained"},
+        variants={r"conditioner\.embedders\.0\.model\.": "the SDXL refiner; only the base model can be trained"},
         readers={**READERS, "Forge": Reader(KOHYA | GENERIC, KOHYA | DIFFUSERS)},
         names=NAMES,
         network_arguments=TARGETS.arguments,

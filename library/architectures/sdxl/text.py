@@ -1,4 +1,4 @@
-"""Captions to the conditioning of Stable Diffusion XL.
+"""Encoding of captions for Stable Diffusion XL.
 
 Shapes: B captions, L chunks, T the 77 positions of a chunk, N = B L, W the width of a text encoder, P of the
 projection.
@@ -19,17 +19,18 @@ CACHE_KEYS = ("hidden_state1", "hidden_state2", "pool2")
 
 @dataclass(frozen=True)
 class SdxlText:
-    """CLIP-L and OpenCLIP's bigG, one vocabulary; captions longer than 75 tokens are encoded in chunks and joined."""
+    """The text pipeline of CLIP-L and OpenCLIP's bigG, which share a vocabulary; captions longer than 75 tokens are
+    encoded in chunks and joined."""
 
     tokens: ClipTokens
 
     @property
     def tokenizer(self) -> Any:
-        """transformers' CLIPTokenizer."""
+        """The transformers CLIPTokenizer."""
         return self.tokens.tokenizer
 
     def reading_emphasis(self) -> "SdxlText":
-        """The same text pipeline for prompts, which have emphasis whatever captions have."""
+        """Return this text pipeline for prompts, which always have emphasis."""
         return replace(self, tokens=replace(self.tokens, reads_emphasis=True))
 
     @property
@@ -40,16 +41,17 @@ class SdxlText:
         return len(self.tokens.weigh_tokens(caption)[0])
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
-        """Token ids of shape (B, L, 77) for each encoder: the first is padded with the end token, the second with 0."""
+        """Return token IDs of shape (B, L, 77) for each encoder: the first is padded with the end token, the second
+        with 0."""
         ids1_BLT, weights_BLT = self.tokens.tokenize(captions)
         ids2_BLT, _ = self.tokens.tokenize(captions, OPEN_CLIP_PAD)
         return Tokens((ids1_BLT, ids2_BLT), (weights_BLT,) * 2 if self.tokens.reads_emphasis else None)
 
     def encode(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
-        """hidden_state1 (B, 77, W1), hidden_state2 (B, 77, W2), pool2 (B, P); gradients flow.
+        """Return hidden_state1 (B, 77, W1), hidden_state2 (B, 77, W2), pool2 (B, P); gradients flow.
 
-        Both states are those of the last layer but one, without a final norm. The pooled vector is of the first chunk,
-        and emphasis does not change it. With two or three chunks there are 152 or 227 positions.
+        Both states are those of the second-to-last layer, without a final norm. The pooled vector is of the first
+        chunk, without emphasis. With two or three chunks there are 152 or 227 positions.
         """
         encoder1, encoder2 = encoders
         ids1_BLT, ids2_BLT = tokens.ids_BLT
@@ -67,6 +69,6 @@ class SdxlText:
 
 
 def joined(hidden_NTW: Tensor, ids_BLT: Tensor, weights_BLT: Tensor | None) -> Tensor:
-    """The chunks of each caption as one sequence, weighted by its emphasis."""
+    """Join the chunks of each caption into one sequence, weighted by its emphasis."""
     hidden_BLTW = hidden_NTW.reshape(*ids_BLT.shape[:2], *hidden_NTW.shape[1:])
     return join_chunks(emphasize(hidden_BLTW, weights_BLT))

@@ -1,4 +1,4 @@
-"""One batch: a function of the seed, the epoch and its draws. This part runs in loader workers.
+"""One batch as a function of the seed, the epoch and its draws; runs in loader workers.
 
 Shapes: B samples, C channels, H height, W width.
 """
@@ -43,16 +43,16 @@ from library.types import Batch
 
 @dataclass(frozen=True, slots=True)
 class BatchOrder:
-    """What a worker is asked for."""
+    """The draws of one batch, sent to a worker."""
 
     epoch: int
-    step: int  # optimizer step, for the warm-up of tags
+    step: int  # optimizer step, for tag warm-up
     draws: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class PartialBatch:
-    """A batch as a worker hands it over; what is kept in memory is added by `finish_batch`."""
+    """A batch as returned by a worker; `finish_batch` adds what is kept in memory."""
 
     batch: Batch
     samples: list[int]
@@ -60,13 +60,13 @@ class PartialBatch:
     latents: list[Tensor | None]  # CHW each
     masks: list[Tensor | None]  # HW each, 0..1
     texts: list[Row | None]
-    skipped: list[str] = field(default_factory=list)  # what is said of damaged pictures that others stand in for
+    skipped: list[str] = field(default_factory=list)  # messages about damaged images that were replaced by others
 
 
 class Taken(NamedTuple):
-    """What a draw gives: pixels or latents, the latter None for those in memory."""
+    """The pixels or latents of one draw; the latents are None for those kept in memory."""
 
-    number: int  # of the sample
+    number: int  # index of the sample
     is_flipped: bool
     picture: Pixels | None
     latent: Tensor | None  # CHW
@@ -75,12 +75,12 @@ class Taken(NamedTuple):
 
 @dataclass(frozen=True)
 class Orders:
-    """What the workers are asked for in an epoch, one after another."""
+    """The batches requested from workers in one epoch, in order."""
 
     epoch: int
     batches: Sequence[tuple[int, ...]]  # the draws of every batch of the epoch
-    places: Sequence[int]  # of those that are wanted
-    step_of: Callable[[int], int]  # optimizer step of the batch at a place
+    places: Sequence[int]  # indices of the requested batches
+    step_of: Callable[[int], int]  # optimizer step of a batch, by its index
 
     def __len__(self) -> int:
         return len(self.places)
@@ -91,7 +91,7 @@ class Orders:
 
 @dataclass
 class BatchSampler(Sampler[BatchOrder]):
-    """The orders of one epoch, in turn. The loader keeps this object, so that workers can live longer than an epoch."""
+    """The orders of one epoch in turn. The loader keeps this object, so that workers can outlive an epoch."""
 
     orders: Orders
 
@@ -104,7 +104,7 @@ class BatchSampler(Sampler[BatchOrder]):
 
 @dataclass(frozen=True)
 class BatchMaker(Dataset[PartialBatch | str]):
-    """Everything that a worker needs, in plain values that travel to any kind of process."""
+    """Everything a worker needs, in plain values that any kind of process can receive."""
 
     seed: int
     samples: Samples
@@ -116,26 +116,27 @@ class BatchMaker(Dataset[PartialBatch | str]):
     in_memory: frozenset[int]  # samples whose latents the main process keeps
     num_variants: int = 0  # see DataPlan
     text_files: CacheFiles[TextFile] = field(default_factory=CacheFiles)
-    damaged: frozenset[int] = frozenset()  # samples found so while caching
+    damaged: frozenset[int] = frozenset()  # samples found damaged while caching
     storage: Storage = field(default_factory=Storage)
-    is_mirrored: bool = False  # every picture, whatever flip_aug says
+    is_mirrored: bool = False  # mirror every image, regardless of flip_aug
 
     def __getitem__(self, order: BatchOrder) -> PartialBatch | str:
-        """The batch, or the message of a UserError: exceptions lose theirs between processes."""
+        """Make a batch; return the message of a UserError, because exceptions lose theirs between processes."""
         try:
             return self.draft(order)
         except UserError as error:
             return str(error)
 
     def draft(self, order: BatchOrder) -> PartialBatch:
-        """Read, crop and mirror the pictures of an order, or read their latents."""
+        """Read, crop and mirror the images of an order, or read their latents."""
         self.read_ahead(order)
         skipped: list[str] = []
         taken = [self.taken_or_stand_in(order.epoch, draw, skipped) for draw in order.draws]
         samples = [self.samples[one.number] for one in taken]
         latents = [one.latent for one in taken if one.picture is None]
         if 0 < len(latents) < len(taken):
-            raise UserError(f"only some latents are cached of {', '.join(sample.picture.key for sample in samples)}")
+            keys = ", ".join(sample.picture.key for sample in samples)
+            raise UserError(f"only some of these images have cached latents: {keys}")
         batch = self.plain_batch(order, taken, samples)
         return PartialBatch(
             batch=batch,
@@ -148,13 +149,13 @@ class BatchMaker(Dataset[PartialBatch | str]):
         )
 
     def read_ahead(self, order: BatchOrder) -> None:
-        """Start reading the pictures of an order whose latents are cached nowhere."""
+        """Start reading the images of an order that have no cached latents."""
         numbers = self.sample_of_draw[list(order.draws)].tolist()
         unread = [number for number in numbers if number not in self.in_memory and number not in self.files]
         self.storage.read_ahead(self.samples[number].picture for number in unread)
 
     def plain_batch(self, order: BatchOrder, taken: Sequence[Taken], samples: Sequence[Sample]) -> Batch:
-        """The batch without latents, masks and text features, which `finish_batch` adds."""
+        """Make the batch without latents, masks and text features, which `finish_batch` adds."""
         subsets = [self.subsets[sample.subset] for sample in samples]
         drawn = list(zip(samples, order.draws, [one.is_flipped for one in taken], strict=True))
         pixels = [to_pixels(one.picture) for one in taken if one.picture is not None]
@@ -173,13 +174,13 @@ class BatchMaker(Dataset[PartialBatch | str]):
         )
 
     def text_row(self, number: int, caption: str) -> Row | None:
-        """The cached text features of a caption; None where no file has them."""
+        """Read the cached text features of a caption; None if no file has them."""
         if not caption or number not in self.text_files:
             return None
         return self.text_files.file(number, self.samples[number], self.storage).read(caption)
 
     def taken_or_stand_in(self, epoch: int, draw: int, skipped: list[str]) -> Taken:
-        """What a draw gives; for a damaged picture, which is told in `skipped`, what another one in its place gives."""
+        """Make a draw; a damaged image, noted in `skipped`, is replaced by another."""
         number, broken = int(self.sample_of_draw[draw]), set(self.damaged)
         if number in broken:
             number = stand_in(self.samples, self.subsets, number, broken)
@@ -192,7 +193,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
                 skipped.append(str(error))
 
     def taken(self, number: int, epoch: int, draw: int) -> Taken:
-        """What a draw of this sample gives. Raises DamagedPicture."""
+        """Make a draw of this sample. Raises DamagedImage."""
         subset = self.subsets[self.samples[number].subset]
         is_flipped = self.is_mirrored or (subset.flip_aug and random_for(self.seed, "flip", epoch, draw).random() < 0.5)
         if number in self.in_memory or number in self.files:
@@ -201,7 +202,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
         return Taken(number, is_flipped, picture, None, mask)
 
     def caption(self, sample: Sample, order: BatchOrder, draw: int) -> str:
-        """The prompt of one draw."""
+        """Compose the prompt of one draw."""
         rules, text = self.subsets[sample.subset].captions, sample.picture.caption
         rng = random_for(self.seed, "caption", order.epoch, draw)
         if not self.num_variants:
@@ -211,7 +212,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
         return caption_variant(sample.picture.key, text, rules, rng.randrange(self.num_variants))
 
     def drawn(self, number: int, epoch: int, draw: int, is_flipped: bool) -> tuple[Pixels, Tensor | None]:
-        """(RGB, mask) of one draw of a picture."""
+        """Return (RGB, mask) of one draw of an image."""
         sample = self.samples[number]
         subset = self.subsets[sample.subset]
         rgb, alpha = read_pixels(sample.picture.key, self.storage.content(sample.picture))
@@ -227,7 +228,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
         return picture, None
 
     def placement(self, sample: Sample, epoch: int, draw: int, is_flipped: bool) -> Placement:
-        """Where this draw is cut from."""
+        """Return the crop of one draw."""
         subset = self.subsets[sample.subset]
         face = face_of(sample.picture.key) if subset.face_crop_aug_range else None
         if face is not None and subset.face_crop_aug_range is not None:
@@ -239,7 +240,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
         return centred(sample.shape, is_flipped)
 
     def cached(self, number: int, is_flipped: bool) -> tuple[Tensor | None, Tensor | None]:
-        """(latents, mask) of one draw; latents in memory are None here."""
+        """Return (latents, mask) of one draw; latents kept in memory are None here."""
         sample = self.samples[number]
         subset = self.subsets[sample.subset]
         latent = mask = None
@@ -252,7 +253,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
 
 
 def pick(stored: Latents, is_flipped: bool) -> tuple[Tensor, Tensor | None]:
-    """(latents, mask) as drawn: the mirrored encoding and the mirrored mask, or the plain ones."""
+    """Return (latents, mask) as drawn: the mirrored encoding and the mirrored mask, or the plain ones."""
     mask = None if stored.alpha_HW is None else stored.alpha_HW.float() / 255
     if not is_flipped:
         return stored.latents_CHW, mask
@@ -263,9 +264,9 @@ def pick(stored: Latents, is_flipped: bool) -> tuple[Tensor, Tensor | None]:
 def finish_batch(
     draft: PartialBatch, memory: Mapping[int, Latents], texts: Mapping[str, Row], text_padding: Mapping[str, float]
 ) -> Batch:
-    """Add what is kept in memory; masks become ones where another sample of the batch has one.
+    """Add what is kept in memory to a batch; samples without a mask get ones if another sample has one.
 
-    Where text features are cached, every caption that no file was read for is one of `texts`.
+    If text features are cached, `texts` contains every caption that was not read from a file.
     """
     latents, masks = list(draft.latents), list(draft.masks)
     for place_, (number, is_flipped) in enumerate(zip(draft.samples, draft.flips, strict=True)):
@@ -287,7 +288,7 @@ def finish_batch(
 
 
 def stack_masks(masks: Sequence[Tensor | None]) -> Tensor | None:
-    """(B, 1, H, W), ones for samples without a mask; None where none has one."""
+    """Stack masks to (B, 1, H, W), ones for samples without a mask; return None if none has one."""
     shape = next((mask.shape for mask in masks if mask is not None), None)
     if shape is None:
         return None
@@ -295,7 +296,7 @@ def stack_masks(masks: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def sizes_of(sample: Sample, is_flipped: bool) -> tuple[float, ...]:
-    """Original height and width, crop top and left, target height and width."""
+    """Return original height and width, crop top and left, target height and width."""
     width, height = sample.picture.size
     target_width, target_height = sample.shape.bucket
     left, top, right, _ = crop_ltrb(sample.shape.bucket, sample.picture.size)
@@ -303,14 +304,14 @@ def sizes_of(sample: Sample, is_flipped: bool) -> tuple[float, ...]:
 
 
 def corner_of(placement: Placement) -> tuple[int, int]:
-    """Top and left of what is cut from the resized picture; of a mirrored one in the mirrored picture."""
+    """Return top and left of the crop in the resized image, mirrored if the draw is."""
     if not placement.is_flipped:
         return placement.top, placement.left
     return placement.top, placement.resized[0] - placement.target[0] - placement.left
 
 
 def file_mask(sample: Sample, placement: Placement, interpolation: str | None) -> Tensor:
-    """The mask file's red channel, placed like its picture; one of another size is stretched to the target."""
+    """Read the mask file's red channel, placed like its image; one of another size is stretched to the target."""
     assert sample.picture.mask_path is not None
     red = np.ascontiguousarray(read_pixels(sample.picture.mask_path)[0][..., 0])
     if (red.shape[1], red.shape[0]) != sample.picture.size:
@@ -319,7 +320,7 @@ def file_mask(sample: Sample, placement: Placement, interpolation: str | None) -
 
 
 def start_worker(_: int) -> None:
-    """The main process answers interruptions; a worker ends when it is told to or its parent is gone."""
+    """Set up a worker: it ignores interruptions, which the main process handles, and ends with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform != "win32":
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -330,5 +331,5 @@ def start_worker(_: int) -> None:
 
 
 def hand_over(draft: PartialBatch | str) -> PartialBatch | str:
-    """Workers hand over what they made, unchanged."""
+    """Return a worker's batch unchanged instead of collating it."""
     return draft

@@ -1,10 +1,10 @@
-"""Batches from a class of the user's own (--dataset_class), which is called as sd-scripts calls it.
+"""Batches from a user's own class (--dataset_class), called as sd-scripts calls it.
 
-The class is made as `cls(None, max_token_length, resolution, debug_dataset)`. `len` of it is the number of batches in
-an epoch, and item i is batch i as a table: `captions`, `images` (B, 3, H, W) from -1 to 1 or `latents` (B, C, h, w),
-and where they are there `loss_weights` (B), `alpha_masks` (B, H, W), `original_sizes_hw`, `crop_top_lefts`,
-`target_sizes_hw` (B, 2 each), `image_keys` and `custom_attributes`. Token ids in it are not used: captions are read
-here. `set_current_epoch(epoch)` is called before each epoch if it is there.
+The class is created as `cls(None, max_token_length, resolution, debug_dataset)`. Its `len` is the number of batches per
+epoch, and item i is batch i as a mapping: `captions`, `images` (B, 3, H, W) from -1 to 1 or `latents` (B, C, h, w), and
+optionally `loss_weights` (B), `alpha_masks` (B, H, W), `original_sizes_hw`, `crop_top_lefts`, `target_sizes_hw` (B, 2
+each), `image_keys` and `custom_attributes`. Token IDs in it are ignored: captions are tokenized here.
+`set_current_epoch(epoch)` is called before each epoch if it exists.
 """
 
 import logging
@@ -27,29 +27,29 @@ from library.types import Batch
 logger = logging.getLogger(__name__)
 
 FLAG = "--dataset_class"
-CANNOT = {  # option -> why it cannot be had of batches that a class of the user's makes
-    "cache_latents": "its batches may be other ones each time; it can give `latents` itself",
-    "cache_latents_to_disk": "its batches may be other ones each time; it can give `latents` itself",
+CANNOT = {  # option -> why it does not work with a user's class
+    "cache_latents": "its batches may differ each time; it can return `latents` itself",
+    "cache_latents_to_disk": "its batches may differ each time; it can return `latents` itself",
     "cache_text_encoder_outputs": "its captions are not known before they are drawn",
     "cache_text_encoder_outputs_to_disk": "its captions are not known before they are drawn",
-    "validation_split": "its pictures are not known one by one",
+    "validation_split": "its images are not listed",
     "fit": "the sizes of its batches are not known before they are drawn",
 }
 DESCRIBED = ("dataset_config", "train_data_dir", "reg_data_dir", "in_json")
 
 
 class OwnDataset:
-    """The batches of an object that a user's class made, in an order that is drawn anew for every epoch."""
+    """The batches of an object of a user's class, in an order that is drawn anew for every epoch."""
 
     def __init__(self, source: Any, name: str, seed: int, spec: LatentSpec) -> None:
-        """Raises UserError for an object that has no batches."""
+        """Raise UserError for an object without batches."""
         self.config = RunDataConfig((), is_from_file=False)
         self.spec = spec
         self._source, self._name, self._seed = source, name, seed
         try:
             self.num_batches = len(source)
         except (TypeError, NotImplementedError) as error:
-            raise UserError(f"{FLAG} {name} must tell the number of its batches as len(): {error}") from error
+            raise UserError(f"{FLAG} {name} must return the number of its batches from len(): {error}") from error
         if self.num_batches < 1:
             raise UserError(f"{FLAG} {name} has no batches: its len() is {self.num_batches}")
 
@@ -68,7 +68,7 @@ class OwnDataset:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The class and the captions of its first batch, the rest is not known."""
+        """The class and the captions of its first batch; nothing else is known."""
         captions = blake2b("\n".join(self._batch(1, 0).captions).encode(), digest_size=16).hexdigest()
         return {
             "num_pictures": self.num_train_images,
@@ -88,7 +88,7 @@ class OwnDataset:
 
     @property
     def validation(self) -> ValidationSet:
-        """Nothing is set aside."""
+        """An empty set: nothing is held out."""
         return nothing_aside()
 
     def of_epoch(
@@ -99,16 +99,16 @@ class OwnDataset:
         num_workers: int,
         persistent_workers: bool,
     ) -> Iterator[Batch]:
-        """The batches of an epoch at `places`, made in this process when they are asked for."""
+        """Yield the batches of an epoch at `places`, made in this process on request."""
         order = list(range(self.num_batches))
         random_for(self._seed, "batch order", epoch).shuffle(order)
         return (self._batch(epoch, order[place]) for place in places)
 
     def audit(self, log: logging.Logger) -> None:
-        log.info("%s %s: %d batches in an epoch, made in this process", FLAG, self._name, self.num_batches)
+        log.info("%s %s: %d batches per epoch, made in this process", FLAG, self._name, self.num_batches)
 
     def facts(self) -> dict[str, Any]:
-        """Nothing is known before it is drawn."""
+        """Return no facts: nothing is known before it is drawn."""
         return nothing_known()
 
     def metadata(self, options: TrainOptions, num_processes: int = 1) -> dict[str, Any]:
@@ -120,29 +120,29 @@ class OwnDataset:
         }
 
     def limited_to_largest_batch(self) -> tuple["OwnDataset", int]:
-        """The first: the sizes of others are not known."""
+        """Return self and the first batch: the sizes of others are not known."""
         return self, 0
 
     def report_skipped(self, log: logging.Logger) -> None:
-        """Nothing is left out here."""
+        """Do nothing: no image is skipped here."""
 
     def close(self) -> None:
-        """There are no worker processes."""
+        """Do nothing: there are no worker processes."""
 
     def _batch(self, epoch: int, number: int) -> Batch:
         if callable(set_epoch := getattr(self._source, "set_current_epoch", None)):
             set_epoch(epoch)
         item = self._source[number]
         if not isinstance(item, Mapping):
-            raise UserError(f"{FLAG} {self._name}: batch {number} is {type(item).__name__}, not a table of its parts")
+            raise UserError(f"{FLAG} {self._name}: batch {number} is {type(item).__name__}, not a mapping")
         return batch_of(item, f"{FLAG} {self._name}: batch {number}", self.spec)
 
 
 def batch_of(item: Mapping[str, Any], place: str, spec: LatentSpec) -> Batch:
-    """A batch of the keys that sd-scripts' data sets give. Raises UserError naming what is missing or does not fit."""
+    """Build a batch from the keys of sd-scripts' data sets. Raises UserError naming missing or invalid ones."""
     captions = item.get("captions")
     if not captions:
-        raise UserError(f"{place} has no `captions`: they are read here, token ids of others are not used")
+        raise UserError(f"{place} has no `captions`: captions are tokenized here, and token IDs are ignored")
     pixels, latents = item.get("images"), item.get("latents")
     if pixels is None and latents is None:
         raise UserError(f"{place} has neither `images` nor `latents`")
@@ -170,14 +170,14 @@ def batch_of(item: Mapping[str, Any], place: str, spec: LatentSpec) -> Batch:
 
 
 def table_of(item: Mapping[str, Any], key: str, default: Any) -> Tensor:
-    """Pairs of numbers, shape (B, 2), float32."""
+    """Return pairs of numbers, shape (B, 2), float32."""
     value = item.get(key)
     chosen = default if value is None else value
     return chosen if isinstance(chosen, Tensor) else torch.as_tensor(chosen, dtype=torch.float32)
 
 
 def sides_of(resolution: str | None) -> tuple[int, int] | None:
-    """--resolution as (width, height)."""
+    """Parse --resolution to (width, height)."""
     if resolution is None:
         return None
     first, *others = parse_numbers("--resolution", resolution, int, (1, 2), "512 or 768,512")
@@ -185,18 +185,18 @@ def sides_of(resolution: str | None) -> tuple[int, int] | None:
 
 
 def check_own_dataset(options: TrainOptions) -> None:
-    """Raise UserError for options that cannot be had of a class; warn of descriptions that it takes the place of."""
+    """Raise UserError for options that do not work with a user's class; warn of data descriptions that it replaces."""
     name, values = options.dataset.dataset_class, options.flat()
     for option, reason in CANNOT.items():
         if values.get(option):
             raise UserError(f"--{option} does not work with {FLAG} {name}: {reason}")
     for option in DESCRIBED:
         if values.get(option):
-            logger.warning("--%s is ignored: %s gives the data", option, FLAG)
+            logger.warning("--%s is ignored: %s provides the data", option, FLAG)
 
 
 def open_own_dataset(cls: type[Any], options: TrainOptions, spec: LatentSpec, seed: int) -> OwnDataset:
-    """The data set of --dataset_class. Raises UserError where the class fails to be made."""
+    """Open the data set of --dataset_class. Raises UserError if the class cannot be created."""
     data = options.dataset
     name = data.dataset_class
     assert name is not None

@@ -1,4 +1,4 @@
-"""The batches of a run, built last: of the plan of its data and of what is cached."""
+"""The batches of a run, built from the plan of its data and the caches."""
 
 import logging
 import multiprocessing
@@ -36,29 +36,28 @@ logger = logging.getLogger(__name__)
 
 
 class PlannedBatches:
-    """Batches as a function of the seed, the epoch and the place in it, with what the stores have in place of pixels
-    and captions.
+    """Batches as a function of the seed, the epoch and the index, with cached features instead of pixels and captions.
 
-    Of itself only the worker processes change, and the count of damaged pictures that were left out.
+    Its only state is the worker processes and the count of skipped damaged images.
     """
 
     def __init__(self, plan: DataPlan, latents: LatentStore, texts: TextStore) -> None:
         self.plan = plan
         self._latents, self._texts = latents, texts
         self._maker = maker_of(plan, latents, texts)
-        self._skipped: Counter[str] = Counter()  # what is said of damaged pictures, and how often they were drawn
+        self._skipped: Counter[str] = Counter()  # messages about damaged images, and how often they were drawn
         self._orders = BatchSampler(Orders(1, (), (), int))
         self._lasting_loader: DataLoader[PartialBatch | str] | None = None
-        self._reading: Generator[Batch, None, None] | None = None  # the epoch that workers read
+        self._reading: Generator[Batch, None, None] | None = None  # the epoch being read by workers
 
     @cached_property
     def validation(self) -> ValidationSet:
-        """The pictures that are set aside."""
+        """The held-out images."""
         maker = replace(self._maker, seed=self.plan.validation_seed)
         return open_validation_set(maker, self._finished, self.plan.draws_aside, self.plan.split.identities)
 
     def measured(self, numbers: Sequence[int], is_mirrored: bool = False) -> ValidationSet:
-        """Some samples that are trained, as batches that are measured like those that are set aside."""
+        """Return some trained samples as batches that are measured like held-out ones."""
         plan = self.plan
         draws_N = np.zeros_like(plan.samples.draws_N)
         draws_N[list(numbers)] = 1
@@ -77,10 +76,10 @@ class PlannedBatches:
         num_workers: int,
         persistent_workers: bool,
     ) -> Iterator[Batch]:
-        """The batches of an epoch (from 1) at `places` (from 0), in their order; the others are not read.
+        """Yield the batches of an epoch (from 1) at `places` (from 0), in their order; the others are not read.
 
-        `step_of(i)` is the optimizer step that batch i belongs to. With `persistent_workers` the worker processes live
-        until `close`. Raises UserError naming a picture that cannot be read.
+        `step_of(i)` is the optimizer step of batch i. With `persistent_workers` the worker processes live until
+        `close`. Raises UserError naming an image that cannot be read.
         """
         assert epoch >= 1, epoch
         draws = epoch_batches(self.plan.draws.buckets, self.plan.seed, epoch)
@@ -96,15 +95,14 @@ class PlannedBatches:
     def close(self) -> None:
         """End the worker processes, also within an epoch.
 
-        Those that outlive an epoch are not left to the end of Python: torch waits there five seconds for each, kills
-        it, and takes that for a failure.
+        Left to the end of Python, torch would wait five seconds for each worker, kill it, and report a failure.
         """
         if self._reading is not None:
-            self._reading.close()  # it holds the loader
+            self._reading.close()  # it references the loader
         self._reading = self._lasting_loader = None
 
     def report_skipped(self, log: logging.Logger) -> None:
-        """Say how often damaged pictures were left out, if there were any."""
+        """Log how often damaged images were skipped, if any were."""
         if self._skipped:
             log.warning(
                 "skipped %s (%s); images of the same bucket were used instead",
@@ -114,7 +112,7 @@ class PlannedBatches:
 
     @cached_property
     def _needs_workers(self) -> bool:
-        # Captions alone are cheaper to make than to send.
+        # Captions alone are cheaper to make than to send between processes.
         maker = self._maker
         if any(pictures.masks is not None for pictures in maker.samples.subsets):
             return True
@@ -128,7 +126,7 @@ class PlannedBatches:
             raise UserError(draft)
         for told in draft.skipped:
             if told not in self._skipped:
-                logger.warning("%s; it is left out, another picture of its size takes its place", told)
+                logger.warning("%s; skipping it and using another image of its bucket", told)
             self._skipped[told] += 1
         return finish_batch(draft, self._latents.memory, self._texts.memory, self._texts.padding)
 
@@ -156,7 +154,7 @@ class PlannedBatches:
 
 
 def maker_of(plan: DataPlan, latents: LatentStore, texts: TextStore) -> BatchMaker:
-    """What workers need of a plan, and of what is cached."""
+    """Build the workers' part from a plan and the caches."""
     return BatchMaker(
         seed=plan.seed,
         samples=plan.samples,

@@ -1,7 +1,7 @@
-"""What worker processes need, for those that are started afresh, as on macOS and Windows.
+"""A batch maker for worker processes that are spawned, as on macOS and Windows.
 
-A forked worker sees its parent's memory. Others get everything pickled, and a million pictures would be copied into
-each of them. So the columns go into memory that all of them share, and what is pickled does not grow with the pictures.
+A forked worker shares its parent's memory. A spawned one gets everything pickled, so a million images would be copied
+into each. Therefore the columns are put into shared memory, and the pickled size does not grow with the images.
 """
 
 import pickle
@@ -22,7 +22,7 @@ ALIGNMENT = 64  # bytes; no column has larger values
 
 @dataclass(frozen=True, eq=False)
 class SharedMaker(Dataset[PartialBatch | str]):
-    """A maker of batches whose columns are not copied into the processes that it travels to."""
+    """A batch maker whose columns are not copied into worker processes."""
 
     content: bytes  # pickled, without the columns
     columns: Tensor  # uint8, one after another, in shared memory
@@ -30,7 +30,7 @@ class SharedMaker(Dataset[PartialBatch | str]):
 
     @classmethod
     def of(cls, maker: BatchMaker) -> "SharedMaker":
-        """Raises UserError where shared memory has no room for the columns."""
+        """Share a maker. Raises UserError if shared memory has no room for the columns."""
         buffers: list[pickle.PickleBuffer] = []
         content = pickle.dumps(maker, protocol=5, buffer_callback=buffers.append)
         raw = [buffer.raw() for buffer in buffers]
@@ -41,7 +41,7 @@ class SharedMaker(Dataset[PartialBatch | str]):
         except RuntimeError as error:
             raise UserError(
                 f"--max_data_loader_n_workers: shared memory has no room for the {len(columns) / 1e6:.0f} MB that "
-                f"describe the pictures ({error}); give it more (docker run --shm-size), or use 0"
+                f"describe the images ({error}); enlarge it (docker run --shm-size), or use 0"
             ) from error
         for column, one in zip(slices_of(columns, sizes), raw, strict=True):
             column[:] = np.frombuffer(one, dtype=np.uint8)
@@ -62,7 +62,7 @@ def aligned(size: int) -> int:
 
 
 def slices_of(columns: Tensor, sizes: tuple[int, ...]) -> list[np.ndarray[tuple[int], np.dtype[np.uint8]]]:
-    """Each column as bytes."""
+    """Return each column as bytes."""
     values = columns.numpy()
     starts = accumulate(map(aligned, sizes), initial=0)
     return [values[start : start + size] for start, size in zip(starts, sizes, strict=False)]

@@ -1,4 +1,4 @@
-"""The pictures that are set aside, as batches that are the same every time."""
+"""The held-out images, as batches that are the same every time."""
 
 import os
 from collections import deque
@@ -16,19 +16,19 @@ from library.types import Batch
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """Every picture once, one bucket after another, in an order that follows from the contents of the pictures.
+    """Every image once, bucket by bucket, in an order determined by the contents of the images.
 
-    Nothing is left to chance, and nothing depends on what files and folders are called.
+    Nothing is random, and nothing depends on the names of files and folders.
     """
 
-    maker: BatchMaker  # its seed is that of validation: wildcards of captions are drawn from it, once for all
+    maker: BatchMaker  # has the validation seed, from which caption wildcards are drawn once
     finish: Callable[[PartialBatch | str], Batch]  # adds what is kept in memory
-    draws: tuple[tuple[int, ...], ...]  # of each batch
-    identities: Mapping[str, str]  # path of a picture -> a digest of its content
+    draws: tuple[tuple[int, ...], ...]  # by batch
+    identities: Mapping[str, str]  # image path -> digest of its content
 
     @property
     def num_pictures(self) -> int:
-        """Pictures of all batches; one that two datasets measure counts twice."""
+        """The number of images in all batches; one measured by two datasets counts twice."""
         return sum(len(draws) for draws in self.draws)
 
     @property
@@ -36,29 +36,29 @@ class ValidationSet:
         return len(self.draws)
 
     def places_of(self, count: int | None) -> list[int]:
-        """At most `count` batches (None: all), spread evenly over all of them, so that each bucket has its share."""
+        """Return at most `count` batches (None: all), spread evenly, so that each bucket is represented."""
         if count is None or count >= self.num_batches:
             return list(range(self.num_batches))
         return [i * self.num_batches // count for i in range(count)]
 
     def names(self, place: int) -> list[tuple[str | int, ...]]:
-        """What identifies each picture of a batch, whatever its file is called: its content, width and height."""
+        """Identify each image of a batch regardless of its file name: content digest, width and height."""
         samples = [self._sample(draw) for draw in self.draws[place]]
         return [(self.identities[sample.picture.key], *sample.shape.bucket) for sample in samples]
 
     def labels(self, place: int) -> list[str]:
-        """How messages call each picture of a batch: folder and file."""
+        """Name each image of a batch for messages: folder and file."""
         paths = [self._sample(draw).picture.key for draw in self.draws[place]]
-        # ascii: a file name may hold bytes that are no text
+        # Escaped, because a file name may contain bytes that are not text.
         return [ascii(os.path.join(*os.path.abspath(path).split(os.sep)[-2:])) for path in paths]
 
     def _sample(self, draw: int) -> Sample:
         return self.maker.samples[int(self.maker.sample_of_draw[draw])]
 
     def batches(self, places: Sequence[int], num_threads: int) -> Iterator[Batch]:
-        """The batches at `places`; `num_threads` read ahead, one batch each, where 0 reads when asked.
+        """Yield the batches at `places`; `num_threads` threads prefetch one batch each, 0 disables prefetching.
 
-        Raises UserError naming a picture that cannot be read.
+        Raises UserError naming an image that cannot be read.
         """
         if num_threads == 0 or all(sample in self.maker.in_memory for sample in self.samples_of(places)):
             for place in places:
@@ -77,7 +77,7 @@ class ValidationSet:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def samples_of(self, places: Sequence[int]) -> Iterator[int]:
-        """The numbers of the samples in the batches at `places`."""
+        """Yield the indices of the samples in the batches at `places`."""
         return (int(self.maker.sample_of_draw[draw]) for place in places for draw in self.draws[place])
 
     def _order(self, place: int) -> BatchOrder:
@@ -85,20 +85,20 @@ class ValidationSet:
 
 
 def nothing_aside() -> ValidationSet:
-    """No picture."""
+    """Return an empty set."""
     empty: Any = ()
     maker = BatchMaker(
         seed=0, samples=Samples(), sample_of_draw=empty, subsets=(), prior_loss_weight=1.0, max_train_steps=1,
         files=CacheFiles(), in_memory=frozenset(),
     )  # fmt: skip
-    finish: Any = None  # there is nothing to finish
+    finish: Any = None  # never called
     return ValidationSet(maker, finish, (), {})
 
 
 def open_validation_set(
     maker: BatchMaker, finish: Callable[[PartialBatch | str], Batch], draws: Draws, identities: Mapping[str, str]
 ) -> ValidationSet:
-    """The pictures that `draws` has, numbered anew by their contents; copies of one come in the order of captions."""
+    """Build the set of images in `draws`, ordered by content; copies of an image are ordered by caption."""
 
     def key(draw: int) -> tuple[str, str]:
         picture = maker.samples[int(draws.sample_of_draw[draw])].picture

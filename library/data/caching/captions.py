@@ -1,7 +1,7 @@
-"""Captions that are encoded once: kept in memory (--cache_text_encoder_outputs) or beside the pictures (…_to_disk).
+"""Captions that are encoded once: kept in memory (--cache_text_encoder_outputs) or in files (…_to_disk).
 
-What a draw may show is a fixed set of captions: the versions of its picture's caption (`captions.caption_variant`) and
-the empty prompt. All of them are encoded before training, so shuffling, wildcards and dropout go on.
+A draw's caption comes from a fixed set: the variants of its image's caption (`captions.caption_variant`) and the empty
+prompt. All of them are encoded before training, so shuffling, wildcards and dropout still work.
 """
 
 import logging
@@ -33,10 +33,10 @@ from library.types import Conditioning
 logger = logging.getLogger(__name__)
 
 TITLE = "caching text encoder outputs"
-MAX_REPEATED = 64  # captions of several files, such as class tokens, that are kept while files are written
+MAX_REPEATED = 64  # captions shared by several files, such as class tokens, kept while files are written
 
 Encode = Callable[[Sequence[str]], Conditioning]
-"""Captions to their conditioning, first axis B, without gradient."""
+"""Encodes captions to their conditioning, first axis B, without gradient."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Encoders:
-    """Text encoders in memory. Prompts of previews may be read in another way than captions."""
+    """Loaded text encoders. Preview prompts may be encoded differently from captions."""
 
     captions: Encode
     prompts: Encode
@@ -61,20 +61,22 @@ class Encoders:
 
 @dataclass(frozen=True)
 class TextEncoding:
-    """How captions become rows."""
+    """The encoding of captions to rows of features."""
 
     spec: TextCacheSpec
-    open_encoders: Callable[[], Encoders]  # loads them; called once, and only if something is to be encoded
-    dtype: str  # that the encoders run in
+    open_encoders: Callable[[], Encoders]  # loads them; called once, and only if something must be encoded
+    dtype: str  # dtype of the encoders
 
     def identity(self) -> Identity:
-        """All that decides what a caption becomes. Raises NotThere where the files of the encoders are not there."""
+        """Return digests of everything that determines the features. Raises NotThere if the encoders' files are
+        missing."""
         return Identity(
             self._digest(f"{self.spec.encoders()} "), self._digest(""), digest_of_words(self.spec.tokenizers)
         )
 
     def identity_of_files(self, jobs: Sequence["Job"]) -> Identity:
-        """The same for encoders that are not there: their digest is that of the first file, for which all must be."""
+        """Return the identity if the encoders are missing: their digest is that of the first file, with which all must
+        agree."""
         first = next((note.identity for job in jobs if (note := job.file.note()) is not None), "")
         return Identity(first, self._digest(""), digest_of_words(self.spec.tokenizers), is_of_files=True)
 
@@ -87,7 +89,7 @@ class TextEncoding:
 
 
 def digest_of_words(tokenizers: Sequence[Any]) -> str:
-    """A digest of which ids tokenizers have for which words."""
+    """Return a digest of the tokenizers' vocabularies."""
     told = blake2b(digest_size=16)
     for tokenizer in tokenizers:
         told.update(repr(sorted(tokenizer.get_vocab().items())).encode())
@@ -96,7 +98,7 @@ def digest_of_words(tokenizers: Sequence[Any]) -> str:
 
 @dataclass(frozen=True)
 class CachedTexts:
-    """What text encoders made of captions and of prompts of previews, the latter by text."""
+    """The encoded captions, and the encoded preview prompts by text."""
 
     store: TextStore
     prompts: Mapping[str, Row]
@@ -109,12 +111,11 @@ def cache_texts(
     skips_check: bool,
     processes: Processes = ALONE,
 ) -> CachedTexts:
-    """Encode what is not cached yet; gives where the text features of all captions are, and those of prompts.
+    """Encode what is not cached yet; return the features of all captions and preview prompts.
 
-    `prompts` are those of previews, which only the main process has. Several processes share the captions out, and pass
-    those that are to stay in memory on in a temporary folder. Files that are not true any more are made again, and only
-    their new captions are encoded. Raises UserError naming a caption that becomes NaN, or a folder that cannot be
-    written.
+    Only the main process has `prompts`. The processes share the captions, and exchange those kept in memory through a
+    temporary folder. Outdated files are rewritten; only their new captions are encoded. Raises UserError naming a
+    caption that gives NaN, or a folder that cannot be written.
     """
     spec = encoding.spec
     open_encoders = cache(encoding.open_encoders)
@@ -124,7 +125,7 @@ def cache_texts(
         shown = shared_job(plan, spec, "preview_prompts", prompts)
         identity = cache(lambda: identity_of(encoding, [empty, *jobs]))
         if not skips_check and any(os.path.exists(job.path) for job in (empty, *jobs)):
-            identity()  # once, before threads ask for it
+            identity()  # computed once, before threads need it
         of_captions = text_codec(lambda: open_encoders().captions, spec, identity)
         of_prompts = text_codec(lambda: open_encoders().prompts, spec, identity)
         fill(of_captions, [empty, *jobs], skips_check, plan.num_workers, processes)
@@ -139,25 +140,26 @@ def cache_texts(
         rows = encode_rows(share, lambda: open_encoders().captions, spec, bar)
         prompt_rows = encode_rows(prompts, lambda: open_encoders().prompts, spec, bar)
     store = TextStore(memory=passed_on(rows, texts, processes), padding=spec.padding)
-    logger.info("they take %.2f GB", sum(map(row_bytes, (*store.memory.values(), *prompt_rows.values()))) / 1e9)
+    num_bytes = sum(map(row_bytes, (*store.memory.values(), *prompt_rows.values())))
+    logger.info("cached text encoder outputs: %.2f GB", num_bytes / 1e9)
     return CachedTexts(store, prompt_rows)
 
 
 def identity_of(encoding: TextEncoding, jobs: Sequence[Job]) -> Identity:
-    """What files are held against: the text encoders, or, where these are not there, what can be known without."""
+    """Return what cached files are checked against: the text encoders, or, if these are missing, everything else."""
     try:
         return encoding.identity()
     except NotThere as error:
         logger.info(
-            "text features are not held against their encoders, which are not there (%s): one set of encoders must "
-            "have made them all, with these settings and these tokenizers",
+            "cached text features are not verified against their encoders, which are missing (%s): one set of encoders "
+            "must have made them all, with these settings and these tokenizers",
             error,
         )
         return encoding.identity_of_files(jobs)
 
 
 def passed_on(rows: Mapping[str, Row], texts: Sequence[str], processes: Processes) -> Mapping[str, Row]:
-    """The rows of all `texts`: each process of this machine writes its own for the others."""
+    """Return the rows of all `texts`: each process of this machine writes its own for the others."""
     if processes.count == 1:
         return rows
     folder = Path(processes.shared_folder("texts"))
@@ -174,10 +176,10 @@ def passed_on(rows: Mapping[str, Row], texts: Sequence[str], processes: Processe
 
 
 def plan_jobs(plan: DataPlan, spec: TextCacheSpec) -> tuple[list[Job], CacheFiles[TextFile]]:
-    """(what each file is to hold, which samples have one).
+    """Return (the captions of each file, which samples have a file).
 
-    Samples that share a picture, or pictures that differ only in their endings, share a file: it holds the captions of
-    all of them.
+    Samples that share an image, or images whose names differ only in their extension, share a file with the captions of
+    all.
     """
     texts_of: dict[str, dict[str, None]] = defaultdict(dict)
     usual = partial(usual_text_file, spec.suffix, spec.keys)
@@ -192,14 +194,14 @@ def plan_jobs(plan: DataPlan, spec: TextCacheSpec) -> tuple[list[Job], CacheFile
 
 
 def shared_job(plan: DataPlan, spec: TextCacheSpec, name: str, texts: Sequence[str]) -> Job:
-    """What no picture has, in a hidden file in the first folder of pictures."""
+    """Plan the captions that belong to no image, in a hidden file in the first image folder."""
     stem_of = plan.storage.cache_stem
     first = min(os.path.dirname(os.path.abspath(stem_of(sample.picture))) for sample in plan.samples)
     return Job(TextFile(os.path.join(first, f".{name}{spec.suffix}"), spec.keys), tuple(texts))
 
 
 def text_codec(encode: Callable[[], Encode], spec: TextCacheSpec, identity: Callable[[], Identity]) -> Codec[Job]:
-    """How files of captions are checked and made."""
+    """Return the check and the encoding of caption files."""
 
     def judge_job(job: Job) -> Verdict:
         return judge(job.file, job.texts, identity()) if os.path.exists(job.path) else Verdict(MISSING)
@@ -207,7 +209,7 @@ def text_codec(encode: Callable[[], Encode], spec: TextCacheSpec, identity: Call
     def make(share: Sequence[Found[Job]]) -> None:
         if share:
             count, first = sum(len(lacking(one)) for one in share), share[0]
-            what = f"{count} captions are to be encoded ({first.path} is {first.verdict.fault})"
+            what = f"{count} captions must be encoded ({first.path} is {first.verdict.fault})"
             with needing(f"{what}; {WAY_OUT.format('text encoders')}"):
                 encode()
             write_files(share, encode, spec, identity)
@@ -237,7 +239,7 @@ def write_files(
 
 
 def lacking(found: Found[Job]) -> list[str]:
-    """The captions that are to be encoded for a file."""
+    """Return the captions to encode for a file."""
     return [text for text in found.asked.texts if text not in found.verdict.kept]
 
 
@@ -245,7 +247,7 @@ def lacking(found: Found[Job]) -> list[str]:
 
 
 def grouped(missing: Sequence[Found[Job]], batch_size: int) -> Iterator[list[Found[Job]]]:
-    """Neighbouring files that together have a batch of captions to encode."""
+    """Group neighbouring files that together have a batch of captions to encode."""
     group: list[Found[Job]] = []
     count = 0
     for one in missing:
@@ -259,7 +261,7 @@ def grouped(missing: Sequence[Found[Job]], batch_size: int) -> Iterator[list[Fou
 
 
 def encode_rows(texts: Sequence[str], encode: Callable[[], Encode], spec: TextCacheSpec, bar: Bar) -> dict[str, Row]:
-    """The features of captions, on the CPU, --text_encoder_batch_size of them at a time."""
+    """Encode captions to features on the CPU, --text_encoder_batch_size at a time."""
     rows: dict[str, Row] = {}
     count = spec.options.text_encoder_batch_size or 1
     for first in range(0, len(texts), count):
@@ -274,7 +276,7 @@ def encode_rows(texts: Sequence[str], encode: Callable[[], Encode], spec: TextCa
 
 
 def check_row(text: str, row: Row) -> None:
-    """Raise UserError naming the caption where the text encoders gave NaN."""
+    """Raise UserError naming the caption if the text encoders gave NaN."""
     for name, tensor in row.items():
         if tensor.is_floating_point() and not is_finite(tensor):
             raise UserError(

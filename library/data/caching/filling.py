@@ -1,9 +1,8 @@
-"""Brings the files of a cache up to date: looks at what is there, has the rest made, and says what was found.
+"""Updating of a disk cache: checks what exists, has the rest made, and logs the result.
 
-What is the same for latents and for text features is here. A `Codec` says what differs: which files may hold what a job
-is about, what speaks against one, and how they are made. Encoding is left to it altogether, since it has little in
-common: pictures are decoded ahead of the VAE and written by a thread, while captions that files share are kept for the
-next ones.
+This is common to latents and text features. A `Codec` defines the differences: the possible files of a job, the check
+of a file, and how files are made. Encoding is entirely the codec's, because it has little in common: images are decoded
+ahead of the VAE and written by a thread, while captions shared by files are kept for the next ones.
 """
 
 import logging
@@ -20,11 +19,11 @@ from library.processes import Processes
 
 logger = logging.getLogger(__name__)
 
-WAY_OUT = "give the {}, or fill the cache on another machine"  # where what encodes is not there
+WAY_OUT = "add the {}, or fill the cache on another machine"  # if the encoder is missing
 
 
 class HasPath(Protocol):
-    """What is to be in a file."""
+    """The content of a file to cache."""
 
     @property
     def path(self) -> str: ...
@@ -35,36 +34,36 @@ JobT = TypeVar("JobT", bound=HasPath)
 
 @dataclass(frozen=True, slots=True)
 class Found(Generic[JobT]):
-    """What lies on disk for a job."""
+    """The check of a job's file on disk."""
 
     asked: JobT
-    job: JobT  # with the file that was found, which may be called otherwise
+    job: JobT  # with the file that was found, whose name may differ
     verdict: Verdict
 
     @property
     def path(self) -> str:
-        """The file that the job asks for, and that is written where it is made again."""
+        """The file that the job requests, and that is written if it must be remade."""
         return self.asked.path
 
 
 @dataclass(frozen=True)
 class Codec(Generic[JobT]):
-    """What one cache does in its own way."""
+    """The operations that differ between caches."""
 
     words: CacheWords
     judge: Callable[[JobT], Verdict]
-    make: Callable[[Sequence[Found[JobT]]], None]  # encode and write; called in every process, also for nothing
-    candidates: Callable[[JobT], Iterable[JobT]] = lambda job: (job,)  # with each name that its file may have
-    remark: Callable[[Sequence[Found[JobT]]], None] = lambda found: None  # more to say of a check
+    make: Callable[[Sequence[Found[JobT]]], None]  # encode and write; called in every process, even with nothing to do
+    candidates: Callable[[JobT], Iterable[JobT]] = lambda job: (job,)  # variants with each possible file name
+    remark: Callable[[Sequence[Found[JobT]]], None] = lambda found: None  # logs further remarks on a check
 
 
 def fill(
     codec: Codec[JobT], jobs: Sequence[JobT], skips_check: bool, num_threads: int, processes: Processes
 ) -> list[JobT]:
-    """Bring every file up to date, each process its share; gives the jobs with the files that hold them.
+    """Bring every file up to date, each process its share; return the jobs with the files that hold them.
 
-    What is in order is left alone, so an interrupted run goes on where it was; what a killed one had not finished is
-    deleted. With `skips_check` files are trusted by their names.
+    Valid files are kept, so an interrupted run continues; unfinished files of a killed run are deleted. With
+    `skips_check` files are trusted by name.
     """
     usable: list[JobT] = []
     if processes.is_main:
@@ -73,13 +72,13 @@ def fill(
     def stale_ones(candidates: Sequence[JobT], when: str) -> list[Found[JobT]]:
         found = check_files(codec, candidates, skips_check, num_threads)
         usable.extend(one.job for one in found if one.verdict.fault is None)
-        processes.wait_for_all(f"{codec.words.checking}{when}")  # so that all share out the same list
+        processes.wait_for_all(f"{codec.words.checking}{when}")  # so that all processes split the same list
         return [one for one in found if one.verdict.fault is not None]
 
     stale = stale_ones(jobs, "")
     codec.make(shared_out(stale, processes.rank, processes.count))
     processes.wait_for_all(codec.words.caching)
-    if processes.num_machines > 1:  # what another machine wrote on a disk of its own is missing here
+    if processes.num_machines > 1:  # files on another machine's local disk are missing here
         stale = stale_ones([one.asked for one in stale], " again")
         codec.make(shared_out(stale, processes.local_rank, processes.local_count))
         processes.wait_for_all(f"{codec.words.caching} again")
@@ -87,13 +86,13 @@ def fill(
 
 
 def shared_out(jobs: Sequence[JobT], rank: int, count: int) -> list[JobT]:
-    """One process's share of the jobs. Those of one file go to one process, since each writes the whole file."""
+    """Return one process's share of the jobs. Jobs of one file go to one process, because it writes the whole file."""
     numbers: dict[str, int] = {}
     return [job for job in jobs if numbers.setdefault(job.path, len(numbers)) % count == rank]
 
 
 def check_files(codec: Codec[JobT], jobs: Sequence[JobT], skips_check: bool, num_threads: int) -> list[Found[JobT]]:
-    """What lies on disk for each job, and lines in the log about it."""
+    """Check the file of each job, and log the result."""
 
     def look(job: JobT) -> Found[JobT]:
         first = Verdict(MISSING)
@@ -118,7 +117,7 @@ def check_files(codec: Codec[JobT], jobs: Sequence[JobT], skips_check: bool, num
 
 
 def report_check(words: CacheWords, found: Sequence[Found[JobT]], skips_check: bool) -> None:
-    """One line that says what is used, what is missing, what is made again and why."""
+    """Log in one line how many entries are reused, missing and outdated, and why."""
     faults: dict[str, list[str]] = defaultdict(list)
     for one in found:
         if one.verdict.fault is not None:

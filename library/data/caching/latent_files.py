@@ -1,16 +1,16 @@
-"""Latent cache files: sd-scripts' names, keys and layout, plus a note of what each entry was made from.
+"""Latent cache files: sd-scripts' names, keys and layout, plus a note of each entry's origin.
 
-A file is a numpy archive beside the picture, `<stem>_<width>x<height><suffix>` with the picture's size. It holds an
-entry for each size that the picture was trained at; keys end in `_<height>x<width>` of its latents:
+A file is a numpy archive beside the image, `<stem>_<width>x<height><suffix>` with the image's size. It has an entry for
+each training size; keys end in `_<height>x<width>` of the latents:
 
-    latents, latents_flipped   float32 (C, h, w); the second is the encoding of the mirrored picture
-    original_size              int64 (2,), width and height of the picture
-    crop_ltrb                  float64 (4,)
-    alpha_mask                 float32 (H, W), 0..1, of the bucket in pixels
-    origin                     ours: JSON as bytes, see `Origin`; other programs leave it alone
+  latents, latents_flipped   float32 (C, h, w); the second encodes the mirrored image
+  original_size              int64 (2,), width and height of the image
+  crop_ltrb                  float64 (4,)
+  alpha_mask                 float32 (H, W), 0..1, of the bucket in pixels
+  origin                     ours: JSON as bytes, see `Origin`; other programs ignore it
 
-Older files of some base models (`LatentSpec.had_keys_without_size`) have a single entry, whose keys end in nothing. It
-is taken for an entry of the size that it has, and of no other.
+Older files of some base models (`LatentSpec.had_keys_without_size`) have a single entry whose keys have no suffix. It
+is valid only for its own size.
 """
 
 import json
@@ -38,7 +38,7 @@ WORDS = CacheWords(
 
 @dataclass(frozen=True, slots=True)
 class Latents:
-    """The encodings of one picture. C channels, h and w of the latents, H and W of the bucket."""
+    """The encodings of one image. C channels, h and w of the latents, H and W of the bucket."""
 
     latents_CHW: Tensor
     flipped_CHW: Tensor | None
@@ -47,18 +47,18 @@ class Latents:
 
 @dataclass(frozen=True, slots=True)
 class LatentFile:
-    """Where the entry of one picture at one size lies."""
+    """The location of one image's entry at one size."""
 
     path: str
-    tail: str  # of the keys, "_<height>x<width>" of the latents
-    may_lack_tail: bool  # an entry of the right size without a tail is this entry
+    tail: str  # suffix of the keys, "_<height>x<width>" of the latents
+    may_lack_tail: bool  # an entry without suffix is valid if its size is right
     latent_shape: tuple[int, int, int]  # C, h, w
     bucket: Size
 
     def read(self, needs_flipped: bool, needs_alpha: bool) -> Latents:
-        """The latents that the options ask for, and nothing else that the file may hold.
+        """Read the latents that the options require, and nothing else in the file.
 
-        Raises UserError naming a file that is missing, damaged, or holds another size or NaN.
+        Raises UserError naming a file that is missing, damaged, of another size, or has NaN.
         """
         with reading(self.path, WORDS) as archive:
             return latents_in(archive, entry_in(archive, self), needs_flipped, needs_alpha)
@@ -66,7 +66,7 @@ class LatentFile:
 
 @dataclass(frozen=True)
 class Origin:
-    """What an entry was made from."""
+    """The origin of an entry."""
 
     picture: str  # file name
     picture_bytes: int
@@ -76,11 +76,11 @@ class Origin:
     resized: list[int]
     interpolation: str | None
     vae: str
-    checksums: dict[str, int]  # of the arrays; another program that writes the entry anew does not renew them
+    checksums: dict[str, int]  # of the arrays; another program that rewrites the entry does not update them
 
 
 def latent_file(stem: str, size: Size, shape: Shape, spec: LatentSpec) -> LatentFile:
-    """The file and the keys of a picture's entry; `stem` is `Storage.cache_stem` of the picture."""
+    """Return the file and keys of an image's entry; `stem` is the image's `Storage.cache_stem`."""
     width, height = (side // spec.downscale for side in shape.bucket)
     path = f"{stem}_{size[0]:04d}x{size[1]:04d}{spec.cache_suffix}"
     return LatentFile(
@@ -89,18 +89,18 @@ def latent_file(stem: str, size: Size, shape: Shape, spec: LatentSpec) -> Latent
 
 
 def entry_in(archive: Mapping[str, Any], file: LatentFile) -> LatentFile:
-    """The entry as the archive has it: an older one, of this size without a tail, where there is no other."""
+    """Return the entry as the archive has it: an older one of this size without suffix if there is no other."""
     is_there = f"latents{file.tail}" in archive
     return replace(file, tail="") if not is_there and has_older_entry(archive, file) else file
 
 
 def has_older_entry(archive: Mapping[str, Any], file: LatentFile) -> bool:
-    """Whether there are latents without a tail that are of the right size, and that may be this entry's."""
+    """Return True if the archive has latents of the right size without suffix that may be this entry's."""
     return file.may_lack_tail and "latents" in archive and archive["latents"].shape == file.latent_shape
 
 
 def latents_in(archive: Mapping[str, Any], file: LatentFile, needs_flipped: bool, needs_alpha: bool) -> Latents:
-    """The arrays of an entry as tensors; EntryError says what does not fit."""
+    """Return the arrays of an entry as tensors. Raises EntryError with what does not fit."""
     latents = _encoding(archive, f"latents{file.tail}", file, "without latents of this size")
     flipped = alpha = None
     if needs_flipped:
@@ -125,7 +125,7 @@ def _encoding(archive: Mapping[str, Any], key: str, file: LatentFile, absent: st
         raise EntryError(absent)
     values = np.asarray(archive[key])
     if values.ndim == 4 and values.shape[1] == 1:
-        values = values[:, 0]  # files of video autoencoders keep an axis of one frame
+        values = values[:, 0]  # files of video VAEs have an axis with one frame
     if values.shape != file.latent_shape:
         raise EntryError(f"holding latents of shape {values.shape} where {file.latent_shape} is needed")
     if values.dtype.kind != "f":
@@ -136,13 +136,13 @@ def _encoding(archive: Mapping[str, Any], key: str, file: LatentFile, absent: st
 
 
 def checksums_of(archive: Mapping[str, Any], tail: str) -> dict[str, int]:
-    """A checksum of every array of latents in an entry."""
+    """Return a checksum of every latent array in an entry."""
     names = [name for name in ("latents", "latents_flipped") if f"{name}{tail}" in archive]
     return {name: zlib.crc32(np.ascontiguousarray(archive[f"{name}{tail}"]).tobytes()) for name in names}
 
 
 def origin_in(archive: Mapping[str, Any], tail: str) -> Origin | None:
-    """The note of an entry; None where there is none, or where the arrays are not those it was written for."""
+    """Return the note of an entry; None if there is none, or if the arrays changed since."""
     key = f"origin{tail}"
     if key not in archive:
         return None
@@ -154,7 +154,7 @@ def origin_in(archive: Mapping[str, Any], tail: str) -> Origin | None:
 
 
 def origin_of_file(file: LatentFile) -> Origin | None:
-    """The note of an entry on disk; None where it is missing, damaged, or by another program."""
+    """Return the note of an entry on disk; None if it is missing, damaged, or by another program."""
     try:
         with open_npz(file.path) as archive:
             return origin_in(archive, entry_in(archive, file).tail)
@@ -163,13 +163,13 @@ def origin_of_file(file: LatentFile) -> Origin | None:
 
 
 def content_hash(content: bytes) -> str:
-    """A digest of a picture's file."""
+    """Return a digest of an image's file."""
     return blake2b(content, digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What an entry must be."""
+    """The requirements of an entry."""
 
     shape: Shape
     interpolation: str | None
@@ -179,11 +179,11 @@ class Expected:
 
 
 def judge(file: LatentFile, picture: Picture, expected: Expected, storage: Storage) -> Verdict:
-    """Whether the entry can stand for the picture.
+    """Return whether an entry is valid for the image.
 
-    An entry with our note must come from this picture (same name, and same size and time, or same content), the same
-    crop and filter, and the same VAE. One without is sd-scripts': it is accepted if its shape fits the bucket, its crop
-    and original size are those of the picture, and the file is not older than the picture; its VAE cannot be known.
+    An entry with our note must come from this image (same name, and same size and time, or same content), the same crop
+    and filter, and the same VAE. One without is sd-scripts': it is accepted if its shape fits the bucket, its crop and
+    original size are those of the image, and the file is not older than the image; its VAE is unknown.
     """
     try:
         with open_npz(file.path) as archive:
@@ -198,7 +198,7 @@ def judge(file: LatentFile, picture: Picture, expected: Expected, storage: Stora
 
 
 def origin_fault(origin: Origin, picture: Picture, expected: Expected, storage: Storage) -> str | None:
-    """What has changed since an entry was written."""
+    """Return what has changed since an entry was written, or None."""
     if origin.vae != expected.vae:
         return "made with another VAE, or with it in another precision"
     if origin.bucket != list(expected.shape.bucket) or origin.resized != list(expected.shape.resized):
@@ -207,14 +207,14 @@ def origin_fault(origin: Origin, picture: Picture, expected: Expected, storage: 
         return "made with another resize_interpolation"
     version = storage.version(picture)
     if origin.picture != os.path.basename(picture.key) or origin.picture_bytes != version.num_bytes:
-        return "made from another picture"
+        return "made from another image"
     if origin.picture_mtime_ns != version.stamp and content_hash(storage.whole(picture)[1]) != origin.picture_hash:
-        return "made from another picture"
+        return "made from another image"
     return None
 
 
 def foreign_fault(archive: Mapping[str, Any], file: LatentFile, picture: Picture) -> str | None:
-    """What speaks against an entry that another program wrote."""
+    """Return why an entry by another program is invalid, or None."""
     size = picture.size
     for name, wanted in (("original_size", size), ("crop_ltrb", crop_ltrb(file.bucket, size))):
         key = f"{name}{file.tail}"
@@ -223,12 +223,12 @@ def foreign_fault(archive: Mapping[str, Any], file: LatentFile, picture: Picture
         if not is_like or not np.allclose(values, wanted, rtol=0, atol=0.01):
             return "made for another size or crop"
     if picture.place is None and os.stat(file.path).st_mtime_ns < os.stat(picture.key).st_mtime_ns:
-        return "older than the picture"
+        return "older than the image"
     return None
 
 
 def write_entry(file: LatentFile, latents: Latents, size: Size, origin: Origin) -> None:
-    """Put an entry into its file, whole or not at all; entries of other sizes stay.
+    """Write an entry into its file, whole or not at all; entries of other sizes are kept.
 
     Raises UserError naming a folder that cannot be written.
     """
@@ -249,9 +249,9 @@ def write_entry(file: LatentFile, latents: Latents, size: Size, origin: Origin) 
 
 
 def other_entries(file: LatentFile) -> dict[str, Any]:
-    """What a file holds besides this entry; nothing where it is missing or damaged.
+    """Return the other entries of a file; nothing if it is missing or damaged.
 
-    An entry without a tail goes if it is of this size: the new one takes its place.
+    An entry of this size without suffix is dropped: the new one replaces it.
     """
     names = ("latents", "latents_flipped", "original_size", "crop_ltrb", "alpha_mask", "origin")
     own = {f"{name}{file.tail}" for name in names}

@@ -1,8 +1,8 @@
-"""Latent cache entries that were found true before: their files are not opened while nothing about them has changed.
+"""Index of latent cache entries that were found valid: their files are not opened again while nothing has changed.
 
-One file in each folder of pictures, a numpy archive with a row for each entry: its name, the stamp of its file, and a
-mark of all that it was checked against: the picture and its stamp, shape, filter, VAE. What `judge` says depends on
-nothing else. A missing or damaged index costs time and nothing else.
+One file in each image folder, a numpy archive with a row for each entry: its name, the stamp of its file, and a mark of
+everything it was checked against: the image and its stamp, shape, filter, VAE. `judge` depends on nothing else. A
+missing or damaged index only costs time.
 """
 
 import logging
@@ -27,29 +27,29 @@ logger = logging.getLogger(__name__)
 
 FILE_NAME = ".latent_index.npz"
 VERSION = 1
-FOREIGN = 1  # the bit of a mark that says who wrote the entry
+FOREIGN = 1  # bit of a mark: the entry was written by another program
 
 Rows = dict[str, tuple[int, int]]
-"""stamp and mark of each entry"""
+"""The stamp and mark of each entry."""
 
 
 @dataclass
 class VerifiedEntries:
-    """The indices of the folders of a run, and what this run adds to them."""
+    """The indices of a run's folders, and this run's additions."""
 
     known: dict[str, Rows]
     storage: Storage
     sure: dict[str, Rows] = field(default_factory=dict)
-    marks: dict[tuple[str, str], int] = field(default_factory=dict)  # of entries by path and tail
-    written: dict[tuple[str, str], int] = field(default_factory=dict)  # stamps of files that this run wrote
+    marks: dict[tuple[str, str], int] = field(default_factory=dict)  # by path and key suffix
+    written: dict[tuple[str, str], int] = field(default_factory=dict)  # stamps of files written by this run
 
     @classmethod
     def open(cls, files: Iterable[LatentFile], storage: Storage) -> "VerifiedEntries":
-        """What is known about the folders of these files."""
+        """Read the indices of the folders of these files."""
         return cls({folder: read_rows(folder) for folder in {os.path.dirname(file.path) for file in files}}, storage)
 
     def verdict(self, file: LatentFile, picture: Picture, expected: Expected) -> Verdict:
-        """What `judge` says, or said before about files that are still the same."""
+        """Return `judge`'s verdict, from the index if the file is unchanged."""
         folder, name = os.path.split(file.path)
         now_ns = time.time_ns()
         if picture.place is None:
@@ -78,7 +78,7 @@ class VerifiedEntries:
         self.written[file.path, file.tail] = stamp_of(os.stat(file.path))
 
     def write(self) -> None:
-        """Put what is sure beside the pictures. What was written a moment ago may yet change, and is checked again."""
+        """Write the indices. Entries written a moment ago may still change, and will be checked again."""
         now_ns = time.time_ns()
         for (path, tail), written in self.written.items():
             folder, name = os.path.split(path)
@@ -91,14 +91,14 @@ class VerifiedEntries:
 
 
 def mark_of(file: LatentFile, picture: Picture, picture_stamp: int, expected: Expected) -> int:
-    """63 bits, the last one 0, of everything that an entry is checked against."""
+    """Return 63 bits, the last one 0, of everything that an entry is checked against."""
     facts = (os.path.basename(picture.key), picture.size, picture_stamp, file.tail, file.latent_shape, file.bucket)
     digest = blake2b(repr((VERSION, facts, expected)).encode(errors="surrogatepass"), digest_size=8)
     return (int.from_bytes(digest.digest(), "little") >> 1) & ~FOREIGN
 
 
 def read_rows(folder: str) -> Rows:
-    """The rows of a folder's index; none where there is no index or a damaged one."""
+    """Read the rows of a folder's index; none if it is missing or damaged."""
     path = Path(folder) / FILE_NAME
     try:
         with open_npz(path) as archive:
@@ -108,12 +108,12 @@ def read_rows(folder: str) -> Rows:
     except FileNotFoundError:
         pass
     except DAMAGE as error:
-        logger.warning("%s cannot be used and is made again: %s", path, error)
+        logger.warning("%s cannot be used and is rebuilt: %s", path, error)
     return {}
 
 
 def write_rows(folder: str, rows: Rows) -> None:
-    """Write the index of a folder, whole or not at all; a folder that cannot be written has none."""
+    """Write the index of a folder, whole or not at all, if the folder is writable."""
     table = np.array(list(rows.values()), dtype=np.int64)
     names = np.frombuffer(os.fsencode("\0".join(rows)), dtype=np.uint8)
     try:

@@ -1,4 +1,4 @@
-"""Latents that are encoded once: kept in memory (--cache_latents) or beside the pictures (--cache_latents_to_disk)."""
+"""Latents that are encoded once: kept in memory (--cache_latents) or in files (--cache_latents_to_disk)."""
 
 import logging
 import os
@@ -44,15 +44,15 @@ logger = logging.getLogger(__name__)
 MAX_WAITING_WRITES = 64
 
 Encode = Callable[[Tensor, Sequence[Generator]], Tensor]
-"""(pixels_BCHW from -1 to 1, one generator for each picture) to latents_BCHW."""
+"""Encodes pixels_BCHW from -1 to 1, with one generator per image, to latents_BCHW."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One encoding, for every sample that shares picture, shape and filter."""
+    """One encoding, for all samples with the same image, shape and filter."""
 
     sample: Sample
-    users: tuple[int, ...]  # numbers of the samples
+    users: tuple[int, ...]  # indices of the samples
     interpolation: str | None
     needs_flipped: bool
     needs_alpha: bool
@@ -60,14 +60,14 @@ class Job:
 
     @property
     def path(self) -> str:
-        """Its file, where it has one."""
+        """The path of its file, if it has one."""
         assert self.file is not None
         return self.file.path
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """A picture ready for the VAE."""
+    """An image ready for the VAE."""
 
     picture: Pixels
     alpha: Pixels | None
@@ -84,16 +84,16 @@ def cache_latents(
     processes: Processes = ALONE,
     load_vae: Callable[[], object] = lambda: None,
 ) -> LatentStore:
-    """Encode what is not cached yet; gives where the latents of all pictures are.
+    """Encode what is not cached yet; return the latents of all images.
 
-    `load_vae` is called before anything is encoded, so that a VAE that is not there is told before pictures are read;
-    `vae_identity`, which takes as long as reading it, only for files.
+    `load_vae` is called before anything is encoded, so that a missing VAE is reported before images are read;
+    `vae_identity`, which takes as long as reading the VAE, only if files are used.
 
-    Each picture's posterior sample is drawn with its own generator, so it does not depend on batches or on what was
-    cached. Entries on disk that are not true any more are made again, alone; see `latent_files.judge`. An interrupted
-    run finds what it wrote. Several processes share the work out, and pass latents that are to stay in memory on in a
-    temporary folder. Damaged pictures are named and left out. Raises UserError naming a picture that cannot be read,
-    that is damaged while no other can stand in, or that the VAE turns into NaN.
+    Each image's posterior is sampled with its own generator, so it does not depend on batches or on what was cached.
+    Outdated entries on disk are remade one by one; see `latent_files.judge`. An interrupted run reuses what it wrote.
+    The processes share the work, and exchange latents kept in memory through a temporary folder. Damaged images are
+    named and skipped. Raises UserError naming an image that cannot be read, that is damaged without a replacement, or
+    that the VAE turns into NaN.
     """
     jobs = plan_jobs(plan, options.cache_latents_to_disk)
     on_disk = [job for job in jobs if job.file is not None]
@@ -127,9 +127,7 @@ def cache_latents(
     damaged = processes.merged("damaged pictures", damaged)
     if damaged:
         told = sorted(set(damaged.values()))
-        logger.warning(
-            "%d pictures are damaged and left out, others of their size take their place: %s", len(told), few(told)
-        )
+        logger.warning("%d damaged images are skipped, using others of their buckets: %s", len(told), few(told))
     for number in damaged:
         stand_in(plan.samples, plan.subsets, number, damaged.keys())
     usable = {user: file for user, file in files.items() if user not in damaged}
@@ -137,7 +135,7 @@ def cache_latents(
 
 
 def files_by_sample(files: Mapping[int, LatentFile], plan: DataPlan) -> CacheFiles[LatentFile]:
-    """These files, by number of the sample."""
+    """Return these files by sample index."""
     has_N = np.zeros(len(plan.samples), dtype=bool)
     has_N[list(files)] = True
     others = {number: file for number, file in files.items() if file_of(plan.samples[number], plan) != file}
@@ -145,7 +143,7 @@ def files_by_sample(files: Mapping[int, LatentFile], plan: DataPlan) -> CacheFil
 
 
 def passed_on(jobs: Sequence[Job], folder: str, plan: DataPlan) -> list[Job]:
-    """The jobs, those whose latents would stay in memory with files in `folder`."""
+    """Give the jobs whose latents would stay in memory files in `folder`."""
     passed = []
     for number, job in enumerate(jobs):
         if job.file is None:
@@ -156,10 +154,10 @@ def passed_on(jobs: Sequence[Job], folder: str, plan: DataPlan) -> list[Job]:
 
 
 def plan_jobs(plan: DataPlan, to_disk: bool) -> list[Job]:
-    """What is to be encoded, small pictures first.
+    """Plan the encodings, small images first.
 
-    Two pictures that differ only in their ending claim the same entry of the same file, and so do two crops or filters
-    of one picture for one bucket. The first one gets it, the others stay in memory.
+    Two images whose names differ only in the extension claim the same entry of the same file, and so do two crops or
+    filters of one image for one bucket. The first one gets it, the others stay in memory.
     """
     groups: dict[tuple[str, Shape, str | None], list[int]] = defaultdict(list)
     for number, sample in enumerate(plan.samples):
@@ -181,7 +179,7 @@ def plan_jobs(plan: DataPlan, to_disk: bool) -> list[Job]:
         jobs.append(Job(sample, tuple(users), interpolation, flipped, alpha, file))
     if left_out:
         logger.warning(
-            "latents of %d pictures stay in memory, their cache entry belongs to another picture, crop or filter: %s",
+            "latents of %d images stay in memory, because another image, crop or filter uses their cache entry: %s",
             len(left_out),
             few(left_out),
         )
@@ -194,26 +192,27 @@ def file_of(sample: Sample, plan: DataPlan) -> LatentFile:
     return usual_latent_file(plan.spec, sample, plan.storage)
 
 
-# What is true on disk
+# Validity of files
 
 
 def expected_vae(vae_identity: Callable[[], str], jobs: Sequence[Job]) -> str:
-    """The VAE that entries must come from: that of the run, which may have to be loaded.
+    """Return the VAE that entries must come from: that of the run, which may have to be loaded.
 
-    Where its files are not there one VAE must have made all of them, the one that the first entry says.
+    If its files are missing, one VAE must have made all entries, the one that the first names.
     """
     try:
         return vae_identity()
     except NotThere as error:
         logger.info(
-            "latents are not held against their VAE, which is not there (%s): one VAE must have made them all", error
+            "cached latents are not verified against their VAE, which is missing (%s): one VAE must have made them all",
+            error,
         )
     origins = (origin_of_file(job.file) for job in jobs if job.file is not None)
     return next((origin.vae for origin in origins if origin is not None), "")
 
 
 def named_jobs(plan: DataPlan, job: Job) -> Iterator[Job]:
-    """The job with each name that its file may have: early sd-scripts used `<stem>.npz` for every base model."""
+    """Yield the job with each possible file name: early sd-scripts used `<stem>.npz` for every base model."""
     assert job.file is not None
     yield job
     if plan.spec.had_keys_without_size:
@@ -222,27 +221,27 @@ def named_jobs(plan: DataPlan, job: Job) -> Iterator[Job]:
 
 
 def judge_job(entries: VerifiedEntries, vae: str, job: Job) -> Verdict:
-    """Whether the job's file has what it needs."""
+    """Return whether the job's file is valid."""
     assert job.file is not None
     expected = Expected(job.sample.shape, job.interpolation, vae, job.needs_flipped, job.needs_alpha)
     return entries.verdict(job.file, job.sample.picture, expected)
 
 
 def remark(found: Sequence[Found[Job]]) -> None:
-    """Say which entries are used although they do not tell what made them."""
+    """Warn of entries that are used although they do not name their origin."""
     used = [one for one in found if one.verdict.fault is None]
     old_names = [one.job.path for one in used if one.job.path != one.path]
     foreign = [one.path for one in used if one.verdict.is_foreign and one.job.path == one.path]
     if foreign:
         logger.info(
-            "%d cache entries do not say which VAE made them; delete them if it was another: %s",
+            "%d cache entries do not name their VAE; delete them if it was another: %s",
             len(foreign),
             few(foreign, 2),
         )
     if old_names:
         logger.warning(
-            "%d latents come from files with the old name without a size, which do not say which base model they are "
-            "for; delete them if it was another: %s",
+            "%d latents come from files with an old name without a size, which does not tell the base model; delete "
+            "them if it was another: %s",
             len(old_names),
             few(old_names, 2),
         )
@@ -261,16 +260,15 @@ def encoded(
     plan: DataPlan,
     entries: VerifiedEntries,
 ) -> Iterator[tuple[Job, Latents | DamagedImage]]:
-    """Every job with its latents, written to its file if it has one; threads decode pictures ahead of the VAE."""
+    """Yield every job with its latents, written to its file if it has one; threads decode images ahead of the VAE."""
     if not jobs:
         return
-    with needing(
-        f"{len(jobs)} pictures are to be encoded, such as {jobs[0].sample.picture.key}; {WAY_OUT.format('VAE')}"
-    ):
+    with needing(f"{len(jobs)} images must be encoded, such as {jobs[0].sample.picture.key}; {WAY_OUT.format('VAE')}"):
         load_vae()
     logger.info("caching latents...")
     batches = list(equal_batches(jobs, vae_batch_size))
-    # One thread: entries of two sizes may share a file. What is encoded is written even if the run is interrupted.
+    # One thread, because entries of two sizes may share a file. What is encoded is written even if the run is
+    # interrupted.
     with (
         ThreadPoolExecutor(1, thread_name_prefix="write") as writer,
         progress_bar("caching latents…", len(jobs)) as bar,
@@ -294,14 +292,14 @@ def encoded(
 
 
 def write_job(job: Job, latents: Latents, origin: Origin, entries: VerifiedEntries) -> None:
-    """Write an entry and remember that it is true."""
+    """Write an entry and record it as valid."""
     assert job.file is not None
     write_entry(job.file, latents, job.sample.picture.size, origin)
     entries.note_written(job.file)
 
 
 def equal_batches(jobs: Sequence[Job], count: int) -> Iterator[list[Job]]:
-    """Neighbouring jobs with one bucket and one need of mirrored copies, up to `count` at a time."""
+    """Group neighbouring jobs with the same bucket and the same need of mirrored copies, up to `count` at a time."""
     batch: list[Job] = []
     for job in jobs:
         alike = (job.sample.shape.bucket, job.needs_flipped)
@@ -316,7 +314,7 @@ def equal_batches(jobs: Sequence[Job], count: int) -> Iterator[list[Job]]:
 def decoded_ahead(
     batches: Sequence[list[Job]], storage: Storage, num_threads: int
 ) -> Iterator[tuple[list[Job], list[Decoded | DamagedImage]]]:
-    """Every batch with its pictures; two batches for each thread are read ahead, not more."""
+    """Yield every batch with its images; at most two batches per thread are read ahead."""
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
     waiting: deque[tuple[list[Job], list[Future[Decoded | DamagedImage]]]] = deque()
     remaining = iter(batches)
@@ -336,7 +334,7 @@ def decoded_ahead(
 
 
 def decode_or_damage(job: Job, storage: Storage) -> Decoded | DamagedImage:
-    """A picture ready for the VAE, or why there is none."""
+    """Return an image ready for the VAE, or why there is none."""
     try:
         return decode(job, storage)
     except DamagedImage as error:
@@ -344,7 +342,7 @@ def decode_or_damage(job: Job, storage: Storage) -> Decoded | DamagedImage:
 
 
 def decode(job: Job, storage: Storage) -> Decoded:
-    """Read, resize and crop the picture of a job, from one read of its file."""
+    """Read, resize and crop the image of a job, reading its file once."""
     version, content = storage.whole(job.sample.picture)
     rgb, alpha = read_pixels(job.sample.picture.key, content)
     check_size(job.sample, rgb)
@@ -358,7 +356,7 @@ def decode(job: Job, storage: Storage) -> Decoded:
 
 
 def encode_batch(jobs: Sequence[Job], decoded: Sequence[Decoded], encode: Encode, seed: int) -> list[Latents]:
-    """The latents of pictures of one bucket, and those of their mirrored copies where they are needed."""
+    """Encode images of one bucket, and their mirrored copies if needed."""
     if not jobs:
         return []
     pixels_BCHW = torch.stack([to_pixels(one.picture) for one in decoded])
@@ -379,13 +377,13 @@ def encode_batch(jobs: Sequence[Job], decoded: Sequence[Decoded], encode: Encode
 
 
 def generator_of(job: Job, decoded: Decoded, seed: int, is_flipped: int) -> Generator:
-    """The picture's own stream: of its file's content and its size, whatever it is called and wherever it lies."""
+    """Return the image's own random stream, determined by its content and size, not by its name or folder."""
     width, height = job.sample.shape.bucket
     return generator_for(seed, "vae", decoded.file_hash, width, height, is_flipped)
 
 
 def check_latents(job: Job, latents: Latents, plan: DataPlan) -> None:
-    """Raise UserError naming the picture where the VAE gave NaN or another shape than the base model's."""
+    """Raise UserError naming the image if the VAE gave NaN or a shape other than the base model's."""
     path = job.sample.picture.key
     for tensor in (latents.latents_CHW, latents.flipped_CHW):
         if tensor is None:
@@ -398,7 +396,7 @@ def check_latents(job: Job, latents: Latents, plan: DataPlan) -> None:
 
 
 def origin_of(job: Job, decoded: Decoded, vae_identity: str) -> Origin:
-    """What the entry is made from."""
+    """Return the origin of an entry."""
     return Origin(
         picture=os.path.basename(job.sample.picture.key),
         picture_bytes=decoded.version.num_bytes,

@@ -1,4 +1,4 @@
-"""What the caches hand on to whoever draws batches: which samples have latents or text features, and where."""
+"""The caches as batches use them: which samples have latents or text features, and where."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -18,12 +18,12 @@ FileT = TypeVar("FileT")
 
 
 def usual_latent_file(spec: LatentSpec, sample: Sample, storage: Storage) -> LatentFile:
-    """Where the latents of a sample lie if nothing speaks against it."""
+    """Return the usual location of a sample's latents."""
     return latent_file(storage.cache_stem(sample.picture), sample.picture.size, sample.shape, spec)
 
 
 def usual_text_file(suffix: str, keys: tuple[str, ...], sample: Sample, storage: Storage) -> TextFile:
-    """Where the text features of a sample lie; samples that share a picture share the file."""
+    """Return the location of a sample's text features; samples that share an image share the file."""
     return TextFile(os.path.abspath(storage.cache_stem(sample.picture)) + suffix, keys)
 
 
@@ -33,27 +33,27 @@ def no_file(sample: Sample, storage: Storage) -> NoReturn:
 
 @dataclass(frozen=True, eq=False)
 class CacheFiles(Generic[FileT]):
-    """The files of one cache. Their names follow from the samples, so only whether there is one is kept for each."""
+    """The files of one cache. Their names follow from the samples, so only their existence is stored."""
 
     usual: Callable[[Sample, Storage], FileT] = no_file
     has_N: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, dtype=bool))
-    others: Mapping[int, FileT] = field(default_factory=dict)  # those that are called otherwise, by sample
+    others: Mapping[int, FileT] = field(default_factory=dict)  # files with other names, by sample
 
     def __contains__(self, number: int) -> bool:
         return number < len(self.has_N) and bool(self.has_N[number])
 
     def file(self, number: int, sample: Sample, storage: Storage) -> FileT:
-        """The file of a sample that has one."""
+        """Return the file of a sample that has one."""
         return self.others.get(number) or self.usual(sample, storage)
 
 
 @dataclass(frozen=True)
 class LatentStore:
-    """The latents of a run, by number of the sample."""
+    """The latents of a run, by sample index."""
 
     files: CacheFiles[LatentFile] = field(default_factory=CacheFiles)
     memory: Mapping[int, Latents] = field(default_factory=dict)
-    damaged: frozenset[int] = frozenset()  # samples whose pictures are, for which others stand in
+    damaged: frozenset[int] = frozenset()  # samples of damaged images, which others replace
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class TextStore:
 
     files: CacheFiles[TextFile] = field(default_factory=CacheFiles)
     memory: Mapping[str, Row] = field(default_factory=dict)
-    padding: Mapping[str, float] = field(default_factory=dict)  # what fills a key whose captions differ in length
+    padding: Mapping[str, float] = field(default_factory=dict)  # padding of keys whose captions differ in length
 
 
 NO_LATENTS, NO_TEXTS = LatentStore(), TextStore()

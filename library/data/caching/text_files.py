@@ -41,7 +41,7 @@ WORDS = CacheWords(
     "text cache", "files", "captions", "cache_text_encoder_outputs",
     "checking text encoder outputs", "caching text encoder outputs",
 )  # fmt: skip
-FOREIGN = "by another program, which does not say for which caption and text encoder"
+FOREIGN = "by another program, which does not name the caption and text encoder"
 NOTE = "captions"
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -54,18 +54,18 @@ Row = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Note:
-    """What a file holds and what it was made with."""
+    """The content and origin of a file."""
 
     texts: list[str]
     identity: str  # of text encoders and settings
-    dtypes: dict[str, str]  # of the features as the encoders gave them
-    checksums: dict[str, int]  # of the entries; another program that writes some anew does not renew them
-    tokenizers: str | None = None  # a digest of their words; None in files that do not say
-    settings: str | None = None  # a digest of the settings alone; None in files that do not say
+    dtypes: dict[str, str]  # of the encoders' outputs
+    checksums: dict[str, int]  # of the entries; another program that rewrites some does not update them
+    tokenizers: str | None = None  # digest of their vocabularies; None in older files
+    settings: str | None = None  # digest of only the settings; None in older files
 
     @classmethod
     def read(cls, archive: Mapping[str, Any]) -> "Note | None":
-        """The note of an open archive; None where there is none that can be read."""
+        """Read the note of an open archive; None if there is none that can be read."""
         if NOTE not in archive:
             return None
         try:
@@ -78,23 +78,23 @@ class Note:
 
 @dataclass(frozen=True)
 class Identity:
-    """Digests of all that decides what a caption becomes."""
+    """Digests of everything that determines the features of a caption."""
 
-    encoders: str  # with the settings
+    encoders: str  # including the settings
     settings: str
     tokenizers: str
-    is_of_files: bool = False  # the encoders are not there: they are told by a file, and settings count by themselves
+    is_of_files: bool = False  # the encoders are missing: a file names them, and settings are compared separately
 
 
 @dataclass(frozen=True, slots=True)
 class TextFile:
-    """Where the encoded captions of one picture lie."""
+    """The location of one image's encoded captions."""
 
     path: str
     keys: tuple[str, ...]
 
     def note(self) -> Note | None:
-        """What the file says of itself; None where it is missing, damaged, or by another program."""
+        """Read the note of the file; None if it is missing, damaged, or by another program."""
         try:
             with open_npz(self.path) as archive:
                 return Note.read(archive)
@@ -102,10 +102,10 @@ class TextFile:
             return None
 
     def read(self, text: str) -> Row:
-        """The features of one caption, in the dtype that the encoders gave.
+        """Read the features of one caption, in the encoders' dtype.
 
-        A file without a note has one caption, and is taken at its word. Raises UserError naming a file that is
-        missing, damaged, or without this caption.
+        A file without a note has one caption, which is trusted. Raises UserError naming a file that is missing,
+        damaged, or without this caption.
         """
         with reading(self.path, WORDS) as archive:
             note = Note.read(archive)
@@ -117,7 +117,7 @@ class TextFile:
 
 
 def judge(file: TextFile, texts: Sequence[str], identity: Identity) -> Verdict:
-    """What of the captions `texts` need not be encoded again. Only the directory and the note of the file are read."""
+    """Return which of the captions `texts` need not be encoded again. Only directory and note of the file are read."""
     try:
         require_plain_file(file.path)
         with zipfile.ZipFile(file.path) as archive:
@@ -132,7 +132,7 @@ def judge(file: TextFile, texts: Sequence[str], identity: Identity) -> Verdict:
     if note.identity != identity.encoders:
         return Verdict("made with other text encoders or settings")
     if identity.is_of_files and note.settings != identity.settings:
-        older = "" if note.settings else ", or before files said which"
+        older = "" if note.settings else ", or before files recorded them"
         return Verdict(f"made with other settings{older}")
     if note.tokenizers not in (None, identity.tokenizers):
         return Verdict("made with another tokenizer")
@@ -143,7 +143,7 @@ def judge(file: TextFile, texts: Sequence[str], identity: Identity) -> Verdict:
 
 
 def names_of(keys: Sequence[str], num_texts: int) -> set[str]:
-    """The entries of the text features of so many captions."""
+    """Return the entry names of the features of `num_texts` captions."""
     return {entry_name(key, number) for key in keys for number in range(num_texts)}
 
 
@@ -152,7 +152,7 @@ def entry_name(key: str, number: int) -> str:
 
 
 def row_in(archive: Mapping[str, Any], note: Note, number: int, keys: Sequence[str]) -> Row:
-    """The features of caption `number` in an open archive; EntryError where their kind of number is another."""
+    """Return the features of caption `number` in an open archive. Raises EntryError for another dtype."""
     row = {}
     for key in keys:
         values, dtype = np.asarray(archive[entry_name(key, number)]), DTYPES[note.dtypes[key]]
@@ -167,7 +167,7 @@ def row_in(archive: Mapping[str, Any], note: Note, number: int, keys: Sequence[s
 def write_texts(
     path: str, rows: Mapping[str, Row], keys: Sequence[str], constants: Mapping[str, Tensor], identity: Identity
 ) -> None:
-    """Write encoded captions (caption: features), whole or not at all; they take the place of all that was there.
+    """Write encoded captions (caption: features), whole or not at all, replacing the file.
 
     Raises UserError naming a folder that cannot be written.
     """
@@ -191,27 +191,27 @@ def note_of(rows: Mapping[str, Row], dtypes: dict[str, str], checksums: dict[str
 
 
 def as_array(tensor: Tensor, keeps_bits: bool) -> NDArray[Any]:
-    """numpy has no bfloat16: its bits, or the same numbers in float32."""
+    """Convert to numpy, which has no bfloat16: as its bits, or as the same numbers in float32."""
     if tensor.dtype != torch.bfloat16:
         return tensor.numpy()
     return tensor.view(torch.int16).numpy().view(np.uint16) if keeps_bits else tensor.float().numpy()
 
 
 def npy_bytes(array: NDArray[Any]) -> bytes:
-    """The content of one entry of an archive."""
+    """Serialize one entry of an archive."""
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, array, allow_pickle=False)
     return buffer.getvalue()
 
 
 def npy_array(content: bytes) -> NDArray[Any]:
-    """The array in one entry of an archive."""
+    """Read the array of one entry of an archive."""
     array: NDArray[Any] = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
     return array
 
 
 def stack_rows(rows: Sequence[Row], padding: Mapping[str, float]) -> Conditioning:
-    """The rows as a batch; keys of `padding` are filled up to the longest along their first axis."""
+    """Stack rows to a batch; keys of `padding` are padded to the longest along their first axis."""
     stacked = {}
     for key in rows[0]:
         tensors = [row[key] for row in rows]
@@ -226,7 +226,7 @@ def stack_rows(rows: Sequence[Row], padding: Mapping[str, float]) -> Conditionin
 
 
 def filled_up(tensor: Tensor, length: int, value: float) -> Tensor:
-    """The tensor with `value` after its end, `length` long along the first axis."""
+    """Pad a tensor with `value` to `length` along the first axis."""
     if len(tensor) == length:
         return tensor
     return torch.cat([tensor, tensor.new_full((length - len(tensor), *tensor.shape[1:]), value)])

@@ -1,4 +1,4 @@
-"""Batches of prompts in place of pictures: what a run trains on that changes concepts (LECO)."""
+"""Batches of prompts instead of images, for training concepts (LECO)."""
 
 import json
 import logging
@@ -27,12 +27,12 @@ logger = logging.getLogger(__name__)
 
 SMALLEST_SIDE = 64
 STEP_OF_DRAWN_SIDES = 64
-NUM_PREVIEWED = 16  # pairs that the metadata of a file shows
+NUM_PREVIEWED = 16  # pairs listed in a file's metadata
 PREVIEWED = ("target", "positive", "unconditional", "neutral", "action", "multiplier", "weight")
 
 
 class Drawn(NamedTuple):
-    """What a batch is, as far as it is drawn."""
+    """The random choices of a batch."""
 
     pair: PromptPair
     num_denoised: int
@@ -46,9 +46,9 @@ class Drawn(NamedTuple):
 
 
 class PromptPairs:
-    """The pairs of a file in turn, each time all of them in another order; the run is one epoch.
+    """The pairs of a file in turn, reshuffled each time; the run is one epoch.
 
-    Each batch is a function of the seed and its number.
+    Each batch is a function of the seed and its index.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class PromptPairs:
 
     @property
     def texts(self) -> list[str]:
-        """Every prompt that is asked, once."""
+        """Return every prompt to encode, once."""
         return list(dict.fromkeys(text for pair in self.pairs for text in pair.texts))
 
     @property
@@ -71,7 +71,7 @@ class PromptPairs:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The pairs in a few words that two runs can compare."""
+        """The pairs in a form that two runs can compare."""
         texts = repr([{**asdict(pair), "place": ""} for pair in self.pairs])
         return {
             "num_pictures": 0,
@@ -91,7 +91,7 @@ class PromptPairs:
 
     @property
     def validation(self) -> ValidationSet:
-        """Nothing is set aside."""
+        """An empty set: nothing is held out."""
         return nothing_aside()
 
     def of_epoch(
@@ -102,15 +102,15 @@ class PromptPairs:
         num_workers: int,
         persistent_workers: bool,
     ) -> Iterator[Batch]:
-        """The batches at `places`, made in this process when they are asked for."""
+        """Yield the batches at `places`, made in this process on request."""
         return (self._batch(place) for place in places)
 
     def audit(self, log: logging.Logger) -> None:
-        """Say what is trained."""
+        """Log what is trained."""
         actions = Counter(pair.action for pair in self.pairs)
         sizes = {f"{p.height}x{p.width}{' and smaller' if p.has_drawn_size else ''}" for p in self.pairs}
         log.info(
-            "pairs of prompts in %s: %d (%s), with %d different prompts; height x width %s",
+            "prompt pairs in %s: %d (%s), with %d different prompts; height x width %s",
             self._file,
             len(self.pairs),
             ", ".join(f"{count} {action}" for action, count in actions.items()),
@@ -119,11 +119,11 @@ class PromptPairs:
         )
 
     def facts(self) -> dict[str, Any]:
-        """There are no pictures to tell of."""
+        """Return no facts: there are no images."""
         return nothing_known()
 
     def metadata(self, options: TrainOptions, num_processes: int = 1) -> dict[str, Any]:
-        """What files say of the prompts, with sd-scripts' keys."""
+        """Return metadata of the prompts, with sd-scripts' keys."""
         preview = [{name: getattr(pair, name) for name in PREVIEWED} for pair in self.pairs[:NUM_PREVIEWED]]
         return {
             "ss_leco_prompt_count": len(self.pairs),
@@ -134,7 +134,7 @@ class PromptPairs:
         }
 
     def limited_to_largest_batch(self) -> tuple["PromptPairs", int]:
-        """All of them, and the place of a batch that needs the most memory, and among those the most time."""
+        """Return self and the index of a batch that needs the most memory, and among those the most time."""
 
         def need(place: int) -> tuple[int, int]:
             drawn = self._drawn(place)
@@ -143,10 +143,10 @@ class PromptPairs:
         return self, max(range(self.num_batches), key=need)
 
     def report_skipped(self, log: logging.Logger) -> None:
-        """Nothing is left out here."""
+        """Do nothing: no image is skipped here."""
 
     def close(self) -> None:
-        """There are no worker processes."""
+        """Do nothing: there are no worker processes."""
 
     def _drawn(self, number: int) -> Drawn:
         turn, place = divmod(number, len(self.pairs))
@@ -186,14 +186,14 @@ class PromptPairs:
 
 
 def drawn_size(most: int, rng: Random) -> tuple[int, int]:
-    """A height and a width from half of `most` to all of it, each by itself, in whole steps."""
+    """Draw height and width independently from half of `most` to all of it, in whole steps."""
     low, high = max(1, most // 2 // STEP_OF_DRAWN_SIDES), max(1, most // STEP_OF_DRAWN_SIDES)
     height, width = (STEP_OF_DRAWN_SIDES * rng.randint(low, high) for _ in range(2))
     return height, width
 
 
 def format_sizes(height: int, width: int, rng: Random | None) -> tuple[int, ...]:
-    """The whole of a picture; with `rng` a part of one that is up to three times as large."""
+    """Return sizes for a whole image; with `rng` for a crop of one up to three times as large."""
     if rng is None:
         return height, width, 0, 0, height, width
     scale = 1 + 2 * rng.random()
@@ -203,9 +203,9 @@ def format_sizes(height: int, width: int, rng: Random | None) -> tuple[int, ...]
 
 
 def open_prompt_pairs(options: TrainOptions, arch: Architecture, seed: int, num_processes: int) -> PromptPairs:
-    """The pairs that --prompts_file names, as many batches of them as the run takes.
+    """Open the pairs of --prompts_file, with as many batches as the run has.
 
-    Raises UserError for a file that does not fit, or not this base model; warns of prompts that are cut.
+    Raises UserError for an invalid file or one unsuitable for the base model; warns of truncated prompts.
     """
     concepts = options.concepts
     assert concepts is not None and concepts.prompts_file is not None
@@ -214,13 +214,13 @@ def open_prompt_pairs(options: TrainOptions, arch: Architecture, seed: int, num_
     for pair in pairs:
         check_size(pair, step)
     if idle := [pair for pair in pairs if pair.dynamic_crops and not arch.tells_sizes]:
-        logger.warning("%s %s: dynamic_crops has no effect, this base model is told no sizes", FLAG, idle[0].place)
+        logger.warning("%s %s: dynamic_crops has no effect: the base model has no size input", FLAG, idle[0].place)
     num_batches = options.run.max_train_steps * options.run.gradient_accumulation_steps * num_processes
     found = PromptPairs(pairs, concepts, concepts.prompts_file, seed, num_batches)
     for text in found.texts:
         if (num_tokens := arch.text.count_tokens(text)) > arch.text.max_tokens:
             logger.warning(
-                "%s: a prompt of %d tokens, of which the first %d are used: %s",
+                "%s: a prompt has %d tokens, of which only the first %d are used: %s",
                 FLAG, num_tokens, arch.text.max_tokens, text,
             )  # fmt: skip
     found.audit(logger)
@@ -228,7 +228,7 @@ def open_prompt_pairs(options: TrainOptions, arch: Architecture, seed: int, num_
 
 
 def check_size(pair: PromptPair, step: int) -> None:
-    """Raise UserError for a size that the base model cannot draw."""
+    """Raise UserError for a size that the base model cannot generate."""
     for side in (pair.height, pair.width):
         if side < SMALLEST_SIDE or side % step:
             near = max(SMALLEST_SIDE, side - side % step)

@@ -1,8 +1,8 @@
-"""--prompts_file: which prompts are to be seen otherwise, from a TOML file in one of two forms.
+"""--prompts_file: the concepts to change, from a TOML file in one of two forms.
 
 `[[prompts]]` are pairs as they are trained. `[[targets]]` are sliders, each of which becomes two or four pairs for
-every neutral prompt and size. What stands above them holds for all that do not say otherwise. Formats: LECO and
-ai-toolkit, as sd-scripts reads them.
+every neutral prompt and size. Keys above them are defaults for all entries. Formats: LECO and ai-toolkit, as sd-scripts
+reads them.
 """
 
 import logging
@@ -21,7 +21,7 @@ from library.suggestions import did_you_mean
 logger = logging.getLogger(__name__)
 
 Warn = Callable[..., None]
-"""Takes a message and what stands in its places, as a logger does."""
+"""A function that takes a message and its arguments, like a logger's method."""
 
 FLAG = "--prompts_file"
 ERASE, ENHANCE = "erase", "enhance"
@@ -43,7 +43,7 @@ FLAG_KEYS = ("dynamic_resolution", "dynamic_crops")
 
 @dataclass(frozen=True)
 class PromptPair:
-    """What one prompt is to become, everything filled in: an entry of the file, or one way of a slider."""
+    """The change of one prompt, with all settings: an entry of the file, or one direction of a slider."""
 
     place: str  # "prompts.toml, [[prompts]] number 2", for messages
     target: str
@@ -62,27 +62,28 @@ class PromptPair:
 
     @property
     def has_drawn_size(self) -> bool:
-        """Whether each batch has another size."""
+        """True if each batch has another size."""
         return self.dynamic_resolution and self.height == self.width
 
     @property
     def push(self) -> float:
-        """How far the neutral prompt is moved along the way from `unconditional` to `positive`; below 0 away."""
+        """The factor of the difference from `unconditional` to `positive` that is added to the neutral prediction;
+        negative pushes away."""
         return -self.guidance_scale if self.action == ERASE else self.guidance_scale
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """What is asked for it, each prompt once."""
+        """Its prompts, each once."""
         return tuple(dict.fromkeys((self.target, self.positive, self.unconditional, self.neutral)))
 
 
 def read_prompt_pairs(path: Path, warn: Warn = logger.warning) -> list[PromptPair]:
-    """The pairs of a file, sliders opened; `warn` is told of what has no effect or another one than it seems.
+    """Read the pairs of a file, with sliders expanded; `warn` reports keys without the expected effect.
 
-    Raises UserError naming the file, the entry, the key and the way out.
+    Raises UserError naming the file, the entry, the key and the fix.
     """
     if path.suffix.lower() in (".yaml", ".yml", ".json", ".txt"):
-        raise UserError(f"{FLAG} is {path}; it must be a TOML file, docs/train_leco.md shows how others are rewritten")
+        raise UserError(f"{FLAG} is {path}; it must be a TOML file; docs/train_leco.md shows how to convert others")
     tables = read_toml(path, FLAG)
     if not tables:
         raise UserError(f'{FLAG} {path} is empty; it needs [[prompts]] with target = "...", or [[targets]]')
@@ -95,30 +96,28 @@ def read_prompt_pairs(path: Path, warn: Warn = logger.warning) -> list[PromptPai
 
 
 class Entry(NamedTuple):
-    """An entry of the file as it stands there."""
+    """An entry of the file as written."""
 
     place: str
     values: Mapping[str, Any]
-    is_pair: bool  # a pair as it is trained, and not a slider
+    is_pair: bool  # a pair as it is trained, not a slider
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Those that it may have."""
+        """The keys that it may have."""
         return PAIR_KEYS if self.is_pair else SLIDER_KEYS
 
 
 def entries_of(tables: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], list[Entry]]:
-    """(what stands above the entries, the entries)."""
+    """Return (the defaults above the entries, the entries)."""
     heads = [name for name in ("prompts", "targets", "slider") if name in tables]
     if len(heads) > 1:
-        raise UserError(
-            f"{FLAG} {path} has {' and '.join(heads)}, of which one would be ignored; put them into two files"
-        )
+        raise UserError(f"{FLAG} {path} has {' and '.join(heads)}, but only one of them may be used; use two files")
     shared = dict(tables)
     if heads == ["slider"]:
         inner = shared.pop("slider")
         if shared or not isinstance(inner, dict):
-            raise UserError(f"{FLAG} {path}: all of it belongs into [slider]: move {', '.join(shared) or 'it'} there")
+            raise UserError(f"{FLAG} {path}: all keys belong into [slider]: move {', '.join(shared) or 'it'} there")
         shared = dict(inner)
     head = "prompts" if heads == ["prompts"] else "targets"
     if head not in shared:
@@ -136,7 +135,7 @@ def entries_of(tables: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], l
 
 
 def check_shared(shared: Mapping[str, Any], entries: Sequence[Entry], path: Path) -> None:
-    """Raise UserError for what stands above the entries and none of them can have."""
+    """Raise UserError for a default that no entry can have."""
     known = [key for entry in entries for key in entry.keys]
     for key in shared:
         if key not in known:
@@ -144,43 +143,43 @@ def check_shared(shared: Mapping[str, Any], entries: Sequence[Entry], path: Path
 
 
 def unknown(key: str, known: Sequence[str], place: str) -> UserError:
-    """What to say of a key that is not known there."""
+    """Return the error for an unknown key."""
     names = ", ".join(dict.fromkeys(known))
-    return UserError(f"{FLAG} {place}: there is no {key!r} here{did_you_mean(key, known)}. There are {names}")
+    return UserError(f"{FLAG} {place}: unknown key {key!r}{did_you_mean(key, known)}; known: {names}")
 
 
 def pairs_of(entry: Entry, shared: Mapping[str, Any], folder: Path, warn: Warn) -> list[PromptPair]:
-    """The pairs of an entry; `shared` is what it has where it says nothing, `folder` where its files lie."""
+    """Return the pairs of an entry; `shared` has the defaults, `folder` contains its files."""
     place, own = entry.place, entry.values
     if "target" in own and "target_class" in own:
         raise UserError(
-            f"{FLAG} {place} has target and target_class; the first makes a pair, the second a slider: keep one"
+            f"{FLAG} {place} has target and target_class; the first defines a pair, the second a slider: keep one"
         )
     for key in own:
         if key not in entry.keys:
             raise unknown(key, entry.keys, place)
     inherited = {key: value for key, value in shared.items() if key in entry.keys}
     for group in ((*NEUTRAL_LISTS, "neutral"), ("resolution", "resolutions")):
-        if own.keys() & set(group):  # an entry says all of it or nothing
+        if own.keys() & set(group):  # an entry sets the whole group or nothing of it
             inherited = {key: value for key, value in inherited.items() if key not in group}
     values = {key: checked(key, value, place) for key, value in {**inherited, **own}.items()}
     if entry.is_pair and "target" not in values:
-        raise UserError(f'{FLAG} {place} names nothing that is to change; give target = "..."')
+        raise UserError(f'{FLAG} {place} has no target; add target = "..."')
     pairs = [pair_of(place, values)] if entry.is_pair else list(slider_pairs(place, values, folder, warn))
     if fixed := [pair for pair in pairs if pair.dynamic_resolution and not pair.has_drawn_size]:
         warn(
-            "%s %s: dynamic_resolution has no effect on %d x %d (height x width), only squares vary",
+            "%s %s: dynamic_resolution has no effect on %d x %d (height x width): only square sizes vary",
             FLAG, place, fixed[0].height, fixed[0].width,
         )  # fmt: skip
     return pairs
 
 
 def checked(key: str, value: Any, place: str) -> Any:
-    """A value in its type. Sizes and lists are read where they are used."""
+    """Check the type of a value. Sizes and lists are checked where they are used."""
     what = f"{FLAG} {place}: {key} is {value!r}"
     if key in TEXT_KEYS:
         if not isinstance(value, str):
-            raise UserError(f"{what}; give text in quotes")
+            raise UserError(f"{what}; use text in quotes")
         if key == "action" and value not in (ERASE, ENHANCE):
             raise UserError(f'{what}; use "{ERASE}", which is the default, or "{ENHANCE}"')
         return value
@@ -191,27 +190,27 @@ def checked(key: str, value: Any, place: str) -> Any:
     if key in (*NEUTRAL_LISTS, "resolution", "resolutions"):
         return value
     if not is_number(value) or not isfinite(value):
-        raise UserError(f"{what}; give a number")
+        raise UserError(f"{what}; use a number")
     if key == "batch_size":
         return whole(value, 1, LARGEST_BATCH, what)
     if key == "weight" and value <= 0:
         raise UserError(f"{what}; the loss is multiplied by it, so it must be above 0")
     if key == "multiplier" and value == 0:
-        raise UserError(f"{what}, with which the adapter does nothing and learns nothing; 1.0 is the default")
+        raise UserError(f"{what}, with which the adapter learns nothing; the default is 1.0")
     if abs(value) > LARGEST_NUMBER:
         raise UserError(f"{what}; use a number of at most {LARGEST_NUMBER:g}")
     return float(value)
 
 
 def whole(value: Any, least: int, most: int, what: str) -> int:
-    """A whole number within its range."""
+    """Check an integer and its range."""
     if not is_number(value) or not isfinite(value) or value != int(value) or not least <= value <= most:
-        raise UserError(f"{what}; give a whole number from {least} to {most}")
+        raise UserError(f"{what}; use an integer from {least} to {most}")
     return int(value)
 
 
 def pair_of(place: str, values: Mapping[str, Any], size: Any = None) -> PromptPair:
-    """The pair of these values, of which only `target` must be there."""
+    """Return the pair of these values, of which only `target` is required."""
     height, width = size_of(values.get("resolution", DEFAULT_SIDE), place) if size is None else size
     unconditional = values.get("unconditional", "")
     return PromptPair(
@@ -233,40 +232,40 @@ def pair_of(place: str, values: Mapping[str, Any], size: Any = None) -> PromptPa
 
 
 def size_of(value: Any, place: str) -> tuple[int, int]:
-    """(height, width) of a side, or of [height, width]."""
+    """Parse a side, or [height, width], to (height, width)."""
     what = f"{FLAG} {place}: resolution is {value!r}"
     sides = value if isinstance(value, list) else [value, value]
     if len(sides) != 2:
-        raise UserError(f"{what}; give one side, such as 512, or [height, width]")
+        raise UserError(f"{what}; use one side, such as 512, or [height, width]")
     height, width = (whole(side, 1, LARGEST_SIDE, what) for side in sides)
     return height, width
 
 
 def sizes_of(values: Mapping[str, Any], place: str, warn: Warn) -> list[tuple[int, int]]:
-    """The sizes of a slider: one, or each of a list of [height, width]."""
+    """Return the sizes of a slider: one, or each of a list of [height, width]."""
     if "resolution" in values and "resolutions" in values:
-        raise UserError(f"{FLAG} {place} has resolution and resolutions, of which one would be ignored; keep one")
+        raise UserError(f"{FLAG} {place} has both resolution and resolutions; keep one")
     value = values.get("resolutions", values.get("resolution", DEFAULT_SIDE))
     if isinstance(value, list) and value and isinstance(value[0], list):
         return [size_of(one, place) for one in value]
     height, width = size_of(value, place)
     if "resolutions" in values and isinstance(value, list):
         warn(
-            "%s %s: resolutions = [%d, %d] is one size, %d high and %d wide; two squares are [[%d, %d], [%d, %d]]",
+            "%s %s: resolutions = [%d, %d] is one size, height %d, width %d; for two squares use [[%d, %d], [%d, %d]]",
             FLAG, place, height, width, height, width, height, height, width, width,
         )  # fmt: skip
     return [(height, width)]
 
 
 def slider_pairs(place: str, values: Mapping[str, Any], folder: Path, warn: Warn) -> Iterator[PromptPair]:
-    """Both ways of a slider, for each neutral prompt and size: at `multiplier` toward positive and away from negative,
-    at its opposite the other way."""
+    """Yield both directions of a slider for each neutral prompt and size: at `multiplier` toward positive and away from
+    negative, at its opposite the other way."""
     positive, negative = (values.get(key, "") for key in ("positive", "negative"))
     has_positive, has_negative = bool(positive.strip()), bool(negative.strip())
     if not has_positive and not has_negative:
-        raise UserError(f"{FLAG} {place} has neither positive nor negative; give one end of the slider, or both")
+        raise UserError(f"{FLAG} {place} has neither positive nor negative; add one end of the slider, or both")
     if positive == negative:
-        raise UserError(f"{FLAG} {place}: positive and negative are both {positive!r}; give two ends of the slider")
+        raise UserError(f"{FLAG} {place}: positive and negative are both {positive!r}; use two ends")
     multiplier = values.get("multiplier", 1.0)
     if has_positive and has_negative:
         ways = [
@@ -289,40 +288,40 @@ def slider_pairs(place: str, values: Mapping[str, Any], folder: Path, warn: Warn
 
 
 def neutrals_of(values: Mapping[str, Any], place: str, folder: Path) -> list[str]:
-    """The neutral prompts of a slider: those listed and those in files, or the one that is named."""
+    """Return the neutral prompts of a slider: those listed and those in files, or the named one."""
     lists = [key for key in NEUTRAL_LISTS if key in values]
     if lists and "neutral" in values:
-        raise UserError(f"{FLAG} {place} has neutral and {lists[0]}, of which one would be ignored; keep one")
+        raise UserError(f"{FLAG} {place} has both neutral and {lists[0]}; keep one")
     if not lists:
         return [values.get("neutral", "")]
     found: list[str] = []
     if "neutrals" in values:
         listed = values["neutrals"]
         if not isinstance(listed, list) or not all(isinstance(one, str) for one in listed):
-            raise UserError(f'{FLAG} {place}: neutrals is {listed!r}; give a list of texts, such as ["", "a photo"]')
+            raise UserError(f'{FLAG} {place}: neutrals is {listed!r}; use a list of texts, such as ["", "a photo"]')
         found += listed
     for key in ("neutral_prompt_file", "prompt_file"):
         if key in values:
             found += lines_of(folder / values[key], f"{FLAG} {place}: {key}")
     if not found:
-        raise UserError(f'{FLAG} {place}: {" and ".join(lists)} name no prompt; [""] is the empty one')
+        raise UserError(f'{FLAG} {place}: {" and ".join(lists)} contain no prompt; use [""] for the empty one')
     return found
 
 
 def lines_of(path: Path, what: str) -> list[str]:
-    """The lines of a text file that are not empty."""
+    """Return the non-empty lines of a text file."""
     if not path.is_file():
-        raise UserError(f"{what} is {path}, but there is no such file; it is looked for beside the TOML file")
+        raise UserError(f"{what} is {path}, but there is no such file; the path is relative to the TOML file")
     lines = decoded(path.read_bytes(), f"{what} {path}").splitlines()
     return [line.strip() for line in lines if line.strip()]
 
 
 def check_teaches(pair: PromptPair) -> None:
-    """Raise UserError for a pair whose target is what the base model says already."""
+    """Raise UserError for a pair whose training target equals the base model's own prediction."""
     if pair.neutral == pair.target and (pair.positive == pair.unconditional or pair.guidance_scale == 0):
         same = f"positive and unconditional are both {pair.positive!r}"
         reason = "guidance_scale is 0" if pair.guidance_scale == 0 else same
         raise UserError(
-            f"{FLAG} {pair.place} teaches nothing: {reason}, so {pair.target!r} is to stay what it is; name another "
+            f"{FLAG} {pair.place} teaches nothing: {reason}, so {pair.target!r} would stay as it is; use another "
             "positive, unconditional or neutral prompt"
         )

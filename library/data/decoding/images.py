@@ -1,4 +1,4 @@
-"""Pictures as arrays: reading, resizing, cropping, mirroring, colour.
+"""Images as arrays: reading, resizing, cropping, mirroring, colour.
 
 Arrays are uint8, HWC or HW; sizes are (width, height).
 """
@@ -32,35 +32,37 @@ TRANSPOSITIONS = {
 
 
 class DamagedImage(UserError):
-    """A picture with a good header whose pixels cannot be decoded; the message names it."""
+    """An image with a valid header whose pixels cannot be decoded; the message names it."""
 
 
 def open_image(path: str, content: bytes | io.RawIOBase | None = None) -> Image.Image:
-    """The picture with its header read; ValueError names a file that is none. `content` is the file, read or open."""
+    """Open an image and read its header. Raises UserError naming a file that is not an image. `content` is the file,
+    read or open."""
     load_plugin(os.path.splitext(path)[1][1:].lower())
     try:
         opened: Any = io.BytesIO(content) if isinstance(content, bytes) else path if content is None else content
         return Image.open(opened)
     except UnidentifiedImageError:
         is_empty = content == b"" if content is not None else os.path.getsize(path) == 0
-        raise UserError(f"{path} is {'empty' if is_empty else 'not a picture that can be read'}") from None
+        raise UserError(f"{path} is {'empty' if is_empty else 'not an image that can be read'}") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
 
 
 def orientation_of(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8. Reads no pixels: a PNG's tags count only where they stand before the pixels."""
+    """Return the EXIF orientation, 1 to 8, without reading pixels: a PNG's tags count only if they precede the
+    pixels."""
     if image.format == "PNG" and "exif" not in image.info:
         return 1
     try:
         value = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # broken tags are no reason to lose the picture; Pillow raises many kinds here
+    except Exception:  # damaged tags must not lose the image; Pillow raises many errors here
         return 1
     return value if value in TRANSPOSITIONS else 1
 
 
 def read_size(path: str, content: bytes | io.RawIOBase | None = None) -> Size:
-    """(width, height) as `read_pixels` will give it, from the header alone; `content` is the file, if read or open."""
+    """Read (width, height), as `read_pixels` will return it, from the header; `content` is the file, read or open."""
     with open_image(path, content) as image:
         width, height = image.size
         turned = orientation_of(image) >= 5
@@ -70,17 +72,17 @@ def read_size(path: str, content: bytes | io.RawIOBase | None = None) -> Size:
 
 
 def decode_all(image: Image.Image, path: str) -> None:
-    """Decode an opened picture. Raises DamagedPicture where its pixels are cut off or broken."""
+    """Decode an opened image. Raises DamagedImage if its pixels are truncated or damaged."""
     try:
         image.load()
-    except Exception as error:  # damaged pixels show as OSError, SyntaxError, struct.error, zlib.error, ...
+    except Exception as error:  # damaged pixels raise OSError, SyntaxError, struct.error, zlib.error, ...
         raise DamagedImage(f"{path} is damaged: {error}") from None
 
 
 def read_pixels(path: str, content: bytes | None = None) -> tuple[Pixels, Pixels | None]:
-    """(RGB, alpha) of a picture of any kind, upright; alpha is None where there is none.
+    """Read (RGB, alpha) of any image, upright; alpha is None if it has none.
 
-    Raises DamagedPicture where its pixels are cut off or broken, ValueError where it cannot be read at all.
+    Raises DamagedImage if its pixels are truncated or damaged, UserError if it cannot be read at all.
     """
     with open_image(path, content) as image:
         orientation = orientation_of(image)
@@ -96,7 +98,7 @@ def read_pixels(path: str, content: bytes | None = None) -> tuple[Pixels, Pixels
 
 
 def _from_16_bits(image: Image.Image) -> Pixels:
-    # Pillow's own conversion clips at 255, which turns 16-bit grey pictures white.
+    # Pillow's own conversion clips at 255, which turns 16-bit grey images white.
     grey = np.asarray(image).astype(np.int64)
     grey_8bit = ((np.clip(grey, 0, 65535) + 128) // 257).astype(np.uint8)
     return np.repeat(grey_8bit[..., None], 3, axis=2)
@@ -104,7 +106,7 @@ def _from_16_bits(image: Image.Image) -> Pixels:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where the training picture lies: resize to `resized`, cut `target` from (left, top), mirror."""
+    """The geometry of a training image: resize to `resized`, crop `target` at (left, top), mirror."""
 
     resized: Size
     left: int
@@ -114,13 +116,13 @@ class Placement:
 
 
 def centred(shape: Shape, is_flipped: bool = False) -> Placement:
-    """Cut from the middle."""
+    """Crop at the centre."""
     left, top = (shape.resized[0] - shape.bucket[0]) // 2, (shape.resized[1] - shape.bucket[1]) // 2
     return Placement(shape.resized, left, top, shape.bucket, is_flipped)
 
 
 def cropped_at_random(shape: Shape, rng: random.Random, is_flipped: bool = False) -> Placement:
-    """Cut anywhere."""
+    """Crop at a random position."""
     left = rng.randint(0, shape.resized[0] - shape.bucket[0])
     top = rng.randint(0, shape.resized[1] - shape.bucket[1])
     return Placement(shape.resized, left, top, shape.bucket, is_flipped)
@@ -128,7 +130,7 @@ def cropped_at_random(shape: Shape, rng: random.Random, is_flipped: bool = False
 
 @dataclass(frozen=True, slots=True)
 class Face:
-    """A face in pixels of the picture: centre and size."""
+    """A face in pixels of the image: centre and size."""
 
     cx: int
     cy: int
@@ -137,7 +139,7 @@ class Face:
 
 
 def face_of(path: str) -> Face | None:
-    """The face that a file name `..._cx_cy_w_h` tells of."""
+    """Parse the face in a file name `..._cx_cy_w_h`."""
     parts = os.path.splitext(os.path.basename(path))[0].split("_")
     if len(parts) < 5:
         return None
@@ -157,10 +159,10 @@ def cropped_at_face(
     rng: random.Random,
     is_flipped: bool = False,
 ) -> Placement:
-    """Cut around the face, which becomes so large that the shorter target side is `zoom` of its larger sides.
+    """Crop around the face, zoomed so that the shorter target side is `zoom` times its larger side.
 
-    The zoom is drawn from `zoom_range`, but the picture is never enlarged more than it must be to cover the target. The
-    face stays near the middle; `wanders` moves it by a triangular offset that shows more of the background.
+    The zoom is drawn from `zoom_range`, but the image is never enlarged beyond covering the target. The face stays near
+    the centre; `wanders` moves it by a triangular offset that shows more of the background.
     """
     size, short = max(face.width, face.height), min(target)
     least = max(target[0] / picture[0], target[1] / picture[1])
@@ -184,7 +186,7 @@ def cropped_at_face(
 
 
 def place(pixels: Pixels, placement: Placement, interpolation: str | None) -> Pixels:
-    """Resize, cut and mirror an array."""
+    """Resize, crop and mirror an array."""
     resized = resize(pixels, placement.resized, interpolation)
     width, height = placement.target
     cut = resized[placement.top : placement.top + height, placement.left : placement.left + width]
@@ -192,14 +194,14 @@ def place(pixels: Pixels, placement: Placement, interpolation: str | None) -> Pi
 
 
 def chosen_filter(size: Size, target: Size, interpolation: str | None) -> str:
-    """The resampling filter: the given one, else area where no side grows, else lanczos."""
+    """Return the resampling filter: the given one, else area if no side grows, else lanczos."""
     if interpolation is not None:
         return interpolation
     return "area" if target[0] <= size[0] and target[1] <= size[1] else "lanczos"
 
 
 def resize(pixels: Pixels, target: Size, interpolation: str | None) -> Pixels:
-    """The array at another size. Lanczos and box are Pillow's, the others OpenCV's, as in sd-scripts."""
+    """Resize an array. Lanczos and box are Pillow's, the others OpenCV's, as in sd-scripts."""
     size = (pixels.shape[1], pixels.shape[0])
     if size == target:
         return pixels
@@ -222,7 +224,7 @@ def resize(pixels: Pixels, target: Size, interpolation: str | None) -> Pixels:
 
 
 def change_colour(rgb: Pixels, rng: random.Random) -> Pixels:
-    """One draw in three changes: half of these turn the hue by up to 16 degrees, half get a gamma of 0.95 to 1.05."""
+    """Change one draw in three: half of these get a hue shift of up to 16 degrees, half a gamma of 0.95 to 1.05."""
     if rng.random() >= 0.33:
         return rgb
     if rng.random() < 0.5:
@@ -231,7 +233,7 @@ def change_colour(rgb: Pixels, rng: random.Random) -> Pixels:
 
 
 def turn_hue(rgb: Pixels, half_degrees: float) -> Pixels:
-    """Turn the hue; a unit is two degrees, OpenCV's for 8-bit pictures."""
+    """Rotate the hue; a unit is two degrees, as in OpenCV for 8-bit images."""
     import cv2
 
     hsv = np.asarray(cv2.cvtColor(rgb, cv2.COLOR_RGB2HSV))
@@ -241,6 +243,6 @@ def turn_hue(rgb: Pixels, half_degrees: float) -> Pixels:
 
 
 def apply_gamma(rgb: Pixels, gamma: float) -> Pixels:
-    """The power of values from 0 to 1, so black stays black and white stays white."""
+    """Raise values from 0 to 1 to a power, so that black and white are unchanged."""
     table = np.rint(255 * (np.arange(256) / 255) ** gamma).astype(np.uint8)
     return table[rgb]

@@ -1,4 +1,4 @@
-"""The archives of a cache on disk: what can become of them, and what a killed process leaves of them."""
+"""The archives of a disk cache: their errors, their writing, and leftovers of killed processes."""
 
 import os
 import re
@@ -28,42 +28,42 @@ DAMAGE = (
     MemoryError,
     RecursionError,
 )
-"""What reading one that was cut, overwritten or made up raises."""
+"""The errors of reading an archive that was truncated, overwritten or forged."""
 
 MISSING, DAMAGED = "missing", "damaged"
 
 MOST_BYTES = 1 << 30  # of all arrays in one archive; the largest of ours, eight captions of T5, have 64 MB
 LEFT_OVER = re.compile(r"\.(.+\.[0-9a-f]{12}\.npz|.+\.npz\.\d+\.tmp)")
-DEAD_AFTER_S = 3600.0  # writing one takes seconds; other runs may be writing into the same folder
+DEAD_AFTER_S = 3600.0  # writing takes seconds, but other runs may be writing into the same folder
 
 
 @dataclass(frozen=True)
 class CacheWords:
-    """How messages speak of a cache."""
+    """The words for a cache in messages."""
 
     name: str
-    entries: str  # what is counted
+    entries: str  # the unit that is counted
     content: str
-    flag: str  # that keeps the content in memory; with `_to_disk` on disk
-    checking: str  # what processes wait for
+    flag: str  # keeps the content in memory; with `_to_disk` on disk
+    checking: str  # the task that processes wait for
     caching: str
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether what lies on disk is still true."""
+    """The validity of a cache file."""
 
-    fault: str | None  # what is wrong, to be read after "is"
-    kept: frozenset[str] = frozenset()  # captions of a file that need not be encoded again
+    fault: str | None  # the problem, to follow "is"
+    kept: frozenset[str] = frozenset()  # captions in the file that need not be encoded again
     is_foreign: bool = False  # written by another program
 
 
 class EntryError(UserError):
-    """An entry of a file that cannot be used; the message is the reason, to be read after "is"."""
+    """An entry of a file that cannot be used; the message is the reason, to follow "is"."""
 
 
 def fault_of(error: BaseException) -> str:
-    """What is wrong with a file, to be read after "is"; `error` is one of DAMAGE."""
+    """Describe a file's problem, to follow "is"; `error` is one of DAMAGE."""
     if isinstance(error, EntryError):
         return str(error)
     return MISSING if isinstance(error, FileNotFoundError) else DAMAGED
@@ -71,7 +71,7 @@ def fault_of(error: BaseException) -> str:
 
 @contextmanager
 def reading(path: str, words: CacheWords) -> Iterator[Mapping[str, Any]]:
-    """An open archive. Raises UserError naming a file that is missing or damaged, or the EntryError of the block."""
+    """Open an archive. Raises UserError naming a file that is missing or damaged, or with the block's EntryError."""
     try:
         with open_npz(path) as archive:
             yield archive
@@ -79,15 +79,13 @@ def reading(path: str, words: CacheWords) -> Iterator[Mapping[str, Any]]:
     except DAMAGE as error:
         fault = fault_of(error)
         reason = f"{fault}: {error}" if fault == DAMAGED else fault
-    delete = "delete it and " if fault == DAMAGED else ""  # a start does not read all of every file
-    raise UserError(
-        f"the {words.name} {path} is {reason}; {delete}run again without --skip_cache_check to make it anew"
-    )
+    delete = "delete it and " if fault == DAMAGED else ""  # the check at start does not read whole files
+    raise UserError(f"the {words.name} {path} is {reason}; {delete}run again without --skip_cache_check to rebuild it")
 
 
 @contextmanager
 def writing(path: str, words: CacheWords) -> Iterator[Path]:
-    """A temporary file that becomes the one at `path`, whole or not at all.
+    """Yield a temporary file that becomes the one at `path`, whole or not at all.
 
     Raises UserError naming a folder that cannot be written.
     """
@@ -97,13 +95,13 @@ def writing(path: str, words: CacheWords) -> Iterator[Path]:
     except OSError as error:
         raise UserError(
             f"the {words.name} {path} cannot be written ({error.strerror}); --{words.flag}_to_disk writes beside the "
-            f"pictures, --{words.flag} alone keeps {words.content} in memory"
+            f"images, use --{words.flag} to keep {words.content} in memory"
         ) from None
 
 
 @contextmanager
 def open_npz(path: str | Path) -> Iterator[Mapping[str, Any]]:
-    """An open archive, whose arrays are read when they are asked for. Raises one of DAMAGE."""
+    """Open an archive whose arrays are read on request. Raises one of DAMAGE."""
     require_plain_file(path)
     with zipfile.ZipFile(path) as archive:
         require_small(archive)
@@ -112,20 +110,20 @@ def open_npz(path: str | Path) -> Iterator[Mapping[str, Any]]:
 
 
 def require_plain_file(path: str | Path) -> None:
-    """Raise UserError for a pipe or a device under the name of a file, from which reading would wait for ever."""
+    """Raise UserError for a pipe or a device in place of a file, from which reading would block forever."""
     if os.path.exists(path) and not os.path.isfile(path):
-        raise UserError("it is no plain file")
+        raise UserError("it is not a regular file")
 
 
 def require_small(archive: zipfile.ZipFile) -> None:
-    """Raise UserError for an archive that would unpack to more than any cache holds."""
+    """Raise UserError for an archive that would unpack to more than any cache file holds."""
     num_bytes = sum(info.file_size for info in archive.infolist())
     if num_bytes > MOST_BYTES:
         raise UserError(f"it would unpack to {num_bytes / 1e9:.1f} GB")
 
 
 def clear_left_overs(folders: Iterable[str]) -> None:
-    """Delete what processes that were killed had not finished writing, once it is surely of a dead one."""
+    """Delete unfinished files of killed processes, once they are old enough."""
     for folder in sorted(set(folders)):
         if not os.path.isdir(folder):
             continue
@@ -133,12 +131,12 @@ def clear_left_overs(folders: Iterable[str]) -> None:
             if LEFT_OVER.fullmatch(entry.name) and entry.is_file() and is_old(entry):
                 try:
                     os.remove(entry.path)
-                except OSError:  # another run cleared it up, or the folder cannot be written
+                except OSError:  # another run deleted it, or the folder cannot be written
                     continue
 
 
 def is_old(entry: "os.DirEntry[str]") -> bool:
-    """Whether nobody can still be writing a file."""
+    """Return True if nobody can still be writing a file."""
     try:
         return time.time() - entry.stat().st_mtime > DEAD_AFTER_S
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Decoded images and masks as the tensors that models take."""
+"""Conversion of decoded images and masks to tensors for models."""
 
 import torch
 from torch import Tensor

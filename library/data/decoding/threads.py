@@ -1,4 +1,4 @@
-"""Many small reads of files: in this thread while the disk answers at once, in many threads where it lets one wait."""
+"""Many small file reads: in this thread while the disk responds at once, in many threads if it is slow."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,16 +12,16 @@ Item = TypeVar("Item")
 Value = TypeVar("Value")
 
 BLOCK = 512
-SLOW_READ_S = 0.0002  # waiting for one file; a file in memory takes a tenth of it
+SLOW_READ_S = 0.0002  # average wait per file; a cached file takes a tenth of it
 
 
 def in_blocks(
     function: Callable[[Sequence[Item]], list[Value]], items: Sequence[Item], num_threads: int, title: str | None = None
 ) -> list[Value]:
-    """The function's values for all items, in order; it is given blocks of them. With a title a bar is shown.
+    """Return the function's values for all items, in order; it gets blocks of them. A title shows a progress bar.
 
-    Threads that take turns at one interpreter cost more than they save while files lie in memory, so they are used from
-    the first block on in which most of the time was spent waiting.
+    Threads that alternate in one interpreter cost more than they save while files are in memory, so they are used only
+    after the first block in which most of the time was spent waiting.
     """
     values: list[Value] = []
     blocks = (items[start : start + BLOCK] for start in range(0, len(items), BLOCK))

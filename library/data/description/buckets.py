@@ -1,4 +1,4 @@
-"""Which size each picture is trained at. Sizes are (width, height) in pixels."""
+"""Assignment of training sizes to images. Sizes are (width, height) in pixels."""
 
 import logging
 import math
@@ -15,7 +15,7 @@ MOST_PIXELS = 4096 * 4096  # of a resolution: encoding one image of twice the si
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How a picture becomes a training picture: resized to cover the bucket, then cropped to it."""
+    """The geometry of a training image: resized to cover the bucket, then cropped to it."""
 
     bucket: Size
     resized: Size
@@ -43,9 +43,10 @@ class BucketRules:
         no_upscale: bool,
         needed_step: int,
     ) -> "BucketRules":
-        """Round the limits to the step, loudly; raise UserError where they do not fit the resolution or the model.
+        """Round the limits to the step, with a warning. Raises UserError if they do not fit the resolution or the
+        model.
 
-        `needed_step` is the multiple that the base model asks of bucket sides.
+        `needed_step` is the multiple of bucket sides that the base model requires.
         """
         if min(resolution) <= 0:
             raise UserError(f"resolution is {resolution[0]}x{resolution[1]}; both sides must be positive")
@@ -79,7 +80,7 @@ class BucketRules:
         low, high = min_reso // step * step, -(-max_reso // step) * step
         if (low, high) != (min_reso, max_reso):
             logger.warning(
-                "bucket limits %d..%d become %d..%d, multiples of bucket_reso_steps %d",
+                "bucket limits %d..%d are rounded to %d..%d, multiples of bucket_reso_steps %d",
                 min_reso,
                 max_reso,
                 low,
@@ -94,11 +95,12 @@ class BucketRules:
 
 
 def bucket_sizes(resolution: Size, low: int, high: int, step: int) -> list[Size]:
-    """Every bucket: sides from `low` to `high` in steps, as tall as the area of `resolution` allows, either way."""
+    """Return all buckets: sides from `low` to `high` in steps, as tall as the area of `resolution` allows, in both
+    orientations."""
     area = resolution[0] * resolution[1]
     side = math.isqrt(area) // step * step
     sizes = {(side, side)}
-    # a wider bucket would be lower than `low`; without this, a huge `high` would keep the machine busy for ever
+    # A wider bucket would be lower than `low`; without this limit a huge `high` would loop for ages.
     for width in range(low, min(high, area // low) + 1, step):
         height = min(high, area // width // step * step)
         if height >= low:
@@ -107,7 +109,7 @@ def bucket_sizes(resolution: Size, low: int, high: int, step: int) -> list[Size]
 
 
 def cover(picture: Size, target: Size) -> Size:
-    """The size of the picture scaled so that it just covers the target."""
+    """Return the size of the image scaled to just cover the target."""
     if picture[0] / picture[1] > target[0] / target[1]:
         scale = target[1] / picture[1]
     else:
@@ -116,7 +118,7 @@ def cover(picture: Size, target: Size) -> Size:
 
 
 def nearest_bucket(picture: Size, buckets: Sequence[Size]) -> Size:
-    """The bucket of equal size, else the one of the nearest ratio; the first in order where two are as near."""
+    """Return the bucket of equal size, else of the nearest ratio; of equally near ones the first."""
     if picture in buckets:
         return picture
     ratio = picture[0] / picture[1]
@@ -124,9 +126,9 @@ def nearest_bucket(picture: Size, buckets: Sequence[Size]) -> Size:
 
 
 def shape_without_upscale(picture: Size, resolution: Size, step: int) -> Shape:
-    """Shrink the picture to the area of `resolution` where it is larger, then floor both sides to the step.
+    """Shrink an image larger than the area of `resolution` to it, then round both sides down to the step.
 
-    A side below the step gets a bucket of one step, for which the picture is enlarged just enough.
+    A side below the step gets a bucket of one step, for which the image is enlarged just enough.
     """
     width, height = picture
     area = resolution[0] * resolution[1]
@@ -152,7 +154,7 @@ def _floored_ratio(size: Size, step: int) -> float:
 
 
 def assign_shapes(pictures: Sequence[Size], rules: BucketRules) -> list[Shape]:
-    """The shape of every picture, in order."""
+    """Return the shape of every image, in order."""
     known: dict[Size, Shape] = {}
     if rules.enable_bucket and not rules.no_upscale:
         buckets = bucket_sizes(rules.resolution, rules.min_reso, rules.max_reso, rules.step)
@@ -170,10 +172,10 @@ def assign_shapes(pictures: Sequence[Size], rules: BucketRules) -> list[Shape]:
 
 
 def crop_ltrb(bucket: Size, picture: Size) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) of the picture fitted *inside* the bucket.
+    """Return (left, top, right, bottom) of the image fitted *inside* the bucket.
 
-    Denoisers are conditioned on these, and trained adapters depend on them, although the pixels are cut from a picture
-    that covers the bucket.
+    Denoisers are conditioned on these, and trained adapters depend on them, although the pixels are cropped from an
+    image that covers the bucket.
     """
     ratio = picture[0] / picture[1]
     if bucket[0] / bucket[1] > ratio:
@@ -185,5 +187,5 @@ def crop_ltrb(bucket: Size, picture: Size) -> tuple[float, float, float, float]:
 
 
 def ratio_error(bucket: Size, picture: Size) -> float:
-    """How far the bucket's ratio is from the picture's."""
+    """Return the difference of the bucket's aspect ratio from the image's."""
     return abs(bucket[0] / bucket[1] - picture[0] / picture[1])

@@ -1,4 +1,4 @@
-"""Captions: from the text of a picture to the prompt of one draw."""
+"""Captions: from the text of an image to the prompt of one draw."""
 
 import math
 import os
@@ -12,7 +12,7 @@ from library.randomness import random_for
 
 @dataclass(frozen=True)
 class CaptionRules:
-    """What happens to a caption each time its picture is drawn; the fields are the keys of the dataset file."""
+    """Changes of a caption each time its image is drawn; the fields are keys of the dataset file."""
 
     shuffle_caption: bool = False
     caption_separator: str = ","
@@ -26,39 +26,40 @@ class CaptionRules:
     caption_dropout_every_n_epochs: int = 0
     caption_tag_dropout_rate: float = 0.0
     token_warmup_min: int = 1
-    token_warmup_step: float = 0  # steps; below 1 a share of the run
+    token_warmup_step: float = 0  # steps, or below 1 a share of the run
 
     @property
     def moves_tags(self) -> bool:
-        """Whether tags are shuffled, withheld or dropped."""
+        """True if tags are shuffled, withheld or dropped."""
         return self.shuffle_caption or self.token_warmup_step > 0 or self.caption_tag_dropout_rate > 0
 
     @property
     def varies(self) -> bool:
-        """Whether draws of a picture can have other captions than one and the empty prompt."""
+        """True if draws of an image can have several captions besides the empty prompt."""
         return self.moves_tags or self.enable_wildcard
 
 
 def compose_caption(
     text: str, rules: CaptionRules, rng: random.Random, epoch: int, step: int, max_train_steps: int
 ) -> str:
-    """The prompt of one draw: dropped, or one line of `text` with prefix, suffix, wildcards and tag rules applied.
+    """Compose the prompt of one draw: dropped, or a line of `text` with prefix, suffix, wildcards and tag rules
+    applied.
 
-    `epoch` counts from 1. `step` is the optimizer step, of `max_train_steps`, of which --token_warmup_step below 1 is a
-    share.
+    `epoch` counts from 1. `step` is the optimizer step of `max_train_steps`, of which a --token_warmup_step below 1 is
+    a share.
     """
     return "" if is_dropped(rules, rng, epoch) else arrange_caption(text, rules, rng, step, max_train_steps)
 
 
 def is_dropped(rules: CaptionRules, rng: random.Random, epoch: int) -> bool:
-    """Whether a draw has the empty prompt in place of its caption."""
+    """Return True if a draw gets the empty prompt instead of its caption."""
     if rules.caption_dropout_rate > 0 and rng.random() < rules.caption_dropout_rate:
         return True
     return rules.caption_dropout_every_n_epochs > 0 and epoch % rules.caption_dropout_every_n_epochs == 0
 
 
 def arrange_caption(text: str, rules: CaptionRules, rng: random.Random, step: int, max_train_steps: int) -> str:
-    """One line of `text` with prefix, suffix, wildcards and tag rules applied, not dropped."""
+    """Compose a line of `text` with prefix, suffix, wildcards and tag rules, without dropout."""
     lines = caption_lines(text, rules)
     caption = with_affixes(rng.choice(lines) if len(lines) > 1 else lines[0], rules)
     if rules.enable_wildcard:
@@ -78,21 +79,21 @@ def arrange_caption(text: str, rules: CaptionRules, rng: random.Random, step: in
 
 
 def caption_variant(picture: str, text: str, rules: CaptionRules, variant: int) -> str:
-    """One of the versions of a caption that are encoded ahead: a function of the picture's name and folder.
+    """Return one of the caption variants that are encoded ahead: a function of the image's name and folder.
 
-    It does not depend on the seed of the run, so that what was encoded for one run serves the next; which version a
-    draw takes does. Tag warm-up has no place here: it makes another caption in every step.
+    Variants do not depend on the run's seed, so that other runs can reuse them; the variant used by a draw does. Tag
+    warm-up is not supported: it changes the caption in every step.
     """
     folder, name = os.path.split(os.path.abspath(picture))
     place = (
         ascii(os.path.basename(folder)),
         ascii(os.path.splitext(name)[0]),
-    )  # a name may hold bytes that are no text
+    )  # a name may contain bytes that are not text
     return arrange_caption(text, rules, random_for(0, "caption variant", *place, variant), 0, 0)
 
 
 def caption_lines(text: str, rules: CaptionRules) -> list[str]:
-    """The lines of which one is drawn: all non-blank ones with enable_wildcard, otherwise the first. Never empty."""
+    """Return the lines to draw from: all non-blank ones with enable_wildcard, else the first. Never empty."""
     lines = text.split("\n")
     if not rules.enable_wildcard:
         return lines[:1]
@@ -100,7 +101,7 @@ def caption_lines(text: str, rules: CaptionRules) -> list[str]:
 
 
 def with_affixes(line: str, rules: CaptionRules) -> str:
-    """The line between caption_prefix and caption_suffix."""
+    """Add caption_prefix and caption_suffix to a line."""
     if rules.caption_prefix:
         line = f"{rules.caption_prefix} {line}"
     if rules.caption_suffix:
@@ -112,7 +113,7 @@ _WILDCARD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 
 
 def replace_wildcards(caption: str, rng: random.Random) -> str:
-    """`{a|b}` becomes one of its alternatives, `{{` and `}}` become literal braces, `{}` stays. Braces do not nest."""
+    """Replace `{a|b}` by one of its alternatives and `{{`, `}}` by literal braces; `{}` stays. Braces do not nest."""
 
     def chosen(match: re.Match[str]) -> str:
         if match[1] is None:
@@ -124,7 +125,7 @@ def replace_wildcards(caption: str, rng: random.Random) -> str:
 
 
 def has_nested_wildcard(caption: str) -> bool:
-    """Whether one `{...}` stands inside another, which `replace_wildcards` does not understand."""
+    """Return True if a `{...}` is inside another, which `replace_wildcards` does not support."""
     depth = 0
     for brace in re.findall(r"\{\{|\}\}|\{|\}", caption):
         depth += {"{": 1, "}": -1}.get(brace, 0)
@@ -135,15 +136,15 @@ def has_nested_wildcard(caption: str) -> bool:
 
 
 def split_tags(caption: str, rules: CaptionRules) -> tuple[list[str], list[str], list[str]]:
-    """(head, movable, tail): the tags that stay in front, those that may move, those that stay at the end.
+    """Split tags into (head, movable, tail): fixed at the start, movable, fixed at the end.
 
-    Where keep_tokens_separator occurs it marks the parts and blank tags are removed; otherwise the first keep_tokens
-    tags are the head, and blank tags stay.
+    keep_tokens_separator, if present, marks the parts, and blank tags are removed; otherwise the first keep_tokens tags
+    are the head, and blank tags stay.
     """
     separator, marker = rules.caption_separator, rules.keep_tokens_separator
     if marker and marker in caption:
         head, movable, *tail = caption.split(marker, 2)
-        rest = "".join(tail).replace(marker, separator)  # a third marker is not text either
+        rest = "".join(tail).replace(marker, separator)  # further separators are not text either
         parts = [[tag.strip() for tag in part.split(separator) if tag.strip()] for part in (head, movable, rest)]
         return parts[0], parts[1], parts[2]
     tags = [tag.strip() for tag in caption.strip().split(separator)]
@@ -151,7 +152,7 @@ def split_tags(caption: str, rules: CaptionRules) -> tuple[list[str], list[str],
 
 
 def withheld(tags: list[str], rules: CaptionRules, step: int, max_train_steps: int) -> list[str]:
-    """The first tags only, growing from token_warmup_min at step 0 to all of them at token_warmup_step."""
+    """Return the first tags, growing from token_warmup_min at step 0 to all of them at token_warmup_step."""
     warmup = rules.token_warmup_step
     if 0 < warmup < 1:
         warmup = math.floor(warmup * max_train_steps)
@@ -162,7 +163,7 @@ def withheld(tags: list[str], rules: CaptionRules, step: int, max_train_steps: i
 
 
 def fullest_captions(text: str, rules: CaptionRules) -> Iterator[str]:
-    """Every line with affixes and all of its tags: what the token limit is checked against."""
+    """Yield every line with affixes and all tags, which are checked against the token limit."""
     for line in caption_lines(text, rules):
         caption = with_affixes(line, rules)
         if rules.keep_tokens_separator:

@@ -1,4 +1,4 @@
-"""File name extensions of images, with the formats that Pillow reads through a plug-in where one is installed."""
+"""File name extensions of images, with formats that Pillow reads through an installed plug-in."""
 
 from PIL import Image
 
@@ -7,7 +7,7 @@ PLUGINS = {"avif": "pillow_avif", "jxl": "pillow_jxl"}
 
 
 def image_extensions() -> tuple[str, ...]:
-    """Return the extensions of image files with their dot, in lower and in upper case, including those of plug-ins."""
+    """Return the extensions of image files with dot, in lower and upper case, including those of plug-ins."""
     found = [*EXTENSIONS, *(extension for extension in PLUGINS if load_plugin(extension))]
     return tuple(f".{extension}" for extension in found) + tuple(f".{extension.upper()}" for extension in found)
 

@@ -1,4 +1,4 @@
-"""The keys of a dataset file: names, types, where each may stand, and what holds when it does not."""
+"""The keys of a dataset file: names, types, allowed levels and defaults."""
 
 import math
 from collections.abc import Callable
@@ -19,7 +19,7 @@ LARGEST = 2**31  # of a number; nan and inf are not below it either
 
 @dataclass(frozen=True)
 class Kind:
-    """A type of value: what an error calls it, what fits, and the value as the program uses it."""
+    """A type of value: its name in errors, its check, and its conversion."""
 
     name: str
     fits: Callable[[Any], bool]
@@ -31,7 +31,7 @@ def _is_pair(value: Any, of: type) -> bool:
     return len(items) == 2 and all(isinstance(item, of) for item in items) and max(map(abs, items)) < LARGEST
 
 
-# A bool is an int in Python and counts as one in dataset files of sd-scripts.
+# A bool is an int in Python, and sd-scripts' dataset files may use it as one.
 INT = Kind("an int", lambda v: isinstance(v, int) and abs(v) < LARGEST, int)
 FLOAT = Kind("a float (with a decimal point)", lambda v: isinstance(v, float) and math.isfinite(v))
 NUMBER = Kind("a number", lambda v: isinstance(v, (int, float)) and abs(v) < LARGEST, float)
@@ -62,7 +62,7 @@ class Key:
     default: Any
     levels: tuple[Level, ...]
     styles: tuple[Style, ...] = ("dreambooth", "metadata", "masked")
-    flag: str | None = None  # the option that holds when the file is silent
+    flag: str | None = None  # the option that sets the default
 
 
 GD: tuple[Level, ...] = ("general", "dataset")
@@ -71,12 +71,12 @@ ONLY_S: tuple[Level, ...] = ("subset",)
 
 
 def _with_option(name: str, kind: Kind, default: Any, levels: tuple[Level, ...], flag: str | None = None) -> Key:
-    """A key of every style that an option stands in for, of the same name unless told otherwise."""
+    """Return a key for every style whose default is set by an option, of the same name unless `flag` is given."""
     return Key(name, kind, default, levels, flag=flag or name)
 
 
 FILE_SOURCES = tuple(name for name in SOURCES if name not in ("image_dir", "metadata_file"))
-"""Sources of larger files that hold images; the value of such a key is a path, a pattern, or a list of them."""
+"""Sources of larger files that contain images; the value is a path, a pattern, or a list of them."""
 
 DATASET_KEYS = (
     _with_option("batch_size", INT, 1, GD, flag="train_batch_size"),
@@ -111,7 +111,7 @@ SUBSET_KEYS = (
     _with_option("face_crop_aug_range", FLOAT_PAIR, None, GDS),
     _with_option("resize_interpolation", FILTER, None, GDS),
     Key("custom_attributes", TABLE, {}, GDS),
-    # The documents of sd-scripts show these two in subsets, so they may stand there.
+    # The documentation of sd-scripts shows these two in subsets, so they are allowed there.
     _with_option("validation_split", SHARE, 0.0, GDS),
     _with_option("validation_seed", INT, None, GDS),
     Key("image_dir", TEXT, None, ONLY_S),
@@ -137,5 +137,5 @@ REQUIRED: dict[Style, tuple[str, ...]] = {
 
 
 def stands_at(key: Key, level: Level, style: Style | None) -> bool:
-    """Whether the key may stand at this level; [general] serves datasets of every style."""
+    """Return True if the key is allowed at this level; [general] serves datasets of every style."""
     return level in key.levels and (style is None or style in key.styles)

@@ -1,4 +1,4 @@
-"""The dataset file and its fallbacks as frozen values: subset, else dataset, general, option, default."""
+"""The dataset file and its defaults as frozen values: subset, else dataset, general, option, default."""
 
 import logging
 import math
@@ -37,14 +37,14 @@ Table = Mapping[str, Any]
 
 
 class NoDataFound(UserError):
-    """There is nothing at all to train on. Front ends look for the words that its message begins with."""
+    """There are no training images. Front ends search for the words at the start of its message."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"No data found: {reason}")
 
 
 def without_secrets(url: str) -> str:
-    """A path or URL as others may see it: without user, password, signature and other parameters."""
+    """Remove user, password, signature and other parameters from a path or URL."""
     scheme, mark, rest = url.partition("://")
     if not mark:
         return url
@@ -54,11 +54,11 @@ def without_secrets(url: str) -> str:
 
 @dataclass(frozen=True)
 class SubsetConfig:
-    """One folder, one metadata file, or some larger files that hold pictures."""
+    """A folder, a metadata file, or larger files that contain images."""
 
     style: Style
-    source_key: str  # which of the sources the images come from
-    patterns: tuple[str, ...]  # of larger files that hold them; none where images are files
+    source_key: str  # the source of the images
+    patterns: tuple[str, ...]  # of larger files with images; empty if images are files
     image_dir: str | None
     image_column: str | None
     caption_column: str | None
@@ -79,17 +79,17 @@ class SubsetConfig:
     validation_split: float
     validation_seed: int | None
     captions: CaptionRules
-    keeps_index: bool = True  # whether what was read of the pictures may be written down for the next start
-    entries: Sequence[tuple[str, Any]] | None = field(default=None, repr=False, compare=False)  # read already, by key
+    keeps_index: bool = True  # an index of the images may be written for the next start
+    entries: Sequence[tuple[str, Any]] | None = field(default=None, repr=False, compare=False)  # already read, by key
 
     @property
     def source(self) -> str:
-        """The folder or files that the pictures come from, for messages."""
+        """The folder or files of the images, for messages."""
         return self.metadata_file or self.image_dir or ", ".join(map(without_secrets, self.patterns))
 
     @property
     def base_name(self) -> str:
-        """How the metadata of the saved file calls it."""
+        """Its name in the metadata of the saved file."""
         return os.path.basename(os.path.normpath(without_secrets(self.patterns[0]) if self.patterns else self.source))
 
 
@@ -105,28 +105,28 @@ class DatasetConfig:
     max_bucket_reso: int
     bucket_reso_steps: int
     bucket_no_upscale: bool
-    skip_image_resolution: tuple[int, int] | None  # width, height; pictures of no larger area are left out
+    skip_image_resolution: tuple[int, int] | None  # width, height; images that are not larger in area are skipped
     resize_interpolation: str | None
     subsets: tuple[SubsetConfig, ...]
 
 
 @dataclass(frozen=True)
 class RunDataConfig:
-    """Everything a run trains on."""
+    """All data of a run."""
 
     datasets: tuple[DatasetConfig, ...]
-    is_from_file: bool  # described by --dataset_config, not by folder arguments
+    is_from_file: bool  # from --dataset_config, not from folder arguments
 
     def without_index(self) -> "RunDataConfig":
-        """The same, but nothing is written beside the pictures."""
+        """Return this configuration such that nothing is written beside the images."""
         return self._with(keeps_index=False)
 
     def with_entries(self, entries: Sequence[tuple[str, Any]]) -> "RunDataConfig":
-        """The same, whose one metadata file is read already."""
+        """Return this configuration with its one metadata file already read."""
         return self._with(entries=entries)
 
     def _with(self, **values: Any) -> "RunDataConfig":
-        """Every subset with other values."""
+        """Return this configuration with values of every subset replaced."""
         datasets = (replace(d, subsets=tuple(replace(subset, **values) for subset in d.subsets)) for d in self.datasets)
         return replace(self, datasets=tuple(datasets))
 
@@ -134,13 +134,13 @@ class RunDataConfig:
 def load_dataset_config(options: TrainOptions) -> RunDataConfig:
     """Read --dataset_config, else --in_json, else the folders of --train_data_dir and --reg_data_dir.
 
-    Raises UserError naming file and place: TOML or JSON that cannot be read, unknown or misplaced keys, wrong types,
-    missing keys, and settings that are not supported.
+    Raises UserError naming file and place: unreadable TOML or JSON, unknown or misplaced keys, wrong types, missing
+    keys, and unsupported settings.
     """
     data = options.dataset
     if data.dataset_class:
         raise UserError(
-            f"--dataset_class {data.dataset_class} makes batches while a model trains, and this needs the pictures "
+            f"--dataset_class {data.dataset_class} makes batches during training, but this requires the images "
             "themselves; describe them with --dataset_config"
         )
     fallbacks = option_values(options)
@@ -153,7 +153,7 @@ def load_dataset_config(options: TrainOptions) -> RunDataConfig:
     content = read_description(path)
     problems = find_problems(content, data.masked_loss)
     if problems:
-        raise UserError(f"{path}: " + "\n  ".join(["the dataset description has mistakes", *problems]))
+        raise UserError(f"{path}: " + "\n  ".join(["invalid dataset description", *problems]))
     general = content.get("general", {})
     datasets = tuple(
         build_dataset(
@@ -168,9 +168,9 @@ def load_dataset_config(options: TrainOptions) -> RunDataConfig:
 
 
 def read_description(path: str) -> dict[str, Any]:
-    """The content of a .toml or .json file.
+    """Read the content of a .toml or .json file.
 
-    Raises UserError where there is none, ValueError naming the file, the line and the column of a mistake.
+    Raises UserError if there is none, or naming the file, the line and the column of a mistake.
     """
     extension = os.path.splitext(path)[1].lower()
     if extension not in (".toml", ".json"):
@@ -183,7 +183,7 @@ def read_description(path: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"--dataset_config is {path}, but there is no such file") from None
     except OSError as error:
-        raise UserError(f"--dataset_config {path} cannot be read: {error.strerror}; change its rights") from error
+        raise UserError(f"--dataset_config {path} cannot be read: {error.strerror}; change its permissions") from error
     except InvalidJson as error:
         raise UserError(f"--dataset_config {path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
@@ -198,7 +198,7 @@ def read_description(path: str) -> dict[str, Any]:
 
 
 def find_problems(content: Table, masked_loss: bool) -> list[str]:
-    """Everything that is wrong with a description, one sentence each with its place."""
+    """Find all mistakes in a description, one sentence each with its place."""
     problems = [
         unknown_key(f"data['{key}']", key, ("general", "datasets")) for key in content.keys() - {"general", "datasets"}
     ]
@@ -236,14 +236,14 @@ def find_problems(content: Table, masked_loss: bool) -> list[str]:
 
 
 def source_problems(subset: Table, place: str) -> list[str]:
-    """What is wrong with where the pictures of a subset come from: one source, and keys that have a use for it."""
+    """Find mistakes in the image source of a subset: it must be one, with keys that it uses."""
     given = [name for name in SOURCES if name in subset]
     if not given:
-        return [f"{place}['image_dir'] is missing: name a folder, or tar files as shards, or Parquet files as parquet"]
+        return [f"{place}['image_dir'] is missing: set a folder, or tar files as shards, or Parquet files as parquet"]
     if len(given) > 1:
-        return [f"{place} has {' and '.join(given)}; each is a source of its own, put them into two subsets"]
+        return [f"{place} has {' and '.join(given)}; each is a separate source; use two subsets"]
     return [
-        f"{place}['{name}'] does nothing with {given[0]}; it is for {' and '.join(sources)}"
+        f"{place}['{name}'] has no effect with {given[0]}; it is for {' and '.join(sources)}"
         for name in subset
         if (sources := [source for source in SOURCES if name in keys_used_by(source)]) and given[0] not in sources
     ]
@@ -254,22 +254,22 @@ def is_table_list(value: Any) -> bool:
 
 
 def style_of(dataset: Table, masked_loss: bool) -> Style:
-    """What kind of subsets a dataset has; ValueError where they are mixed."""
+    """Return the style of a dataset's subsets. Raises UserError if they are mixed."""
     subsets: Sequence[Table] = dataset["subsets"]
     if masked_loss and subsets and all("conditioning_data_dir" in subset for subset in subsets):
         return "masked"
     if any("conditioning_data_dir" in subset for subset in subsets):
         if masked_loss:
-            raise UserError("some subsets have conditioning_data_dir and some do not; give all of them masks or none")
-        raise UserError("conditioning_data_dir needs --masked_loss")
+            raise UserError("only some subsets have conditioning_data_dir; use masks for all subsets or none")
+        raise UserError("conditioning_data_dir requires --masked_loss")
     has_metadata = ["metadata_file" in subset for subset in subsets]
     if any(has_metadata) and not all(has_metadata):
-        raise UserError("some subsets have metadata_file and some do not; put them into different datasets")
+        raise UserError("only some subsets have metadata_file; use separate datasets")
     return "metadata" if any(has_metadata) else "dreambooth"
 
 
 def table_problems(table: Table, place: str, level: Level, style: Style | None) -> list[str]:
-    """Unknown, misplaced and mistyped keys of one table."""
+    """Find unknown, misplaced and mistyped keys of one table."""
     problems = []
     allowed = [key.name for key in ALL_KEYS.values() if stands_at(key, level, style)]
     for name, value in table.items():
@@ -290,15 +290,15 @@ def unknown_key(place: str, name: str, allowed: Sequence[str]) -> str:
 def where_it_belongs(key: Key, level: Level) -> str:
     headings = {"general": "[general]", "dataset": "[[datasets]]", "subset": "[[datasets.subsets]]"}
     if level not in key.levels:
-        return f"may not stand here; it belongs into {' or '.join(headings[name] for name in key.levels)}"
-    return f"may not stand here; it is only for subsets of style {' or '.join(key.styles)}"
+        return f"is not allowed here; it belongs into {' or '.join(headings[name] for name in key.levels)}"
+    return f"is not allowed here; it is only for subsets of style {' or '.join(key.styles)}"
 
 
 # Building
 
 
 def option_values(options: TrainOptions) -> dict[str, Any]:
-    """The option's value of every key that has one, checked like the file's; None means not given."""
+    """Return the options' values of all keys that have one, checked like the file's; None means not set."""
     flat = options.flat()
     values = {key.name: flat[key.flag] for key in ALL_KEYS.values() if key.flag}
     values["caption_extension"] = options.dataset.caption_extention or options.dataset.caption_extension
@@ -322,7 +322,7 @@ def option_values(options: TrainOptions) -> dict[str, Any]:
 
 
 def parse_numbers(flag: str, text: str, kind: type, counts: tuple[int, ...], example: str) -> list[Any]:
-    """`512,768` as numbers; ValueError names the flag and an example."""
+    """Parse `512,768` to numbers. Raises UserError with the flag and an example."""
     try:
         numbers = [kind(part) for part in text.split(",")]
     except ValueError:
@@ -333,7 +333,7 @@ def parse_numbers(flag: str, text: str, kind: type, counts: tuple[int, ...], exa
 
 
 def value_of(key: Key, tables: Sequence[Table]) -> Any:
-    """The first value that is set, converted; the tables come closest first."""
+    """Return the first value that is set, converted; the tables come closest first."""
     for table in tables:
         value = table.get(key.name)
         if value is not None:
@@ -342,7 +342,7 @@ def value_of(key: Key, tables: Sequence[Table]) -> Any:
 
 
 def build_dataset(dataset: Table, general: Table, fallbacks: Table, style: Style, place: str) -> DatasetConfig:
-    """One dataset with its subsets; `place` is for messages."""
+    """Build one dataset with its subsets; `place` is for messages."""
     tables = (dataset, general, fallbacks)
     values = {key.name: value_of(key, tables) for key in DATASET_KEYS}
     if values["resolution"] is None:
@@ -351,16 +351,14 @@ def build_dataset(dataset: Table, general: Table, fallbacks: Table, style: Style
         raise UserError(f"{place}['batch_size'] is {values['batch_size']}, but must be at least 1")
     skipped = values["skip_image_resolution"]
     if skipped is not None and min(skipped) < 0:
-        raise UserError(
-            f"{place}['skip_image_resolution'] is {list(skipped)}; use sizes in pixels, 0 leaves nothing out"
-        )
+        raise UserError(f"{place}['skip_image_resolution'] is {list(skipped)}; use sizes in pixels; 0 skips nothing")
     if values.pop("network_multiplier") != 1.0:
         logger.warning("%s['network_multiplier'] has no effect: adapters are trained at multiplier 1", place)
     subsets = []
     for j, subset in enumerate(dataset["subsets"]):
         built = build_subset(subset, tables, style, f"{place}['subsets'][{j}]")
         if built.num_repeats < 1:
-            logger.warning("%s is left out: num_repeats is %d", built.source, built.num_repeats)
+            logger.warning("%s is skipped: num_repeats is %d", built.source, built.num_repeats)
             continue
         subsets.append(built)
     interpolation = value_of(ALL_KEYS["resize_interpolation"], tables)
@@ -368,7 +366,7 @@ def build_dataset(dataset: Table, general: Table, fallbacks: Table, style: Style
 
 
 def build_subset(subset: Table, outer: Sequence[Table], style: Style, place: str) -> SubsetConfig:
-    """One subset; keys that its style does not know keep their defaults."""
+    """Build one subset; keys unknown to its style keep their defaults."""
     values = {key.name: value_of(key, (subset, *outer)) if style in key.styles else key.default for key in SUBSET_KEYS}
     rules = CaptionRules(**{field.name: values.pop(field.name) for field in fields(CaptionRules)})
     extension = values["caption_extension"]
@@ -384,12 +382,12 @@ def build_subset(subset: Table, outer: Sequence[Table], style: Style, place: str
 
 
 def level_offset(attributes: Table) -> float:
-    """timestep_sampling.offset of a subset's custom_attributes: above 0 its noise levels lie toward noise."""
+    """Return timestep_sampling.offset of a subset's custom_attributes; positive shifts noise levels toward noise."""
     return float(attributes.get("timestep_sampling", {}).get("offset", 0.0))
 
 
 def check_level_offset(attributes: Table, place: str) -> None:
-    """Raise UserError for a timestep_sampling that is no table, or whose offset is no number."""
+    """Raise UserError if timestep_sampling is not a table, or its offset not a number."""
     sampling = attributes.get("timestep_sampling", {})
     if not isinstance(sampling, dict):
         raise UserError(
@@ -403,7 +401,7 @@ def check_level_offset(attributes: Table, place: str) -> None:
 
 
 def check_subset(values: Table, rules: CaptionRules, place: str) -> None:
-    """Raise UserError for values that fit their types but mean nothing."""
+    """Raise UserError for values of valid type but invalid meaning."""
     if not rules.caption_separator:
         raise UserError(f"{place}: caption_separator is empty; it must be a text such as ','")
     for name in ("caption_dropout_rate", "caption_tag_dropout_rate"):
@@ -419,7 +417,7 @@ def check_subset(values: Table, rules: CaptionRules, place: str) -> None:
         )
     if values["conditioning_data_dir"] and values["random_crop"]:
         raise UserError(
-            f"{place}: random_crop cannot be used with conditioning_data_dir; masks are cropped at the centre"
+            f"{place}: random_crop does not work with conditioning_data_dir: masks are cropped at the centre"
         )
 
 
@@ -432,16 +430,16 @@ def limit_of(value: Any) -> str:
 
 
 def folder_dataset(data: DatasetOptions, fallbacks: Table) -> DatasetConfig:
-    """The one dataset that --train_data_dir, --reg_data_dir, --in_json and --conditioning_data_dir describe."""
+    """Build the dataset that --train_data_dir, --reg_data_dir, --in_json and --conditioning_data_dir describe."""
     subsets: list[Table]
     style: Style = "dreambooth"
     if data.in_json:
         style, subsets = "metadata", [{"image_dir": data.train_data_dir, "metadata_file": data.in_json}]
     elif not data.train_data_dir:
-        raise NoDataFound("give --dataset_config or --train_data_dir")
+        raise NoDataFound("use --dataset_config or --train_data_dir")
     elif data.conditioning_data_dir:
         if not data.masked_loss:
-            raise UserError("--conditioning_data_dir needs --masked_loss")
+            raise UserError("--conditioning_data_dir requires --masked_loss")
         style = "masked"
         subsets = [{"image_dir": data.train_data_dir, "conditioning_data_dir": data.conditioning_data_dir}]
     else:
@@ -451,27 +449,27 @@ def folder_dataset(data: DatasetOptions, fallbacks: Table) -> DatasetConfig:
         if not any(not subset["is_reg"] for subset in subsets):
             num_direct = num_images_in(data.train_data_dir)
             raise NoDataFound(
-                f"--train_data_dir {data.train_data_dir} must be the parent of folders with pictures, "
+                f"--train_data_dir {data.train_data_dir} must be the parent of image folders "
                 "called N_name, such as 10_cat"
-                + (f"; {num_direct} pictures lie in it directly, move them into such a folder" if num_direct else "")
+                + (f"; it directly contains {num_direct} images, move them into such a folder" if num_direct else "")
             )
     return build_dataset({"subsets": subsets}, {}, fallbacks, style, "command line")
 
 
 def num_images_in(folder: str) -> int:
-    """How many files of a folder are pictures by their ending; those of its folders do not count."""
+    """Count the images of a folder by extension, without its subfolders."""
     from library.data.description.image_extensions import image_extensions
 
     return sum(os.path.splitext(name)[1] in image_extensions() for name in os.listdir(folder))
 
 
 def not_a_folder(path: str) -> str:
-    """The end of a message about a folder that is missing, with the name that may be meant."""
+    """Return the end of a message about a missing folder, with a suggestion."""
     return f"{path} is not a folder{nearby(Path(path), is_folder=True)}"
 
 
 def numbered_folders(flag: str, parent: str, is_reg: bool) -> list[Table]:
-    """The folders `N_name` below `parent`, in the order of their names: N repeats, `name` is the class."""
+    """Return the folders `N_name` below `parent` in the order of their names: N repeats, `name` is the class."""
     if not os.path.isdir(parent):
         raise (UserError if is_reg else NoDataFound)(f"{flag} {not_a_folder(parent)}")
     subsets: list[Table] = []
@@ -480,10 +478,10 @@ def numbered_folders(flag: str, parent: str, is_reg: bool) -> list[Table]:
         try:
             num_repeats = int(number)
         except ValueError:
-            logger.warning("%s: folder %s is left out, its name does not start with a number of repeats", flag, name)
+            logger.warning("%s: folder %s is skipped: its name does not start with a number of repeats", flag, name)
             continue
         if num_repeats < 1:
-            logger.info("%s: folder %s is left out, it asks for %d repeats", flag, name, num_repeats)
+            logger.info("%s: folder %s is skipped: it has %d repeats", flag, name, num_repeats)
             continue
         path = os.path.join(parent, name)
         subsets.append({"image_dir": path, "num_repeats": num_repeats, "class_tokens": class_tokens, "is_reg": is_reg})

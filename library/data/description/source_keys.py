@@ -1,6 +1,6 @@
 """The keys of a dataset file that name a source of images: the names of the files in library/data/sources.
 
-A source is above this layer; it is imported here by its name, to ask which other keys it has a use for.
+Sources are above this layer; one is imported here by name to ask which other keys it uses.
 """
 
 import importlib
@@ -12,6 +12,6 @@ SOURCES = tuple(sorted(module.name for module in pkgutil.iter_modules([str(FOLDE
 
 
 def keys_used_by(source: str) -> tuple[str, ...]:
-    """Return the keys of a subset that a source has a use for and not every source has."""
+    """Return the subset keys that a source uses and not all sources do."""
     keys: tuple[str, ...] = importlib.import_module(f"library.data.sources.{source}").SOURCE.keys
     return keys

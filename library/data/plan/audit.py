@@ -1,4 +1,4 @@
-"""What is said about the data before any model is loaded."""
+"""The report on the data before any model is loaded."""
 
 import itertools
 import logging
@@ -22,20 +22,20 @@ from library.data.scanned.subsets import ScannedDataset, ScannedSubset
 from library.errors import few
 from library.formatting import format_count
 
-MOST_COUNTED_AT_START = 2000  # captions; a fifth of a second of tokenizing
+MOST_COUNTED_AT_START = 2000  # captions; tokenizing them takes 0.2 s
 COUNTED_AT_ONCE = 16
-MOST_ENLARGED = 1.5  # times its width and height, before the audit speaks of it
-MOST_ALIKE = 8  # captions of a subset that may all be one
-MOST_REMEMBERED = 4096  # captions whose tokens need not be counted again
-SHORTEST_STEM = 4  # letters of a name that say something in a caption
+MOST_ENLARGED = 1.5  # factor of upscaling above which the audit warns
+MOST_ALIKE = 8  # equal captions in a subset before the audit warns
+MOST_REMEMBERED = 4096  # captions whose token counts are remembered
+SHORTEST_STEM = 4  # letters in a name before it is searched for in its caption
 
 Line = tuple[int, str]
-"""(level of logging, text)"""
+"""(logging level, text)."""
 
 
 @dataclass(frozen=True)
 class TokenLimit:
-    """How captions are measured."""
+    """The measure of caption lengths."""
 
     count: Callable[[str], int]
     max_tokens: int
@@ -48,7 +48,7 @@ def audit_lines(
     draws: Draws,
     limit: TokenLimit | None,
 ) -> Iterator[Line]:
-    """The report, one line at a time."""
+    """Yield the report line by line."""
     num_subsets = sum(len(dataset.subsets) for dataset in datasets)
     subset_N = samples.subset_of_each()
     num_draws = np.bincount(subset_N, samples.draws_N, num_subsets).astype(int).tolist()
@@ -73,28 +73,28 @@ def audit_lines(
 
 
 def describe_size(rule: BucketRules) -> str:
-    """The sizes a dataset trains at."""
+    """Describe the training sizes of a dataset."""
     size = f"{rule.resolution[0]}x{rule.resolution[1]}"
     if not rule.enable_bucket:
         return f"{size} without buckets"
     if rule.no_upscale:
-        return f"area of {size} in buckets of {rule.step}, nothing enlarged"
+        return f"area of {size} in buckets of {rule.step}, without upscaling"
     return f"area of {size} in buckets of {rule.min_reso} to {rule.max_reso} by {rule.step}"
 
 
 def subset_lines(subset: ScannedSubset, num_draws: int, num_unused: int) -> Iterator[Line]:
-    """Counts of one subset, and what is missing in it."""
+    """Yield the counts of one subset, and its problems."""
     config, source = subset.config, f"  {subset.config.source}:"
-    kind = "regularisation pictures" if config.is_reg else "pictures"
+    kind = "regularisation images" if config.is_reg else "images"
     counts = f"{len(subset.pictures)} {kind} x {config.num_repeats} repeats, {num_draws} draws per epoch"
     yield logging.INFO, f"{source} {counts}"
     if num_unused:
-        yield logging.WARNING, f"{source} {num_unused} {kind} are more than needed and unused"
+        yield logging.WARNING, f"{source} {num_unused} {kind} are not needed and unused"
     if subset.dropped:
         reasons = few([f"{path} {reason}" for path, reason in subset.dropped])
-        yield logging.WARNING, f"{source} {len(subset.dropped)} pictures are left out: {reasons}"
+        yield logging.WARNING, f"{source} {len(subset.dropped)} images are skipped: {reasons}"
     if subset.small:
-        what = f"{len(subset.small)} {kind} are left out by skip_image_resolution"
+        what = f"{len(subset.small)} {kind} are skipped by skip_image_resolution"
         yield logging.INFO, f"{source} {what}: {few(subset.small)}"
     if subset.without_caption:
         level = logging.INFO if config.class_tokens else logging.WARNING
@@ -110,19 +110,19 @@ def subset_lines(subset: ScannedSubset, num_draws: int, num_unused: int) -> Iter
     yield from wording_lines(subset, source)
     if config.captions.enable_wildcard:
         is_nested = np.fromiter(map(has_nested_wildcard, subset.pictures.captions), dtype=bool)
-        effect = "captions have braces inside braces, of which only the inner ones are alternatives"
+        effect = "captions have nested braces, of which only the inner ones are alternatives"
         yield from told(subset.pictures, is_nested, f"{source} {{}} {effect}")
 
 
 def told(pictures: Pictures, is_meant: NDArray[np.bool_], text: str) -> Iterator[Line]:
-    """A warning with the number of the pictures that are meant, and the first few of them; nothing where none is."""
+    """Yield a warning with the number of affected images and the first few of them, if there are any."""
     rows = np.flatnonzero(is_meant)
     if len(rows):
         yield logging.WARNING, f"{text.format(len(rows))}: {few(pictures.keys_at(rows[:5]), count=len(rows))}"
 
 
 def wording_lines(subset: ScannedSubset, source: str) -> Iterator[Line]:
-    """Captions that teach nothing: one for all pictures, or with the name of the file in it."""
+    """Yield warnings for captions that teach nothing: equal for all images, or containing the file name."""
     without, pictures = set(subset.without_caption), subset.pictures
     has_own = pictures.captions.lengths > 0
     if without:
@@ -140,7 +140,7 @@ def wording_lines(subset: ScannedSubset, source: str) -> Iterator[Line]:
 
 
 def captions_with_names(pictures: Pictures) -> Iterator[int]:
-    """The rows whose caption holds the picture's name, other than a word that people would write."""
+    """Yield the rows whose caption contains the image's file name, unless that is an ordinary word."""
     names = pictures.names.lowered()
     files = map(os.path.basename, names) if pictures.prefix == "" else iter(names)
     for row, (name, caption) in enumerate(zip(files, pictures.captions.lowered(), strict=True)):
@@ -150,7 +150,7 @@ def captions_with_names(pictures: Pictures) -> Iterator[int]:
 
 
 def enlarged_lines(samples: Samples, dataset: int) -> Iterator[Line]:
-    """Pictures that are much smaller than what is trained: they teach blur."""
+    """Yield a warning for images much smaller than the training size: they teach blur."""
     own = samples.own(dataset)
     resized_M = np.array([shape.resized[0] for shape in samples.shapes])
     widths_N = samples.sizes()[own, 0]
@@ -164,7 +164,7 @@ def enlarged_lines(samples: Samples, dataset: int) -> Iterator[Line]:
 
 
 def cut_lines(dataset: ScannedDataset, rule: BucketRules) -> Iterator[Line]:
-    """Without buckets, pictures of another size are cut, which may not be meant."""
+    """Yield a warning for images that are cropped because buckets are disabled, which may be unintended."""
     counts = [(subset.pictures.sizes_N2 != rule.resolution).any(axis=1) for subset in dataset.subsets]
     count = int(sum(is_other.sum() for is_other in counts))
     if count:
@@ -172,22 +172,24 @@ def cut_lines(dataset: ScannedDataset, rule: BucketRules) -> Iterator[Line]:
         for subset, is_other in zip(dataset.subsets, counts, strict=True):
             first += subset.pictures.keys_at(np.flatnonzero(is_other)[:5])
         size = f"{rule.resolution[0]}x{rule.resolution[1]}"
-        effect = f"are not {size} and are scaled or cut to it, as enable_bucket is off"
-        yield logging.WARNING, f"  {count} pictures {effect}: {few(first, count=count)}"
+        effect = f"are not {size} and are scaled or cropped to it, because enable_bucket is off"
+        yield logging.WARNING, f"  {count} images {effect}: {few(first, count=count)}"
 
 
 def pair_lines(datasets: Sequence[ScannedDataset]) -> Iterator[Line]:
-    """Pictures that share a caption file because only their endings differ."""
+    """Yield a warning for images that share a caption file because their names differ only in the extension."""
     pairs = [f"{first} and {second}" for first, second in duplicated_stems(datasets)]
     if pairs:
-        yield logging.WARNING, f"{len(pairs)} pictures share their caption with one of the same name: {few(pairs)}"
+        yield logging.WARNING, f"{len(pairs)} images share a caption file with another: {few(pairs)}"
 
 
 def log_lengths_later(datasets: Sequence[ScannedDataset], limit: TokenLimit, log: logging.Logger) -> None:
-    """Count the tokens of very many captions beside the run, which goes on; what is too long is logged in the end."""
+    """Count the tokens of very many captions in a background thread; captions beyond the limit are logged at its
+    end."""
 
     def count(caption: str) -> int:
-        # Others get most of the interpreter's time: without it, loading models would take turns of 5 ms with this.
+        # Yield the interpreter to others: without this, loading models would alternate with this thread in turns of 5
+        # ms.
         if next(counted) % COUNTED_AT_ONCE == 0:
             time.sleep(0.004)
         return limit.count(caption)
@@ -197,22 +199,22 @@ def log_lengths_later(datasets: Sequence[ScannedDataset], limit: TokenLimit, log
             log.log(level, "%s", line)
 
     counted = itertools.count()
-    log.info("captions beyond the %d tokens that reach the model are looked for meanwhile", limit.max_tokens)
+    log.info("searching for captions longer than the model's %d tokens in the background", limit.max_tokens)
     threading.Thread(target=work, name="count tokens", daemon=True).start()
 
 
 def length_lines(datasets: Sequence[ScannedDataset], limit: TokenLimit) -> Iterator[Line]:
-    """Captions of which the end does not reach the model. Memory does not grow with the number of pictures."""
+    """Yield a warning for captions that are truncated. Memory does not grow with the number of images."""
     known: dict[str, int] = {}
     shown: dict[str, int] = {}  # the first few
-    hashes = array("q")  # of the keys of all, for a picture may stand in several datasets
+    hashes = array("q")  # of all keys, because an image may be in several datasets
     for dataset in datasets:
         for subset in dataset.subsets:
             pictures = subset.pictures
             for row, text in enumerate(pictures.captions):
                 for caption in fullest_captions(text, subset.config.captions):
                     if len(caption.encode()) < limit.max_tokens:
-                        continue  # a token is at least one byte, but for one that marks the start
+                        continue  # a token is at least one byte, except for the begin token
                     if caption not in known:
                         if len(known) >= MOST_REMEMBERED:
                             known.clear()
@@ -228,7 +230,7 @@ def length_lines(datasets: Sequence[ScannedDataset], limit: TokenLimit) -> Itera
         yield (
             logging.WARNING,
             (
-                f"{count} captions are longer than the {limit.max_tokens} tokens that reach the model, "
-                f"their ends are cut: {few(examples, count=count)}"
+                f"{count} captions are longer than the model's {limit.max_tokens} tokens "
+                f"and are truncated: {few(examples, count=count)}"
             ),
         )

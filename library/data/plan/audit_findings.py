@@ -1,4 +1,4 @@
-"""What is wrong with pictures that only their pixels show: twins, blur, nothing on them, damage."""
+"""Problems of images that only their pixels show: duplicates, blur, a single colour, damage."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,26 +11,26 @@ from library.data.sources.storage.storage import Storage
 from library.errors import few
 from library.formatting import format_count
 
-MOST_BITS = 6  # of 64: copies of another size or quality, or with an edge cut off, differ in so few, others in 20
-BLURRED = 15.0  # variance of the Laplacian; a blur of 2 pixels leaves 5, sharp pictures have 50 and far more
-EMPTY = 6.0  # standard deviation of grey values of 256: one colour, but for noise
+MOST_BITS = 6  # of 64: resized, recompressed or slightly cropped copies differ in so few, others in 20
+BLURRED = 15.0  # variance of the Laplacian; a blur of 2 pixels leaves 5, sharp images have 50 and far more
+EMPTY = 6.0  # standard deviation of 8-bit grey values: a single colour with noise
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that stands out, and the pictures it is about: (path, a word on it)."""
+    """One problem and the affected images: (path, remark)."""
 
     text: str
     pictures: tuple[tuple[str, str], ...]
 
     @property
     def line(self) -> str:
-        """The same for the log, with the first few pictures."""
+        """Return the finding as a log line with the first few images."""
         return f"{self.text}: " + few(f"{path} ({note})" if note else path for path, note in self.pictures)
 
 
 def inspect(samples: Sequence[Sample], num_trained: int, storage: Storage, num_threads: int = 0) -> list[Finding]:
-    """Look at every picture once. Those of datasets from `num_trained` on are only measured, not trained."""
+    """Examine every image once. Those of datasets from `num_trained` on are only used for validation."""
     largest: dict[str, tuple[Picture, Size]] = {}
     for sample in samples:
         key, (bucket_width, bucket_height) = sample.picture.key, sample.shape.bucket
@@ -41,7 +41,7 @@ def inspect(samples: Sequence[Sample], num_trained: int, storage: Storage, num_t
 
 
 def findings_of(looks: Sequence[Look], trained: set[str]) -> Iterator[Finding]:
-    """What stands out, the gravest first; a kind that no picture has gives nothing."""
+    """Yield the findings, most severe first, without empty ones."""
     damaged = [(look.path, look.problem) for look in looks if look.problem is not None]
     yield from told(damaged, "{} cannot be decoded and would be skipped; re-save or remove")
     whole = [look for look in looks if look.problem is None]
@@ -50,7 +50,7 @@ def findings_of(looks: Sequence[Look], trained: set[str]) -> Iterator[Finding]:
         [(look.path, f"contrast {look.contrast:.1f}") for look in empty],
         "{} of a single colour; remove",
     )
-    shown = [look for look in whole if look.contrast >= EMPTY]  # empty ones all look alike
+    shown = [look for look in whole if look.contrast >= EMPTY]  # empty images all look alike
     groups = groups_of(list(similar_pairs([look.hash for look in shown], MOST_BITS)))
     across: list[tuple[str, str]] = []
     within: list[tuple[str, str]] = []
@@ -69,7 +69,7 @@ def findings_of(looks: Sequence[Look], trained: set[str]) -> Iterator[Finding]:
 
 
 def told(pictures: Iterable[tuple[str, str | None]], text: str) -> Iterator[Finding]:
-    """The finding, if there is a picture of it."""
+    """Yield the finding if it affects any image."""
     listed = tuple((path, note or "") for path, note in pictures)
     if listed:
         yield Finding(text.format(format_count(len(listed), "image")), listed)

@@ -1,4 +1,4 @@
-"""What the pixels of a picture say about it before it trains: what it resembles, whether it is blurred or empty."""
+"""Measures of an image's pixels before training: similarity, blur and emptiness."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -19,26 +19,27 @@ from library.errors import UserError
 from library.progress import progress_bar
 
 HASH_BITS = 64
-HASH_SIDE = 128  # the picture that the hash shrinks further; all of it would take ten times as long
-NUM_TILES = 4  # on each side: what is sharp somewhere is not blurred, whatever its background is
+HASH_SIDE = 128  # size to which images are shrunk before hashing; whole images would take ten times as long
+NUM_TILES = 4  # per side: an image with one sharp tile is not blurred, whatever its background
 
 
 @dataclass(frozen=True)
 class Look:
-    """What one picture looks like. `problem` says why its pixels cannot be decoded; the rest is nothing then."""
+    """The measures of one image; if its pixels cannot be decoded, `problem` says why and the rest is unset."""
 
     path: str
-    hash: int = 0  # perceptual, 64 bits: pictures of one motif differ in few of them
+    hash: int = 0  # perceptual, 64 bits: images of one motif differ in few of them
     sharpness: float = 0.0  # the variance of the Laplacian in the sharpest of 4 x 4 tiles, of 8-bit grey values
     contrast: float = 0.0  # the standard deviation of 8-bit grey values
     problem: str | None = None
 
 
 def look_at(path: str, trained: Size, content: bytes | None = None) -> Look:
-    """Decode a picture in grey, no larger than it is needed, and measure it at the size it is trained at.
+    """Decode an image in grey at a sufficient size, and measure it at its training size.
 
-    `content` is its file, if read. A smaller one is measured as it is: enlarging would blur it. The hash is ImageHash's
-    `phash`, the sharpness that of Pech-Pacheco et al. (2000), "Diatom autofocusing in brightfield microscopy".
+    `content` is its file, if read. A smaller image is measured at its own size: upscaling would blur it. The hash is
+    ImageHash's `phash`, the sharpness that of Pech-Pacheco et al. (2000), "Diatom autofocusing in brightfield
+    microscopy".
     """
     import imagehash
 
@@ -57,11 +58,11 @@ def look_at(path: str, trained: Size, content: bytes | None = None) -> Look:
 
 
 def grey_of(path: str, trained: Size, content: bytes | None = None) -> Image.Image:
-    """The picture in grey, upright; a JPEG no larger than it is needed. Raises UserError where it cannot be decoded."""
+    """Return the image in grey, upright; a JPEG at a sufficient size. Raises UserError if it cannot be decoded."""
     with open_image(path, content) as image:
         if image.format == "JPEG":
             orientation = orientation_of(image)
-            image.draft("L", trained)  # its decoder halves the size on the way, for a part of the time
+            image.draft("L", trained)  # the decoder halves the size, which is faster
             decode_all(image, path)
             grey = image.convert("L")
             return grey.transpose(TRANSPOSITIONS[orientation]) if orientation in TRANSPOSITIONS else grey
@@ -69,7 +70,7 @@ def grey_of(path: str, trained: Size, content: bytes | None = None) -> Image.Ima
 
 
 def sharpness_of(grey_HW: NDArray[np.uint8]) -> float:
-    """The variance of the Laplacian in the tile where that is largest."""
+    """Return the variance of the Laplacian in the sharpest tile."""
     laplacian = cv2.Laplacian(grey_HW, cv2.CV_16S)
     rows = np.array_split(laplacian, NUM_TILES, axis=0)
     tiles = [tile for row in rows for tile in np.array_split(row, NUM_TILES, axis=1) if tile.size]
@@ -77,12 +78,12 @@ def sharpness_of(grey_HW: NDArray[np.uint8]) -> float:
 
 
 def deviation_of(values_HW: NDArray[np.uint8] | NDArray[np.int16]) -> float:
-    """The standard deviation; OpenCV's takes a tenth of the time of NumPy's."""
+    """Return the standard deviation; OpenCV takes a tenth of NumPy's time."""
     return float(cv2.meanStdDev(values_HW)[1][0, 0])
 
 
 def look_at_all(pictures: Sequence[tuple[Picture, Size]], storage: Storage, num_threads: int = 0) -> list[Look]:
-    """The looks of (picture, size it is trained at), in order, with a bar; decoders leave Python to other threads."""
+    """Measure (image, training size) pairs in order, with a progress bar; decoders release the interpreter lock."""
     threads = num_threads or os.cpu_count() or 1
 
     def look(pair: tuple[Picture, Size]) -> Look:
@@ -92,7 +93,7 @@ def look_at_all(pictures: Sequence[tuple[Picture, Size]], storage: Storage, num_
         except UserError as error:
             return Look(picture.key, problem=str(error))
 
-    with ThreadPoolExecutor(threads) as pool, progress_bar("looking at pictures", len(pictures)) as bar:
+    with ThreadPoolExecutor(threads) as pool, progress_bar("examining images", len(pictures)) as bar:
         found = []
         for one in pool.map(look, pictures):
             found.append(one)
@@ -101,10 +102,10 @@ def look_at_all(pictures: Sequence[tuple[Picture, Size]], storage: Storage, num_
 
 
 def similar_pairs(hashes: Sequence[int], most_bits: int) -> Iterator[tuple[int, int]]:
-    """(place, place) of hashes that differ in `most_bits` at most, each pair once.
+    """Yield pairs of places of hashes that differ in at most `most_bits`, each pair once.
 
-    By pigeonhole: of more bands than bits that may differ one at least is equal, so only hashes that share a band are
-    compared. That finds every pair, in about linear time while few are alike.
+    Pigeonhole principle: with more bands than bits that may differ, at least one band is equal, so only hashes that
+    share a band are compared. That finds every pair, in about linear time while few are alike.
     """
     num_bands = most_bits + 1
     edges = [HASH_BITS * band // num_bands for band in range(num_bands + 1)]
@@ -121,7 +122,7 @@ def similar_pairs(hashes: Sequence[int], most_bits: int) -> Iterator[tuple[int, 
 
 
 def groups_of(pairs: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """Places that hang together by pairs, each group in order."""
+    """Return the connected groups of places, each in order."""
     leader: dict[int, int] = {}
 
     def find(place: int) -> int:

@@ -1,4 +1,4 @@
-"""What was found in the data, as plain values for programs; audit.py says it in words."""
+"""Facts found in the data as plain values for programs; audit.py formats them."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from library.data.plan.summary import TagFrequency
 from library.data.scanned.columns import Texts
 from library.data.scanned.subsets import ScannedDataset, ScannedSubset
 
-MOST_NAMED = 100  # pictures that are left out
+MOST_NAMED = 100  # skipped images
 MOST_TAGS = 50
 
 
@@ -23,7 +23,7 @@ def dataset_facts(
     frequencies: Sequence[TagFrequency],
     limit: TokenLimit | None,
 ) -> dict[str, Any]:
-    """Datasets with their subsets and buckets, pictures that are left out, lengths of captions, commonest tags.
+    """Return datasets with their subsets and buckets, skipped images, caption lengths and the commonest tags.
 
     `frequencies` are those of the datasets.
     """
@@ -43,18 +43,18 @@ def dataset_facts(
 
 
 def nothing_known() -> dict[str, Any]:
-    """The facts of data without pictures that are described."""
+    """Return the facts of data without listed images."""
     lengths: dict[str, Any] = {"unit": "words", "most": None, "counts": []}
     return {"datasets": [], "dropped": [], "num_dropped": 0, "caption_lengths": lengths, "tags": []}
 
 
 def left_out(subset: ScannedSubset) -> list[tuple[str, str]]:
-    """(path, reason) of every picture that is not trained."""
+    """Return (path, reason) of every image that is not trained."""
     return [*subset.dropped, *((path, "outside of skip_image_resolution") for path in subset.small)]
 
 
 def describe(number: int, dataset: ScannedDataset, rule: BucketRules, draws: Draws) -> dict[str, Any]:
-    """One dataset."""
+    """Describe one dataset."""
     return {
         "resolution": list(rule.resolution),
         "batch_size": dataset.config.batch_size,
@@ -82,9 +82,9 @@ def describe(number: int, dataset: ScannedDataset, rule: BucketRules, draws: Dra
 
 
 def caption_lengths(columns: Sequence[Texts], limit: TokenLimit | None) -> dict[str, Any]:
-    """How many captions have which length, as [length, count] in order: in tokens, in words where counting takes long.
+    """Count captions by length, as [length, count] in order: in tokens, or in words if tokenizing takes too long.
 
-    `most` is how many tokens reach the model; None for words.
+    `most` is the model's token limit; None for words.
     """
     in_tokens = limit is not None and sum(map(len, columns)) <= MOST_COUNTED_AT_START
     count = limit.count if limit is not None and in_tokens else lambda caption: len(caption.split())

@@ -1,4 +1,4 @@
-"""From a description to pictures, wherever they come from."""
+"""Listing of the images that a data description names, from any source."""
 
 import logging
 import math
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def collect(config: RunDataConfig, storage: Storage | None = None, num_threads: int = 16) -> tuple[ScannedDataset, ...]:
-    """List the images of every subset, read their captions and headers.
+    """List the images of every subset, and read their captions and headers.
 
     Raises UserError for missing folders, files and masks, and for texts that are not UTF-8 in all subsets at once.
     """
@@ -39,12 +39,12 @@ def collect(config: RunDataConfig, storage: Storage | None = None, num_threads: 
 
 
 def collect_dataset(config: DatasetConfig, scan: Callable[[SubsetConfig], ScannedSubset | None]) -> ScannedDataset:
-    """Return the images of one dataset; a source that was named before in it is left out."""
+    """Return the images of one dataset; repeated sources are skipped."""
     subsets, seen = [], set()
     for subset in config.subsets:
         source = subset.source if subset.patterns else os.path.normcase(os.path.abspath(subset.source))
         if source in seen:
-            logger.warning("%s stands twice in one dataset; the second one is left out", subset.source)
+            logger.warning("%s is listed twice in one dataset; the second one is ignored", subset.source)
             continue
         seen.add(source)
         limit = config.skip_image_resolution
@@ -54,7 +54,7 @@ def collect_dataset(config: DatasetConfig, scan: Callable[[SubsetConfig], Scanne
 
 
 def without_small(found: ScannedSubset, limit: Size) -> ScannedSubset:
-    """Only pictures of a larger area than `limit` has; nothing is said of the captions of the others."""
+    """Keep only images of a larger area than `limit`; captions of the others are not reported."""
     sizes_N2 = found.pictures.sizes_N2.astype(np.int64)
     is_small = sizes_N2.prod(axis=1) <= math.prod(limit)
     small = found.pictures.keys_at(np.flatnonzero(is_small))

@@ -1,4 +1,4 @@
-"""What a run trains on, decided before anything is encoded or drawn."""
+"""The plan of a run's data, made before anything is encoded or drawn."""
 
 import logging
 import math
@@ -33,19 +33,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class DataPlan:
-    """The pictures of a run: their shapes and buckets, how often each is drawn, and how.
+    """The images of a run: their shapes and buckets, how often each is drawn, and how.
 
-    It draws nothing, and knows no cache: caches take a plan and give stores, and batches are built of plan and stores.
-    Whoever needs fewer pictures, or draws them otherwise, makes another plan of it before anything is cached.
+    It draws nothing and knows no cache: caches turn a plan into stores, and batches are built from plan and stores.
+    Code that needs fewer images, or draws them differently, derives another plan before anything is cached.
     """
 
     config: RunDataConfig
     split: Split
-    rules: tuple[BucketRules, ...]  # of the datasets that are trained
-    samples: Samples  # those that are trained, then those that are set aside
+    rules: tuple[BucketRules, ...]  # of the trained datasets
+    samples: Samples  # trained ones, then held-out ones
     draws: Draws  # of an epoch
-    draws_aside: Draws  # of what is set aside, each picture once
-    subsets: tuple[SubsetConfig, ...]  # how the pictures of each are drawn, counted through all datasets
+    draws_aside: Draws  # of held-out images, each once
+    subsets: tuple[SubsetConfig, ...]  # of all datasets, in order
     seed: int
     validation_seed: int
     prior_loss_weight: float
@@ -53,39 +53,39 @@ class DataPlan:
     spec: LatentSpec
     storage: Storage
     num_workers: int
-    token_limit: TokenLimit | None  # None leaves captions unmeasured
-    num_variants: int = 0  # versions that a caption is drawn from; 0 makes it anew for every draw
+    token_limit: TokenLimit | None  # None: caption lengths are not checked
+    num_variants: int = 0  # variants of a caption to draw from; 0 composes it anew for every draw
 
     @property
     def datasets(self) -> tuple[ScannedDataset, ...]:
-        """Those that are trained."""
+        """The trained datasets."""
         return self.split.trained
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What the data is, in a few words that two runs can compare."""
+        """The data in a form that two runs can compare."""
         return dataset_identity(self.config, self.samples, self.num_batches)
 
     @cached_property
     def identity_with_contents(self) -> dict[str, Any]:
-        """The identity, and a digest of each picture's file as it is when this is first asked for."""
+        """The identity with a digest of each image file as it is at the first call."""
         return {**self.identity, "contents": picture_digests(self.samples, max(1, self.num_workers))}
 
     @property
     def picture_paths(self) -> list[str]:
-        """The files of all pictures, one for each sample."""
+        """The files of all images, one for each sample."""
         return [key for pictures in self.samples.subsets for key in pictures.each_key()]
 
     # Counts
 
     @property
     def num_train_images(self) -> int:
-        """Draws of training pictures in an epoch, repeats included."""
+        """The number of draws of training images per epoch, repeats included."""
         return self._count(is_reg=False)
 
     @property
     def num_reg_images(self) -> int:
-        """Regularisation pictures times their own repeats, whether they are needed or not."""
+        """The number of regularisation images times their own repeats, whether or not they are needed."""
         return self._count(is_reg=True)
 
     def _count(self, is_reg: bool) -> int:
@@ -94,7 +94,7 @@ class DataPlan:
 
     @property
     def num_batches(self) -> int:
-        """Batches in an epoch."""
+        """The number of batches per epoch."""
         return sum(bucket.num_batches for bucket in self.draws.buckets)
 
     @property
@@ -103,17 +103,17 @@ class DataPlan:
         return [dataset.config.batch_size for dataset in self.datasets]
 
     def batch_shapes(self) -> Iterator[tuple[int, tuple[int, int]]]:
-        """How many pictures of which size (width, height) the full batches of each bucket have."""
+        """Yield the number of images and their size (width, height) of each bucket's full batches."""
         for bucket in self.draws.buckets:
             first = self.samples[int(self.draws.sample_of_draw[int(bucket.draws[0])])]
             yield min(bucket.batch_size, len(bucket.draws)), first.shape.bucket
 
     def subset_of(self, sample: Sample) -> SubsetConfig:
-        """The settings of a sample's subset."""
+        """Return the settings of a sample's subset."""
         return self.subsets[sample.subset]
 
     def caption_texts(self) -> Iterator[tuple[str, ...]]:
-        """For each sample the versions of its caption, without repetition; none for one that is not drawn."""
+        """Yield the distinct caption variants of each sample; none for one that is not drawn."""
         for sample in self.samples:
             if not sample.num_draws:
                 yield ()
@@ -122,10 +122,10 @@ class DataPlan:
             variants = range(self.num_variants if rules.varies else 1)
             yield tuple(dict.fromkeys(caption_variant(picture.key, picture.caption, rules, v) for v in variants))
 
-    # What is said of it
+    # Reports
 
     def audit(self, log: logging.Logger) -> None:
-        """Log what was found and what is wrong with it; in large sets, captions that are too long follow later."""
+        """Log the data and its problems; for large sets, overlong captions are logged later."""
         counts_at_once = len(self.samples) <= MOST_COUNTED_AT_START
         limit = self.token_limit if counts_at_once else None
         for level, line in audit_lines(self.datasets, self.rules, self.samples, self.draws, limit):
@@ -136,11 +136,11 @@ class DataPlan:
             log.log(level, "%s", line)
 
     def facts(self) -> dict[str, Any]:
-        """The same as plain values, for programs."""
+        """Return the report as plain values, for programs."""
         return dataset_facts(self.datasets, self.rules, self.draws, self._tag_frequencies, self.token_limit)
 
     def metadata(self, options: TrainOptions, num_processes: int = 1) -> dict[str, Any]:
-        """The `ss_*` values that describe the data; tables and lists are to be written as JSON."""
+        """Return the `ss_*` values that describe the data; dictionaries and lists are written as JSON."""
         frequencies = self._tag_frequencies
         return dataset_metadata(
             self.config, self.datasets, self.rules, self.samples, frequencies, options, num_processes
@@ -150,26 +150,27 @@ class DataPlan:
     def _tag_frequencies(self) -> list[TagFrequency]:
         return [tag_frequency(dataset) for dataset in self.datasets]
 
-    # Other plans
+    # Derived plans
 
     def with_fixed_captions(self, num_variants: int) -> "DataPlan":
-        """Each caption is drawn from `num_variants` versions of it, which `caption_texts` lists, and the empty prompt.
+        """Return a plan that draws each caption from `num_variants` variants, which `caption_texts` lists, and the
+        empty prompt.
 
-        Raises UserError for a subset whose captions are other ones in every step.
+        Raises UserError for a subset whose captions change in every step.
         """
         for subset in self.subsets:
             if subset.captions.token_warmup_step > 0:
                 raise UserError(
-                    f"{subset.source}: --token_warmup_step makes other captions in every step, and "
-                    "--cache_text_encoder_outputs keeps a few of each picture; leave one of them out"
+                    f"{subset.source}: --token_warmup_step changes captions in every step, but "
+                    "--cache_text_encoder_outputs stores a few per image; remove one of them"
                 )
         return replace(self, num_variants=num_variants)
 
     def limited_to_largest_batch(self) -> tuple["DataPlan", int]:
-        """Without draws of pictures that are not in the largest batch, so that only these are cached; and its place in
-        the first epoch.
+        """Return a plan that draws only the images of the largest batch, so that only these are cached, and the batch's
+        index in the first epoch.
 
-        The numbers of batches and pictures stay. Largest are the most pixels together.
+        The numbers of batches and images stay. The largest batch is the one with the most pixels.
         """
         batches = epoch_batches(self.draws.buckets, self.seed, 1)
         pixels_M = [math.prod(shape.bucket) for shape in self.samples.shapes]
@@ -184,10 +185,10 @@ class DataPlan:
         return self._limited_to(numbers_at(largest)), largest
 
     def limited_to_measured(self, count: int, aside: Collection[int]) -> tuple["DataPlan", list[int]]:
-        """With `count` trained pictures, spread evenly, and of those that are set aside the samples `aside`.
+        """Return a plan of `count` evenly spread trained images and the held-out samples `aside`, and the trained
+        samples' indices.
 
-        Trained pictures are drawn as those that are set aside: cropped at the centre, with the whole caption. Gives the
-        numbers of the trained samples too.
+        Trained images are drawn like held-out ones: cropped at the centre, with the whole caption.
         """
         is_reg = np.array([subset.is_reg for subset in self.subsets], dtype=bool)
         is_trained_N = (self.samples.dataset_of_each() < len(self.datasets)) & ~is_reg[self.samples.subset_of_each()]
@@ -222,10 +223,10 @@ def build_plan(
     num_processes: int = 1,
     entries: Sequence[tuple[str, Any]] | None = None,
 ) -> DataPlan:
-    """Read the description, list the pictures and sort them into buckets; no picture is decoded.
+    """Read the description, list the images and sort them into buckets, without decoding any.
 
-    `entries` are what --in_json says, where a caller has read it already.
-    Raises NoDataFound where there is nothing to train on, UserError for every other mistake in the description.
+    `entries` are the content of --in_json if already read. Raises NoDataFound if there are no training images,
+    UserError for all other mistakes in the description.
     """
     config = load_dataset_config(options)
     if options.faults.dry_run:
@@ -236,7 +237,7 @@ def build_plan(
     config = without_unused_face_crops(config, options)
     subsets = [subset for dataset in config.datasets for subset in dataset.subsets]
     if options.caching.cache_dir is not None and not any(subset.patterns for subset in subsets):
-        logger.warning("--cache_dir has no effect: it is for shards and parquet, caches of files lie beside them")
+        logger.warning("--cache_dir has no effect: it is for shards and parquet; image files have caches beside them")
     storage = Storage(options.caching.cache_dir, options.caching.remote_cache_gb)
     found = collect(config, storage)
     check_pictures(found)
@@ -268,7 +269,7 @@ def build_plan(
 
 
 def bucket_rules(config: DatasetConfig, spec: LatentSpec) -> BucketRules:
-    """Return the shapes that a dataset's images get."""
+    """Build the bucket rules of a dataset."""
     width, height = config.resolution
     rounded = width // spec.downscale * spec.downscale, height // spec.downscale * spec.downscale
     if not config.enable_bucket and rounded != config.resolution:
@@ -298,15 +299,15 @@ def check_drawing(config: RunDataConfig, options: TrainOptions) -> None:
         for name in ("random_crop", "color_aug"):
             if getattr(subset, name):
                 raise UserError(
-                    f"{subset.source}: --{name} draws another picture each time and --cache_latents keeps one; "
-                    "leave one of them out"
+                    f"{subset.source}: --{name} changes the image in every draw, but --cache_latents stores one; "
+                    "remove one of them"
                 )
 
 
 def without_unused_face_crops(config: RunDataConfig, options: TrainOptions) -> RunDataConfig:
-    """Drop face_crop_aug_range, with a warning, where buckets or cached latents decide what is cropped.
+    """Drop face_crop_aug_range, with a warning, if buckets or cached latents determine the crop.
 
-    sd-scripts ignores it there, and front ends send it with every run.
+    sd-scripts ignores it then, and front ends send it with every run.
     """
     is_cached = options.caching.cache_latents or options.caching.cache_latents_to_disk
     datasets = []

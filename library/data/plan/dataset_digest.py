@@ -1,4 +1,4 @@
-"""What the data of a run is, in a few words that two runs can compare."""
+"""The identity of a run's data, in a form that two runs can compare."""
 
 import json
 import os
@@ -13,9 +13,9 @@ from library.data.decoding.threads import in_blocks
 from library.data.description.schema import RunDataConfig
 from library.data.plan.samples import Samples
 
-MAX_PICTURES = 20_000  # in larger sets looking into every file would hold up the start
+MAX_PICTURES = 20_000  # reading every file of larger sets would delay the start
 PART_BYTES = 1 << 17
-AT_ONCE = 4096  # pictures whose facts are digested together
+AT_ONCE = 4096  # images digested together
 
 WHERE = (
     "keeps_index", "entries", "image_dir", "metadata_file", "conditioning_data_dir", "cache_info", "source_key",
@@ -24,7 +24,7 @@ WHERE = (
 
 
 def picture_digests(samples: Samples, num_threads: int) -> list[str]:
-    """The digests of the files of all pictures, of a picture in a larger file the one in the index; none of too many.
+    """Return the digests of all image files; for images in larger files those of the index; none for very large sets.
 
     See `content_digests`.
     """
@@ -42,9 +42,9 @@ def picture_digests(samples: Samples, num_threads: int) -> list[str]:
 
 
 def content_digests(paths: Sequence[str], num_threads: int) -> list[str]:
-    """A short digest of each file's length, its first, middle and last 128 KB; none for very large sets.
+    """Return a short digest of each file's length and its first, middle and last 128 KB; none for very large sets.
 
-    What an editor saves anew differs in all of them; a file that cannot be read has an empty digest.
+    Files saved again by an editor differ in all of these; an unreadable file has an empty digest.
     """
 
     def look(block: Sequence[str]) -> list[str]:
@@ -54,7 +54,7 @@ def content_digests(paths: Sequence[str], num_threads: int) -> list[str]:
 
 
 def content_digest(path: str) -> str:
-    """The digest of one file, eight hexadecimal digits."""
+    """Return the digest of one file, eight hexadecimal digits."""
     try:
         with open(path, "rb") as file:
             num_bytes = os.fstat(file.fileno()).st_size
@@ -68,10 +68,11 @@ def content_digest(path: str) -> str:
 
 
 def dataset_identity(config: RunDataConfig, samples: Samples, num_batches: int) -> dict[str, Any]:
-    """Counts and digests of pictures, captions and settings. A folder that moved as a whole is the same data."""
+    """Return counts and digests of images, captions and settings. A folder that moved as a whole has the same
+    identity."""
     settings = asdict(config)
     for dataset in settings["datasets"]:
-        dataset.pop("skip_image_resolution")  # what it leaves out shows in the pictures
+        dataset.pop("skip_image_resolution")  # its effect shows in the list of images
         for subset in dataset["subsets"]:
             for name in WHERE:
                 subset.pop(name)
@@ -83,7 +84,7 @@ def dataset_identity(config: RunDataConfig, samples: Samples, num_batches: int) 
         numbers = zip(
             *own.sizes_N2.T.tolist(), samples.shape_N[rows].tolist(), samples.draws_N[rows].tolist(), strict=True
         )
-        told: dict[tuple[int, ...], str] = {}  # all but the name, which is the same for many
+        told: dict[tuple[int, ...], str] = {}  # everything but the name, equal for many images
         parts: list[str] = []
         for name, row in zip(own.names, numbers, strict=True):
             if row not in told:

@@ -1,4 +1,4 @@
-"""What lies in a folder and is not trained: files that a subset does not read, and pictures that stand in it twice."""
+"""Files in a folder that are not trained: those that a subset does not read, and duplicate images."""
 
 import hashlib
 import logging
@@ -13,21 +13,21 @@ from library.data.sources.folders.listing import CAPTION_ENDINGS
 from library.errors import few
 from library.formatting import format_count
 
-MOST_COMPARED = 20_000  # pictures; looking for equal ones reads their sizes from the disk
-MOST_VISITED = 2_000  # folders, where pictures are looked for deeper down
+MOST_COMPARED = 20_000  # images; the search for duplicates reads all file sizes
+MOST_VISITED = 2_000  # subfolders searched for images
 
 Line = tuple[int, str]
 
 
 def folder_lines(subset: ScannedSubset) -> Iterator[Line]:
-    """A line for each kind of file of image_dir that is left aside, and for pictures with the same content."""
+    """Yield a line for each kind of ignored file in image_dir, and for images with equal content."""
     config = subset.config
     if config.style == "metadata" or not config.image_dir or not os.path.isdir(config.image_dir):
         return
     source = f"  {config.source}:"
     unread = sorted(name for name in subset.aside if name.rpartition(".")[2].lower() not in CAPTION_ENDINGS)
     if unread:
-        effect = "pictures have endings that are not read; convert or rename them to .png or .jpg"
+        effect = "images have unsupported extensions; convert or rename them to .png or .jpg"
         yield logging.WARNING, f"{source} {len(unread)} {effect}: {few(unread)}"
     yield from caption_lines(subset, unread, source)
     if len(subset.pictures) <= MOST_COMPARED:
@@ -40,8 +40,8 @@ def folder_lines(subset: ScannedSubset) -> Iterator[Line]:
 
 
 def caption_lines(subset: ScannedSubset, unread: Sequence[str], source: str) -> Iterator[Line]:
-    """Captions under another ending than caption_extension, and captions whose picture is missing; those of pictures
-    that are not read have theirs."""
+    """Yield lines about captions with another extension than caption_extension, and captions without image; those of
+    unsupported images are not counted."""
     wanted = subset.config.caption_extension
     stems = {os.path.splitext(os.path.basename(path))[0] for path in subset.without_caption}
     for ending in CAPTION_ENDINGS if stems else ():
@@ -49,17 +49,17 @@ def caption_lines(subset: ScannedSubset, unread: Sequence[str], source: str) -> 
         if beside:
             yield (
                 logging.WARNING,
-                f"{source} {beside} of the missing captions lie there as .{ending} files, but caption_extension is "
+                f"{source} {beside} of the missing captions exist as .{ending} files, but caption_extension is "
                 f'{wanted}: set caption_extension = ".{ending}", or --caption_extension .{ending}',
             )
     described = {os.path.splitext(name)[0] for name in unread}
     alone = [name for name in subset.alone if name[: -len(wanted)] not in described]
     if alone:
-        yield logging.WARNING, f"{source} {len(alone)} captions have no picture: {few(alone)}"
+        yield logging.WARNING, f"{source} {len(alone)} captions have no image: {few(alone)}"
 
 
 def equal_pictures(pictures: Pictures) -> Iterator[tuple[str, str]]:
-    """(path, path of the same content): only files of one size are read."""
+    """Yield (path, path of the same content); only files of equal size are read."""
     of_size: dict[int, list[str]] = defaultdict(list)
     for path in pictures.each_key():
         of_size[os.path.getsize(path)].append(path)
@@ -75,7 +75,7 @@ def equal_pictures(pictures: Pictures) -> Iterator[tuple[str, str]]:
 
 
 def pictures_below(folder: str) -> str:
-    """A hint for a folder without pictures: how many lie in its subfolders; empty where none do."""
+    """Return a hint about images in the subfolders of a folder without images, or ""."""
     found: dict[str, int] = {}
     endings = image_extensions()
     for number, (inside, _, names) in enumerate(os.walk(folder)):
@@ -87,4 +87,4 @@ def pictures_below(folder: str) -> str:
     if not found:
         return ""
     places = few([f"{path} ({count})" for path, count in found.items()], 3)
-    return f"; {sum(found.values())} lie in folders below it, which are not searched: {places}"
+    return f"; {sum(found.values())} are in its subfolders, which are not searched: {places}"

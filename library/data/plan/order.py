@@ -1,4 +1,4 @@
-"""Which draws form which batch, in which order: a function of the seed and the epoch."""
+"""The order of draws and batches: a function of the seed and the epoch."""
 
 from array import array
 from bisect import bisect_right
@@ -14,7 +14,7 @@ from library.randomness import random_for
 
 @dataclass(frozen=True, eq=False)
 class Bucket:
-    """The draws that share a size and a dataset; a draw is a number, one for each repeat of each picture."""
+    """The draws that share a size and a dataset; a draw is a number, one for each repeat of each image."""
 
     dataset: int
     size: tuple[int, int]  # width, height
@@ -28,9 +28,9 @@ class Bucket:
 
 @dataclass(frozen=True)
 class EpochBatches(Sequence[tuple[int, ...]]):
-    """The batches of an epoch, each a tuple of draws. Two numbers are kept for each draw, and no object."""
+    """The batches of an epoch, each a tuple of draws, stored as two numbers per draw without objects."""
 
-    draws: "array[int]"  # of the first bucket, of the second, ...; shuffled in each
+    draws: "array[int]"  # bucket by bucket, shuffled within each
     starts: "array[int]"  # of each batch in `draws`, shuffled
     ends: "array[int]"  # of each bucket in `draws`
     batch_sizes: tuple[int, ...]  # of each bucket
@@ -51,7 +51,8 @@ class EpochBatches(Sequence[tuple[int, ...]]):
 
 
 def epoch_batches(buckets: Sequence[Bucket], seed: int, epoch: int) -> EpochBatches:
-    """The batches of an epoch (from 1), tuples of draws: every draw once, shuffled in its bucket, batches shuffled."""
+    """Return the batches of an epoch (from 1), tuples of draws: every draw once, shuffled in its bucket, batches
+    shuffled."""
     found = EpochBatches(array("i"), array("i"), array("i"), tuple(bucket.batch_size for bucket in buckets))
     for number, bucket in enumerate(buckets):
         draws = array("i", np.asarray(bucket.draws, dtype=np.int32).tobytes())
@@ -65,7 +66,7 @@ def epoch_batches(buckets: Sequence[Bucket], seed: int, epoch: int) -> EpochBatc
 
 
 def plain_batches(buckets: Sequence[Bucket]) -> tuple[tuple[int, ...], ...]:
-    """The same batches unshuffled: buckets and draws in their order."""
+    """Return the batches unshuffled: buckets and draws in their order."""
     return tuple(
         tuple(np.asarray(bucket.draws[i : i + bucket.batch_size]).tolist())
         for bucket in buckets
@@ -74,10 +75,10 @@ def plain_batches(buckets: Sequence[Bucket]) -> tuple[tuple[int, ...], ...]:
 
 
 def regularisation_repeats(num_train_draws: int, repeats: Sequence[int]) -> list[int]:
-    """How often each regularisation picture is drawn so that all together reach the number of training draws.
+    """Return the draws of each regularisation image such that their sum is the number of training draws.
 
-    One after another they count with their own `repeats` until the sum is reached; if they run out first, further
-    rounds add one to each until it is. Pictures that are not needed get 0.
+    They count with their own `repeats` one after another until the sum is reached; if they run out first, further
+    rounds add one to each. Images that are not needed get 0.
     """
     used = [0] * len(repeats)
     total = 0

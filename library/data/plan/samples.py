@@ -1,4 +1,4 @@
-"""From what was found to what is drawn: the shape of every picture, its repeats, and the buckets."""
+"""From found images to draws: the shape of every image, its repeats, and the buckets."""
 
 import logging
 import os
@@ -25,27 +25,27 @@ from library.errors import UserError, few
 
 logger = logging.getLogger(__name__)
 
-MANY_DRAWS, MAX_DRAWS = 1_000_000, 10_000_000  # of an epoch; ten million take half a minute and 1.3 GB
+MANY_DRAWS, MAX_DRAWS = 1_000_000, 10_000_000  # per epoch; ten million take half a minute and 1.3 GB
 
 
 class Sample(NamedTuple):
-    """One picture as a dataset trains it; the same picture in two datasets is two samples."""
+    """One image as a dataset trains it; the same image in two datasets is two samples."""
 
     picture: Picture
     dataset: int
-    subset: int  # counted through all datasets
+    subset: int  # index over all datasets
     shape: Shape
-    num_draws: int  # in an epoch; 0 for a regularisation picture that is not needed
+    num_draws: int  # per epoch; 0 for a regularisation image that is not needed
 
 
 @dataclass(frozen=True, eq=False)
 class Samples(Sequence[Sample]):
-    """The samples of a run, N of them, as columns. Each becomes an object only when it is asked for."""
+    """The samples of a run, N of them, as columns; objects are created on access."""
 
     subsets: tuple[Pictures, ...] = ()
     dataset_of_subset: tuple[int, ...] = ()
     shapes: tuple[Shape, ...] = ()
-    shape_N: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, dtype=np.int32))  # place in `shapes`
+    shape_N: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, dtype=np.int32))  # index into `shapes`
     draws_N: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, dtype=np.int32))
 
     def __len__(self) -> int:
@@ -53,7 +53,7 @@ class Samples(Sequence[Sample]):
 
     @cached_property
     def ends(self) -> list[int]:
-        """The number of the first sample after each subset."""
+        """The index after the last sample of each subset."""
         return list(accumulate(map(len, self.subsets)))
 
     @overload
@@ -83,7 +83,7 @@ class Samples(Sequence[Sample]):
             first += len(pictures)
 
     def subset_of_each(self) -> NDArray[np.int32]:
-        """The subset of each sample, counted through all datasets."""
+        """The subset of each sample, as index over all datasets."""
         return np.repeat(np.arange(len(self.subsets), dtype=np.int32), list(map(len, self.subsets)))
 
     def dataset_of_each(self) -> NDArray[np.int32]:
@@ -91,13 +91,13 @@ class Samples(Sequence[Sample]):
         return np.repeat(np.array(self.dataset_of_subset, dtype=np.int32), list(map(len, self.subsets)))
 
     def own(self, dataset: int) -> slice:
-        """The numbers of a dataset's samples."""
+        """Return the indices of a dataset's samples."""
         edges = [0, *self.ends]
         subsets = [place for place, number in enumerate(self.dataset_of_subset) if number == dataset]
         return slice(edges[subsets[0]], edges[subsets[-1] + 1]) if subsets else slice(0, 0)
 
     def keys_at(self, numbers: NDArray[Any]) -> list[str]:
-        """The keys of the pictures of these samples, which are in order."""
+        """Return the image keys of these samples, which must be in order."""
         found: list[str] = []
         first = 0
         for pictures in self.subsets:
@@ -107,11 +107,11 @@ class Samples(Sequence[Sample]):
         return found
 
     def sizes(self) -> NDArray[np.int32]:
-        """Width and height of each picture, shape (N, 2)."""
+        """Width and height of each image, shape (N, 2)."""
         return np.concatenate([pictures.sizes_N2 for pictures in self.subsets]) if self.subsets else _NO_SIZES
 
     def changed(self, shapes: Mapping[int, Shape], draws_N: NDArray[np.int32]) -> "Samples":
-        """The same pictures with other numbers of draws, those of `shapes` with another shape."""
+        """Return these images with other numbers of draws, and other shapes for those in `shapes`."""
         shape_N = self.shape_N.copy()
         for place, number in enumerate(shapes, len(self.shapes)):
             shape_N[number] = place
@@ -123,14 +123,14 @@ _NO_SIZES = np.empty((0, 2), dtype=np.int32)
 
 @dataclass(frozen=True)
 class Draws:
-    """Every draw of an epoch by number, and the buckets they lie in."""
+    """All draws of an epoch by number, and their buckets."""
 
     sample_of_draw: NDArray[np.int32]
     buckets: tuple[Bucket, ...]
 
 
 def check_pictures(datasets: Sequence[ScannedDataset]) -> None:
-    """Raise NoDataFound where there is nothing to train on, ValueError where a subset is empty or masks do not fit."""
+    """Raise NoDataFound if there are no training images, UserError if a subset is empty or masks do not fit."""
     subsets = [subset for dataset in datasets for subset in dataset.subsets]
     if not any(subset.pictures and not subset.config.is_reg for subset in subsets):
         sources = [subset.config.source for subset in subsets if not subset.config.is_reg]
@@ -142,10 +142,10 @@ def check_pictures(datasets: Sequence[ScannedDataset]) -> None:
         if not subset.pictures:
             reasons = few([f"{path}: {reason}" for path, reason in subset.dropped], 3)
             raise UserError(
-                f"there are no pictures in {subset.config.source}"
+                f"there are no images in {subset.config.source}"
                 + (f" that can be used ({reasons})" if reasons else "")
                 + small_ones([subset])
-                + "; name another folder or leave the subset out"
+                + "; use another folder or remove the subset"
             )
     for dataset in datasets:
         if dataset.config.style == "masked" and dataset.config.enable_bucket:
@@ -153,26 +153,26 @@ def check_pictures(datasets: Sequence[ScannedDataset]) -> None:
 
 
 def small_ones(subsets: Sequence[ScannedSubset]) -> str:
-    """How many pictures skip_image_resolution leaves out, to be read after what there is none of."""
+    """Return a remark on the images skipped by skip_image_resolution, or ""."""
     count = sum(len(subset.small) for subset in subsets)
-    return f"; skip_image_resolution leaves out {count} as too small, lower it to train them" if count else ""
+    return f"; skip_image_resolution skips {count} as too small; lower it to train them" if count else ""
 
 
 def check_mask_sizes(pictures: Sequence[Picture]) -> None:
-    """With buckets a mask is scaled and cropped like its picture, so it must have its size; ValueError names others."""
+    """Raise UserError for masks of another size than their image: with buckets they are scaled and cropped alike."""
     with ThreadPoolExecutor(16) as pool:
         sizes = list(pool.map(lambda picture: read_size(picture.mask_path or ""), pictures))
     wrong = [
-        f"{picture.mask_path} is {size[0]}x{size[1]}, its picture {picture.size[0]}x{picture.size[1]}"
+        f"{picture.mask_path} is {size[0]}x{size[1]}, its image {picture.size[0]}x{picture.size[1]}"
         for picture, size in zip(pictures, sizes, strict=True)
         if size != picture.size
     ]
     if wrong:
-        raise UserError(f"{len(wrong)} masks do not have the size of their picture: {few(wrong, 3)}")
+        raise UserError(f"{len(wrong)} masks do not have the size of their image: {few(wrong, 3)}")
 
 
 def build_samples(datasets: Sequence[ScannedDataset], rules: Sequence[BucketRules]) -> Samples:
-    """Every picture with its shape and its number of draws."""
+    """Return every image with its shape and its number of draws."""
     shapes: dict[Shape, int] = {}
     columns: list[NDArray[np.int32]] = []
     draws: list[NDArray[np.int32]] = []
@@ -193,26 +193,26 @@ def build_samples(datasets: Sequence[ScannedDataset], rules: Sequence[BucketRule
 
 
 def unique_sizes(sizes_N2: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(each size once, shape (M, 2); which of them each picture has)."""
+    """Return (the distinct sizes, shape (M, 2); the index of each image's size)."""
     codes_N = sizes_N2[:, 0].astype(np.int64) << 32 | sizes_N2[:, 1]
     codes_M, place_N = np.unique(codes_N, return_inverse=True)
     return np.stack([codes_M >> 32, codes_M & 0xFFFFFFFF], axis=1), place_N
 
 
 def joined(columns: Sequence[NDArray[np.int32]]) -> NDArray[np.int32]:
-    """The columns one after another."""
+    """Concatenate the columns."""
     return np.concatenate(columns) if columns else np.empty(0, dtype=np.int32)
 
 
 def fixed_shape(picture: Size, target: Size, subset: SubsetConfig) -> Shape:
-    """The shape without buckets: just covering the target; random_crop cuts from a larger picture as it is."""
+    """Return the shape without buckets: just covering the target; random_crop crops larger images without resizing."""
     if subset.random_crop and picture[0] >= target[0] and picture[1] >= target[1]:
         return Shape(target, picture)
     return Shape(target, cover(picture, target))
 
 
 def draws_of_dataset(dataset: ScannedDataset) -> NDArray[np.int32]:
-    """The number of draws of every picture, in order of the subsets: repeats, balanced for regularisation pictures."""
+    """Return the number of draws of every image, subset by subset: repeats, balanced for regularisation images."""
     repeats = [(subset.config, subset.config.num_repeats, len(subset.pictures)) for subset in dataset.subsets]
     num_train_draws = sum(count * pictures for config, count, pictures in repeats if not config.is_reg)
     check_draws(num_train_draws)
@@ -229,26 +229,26 @@ def draws_of_dataset(dataset: ScannedDataset) -> NDArray[np.int32]:
 
 
 def check_draws(num_draws: int) -> None:
-    """Raise UserError where an epoch is too long to be put in order, say so where that takes a while."""
+    """Raise UserError if an epoch is too long to be ordered; warn if ordering takes long."""
     if num_draws > MAX_DRAWS:
         raise UserError(
-            f"num_repeats: an epoch would have {num_draws} samples, more than {MAX_DRAWS}; repeats only say how long "
-            "an epoch is, so lower them, and give --max_train_steps or --max_train_epochs for a longer training"
+            f"num_repeats: an epoch would have {num_draws} samples, more than {MAX_DRAWS}. Lower the repeats, and use "
+            "--max_train_steps or --max_train_epochs for a longer training"
         )
     if num_draws > MANY_DRAWS:
         logger.warning(
-            "num_repeats: an epoch has %d samples, which are put in order before it begins; that takes a while",
+            "num_repeats: an epoch has %d samples; ordering them before it starts takes a while",
             num_draws,
         )
 
 
 def build_draws(samples: Samples, configs: Sequence[DatasetConfig], chosen: Container[int]) -> Draws:
-    """Number the draws and sort them into buckets, ordered by dataset and size; only those of `chosen` datasets."""
+    """Number the draws of `chosen` datasets and sort them into buckets, ordered by dataset and size."""
     is_chosen = np.array([dataset in chosen for dataset in range(len(configs))], dtype=bool)
     dataset_N = samples.dataset_of_each()
     counts_N = np.where(is_chosen[dataset_N], samples.draws_N, 0)
     sample_of_draw = np.repeat(np.arange(len(samples), dtype=np.int32), counts_N)
-    # A number for each pair of dataset and shape that occurs, of which there are few, then one for each bucket.
+    # Number the few pairs of dataset and shape that occur first, then the buckets.
     pairs, pair_N = np.unique(dataset_N.astype(np.int64) << 32 | samples.shape_N, return_inverse=True)
     keys = [(int(pair >> 32), samples.shapes[pair & 0xFFFFFFFF].bucket) for pair in pairs]
     places = {key: place for place, key in enumerate(sorted(set(keys)))}
@@ -266,9 +266,9 @@ def build_draws(samples: Samples, configs: Sequence[DatasetConfig], chosen: Cont
 def stand_in(
     samples: Samples, subsets: Sequence[SubsetConfig], number: int, broken: AbstractSet[int], reason: str = ""
 ) -> int:
-    """The sample that is drawn in place of a damaged one: the next of its bucket, of its own subset if it has one.
+    """Return the sample that replaces a damaged one: the next in its bucket, from its own subset if possible.
 
-    So every batch keeps its size and the run its length. Raises UserError where no other is left.
+    So every batch keeps its size and the run its length. Raises UserError if no other is left.
     """
     damaged = samples[number]
     fits = np.array([shape.bucket == damaged.shape.bucket for shape in samples.shapes])
@@ -279,8 +279,8 @@ def stand_in(
     alike = np.flatnonzero(is_alike_N)
     if not len(alike):
         raise UserError(
-            f"{reason or f'{damaged.picture.key} is damaged'}; no other picture of its size can stand in for it: "
-            "mend it or take it out"
+            f"{reason or f'{damaged.picture.key} is damaged'}; no other image of its size can replace it: "
+            "repair or remove it"
         )
     alike = np.roll(alike, -int(np.searchsorted(alike, number)))
     own = alike[samples.subset_of_each()[alike] == damaged.subset]
@@ -288,7 +288,8 @@ def stand_in(
 
 
 def duplicated_stems(datasets: Sequence[ScannedDataset]) -> Iterator[tuple[str, str]]:
-    """Pairs of pictures of one subset that share caption file and cache names, because only their endings differ."""
+    """Yield pairs of images of one subset that share caption file and cache names, because only their extensions
+    differ."""
     for dataset in datasets:
         for subset in dataset.subsets:
             if not may_share_stems(subset.pictures):
@@ -302,7 +303,7 @@ def duplicated_stems(datasets: Sequence[ScannedDataset]) -> Iterator[tuple[str, 
 
 
 def may_share_stems(pictures: Pictures) -> bool:
-    """Whether any two names differ in their endings, which all have, alone, or are the same. Only hashes are kept."""
+    """Return True if any two names are equal or differ only in their extension. Only hashes are stored."""
     names = pictures.names if pictures.places is None else pictures.each_key()
     hashes_N = np.fromiter((hash(name.rpartition(".")[0]) for name in names), dtype=np.int64, count=len(pictures))
     hashes_N.sort()
@@ -310,9 +311,9 @@ def may_share_stems(pictures: Pictures) -> bool:
 
 
 def check_size(sample: Sample, rgb: Pixels) -> None:
-    """Raise UserError for a picture that is not the size it was when the run started."""
+    """Raise UserError for an image whose size changed since the start of the run."""
     size = (rgb.shape[1], rgb.shape[0])
     if size != sample.picture.size:
         raise UserError(
-            f"{sample.picture.key} is {size[0]}x{size[1]}, but was {sample.picture.size} at the start; start again"
+            f"{sample.picture.key} is {size[0]}x{size[1]}, but was {sample.picture.size} at the start; restart the run"
         )

@@ -1,4 +1,4 @@
-"""What the saved file's metadata says about the data; programs that show adapters read it."""
+"""The saved file's metadata on the data, which programs that show adapters read."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from library.data.plan.samples import Samples
 from library.data.scanned.subsets import ScannedDataset, ScannedSubset
 from library.options.train import TrainOptions
 
-MOST_TAGS = 100_000  # of a folder; a header of safetensors may have 100 MB
+MOST_TAGS = 100_000  # per folder; a safetensors header is limited to 100 MB
 
 TagFrequency = dict[str, dict[str, int]]
 
@@ -24,7 +24,7 @@ def dataset_metadata(
     options: TrainOptions,
     num_processes: int,
 ) -> dict[str, Any]:
-    """The `ss_*` values that describe the data: a list of datasets for --dataset_config, else single keys.
+    """Return the `ss_*` values that describe the data: a list of datasets for --dataset_config, else single keys.
 
     `frequencies` are those of the datasets.
     """
@@ -34,7 +34,7 @@ def dataset_metadata(
         merged: TagFrequency = {}
         for frequency in frequencies:
             for name, counts in frequency.items():
-                merged.setdefault(name, counts)  # a folder that several datasets use counts once
+                merged.setdefault(name, counts)  # count a folder used by several datasets once
         return {
             "ss_datasets": [
                 describe_dataset(dataset, rule, frequency, info)
@@ -61,14 +61,14 @@ def dataset_metadata(
         "ss_dataset_dirs": dataset_dirs([subset for subset in subsets if not subset.config.is_reg]),
         "ss_reg_dataset_dirs": dataset_dirs([subset for subset in subsets if subset.config.is_reg]),
         "ss_tag_frequency": frequencies[0],
-        "ss_bucket_info": "null" if infos[0] is None else infos[0],  # JSON either way
+        "ss_bucket_info": "null" if infos[0] is None else infos[0],  # JSON in both cases
     }
 
 
 def describe_dataset(
     dataset: ScannedDataset, rule: BucketRules, frequency: TagFrequency, info: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """One dataset in `ss_datasets`."""
+    """Describe one dataset in `ss_datasets`."""
     config = dataset.config
     counts = {
         is_reg: sum(len(s.pictures) * s.config.num_repeats for s in dataset.subsets if s.config.is_reg == is_reg)
@@ -92,7 +92,7 @@ def describe_dataset(
 
 
 def describe_subset(subset: ScannedSubset) -> dict[str, Any]:
-    """One subset in `ss_datasets`."""
+    """Describe one subset in `ss_datasets`."""
     config = subset.config
     described = {
         "img_count": len(subset.pictures),
@@ -118,9 +118,9 @@ def describe_subset(subset: ScannedSubset) -> dict[str, Any]:
 
 
 def tag_frequency(dataset: ScannedDataset) -> TagFrequency:
-    """How many pictures carry each tag, by folder; tags stand between commas, in captions or in a metadata file.
+    """Count the images of each tag, by folder; tags are separated by commas, in captions or in a metadata file.
 
-    Of more tags than a file's header has room for only the commonest are counted; sentences have no two alike.
+    If there are more tags than a header can hold, only the commonest are kept, since sentences rarely repeat.
     """
     frequency: dict[str, Counter[str]] = {}
     for subset in dataset.subsets:
@@ -139,12 +139,12 @@ def tag_frequency(dataset: ScannedDataset) -> TagFrequency:
 
 
 def commonest(counts: Counter[str]) -> Counter[str]:
-    """The counts of the tags that are kept; all of them where there are few."""
+    """Return the counts of the tags that are kept; all of them if there are few."""
     return counts if len(counts) <= MOST_TAGS else Counter(dict(counts.most_common(MOST_TAGS)))
 
 
 def bucket_info(rule: BucketRules, samples: Samples, dataset: int) -> dict[str, Any] | None:
-    """Draws of each bucket and the mean change of aspect ratio; None without buckets."""
+    """Return draws of each bucket and the mean change of aspect ratio; None without buckets."""
     if not rule.enable_bucket:
         return None
     counts: Counter[tuple[int, int]] = Counter()
@@ -166,7 +166,7 @@ def bucket_info(rule: BucketRules, samples: Samples, dataset: int) -> dict[str, 
 
 
 def dataset_dirs(subsets: Sequence[ScannedSubset]) -> dict[str, dict[str, int]]:
-    """Repeats and pictures by folder name; further folders of one name get ` (2)`, ` (3)`."""
+    """Return repeats and images by folder name; further folders of one name get ` (2)`, ` (3)`."""
     described: dict[str, dict[str, int]] = {}
     for subset in subsets:
         name, number = subset.config.base_name, 2

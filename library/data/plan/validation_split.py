@@ -1,7 +1,7 @@
-"""Which pictures are trained and which are only measured.
+"""The split of images into training and validation.
 
-A picture is on one side of the run, whatever is asked for: copies of it in several subsets go together, one that also
-serves regularisation is trained, and one that any subset sets aside is trained nowhere.
+An image is on one side of the run: copies of it in several subsets go together, one that is also used for
+regularisation is trained, and one that any subset holds out is trained nowhere.
 """
 
 import logging
@@ -24,27 +24,28 @@ from library.randomness import stream_seed
 
 @dataclass(frozen=True)
 class SplitSpec:
-    """What one subset asks for."""
+    """The request of one subset."""
 
-    identities: Sequence[str]  # of its pictures; copies share one
+    identities: Sequence[str]  # of its images; copies share one
     share: float  # 0..1
     seed: int
 
 
 @dataclass(frozen=True)
 class Split:
-    """Both sides of a run, without subsets and datasets that are left empty."""
+    """Both sides of a run, without empty subsets and datasets."""
 
     trained: tuple[ScannedDataset, ...]
-    set_aside: tuple[ScannedDataset, ...]  # with settings that draw a picture the same way every time
-    identities: Mapping[str, str] = field(default_factory=dict)  # key of one set aside -> what copies of it share
-    lines: tuple[Line, ...] = ()  # what the log says about it
+    set_aside: tuple[ScannedDataset, ...]  # with settings that draw images the same way every time
+    # Key of a held-out image -> identity shared by its copies.
+    identities: Mapping[str, str] = field(default_factory=dict)
+    lines: tuple[Line, ...] = ()  # for the log
 
 
 def split_datasets(datasets: Sequence[ScannedDataset], seed: int) -> Split:
-    """Set pictures aside as validation_split and validation_seed (else `seed`) of each subset ask for.
+    """Hold images out by validation_split and validation_seed (else `seed`) of each subset.
 
-    Raises UserError where nothing is left to train on, or a picture cannot be read.
+    Raises UserError if nothing is left to train on, or an image cannot be read.
     """
     subsets = [subset for dataset in datasets for subset in dataset.subsets]
     if not any(share_of(subset.config) for subset in subsets):
@@ -74,7 +75,7 @@ def split_datasets(datasets: Sequence[ScannedDataset], seed: int) -> Split:
         for dataset in datasets
     )
     if not any(not subset.config.is_reg for dataset in trained for subset in dataset.subsets):
-        raise UserError("validation_split sets every picture aside, nothing is left to train on; use less than 1.0")
+        raise UserError("validation_split holds out every image, so nothing is left to train on; use less than 1.0")
     measured = without_empty(
         replace(
             dataset,
@@ -90,11 +91,11 @@ def split_datasets(datasets: Sequence[ScannedDataset], seed: int) -> Split:
 
 
 def choose(specs: Sequence[SplitSpec], always_trained: AbstractSet[str]) -> set[str]:
-    """The identities that are set aside.
+    """Return the identities of held-out images.
 
-    Of n pictures a subset gets round(n * share) (halves to even), at least one less than n below a share of 1: those
-    whose rank, a function of seed and identity, is lowest. Pictures that another subset has set aside count, pictures
-    that another subset keeps are passed over; larger shares choose first.
+    Of n images a subset holds out round(n * share) (halves to even), at least one less than n below a share of 1: those
+    with the lowest rank, a function of seed and identity. Images held out by another subset count, images kept by
+    another subset are passed over; larger shares choose first.
     """
     aside: set[str] = set()
     trained = set(always_trained)
@@ -115,12 +116,12 @@ def choose(specs: Sequence[SplitSpec], always_trained: AbstractSet[str]) -> set[
 
 
 def rank_of(identity: str, seed: int) -> tuple[int, str]:
-    """The order in which pictures are set aside."""
+    """Return the sort key in whose order images are held out."""
     return stream_seed(seed, "validation split", identity), identity
 
 
 def share_of(config: SubsetConfig) -> float:
-    """The share that a subset sets aside; regularisation pictures are always trained."""
+    """Return the share that a subset holds out; regularisation images are always trained."""
     return 0.0 if config.is_reg else config.validation_split
 
 
@@ -129,7 +130,7 @@ def seed_of(config: SubsetConfig, seed: int) -> int:
 
 
 def unchanging(config: SubsetConfig) -> SubsetConfig:
-    """The settings of a subset, without what makes every draw of a picture another one, each picture once."""
+    """Return the settings of a subset without random changes, each image once."""
     captions = replace(
         config.captions,
         shuffle_caption=False,
@@ -150,32 +151,33 @@ def unchanging(config: SubsetConfig) -> SubsetConfig:
 
 
 def without_empty(datasets: Iterator[ScannedDataset]) -> tuple[ScannedDataset, ...]:
-    """The datasets with those subsets that have pictures."""
+    """Drop subsets without images, and datasets without subsets."""
     filled = [replace(d, subsets=tuple(subset for subset in d.subsets if subset.pictures)) for d in datasets]
     return tuple(dataset for dataset in filled if dataset.subsets)
 
 
 def split_lines(subset: ScannedSubset, num_aside: int) -> Iterator[Line]:
-    """What there is to say about one subset."""
+    """Yield the log lines about one subset."""
     config, num_pictures = subset.config, len(subset.pictures)
     share = share_of(config)
     if share and num_aside:
-        yield logging.INFO, f"  {config.source}: {num_aside} of {num_pictures} pictures are set aside for validation"
+        yield logging.INFO, f"  {config.source}: {num_aside} of {num_pictures} images are held out for validation"
     elif share:
-        reason = f"{share:g} of {num_pictures} pictures rounds to none"
+        reason = f"{share:g} of {num_pictures} images rounds to none"
         if round(num_pictures * share):
-            reason = "the others are trained in other subsets or as regularisation pictures, or it is the only one"
-        yield logging.WARNING, f"  {config.source}: validation_split {share:g} sets no picture aside: {reason}"
+            reason = "the others are trained in other subsets or as regularisation images, or it is the only one"
+        yield logging.WARNING, f"  {config.source}: validation_split {share:g} holds out no image: {reason}"
     elif num_aside:
-        effect = "are left out of training: another subset sets them aside for validation"
-        yield logging.WARNING, f"  {config.source}: {num_aside} of {num_pictures} pictures {effect}"
+        effect = "are not trained: another subset holds them out for validation"
+        yield logging.WARNING, f"  {config.source}: {num_aside} of {num_pictures} images {effect}"
 
 
 # Identities
 
 
 def identities_by_subset(subsets: Sequence[ScannedSubset]) -> list[list[str]]:
-    """What is the same for copies of a picture, of every picture of each subset; files are read, places have theirs."""
+    """Return the identity of every image of each subset, which copies share; from files, or from the index for
+    places."""
     files = sorted({key for subset in subsets if subset.pictures.places is None for key in subset.pictures.each_key()})
     read = identities_of(files)
     return [
@@ -187,20 +189,20 @@ def identities_by_subset(subsets: Sequence[ScannedSubset]) -> list[list[str]]:
 
 
 def identities_of_pictures(pictures: Iterable[Picture]) -> dict[str, str]:
-    """The same by key, for some pictures."""
+    """Return the identities of some images by key."""
     placed = {picture.key: picture.place for picture in pictures}
     read = identities_of([key for key, place in placed.items() if place is None])
     return read | {key: place.digest for key, place in placed.items() if place is not None}
 
 
 def identities_of(paths: Sequence[str]) -> dict[str, str]:
-    """What is the same for copies of a picture, wherever they lie and whatever they are called."""
+    """Return the identity of each file, which copies share regardless of folder and name."""
     with ThreadPoolExecutor(16) as pool:
         return dict(zip(paths, pool.map(identity_of, paths), strict=True))
 
 
 def identity_of(path: str) -> str:
-    """A hash of the file's size, beginning and end: compressed pictures that agree in these are copies.
+    """Return a hash of the file's size, start and end: compressed images with equal ones are copies.
 
     Raises UserError naming a file that cannot be read.
     """

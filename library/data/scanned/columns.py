@@ -1,4 +1,5 @@
-"""Many texts and sizes without an object for each: the bytes of texts in one array, where each ends in another."""
+"""Columns of many texts and sizes without an object for each: the bytes of texts in one array, their ends in
+another."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,20 +11,20 @@ from numpy.typing import NDArray
 
 from library.data.description.buckets import Size
 
-BLOCK = 16384  # texts that become objects at a time
-ERRORS = "surrogatepass"  # names of files may hold bytes that are no text
+BLOCK = 16384  # texts converted to objects at a time
+ERRORS = "surrogatepass"  # file names may contain bytes that are not text
 
 
 @dataclass(frozen=True, eq=False)
 class Texts(Sequence[str]):
-    """A column of N texts. Text i is `content[ends[i - 1]:ends[i]]` in UTF-8; iterating makes one block at a time."""
+    """A column of N texts. Text i is `content[ends[i - 1]:ends[i]]` in UTF-8; iteration decodes a block at a time."""
 
     content: NDArray[np.uint8]
     ends: NDArray[np.int64]
 
     @classmethod
     def of(cls, texts: Iterable[str] = ()) -> "Texts":
-        """The column of these texts."""
+        """Build a column from texts."""
         remaining, parts, lengths = iter(texts), [], []
         while block := list(islice(remaining, BLOCK)):
             joined = "".join(block)
@@ -73,23 +74,23 @@ class Texts(Sequence[str]):
 
     @property
     def has_lines(self) -> bool:
-        """Whether any of the texts has more than one line."""
+        """Return True if any text has more than one line."""
         return bool((self.content == ord("\n")).any())
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """The bytes of each text."""
+        """Return the number of bytes of each text."""
         return np.diff(self.ends, prepend=0)
 
     def lowered(self) -> "Texts":
-        """The texts in lower case."""
+        """Return the texts in lower case."""
         content = self.content.tobytes()
         if content.isascii():
             return Texts(np.frombuffer(content.lower(), dtype=np.uint8), self.ends)
         return Texts.of(map(str.lower, self))
 
     def take(self, rows: NDArray[Any]) -> "Texts":
-        """The texts at these places, in their order."""
+        """Return the texts at these places, in order."""
         lengths = self.lengths[rows]
         ends = np.cumsum(lengths)
         content = np.empty(int(ends[-1]) if len(ends) else 0, dtype=np.uint8)
@@ -111,7 +112,7 @@ class Sizes(Sequence[Size]):
 
     @classmethod
     def of(cls, sizes: Sequence[Size]) -> "Sizes":
-        """The column of these sizes."""
+        """Build a column from sizes."""
         return cls(np.array(sizes, dtype=np.int32).reshape(-1, 2))
 
     def __len__(self) -> int:

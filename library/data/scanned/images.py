@@ -1,4 +1,4 @@
-"""What is known of the pictures of a subset before any is opened, column by column: a million of them are 200 MB."""
+"""The images of a subset before any is opened, column by column: a million of them take 200 MB."""
 
 import io
 from collections.abc import Callable, Iterator, Sequence
@@ -19,38 +19,38 @@ T = TypeVar("T")
 
 
 class FileStamp(NamedTuple):
-    """What differs once a file is another one."""
+    """Values that change when a file is replaced."""
 
     num_bytes: int
     mark: str
 
 
 class Version(NamedTuple):
-    """What differs once a picture is another one."""
+    """Values that change when an image is replaced."""
 
     num_bytes: int
-    stamp: int  # nanoseconds of a file's last change; of a part of a file, bits of the digest in the index
+    stamp: int  # last change of a file in ns; for part of a file, bits of the digest in the index
 
 
 def digest_of_ends(ends: bytes, num_bytes: int) -> str:
-    """The digest of a file, from its first and its last `END_BYTES` and its size, in which only copies agree."""
+    """Return a digest of a file's first and last `END_BYTES` and its size, in which only copies agree."""
     return blake2b(ends + num_bytes.to_bytes(8, "big"), digest_size=16).hexdigest()
 
 
 def digest_of(content: bytes) -> str:
-    """The same from the whole file."""
+    """Return the digest from the whole file."""
     return digest_of_ends(content[:END_BYTES] + content[max(0, len(content) - END_BYTES) :], len(content))
 
 
 class OpenFiles(Protocol):
-    """Files that a reader opens once in each process; `Storage` implements it."""
+    """Files that a reader opens once per process; `Storage` implements it."""
 
     def file(self, file: str) -> io.RawIOBase:
         """Open a path or a URL."""
         ...
 
     def kept_open(self, file: str, open_file: Callable[[], T]) -> T:
-        """Return what `open_file` gives, from an earlier call for the same file if it is still open."""
+        """Return what `open_file` returned for this file earlier, or call it."""
         ...
 
     def shared(self, kind: type[T]) -> T:
@@ -59,11 +59,11 @@ class OpenFiles(Protocol):
 
 
 class Reader(Protocol):
-    """Reads images that are no plain range of bytes of their file. Workers get a pickled copy."""
+    """A reader of images that are not a plain byte range of their file. Workers get a pickled copy."""
 
     @property
     def name(self) -> str:
-        """Part of the names in the disk cache, where places of two readers may be equal otherwise."""
+        """A part of names in the disk cache, which distinguishes equal places of two readers."""
         ...
 
     def read(self, files: OpenFiles, place: "Place") -> bytes:
@@ -71,26 +71,26 @@ class Reader(Protocol):
         ...
 
     def read_group(self, files: OpenFiles, place: "Place") -> Iterator[tuple[int, bytes]]:
-        """Yield (start of its place, bytes) of the image and of all others that have to be read with it."""
+        """Yield (start of its place, bytes) of the image and of all others that must be read with it."""
         ...
 
 
 class Place(NamedTuple):
-    """Where in a larger file a picture lies: the bytes of a member of a tar file, a row of a Parquet file."""
+    """The location of an image in a larger file: the bytes of a member of a tar file, a row of a Parquet file."""
 
     file: str  # a path or a URL
-    name: str  # of the picture in it
-    start: int  # byte, or another number that the reader knows it by, such as a row
+    name: str  # of the image in it
+    start: int  # byte, or another number for the reader, such as a row
     num_bytes: int
-    digest: str  # of its size, beginning and end, in hexadecimal digits; copies share it
-    reader: Reader | None = None  # None where the image is these bytes of the file
+    digest: str  # hexadecimal, of its size, start and end; shared by copies
+    reader: Reader | None = None  # None: the image is these bytes of the file
 
 
 class Picture(NamedTuple):
-    """One picture of a subset. A tuple, for it takes a third of the time of a dataclass to make."""
+    """One image of a subset. A tuple, which is created in a third of the time of a dataclass."""
 
-    key: str  # its name in messages, and for what is drawn of it; of a picture that is a file, its path
-    caption: str  # as read: lines divided by newlines, without prefix, suffix and tag rules
+    key: str  # its name in messages and for random draws; the path if it is a file
+    caption: str  # as read: lines without prefix, suffix and tag rules
     size: Size  # width, height, upright
     mask_path: str | None = None
     tags: str | None = None  # the tags field of a metadata file, for statistics
@@ -99,30 +99,30 @@ class Picture(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Places:
-    """The places of N pictures."""
+    """The locations of N images."""
 
     files: tuple[str, ...]  # paths and URLs to open
-    shown: tuple[str, ...]  # how keys begin, without passwords and the like; "" for URLs of pictures
+    shown: tuple[str, ...]  # prefixes of keys without secrets; "" for image URLs
     file_N: NDArray[np.int32]
     start_N: NDArray[np.int64]
     bytes_N: NDArray[np.int64]
     digest_N16: NDArray[np.uint8]
     reader: Reader | None = None
-    urls: Texts | None = None  # of pictures that are files of their own
+    urls: Texts | None = None  # of images that are separate files
 
     def of(self, number: int, name: str) -> Place:
-        """The place of one picture."""
+        """Return the location of one image."""
         file = self.files[self.file_N[number]] if self.urls is None else self.urls[number]
         start, num_bytes = int(self.start_N[number]), int(self.bytes_N[number])
         return Place(file, name, start, num_bytes, self.digest_N16[number].tobytes().hex(), self.reader)
 
     @property
     def prefixes(self) -> list[str]:
-        """What stands before the names of the pictures of each file, in their keys."""
+        """The prefixes of the image names of each file, in their keys."""
         return [f"{file}/" if file else "" for file in self.shown]
 
     def take(self, rows: NDArray[Any]) -> "Places":
-        """Those of the pictures at `rows`."""
+        """Return the locations of the images at `rows`."""
         return replace(
             self,
             file_N=self.file_N[rows],
@@ -135,9 +135,9 @@ class Places:
 
 @dataclass(frozen=True, eq=False)
 class Pictures(Sequence[Picture]):
-    """N pictures. Each becomes an object only when it is asked for."""
+    """N images; objects are created on access."""
 
-    names: Texts  # keys without what `prefix` or the file of a place puts before them
+    names: Texts  # keys without the prefix from `prefix` or the file of a place
     captions: Texts
     sizes_N2: NDArray[np.int32]
     prefix: str = ""
@@ -180,20 +180,20 @@ class Pictures(Sequence[Picture]):
     __hash__ = None  # type: ignore[assignment]
 
     def each_key(self) -> Iterator[str]:
-        """The key of each picture, in order."""
+        """Yield the key of each image, in order."""
         if self.places is None:
             return map(self.prefix.__add__, self.names) if self.prefix else iter(self.names)
         prefixes = map(self.places.prefixes.__getitem__, in_blocks(self.places.file_N))
         return map(str.__add__, prefixes, self.names)
 
     def keys_at(self, rows: NDArray[Any]) -> Sequence[str]:
-        """The keys of the pictures at `rows`."""
+        """Return the keys of the images at `rows`."""
         if self.places is None and not self.prefix:
             return self.names.take(rows)
         return Texts.of(self.take(rows).each_key())
 
     def take(self, rows: NDArray[Any]) -> "Pictures":
-        """The pictures at `rows`, in their order."""
+        """Return the images at `rows`, in their order."""
         return replace(
             self,
             names=self.names.take(rows),
@@ -206,6 +206,6 @@ class Pictures(Sequence[Picture]):
 
 
 def in_blocks(column: NDArray[Any], block: int = 16384) -> Iterator[Any]:
-    """The values of a column as Python's own, a block at a time."""
+    """Yield the values of a column as Python objects, converted a block at a time."""
     for first in range(0, len(column), block):
         yield from column[first : first + block].tolist()

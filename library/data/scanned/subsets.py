@@ -1,4 +1,4 @@
-"""What was found of a subset and of a dataset."""
+"""The scan results of a subset and a dataset."""
 
 import os
 from collections.abc import Sequence
@@ -14,21 +14,21 @@ from library.data.scanned.images import Pictures
 
 @dataclass(frozen=True)
 class ScannedSubset:
-    """What was found for a subset."""
+    """The scan result of a subset."""
 
     config: SubsetConfig
     pictures: Pictures
     dropped: tuple[tuple[str, str], ...] = ()  # key, reason
     without_caption: Sequence[str] = ()  # keys
     empty_caption: Sequence[str] = ()
-    small: Sequence[str] = ()  # left out by skip_image_resolution
-    aside: Sequence[str] = ()  # names in image_dir that end like pictures or captions and are not read
-    alone: Sequence[str] = ()  # names of captions in image_dir that are no picture's
+    small: Sequence[str] = ()  # skipped by skip_image_resolution
+    aside: Sequence[str] = ()  # names in image_dir with image or caption extensions that are not read
+    alone: Sequence[str] = ()  # names of captions in image_dir without an image
 
 
 @dataclass(frozen=True)
 class ScannedDataset:
-    """What was found for a dataset."""
+    """The scan result of a dataset."""
 
     config: DatasetConfig
     subsets: tuple[ScannedSubset, ...]
@@ -36,12 +36,12 @@ class ScannedDataset:
 
 @dataclass
 class Listing:
-    """The pictures of a subset, column by column: a hundred thousand of them take a moment to make."""
+    """The images of a subset, column by column, because a hundred thousand objects take time to create."""
 
     config: SubsetConfig
     names: list[str] = field(default_factory=list)
     captions: Texts = field(default_factory=Texts.of)
-    sizes: Sequence[Size | str] = ()  # of a picture that cannot be read: why
+    sizes: Sequence[Size | str] = ()  # for an image that cannot be read, the reason
     masks: list[str] | None = None
     tags: list[str] | None = None
     dropped: list[tuple[str, str]] = field(default_factory=list)
@@ -52,18 +52,18 @@ class Listing:
 
     @property
     def prefix(self) -> str:
-        """What stands before a name in the path of a picture."""
+        """The prefix of names in the paths of images."""
         return "" if self.config.style == "metadata" else os.path.join(self.config.image_dir or "", "")
 
     @property
     def paths(self) -> list[str]:
-        """The path of each picture."""
+        """Return the path of each image."""
         return [self.prefix + name for name in self.names]
 
     def found(self) -> ScannedSubset:
-        """The pictures with a size, as columns that need no object for each."""
+        """Return the images with a size, as columns without an object for each."""
         masks, tags = (None if texts is None else Texts.of(texts) for texts in (self.masks, self.tags))
-        if isinstance(self.sizes, Sizes):  # as an index has them
+        if isinstance(self.sizes, Sizes):  # from an index
             sizes, dropped = self.sizes, []
         else:
             sizes = Sizes.of([(0, 0) if isinstance(size, str) else size for size in self.sizes])

@@ -1,4 +1,4 @@
-"""The source metadata_file: a JSON or JSONL file with captions and tags of images that lie elsewhere."""
+"""The source metadata_file: a JSON or JSONL file with captions and tags of images elsewhere."""
 
 from library.data.description.schema import SubsetConfig
 from library.data.scanned.subsets import ScannedSubset

@@ -22,12 +22,12 @@ logger = logging.getLogger(__name__)
 
 KEYS = ("image_column", "caption_column")
 URLS_AT_ONCE = 16
-MOST_GROUP_BYTES = 64 << 20  # of rows that are read for one of them, before somebody is told
+MOST_GROUP_BYTES = 64 << 20  # size of a row group above which a warning is logged
 
 
 @dataclass(frozen=True)
 class ParquetReader:
-    """Reads the images in one column; of a group of rows all have to be read for one."""
+    """A reader of the images in one column, which reads a whole row group for one image."""
 
     name: str  # of the column
 
@@ -59,19 +59,19 @@ SOURCE = Source(KEYS, scan)
 
 
 def columns_of_file(file: str, shown: str, config: SubsetConfig, storage: Storage) -> Columns:
-    """The columns of pictures and captions of a Parquet file."""
+    """Return the image and caption columns of a Parquet file."""
     return columns_of(ParquetRows(storage.file(file), shown).schema, config.image_column, config.caption_column, shown)
 
 
 def rows_of_parquet(file: str, shown: str, config: SubsetConfig, storage: Storage) -> list[Row]:
-    """The rows of a Parquet file."""
+    """Return the rows of a Parquet file."""
     opened = ParquetRows(storage.file(file), shown)
     columns = columns_of(opened.schema, config.image_column, config.caption_column, shown)
     num_rows, num_bytes = opened.largest_group(columns.image)
     if num_bytes > MOST_GROUP_BYTES and not columns.is_url:
         logger.warning(
-            "%s: to read one picture, %d are read (%.0f MB), for a group of rows is the least; tools/make_shards.py "
-            "writes tar files, of which each picture is read alone",
+            "%s: reading one image reads %d (%.0f MB), because a row group is the smallest unit; tools/make_shards.py "
+            "writes tar files, whose images are read one by one",
             shown,
             num_rows,
             num_bytes / 1e6,
@@ -99,18 +99,18 @@ def caption_lines(caption: str, shown: str) -> str:
 
 
 def row_of_url(url: str | None, caption: str | None, folder: str, storage: Storage) -> Row:
-    """A picture that lies elsewhere: at a URL, or at a path from the folder of the Parquet file on."""
+    """Return the row of an image elsewhere: at a URL, or at a path relative to the Parquet file."""
     if not url:
         return Row("?", 0, 0, 0, 0, caption, bytes(16), "has no URL")
     whole = url if is_remote(url) else f"{folder}/{url}" if folder else url
     if is_remote(whole):
-        storage.required_cache_dir("pictures behind a URL")
+        storage.required_cache_dir("images at URLs")
     shown = without_secrets(whole)
     try:
         window = storage.window(whole)
         found = row_of(window, Member(shown, 0, window.file_bytes), "")
     except FileNotFoundError:
-        return Row(shown, 0, 0, 0, 0, caption, bytes(16), "is not there", whole)
+        return Row(shown, 0, 0, 0, 0, caption, bytes(16), "does not exist", whole)
     except UserError as error:
         return Row(shown, 0, 0, 0, 0, caption, bytes(16), str(error).removeprefix(shown).strip(), whole)
     return found._replace(caption=caption, url=whole)

@@ -1,4 +1,5 @@
-"""Weights that are encoded some rows at a time: rounding takes several copies in float32, which need not be whole."""
+"""Encoding of weights a few rows at a time: rounding needs several float32 copies, which need not be of the whole
+weight."""
 
 from collections.abc import Callable
 from math import ceil
@@ -7,16 +8,17 @@ from torch import Tensor
 
 from library.memory.codecs.codec import Parts
 
-NUM_VALUES = 2**20  # encoded at a time, about
-STEP = 64  # rows are taken in multiples of this many, so that no group of values is cut
+NUM_VALUES = 2**20  # encoded at a time, approximately
+STEP = 64  # rows per chunk are a multiple of this, so that no quantisation group is split
 
 
 def encode_in_chunks(weight: Tensor, encode: Callable[[Tensor], Parts]) -> Parts:
-    """What `encode` makes of rows (O, I) of a weight, put together; each part is as long as its rows are many."""
+    """Encode the rows (O, I) of a weight chunk by chunk and join the parts; the length of a part is proportional to the
+    rows."""
     weight_OI = weight.detach().flatten(1)
     num_rows = len(weight_OI)
     rows = min(num_rows, max(1, NUM_VALUES // weight_OI.shape[1] // STEP) * STEP)
-    rows = num_rows if weight.is_meta else rows  # which costs no memory
+    rows = num_rows if weight.is_meta else rows  # meta tensors cost no memory
     whole: dict[str, Tensor] = {}
     filled: dict[str, int] = {}
     for first in range(0, num_rows, rows):

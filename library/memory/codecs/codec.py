@@ -1,4 +1,4 @@
-"""How a frozen weight is turned into stored tensors and back: the protocols, and what a loader can be asked for.
+"""Codecs between frozen weights and their stored tensors: the protocols, and what a loader can be asked for.
 
 Letters: O outputs, I inputs of a weight as a matrix; the inputs of a convolution are its channels times its kernel.
 """
@@ -13,31 +13,32 @@ from torch import Tensor, nn
 from library.memory.codecs.matmul_8bit import Codes
 
 Parts = Mapping[str, Tensor]
-"""The tensors in which a weight is stored, by the names that they have on their layer."""
+"""The tensors that store a weight, by their names on the layer."""
 
 
 class Decoder(Protocol):
-    """How a stored weight becomes numbers to compute with again."""
+    """The decoding half of a codec."""
 
     def decode(self, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """The weight of that shape in `dtype`, rounded as storing rounded it; possibly the stored tensor itself."""
+        """Return the weight with this shape and dtype, rounded as it is stored; may be the stored tensor itself."""
         ...
 
     def codes(self, parts: Parts) -> Codes | None:
-        """The 8-bit codes that can be multiplied without decoding them; None if the weight is stored in another way."""
+        """Return the 8-bit codes that can be multiplied without decoding, or None if the weight is not stored as
+        such."""
         ...
 
 
 class Codec(Decoder, Protocol):
-    """How one weight is stored, too."""
+    """A decoder that can also encode."""
 
     def encode(self, weight: Tensor) -> Parts:
-        """The parts of a weight, (O, I) or (O, channels, height, width), on its device."""
+        """Return the parts of a weight, (O, I) or (O, channels, height, width), on the weight's device."""
         ...
 
 
 class AsInFile:
-    """Asks for weights as their file has them: 8-bit ones stay so, others are read as numbers."""
+    """A request to keep weights as their file stores them: 8-bit ones stay quantised, others are read as numbers."""
 
 
 AS_IN_FILE = AsInFile()
@@ -45,12 +46,13 @@ AS_IN_FILE = AsInFile()
 
 @dataclass(frozen=True)
 class AsRead:
-    """Says what else becomes of each weight as soon as it is read: so the model is never whole, nor there twice."""
+    """A request to transform and store each weight as it is read, so that the model is never whole in memory, nor held
+    twice."""
 
     codec: Codec | AsInFile | None
-    changes: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)  # by name, before it is stored
-    take: Callable[[nn.Module], None] | None = None  # takes a layer away whose weight is stored
+    changes: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)  # by name, before storing
+    take: Callable[[nn.Module], None] | None = None  # called with each layer once stored, e.g. to shard it
 
 
 RequestedFormat = Codec | AsInFile | AsRead
-"""What weights are to be stored in while they are read."""
+"""The format in which weights are stored while they are read."""

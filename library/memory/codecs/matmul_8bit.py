@@ -1,11 +1,11 @@
-"""Products with the 8-bit codes of a frozen weight, which is not decoded: activations are rounded to 8 bits too.
+"""Products with the 8-bit codes of a frozen weight, without decoding it: activations are rounded to 8 bits too.
 
-Each token has a factor of its own, which brings its largest value to the largest that its format holds and is
-multiplied out after the product. The factors of the weight's rows are multiplied out there as well, or, where the sum
-runs over rows, into the gradient before it is rounded. Of a few tokens, such as the one that modulates a block for a
-whole picture, what rounding left is multiplied too, as tokens of its own: the kernels take as long for 17 as for one.
+Each token has a scale that maps its largest value to the largest of the 8-bit format and is multiplied out after the
+product. So are the scales of the weight's rows; where the sum runs over rows, they are folded into the gradient before
+it is rounded. For a few tokens, such as the one that modulates a block for the whole image, the rounding remainder is
+multiplied too, as further tokens: the kernels take as long for 17 tokens as for one.
 
-Letters: T tokens, O outputs, I inputs; K what a product sums over, N what it gives.
+Letters: T tokens, O outputs, I inputs; K the summed axis of a product, N its other axis.
 """
 
 from collections.abc import Callable
@@ -17,15 +17,16 @@ from torch.nn.functional import pad
 
 FP8 = torch.float8_e4m3fn
 MULTIPLES = {torch.int8: 8, FP8: 16, torch.float8_e5m2: 16}
-"""Formats of codes that can be multiplied; of what the cards' kernels want both sides of a weight to be a multiple."""
+"""Code formats that can be multiplied, with the number that both sides of a weight must be a multiple of for the GPU
+kernels."""
 
-FEWEST_ROWS = 17  # that cards multiply in int8
-MOST_TWICE = FEWEST_ROWS // 2  # tokens whose remainders are multiplied as well
+FEWEST_ROWS = 17  # minimum that torch._int_mm accepts on GPUs
+MOST_TWICE = FEWEST_ROWS // 2  # most tokens whose rounding remainders are multiplied as well
 
 
 @dataclass(frozen=True)
 class Codes:
-    """A weight that is `turn(codes * scales)`; `turn` is its own inverse and its own transpose."""
+    """A weight stored as `turn(codes * scales)`; `turn` is its own inverse and its own transpose."""
 
     codes_OI: Tensor
     scales: Tensor  # () or (O, 1)
@@ -33,7 +34,7 @@ class Codes:
 
     @property
     def can_be_multiplied(self) -> bool:
-        """Whether the kernels take such codes of that shape."""
+        """Return True if the kernels accept codes of this dtype and shape."""
         multiple = MULTIPLES.get(self.codes_OI.dtype)
         return (
             multiple is not None and self.scales.ndim < 3 and not any(size % multiple for size in self.codes_OI.shape)
@@ -41,12 +42,12 @@ class Codes:
 
     @property
     def scales_of_outputs(self) -> Tensor:
-        """() or (1, O), float32."""
+        """Return the scales as () or (1, O), float32."""
         return self.scales.float() if self.scales.ndim == 0 else self.scales.float().reshape(1, -1)
 
 
 def output(x: Tensor, weight: Codes, bias: Tensor | None) -> Tensor:
-    """x (..., I) times the weight's transpose, (..., O) in the dtype of x."""
+    """Multiply x (..., I) by the weight's transpose; return (..., O) in the dtype of x."""
     x_TI = x.reshape(-1, x.shape[-1])
     turned_TI = x_TI if weight.turn is None else weight.turn(x_TI)
     y_TO = products_of_rounded(turned_TI, weight.codes_OI.dtype, weight.codes_OI.t(), x.dtype)
@@ -57,7 +58,7 @@ def output(x: Tensor, weight: Codes, bias: Tensor | None) -> Tensor:
 
 
 def input_gradient(gradient: Tensor, weight: Codes) -> Tensor:
-    """The gradient (..., O) of the output times the weight, (..., I) in the dtype of the gradient."""
+    """Multiply the output's gradient (..., O) by the weight; return (..., I) in the dtype of the gradient."""
     scaled_TO = gradient.reshape(-1, gradient.shape[-1]) * weight.scales_of_outputs
     codes_OI = columns_first(weight.codes_OI) if gradient.device.type == "cuda" else weight.codes_OI
     dx_TI = products_of_rounded(scaled_TO, weight.codes_OI.dtype, codes_OI, gradient.dtype).to(gradient.dtype)
@@ -66,7 +67,8 @@ def input_gradient(gradient: Tensor, weight: Codes) -> Tensor:
 
 
 def products_of_rounded(x_TK: Tensor, kind: torch.dtype, codes_KN: Tensor, dtype: torch.dtype) -> Tensor:
-    """x times codes of a kind, (T, N) in float32, with x rounded to 8 bits, that of a few tokens to twice as many."""
+    """Multiply x, rounded to 8 bits, by codes of dtype `kind`; return (T, N) in float32. A few tokens are rounded to 16
+    bits."""
     rounded_TK, factors_T1 = rounded(x_TK, kind)
     if len(x_TK) > MOST_TWICE:
         return product(rounded_TK, codes_KN, dtype) * factors_T1
@@ -76,22 +78,24 @@ def products_of_rounded(x_TK: Tensor, kind: torch.dtype, codes_KN: Tensor, dtype
 
 
 def rounded(x_TK: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
-    """8-bit numbers (T, K) for codes of a kind, and the factor (T, 1) of each token in float32.
+    """Round each token to 8 bits; return the numbers (T, K) and the tokens' scales (T, 1) in float32.
 
-    With codes in e5m2 they are e4m3 as well: one of the two has to be, and a factor for each token leaves its few
-    powers of two enough.
+    For e5m2 codes the activations are e4m3: torch requires one side to be, and with a scale per token its smaller range
+    is enough.
     """
-    # Numbers that stand outside of functions are inputs to torch.compile, which it loses in the passes of autograd.
+    # Constants defined outside of functions become inputs of the compiled graph, which torch.compile loses in autograd
+    # passes.
     own = torch.int8 if kind == torch.int8 else FP8
     largest_T1 = torch.linalg.vector_norm(x_TK, float("inf"), dim=1, keepdim=True, dtype=torch.float32)
     largest = 127.0 if own == torch.int8 else 448.0
-    factors_T1 = (largest_T1 / largest).clamp(min=torch.finfo(torch.float32).tiny)  # of tokens of zeros too
+    factors_T1 = (largest_T1 / largest).clamp(min=torch.finfo(torch.float32).tiny)  # all-zero tokens included
     scaled_TK = x_TK / factors_T1
     return (scaled_TK.round_() if own == torch.int8 else scaled_TK).to(own), factors_T1
 
 
 def product(a_TK: Tensor, b_KN: Tensor, dtype: torch.dtype) -> Tensor:
-    """(T, N) in int32, or for fp8 in bfloat16 where the run computes in it, else in float32: float16 would overflow."""
+    """Return (T, N): int32 for int8; for fp8 bfloat16 if the run computes in it, else float32, because float16 would
+    overflow."""
     if a_TK.dtype == torch.int8:
         few = max(0, FEWEST_ROWS - len(a_TK))
         return torch._int_mm(pad(a_TK, (0, 0, 0, few)) if few else a_TK, b_KN)[: len(a_TK)]
@@ -101,5 +105,5 @@ def product(a_TK: Tensor, b_KN: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def columns_first(codes_KN: Tensor) -> Tensor:
-    """The same codes laid out as cards want a second factor: column by column."""
+    """Lay the codes out column-major, as GPUs require for the second factor."""
     return codes_KN.t().contiguous().t()

@@ -1,4 +1,4 @@
-"""Frozen weights that are stored as numbers."""
+"""Frozen weights stored as plain numbers."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from library.memory.codecs.codec import Parts
 
 @dataclass(frozen=True)
 class Plain:
-    """One part, `values`, in the shape and layout that the weight had; in `dtype`, None for the weight's own."""
+    """One part, `values`, with the weight's shape and layout; `dtype` None keeps the weight's own."""
 
     dtype: torch.dtype | None = None
 

@@ -1,4 +1,4 @@
-"""8-bit weights as checkpoint files have them: they are decoded here and never encoded."""
+"""8-bit weights as checkpoint files store them: decoded here, never encoded."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from library.memory.codecs.matmul_8bit import Codes
 
 @dataclass(frozen=True)
 class Scaled:
-    """Two parts: 8-bit `codes` (O, I), and `scales` for all, for each row, or for each group of a row.
+    """Two parts: 8-bit `codes` (O, I), and `scales` per tensor, per row or per group within a row.
 
-    `times(codes, scales)` multiplies them out, `turn` undoes what was done to the inputs before.
+    `times(codes, scales)` multiplies them; `turn` undoes a rotation of the inputs.
     """
 
     times: Callable[[Tensor, Tensor], Tensor]

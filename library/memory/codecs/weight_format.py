@@ -1,4 +1,4 @@
-"""A value of --base_format: each is one file in library/memory/formats, of the same name, that defines FORMAT."""
+"""Values of --base_format: each is one file in library/memory/formats, with the same name, that defines FORMAT."""
 
 import importlib
 from collections.abc import Callable
@@ -9,17 +9,17 @@ from library.memory.codecs.codec import Codec
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How frozen weights are stored, and what the planner has to know about it."""
+    """A codec for frozen weights and the costs that the planner needs."""
 
     codec: Codec
-    num_bytes: Callable[[int, int, int], int]  # of a matrix, from its rows, columns and bytes per unstored value
-    num_copies: float  # of a decoded weight at once while it is decoded; none where it is used as it is stored
-    slowdown: float  # of the arithmetic, by decoding [derived, see docs/memory.md; no card has confirmed it]
-    supports_8bit_matmul: bool = False  # the codec's `codes` can be multiplied as they are (--base_arithmetic 8bit)
+    num_bytes: Callable[[int, int, int], int]  # from rows, columns and bytes per decoded value of a matrix
+    num_copies: float  # decoded copies that exist at once during decoding; 0 if the stored tensor is used itself
+    slowdown: float  # factor on the arithmetic due to decoding [derived, see docs/memory.md; not measured on a GPU]
+    supports_8bit_matmul: bool = False  # `codes` can be multiplied without decoding (--base_arithmetic 8bit)
     required_package: str | None = None
 
 
 def load_format(name: str) -> WeightFormat:
-    """Import the format that --base_format calls `name`; its optional packages are imported when it is used."""
+    """Import the format named by --base_format; optional packages are imported only when it is used."""
     found: WeightFormat = importlib.import_module(f"library.memory.formats.{name}").FORMAT
     return found

@@ -1,4 +1,4 @@
-"""The weight format bf16: two bytes a value, whatever --mixed_precision is."""
+"""Weight format bf16: two bytes a value, whatever --mixed_precision is."""
 
 import torch
 

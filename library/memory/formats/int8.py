@@ -1,4 +1,4 @@
-"""The weight format int8: 8-bit integers with a factor for each row."""
+"""Weight format int8: 8-bit integers with a scale for each row."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,16 +14,16 @@ from library.memory.codecs.matmul_8bit import Codes
 from library.memory.codecs.weight_format import WeightFormat
 
 LARGEST = 127  # the range is symmetric, so that zero stays zero
-MOST_ROTATED = 256  # inputs of one rotation: more spread outliers little further and cost more to undo
+MOST_ROTATED = 256  # inputs per rotation: more hardly spread outliers further and cost more to undo
 
 
 @dataclass(frozen=True)
 class Int8Rows:
-    """Two parts: `codes` (O, I), and `scales` (O, 1) in float32; each value is off by at most half its row's factor.
+    """Two parts: `codes` (O, I), and `scales` (O, 1) in float32; the error of a value is at most half its row's scale.
 
-    With `is_rotated` groups of inputs are turned by a Hadamard matrix before they are rounded and turned back when they
-    are decoded (QuaRot, arXiv:2404.00456). One large value would make the factor of its row large; turned, it is
-    shared by its whole group.
+    With `is_rotated` groups of inputs are rotated by a Hadamard matrix before rounding and rotated back on decoding
+    (QuaRot, arXiv:2404.00456). A single outlier would inflate the scale of its row; rotated, its whole group shares
+    it.
     """
 
     is_rotated: bool = False
@@ -46,20 +46,21 @@ class Int8Rows:
 
 
 def turn(weight_OI: Tensor) -> Tensor:
-    """Each group of inputs times a Hadamard matrix, which is its own inverse."""
+    """Multiply each group of inputs by a Hadamard matrix, which is its own inverse."""
     size = group_size(weight_OI.shape[1])
     turned: Tensor = weight_OI.reshape(-1, size) @ hadamard(size, weight_OI.dtype, weight_OI.device)
     return turned.reshape(weight_OI.shape)
 
 
 def group_size(num_inputs: int) -> int:
-    """The largest power of two up to 256 that divides the number of inputs; 1, which turns nothing, where it is odd."""
+    """Return the largest power of two up to 256 that divides the number of inputs; for an odd number 1, which rotates
+    nothing."""
     return min(num_inputs & -num_inputs, MOST_ROTATED)
 
 
 @contextmanager
 def matrices_forgotten() -> Iterator[None]:
-    """Do not keep what is made within, where tensors may have no values."""
+    """Clear the matrix cache on exit, because tensors made within may be fake."""
     try:
         yield
     finally:
@@ -68,7 +69,7 @@ def matrices_forgotten() -> Iterator[None]:
 
 @cache
 def hadamard(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The symmetric orthogonal matrix (size, size) of Sylvester's construction; `size` is a power of two."""
+    """Return the symmetric orthogonal matrix (size, size) of Sylvester's construction; `size` is a power of two."""
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
@@ -77,7 +78,7 @@ def hadamard(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def num_bytes(num_rows: int, num_columns: int, itemsize: int) -> int:
-    """One byte a value, a float32 for each row."""
+    """Return the bytes: one per value and a float32 per row."""
     return num_rows * num_columns + 4 * num_rows
 
 

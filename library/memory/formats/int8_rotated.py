@@ -1,4 +1,4 @@
-"""The weight format int8_rotated: int8 after a rotation that spreads outliers."""
+"""Weight format int8_rotated: int8 after a rotation that spreads outliers."""
 
 from library.memory.codecs.weight_format import WeightFormat
 from library.memory.formats.int8 import Int8Rows, num_bytes

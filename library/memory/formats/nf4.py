@@ -1,4 +1,4 @@
-"""The weight format nf4: bitsandbytes' 4-bit NF4 (QLoRA, arXiv:2305.14314)."""
+"""Weight format nf4: bitsandbytes' 4-bit NF4 (QLoRA, arXiv:2305.14314)."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -13,16 +13,16 @@ from library.memory.codecs.codec import Parts
 from library.memory.codecs.weight_format import WeightFormat
 
 PACKAGE = "bitsandbytes"
-GROUP = 64  # values that share a factor
-FACTOR_GROUP = 256  # factors that share one, where they are quantised too
+GROUP = 64  # values that share a scale
+FACTOR_GROUP = 256  # scales that share one, if they are quantised too
 
 
 @dataclass(frozen=True)
 class Nf4:
-    """Two codes to a byte in `codes`, and a factor for every 64 values in `absmax`: 4.5 bits a value.
+    """Two codes per byte in `codes`, and a scale for every 64 values in `absmax`: 4.5 bits a value.
 
-    With `is_double` the factors are 8-bit codes themselves, with `absmax_scales` for every 256 of them and their mean
-    in `absmax_mean`: 4.13 bits a value.
+    With `is_double` the scales are 8-bit codes themselves, with `absmax_scales` for every 256 of them and their mean in
+    `absmax_mean`: 4.13 bits a value.
     """
 
     is_double: bool = False
@@ -44,8 +44,8 @@ class Nf4:
         device = parts["codes"].device
         state = functional().QuantState(
             absmax=self.factors(parts),
-            # In one row: bitsandbytes 0.50 takes wrong factors on CPUs where 64 does not divide the length of a row,
-            # and compiles its code anew where that is odd.
+            # As one row: bitsandbytes 0.50 uses wrong scales on CPUs if 64 does not divide the length of a row, and
+            # recompiles its code for odd lengths.
             shape=torch.Size((1, shape.numel())),
             code=table("nf4", device),
             blocksize=GROUP,
@@ -59,7 +59,7 @@ class Nf4:
         return None
 
     def factors(self, parts: Parts) -> Tensor:
-        """The factor of every group of values, float32."""
+        """Return the scale of every group of values, float32."""
         if not self.is_double:
             return parts["absmax"]
         state = functional().QuantState(
@@ -78,7 +78,7 @@ def encode_rows(weight_OI: Tensor) -> Parts:
 
 
 def functional() -> Any:
-    """bitsandbytes' functions, imported only by runs that use them."""
+    """Import bitsandbytes only in runs that use it."""
     import bitsandbytes.functional
 
     return bitsandbytes.functional
@@ -86,7 +86,7 @@ def functional() -> Any:
 
 @cache
 def table(kind: str, device: torch.device) -> Tensor:
-    """The numbers that codes stand for, float32."""
+    """Return the float32 numbers that codes stand for."""
     if kind == "nf4":
         nf4: Tensor = functional().get_4bit_type("nf4", device=device)
         return nf4
@@ -95,7 +95,7 @@ def table(kind: str, device: torch.device) -> Tensor:
 
 
 def num_bytes(num_rows: int, num_columns: int, itemsize: int) -> int:
-    """Two values to a byte, a float32 factor for each 64."""
+    """Return the bytes: half a byte per value and a float32 per 64 values."""
     num_values = num_rows * num_columns
     return ceil(num_values / 2) + 4 * ceil(num_values / GROUP)
 

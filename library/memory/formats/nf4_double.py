@@ -1,4 +1,4 @@
-"""The weight format nf4_double: nf4 whose factors are quantised, too (QLoRA's double quantisation)."""
+"""Weight format nf4_double: nf4 with quantised scales (QLoRA's double quantisation)."""
 
 from math import ceil
 
@@ -7,7 +7,7 @@ from library.memory.formats.nf4 import FACTOR_GROUP, GROUP, PACKAGE, Nf4
 
 
 def num_bytes(num_rows: int, num_columns: int, itemsize: int) -> int:
-    """Two values to a byte, a factor of one byte for each 64, a float32 for each 256 factors and one for their mean."""
+    """Return the bytes: half a byte per value, one per 64 values, a float32 per 256 scales and one for their mean."""
     num_values = num_rows * num_columns
     num_factors = ceil(num_values / GROUP)
     return ceil(num_values / 2) + num_factors + 4 * ceil(num_factors / FACTOR_GROUP) + 4

@@ -1,4 +1,4 @@
-"""Main memory that a card reads by itself."""
+"""Pinned main memory, which a GPU reads directly."""
 
 import weakref
 from collections.abc import Sequence
@@ -7,25 +7,26 @@ import psutil
 import torch
 from torch import Tensor
 
-MOST = 0.4  # of main memory: Windows pins about half, and what is pinned is lost to everything else
+MOST = 0.4  # of main memory: Windows pins at most about half, and nothing else can use pinned memory
 
 
 def pin(masters: Sequence[Tensor]) -> str | None:
-    """Pin buffers where they lie until they are gone; gives None, or in words why none of them is pinned.
+    """Pin buffers in place for as long as they live; return None, or the reason why none of them is pinned.
 
-    torch's own pinned memory comes in powers of two, up to twice of what is asked for. Memory that is given back while
-    it is pinned stays taken, and what comes to lie there next cannot be pinned: --fit makes rings in turn.
+    torch's own pinned memory is allocated in powers of two, up to twice the requested size. Each buffer is unpinned
+    before it is freed: memory freed while pinned stays registered, and a later buffer at its address cannot be pinned,
+    as when --fit makes several rings.
     """
     num_bytes, limit = sum(map(len, masters)), int(MOST * psutil.virtual_memory().total)
     if num_bytes > limit:
-        return f"{num_bytes / 1e9:.1f} GB are more than {MOST:.0%} of the main memory"
+        return f"{num_bytes / 1e9:.1f} GB is more than {MOST:.0%} of main memory"
     runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     for i, master in enumerate(masters):
         status = runtime.cudaHostRegister(master.data_ptr(), len(master), 0)
         if int(status) != 0:
             for pinned in masters[:i]:
                 runtime.cudaHostUnregister(pinned.data_ptr())
-            return f"the system refused it ({status})"
+            return f"cudaHostRegister failed with error {status}"
     for master in masters:
         weakref.finalize(master, runtime.cudaHostUnregister, master.data_ptr()).atexit = False
     return None

@@ -1,4 +1,4 @@
-"""Numbers that a device has computed, on their way to the host."""
+"""Asynchronous transfer of computed numbers from a device to the host."""
 
 from typing import Any
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 class Readback:
-    """Values of the device that the host asks for later: it then waits for what came before them, not for what follows.
+    """Device values that the host reads later: it then waits for the work before them, not for what was queued after.
 
-    This is the one place of a step where the host waits for a card. Elsewhere `.item()`, `.tolist()` and plain copies
-    would wait until it has done all that it was given.
+    This is the only place of a step where the host waits for a GPU. `.item()`, `.tolist()` and plain copies elsewhere
+    would wait until the GPU has finished everything queued.
     """
 
     def __init__(self, values: Tensor) -> None:
-        """Begin to bring `values`, of one dimension, to the host."""
+        """Start copying `values`, which have one dimension, to the host."""
         self._arrived: Any = None
         self._values = values
         if values.device.type == "cuda":
@@ -24,7 +24,7 @@ class Readback:
             self._arrived.record(torch.cuda.current_stream(values.device))
 
     def read(self) -> list[float]:
-        """The values; waits until they are there."""
+        """Wait for the copy and return the values."""
         if self._arrived is not None:
             self._arrived.synchronize()
         found: list[float] = self._values.tolist()

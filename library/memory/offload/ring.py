@@ -1,45 +1,45 @@
-"""A ring of slots on the device through which the blocks of a model pass, one computing while the next one comes."""
+"""A ring of slots on the device through which a model's blocks pass: one computes while the next one is copied."""
 
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 from library.memory.offload.streams import Streams
 
-NUM_SLOTS = 2  # one for the block that computes, one for the block that comes
-MOST_DIGEST = 2**20  # which float32 holds exactly
+NUM_SLOTS = 2  # one for the block that computes, one for the block being fetched
+MOST_DIGEST = 2**20  # float32 holds integers up to here exactly
 
 MasterT = TypeVar("MasterT")
 SlotT = TypeVar("SlotT")
 
 
 class Ring(Generic[MasterT, SlotT]):
-    """Gives the bytes of one block at a time, wherever it waits, and fetches the one that comes after it.
+    """Provides the bytes of one block at a time and prefetches the block that comes next.
 
-    Blocks are numbered. A block's bytes are good until another block is asked for. Which block comes next depends on
-    where the pass comes from, forward or backward, so the ring learns it: after block 3 came block 4 where 2 was
-    before, and 2 where 4 was before. A guess that was wrong, as in the first step, costs the time of a copy.
+    Blocks are numbered. A block's bytes are valid until another block is requested. Which block comes next depends on
+    the direction of the pass, so the ring learns it: after 2, 3 came 4; after 4, 3 came 2. A wrong guess, as in the
+    first step, costs the time of a copy.
     """
 
     def __init__(self, masters: Sequence[MasterT], streams: Streams[MasterT, SlotT]) -> None:
-        """`masters` are where the blocks wait, one for each, such as flat bytes in main memory."""
+        """`masters` are the offloaded blocks, for example as flat bytes in main memory."""
         self.masters = masters
         self.streams = streams
-        self.held: list[int | None] = [None] * NUM_SLOTS  # the block that a slot has, or is getting
+        self.held: list[int | None] = [None] * NUM_SLOTS  # the block that a slot holds or is receiving
         self.now: int | None = None
         self.before: int | None = None
         self.followers: dict[tuple[int | None, int | None], int] = {}
-        self.num_missed = 0  # blocks that had not been fetched when they were asked for
-        self.digest = 0  # of all blocks that were asked for, in order
-        self.turns: Callable[[int], None] | None = None  # is told of each block before it is fetched
+        self.num_missed = 0  # blocks that were not prefetched
+        self.digest = 0  # of all requested blocks, in order
+        self.turns: Callable[[int], None] | None = None  # called with each block before it is fetched
 
     def need(self, block: int) -> SlotT:
-        """The slot that has a block, on the device."""
+        """Return the slot that holds a block, on the device."""
         if block != self.now:
             self.turn_to(block)
         return self.streams.slots[self.held.index(block)]
 
     def turn_to(self, block: int) -> None:
-        """Be done with the block that computed, and fetch the one that will come after this one into its slot."""
+        """Release the block that computed and prefetch the block after this one into its slot."""
         if self.turns is not None:
             self.turns(block)
         self.digest = (31 * self.digest + block + 1) % MOST_DIGEST
@@ -54,7 +54,7 @@ class Ring(Generic[MasterT, SlotT]):
             self.fetch(following)
 
     def fetch(self, block: int) -> None:
-        """Begin to bring a block into the slot whose block does not compute."""
+        """Start copying a block into the slot that is not computing."""
         slot = next(i for i in range(NUM_SLOTS) if self.now is None or self.held[i] != self.now)
         self.held[slot] = block
         self.streams.start(slot, self.masters[block])

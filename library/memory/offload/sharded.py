@@ -1,12 +1,11 @@
-"""Lets the frozen weights of a model lie spread over processes: each keeps a share, and a block is whole only while it
-computes.
+"""Frozen weights sharded over processes: each keeps a shard, and a block is whole only while it computes.
 
-The shares are torch's: each block has a module of its own beside the model, whose parameters are the bytes of the
-block's layers, and `fully_shard` spreads these. The model itself is as it was, with its class names, hooks and
-adapters; its layers ask for their weights through a handle, as those do that wait in main memory.
+Torch's FSDP holds the shards: each block has a companion module outside the model whose parameters are the bytes of the
+block's layers, and `fully_shard` shards these. The model keeps its class names, hooks and adapters; its layers fetch
+their weights through a handle, like offloaded ones.
 
-A block is brought together by all processes that share it, so all of them must ask for the same blocks in the same
-order. Where one alone computes, the others `follow` it.
+Gathering a block is a collective of all processes that share it, so all of them must request the same blocks in the
+same order. If one process computes alone, the others `follow` it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,14 +24,14 @@ from library.memory.frozen import FrozenLayer, frozen_layers
 from library.memory.offload.ring import NUM_SLOTS, Ring
 from library.memory.offload.spans import ALIGNMENT, Span, parts_in, spans
 
-NOBODY = -1  # in place of a block's number: the one that was followed is done
+NOBODY = -1  # sent instead of a block's number: the leader is done
 
 
 class ShardedBlock(nn.Module):
-    """The bytes of one block's layers, spread over the processes of a mesh."""
+    """The bytes of one block's layers, sharded over the processes of a mesh."""
 
     def __init__(self, shares: Sequence[Any], mesh: Any) -> None:
-        """`shares` are distributed tensors of bytes, one for each layer."""
+        """`shares` are distributed tensors of bytes, one per layer."""
         from torch.distributed.fsdp import fully_shard
 
         super().__init__()
@@ -43,26 +42,26 @@ class ShardedBlock(nn.Module):
         self.load_state_dict({f"layer_{number}": share for number, share in enumerate(shares)}, assign=True)
 
     def begin(self) -> "Arrival":
-        """Start to bring the bytes together."""
+        """Start to gather the bytes."""
         return cast(Arrival, cast(Any, self).unshard(async_op=True))
 
     def whole(self) -> list[Tensor]:
-        """The bytes of each layer, while they are together."""
+        """Return the gathered bytes of each layer."""
         return [parameter.detach() for parameter in self.parameters()]
 
     def part(self) -> None:
-        """Keep this process's share alone."""
+        """Free all but this process's shard."""
         cast(Any, self).reshard()
 
 
 class Arrival(Protocol):
-    """A block that is being brought together."""
+    """A block that is being gathered."""
 
     def wait(self) -> None: ...
 
 
 class GatheredStreams:
-    """Slots that hold blocks which were brought together; what is begun runs beside the arithmetic on cards."""
+    """Slots that hold gathered blocks; on GPUs a gather overlaps with computing."""
 
     def __init__(self, num_slots: int) -> None:
         self.slots: list[list[Tensor]] = [[] for _ in range(num_slots)]
@@ -71,7 +70,7 @@ class GatheredStreams:
 
     def start(self, slot: int, master: ShardedBlock) -> None:
         self.slots[slot] = []
-        self.arrived(slot)  # a block that nobody asked for after all
+        self.arrived(slot)  # a prefetched block that was never requested
         held = self.held[slot]
         if held is not None:
             held.part()
@@ -92,24 +91,24 @@ class GatheredStreams:
 
 @dataclass(frozen=True)
 class Shelved:
-    """The handle of a layer whose weight is spread over processes."""
+    """The handle of a layer whose weight is sharded by block."""
 
     ring: Ring[ShardedBlock, list[Tensor]]
-    number: int  # of its block in the ring
-    place: int  # among the layers of the block
+    number: int  # index of its block in the ring
+    place: int  # index among the layers of the block
     layout: Sequence[Span]
 
     def __call__(self) -> Parts:
         return parts_in(self.layout, self.ring.need(self.number)[self.place])
 
     def copied(self, device: torch.device) -> Parts:
-        """The parts, which stay what they are when other blocks come."""
+        """Return copies of the parts, which stay valid when other blocks are fetched."""
         return {name: part.clone() for name, part in self().items()}
 
 
 @dataclass(frozen=True)
 class Share:
-    """A layer whose weight is spread and not yet in any block: the handle brings it together by itself."""
+    """The handle of a layer whose weight is sharded and not yet part of a block; it gathers the weight by itself."""
 
     layout: Sequence[Span]
     bytes: Any  # a distributed tensor of bytes
@@ -120,9 +119,9 @@ class Share:
 
 @dataclass
 class ShardedModel:
-    """The frozen layers of one model, spread over the processes of a group.
+    """The frozen layers of one model, sharded over the processes of a group.
 
-    With several groups each has the whole model: machines whose network is slow share nothing but gradients.
+    With several groups each holds a whole copy of the model: machines with a slow network exchange only gradients.
     """
 
     device: torch.device
@@ -134,7 +133,7 @@ class ShardedModel:
 
     @cached_property
     def mesh(self) -> Any:
-        """torch's mesh; the first to ask for it must be all processes together."""
+        """Torch's device mesh. Creating it is a collective: every process must call it."""
         from torch.distributed.device_mesh import init_device_mesh
 
         num_groups = self.num_processes // self.group_size
@@ -150,11 +149,11 @@ class ShardedModel:
 
     @property
     def has_main(self) -> bool:
-        """Whether the main process is in this one's group."""
+        """Return True if the main process is in this one's group."""
         return 0 in dist.get_process_group_ranks(self.group)
 
     def take(self, layer: nn.Module) -> None:
-        """Keep this process's share of a frozen layer's weight; to be called by all processes, in one order."""
+        """Keep only this process's shard of a frozen layer's weight. All processes must call it in the same order."""
         from torch.distributed.tensor import DTensor, Replicate, Shard
 
         assert isinstance(layer, FrozenLayer)
@@ -175,7 +174,7 @@ class ShardedModel:
         layer.handle = self.shares[layer]
 
     def resolve(self, stacks: Stacks) -> None:
-        """Bring the shares together by block; layers outside of the blocks of `stacks` stand each for itself."""
+        """Group the shards by block; a layer outside the blocks of `stacks` becomes a block of its own."""
         blocks = [
             [layer for layer in frozen_layers(block) if layer in self.shares] for stack in stacks for block in stack
         ]
@@ -191,28 +190,28 @@ class ShardedModel:
 
     @property
     def digest(self) -> int:
-        """Of the blocks that were asked for, in order; the same in all processes of a group."""
+        """A digest of the requested blocks, in order; equal in all processes of a group."""
         assert self.ring is not None
         return self.ring.digest
 
     @property
     def num_blocks(self) -> int:
-        """What is brought together at a time: blocks, and layers outside of blocks."""
+        """The number of units that are gathered at a time: blocks, and layers outside of blocks."""
         return len(self.sizes)
 
     @property
     def num_bytes(self) -> int:
-        """Of all weights that are spread."""
+        """The bytes of all sharded weights."""
         return sum(self.sizes)
 
     @property
     def most_bytes(self) -> int:
-        """Of the largest block."""
+        """The bytes of the largest block."""
         return max(self.sizes)
 
     @contextmanager
     def lead(self) -> Iterator[None]:
-        """Let this process compute alone, as long as the others of its group `follow` it."""
+        """Let this process compute alone while the others of its group `follow` it."""
         assert self.ring is not None
         self.ring.turns = self.tell
         try:
@@ -222,11 +221,11 @@ class ShardedModel:
             self.tell(NOBODY)
 
     def tell(self, number: int) -> None:
-        """Tell those that follow which block is asked for."""
+        """Announce the requested block to the followers."""
         dist.broadcast(torch.tensor([number], device=self.device), dist.get_rank(), group=self.group)
 
     def follow(self, leader: int) -> None:
-        """Bring together what another process asks for, until it is done."""
+        """Gather what the leading process requests, until it is done."""
         assert self.ring is not None
         said = torch.zeros(1, dtype=torch.int64, device=self.device)
         while True:

@@ -1,4 +1,4 @@
-"""Masters of which the processes of one machine have one copy together: files that all of them map into memory."""
+"""Masters shared by the processes of one machine: files that all of them map into memory."""
 
 import shutil
 from pathlib import Path
@@ -8,20 +8,21 @@ from torch import Tensor
 
 from library.memory.offload.streamed import MakeMaster
 
-IN_MEMORY = Path("/dev/shm")  # where Linux keeps files in main memory
-SHARE = 0.9  # of a place that may be taken
+IN_MEMORY = Path("/dev/shm")  # a file system in main memory on Linux
+SHARE = 0.9  # of the free space that may be used
 
 
 def place_for(num_bytes: int) -> str | None:
-    """The folder in main memory where it has room for as much; None for the ordinary one, whose files the system keeps
-    in main memory too while it has some, but also writes out."""
+    """Return /dev/shm if it has room; None means the ordinary temporary folder, whose files the system caches in main
+    memory but also writes to disk."""
     if IN_MEMORY.is_dir() and num_bytes < SHARE * shutil.disk_usage(IN_MEMORY).free:
         return str(IN_MEMORY)
     return None
 
 
 def shared_masters(folder: Path, is_first: bool) -> MakeMaster:
-    """Masters in files of `folder`: the first process makes them, the others find them filled."""
+    """Return a factory of masters in files of `folder`: the first process creates and fills them, the others map
+    them."""
 
     def make(block: int, num_bytes: int) -> tuple[Tensor, bool]:
         path = folder / f"block_{block}"

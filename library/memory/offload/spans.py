@@ -1,4 +1,4 @@
-"""Where the stored parts of frozen layers lie among flat bytes."""
+"""Layout of the stored parts of frozen layers in flat bytes."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from torch import Tensor
 from library.memory.codecs.codec import Parts
 from library.memory.frozen import FrozenLayer
 
-ALIGNMENT = 256  # bytes: where parts begin, as the card's own allocations do
+ALIGNMENT = 256  # bytes, as for the GPU's own allocations
 
 
 @dataclass(frozen=True)
 class Span:
-    """Where one part of one layer lies among the bytes of its block."""
+    """The location of one part of one layer among the bytes of its block."""
 
     layer: FrozenLayer
     name: str
@@ -23,16 +23,16 @@ class Span:
     end: int
 
     def within(self, bytes_N: Tensor) -> Tensor:
-        """The part as a view of the bytes."""
+        """Return the part as a view of the bytes."""
         return bytes_N[self.start : self.end].view(self.part.dtype).as_strided(self.part.shape, self.part.stride())
 
 
 def spans(layers: Iterable[FrozenLayer]) -> Iterator[Span]:
-    """The parts of frozen layers, one after the other."""
+    """Lay the parts of frozen layers out one after the other."""
     start = 0
     for layer in layers:
         for name, part in layer.own_parts().items():
-            # Convolutions compute with their channels last, see library.memory.devices.place.
+            # Convolutions compute with channels last, see library.memory.devices.place.
             wanted = part.to("meta", memory_format=torch.channels_last if part.ndim == 4 else torch.contiguous_format)
             end = start + part.numel() * part.element_size()
             yield Span(layer, name, wanted, start, end)
@@ -40,5 +40,5 @@ def spans(layers: Iterable[FrozenLayer]) -> Iterator[Span]:
 
 
 def parts_in(layout: Sequence[Span], bytes_N: Tensor) -> Parts:
-    """The parts as views of the bytes."""
+    """Return the parts as views of the bytes."""
     return {span.name: span.within(bytes_N) for span in layout}

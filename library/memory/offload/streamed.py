@@ -1,4 +1,4 @@
-"""Lets blocks of a frozen model wait in main memory until they compute."""
+"""Offloading of a frozen model's blocks to main memory until they compute."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -18,21 +18,21 @@ from library.memory.offload.streams import CudaStreams, HostStreams, StagedStrea
 logger = logging.getLogger(__name__)
 
 MakeMaster = Callable[[int, int], tuple[Tensor, bool]]
-"""(number of the block, bytes) to its flat master, and whether another process fills it."""
+"""A function of (block number, bytes) that returns a flat master and whether another process fills it."""
 
 
 def own_master(block: int, num_bytes: int) -> tuple[Tensor, bool]:
-    """Memory of this process alone."""
+    """Allocate memory of this process alone."""
     return torch.empty(num_bytes, dtype=torch.uint8), False
 
 
 def stream(
     stacks: Stacks, waiting: Sequence[int], device: torch.device, make_master: MakeMaster = own_master
 ) -> Ring[Tensor, Tensor] | None:
-    """Let `waiting[i]` blocks of stack i wait in main memory, and give their weights through slots on `device`.
+    """Keep `waiting[i]` blocks of stack i in main memory, and provide their weights through slots on `device`.
 
-    The weights of these blocks must be frozen, see `library.memory.frozen`. Norms, biases and whatever else is no
-    frozen layer's weight stay with the model. Gives the ring; None where no block waits.
+    The weights of these blocks must be frozen, see `library.memory.frozen`. Norms, biases and all other parameters stay
+    on the model's device. Return the ring, or None if no block is offloaded.
     """
     blocks = [stack[i] for stack, count in zip(stacks, waiting, strict=True) for i in chosen(len(stack), count)]
     if not blocks:
@@ -47,20 +47,20 @@ def stream(
 
 
 def chosen(num_blocks: int, count: int) -> list[int]:
-    """Which of the blocks wait: evenly spread, so that others compute while one comes, and never the last.
+    """Return the blocks to offload: evenly spread, so that others compute during a copy, and never the last one.
 
-    Where forward turns into backward a block that waits would have no time to come.
+    At the turn from forward to backward there would be no time to fetch it.
     """
     return [i * (num_blocks - 1) // count for i in range(count)]
 
 
 def bytes_of_parts(block: nn.Module) -> int:
-    """What the frozen layers of a block take."""
+    """Return the bytes of a block's frozen weights."""
     return sum(p.numel() * p.element_size() for layer in frozen_layers(block) for p in layer.own_parts().values())
 
 
 def take_out(number: int, layout: Sequence[Span], make_master: MakeMaster) -> Tensor:
-    """Move the parts of a block from its layers into a master."""
+    """Move the parts of a block from its layers into a master and return it."""
     master, is_filled = make_master(number, layout[-1].end if layout else 0)
     for span in layout:
         if not is_filled:
@@ -71,34 +71,34 @@ def take_out(number: int, layout: Sequence[Span], make_master: MakeMaster) -> Te
 
 @dataclass(frozen=True)
 class Waiting:
-    """The handle of a layer whose block waits in main memory."""
+    """The handle of a layer whose block is offloaded to main memory."""
 
     ring: Ring[Tensor, Tensor]
-    number: int  # of the block in the ring
+    number: int  # index of the block in the ring
     layout: Sequence[Span]
 
     def __call__(self) -> Parts:
-        """The parts where the block's slot is."""
+        """Return the parts in the block's slot."""
         return parts_in(self.layout, self.ring.need(self.number))
 
     def copied(self, device: torch.device) -> Parts:
-        """The parts straight from main memory, past the ring."""
+        """Copy the parts straight from main memory, bypassing the ring."""
         return {name: part.to(device) for name, part in parts_in(self.layout, self.ring.masters[self.number]).items()}
 
 
 def open_streams(masters: Sequence[Tensor], device: torch.device) -> Streams[Tensor, Tensor]:
-    """The fastest way from these masters to the device, which the log names."""
+    """Open the fastest streams from these masters to the device, and log which."""
     largest, total = max(map(len, masters)), sum(map(len, masters))
-    what = f"{len(masters)} blocks ({total / 1e9:.2f} GB) wait in main memory"
+    what = f"{len(masters)} blocks ({total / 1e9:.2f} GB) are offloaded to main memory"
     if device.type != "cuda":
-        logger.info("%s; without a card this saves nothing and costs a copy of each block in each pass", what)
+        logger.info("%s; without a GPU this saves nothing and copies each block in every pass", what)
         return HostStreams(NUM_SLOTS, largest, device)
     reason = pin(masters)
     if reason is None:
-        logger.info("%s, which is pinned: they are copied while others compute", what)
+        logger.info("%s (pinned): they are copied while others compute", what)
         return CudaStreams(NUM_SLOTS, largest, device)
     logger.warning(
-        "%s, which is not pinned: %s; they are copied twice, which can take longer than the others compute",
+        "%s, which cannot be pinned: %s. Each is copied twice, which can take longer than computing the others",
         what,
         reason,
     )

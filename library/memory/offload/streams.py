@@ -1,8 +1,7 @@
-"""How bytes get from main memory into the slots of a ring while the device computes.
+"""Copies from main memory into the slots of a ring while the device computes.
 
-Every one of these keeps two promises. `start(slot, master)` begins to fill a slot once all work that the device was
-given so far is done, so what still reads the slot's old bytes does. After `ready(slot)` whatever the device is given
-sees the slot filled.
+Every implementation keeps two promises. `start(slot, master)` fills a slot only after all work queued on the device so
+far is done, including reads of the slot's old bytes. Work queued after `ready(slot)` sees the slot filled.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +19,7 @@ SlotT = TypeVar("SlotT")
 
 
 class Streams(Protocol[MasterT, SlotT]):
-    """Slots on the device, and a way to fill them."""
+    """Slots on the device, and the copies that fill them."""
 
     slots: list[SlotT]
 
@@ -29,9 +28,9 @@ class Streams(Protocol[MasterT, SlotT]):
 
 
 class HostStreams:
-    """For devices without streams of copies: a slot is copied when it is waited for.
+    """Slots for devices without copy streams: a slot is copied when it is waited for.
 
-    Until then it holds NaN, so that a block which is used after its slot was given away shows at once.
+    Until then it holds NaN, so that use of a block after its slot was reassigned shows at once.
     """
 
     def __init__(self, num_slots: int, num_bytes: int, device: torch.device) -> None:
@@ -49,7 +48,7 @@ class HostStreams:
 
 
 class CudaStreams:
-    """Copies from pinned memory by a stream of their own, beside the arithmetic; the host waits for nothing."""
+    """Copies from pinned memory on a stream of their own, in parallel with computing; the host waits for nothing."""
 
     def __init__(self, num_slots: int, num_bytes: int, device: torch.device) -> None:
         self.slots = [torch.empty(num_bytes, dtype=torch.uint8, device=device) for _ in range(num_slots)]
@@ -61,7 +60,7 @@ class CudaStreams:
         self.copy(slot, master)
 
     def copy(self, slot: int, master: Tensor) -> None:
-        """Give the copy to its stream. The slots live as long as the ring, so no allocator needs to know of it."""
+        """Queue the copy on its stream; the allocator need not know, because the slots live as long as the ring."""
         with torch.cuda.stream(self.copies):
             self.slots[slot][: len(master)].copy_(master, non_blocking=True)
             self.filled[slot].record(self.copies)
@@ -71,15 +70,16 @@ class CudaStreams:
 
 
 class StagedStreams(CudaStreams):
-    """The same from memory that could not be pinned: a thread brings the bytes into a pinned buffer first.
+    """Copies from memory that could not be pinned: a thread first moves the bytes into a pinned buffer.
 
-    The bytes are copied twice, once by the processor, so a block takes about as long as its memory allows.
+    The processor copies every byte once more, so the speed of main memory limits a block.
     """
 
     def __init__(self, num_slots: int, num_bytes: int, device: torch.device) -> None:
         super().__init__(num_slots, num_bytes, device)
         self.staging = [torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(NUM_STAGING)]
-        self.left = [torch.cuda.Event() for _ in self.staging]  # type: ignore[no-untyped-call]  # the card has read it
+        # Recorded when the GPU has read the buffer.
+        self.left = [torch.cuda.Event() for _ in self.staging]  # type: ignore[no-untyped-call]
         self.turn = 0
         self.worker = ThreadPoolExecutor(1, "weights")
         self.given: dict[int, Future[None]] = {}
@@ -90,9 +90,9 @@ class StagedStreams(CudaStreams):
         self.given[slot] = self.worker.submit(self.stage, slot, master, free)
 
     def stage(self, slot: int, master: Tensor, free: torch.cuda.Event) -> None:
-        """What the thread does: the copies of one block, in the order in which they were asked for."""
+        """Copy one block; a single thread runs these in the order of the requests."""
         i, self.turn = self.turn, (self.turn + 1) % NUM_STAGING
-        self.left[i].synchronize()  # the only wait, and it is this thread's
+        self.left[i].synchronize()  # the only wait, and it blocks only this thread
         staged = self.staging[i][: len(master)].copy_(master)
         self.copies.wait_event(free)
         self.copy(slot, staged)

@@ -1,4 +1,4 @@
-"""Chooses the fastest way of running a step that fits."""
+"""Choice of the fastest configuration that fits into GPU memory."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -9,16 +9,16 @@ from library.memory.planner.prediction import CountedStep, Predicted, Way, predi
 
 @dataclass(frozen=True)
 class Allowed:
-    """What may be chosen from; what the user has set is the only value of its kind."""
+    """The search space; options that the user set are fixed."""
 
     weight_formats: Sequence[str | None] = (None,)
     recompute_every: Sequence[int | None] = (None, 3, 2, 1)
     inputs_wait: Sequence[bool] = (False, True)
-    num_offloaded: int | None = None  # None for any number
-    shared_by: int = 1  # processes; where it is more than one, no block waits in main memory
+    num_offloaded: int | None = None  # None: chosen by the planner
+    shared_by: int = 1  # processes; with more than one, no block is offloaded to main memory
 
     def ways(self) -> Iterator[Way]:
-        """Every combination, with no blocks waiting or the number that is set."""
+        """Yield every combination, with the fixed number of offloaded blocks or none."""
         for weight_format in self.weight_formats:
             for every in self.recompute_every:
                 for wait in self.inputs_wait if every is not None else (False,):
@@ -27,11 +27,11 @@ class Allowed:
 
 @dataclass(frozen=True)
 class Choice:
-    """Every candidate on a card, with as few blocks waiting as make it fit, and the one that is taken."""
+    """Every candidate on a GPU, each with the fewest offloaded blocks that make it fit, and the chosen one."""
 
     card: Gpu
     candidates: tuple[Predicted, ...]
-    chosen: Predicted | None  # None where nothing fits
+    chosen: Predicted | None  # None if nothing fits
 
     @property
     def least(self) -> Predicted:
@@ -40,7 +40,7 @@ class Choice:
 
 
 def choose(step: CountedStep, allowed: Allowed, card: Gpu, correction: float = 1.0) -> Choice:
-    """The candidate with the least predicted time; of several those that change least come first."""
+    """Choose the candidate with the least predicted time, or of equals the one with the least memory."""
     candidates = tuple(fitted(step, way, allowed, card, correction) for way in allowed.ways())
     fitting = [found for found in candidates if found.device_bytes <= card.memory_bytes]
     chosen = min(fitting, key=lambda found: (found.seconds, found.device_bytes)) if fitting else None
@@ -48,7 +48,7 @@ def choose(step: CountedStep, allowed: Allowed, card: Gpu, correction: float = 1
 
 
 def fitted(step: CountedStep, way: Way, allowed: Allowed, card: Gpu, correction: float) -> Predicted:
-    """A way with as few blocks waiting as make it fit, or with as many as can wait."""
+    """Predict a way with the fewest offloaded blocks that make it fit, or with as many as can be offloaded."""
     found = predict(step, way, card, correction)
     if allowed.num_offloaded is not None or allowed.shared_by > 1:
         return found

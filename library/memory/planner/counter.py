@@ -1,4 +1,4 @@
-"""Counts the memory and the arithmetic of operations while they run, on tensors that may be fake.
+"""Counters of memory and arithmetic of operations as they run, on tensors that may be fake.
 
 Fake tensors (torch's FakeTensorMode) have shapes and dtypes but no values, so a step of a model of any size can be
 counted on any machine in seconds.
@@ -31,8 +31,8 @@ def product_flops(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
     return 2 * a.shape[0] * a.shape[1] * b.shape[1]
 
 
-# torch's own table leaves out products of 8-bit integers and the CPU's flash attention, a fifth of the forward pass of
-# FLUX.1 at 1024 px.
+# torch's own table lacks 8-bit integer products and the CPU's flash attention, a fifth of the forward pass of FLUX.1 at
+# 1024 px.
 MORE_FORMULAS = {
     aten._int_mm: product_flops,
     aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
@@ -41,17 +41,18 @@ MORE_FORMULAS = {
 
 
 def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
-    """Floating-point operations of one call that gave `out`; 0 for what is neither a product nor attention."""
+    """Return the floating-point operations of a call with output `out`; 0 unless it is a matrix product or
+    attention."""
     packet = func._overloadpacket
     count: Any = MORE_FORMULAS.get(packet) or flop_registry.get(packet)
     return 0 if count is None else int(count(*args, **kwargs, out_val=out))
 
 
 class FlopCounter(TorchDispatchMode):
-    """Adds up the floating-point operations of a forward and backward pass; what is computed again counts once.
+    """Adds up the floating-point operations of a forward and backward pass; recomputed ones count once.
 
-    What runs without gradients, such as a VAE, is left out. To be told of the backward pass by `in_backward`: within
-    it, operations that record gradients are a forward pass that runs again.
+    Work without gradients, such as a VAE's, is not counted. Set `in_backward` during the backward pass: within it,
+    operations that record gradients are a recomputed forward pass.
     """
 
     def __init__(self) -> None:
@@ -71,17 +72,17 @@ class FlopCounter(TorchDispatchMode):
 class Segment:
     """A stretch of a step between two cuts."""
 
-    label: tuple[str, int] | None  # (pass, number of the block) of a block's stretch
-    delta: int  # bytes that are alive at its end and were not at its start
-    rise: int  # most bytes within it above those at its start
+    label: tuple[str, int] | None  # (pass, block number); None between blocks
+    delta: int  # bytes alive at its end minus those at its start
+    rise: int  # peak bytes within it minus those at its start
     flops: int
 
 
 class OperationCounter(TorchDispatchMode):
-    """Adds up the bytes of the storages that operations make, until they are freed, and floating-point operations.
+    """Adds up floating-point operations and the bytes of the storages that operations allocate, until they are freed.
 
-    `answers` are what reading a fake tensor's value gives, by kind of dtype: "bool", "int" and "float". Without them
-    values are read from the tensors themselves.
+    `answers` are the values that reading a fake tensor returns, by kind of dtype: "bool", "int" and "float". Without
+    them values are read from the tensors themselves.
     """
 
     def __init__(self, answers: Mapping[str, Any] | None = None) -> None:
@@ -106,19 +107,19 @@ class OperationCounter(TorchDispatchMode):
         return out
 
     def leave_out(self, tensors: Iterable[Tensor]) -> None:
-        """Do not count memory that is there already when a view of it is made."""
+        """Do not count memory that exists already when a view of it is made."""
         for tensor in tensors:
             self._sizes[tensor.untyped_storage()._cdata] = 0
 
     def cut(self, label: tuple[str, int] | None = None) -> None:
-        """End a segment here, which gets the label, and begin the next."""
+        """End a segment here with this label and begin the next."""
         rise = self.peak - self._live_at_cut
         self.segments.append(Segment(label, self.live - self._live_at_cut, rise, self.flops - self._flops_at_cut))
         self._live_at_cut = self.peak = self.live
         self._flops_at_cut = self.flops
 
     def restart(self) -> None:
-        """Forget the segments and begin the first one here."""
+        """Discard the segments and begin the first one here."""
         self.segments.clear()
         self._live_at_cut = self.peak = self.live
         self._flops_at_cut = self.flops
@@ -137,7 +138,7 @@ class OperationCounter(TorchDispatchMode):
 
 
 def all_places(index: Tensor | None) -> Tensor | None:
-    """For a mask along one axis, which in fake tensors hides how many it chooses, the places of all."""
+    """Replace a mask along one axis by all its indices, because a fake mask hides how many it selects."""
     is_mask = index is not None and index.dtype == torch.bool and index.ndim == 1
     return torch.arange(len(index), device=index.device) if index is not None and is_mask else index
 

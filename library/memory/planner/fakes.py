@@ -1,4 +1,4 @@
-"""Models without values: from the meta device, where they are built, to fake tensors, on which they run."""
+"""Models of fake tensors, made from models on the meta device."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-NORMS = ("group_norm", "layer_norm", "rms_norm")  # that autocast computes in float32 on a card and not on a CPU
+NORMS = ("group_norm", "layer_norm", "rms_norm")  # that autocast computes in float32 on GPUs but not on CPUs
 
 
 def give_fakes(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Within a FakeTensorMode, give every parameter and buffer memory that is only counted, in place.
+    """Replace every parameter and buffer by a fake one, in place; requires an active FakeTensorMode.
 
-    Floating-point numbers become `dtype`, or stay in theirs; convolutions become channels last, as on a card. A tensor
-    that several modules share stays shared.
+    Floating-point tensors become `dtype`, or keep theirs if it is None; convolutions become channels last, as on a GPU.
+    A tensor shared by several modules stays shared.
     """
     made: dict[int, Tensor] = {}
     for module in model.modules():
@@ -29,7 +29,7 @@ def give_fakes(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 
 
 def fake_of(old: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A tensor or parameter of the same shape."""
+    """Return a tensor or parameter of the same shape."""
     layout = torch.channels_last if old.ndim == 4 else torch.contiguous_format
     kind = dtype if dtype is not None and old.is_floating_point() else old.dtype
     new = torch.empty(old.shape, dtype=kind, memory_format=layout)
@@ -38,10 +38,11 @@ def fake_of(old: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 @contextmanager
 def norms_as_on_cards() -> Iterator[None]:
-    """Let autocast on the CPU compute norms in float32, as CUDA's does (ATen/autocast_mode.h); what they give is kept.
+    """Make autocast on the CPU compute norms in float32 and keep their output so, as CUDA's does
+    (ATen/autocast_mode.h).
 
-    It makes 1.5 GiB of a step of SDXL and 4 GiB of one of FLUX.1 without recomputing. torch's own modules and
-    libraries look the functions up when they are called. A TorchFunctionMode does not do: it is off while a block is
+    This accounts for 1.5 GiB of a step of SDXL and 4 GiB of one of FLUX.1 without recomputing. torch's own modules and
+    libraries look the functions up at each call. A TorchFunctionMode would not do: it is off while a block is
     recomputed in the backward pass.
     """
     old = {name: getattr(functional, name) for name in NORMS}

@@ -1,4 +1,4 @@
-"""What cards have: memory, arithmetic and the bus from main memory."""
+"""Memory, arithmetic and bus speeds of GPUs."""
 
 import re
 import time
@@ -12,21 +12,21 @@ from library.errors import UserError
 GIB = 2**30
 UNITS = {"": GIB, "g": GIB, "gb": GIB, "gib": GIB, "m": 2**20, "mb": 2**20, "mib": 2**20}
 LARGEST_GPU = 1024 * GIB  # "4090" is the name of a card
-REACHED = 0.6  # of what one large product reaches, by a whole step [derived]
+REACHED = 0.6  # share of one large product's speed that a whole step reaches [derived]
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """What computes."""
+    """A GPU, or another device that computes."""
 
     name: str
-    memory_bytes: int  # that a run may take
-    flops: float  # a second, as training reaches them
-    bus: float  # bytes a second from pinned main memory
+    memory_bytes: int  # available to a run
+    flops: float  # per second, as reached in training
+    bus: float  # bytes per second from pinned main memory
 
 
-# What steps reach by published figures: 60 % of the arithmetic that the makers give for bfloat16 with sums in float32,
-# and the bus as measured in practice. No card has confirmed them here.
+# Speeds of a step by published figures: 60 % of the vendors' dense bfloat16 peak with float32 accumulation, and the bus
+# as measured in practice. Not measured on a GPU here.
 TYPICAL = (
     Gpu("RTX 4060", 8 * GIB, 18e12, 12.5e9),
     Gpu("RTX 4070", 12 * GIB, 35e12, 24e9),
@@ -37,7 +37,7 @@ TYPICAL = (
 )
 
 
-# FLOP/s that the makers give for dense products in 16 bits with sums in float32; the first name that fits counts.
+# Vendors' dense 16-bit FLOP/s with float32 accumulation; the first name contained in the device name counts.
 PEAKS = (
     ("B200", 2250e12), ("GH200", 989e12), ("H200", 989e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12),
     ("H100", 989e12), ("A100", 312e12), ("A800", 312e12), ("A10G", 70e12), ("A10", 125e12), ("A40", 150e12),
@@ -50,7 +50,7 @@ PEAKS = (
 
 
 def peak_of(device: torch.device, dtype: torch.dtype) -> float | None:
-    """FLOP/s that a card can do: what its maker gives for 16 bits, else those of one large product; None for CPUs."""
+    """Return a GPU's peak FLOP/s: the vendor's figure for 16 bits, else that of one large product; None for CPUs."""
     if device.type != "cuda":
         return None
     if dtype in (torch.bfloat16, torch.float16):
@@ -62,7 +62,7 @@ def peak_of(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def parse_size(flag: str, text: str) -> int:
-    """Bytes of "12GB", "12" or "11500MB"; a gigabyte is 2**30 bytes, as in the names of cards."""
+    """Parse "12GB", "12" or "11500MB" into bytes; a gigabyte is 2**30 bytes, as in the names of GPUs."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
     if found is None or found[2] not in UNITS or float(found[1]) <= 0:
         raise UserError(f"{flag}: {text!r} is not a memory size; use e.g. 12GB or 11500MB")
@@ -73,18 +73,18 @@ def parse_size(flag: str, text: str) -> int:
 
 
 def typical_gpu(memory_bytes: int) -> Gpu:
-    """A common card of about this memory: the largest that does not have more, or the smallest."""
+    """Return a common GPU of about this memory: the largest that does not have more, or the smallest."""
     smaller = [card for card in TYPICAL if card.memory_bytes <= memory_bytes]
     like = smaller[-1] if smaller else TYPICAL[0]
     return Gpu(like.name, memory_bytes, like.flops, like.bus)
 
 
 def measured_gpu(device: torch.device, memory_bytes: int, dtype: torch.dtype, side: int = 4096) -> Gpu:
-    """This device, by one large product and one copy of as many bytes from main memory: about a tenth of a second."""
+    """Measure this device with one large product and one copy of as many bytes from main memory; takes about 0.1 s."""
     on_card = device.type == "cuda"
 
     def seconds(run: Callable[[], object]) -> float:
-        run()  # what is made once
+        run()  # warm-up
         best = float("inf")
         for _ in range(3):
             began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What a step needs and how long it takes, in a given way of running it, on a given card."""
+"""Predicted memory and time of a step, for a way of running it on a given GPU."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from library.memory.planner.gpus import GIB, Gpu
 from library.memory.planner.steps import CountedOptimizer, Move, Timeline, peak_of
 from library.memory.planner.weights import ModelWeights, StorageCost
 
-# Assumed until a card has been measured: the context of CUDA with the workspaces of its libraries, and how much more of
-# a step's tensors than their bytes the allocator takes from the card.
+# Assumed until a GPU has been measured: the CUDA context with its libraries' workspaces, and the allocator's overhead
+# as a share of a step's tensors.
 CONTEXT_BYTES = 7 * GIB // 10
 ALLOCATOR_SHARE = 0.05
 
-# Published for 47 of 48 blocks in main memory on an H100: 5 %. The same is assumed for inputs that wait there.
+# Published for 47 of 48 offloaded blocks on an H100: 5 %. The same is assumed for offloaded block inputs.
 COST_OF_WAITING = 0.05
 
 
@@ -20,11 +20,11 @@ COST_OF_WAITING = 0.05
 class Way:
     """One way of running a step."""
 
-    weight_format: str | None = None  # of the frozen weights; None as --mixed_precision has them
+    weight_format: str | None = None  # of the frozen weights; None for the dtype of --mixed_precision
     recompute_every: int | None = None  # blocks: 1 for all, 2 for every second; None for none
-    inputs_wait: bool = False  # what is recomputed from lies in main memory between the passes
+    inputs_wait: bool = False  # inputs of recomputed blocks are kept in main memory between the passes
     num_offloaded: int = 0  # --blocks_to_swap
-    shared_by: int = 1  # processes over which the weights of the denoiser are spread, --shard_base
+    shared_by: int = 1  # processes over which the denoiser is sharded, --shard_base
 
     def recomputes(self, place: int) -> bool:
         return self.recompute_every is not None and place % self.recompute_every == 0
@@ -32,37 +32,38 @@ class Way:
 
 @dataclass(frozen=True)
 class CountedStep:
-    """A training step as it was counted; bytes are those of tensors."""
+    """A counted training step; bytes are those of tensors."""
 
     timeline: Timeline
-    first_place: int  # in the timeline, of the denoiser's blocks: text encoders that train come before
+    first_place: int  # of the denoiser's blocks in the timeline; trained text encoders come before
     weights: ModelWeights  # of the denoiser
-    encoders: tuple[ModelWeights, ...]  # of the text encoders that stay
-    own_formats: tuple[str | None, str | None]  # of denoiser and text encoders, as the user has set them
-    other_bytes: int  # of what is there all the time besides
+    encoders: tuple[ModelWeights, ...]  # of the text encoders that stay in memory
+    own_formats: tuple[str | None, str | None]  # of denoiser and text encoders, as set by the user
+    other_bytes: int  # of everything else that stays in memory
     adapter_bytes: int
     gradient_bytes: int
-    held_gradient_bytes: int  # that are there already when a pass begins, where a step has several
+    held_gradient_bytes: int  # gradients of earlier passes, if a step accumulates several
     optimizer: CountedOptimizer
-    offloaded_indices: Callable[[int], Collection[int]]  # the blocks that wait for a number of --blocks_to_swap
+    offloaded_indices: Callable[[int], Collection[int]]  # the blocks offloaded for a value of --blocks_to_swap
     most_offloaded: int
-    multiplies_codes: bool = False  # as they are: it was counted so
+    multiplies_codes: bool = False  # the step was counted with --base_arithmetic 8bit
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """What a way needs and costs."""
+    """The predicted memory and time of a way."""
 
     way: Way
     weight_bytes: int  # of frozen models on the device
     tensor_bytes: int  # at the peak of training
-    device_bytes: int  # with what the card and its allocator add
-    seconds: float  # a forward and backward pass
-    host_bytes: int  # of main memory, for what waits there
+    device_bytes: int  # including CUDA context and allocator overhead
+    seconds: float  # per forward and backward pass
+    host_bytes: int  # of main memory, for offloaded blocks and inputs
 
 
 def predict(step: CountedStep, way: Way, card: Gpu, correction: float = 1.0) -> Predicted:
-    """`correction` is how many times what was counted the tensors of a step besides the weights really take."""
+    """Predict a way; `correction` is the measured ratio of real to counted bytes of a step's tensors without
+    weights."""
     cost = StorageCost.of(way.weight_format)
     cost = cost.of_8bit_matmul() if step.multiplies_codes else cost
     waiting = step.offloaded_indices(way.num_offloaded)
@@ -89,7 +90,7 @@ def predict(step: CountedStep, way: Way, card: Gpu, correction: float = 1.0) -> 
 
 
 def moves_of(step: CountedStep, way: Way) -> list[Move]:
-    """The step as this way runs it; the blocks of text encoders that train are counted by themselves."""
+    """Return the step as this way runs it; recomputed blocks of trained text encoders are numbered separately."""
 
     def recomputes(place: int) -> bool:
         if place < step.first_place:
@@ -100,7 +101,7 @@ def moves_of(step: CountedStep, way: Way) -> list[Move]:
 
 
 def waiting_inputs(step: CountedStep, way: Way) -> int:
-    """Bytes that leave in the forward pass and come back in the backward pass."""
+    """Return the bytes that are offloaded in the forward pass and fetched in the backward pass."""
     if not way.inputs_wait:
         return 0
     sizes = step.timeline.recomputed.input_bytes
@@ -113,8 +114,8 @@ def waiting_inputs(step: CountedStep, way: Way) -> int:
 
 
 def seconds_of(moves: list[Move], slowdown: float, streamed: int, inputs: int, card: Gpu) -> float:
-    """Arithmetic and copies at the same time, in each pass as long as the longer: streamed weights come in both passes,
-    inputs leave in the first and come in the second."""
+    """Return the seconds of arithmetic and copies in parallel, the longer of both in each pass: streamed weights are
+    copied in both passes, inputs to main memory in the first and back in the second."""
     computing = {False: 0.0, True: 0.0}
     for move in moves:
         computing[move.is_backward] += slowdown * move.segment.flops / card.flops

@@ -1,7 +1,7 @@
-"""Blocks that are alike: a few of them are counted and stand for all.
+"""Counting of repeated blocks: a few are counted and stand for all.
 
-A stack is a list of blocks that a model runs one after another. In it, neighbours that are built alike, adapters
-included, form a run; two of each run are counted, and the second stands for those that are left out.
+A stack is a list of blocks that a model runs one after another. Neighbours that are built alike, adapters included,
+form a run; two of each run are counted, and the second stands for those left out.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import nn
 
-NUM_COUNTED = 2  # of each run; the first may be another in the backward pass, where nothing before it is trained
+NUM_COUNTED = 2  # of each run; the first can differ in the backward pass if nothing before it is trained
 
 
 def build_of(block: nn.Module) -> tuple[Any, ...]:
-    """What makes blocks alike: classes and shapes of all modules in it, and of what took a layer's `forward` over."""
+    """Return a value that is equal for blocks built alike: classes and shapes of all modules and of their adapters."""
     return tuple((name, type(module), shapes_of(module), taken_over(module)) for name, module in block.named_modules())
 
 
@@ -24,7 +24,7 @@ def shapes_of(module: nn.Module) -> tuple[Any, ...]:
 
 
 def taken_over(module: nn.Module) -> Any:
-    """Class and shapes of the adapter of a layer, None where it has none: adapters replace `forward` of an instance."""
+    """Return class and shapes of a layer's adapter, or None: adapters replace `forward` of the instance."""
     owner = getattr(module.__dict__.get("forward"), "__self__", None)
     if not isinstance(owner, nn.Module):
         return None
@@ -32,13 +32,14 @@ def taken_over(module: nn.Module) -> Any:
 
 
 def runs_of(stack: Iterable[nn.Module]) -> list[list[nn.Module]]:
-    """A stack as runs of blocks that are alike."""
+    """Split a stack into runs of blocks that are built alike."""
     return [list(run) for _, run in groupby(stack, build_of)]
 
 
 @contextmanager
 def shortened(stacks: Sequence[nn.ModuleList]) -> Iterator[Mapping[nn.Module, Sequence[nn.Module]]]:
-    """Leave two blocks of each run in the stacks for a while; gives for which blocks one that is left stands."""
+    """Leave two blocks of each run in the stacks within the context; yield the blocks that each remaining one stands
+    for."""
     whole = [list(stack) for stack in stacks]
     stands_for: dict[nn.Module, Sequence[nn.Module]] = {}
     try:

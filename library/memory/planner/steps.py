@@ -1,4 +1,5 @@
-"""Counts one training step, block by block, and plays it again for the whole model in any way of running its blocks."""
+"""Counting of one training step, block by block, and its replay for the whole model with any way of running the
+blocks."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,15 +16,15 @@ FORWARD, BACKWARD = "forward", "backward"
 
 
 class MarkedRunner:
-    """Runs blocks as another runner does, and cuts the count where a block ends and where its backward pass begins.
+    """Runs blocks through another runner and cuts the count where a block ends and where its backward pass begins.
 
-    A block's forward stretch begins where the block before it ends, so that what the model does between two blocks,
-    such as letting go of the input, belongs to the second.
+    A block's forward segment begins where the block before it ends, so that work between two blocks, such as freeing
+    the input, belongs to the second.
     """
 
     def __init__(self, runner: BlockRunner, counter: OperationCounter) -> None:
         self.blocks: list[nn.Module] = []  # in the order of their first call
-        self.input_bytes: list[int] = []  # by the same number: of inputs with a gradient that no earlier block had
+        self.input_bytes: list[int] = []  # by block number: of inputs with a gradient that no earlier block had
         self._runner, self._counter = runner, counter
         self._seen: set[int] = set()
         self._backward: tuple[str, int] | None = None
@@ -40,7 +41,7 @@ class MarkedRunner:
         return outputs
 
     def finish_pass(self) -> None:
-        """End the last stretch of a backward pass."""
+        """End the last segment of a backward pass."""
         self._counter.cut(self._backward)
         self._backward = None
 
@@ -55,7 +56,7 @@ class MarkedRunner:
         begun: list[bool] = []
 
         def begin(_: Tensor) -> None:
-            if not begun:  # a block with several outputs begins with the first that has its gradient
+            if not begun:  # with several outputs, the first that gets its gradient counts
                 begun.append(True)
                 self._counter.cut(self._backward)
                 self._backward = BACKWARD, number
@@ -71,7 +72,7 @@ def is_tensor(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class CountedPass:
-    """Forward and backward pass of one step as they were counted, blocks by number in the order of their calls."""
+    """The counted forward and backward pass of one step, blocks numbered in the order of their calls."""
 
     segments: tuple[Segment, ...]
     blocks: tuple[nn.Module, ...]
@@ -85,9 +86,9 @@ def count_pass(
     counter: OperationCounter,
     num_passes: int = 1,
 ) -> CountedPass:
-    """Count the last of `num_passes` passes, the gradients of those before being there already, as accumulating does.
+    """Count the last of `num_passes` passes; the gradients of those before exist already, as in accumulation.
 
-    `loss` computes a scalar, its model's blocks run by what `give_runner` gets.
+    `loss` computes a scalar with the model whose blocks run through the runner passed to `give_runner`.
     """
     for _ in range(num_passes):
         marked = MarkedRunner(runner, counter)
@@ -103,7 +104,7 @@ def count_pass(
 
 @dataclass(frozen=True)
 class Move:
-    """A segment of the whole model's step; `place` counts the blocks of the whole model, None outside them."""
+    """A segment of the whole model's step; `place` is the block's index in the whole model, None outside of blocks."""
 
     segment: Segment
     is_backward: bool
@@ -112,18 +113,18 @@ class Move:
 
 @dataclass(frozen=True)
 class Timeline:
-    """A counted step of the whole model, in both ways of running each block."""
+    """A counted step of the whole model, with each block both plain and recomputed."""
 
     plain: CountedPass
     recomputed: CountedPass
-    blocks: tuple[nn.Module, ...]  # of the whole model, by their place
-    places: tuple[range, ...]  # by number: of the blocks for which a counted one stands
+    blocks: tuple[nn.Module, ...]  # of the whole model, by place
+    places: tuple[range, ...]  # by number: the places that a counted block stands for
 
     @classmethod
     def build(
         cls, plain: CountedPass, recomputed: CountedPass, stands_for: Mapping[nn.Module, Sequence[nn.Module]]
     ) -> "Timeline":
-        """`stands_for` names the blocks of the whole model for which a counted one stands, if they are more than it."""
+        """Expand a counted step; `stands_for` lists the blocks that a counted one represents, if more than itself."""
         assert [s.label for s in plain.segments] == [s.label for s in recomputed.segments], "the passes differ"
         blocks: list[nn.Module] = []
         places = []
@@ -134,9 +135,9 @@ class Timeline:
         return cls(plain, recomputed, tuple(blocks), tuple(places))
 
     def moves(self, recomputes: Callable[[int], bool], keeps_inputs: Callable[[int], bool]) -> Iterator[Move]:
-        """The step with the blocks at some places recomputed, and with the inputs of these kept on the device or not.
+        """Yield the step with the blocks at some places recomputed, and with their inputs kept on the device or not.
 
-        Inputs that are not kept leave when their block is done, and come back when its backward pass begins.
+        Inputs that are not kept leave when their block is done and return when its backward pass begins.
         """
         for plain, recomputed in zip(self.plain.segments, self.recomputed.segments, strict=True):
             if plain.label is None:
@@ -153,14 +154,14 @@ class Timeline:
 
 
 def without_input(segment: Segment, input_bytes: int, is_backward: bool) -> Segment:
-    """The stretch of a block whose inputs wait in main memory between its passes."""
+    """Return the segment of a block whose inputs are in main memory between its passes."""
     if is_backward:
         return replace(segment, delta=segment.delta + input_bytes, rise=segment.rise + input_bytes)
     return replace(segment, delta=segment.delta - input_bytes)
 
 
 def peak_of(moves: Iterator[Move] | Sequence[Move]) -> int:
-    """The most bytes above those at the start of the step."""
+    """Return the peak bytes above those at the start of the step."""
     live = peak = 0
     for move in moves:
         peak = max(peak, live + move.segment.rise)
@@ -170,16 +171,16 @@ def peak_of(moves: Iterator[Move] | Sequence[Move]) -> int:
 
 @dataclass(frozen=True)
 class CountedOptimizer:
-    """What an optimizer needs, in bytes."""
+    """The bytes that an optimizer needs."""
 
-    state: int  # that it keeps
-    rise: int  # most while it steps, the state included, the gradients not
+    state: int  # kept between steps
+    rise: int  # peak during a step, with the state and without the gradients
 
 
 def count_optimizer(
     build: Callable[[], torch.optim.Optimizer], parameters: Sequence[nn.Parameter], counter: OperationCounter
 ) -> CountedOptimizer:
-    """Take one step with gradients of zero."""
+    """Count one step with zero gradients."""
     counter.leave_out(parameters)
     with counter:
         for parameter in parameters:

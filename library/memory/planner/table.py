@@ -1,4 +1,4 @@
-"""The candidates as people read them."""
+"""The table of candidates that users read."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,13 +15,13 @@ def in_gib(num_bytes: int) -> str:
 
 
 def shown(choice: Choice) -> tuple[Predicted, ...]:
-    """The candidates that fit, or all where none does."""
+    """Return the candidates that fit, or all if none does."""
     fitting = tuple(found for found in choice.candidates if found.device_bytes <= choice.card.memory_bytes)
     return fitting or choice.candidates
 
 
 def rows_of(choice: Choice, describe: Callable[[Way], str]) -> list[tuple[str, ...]]:
-    """A row for each candidate that is shown; `describe` gives the options that a way stands for."""
+    """Return a row for each shown candidate; `describe` turns a way into its options."""
 
     def mark(found: Predicted) -> str:
         if found is choice.chosen:
@@ -42,7 +42,7 @@ def rows_of(choice: Choice, describe: Callable[[Way], str]) -> list[tuple[str, .
 
 
 def table_of(choice: Choice, describe: Callable[[Way], str]) -> list[str]:
-    """Lines of equal columns: the candidates that fit, the chosen one marked, and how many others there are."""
+    """Format the candidates that fit as lines of equal columns, the chosen one marked, and count the others."""
     lines = columns([HEADINGS, *rows_of(choice, describe)])
     others = [found.device_bytes for found in choice.candidates if found not in shown(choice)]
     if others:
@@ -52,7 +52,7 @@ def table_of(choice: Choice, describe: Callable[[Way], str]) -> list[str]:
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The first two columns from the left, the others from the right."""
+    """Align the first two columns left, the others right."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     return [
         "  ".join(

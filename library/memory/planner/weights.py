@@ -14,12 +14,12 @@ from library.memory.offload.ring import NUM_SLOTS
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight, a convolution's with its inputs and its kernel on one axis."""
+    """The size of a weight as a matrix; a convolution's inputs and kernel form one axis."""
 
     rows: int
     columns: int
-    itemsize: int  # bytes of a value in the precision of the run
-    stored_bytes: int | None = None  # where the file has it in 8 bits and nothing else is asked for
+    itemsize: int  # bytes per value in the precision of the run
+    stored_bytes: int | None = None  # if the file stores it in 8 bits and no other format is requested
 
     @classmethod
     def of(cls, weight: Tensor) -> "Matrix":
@@ -36,7 +36,7 @@ class Matrix:
 
     @property
     def own_bytes(self) -> int:
-        """As it comes from the file."""
+        """The bytes as stored in the file."""
         return self.plain_bytes if self.stored_bytes is None else self.stored_bytes
 
     @property
@@ -58,9 +58,9 @@ class StorageCost:
 
     @classmethod
     def of(cls, name: str | None) -> "StorageCost":
-        """The cost of a value of --base_format.
+        """Return the cost of a value of --base_format.
 
-        None stands for weights in --mixed_precision or as the file has them; decoding those is counted with the step.
+        None means weights in --mixed_precision or as in the file; decoding those is counted with the step.
         """
         if name is None:
             return cls(lambda matrix: matrix.own_bytes, 0, 1.0)
@@ -72,24 +72,24 @@ class StorageCost:
         )
 
     def of_8bit_matmul(self) -> "StorageCost":
-        """The cost where 8-bit codes are multiplied as they are; those products are counted with the step.
+        """Return the cost with 8-bit products; those are counted with the step.
 
-        GPUs need a copy of the codes in another order for gradients: half as much as a decoded weight in 16 bits.
+        For gradients GPUs need a transposed copy of the codes: half as large as a weight decoded to 16 bits.
         """
         return replace(self, num_copies=0.5, slowdown=1.0)
 
 
 @dataclass(frozen=True)
 class ModelWeights:
-    """The weights of a model by what can be done with them."""
+    """The weights of a model, grouped by how they can be stored."""
 
-    fixed_bytes: int  # of what keeps its format and place: embedders, norms, biases
-    storable: tuple[Matrix, ...]  # that are stored in the weight format and stay where they are
-    blocks: tuple[tuple[Matrix, ...], ...]  # that can wait in main memory too, by the place of their block
+    fixed_bytes: int  # of parameters that keep format and place: embedders, norms, biases
+    storable: tuple[Matrix, ...]  # stored in the weight format but never offloaded
+    blocks: tuple[tuple[Matrix, ...], ...]  # stored in the weight format and offloadable, by block
 
     @classmethod
     def of(cls, model: nn.Module, storable: Iterable[nn.Module], blocks: Sequence[nn.Module]) -> "ModelWeights":
-        """`storable` are all layers that may be stored in a weight format; those in `blocks` may wait."""
+        """`storable` are all layers that may be stored in a weight format; those in `blocks` may also be offloaded."""
         layers = {layer: Matrix.of_layer(layer) for layer in storable}
         by_block = [[layer for layer in block.modules() if layer in layers] for block in blocks]
         inside = {layer for found in by_block for layer in found}
@@ -101,25 +101,25 @@ class ModelWeights:
         )
 
     def block_bytes(self, cost: StorageCost) -> list[int]:
-        """Bytes of the weights of each block that can wait."""
+        """Return the bytes of each offloadable block."""
         return [sum(map(cost.num_bytes, block)) for block in self.blocks]
 
     def resident_bytes(self, cost: StorageCost, waiting: Collection[int]) -> int:
-        """Bytes on the device with the blocks at some places in main memory, the slots for them included."""
+        """Return the bytes on the device with the blocks at these places offloaded, their slots included."""
         sizes = self.block_bytes(cost)
         staying = sum(size for place, size in enumerate(sizes) if place not in waiting)
         slots = NUM_SLOTS * max((sizes[place] for place in waiting), default=0)
         return self.fixed_bytes + sum(map(cost.num_bytes, self.storable)) + staying + slots
 
     def shared_bytes(self, cost: StorageCost, num_processes: int) -> int:
-        """Bytes on one device where the weights lie spread over as many.
+        """Return the bytes on one device if the weights are sharded over `num_processes`.
 
-        Beside the share two blocks are together at a time, and one of them is there twice while it comes.
+        Besides the shard two blocks are gathered at a time, and one of them exists twice during its gather.
         """
         sizes = [*self.block_bytes(cost), *map(cost.num_bytes, self.storable)]
         return self.fixed_bytes + ceil(sum(sizes) / num_processes) + (NUM_SLOTS + 1) * max(sizes, default=0)
 
     def decoded_bytes(self, cost: StorageCost) -> int:
-        """The most that decoding one weight takes for a moment."""
+        """Return the peak bytes of decoding one weight."""
         matrices = [*self.storable, *(matrix for block in self.blocks for matrix in block)]
         return round(cost.num_copies * max((matrix.plain_bytes for matrix in matrices), default=0))

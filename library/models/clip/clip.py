@@ -1,7 +1,7 @@
-"""CLIP text encoders, OpenAI's and OpenCLIP's: transformers' models, from files in either's layout.
+"""CLIP text encoders of OpenAI and OpenCLIP: transformers' models, from files in either layout.
 
 A `Component` of such an encoder has the module paths of transformers 5 below the text model ("encoder.layers.0...",
-"final_layer_norm.weight") and, where it projects, "text_projection.weight".
+"final_layer_norm.weight") and, if it projects, "text_projection.weight".
 
 Letters: N sequences, T the 77 positions, W the width, P the width of the projection.
 """
@@ -33,18 +33,18 @@ OPEN_CLIP_LAYER = {
     "mlp.c_proj": "mlp.fc2",
     "attn.out_proj": "self_attn.out_proj",
 }
-THIRDS = ("q_proj", "k_proj", "v_proj")  # of OpenCLIP's in_proj, one below the other
-OPEN_CLIP_LEFT_OUT = ("logit_scale", "attn_mask")  # nothing of the text encoder is computed from them
+THIRDS = ("q_proj", "k_proj", "v_proj")  # stacked along the rows of OpenCLIP's in_proj
+OPEN_CLIP_LEFT_OUT = ("logit_scale", "attn_mask")  # not used by the text encoder
 
 
 def clip_component(
     weights: Weights, activation: str, *, projects: bool = False, num_layers: int | None = None
 ) -> Component:
-    """A text encoder from a file without prefix, in transformers' layout or OpenCLIP's.
+    """Build a text encoder from the weights of a file without prefix, in transformers' layout or OpenCLIP's.
 
-    `activation` is what the shapes do not tell: "quick_gelu" for OpenAI's weights, "gelu" for OpenCLIP's. `projects`
-    keeps the text projection, which the file must have then. `num_layers` leaves out later layers. Raises UserError
-    naming the file.
+    `activation` cannot be inferred from shapes: "quick_gelu" for OpenAI's weights, "gelu" for OpenCLIP's. `projects`
+    keeps the text projection, which the file must then have. `num_layers` drops later layers. Raises UserError naming
+    the file.
     """
     if any(key.startswith("transformer.resblocks.") for key in weights.shapes):
         weights = from_open_clip(weights)
@@ -61,7 +61,7 @@ def clip_component(
 
 
 def clip_of_folder(config: Mapping[str, Any], weights: Weights, *, projects: bool = False) -> Component:
-    """A text encoder of a diffusers folder; with `projects` it has the text projection."""
+    """Build a text encoder from a diffusers folder; `projects` keeps the text projection."""
     weights = renamed(weights, clip_from_any)
     if not projects:
         weights = selected(weights, {key: key for key in weights.shapes if not key.startswith("text_projection")})
@@ -69,15 +69,15 @@ def clip_of_folder(config: Mapping[str, Any], weights: Weights, *, projects: boo
 
 
 def clip_from_any(key: str) -> str:
-    """transformers 5 has no "text_model." in the paths of CLIPTextModel, files have it or not."""
+    """Remove "text_model.", which some files have but paths of transformers 5's CLIPTextModel lack."""
     return key.removeprefix("text_model.")
 
 
 def from_open_clip(weights: Weights) -> Weights:
-    """OpenCLIP's text encoder under transformers' names: in_proj cut into q, k and v, the projection transposed.
+    """Rename OpenCLIP's text encoder to transformers' names: in_proj split into q, k and v, the projection transposed.
 
     OpenCLIP multiplies by `text_projection` from the right, torch's Linear by the transposed weight. A key
-    "text_projection.weight" is that of a Linear already.
+    "text_projection.weight" is already a Linear's.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     places: dict[str, tuple[str, str | int | None]] = {}  # new name -> (old name, third of the rows or "transposed")
@@ -104,7 +104,7 @@ def from_open_clip(weights: Weights) -> Weights:
 
 
 def open_clip_name(key: str) -> str:
-    """transformers' name of a weight that both have whole. A name of no known form stays."""
+    """Return transformers' name of a weight that has the same shape in both; unknown names are kept."""
     if key == "positional_embedding":
         return "embeddings.position_embedding.weight"
     layer = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", key)
@@ -114,8 +114,9 @@ def open_clip_name(key: str) -> str:
 
 
 def to_open_clip(weights: Weights) -> Weights:
-    """The inverse of `from_open_clip`: transformers' text encoder under OpenCLIP's names, q, k and v in one tensor."""
-    sources: dict[str, tuple[str, ...]] = {}  # new name -> the old ones, whose rows lie below each other
+    """Rename transformers' text encoder to OpenCLIP's names, q, k and v in one tensor: the inverse of
+    `from_open_clip`."""
+    sources: dict[str, tuple[str, ...]] = {}  # new name -> the old ones, stacked along the rows
     for key in weights.shapes:
         third = re.fullmatch(r"encoder\.layers\.(\d+)\.self_attn\.([qkv]_proj)\.(weight|bias)", key)
         if third is None:
@@ -137,7 +138,7 @@ def to_open_clip(weights: Weights) -> Weights:
 
 
 def open_clip_key(name: str) -> str:
-    """OpenCLIP's name of a weight that both have whole."""
+    """Return OpenCLIP's name of a weight that has the same shape in both."""
     if name == "embeddings.position_embedding.weight":
         return "positional_embedding"
     if name == PROJECTION:
@@ -149,7 +150,7 @@ def open_clip_key(name: str) -> str:
 
 
 def without_layers_from(weights: Weights, first: int) -> Weights:
-    """The weights less those of layer `first` and all later ones."""
+    """Drop the weights of layer `first` and all later ones."""
 
     def stays(key: str) -> bool:
         layer = re.match(r"encoder\.layers\.(\d+)\.", key)
@@ -159,7 +160,7 @@ def without_layers_from(weights: Weights, first: int) -> Weights:
 
 
 def clip_config(shapes: Shapes, activation: str = "quick_gelu") -> dict[str, Any]:
-    """Arguments of transformers' CLIPTextConfig, names without "text_model."."""
+    """Return the arguments of transformers' CLIPTextConfig, from names without "text_model."."""
     vocab, width = shape_of(shapes, "embeddings.token_embedding.weight")
     return {
         "vocab_size": vocab,
@@ -176,9 +177,9 @@ def clip_config(shapes: Shapes, activation: str = "quick_gelu") -> dict[str, Any
 
 
 def empty_clip(config: Mapping[str, Any], projects: bool = False) -> Any:
-    """transformers' CLIPTextModel or, with `projects`, CLIPTextModelWithProjection, on the meta device.
+    """Build transformers' CLIPTextModel or, with `projects`, CLIPTextModelWithProjection, on the meta device.
 
-    Only its position ids, which no file has, are real.
+    Only its position IDs, which are in no file, are real.
     """
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -191,12 +192,12 @@ def empty_clip(config: Mapping[str, Any], projects: bool = False) -> Any:
 
 
 def clip_body(encoder: nn.Module) -> Any:
-    """The module that has `embeddings`, `encoder` and `final_layer_norm`: in transformers 5 the model itself."""
+    """Return the module with `embeddings`, `encoder` and `final_layer_norm`: in transformers 5 the model itself."""
     return getattr(encoder, "text_model", encoder)
 
 
 def load_clip(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
-    """The encoder with its weights in `dtype`, frozen, on the CPU; with a projection where the component has one."""
+    """Load the encoder in `dtype`, frozen, on the CPU; with a projection if the component has one."""
     projects = PROJECTION in component.weights.shapes
     encoder: nn.Module = empty_clip(component.config, projects)
     body = selected(component.weights, {key: key for key in component.weights.shapes if key != PROJECTION})
@@ -208,14 +209,14 @@ def load_clip(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
 
 
 def hidden_states(encoder: nn.Module, ids_NT: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-    """(the states before the first layer and after each, NTW; the last one after the final norm, NTW)."""
+    """Return (the states before the first layer and after each, NTW; the last one after the final norm, NTW)."""
     body = clip_body(encoder)
     states = body(send(ids_NT, body.final_layer_norm.weight.device), output_hidden_states=True)
     return states.hidden_states, states.last_hidden_state
 
 
 def pool_at_end(normed_NTW: Tensor, ids_NT: Tensor, end_id: int, projection: nn.Module) -> Tensor:
-    """The projected state at the first end-of-text token, NP."""
+    """Return the projected state at the first end-of-text token, NP."""
     end_N = send((ids_NT == end_id).int().argmax(dim=1), normed_NTW.device)
     pooled_NP: Tensor = projection(normed_NTW[torch.arange(len(end_N), device=normed_NTW.device), end_N])
     return pooled_NP

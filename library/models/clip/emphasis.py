@@ -7,12 +7,12 @@ PIECE = re.compile(r"\\[()\[\]\\]|[(\[)\]]|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[
 
 
 def parse_emphasis(caption: str) -> list[tuple[str, float]]:
-    """The caption as (text, weight) pieces in order, brackets removed; neighbours of equal weight are joined.
+    """Split a caption into (text, weight) pieces without brackets; neighbours of equal weight are joined.
 
-    Nesting multiplies, a bracket that is never closed reaches to the end, one that was never opened is text.
+    Nested weights multiply; an unclosed bracket extends to the end, an unopened one is text.
     """
     pieces: list[tuple[str, float]] = []
-    opened: list[tuple[str, int]] = []  # brackets that wait to be closed, with the piece they begin at
+    opened: list[tuple[str, int]] = []  # open brackets with the index of their first piece
 
     def weigh_from(start: int, factor: float) -> None:
         pieces[start:] = [(text, weight * factor) for text, weight in pieces[start:]]

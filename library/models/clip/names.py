@@ -1,10 +1,10 @@
-"""The modules of CLIP text encoders under the three names that adapter files give them."""
+"""The modules of CLIP text encoders in the three namings of adapter files."""
 
 from collections.abc import Iterator
 
 from library.checkpoints.adapter_names import ModuleNames
 
-CLIP_BLOCKS = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")  # classes whose linear layers adapters change
+CLIP_BLOCKS = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")  # classes whose linear layers adapters target
 CLIP_LINEAR = (*(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2")
 CLIP_LAYER = (*CLIP_LINEAR, "layer_norm1", "layer_norm2")
 
@@ -16,9 +16,10 @@ def clip_paths(num_layers: int) -> Iterator[str]:
 
 
 def clip_module(path: str, prefix: str, generic: str, diffusers: str) -> ModuleNames:
-    """Name one module of the encoder that is `prefix` ("lora_te1"), `generic` ("clip_l") and `diffusers` in the three.
+    """Name one module of an encoder called `prefix` ("lora_te1"), `generic` ("clip_l") and `diffusers` in the three
+    namings.
 
-    diffusers writes and reads "text_model." in files, whether the loaded model has that level or not.
+    diffusers reads and writes "text_model." in files, whether or not the loaded model has that level.
     """
     return ModuleNames(
         kohya=f"{prefix}_text_model_{path.replace('.', '_')}",

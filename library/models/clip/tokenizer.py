@@ -1,4 +1,4 @@
-"""CLIP's tokenizer: found beside the model, in a folder of its own, or on the hub."""
+"""CLIP's tokenizer, loaded from beside the model, its own folder, or the hub."""
 
 import logging
 from pathlib import Path
@@ -14,10 +14,11 @@ TOKENIZER = TokenizerFiles(TOKENIZER_HUB_NAME, (*BYTE_PAIR_FILES, "special_token
 
 
 def load_tokenizer(model: Path, cache_dir: str | None, num_words: int | None) -> Any:
-    """CLIP's tokenizer for the checkpoint at `model`, a folder or a single file; its text encoder knows `num_words`.
+    """Load CLIP's tokenizer for the checkpoint at `model`, a file or folder whose text encoder has `num_words`
+    embeddings.
 
-    Looked for in tokenizer/ of the folder or beside the file, then in --tokenizer_cache_dir, then on the hub, from
-    where it is saved into --tokenizer_cache_dir. Raises UserError saying what to put where.
+    It is searched in tokenizer/ of the folder or beside the file, then in --tokenizer_cache_dir, then on the hub, from
+    where it is saved into --tokenizer_cache_dir. Raises UserError saying which files to put where.
     """
     from transformers import CLIPTokenizer
 
@@ -27,14 +28,14 @@ def load_tokenizer(model: Path, cache_dir: str | None, num_words: int | None) ->
     largest = max(tokenizer.get_vocab().values())
     if num_words is not None and largest >= num_words:
         raise UserError(
-            f"the tokenizer in {folder} has ids up to {largest}, the text encoder knows {num_words} words: "
-            f"it belongs to another model than {model}; put the right one into its place"
+            f"the tokenizer in {folder} has token IDs up to {largest}, but the text encoder has {num_words} "
+            f"embeddings: it belongs to another model than {model}; replace it with the right one"
         )
     return tokenizer
 
 
 def find_tokenizer(model: Path, cache_dir: str | None) -> Path:
-    """The folder of the tokenizer, downloaded if need be."""
+    """Find the folder of the tokenizer, downloading it if needed."""
     beside = (model if model.is_dir() else model.parent) / "tokenizer"
     try:
         return TOKENIZER.find([beside], cache_dir)

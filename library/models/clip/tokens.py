@@ -1,4 +1,4 @@
-"""Captions to CLIP's token ids, in chunks of 75 where a caption is longer.
+"""Tokenization of captions for CLIP, in chunks of 75 tokens.
 
 Shapes: B captions, L chunks, T the 77 positions of a chunk, W the width of a text encoder.
 """
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from library.models.clip.emphasis import parse_emphasis
 
-CHUNK_TOKENS = 75  # of a caption in one chunk; with begin and end these are CLIP's 77 positions
-OPEN_CLIP_PAD = 0  # what OpenCLIP's models were trained with after the end token; OpenAI's repeat the end token
+CHUNK_TOKENS = 75  # CLIP's 77 positions without the begin and end tokens
+OPEN_CLIP_PAD = 0  # padding that OpenCLIP's models were trained with; OpenAI's repeat the end token
 
 
 @dataclass(frozen=True)
 class ClipTokens:
-    """How captions are cut into ids."""
+    """Settings for tokenizing captions."""
 
     tokenizer: Any  # transformers' CLIPTokenizer
     num_chunks: int = 1
@@ -33,7 +33,7 @@ class ClipTokens:
         return int(self.tokenizer.eos_token_id)
 
     def weigh_tokens(self, caption: str) -> tuple[list[int], list[float]]:
-        """All token ids of a caption, without begin, end and padding, and the emphasis of each."""
+        """Return all token IDs of a caption, without begin, end and padding, and the emphasis of each."""
         pieces = parse_emphasis(caption) if self.reads_emphasis else [(caption, 1.0)]
         ids: list[int] = []
         weights: list[float] = []
@@ -44,7 +44,8 @@ class ClipTokens:
         return ids, weights
 
     def tokenize(self, captions: Sequence[str], pad_id: int | None = None) -> tuple[Tensor, Tensor]:
-        """(ids, emphasis) of shape (B, L, 77): begin, up to 75 tokens, end, then padding (None: more end tokens)."""
+        """Return (IDs, emphasis) of shape (B, L, 77): begin, up to 75 tokens, end, padding; pad_id None repeats the end
+        token."""
         shape = (len(captions), self.num_chunks, CHUNK_TOKENS + 2)
         ids_BLT = torch.full(shape, self.end_id if pad_id is None else pad_id, dtype=torch.int64)
         ids_BLT[:, :, 0] = self.tokenizer.bos_token_id
@@ -61,11 +62,11 @@ class ClipTokens:
 
 
 def join_chunks(hidden_BLTW: Tensor) -> Tensor:
-    """(B, L, 77, W) to (B, 75 L + 2, W): the first begin, every chunk's tokens, the last end."""
+    """Join chunks (B, L, 77, W) to (B, 75 L + 2, W): the first begin, every chunk's tokens, the last end."""
     first_B1W, last_B1W = hidden_BLTW[:, 0, :1], hidden_BLTW[:, -1, -1:]
     return torch.cat([first_B1W, hidden_BLTW[:, :, 1:-1].flatten(1, 2), last_B1W], dim=1)
 
 
 def emphasize(hidden_BLTW: Tensor, weights_BLT: Tensor | None) -> Tensor:
-    """Every position times its emphasis, unchanged where captions have none."""
+    """Multiply every position by its emphasis; None changes nothing."""
     return hidden_BLTW if weights_BLT is None else hidden_BLTW * weights_BLT.to(hidden_BLTW).unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""The blocks of a U-Net as lists of block weights name them: BASE, IN00 to IN11, MID, OUT00 to OUT11.
+"""The blocks of a U-Net as named by lists of block weights: BASE, IN00 to IN11, MID, OUT00 to OUT11.
 
 BASE is the text encoders; the numbers are those of the blocks in the single-file layout. Shorter lists name only the
 blocks that have attention, or that the base model has.
@@ -15,18 +15,19 @@ NUMBERED = re.compile(r"diffusion_model\.(input|output)_blocks\.(\d+)\.")
 
 
 def side(name: str, *numbers: int) -> tuple[str, ...]:
-    """The blocks of one side, "IN" or "OUT", by their numbers."""
+    """Return the blocks of one side, "IN" or "OUT", by their numbers."""
     return tuple(f"{name}{number:02d}" for number in numbers)
 
 
 def every_block() -> tuple[str, ...]:
-    """All 26 in the order of the lists."""
+    """Return all 26 blocks in the order of the lists."""
     numbers = range(NUM_SIDE_BLOCKS)
     return (BASE, *side("IN", *numbers), MID, *side("OUT", *numbers))
 
 
 def block_of(generic: str) -> str | None:
-    """The block of a module by its name in the generic naming; None outside of all, as the output layer is."""
+    """Return the block of a module by its name in the generic naming; None outside of all blocks, as for the output
+    layer."""
     if is_of_text_encoder(generic):
         return BASE
     if found := NUMBERED.match(generic):

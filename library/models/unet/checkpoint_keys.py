@@ -1,6 +1,6 @@
-"""Names of U-Net weights: Stability's single-file layout ("ldm") against the module paths of diffusers.
+"""Names of U-Net weights: Stability's single-file layout ("ldm") and the module paths of diffusers.
 
-Every function here is pure text, valid for any number of levels and layers, and has an inverse.
+All functions transform names only, work for any number of levels and layers, and have inverses.
 """
 
 import re
@@ -36,10 +36,10 @@ UNET_RESNET = {
 
 @dataclass(frozen=True)
 class UnetLayout:
-    """What the block numbers of a single-file U-Net depend on."""
+    """The sizes that determine the block numbers of a single-file U-Net."""
 
     layers_per_block: int
-    has_attention: tuple[bool, ...]  # of each level, the finest first
+    has_attention: tuple[bool, ...]  # by level, finest first
 
     @property
     def num_levels(self) -> int:
@@ -51,7 +51,7 @@ def swap_resnet(tail: str, names: Mapping[str, str]) -> str:
 
 
 def unet_from_ldm(key: str, layout: UnetLayout) -> str:
-    """diffusers' name of a U-Net weight; `key` without "model.diffusion_model.". A name of no known form stays."""
+    """Return diffusers' name of a U-Net weight; `key` without "model.diffusion_model.". Unknown names are kept."""
     new = swap_stem(key, UNET_STEMS)
     if new is not None:
         return rename_mid(new, UNET_RESNET)
@@ -73,7 +73,7 @@ def unet_from_ldm(key: str, layout: UnetLayout) -> str:
 
 
 def unet_to_ldm(key: str, layout: UnetLayout) -> str:
-    """The inverse of `unet_from_ldm`."""
+    """Invert `unet_from_ldm`."""
     old = swap_stem(rename_mid(key, inverse(UNET_RESNET)), inverse(UNET_STEMS))
     if old is not None:
         return old
@@ -94,6 +94,6 @@ def unet_to_ldm(key: str, layout: UnetLayout) -> str:
 
 
 def rename_mid(key: str, names: Mapping[str, str]) -> str:
-    """Rename inside the residual blocks of the U-Net's middle, whose path is in diffusers' form."""
+    """Rename inside the residual blocks of the U-Net's middle, whose path has diffusers' form."""
     match = re.fullmatch(r"(mid_block\.resnets\.\d+)\.(.+)", key)
     return f"{match[1]}.{swap_resnet(match[2], names)}" if match else key

@@ -1,11 +1,11 @@
-"""The modules of the U-Net models under the three names that adapter files give them."""
+"""The modules of the U-Net models in the three namings of adapter files."""
 
 from collections.abc import Iterator
 
 from library.checkpoints.adapter_names import ModuleNames
 from library.models.unet.checkpoint_keys import UnetLayout, unet_to_ldm
 
-WIDENING_LEVELS = (1, 2)  # their first residual block has more output than input channels
+WIDENING_LEVELS = (1, 2)  # the first residual block of these levels widens its input
 RESNET = ("norm1", "conv1", "time_emb_proj", "norm2", "conv2")
 OUTER = ("conv_in", "conv_out", "conv_norm_out", "time_embedding.linear_1", "time_embedding.linear_2")
 SIZE_EMBEDDING = ("add_embedding.linear_1", "add_embedding.linear_2")
@@ -13,11 +13,11 @@ TRANSFORMER = (
     *("norm1", "norm2", "norm3", "ff.net.0.proj", "ff.net.2"),
     *(f"{a}.{p}" for a in ("attn1", "attn2") for p in ("to_q", "to_k", "to_v", "to_out.0")),
 )
-CONV_BLOCKS = ("ResnetBlock2D", "Downsample2D", "Upsample2D")  # classes of blocks that are made of convolutions
+CONV_BLOCKS = ("ResnetBlock2D", "Downsample2D", "Upsample2D")  # classes of convolutional blocks
 
 
 def unet_paths(layout: UnetLayout, depths: tuple[int, ...]) -> Iterator[str]:
-    """diffusers' path of every module with weights; `depths` counts the transformer blocks of each level."""
+    """Yield diffusers' path of every module with weights; `depths` counts the transformer blocks of each level."""
     yield from OUTER
     for level, attends in enumerate(layout.has_attention):
         for layer in range(layout.layers_per_block):
@@ -36,7 +36,7 @@ def unet_paths(layout: UnetLayout, depths: tuple[int, ...]) -> Iterator[str]:
 
 
 def block_paths(stem: str, layer: int, depth: int, has_shortcut: bool) -> Iterator[str]:
-    """A residual block and, with a depth, the attention behind it."""
+    """Yield a residual block and, with a depth, the attention after it."""
     yield from (f"{stem}.resnets.{layer}.{name}" for name in RESNET)
     if has_shortcut:
         yield f"{stem}.resnets.{layer}.conv_shortcut"
@@ -47,7 +47,8 @@ def block_paths(stem: str, layer: int, depth: int, has_shortcut: bool) -> Iterat
 
 
 def unet_module(path: str, layout: UnetLayout, named_after_file: bool) -> ModuleNames:
-    """One module; kohya's name is made of the single-file layout's path, or of diffusers', as the base model has it."""
+    """Name one module; kohya's name follows the single-file layout's path or diffusers', depending on the base
+    model."""
     original = unet_to_ldm(f"{path}.weight", layout).removesuffix(".weight")
     names = f"lora_unet_{original.replace('.', '_')}", f"lora_unet_{path.replace('.', '_')}"
     kohya, alias = names if named_after_file else names[::-1]

@@ -1,18 +1,18 @@
-"""What options of the other models' scripts are for a model with a U-Net, as the error for one of them ends."""
+"""Alternatives to options of other models' scripts for a U-Net model; they end the error for such an option."""
 
 from collections.abc import Mapping
 
-EVENLY = "timesteps are drawn evenly between --min_timestep and --max_timestep"
+EVENLY = "timesteps are drawn uniformly between --min_timestep and --max_timestep"
 INSIDE = "the text encoders are in --pretrained_model_name_or_path"
 
 INSTEAD: Mapping[str, str] = {
     "discrete_flow_shift": EVENLY,
     "training_shift": EVENLY,
     "timestep_sampling": EVENLY,
-    "weighting_scheme": "losses are weighed by --min_snr_gamma or --debiased_estimation_loss",
-    "model_prediction_type": "here --v_parameterization says what is predicted",
-    "guidance_scale": "--l in the line of a prompt guides its preview",
-    "t5xxl_max_token_length": "here it is --max_token_length",
-    "ae": "here it is --vae",
+    "weighting_scheme": "use --min_snr_gamma or --debiased_estimation_loss to weight losses",
+    "model_prediction_type": "use --v_parameterization to set the prediction type",
+    "guidance_scale": "use --l in a prompt line to set the guidance of its preview",
+    "t5xxl_max_token_length": "use --max_token_length",
+    "ae": "use --vae",
     **dict.fromkeys(("clip_l", "clip_g", "t5xxl", "text_encoder", "qwen3", "gemma2"), INSIDE),
 }

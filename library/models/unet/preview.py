@@ -1,4 +1,4 @@
-"""Pictures of the U-Net models while they train."""
+"""Preview images of the U-Net models."""
 
 from library.diffusion.samplers import Sampler, build_ddpm_sampler
 from library.options.train import TrainOptions
@@ -7,7 +7,7 @@ from library.types import Prompt
 
 
 def build_unet_preview(options: TrainOptions, text: TextPipeline, predict: Predict) -> Preview:
-    """Pictures as diffusers' pipelines draw them. `text` reads prompts with emphasis."""
+    """Build previews that match diffusers' pipelines; `text` reads prompts with emphasis."""
 
     def sampler(prompt: Prompt) -> Sampler:
         assert prompt.sampler is not None

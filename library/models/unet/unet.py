@@ -1,4 +1,5 @@
-"""The U-Net of Stable Diffusion 1, 2 and XL: diffusers' UNet2DConditionModel, its configuration read off the shapes."""
+"""The U-Net of Stable Diffusion 1, 2 and XL: diffusers' UNet2DConditionModel, its configuration inferred from
+shapes."""
 
 import logging
 import re
@@ -19,21 +20,21 @@ from library.types import Conditioning, Noised
 
 logger = logging.getLogger(__name__)
 
-NUM_HEADS = 8  # of every level of SD 1.x
-HEAD_WIDTH = 64  # of every level of SD 2.x and SDXL, which have more heads where channels are more
-MASK_CHANNELS = 5  # of the input of an inpainting U-Net beside the noisy latents: the mask, latents of what is kept
-NUM_SIZES = 6  # numbers that SDXL is conditioned on beside the text
+NUM_HEADS = 8  # in every level of SD 1.x
+HEAD_WIDTH = 64  # in every level of SD 2.x and SDXL, whose number of heads grows with the channels
+MASK_CHANNELS = 5  # extra input channels of an inpainting U-Net: the mask, latents of the kept area
+NUM_SIZES = 6  # numbers that SDXL is conditioned on besides the text
 
 
 def unet_component(ldm: Weights, head_width: int | None = None) -> Component:
-    """The U-Net of a single file, names without prefix. `head_width` None stands for 8 heads in every level."""
+    """Build the U-Net of a single file, names without prefix. `head_width` None means 8 heads in every level."""
     layout = configure(ldm, unet_layout)
     weights = renamed(ldm, lambda key: unet_from_ldm(key, layout))
     return Component(configure(weights, lambda shapes: unet_config(shapes, head_width)), weights)
 
 
 def unet_layout(ldm_shapes: Shapes) -> UnetLayout:
-    """Layers per block and attention levels of a U-Net in the single-file layout, names without prefix."""
+    """Return layers per block and attention levels of a U-Net in the single-file layout, names without prefix."""
     num_blocks = count(ldm_shapes, r"input_blocks\.(\d+)\.")
     ends = [n for n in range(num_blocks) if f"input_blocks.{n}.0.op.weight" in ldm_shapes]
     per_level = ends[0] if ends else num_blocks
@@ -44,19 +45,19 @@ def unet_layout(ldm_shapes: Shapes) -> UnetLayout:
 
 
 def layout_of_config(config: Mapping[str, Any]) -> UnetLayout:
-    """The same by the configuration in a diffusers folder."""
+    """Return the layout for the configuration in a diffusers folder."""
     attends = tuple(kind.startswith("CrossAttn") for kind in config.get("down_block_types", ()))
     return UnetLayout(int(config.get("layers_per_block", 2)), attends)
 
 
 def unet_config(shapes: Shapes, head_width: int | None = None) -> dict[str, Any]:
-    """Arguments of diffusers' UNet2DConditionModel."""
+    """Return the arguments of diffusers' UNet2DConditionModel."""
     levels = range(count(shapes, r"down_blocks\.(\d+)\."))
     channels = tuple(shape_of(shapes, f"down_blocks.{i}.resnets.0.conv1.weight")[0] for i in levels)
     stems = [f"down_blocks.{i}.attentions.0" for i in levels]
     has_attention = [f"{stem}.proj_in.weight" in shapes for stem in stems]
     sample = next((stem for stem, has in zip(stems, has_attention, strict=True) if has), "mid_block.attentions.0")
-    # A level without attention has the middle's depth: diffusers builds the middle like the coarsest level.
+    # A level without attention gets the middle's depth: diffusers builds the middle like the coarsest level.
     depths = tuple(
         num_transformers(shapes, stem if has else "mid_block.attentions.0")
         for stem, has in zip(stems, has_attention, strict=True)
@@ -71,19 +72,20 @@ def unet_config(shapes: Shapes, head_width: int | None = None) -> dict[str, Any]
         "up_block_types": tuple("CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(has_attention)),
         "cross_attention_dim": shape_of(shapes, f"{sample}.transformer_blocks.0.attn2.to_k.weight")[1],
         "transformer_layers_per_block": depths[0] if len(set(depths)) == 1 else depths,
-        "attention_head_dim": heads[0] if len(set(heads)) == 1 else tuple(heads),  # diffusers means their number
+        # diffusers uses this name for the number of heads.
+        "attention_head_dim": heads[0] if len(set(heads)) == 1 else tuple(heads),
         "use_linear_projection": len(shape_of(shapes, f"{sample}.proj_in.weight")) == 2,
         "norm_num_groups": norm_groups(*channels),
     }
 
 
 def size_embedding_config(shapes: Shapes, pooled_width: int) -> dict[str, Any]:
-    """Further arguments for a U-Net that is conditioned on a pooled text vector and six sizes."""
+    """Return further arguments for a U-Net that is conditioned on a pooled text vector and six sizes."""
     width = shape_of(shapes, "add_embedding.linear_1.weight")[1]
     if width <= pooled_width or (width - pooled_width) % (2 * NUM_SIZES):
         raise UserError(
-            f"add_embedding.linear_1.weight takes {width} numbers; {pooled_width} of the text encoder and "
-            f"{NUM_SIZES} sizes do not make that, so U-Net and text encoder are of different models"
+            f"add_embedding.linear_1.weight takes {width} numbers, which do not match {pooled_width} of the text "
+            f"encoder and {NUM_SIZES} sizes; U-Net and text encoder belong to different models"
         )
     return {
         "addition_embed_type": "text_time",
@@ -93,12 +95,12 @@ def size_embedding_config(shapes: Shapes, pooled_width: int) -> dict[str, Any]:
 
 
 def num_transformers(shapes: Shapes, stem: str) -> int:
-    """Transformer blocks in the attention at `stem`."""
+    """Count the transformer blocks in the attention at `stem`."""
     return count(shapes, rf"{re.escape(stem)}\.transformer_blocks\.(\d+)\.")
 
 
 def empty_unet(config: Mapping[str, Any]) -> Any:
-    """diffusers' UNet2DConditionModel on the meta device."""
+    """Build diffusers' UNet2DConditionModel on the meta device."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
@@ -106,40 +108,40 @@ def empty_unet(config: Mapping[str, Any]) -> Any:
 
 
 def unet_input(noised: Noised, conditioning: Conditioning) -> Tensor:
-    """The noisy latents, in an inpainting model with what it is told of the mask behind them."""
+    """Return the noisy latents, followed for an inpainting model by its mask channels."""
     if FEATURE not in conditioning:
         return noised.latents_BCHW
     return torch.cat([noised.latents_BCHW, conditioning[FEATURE].to(noised.latents_BCHW)], 1)
 
 
 def check_unet_input(what: str, unet: Component, num_latent_channels: int, inpaints: bool) -> None:
-    """Raise UserError where the U-Net of the checkpoint `what` does not fit what training feeds it.
+    """Raise UserError if the U-Net of the checkpoint `what` does not match the inputs of training.
 
-    A plain U-Net that is to inpaint is widened by `for_inpainting`, which is warned of.
+    A plain U-Net trained to inpaint is widened by `for_inpainting`, with a warning.
     """
     channels = unet.config.get("in_channels", num_latent_channels)
     if channels == num_latent_channels:
         if inpaints:
             logger.warning(
-                "--train_inpainting: the U-Net of %s takes %d channels, so it knows nothing of masks. It is widened "
-                "with zeros as sd-scripts does it, which are frozen: the adapter learns the pictures, not to paint "
-                "what a mask leaves out. An inpainting checkpoint, which takes %d, does both",
+                "--train_inpainting: the U-Net of %s takes %d channels, so it cannot use masks. It is widened with "
+                "frozen zeros, as sd-scripts does: the adapter learns the images, but not to inpaint. Use an "
+                "inpainting checkpoint, which takes %d channels, to train both",
                 what, channels, channels + MASK_CHANNELS,
             )  # fmt: skip
     elif channels != num_latent_channels + MASK_CHANNELS:
         raise UserError(
-            f"{what}: the U-Net takes {channels} input channels; a plain one takes {num_latent_channels}, one for "
-            f"inpainting {num_latent_channels + MASK_CHANNELS}; other conditioned variants are not supported"
+            f"{what}: the U-Net takes {channels} input channels, but only {num_latent_channels} (plain) and "
+            f"{num_latent_channels + MASK_CHANNELS} (inpainting) are supported"
         )
     elif not inpaints:
         raise UserError(
-            f"{what} is an inpainting model (its U-Net takes {channels} channels); add --train_inpainting, which needs "
-            "pictures, or use the plain model"
+            f"{what} is an inpainting model (its U-Net takes {channels} channels); add --train_inpainting, which "
+            "requires images, or use the plain model"
         )
 
 
 def for_inpainting(unet: Any, num_latent_channels: int) -> Any:
-    """The U-Net with room for masks in its first layer, which has no effect where there was none before."""
+    """Add zero weights for mask channels to the first layer if it has none; they do not change its output."""
     if unet.config.in_channels == num_latent_channels:
         conv = unet.conv_in
         weight = torch.cat([conv.weight, conv.weight.new_zeros(len(conv.weight), MASK_CHANNELS, 3, 3)], 1)
@@ -150,13 +152,13 @@ def for_inpainting(unet: Any, num_latent_channels: int) -> Any:
 
 
 def run_unet_blocks_with(unet: nn.Module, runner: BlockRunner) -> None:
-    """Lead the blocks of diffusers' U-Net through `runner`."""
+    """Route the blocks of diffusers' U-Net through `runner`."""
     for blocks in unet_stacks(unet):
         run_library_blocks_with(blocks, runner)
 
 
 def unet_stacks(unet: nn.Module) -> Stacks:
-    """The residual and transformer blocks of diffusers' U-Net, nearly all of its work."""
+    """Return the residual and transformer blocks of diffusers' U-Net, which do nearly all of its work."""
     from diffusers.models.attention import BasicTransformerBlock
     from diffusers.models.resnet import ResnetBlock2D
 
@@ -164,7 +166,8 @@ def unet_stacks(unet: nn.Module) -> Stacks:
 
 
 def unet_chains(unet: nn.Module) -> list[nn.ModuleList]:
-    """The transformer blocks of each attention: residual blocks feed the way up too, so none of those can be missed."""
+    """Return the transformer blocks of each attention; residual blocks also feed the up path, so none can be left
+    out."""
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
     return [module.transformer_blocks for module in unet.modules() if isinstance(module, Transformer2DModel)]

@@ -1,6 +1,6 @@
-"""Names of VAE weights: Stability's single-file layout ("ldm") against the module paths of diffusers.
+"""Names of VAE weights: Stability's single-file layout ("ldm") and the module paths of diffusers.
 
-Every function here is pure text, valid for any number of levels and layers.
+All functions transform names only and work for any number of levels and layers.
 """
 
 import re
@@ -8,14 +8,14 @@ import re
 from library.models.names import inverse, swap_stem
 
 VAE_PREFIX = "first_stage_model."
-VAE_PREFIXES = ("vae.", VAE_PREFIX, "")  # of VAEs in files of their own, or with other models
+VAE_PREFIXES = ("vae.", VAE_PREFIX, "")  # of VAEs in separate files, or in files with other models
 VAE_MID = {"block_1": "resnets.0", "attn_1": "attentions.0", "block_2": "resnets.1"}
 VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 VAE_ATTENTION_2022 = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # diffusers before 0.12
 
 
 def vae_from_ldm(key: str, num_levels: int) -> str:
-    """diffusers' name of a VAE weight; `key` without "first_stage_model."."""
+    """Return diffusers' name of a VAE weight; `key` without "first_stage_model."."""
     match = re.fullmatch(r"(encoder|decoder)\.mid\.(block_1|attn_1|block_2)\.(.+)", key)
     if match:
         tail = swap_stem(match[3], VAE_ATTENTION) or match[3] if match[2] == "attn_1" else match[3]
@@ -34,7 +34,7 @@ def vae_from_ldm(key: str, num_levels: int) -> str:
 
 
 def vae_to_ldm(key: str, num_levels: int) -> str:
-    """The inverse of `vae_from_ldm`."""
+    """Invert `vae_from_ldm`."""
     match = re.fullmatch(r"(encoder|decoder)\.mid_block\.((?:resnets|attentions)\.\d+)\.(.+)", key)
     if match:
         kind = inverse(VAE_MID)[match[2]]
@@ -55,6 +55,6 @@ def vae_to_ldm(key: str, num_levels: int) -> str:
 
 
 def vae_from_old_diffusers(key: str) -> str:
-    """Attention weights of VAEs saved by diffusers before 0.12 under their present names."""
+    """Rename attention weights of VAEs saved by diffusers before 0.12 to the current names."""
     match = re.fullmatch(r"(.+\.mid_block\.attentions\.\d+)\.(.+)", key)
     return f"{match[1]}.{swap_stem(match[2], VAE_ATTENTION_2022) or match[2]}" if match else key

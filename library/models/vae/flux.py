@@ -1,4 +1,4 @@
-"""The VAE of 16 channels that FLUX.1 came with ("ae.safetensors") and others took over: its files and its latents."""
+"""The VAE with 16 channels of FLUX.1 ("ae.safetensors") and later models: its files and its latents."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -22,17 +22,17 @@ logger = logging.getLogger(__name__)
 
 CHANNELS = 16
 SCALE, SHIFT = 0.3611, 0.1159
-FOLDER = "vae"  # of a diffusers folder
+FOLDER = "vae"  # in a diffusers folder
 
 
 @dataclass(frozen=True)
 class MappedLatents:
-    """Latents of 16 channels, 8 pixels a side; the cache keeps them shifted and scaled, as the denoiser sees them."""
+    """Latents of 16 channels, 8 pixels a side; cached shifted and scaled, as the denoiser gets them."""
 
     spec: LatentSpec
 
     def encode(self, vae: nn.Module, pixels_BCHW: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """Samples of the posterior less 0.1159, times 0.3611, float32."""
+        """Sample the posterior, subtract 0.1159 and multiply by 0.3611, float32."""
         latents = KlLatents(self.spec, SCALE, SHIFT)
         return latents.normalize(latents.encode(vae, pixels_BCHW, generators))
 
@@ -40,21 +40,21 @@ class MappedLatents:
         return latents_BCHW
 
     def decode(self, vae: nn.Module, latents_BCHW: Tensor) -> Tensor:
-        """Pictures, float32, about -1..1, of latents as the denoiser sees them."""
+        """Decode latents as the denoiser sees them to images, float32, about -1..1."""
         return KlLatents(self.spec, SCALE, SHIFT).decode(vae, latents_BCHW)
 
 
 def mapped_latents(cache_suffix: str) -> MappedLatents:
-    """The latents of a base model that reads two by two of them as a token."""
+    """Return the latents of a base model whose tokens are 2 x 2 latents."""
     return MappedLatents(
         LatentSpec(CHANNELS, 8, bucket_step=16, cache_suffix=cache_suffix, had_keys_without_size=False)
     )
 
 
 def open_ae(model: str, name: str | None, base: BaseFiles) -> Component:
-    """The VAE from --ae, or from the base model, in the original layout or diffusers'.
+    """Open the VAE from --ae, or from the base model, in the original layout or diffusers'.
 
-    `model` is what messages call the base model.
+    `model` is the base model's name in messages.
     """
     if name is not None:
         config, weights = model_lookup.open_model("--ae", name, FOLDER)
@@ -68,25 +68,25 @@ def open_ae(model: str, name: str | None, base: BaseFiles) -> Component:
     prefix = next((p for p in prefixes if f"{p}decoder.conv_in.weight" in weights.shapes), None)
     if prefix is None:
         if name is None:
-            raise NotThere(f"--ae is missing: {base.path} has no VAE in it; give ae.safetensors")
+            raise NotThere(f"--ae is missing: {base.path} contains no VAE; use --ae ae.safetensors")
         first = first_names(weights)
-        raise UserError(f"--ae {name} is no VAE: it has no decoder.conv_in.weight (first names: {first})")
+        raise UserError(f"--ae {name} is not a VAE: it has no decoder.conv_in.weight (first names: {first})")
     return checked_ae(model, "--ae", single_vae(with_prefix(weights, prefix)))
 
 
 def checked_ae(model: str, flag: str, component: Component) -> Component:
-    """Raise UserError where a VAE makes other latents than the base model's."""
+    """Raise UserError if a VAE has another number of latent channels than the base model's; warn of other factors."""
     channels = shape_of(component.weights.shapes, "decoder.conv_in.weight")[1]
     if channels != CHANNELS:
         raise UserError(
-            f"{flag} {component.weights.origin} has {channels} latent channels, {model} needs {CHANNELS}; use its "
+            f"{flag} {component.weights.origin} has {channels} latent channels, but {model} needs {CHANNELS}; use its "
             "ae.safetensors"
         )
     config: Mapping[str, object] = component.config
     scale, shift = config.get("scaling_factor"), config.get("shift_factor")
     if (scale or SCALE, shift or SHIFT) != (SCALE, SHIFT):
         logger.warning(
-            "%s %s is made for latents less %s, times %s; %s takes %s and %s",
+            "%s %s has shift %s and scale %s, but %s uses %s and %s",
             flag, component.weights.origin, shift, scale, model, SHIFT, SCALE,
         )  # fmt: skip
     return component

@@ -1,4 +1,4 @@
-"""Pixels to the latents of a VAE, and back."""
+"""Encoding of pixels to the latents of a VAE, and decoding."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from library.protocols import LatentSpec
 
 @dataclass(frozen=True)
 class KlLatents:
-    """Latents of diffusers' AutoencoderKL; the cache keeps samples of the posterior before shift and scale."""
+    """Latents of diffusers' AutoencoderKL; samples of the posterior are cached before shift and scale."""
 
     spec: LatentSpec
-    scale: float  # brings latents to about unit variance
-    shift: float = 0.0  # is taken off before
+    scale: float  # scales latents to about unit variance
+    shift: float = 0.0  # subtracted before scaling
 
     def encode(self, vae: nn.Module, pixels_BCHW: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """Samples of the posterior, float32, unscaled: mean + std * noise, the noise of each from its own generator."""
+        """Sample the posterior, float32, unscaled: mean + std * noise, with each sample's own generator."""
         model: Any = vae
         posterior = model.encode(pixels_BCHW.to(model.device, model.dtype)).latent_dist
         mean_BCHW: Tensor = posterior.mean.float()
@@ -33,7 +33,7 @@ class KlLatents:
         return (latents_BCHW - self.shift) * self.scale
 
     def decode(self, vae: nn.Module, latents_BCHW: Tensor) -> Tensor:
-        """Pictures, float32, about -1..1, of latents as the denoiser sees them."""
+        """Decode latents as the denoiser sees them to images, float32, about -1..1."""
         model: Any = vae
         latents_BCHW = latents_BCHW / self.scale + self.shift
         pixels_BCHW: Tensor = model.decode(latents_BCHW.to(model.device, model.dtype)).sample

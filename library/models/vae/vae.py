@@ -23,15 +23,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class VaeNeeds:
-    """What a base model needs of a VAE."""
+    """A base model's requirements of its VAE."""
 
-    base: str  # as messages call it
+    base: str  # its name in messages
     channels: int  # of the latents
-    scale: float  # that brings latents to about unit variance
+    scale: float  # scales latents to about unit variance
 
 
 def vae_config(shapes: Shapes) -> dict[str, Any]:
-    """Arguments of diffusers' AutoencoderKL."""
+    """Return the arguments of diffusers' AutoencoderKL."""
     levels = range(count(shapes, r"encoder\.down_blocks\.(\d+)\."))
     channels = tuple(shape_of(shapes, f"encoder.down_blocks.{i}.resnets.0.conv1.weight")[0] for i in levels)
     return {
@@ -49,7 +49,7 @@ def vae_config(shapes: Shapes) -> dict[str, Any]:
 
 
 def empty_vae(config: Mapping[str, Any]) -> Any:
-    """diffusers' AutoencoderKL on the meta device."""
+    """Build diffusers' AutoencoderKL on the meta device."""
     from diffusers import AutoencoderKL
 
     with torch.device("meta"):
@@ -57,35 +57,35 @@ def empty_vae(config: Mapping[str, Any]) -> Any:
 
 
 def vae_of_checkpoint(flag: str, weights: Weights) -> Component:
-    """The VAE that lies in a whole checkpoint. Raises UserError naming `flag` when there is none."""
+    """Return the VAE of a whole checkpoint. Raises NotThere naming `flag` if it has none."""
     vae = with_prefix(weights, VAE_PREFIX)
     if not vae.shapes:
-        raise NotThere(f"{flag} {weights.origin} has no VAE (nothing begins with {VAE_PREFIX!r}); give one with --vae")
+        raise NotThere(f"{flag} {weights.origin} has no VAE (nothing begins with {VAE_PREFIX!r}); use --vae")
     return single_vae(vae)
 
 
 def vae_of_folder(config: Mapping[str, Any], weights: Weights) -> Component:
-    """The VAE of a diffusers folder."""
+    """Build the VAE of a diffusers folder."""
     return Component(config, renamed(weights, vae_from_old_diffusers))
 
 
 def vae_of_base(base: BaseFiles) -> Component:
-    """The VAE of a base model. Raises NotThere without one."""
+    """Return the VAE of a base model. Raises NotThere without one."""
     return vae_of_folder(*base.open_folder("vae")) if base.whole is None else vae_of_checkpoint(base.flag, base.whole)
 
 
 def load_vae(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
-    """The VAE with its weights in `dtype`, frozen, on the CPU."""
+    """Load the VAE in `dtype`, frozen, on the CPU."""
     return materialise(empty_vae(component.config), component.weights, dtype)
 
 
 def vae_dtype_of(options: TrainOptions) -> torch.dtype:
-    """The dtype that the VAE computes in."""
+    """Return the dtype that the VAE computes in."""
     return torch.float32 if options.model.no_half_vae else DTYPES[options.precision.mixed_precision]
 
 
 def open_vae(name: str, needs: VaeNeeds) -> Component:
-    """The VAE of --vae: a file in either layout, a diffusers folder or one that has vae/, or a hub name."""
+    """Open the VAE of --vae: a file in either layout, a diffusers folder or one with vae/, or a hub name."""
     config, weights = model_lookup.open_model("--vae", name, "vae")
     if config is not None:
         refuse_no_vae(name, weights)
@@ -93,7 +93,7 @@ def open_vae(name: str, needs: VaeNeeds) -> Component:
         scale = config.get("scaling_factor", 0.18215)
         if scale != needs.scale:
             logger.warning(
-                "--vae %s is made for latents scaled by %s, %s scales by %s", name, scale, needs.base, needs.scale
+                "--vae %s is made for latents scaled by %s, but %s scales by %s", name, scale, needs.base, needs.scale
             )
     else:
         if any(key.startswith(VAE_PREFIX) for key in weights.shapes):
@@ -103,20 +103,20 @@ def open_vae(name: str, needs: VaeNeeds) -> Component:
     channels = component.weights.shapes["decoder.conv_in.weight"][1]
     if channels != needs.channels:
         raise UserError(
-            f"--vae {name} has {channels} latent channels, {needs.base} needs {needs.channels}; use an {needs.base} VAE"
+            f"--vae {name} has {channels} latent channels, but {needs.base} needs {needs.channels}; use its own VAE"
         )
     return component
 
 
 def refuse_no_vae(name: str, weights: Weights) -> None:
-    """Raise UserError when --vae names something else."""
+    """Raise UserError if --vae names something else."""
     if "decoder.conv_in.weight" not in weights.shapes:
         first = first_names(weights)
-        raise UserError(f"--vae {name} is no VAE of this kind: it has no decoder.conv_in.weight (first names: {first})")
+        raise UserError(f"--vae {name} is not such a VAE: it has no decoder.conv_in.weight (first names: {first})")
 
 
 def single_vae(weights: Weights) -> Component:
-    """A VAE from one file without prefix, in Stability's or diffusers' layout. Leftovers of training are dropped."""
+    """Build a VAE from one file without prefix, in Stability's or diffusers' layout; training leftovers are dropped."""
     parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
     weights = selected(weights, {key: key for key in weights.shapes if key.startswith(parts)})
     if any(key.startswith("encoder.down_blocks.") for key in weights.shapes):

@@ -211,7 +211,7 @@ def check_folder(flag: str, folder: Path) -> None:
         raise UserError(f"--{flag} {folder}: {there} is a file, not a folder; name another place")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(
-            f"--{flag} {folder}: nothing can be written in {there}; change its rights or name another place"
+            f"--{flag} {folder}: nothing can be written in {there}; change its permissions or name another place"
         )
 
 

@@ -97,7 +97,7 @@ def read_prompts(path: Path) -> list[PromptSpec]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{FLAG} {path} cannot be read: {error.strerror}; change its rights") from error
+        raise UserError(f"{FLAG} {path} cannot be read: {error.strerror}; change its permissions") from error
     text = decoded(content, f"{FLAG} {path}")
     return list(specs_in_text(path, text) if kind == ".txt" else specs_in_json(path, text))
 

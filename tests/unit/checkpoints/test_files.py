@@ -66,19 +66,19 @@ def entry(**changes: Any) -> dict[str, Any]:
     ("header", "data", "num_bytes", "problem"),
     [
         (TWO, bytes(32), 2**60, "header would be 1152921504606846976 bytes"),
-        (TWO, b"", 5000, "cut short: the header needs 5000 bytes"),
+        (TWO, b"", 5000, "truncated: 128 of 5000 header bytes exist"),
         (TWO, bytes(31), None, "'b' ends at byte 32"),
         (TWO, bytes(33), None, "1 bytes follow the last tensor"),
         (b"{nonsense", b"", None, "not JSON"),
         (b"[1, 2]", b"", None, "not a JSON object"),
-        (entry(data_offsets=[16, 24]), bytes(24), None, "'b' lies over 'a'"),
+        (entry(data_offsets=[16, 24]), bytes(24), None, "'b' overlaps 'a'"),
         (entry(data_offsets=[28, 36]), bytes(36), None, "gap of 4 bytes before 'b'"),
         (entry(data_offsets=[24, 34]), bytes(34), None, "'b' needs 8 bytes"),
         (entry(data_offsets=[24, -8]), bytes(32), None, "offsets 24 to -8"),
         (entry(shape=[-4]), bytes(32), None, "shape (-4,)"),
         (entry(dtype="F7"), bytes(32), None, "the type F7"),
         ({"a": {"dtype": "F32"}}, b"", None, "lacks dtype, shape or data_offsets"),
-        ({"__metadata__": {"k": 3}}, b"", None, "metadata is not a table of texts"),
+        ({"__metadata__": {"k": 3}}, b"", None, "metadata does not map names to strings"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -137,9 +137,9 @@ def test_what_is_wrong_with_a_file_is_one_sentence(tmp_path: Path) -> None:
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7\n"
     for content, said in (
         (b"", "is empty; download or copy it again"),
-        (whole[: len(whole) // 2], "it is cut short or damaged ("),
+        (whole[: len(whole) // 2], "it is truncated or damaged ("),
         (pointer, "is a Git LFS pointer, not the file itself"),
-        (b"<!DOCTYPE html><html>", "is a web page: the page about the download was saved"),
+        (b"<!DOCTYPE html><html>", "is a web page, not a checkpoint"),
         (b"Entry not found", "is a text file, not a checkpoint; it begins with 'Entry not found'"),
     ):
         (tmp_path / "a.pt").write_bytes(content)

@@ -45,7 +45,7 @@ def entry(**fields: Any) -> bytes:
         (entry(data_offsets=[8, 0]), "needs 8 bytes"),
         (entry(data_offsets=[0.0, 8.0]), "offsets 0.0 to 8.0"),
         (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
-         "lies over"),
+         "overlaps"),
         (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}', "a gap of 4 bytes"),
         (b'{"__metadata__":{"a":{}}}', "its metadata"),
     ],
@@ -86,7 +86,7 @@ def test_a_header_that_claims_more_than_the_file_has_takes_no_memory(tmp_path: P
         "except ValueError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "evil.safetensors is not a whole safetensors file" in done.stdout, done.stderr
+    assert done.returncode == 0 and "evil.safetensors is not a complete safetensors file" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -94,11 +94,11 @@ def test_a_header_that_claims_more_than_the_file_has_takes_no_memory(tmp_path: P
     [
         ("{", "not valid JSON"),
         ("[" * 200_000, "not valid JSON"),
-        ("[1]", "no table weight_map"),
-        ('{"weight_map": {"a": 5}}', "no table weight_map"),
+        ("[1]", "no weight_map"),
+        ('{"weight_map": {"a": 5}}', "no weight_map"),
         ('{"weight_map": {"a": "../outside.safetensors"}}', "outside its folder"),
         ('{"weight_map": {"a": "/outside.safetensors"}}', "outside its folder"),
-        ('{"weight_map": {"b": "part.safetensors"}}', "do not hold: b"),
+        ('{"weight_map": {"b": "part.safetensors"}}', "missing from its files: b"),
     ],
 )
 def test_an_index_that_lies_is_refused(tmp_path: Path, content: str, words: str) -> None:

@@ -287,7 +287,7 @@ def test_forge_reads_text_encoders_alone_under_diffusers_names(version: str) -> 
     ("version", "shapes", "says"),
     [
         ("5-medium", BOTH_CLIPS, "it does not read text encoder keys in the kohya naming"),  # of SD3, not of SDXL
-        ("flux1", kohya("text_encoder." + T5.format(0), 4096), "it has no place for LoRA of FLUX.1's T5"),
+        ("flux1", kohya("text_encoder." + T5.format(0), 4096), "it does not support LoRA for FLUX.1's T5"),
         ("lumina2", kohya("text_encoder.layers.0.self_attn.q_proj", 2304), "it does not read text encoder keys"),
         ("anima", kohya("text_encoder.layers.0.self_attn.q_proj", 1024), "it does not read text encoder keys"),
     ],
@@ -363,12 +363,12 @@ def test_the_line_groups_programs_by_what_they_use() -> None:
 
 def test_the_line_for_an_unknown_base_model() -> None:
     assert readings(list_specs(), {"x.lora_A.weight": (4, 4)}, {}) == ()
-    assert describe(()) == "its keys do not tell which base model they are for"
+    assert describe(()) == "its base model cannot be recognised from its keys"
 
 
 def test_reasons_are_given_once_and_name_the_program() -> None:
     found = readings(list_specs(), LORA | {f"{NAME}.dora_scale": (1, 768)}, {})
     assert list(problems(found)) == [
-        "diffusers: it drops dora_scale: what is left acts as plain LoRA",
-        "stable-diffusion.cpp: it has no norm weights and no DoRA: what is left acts as plain LoRA",
+        "diffusers: it drops dora_scale: the rest acts as plain LoRA",
+        "stable-diffusion.cpp: it supports neither norm weights nor DoRA: the rest acts as plain LoRA",
     ]

@@ -98,13 +98,13 @@ def test_a_header_whose_length_looks_like_the_start_of_a_pickle_is_read(tmp_path
 
 def test_another_kind_of_file_is_refused(tmp_path):
     (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes([3, 0, 0, 0]) * 20)
-    with pytest.raises(ValueError, match=r"a.gguf is no checkpoint: it holds neither safetensors nor .*GGUF"):
+    with pytest.raises(ValueError, match=r"a.gguf is not a checkpoint: it contains neither safetensors nor .*GGUF"):
         open_weights(tmp_path / "a.gguf")
 
 
 def test_a_damaged_file_is_reported_as_what_its_name_says(tmp_path):
     (tmp_path / "a.sft").write_bytes(bytes(range(200, 232)))
-    with pytest.raises(ValueError, match=r"a.sft is not a whole safetensors file"):
+    with pytest.raises(ValueError, match=r"a.sft is not a complete safetensors file"):
         open_weights(tmp_path / "a.sft")
 
 

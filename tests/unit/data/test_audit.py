@@ -33,7 +33,7 @@ def test_pictures_repeats_draws_and_buckets_are_counted(tmp_path, caplog):
         caplog,
     )
     assert "dataset 1: area of 64x64 in buckets of 64 to 1024 by 64, batch size 2" in text
-    assert "3 pictures x 3 repeats, 9 draws per epoch" in text
+    assert "3 images x 3 repeats, 9 draws per epoch" in text
     assert "bucket 64x64: 9 draws, 5 batches" in text
 
 
@@ -54,7 +54,7 @@ def test_captions_that_class_tokens_stand_in_for_are_no_warning(tmp_path, caplog
 def test_pictures_left_out_are_named_with_the_reason(tmp_path, caplog):
     write_folder(tmp_path / "a", 1)
     (tmp_path / "a/bad.png").write_bytes(b"")
-    assert "1 pictures are left out: " in audited(config(tmp_path, ""), caplog)
+    assert "1 images are skipped: " in audited(config(tmp_path, ""), caplog)
     assert "bad.png is empty" in caplog.text
 
 
@@ -67,7 +67,7 @@ def test_captions_beyond_the_token_limit_are_counted_in_their_fullest_form(tmp_p
         return len(caption.split())
 
     text = audited(options, caplog, words, 4)
-    assert "1 captions are longer than the 4 tokens" in text and "p1.png (5)" in text
+    assert "1 captions are longer than the model's 4 tokens" in text and "p1.png (5)" in text
     assert "longer" not in audited(options, caplog, words, 5)
 
 
@@ -82,37 +82,35 @@ def test_very_many_captions_are_counted_beside_the_run(tmp_path, caplog, monkeyp
 
     monkeypatch.setattr("library.data.plan.data_plan.MOST_COUNTED_AT_START", 39)
     text = audited(config(tmp_path, ""), caplog, words, 4)
-    assert "40 pictures" in text and "looked for meanwhile" in text and "longer" not in text
+    assert "40 images" in text and "in the background" in text and "are longer" not in text
     (counting,) = (thread for thread in threading.enumerate() if thread.name == "count tokens")
     may_go.set()
     counting.join(60)
-    assert "40 captions are longer than the 4 tokens" in caplog.text and set(threads) == {"count tokens"}
+    assert "40 captions are longer than the model's 4 tokens" in caplog.text and set(threads) == {"count tokens"}
 
 
 def test_pictures_of_one_stem_are_named(tmp_path, caplog):
     write_folder(tmp_path / "a", 1)
     write_picture(tmp_path / "a/p0.bmp")
     text = audited(config(tmp_path, ""), caplog)
-    assert "1 pictures share their caption with one of the same name: " in text and "p0.bmp and " in text
+    assert "1 images share a caption file with another: " in text and "p0.bmp and " in text
 
 
 def test_without_buckets_pictures_of_another_size_are_named(tmp_path, caplog):
     write_folder(tmp_path / "a", 1, (80, 64))
-    assert "1 pictures are not 64x64 and are scaled or cut to it" in audited(config(tmp_path, ""), caplog)
+    assert "1 images are not 64x64 and are scaled or cropped to it" in audited(config(tmp_path, ""), caplog)
 
 
 def test_braces_in_braces_are_named(tmp_path, caplog):
     write_folder(tmp_path / "a", 1, caption="{a|{b|c}}")
-    assert "1 captions have braces inside braces" in audited(config(tmp_path, "enable_wildcard = true"), caplog)
+    assert "1 captions have nested braces" in audited(config(tmp_path, "enable_wildcard = true"), caplog)
 
 
 def test_regularisation_pictures_that_are_too_many_are_counted(tmp_path, caplog):
     write_folder(tmp_path / "a", 1)
     write_folder(tmp_path / "r", 3)
     more = "[[datasets.subsets]]\nimage_dir = '{here}/r'\nis_reg = true\nclass_tokens = 'x'\n"
-    assert "2 regularisation pictures are more than needed and unused" in audited(
-        config(tmp_path, "", more=more), caplog
-    )
+    assert "2 regularisation images are not needed and unused" in audited(config(tmp_path, "", more=more), caplog)
 
 
 # What the saved file says
@@ -215,7 +213,7 @@ def test_tags_of_metadata_files_are_counted_without_captions(tmp_path):
 def test_captions_under_another_ending_are_counted_with_the_key_to_set(tmp_path, caplog):
     write_folder(tmp_path / "a", 3)
     text = audited(other_ending(tmp_path), caplog)
-    assert "3 of the missing captions lie there as .txt files, but caption_extension is .caption: set " in text
+    assert "3 of the missing captions exist as .txt files, but caption_extension is .caption: set " in text
     assert 'caption_extension = ".txt"' in text
 
 
@@ -234,7 +232,7 @@ def test_pictures_with_endings_that_are_not_read_are_named(tmp_path, caplog):
     for name in ("b.Jpeg", "c.gif", "d.tiff", "notes.md"):
         (tmp_path / "a" / name).write_bytes(b"x")
     text = audited(config(tmp_path, ""), caplog)
-    assert "3 pictures have endings that are not read" in text and "b.Jpeg, c.gif, d.tiff" in text
+    assert "3 images have unsupported extensions" in text and "b.Jpeg, c.gif, d.tiff" in text
 
 
 def test_captions_without_a_picture_are_named(tmp_path, caplog):
@@ -244,7 +242,7 @@ def test_captions_without_a_picture_are_named(tmp_path, caplog):
     write_picture(tmp_path / "a/face_1_2_3_4.png", seed=9)
     (tmp_path / "a/face.txt").write_text("of the cutting")
     text = audited(config(tmp_path, ""), caplog)
-    assert "2 captions have no picture: lost.txt, p0_1_2_3_4.txt" in text
+    assert "2 captions have no image: lost.txt, p0_1_2_3_4.txt" in text
 
 
 def test_equal_pictures_are_named(tmp_path, caplog):
@@ -283,7 +281,7 @@ def test_captions_with_the_name_of_their_file_are_named(tmp_path, caplog):
 
 def test_pictures_in_folders_below_are_counted_where_none_is_found(tmp_path):
     write_folder(tmp_path / "a" / "more" / "deep", 3)
-    with pytest.raises(NoDataFound, match=r"no training pictures in .*; 3 lie in folders below it, .*deep \(3\)"):
+    with pytest.raises(NoDataFound, match=r"no training pictures in .*; 3 are in its subfolders, .*deep \(3\)"):
         build_plan(config(tmp_path, ""), SPEC, 1, None, None)
 
 
@@ -306,5 +304,5 @@ def test_files_that_are_left_aside_are_named_by_what_they_are(tmp_path, caplog):
     for name in ("b.GIF", "c.Png", "b.txt", "d.TXT", "e.json", "txt", "f.npz", "lost.txt"):
         (tmp_path / "a" / name).write_text("x")
     text = audited(config(tmp_path, ""), caplog)
-    assert "2 pictures have endings that are not read; convert or rename them to .png or .jpg: b.GIF, c.Png" in text
-    assert "1 captions have no picture: lost.txt" in text
+    assert "2 images have unsupported extensions; convert or rename them to .png or .jpg: b.GIF, c.Png" in text
+    assert "1 captions have no image: lost.txt" in text

@@ -124,7 +124,7 @@ def test_a_resolution_that_is_no_multiple_of_the_step_is_said(caplog):
 def test_limits_are_rounded_to_the_step_and_said_so(caplog):
     rule = BucketRules.build((512, 512), True, 300, 1000, 64, False, 64)
     assert (rule.min_reso, rule.max_reso) == (256, 1024)
-    assert "300..1000 become 256..1024" in caplog.text
+    assert "300..1000 are rounded to 256..1024" in caplog.text
 
 
 @pytest.mark.parametrize(

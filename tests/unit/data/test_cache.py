@@ -322,7 +322,7 @@ def make_it_older_than_the_picture(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (edit_picture, "1 made from another picture"),
+        (edit_picture, "1 made from another image"),
         (truncate, "1 damaged"),
         (flip_bits, "1 damaged"),
         (put_nan, "1 holding NaN"),
@@ -332,7 +332,7 @@ def make_it_older_than_the_picture(folder: Path) -> None:
         (put_other_crop, "1 made for another size or crop"),
         (put_other_size, "1 made for another size or crop"),
         (lose_latents, "1 without latents of this size"),
-        (make_it_older_than_the_picture, "1 older than the picture"),
+        (make_it_older_than_the_picture, "1 older than the image"),
     ],
 )
 def test_an_entry_that_is_not_true_is_made_again_alone_and_said_so(folder, caplog, spoil, reason):
@@ -388,7 +388,7 @@ def test_entries_of_sd_scripts_are_used_and_their_unknown_vae_is_said(folder, ca
         rewrite(path)
     with caplog.at_level(logging.INFO):
         assert cache(folder, vae="another vae")[1] == 0
-    assert "3 cache entries do not say which VAE made them" in caplog.text
+    assert "3 cache entries do not name their VAE" in caplog.text
 
 
 def test_sizes_that_another_program_wrote_are_real_numbers(folder, caplog):
@@ -406,7 +406,7 @@ def test_a_note_does_not_vouch_for_latents_that_another_program_wrote(folder, ca
     rewrite(file_of(folder), keeps_origin=True, latents=latents)
     with caplog.at_level(logging.INFO):
         batches, num_encoded = cache(folder)
-    assert num_encoded == 0 and "1 cache entries do not say" in caplog.text
+    assert num_encoded == 0 and "1 cache entries do not name" in caplog.text
     assert latents.tolist() in latents_by_key(batches).values()
 
 
@@ -415,7 +415,7 @@ def test_the_old_name_without_a_size_is_used_where_no_other_is_and_said_so(folde
     rewrite(file_of(folder))
     os.rename(file_of(folder), file_of(folder, "p0.npz"))
     batches, num_encoded = cache(folder)
-    assert num_encoded == 0 and "1 latents come from files with the old name" in caplog.text
+    assert num_encoded == 0 and "1 latents come from files with an old name" in caplog.text
     assert not file_of(folder).exists() and len(latents_by_key(batches)) == 3
 
 
@@ -480,7 +480,7 @@ def test_a_write_that_fails_keeps_the_old_file_and_names_the_way_out(folder, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ValueError, match=r"cannot be written \(No space left on device\); .*--cache_latents alone"):
+    with pytest.raises(ValueError, match=r"cannot be written \(No space left on device\); .*use --cache_latents to"):
         cache(folder, vae="another vae")
     assert file_of(folder).read_bytes() == before
     assert not list((folder / "2_a").glob(".*"))
@@ -508,7 +508,7 @@ def test_a_damaged_picture_is_left_out_and_named(folder, options, caplog):
     path = folder / "2_a/p2.png"
     path.write_bytes(path.read_bytes()[:5000])
     batches, _ = cache(folder, options=options)
-    assert "1 pictures are damaged and left out" in caplog.text and "p2.png is damaged" in caplog.text
+    assert "1 damaged images are skipped" in caplog.text and "p2.png is damaged" in caplog.text
     found = list(batches.of_epoch(1, range(batches.plan.num_batches), int, 0, False))
     drawn = [key for batch in found for key in batch.keys]
     assert all(batch.latents_BCHW is not None for batch in found)
@@ -518,7 +518,7 @@ def test_a_damaged_picture_is_left_out_and_named(folder, options, caplog):
 def test_damaged_pictures_without_another_of_their_size_end_the_start(folder):
     for path in (folder / "2_a").glob("*.png"):
         path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(ValueError, match=r"\.png is damaged; no other picture of its size can stand in for it"):
+    with pytest.raises(ValueError, match=r"\.png is damaged; no other image of its size can replace it"):
         cache(folder, options=MEMORY)
 
 

@@ -369,7 +369,7 @@ def test_masks_are_the_red_channel_cropped_like_the_picture(tmp_path):
 def test_with_buckets_a_mask_of_another_size_is_named_and_without_it_is_stretched(tmp_path):
     write_picture(tmp_path / "a/p.png", (96, 64))
     write_picture(tmp_path / "m/p.png", (32, 32), seed=14)
-    with pytest.raises(ValueError, match=r"p\.png is 32x32, its picture 96x64"):
+    with pytest.raises(ValueError, match=r"p\.png is 32x32, its image 96x64"):
         masked_set(tmp_path, "enable_bucket = true\nmin_bucket_reso = 64")
     (batch,) = batches_of(masked_set(tmp_path))
     assert batch.masks_B1HW is not None and batch.masks_B1HW.shape == (1, 1, 64, 64)
@@ -383,7 +383,7 @@ def test_a_damaged_picture_is_named_with_and_without_workers(tmp_path):
     path.write_bytes(path.read_bytes()[:9000])
     plan = folder_set(tmp_path, "")
     for workers in (0, 1):
-        with pytest.raises(ValueError, match=r"^\S*p\.png is damaged: [^\n]*; no other picture of its size can"):
+        with pytest.raises(ValueError, match=r"^\S*p\.png is damaged: [^\n]*; no other image of its size can"):
             batches_of(plan, workers=workers)
 
 

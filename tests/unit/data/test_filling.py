@@ -103,6 +103,6 @@ def test_processes_share_files_out_and_each_machine_has_them_all(tmp_path: Path,
 
 def test_a_folder_that_cannot_be_written_is_named_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"the word cache .* cannot be written .*--cache_words alone keeps words"):
+    with pytest.raises(UserError, match=r"the word cache .* cannot be written .*use --cache_words to keep words"):
         fill(Cache().codec, jobs_of(tmp_path / "file", "a"), False, 1, ALONE)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

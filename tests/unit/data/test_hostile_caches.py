@@ -76,7 +76,7 @@ def test_a_caption_file_that_is_none_is_named(tmp_path: Path, kind: str) -> None
         assert plan_of(options).num_train_images == 1
         return
     (tmp_path / "1_a/p0.txt").write_bytes(b"a, " * (1 << 20))
-    with pytest.raises(UserError, match=r"p0\.txt has 3\.1 MB; no caption is that long"):
+    with pytest.raises(UserError, match=r"p0\.txt has 3\.1 MB, too much for a caption"):
         plan_of(options)
 
 

@@ -106,5 +106,5 @@ def test_a_folder_without_rights_is_named(tmp_path: Path, monkeypatch: pytest.Mo
         tmp_path / "d.toml", f"[[datasets]]\nresolution=64\n[[datasets.subsets]]\nimage_dir='{folder}'"
     )
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(ValueError, match="1_thing cannot be read: Permission denied; change its rights"):
+    with pytest.raises(ValueError, match="1_thing cannot be read: Permission denied; change its permissions"):
         plan_of(options)

@@ -123,7 +123,7 @@ def test_entries_of_other_programs_stay_known_as_such(folder, judged, caplog):  
         caplog.clear()
         caplog.set_level("INFO")
         assert cache(folder)[1] == 0
-        assert "3 cache entries do not say which VAE made them" in caplog.text
+        assert "3 cache entries do not name their VAE" in caplog.text
     assert judged == []
 
 
@@ -151,7 +151,7 @@ def test_a_damaged_index_is_made_again(folder, judged, caplog, content):  # noqa
     (folder / "2_a" / latent_index.FILE_NAME).write_bytes(content)
     judged.clear()
     assert cache(folder)[1] == 0 and len(judged) == 3
-    assert "cannot be used and is made again" in caplog.text
+    assert "cannot be used and is rebuilt" in caplog.text
     judged.clear()
     assert cache(folder)[1] == 0 and judged == []
 

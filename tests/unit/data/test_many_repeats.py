@@ -26,4 +26,4 @@ def test_a_long_one_is_warned_of(
     write_folder(tmp_path / "data/60_cat", 2)
     with caplog.at_level(logging.WARNING):
         assert plan_of(options_of("--resolution 64 --train_data_dir", str(tmp_path / "data"))).num_batches == 120
-    assert "an epoch has 120 samples, which are put in order before it begins" in caplog.text
+    assert "an epoch has 120 samples; ordering them before it starts" in caplog.text

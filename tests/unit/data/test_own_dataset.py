@@ -98,9 +98,9 @@ def test_what_needs_the_pictures_themselves_is_refused(option: str) -> None:
 def test_a_class_of_another_kind_is_named_with_what_it_must_offer() -> None:
     with pytest.raises(ValueError, match=r"is called with \(tokenizer=None, max_token_length"):
         open_own_dataset(dict.fromkeys, options_with(), SPEC, seed=3)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"must tell the number of its batches as len\(\)"):
+    with pytest.raises(ValueError, match=r"must return the number of its batches from len\(\)"):
         OwnDataset(object(), "my.Thing", 3, SPEC)
     with pytest.raises(ValueError, match="has no batches"):
         OwnDataset([], "my.Thing", 3, SPEC)
-    with pytest.raises(ValueError, match="batch 0 is int, not a table"):
+    with pytest.raises(ValueError, match="batch 0 is int, not a mapping"):
         next(OwnDataset([5], "my.Thing", 3, SPEC).of_epoch(1, [0], lambda place: 0, 0, False))

@@ -223,7 +223,7 @@ def test_a_damaged_index_is_made_again_and_said_so(folder, caplog, opened):
     build(folder)
     spoil(folder, lambda content: content[:100])
     build(folder)
-    assert "cannot be used and is made again" in caplog.text
+    assert "cannot be used and is rebuilt" in caplog.text
     opened.clear()
     build(folder)
     assert opened == []

@@ -143,5 +143,5 @@ def test_what_is_cut_and_what_does_nothing_is_warned_of(tmp_path: Path, caplog: 
     with caplog.at_level(logging.WARNING):
         opened('[[prompts]]\ntarget = "one two three four"\ndynamic_crops = true\n', tmp_path, tells_sizes=False)
     crops, cut = (record.message for record in caplog.records)
-    assert "dynamic_crops has no effect, this base model is told no sizes" in crops
-    assert "a prompt of 4 tokens, of which the first 3 are used: one two three four" in cut
+    assert "dynamic_crops has no effect: the base model has no size input" in crops
+    assert "a prompt has 4 tokens, of which only the first 3 are used: one two three four" in cut

@@ -158,33 +158,33 @@ def test_a_target_class_makes_a_slider_wherever_it_stands(tmp_path: Path, text: 
         ("prompts = []\n", "prompts is not a list of tables; begin each entry with [[prompts]]"),
         ('[prompts]\ntarget = "x"\n', "begin each entry with [[prompts]]"),
         ('[[prompts]]\ntarget = "x"\n[[targets]]\npositive = "y"\n', "has prompts and targets"),
-        ('batch_size = 1\n[slider]\ntarget = "x"\n', "belongs into [slider]: move batch_size there"),
-        ('[[prompts]]\npositive = "x"\n', '[[prompts]] number 1 names nothing that is to change; give target = "..."'),
-        ('[[prompts]]\ntarget = "x"\n[[prompts]]\ntaget = "y"\n', "number 2: there is no 'taget' here (did you mean"),
-        ('[[targets]]\npositive = "x"\naction = "erase"\n', "there is no 'action' here"),
-        ('resolutoin = 64\n[[prompts]]\ntarget = "x"\n', "there is no 'resolutoin' here (did you mean resolution?)"),
+        ('batch_size = 1\n[slider]\ntarget = "x"\n', "belong into [slider]: move batch_size there"),
+        ('[[prompts]]\npositive = "x"\n', '[[prompts]] number 1 has no target; add target = "..."'),
+        ('[[prompts]]\ntarget = "x"\n[[prompts]]\ntaget = "y"\n', "number 2: unknown key 'taget' (did you mean"),
+        ('[[targets]]\npositive = "x"\naction = "erase"\n', "unknown key 'action'"),
+        ('resolutoin = 64\n[[prompts]]\ntarget = "x"\n', "unknown key 'resolutoin' (did you mean resolution?)"),
         ('[[prompts]]\ntarget = "x"\ntarget_class = "y"\n', "has target and target_class"),
-        ("[[prompts]]\ntarget = 5\n", "target is 5; give text in quotes"),
+        ("[[prompts]]\ntarget = 5\n", "target is 5; use text in quotes"),
         ('[[prompts]]\ntarget = "x"\naction = "delete"\n', "action is 'delete'; use \"erase\""),
-        ('[[prompts]]\ntarget = "x"\nresolution = 512.5\n', "resolution is 512.5; give a whole number"),
-        ('[[prompts]]\ntarget = "x"\nresolution = [1, 2, 3]\n', "resolution is [1, 2, 3]; give one side"),
-        ('[[prompts]]\ntarget = "x"\nresolution = "512"\n', "resolution is '512'; give a whole number"),
-        ('[[prompts]]\ntarget = "x"\nbatch_size = 0\n', "batch_size is 0; give a whole number from 1"),
-        ('[[prompts]]\ntarget = "x"\nguidance_scale = "1"\n', "guidance_scale is '1'; give a number"),
-        ('[[prompts]]\ntarget = "x"\nguidance_scale = inf\n', "guidance_scale is inf; give a number"),
+        ('[[prompts]]\ntarget = "x"\nresolution = 512.5\n', "resolution is 512.5; use an integer"),
+        ('[[prompts]]\ntarget = "x"\nresolution = [1, 2, 3]\n', "resolution is [1, 2, 3]; use one side"),
+        ('[[prompts]]\ntarget = "x"\nresolution = "512"\n', "resolution is '512'; use an integer"),
+        ('[[prompts]]\ntarget = "x"\nbatch_size = 0\n', "batch_size is 0; use an integer from 1"),
+        ('[[prompts]]\ntarget = "x"\nguidance_scale = "1"\n', "guidance_scale is '1'; use a number"),
+        ('[[prompts]]\ntarget = "x"\nguidance_scale = inf\n', "guidance_scale is inf; use a number"),
         ('[[prompts]]\ntarget = "x"\nguidance_scale = 1e9\n', "use a number of at most 1000"),
-        ('[[prompts]]\ntarget = "x"\nmultiplier = 0\n', "with which the adapter does nothing"),
+        ('[[prompts]]\ntarget = "x"\nmultiplier = 0\n', "with which the adapter learns nothing"),
         ('[[prompts]]\ntarget = "x"\nweight = -1\n', "must be above 0"),
         ('[[prompts]]\ntarget = "x"\ndynamic_crops = 1\n', "dynamic_crops is 1; use true or false"),
         ('[[prompts]]\ntarget = ""\n', "teaches nothing: positive and unconditional are both ''"),
         ('[[prompts]]\ntarget = "x"\nneutral = "x"\nguidance_scale = 0\n', "teaches nothing: guidance_scale is 0"),
         ('[[targets]]\ntarget_class = "x"\n', "has neither positive nor negative"),
         ('[[targets]]\npositive = "x"\nnegative = "x"\n', "positive and negative are both 'x'"),
-        ('[[targets]]\npositive = "x"\nneutrals = "y"\n', "neutrals is 'y'; give a list of texts"),
-        ('[[targets]]\npositive = "x"\nneutrals = []\n', "neutrals name no prompt"),
-        ('[[targets]]\npositive = "x"\nneutral = "y"\nneutrals = ["z"]\n', "has neutral and neutrals"),
+        ('[[targets]]\npositive = "x"\nneutrals = "y"\n', "neutrals is 'y'; use a list of texts"),
+        ('[[targets]]\npositive = "x"\nneutrals = []\n', "neutrals contain no prompt"),
+        ('[[targets]]\npositive = "x"\nneutral = "y"\nneutrals = ["z"]\n', "has both neutral and neutrals"),
         ('[[targets]]\npositive = "x"\nprompt_file = "no.txt"\n', "no.txt, but there is no such file"),
-        ('[[targets]]\npositive = "x"\nresolution = 64\nresolutions = 64\n', "has resolution and resolutions"),
+        ('[[targets]]\npositive = "x"\nresolution = 64\nresolutions = 64\n', "has both resolution and resolutions"),
         ("[[prompts]\n", "is not valid TOML"),
     ],
 )  # fmt: skip
@@ -193,7 +193,7 @@ def test_each_mistake_is_one_sentence_with_the_way_out(tmp_path: Path, text: str
 
 
 def test_yaml_of_other_programs_is_told_from_toml(tmp_path: Path) -> None:
-    assert "must be a TOML file, docs/train_leco.md" in refusal(tmp_path, "- target: x\n", "prompts.yaml")
+    assert "must be a TOML file; docs/train_leco.md" in refusal(tmp_path, "- target: x\n", "prompts.yaml")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('[[targets]]\npositive = "x"\nresolutions = [512, 768]\n', "is one size, 512 high and 768 wide; two squares"),
+        ('[[targets]]\npositive = "x"\nresolutions = [512, 768]\n', "is one size, height 512, width 768; for"),
         (
             '[[prompts]]\ntarget = "x"\nresolution = [512, 768]\ndynamic_resolution = true\n',
             "dynamic_resolution has no effect on 512 x 768",

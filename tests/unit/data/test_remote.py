@@ -200,9 +200,9 @@ def test_an_answer_that_takes_too_long_is_asked_for_again(
 def test_objects_that_are_gone_are_named(shards: ObjectStore, tmp_path: Path) -> None:
     found = open_remote(tmp_path, SHARDS)
     shards.remove("cats/1.tar")
-    with pytest.raises(UserError, match=rf"s3://{BUCKET}/cats/1\.tar is not there any more"):
+    with pytest.raises(UserError, match=rf"s3://{BUCKET}/cats/1\.tar no longer exists"):
         contents(found)
-    with pytest.raises(UserError, match=rf"shards: 1 of 2 files are not there: s3://{BUCKET}/cats/1\.tar"):
+    with pytest.raises(UserError, match=rf"shards: 1 of 2 files are missing: s3://{BUCKET}/cats/1\.tar"):
         open_remote(tmp_path, SHARDS)
 
 
@@ -226,7 +226,7 @@ def test_pictures_behind_dead_urls_are_left_out(store: ObjectStore, pictures: Pa
     (subset,) = found.datasets[0].subsets
     assert [picture.key for picture in subset.pictures] == urls[:1]
     reasons = dict(subset.dropped)
-    assert reasons[urls[1]] == "is not there" and reasons["?"] == "has no URL" and "not a picture" in reasons[urls[3]]
+    assert reasons[urls[1]] == "does not exist" and reasons["?"] == "has no URL" and "not an image" in reasons[urls[3]]
 
 
 # Secrets
@@ -264,7 +264,7 @@ def test_wrong_keys_are_said_at_once(shards: ObjectStore, tmp_path: Path, caplog
     ("subset", "message"),
     [
         ('shards = "nosuch://bucket/x.tar"', r"nosuch://bucket/x\.tar: .*use s3://, hf://, https:// or a path"),
-        ('shards = "oci://bucket/x.tar"', r"oci:// needs the package ocifs: python3 -m pip install ocifs"),
+        ('shards = "oci://bucket/x.tar"', r"oci:// requires the package ocifs: python3 -m pip install ocifs"),
         (f'shards = "s3://{BUCKET}/none/*.tar"', r"matched no files"),
     ],
 )
@@ -281,12 +281,14 @@ def test_a_package_that_is_missing_is_named(
 
     monkeypatch.delitem(_registry, protocol, raising=False)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=f"{protocol}:// needs the package {package}: python3 -m pip install {package}"):
+    with pytest.raises(
+        UserError, match=f"{protocol}:// requires the package {package}: python3 -m pip install {package}"
+    ):
         open_remote(tmp_path, f'shards = "{protocol}://datasets/me/cats/x.tar"')
 
 
 def test_remote_pictures_need_a_folder_for_what_is_kept(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"shards behind a URL need --cache_dir"):
+    with pytest.raises(UserError, match=r"shards behind a URL require --cache_dir"):
         open_subset(tmp_path, f'shards = "s3://{BUCKET}/x.tar"')
 
 

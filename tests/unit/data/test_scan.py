@@ -99,7 +99,7 @@ def test_pictures_that_cannot_be_read_are_left_out_and_named(tmp_path):
     found = scan(tmp_path, FOLDER)
     reasons = {os.path.basename(path): reason for path, reason in found.dropped}
     assert names(found) == ["p0.png"] and reasons.keys() == {"empty.png", "text.png", "cut.png"}
-    assert reasons["empty.png"] == "is empty" and "not a picture" in reasons["text.png"]
+    assert reasons["empty.png"] == "is empty" and "not an image" in reasons["text.png"]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -124,7 +124,7 @@ def test_a_folder_named_twice_in_one_dataset_counts_once(tmp_path, caplog):
         f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\n{FOLDER}[[datasets.subsets]]\n{FOLDER}num_repeats = 3\n",
     )
     assert plan_of(options).num_train_images == 2
-    assert "stands twice in one dataset" in caplog.text
+    assert "is listed twice in one dataset" in caplog.text
 
 
 def test_a_folder_named_in_two_datasets_counts_twice(tmp_path):
@@ -138,7 +138,7 @@ def test_a_subset_without_pictures_is_an_error_and_none_at_all_is_no_data(tmp_pa
     (tmp_path / "nothing").mkdir()
     empty = '[[datasets.subsets]]\nimage_dir = "{here}/nothing"\n'
     text = "[[datasets]]\nresolution = 64\n"
-    with pytest.raises(ValueError, match=r"there are no pictures in .*nothing"):
+    with pytest.raises(ValueError, match=r"there are no images in .*nothing"):
         plan_of(write_config(tmp_path / "data.toml", f"{text}[[datasets.subsets]]\n{FOLDER}{empty}"))
     for only in (
         text + empty,
@@ -186,7 +186,7 @@ def test_a_damaged_folder_cache_is_made_again(tmp_path, caplog):
     folder = write_folder(tmp_path / "pictures", 1, caption="x")
     (folder / "metadata_cache.json").write_text("{cut")
     assert len(scan(tmp_path, FOLDER + "cache_info = true").pictures) == 1
-    assert "is made again" in caplog.text
+    assert "is rebuilt" in caplog.text
     assert json.loads((folder / "metadata_cache.json").read_text())
 
 
@@ -292,9 +292,9 @@ def test_masks_are_found_by_stem(tmp_path):
 def test_missing_and_surplus_masks_are_named(tmp_path):
     write_folder(tmp_path / "pictures", 2)
     write_picture(tmp_path / "masks/p0.png")
-    with pytest.raises(ValueError, match=r"1 pictures have no mask.*p1\.png"):
+    with pytest.raises(ValueError, match=r"1 images have no mask.*p1\.png"):
         scan(tmp_path, MASKED, arguments="--masked_loss")
     write_picture(tmp_path / "masks/p1.png")
     write_picture(tmp_path / "masks/other.png")
-    with pytest.raises(ValueError, match=r"1 masks .* belong to no picture.*other\.png"):
+    with pytest.raises(ValueError, match=r"1 masks .* belong to no image.*other\.png"):
         scan(tmp_path, MASKED, arguments="--masked_loss")

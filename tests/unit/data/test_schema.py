@@ -92,11 +92,11 @@ MISTAKES = [
     ),
     (
         SUBSET + "batch_size = 2",
-        "['subsets'][0]['batch_size'] may not stand here; it belongs into [general] or [[datasets]]",
+        "['subsets'][0]['batch_size'] is not allowed here; it belongs into [general] or [[datasets]]",
     ),
     (
         "[general]\nalpha_mask = true\n" + SUBSET,
-        "data['general']['alpha_mask'] may not stand here; it belongs into [[datasets.sub",
+        "data['general']['alpha_mask'] is not allowed here; it belongs into [[datasets.sub",
     ),
     ("[genral]\n" + SUBSET, "data['genral'] is not a key (did you mean general?)"),
     (SUBSET + "num_repeats = '2'", "['num_repeats'] is '2', but must be an int"),
@@ -111,8 +111,8 @@ MISTAKES = [
     ("[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nnum_repeats = 1", "['image_dir'] is missing"),
     ("[[datasets]]\nresolution = 512", "['subsets'] must be an array of tables"),
     ("datasets = 3", "data['datasets'] must be an array of tables"),
-    (SUBSET + "conditioning_data_dir = 'm'", "conditioning_data_dir needs --masked_loss"),
-    (SUBSET + "[[datasets.subsets]]\nmetadata_file = 'm.json'", "some subsets have metadata_file and some do not"),
+    (SUBSET + "conditioning_data_dir = 'm'", "conditioning_data_dir requires --masked_loss"),
+    (SUBSET + "[[datasets.subsets]]\nmetadata_file = 'm.json'", "only some subsets have metadata_file"),
     (SUBSET + "caption_separator = ''", "caption_separator is empty"),
     (SUBSET + "caption_dropout_rate = 1.5", "caption_dropout_rate is 1.5, but must lie between 0 and 1"),
     (SUBSET + "validation_split = 1.5", "['validation_split'] is 1.5, but must be a float from 0.0 to 1.0"),
@@ -148,7 +148,9 @@ def test_all_mistakes_are_named_at_once(tmp_path):
 
 def test_keys_of_another_style_are_named(tmp_path):
     text = "[[datasets]]\nresolution = 8\n[[datasets.subsets]]\nmetadata_file = 'm.json'\nclass_tokens = 'x'\n"
-    assert "['class_tokens'] may not stand here; it is only for subsets of style dreambooth" in mistakes(tmp_path, text)
+    assert "['class_tokens'] is not allowed here; it is only for subsets of style dreambooth" in mistakes(
+        tmp_path, text
+    )
     assert (
         load(tmp_path, "[general]\nclass_tokens = 'x'\n" + text.replace("class_tokens = 'x'\n", ""))[0].style
         == "metadata"
@@ -185,13 +187,13 @@ def test_validation_keys_may_stand_in_a_subset(tmp_path):
 def test_masks_make_a_masked_dataset_and_refuse_random_crops(tmp_path):
     text = SUBSET + "conditioning_data_dir = 'm'\n"
     assert load(tmp_path, text, "--masked_loss")[0].style == "masked"
-    assert "random_crop cannot be used" in mistakes(tmp_path, text + "random_crop = true\n", "--masked_loss")
+    assert "random_crop does not work" in mistakes(tmp_path, text + "random_crop = true\n", "--masked_loss")
 
 
 def test_a_subset_without_repeats_is_left_out_and_said_so(tmp_path, caplog):
     (dataset,) = load(tmp_path, SUBSET + "num_repeats = 0\n")
     assert dataset.subsets == ()
-    assert "a is left out: num_repeats is 0" in caplog.text
+    assert "a is skipped: num_repeats is 0" in caplog.text
 
 
 def test_a_network_multiplier_that_does_nothing_is_said_so(tmp_path, caplog):
@@ -219,7 +221,7 @@ def test_folders_are_sorted_and_give_repeats_and_class(tmp_path):
 
 def test_folders_without_a_number_are_named(tmp_path, caplog):
     load_dataset_config(folder_options(tmp_path, "1_a", "dog"))
-    assert "folder dog is left out" in caplog.text
+    assert "folder dog is skipped" in caplog.text
 
 
 def test_regularisation_folders(tmp_path):
@@ -232,7 +234,7 @@ def test_regularisation_folders(tmp_path):
 def test_pictures_that_lie_in_the_parent_itself_are_counted(tmp_path):
     for name in ("a.png", "b.JPG", "c.txt"):
         (tmp_path / name).touch()
-    with pytest.raises(NoDataFound, match="2 pictures lie in it directly, move them into such a folder"):
+    with pytest.raises(NoDataFound, match="it directly contains 2 images, move them into such a folder"):
         load_dataset_config(options_of("--resolution 64 --train_data_dir", str(tmp_path)))
 
 
@@ -268,7 +270,7 @@ def test_conditioning_data_dir_on_the_command_line_gives_masks():
 
 
 def test_batches_of_an_own_class_are_no_pictures():
-    with pytest.raises(ValueError, match=r"--dataset_class my.Set makes batches while a model trains"):
+    with pytest.raises(ValueError, match=r"--dataset_class my.Set makes batches during training"):
         load_dataset_config(options_of("--dataset_class my.Set"))
 
 

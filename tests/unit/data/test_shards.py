@@ -208,7 +208,7 @@ def test_large_groups_of_rows_are_told_with_a_way_out(
     assert "make_shards" not in caplog.text
     write_parquet(tmp_path / "rows" / "1.parquet", columns, group=11)
     open_subset(tmp_path, 'parquet = "{here}/rows/*.parquet"\n')
-    assert "1.parquet: to read one picture, 11 are read" in caplog.text and "make_shards.py" in caplog.text
+    assert "1.parquet: reading one image reads 11" in caplog.text and "make_shards.py" in caplog.text
 
 
 def test_of_several_processes_one_makes_the_index(
@@ -264,7 +264,7 @@ def test_an_interrupted_index_goes_on_where_it_was(
     subset = subset_of("tar txt", pictures, tmp_path)
     whole = (tmp_path / "shards" / "0001.tar").read_bytes()
     (tmp_path / "shards" / "0001.tar").write_bytes(whole[:4000])
-    with pytest.raises(UserError, match=r"0001\.tar is cut off.*copy it again"):
+    with pytest.raises(UserError, match=r"0001\.tar is truncated.*copy it again"):
         open_subset(tmp_path, subset)
     (tmp_path / "shards" / "0001.tar").write_bytes(whole)
     counted = CountedReads(monkeypatch)
@@ -293,7 +293,7 @@ def test_where_the_index_cannot_be_written_it_stays_in_memory(
 ) -> None:
     (tmp_path / "a file").write_text("no folder")
     found = open_subset(tmp_path, subset_of("tar txt", pictures, tmp_path), "cache_dir", str(tmp_path / "a file"))
-    assert len(found.samples) == 11 and "cannot be written, so every start makes it again" in caplog.text
+    assert len(found.samples) == 11 and "cannot be written, so every start rebuilds it" in caplog.text
 
 
 def test_one_process_at_a_time_makes_an_index(tmp_path: Path) -> None:
@@ -323,7 +323,7 @@ def test_a_file_system_without_locks_keeps_the_index_in_memory(
     monkeypatch.setattr("filelock.FileLock.acquire", acquire)
     monkeypatch.setattr("filelock.FileLock.__enter__", acquire)
     found = open_subset(tmp_path, subset_of("tar txt", pictures, tmp_path))
-    assert len(found.samples) == 11 and "every start makes it again (FileSystem does not appear" in caplog.text
+    assert len(found.samples) == 11 and "every start rebuilds it (FileSystem does not appear" in caplog.text
 
 
 def test_a_full_disk_is_told_and_what_is_done_stays(
@@ -338,7 +338,7 @@ def test_a_full_disk_is_told_and_what_is_done_stays(
         return plain(path)
 
     monkeypatch.setattr(parquet_index, "atomic_path", full)
-    with pytest.raises(UserError, match=r"\.picture_index-.* cannot be written: No space left.*make room"):
+    with pytest.raises(UserError, match=r"\.picture_index-.* cannot be written: No space left.*free space"):
         open_subset(tmp_path, subset)
     monkeypatch.undo()
     counted = CountedReads(monkeypatch)
@@ -381,8 +381,8 @@ def test_pictures_that_cannot_be_used_are_left_out_and_named(tmp_path: Path) -> 
         ("e.png", ""),
     ]
     reasons = {key.rpartition("/")[2]: reason for key, reason in subset.dropped}
-    assert reasons["a.jpg"] == "is left out, a.png has the same name"
-    assert set(reasons) == {"a.jpg", "b.png", "empty.png"} and "not a picture" in reasons["b.png"]
+    assert reasons["a.jpg"] == "is skipped: a.png has the same name"
+    assert set(reasons) == {"a.jpg", "b.png", "empty.png"} and "not an image" in reasons["b.png"]
     assert [key.rpartition("/")[2] for key in subset.without_caption] == ["c.png"]
     assert [key.rpartition("/")[2] for key in subset.empty_caption] == ["e.png"]
 
@@ -391,8 +391,8 @@ def test_pictures_that_cannot_be_used_are_left_out_and_named(tmp_path: Path) -> 
     ("subset", "message"),
     [
         ('shards = "{here}/none-*.tar"', r"shards = .*none-\*\.tar' matched no files"),
-        ('shards = "{here}/{0..3}.tar"', r"shards: 3 of 4 files are not there: .*/1\.tar"),
-        ('shards = ["{here}/0.tar", "{here}/*.tar"]', r"names a file twice: .*/0\.tar"),
+        ('shards = "{here}/{0..3}.tar"', r"shards: 3 of 4 files are missing: .*/1\.tar"),
+        ('shards = ["{here}/0.tar", "{here}/*.tar"]', r"lists a file twice: .*/0\.tar"),
         ('shards = "{here}/packed.tar.gz"', r"packed\.tar\.gz is compressed \(gzip\).*unpack it to \.tar"),
         ('shards = "{here}/text.tar"', r"text\.tar is not a tar file"),
         ('shards = "{here}/latin.tar"', r"latin\.tar/a\.txt is not UTF-8: byte 3"),
@@ -401,21 +401,24 @@ def test_pictures_that_cannot_be_used_are_left_out_and_named(tmp_path: Path) -> 
         ('parquet = "{here}/text.tar"', r"text\.tar is not a Parquet file"),
         (
             'parquet = "{here}/other.parquet"',
-            r"no column of pictures that is known by its name; name it as image_column, it has a, b",
+            r"no image column with a usual name; set image_column, it has a, b",
         ),
         ('parquet = "{here}/other.parquet"\nimage_column = "c"', r"image_column is 'c'.*no such column; it has a, b"),
-        ('parquet = "{here}/other.parquet"\nimage_column = "a"', r"image_column 'a' .* has int64, but must have bytes"),
-        ('shards = "{here}/0.tar"\nimage_dir = "{here}"', r"has image_dir and shards; each is a source of its own"),
+        (
+            'parquet = "{here}/other.parquet"\nimage_column = "a"',
+            r"image_column 'a' .* has int64, but must have image bytes",
+        ),
+        ('shards = "{here}/0.tar"\nimage_dir = "{here}"', r"has image_dir and shards; each is a separate source"),
         (
             'shards = "{here}/0.tar"\ncache_info = true',
-            r"\['cache_info'\] does nothing with shards; it is for image_dir",
+            r"\['cache_info'\] has no effect with shards; it is for image_dir",
         ),
         (
             'parquet = "x"\ncaption_extension = ".txt"',
-            r"_extension'\] does nothing with parquet; .* and shards",
+            r"_extension'\] has no effect with parquet; .* and shards",
         ),
-        ('shards = "{here}/0.tar"\nimage_column = "a"', r"\['image_column'\] does nothing with shards.* for parquet"),
-        ("num_repeats = 2", r"\['image_dir'\] is missing: name a folder, or tar files as shards, or Parquet files"),
+        ('shards = "{here}/0.tar"\nimage_column = "a"', r"\['image_column'\] has no effect with shards.* for parquet"),
+        ("num_repeats = 2", r"\['image_dir'\] is missing: set a folder, or tar files as shards, or Parquet files"),
         ("shards = 3", r"\['shards'\] is 3, but must be a string or a list of strings"),
     ],
 )

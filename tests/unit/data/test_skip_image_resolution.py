@@ -68,18 +68,18 @@ def test_audit_names_them_and_says_nothing_of_their_captions(folder: Path, caplo
     )
     with caplog.at_level(logging.INFO):
         plan_of(options).audit(logging.getLogger("audit"))
-    assert "2 pictures are left out by skip_image_resolution" in caplog.text and "a.png" in caplog.text
+    assert "2 images are skipped by skip_image_resolution" in caplog.text and "a.png" in caplog.text
     assert "captions are missing" not in caplog.text
 
 
 def test_where_none_is_left_the_error_says_why(folder: Path) -> None:
     words = "--resolution 64 --caption_extension .txt --skip_image_resolution 512 --train_data_dir"
-    with pytest.raises(NoDataFound, match="skip_image_resolution leaves out 5 as too small"):
+    with pytest.raises(NoDataFound, match="skip_image_resolution skips 5 as too small"):
         plan_of(options_of(words, str(folder)))
     text = (
         f"[[datasets]]\nresolution = 64\n{SUBSET}[[datasets]]\nresolution = 64\nskip_image_resolution = 200\n{SUBSET}"
     )
-    with pytest.raises(UserError, match=r"no pictures in .*2_cat; skip_image_resolution leaves out 5"):
+    with pytest.raises(UserError, match=r"no images in .*2_cat; skip_image_resolution skips 5"):
         plan_of(write_config(folder / "data.toml", text))
 
 

@@ -171,16 +171,16 @@ def test_copies_under_other_names_are_on_the_same_side(copies, tmp_path):
 def test_the_log_says_what_is_set_aside_and_what_is_left_out(copies, caplog):
     with caplog.at_level(logging.INFO):
         copies.audit(logging.getLogger("audit"))
-    assert "a: 4 of 10 pictures are set aside for validation" in caplog.text
-    assert "b: 4 of 10 pictures are set aside for validation" in caplog.text
-    assert "c: 4 of 10 pictures are left out of training: another subset sets them aside" in caplog.text
+    assert "a: 4 of 10 images are held out for validation" in caplog.text
+    assert "b: 4 of 10 images are held out for validation" in caplog.text
+    assert "c: 4 of 10 images are not trained: another subset holds them out" in caplog.text
 
 
 def test_a_share_that_sets_nothing_aside_says_so(tmp_path, caplog):
     write_folder(tmp_path / "1_a", 4)
     plan = plan_of(options_of("--resolution 64 --validation_split 0.1", "--train_data_dir", str(tmp_path)))
     plan.audit(logging.getLogger("audit"))
-    assert "validation_split 0.1 sets no picture aside: 0.1 of 4 pictures rounds to none" in caplog.text
+    assert "validation_split 0.1 holds out no image: 0.1 of 4 images rounds to none" in caplog.text
     assert validation_of(plan).num_batches == 0 and plan.num_train_images == 4
 
 
@@ -192,7 +192,7 @@ def test_a_subset_can_be_set_aside_whole_but_not_everything(tmp_path):
     plan = plan_of(write_config(tmp_path / "data.toml", text))
     assert names(set_aside(plan)) == {f"1_b/p{i}.png" for i in range(3)}
     assert plan.batch_sizes == [1] and plan.num_batches == 2
-    with pytest.raises(ValueError, match=r"every picture aside, nothing is left to train on; use less than 1\.0"):
+    with pytest.raises(ValueError, match=r"every image, so nothing is left to train on; use less than 1\.0"):
         plan_of(options_of("--resolution 64 --validation_split 1.0", "--train_data_dir", str(tmp_path)))
 
 

@@ -217,7 +217,7 @@ def test_workers_and_places_change_nothing(tmp_path, options):
 
 
 def test_tag_warm_up_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"2_a.*--token_warmup_step makes other captions in every step.*leave one"):
+    with pytest.raises(ValueError, match=r"2_a.*--token_warmup_step changes captions in every step.*remove one"):
         cache(write_data(tmp_path), "--token_warmup_step 10")
 
 
@@ -420,7 +420,7 @@ def test_batches_of_captions_are_as_large_as_wished(tmp_path):
 def test_a_folder_that_cannot_be_written_is_named_with_the_way_out(tmp_path):
     folder = write_data(tmp_path)
     file_of(folder).mkdir()  # nobody can replace a folder by a file, not even root
-    with pytest.raises(ValueError, match=r"p0_tiny_te.npz cannot be written.*--cache_text_encoder_outputs alone keeps"):
+    with pytest.raises(ValueError, match=r"p0_tiny_te.npz cannot be written.*use --cache_text_encoder_outputs to keep"):
         cache(folder)
 
 
@@ -491,5 +491,5 @@ def test_without_encoders_their_settings_still_count(tmp_path: Path, caplog: pyt
         {"settings": "256 tokens"}, {"words": "b"}, {"constants": {"applies": torch.tensor(False)}},
     ]  # fmt: skip
     for changed in changes:
-        with pytest.raises(UserError, match=r"captions are to be encoded \(.* is made with (other settings|another)"):
+        with pytest.raises(UserError, match=r"captions must be encoded \(.* is made with (other settings|another)"):
             cache(tmp_path, **{"identity": None, "settings": "512 tokens", **changed})

@@ -42,5 +42,5 @@ def test_the_option_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, na
     monkeypatch.setattr(Path, "read_bytes", refused)
     monkeypatch.setattr(weights, "refuse_stranger", refused)
     monkeypatch.setattr("library.data.sources.folders.metadata_file.open", refused, raising=False)
-    with pytest.raises(UserError, match=rf"{flag} .*{file} cannot be read: Permission denied; change its rights"):
+    with pytest.raises(UserError, match=rf"{flag} .*{file} cannot be read: Permission denied; change its permissions"):
         read(path)

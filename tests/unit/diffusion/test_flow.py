@@ -236,7 +236,7 @@ def sampled_flow(
 
 def test_sigma_scaled_is_kept_and_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     objective, warned = sampled_flow(caplog, "sigma_scaled", weighting_scheme="cosmap")
-    assert "--model_prediction_type sigma_scaled turns the output" in warned and "raw" in warned
+    assert "--model_prediction_type sigma_scaled converts the output" in warned and "raw" in warned
     assert (objective.prediction_type, objective.target_kind) == ("sigma_scaled", "noise - latent")
     assert objective.loss_scheme == "cosmap"
 
@@ -250,7 +250,7 @@ def test_raw_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
     ("settings", "message"),
     [
         ({"weighting_scheme": "mode", "timestep_sampling": "sigmoid"}, "--weighting_scheme mode has no effect with"),
-        ({"weighting_scheme": "cosmap"}, "--weighting_scheme cosmap has no effect: it weights the loss of"),
+        ({"weighting_scheme": "cosmap"}, "--weighting_scheme cosmap has no effect: it requires --model_pred"),
     ],
 )
 def test_settings_without_effect_are_told(

@@ -94,9 +94,9 @@ def test_pinning_is_all_or_nothing_and_leaves_most_memory_alone(monkeypatch: pyt
     runtime = Runtime(most=1)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     masters = [torch.zeros(100, dtype=torch.uint8) for _ in range(2)]
-    assert pinning.pin(masters) == "the system refused it (2)" and runtime.pinned == []
+    assert pinning.pin(masters) == "cudaHostRegister failed with error 2" and runtime.pinned == []
     monkeypatch.setattr(pinning.psutil, "virtual_memory", lambda: type("Memory", (), {"total": 400}))
-    assert "more than 40% of the main memory" in str(pinning.pin(masters))
+    assert "more than 40% of main memory" in str(pinning.pin(masters))
 
 
 def test_what_is_pinned_is_so_as_long_as_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ def test_a_quantised_checkpoint_is_refused_by_name(dtype: torch.dtype) -> None:
     """Its whole numbers mean nothing without their scales."""
     with torch.device("meta"):
         layer = nn.Linear(3, 2)
-    with pytest.raises(UserError, match=r"model.safetensors: weight holds whole numbers \(.*\).*quantised checkpoint"):
+    with pytest.raises(UserError, match=r"model.safetensors: weight holds integers \(.*\).*quantised checkpoint"):
         materialise(layer, weights(dtype), torch.float32)
 
 

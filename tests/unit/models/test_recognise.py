@@ -66,7 +66,7 @@ def test_the_size_embedding_makes_a_unet_sdxls_whatever_the_pipeline_is_called()
 def test_the_way_out_is_a_flag_between_generations_and_a_script_between_models():
     sd1, sd2, sdxl, flux = (spec_of(SPECS, name) for name in ("sd1", "sd2", "sdxl", "flux"))
     assert way_out(sd2, sd1) == "add --v2"
-    assert way_out(sd1, sd2) == "leave out --v2"
+    assert way_out(sd1, sd2) == "remove --v2"
     prompts = "train_leco.py with --v2 to train from prompts alone"
     assert way_out(sd2, sdxl) == f"use train_network.py with --v2, or {prompts}"
     assert way_out(flux, sdxl) == "use flux_train_network.py"
@@ -74,7 +74,7 @@ def test_the_way_out_is_a_flag_between_generations_and_a_script_between_models()
 
 def test_the_refiner_is_called_by_its_name():
     refiner = weights("conditioner.embedders.0.model.ln_final.weight", "model.diffusion_model.label_emb.0.0.weight")
-    with pytest.raises(ValueError, match=r"--flag a\.safetensors: this is the SDXL refiner; only the base model is"):
+    with pytest.raises(ValueError, match=r"--flag a\.safetensors: this is the SDXL refiner; only the base model can"):
         refuse_other_file(SPECS, "--flag", refiner, "sdxl")
 
 
@@ -90,7 +90,7 @@ def test_a_file_of_an_unknown_transformer_is_not_taken_for_a_unet(wanted: str) -
     """Files of all parts begin their denoiser's names alike, whatever it is."""
     found = weights("model.diffusion_model.blocks.0.attn.qkv.weight", "vae.encoder.conv_in.weight")
     assert base_of_file(SPECS, found.shapes) is None
-    with pytest.raises(ValueError, match=r"its denoiser is of no model that a script trains .*blocks\.0\.attn\.qkv"):
+    with pytest.raises(ValueError, match=r"its denoiser belongs to no supported model .*blocks\.0\.attn\.qkv"):
         refuse_other_file(SPECS, "--flag", found, wanted)
 
 
@@ -101,7 +101,7 @@ def test_chroma_shares_a_script_with_the_model_that_it_looks_like_and_has_a_flag
     for wanted, found, way in (
         ("lumina", chroma, r"Chroma model; use flux_train_network\.py with --model_type chroma"),
         ("flux", chroma, "Chroma model; add --model_type chroma"),
-        ("chroma", flux, "FLUX model; leave out --model_type chroma"),
+        ("chroma", flux, "FLUX model; remove --model_type chroma"),
     ):
         with pytest.raises(ValueError, match=f"this is a {way}"):
             refuse_other_model(SPECS, "--flag", "a.safetensors", found.shapes, wanted)

@@ -105,7 +105,7 @@ def test_nothing_is_dropped_in_train_mode(state: dict[str, Tensor], tmp_path: Pa
 
 
 def test_another_file_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"t5.safetensors is no T5 encoder: .* \(first: thing.weight\)"):
+    with pytest.raises(ValueError, match=r"t5.safetensors is not a T5 encoder: .* \(first names: thing.weight\)"):
         loaded({"thing.weight": torch.ones(2, 2)}, tmp_path)
 
 
@@ -130,7 +130,7 @@ def test_a_tokenizer_is_taken_from_the_first_place_that_has_one(tmp_path: Path) 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     write_t5_tokenizer(tmp_path / "tokenizer_2")
-    with pytest.raises(ValueError, match="T5 knows 3 words: it belongs to another model"):
+    with pytest.raises(ValueError, match="T5 has 3 embeddings: it belongs to another model"):
         load_t5_tokenizer([tmp_path / "tokenizer_2"], None, 3)
 
 

@@ -30,7 +30,7 @@ def test_no_script_takes_them_for_another_model(train, tmp_path: Path, script: s
          "64", "--output_dir", str(tmp_path / "out"), "--network_module", "networks.lora"], script=script,
     )  # fmt: skip
     assert done.status == 1 and "Traceback" not in done.stderr
-    assert f"{folder}: its model_index.json names {class_name}, which no script trains yet" in done.stderr, done.stderr
+    assert f"{folder}: its model_index.json names {class_name}, which no script supports" in done.stderr, done.stderr
 
 
 def test_known_folders_are_sent_to_their_script_and_unnamed_ones_pass(tmp_path: Path) -> None:
@@ -49,5 +49,5 @@ def test_known_folders_are_sent_to_their_script_and_unnamed_ones_pass(tmp_path: 
 
 @pytest.mark.parametrize("class_name", UNKNOWN)
 def test_no_tool_takes_them_for_another_model(tmp_path: Path, class_name: str) -> None:
-    with pytest.raises(UserError, match=rf"names {class_name}, which no script trains yet"):
+    with pytest.raises(UserError, match=rf"names {class_name}, which no script supports"):
         open_base_model("--sd_model", folder_of(tmp_path / "model", class_name))

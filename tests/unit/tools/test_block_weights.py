@@ -132,11 +132,11 @@ def test_a_strength_of_zero_leaves_the_block_out(tmp_path: Path, tiny_sd_file: P
 @pytest.mark.parametrize(
     ("lists", "said"),
     [
-        (["[1,2]"], "--lbws has a list of 2 numbers;"),
-        (["[" + "1," * 11 + "1]"], "is for Stable Diffusion 1.x, give 17 or 26"),
-        (["[1,two]"], 'has "[1,two]", which is no list of numbers'),
+        (["[1,2]"], "--lbws has a list of 2 numbers,"),
+        (["[" + "1," * 11 + "1]"], "is for Stable Diffusion 1.x, which needs 17 or 26"),
+        (["[1,two]"], 'has "[1,two]", which is not a list of numbers'),
         (["1", "1"], "--lbws has 2 lists, but --models 1"),
-        (["0," * 25 + "0"], "--lbws leaves out every module of"),
+        (["0," * 25 + "0"], "--lbws gives every module of"),
     ],
 )
 def test_other_lists_are_refused(

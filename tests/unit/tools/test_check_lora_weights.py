@@ -57,7 +57,7 @@ def test_alphas_alone_are_a_warning(tmp_path: Path, capsys: pytest.CaptureFixtur
     del content[f"{CONV}.lora_down.weight"], content[f"{CONV}.lora_up.weight"]
     save_safetensors(tmp_path / "a.safetensors", content)
     assert main(["--model", str(tmp_path / "a.safetensors")]) == 0
-    assert f"warning: alphas without weights, which change nothing: {CONV}.alpha" in capsys.readouterr().out
+    assert f"warning: alphas without weights, which have no effect: {CONV}.alpha" in capsys.readouterr().out
 
 
 def test_half_a_pair_ends_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,14 +71,14 @@ def test_half_a_pair_ends_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_a_file_without_an_adapter_ends_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_safetensors(tmp_path / "a.safetensors", {"something": torch.ones(2)})
     assert main(["--model", str(tmp_path / "a.safetensors")]) == 1
-    assert "no weights of an adapter (first keys: something)" in capsys.readouterr().out
+    assert "no adapter weights (first keys: something)" in capsys.readouterr().out
 
 
 def test_a_file_cut_short_ends_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "a.safetensors", 954)
     path.write_bytes(path.read_bytes()[:-8])
     assert main(["--model", str(path)]) == 1
-    assert "it is cut short" in capsys.readouterr().err
+    assert "it is truncated" in capsys.readouterr().err
 
 
 def test_odd_but_usable_things_are_warnings() -> None:

@@ -68,7 +68,7 @@ def test_what_is_no_transformer_of_diffusers_is_refused(
     unet = tiny_sd_folder / "unet" / "diffusion_pytorch_model.safetensors"
     for path in (tmp_path / "files" / "flux1.safetensors", unet):
         assert convert("--diffusers_path", path, "--save_to", out) == 1
-        assert "is no FLUX.1 transformer in diffusers' layout" in capsys.readouterr().err
+        assert "is not a FLUX.1 transformer in diffusers' layout" in capsys.readouterr().err
     assert convert("--diffusers_path", unet, "--save_to", tmp_path / "out.ckpt") == 1
     assert "must end in .safetensors" in capsys.readouterr().err
     assert not out.exists()
@@ -105,7 +105,7 @@ def test_a_part_that_two_files_have_is_the_one_of_its_own_file(
     save_file(vae, tmp_path / "vae.safetensors")
     out = tmp_path / "all.safetensors"
     assert merge(*words({**parts, "vae": tmp_path / "vae.safetensors"}), "--output", out) == 0
-    assert "--vae takes the place of what" in caplog.text
+    assert "--vae replaces that part" in caplog.text
     found = load_state_dict(out)
     assert all(torch.equal(found[f"first_stage_model.{key}"], tensor) for key, tensor in vae.items())
 
@@ -116,10 +116,10 @@ def test_parts_of_other_models_are_named(
     diffusers_vae = tiny_sd_folder / "vae" / "diffusion_pytorch_model.safetensors"
     flux = Path(build_tiny_flux(tmp_path / "flux", 36)[1])
     wrong = (
-        ({"clip_l": parts["clip_g"], "clip_g": parts["clip_l"]}, "are they swapped"),
+        ({"clip_l": parts["clip_g"], "clip_g": parts["clip_l"]}, "not swapped"),
         ({"dit": flux}, "--dit"),
         ({"dit": parts["clip_l"]}, "has no joint_blocks"),
-        ({"vae": diffusers_vae}, "is no VAE in the original layout"),
+        ({"vae": diffusers_vae}, "is not a VAE in the original layout"),
         ({"t5xxl": tmp_path / "none.safetensors"}, "--t5xxl"),
     )
     for other, said in wrong:

@@ -60,16 +60,16 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(
     for name, words in (
         ("in.safetensors", "is also read by this command and would be lost"),
         ("link.safetensors", "is also read by this command and would be lost"),
-        ("folder.safetensors", "is a folder; give the name of a file"),
-        ("in.safetensors/out.safetensors", "in.safetensors is a file, in which nothing can lie"),
+        ("folder.safetensors", "is a folder; use the name of a file"),
+        ("in.safetensors/out.safetensors", "in.safetensors is a file, not a folder"),
         ("out.gguf", "the name must end in one of"),
     ):
         with pytest.raises(UserError, match=words):
             check_output("--save_to", Path(name), given)
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write everywhere
-    with pytest.raises(UserError, match=f"nothing may be written into {tmp_path}; change its rights"):
+    with pytest.raises(UserError, match=f"{tmp_path} is not writable; change its permissions"):
         check_output("--save_to", Path("new/out.safetensors"))
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         check_new_folder("--save_to", tmp_path)
     assert sorted(os.listdir()) == ["folder.safetensors", "in.safetensors", "link.safetensors"]
 

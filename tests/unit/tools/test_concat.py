@@ -38,7 +38,7 @@ def test_doors_count_ratios_of_concat_as_sd_scripts_does(
     out = tmp_path / "m.safetensors"
     words += ["--ratios", *map(str, ratios), "--concat", "--save_to", str(out)]
     assert door.main(words) == 0
-    assert "act as in sd-scripts: as 0.99, -0.24 where the ranks are equal" in caplog.text  # r |r| / 2
+    assert "act as in sd-scripts: as 0.99, -0.24 if the ranks are equal" in caplog.text  # r |r| / 2
     for name in names:
         scales = [ratio * (float(f[f"{name}.alpha"]) / 2.0) ** 0.5 for f, ratio in zip(files, ratios, strict=True)]
         theirs = {

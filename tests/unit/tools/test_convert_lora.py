@@ -49,7 +49,7 @@ def test_it_is_left_out_on_request_with_a_warning(tmp_path: Path, caplog: pytest
     model = write(tmp_path / "a.safetensors", 943, {f"{LINEAR}.dora_scale": torch.ones(1, 5)})
     with caplog.at_level("WARNING"):
         assert run(model, tmp_path / "b.safetensors", "diffusers", "--drop_unsupported") == 0
-    assert f"left out, the diffusers naming has no place for them: {LINEAR}.dora_scale" in caplog.text
+    assert f"dropped keys that the diffusers naming cannot express: {LINEAR}.dora_scale" in caplog.text
     assert not any("dora" in key for key in load_state_dict(tmp_path / "b.safetensors"))
 
 
@@ -68,7 +68,7 @@ def test_a_file_without_its_base_model_is_refused(tmp_path: Path, capsys: pytest
     content = {"lora_unet_x.lora_down.weight": torch.ones(2, 23), "lora_unet_x.lora_up.weight": torch.ones(9, 2)}
     save_safetensors(tmp_path / "a.safetensors", content)
     assert run(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "generic") == 1
-    assert "do not tell which base model it is for; supported: Anima, FLUX.1, " in capsys.readouterr().err
+    assert "base model cannot be recognised from its keys; supported: Anima, FLUX.1, " in capsys.readouterr().err
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -134,13 +134,13 @@ def test_the_variant_of_a_folder_is_read(tmp_path: Path, capsys: pytest.CaptureF
     ("words", "expected"),
     [
         (["{file}", "{tmp}/v1.5", "--reference_model", "{folder}"], "ends in .5: a file ends in one of"),
-        (["{file}", "{folder}", "--reference_model", "{folder}"], "exists already"),
+        (["{file}", "{folder}", "--reference_model", "{folder}"], "already exists"),
         (["{file}", "{tmp}/new", "--reference_model", "{tmp}"], "has no scheduler/scheduler_config.json"),
-        (["{file}", "{tmp}/new.ckpt", "--v2"], "this is an SD 1.x model; leave out --v2"),
+        (["{file}", "{tmp}/new.ckpt", "--v2"], "this is an SD 1.x model; remove --v2"),
         (["{file}", "{tmp}/new.ckpt", "--v1", "--v2"], "--v1 and --v2 exclude each other"),
-        (["{file}", "{tmp}/new.ckpt", "--variant", "fp16"], "is a file, leave it out"),
-        (["{folder}", "{tmp}/new.safetensors", "--metadata", "{'a': 1}"], "is no table of texts"),
-        (["{sdxl}", "{tmp}/new.safetensors"], "this is an SDXL model; this command is for SD 1.x and SD 2.x"),
+        (["{file}", "{tmp}/new.ckpt", "--variant", "fp16"], "is a file; remove it"),
+        (["{folder}", "{tmp}/new.safetensors", "--metadata", "{'a': 1}"], "is not a mapping of strings"),
+        (["{sdxl}", "{tmp}/new.safetensors"], "this is an SDXL model; this command supports only SD 1.x and SD 2.x"),
         (["{tmp}/none.ckpt", "{tmp}/new.safetensors"], "none.ckpt does not exist"),
     ],
 )

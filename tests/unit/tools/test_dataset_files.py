@@ -81,7 +81,7 @@ def test_captions_come_along_for_each_size_and_other_files_once(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--max_resolution", "512"], '--max_resolution is "512"; give sizes such as'),
+        (["--max_resolution", "512"], '--max_resolution is "512"; use sizes such as'),
         (["--divisible_by", "0"], "--divisible_by is 0"),
         (["--divisible_by", "64"], "has less than --divisible_by 64 pixels on a side"),
     ],
@@ -97,18 +97,18 @@ def test_sizes_that_cannot_be_made_are_refused(
 def test_a_folder_without_pictures_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "from").mkdir()
     assert resized(tmp_path / "from", tmp_path / "to") == 1
-    assert f"{tmp_path / 'from'} has no pictures" in capsys.readouterr().err and not (tmp_path / "to").exists()
+    assert f"{tmp_path / 'from'} has no images" in capsys.readouterr().err and not (tmp_path / "to").exists()
 
 
 def test_folders_that_would_be_mixed_up_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_picture(tmp_path / "in" / "a.png", 40, 40)
     assert resized(tmp_path / "in", tmp_path / "in") == 1
-    assert "is the folder of the pictures themselves" in capsys.readouterr().err
+    assert "is the folder of the images themselves" in capsys.readouterr().err
     write_picture(tmp_path / "in" / "a.jpg", 40, 40)
     assert resized(tmp_path / "in", tmp_path / "out") == 1
-    assert "have one name but for their ending" in capsys.readouterr().err
+    assert "differ only in their extension" in capsys.readouterr().err
     assert resized(tmp_path / "none", tmp_path / "out") == 1
-    assert "is no folder" in capsys.readouterr().err
+    assert "is not a folder" in capsys.readouterr().err
 
 
 # --- metadata files ---
@@ -130,7 +130,7 @@ def test_captions_and_tags_meet_in_one_file_that_training_reads(
     out.write_text('{"elsewhere": {"caption": "kept", "train_resolution": [64, 64]}, "1": {"caption": "old"}}')
     assert merge_captions_to_metadata.main([str(folder), str(out)]) == 0
     assert merge_dd_tags_to_metadata.main([str(folder), str(out)]) == 0
-    assert "1 of 3 pictures have no .txt file and get no tags" in caplog.text
+    assert "1 of 3 images have no .txt file and get no tags" in caplog.text
     assert json.loads(out.read_text(encoding="utf-8")) == {
         "elsewhere": {"caption": "kept", "train_resolution": [64, 64]},
         "1": {"caption": "a café", "tags": "tag1, b"},
@@ -145,9 +145,9 @@ def test_folders_below_are_told_apart_by_their_paths(tmp_path: Path, capsys: pyt
         described(tmp_path / "pictures" / name)
     words = [str(tmp_path / "pictures"), str(tmp_path / "m.json"), "--caption_extention", ".txt"]
     assert captions_to_metadata.main(words) == 1
-    assert "has no pictures; --recursive with --full_path" in capsys.readouterr().err
+    assert "has no images; --recursive with --full_path" in capsys.readouterr().err
     assert captions_to_metadata.main([*words, "--recursive"]) == 1
-    assert "--recursive needs --full_path" in capsys.readouterr().err
+    assert "--recursive requires --full_path" in capsys.readouterr().err
     assert captions_to_metadata.main([*words, "--recursive", "--full_path"]) == 0
     table = json.loads((tmp_path / "m.json").read_text())
     assert table == {
@@ -159,13 +159,13 @@ def test_what_cannot_be_collected_is_told(tmp_path: Path, capsys: pytest.Capture
     folder = described(tmp_path / "pictures")
     words = [str(folder), str(tmp_path / "m.json")]
     assert captions_to_metadata.main([*words, "--caption_extension", ".cap"]) == 1
-    assert "none of the 3 pictures has a .cap file" in capsys.readouterr().err
+    assert "none of the 3 images has a .cap file" in capsys.readouterr().err
     (folder / "2.caption").write_bytes("caf\u00e9".encode("latin-1"))
     assert captions_to_metadata.main(words) == 1
     assert "2.caption is not UTF-8 text" in capsys.readouterr().err
     write_picture(folder / "1.jpg", 8, 8)
     assert captions_to_metadata.main(words) == 1
-    assert "have one key, 1; give --full_path" in capsys.readouterr().err
+    assert "have the same key, 1; use --full_path" in capsys.readouterr().err
     (tmp_path / "m.json").write_text('{"2": {}, "1": "text"}')
     assert captions_to_metadata.main(words) == 1
     assert "must be a table with caption or tags" in capsys.readouterr().err

@@ -41,11 +41,17 @@ DRIVER = ["NVIDIA GeForce RTX 4060, 535.54, 8188 MiB"]
     ("torch_there", "driver", "what", "is_wrong", "way_out"),
     [
         (torch_like(), DRIVER, "card", True, "pytorch.org/get-started"),
-        (torch_like("13.0"), DRIVER, "card", True, "wants CUDA 13.0: update the driver"),
+        (torch_like("13.0"), DRIVER, "card", True, "requires CUDA 13.0: update the driver"),
         (torch_like("13.0"), [], "card", False, "far too slow"),
         (torch_like("13.0", capability=(8, 9), memory=(7 * GIB, 8 * GIB)), DRIVER, "card 0", False, ""),
         (torch_like("13.0", capability=(8, 9), memory=(3 * GIB, 8 * GIB)), DRIVER, "card 0", False, "nvidia-smi"),
-        (torch_like("13.0", capability=(7, 5), memory=(7 * GIB, 8 * GIB)), DRIVER, "card 0", True, "kernels for sm_80"),
+        (
+            torch_like("13.0", capability=(7, 5), memory=(7 * GIB, 8 * GIB)),
+            DRIVER,
+            "card 0",
+            True,
+            "kernels only for sm_80",
+        ),
         (torch_like("13.0", capability=(12, 0), memory=(7 * GIB, 8 * GIB)), DRIVER, "card 0", False, ""),
     ],
     ids=["CPU build", "old driver", "no card", "fine", "busy", "card too old", "compiled for a newer card"],
@@ -98,7 +104,7 @@ def test_little_memory_and_disk_are_noted(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(free=GIB // 2))
     lines = [*doctor.memory_lines(None), *doctor.disk_lines({"disk": tmp_path / "not" / "there"})]
     assert "close programs" in found(lines, "main memory").way_out
-    assert "about that much" in found(lines, "disk").way_out
+    assert "about this much" in found(lines, "disk").way_out
     if os.path.isdir("/dev/shm"):
         assert "--shm-size" in found(lines, "/dev/shm").way_out
 

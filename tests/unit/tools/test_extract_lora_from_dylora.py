@@ -95,9 +95,9 @@ def test_file_without_metadata_and_without_alpha_gives_a_ckpt(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--rank", "12"], "--rank 12: the file has rank 8, trained in units of 2; possible are 2, 4, 6, 8"),
+        (["--rank", "12"], "--rank 12: the file has rank 8, trained in units of 2; use one of 2, 4, 6, 8"),
         (["--rank", "4", "3"], "--rank 3"),
-        (["--unit", "3"], "--unit 3: the file has rank 8, trained in units of 2; possible are 2, 4, 8"),
+        (["--unit", "3"], "--unit 3: the file has rank 8, trained in units of 2; use one of 2, 4, 8"),
         (["--unit", "2", "--rank", "4"], "exclude each other"),
     ],
 )

@@ -79,8 +79,8 @@ def test_both_text_encoders_of_sdxl_are_asked(
     ("case", "said"),
     [
         ("unet", "changes no text encoder of Stable Diffusion 1.x"),
-        ("skip", "--clip_skip is 99, the text encoder has"),
-        ("flux", "is a FLUX model; words are looked for with"),
+        ("skip", "--clip_skip is 99, but the text encoder has"),
+        ("flux", "is a FLUX model; supported:"),
     ],
 )
 def test_what_cannot_be_asked_is_told(

@@ -136,16 +136,16 @@ def test_what_depends_on_the_base_weight_says_so(
         (["--new_rank", "4"], rf"is {DEPENDS[kind]}, whose change depends on the base weight; .*--base_model"),
         (
             ["--concat", "--base_model", str(tiny_sd_folder)],
-            rf"is {DEPENDS[kind]}, which is no LoRA exactly; give --new_rank",
+            rf"is {DEPENDS[kind]}, not exactly a LoRA; use --new_rank",
         ),
     ):
         assert merge_lora.main([*words, *more]) == 1
         assert re.search(said, capsys.readouterr().err)
     if not kind.startswith("dora"):
         assert merge_lora.main([*words, "--base_model", str(tiny_sd_folder)]) == 1
-        assert "--new_rank is needed: --models have no rank" in capsys.readouterr().err
+        assert "--new_rank is required: --models have no rank" in capsys.readouterr().err
         assert resize_lora.main(["--model", str(made[0]), "--save_to", str(tmp_path / "c.safetensors")]) == 1
-        assert f"is {DEPENDS[kind]}, which has no rank to reduce; make a LoRA of it with" in capsys.readouterr().err
+        assert f"is {DEPENDS[kind]}, which has no rank to reduce; convert it to a LoRA with" in capsys.readouterr().err
 
 
 def test_two_kinds_become_one_lora(tiny_sd_folder: Path, tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_ranks_of_the_one_lora_when_none_is_given(
     words = ["--models", str(made[0]), "--save_to", str(out)]
     if kind == "whole lokr":
         assert merge_lora.main(words) == 1
-        assert "--new_rank is needed: --models have no rank" in capsys.readouterr().err
+        assert "--new_rank is required: --models have no rank" in capsys.readouterr().err
         name = next(iter(made[1]))
         num_rows, num_columns = made[1][name].flatten(1).shape
         other = {
@@ -203,7 +203,7 @@ def test_a_base_model_that_is_not_needed_is_told(
                                                   f"{name}.lora_down.weight": torch.ones(2, 9, 1, 1)}, {})  # fmt: skip
     words = ["--models", str(tmp_path / "a.safetensors"), "--base_model", str(tiny_sd_folder), "--save_to"]
     assert merge_lora.main([*words, str(tmp_path / "b.safetensors")]) == 0
-    assert "--base_model has no effect: what --models add to a weight does not depend on it" in caplog.text
+    assert "--base_model has no effect: the changes of --models do not depend on it" in caplog.text
     assert merge_lora.main([*words, str(tmp_path / "c"), "--sd_model", str(tiny_sd_folder)]) == 1
     assert "--base_model is what one LoRA was trained on; it has no meaning with --sd_model" in capsys.readouterr().err
 

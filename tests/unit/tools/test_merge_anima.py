@@ -73,4 +73,4 @@ def test_a_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     (tmp_path / "files" / "model_index.json").write_text('{"_class_name": "AnimaModularPipeline"}')
     arguments = ["--models", str(tmp_path / "lora.safetensors"), "--save_to", str(tmp_path / "out.safetensors")]
     assert merge_lora.main(["--sd_model", str(tmp_path / "files"), *arguments]) == 1
-    assert "of Anima only the transformer's file is merged into" in capsys.readouterr().err
+    assert "for Anima use the transformer's file" in capsys.readouterr().err

@@ -75,4 +75,4 @@ def test_what_cannot_be_merged_into_is_said(tmp_path: Path, capsys: pytest.Captu
     build_tiny_flux(tmp_path / "folder", SEED, "diffusers")
     arguments = ["--models", str(tmp_path / "lora.safetensors"), "--save_to", str(tmp_path / "out")]
     assert merge_lora.main(["--sd_model", str(tmp_path / "folder"), *arguments]) == 1
-    assert "only files in the original layout are merged into" in capsys.readouterr().err
+    assert "merging supports only a file in the original layout" in capsys.readouterr().err

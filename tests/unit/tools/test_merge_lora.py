@@ -181,7 +181,7 @@ def test_the_way_out_for_modules_that_the_checkpoint_lacks_leads_out(
     tensors, pair = load_state_dict(adapter), ("lora_down.weight", "lora_up.weight")
     for name, said in (
         ("lora_te_text_projection", "convert_lora.py --to kohya --drop_unsupported"),
-        ("lora_te_text_model_encoder_layers_11_mlp_fc1", "give a checkpoint that holds all parts"),
+        ("lora_te_text_model_encoder_layers_11_mlp_fc1", "use a checkpoint with all parts"),
     ):
         more = {f"{name}.{leaf}": torch.ones(2, 2) for leaf in pair}
         save_safetensors(tmp_path / "b.safetensors", {**tensors, **more}, read_metadata(adapter))
@@ -222,7 +222,7 @@ def test_existing_folder_is_not_written_into(
     tmp_path: Path, tiny_sd_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert merge("--sd_model", tiny_sd_folder, "--models", "a.safetensors", "--save_to", tmp_path) == 1
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 # --- several adapters into one ---
@@ -316,7 +316,9 @@ def test_a_whole_weight_has_no_factors_to_add(tmp_path: Path, capsys: pytest.Cap
     save_safetensors(tmp_path / "a.safetensors", {f"{ATTENTION}_proj_in.diff": torch.ones(8, 8)})
     words = ("--models", tmp_path / "a.safetensors", "--save_to", tmp_path / "m.safetensors", "--new_rank", "4")
     assert merge(*words) == 1
-    assert "is a whole weight, which has no factors to add; name the checkpoint" in capsys.readouterr().err
+    assert (
+        "is a whole weight, which has no factors to add; set --base_model to the checkpoint" in capsys.readouterr().err
+    )
 
 
 def test_dora_cannot_be_added_to_another_lora(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -379,8 +381,8 @@ def test_same_checkpoint_twice_is_refused(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--v2"], "is of Stable Diffusion 1.x; leave --v2 out"),
-        (["--sdxl"], "is of Stable Diffusion 1.x; leave --sdxl out"),
+        (["--v2"], "is of Stable Diffusion 1.x; remove --v2"),
+        (["--sdxl"], "is of Stable Diffusion 1.x; remove --sdxl"),
         (["--dim", "0"], "--dim is 0"),
         (["--clamp_quantile", "2"], "--clamp_quantile is 2"),
         (["--model_tuned", "no_such.ckpt"], "--model_tuned no_such.ckpt does not exist"),

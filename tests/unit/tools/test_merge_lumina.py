@@ -80,7 +80,7 @@ def test_what_nothing_is_merged_into_is_refused(tmp_path: Path, capsys: pytest.C
     transformer = f"{folder}/transformer/diffusion_pytorch_model.safetensors"
     arguments = ["--models", str(tmp_path / "lora.safetensors"), "--save_to", str(tmp_path / "out.safetensors")]
     for model, message in (
-        (folder, "of Lumina only files in the original layout are merged into"),
+        (folder, "for Lumina merging supports only a file in the original layout"),
         (transformer, "this is a transformer in diffusers' layout"),
     ):
         assert merge_lora.main(["--sd_model", model, *arguments]) == 1

@@ -56,8 +56,8 @@ def test_what_the_files_do_not_share_is_said(tmp_path: Path, caplog: pytest.LogC
     found = merge(tmp_path, "--models", *map(str, paths), "--ratios", "0.5", "0.25", "--show_skipped")
     assert "second_only" not in found
     torch.testing.assert_close(found["first_only"], 0.75 * one, **FLOAT32_SAME_MATH)
-    assert "1 weights that the first file lacks are left out: second_only" in caplog.text
-    assert "lacks 1 weights, which count as the first file's" in caplog.text
+    assert "omitting 1 weights that the first file lacks: second_only" in caplog.text
+    assert "lacks 1 weights; using the first file's" in caplog.text
 
 
 def test_mistakes_are_named_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,8 +65,8 @@ def test_mistakes_are_named_and_nothing_is_written(tmp_path: Path, capsys: pytes
     save_file({"x": torch.ones(1)}, tmp_path / "bare.safetensors")
     for words, sentence in (
         (["--models", str(first), str(other), "--ratios", "1"], "--ratios has 1 values, but --models 2"),
-        (["--models", str(first), str(other)], f"{UNET} has the shape (3, 5)"),
-        (["--models", str(first), str(tmp_path)], "is a folder; give checkpoints that are single files"),
+        (["--models", str(first), str(other)], f"{UNET} has shape (3, 5)"),
+        (["--models", str(first), str(tmp_path)], "is a folder; use single-file checkpoints"),
         (["--models", str(tmp_path / "bare.safetensors"), "--unet_only"], "--unet_only: nothing in"),
         (["--models", str(tmp_path / "none.safetensors")], "--models"),
     ):
@@ -82,7 +82,7 @@ def test_files_without_a_common_weight_are_refused(tmp_path: Path, capsys: pytes
     for others in ((first, tmp_path / "lora.safetensors"), (tmp_path / "none.safetensors", first)):
         words = ["--models", *map(str, others), "--output", str(tmp_path / "m.safetensors")]
         assert merge_models.main(words) == 1
-        assert "have no weight in common; give checkpoints of one base model" in capsys.readouterr().err
+        assert "have no weight in common; use checkpoints of one base model" in capsys.readouterr().err
     assert not (tmp_path / "m.safetensors").exists()
 
 
@@ -91,6 +91,9 @@ def test_weights_that_are_no_numbers_any_more_are_named(tmp_path: Path, caplog: 
     paths = write(tmp_path, 13, average=broken, bias=large), write(tmp_path, 14, average=broken, bias=large)
     words = ["--models", *map(str, paths)]
     merge(tmp_path, *words)
-    assert "1 weights have values that are not finite" in caplog.text and ": average; they are so" in caplog.text
+    assert "1 weights have values that are not finite" in caplog.text and ": average; --models have them" in caplog.text
     merge(tmp_path, *words, "--saving_precision", "fp16")
-    assert "2 weights have values that are not finite" in caplog.text and ": average, bias; they are so" in caplog.text
+    assert (
+        "2 weights have values that are not finite" in caplog.text
+        and ": average, bias; --models have them" in caplog.text
+    )

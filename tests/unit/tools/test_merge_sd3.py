@@ -76,4 +76,4 @@ def test_a_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     (tmp_path / "model" / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
     arguments = ["--models", str(tmp_path / "lora.safetensors"), "--save_to", str(tmp_path / "out")]
     assert merge_lora.main(["--sd_model", str(tmp_path / "model"), *arguments]) == 1
-    assert "of SD3 only single files in the original layout are merged into" in capsys.readouterr().err
+    assert "for SD3 use a single file in the original layout" in capsys.readouterr().err

@@ -64,7 +64,10 @@ def test_the_data_set_says_how_large_the_largest_batch_is(tmp_path: Path, capsys
     [
         (("--cards", "12TB", "--resolution", "64"), "--cards: '12TB' is not a memory size"),
         ((), "--resolution is not set"),
-        (("--resolution", "64", "--script", "flux.py"), "--script flux.py is no training script; use one of train_net"),
+        (
+            ("--resolution", "64", "--script", "flux.py"),
+            "--script flux.py is not a training script; use one of train_net",
+        ),
     ],
 )
 def test_mistakes_are_named(

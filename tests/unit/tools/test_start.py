@@ -206,7 +206,7 @@ def test_python_without_venv_is_told_the_debian_package(tmp_path: Path, monkeypa
 
 def test_folder_that_is_no_environment_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "holiday.png").write_bytes(b"x")
-    with pytest.raises(start.StartError, match="no virtual environment"):
+    with pytest.raises(start.StartError, match="not a virtual environment"):
         start.make_venv(tmp_path)
     assert (tmp_path / "holiday.png").exists()
 

@@ -1,7 +1,7 @@
 """metadata_cache.json: captions and sizes of a folder, so that a slow disk is not read again (cache_info).
 
-The file is sd-scripts' own, `{path: {"caption": str, "resolution": [w, h]}}`, with one more field that says what each
-entry was read from. Entries without it, or whose picture or caption file has changed, are read again.
+The file is sd-scripts' own, `{path: {"caption": str, "resolution": [w, h]}}`, with an additional field for the files of
+each entry. Entries without it, or whose image or caption file has changed, are read again.
 """
 
 import json
@@ -19,12 +19,12 @@ logger = logging.getLogger(__name__)
 
 Fingerprint = list[int]  # bytes, nanoseconds of the last change
 CacheRow = tuple[str, str, Size | str, Fingerprint, Fingerprint | None]
-"""path, caption, size (or why there is none), what picture and caption were read from"""
+"""(Path, caption, size or the reason why there is none, fingerprints of image and caption file)."""
 FILE_NAME = "metadata_cache.json"
 
 
 def fingerprint(path: str) -> Fingerprint:
-    """What changes when a file is written."""
+    """Return values that change when a file is written."""
     status = os.stat(path)
     return [status.st_size, status.st_mtime_ns]
 
@@ -39,21 +39,21 @@ class FolderCache:
 
     @classmethod
     def open(cls, config: SubsetConfig) -> "FolderCache":
-        """What is known about a folder; nothing where there is no file or it is damaged."""
+        """Read the cache of a folder; empty if there is no file or it is damaged."""
         path = Path(config.image_dir or "") / FILE_NAME
         try:
             entries = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             entries = {}
         except (OSError, ValueError, RecursionError) as error:
-            logger.warning("%s cannot be read and is made again: %s", path, error)
+            logger.warning("%s cannot be read and is rebuilt: %s", path, error)
             entries = {}
         return cls(path, entries if isinstance(entries, dict) else {}, config.captions.enable_wildcard)
 
     def lookup(
         self, picture: str, picture_print: Fingerprint, caption_print: Fingerprint | None
     ) -> tuple[str, Size] | None:
-        """(caption, size) if both files are as they were when the entry was written."""
+        """Return (caption, size) if both files are unchanged since the entry was written."""
         entry = self.entries.get(picture)
         source = {"picture": picture_print, "caption": caption_print, "is_multiline": self.is_multiline}
         if not isinstance(entry, dict) or entry.get("read_from") != source:
@@ -65,7 +65,7 @@ class FolderCache:
             return None
 
     def write(self, found: Iterable[CacheRow]) -> None:
-        """Keep what was read, if anything is new; a folder that cannot be written is only worth a warning."""
+        """Write what was read, if anything is new; warn if the folder cannot be written."""
         entries = {
             path: {
                 "caption": caption,

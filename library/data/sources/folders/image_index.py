@@ -1,8 +1,8 @@
-"""The index of a folder: what its pictures and captions said, so that only what was edited is read again.
+"""The index of a folder: sizes and captions of its images, so that only edited files are read again.
 
-One file beside the pictures, a numpy archive. For each kind of file it holds a table: names, stamps, and for pictures
-their sizes, for captions their text. A row counts only while the stamp of its file is unchanged. A missing or damaged
-index, or one of another version, costs time and nothing else; so does a folder that cannot be written.
+One file beside the images, a numpy archive. It has a table for each kind of file: names, stamps, and the sizes of
+images or the text of captions. A row counts only while the stamp of its file is unchanged. A missing, damaged or
+outdated index, or an unwritable folder, only costs time.
 """
 
 import json
@@ -28,23 +28,23 @@ from library.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-FILE_NAME = ".picture_index.npz"  # an ending that front ends expect among pictures
+FILE_NAME = ".picture_index.npz"  # an extension that front ends expect among images
 VERSION = 2
-MIN_FILES = 256  # smaller folders are read in no time and get no index
+MIN_FILES = 256  # smaller folders are read quickly and get no index
 SETTLED_NS = 2_000_000_000  # the coarsest clock of a file system in use, FAT's
 READ_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0)
-UNSETTLED = 0  # the stamp of files that may change again without a change of their time
+UNSETTLED = 0  # the stamp of files that may change again without a new time
 
 Value = TypeVar("Value")
 Stamps = NDArray[np.int64]
 Read = Callable[[str], tuple[int, Value]]
-"""path to (stamp, value)"""
+"""Reads a path and returns (stamp, value)."""
 
 
 def stamp_of(status: os.stat_result, now_ns: float = math.inf) -> int:
-    """One number for size, time of the last edit and time of the last change of any kind.
+    """Return one number for size, last edit and last status change of a file.
 
-    UNSETTLED where the last edit was so short before `now_ns` that another one could leave the same time behind.
+    Return UNSETTLED if the last edit was so shortly before `now_ns` that another one could leave the same time.
     """
     edited_ns = status.st_mtime_ns
     if edited_ns > now_ns - SETTLED_NS:
@@ -53,7 +53,7 @@ def stamp_of(status: os.stat_result, now_ns: float = math.inf) -> int:
 
 
 def read_stamped(path: str, num_bytes: int | None = None) -> tuple[os.stat_result, bytes]:
-    """(status, content) of a file, or its first bytes. The status is the one before the content was read."""
+    """Read (status, content) of a file, or its first bytes. The status is from before the content was read."""
     handle = os.open(path, READ_FLAGS)
     try:
         status = os.fstat(handle)
@@ -75,7 +75,7 @@ class Table(Generic[Value]):
     values: Sequence[Value] = ()
 
     def equals(self, other: "Table[Value]") -> bool:
-        """Whether nothing has to be written; the values belong to the stamps."""
+        """Return True if nothing must be written; equal stamps mean equal values."""
         return self.names == other.names and np.array_equal(self.stamps, other.stamps)
 
     def _are_same(self, stamps: Stamps) -> NDArray[np.bool_]:
@@ -83,11 +83,11 @@ class Table(Generic[Value]):
         return are_same
 
     def edited(self, stamps: Stamps) -> list[str]:
-        """The names of the files that are not as they were, given the stamps that all have now."""
+        """Return the names of changed files, given the current stamps."""
         return [self.names[row] for row in np.flatnonzero(~self._are_same(stamps))]
 
     def known(self, names: list[str], stamps: Stamps) -> list[Value | None] | None:
-        """The value of each file, None where it is new or edited; None in place of the list where no file is."""
+        """Return the value of each file, None if it is new or edited; None instead of a list if no file is known."""
         if names == self.names:
             same = self._are_same(stamps)
             if same.all():
@@ -102,7 +102,7 @@ class Table(Generic[Value]):
 
 
 def look_at(folder: str, names: Sequence[str], num_threads: int) -> Stamps:
-    """The stamps that files have; UNSETTLED for one that is gone."""
+    """Return the stamps of files; UNSETTLED for a missing one."""
     now_ns = time.time_ns()
 
     def look(block: Sequence[str]) -> list[int]:
@@ -117,9 +117,9 @@ def look_at(folder: str, names: Sequence[str], num_threads: int) -> Stamps:
 
 @contextmanager
 def opened(folder: str) -> Iterator[tuple[str, int | None]]:
-    """What stands before the names of files in a folder, and the open folder that they are looked for in.
+    """Yield the prefix of file names in a folder, and the open folder to look them up in.
 
-    By an open folder a file is found in 1.7 us here, by its path in 2.0; Windows knows paths only.
+    Through an open folder a file is found in 1.7 us here, by its path in 2.0; Windows supports only paths.
     """
     if os.stat not in os.supports_dir_fd:
         yield f"{folder}/", None
@@ -140,7 +140,7 @@ def renewed(
     title: str | None,
     stamps: Stamps | None = None,
 ) -> Table[Value]:
-    """The table of these files as they are: what it knows is taken from it, the rest is read."""
+    """Return an updated table of these files: known values are kept, the rest is read."""
 
     def read_block(block: Sequence[str]) -> list[tuple[int, Value]]:
         return [read(f"{folder}/{name}") for name in block]
@@ -163,15 +163,15 @@ def renewed(
 
 @dataclass(frozen=True)
 class FolderIndex:
-    """The tables of one folder. Captions have one for each ending."""
+    """The tables of one folder. Captions have one for each extension."""
 
     folder: str
-    sizes: Table[Size | str] = field(default_factory=Table)  # of a picture that cannot be read: why
+    sizes: Table[Size | str] = field(default_factory=Table)  # for an image that cannot be read, the reason
     captions: dict[str, Table[str]] = field(default_factory=dict)
-    paired: frozenset[str] = frozenset()  # endings of captions of which every picture has its own, in their order
+    paired: frozenset[str] = frozenset()  # caption extensions of which every image has its own file, in order
 
     def replace_with(self, sizes: Table[Size | str], captions: Mapping[str, Table[str]]) -> None:
-        """Write the tables as they are now, if anything differs and the folder is large enough to profit."""
+        """Write the tables, if anything differs and the folder is large enough to benefit."""
         is_equal = self.sizes.equals(sizes) and all(
             name in self.captions and self.captions[name].equals(table) for name, table in captions.items()
         )
@@ -185,7 +185,7 @@ class FolderIndex:
 
 
 def open_index(folder: str) -> FolderIndex:
-    """What is known about a folder; nothing where there is no index or a damaged one."""
+    """Read the index of a folder; empty if there is none or it is damaged."""
     path = Path(folder) / FILE_NAME
     try:
         with open_npz(path) as archive:
@@ -193,7 +193,7 @@ def open_index(folder: str) -> FolderIndex:
     except FileNotFoundError:
         pass
     except DAMAGE as error:
-        logger.warning("%s cannot be used and is made again: %s", path, error)
+        logger.warning("%s cannot be used and is rebuilt: %s", path, error)
     return FolderIndex(folder)
 
 
@@ -201,7 +201,8 @@ def open_index(folder: str) -> FolderIndex:
 
 
 def written_tables(sizes: Table[Size | str], captions: Mapping[str, Table[str]]) -> dict[str, Any]:
-    """The arrays of the archive. Names are separated by zero bytes, which no name holds; texts have their lengths."""
+    """Return the arrays of the archive. Names are separated by zero bytes, which no name contains; texts have
+    lengths."""
     sides = [size if isinstance(size, tuple) else (0, 0) for size in sizes.values]
     paired = [ending for ending, table in captions.items() if table.names == own_captions(sizes.names, ending)]
     about = {"version": VERSION, "caption_extensions": list(captions), "paired": paired}
@@ -221,12 +222,12 @@ def written_tables(sizes: Table[Size | str], captions: Mapping[str, Table[str]])
 
 
 def own_captions(pictures: Sequence[str], ending: str) -> list[str]:
-    """The name that the caption file of each picture has."""
+    """Return the name of each image's own caption file."""
     return [(picture[: picture.rindex(".")] or picture) + ending for picture in pictures]
 
 
 def read_tables(archive: Mapping[str, Any]) -> tuple[Table[Size | str], dict[str, Table[str]], frozenset[str]]:
-    """The fields of a FolderIndex; ValueError or another kind of DAMAGE where they are not what was written."""
+    """Read the fields of a FolderIndex. Raises UserError or another error of DAMAGE if they are invalid."""
     about = json.loads(archive["about"].tobytes())
     if about["version"] != VERSION:
         raise UserError(f"it has version {about['version']}, this program writes {VERSION}")
@@ -236,7 +237,7 @@ def read_tables(archive: Mapping[str, Any]) -> tuple[Table[Size | str], dict[str
         content, lengths = archive[f"caption_texts_{number}"], archive[f"caption_lengths_{number}"]
         texts = Texts(content, np.cumsum(lengths, dtype=np.int64))
         if lengths.min(initial=0) < 0 or lengths.sum() != len(content):
-            raise UserError("its texts do not have their lengths")
+            raise UserError("its texts do not match their lengths")
         captions[extension] = _table(archive[f"caption_names_{number}"], archive[f"caption_stamps_{number}"], texts)
     return sizes, captions, frozenset(about["paired"]).intersection(captions)
 
@@ -248,5 +249,5 @@ def _bytes(content: bytes) -> NDArray[np.uint8]:
 def _table(names: NDArray[np.uint8], stamps: Stamps, values: Sequence[Any]) -> Table[Any]:
     table = Table(os.fsdecode(names.tobytes()).split("\0") if len(names) else [], stamps, values)
     if not len(table.names) == len(table.stamps) == len(table.values):
-        raise UserError("its tables do not fit together")
+        raise UserError("its tables do not match")
     return table

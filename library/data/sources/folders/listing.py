@@ -1,4 +1,4 @@
-"""What lies in a folder, by the names of files. Nothing is opened."""
+"""The content of a folder by file names; nothing is opened."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ from library.data.sources.folders.image_index import (
 from library.errors import UserError
 
 OTHER_PICTURES = frozenset(("gif", "tif", "tiff", "heic", "heif", "avif", "jxl", "tga", "psd"))
-CAPTION_ENDINGS = ("txt", "caption", "cap", "tags")  # that tools for captions write
+CAPTION_ENDINGS = ("txt", "caption", "cap", "tags")  # written by caption tools
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class Folder:
     """The files directly in a folder, by name."""
 
     pictures: list[str]  # sorted
-    dropped: list[tuple[str, str]]  # path of what has a picture's name but is no file, and why
+    dropped: list[tuple[str, str]]  # path of an entry with an image's name that is not a file, and the reason
     captions: set[str]
-    aside: list[str]  # names that end like pictures or captions and are neither
-    stamps: Sequence[Stamps | None] = (None, None)  # of pictures and captions, where they were asked for
+    aside: list[str]  # names with image or caption extensions that are neither
+    stamps: Sequence[Stamps | None] = (None, None)  # of images and captions, if requested
 
 
 def look_into(folder: str, caption_extension: str | None = None) -> Folder:
@@ -48,7 +48,7 @@ def look_into(folder: str, caption_extension: str | None = None) -> Folder:
 
 
 def add_link(found: Folder, entry: os.DirEntry[str], caption_extension: str | None) -> None:
-    """Add what a link leads to; nothing for a folder."""
+    """Add the target of a link, unless it is a folder."""
     named = told_apart([entry.name], caption_extension)
     try:
         leads_to_file = entry.is_file()
@@ -57,14 +57,14 @@ def add_link(found: Folder, entry: os.DirEntry[str], caption_extension: str | No
         leads_to_file, reason = bool(named.captions), f"cannot be followed: {error.strerror}"
     if leads_to_file or named.aside:
         found.pictures.extend(named.pictures)
-        found.captions.update(named.captions)  # of one that cannot be followed whoever reads it learns why not
+        found.captions.update(named.captions)  # reading a broken link reports the reason
         found.aside.extend(named.aside)
     elif reason is not None and named.pictures:
         found.dropped.append((entry.path, reason))
 
 
 def told_apart(names: Iterable[str], caption_extension: str | None) -> Folder:
-    """What the names of files say they are."""
+    """Classify files by their names."""
     endings = {extension[1:] for extension in image_extensions()}
     similar = {extension.lower() for extension in (*endings, *OTHER_PICTURES, *CAPTION_ENDINGS)}
     told = Folder([], [], set(), [])
@@ -80,9 +80,9 @@ def told_apart(names: Iterable[str], caption_extension: str | None) -> Folder:
 
 
 def look_again(index: FolderIndex, caption_extension: str, num_threads: int) -> Folder | None:
-    """The same, without its captions but with stamps, where a folder has the files that the index knows and no others.
+    """List a folder with stamps but without captions, if it has exactly the files in the index; else return None.
 
-    It takes half of the time. What was edited is a matter of the stamps.
+    This takes half the time. The stamps tell which files were edited.
     """
     if caption_extension not in index.paired:
         return None
@@ -104,5 +104,5 @@ def look_again(index: FolderIndex, caption_extension: str, num_threads: int) -> 
 
 
 def not_listed(folder: str, error: OSError) -> UserError:
-    """The error for a folder that cannot be listed."""
-    return UserError(f"{folder} cannot be read: {error.strerror}; change its rights, or leave it out")
+    """Return the error for a folder that cannot be listed."""
+    return UserError(f"{folder} cannot be read: {error.strerror}; change its permissions, or remove it")

@@ -1,4 +1,4 @@
-"""Metadata files: captions and tags of many pictures in one .json or .jsonl file."""
+"""Metadata files: captions and tags of many images in one .json or .jsonl file."""
 
 import io
 import os
@@ -13,25 +13,25 @@ from library.options.encodings import decoded
 
 @dataclass(frozen=True, slots=True)
 class MetadataEntry:
-    """What a metadata file says about one picture. Sizes in it are not used: the picture's header is surer."""
+    """The entry of one image in a metadata file. Its size is ignored: the image's header is more reliable."""
 
     caption: str | None
     tags: str | None
 
 
 def read_metadata(path: str) -> Iterator[tuple[str, MetadataEntry]]:
-    """(key, entry) of every picture; ValueError names the file, and the line or key of a mistake."""
+    """Yield (key, entry) of every image. Raises UserError naming the file, and the line or key of a mistake."""
     for key, value in _values(path):
         yield key, _entry(value)
 
 
 def read_table(path: str) -> dict[str, dict[str, Any]]:
-    """Everything that the file says, by key; lines become a table. Raises UserError as `read_metadata`."""
+    """Read the whole file by key; lines become one table. Raises UserError as `read_metadata`."""
     return dict(_values(path))
 
 
 def entries_of(table: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, MetadataEntry]]:
-    """What `read_metadata` gives, of a table that is read already."""
+    """Return the entries of `read_metadata` from a table already read."""
     return [(key, _entry(value)) for key, value in table.items()]
 
 
@@ -42,7 +42,7 @@ def _values(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         with open(path, "rb") as file:
             content = file.read()
     except OSError as error:
-        raise UserError(f"metadata_file {path} cannot be read: {error.strerror}; change its rights") from error
+        raise UserError(f"metadata_file {path} cannot be read: {error.strerror}; change its permissions") from error
     text = decoded(content, f"metadata_file {path}")
     yield from _json_lines(path, io.StringIO(text)) if path.lower().endswith(".jsonl") else _json_table(path, text)
 

@@ -1,4 +1,4 @@
-"""From metadata files to pictures: paths, captions, sizes."""
+"""The images of metadata files: paths, captions, sizes."""
 
 import os
 from collections import defaultdict
@@ -19,7 +19,7 @@ from library.data.sources.folders.reading import size_of
 
 
 def list_metadata(config: SubsetConfig, num_threads: int) -> Listing:
-    """The pictures that a metadata file names."""
+    """List the images that a metadata file names."""
     listing = Listing(config)
     listings: dict[str, dict[str, str]] = {}
     captions: list[str] = []
@@ -28,7 +28,7 @@ def list_metadata(config: SubsetConfig, num_threads: int) -> Listing:
         path = find_picture(key, config.image_dir, listings)
         if path is None:
             listing.dropped.append(
-                (key, "there is no such picture" + (f" in {config.image_dir}" if config.image_dir else ""))
+                (key, "there is no such image" + (f" in {config.image_dir}" if config.image_dir else ""))
             )
             continue
         caption = combined_caption(entry, config.captions)
@@ -47,7 +47,7 @@ def list_metadata(config: SubsetConfig, num_threads: int) -> Listing:
 
 
 def sizes_anywhere(paths: Sequence[str], num_threads: int, title: str, keeps_index: bool) -> list[Size | str]:
-    """The sizes of pictures that may lie in several folders, from the indices of those with many."""
+    """Read the sizes of images that may be in several folders, using the indices of large folders."""
     by_folder: dict[str, list[str]] = defaultdict(list)
     for path in dict.fromkeys(paths):
         by_folder[os.path.dirname(path)].append(os.path.basename(path))
@@ -63,9 +63,10 @@ def sizes_anywhere(paths: Sequence[str], num_threads: int, title: str, keeps_ind
 
 
 def find_picture(key: str, image_dir: str | None, listings: dict[str, dict[str, str]]) -> str | None:
-    """A metadata key's file: a path with or without ending, absolute, below image_dir, or below the working folder."""
+    """Find a metadata key's file: a path with or without extension, absolute, below image_dir, or below the working
+    folder."""
     path = key if os.path.isabs(key) else os.path.join(image_dir or "", key)
-    for whole in (path, key):  # --full_path of sd-scripts' commands writes paths as they were typed
+    for whole in (path, key):  # --full_path of sd-scripts' commands writes paths as typed
         if os.path.isfile(whole):
             return whole
     folder, name = os.path.split(path)
@@ -78,7 +79,7 @@ def find_picture(key: str, image_dir: str | None, listings: dict[str, dict[str, 
 
 
 def combined_caption(entry: MetadataEntry, rules: CaptionRules) -> str:
-    """Caption and tags of a metadata entry; with enable_wildcard the tags are added to every caption line."""
+    """Combine caption and tags of a metadata entry; with enable_wildcard the tags are added to every caption line."""
     lines = [line.strip() for line in (entry.caption or "").splitlines() if line.strip()]
     if not rules.enable_wildcard:
         lines = lines[:1]

@@ -1,4 +1,4 @@
-"""The size of a picture and the caption in a file, each with the stamp of what it was read from. Nothing is decoded."""
+"""Reading of image sizes and caption files, with the stamps of the files. Nothing is decoded."""
 
 import os
 import time
@@ -34,19 +34,18 @@ def check_encodings(folder: str, names: Iterable[str]) -> None:
     if wrong:
         listed = few([f"{name} ({encoding})" for name, encoding in wrong], 20)
         raise NotUtf8(
-            f"{len(wrong)} caption files in {folder} are not UTF-8; save them as UTF-8. The encoding that fits each: "
-            f"{listed}"
+            f"{len(wrong)} caption files in {folder} are not UTF-8; save them as UTF-8. Detected encodings: {listed}"
         )
 
 
 def read_caption(path: str) -> tuple[int, str]:
-    """(stamp, lines of a caption file, each stripped); ValueError names a file that cannot be read."""
+    """Read (stamp, stripped lines) of a caption file. Raises UserError naming a file that cannot be read."""
     try:
         status, content = read_stamped(path)
         if len(content) > MOST_CAPTION_BYTES:
             raise UserError(
-                f"the caption file {path} has {len(content) / 1e6:.1f} MB; no caption is that long, so it seems to be "
-                "another kind of file: put it elsewhere, or set another caption_extension"
+                f"the caption file {path} has {len(content) / 1e6:.1f} MB, too much for a caption; if it is another "
+                "kind of file, move it elsewhere or set another caption_extension"
             )
         text = content.decode()
     except UnicodeDecodeError as error:
@@ -58,7 +57,7 @@ def read_caption(path: str) -> tuple[int, str]:
 
 
 def size_of(path: str) -> tuple[int, Size | str]:
-    """(stamp, size of a picture); in place of the size the reason why there is none."""
+    """Return (stamp, size of an image, or the reason why it has none)."""
     try:
         status, head = read_stamped(path, HEAD_BYTES)
         size = plain_size(head, status.st_size) or read_size(path)
@@ -68,7 +67,7 @@ def size_of(path: str) -> tuple[int, Size | str]:
 
 
 def caption_of(text: str, rules: CaptionRules) -> str:
-    """The caption in the stripped lines of a file: the first, or with enable_wildcard every one that is not blank."""
+    """Return the caption in the stripped lines of a file: the first, or with enable_wildcard all that are not blank."""
     if "\n" not in text:
         return text
     if rules.enable_wildcard:
@@ -77,7 +76,7 @@ def caption_of(text: str, rules: CaptionRules) -> str:
 
 
 def captions_of(texts: Sequence[str], rules: CaptionRules) -> Texts:
-    """The column of captions in the texts of files."""
+    """Return the captions in the texts of files as a column."""
     if isinstance(texts, Texts) and not texts.has_lines:
         return texts
     return Texts.of(caption_of(text, rules) for text in texts)

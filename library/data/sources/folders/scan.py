@@ -1,4 +1,4 @@
-"""From folders to pictures: paths, captions, sizes. Nothing is decoded."""
+"""The images of folders: paths, captions, sizes. Nothing is decoded."""
 
 import logging
 import os
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 def list_folder(config: SubsetConfig, num_threads: int) -> Listing:
-    """The pictures of image_dir with their captions and sizes, from the folder's index where that is still true."""
+    """List the images of image_dir with their captions and sizes, from the folder's index if it is still valid."""
     folder = config.image_dir or ""
     listing = Listing(config)
     if not os.path.isdir(folder):
@@ -65,7 +65,7 @@ def list_folder(config: SubsetConfig, num_threads: int) -> Listing:
 
 
 def note_missing(listing: Listing, files: Sequence[str | None]) -> None:
-    """Put class_tokens in the place of captions without a file, and list what is missing or empty."""
+    """Use class_tokens for captions without a file, and list what is missing or empty."""
     captions = list(listing.captions)
     for place, (path, file) in enumerate(zip(listing.paths, files, strict=True)):
         if file is None:
@@ -77,7 +77,7 @@ def note_missing(listing: Listing, files: Sequence[str | None]) -> None:
 
 
 def caption_files(folder: str, inside: Folder, extension: str) -> Sequence[str | None]:
-    """The name of each picture's caption file; None where there is none."""
+    """Return the name of each image's caption file; None if there is none."""
     own = own_captions(inside.pictures, extension)
     if inside.captions.issuperset(own):
         return own
@@ -85,9 +85,9 @@ def caption_files(folder: str, inside: Folder, extension: str) -> Sequence[str |
 
 
 def other_caption_file(folder: str, own: str, extension: str) -> str | None:
-    """The caption file of a picture whose own is not in the listing of the folder."""
-    names, stem = [own], own.removesuffix(extension)  # a file system may find the first, spelt in another way
-    if stem.count("_") >= 4:  # face detection names its cuttings `..._cx_cy_w_h`
+    """Return the caption file of an image whose own is not in the listing of the folder."""
+    names, stem = [own], own.removesuffix(extension)  # a file system may find a name that is spelt differently
+    if stem.count("_") >= 4:  # face detection names its crops `..._cx_cy_w_h`
         names.append(stem.rsplit("_", 4)[0] + extension)
     return next((name for name in names if os.path.isfile(os.path.join(folder, name))), None)
 
@@ -95,7 +95,7 @@ def other_caption_file(folder: str, own: str, extension: str) -> str | None:
 def read_with_index(
     listing: Listing, index: FolderIndex, inside: Folder, files: Sequence[str | None], num_threads: int
 ) -> Sequence[str]:
-    """Fill in sizes and give the text of each picture's caption file, from the index of the folder and the files."""
+    """Fill in sizes and return the text of each image's caption file, from the folder's index and the files."""
     config, folder = listing.config, index.folder
     names = list(dict.fromkeys(file for file in files if file is not None))
     known_captions = index.captions.get(config.caption_extension, Table())
@@ -112,7 +112,7 @@ def read_with_index(
 
 
 def read_with_cache(listing: Listing, files: Sequence[str | None], num_threads: int) -> Sequence[str]:
-    """The same from sd-scripts' metadata_cache.json, which is written anew."""
+    """Fill in sizes and return caption texts, from sd-scripts' metadata_cache.json, which is rewritten."""
     config, paths = listing.config, listing.paths
     cache = FolderCache.open(config)
 
@@ -127,7 +127,7 @@ def read_with_cache(listing: Listing, files: Sequence[str | None], num_threads: 
 
 
 def cached_or_read(cache: FolderCache, config: SubsetConfig, path: str, file: str | None) -> CacheRow:
-    """Path, caption, size and what both were read from, of one picture and its caption file."""
+    """Return path, caption, size and fingerprints of one image and its caption file."""
     caption_path = None if file is None else os.path.join(config.image_dir or "", file)
     picture_print = fingerprint(path)
     caption_print = None if caption_path is None else fingerprint(caption_path)
@@ -142,7 +142,7 @@ def cached_or_read(cache: FolderCache, config: SubsetConfig, path: str, file: st
 
 
 def add_masks(listing: Listing) -> None:
-    """Find the mask of every picture; ValueError names those without one and masks without a picture."""
+    """Find the mask of every image. Raises UserError naming images without mask and masks without image."""
     folder = listing.config.conditioning_data_dir or ""
     if not os.path.isdir(folder):
         raise UserError(f"conditioning_data_dir {folder} is not a folder")
@@ -152,10 +152,10 @@ def add_masks(listing: Listing) -> None:
     stems = [os.path.splitext(os.path.basename(path))[0] for path in listing.paths]
     missing = [path for path, stem in zip(listing.paths, stems, strict=True) if stem not in masks]
     if missing:
-        raise UserError(f"{len(missing)} pictures have no mask in {folder}: {few(missing)}")
+        raise UserError(f"{len(missing)} images have no mask in {folder}: {few(missing)}")
     surplus = [masks[stem] for stem in sorted(masks.keys() - set(stems))]
     if surplus:
         raise UserError(
-            f"{len(surplus)} masks in {folder} belong to no picture of {listing.config.image_dir}: {few(surplus)}"
+            f"{len(surplus)} masks in {folder} belong to no image in {listing.config.image_dir}: {few(surplus)}"
         )
     listing.masks = [masks[stem] for stem in stems]

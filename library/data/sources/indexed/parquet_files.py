@@ -1,7 +1,7 @@
-"""Parquet files with a picture and a caption in each row, as the Hugging Face hub has them.
+"""Parquet files with an image and a caption in each row, as on the Hugging Face hub.
 
-A column of a group of rows is the least that can be read of them. `image` is a table with `bytes` and `path` there; the
-bytes may also be a column of their own, or a column of URLs stands in for them.
+The smallest readable unit is a column of a row group. `image` is a struct with `bytes` and `path` there; the bytes may
+also be a column of their own, or a column of URLs replaces them.
 """
 
 import io
@@ -18,30 +18,30 @@ from library.errors import UserError
 IMAGE_COLUMNS = ("image", "images", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 URL_COLUMNS = ("url", "image_url", "img_url", "URL")
 CAPTION_COLUMNS = ("caption", "text", "prompt", "TEXT", "txt", "description")
-BATCH_ROWS = 64  # that are looked at together, fewer where they are large
+BATCH_ROWS = 64  # rows read at a time, fewer if they are large
 BATCH_BYTES = 256 << 20
 BINARY = re.compile(r"(large_)?binary(_view)?|fixed_size_binary\[\d+\]|dictionary<values=(large_)?binary.*")
 
 
 def pyarrow_parquet() -> Any:
-    """The package that reads and writes Parquet. Raises UserError saying how to get it."""
+    """Import the package that reads and writes Parquet. Raises UserError saying how to install it."""
     try:
         import pyarrow.parquet
     except ImportError:
-        raise UserError("shards and parquet need the package pyarrow: python3 -m pip install pyarrow") from None
+        raise UserError("shards and parquet require the package pyarrow: python3 -m pip install pyarrow") from None
     return pyarrow.parquet
 
 
 class Columns(NamedTuple):
-    """Where pictures and captions are."""
+    """The columns of images and captions."""
 
-    image: str  # as pyarrow calls it: `image.bytes` is a field of the table `image`
+    image: str  # pyarrow's name: `image.bytes` is a field of the struct `image`
     is_url: bool
     caption: str | None
 
 
 def columns_of(schema: Any, image: str | None, caption: str | None, shown: str) -> Columns:
-    """The columns of a file, those that are named or the first of the usual ones. Raises UserError listing them."""
+    """Return the columns of a file, as named or the first of the usual ones. Raises UserError listing its columns."""
     names = list(schema.names)
     listed = f"it has {', '.join(names) or 'none'}"
     for key, name in (("image_column", image), ("caption_column", caption)):
@@ -49,12 +49,10 @@ def columns_of(schema: Any, image: str | None, caption: str | None, shown: str) 
             raise UserError(f"{key} is {name!r}, but {shown} has no such column; {listed}")
     image = image or next((name for name in (*IMAGE_COLUMNS, *URL_COLUMNS) if name in names), None)
     if image is None:
-        raise UserError(
-            f"{shown} has no column of pictures that is known by its name; name it as image_column, {listed}"
-        )
+        raise UserError(f"{shown} has no image column with a usual name; set image_column, {listed}")
     caption = caption or next((name for name in CAPTION_COLUMNS if name in names), None)
     if caption is not None and not is_text(schema.field(caption).type):
-        raise UserError(f"caption_column {caption!r} of {shown} has {schema.field(caption).type}, but must have texts")
+        raise UserError(f"caption_column {caption!r} of {shown} has {schema.field(caption).type}, but must be text")
     kind = schema.field(image).type
     if is_struct(kind):
         of_bytes = [field.type for field in kind if field.name == "bytes"]
@@ -63,7 +61,7 @@ def columns_of(schema: Any, image: str | None, caption: str | None, shown: str) 
     if is_text(kind):
         return Columns(image, True, caption)
     if not is_binary(kind):
-        raise UserError(f"image_column {image!r} of {shown} has {kind}, but must have bytes of pictures, or URLs")
+        raise UserError(f"image_column {image!r} of {shown} has {kind}, but must have image bytes or URLs")
     return Columns(image, False, caption)
 
 
@@ -80,7 +78,7 @@ def is_struct(kind: Any) -> bool:
 
 
 class KeptGroups:
-    """Groups of rows that were read last, of all files together, up to a size; one that is larger is kept alone."""
+    """The row groups read last, over all files, up to a total size; a larger one is kept alone."""
 
     def __init__(self, max_bytes: int = 256 << 20) -> None:
         self.max_bytes = max_bytes
@@ -92,7 +90,7 @@ class KeptGroups:
         return sum(values.nbytes for values in self._values.values())
 
     def get(self, key: tuple[str, str, int]) -> Any:
-        """The values of (file, column, group); None where they are not kept."""
+        """Return the values of (file, column, group); None if they are not kept."""
         with self._lock:
             if key in self._values:
                 self._values.move_to_end(key)
@@ -106,10 +104,10 @@ class KeptGroups:
 
 
 class ParquetRows:
-    """A Parquet file that stays open."""
+    """An open Parquet file."""
 
     def __init__(self, file: io.RawIOBase, shown: str, kept: KeptGroups | None = None) -> None:
-        """Raises UserError for a file that is none, or is damaged."""
+        """Raise UserError for a file that is not Parquet, or is damaged."""
         parquet = pyarrow_parquet()
         self.shown = shown
         try:
@@ -127,7 +125,7 @@ class ParquetRows:
         return self._file.schema_arrow
 
     def largest_group(self, column: str) -> tuple[int, int]:
-        """(rows, bytes) of the group that takes most to read for one picture."""
+        """Return (rows, bytes) of the row group that costs most to read for one image."""
         found = [(0, 0)]
         for group in map(self._file.metadata.row_group, range(self._file.num_row_groups)):
             for place in range(group.num_columns):
@@ -140,7 +138,7 @@ class ParquetRows:
         return int(self._file.metadata.num_rows)
 
     def batches(self, columns: Sequence[str]) -> Iterator[dict[str, list[Any]]]:
-        """The values of some columns, some rows at a time."""
+        """Yield the values of some columns, some rows at a time."""
         import pyarrow as pa
 
         groups = [self._file.metadata.row_group(number) for number in range(self._file.num_row_groups)]
@@ -154,23 +152,23 @@ class ParquetRows:
             raise UserError(f"{self.shown} is damaged: {error}") from None
 
     def value(self, column: str, row: int) -> bytes:
-        """The bytes in one row of a column. Raises UserError where the file is not the one that was indexed."""
+        """Return the bytes in one row of a column. Raises UserError if the file is not the one that was indexed."""
         first, values = self._group(column, row)
         if row - first >= len(values) or not values[row - first].is_valid:
-            raise UserError(f"{self.shown} has no picture in row {row}: it was replaced since the start; start again")
+            raise UserError(f"{self.shown} has no image in row {row}: it was replaced since the start; restart the run")
         content: bytes = values[row - first].as_py()
         return content
 
     def group(self, column: str, row: int) -> Iterator[tuple[int, bytes]]:
-        """(row, bytes) of all rows that have to be read for one of them."""
+        """Yield (row, bytes) of all rows that must be read for one of them."""
         first, values = self._group(column, row)
         return ((first + place, value.as_py()) for place, value in enumerate(values) if value.is_valid)
 
     def _group(self, column: str, row: int) -> tuple[int, Any]:
-        """(first row of the group, its values)."""
+        """Return (first row of the group, its values)."""
         group = bisect_right(self._firsts, row) - 1
         key = self.shown, column, group
-        with self._lock:  # a file is read by one thread at a time
+        with self._lock:  # only one thread may read a file at a time
             values = self._kept.get(key)
             if values is None:
                 values = self._column(column, group)
@@ -187,7 +185,7 @@ class ParquetRows:
 
 
 def _leaf(table: Any, column: str) -> Any:
-    """A column, or the field of a table in one."""
+    """Return a column, or the field of a struct in one."""
     import pyarrow.compute as compute
 
     name, dot, field = column.partition(".")

@@ -1,8 +1,8 @@
-"""The index of a source of larger files: one Parquet file with a row for each picture, made once.
+"""The index of larger files: one Parquet file with a row for each image, made once.
 
-Its columns are those of `indexing.Row` and the number of the file; `about` in its metadata lists the files with their
-stamps. Files that were replaced are indexed again, alone. Each file that is done is written down at once, so an
-interrupted start goes on where it was. Several processes of one machine wait for the first of them.
+Its columns are those of `rows.Row` and the number of the file; `about` in its metadata lists the files with their
+stamps. Only replaced files are indexed again. Each finished file is saved at once, so an interrupted start continues.
+Several processes of one machine wait for the first of them.
 """
 
 import json
@@ -35,20 +35,20 @@ LOCK = FileType("an empty lock file", lambda start: False)
 
 @dataclass(frozen=True)
 class IndexedFiles:
-    """The larger files of a source, as the index knows them."""
+    """The larger files of a source for their index."""
 
-    names: Sequence[str]  # without passwords and the like
+    names: Sequence[str]  # without secrets
     stamps: Sequence[FileStamp]
-    rule: str  # what else decides the rows
+    rule: str  # everything else that determines the rows
 
     def about(self) -> bytes:
-        """What the metadata of the index says."""
+        """Return the metadata of the index."""
         files = [[name, *stamp] for name, stamp in zip(self.names, self.stamps, strict=True)]
         return json.dumps({"version": VERSION, "rule": self.rule, "files": files}).encode()
 
 
 def schema_of_rows() -> Any:
-    """The columns of an index, as pyarrow describes them."""
+    """Return the columns of an index, as pyarrow describes them."""
     import pyarrow as pa
 
     fields = {
@@ -60,7 +60,7 @@ def schema_of_rows() -> Any:
 
 
 def table_of(rows: Sequence[Row], number: int) -> Any:
-    """The rows of one file."""
+    """Return the rows of one file."""
     import pyarrow as pa
 
     columns = [[number] * len(rows), *([row[i] for row in rows] for i in range(len(Row._fields)))]
@@ -76,9 +76,9 @@ def read_index(
     title: str,
     is_kept: bool,
 ) -> Any:
-    """The table of all files, in their order; `rows_of` reads a file by its number where the index does not know it.
+    """Return the table of all files, in order; `rows_of` reads a file by its number if the index does not have it.
 
-    An index that cannot be read is made again. Where it cannot be written, or is not to be kept, it stays in memory.
+    An unreadable index is rebuilt. If it cannot be written, or `is_kept` is false, it stays in memory.
     """
     known = open_index(path, files)
     if known is not None:
@@ -89,8 +89,8 @@ def read_index(
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(index_lock(path))
-        except (OSError, NotImplementedError) as error:  # filelock below 3.24 has the latter without flock
-            told = "%s cannot be written, so every start makes it again (%s); give --cache_dir a folder that can"
+        except (OSError, NotImplementedError) as error:  # filelock below 3.24 raises the latter without flock
+            told = "%s cannot be written, so every start rebuilds it (%s); set --cache_dir to a writable folder"
             logger.warning(told, path, getattr(error, "strerror", error))
             return make_index(path, files, rows_of, num_threads, title, None)
         known = open_index(path, files)  # another process may have made it meanwhile
@@ -100,28 +100,28 @@ def read_index(
 
 
 def write_table(table: Any, path: Path) -> None:
-    """Write a table, whole or not at all. Raises UserError where there is no room for it."""
+    """Write a table, whole or not at all. Raises UserError if there is no space for it."""
     try:
         with atomic_path(path) as temporary:
             pyarrow_parquet().write_table(table, temporary, compression="zstd")
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}; make room, or give another --cache_dir") from None
+        raise UserError(f"{path} cannot be written: {error.strerror}; free space, or set --cache_dir") from None
 
 
 def parts_of(path: Path) -> Path:
-    """The folder of what is done of an index."""
+    """Return the folder of the finished parts of an index."""
     return path.with_name(f"{path.name}.parts")
 
 
 def open_index(path: Path, files: IndexedFiles) -> Any:
-    """The table of an index that is true; None where there is none, or it is of other files."""
+    """Open a valid index; None if there is none, or if it is of other files."""
     parquet = pyarrow_parquet()
     try:
         table = parquet.read_table(path, memory_map=True)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        logger.warning("%s cannot be used and is made again: %s", path, error)
+        logger.warning("%s cannot be used and is rebuilt: %s", path, error)
         return None
     if (table.schema.metadata or {}).get(ABOUT) != files.about():
         return None
@@ -161,7 +161,7 @@ def make_index(
     title: str,
     parts: Path | None,
 ) -> Any:
-    """Read the files whose rows are not known, `num_threads` at a time, and write the index."""
+    """Read the files without known rows, `num_threads` at a time, and write the index."""
     import pyarrow as pa
 
     found = known_tables(path, files)
@@ -194,7 +194,7 @@ def make_index(
 
 
 def known_tables(path: Path, files: IndexedFiles) -> dict[int, Any]:
-    """What an index that is no longer true knows of files that have stayed as they were, by their number."""
+    """Return the rows of unchanged files from an outdated index, by file number."""
     parquet = pyarrow_parquet()
     try:
         table = parquet.read_table(path)
@@ -217,7 +217,7 @@ def known_tables(path: Path, files: IndexedFiles) -> dict[int, Any]:
 
 
 def with_number(table: Any, number: int) -> Any:
-    """The rows as those of another file."""
+    """Return the rows with another file number."""
     import pyarrow as pa
 
     column = pa.array(np.full(len(table), number, dtype=np.int32))
@@ -225,7 +225,7 @@ def with_number(table: Any, number: int) -> Any:
 
 
 def open_part(path: Path) -> Any:
-    """The table of a file that was done before an interruption; None where it was not, or is damaged."""
+    """Open the part of a file that was finished before an interruption; None if there is none, or it is damaged."""
     parquet = pyarrow_parquet()
     try:
         table = parquet.read_table(path)
@@ -236,12 +236,12 @@ def open_part(path: Path) -> Any:
 
 @contextmanager
 def index_lock(path: Path) -> Iterator[None]:
-    """Wait until no other process of this machine makes the index, and hold the others off for the block."""
+    """Hold the lock of an index, so that only one process of this machine builds it."""
     from filelock import FileLock
 
     lock = path.with_name(f"{path.name}.lock")
-    open_lock_file(lock, LOCK).close()  # versions of filelock below 3.30 empty a file before they lock it
+    open_lock_file(lock, LOCK).close()  # filelock below 3.30 empties a file before locking it
     with FileLock(lock):
         yield
-        with suppress(OSError):  # Windows deletes no open file; there filelock does, once it has closed it
+        with suppress(OSError):  # on Windows filelock deletes the file after closing it
             lock.unlink()

@@ -1,4 +1,4 @@
-"""What an index has of each picture of a tar file or a Parquet file, found without reading more than it must."""
+"""The index rows of images in tar and Parquet files, read with minimal I/O."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,34 +14,34 @@ from library.data.sources.storage.ranges import RangeFile, Window
 from library.errors import UserError
 from library.json_text import parse_json
 
-CAPTION_FIELDS = ("caption", "text", "prompt")  # of a .json member, where caption_column does not say
+CAPTION_FIELDS = ("caption", "text", "prompt")  # of a .json member without caption_column
 MOST_CAPTION_BYTES = 1 << 20
 
 
 class Row(NamedTuple):
-    """One picture."""
+    """One image."""
 
-    name: str  # in its file
+    name: str  # within its file
     start: int  # byte, or row of a Parquet file
     num_bytes: int
     width: int
     height: int
     caption: str | None  # lines, each stripped
-    digest: bytes  # 16 bytes, as `identity_of` has it
-    problem: str | None = None  # why it cannot be used, to be read after its name
-    url: str | None = None  # where it lies, if not in the file
+    digest: bytes  # 16 bytes, as from `identity_of`
+    problem: str | None = None  # why it cannot be used, to follow its name
+    url: str | None = None  # its location, if not in the file
 
 
 @dataclass(frozen=True)
 class CaptionRule:
-    """Where a caption is."""
+    """The location of captions."""
 
-    ending: str  # of the member beside the picture that is asked first, without dot
+    ending: str  # extension of the caption member searched first, without dot
     field: str | None  # of .json members
 
 
 def rows_of_tar(window: Window, shown: str, rule: CaptionRule) -> list[Row]:
-    """The pictures of a tar file, in their order. Raises UserError for a damaged one, and for captions in no UTF-8."""
+    """Return the images of a tar file, in order. Raises UserError for a damaged one, and for captions not in UTF-8."""
     endings = {ending[1:] for ending in image_extensions()}
     wanted = (rule.ending, "txt", "json")
     pictures: dict[str, Row] = {}
@@ -51,7 +51,7 @@ def rows_of_tar(window: Window, shown: str, rule: CaptionRule) -> list[Row]:
         if member.ending in endings:
             row = row_of(window, member, shown)
             if member.stem in pictures:
-                second.append(row._replace(problem=f"is left out, {pictures[member.stem].name} has the same name"))
+                second.append(row._replace(problem=f"is skipped: {pictures[member.stem].name} has the same name"))
             else:
                 pictures[member.stem] = row
         elif member.ending in wanted:
@@ -67,7 +67,7 @@ def rows_of_tar(window: Window, shown: str, rule: CaptionRule) -> list[Row]:
 
 
 def row_of(window: Window, member: Member, shown: str) -> Row:
-    """A picture without its caption, from its beginning and its end."""
+    """Return an image without its caption, from its start and end."""
     head = window.read(member.start, min(HEAD_BYTES, member.num_bytes))
     problem, size = None, (0, 0)
     try:
@@ -80,7 +80,7 @@ def row_of(window: Window, member: Member, shown: str) -> Row:
 
 
 def size_of_part(window: Window, member: Member, head: bytes, shown: str) -> Size:
-    """The size of a picture in a larger file; where the first bytes do not tell, Pillow reads on."""
+    """Return the size of an image in a larger file; if the first bytes do not tell, Pillow reads on."""
     size = plain_size(head, member.num_bytes)
     if size is None:
         size = read_size(f"{shown}/{member.name}", RangeFile(window, member.start, member.num_bytes))
@@ -88,23 +88,23 @@ def size_of_part(window: Window, member: Member, head: bytes, shown: str) -> Siz
 
 
 def text_of(window: Window, member: Member, shown: str, rule: CaptionRule) -> str | None:
-    """What a member says of its picture: its lines, each stripped; None where a .json says nothing."""
+    """Return the stripped lines of a caption member; None if a .json has no caption."""
     name = f"{shown}/{member.name}"
     if member.num_bytes > MOST_CAPTION_BYTES:
-        raise UserError(f"the caption {name} has {member.num_bytes / 1e6:.1f} MB; no caption is that long")
+        raise UserError(f"the caption {name} has {member.num_bytes / 1e6:.1f} MB, too much for a caption")
     content = window.read(member.start, member.num_bytes)
     try:
         text = content.decode("utf-8-sig")
         said = field_of(parse_json(text), rule.field) if member.ending == "json" else text
     except UnicodeDecodeError as error:
-        raise UserError(f"the caption {name} is not UTF-8: byte {error.start}; write the tar file anew") from None
+        raise UserError(f"the caption {name} is not UTF-8: byte {error.start}; rewrite the tar file") from None
     except ValueError as error:
         raise UserError(f"{name} is not valid JSON: {error}") from None
     return None if said is None else stripped_lines(said)
 
 
 def field_of(value: Any, field: str | None) -> str | None:
-    """The caption in the content of a .json member."""
+    """Return the caption in the content of a .json member."""
     if not isinstance(value, Mapping):
         return None
     fields: Iterable[str] = CAPTION_FIELDS if field is None else (field,)
@@ -112,13 +112,13 @@ def field_of(value: Any, field: str | None) -> str | None:
 
 
 def stripped_lines(text: str) -> str:
-    """The lines of a caption, each stripped, without blank ones at the end."""
+    """Strip each line of a caption, and drop blank ones at the end."""
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return "\n".join([line.strip() for line in lines]).rstrip("\n")
 
 
 def row_of_bytes(name: str, number: int, content: bytes | None, caption: str | None, shown: str) -> Row:
-    """A picture whose bytes are a value of a Parquet file."""
+    """Return an image whose bytes are a value of a Parquet file."""
     if content is None:
         return Row(name, number, 0, 0, 0, caption, bytes(16), "has no bytes in the file")
     problem, size = None, (0, 0)

@@ -1,4 +1,4 @@
-"""The images of sources of larger files, from their index."""
+"""The images of larger files, from their index."""
 
 import logging
 import os
@@ -33,7 +33,7 @@ class SourceFile:
     """One of the larger files of a subset."""
 
     path: str  # or URL
-    shown: str  # in messages and keys, without passwords and the like
+    shown: str  # in messages and keys, without secrets
     num_bytes: int
 
 
@@ -45,14 +45,14 @@ def scan_files(
     read_rows: Callable[[SourceFile], Sequence[Row]],
     open_reader: Callable[[SourceFile], Reader | None] = lambda file: None,
 ) -> ScannedSubset:
-    """List the images of a subset of larger files, in the order of the files and of their places in them.
+    """List the images of larger files, in the order of the files and of their places in them.
 
-    `read_rows` lists those of one file that the index does not know, `keys` are keys of the subset that decide what it
-    gives, and `open_reader` gives what reads the images of all files, from the first of them. Raises UserError for
-    files that are missing, damaged or of another kind.
+    `read_rows` lists one file that is not indexed, `keys` are keys of the subset that affect its result, and
+    `open_reader` returns the reader of the images of all files, given the first. Raises UserError for files that are
+    missing, damaged or of another kind.
     """
     if config.cache_info:
-        logger.warning("cache_info has no effect on %s, whose pictures have an index", config.source)
+        logger.warning("cache_info has no effect on %s, whose images have an index", config.source)
     paths, shown, known = described_files(config, storage, num_threads, keys)
     files = [SourceFile(*file) for file in zip(paths, shown, (stamp.num_bytes for stamp in known.stamps), strict=True)]
     path, title = index_path(shown, known, storage), f"indexing {config.base_name}"
@@ -64,7 +64,7 @@ def scan_files(
 
 
 def release_memory() -> None:
-    """Give back what pyarrow keeps for the next table."""
+    """Return memory that pyarrow keeps for the next table."""
     import pyarrow as pa
 
     pa.default_memory_pool().release_unused()
@@ -73,14 +73,14 @@ def release_memory() -> None:
 def described_files(
     config: SubsetConfig, storage: Storage, num_threads: int, keys: Sequence[str]
 ) -> tuple[list[str], list[str], IndexedFiles]:
-    """(the files of a subset, how they are shown, what an index of them must say). Raises UserError."""
+    """Return (the files of a subset, their names in messages, the requirements of their index). Raises UserError."""
     key = config.source_key
     files = [file for pattern in config.patterns for file in storage.matching(pattern)]
     if not files:
         raise UserError(f"{key} = {config.source!r} matched no files; check bucket, path and pattern")
     twice = sorted({file for file in files if files.count(file) > 1}) if len(set(files)) < len(files) else []
     if twice:
-        raise UserError(f"{key} = {config.source!r} names a file twice: {few(map(without_secrets, twice))}")
+        raise UserError(f"{key} = {config.source!r} lists a file twice: {few(map(without_secrets, twice))}")
     if any(map(is_remote, files)):
         storage.required_cache_dir(f"{key} behind a URL")
     shown = [without_secrets(file) for file in files]
@@ -96,7 +96,7 @@ def described_files(
 def stamps_of(
     files: Sequence[str], shown: Sequence[str], key: str, storage: Storage, num_threads: int
 ) -> list[FileStamp]:
-    """The stamp of every file. Raises UserError naming those that are missing."""
+    """Return the stamp of every file. Raises UserError naming missing ones."""
 
     def look(file: str) -> FileStamp | None:
         try:
@@ -110,12 +110,12 @@ def stamps_of(
         found = list(pool.map(look, files))
     missing = [name for name, stamp in zip(shown, found, strict=True) if stamp is None]
     if missing:
-        raise UserError(f"{key}: {len(missing)} of {len(files)} files are not there: {few(missing)}")
+        raise UserError(f"{key}: {len(missing)} of {len(files)} files are missing: {few(missing)}")
     return [stamp for stamp in found if stamp is not None]
 
 
 def index_path(shown: Sequence[str], files: IndexedFiles, storage: Storage) -> Path:
-    """Where the index of these files lies: beside the first, or in --cache_dir. Its name is that of no other set."""
+    """Return the path of the index of these files, beside the first or in --cache_dir; its name is unique to them."""
     folder = os.path.dirname(shown[0])
     name = f".picture_index-{short_digest(' '.join([files.rule, *files.names]))[:12]}.parquet"
     if storage.cache_dir is not None:
@@ -126,7 +126,7 @@ def index_path(shown: Sequence[str], files: IndexedFiles, storage: Storage) -> P
 def found_in(
     table: Any, config: SubsetConfig, files: Sequence[str], shown: Sequence[str], reader: Reader | None
 ) -> ScannedSubset:
-    """The rows of an index as pictures."""
+    """Convert the rows of an index to images."""
     import pyarrow.compute as compute
 
     is_url = bool(compute.any(compute.is_valid(table["url"])).as_py())
@@ -163,19 +163,19 @@ def found_in(
 
 
 def with_rules(captions: Texts, rules: CaptionRules) -> Texts:
-    """The lines of each caption that count; nothing is to be done where every caption is one line."""
+    """Keep the lines of each caption that count; captions of one line are unchanged."""
     if not (captions.content == NEWLINE).any():
         return captions
     return Texts.of(caption_of(text, rules) for text in captions)
 
 
 def numbers(column: Any, dtype: type) -> NDArray[Any]:
-    """A column of numbers; the memory of the table may go."""
+    """Convert a column of numbers; the table's memory can then be freed."""
     return np.array(column.to_numpy(), dtype=dtype)
 
 
 def texts_of(column: Any) -> Texts:
-    """A column of texts, which is one chunk, copied out of the table."""
+    """Copy a column of texts, which is one chunk, out of the table."""
     import pyarrow as pa
 
     array = pa.concat_arrays(column.cast(pa.large_string()).chunks or [pa.array([], pa.large_string())])
@@ -188,7 +188,7 @@ def texts_of(column: Any) -> Texts:
 
 
 def digests_of(column: Any) -> NDArray[np.uint8]:
-    """A column of digests of 16 bytes, shape (N, 16)."""
+    """Convert a column of 16-byte digests, shape (N, 16)."""
     import pyarrow as pa
 
     array = pa.concat_arrays(column.chunks or [pa.array([], pa.binary(16))])

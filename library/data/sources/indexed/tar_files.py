@@ -1,7 +1,7 @@
-"""Tar files in the layout of WebDataset: `000001.jpg`, and `000001.txt` or `000001.json` with what is said of it.
+"""Tar files in the layout of WebDataset: `000001.jpg`, with its caption in `000001.txt` or `000001.json`.
 
-Only headers are read, and the ends of pictures, which tell copies. Names are those of POSIX tar with GNU's and pax's
-long ones. What belongs together has one name up to the first dot behind the last slash.
+Only headers are read, and the ends of images, which identify copies. Names are those of POSIX tar with GNU's and pax's
+long ones. Files that belong together share their name up to the first dot after the last slash.
 """
 
 import re
@@ -29,21 +29,21 @@ class Member(NamedTuple):
 
     @property
     def stem(self) -> str:
-        """What its name shares with those of the files that belong to it."""
+        """The part of its name shared by the files that belong together."""
         folder, slash, name = self.name.rpartition("/")
         return f"{folder}{slash}{name.partition('.')[0]}"
 
     @property
     def ending(self) -> str:
-        """What follows the stem, without dot."""
+        """The part after the stem, without dot."""
         return self.name.rpartition("/")[2].partition(".")[2]
 
 
 def members_of(window: Window, shown: str) -> Iterator[Member]:
-    """The plain files of a tar file, in order; folders and links are passed over.
+    """Yield the regular files of a tar file, in order; folders and links are skipped.
 
-    Raises UserError for a file that is no tar file, is compressed, or ends in the middle of a member; `shown` is how
-    messages call it.
+    Raises UserError for a file that is not a tar file, is compressed, or ends within a member; `shown` is its name in
+    messages.
     """
     if window.file_bytes < BLOCK:
         raise UserError(f"{shown} is not a tar file: it has {window.file_bytes} bytes; check the path or the address")
@@ -61,15 +61,13 @@ def members_of(window: Window, shown: str) -> Iterator[Member]:
             num_bytes = 0
         if start + num_bytes > window.file_bytes:
             raise UserError(
-                f"{shown} is cut off: {info.name} would end at byte {start + num_bytes}, the file has "
+                f"{shown} is truncated: {info.name} would end at byte {start + num_bytes}, but the file has "
                 f"{window.file_bytes}; copy it again"
             )
         place = start + -(-num_bytes // BLOCK) * BLOCK
         if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
             if num_bytes > LONGEST_NAME:
-                raise UserError(
-                    f"{shown} has a name of {num_bytes} bytes at byte {start}; it is damaged, write it anew"
-                )
+                raise UserError(f"{shown} has a name of {num_bytes} bytes at byte {start}; it is damaged; rewrite it")
             content = window.read(start, num_bytes)
             if info.type == tarfile.GNUTYPE_LONGNAME:
                 next_name = content.rstrip(b"\0").decode("utf-8", NAME_ERRORS)
@@ -77,7 +75,7 @@ def members_of(window: Window, shown: str) -> Iterator[Member]:
                 records = pax_records(content, shown, start)
                 next_name = records.get("path", next_name)
                 if not NUMBER.fullmatch(records.get("size", "0")):
-                    raise UserError(f"{shown} has a damaged header at byte {start}; write it anew")
+                    raise UserError(f"{shown} has a damaged header at byte {start}; rewrite it")
                 next_bytes = int(records["size"]) if "size" in records else None
             continue
         if info.type in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE):
@@ -88,7 +86,7 @@ def members_of(window: Window, shown: str) -> Iterator[Member]:
 
 
 def pax_records(content: bytes, shown: str, place: int) -> dict[str, str]:
-    """The records of an extended header: `length key=value` and a line break, one after another."""
+    """Parse the records of an extended header: `length key=value` and a line break, one after another."""
     records: dict[str, str] = {}
     rest = content
     while rest.strip(b"\0"):
@@ -98,7 +96,7 @@ def pax_records(content: bytes, shown: str, place: int) -> dict[str, str]:
             or not NUMBER.fullmatch(length.decode("latin-1"))
             or not len(length) + 1 < int(length) <= len(rest)
         ):
-            raise UserError(f"{shown} has a damaged header at byte {place}; write it anew")
+            raise UserError(f"{shown} has a damaged header at byte {place}; rewrite it")
         key, _, value = rest[len(length) + 1 : int(length)].rstrip(b"\n").partition(b"=")
         records[key.decode("utf-8", "replace")] = value.decode("utf-8", NAME_ERRORS)
         rest = rest[int(length) :]
@@ -106,8 +104,8 @@ def pax_records(content: bytes, shown: str, place: int) -> dict[str, str]:
 
 
 def fault_of(block: bytes, place: int) -> str:
-    """What is wrong with a block that is no header."""
+    """Describe the problem of a block that is not a header."""
     kind = COMPRESSED.get(block[:2])
     if place == 0 and kind is not None:
-        return f"is compressed ({kind}), so no picture of it can be read alone; unpack it to .tar"
+        return f"is compressed ({kind}), so its images cannot be read one by one; unpack it to .tar"
     return "is not a tar file" if place == 0 else f"is damaged at byte {place}; copy it again"

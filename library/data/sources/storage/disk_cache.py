@@ -1,4 +1,4 @@
-"""Pictures that were read over the network, on disk, as many as fit a stated size; those not used longest go first."""
+"""A disk cache of images read over the network, limited in size; the least recently used are deleted first."""
 
 import os
 import secrets
@@ -12,13 +12,13 @@ from library.errors import UserError
 # blockcache fetches whole blocks and needs file objects that not every file system of fsspec has; its one JSON file
 # holds signed URLs, and nothing in the cache can be read once that file is damaged.
 
-PRUNE_EVERY = 0.05  # of the size: so much is written between two looks at the folder
-KEPT_OF_FULL = 0.9  # of the size: what stays after a look that found more
+PRUNE_EVERY = 0.05  # of the size: written between two scans of the folder
+KEPT_OF_FULL = 0.9  # of the size: kept when a scan finds more than fits
 
 
 @dataclass
 class Written:
-    """What this process has written since it looked at the folder last."""
+    """What this process has written since its last scan of the folder."""
 
     num_bytes: int = 0
     has_looked: bool = False
@@ -26,29 +26,29 @@ class Written:
 
 @dataclass(frozen=True)
 class DiskCache:
-    """Contents by name, shared by all processes that name the folder. A file is there whole or not at all."""
+    """Contents by name, shared by all processes that use the folder. A file exists whole or not at all."""
 
     folder: str
     max_bytes: int
     written: Written = field(default_factory=Written, compare=False, repr=False)
 
     def path(self, name: str) -> Path:
-        """The file of a content."""
+        """Return the file of a content."""
         digest = short_digest(name)
         return Path(self.folder, digest[:2], digest)
 
     def get(self, name: str) -> bytes | None:
-        """The content; None where it is not there."""
+        """Return the content; None if it is not cached."""
         path = self.path(name)
         try:
             content = path.read_bytes()
-            os.utime(path)  # it was used now
+            os.utime(path)  # mark as used
         except OSError:
             return None
         return content
 
     def put(self, name: str, content: bytes) -> None:
-        """Keep a content. Raises UserError where the folder cannot be written."""
+        """Store a content. Raises UserError if the folder cannot be written."""
         path = self.path(name)
         if len(content) > self.max_bytes:
             return
@@ -60,20 +60,20 @@ class DiskCache:
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise UserError(
-                f"--cache_dir: {self.folder} cannot be written: {error.strerror}; name another folder, or make room"
+                f"--cache_dir: {self.folder} cannot be written: {error.strerror}; use another folder, or free space"
             ) from None
         self.written.num_bytes += len(content)
         if not self.written.has_looked or self.written.num_bytes > PRUNE_EVERY * self.max_bytes:
             self.prune()
 
     def prune(self) -> None:
-        """Delete what was not used longest, where there is more than fits."""
+        """Delete the least recently used files, if there is more than fits."""
         self.written.num_bytes, self.written.has_looked = 0, True
         found: list[tuple[float, int, str]] = []
         for entry in (entry for folder in Path(self.folder).glob("??") for entry in os.scandir(folder)):
             try:
                 status = entry.stat()
-            except FileNotFoundError:  # another process was faster
+            except FileNotFoundError:  # another process deleted it first
                 continue
             found.append((status.st_mtime, status.st_size, entry.path))
         total = sum(size for _, size, _ in found)

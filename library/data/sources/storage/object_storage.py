@@ -1,4 +1,4 @@
-"""Files behind URLs, through fsspec: byte ranges, tried again when the network fails, with no secret in a message."""
+"""Files at URLs, through fsspec: byte ranges, retried on network failures, with no secrets in messages."""
 
 import logging
 import re
@@ -16,22 +16,22 @@ Value = TypeVar("Value")
 
 NUM_TRIES = 5
 FIRST_WAIT_S = 0.5  # doubled after each try: eight seconds in all
-TIMEOUT_S = 60.0  # for one answer; a range of a megabyte takes that on a line of 140 kbit/s
+TIMEOUT_S = 60.0  # for one response; a megabyte takes this long at 140 kbit/s
 MISSING_STATUSES, REFUSED_STATUSES = (404, 410), (401, 403)  # of HTTP
-PACKAGES = {  # protocol -> what pip installs for it
+PACKAGES = {  # protocol -> pip package
     "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp",
     "hf": "huggingface_hub", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs", "sftp": "paramiko", "ssh": "paramiko",
     "oci": "ocifs", "oss": "ossfs", "webdav": "webdav4", "dropbox": "dropboxdrivefs", "gdrive": "gdrivefs",
 }  # fmt: skip
-MARKS = ("ETag", "etag", "blob_id", "xet_hash", "LastModified", "last_modified", "mtime")  # the surest first
+MARKS = ("ETag", "etag", "blob_id", "xet_hash", "LastModified", "last_modified", "mtime")  # most reliable first
 URL = re.compile(r"\w+://[^\s'\"<>)]+")
 SIGNED = re.compile(r"(?i)\b((?:x-amz-[\w-]+|signature|token|key|password|secret)=)[^\s&'\"]+")
 
 
 def open_file_system(url: str) -> tuple[Any, str]:
-    """(fsspec's file system, the path in it). Raises UserError saying which package is missing, or what is unknown.
+    """Return (fsspec's file system, the path in it). Raises UserError naming a missing package or an unknown protocol.
 
-    To be called for each access: after a fork, fsspec makes a new one.
+    To be called for each access: after a fork, fsspec creates a new one.
     """
     protocol = url.partition("://")[0]
     try:
@@ -40,28 +40,28 @@ def open_file_system(url: str) -> tuple[Any, str]:
         opened, path = url_to_fs(url)
     except ImportError as error:
         package = PACKAGES.get(protocol) or (error.name if error.name else "fsspec")
-        raise UserError(f"{protocol}:// needs the package {package}: python3 -m pip install {package}") from None
+        raise UserError(f"{protocol}:// requires the package {package}: python3 -m pip install {package}") from None
     except ValueError as error:
         raise UserError(f"{without_secrets(url)}: {cleaned(error)}; use s3://, hf://, https:// or a path") from None
     return opened, path
 
 
 def stamp_of_url(url: str) -> FileStamp:
-    """The size of a file and what differs once it is another one. Raises FileNotFoundError, UserError."""
+    """Return the size of a file and a mark that changes when it is replaced. Raises FileNotFoundError, UserError."""
 
     def ask() -> FileStamp:
         file_system, path = open_file_system(url)
-        file_system.invalidate_cache()  # what is listed once is otherwise kept to the end of the process
+        file_system.invalidate_cache()  # listings are otherwise kept until the process ends
         info = file_system.info(path, **_limit(file_system))
         if info.get("size") is None:
-            raise UserError(f"{without_secrets(url)}: the server does not tell the size, so no part can be asked for")
+            raise UserError(f"{without_secrets(url)}: the server does not report its size, so parts cannot be read")
         return FileStamp(int(info["size"]), next((str(info[name]) for name in MARKS if info.get(name)), ""))
 
     return tried(ask, url)
 
 
 def read_url(url: str, start: int, num_bytes: int) -> bytes:
-    """Some bytes of a file. Raises UserError naming it where it is gone, ends before, or cannot be reached."""
+    """Read some bytes of a file. Raises UserError naming it if it is missing, too short, or cannot be reached."""
 
     def ask() -> bytes:
         file_system, path = open_file_system(url)
@@ -72,11 +72,11 @@ def read_url(url: str, start: int, num_bytes: int) -> bytes:
     try:
         return tried(ask, url)
     except FileNotFoundError:
-        raise UserError(f"{without_secrets(url)} is not there any more; put it back, or start again") from None
+        raise UserError(f"{without_secrets(url)} no longer exists; restore it, or restart the run") from None
 
 
 def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes | None]:
-    """Several (URL, first byte, how many) at the same time; None for what failed, which `read_url` then says why."""
+    """Read several (URL, first byte, length) concurrently; None for a failure, which `read_url` then reports."""
     by_protocol: dict[str, list[int]] = {}
     for place, (url, _, _) in enumerate(ranges):
         by_protocol.setdefault(url.partition("://")[0], []).append(place)
@@ -90,7 +90,7 @@ def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes | None]:
         try:
             limit = _limit(file_system)
             contents: list[Any] = file_system.cat_ranges(paths, starts, ends, on_error="return", **limit)
-        except Exception:  # each of them is tried alone next, and says what is wrong
+        except Exception:  # each is read alone next, which reports the error
             continue
         for place, content in zip(places, contents, strict=True):
             if isinstance(content, bytes) and len(content) == ranges[place][2]:
@@ -99,7 +99,7 @@ def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes | None]:
 
 
 def matching_urls(pattern: str) -> list[str]:
-    """The files that a pattern with `*` matches, in order."""
+    """Return the files that a pattern with `*` matches, in order."""
 
     def ask() -> list[str]:
         file_system, path = open_file_system(pattern)
@@ -112,21 +112,21 @@ def matching_urls(pattern: str) -> list[str]:
 
 
 def checked_length(url: str, content: bytes, num_bytes: int) -> bytes:
-    """The bytes, if they are as many as were asked for."""
+    """Return the bytes if their number is right."""
     if len(content) > num_bytes:
         raise UserError(
-            f"{without_secrets(url)}: the server sends whole files where a part is asked for; copy the files to a disk "
-            "or to a server that answers byte ranges"
+            f"{without_secrets(url)}: the server sends whole files instead of parts; copy the files to a disk "
+            "or to a server that supports byte ranges"
         )
     if len(content) < num_bytes:
-        raise ConnectionError(f"{len(content)} of {num_bytes} bytes came")
+        raise ConnectionError(f"{len(content)} of {num_bytes} bytes were received")
     return content
 
 
 def tried(ask: Callable[[], Value], url: str) -> Value:
-    """The answer of one of a few tries. Raises FileNotFoundError at once, UserError in the end.
+    """Call `ask` with a few retries. Raises FileNotFoundError at once, UserError in the end.
 
-    What a person must put right, such as missing rights, is not tried again.
+    Errors that a person must fix, such as missing permissions, are not retried.
     """
     for number in range(1, NUM_TRIES + 1):
         try:
@@ -134,7 +134,7 @@ def tried(ask: Callable[[], Value], url: str) -> Value:
         except UserError:
             raise
         except Exception as error:
-            # Libraries raise kinds of their own for a broken connection, from botocore's to aiohttp's. fsspec's HTTP
+            # Libraries raise their own errors for a broken connection, from botocore's to aiohttp's. fsspec's HTTP
             # file system says "not found" whatever the server answered; the answer is the cause.
             answer = error.__cause__ if isinstance(error, FileNotFoundError) else None
             cause = error if answer is None or not type(answer).__module__.startswith("aiohttp") else answer
@@ -148,7 +148,7 @@ def tried(ask: Callable[[], Value], url: str) -> Value:
             if number == NUM_TRIES:
                 raise UserError(
                     f"{without_secrets(url)} cannot be read after {NUM_TRIES} tries: {reason}; check the network, and "
-                    "start again: what is done is kept"
+                    "restart the run: finished work is kept"
                 ) from None
             wait_s = FIRST_WAIT_S * 2 ** (number - 1)
             logger.warning("%s: %s; trying again in %g s", without_secrets(url), reason, wait_s)
@@ -157,17 +157,17 @@ def tried(ask: Callable[[], Value], url: str) -> Value:
 
 
 def is_for_people(error: BaseException) -> bool:
-    """Return True if trying again cannot help: missing rights, or redirects without end."""
+    """Return True if a retry cannot help: missing rights, or redirects without end."""
     is_named = type(error).__name__ == "TooManyRedirects" or "Credentials" in type(error).__name__
     return isinstance(error, PermissionError) or is_named or getattr(error, "status", None) in REFUSED_STATUSES
 
 
 def cleaned(error: BaseException) -> str:
-    """What an error says, in one line and without what URLs in it hold besides host and path."""
+    """Return an error's message in one line, with only host and path of URLs."""
     text = " ".join(str(error).split()) or type(error).__name__
     return SIGNED.sub(r"\1…", URL.sub(lambda match: without_secrets(match[0]), text))[:300]
 
 
 def _limit(file_system: Any) -> dict[str, Any]:
-    """Arguments that end waiting for an answer, where a file system knows them."""
+    """Return arguments that set a timeout, if the file system supports it."""
     return {"timeout": TIMEOUT_S} if getattr(file_system, "async_impl", False) else {}

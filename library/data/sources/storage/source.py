@@ -1,4 +1,4 @@
-"""A place where images come from: one file in library/data/sources, named after its key in a dataset file."""
+"""A source of images: one file in library/data/sources, named after its key in a dataset file."""
 
 import importlib
 from collections.abc import Callable
@@ -13,12 +13,12 @@ from library.data.sources.storage.storage import Storage
 class Source:
     """A source of images, defined as SOURCE by its file."""
 
-    keys: tuple[str, ...]  # of a subset, that this source has a use for and not every source has
+    keys: tuple[str, ...]  # of a subset that this source uses and not all sources do
     scan: Callable[[SubsetConfig, Storage, int], ScannedSubset]
-    """List the images with captions and sizes, by so many threads; those in larger files say how they are read."""
+    """Lists the images with captions and sizes, using this many threads; sets a reader for images in larger files."""
 
 
 def load_source(key: str) -> Source:
-    """Import the source that a dataset file calls `key`."""
+    """Import the source of a dataset file's key."""
     found: Source = importlib.import_module(f"library.data.sources.{key}").SOURCE
     return found

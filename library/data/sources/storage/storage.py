@@ -1,4 +1,4 @@
-"""Opens pictures, wherever they lie: files, parts of larger files, rows of Parquet files."""
+"""Access to images in files, parts of larger files, and rows of Parquet files."""
 
 import os
 import re
@@ -18,13 +18,13 @@ from library.data.sources.storage.disk_cache import DiskCache
 from library.data.sources.storage.ranges import RangeFile, Window
 from library.errors import UserError
 
-CHUNK_BYTES = 5120  # a picture's end, the header behind it, and the beginning of the next one
+CHUNK_BYTES = 5120  # an image's end, the next header, and the start of the next image
 BRACES = re.compile(r"\{(?:(?P<first>[0-9]{1,18})\.\.(?P<last>[0-9]{1,18})|(?P<choices>[^{}]*,[^{}]*))\}")
 GLOB, GLOB_IN_URL = re.compile(r"[*?\[]"), re.compile(r"\*")
-REMOTE_CHUNK_BYTES = 16384  # a request takes longer than so much more in its answer
+REMOTE_CHUNK_BYTES = 16384  # a request takes longer than transferring this much more
 READ_FOLDER = "read"
 MOST_NAMES = 1_000_000  # that a pattern stands for
-MOST_OPEN = 64  # files; what stands at the end of a Parquet file can have megabytes
+MOST_OPEN = 64  # files; a Parquet footer can take megabytes
 GB = 10**9
 
 T = TypeVar("T")
@@ -32,10 +32,10 @@ T = TypeVar("T")
 
 @dataclass
 class Opened:
-    """What stays open in this process."""
+    """The open files of this process."""
 
-    files: dict[str, Any] = field(default_factory=dict)  # what readers opened
-    shared: dict[type[Any], Any] = field(default_factory=dict)  # what readers of several files have in common
+    files: dict[str, Any] = field(default_factory=dict)  # opened by readers
+    shared: dict[type[Any], Any] = field(default_factory=dict)  # shared by readers of several files
     cache: DiskCache | None = None
     lock: Any = field(default_factory=threading.Lock)
 
@@ -45,18 +45,18 @@ class Opened:
 
 @dataclass(frozen=True)
 class Storage:
-    """Reads pictures. Travels to workers as plain values; what is opened is opened there."""
+    """Access to images. Workers get it as plain values and open their own files."""
 
     cache_dir: str | None = None
-    remote_cache_gb: float = 20.0  # of pictures that were read over the network
+    remote_cache_gb: float = 20.0  # for images read over the network
     opened: Opened = field(default_factory=Opened, compare=False, repr=False)
 
     def content(self, picture: Picture) -> bytes | None:
-        """The bytes of a picture; None of one that is a file of its own, which Pillow opens itself."""
+        """Return the bytes of an image; None for one in its own file, which Pillow opens itself."""
         return None if picture.place is None else self.read(picture.place)
 
     def whole(self, picture: Picture) -> tuple[Version, bytes]:
-        """The version and all bytes of a picture. Raises UserError where it cannot be read."""
+        """Return the version and all bytes of an image. Raises UserError if it cannot be read."""
         if picture.place is not None:
             return self.version(picture), self.read(picture.place)
         try:
@@ -67,14 +67,14 @@ class Storage:
             raise UserError(f"{picture.key} cannot be read: {error.strerror}") from None
 
     def version(self, picture: Picture) -> Version:
-        """What a cached entry of the picture was made from. Raises OSError for a file that is gone."""
+        """Return the version that cached entries are compared with. Raises OSError for a missing file."""
         if picture.place is not None:
             return Version(picture.place.num_bytes, int(picture.place.digest[:15], 16))
         status = os.stat(picture.key)
         return Version(status.st_size, status.st_mtime_ns)
 
     def read(self, place: Place) -> bytes:
-        """The bytes at a place. Raises UserError naming a file that cannot be read, or that ends before."""
+        """Return the bytes at a place. Raises UserError naming a file that cannot be read, or is too short."""
         if is_remote(place.file):
             return self._read_remote(place)
         if place.reader is not None:
@@ -82,7 +82,7 @@ class Storage:
         return self.read_range(place.file, place.start, place.num_bytes)
 
     def read_ahead(self, pictures: Iterable[Picture]) -> None:
-        """Bring what lies behind URLs to the disk, at the same time: its reading waits for one answer, not for each."""
+        """Fetch images at URLs to the disk concurrently, which takes one round trip instead of one each."""
         places = [picture.place for picture in pictures if picture.place is not None]
         places = [place for place in places if is_remote(place.file) and place.reader is None]
         missing = [place for place in dict.fromkeys(places) if not self.disk_cache.path(name_of(place)).exists()]
@@ -94,16 +94,16 @@ class Storage:
 
     @property
     def disk_cache(self) -> DiskCache:
-        """Where pictures that came over the network are kept."""
-        cache_dir = self.required_cache_dir("pictures behind a URL")
+        """Return the cache of images read over the network."""
+        cache_dir = self.required_cache_dir("images at URLs")
         if self.opened.cache is None:
             self.opened.cache = DiskCache(os.path.join(cache_dir, READ_FOLDER), int(self.remote_cache_gb * GB))
         return self.opened.cache
 
     def required_cache_dir(self, what: str) -> str:
-        """--cache_dir. Raises UserError where it is not given."""
+        """Return --cache_dir. Raises UserError if it is not set."""
         if self.cache_dir is None:
-            raise UserError(f"{what} need --cache_dir, a folder on a disk: the index and what was read is kept there")
+            raise UserError(f"{what} require --cache_dir, a folder for the index and downloaded images")
         return self.cache_dir
 
     def _read_remote(self, place: Place) -> bytes:
@@ -111,7 +111,7 @@ class Storage:
         if content is not None and digest_of(content) == place.digest:
             return content
         if place.reader is not None:
-            # All pictures of the group come with the one that is asked for, and each is asked for sooner or later.
+            # All images of the group come with the requested one, and each will be needed sooner or later.
             for start, value in place.reader.read_group(self, place):
                 self.disk_cache.put(name_of(place._replace(start=start)), value)
                 content = value if start == place.start else content
@@ -119,13 +119,13 @@ class Storage:
             content = self.read_range(place.file, place.start, place.num_bytes)
             self.disk_cache.put(name_of(place), content)
         if content is None or digest_of(content) != place.digest:
-            raise UserError(f"{without_secrets(place.file)} was replaced since it was indexed; start again")
+            raise UserError(f"{without_secrets(place.file)} was replaced since it was indexed; restart the run")
         return content
 
     # Files
 
     def kept_open(self, file: str, open_file: Callable[[], T]) -> T:
-        """Return what `open_file` gives, from an earlier call for the same file if it is still open."""
+        """Return what `open_file` returned for this file earlier, or call it."""
         with self.opened.lock:
             if file not in self.opened.files:
                 if len(self.opened.files) >= MOST_OPEN:
@@ -140,7 +140,7 @@ class Storage:
         return found
 
     def read_range(self, file: str, start: int, num_bytes: int) -> bytes:
-        """Some bytes of a file."""
+        """Read some bytes of a file."""
         if is_remote(file):
             return object_storage.read_url(file, start, num_bytes)
         try:
@@ -153,29 +153,30 @@ class Storage:
             raise UserError(f"{file} cannot be read: {error.strerror}") from None
         if len(content) < num_bytes:
             raise UserError(
-                f"{file} ends at byte {start + len(content)}, but something lies before {start + num_bytes}: it was "
-                "cut off or replaced since it was indexed; start again, or copy it again"
+                f"{file} ends at byte {start + len(content)}, before an indexed image at {start + num_bytes}: it was "
+                "truncated or replaced since it was indexed; restart the run, or copy it again"
             )
         return content
 
     def stamp(self, file: str) -> FileStamp:
-        """The size of a file and what differs once it is another one. Raises FileNotFoundError, OSError."""
+        """Return the size of a file and a mark that changes when it is replaced. Raises FileNotFoundError, OSError."""
         if is_remote(file):
             return object_storage.stamp_of_url(file)
         status = os.stat(file)
         return FileStamp(status.st_size, str(status.st_mtime_ns))
 
     def window(self, file: str, file_bytes: int | None = None) -> Window:
-        """A file to be read from front to back, some of it passed over."""
+        """Return a window for reading a file mostly from front to back."""
         num_bytes = self.stamp(file).num_bytes if file_bytes is None else file_bytes
         return Window(partial(self.read_range, file), num_bytes, REMOTE_CHUNK_BYTES if is_remote(file) else CHUNK_BYTES)
 
     def file(self, file: str) -> RangeFile:
-        """A file object."""
+        """Return a file object."""
         return RangeFile(self.window(file))
 
     def matching(self, pattern: str) -> list[str]:
-        """The files that a pattern names, in order: `{000..013}` counts, `*` matches what is there, `?` on a disk."""
+        """Return the files that a pattern names, in order: `{000..013}` counts, `*` matches existing files, `?` on a
+        disk."""
         num_names = count_names(pattern)
         if num_names > MOST_NAMES:
             raise UserError(
@@ -190,9 +191,9 @@ class Storage:
         return found
 
     def cache_stem(self, picture: Picture) -> str:
-        """The path that names of its cache files begin with: beside a picture, in a folder beside a larger file.
+        """Return the path prefix of an image's cache files: beside an image, in a folder beside a larger file.
 
-        Under --cache_dir each folder of such files has one of its own, for two may hold files of the same name.
+        Under --cache_dir each folder of larger files has its own, because two may have files of the same name.
         """
         place = picture.place
         if place is None:
@@ -201,18 +202,18 @@ class Storage:
         name = safe_name(os.path.splitext(place.name)[0]) if shard else short_digest(picture.key)
         folder, file = os.path.split(shard)
         if is_remote(picture.key):
-            self.required_cache_dir("caches of pictures behind a URL")
+            self.required_cache_dir("caches of images at URLs")
         folder = folder if self.cache_dir is None else os.path.join(self.cache_dir, folder_name(folder))
         return os.path.join(folder, f"{os.path.splitext(file)[0] or 'pictures'}.cache", name)
 
 
 def is_remote(file: str) -> bool:
-    """Whether a name is a URL."""
+    """Return True if a name is a URL."""
     return "://" in file
 
 
 def name_of(place: Place) -> str:
-    """What a picture is called in the disk cache. Its digest tells whether the content is still the one."""
+    """Return an image's name in the disk cache. Its digest changes with the content."""
     size, reader = (place.num_bytes, "") if place.reader is None else ("", place.reader.name)
     return f"{without_secrets(place.file)} {place.start} {size} {reader}"
 
@@ -227,7 +228,7 @@ def count_names(pattern: str) -> int:
 
 
 def expanded(pattern: str) -> list[str]:
-    """A pattern with a text for each number of `{000..013}`, whose digits stay as many, and each of `{a,b}`."""
+    """Expand a pattern's `{000..013}`, keeping the number of digits, and `{a,b}`."""
     match = BRACES.search(pattern)
     if match is None:
         return [pattern]

@@ -60,10 +60,10 @@ def test_models_come_frozen_in_the_precision_of_the_run(arguments: list[str], pr
 @pytest.mark.parametrize(
     ("flag", "drop", "message"),
     [
-        ("--pretrained_model_name_or_path", r"llm_adapter", "has no text adapter .* give --llm_adapter_path"),
-        ("--pretrained_model_name_or_path", r"adaln", "so it is no Anima transformer"),
+        ("--pretrained_model_name_or_path", r"llm_adapter", "has no text adapter .* add --llm_adapter_path"),
+        ("--pretrained_model_name_or_path", r"adaln", "so it is not an Anima transformer"),
         ("--pretrained_model_name_or_path", r"^net\.blocks\.0\.mlp\.layer1", "blocks.0.mlp.layer1.weight is missing"),
-        ("--qwen3", r"q_norm", "is no Qwen3 text encoder"),
+        ("--qwen3", r"q_norm", "is not a Qwen3 text encoder"),
         ("--vae", r"decoder", "is not the VAE of Qwen-Image"),
     ],
 )
@@ -94,7 +94,7 @@ def test_a_text_encoder_of_another_width_is_refused(arguments: list[str], tmp_pa
         for key, tensor in load_file(arguments[3]).items()
     }
     save_file(state, tmp_path / "narrow.safetensors")
-    with pytest.raises(ValueError, match=r"--qwen3 .*narrow.safetensors is 32 wide, .* listens to 40; use Qwen/Qwen3"):
+    with pytest.raises(ValueError, match=r"--qwen3 .*narrow.safetensors has width 32, .* expects 40; use Qwen/Qwen3"):
         opened([*arguments, "--qwen3", str(tmp_path / "narrow.safetensors")])
 
 

@@ -53,11 +53,11 @@ def test_every_layout_gives_the_same_models(tiny: list[str], tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("flag", "changes", "message"),
     [
-        (BASE, {"txt_in.weight": torch.ones(64, 48)}, "the transformer listens to 48; it is another encoder than Ch"),
-        (BASE, {"txt_in.weight": None}, "no Chroma model: txt_in.weight is missing"),
-        (BASE, {"distilled_guidance_layer.in_proj.weight": None}, "no Chroma model: distilled_guidance_layer.in_proj"),
-        (BASE, {"img_in.weight": torch.ones(64, 128)}, "the transformer takes 128 values a patch, training feeds 64"),
-        ("--ae", {"decoder.conv_in.weight": torch.ones(16, 4, 3, 3)}, "has 4 latent channels, Chroma needs 16"),
+        (BASE, {"txt_in.weight": torch.ones(64, 48)}, "the transformer expects text features of width 48; use Ch"),
+        (BASE, {"txt_in.weight": None}, "not a Chroma model: txt_in.weight is missing"),
+        (BASE, {"distilled_guidance_layer.in_proj.weight": None}, "a Chroma model: distilled_guidance_layer.in_proj"),
+        (BASE, {"img_in.weight": torch.ones(64, 128)}, "the transformer takes 128 values per patch, but only 64"),
+        ("--ae", {"decoder.conv_in.weight": torch.ones(16, 4, 3, 3)}, "has 4 latent channels, but Chroma needs 16"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
@@ -77,7 +77,7 @@ def test_parts_that_are_missing_are_asked_for_and_clip_is_none_of_them(tiny: lis
 @pytest.mark.parametrize("layout", ["files", "diffusers"])
 def test_the_other_model_of_the_script_is_told_with_the_flag(tmp_path: Path, layout: str) -> None:
     flux = build_tiny_flux(tmp_path / "flux", 7, layout)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="this is a FLUX model; leave out --model_type chroma"):
+    with pytest.raises(UserError, match="this is a FLUX model; remove --model_type chroma"):
         built([*flux, "--model_type", "chroma"])
     chroma = build_tiny_chroma(tmp_path / "chroma", 7, layout)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="this is a Chroma model; add --model_type chroma"):
@@ -89,7 +89,7 @@ def test_the_mask_of_the_padding_is_always_on_and_in_the_file(
 ) -> None:
     caplog.set_level(logging.INFO)
     arch = built([*tiny, *USUAL])
-    assert "--apply_t5_attn_mask is set: Chroma was made with" in caplog.text
+    assert "--apply_t5_attn_mask is enabled: Chroma was trained" in caplog.text
     assert arch.metadata["ss_apply_t5_attn_mask"] == "True" and arch.metadata["ss_model_type"] == "chroma"
     assert arch.metadata["ss_base_model_version"] == "chroma" and arch.metadata["ss_guidance_scale"] == "0.0"
     assert arch.metadata["modelspec.architecture"] == "chroma/lora"
@@ -106,15 +106,15 @@ def test_settings_that_chroma_was_not_made_with_are_warned_of(
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
     built(tiny)
     for line in (
-        "--guidance_scale is 3.5; Chroma was made with --guidance_scale 0.0",
-        "--timestep_sampling is sigma; Chroma was made with --timestep_sampling sigmoid",
-        "--model_prediction_type sigma_scaled turns the output into something else",
+        "--guidance_scale is 3.5; Chroma was trained with --guidance_scale 0.0",
+        "--timestep_sampling is sigma; Chroma was trained with --timestep_sampling sigmoid",
+        "--model_prediction_type sigma_scaled converts the output to something other",
     ):
         assert line in caplog.text
 
 
 def test_clip_is_said_to_be_unused(tiny: list[str]) -> None:
-    assert built([*tiny, "--clip_l", "nowhere.safetensors"]).ignores["clip_l"] == "Chroma reads captions with T5 alone"
+    assert built([*tiny, "--clip_l", "nowhere.safetensors"]).ignores["clip_l"] == "Chroma reads captions only with T5"
 
 
 def test_a_text_cache_is_of_t5_alone_and_has_what_sd_scripts_reads(tiny: list[str], tmp_path: Path) -> None:

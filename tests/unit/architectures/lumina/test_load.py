@@ -30,19 +30,27 @@ def opened(arguments: list[str]) -> LuminaLoader:
 @pytest.mark.parametrize(
     ("flag", "changes", "message"),
     [
-        (BASE, {"x_embedder.weight": torch.ones(72, 16)}, "takes 16 values a patch, training feeds 64"),
-        (BASE, {"cap_embedder.1.weight": torch.ones(72, 48)}, "is 32 wide, the transformer listens to 48"),
-        (BASE, {"t_embedder.mlp.2.weight": None}, "no Lumina Image 2.0 model: t_embedder.mlp.2.weight is missing"),
-        (BASE, {"layers.0.attention.qkv.weight": torch.ones(80, 72)}, "heads of 12, 80 queries, keys and values"),
-        (BASE, {"layers.0.attention.qkv.weight": None}, "nothing in it is called layers.0.attention.qkv.weight"),
-        ("--ae", {"decoder.conv_in.weight": torch.ones(16, 4, 3, 3)}, "has 4 latent channels, Lumina Image 2.0 needs"),
-        ("--ae", {"decoder.conv_in.weight": None}, "is no VAE: it has no decoder.conv_in.weight"),
-        ("--gemma2", {"model.embed_tokens.weight": None}, "gemma_2_2b.safetensors is no Gemma 2 text encoder"),
-        ("--gemma2", {"model.layers.0.pre_feedforward_layernorm.weight": None}, "is no Gemma 2 text encoder"),
+        (BASE, {"x_embedder.weight": torch.ones(72, 16)}, "takes 16 values per patch, but only 64"),
+        (
+            BASE,
+            {"cap_embedder.1.weight": torch.ones(72, 48)},
+            "32, but the transformer expects text features of width 48",
+        ),
+        (BASE, {"t_embedder.mlp.2.weight": None}, "not a Lumina Image 2.0 model: t_embedder.mlp.2.weight is missing"),
+        (BASE, {"layers.0.attention.qkv.weight": torch.ones(80, 72)}, "heads of 12, 80 outputs of q, k and v"),
+        (BASE, {"layers.0.attention.qkv.weight": None}, "it has no layers.0.attention.qkv.weight"),
+        (
+            "--ae",
+            {"decoder.conv_in.weight": torch.ones(16, 4, 3, 3)},
+            "has 4 latent channels, but Lumina Image 2.0 needs",
+        ),
+        ("--ae", {"decoder.conv_in.weight": None}, "is not a VAE: it has no decoder.conv_in.weight"),
+        ("--gemma2", {"model.embed_tokens.weight": None}, "gemma_2_2b.safetensors is not a Gemma 2 text encoder"),
+        ("--gemma2", {"model.layers.0.pre_feedforward_layernorm.weight": None}, "is not a Gemma 2 text encoder"),
         (
             "--gemma2",
             {"model.layers.0.self_attn.k_proj.weight": None},
-            "gemma_2_2b.safetensors: layers.0.self_attn.k_proj.weight is not there",
+            "gemma_2_2b.safetensors: layers.0.self_attn.k_proj.weight is missing",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -99,7 +107,7 @@ def test_a_folder_of_another_encoder_is_refused(tiny: list[str], tmp_path: Path)
     config = tmp_path / "folder" / "text_encoder" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "gemma3_text"}))
     place = tiny.index("--gemma2") + 1
-    with pytest.raises(ValueError, match=r"^--gemma2 .* is a gemma3_text model, no Gemma 2 text encoder"):
+    with pytest.raises(ValueError, match=r"^--gemma2 .* is a gemma3_text model, not a Gemma 2 encoder"):
         opened([*tiny[:place], str(config.parent)])
 
 
@@ -114,9 +122,9 @@ def test_models_come_in_the_precision_of_the_run_and_frozen(tiny: list[str]) -> 
 
 def test_a_tokenizer_of_another_model_is_refused(tiny: list[str], tmp_path: Path) -> None:
     folder = Path(tiny[1]).parent / "tokenizer"
-    with pytest.raises(ValueError, match=r"has ids up to \d+, Gemma knows 7: it belongs to another model"):
+    with pytest.raises(ValueError, match=r"has token IDs up to \d+, but Gemma has 7 embeddings: it belongs to an"):
         load_gemma_tokenizer([folder], None, num_words=7)
     text = (folder / "tokenizer.json").read_text().replace("<bos>", "<cls>")
     (tmp_path / "tokenizer.json").write_text(text)
-    with pytest.raises(ValueError, match="does not know <bos>: it belongs to another model"):
+    with pytest.raises(ValueError, match="has no <bos>: it belongs to another model"):
         load_gemma_tokenizer([tmp_path], None, num_words=1000)

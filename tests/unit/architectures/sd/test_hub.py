@@ -83,5 +83,5 @@ def test_a_hub_that_refuses_names_the_flag_and_the_way_out(monkeypatch, tmp_path
 
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", refuse)
-    with pytest.raises(ValueError, match=r"--vae someone/never is neither .*no route to host.*give the path"):
+    with pytest.raises(ValueError, match=r"--vae someone/never is neither .*no route to host.*use the path"):
         find_model("--vae", "someone/never", (("",),))

@@ -23,10 +23,10 @@ OTHER_FILES = {
             "this is an SD 2.x checkpoint; add --v2"),
     "lora": (["lora_unet_mid_block_attentions_0_proj_in.lora_down.weight"], "an adapter (LoRA), not a base model"),
     "vae": (["encoder.down.0.block.0.norm1.weight", "decoder.conv_in.weight"], "this is a VAE, not a base model"),
-    "unet": (["down_blocks.0.resnets.0.conv1.weight"], "the U-Net of a diffusers folder alone"),
-    "text": (["text_model.encoder.layers.0.mlp.fc1.weight"], "a text encoder alone"),
+    "unet": (["down_blocks.0.resnets.0.conv1.weight"], "only the U-Net of a diffusers folder"),
+    "text": (["text_model.encoder.layers.0.mlp.fc1.weight"], "only a text encoder"),
     "embedding": (["emb_params"], "a textual inversion embedding"),
-    "none": (["thing.weight"], "no Stable Diffusion checkpoint (first names: thing.weight)"),
+    "none": (["thing.weight"], "not a Stable Diffusion checkpoint (first names: thing.weight)"),
 }  # fmt: skip
 
 
@@ -53,9 +53,9 @@ def test_a_unet_for_wider_text_is_sd2(open_sd, tiny_sd_file, tmp_path):
 
 
 def test_v2_for_an_older_checkpoint_is_to_be_left_out(open_sd, tiny_sd_file, tiny_sd_folder):
-    with pytest.raises(ValueError, match=r"this is an SD 1.x checkpoint; leave out --v2"):
+    with pytest.raises(ValueError, match=r"this is an SD 1.x checkpoint; remove --v2"):
         open_sd(tiny_sd_file, v2=True)
-    with pytest.raises(ValueError, match=r"this is an SD 1.x model; leave out --v2"):
+    with pytest.raises(ValueError, match=r"this is an SD 1.x model; remove --v2"):
         open_sd(tiny_sd_folder, v2=True)
 
 
@@ -63,7 +63,7 @@ def test_v2_for_an_older_checkpoint_is_to_be_left_out(open_sd, tiny_sd_file, tin
     ("channels", "message"),
     [
         (9, r"is an inpainting model \(its U-Net takes 9 channels\); add --train_inpainting"),
-        (8, "takes 8 input channels; a plain one takes 4, one for inpainting 9"),
+        (8, r"takes 8 input channels, but only 4 \(plain\) and 9 \(inpainting\)"),
     ],
 )
 def test_a_model_that_is_told_more_than_latents_is_refused(open_sd, tiny_sd_file, tmp_path, channels, message):
@@ -87,14 +87,14 @@ def test_missing_weights_are_counted_and_named(open_sd, tiny_sd_file, tmp_path):
 
 def test_a_weight_of_another_shape_is_named_with_both_shapes(open_sd, tiny_sd_file, tmp_path):
     load = open_sd(changed(tiny_sd_file, tmp_path, **{"model.diffusion_model.out.0.bias": torch.randn(5)})).load
-    with pytest.raises(ValueError, match=r"conv_norm_out.bias: it has the shape \(5,\), the model needs \(16,\)"):
+    with pytest.raises(ValueError, match=r"conv_norm_out.bias, has shape \(5,\) instead of \(16,\)"):
         load.denoiser()
 
 
 def test_a_checkpoint_without_vae_asks_for_one(open_sd, tiny_sd_file, tiny_sd_folder, tmp_path):
     gone = {name: None for name in load_file(tiny_sd_file) if name.startswith("first_stage_model.")}
     path = changed(tiny_sd_file, tmp_path, **gone)
-    with pytest.raises(ValueError, match=r"has no VAE .*; give one with --vae"):
+    with pytest.raises(ValueError, match=r"has no VAE .*; use --vae"):
         open_sd(path)
     assert open_sd(path, vae=str(tiny_sd_folder)).load.vae() is not None
 
@@ -108,7 +108,7 @@ def test_a_checkpoint_without_text_encoder_is_refused(open_sd, tiny_sd_file, tmp
 def test_a_truncated_file_is_named(open_sd, tiny_sd_file, tmp_path):
     path = tmp_path / "half.safetensors"
     path.write_bytes(tiny_sd_file.read_bytes()[:500_000])
-    with pytest.raises(ValueError, match=r"half.safetensors is not a whole safetensors file: it is cut short"):
+    with pytest.raises(ValueError, match=r"half.safetensors is not a complete safetensors file: it is truncated"):
         open_sd(path)
 
 
@@ -166,7 +166,7 @@ def test_folders_of_other_models_are_called_what_they_are(open_sd, tiny_sd_folde
 
 def test_a_folder_that_only_holds_checkpoints_points_at_the_file(open_sd, tmp_path):
     (tmp_path / "anything.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"is no diffusers folder: .* to use anything.safetensors in it, give"):
+    with pytest.raises(ValueError, match=r"is not a diffusers folder: .* to use anything.safetensors in it, give"):
         open_sd(tmp_path)
 
 
@@ -193,17 +193,17 @@ def test_a_vae_with_16_channels_is_refused(open_sd, tiny_sd_file, tmp_path):
     vae = {k: v for k, v in load_file(tiny_sd_file).items() if k.startswith(prefix)}
     vae[f"{prefix}decoder.conv_in.weight"] = torch.randn(16, 16, 3, 3)
     save_file(vae, tmp_path / "ae.safetensors")
-    with pytest.raises(ValueError, match=r"--vae .* has 16 latent channels, SD 1.x needs 4"):
+    with pytest.raises(ValueError, match=r"--vae .* has 16 latent channels, but SD 1.x needs 4"):
         open_sd(tiny_sd_file, vae=str(tmp_path / "ae.safetensors"))
 
 
 def test_a_file_without_decoder_is_no_vae(open_sd, tiny_sd_file, tmp_path):
     save_file({"thing": torch.randn(2)}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match=r"--vae .* is no VAE of this kind: .*first names: thing"):
+    with pytest.raises(ValueError, match=r"--vae .* is not such a VAE: .*first names: thing"):
         open_sd(tiny_sd_file, vae=str(tmp_path / "x.safetensors"))
 
 
 @pytest.mark.parametrize("clip_skip", [0, 3])
 def test_clip_skip_beyond_the_layers_is_refused(open_sd, tiny_sd_file, clip_skip):
-    with pytest.raises(ValueError, match=f"--clip_skip is {clip_skip}, the text encoder has 2 layers; use 1 to 2"):
+    with pytest.raises(ValueError, match=f"--clip_skip is {clip_skip}, but the text encoder has 2 layers; use 1 to 2"):
         open_sd(tiny_sd_file, clip_skip=clip_skip)

@@ -111,7 +111,7 @@ def test_a_vae_of_its_own_takes_the_place_of_the_base_models(sd3_file: Path, tmp
 def test_a_missing_clip_is_asked_for(sd3_without_text: Path) -> None:
     assert "has no text encoder clip_l" in refusal(sd3_without_text)
     files = own_files(sd3_without_text.parent)
-    assert "give it with --clip_g" in refusal(sd3_without_text, clip_l=files["clip_l"])
+    assert "use --clip_g" in refusal(sd3_without_text, clip_l=files["clip_l"])
 
 
 def test_without_t5_training_goes_on_with_a_warning(sd3_without_text: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -144,10 +144,10 @@ def test_clip_g_without_a_projection_is_incomplete(sd3_file: Path, tmp_path: Pat
 
 def test_encoders_of_other_models_are_refused(sd3_file: Path) -> None:
     files = own_files(sd3_file.parent)
-    assert "--clip_l and --clip_g give 16 and 16 pooled features" in refusal(sd3_file, clip_g=files["clip_l"])
-    assert "is no T5 encoder" in refusal(sd3_file, t5xxl=files["clip_l"])
+    assert "--clip_l and --clip_g have 16 and 16 pooled features" in refusal(sd3_file, clip_g=files["clip_l"])
+    assert "is not a T5 encoder" in refusal(sd3_file, t5xxl=files["clip_l"])
     swapped = refusal(sd3_file, clip_l=files["clip_g"], clip_g=files["clip_l"])
-    assert "give 32 and 16 pooled features" in swapped and "are they swapped" in swapped
+    assert "have 32 and 16 pooled features" in swapped and "not swapped" in swapped
 
 
 def test_weights_that_are_missing_are_named(sd3_file: Path, tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_other_models_are_refused_with_the_script_that_trains_them(tiny_sd_file:
 
 
 def test_what_is_no_single_file_is_refused(tiny_sd_folder: Path, tmp_path: Path) -> None:
-    assert "is a folder; SD3 is read from a single file" in refusal(tmp_path)
+    assert "is a folder; SD3 requires a single file" in refusal(tmp_path)
     assert "--pretrained_model_name_or_path is missing" in refusal(None)
     assert "does not exist" in refusal(tmp_path / "nothing.safetensors")
 
