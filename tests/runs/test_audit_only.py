@@ -1,6 +1,7 @@
 """--audit_only: every picture is looked at, without a base model."""
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,10 +43,42 @@ def test_what_stands_out_is_logged_and_shown(
         schema.validate(json.loads(json.dumps(module.plain(event.as_line(1.0)))))
 
 
+def test_kinds_of_files_crops_and_all_warnings_are_on_the_page(train: Train, tmp_path: Path) -> None:
+    folder, rng = make_pictures(tmp_path / "data" / "1_cat", 3, side=96, seed=13), random.Random(14)
+
+    def noise(mode: str, size: tuple[int, int]) -> Image.Image:
+        return Image.frombytes(mode, size, rng.randbytes(size[0] * size[1] * len(mode)))
+
+    noise("CMYK", (96, 96)).save(folder / "print.jpg")
+    noise("RGBA", (96, 96)).save(folder / "logo.png")
+    first, *rest = [noise("RGB", (96, 96)).quantize() for _ in range(3)]
+    first.save(folder / "dance.webp", save_all=True, append_images=rest)
+    noise("RGB", (400, 64)).save(folder / "wide.png")
+    (folder / "scan.tiff").write_bytes(b"x")
+    out = tmp_path / "out"
+    config = tmp_path / "data.toml"
+    subset = f"[[datasets.subsets]]\nimage_dir = '{folder.as_posix()}'\ncaption_extension = '.txt'\n"
+    config.write_text("".join(f"[[datasets]]\nresolution = {side}\n{subset}" for side in (64, 96)))
+    done = train(["--dataset_config", str(config), "--audit_only", "--output_dir", str(out), "--output_name", "cat"])
+    assert done.status == 0, done.stderr
+    data = data_of((out / "cat-audit.html").read_text(encoding="utf-8"))
+    found = {one["text"].partition(" ")[2][:24]: one["pictures"] for one in data["findings"]}
+    named = {text: [Path(picture["file"]).name for picture in pictures] for text, pictures in found.items()}
+    assert named["image animated; only the"] == ["dance.webp"]
+    assert named["image partly transparent"] == ["logo.png"] and named["image in CMYK, whose col"] == ["print.jpg"]
+    assert named["image of which a third o"] == ["wide.png"]
+    warnings = [one["text"] for one in data["warnings"]]
+    assert any("unsupported extensions" in text and text.endswith("scan.tiff") for text in warnings)
+    assert sum("without a caption file" in text for text in warnings) == 1, "said once for both sizes"
+    masked = config.read_text().replace("caption_extension", "alpha_mask = true\ncaption_extension")
+    config.write_text(masked)
+    assert "partly transparent" not in train(["--dataset_config", str(config), "--audit_only"]).stderr
+
+
 def test_nothing_is_written_without_a_place_and_good_pictures_are_said_to_be(
     train: Train, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "inspect", lambda samples, num_trained, storage: [])
+    monkeypatch.setattr(module, "inspect", lambda *given: [])
     before = sorted(pictures.rglob("*"))
     done = train(
         ["--train_data_dir", str(pictures), "--resolution", "64", "--caption_extension", ".txt", "--audit_only"]

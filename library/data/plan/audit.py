@@ -8,7 +8,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import compress
+from itertools import chain, compress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ MOST_COUNTED_AT_START = 2000  # captions; tokenizing them takes 0.2 s
 COUNTED_AT_ONCE = 16
 MOST_ENLARGED = 1.5  # factor of upscaling above which the audit warns
 MOST_ALIKE = 8  # equal captions in a subset before the audit warns
+MOST_SHOWN = 3  # images in a line
 MOST_REMEMBERED = 4096  # captions whose token counts are remembered
 SHORTEST_STEM = 4  # letters in a name before it is searched for in its caption
 
@@ -54,11 +55,14 @@ def audit_lines(
     num_draws = np.bincount(subset_N, samples.draws_N, num_subsets).astype(int).tolist()
     unused = np.bincount(subset_N, samples.draws_N == 0, num_subsets).astype(int).tolist()
     first_subset = 0
+    warned: set[str] = set()  # datasets of several sizes share their folders
     for number, (dataset, rule) in enumerate(zip(datasets, rules, strict=True)):
         yield logging.INFO, f"dataset {number + 1}: {describe_size(rule)}, batch size {dataset.config.batch_size}"
         for index, subset in enumerate(dataset.subsets, first_subset):
-            yield from subset_lines(subset, num_draws[index], unused[index])
-            yield from folder_lines(subset)
+            for level, text in chain(subset_lines(subset, num_draws[index], unused[index]), folder_lines(subset)):
+                if level == logging.INFO or text not in warned:
+                    yield level, text
+                    warned.add(text)
         first_subset += len(dataset.subsets)
         for bucket in draws.buckets:
             if bucket.dataset == number:
@@ -91,34 +95,48 @@ def subset_lines(subset: ScannedSubset, num_draws: int, num_unused: int) -> Iter
     if num_unused:
         yield logging.WARNING, f"{source} {num_unused} {kind} are not needed and unused"
     if subset.dropped:
-        reasons = few([f"{path} {reason}" for path, reason in subset.dropped])
+        reasons = few([f"{inside(path, config.source)} {reason}" for path, reason in subset.dropped])
         yield logging.WARNING, f"{source} {len(subset.dropped)} images are skipped: {reasons}"
     if subset.small:
         what = f"{len(subset.small)} {kind} are skipped by skip_image_resolution"
-        yield logging.INFO, f"{source} {what}: {few(subset.small)}"
+        yield logging.INFO, f"{source} {what}: {few_inside(subset.small, config.source)}"
     if subset.without_caption:
         level = logging.INFO if config.class_tokens else logging.WARNING
         stand_in = f"using '{config.class_tokens}'" if config.class_tokens else "trained with an empty prompt"
         missing = subset.without_caption
         yield (
             level,
-            f"{source} {format_count(len(missing), 'image')} without a caption file, {stand_in}: {few(missing)}",
+            f"{source} {format_count(len(missing), 'image')} without a caption file, {stand_in}: "
+            f"{few_inside(missing, config.source)}",
         )
     if subset.empty_caption:
         empty = subset.empty_caption
-        yield logging.WARNING, f"{source} {format_count(len(empty), 'empty caption')}: {few(empty)}"
+        shown = few_inside(empty, config.source)
+        yield logging.WARNING, f"{source} {format_count(len(empty), 'empty caption')}: {shown}"
     yield from wording_lines(subset, source)
     if config.captions.enable_wildcard:
         is_nested = np.fromiter(map(has_nested_wildcard, subset.pictures.captions), dtype=bool)
         effect = "captions have nested braces, of which only the inner ones are alternatives"
-        yield from told(subset.pictures, is_nested, f"{source} {{}} {effect}")
+        yield from told(subset, is_nested, f"{source} {{}} {effect}")
 
 
-def told(pictures: Pictures, is_meant: NDArray[np.bool_], text: str) -> Iterator[Line]:
+def told(subset: ScannedSubset, is_meant: NDArray[np.bool_], text: str) -> Iterator[Line]:
     """Yield a warning with the number of affected images and the first few of them, if there are any."""
     rows = np.flatnonzero(is_meant)
     if len(rows):
-        yield logging.WARNING, f"{text.format(len(rows))}: {few(pictures.keys_at(rows[:5]), count=len(rows))}"
+        shown = few_inside(subset.pictures.keys_at(rows[:MOST_SHOWN]), subset.config.source, len(rows))
+        yield logging.WARNING, f"{text.format(len(rows))}: {shown}"
+
+
+def inside(path: str, folder: str) -> str:
+    """Return a path without the folder that a line names already."""
+    return path.removeprefix(folder).lstrip("/\\") or path
+
+
+def few_inside(paths: Sequence[str], folder: str, count: int | None = None) -> str:
+    """Return the first paths below a folder that a line names already; `count` if `paths` has not all."""
+    total = len(paths) if count is None else count
+    return few([inside(path, folder) for path in paths[:MOST_SHOWN]], MOST_SHOWN, total)
 
 
 def wording_lines(subset: ScannedSubset, source: str) -> Iterator[Line]:
@@ -136,7 +154,7 @@ def wording_lines(subset: ScannedSubset, source: str) -> Iterator[Line]:
             yield logging.WARNING, f"{source} all {num_own} captions are the same, {effect}: {first[:80]!r}"
     is_named = np.zeros(len(pictures), dtype=bool)
     is_named[[*captions_with_names(pictures)]] = True
-    yield from told(pictures, is_named & has_own, f"{source} captions that contain their own file name: {{}}")
+    yield from told(subset, is_named & has_own, f"{source} captions that contain their own file name: {{}}")
 
 
 def captions_with_names(pictures: Pictures) -> Iterator[int]:
@@ -156,9 +174,9 @@ def enlarged_lines(samples: Samples, dataset: int) -> Iterator[Line]:
     widths_N = samples.sizes()[own, 0]
     rows = np.flatnonzero(resized_M[samples.shape_N[own]] > MOST_ENLARGED * widths_N) + own.start
     if len(rows):
-        sizes = [f"{width}x{height}" for width, height in samples.sizes()[rows[:5]].tolist()]
-        keys = samples.keys_at(rows[:5])
-        shown = few([f"{key} ({size})" for key, size in zip(keys, sizes, strict=True)], count=len(rows))
+        sizes = [f"{width}x{height}" for width, height in samples.sizes()[rows[:MOST_SHOWN]].tolist()]
+        keys = map(os.path.basename, samples.keys_at(rows[:MOST_SHOWN]))
+        shown = few([f"{key} ({size})" for key, size in zip(keys, sizes, strict=True)], MOST_SHOWN, len(rows))
         effect = f"upscaled more than {MOST_ENLARGED}x; the LoRA may learn blur"
         yield logging.WARNING, f"  {format_count(len(rows), 'image')} {effect}: {shown}"
 
@@ -170,10 +188,10 @@ def cut_lines(dataset: ScannedDataset, rule: BucketRules) -> Iterator[Line]:
     if count:
         first: list[str] = []
         for subset, is_other in zip(dataset.subsets, counts, strict=True):
-            first += subset.pictures.keys_at(np.flatnonzero(is_other)[:5])
+            first += map(os.path.basename, subset.pictures.keys_at(np.flatnonzero(is_other)[:MOST_SHOWN]))
         size = f"{rule.resolution[0]}x{rule.resolution[1]}"
         effect = f"are not {size} and are scaled or cropped to it, because enable_bucket is off"
-        yield logging.WARNING, f"  {count} images {effect}: {few(first, count=count)}"
+        yield logging.WARNING, f"  {count} images {effect}: {few(first, MOST_SHOWN, count)}"
 
 
 def pair_lines(datasets: Sequence[ScannedDataset]) -> Iterator[Line]:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from library.data.description.buckets import Size
+from library.data.description.schema import SubsetConfig
 from library.data.plan.audit_pixels import Look, groups_of, look_at_all, similar_pairs
 from library.data.plan.samples import Sample
 from library.data.scanned.images import Picture
@@ -13,6 +14,8 @@ from library.formatting import format_count
 
 MOST_BITS = 6  # of 64: resized, recompressed or slightly cropped copies differ in so few, others in 20
 BLURRED = 15.0  # variance of the Laplacian; a blur of 2 pixels leaves 5, sharp images have 50 and far more
+TRANSPARENT = 0.01  # share of pixels; antialiased edges take less
+CROPPED = 1 / 3  # share of the resized image that the crop to its bucket discards
 EMPTY = 6.0  # standard deviation of 8-bit grey values: a single colour with noise
 
 
@@ -29,7 +32,9 @@ class Finding:
         return f"{self.text}: " + few(f"{path} ({note})" if note else path for path, note in self.pictures)
 
 
-def inspect(samples: Sequence[Sample], num_trained: int, storage: Storage, num_threads: int = 0) -> list[Finding]:
+def inspect(
+    samples: Sequence[Sample], subsets: Sequence[SubsetConfig], num_trained: int, storage: Storage, num_threads: int = 0
+) -> list[Finding]:
     """Examine every image once. Those of datasets from `num_trained` on are only used for validation."""
     largest: dict[str, tuple[Picture, Size]] = {}
     for sample in samples:
@@ -37,7 +42,38 @@ def inspect(samples: Sequence[Sample], num_trained: int, storage: Storage, num_t
         _, (width, height) = largest.get(key, (sample.picture, (0, 0)))
         largest[key] = sample.picture, (max(width, bucket_width), max(height, bucket_height))
     trained = {sample.picture.key for sample in samples if sample.dataset < num_trained}
-    return list(findings_of(look_at_all(list(largest.values()), storage, num_threads), trained))
+    masked = {sample.picture.key for sample in samples if subsets[sample.subset].alpha_mask}
+    looks = look_at_all(list(largest.values()), storage, num_threads)
+    return [*findings_of(looks, trained), *kinds_of(looks, masked), *crops_of(samples)]
+
+
+def kinds_of(looks: Sequence[Look], masked: set[str]) -> Iterator[Finding]:
+    """Yield findings on kinds of files; transparency is as intended for images of `masked`, whose alpha is a mask."""
+    yield from told(
+        [(look.path, f"{look.num_frames} frames") for look in looks if look.num_frames > 1],
+        "{} animated; only the first frame is trained",
+    )
+    transparent = [look for look in looks if look.transparent > TRANSPARENT and look.path not in masked]
+    yield from told(
+        [(look.path, f"{look.transparent:.0%}") for look in transparent],
+        "{} partly transparent; the colors hidden there are trained: set alpha_mask = true, or flatten the image",
+    )
+    yield from told(
+        [(look.path, "") for look in looks if look.is_cmyk],
+        "{} in CMYK, whose colors change in the conversion to RGB; re-save as sRGB",
+    )
+
+
+def crops_of(samples: Sequence[Sample]) -> Iterator[Finding]:
+    """Yield the images of which the crop to the training size discards a large part."""
+    lost: dict[str, float] = {}
+    for sample in samples:
+        (width, height), (wide, tall) = sample.shape.bucket, sample.shape.resized
+        share = 1 - min(width, wide) * min(height, tall) / (wide * tall)
+        if share > CROPPED:
+            lost[sample.picture.key] = max(share, lost.get(sample.picture.key, 0.0))
+    text = "{} of which a third or more is cropped away; use buckets with more aspect ratios, or crop by hand"
+    yield from told([(key, f"{share:.0%} lost") for key, share in lost.items()], text)
 
 
 def findings_of(looks: Sequence[Look], trained: set[str]) -> Iterator[Finding]:

@@ -32,6 +32,9 @@ class Look:
     sharpness: float = 0.0  # the variance of the Laplacian in the sharpest of 4 x 4 tiles, of 8-bit grey values
     contrast: float = 0.0  # the standard deviation of 8-bit grey values
     problem: str | None = None
+    num_frames: int = 1
+    transparent: float = 0.0  # share of pixels that are not opaque
+    is_cmyk: bool = False
 
 
 def look_at(path: str, trained: Size, content: bytes | None = None) -> Look:
@@ -44,7 +47,9 @@ def look_at(path: str, trained: Size, content: bytes | None = None) -> Look:
     import imagehash
 
     try:
-        grey = grey_of(path, trained, content)
+        with open_image(path, content) as image:
+            num_frames, is_cmyk = int(getattr(image, "n_frames", 1)), image.mode == "CMYK"
+        grey, transparent = grey_of(path, trained, content)
     except (UserError, OSError) as error:
         return Look(path, problem=str(error).removeprefix(path).strip())
     if grey.width > trained[0] and grey.height > trained[1]:
@@ -54,19 +59,31 @@ def look_at(path: str, trained: Size, content: bytes | None = None) -> Look:
     pixels = np.asarray(grey)
     small = grey.resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BOX)
     bits = imagehash.phash(small).hash.flatten()
-    return Look(path, int("".join("1" if bit else "0" for bit in bits), 2), sharpness_of(pixels), deviation_of(pixels))
+    return Look(
+        path,
+        int("".join("1" if bit else "0" for bit in bits), 2),
+        sharpness_of(pixels),
+        deviation_of(pixels),
+        num_frames=num_frames,
+        transparent=transparent,
+        is_cmyk=is_cmyk,
+    )
 
 
-def grey_of(path: str, trained: Size, content: bytes | None = None) -> Image.Image:
-    """Return the image in grey, upright; a JPEG at a sufficient size. Raises UserError if it cannot be decoded."""
+def grey_of(path: str, trained: Size, content: bytes | None = None) -> tuple[Image.Image, float]:
+    """Return the image in grey, upright, a JPEG at a sufficient size, and the share of pixels that are not opaque.
+
+    Raises UserError if it cannot be decoded.
+    """
     with open_image(path, content) as image:
         if image.format == "JPEG":
             orientation = orientation_of(image)
             image.draft("L", trained)  # the decoder halves the size, which is faster
             decode_all(image, path)
             grey = image.convert("L")
-            return grey.transpose(TRANSPOSITIONS[orientation]) if orientation in TRANSPOSITIONS else grey
-    return Image.fromarray(read_pixels(path, content)[0]).convert("L")
+            return grey.transpose(TRANSPOSITIONS[orientation]) if orientation in TRANSPOSITIONS else grey, 0.0
+    pixels, alpha_HW = read_pixels(path, content)
+    return Image.fromarray(pixels).convert("L"), 0.0 if alpha_HW is None else float((alpha_HW < 255).mean())
 
 
 def sharpness_of(grey_HW: NDArray[np.uint8]) -> float:

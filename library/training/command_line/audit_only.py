@@ -17,7 +17,7 @@ from library.protocols import LatentSpec
 from library.training.report_page.page import REPORT
 from library.training.report_page.record import Record
 from library.training.report_page.writer import report_of, write_page
-from library.training.reporting.event_stream import plain
+from library.training.reporting.event_stream import WarningEvents, plain
 from library.training.reporting.events import Audit, End, Event, FoundImage, Start
 from library.training.reporting.events import Finding as StepResult
 from library.training.reporting.sample_images import data_url_of
@@ -29,14 +29,15 @@ logger = logging.getLogger(__name__)
 MOST_SHOWN = 60  # pictures of a finding on the page
 
 
-def audit_only(options: TrainOptions, latents: LatentSpec) -> None:
-    """Say what was found and what is wrong with it, and show it on a page where --output_dir says where to.
+def audit_only(options: TrainOptions, latents: LatentSpec, warnings: WarningEvents) -> None:
+    """Log the audit of the data; with --output_dir also write it as a page, with what was warned of so far.
 
     Raises UserError for mistakes in the description.
     """
     began = time.time()
     plan = audited(options, latents)
-    findings = inspect(plan.samples, len(plan.split.trained), plan.storage)
+    warned = warnings.kept()  # the findings below have a section of their own
+    findings = inspect(plan.samples, plan.subsets, len(plan.split.trained), plan.storage)
     for finding in findings:
         logger.warning("%s", finding.line)
     if not findings:
@@ -44,6 +45,7 @@ def audit_only(options: TrainOptions, latents: LatentSpec) -> None:
     if options.saving.output_dir:
         events = [
             Start(None, given(options), versions()),
+            *warned,
             Audit(**plan.facts()),
             *(StepResult(finding.text, shown(finding, plan), len(finding.pictures)) for finding in findings),
             End("finished", None, time.time() - began, None, None, None),

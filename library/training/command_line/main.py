@@ -108,7 +108,7 @@ def train_as_asked(
         if latents is not None and options.dataset.audit_only:
             from library.training.command_line.audit_only import audit_only
 
-            audit_only(options, latents)
+            audit_only(options, latents, warnings)
             return True
         if latents is not None and options.dataset.debug_dataset and not options.model.pretrained_model_name_or_path:
             show_dataset(options, latents)

@@ -248,6 +248,10 @@ class WarningEvents(logging.Handler):
         else:
             self._events.emit(event)
 
+    def kept(self) -> tuple[Warned, ...]:
+        """Return what was logged before there were events."""
+        return tuple(self._waiting)
+
     def close(self) -> None:
         """Logging itself ends before the run does only where another thread is about to end the process."""
         super().close()

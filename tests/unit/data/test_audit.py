@@ -41,7 +41,7 @@ def test_missing_and_empty_captions_are_counted_with_examples(tmp_path, caplog):
     write_folder(tmp_path / "a", 7, caption=None)
     (tmp_path / "a/p0.txt").write_text("")
     text = audited(config(tmp_path, ""), caplog)
-    assert "6 images without a caption file, trained with an empty prompt: " in text and "p5.png and 1 more" in text
+    assert "6 images without a caption file, trained with an empty prompt: p1.png, p2.png, p3.png and 3 more" in text
     assert "1 empty caption: " in text and text.count("WARNING") == 2
 
 
