@@ -18,7 +18,7 @@ from library.data.batches.batches import (
     Orders,
     PartialBatch,
     finish_batch,
-    hand_over,
+    identity_collate,
     start_worker,
 )
 from library.data.batches.shared import SharedMaker
@@ -143,7 +143,7 @@ class PlannedBatches:
                 batch_size=None,
                 sampler=self._orders,
                 num_workers=num_workers,
-                collate_fn=cast("Any", hand_over),
+                collate_fn=cast("Any", identity_collate),
                 worker_init_fn=start_worker,
                 persistent_workers=persistent_workers,
             )

@@ -43,10 +43,10 @@ def inspect(samples: Sequence[Sample], num_trained: int, storage: Storage, num_t
 def findings_of(looks: Sequence[Look], trained: set[str]) -> Iterator[Finding]:
     """Yield the findings, most severe first, without empty ones."""
     damaged = [(look.path, look.problem) for look in looks if look.problem is not None]
-    yield from told(damaged, "{} cannot be decoded and would be skipped; re-save or remove")
+    yield from finding_of(damaged, "{} cannot be decoded and would be skipped; re-save or remove")
     whole = [look for look in looks if look.problem is None]
     empty = [look for look in whole if look.contrast < EMPTY]
-    yield from told(
+    yield from finding_of(
         [(look.path, f"contrast {look.contrast:.1f}") for look in empty],
         "{} of a single colour; remove",
     )
@@ -58,17 +58,17 @@ def findings_of(looks: Sequence[Look], trained: set[str]) -> Iterator[Finding]:
         paths = [shown[place].path for place in group]
         kinds = {path in trained for path in paths}
         (across if len(kinds) == 2 else within).extend((path, f"group {number}") for path in paths)
-    yield from told(
+    yield from finding_of(
         [(path, f"{note}, {'trained' if path in trained else 'validation'}") for path, note in across],
         "{} near-duplicated between training and validation, which then measures memorization; keep each motif on one "
         "side",
     )
-    yield from told(within, "{} near-duplicated; consider keeping one per group")
+    yield from finding_of(within, "{} near-duplicated; consider keeping one per group")
     blurred = [(look.path, f"sharpness {look.sharpness:.0f}") for look in shown if look.sharpness < BLURRED]
-    yield from told(blurred, "{} blurred all over; the LoRA may learn blur: remove or replace")
+    yield from finding_of(blurred, "{} blurred all over; the LoRA may learn blur: remove or replace")
 
 
-def told(pictures: Iterable[tuple[str, str | None]], text: str) -> Iterator[Finding]:
+def finding_of(pictures: Iterable[tuple[str, str | None]], text: str) -> Iterator[Finding]:
     """Yield the finding if it affects any image."""
     listed = tuple((path, note or "") for path, note in pictures)
     if listed:

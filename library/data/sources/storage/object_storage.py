@@ -135,7 +135,7 @@ def tried(ask: Callable[[], Value], url: str) -> Value:
         except Exception as error:
             # Libraries raise their own errors for a broken connection, from botocore's to aiohttp's.
             reason = cleaned(error)
-            if is_for_people(error):
+            if is_permanent(error):
                 raise UserError(f"{without_secrets(url)} cannot be read: {reason}; check the credentials") from None
             if number == NUM_TRIES:
                 raise UserError(
@@ -148,7 +148,7 @@ def tried(ask: Callable[[], Value], url: str) -> Value:
     raise AssertionError("unreachable")
 
 
-def is_for_people(error: Exception) -> bool:
+def is_permanent(error: Exception) -> bool:
     """Return True if a retry cannot help."""
     status = getattr(error, "status", None)  # aiohttp's
     return isinstance(error, PermissionError) or "Credentials" in type(error).__name__ or status in (401, 403)
