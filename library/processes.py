@@ -340,7 +340,7 @@ def meet() -> tuple[Any, int, int]:
 
 @cache
 def register_rendezvous() -> str:
-    """What torch has to be told so that its processes `meet` too."""
+    """Register `meet` as a rendezvous of torch, and return the URL that selects it."""
     from torch.distributed.rendezvous import register_rendezvous_handler
 
     def found(url: str, **given: Any) -> Iterator[tuple[Any, int, int]]:

@@ -1,4 +1,4 @@
-"""Which inference programs use an adapter file, by its keys and shapes alone.
+"""The use of an adapter file by inference programs, judged by its keys and shapes alone.
 
 The rules were found by giving files of every form to each program's own loading code: ComfyUI 0.29, diffusers 0.42,
 Forge and stable-diffusion.cpp in 2026; "A1111-style" are loaders like that of AUTOMATIC1111's web UI.

@@ -96,10 +96,8 @@ def run_library_blocks_with(blocks: Iterable[nn.Module], runner: BlockRunner) ->
 
 
 def run_encoder_layers_with(encoder: nn.Module, runner: BlockRunner) -> None:
-    """Route the layers of a transformers text encoder through `runner`.
-
-    Its own gradient checkpointing works only in train mode, which would also enable the base model's dropout.
-    """
+    """Route the layers of a transformers text encoder through `runner`."""
+    # Its own gradient checkpointing works only in train mode, which would also enable the base model's dropout.
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers = [module for module in encoder.modules() if isinstance(module, GradientCheckpointingLayer)]

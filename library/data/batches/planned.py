@@ -93,10 +93,8 @@ class PlannedBatches:
         return self._reading
 
     def close(self) -> None:
-        """End the worker processes, also within an epoch.
-
-        Left to the end of Python, torch would wait five seconds for each worker, kill it, and report a failure.
-        """
+        """End the worker processes, also within an epoch."""
+        # Left to the end of Python, torch would wait five seconds for each worker, kill it, and report a failure.
         if self._reading is not None:
             self._reading.close()  # it references the loader
         self._reading = self._lasting_loader = None
