@@ -94,7 +94,7 @@ def our_ms(folder: Path, num_steps: int, more: Sequence[str]) -> tuple[float, li
     import train_network
     from library.architectures.sd.assembly import build
     from library.options.train import TrainOptions
-    from library.processes import of_accelerator
+    from library.processes import from_accelerator
     from library.training.command_line.cli import parse
     from library.training.loop import loop
     from library.training.models import opening
@@ -111,7 +111,7 @@ def our_ms(folder: Path, num_steps: int, more: Sequence[str]) -> tuple[float, li
     options = TrainOptions.from_args(parse(train_network.setup_parser(), words))
     arch = build(options)
     accelerator = opening.open_accelerator(options)
-    processes = of_accelerator(accelerator)
+    processes = from_accelerator(accelerator)
     plan = opening.open_data_plan(options, arch, 1, processes.count)
     path = options.reports.log_events
     events = Events([] if path is None else [open_event_file(Path(path), False)])

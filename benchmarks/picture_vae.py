@@ -25,7 +25,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from library.architectures.anima.vae import QwenImageLatents, statistics  # noqa: E402
-from library.architectures.anima.vae_2d import take_pictures_alone  # noqa: E402
+from library.architectures.anima.vae_2d import replace_layers_for_images  # noqa: E402
 
 SIZES = {
     "base_dim": 96,
@@ -88,7 +88,7 @@ def measure(way: str, side: int, rounds: int) -> dict[str, Any]:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     vae = AutoencoderKLQwenImage(**SIZES).eval().requires_grad_(False)
-    vae = take_pictures_alone(vae) if way == "2d" else vae
+    vae = replace_layers_for_images(vae) if way == "2d" else vae
     codec, pixels = QwenImageLatents(), torch.rand(1, 3, side, side) * 2 - 1
     is_whole = way == "frames"
     with torch.no_grad():

@@ -58,7 +58,7 @@ def toy(args: argparse.Namespace, folder: Path, *network_args: str) -> tuple[Wor
     import train_network
     from library.architectures.sd.assembly import build
     from library.options.train import TrainOptions
-    from library.processes import of_accelerator
+    from library.processes import from_accelerator
     from library.training.command_line.cli import parse
     from library.training.loop import loop
     from library.training.loop.stacked_step import backward_stacked
@@ -77,7 +77,7 @@ def toy(args: argparse.Namespace, folder: Path, *network_args: str) -> tuple[Wor
     ]  # fmt: skip
     options = TrainOptions.from_args(parse(train_network.setup_parser(), words))
     accelerator = opening.open_accelerator(options)
-    arch, processes = build(options), of_accelerator(accelerator)
+    arch, processes = build(options), from_accelerator(accelerator)
     plan = opening.open_data_plan(options, arch, 1, 1)
     wanted = [
         runs.Wanted(options.with_values({"learning_rate": 1e-4 * (i + 1)}), 1, None, Events(), f"adapter {i}")

@@ -140,7 +140,7 @@ def our_steps(folder: Path, args: argparse.Namespace) -> Iterator[float]:
     import train_network
     from library.architectures.sd.assembly import build
     from library.options.train import TrainOptions
-    from library.processes import of_accelerator
+    from library.processes import from_accelerator
     from library.training.command_line.cli import parse
     from library.training.loop import loop
     from library.training.models import opening
@@ -151,7 +151,7 @@ def our_steps(folder: Path, args: argparse.Namespace) -> Iterator[float]:
     options = TrainOptions.from_args(parse(train_network.setup_parser(), arguments_of(folder, args, 10**6)))
     arch = build(options)
     accelerator = opening.open_accelerator(options)
-    processes = of_accelerator(accelerator)
+    processes = from_accelerator(accelerator)
     plan = opening.open_data_plan(options, arch, 1, processes.count)
     wanted = runs.Wanted(options, 1, None, Events())
     (prepared,) = prepare(options, arch, 1, plan, accelerator, processes, [wanted])

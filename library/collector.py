@@ -29,8 +29,6 @@ def importing(what: str) -> Iterator[None]:
 
 @cache
 def keep_imported(what: str) -> None:
-    """Exempt all existing objects from later collections; once per process and `what`, so that nothing piles up.
-
-    Garbage of that moment, 8 MB after all imports, is kept: finding it would take a third of a second.
-    """
+    """Exempt all existing objects from later collections; once per process and `what`, so that nothing piles up."""
+    # Garbage of that moment, 8 MB after all imports, is kept: finding it would take a third of a second.
     gc.freeze()

@@ -77,7 +77,7 @@ class Heartbeat:
         """Return a sentence about a lost process, or None if none is known."""
         try:
             for rank in self._looked_after:
-                if (found := self._fate_of(rank)) is not None:
+                if (found := self._describe_loss(rank)) is not None:
                     return found
             return self.store.get("lost").decode() if self.store.check(["lost"]) else None
         except RuntimeError:
@@ -95,7 +95,7 @@ class Heartbeat:
             self._hosts[rank] = self.store.get(f"process/{rank}").decode()
         return self._hosts[rank]
 
-    def _fate_of(self, rank: int) -> str | None:
+    def _describe_loss(self, rank: int) -> str | None:
         process = self._host_of(rank)
         host = process.rpartition(" ")[0]
         has_vanished = has_ended(process)

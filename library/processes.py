@@ -210,16 +210,16 @@ class Processes:
 
     @contextmanager
     def taking_part(self, *signals: type[Exception]) -> Iterator[None]:
-        """Report failures to the other processes (see `failures_told`), and deregister at the end."""
+        """Report failures to the other processes (see `reporting_failures`), and deregister at the end."""
         try:
-            with self.failures_told(*signals):
+            with self.reporting_failures(*signals):
                 yield
         finally:
             if self.heartbeat is not None:
                 self.heartbeat.stop()
 
     @contextmanager
-    def failures_told(self, *signals: type[Exception]) -> Iterator[None]:
+    def reporting_failures(self, *signals: type[Exception]) -> Iterator[None]:
         """Tell the other processes why this one ends.
 
         Raises ProcessLost instead of the consequences of another one's end: a broken connection, or the `signals` by
@@ -239,10 +239,10 @@ class Processes:
                 if not self.store.check([f"failure/{self.rank}"]):
                     self.store.set(f"failure/{self.rank}", first_line(error))
                     if not isinstance(error, signals):
-                        self._let_others_hear()
+                        self._wait_for_others()
             raise
 
-    def _let_others_hear(self) -> None:
+    def _wait_for_others(self) -> None:
         """Wait until the others have ended too, a few seconds at most: the store ends with the main process."""
         if self.rank != 0 or self.heartbeat is None or self.store is None:
             return
@@ -290,7 +290,7 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
 
 
-def of_accelerator(accelerator: Any) -> Processes:
+def from_accelerator(accelerator: Any) -> Processes:
     """Return the processes that accelerate set up.
 
     Raises UserError for accelerate configurations that are not supported.
@@ -339,8 +339,8 @@ def meet() -> tuple[Any, int, int]:
 
 
 @cache
-def way_to_meet() -> str:
-    """What torch has to be told so that its processes `meet` too."""
+def register_rendezvous() -> str:
+    """Register `meet` as a rendezvous of torch, and return the URL that selects it."""
     from torch.distributed.rendezvous import register_rendezvous_handler
 
     def found(url: str, **given: Any) -> Iterator[tuple[Any, int, int]]:

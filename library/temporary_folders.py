@@ -40,10 +40,9 @@ def delete_abandoned_folders(parents: Iterable[str | Path]) -> None:
 
 
 def lock(folder: str | Path) -> int | None:
-    """Lock a folder and return its file descriptor; None on Windows. Raises OSError if another process holds the lock.
-
-    Containers may share /tmp and /dev/shm without seeing each other's process IDs, but all of them see the locks.
-    """
+    """Lock a folder and return its file descriptor; None on Windows. Raises OSError if another process holds the
+    lock."""
+    # Containers may share /tmp and /dev/shm without seeing each other's process IDs, but all of them see the locks.
     if sys.platform == "win32":
         return None
     import fcntl

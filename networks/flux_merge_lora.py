@@ -10,7 +10,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from tools import merge_flux_lora
 from tools.command import run
-from tools.merge_adapters import of_both_factors
+from tools.merge_adapters import square_strengths
 from tools.merge_flux_lora import setup_parser
 
 __all__ = ["main", "setup_parser"]
@@ -18,7 +18,7 @@ __all__ = ["main", "setup_parser"]
 
 def merge(args: argparse.Namespace) -> None:
     """Read, merge and write. Raises UserError."""
-    merge_flux_lora.merge(args, of_both_factors)
+    merge_flux_lora.merge(args, square_strengths)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from tools import merge_lora
 from tools.command import completed, run
-from tools.merge_adapters import of_both_factors
+from tools.merge_adapters import square_strengths
 from tools.merge_lora import setup_parser
 
 __all__ = ["main", "merge", "setup_parser"]
@@ -21,7 +21,7 @@ __all__ = ["main", "merge", "setup_parser"]
 
 def merge(args: argparse.Namespace) -> None:
     """The command as a function, for programs that import this file. Raises UserError."""
-    merge_lora.merge(completed(setup_parser(), args), of_both_factors)
+    merge_lora.merge(completed(setup_parser(), args), square_strengths)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,14 +17,14 @@ logger = logging.getLogger(__name__)
 
 def help_text() -> str:
     """Return the help text of --lbws, with the list lengths of all base models."""
-    lengths = [f"{lengths_of(spec)} for {spec.title}" for spec in list_specs() if spec.block_weights is not None]
+    lengths = [f"{format_lengths(spec)} for {spec.title}" for spec in list_specs() if spec.block_weights is not None]
     return (
         "a list for each file, such as [1,0,0,1,...]: strength by block, times --ratios, the first number for the text "
         f"encoders; {', '.join(lengths)}"
     )
 
 
-def lengths_of(spec: BaseModelSpec) -> str:
+def format_lengths(spec: BaseModelSpec) -> str:
     """Return the possible lengths of a list of block weights."""
     return " or ".join(str(len(names)) for names in spec.block_weights.lists) if spec.block_weights else "none"
 
@@ -84,7 +84,7 @@ def strength_by_block(file: AdapterFile, spec: BaseModelSpec, numbers: tuple[flo
     if names is None:
         raise UserError(
             f"--lbws has a list of {len(numbers)} numbers, but {file.origin} is for {spec.title}, "
-            f"which needs {lengths_of(spec)}"
+            f"which needs {format_lengths(spec)}"
         )
     strength = BlockStrength(spec, dict(zip(names, numbers, strict=True)))
     if not any(map(strength, file.modules)):

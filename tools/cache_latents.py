@@ -26,7 +26,7 @@ from library.data.plan.data_plan import DataPlan, build_plan
 from library.data.sources.folders.metadata_file import MetadataEntry
 from library.errors import UserError
 from library.options.train import TrainOptions
-from library.processes import of_accelerator
+from library.processes import from_accelerator
 from library.protocols import Architecture, LatentCodec
 from library.training.command_line.checks import check_data
 from library.training.command_line.cli import add_missing, build_parser, from_program, parse
@@ -85,7 +85,7 @@ def cache_to_disk(args: argparse.Namespace) -> None:
 def cache_pictures(args: argparse.Namespace, entries: Sequence[tuple[str, MetadataEntry]] | None = None) -> DataPlan:
     """Encode the images and return them with their buckets; `entries` are the metadata file if already read."""
     options = read_options(args, cache_latents=True, cache_latents_to_disk=True)
-    processes = of_accelerator(open_accelerator(options))
+    processes = from_accelerator(open_accelerator(options))
     codec, load_vae = open_vae(options)
     seed = options.run.seed or 0
     plan = build_plan(options, codec.spec, seed, None, None, processes.count, entries)

@@ -14,7 +14,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library import train_util as train_util
 from library.errors import UserError
-from library.processes import of_accelerator
+from library.processes import from_accelerator
 from library.training.models.compute import Compute
 from library.training.models.opening import open_accelerator, open_data_plan
 from library.training.models.text_caching import prepare_text
@@ -33,7 +33,7 @@ def cache_to_disk(args: argparse.Namespace) -> None:
             "use --sdxl or --flux: the text encoder outputs of Stable Diffusion 1.x and 2.x are not cached, because "
             "their encoder is fast"
         )
-    processes = of_accelerator(open_accelerator(options))
+    processes = from_accelerator(open_accelerator(options))
     compute = Compute.build(options.precision, processes.device)
     plan = open_data_plan(options, arch, options.run.seed or 0, processes.count)
     prepare_text(options, arch, plan, compute.device, compute.autocast, [], processes)

@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from library.checkpoints.files import read_metadata, told_path  # noqa: E402
+from library.checkpoints.files import display_path, read_metadata  # noqa: E402
 from library.errors import UserError  # noqa: E402
 from library.options.train import TrainOptions  # noqa: E402
 from library.training.command_line.checks import check_precision, check_values  # noqa: E402
@@ -115,7 +115,7 @@ def measured_files(sides: Sides, found: Sequence[FileLosses]) -> list[Measured]:
             )
             memory = memorised(unseen_pair, trained_pair, "held-out" if is_held_out else "mirrored")
         losses_G = by_its_pictures(one, of_trained=not is_held_out)
-        file, step = (None, 0) if one.row is None else (told_path(one.row), steps_of(one.row))
+        file, step = (None, 0) if one.row is None else (display_path(one.row), steps_of(one.row))
         measured.append(Measured(file, step, losses_G, memory))
     return measured
 
@@ -141,7 +141,7 @@ def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
     options = for_measuring(card.options.from_args(parse(parser, training)))
     check_values(options)
     check_precision(options)
-    files = sorted(chosen_files(args.files, options), key=lambda path: (steps_of(path), told_path(path).name))
+    files = sorted(chosen_files(args.files, options), key=lambda path: (steps_of(path), display_path(path).name))
     files = without_copies(files)
     if options.dataset.dataset_class:
         raise UserError("--dataset_class: its images are not listed, so none can be measured again")

@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from library.checkpoints.files import atomic_path, file_in_folder, told_path  # noqa: E402
+from library.checkpoints.files import atomic_path, display_path, file_in_folder  # noqa: E402
 from library.checkpoints.overwriting import PNG, check_overwrite  # noqa: E402
 from library.errors import UserError  # noqa: E402
 from library.options.train import TrainOptions  # noqa: E402
@@ -54,7 +54,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 def labels_of(files: Sequence[Path]) -> list[str]:
     """Return the label of each row, the one without an adapter first."""
-    return ["without an adapter", *(told_path(path).name.removesuffix(path.suffix) for path in files)]
+    return ["without an adapter", *(display_path(path).name.removesuffix(path.suffix) for path in files)]
 
 
 def chosen_files(named: list[Path] | None, options: TrainOptions) -> list[Path]:

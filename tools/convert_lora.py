@@ -89,7 +89,7 @@ def best_namings(spec: BaseModelSpec) -> str:
     return " and ".join(naming for naming in NAMINGS if programs_that_read(spec, naming))
 
 
-def convert_and_tell(args: argparse.Namespace) -> None:
+def convert_and_report(args: argparse.Namespace) -> None:
     check_output("--save_to", args.save_to, [args.model])
     renamed = convert(args.model, args.save_to, args.to, args.drop_unsupported)
     print(f"{args.save_to}: {len(renamed.file.modules)} modules in the {args.to} naming")
@@ -97,7 +97,7 @@ def convert_and_tell(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    return run(setup_parser(), convert_and_tell, argv)
+    return run(setup_parser(), convert_and_report, argv)
 
 
 if __name__ == "__main__":

@@ -231,7 +231,9 @@ def setting_lines() -> Iterator[Line]:
             yield Line(name, at_home(os.environ[name]))
     path = accelerate_config()
     if path.is_file():
-        kept = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if is_telling(line)]
+        kept = [
+            line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if describes_training(line)
+        ]
         yield Line("accelerate's settings", f"{at_home(str(path))}: {'; '.join(kept)}")
     else:
         yield Line("accelerate's settings", "none; the command line decides")
@@ -244,7 +246,7 @@ def accelerate_config() -> Path:
     return Path(given) if given else Path(home).expanduser() / "accelerate" / "default_config.yaml"
 
 
-def is_telling(line: str) -> bool:
+def describes_training(line: str) -> bool:
     """Return True if a line of accelerate's settings describes processes or precision, not other machines."""
     telling = ("mixed_precision", "distributed_type", "num_processes", "num_machines", "dynamo_backend", "use_cpu")
     return line.strip().startswith(telling)

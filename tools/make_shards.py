@@ -46,7 +46,7 @@ from library.data.sources.storage.source import load_source  # noqa: E402
 from library.data.sources.storage.storage import Storage  # noqa: E402
 from library.errors import UserError  # noqa: E402
 from library.options.train import TrainOptions  # noqa: E402
-from library.processes import of_accelerator  # noqa: E402
+from library.processes import from_accelerator  # noqa: E402
 from library.progress import Bar, progress_bar  # noqa: E402
 from library.training.command_line.checks import check_data  # noqa: E402
 from library.training.command_line.cli import parse  # noqa: E402
@@ -378,7 +378,7 @@ def fill_caches(script: str | None, options: TrainOptions) -> None:
         return
     assert script is not None
     arch = spec_of_script(script).build(options)
-    processes = of_accelerator(open_accelerator(options))
+    processes = from_accelerator(open_accelerator(options))
     plan = open_data_plan(options, arch, options.run.seed or 0, processes.count)
     if options.caching.cache_latents_to_disk:
         encode_pictures(arch.load.vae, arch.codec, options.caching, options.run.seed or 0, plan, processes)

@@ -55,12 +55,12 @@ Strengths = Callable[[Sequence[float], Sequence[int]], list[float]]
 """Maps (ratios, ranks) of one module's changes to their strengths."""
 
 
-def as_given(ratios: Sequence[float], ranks: Sequence[int]) -> list[float]:
+def keep_ratios(ratios: Sequence[float], ranks: Sequence[int]) -> list[float]:
     """Return the ratios as strengths."""
     return list(ratios)
 
 
-def of_both_factors(ratios: Sequence[float], ranks: Sequence[int]) -> list[float]:
+def square_strengths(ratios: Sequence[float], ranks: Sequence[int]) -> list[float]:
     """Return the strengths of ratios in sd-scripts' --concat: both factors are multiplied, and alpha stays while the
     ranks add."""
     return [ratio * abs(ratio) * rank / sum(ranks) for ratio, rank in zip(ratios, ranks, strict=True)]
@@ -70,7 +70,7 @@ def of_both_factors(ratios: Sequence[float], ranks: Sequence[int]) -> list[float
 class Joining:
     """Settings for joining the factors of several files exactly."""
 
-    strengths: Strengths = as_given
+    strengths: Strengths = keep_ratios
     shuffling: torch.Generator | None = None  # shuffles the ranks, so that no file can be extracted again
 
 
@@ -177,12 +177,14 @@ def add_factors(
         if joining.shuffling is not None:
             order = torch.randperm(len(down_RN), generator=joining.shuffling).to(device)
             up_OR, down_RN = up_OR[:, order], down_RN[order]
-        return Merged(of_factors(name, up_OR, down_RN, shape))
+        return Merged(lora_from_factors(name, up_OR, down_RN, shape))
     rank = rank_for(shape, ranks)
     u_OK, s_K, v_KN = svd_of_product(up_OR, down_RN)
     up_OR, down_RN = balanced(u_OK, s_K, v_KN, rank)
     s_K = s_K.cpu().double()  # not every device has float64
-    return Merged(of_factors(name, up_OR, down_RN, shape), float(s_K[rank:].square().sum()), float(s_K.square().sum()))
+    return Merged(
+        lora_from_factors(name, up_OR, down_RN, shape), float(s_K[rank:].square().sum()), float(s_K.square().sum())
+    )
 
 
 def approximate(
@@ -200,7 +202,7 @@ def approximate(
     exact_ON = matrix_ON if device.type == "mps" else matrix_ON.double()  # MPS has no float64
     up_OR, down_RN = (factor.to(dtype) for factor in best_factors(exact_ON, rank_for(tuple(weight.shape), ranks)))
     missed = float((matrix_ON - up_OR @ down_RN).square().sum())
-    return Merged(of_factors(name, up_OR, down_RN, tuple(weight.shape)), missed, float(matrix_ON.square().sum()))
+    return Merged(lora_from_factors(name, up_OR, down_RN, tuple(weight.shape)), missed, float(matrix_ON.square().sum()))
 
 
 def rank_for(shape: tuple[int, ...], ranks: tuple[int, int]) -> int:
@@ -208,7 +210,7 @@ def rank_for(shape: tuple[int, ...], ranks: tuple[int, int]) -> int:
     return ranks[1] if len(shape) == 4 and shape[2:] != (1, 1) else ranks[0]
 
 
-def of_factors(name: str, up_OR: Tensor, down_RN: Tensor, shape: tuple[int, ...]) -> ModuleWeights:
+def lora_from_factors(name: str, up_OR: Tensor, down_RN: Tensor, shape: tuple[int, ...]) -> ModuleWeights:
     """Return a LoRA of strength 1."""
     alpha = torch.tensor(float(down_RN.shape[0]))
     return ModuleWeights(name, lora.leaves_of(up_OR.cpu(), down_RN.cpu(), shape, alpha), {})

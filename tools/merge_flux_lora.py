@@ -22,7 +22,7 @@ from tools import merge_lora
 from tools.base_models import open_base_model
 from tools.command import check_output, device_of, dtype_of, run
 from tools.convert_lora import read_adapter
-from tools.merge_adapters import Strengths, Weighted, as_given, in_kohya_names
+from tools.merge_adapters import Strengths, Weighted, in_kohya_names, keep_ratios
 from tools.merge_lora import merge_into_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def without_text_encoders(file: AdapterFile, parts: Sequence[BaseModel]) -> Adap
     return replace(file, modules={name: module for name, module in file.modules.items() if name in here})
 
 
-def merge(args: argparse.Namespace, strengths: Strengths = as_given) -> None:
+def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
     """Read, merge and write; `strengths` interprets --ratios with --concat."""
     if args.sd_model is None and args.clip_l is None and args.t5xxl is None:
         merge_lora.merge(args, strengths)

@@ -65,13 +65,13 @@ from tools.merge_adapters import (
     Joining,
     Strengths,
     Weighted,
-    as_given,
+    keep_ratios,
     largest_ranks,
     merge_adapters,
     merged_metadata,
     modelspec,
-    of_both_factors,
     path_of,
+    square_strengths,
 )
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ def changes_by_module(base: BaseModel, adapters: Sequence[Weighted]) -> dict[str
         if missing:
             raise UserError(
                 f"{adapter.file.origin}: {len(missing)} of its {len(names)} modules are not in --sd_model {base.path}; "
-                f"the first is {missing[0]}; {way_out(base, missing, len(names))}"
+                f"the first is {missing[0]}; {suggest_fix(base, missing, len(names))}"
             )
         own: dict[str, ModuleWeights] = {}
         for name, found in names.items():
@@ -142,7 +142,7 @@ def changes_by_module(base: BaseModel, adapters: Sequence[Weighted]) -> dict[str
     return changes
 
 
-def way_out(base: BaseModel, missing: Sequence[str], num_modules: int) -> str:
+def suggest_fix(base: BaseModel, missing: Sequence[str], num_modules: int) -> str:
     """Return what to do about modules that a checkpoint lacks, which may be in another file or nowhere."""
     have_place = [spec_for(base).names.find(name) is not None for name in missing]
     if not any(have_place) and 2 * len(missing) < num_modules:  # layers that other programs adapt too
@@ -322,19 +322,19 @@ def check(args: argparse.Namespace) -> list[float]:
     return ratios
 
 
-def tell_strengths(ratios: Sequence[float], strengths: Strengths) -> None:
+def log_strengths(ratios: Sequence[float], strengths: Strengths) -> None:
     """Log the strengths of --ratios with --concat if they differ from the ratios, or look unintended.
 
     In sd-scripts 1.41 and -1.41 are the difference of two files of one rank.
     """
     alike = [1] * len(ratios)
-    if strengths is not as_given:
+    if strengths is not keep_ratios:
         logger.info(
             "--ratios with --concat act as in sd-scripts: as %s if the ranks are equal; tools/merge_lora.py uses "
             "them unchanged",
             ", ".join(f"{strength:.2f}" for strength in strengths(ratios, alike)),
         )  # fmt: skip
-    elif len(ratios) > 1 and all(isclose(abs(s), 1, rel_tol=0.02) for s in of_both_factors(ratios, alike)):
+    elif len(ratios) > 1 and all(isclose(abs(s), 1, rel_tol=0.02) for s in square_strengths(ratios, alike)):
         logger.warning(
             "--ratios: %.2f with --concat is %.2f times the change of a file; in sd-scripts, and in %s, it is once the "
             "change; use 1 for that", abs(ratios[0]), abs(ratios[0]), "networks/merge_lora.py",
@@ -354,7 +354,7 @@ def weighted(
     return [replace(one, strength_of=strength) for one, strength in zip(plain, strengths, strict=True)]
 
 
-def merge(args: argparse.Namespace, strengths: Strengths = as_given) -> None:
+def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
     """Read, merge and write; `strengths` interprets --ratios with --concat."""
     ratios = check(args)
     device, save_dtype, dtype = device_of(args.device), dtype_of(args.save_precision), SAVE_DTYPES[args.precision]
@@ -371,7 +371,7 @@ def merge(args: argparse.Namespace, strengths: Strengths = as_given) -> None:
     trained_on = None if args.base_model is None else open_base_model("--base_model", args.base_model)
     joining = Joining()
     if args.concat:
-        tell_strengths(ratios, strengths)
+        log_strengths(ratios, strengths)
         shuffling = generator_for(secrets.randbits(62), "--shuffle") if args.shuffle else None
         joining = Joining(strengths, shuffling)
     modules = merge_adapters(adapters, ranks_of(args, adapters), dtype, device, trained_on, joining)

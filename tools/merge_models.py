@@ -59,7 +59,7 @@ def merged_tensors(
     return tensors
 
 
-def tell_differences(models: Sequence[Weights], show_skipped: bool) -> None:
+def log_differences(models: Sequence[Weights], show_skipped: bool) -> None:
     """Report the weights that the files do not share, by name if requested. Raises UserError if they share none."""
     first = models[0].shapes
     for model in models[1:]:
@@ -77,7 +77,7 @@ def tell_differences(models: Sequence[Weights], show_skipped: bool) -> None:
             logger.warning("%s lacks %d weights; using the first file's", model.origin, len(missing))
 
 
-def tell_broken(output: Path, tensors: Mapping[str, Tensor]) -> None:
+def warn_of_nonfinite(output: Path, tensors: Mapping[str, Tensor]) -> None:
     """Warn of saved weights with NaN or infinity; some checkpoints have them in unused weights."""
     broken = [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
@@ -119,11 +119,11 @@ def merge(args: argparse.Namespace) -> None:
     models = [model_lookup.open_file("--models", model_lookup.find_model("--models", str(p), ())) for p in args.models]
     if args.unet_only and not any(key.startswith(UNET) for key in models[0].shapes):
         raise UserError(f"--unet_only: {args.models[0]} has no {UNET}...; remove it")
-    tell_differences(models, args.show_skipped)
+    log_differences(models, args.show_skipped)
     tensors = merged_tensors(models, ratios, args.unet_only, SAVE_DTYPES[args.precision], device)
     dtype = SAVE_DTYPES[args.saving_precision]
     saved = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
-    tell_broken(args.output, saved)
+    warn_of_nonfinite(args.output, saved)
     kept = read_metadata(args.models[0])
     about = {key: kept[key] for key in ("modelspec.sai_model_spec", "modelspec.architecture") if key in kept}
     write(args.output, saved, {**about, **modelspec(args.output, args.models)})

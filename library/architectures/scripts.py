@@ -59,12 +59,12 @@ class OtherScripts:
         if self.name in has:
             return ""
         told = self.scripts[self.name][1].get(option) if self.name in self.scripts else None
-        whose = words_for(has, list(self.scripts)) if has else None
+        whose = describe_scripts(has, list(self.scripts)) if has else None
         hint = "; ".join(words for words in (whose, told) if words)
         return f" ({hint})" if hint else ""
 
 
-def words_for(has: list[str], scripts: list[str]) -> str:
+def describe_scripts(has: list[str], scripts: list[str]) -> str:
     """Name the scripts that have the option, or those that lack it if that list is shorter."""
     lack = [script for script in scripts if script not in has]
     if not lack:

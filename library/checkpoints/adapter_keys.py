@@ -134,13 +134,13 @@ def _kronecker_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[in
     return {key: (rows, columns * seconds[m]) for m, (key, rows, columns) in firsts.items() if m in seconds}
 
 
-def tells_no_model(name: str) -> bool:
+def lacks_model_prefix(name: str) -> bool:
     """Return True if a module's prefix does not tell its model in the pipeline and its layout."""
     is_bare = naming_of(name) in ("unknown", "peft") or name.startswith(("lycoris_", "lora_transformer_"))
     return is_bare or f".{PEFT_PREFIX}" in name
 
 
-def path_alone(name: str) -> str:
+def bare_path(name: str) -> str:
     """Strip all prefixes from the name of a module."""
     while (path := next((name[len(p) :] for p in ROOTLESS if name.startswith(p)), name)) != name:
         name = path
@@ -154,7 +154,7 @@ def under(other: str, key: str, module: str, leaf: str) -> str:
 
 def is_of_text_encoder(name: str) -> bool:
     """Return True if a module or key belongs to a text encoder, by its prefix in any naming."""
-    return name.startswith(TEXT_ENCODERS) or path_alone(name).startswith(TEXT_PATHS)
+    return name.startswith(TEXT_ENCODERS) or bare_path(name).startswith(TEXT_PATHS)
 
 
 def without_peft_prefix(name: str) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from library.checkpoints.adapter_keys import MODELS, path_alone, underscored
+from library.checkpoints.adapter_keys import MODELS, bare_path, underscored
 
 FileNaming = Literal["kohya", "generic", "diffusers"]
 NAMINGS: tuple[FileNaming, ...] = ("kohya", "generic", "diffusers")
@@ -136,7 +136,7 @@ def placed(modules: Collection[str], tables: Sequence[BaseNames]) -> dict[str, s
     strangers = [name for name in modules if not any(table.find(name) for table in tables)]
     found: dict[str, str] = {}
     for table in tables if strangers else ():
-        here = {name: other for name in strangers if (other := _under_a_model(path_alone(name), table)) is not None}
+        here = {name: other for name in strangers if (other := _under_a_model(bare_path(name), table)) is not None}
         found = here if len(here) > len(found) else found
     return found
 

@@ -1,4 +1,4 @@
-"""Which inference programs use an adapter file, by its keys and shapes alone.
+"""The use of an adapter file by inference programs, judged by its keys and shapes alone.
 
 The rules were found by giving files of every form to each program's own loading code: ComfyUI 0.29, diffusers 0.42,
 Forge and stable-diffusion.cpp in 2026; "A1111-style" are loaders like that of AUTOMATIC1111's web UI.
@@ -11,7 +11,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Literal
 
-from library.checkpoints.adapter_keys import AdapterKey, is_of_text_encoder, tells_no_model, underscored
+from library.checkpoints.adapter_keys import AdapterKey, is_of_text_encoder, lacks_model_prefix, underscored
 from library.checkpoints.adapter_names import NAMINGS, FileNaming
 from library.checkpoints.base_model_spec import PROGRAMS, BaseModelSpec, Program, Reader
 from library.checkpoints.recognition import recognise_adapter
@@ -100,7 +100,7 @@ def parse(text: str, shape: tuple[int, ...]) -> Key:
     naming = next((naming for naming in NAMINGS if naming == found.naming), None)
     if re.match(r"model\.diffusion_model\.", found.module) or (naming == "kohya" and "." in found.module):
         naming = None  # names in a complete checkpoint
-    if tells_no_model(found.module):
+    if lacks_model_prefix(found.module):
         naming = None  # programs read some of these, but different ones for each base model
     return Key(text, underscored(found.module), found.ending, shape, naming, part_of(found.module))
 

@@ -183,7 +183,7 @@ def file_in_folder(path: Path, where: str) -> Path:
     return found
 
 
-def told_path(path: Path) -> Path:
+def display_path(path: Path) -> Path:
     """Return the path to show for an adapter file: for PEFT's, whose file names are all the same, the folder."""
     return path.parent if path.stem == PEFT_STEM and path.parent.name else path
 

@@ -49,10 +49,8 @@ def remove_folder(path: Path) -> None:
 
 
 def tidy(parent: Path, is_wanted: Callable[[str], bool]) -> None:
-    """Clean up after a process that was killed while writing folders, for names accepted by `is_wanted`.
-
-    Unfinished folders are deleted; a folder that was moved away but not yet replaced is restored.
-    """
+    """Clean up after a process that was killed while writing folders, for names accepted by `is_wanted`."""
+    # Unfinished folders are deleted; a folder that was moved away but not yet replaced is restored.
     for entry in sorted(parent.iterdir()) if parent.is_dir() else ():
         match = MOVED.fullmatch(entry.name)
         if match is None or not is_wanted(match[1]):

@@ -86,7 +86,7 @@ def with_quantised(weights: Weights) -> Weights:
         config = configs.get(layer, {})
         kind = kept_kind(config, formats[name], shapes[name])
         if kind is not None:
-            size = turned_together(config) if config.get("convrot") else None
+            size = rotation_size(config) if config.get("convrot") else None
             kept[name] = Quantised(kind, size, codes_reader(weights, layer, scales[layer]))
     padded = {name: PADDED_TO[kind] for name, kind in formats.items() if kind in PADDED_TO}
     return replace(weights, shapes=shapes, read=read, quantised=kept, padded_to=padded)
@@ -205,14 +205,14 @@ def layer_configs(weights: Weights) -> dict[str, Config]:
             layer, dot, last = key.rpartition(".")
             if last == "comfy_quant":
                 found[layer] = parse_json(bytes(weights.read(key).to(torch.uint8).flatten().tolist()))
-            elif dot and last == "weight" and (named := described_layer(layers, layer)) is not None:
+            elif dot and last == "weight" and (named := find_config(layers, layer)) is not None:
                 found.setdefault(layer, named)
     except ValueError as error:
         raise UserError(f"{weights.origin}: the JSON description of its weights is invalid: {error}") from error
     return {layer: flat(config) for layer, config in found.items() if isinstance(config, dict)}
 
 
-def described_layer(layers: Mapping[str, Config], layer: str) -> Config | None:
+def find_config(layers: Mapping[str, Config], layer: str) -> Config | None:
     """Return the header's description of a layer, whose name there may lack the prefix of the tensors."""
     while layer not in layers:
         _, dot, layer = layer.partition(".")
@@ -236,7 +236,7 @@ def kept_kind(config: Config, stored_as: str, shape: tuple[int, ...]) -> str | N
     return "fp8" if stored_as in ("", "float8_e4m3fn", "float8_e5m2") else None
 
 
-def turned_together(config: Config) -> int:
+def rotation_size(config: Config) -> int:
     """Return the number of inputs that are rotated together."""
     return int(config.get("convrot_groupsize") or DEFAULT_CONVROT_GROUP)
 
@@ -265,7 +265,7 @@ def scaled(weights: Weights, layer: str, scale: str, config: Config) -> Tensor:
     """Return codes * scales, rotated back if they were rotated."""
     codes, scales = weights.read(f"{layer}.weight").float(), weights.read(scale)
     values = times(codes, shaped(scales, len(codes)))
-    return turn_regularly(values, turned_together(config)) if config.get("convrot") else values
+    return turn_regularly(values, rotation_size(config)) if config.get("convrot") else values
 
 
 def times(codes: Tensor, scales: Tensor) -> Tensor:

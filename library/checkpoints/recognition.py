@@ -9,7 +9,7 @@ from library.checkpoints.adapter_keys import (
     AdapterKey,
     composed_shapes,
     is_of_text_encoder,
-    tells_no_model,
+    lacks_model_prefix,
     under,
     underscored,
 )
@@ -40,7 +40,7 @@ def recognise_adapter(
     products = composed_shapes(shapes)
     return recognise(
         sorted(specs, key=lambda spec: spec is not told),
-        {_flat(key): tuple(shape) if _tells_width(key) else products.get(key, ()) for key, shape in shapes.items()},
+        {_flat(key): tuple(shape) if _gives_width(key) else products.get(key, ()) for key, shape in shapes.items()},
         lambda spec: spec.adapter,
     )
 
@@ -79,7 +79,7 @@ def _in_models(specs: Sequence[BaseModelSpec], shapes: Mapping[str, Sequence[int
     """Return shapes by keys that begin with their module and, where known, its model in the pipeline; keys of no
     adapter are kept."""
     parsed = {key: AdapterKey.parse(key) for key in shapes}
-    open_ones = {found.module for found in parsed.values() if found is not None and tells_no_model(found.module)}
+    open_ones = {found.module for found in parsed.values() if found is not None and lacks_model_prefix(found.module)}
     others = placed(open_ones, [spec.names for spec in specs]) if open_ones else {}
 
     def whole(key: str) -> str:
@@ -94,7 +94,7 @@ def _flat(key: str) -> str:
     return re.sub(r"^oft_unet_", "lora_unet_", underscored(key))
 
 
-def _tells_width(key: str) -> bool:
+def _gives_width(key: str) -> bool:
     """Return True if the second dimension of a key's tensor is the width of the module's input."""
     found = AdapterKey.parse(key)
     return found is not None and found.leaf in WIDE_LEAVES

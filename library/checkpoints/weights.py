@@ -152,10 +152,8 @@ def open_weights(path: Path) -> Weights:
 
 
 def open_safetensors(path: Path) -> Weights:
-    """Open one safetensors file; only its header is read before the first tensor is requested.
-
-    Tensors are read into their own memory, not mapped: the peak is one copy, and the file may change afterwards.
-    """
+    """Open one safetensors file; only its header is read before the first tensor is requested."""
+    # Tensors are read into their own memory, not mapped: the peak is one copy, and the file may change afterwards.
     opened = path.stat()
     header = read_header(path)
     data = LENGTH_BYTES + header.num_bytes

@@ -69,7 +69,7 @@ def blank(pixels_BCHW: Tensor, masks_B1HW: Tensor) -> Tensor:
     return pixels_BCHW * (1 - masks_B1HW)
 
 
-def told_of(masks_B1HW: Tensor, kept_BChw: Tensor) -> Tensor:
+def mask_channels(masks_B1HW: Tensor, kept_BChw: Tensor) -> Tensor:
     """Return the channels that follow the noisy latents: the mask at their size, latents of the blanked image; (B, 1 +
     C, h, w)."""
     masks_B1hw = interpolate(masks_B1HW, size=kept_BChw.shape[-2:], mode="nearest")

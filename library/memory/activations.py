@@ -13,11 +13,9 @@ Waiting = tuple[Tensor, torch.device | None]
 
 
 def recompute_from_main_memory(block: nn.Module, *inputs: Any, **named: Any) -> Any:
-    """Run a block again in the backward pass, from inputs kept in main memory until then.
-
-    Only inputs that carry a gradient are moved: frozen ones, such as positions and masks, are shared by all blocks and
-    would be copied once per block.
-    """
+    """Run a block again in the backward pass, from inputs kept in main memory until then."""
+    # Only inputs that carry a gradient are moved: frozen ones, such as positions and masks, are shared by all blocks
+    # and would be copied once per block.
     if not torch.is_grad_enabled():
         return block(*inputs, **named)
     own = {id(value) for value in (*inputs, *named.values()) if isinstance(value, Tensor) and value.requires_grad}
@@ -36,11 +34,9 @@ def place_of(tensor: Tensor) -> tuple[int, torch.Size]:
 
 
 def to_main_memory(tensor: Tensor) -> Waiting:
-    """Copy a tensor to main memory without blocking the host if it is on a GPU.
-
-    The GPU frees and computes in stream order, so the tensor may be dropped before the copy is done, and everything
-    that reads the copy on the same stream runs after it.
-    """
+    """Copy a tensor to main memory without blocking the host if it is on a GPU."""
+    # The GPU frees and computes in stream order, so the tensor may be dropped before the copy is done, and everything
+    # that reads the copy on the same stream runs after it.
     on_card = tensor.device.type == "cuda"
     waiting = torch.empty_like(tensor, device="cpu", pin_memory=on_card)
     return waiting.copy_(tensor, non_blocking=on_card), tensor.device

@@ -103,8 +103,6 @@ def encoder_layers(encoder: nn.Module) -> list[nn.Module]:
 
 
 def run_encoder_layers_with(encoder: nn.Module, runner: BlockRunner) -> None:
-    """Route the layers of a transformers text encoder through `runner`.
-
-    Its own gradient checkpointing works only in train mode, which would also enable the base model's dropout.
-    """
+    """Route the layers of a transformers text encoder through `runner`."""
+    # Its own gradient checkpointing works only in train mode, which would also enable the base model's dropout.
     run_library_blocks_with(encoder_layers(encoder), runner)

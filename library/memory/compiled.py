@@ -39,12 +39,12 @@ class CompiledBlock(nn.Module):
     It also does while operations are counted, because torch never retries to compile a frame that it skipped then.
     """
 
-    def __init__(self, block: nn.Module, settings: CompileSettings, told: set[type]) -> None:
-        """`told` collects the kinds of blocks for which a warning was already logged."""
+    def __init__(self, block: nn.Module, settings: CompileSettings, warned_kinds: set[type]) -> None:
+        """`warned_kinds` collects the kinds of blocks for which a warning was already logged."""
         super().__init__()
         self.block = block
         self.settings = settings
-        self.told = told
+        self.warned_kinds = warned_kinds
         self.run: Any = torch.compile(
             block.__call__,
             backend=settings.backend,
@@ -67,15 +67,15 @@ class CompiledBlock(nn.Module):
         except _dynamo.exc.FailOnRecompileLimitHit:
             if self.settings.needs_full_graph:
                 raise
-            self.tell((inputs, named))
+            self.warn_once((inputs, named))
         return self.block(*inputs, **named)
 
-    def tell(self, given: Any) -> None:
+    def warn_once(self, given: Any) -> None:
         """Warn once per kind of block, with the first input shapes that are no longer compiled."""
         kind = type(getattr(self.block, "block", self.block))  # a library's block is wrapped in a BlockBody
-        if kind in self.told:
+        if kind in self.warned_kinds:
             return
-        self.told.add(kind)
+        self.warned_kinds.add(kind)
         shapes = ", ".join(str(tuple(t.shape)) for t in tree_leaves(given) if isinstance(t, Tensor) and t.ndim > 1)
         logger.warning(
             "%s was compiled %d times (--compile_cache_size_limit); inputs of new sizes run uncompiled from here on, "
@@ -93,17 +93,17 @@ class Compiled:
         self.runner = runner
         self.settings = settings
         self.blocks: dict[nn.Module, nn.Module] = {}
-        self.told: set[type] = set()
+        self.warned_kinds: set[type] = set()
 
     def __call__(self, block: nn.Module, *inputs: Any, **named: Any) -> Any:
         found = self.blocks.get(block)
         if found is None:
-            found = block if waits(block) else CompiledBlock(block, self.settings, self.told)
+            found = block if is_offloaded(block) else CompiledBlock(block, self.settings, self.warned_kinds)
             self.blocks[block] = found
         return self.runner(found, *inputs, **named)
 
 
-def waits(block: nn.Module) -> bool:
+def is_offloaded(block: nn.Module) -> bool:
     """Return True if weights of a block arrive through a ring while it computes; compiled code would read them too
     early."""
     return any(isinstance(layer.handle, Waiting | Shelved) for layer in frozen_layers(block))

@@ -35,11 +35,9 @@ def release_memory(keep_cache: bool = False) -> None:
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on `device` without making the host wait for earlier work of the device.
-
-    torch's plain copy blocks until the GPU reaches it, and so does every copy of unpinned memory. torch reuses the
-    memory pinned here once the copy is done.
-    """
+    """Return a tensor on `device` without making the host wait for earlier work of the device."""
+    # torch's plain copy blocks until the GPU reaches it, and so does every copy of unpinned memory. torch reuses the
+    # memory pinned here once the copy is done.
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=device.type in ("cuda", "cpu"))  # other devices may read freed memory
@@ -51,11 +49,9 @@ def is_on(tensor: Tensor, device: torch.device) -> bool:
 
 
 def channels_last_where_it_fits(weights: Iterable[Tensor]) -> torch.memory_format:
-    """Return the layout for a model's convolution weights: channels last, which is faster on CPUs and tensor cores.
-
-    A model with convolutions over frames keeps its layout: `Module.to(memory_format=...)` supports one number of
-    dimensions.
-    """
+    """Return the layout for a model's convolution weights: channels last, which is faster on CPUs and tensor cores."""
+    # A model with convolutions over frames keeps its layout: `Module.to(memory_format=...)` supports one number of
+    # dimensions.
     return torch.channels_last if all(weight.ndim <= 4 for weight in weights) else torch.contiguous_format
 
 
@@ -79,12 +75,10 @@ def protect_group_norms(module: nn.Module) -> None:
 
 
 def survivable(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Make the input of a group norm contiguous if it needs no gradient.
-
-    On the CPU torch 2.13 ends the process with a segmentation fault in the backward pass of a group norm whose input
-    is channels last and has no gradient while its weight has one. Only inputs before the first adapter are of this
-    kind.
-    """
+    """Make the input of a group norm contiguous if it needs no gradient."""
+    # On the CPU torch 2.13 ends the process with a segmentation fault in the backward pass of a group norm whose input
+    # is channels last and has no gradient while its weight has one. Only inputs before the first adapter are of this
+    # kind.
     x, *rest = inputs
     if not torch.is_grad_enabled() or x.requires_grad or x.device.type != "cpu" or x.is_contiguous():
         return None

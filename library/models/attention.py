@@ -10,12 +10,10 @@ from library.options.machine.memory import MemoryOptions
 logger = logging.getLogger(__name__)
 
 
-def wants_xformers(memory: MemoryOptions) -> bool:
-    """Return True if attention runs in xformers instead of torch's scaled dot product attention.
-
-    Both compute the same, so torch's also replaces a missing xformers, with a warning: front ends request xformers by
-    default.
-    """
+def should_use_xformers(memory: MemoryOptions) -> bool:
+    """Return True if attention runs in xformers instead of torch's scaled dot product attention."""
+    # Both compute the same, so torch's also replaces a missing xformers, with a warning: front ends request xformers by
+    # default.
     from importlib.util import find_spec
 
     if memory.mem_eff_attn:

@@ -97,7 +97,7 @@ def refuse_unknown_folder(flag: str, folder: Path, class_name: str) -> None:
         raise UserError(f"{flag} {folder}: its model_index.json names {class_name}, which no script supports")
 
 
-def way_out(found: BaseModelSpec, wanted: BaseModelSpec) -> str:
+def suggest_fix(found: BaseModelSpec, wanted: BaseModelSpec) -> str:
     """Return what to do with a model of another kind than the wanted one."""
     if found.script == wanted.script:
         return f"add {found.script_flag}" if found.script_flag else f"remove {wanted.script_flag}"
@@ -167,7 +167,7 @@ def refuse_other(
 ) -> None:
     """Raise UserError if another base model was recognised in a folder or file; None means that no model was."""
     if found is not None and found.name != wanted:
-        raise UserError(f"{flag} {origin}: this is {found.called} {kind}; {way_out(found, spec_of(specs, wanted))}")
+        raise UserError(f"{flag} {origin}: this is {found.called} {kind}; {suggest_fix(found, spec_of(specs, wanted))}")
 
 
 def open_unet_folder(specs: Sequence[BaseModelSpec], base: BaseFiles, wanted: str) -> tuple[dict[str, Any], Weights]:

@@ -191,12 +191,10 @@ def store_blocks(model: nn.Module, reader: WeightReader, asked: AsRead) -> set[s
 
 
 def cast(value: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
-    """Compute `value.to(dtype, memory_format=layout)` bit for bit, faster where torch is slow.
-
-    Usually one pass does dtype and layout: each further pass over a U-Net costs as long as reading it. But torch
-    converts float16 to bfloat16 one number at a time. Through float32, which is exact, it takes a quarter of the time
-    (half if the layout changes too), as long as the parts stay in the processor's cache.
-    """
+    """Compute `value.to(dtype, memory_format=layout)` bit for bit, faster where torch is slow."""
+    # Usually one pass does dtype and layout: each further pass over a U-Net costs as long as reading it. But torch
+    # converts float16 to bfloat16 one number at a time. Through float32, which is exact, it takes a quarter of the time
+    # (half if the layout changes too), as long as the parts stay in the processor's cache.
     is_slow = (value.dtype, dtype, value.device.type) == (torch.float16, torch.bfloat16, "cpu")
     if not is_slow or value.ndim == 0 or value.numel() == 0:
         return value.to(dtype, memory_format=layout)

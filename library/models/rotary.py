@@ -57,21 +57,18 @@ class Rotary:
 
 
 def axis_table(width: int, extent: int, base: float) -> tuple[Tensor, Tensor]:
-    """Compute cosines and sines for the positions 0 to `extent` - 1 of one axis, on the CPU, shape (extent, width / 2).
-
-    The angles need float64, which not every device supports: float32 is off by 1e-4 at position 1000.
-    """
+    """Compute cosines and sines for the positions 0 to `extent` - 1 of one axis, on the CPU, shape (extent, width /
+    2)."""
+    # The angles need float64, which not every device supports: float32 is off by 1e-4 at position 1000.
     frequencies = base ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
     angles = torch.arange(extent, dtype=torch.float64)[:, None] * frequencies
     return angles.cos().float(), angles.sin().float()
 
 
 def turn(x_BNTD: Tensor, rope: Rope) -> Tensor:
-    """Rotate each pair of neighbouring values of a head; the table must broadcast to (B, N, T, D / 2, 2).
-
-    Complex multiplication takes one pass instead of seven. Devices without it, and compiled code, which fuses the
-    passes anyway, use real arithmetic.
-    """
+    """Rotate each pair of neighbouring values of a head; the table must broadcast to (B, N, T, D / 2, 2)."""
+    # Complex multiplication takes one pass instead of seven. Devices without it, and compiled code, which fuses the
+    # passes anyway, use real arithmetic.
     pairs = x_BNTD.float().unflatten(-1, (-1, 2))  # type: ignore[no-untyped-call]
     if x_BNTD.device.type in HAVE_COMPLEX and not torch.compiler.is_compiling():
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))

@@ -10,7 +10,7 @@ from torch import nn
 from library.checkpoints.base_files import BaseFiles, open_base
 from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
-from library.models.attention import wants_xformers, with_attention
+from library.models.attention import should_use_xformers, with_attention
 from library.models.clip.clip import load_clip
 from library.models.identify import warn_of_other_prediction
 from library.models.loading import Component, MaybeComponent, first_side, materialise, open_if_there
@@ -83,6 +83,6 @@ def open_unet_loader(
         latent_channels=needs.channels,
         dtype=DTYPES[options.precision.mixed_precision],
         vae_dtype=vae_dtype_of(options),
-        uses_xformers=wants_xformers(options.memory),
+        uses_xformers=should_use_xformers(options.memory),
         inpaints=inpaints,
     )

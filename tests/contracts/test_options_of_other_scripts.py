@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from library.architectures.scripts import Script, list_scripts, words_for
+from library.architectures.scripts import Script, describe_scripts, list_scripts
 from library.architectures.specs import list_specs
 from library.training.command_line.cli import parse
 
@@ -101,7 +101,7 @@ def test_a_file_for_what_is_short_for_a_number_is_told(words: list[str], capsys:
     ],
 )
 def test_the_fewer_scripts_are_named(has: str, words: str) -> None:
-    assert words_for(list(has), list("abcde")) == words
+    assert describe_scripts(list(has), list("abcde")) == words
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)

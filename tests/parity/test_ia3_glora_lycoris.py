@@ -112,7 +112,7 @@ def test_tools_name_them_and_say_what_goes(kind: str, tmp_path: Path, capsys: py
     assert resize_lora.main(["--model", *words]) == 1
     assert f"is {'GLoRA' if kind == 'glora' else '(IA)^3'}, which has no rank to reduce" in capsys.readouterr().err
     assert merge_lora.main(["--models", *words]) == 1
-    assert "whose change depends on the base weight; name the checkpoint" in capsys.readouterr().err
+    assert "whose change depends on the base weight; set --base_model to the checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 
 from library.memory.planner.steps import peak_of
 from library.options.train import TrainOptions
-from library.processes import of_accelerator
+from library.processes import from_accelerator
 from library.training.command_line.cli import parse
 from library.training.loop import loop
 from library.training.loop.stacked_step import backward_stacked
@@ -82,7 +82,7 @@ def prepared(
     card = SCRIPTS[base.script]
     options: TrainOptions = card.options.from_args(parse(importlib.import_module(base.script).setup_parser(), words))
     accelerator = opening.open_accelerator(options)
-    arch, processes = card.build(options), of_accelerator(accelerator)
+    arch, processes = card.build(options), from_accelerator(accelerator)
     plan = opening.open_data_plan(options, arch, 21, 1)
     wanted = [
         Wanted(options.with_values({"output_name": label, **values}), values.get("seed", 21), None, Events(), label)

@@ -255,7 +255,7 @@ def test_a_model_that_inpaints_is_refused(leco: Leco, tiny_sd_folder: Path, tmp_
     model = widen_folder(tiny_sd_folder, tmp_path / "model", 3)
     done = leco("--pretrained_model_name_or_path", str(model), status=1)
     assert "is an inpainting model (its U-Net takes 9 channels)" in done.stderr
-    assert "add --train_inpainting, which needs pictures, or use the plain model" in done.stderr
+    assert "add --train_inpainting, which requires images, or use the plain model" in done.stderr
     done = leco("--train_inpainting", status=1)
     assert "--train_inpainting does not work with --prompts_file: there are no pictures to mask" in done.stderr
 

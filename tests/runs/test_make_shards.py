@@ -210,7 +210,7 @@ def test_captions_of_a_metadata_file_stay(tmp_path: Path) -> None:
     [
         (["--out", "{out}"], "--dataset_config is missing"),
         (["--out", "{out}", "--dataset_config", "{data}", "--shard_mb", "0"], "--shard_mb is 0, but must be above 0"),
-        (["--out", "{out}", "--dataset_config", "{data}", "--cache_latents_to_disk"], "needs --script"),
+        (["--out", "{out}", "--dataset_config", "{data}", "--cache_latents_to_disk"], "requires --script"),
         (
             ["--out", "{out}", "--dataset_config", "{data}", "--script", "x.py"],
             "--script x.py is not a training script",

@@ -71,7 +71,7 @@ def test_a_run_whose_features_are_cached_is_the_same_without_the_models_that_mad
 ) -> None:
     base, words, _ = cached(name)
     with_models = train([*words, "--output_dir", str(tmp_path / "with")], script=base.script)
-    assert with_models.status == 0 and "which is not there" not in with_models.stderr, with_models.stderr
+    assert with_models.status == 0 and "which is missing" not in with_models.stderr, with_models.stderr
     take_away(words, name in KEEPS_TEXT)
     if name == "sd3":  # nothing else says that captions were read by T5 too
         words += ["--t5xxl", str(tmp_path / "t5xxl.safetensors")]
@@ -130,6 +130,6 @@ def test_entries_of_two_models_are_never_taken_together(cached: Cached, train: T
         assert others[mixed] != kept[mixed]
         mixed.write_bytes(kept[mixed])
         done = train(words, script=base.script)
-        assert done.status == 1 and said in done.stderr and "to be encoded" in done.stderr, done.stderr
+        assert done.status == 1 and said in done.stderr and "must be encoded" in done.stderr, done.stderr
         mixed.write_bytes(others[mixed])
     assert train(words, script=base.script).status == 0

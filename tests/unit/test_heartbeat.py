@@ -120,7 +120,7 @@ def test_a_store_that_breaks_under_a_wait_is_told_as_the_end_of_who_had_it() -> 
     """torch says it in one of many ways, and in one type."""
     torch_said = "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?"
     with pytest.raises(ProcessLost, match=r"the main process or its machine is no longer reachable.*got 0 bytes"):
-        with of_rank(1, Gone({"process/0": "elsewhere 5"})).failures_told():
+        with of_rank(1, Gone({"process/0": "elsewhere 5"})).reporting_failures():
             raise torch.distributed.DistNetworkError(torch_said)
 
 
@@ -132,7 +132,7 @@ def test_the_main_process_stays_until_the_others_know_why_it_ends(rank: int) -> 
     timer.start()
     started = time.monotonic()
     with pytest.raises(ValueError, match="no picture"):
-        with of_rank(rank, said).failures_told():
+        with of_rank(rank, said).reporting_failures():
             raise ValueError("no picture")
     took = time.monotonic() - started
     timer.cancel()

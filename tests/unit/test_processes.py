@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 
-from library.processes import PLAIN, Processes, of_accelerator
+from library.processes import PLAIN, Processes, from_accelerator
 
 
 @pytest.mark.parametrize(
@@ -16,7 +16,7 @@ from library.processes import PLAIN, Processes, of_accelerator
 def test_a_configuration_that_spreads_a_model_is_refused_with_the_reason(kind: DistributedType) -> None:
     accelerator = SimpleNamespace(distributed_type=kind, num_processes=2, device=torch.device("cpu"))
     with pytest.raises(ValueError, match=f"configured for {kind.name}.*only plain data-parallel training"):
-        of_accelerator(accelerator)
+        from_accelerator(accelerator)
 
 
 def test_fsdp_and_deepspeed_are_among_the_refused() -> None:
@@ -32,18 +32,18 @@ def test_processes_that_do_not_find_each_other_are_refused(
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_card)
     accelerator = SimpleNamespace(distributed_type=DistributedType.NO, num_processes=1, device=torch.device("cpu"))
     with pytest.raises(ValueError, match=rf"started 2 processes, but accelerate connects only 1.*{why}"):
-        of_accelerator(accelerator)
+        from_accelerator(accelerator)
 
 
 def test_a_script_that_is_started_alone_on_a_cluster_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")  # of machines
     accelerator = SimpleNamespace(distributed_type=DistributedType.NO, num_processes=1, device=torch.device("cpu"))
-    assert of_accelerator(accelerator).count == 1
+    assert from_accelerator(accelerator).count == 1
 
 
 def test_one_process_needs_no_store() -> None:
     accelerator = SimpleNamespace(distributed_type=DistributedType.NO, num_processes=1, device=torch.device("cpu"))
-    processes = of_accelerator(accelerator)
+    processes = from_accelerator(accelerator)
     assert processes.is_main and processes.store is None
     processes.wait_for_all("nothing")
     assert processes.share_seed(7) == 7

@@ -286,10 +286,9 @@ def train_vae(num_steps: int, seed: int) -> "AutoencoderKL":
 
 @torch.no_grad()
 def rescale_latents(vae: "AutoencoderKL", pixels_BCHW: Tensor) -> None:
-    """Fold a scale and a shift into the VAE so that its latents times 0.18215 have mean 0 and deviation 1 per channel.
-
-    The 1 x 1 convolutions around the latents absorb them: the VAE's reconstruction is unchanged.
-    """
+    """Fold a scale and a shift into the VAE so that its latents times 0.18215 have mean 0 and deviation 1 per
+    channel."""
+    # The 1 x 1 convolutions around the latents absorb them: the VAE's reconstruction is unchanged.
     latents_BCHW = vae.encode(pixels_BCHW).latent_dist.mean
     mean_C = latents_BCHW.mean(dim=(0, 2, 3))
     scale_C = 1 / (SCALING_FACTOR * latents_BCHW.std(dim=(0, 2, 3)))

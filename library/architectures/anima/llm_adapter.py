@@ -115,10 +115,8 @@ class LLMAdapter(nn.Module):
 
 
 def key_mask(mask_BT: Tensor) -> Tensor:
-    """Return the mask of tokens that may be attended to, shape (B, 1, 1, T).
-
-    A caption without any token may attend to all of its padding: Qwen3's states are zero there and contribute nothing,
-    while a softmax over no token at all is NaN.
-    """
+    """Return the mask of tokens that may be attended to, shape (B, 1, 1, T)."""
+    # A caption without any token may attend to all of its padding: Qwen3's states are zero there and contribute
+    # nothing, while a softmax over no token at all is NaN.
     is_token = mask_BT.bool()
     return torch.where(is_token.any(dim=-1, keepdim=True), is_token, True)[:, None, None]

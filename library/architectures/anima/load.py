@@ -12,7 +12,7 @@ from library.architectures.anima.checkpoint_keys import ADAPTER
 from library.architectures.anima.model import Anima, AnimaConfig, read_config
 from library.architectures.anima.options import AnimaOptions
 from library.architectures.anima.vae import SPEC, empty_vae, open_vae
-from library.architectures.anima.vae_2d import take_pictures_alone
+from library.architectures.anima.vae_2d import replace_layers_for_images
 from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.base_files import BaseFiles, named
@@ -46,7 +46,7 @@ class AnimaLoader:
     vae_component: MaybeComponent
     dtype: torch.dtype
     vae_dtype: torch.dtype
-    takes_pictures_alone: bool  # the VAE computes in two dimensions
+    computes_in_2d: bool  # the VAE computes in two dimensions
 
     @property
     def num_qwen3_words(self) -> int | None:
@@ -58,7 +58,7 @@ class AnimaLoader:
 
     def vae(self) -> nn.Module:
         vae = materialise(empty_vae(self.vae_component.config), self.vae_component.weights, self.vae_dtype)
-        return take_pictures_alone(vae) if self.takes_pictures_alone else vae
+        return replace_layers_for_images(vae) if self.computes_in_2d else vae
 
     def denoiser(self, weight_format: RequestedFormat | None = None) -> nn.Module:
         return materialise(on_meta_device(Anima, self.config), self.denoiser_weights, self.dtype, weight_format)
@@ -87,7 +87,7 @@ def open_loader(options: AnimaOptions) -> AnimaLoader:
         vae_component=open_if_there(options.caching.cache_latents_to_disk, lambda: open_vae(options.model.vae)),
         dtype=DTYPES[options.precision.mixed_precision],
         vae_dtype=vae_dtype_of(options),
-        takes_pictures_alone=options.computing.qwen_image_vae_2d,
+        computes_in_2d=options.computing.qwen_image_vae_2d,
     )
     check_fit(loader)
     return loader

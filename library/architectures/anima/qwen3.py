@@ -81,10 +81,8 @@ def load_qwen3(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
 
 
 def encode_qwen3(encoder: nn.Module, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
-    """Return the last states after the final norm, BSE, zero where the mask is 0. Gradients flow.
-
-    The encoder needs no mask: attention is causal, and padding comes last.
-    """
+    """Return the last states after the final norm, BSE, zero where the mask is 0. Gradients flow."""
+    # The encoder needs no mask: attention is causal, and padding comes last.
     device = next(encoder.parameters()).device
     states_BSE: Tensor = encoder(send(ids_BS, device)).last_hidden_state
     return torch.where(send(mask_BS, device)[..., None].bool(), states_BSE, 0)

@@ -48,7 +48,7 @@ class StripedNorm(nn.Module):
         return y
 
 
-def take_pictures_alone(vae: Any) -> Any:
+def replace_layers_for_images(vae: Any) -> Any:
     """Replace the convolutions of diffusers' AutoencoderKLQwenImage by `PictureConv` and its norms by `StripedNorm`, in
     place; weights and their names stay. Convolutions that join frames are kept: images do not pass them."""
     from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d, QwenImageRMS_norm

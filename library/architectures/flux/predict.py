@@ -48,10 +48,8 @@ def predict_chroma(
 
 
 def with_first_padding(mask_BT: Tensor) -> Tensor:
-    """Return a mask that is true for the caption's tokens and the first padding token after them, shape BT.
-
-    Chroma was trained so (https://huggingface.co/lodestones/Chroma, "masking T5 padding tokens").
-    """
+    """Return a mask that is true for the caption's tokens and the first padding token after them, shape BT."""
+    # Chroma was trained so (https://huggingface.co/lodestones/Chroma, "masking T5 padding tokens").
     places_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
     return places_T <= mask_BT.sum(dim=1, keepdim=True)
 

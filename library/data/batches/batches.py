@@ -131,7 +131,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
         """Read, crop and mirror the images of an order, or read their latents."""
         self.read_ahead(order)
         skipped: list[str] = []
-        taken = [self.taken_or_stand_in(order.epoch, draw, skipped) for draw in order.draws]
+        taken = [self.take_or_replace(order.epoch, draw, skipped) for draw in order.draws]
         samples = [self.samples[one.number] for one in taken]
         latents = [one.latent for one in taken if one.picture is None]
         if 0 < len(latents) < len(taken):
@@ -179,7 +179,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
             return None
         return self.text_files.file(number, self.samples[number], self.storage).read(caption)
 
-    def taken_or_stand_in(self, epoch: int, draw: int, skipped: list[str]) -> Taken:
+    def take_or_replace(self, epoch: int, draw: int, skipped: list[str]) -> Taken:
         """Make a draw; a damaged image, noted in `skipped`, is replaced by another."""
         number, broken = int(self.sample_of_draw[draw]), set(self.damaged)
         if number in broken:
@@ -330,6 +330,6 @@ def start_worker(_: int) -> None:
     cv2.setNumThreads(0)
 
 
-def hand_over(draft: PartialBatch | str) -> PartialBatch | str:
+def identity_collate(draft: PartialBatch | str) -> PartialBatch | str:
     """Return a worker's batch unchanged instead of collating it."""
     return draft

@@ -18,7 +18,7 @@ from library.data.batches.batches import (
     Orders,
     PartialBatch,
     finish_batch,
-    hand_over,
+    identity_collate,
     start_worker,
 )
 from library.data.batches.shared import SharedMaker
@@ -93,10 +93,8 @@ class PlannedBatches:
         return self._reading
 
     def close(self) -> None:
-        """End the worker processes, also within an epoch.
-
-        Left to the end of Python, torch would wait five seconds for each worker, kill it, and report a failure.
-        """
+        """End the worker processes, also within an epoch."""
+        # Left to the end of Python, torch would wait five seconds for each worker, kill it, and report a failure.
         if self._reading is not None:
             self._reading.close()  # it references the loader
         self._reading = self._lasting_loader = None
@@ -143,7 +141,7 @@ class PlannedBatches:
                 batch_size=None,
                 sampler=self._orders,
                 num_workers=num_workers,
-                collate_fn=cast("Any", hand_over),
+                collate_fn=cast("Any", identity_collate),
                 worker_init_fn=start_worker,
                 persistent_workers=persistent_workers,
             )

@@ -18,11 +18,9 @@ SLOW_READ_S = 0.0002  # average wait per file; a cached file takes a tenth of it
 def in_blocks(
     function: Callable[[Sequence[Item]], list[Value]], items: Sequence[Item], num_threads: int, title: str | None = None
 ) -> list[Value]:
-    """Return the function's values for all items, in order; it gets blocks of them. A title shows a progress bar.
-
-    Threads that alternate in one interpreter cost more than they save while files are in memory, so they are used only
-    after the first block in which most of the time was spent waiting.
-    """
+    """Return the function's values for all items, in order; it gets blocks of them. A title shows a progress bar."""
+    # Threads that alternate in one interpreter cost more than they save while files are in memory, so they are used
+    # only after the first block in which most of the time was spent waiting.
     values: list[Value] = []
     blocks = (items[start : start + BLOCK] for start in range(0, len(items), BLOCK))
     shown = nullcontext() if title is None else progress_bar(title, len(items), leave=False)

@@ -117,10 +117,10 @@ def subset_lines(subset: ScannedSubset, num_draws: int, num_unused: int) -> Iter
     if config.captions.enable_wildcard:
         is_nested = np.fromiter(map(has_nested_wildcard, subset.pictures.captions), dtype=bool)
         effect = "captions have nested braces, of which only the inner ones are alternatives"
-        yield from told(subset, is_nested, f"{source} {{}} {effect}")
+        yield from warn_about(subset, is_nested, f"{source} {{}} {effect}")
 
 
-def told(subset: ScannedSubset, is_meant: NDArray[np.bool_], text: str) -> Iterator[Line]:
+def warn_about(subset: ScannedSubset, is_meant: NDArray[np.bool_], text: str) -> Iterator[Line]:
     """Yield a warning with the number of affected images and the first few of them, if there are any."""
     rows = np.flatnonzero(is_meant)
     if len(rows):
@@ -154,7 +154,7 @@ def wording_lines(subset: ScannedSubset, source: str) -> Iterator[Line]:
             yield logging.WARNING, f"{source} all {num_own} captions are the same, {effect}: {first[:80]!r}"
     is_named = np.zeros(len(pictures), dtype=bool)
     is_named[[*captions_with_names(pictures)]] = True
-    yield from told(subset, is_named & has_own, f"{source} captions that contain their own file name: {{}}")
+    yield from warn_about(subset, is_named & has_own, f"{source} captions that contain their own file name: {{}}")
 
 
 def captions_with_names(pictures: Pictures) -> Iterator[int]:

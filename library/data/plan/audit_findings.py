@@ -49,16 +49,16 @@ def inspect(
 
 def kinds_of(looks: Sequence[Look], masked: set[str]) -> Iterator[Finding]:
     """Yield findings on kinds of files; transparency is as intended for images of `masked`, whose alpha is a mask."""
-    yield from told(
+    yield from finding_of(
         [(look.path, f"{look.num_frames} frames") for look in looks if look.num_frames > 1],
         "{} animated; only the first frame is trained",
     )
     transparent = [look for look in looks if look.transparent > TRANSPARENT and look.path not in masked]
-    yield from told(
+    yield from finding_of(
         [(look.path, f"{look.transparent:.0%}") for look in transparent],
         "{} partly transparent; the colors hidden there are trained: set alpha_mask = true, or flatten the image",
     )
-    yield from told(
+    yield from finding_of(
         [(look.path, "") for look in looks if look.is_cmyk],
         "{} in CMYK, whose colors change in the conversion to RGB; re-save as sRGB",
     )
@@ -73,16 +73,16 @@ def crops_of(samples: Sequence[Sample]) -> Iterator[Finding]:
         if share > CROPPED:
             lost[sample.picture.key] = max(share, lost.get(sample.picture.key, 0.0))
     text = "{} of which a third or more is cropped away; use buckets with more aspect ratios, or crop by hand"
-    yield from told([(key, f"{share:.0%} lost") for key, share in lost.items()], text)
+    yield from finding_of([(key, f"{share:.0%} lost") for key, share in lost.items()], text)
 
 
 def findings_of(looks: Sequence[Look], trained: set[str]) -> Iterator[Finding]:
     """Yield the findings, most severe first, without empty ones."""
     damaged = [(look.path, look.problem) for look in looks if look.problem is not None]
-    yield from told(damaged, "{} cannot be decoded and would be skipped; re-save or remove")
+    yield from finding_of(damaged, "{} cannot be decoded and would be skipped; re-save or remove")
     whole = [look for look in looks if look.problem is None]
     empty = [look for look in whole if look.contrast < EMPTY]
-    yield from told(
+    yield from finding_of(
         [(look.path, f"contrast {look.contrast:.1f}") for look in empty],
         "{} of a single colour; remove",
     )
@@ -94,17 +94,17 @@ def findings_of(looks: Sequence[Look], trained: set[str]) -> Iterator[Finding]:
         paths = [shown[place].path for place in group]
         kinds = {path in trained for path in paths}
         (across if len(kinds) == 2 else within).extend((path, f"group {number}") for path in paths)
-    yield from told(
+    yield from finding_of(
         [(path, f"{note}, {'trained' if path in trained else 'validation'}") for path, note in across],
         "{} near-duplicated between training and validation, which then measures memorization; keep each motif on one "
         "side",
     )
-    yield from told(within, "{} near-duplicated; consider keeping one per group")
+    yield from finding_of(within, "{} near-duplicated; consider keeping one per group")
     blurred = [(look.path, f"sharpness {look.sharpness:.0f}") for look in shown if look.sharpness < BLURRED]
-    yield from told(blurred, "{} blurred all over; the LoRA may learn blur: remove or replace")
+    yield from finding_of(blurred, "{} blurred all over; the LoRA may learn blur: remove or replace")
 
 
-def told(pictures: Iterable[tuple[str, str | None]], text: str) -> Iterator[Finding]:
+def finding_of(pictures: Iterable[tuple[str, str | None]], text: str) -> Iterator[Finding]:
     """Yield the finding if it affects any image."""
     listed = tuple((path, note or "") for path, note in pictures)
     if listed:

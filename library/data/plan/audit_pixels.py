@@ -119,11 +119,9 @@ def look_at_all(pictures: Sequence[tuple[Picture, Size]], storage: Storage, num_
 
 
 def similar_pairs(hashes: Sequence[int], most_bits: int) -> Iterator[tuple[int, int]]:
-    """Yield pairs of places of hashes that differ in at most `most_bits`, each pair once.
-
-    Pigeonhole principle: with more bands than bits that may differ, at least one band is equal, so only hashes that
-    share a band are compared. That finds every pair, in about linear time while few are alike.
-    """
+    """Yield pairs of places of hashes that differ in at most `most_bits`, each pair once."""
+    # Pigeonhole principle: with more bands than bits that may differ, at least one band is equal, so only hashes that
+    # share a band are compared. That finds every pair, in about linear time while few are alike.
     num_bands = most_bits + 1
     edges = [HASH_BITS * band // num_bands for band in range(num_bands + 1)]
     seen: set[tuple[int, int]] = set()

@@ -305,10 +305,8 @@ def check_drawing(config: RunDataConfig, options: TrainOptions) -> None:
 
 
 def without_unused_face_crops(config: RunDataConfig, options: TrainOptions) -> RunDataConfig:
-    """Drop face_crop_aug_range, with a warning, if buckets or cached latents determine the crop.
-
-    sd-scripts ignores it then, and front ends send it with every run.
-    """
+    """Drop face_crop_aug_range, with a warning, if buckets or cached latents determine the crop."""
+    # sd-scripts ignores it then, and front ends send it with every run.
     is_cached = options.caching.cache_latents or options.caching.cache_latents_to_disk
     datasets = []
     for dataset in config.datasets:

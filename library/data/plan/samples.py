@@ -1,4 +1,4 @@
-"""From found images to draws: the shape of every image, its repeats, and the buckets."""
+"""Samples of a run: the shape of every image, its repeats, and the buckets."""
 
 import logging
 import os
@@ -83,11 +83,11 @@ class Samples(Sequence[Sample]):
             first += len(pictures)
 
     def subset_of_each(self) -> NDArray[np.int32]:
-        """The subset of each sample, as index over all datasets."""
+        """Return the subset of each sample, as index over all datasets."""
         return np.repeat(np.arange(len(self.subsets), dtype=np.int32), list(map(len, self.subsets)))
 
     def dataset_of_each(self) -> NDArray[np.int32]:
-        """The dataset of each sample."""
+        """Return the dataset of each sample."""
         return np.repeat(np.array(self.dataset_of_subset, dtype=np.int32), list(map(len, self.subsets)))
 
     def own(self, dataset: int) -> slice:

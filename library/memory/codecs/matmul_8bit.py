@@ -78,11 +78,9 @@ def products_of_rounded(x_TK: Tensor, kind: torch.dtype, codes_KN: Tensor, dtype
 
 
 def rounded(x_TK: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Round each token to 8 bits; return the numbers (T, K) and the tokens' scales (T, 1) in float32.
-
-    For e5m2 codes the activations are e4m3: torch requires one side to be, and with a scale per token its smaller range
-    is enough.
-    """
+    """Round each token to 8 bits; return the numbers (T, K) and the tokens' scales (T, 1) in float32."""
+    # For e5m2 codes the activations are e4m3: torch requires one side to be, and with a scale per token its smaller
+    # range is enough.
     # Constants defined outside of functions become inputs of the compiled graph, which torch.compile loses in autograd
     # passes.
     own = torch.int8 if kind == torch.int8 else FP8

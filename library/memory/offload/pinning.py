@@ -11,12 +11,10 @@ MOST = 0.4  # of main memory: Windows pins at most about half, and nothing else 
 
 
 def pin(masters: Sequence[Tensor]) -> str | None:
-    """Pin buffers in place for as long as they live; return None, or the reason why none of them is pinned.
-
-    torch's own pinned memory is allocated in powers of two, up to twice the requested size. Each buffer is unpinned
-    before it is freed: memory freed while pinned stays registered, and a later buffer at its address cannot be pinned,
-    as when --fit makes several rings.
-    """
+    """Pin buffers in place for as long as they live; return None, or the reason why none of them is pinned."""
+    # torch's own pinned memory is allocated in powers of two, up to twice the requested size. Each buffer is unpinned
+    # before it is freed: memory freed while pinned stays registered, and a later buffer at its address cannot be
+    # pinned, as when --fit makes several rings.
     num_bytes, limit = sum(map(len, masters)), int(MOST * psutil.virtual_memory().total)
     if num_bytes > limit:
         return f"{num_bytes / 1e9:.1f} GB is more than {MOST:.0%} of main memory"

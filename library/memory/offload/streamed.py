@@ -47,10 +47,8 @@ def stream(
 
 
 def chosen(num_blocks: int, count: int) -> list[int]:
-    """Return the blocks to offload: evenly spread, so that others compute during a copy, and never the last one.
-
-    At the turn from forward to backward there would be no time to fetch it.
-    """
+    """Return the blocks to offload: evenly spread, so that others compute during a copy, and never the last one."""
+    # At the turn from forward to backward there would be no time to fetch it.
     return [i * (num_blocks - 1) // count for i in range(count)]
 
 

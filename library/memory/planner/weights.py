@@ -72,10 +72,8 @@ class StorageCost:
         )
 
     def of_8bit_matmul(self) -> "StorageCost":
-        """Return the cost with 8-bit products; those are counted with the step.
-
-        For gradients GPUs need a transposed copy of the codes: half as large as a weight decoded to 16 bits.
-        """
+        """Return the cost with 8-bit products; those are counted with the step."""
+        # For gradients GPUs need a transposed copy of the codes: half as large as a weight decoded to 16 bits.
         return replace(self, num_copies=0.5, slowdown=1.0)
 
 
@@ -112,10 +110,8 @@ class ModelWeights:
         return self.fixed_bytes + sum(map(cost.num_bytes, self.storable)) + staying + slots
 
     def shared_bytes(self, cost: StorageCost, num_processes: int) -> int:
-        """Return the bytes on one device if the weights are sharded over `num_processes`.
-
-        Besides the shard two blocks are gathered at a time, and one of them exists twice during its gather.
-        """
+        """Return the bytes on one device if the weights are sharded over `num_processes`."""
+        # Besides the shard two blocks are gathered at a time, and one of them exists twice during its gather.
         sizes = [*self.block_bytes(cost), *map(cost.num_bytes, self.storable)]
         return self.fixed_bytes + ceil(sum(sizes) / num_processes) + (NUM_SLOTS + 1) * max(sizes, default=0)
 

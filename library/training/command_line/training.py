@@ -86,7 +86,7 @@ def train_network(
     end rather than being stopped."""
     from library.data.debug_dataset import show_batches
     from library.memory.offload.shared import IN_MEMORY
-    from library.processes import of_accelerator
+    from library.processes import from_accelerator
     from library.temporary_folders import delete_abandoned_folders
     from library.training.models.opening import open_accelerator
     from library.training.reporting.events import Audit
@@ -98,7 +98,7 @@ def train_network(
         options = options.with_values(dry_run_values())
     arch = open_architecture(options, build)
     accelerator = open_accelerator(options.shared)
-    processes = of_accelerator(accelerator)
+    processes = from_accelerator(accelerator)
     if processes.is_local_main:
         delete_abandoned_folders((IN_MEMORY, gettempdir()))
     with processes.taking_part(Interrupted):
@@ -245,7 +245,7 @@ def train_prepared(
             for one in prepared:
                 stack.enter_context(last_good_saved(one.writer))
                 stack.enter_context(saved_on_error(one.writer, one.progress, one.run.plan))
-            stack.enter_context(processes.failures_told())
+            stack.enter_context(processes.reporting_failures())
             train(prepared, interruption, MemoryWatch.build(first.run, fitted), memory_hints, clearly_worse)
     finally:
         first.charts.close()

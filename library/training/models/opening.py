@@ -16,7 +16,7 @@ from library.errors import UserError
 from library.hidden_libraries import hidden
 from library.launcher import restart_count
 from library.options.train import TrainOptions
-from library.processes import Processes, way_to_meet
+from library.processes import Processes, register_rendezvous
 from library.protocols import Architecture, Objective
 from library.training.models.text_caching import cached_text, check_text_caching, files_that_change_text
 from library.training.optimization.optimizers import import_class
@@ -100,7 +100,7 @@ def open_accelerator(options: TrainOptions) -> Any:
     minutes = options.distributed.ddp_timeout
     limits = InitProcessGroupKwargs(
         timeout=timedelta(minutes=minutes) if minutes else None,
-        init_method=way_to_meet() if restart_count() else None,
+        init_method=register_rendezvous() if restart_count() else None,
     )
     return Accelerator(
         mixed_precision=options.precision.mixed_precision,

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from library.diffusion.inpainting import FEATURE, blank, draw_mask, told_of
+from library.diffusion.inpainting import FEATURE, blank, draw_mask, mask_channels
 from library.errors import UserError
 from library.memory.devices import send
 from library.randomness import generator_for, stream_seed
@@ -66,4 +66,4 @@ def masked_feature(
     assert batch.pixels_BCHW is not None
     kept = replace(batch, pixels_BCHW=blank(batch.pixels_BCHW, masks_B1HW))
     latents_BCHW = context.arch.codec.normalize(latents_of(context, kept, generator_of))
-    return {FEATURE: told_of(send(masks_B1HW, context.device), latents_BCHW)}
+    return {FEATURE: mask_channels(send(masks_B1HW, context.device), latents_BCHW)}

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from library.checkpoints.adapter_keys import PEFT_PREFIX, AdapterKey, path_alone, under
+from library.checkpoints.adapter_keys import PEFT_PREFIX, AdapterKey, bare_path, under
 from library.checkpoints.adapter_names import BaseNames, ModuleNames, placed
 from library.errors import UserError
 from networks.core.files.adapter_file import AdapterFile, adapter_tensors, parse_adapter, read_adapter_file
@@ -57,7 +57,7 @@ def in_a_model(file: AdapterFile, tables: Sequence[BaseNames]) -> AdapterFile:
     if not others and all(name.startswith(PEFT_PREFIX) and find_in(tables, name) is None for name in file.modules):
         raise UserError(
             f"{file.origin}: PEFT wrote it for a model that is none of those known here (first module: "
-            f"{path_alone(next(iter(file.modules)))}); names of diffusers' and of the original modules are known"
+            f"{bare_path(next(iter(file.modules)))}); names of diffusers' and of the original modules are known"
         )
     if not others:
         return file

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from library.diffusion.inpainting import blank, draw_cloud, draw_mask, draw_polygon, draw_shapes, told_of
+from library.diffusion.inpainting import blank, draw_cloud, draw_mask, draw_polygon, draw_shapes, mask_channels
 
 
 @pytest.mark.parametrize("draw", [draw_cloud, draw_polygon, draw_shapes])
@@ -36,7 +36,7 @@ def test_a_model_is_told_the_mask_at_the_size_of_latents_and_what_is_kept_withou
     assert (kept[masks.expand_as(kept) == 1] == 0).all()
     assert torch.equal(kept[masks.expand_as(kept) == 0], pixels[masks.expand_as(kept) == 0])
     latents = torch.randn(2, 4, 4, 6, generator=generator)
-    told = told_of(masks, latents)
+    told = mask_channels(masks, latents)
     assert told.shape == (2, 5, 4, 6) and torch.equal(told[:, 1:], latents)
     assert told[0, 0].tolist() == [[0] * 6, *[[0, 0, 1, 1, 1, 0]] * 2, [0] * 6]
     assert told[1, 0].tolist() == [[0, 0, 0, 1, 1, 1]] * 4

@@ -19,7 +19,7 @@ from library.models.identify import (
     refuse_other_folder,
     refuse_other_model,
     spec_of,
-    way_out,
+    suggest_fix,
 )
 from library.models.loading import Absent
 from library.models.unet.checkpoint_keys import UNET_PREFIX
@@ -65,11 +65,11 @@ def test_the_size_embedding_makes_a_unet_sdxls_whatever_the_pipeline_is_called()
 
 def test_the_way_out_is_a_flag_between_generations_and_a_script_between_models():
     sd1, sd2, sdxl, flux = (spec_of(SPECS, name) for name in ("sd1", "sd2", "sdxl", "flux"))
-    assert way_out(sd2, sd1) == "add --v2"
-    assert way_out(sd1, sd2) == "remove --v2"
+    assert suggest_fix(sd2, sd1) == "add --v2"
+    assert suggest_fix(sd1, sd2) == "remove --v2"
     prompts = "train_leco.py with --v2 to train from prompts alone"
-    assert way_out(sd2, sdxl) == f"use train_network.py with --v2, or {prompts}"
-    assert way_out(flux, sdxl) == "use flux_train_network.py"
+    assert suggest_fix(sd2, sdxl) == f"use train_network.py with --v2, or {prompts}"
+    assert suggest_fix(flux, sdxl) == "use flux_train_network.py"
 
 
 def test_the_refiner_is_called_by_its_name():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from library.checkpoints.files import told_path
+from library.checkpoints.files import display_path
 from library.errors import UserError
 from library.options.train import TrainOptions
 from library.training.saving.saved_files import without_copies
@@ -28,8 +28,8 @@ def test_a_folder_that_peft_saved_is_the_file_in_it(tmp_path: Path) -> None:
 def test_files_of_peft_are_told_apart_by_their_folders() -> None:
     files = [Path("out/cat.v2/adapter_model.safetensors"), Path("out/dog/adapter_model.bin"), Path("out/a.safetensors")]
     assert labels_of(files) == ["without an adapter", "cat.v2", "dog", "a"]
-    assert [told_path(path).name for path in files] == ["cat.v2", "dog", "a.safetensors"]
-    assert told_path(Path("adapter_model.safetensors")) == Path("adapter_model.safetensors")
+    assert [display_path(path).name for path in files] == ["cat.v2", "dog", "a.safetensors"]
+    assert display_path(Path("adapter_model.safetensors")) == Path("adapter_model.safetensors")
 
 
 def test_files_of_the_same_adapter_are_taken_once(tmp_path: Path) -> None:

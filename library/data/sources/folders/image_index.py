@@ -117,10 +117,8 @@ def look_at(folder: str, names: Sequence[str], num_threads: int) -> Stamps:
 
 @contextmanager
 def opened(folder: str) -> Iterator[tuple[str, int | None]]:
-    """Yield the prefix of file names in a folder, and the open folder to look them up in.
-
-    Through an open folder a file is found in 1.7 us here, by its path in 2.0; Windows supports only paths.
-    """
+    """Yield the prefix of file names in a folder, and the open folder to look them up in."""
+    # Through an open folder a file is found in 1.7 us here, by its path in 2.0; Windows supports only paths.
     if os.stat not in os.supports_dir_fd:
         yield f"{folder}/", None
         return

@@ -18,7 +18,7 @@ KEPT_OF_FULL = 0.9  # of the size: kept when a scan finds more than fits
 
 @dataclass
 class Written:
-    """What this process has written since its last scan of the folder."""
+    """The bytes that this process has written since its last scan of the folder."""
 
     num_bytes: int = 0
     has_looked: bool = False

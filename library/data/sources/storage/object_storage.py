@@ -141,7 +141,7 @@ def tried(ask: Callable[[], Value], url: str) -> Value:
             if isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) in MISSING_STATUSES:
                 raise FileNotFoundError(without_secrets(url)) from None
             reason = cleaned(cause)
-            if is_for_people(cause):
+            if is_permanent(cause):
                 raise UserError(
                     f"{without_secrets(url)} cannot be read: {reason}; check the address and the credentials"
                 ) from None
@@ -156,7 +156,7 @@ def tried(ask: Callable[[], Value], url: str) -> Value:
     raise AssertionError("unreachable")
 
 
-def is_for_people(error: BaseException) -> bool:
+def is_permanent(error: BaseException) -> bool:
     """Return True if a retry cannot help: missing rights, or redirects without end."""
     is_named = type(error).__name__ == "TooManyRedirects" or "Credentials" in type(error).__name__
     return isinstance(error, PermissionError) or is_named or getattr(error, "status", None) in REFUSED_STATUSES
