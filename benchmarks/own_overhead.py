@@ -110,7 +110,7 @@ def our_ms(folder: Path, num_steps: int, more: Sequence[str]) -> tuple[float, li
     ]  # fmt: skip
     options = TrainOptions.from_args(parse(train_network.setup_parser(), words))
     arch = build(options)
-    accelerator = opening.open_accelerator(options)
+    accelerator = opening.open_accelerator(options.precision.mixed_precision, options.trackers)
     processes = of_accelerator(accelerator)
     plan = opening.open_data_plan(options, arch, 1, processes.count)
     path = options.reports.log_events

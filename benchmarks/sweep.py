@@ -76,7 +76,7 @@ def toy(args: argparse.Namespace, folder: Path, *network_args: str) -> tuple[Wor
         "--network_train_unet_only", *(["--network_args", *network_args] if network_args else []),
     ]  # fmt: skip
     options = TrainOptions.from_args(parse(train_network.setup_parser(), words))
-    accelerator = opening.open_accelerator(options)
+    accelerator = opening.open_accelerator(options.precision.mixed_precision, options.trackers)
     arch, processes = build(options), of_accelerator(accelerator)
     plan = opening.open_data_plan(options, arch, 1, 1)
     wanted = [

@@ -150,7 +150,7 @@ def our_steps(folder: Path, args: argparse.Namespace) -> Iterator[float]:
 
     options = TrainOptions.from_args(parse(train_network.setup_parser(), arguments_of(folder, args, 10**6)))
     arch = build(options)
-    accelerator = opening.open_accelerator(options)
+    accelerator = opening.open_accelerator(options.precision.mixed_precision, options.trackers)
     processes = of_accelerator(accelerator)
     plan = opening.open_data_plan(options, arch, 1, processes.count)
     wanted = runs.Wanted(options, 1, None, Events())

@@ -33,7 +33,7 @@ def cache_to_disk(args: argparse.Namespace) -> None:
             "give --sdxl or --flux: the outputs of Stable Diffusion 1.x's and 2.x's text encoder are not cached, it is "
             "fast"
         )
-    processes = of_accelerator(open_accelerator(options))
+    processes = of_accelerator(open_accelerator(options.precision.mixed_precision))
     compute = Compute.build(options.precision, processes.device)
     plan = open_data_plan(options, arch, options.run.seed or 0, processes.count)
     prepare_text(options, arch, plan, compute.device, compute.autocast, [], processes)

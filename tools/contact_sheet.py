@@ -17,7 +17,7 @@ import torch  # noqa: E402
 from library.checkpoints.files import atomic_path, file_in_folder, told_path  # noqa: E402
 from library.checkpoints.overwriting import PNG, check_overwrite  # noqa: E402
 from library.errors import UserError  # noqa: E402
-from library.options.train import TrainOptions  # noqa: E402
+from library.options.output.saving import SavingOptions  # noqa: E402
 from library.training.command_line.checks import check_precision, check_values  # noqa: E402
 from library.training.command_line.cli import parse  # noqa: E402
 from library.training.command_line.run_lock import run_lock  # noqa: E402
@@ -57,7 +57,7 @@ def labels_of(files: Sequence[Path]) -> list[str]:
     return ["without an adapter", *(told_path(path).name.removesuffix(path.suffix) for path in files)]
 
 
-def chosen_files(named: list[Path] | None, options: TrainOptions) -> list[Path]:
+def chosen_files(named: list[Path] | None, saving: SavingOptions) -> list[Path]:
     """The files that --files names, PEFT's in its folders, else the adapter files of the run in --output_dir.
 
     Raises UserError for none.
@@ -67,9 +67,9 @@ def chosen_files(named: list[Path] | None, options: TrainOptions) -> list[Path]:
             raise UserError(f"--files {path} does not exist")
     if named:
         return [file_in_folder(path, f"--files {path}") for path in named]
-    if not options.saving.output_dir:
+    if not saving.output_dir:
         raise UserError("--files names no adapter files, and --output_dir no folder to look for them in")
-    names = Names.build(options.saving)
+    names = Names.build(saving)
     found = files_of_run(names)
     if not found:
         raise UserError(f"--output_dir {names.folder} holds no adapter files of this name; name some with --files")
@@ -98,7 +98,7 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
         raise UserError(f"--side is {args.side}; use at least 1")
     if not options.preview.sample_prompts:
         raise UserError("--sample_prompts names no prompts to draw")
-    files = without_copies(chosen_files(args.files, options))
+    files = without_copies(chosen_files(args.files, options.saving))
     target = args.sheet or Names.build(options.saving).of_sheet() if options.saving.output_dir else args.sheet
     if target is None:
         raise UserError("--sheet is not set; name the PNG to write, or give --output_dir")
@@ -113,7 +113,7 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
         sheet.save(temporary, format="PNG")
     logger.info("wrote %s", target)
     if options.saving.output_dir and (report := Names.build(options.saving).of_report()).is_file():
-        with run_lock(options):
+        with run_lock(options.saving):
             add_sheet(report, data_url_of(sheet, *LARGEST_IN_REPORT))
         logger.info("%s shows it too", report)
 

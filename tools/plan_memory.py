@@ -70,7 +70,7 @@ def count(name: str, arguments: Sequence[str]) -> tuple[TrainOptions, Architectu
     if options.distributed.shard_base and not options.distributed.shard_group:
         raise UserError("--shard_base: say with --shard_group over how many processes the base model is to be spread")
     check_precision(options)
-    check_network(options)
+    check_network(options.network)
     batch = described_batch(options)
     with quiet():  # the run itself will say it
         options, adapters = shared_and_own(options)

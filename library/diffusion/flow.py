@@ -16,7 +16,6 @@ from library.diffusion.noise import draw_normal, draw_strength
 from library.diffusion.timesteps import LevelSampler, check_timestep_range, sampled, scheme_weights, takes_offset
 from library.diffusion.weighting import check_huber, huber_threshold, pointwise_error
 from library.memory.devices import send
-from library.options.train import TrainOptions
 from library.options.training.flow import FlowSamplingOptions, FlowWeightingOptions
 from library.options.training.loss import LossOptions
 from library.options.training.noise import NoiseOptions
@@ -42,14 +41,14 @@ class FlowMatching:
     """Predict the flow at a noise level between 0 and 1.
 
     `corrupt` draws from its generator in this order, and only what is switched on: noise; strength and values of the
-    extra input noise; levels. The strength is one number for the batch. --min_timestep and --max_timestep stretch what
-    is drawn over the range between them.
+    extra input noise; levels. The strength is one number for the batch. What is drawn is stretched over the range
+    between the lowest and the highest timestep.
     """
 
     draw_levels: LevelSampler
     target_kind: Target
-    prediction_type: str  # of --model_prediction_type
-    loss_scheme: str  # the --weighting_scheme that weights the loss; "none" for no weights
+    prediction_type: str
+    loss_scheme: str  # the weighting scheme of the loss; "none" for no weights
     min_timestep: int
     max_timestep: int
     has_whole_timesteps: bool  # levels are thousandths, 0 to 999
@@ -136,7 +135,8 @@ class FlowMatching:
 
 
 def build_flow(
-    options: TrainOptions,
+    noise: NoiseOptions,
+    weighting: LossOptions,
     draw_levels: LevelSampler,
     target_kind: Target,
     prediction_type: str,
@@ -146,12 +146,10 @@ def build_flow(
     tells_whole_timesteps: bool = False,
     takes_offset: bool = False,
 ) -> FlowMatching:
-    """The objective of a flow matching model whose levels and target are its own.
+    """Build the objective of a flow matching model whose levels and target are its own.
 
-    Raises UserError for timesteps outside 0..1000 and
-    for thresholds that make no loss.
+    Raises UserError for timesteps outside 0..1000 and for thresholds that make no loss.
     """
-    noise, weighting = options.noise, options.loss
     min_timestep = 0 if noise.min_timestep is None else noise.min_timestep
     max_timestep = NUM_TIMESTEPS if noise.max_timestep is None else noise.max_timestep
     check_timestep_range(min_timestep, max_timestep, NUM_TIMESTEPS)
@@ -173,7 +171,8 @@ def build_flow(
 
 
 def build_sampled_flow(
-    options: TrainOptions,
+    noise: NoiseOptions,
+    loss: LossOptions,
     sampling: FlowSamplingOptions,
     weighting: FlowWeightingOptions,
     *,
@@ -182,16 +181,17 @@ def build_sampled_flow(
     always_weights_loss: bool = False,
     tells_whole_timesteps: bool = False,
 ) -> FlowMatching:
-    """The objective of the models that have --timestep_sampling.
+    """Build the objective of the models whose timestep sampling is an option.
 
-    --weighting_scheme weights the loss where the prediction is an estimate of the latent (sigma_scaled), or always.
+    The weighting scheme weights the loss where the prediction is an estimate of the latent (sigma_scaled), or always.
     Raises UserError for a setting that makes no levels; settings without effect are warned of.
     """
     weights_loss = always_weights_loss or prediction_type == "sigma_scaled"
     for line in (*idle_settings(sampling, weighting, weights_loss), *odd_target(prediction_type, target_kind)):
         logger.warning("%s", line)
     return build_flow(
-        options,
+        noise,
+        loss,
         sampled(sampling, weighting),
         target_kind,
         prediction_type,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from library.errors import UserError
 from library.installed import NEEDED_BY_ALL, check_installed
+from library.options.base import Options
 from library.options.no_effect import asks
-from library.options.train import TrainOptions
 
 OTHER_ATTENTION: Mapping[str, str] = {  # options that do nothing for denoisers of ours
     "xformers": "attention is torch's scaled dot product",
@@ -28,7 +28,7 @@ class Recipe:
         default_factory=dict
     )  # package -> versions, where newer than for other base models
 
-    def check(self, options: TrainOptions) -> None:
+    def check(self, options: Options) -> None:
         """Raise UserError for packages that are too old, and for an option that would train something else than is
         meant."""
         check_installed(self.title, {**NEEDED_BY_ALL, **self.needs})
@@ -37,8 +37,8 @@ class Recipe:
             if asks(values[name]):
                 raise UserError(f"--{name} does not work with {self.title}: {why}; leave it out")
 
-    def describe(self, options: TrainOptions, **more: str) -> dict[str, str]:
-        """What files trained with these options say about the base model; `more` are modelspec.* keys without that."""
+    def describe(self, options: Options, **more: str) -> dict[str, str]:
+        """Return what trained files say about the base model; `more` are modelspec.* keys without that prefix."""
         values = options.flat()
         return {
             "ss_v2": "False",

@@ -81,7 +81,7 @@ def prepared(
     ]  # fmt: skip
     card = SCRIPTS[base.script]
     options: TrainOptions = card.options.from_args(parse(importlib.import_module(base.script).setup_parser(), words))
-    accelerator = opening.open_accelerator(options)
+    accelerator = opening.open_accelerator(options.precision.mixed_precision, options.trackers)
     arch, processes = card.build(options), of_accelerator(accelerator)
     plan = opening.open_data_plan(options, arch, 21, 1)
     wanted = [
@@ -161,7 +161,8 @@ def test_the_shared_step_takes_what_is_counted(fresh_process: None, tmp_path: Pa
     adapters = [run.options for run in runs]
     counted = count_run(adapters[0], context.arch, shape, CPU, adapters).step
     alone = count_run(adapters[0], context.arch, shape, CPU).step
-    choose_block_runner(adapters[0], context.arch, context.models, [run.context.network for run in runs])
+    options, networks = adapters[0], [run.context.network for run in runs]
+    choose_block_runner(options.memory, options.compiling, False, context.arch, context.models, networks)
     for caption in batch.captions:
         context.captions([caption])
         for run in runs:

@@ -136,7 +136,8 @@ def build_objective(options: Sd3Options) -> FlowMatching:
     """An estimate of the clean latent against it, at whole thousandths of noise."""
     levels = shifted_scheme(options.flow, options.sd3.training_shift)
     return build_flow(
-        options,
+        options.noise,
+        options.loss,
         levels,
         "latent",
         "sigma_scaled",

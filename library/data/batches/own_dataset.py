@@ -19,7 +19,7 @@ from library.data.batches.validation_set import ValidationSet, nothing_aside
 from library.data.description.schema import RunDataConfig, parse_numbers
 from library.data.plan.audit_values import nothing_known
 from library.errors import UserError
-from library.options.train import TrainOptions
+from library.options.dataset import DatasetOptions
 from library.protocols import LatentSpec
 from library.randomness import random_for
 from library.types import Batch
@@ -111,12 +111,12 @@ class OwnDataset:
         """Nothing is known before it is drawn."""
         return nothing_known()
 
-    def metadata(self, options: TrainOptions, num_processes: int = 1) -> dict[str, Any]:
-        size, accumulation = self.batch_sizes[0], options.run.gradient_accumulation_steps
+    def metadata(self, described: DatasetOptions, batches_per_step: int = 1) -> dict[str, Any]:
+        size = self.batch_sizes[0]
         return {
             "ss_dataset_class": self._name,
             "ss_batch_size_per_device": size,
-            "ss_total_batch_size": size * num_processes * accumulation,
+            "ss_total_batch_size": size * batches_per_step,
         }
 
     def limited_to_largest_batch(self) -> tuple["OwnDataset", int]:
@@ -184,9 +184,8 @@ def sides_of(resolution: str | None) -> tuple[int, int] | None:
     return first, others[0] if others else first
 
 
-def check_own_dataset(options: TrainOptions) -> None:
-    """Raise UserError for options that cannot be had of a class; warn of descriptions that it takes the place of."""
-    name, values = options.dataset.dataset_class, options.flat()
+def check_own_dataset(name: str, values: Mapping[str, Any]) -> None:
+    """Raise UserError for options that the class `name` excludes; warn of descriptions that it replaces."""
     for option, reason in CANNOT.items():
         if values.get(option):
             raise UserError(f"--{option} does not work with {FLAG} {name}: {reason}")
@@ -195,15 +194,14 @@ def check_own_dataset(options: TrainOptions) -> None:
             logger.warning("--%s is ignored: %s gives the data", option, FLAG)
 
 
-def open_own_dataset(cls: type[Any], options: TrainOptions, spec: LatentSpec, seed: int) -> OwnDataset:
-    """The data set of --dataset_class. Raises UserError where the class fails to be made."""
-    data = options.dataset
+def open_own_dataset(
+    cls: type[Any], data: DatasetOptions, max_token_length: int | None, spec: LatentSpec, seed: int
+) -> OwnDataset:
+    """Make the user's dataset. Raises UserError where the class fails to be made."""
     name = data.dataset_class
     assert name is not None
-    check_own_dataset(options)
-    length = options.model.max_token_length
     try:
-        source = cls(None, length, sides_of(data.resolution), data.debug_dataset)
+        source = cls(None, max_token_length, sides_of(data.resolution), data.debug_dataset)
     except TypeError as error:
         raise UserError(
             f"{FLAG} {name} is called with (tokenizer=None, max_token_length, resolution, debug_dataset): {error}"

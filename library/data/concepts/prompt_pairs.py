@@ -17,8 +17,9 @@ from library.data.concepts.prompts_file import FLAG, PromptPair, read_prompt_pai
 from library.data.description.schema import RunDataConfig
 from library.data.plan.audit_values import nothing_known
 from library.errors import UserError
-from library.options.train import TrainOptions
+from library.options.dataset import DatasetOptions
 from library.options.training.concepts import ConceptOptions
+from library.options.training.run import RunOptions
 from library.protocols import Architecture
 from library.randomness import random_for
 from library.types import Batch, Concept
@@ -122,8 +123,8 @@ class PromptPairs:
         """There are no pictures to tell of."""
         return nothing_known()
 
-    def metadata(self, options: TrainOptions, num_processes: int = 1) -> dict[str, Any]:
-        """What files say of the prompts, with sd-scripts' keys."""
+    def metadata(self, described: DatasetOptions, batches_per_step: int = 1) -> dict[str, Any]:
+        """Describe the prompts with sd-scripts' keys."""
         preview = [{name: getattr(pair, name) for name in PREVIEWED} for pair in self.pairs[:NUM_PREVIEWED]]
         return {
             "ss_leco_prompt_count": len(self.pairs),
@@ -202,20 +203,21 @@ def format_sizes(height: int, width: int, rng: Random | None) -> tuple[int, ...]
     return *original, top, left, height, width
 
 
-def open_prompt_pairs(options: TrainOptions, arch: Architecture, seed: int, num_processes: int) -> PromptPairs:
-    """The pairs that --prompts_file names, as many batches of them as the run takes.
+def open_prompt_pairs(
+    concepts: ConceptOptions, run: RunOptions, arch: Architecture, seed: int, num_processes: int
+) -> PromptPairs:
+    """Read the prompts file, and plan as many batches of its pairs as the run takes.
 
     Raises UserError for a file that does not fit, or not this base model; warns of prompts that are cut.
     """
-    concepts = options.concepts
-    assert concepts is not None and concepts.prompts_file is not None
+    assert concepts.prompts_file is not None
     pairs = read_prompt_pairs(Path(concepts.prompts_file))
     step = arch.preview.defaults.size_step
     for pair in pairs:
         check_size(pair, step)
     if idle := [pair for pair in pairs if pair.dynamic_crops and not arch.tells_sizes]:
         logger.warning("%s %s: dynamic_crops has no effect, this base model is told no sizes", FLAG, idle[0].place)
-    num_batches = options.run.max_train_steps * options.run.gradient_accumulation_steps * num_processes
+    num_batches = run.max_train_steps * run.gradient_accumulation_steps * num_processes
     found = PromptPairs(pairs, concepts, concepts.prompts_file, seed, num_batches)
     for text in found.texts:
         if (num_tokens := arch.text.count_tokens(text)) > arch.text.max_tokens:

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from library.data.concepts.prompts_file import FLAG, read_prompt_pairs
 from library.errors import UserError
+from library.options.base import Options
 from library.options.leco import ignored_by_leco, refused_by_leco
 from library.options.no_effect import asks
-from library.options.train import TrainOptions
 from library.options.training.concepts import ConceptOptions
 
 
-def check_concepts(options: TrainOptions, concepts: ConceptOptions) -> None:
+def check_concepts(options: Options, concepts: ConceptOptions) -> None:
     """Raise UserError for options that cannot be had without pictures, and for mistakes in --prompts_file."""
     values = options.flat()
     for name, why in refused_by_leco(type(options)).items():
@@ -26,11 +26,9 @@ def said_later(*message: object) -> None:
     """What is odd about the file is told where the run opens it."""
 
 
-def ignored_for_concepts(options: TrainOptions) -> Mapping[str, str]:
-    """Options that do nothing without pictures, each with the reason; none where there are some."""
-    if options.concepts is None:
-        return {}
-    ignored = ignored_by_leco(type(options))
-    if options.preview.sample_prompts:
+def ignored_for_concepts(kind: type[Options], draws_previews: bool) -> Mapping[str, str]:
+    """Return the options that have no effect without images, each with the reason."""
+    ignored = ignored_by_leco(kind)
+    if draws_previews:
         return ignored
     return {**ignored, **dict.fromkeys(("vae", "no_half_vae"), "pictures are neither encoded nor drawn")}

@@ -17,7 +17,7 @@ from library.training.command_line.checks import (
 from library.training.command_line.cli import from_program, parse
 from library.training.command_line.console import forgive_write_errors
 from library.training.command_line.replaced import refuse_replaced
-from library.training.command_line.show_timesteps import asked_preview, show_timesteps
+from library.training.command_line.show_timesteps import requested_timesteps, show_timesteps
 from library.training.command_line.training import train_alone
 from library.training.failures.interruption import Interrupted, Interruption
 from library.training.reporting.event_stream import warnings_told
@@ -99,9 +99,9 @@ def train_as_asked(
     command: Sequence[str] | None = None,
 ) -> bool:
     """Check the options, then train, or show noise levels or the data set; gives whether the run came to its end."""
-    if latents is not None and objective is not None and (asked := asked_preview(options)) is not None:
+    if latents is not None and objective is not None and (asked := requested_timesteps(options)) is not None:
         check_values(options)
-        show_timesteps(asked, options, objective(options), latents.downscale)
+        show_timesteps(asked, options.saving, options.run.seed or 0, objective(options), latents.downscale)
         return True
     with warnings_told() as warnings:
         check(options)

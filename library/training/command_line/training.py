@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any, Generic
 
-from library.options.train import TrainOptions
+from library.options.output.saving import SavingOptions
 from library.protocols import Architecture
-from library.training.command_line.checks import check, check_inpainting, check_vae_precision, report_unused
+from library.training.command_line.checks import check, check_inpainting, report_unused, warn_of_fp16_vae
 from library.training.command_line.run_lock import run_locks
 from library.training.failures.interruption import Interrupted, Interruption
 from library.training.reporting.event_stream import EventsOfAll, WarningEvents
@@ -59,8 +59,9 @@ def train_alone(
     for label, own in adapters.items() if shared.sweep.sweep else ():
         with log_prefix(label):
             check(own)
+    writes = not (shared.faults.dry_run or shared.dataset.debug_dataset)
     with (
-        run_locks([shared, *adapters.values()]),
+        run_locks([one.saving for one in (shared, *adapters.values())] if writes else []),
         told(adapters.values(), command, warnings) as events,
         cuda_kernels(shared.kernels),
         deterministic(shared.faults.deterministic),
@@ -87,11 +88,12 @@ def train_network(
     from library.training.run.dry_run import dry_run_values
     from library.training.run.shard_base_checks import launched_values
 
-    options = options.with_values(launched_values(options.shared))
-    if options.shared.faults.dry_run:
-        options = options.with_values(dry_run_values())
+    values = launched_values(options.shared.distributed.shard_base)
+    options = options.with_values(values | dry_run_values() if options.shared.faults.dry_run else values)
     arch = open_architecture(options, build)
-    accelerator = open_accelerator(options.shared)
+    accelerator = open_accelerator(
+        options.shared.precision.mixed_precision, options.shared.trackers, options.shared.distributed.ddp_timeout
+    )
     processes = of_accelerator(accelerator)
     if processes.is_local_main:
         delete_abandoned_folders((IN_MEMORY, gettempdir()))
@@ -121,8 +123,10 @@ def open_architecture(options: ResolvedOptions[OptionsT], build: Callable[[Optio
                 open_network_module(module)
         arch = build(options.shared)
     report_unused(options.shared, arch.ignores)
-    check_inpainting(options.shared, arch.inpaints)
-    check_vae_precision(options.shared, arch.vae_overflows_in_fp16)
+    if options.shared.dataset.train_inpainting:
+        check_inpainting(options.shared.caching, arch.inpaints)
+    if arch.vae_overflows_in_fp16:
+        warn_of_fp16_vae(options.shared.model, options.shared.precision.mixed_precision)
     return arch
 
 
@@ -139,10 +143,12 @@ def resolve_run(
     from library.training.saving.resume import batches_of_state, rates_of_state
     from library.training.sweep.states import find_states
 
-    options = options.with_values(sharding_values(options.shared, processes))
-    states = find_states(options.shared, options.adapters, processes)
-    options = options.with_values(rates_of_state(options.shared, states.by_label.get("")))
-    options = options.with_values(batches_of_state(options.shared, states.of_run, processes.count))
+    asked = options.shared
+    sharding = sharding_values(asked, processes)
+    states = find_states(asked, options.adapters, processes)
+    rates = rates_of_state(asked, states.by_label.get(""))
+    batches = batches_of_state(asked.run.gradient_accumulation_steps, states.of_run, processes.count)
+    options = options.with_values(sharding | rates | batches)
     if processes.is_main:
         check_repository(options.shared.hub)
     seed = opening.choose_seed(options.shared.run.seed, processes, states.of_run)
@@ -208,7 +214,7 @@ def train_resolved(
         return True
     is_over = train_prepared(prepared, events, interruption, processes, run.fit)
     if processes.is_main and sweep is not None and is_over:
-        rank_adapters(options, prepared, sweep)
+        rank_adapters(options.saving, prepared, sweep, writes_page=not options.reports.no_report)
     return is_over
 
 
@@ -254,15 +260,17 @@ def train_prepared(
     return all(are_over)
 
 
-def rank_adapters(options: TrainOptions, prepared: Sequence["PreparedRun"], sweep: "SweepRecord") -> None:
+def rank_adapters(
+    saving: SavingOptions, prepared: Sequence["PreparedRun"], sweep: "SweepRecord", writes_page: bool
+) -> None:
     """Say which adapters of a sweep are better than others, and write the page that shows it."""
     from library.training.saving.checkpoints import Names
     from library.training.sweep.ranking import rank, tell_ranking
     from library.training.sweep.standing import standing_of
 
-    names = Names.build(options.saving)
-    page = None if options.reports.no_report else names.of_sweep()
-    title = f"Sweep of {options.saving.output_name or names.folder.name}"
+    names = Names.build(saving)
+    page = names.of_sweep() if writes_page else None
+    title = f"Sweep of {saving.output_name or names.folder.name}"
     tell_ranking(rank(standing_of(prepared, sweep)), title, page)
 
 

@@ -17,7 +17,6 @@ from library.diffusion.guidance import guided, needs_negative
 from library.errors import UserError
 from library.memory.devices import place, release_memory
 from library.options.output.preview import PreviewOptions
-from library.options.train import TrainOptions
 from library.options.training.averaging import PREVIEWS
 from library.progress import progress_bar
 from library.protocols import Architecture, LiveText
@@ -71,10 +70,10 @@ class Timetable:
         return self.every_n_epochs is not None and epoch % self.every_n_epochs == 0
 
 
-def wanted_prompts(options: TrainOptions, arch: Architecture) -> list[Prompt]:
-    """The pictures that the run is to draw; none where no time or no file is named, or the file is empty."""
-    path = options.preview.sample_prompts
-    if Timetable.build(options.preview).is_empty or not path:
+def wanted_prompts(options: PreviewOptions, arch: Architecture) -> list[Prompt]:
+    """Read the prompts of the images to draw; none where no time or no file is named, or the file is empty."""
+    path = options.sample_prompts
+    if Timetable.build(options).is_empty or not path:
         return []
     specs = read_prompts(Path(path))
     if not specs:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from library.data.batches.validation_set import ValidationSet
 from library.errors import few
-from library.options.train import TrainOptions
 from library.options.training.averaging import FILES, VALIDATION
+from library.options.training.noise import NoiseOptions
 from library.options.training.validation import ValidationOptions
 from library.training.evaluation.choice import by_picture, is_clearly_worse
 from library.training.evaluation.choosing import TOOL, Measured, choice_of
@@ -76,12 +76,11 @@ class Evaluation:
         return list(self.losses_NL.mean(0).tolist())
 
 
-def measurement_of(options: TrainOptions, pictures: ValidationSet, seed: int) -> Measurement:
-    """What the options ask to measure; `seed` is that of the run, which --validation_seed replaces."""
-    wanted = options.validation
+def measurement_of(wanted: ValidationOptions, noise: NoiseOptions, pictures: ValidationSet, seed: int) -> Measurement:
+    """Return what the options ask to measure; `seed` is that of the run, which one of the options replaces."""
     places = pictures.places_of(wanted.max_validation_steps or None)
     seed = seed if wanted.validation_seed is None else wanted.validation_seed
-    return Measurement(pictures, places, noise_levels(options.noise), seed)
+    return Measurement(pictures, places, noise_levels(noise), seed)
 
 
 class Validation:
@@ -95,7 +94,7 @@ class Validation:
         options = run.options.validation
         self._run, self._charts = run, charts
         self._timetable = Timetable.build(options)
-        self._measurement = measurement_of(run.options, run.batches.validation, run.context.seed)
+        self._measurement = measurement_of(options, run.options.noise, run.batches.validation, run.context.seed)
         self._rows, self._levels = self._measurement.rows, self._measurement.levels
         self._first: Evaluation | None = None
         self._last: Evaluation | None = None

@@ -1,7 +1,7 @@
 """Out of memory: what was being done, how much there was, and which options save how much."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -75,7 +75,8 @@ def explained(
         if not is_out_of_memory(error):
             raise
         predicted = memory_hints()
-        others = savings(options, sizes(), device, is_predicted=bool(predicted))
+        ignored = None if options.concepts is None else ignored_by_leco(type(options))
+        others = savings(options.flat(), sizes(), device, bool(predicted), ignored)
         lines = [
             f"out of memory while {doing}{f', {shape}' if shape else ''}",
             f"memory: {memory_figures(device)}",
@@ -124,17 +125,25 @@ def main_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def savings(options: TrainOptions, sizes: Sizes, device: torch.device, is_predicted: bool = False) -> Iterator[str]:
-    """Options that are not used yet, those that save most first, with the bytes where they are known; without those of
-    running blocks and storing weights where these are predicted, and those that do nothing in this run."""
-    idle = () if options.concepts is None else tuple(f"--{name} " for name in ignored_by_leco(type(options)))
-    yield from (line for line in every_saving(options.flat(), sizes, device, is_predicted) if not line.startswith(idle))
-    if options.concepts is not None:
+def savings(
+    values: Mapping[str, Any],
+    sizes: Sizes,
+    device: torch.device,
+    is_predicted: bool = False,
+    ignored: Collection[str] | None = None,
+) -> Iterator[str]:
+    """Yield what is not used yet and saves memory, the most first, with the bytes where they are known.
+
+    `is_predicted` leaves out ways of running blocks and storing weights. `ignored` are the options without effect where
+    prompts are trained without images, and None where there are images.
+    """
+    idle = tuple(f"--{name} " for name in ignored or ())
+    yield from (line for line in every_saving(values, sizes, device, is_predicted) if not line.startswith(idle))
+    if ignored is not None:
         yield "a smaller batch_size in the --prompts_file needs as much less for activations"
 
 
 def every_saving(values: Mapping[str, Any], sizes: Sizes, device: torch.device, is_predicted: bool) -> Iterator[str]:
-    """The same, whatever the run trains on."""
     yield from activation_savings(values, is_predicted)
     yield from weight_savings(values, sizes, is_predicted)
     if wants(values, "vae_batch_size", 1):

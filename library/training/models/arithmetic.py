@@ -11,7 +11,6 @@ from library.memory.codecs.codec import AS_IN_FILE
 from library.memory.codecs.matmul_8bit import Codes, input_gradient, output
 from library.memory.codecs.weight_format import load_format
 from library.memory.frozen import FrozenLinear, frozen_layers
-from library.options.train import TrainOptions
 from library.protocols import Architecture
 from library.training.models.compute import Compute
 from networks.core.protocol import OURS
@@ -23,14 +22,13 @@ MOST_ERROR = 0.1  # of what a product gives: fp8 is off by 3 to 4 %
 NEEDS = "int8 needs a card of compute capability 7.5 (RTX 20), 8-bit floating point 8.9 (RTX 40, H100)"
 
 
-def check_arithmetic(options: TrainOptions, arch: Architecture, compute: Compute) -> None:
+def check_arithmetic(name: str | None, module: str | None, arch: Architecture, compute: Compute) -> None:
     """Try a product of each kind that the run needs on its device.
+
+    `name` is the weight format of the denoiser, None for that of its file; `module` the network module.
 
     Raises UserError, before weights are read, where there is nothing to multiply so or the device cannot.
     """
-    if not options.precision.multiplies_codes:
-        return
-    name, module = options.precision.denoiser_format, options.network.network_module
     kinds = {kind_of(name)} if name is not None else kinds_in_file(arch)
     for kind in sorted(kinds, key=str):
         try_kind(kind, compute)

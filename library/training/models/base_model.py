@@ -54,26 +54,29 @@ def load_models(
     the denoiser comes, so the peak of a cached run is the denoiser alone. `reader` is the network module that reads
     --base_weights.
     """
-    vae, latents = prepare_vae(options, arch, seed, data, processes)
+    vae, latents = prepare_vae(options.caching, arch, seed, data, processes)
     release_memory(options.memory.highvram)
     text = prepare_text(options, arch, data, compute.device, compute.autocast, prompts, processes)
     release_memory(options.memory.highvram)
-    sharded = open_sharded(options, processes)
-    models = load_frozen(options, arch, text.encoders, vae, compute, reader, sharded)
+    sharded = open_sharded(options.distributed, processes)
+    models = load_frozen(
+        options.network, options.precision.denoiser_format, arch, text.encoders, vae, compute, reader, sharded
+    )
     arch.fit_to_sizes(models.denoiser, [dataset.resolution for dataset in data.config.datasets])
-    return LoadedModels(models, live_text(options, arch.text_cache), text.prompts, latents, text.store, text.concepts)
+    live = live_text(options.network, arch.text_cache)
+    return LoadedModels(models, live, text.prompts, latents, text.store, text.concepts)
 
 
 def prepare_vae(
-    options: TrainOptions, arch: Architecture, seed: int, data: TrainingData, processes: Processes
+    caching: CachingOptions, arch: Architecture, seed: int, data: TrainingData, processes: Processes
 ) -> tuple[nn.Module | None, LatentStore]:
     """The VAE on the device, or None where it has encoded every picture already and may leave memory; its latents."""
     if isinstance(data, PromptPairs):
         return None, NO_LATENTS
-    if not options.caching.cache_latents:
+    if not caching.cache_latents:
         return place(arch.load.vae(), processes.device), NO_LATENTS
     assert isinstance(data, DataPlan), "--dataset_class refuses --cache_latents"
-    return None, encode_pictures(arch.load.vae, arch.codec, options.caching, seed, data, processes)
+    return None, encode_pictures(arch.load.vae, arch.codec, caching, seed, data, processes)
 
 
 def encode_pictures(

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from library.checkpoints.weights import on_meta_device
 from library.memory.codecs.codec import AsRead
 from library.memory.offload.sharded import ShardedModel
-from library.options.train import TrainOptions
 from library.options.training.network import NetworkOptions
 from library.protocols import Architecture
 from library.training.models.compute import Compute
@@ -24,7 +23,8 @@ Change = Callable[[Tensor], Tensor]
 
 
 def load_frozen(
-    options: TrainOptions,
+    options: NetworkOptions,
+    format_name: str | None,
     arch: Architecture,
     text_encoders: list[nn.Module],
     vae: nn.Module | None,
@@ -32,25 +32,25 @@ def load_frozen(
     reader: str,
     sharded: ShardedModel | None = None,
 ) -> Models:
-    """Read the denoiser, beside text encoders and a VAE that are there, and merge --base_weights into all of them.
+    """Read the denoiser in its weight format, and merge --base_weights into it, text encoders and VAE.
 
     Networks of our own are merged weight by weight as these are read, before they are stored in a format or spread
     over processes: no more than one of them is ever there as numbers. Networks of others, where `reader` is such a
     module, need all of them, which --shard_base excludes (`sharding_values`). Raises UserError for a file that does
     not fit.
     """
-    merges, is_ours = bool(options.network.base_weights), reader.startswith(OURS)
+    merges, is_ours = bool(options.base_weights), reader.startswith(OURS)
     assert is_ours or sharded is None or not merges
-    changes = changes_while_reading(options.network, arch, text_encoders, compute, reader) if is_ours else {}
-    wanted = format_while_reading(options, merges_afterwards=not is_ours)
+    changes = changes_while_reading(options, arch, text_encoders, compute, reader) if is_ours else {}
+    wanted = format_while_reading(format_name, merges, merges_afterwards=not is_ours)
     if changes or sharded is not None:
         denoiser = arch.load.denoiser(AsRead(wanted, changes, None if sharded is None else sharded.take))
     else:
         denoiser = arch.load.denoiser(wanted)
     models = Models(denoiser, text_encoders, vae, arch.view(text_encoders, denoiser), sharded)
     if not is_ours:
-        merge_into_whole(options.network, models, compute, reader)
-    for file, multiplier in files_of(options.network):
+        merge_into_whole(options, models, compute, reader)
+    for file, multiplier in files_of(options):
         announce(f"merged {file} into the base model with multiplier {multiplier}")
     return models
 

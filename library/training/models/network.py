@@ -3,10 +3,10 @@
 import logging
 from typing import Any
 
+import torch
+
 from library.errors import UserError
-from library.options.train import TrainOptions
 from library.options.training.network import NetworkOptions
-from library.training.models.compute import Compute
 from library.training.reporting.console_lines import announce
 from library.training.step.context import Models
 from networks.core.protocol import AdoptedNetwork, NetworkModule, adopt, open_network_module, parse_network_args
@@ -19,12 +19,13 @@ def network_keywords(options: NetworkOptions) -> dict[str, Any]:
     return {"dropout": options.network_dropout, **parse_network_args(options.network_args)}
 
 
-def open_network(options: TrainOptions, models: Models, compute: Compute) -> AdoptedNetwork:
-    """The adapter, installed on models that are settled, with its starting weights; it is on the device afterwards.
+def open_network(
+    wanted: NetworkOptions, models: Models, device: torch.device, dtype: torch.dtype | None
+) -> AdoptedNetwork:
+    """Install the adapter on the models, with its starting weights, on `device`; without `dtype` it keeps its own.
 
     Raises UserError where the module cannot be imported, an argument is wrong, or a file does not fit.
     """
-    wanted = options.network
     announce(f"import network module: {wanted.network_module}")
     network = adopt(create(wanted, opened(wanted), models))
     network.apply_to(
@@ -34,8 +35,7 @@ def open_network(options: TrainOptions, models: Models, compute: Compute) -> Ado
     )
     if wanted.network_weights:
         network.load_weights(wanted.network_weights)
-    is_full = options.precision.full_fp16 or options.precision.full_bf16
-    network.module.to(compute.device, compute.dtype if is_full else None)
+    network.module.to(device, dtype)
     return network
 
 

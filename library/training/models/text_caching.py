@@ -18,6 +18,7 @@ from library.data.training_data import TrainingData
 from library.errors import UserError, needing
 from library.options.caching import TextCachingOptions
 from library.options.train import TrainOptions
+from library.options.training.network import NetworkOptions
 from library.processes import Processes
 from library.protocols import Architecture, LiveText, TextCacheSpec, TextPipeline
 from library.training.step.context import Autocast
@@ -47,22 +48,22 @@ class RunText:
         return cls(encoders, cached.store, prompts)
 
 
-def cached_text(options: TrainOptions, spec: TextCacheSpec | None) -> TextCacheSpec | None:
-    """The spec where outputs of text encoders are to be cached, else None: also where every encoder trains."""
+def cached_text(options: NetworkOptions, spec: TextCacheSpec | None) -> TextCacheSpec | None:
+    """Return the spec where outputs of text encoders are to be cached, else None: also where every encoder trains."""
     if spec is None or not spec.options.cache_text_encoder_outputs:
         return None
     live = live_text(options, spec)
     return None if live is not None and set(live.keys) == set(spec.keys) else spec
 
 
-def live_text(options: TrainOptions, spec: TextCacheSpec | None) -> LiveText | None:
-    """The text encoders that stay to be trained beside the cache; None where none does, or where nothing is cached."""
-    if spec is None or not spec.options.cache_text_encoder_outputs or options.network.network_train_unet_only:
+def live_text(options: NetworkOptions, spec: TextCacheSpec | None) -> LiveText | None:
+    """Return the text encoders that are trained beside the cache; None where none is, or where nothing is cached."""
+    if spec is None or not spec.options.cache_text_encoder_outputs or options.network_train_unet_only:
         return None
     return spec.live
 
 
-def check_text_caching(options: TrainOptions, spec: TextCacheSpec | None) -> None:
+def check_text_caching(options: NetworkOptions, spec: TextCacheSpec | None) -> None:
     """Raise UserError where cached outputs would not be what the run trains with; warn of options without effect."""
     if spec is None:
         return
@@ -75,14 +76,14 @@ def check_text_caching(options: TrainOptions, spec: TextCacheSpec | None) -> Non
             logger.warning("--%s has no effect without --cache_text_encoder_outputs", name)
     if not wanted.cache_text_encoder_outputs:
         return
-    if spec.live is None and spec.can_train and not options.network.network_train_unet_only:
+    if spec.live is None and spec.can_train and not options.network_train_unet_only:
         raise UserError(
             "--cache_text_encoder_outputs encodes the captions once and frees the text encoders, so these cannot get "
             "an adapter; add --network_train_unet_only, or leave out --cache_text_encoder_outputs"
         )
     live = live_text(options, spec)
     argument = None if live is None else live.excluded_by
-    if argument is not None and is_switched_on(options.network.network_args, argument):
+    if argument is not None and is_switched_on(options.network_args, argument):
         raise UserError(
             f"--network_args {argument}=True trains a text encoder whose outputs --cache_text_encoder_outputs takes "
             "before training; leave one of them out"
@@ -101,9 +102,9 @@ def check_text_caching(options: TrainOptions, spec: TextCacheSpec | None) -> Non
         )
 
 
-def files_that_change_text(options: TrainOptions) -> Iterator[tuple[str, str]]:
-    """Each of --base_weights that adapts a text encoder, with one of its keys that do."""
-    for file in options.network.base_weights or ():
+def files_that_change_text(options: NetworkOptions) -> Iterator[tuple[str, str]]:
+    """Yield each of --base_weights that adapts a text encoder, with one of its keys that do."""
+    for file in options.base_weights or ():
         if changed := keys_of_text_encoders(Path(file)):
             yield file, changed[0]
 
@@ -122,7 +123,7 @@ def prepare_text(
     Those that train stay, also beside a cache. The others are not loaded at all where everything is on disk already.
     With --text_encoder_cpu those that get no adapter never come to the device.
     """
-    spec = cached_text(options, arch.text_cache)
+    spec = cached_text(options.network, arch.text_cache)
     on_cpu = arch.text_cache is not None and arch.text_cache.options.text_encoder_cpu
     if isinstance(data, PromptPairs):
         return encode_concepts(arch, data.texts, prompts, torch.device("cpu") if on_cpu else device, autocast)
@@ -143,7 +144,7 @@ def prepare_text(
     encoding = TextEncoding(spec, open_encoders, options.precision.mixed_precision)
     assert isinstance(data, DataPlan), "--dataset_class refuses --cache_text_encoder_outputs"
     cached = cache_texts(data, encoding, prompts, options.caching.skip_cache_check, processes)
-    live = live_text(options, spec)
+    live = live_text(options.network, spec)
     if live is None:
         return RunText.beside(cached, [])
     with needing("text encoders get an adapter without --network_train_unet_only; give them, or that option"):

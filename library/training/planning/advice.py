@@ -39,7 +39,8 @@ def memory_hints(runs: Sequence[Run], batch: Batch) -> list[str]:
     except NotThere:  # a run whose features are cached may lack text encoders, with which captions are counted
         return []
     fewer = ["fewer adapters in one --sweep need about that much less"] if len(runs) > 1 else []
-    return fewer + few(list(lines(step, way_of(run.options), allowed_ever(run.options), gpu_like(device))))
+    allowed = allowed_ever(run.options.precision, run.options.distributed)
+    return fewer + few(list(lines(step, way_of(run.options), allowed, gpu_like(device))))
 
 
 def gpu_like(device: torch.device) -> Gpu:

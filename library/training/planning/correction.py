@@ -107,7 +107,14 @@ class MemoryWatch:
             logger.info("the choice stays as it is: %s", describe(chosen.way))
         else:
             context, options = self._run.context, self._run.options.with_values(values_of(choice.chosen.way))
-            choose_block_runner(options, context.arch, context.models, [context.network])
+            choose_block_runner(
+                options.memory,
+                options.compiling,
+                context.trains_text_encoder,
+                context.arch,
+                context.models,
+                [context.network],
+            )
             need = in_gib(choice.chosen.device_bytes)
             logger.warning("from here on: %s, which needs %s", describe(choice.chosen.way), need)
 

@@ -34,14 +34,14 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + CONTEXT_BYTES
 
 
-def card_of(options: TrainOptions, processes: Processes) -> Gpu:
-    """This process's device with the room of --fit. Several processes choose alike: they take the least room that one
-    of them has, and the main process's speed."""
-    wanted = options.fit.fit
-    assert wanted is not None
+def measure_gpu(wanted: str, mixed_precision: str, processes: Processes) -> Gpu:
+    """Return this process's device with the memory that the user allows (`wanted`, a size or "auto").
+
+    Several processes choose alike: they take the least memory that one of them has, and the main process's speed.
+    """
     room = free_memory(processes.device) if wanted == "auto" else parse_size("--fit", wanted)
     room = min(map(int, processes.merged("room", {processes.rank: str(room)}).values()))
-    card = measured_gpu(processes.device, room, DTYPES[options.precision.mixed_precision])
+    card = measured_gpu(processes.device, room, DTYPES[mixed_precision])
     flops, bus = map(float, processes.share("speed", f"{card.flops} {card.bus}").split())
     return replace(card, flops=flops, bus=bus)
 
@@ -98,7 +98,8 @@ def fit_run(
 
     Raises UserError where nothing fits.
     """
-    card = card_of(options, processes)
+    assert options.fit.fit is not None
+    card = measure_gpu(options.fit.fit, options.precision.mixed_precision, processes)
     batch = largest_batch(plan)
     counted = counted_run(options, arch, batch, processes.device, adapters)
     found = fit_to(counted, options, card, sweep_of(options, arch, batch, processes.device, adapters))

@@ -7,6 +7,8 @@ from typing import Any
 from library.memory.planner.choice import Allowed
 from library.memory.planner.prediction import Way
 from library.memory.planner.weights import Matrix, StorageCost
+from library.options.machine.distributed import DistributedOptions
+from library.options.machine.memory import PrecisionOptions
 from library.options.train import TrainOptions
 
 SMALLER = ("int8", "nf4")  # weight formats that are suggested
@@ -22,13 +24,13 @@ def way_of(options: TrainOptions) -> Way:
         recompute_every=memory.gradient_checkpointing_every if memory.recomputes else None,
         inputs_wait=memory.offloads_inputs,
         num_offloaded=memory.blocks_to_swap or 0,
-        shared_by=shared_by(options),
+        shared_by=num_shares(options.distributed),
     )
 
 
-def shared_by(options: TrainOptions) -> int:
-    """Over how many processes the denoiser is spread; a run has settled that by its processes."""
-    return (options.distributed.shard_group or 1) if options.distributed.shard_base else 1
+def num_shares(options: DistributedOptions) -> int:
+    """Count the processes that share the denoiser's weights."""
+    return (options.shard_group or 1) if options.shard_base else 1
 
 
 def values_of(way: Way) -> dict[str, Any]:
@@ -79,11 +81,11 @@ def allowed_by(options: TrainOptions) -> Allowed:
     )
 
 
-def allowed_ever(options: TrainOptions) -> Allowed:
-    """All that a user could set, in the format that the weights have and in those of SMALLER that take fewer bytes."""
-    name = options.precision.denoiser_format
-    allowed = replace(Allowed(), recompute_every=EVERY, shared_by=shared_by(options))
-    if options.precision.multiplies_codes:
+def allowed_ever(precision: PrecisionOptions, distributed: DistributedOptions) -> Allowed:
+    """Return all that a user could set, in the weights' format and in those of SMALLER that take fewer bytes."""
+    name = precision.denoiser_format
+    allowed = replace(Allowed(), recompute_every=EVERY, shared_by=num_shares(distributed))
+    if precision.multiplies_codes:
         return replace(allowed, weight_formats=(name,))
     own_bytes = None if name is None else StorageCost.of(name).num_bytes(TYPICAL_WEIGHT)
     smaller = [

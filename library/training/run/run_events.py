@@ -13,6 +13,7 @@ import torch
 from library.checkpoints.metadata import commit_hash
 from library.errors import UserError
 from library.launcher import launched_rank
+from library.options.base import Options
 from library.options.train import TrainOptions
 from library.progress import listening
 from library.training.config_file import SECRETS
@@ -91,7 +92,7 @@ def open_sinks(options: TrainOptions, stack: ExitStack) -> list[Sink]:
     return sinks
 
 
-def without_secrets(command: Sequence[str] | None, options: TrainOptions) -> list[str] | None:
+def without_secrets(command: Sequence[str] | None, options: Options) -> list[str] | None:
     """The words of a command line, keys and tokens hidden."""
     if command is None:
         return None
@@ -105,8 +106,8 @@ def without_secrets(command: Sequence[str] | None, options: TrainOptions) -> lis
     return words
 
 
-def given(options: TrainOptions) -> dict[str, Any]:
-    """Every option that is not at its default, without keys and tokens."""
+def given(options: Options) -> dict[str, Any]:
+    """Return every option that is not at its default, without keys and tokens."""
     values, defaults = options.flat(), type(options).defaults()
     return {name: plain(v) for name, v in values.items() if v != defaults[name] and name not in SECRETS}
 

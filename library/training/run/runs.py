@@ -13,6 +13,7 @@ from library.training.evaluation.preview import Previews
 from library.training.evaluation.validation import Validation
 from library.training.loop.prepared import PreparedRun
 from library.training.models.base_model import LoadedModels
+from library.training.models.block_running import trains_text_encoders
 from library.training.models.compute import Compute
 from library.training.models.step_context import step_context
 from library.training.reporting.event_stream import Events
@@ -75,7 +76,9 @@ def run_of(wanted: Wanted, network: AdoptedNetwork, shared: Shared, place: int) 
     models = shared.loaded.models
     optimization = build_optimization(options, network, models, shared.plan.max_train_steps, compute.device)
     alone = nullcontext if shared.turns is None else partial(shared.turns.only, place)
-    context = step_context(options, arch, wanted.seed, shared.loaded, network, compute, alone)
+    trains_text = trains_text_encoders(options.network, options.optimizer.learning_rate)
+    vae_batch_size = options.caching.vae_batch_size
+    context = step_context(trains_text, vae_batch_size, arch, wanted.seed, shared.loaded, network, compute, alone)
     context = replace(context, preserves_in_step=preserves_in_step(shared.data, models.sharded))
     return Run(
         options=options,

@@ -15,7 +15,7 @@ from networks.core.protocol import OURS
 logger = logging.getLogger(__name__)
 
 
-def launched_values(options: TrainOptions) -> dict[str, Any]:
+def launched_values(is_sharded: bool) -> dict[str, Any]:
     """Return --shard_base if accelerate is configured for FSDP2, which means the same.
 
     Raises UserError for FSDP 1; to be called before accelerate is set up, which has errors of its own for it.
@@ -26,7 +26,7 @@ def launched_values(options: TrainOptions) -> dict[str, Any]:
             "and the adapter is small: run `accelerate config` again with FSDP version 2, which means --shard_base, or "
             "give --multi_gpu to accelerate launch"
         )
-    if fsdp_version() != 2 or options.distributed.shard_base:
+    if fsdp_version() != 2 or is_sharded:
         return {}
     logger.info("accelerate is configured for FSDP2: --shard_base spreads the frozen base model over the processes")
     return {"shard_base": True}

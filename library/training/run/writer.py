@@ -87,10 +87,10 @@ def build_writer(run: Run, progress: Progress, validation: Validation) -> Writer
         optimizer=built.name,
         has_relative_step=built.has_relative_step,
         network_args=network_keywords(options.network),
-        datasets=data.metadata(options, run.processes.count),
+        datasets=data.metadata(options.dataset, plan.accumulation),
     )
     executor = ThreadPoolExecutor(1, thread_name_prefix="hash")
-    base_files = executor.submit(base_file_metadata, options)
+    base_files = executor.submit(base_file_metadata, options.model)
     executor.shutdown(wait=False)
 
     def write_state(folder: Path, step: int, epoch: int, done: Collection[Part]) -> None:

@@ -46,7 +46,7 @@ def test_the_message_says_what_was_done_with_which_batch() -> None:
 def test_options_in_use_are_not_advised() -> None:
     """Bytes: 2 of 4 MB for half precision, all of the VAE, 6 of the 8 bytes that AdamW keeps for a parameter."""
     sizes = Sizes(denoiser=2_000_000, text_encoders=1_000_000, vae=1_000_000, num_trained=500_000)
-    lines = "\n".join(savings(made(train_batch_size=4), sizes, CPU))
+    lines = "\n".join(savings(made(train_batch_size=4).flat(), sizes, CPU))
     assert "--mixed_precision bf16 halves models and activations: 2.0 MB less" in lines
     assert "--cache_latents lets the VAE leave before training: 1.0 MB less" in lines
     assert "AdamW8bit keeps the optimizer's memory in 8 bits: 3.0 MB less" in lines
@@ -55,7 +55,7 @@ def test_options_in_use_are_not_advised() -> None:
         gradient_checkpointing=True, cache_latents=True, mixed_precision="bf16", optimizer_type="AdamW8bit",
         network_train_unet_only=True,
     )  # fmt: skip
-    lines = "\n".join(savings(used, sizes, CPU))
+    lines = "\n".join(savings(used.flat(), sizes, CPU))
     for option in ("--gradient_checkpointing", "--cache_latents", "--mixed_precision", "--optimizer_type", "--train"):
         assert option not in lines
 
