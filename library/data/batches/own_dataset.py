@@ -27,14 +27,6 @@ from library.types import Batch
 logger = logging.getLogger(__name__)
 
 FLAG = "--dataset_class"
-CANNOT = {  # option -> why it cannot be had of batches that a class of the user's makes
-    "cache_latents": "its batches may be other ones each time; it can give `latents` itself",
-    "cache_latents_to_disk": "its batches may be other ones each time; it can give `latents` itself",
-    "cache_text_encoder_outputs": "its captions are not known before they are drawn",
-    "cache_text_encoder_outputs_to_disk": "its captions are not known before they are drawn",
-    "validation_split": "its pictures are not known one by one",
-    "fit": "the sizes of its batches are not known before they are drawn",
-}
 DESCRIBED = ("dataset_config", "train_data_dir", "reg_data_dir", "in_json")
 
 
@@ -184,11 +176,8 @@ def sides_of(resolution: str | None) -> tuple[int, int] | None:
     return first, others[0] if others else first
 
 
-def check_own_dataset(name: str, values: Mapping[str, Any]) -> None:
-    """Raise UserError for options that the class `name` excludes; warn of descriptions that it replaces."""
-    for option, reason in CANNOT.items():
-        if values.get(option):
-            raise UserError(f"--{option} does not work with {FLAG} {name}: {reason}")
+def warn_of_replaced(values: Mapping[str, Any]) -> None:
+    """Warn of descriptions of data that the user's class replaces."""
     for option in DESCRIBED:
         if values.get(option):
             logger.warning("--%s is ignored: %s gives the data", option, FLAG)

@@ -88,20 +88,26 @@ class PrecisionOptions(Options):
     )
     full_fp16: bool = option(
         False,
+        requires="mixed_precision=fp16",
         help="Keep the adapter and its gradients in fp16 too. Needs --mixed_precision fp16; saves memory and loses "
         "accuracy.",
     )
     full_bf16: bool = option(
         False,
+        requires="mixed_precision=bf16",
         usual=True,
         help="Keep the adapter and its gradients in bf16 too. Needs --mixed_precision bf16; saves memory and loses "
         "accuracy.",
     )
     fp8_base: bool = option(
-        False, usual=True, help="Keep the frozen base model in 8 bits. Needs --mixed_precision fp16 or bf16."
+        False,
+        usual=True,
+        requires="mixed_precision=bf16|fp16",
+        help="Keep the frozen base model in 8 bits. Needs --mixed_precision fp16 or bf16.",
     )
     fp8_base_unet: bool = option(
         False,
+        requires="mixed_precision=bf16|fp16",
         help="Keep the frozen denoiser in 8 bits and the text encoders in the format of --mixed_precision.",
     )
 

@@ -13,6 +13,7 @@ class ReportOptions(Options, affects_training=False):
         None,
         own=True,
         unless="dry_run",
+        names_output=True,
         help="File that takes what happens in the run, one JSON object a line, for front ends and other programs; - is "
         "standard output. Emptied at the start, continued with --resume and --autoresume.",
     )

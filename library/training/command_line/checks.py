@@ -4,7 +4,6 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PureWindowsPath
-from typing import Any
 
 from library.checkpoints.metadata import thumbnail_url
 from library.checkpoints.overwriting import check_not_input, check_overwrite
@@ -12,7 +11,6 @@ from library.errors import UserError
 from library.memory.codecs.weight_format import load_format
 from library.memory.planner.gpus import parse_size
 from library.options.base import Options
-from library.options.caching import CachingOptions
 from library.options.dataset import DatasetOptions
 from library.options.machine.base_formats import BASE_FORMATS
 from library.options.machine.compiling import CompileOptions
@@ -21,9 +19,9 @@ from library.options.model import ModelOptions
 from library.options.no_effect import is_set, unused
 from library.options.output.preview import PreviewOptions
 from library.options.ranges import check_ranges
+from library.options.requirements import check_requirements
 from library.options.support import unsupported
 from library.options.train import TrainOptions
-from library.options.training.loss import LossOptions
 from library.options.training.network import NetworkOptions
 from library.options.training.noise import NoiseOptions
 from library.options.training.optimizer import OptimizerOptions
@@ -37,14 +35,12 @@ from library.training.saving.checkpoints import Names
 
 logger = logging.getLogger(__name__)
 
-OUTPUT_FLAGS = ("log_events", "console_log_file")  # the options that name files to write
 SETS_OWN_RATE = ("prodigy", "dadapt", "adafactor")  # warned of with their own reasons where the rate is odd
 MAX_NAME_BYTES = 255 - len("-step00000000-state")  # what file systems allow, less what a run appends
 SQUARES_IN_DTYPE_OF_WEIGHTS = (
     "torch.optim.Adam", "torch.optim.NAdam", "torch.optim.RAdam", "torch.optim.RMSprop", "prodigyopt.",
     "schedulefree.AdamW", "schedulefree.RAdam",
 )  # fmt: skip
-ANY_CHOICE = ("max_token_length", "dynamo_backend", "sample_sampler", "zero_stage")  # names of files in use; see cli.py
 
 
 def check(options: TrainOptions) -> None:
@@ -59,9 +55,10 @@ def check(options: TrainOptions) -> None:
         )
     check_output(options)
     check_precision(options)
-    check_optimizer(options.optimizer)
+    check_requirements(options)
+    wanted_type(options.optimizer)  # which raises where several are named
     check_network(options.network)
-    check_noise_and_loss(options.noise, options.loss, options.model.v_parameterization)
+    check_timesteps(options.noise)
     check_fit(options.fit.fit)
     check_compiling(options.compiling)
     check_previews(options.preview)
@@ -98,7 +95,7 @@ def report_unused(options: TrainOptions, ignores: Mapping[str, str]) -> None:
     """Warn of every option that is given and does nothing; `ignores` are those that do nothing for the base model."""
     if options.concepts is not None:
         ignores = {**ignores, **ignored_for_concepts(type(options), bool(options.preview.sample_prompts))}
-    for line in (*unused(options, ignores), *idle_previews(options.preview), *doubtful(options)):
+    for line in (*unused(options, ignores), *doubtful(options)):
         logger.warning("%s", line)
 
 
@@ -111,10 +108,10 @@ def check_buckets(dataset: DatasetOptions) -> None:
 
 def check_choices(options: Options) -> None:
     """Raise UserError for a value that is none of an option's choices, which config files can bring."""
-    values = options.flat()
+    values, facts = options.flat(), type(options).facts()
     for field, _ in type(options).leaves():
         choices = field.metadata.get("choices")
-        if choices is None or field.name in ANY_CHOICE:
+        if choices is None or facts[field.name].takes_other_values:
             continue
         value = values[field.name]
         if all(item in choices for item in (value if isinstance(value, list) else [value])):
@@ -162,27 +159,29 @@ def check_output(options: TrainOptions) -> None:
 
 def check_overwriting(options: TrainOptions) -> None:
     """Raise UserError where the run would write over a file that it reads, or a page over a file that is no report."""
-    inputs = input_files(options.flat(), is_resumed=bool(options.state.resume or options.state.autoresume))
+    inputs = input_files(options, is_resumed=bool(options.state.resume or options.state.autoresume))
     names = Names.build(options.saving)
     for given in inputs:
         is_of_run = names.has_stem(given.stem) and given.suffix == names.of_end().suffix
         if is_of_run and given.parent.resolve() == names.folder.resolve():
             check_not_input("--output_name:", given, [given])
-    for flag in OUTPUT_FLAGS:
-        if path := options.flat()[flag]:
-            check_not_input(f"--{flag}", Path(path), inputs)
+    values = options.flat()
+    for name, facts in type(options).facts().items():
+        if facts.names_output and values[name]:
+            check_not_input(f"--{name}", Path(values[name]), inputs)
     if not options.reports.no_report:
         for page in (names.of_report(), *([names.of_sweep()] if options.sweep.sweep else [])):
             check_overwrite("--output_name:", page, REPORT, inputs)
 
 
-def input_files(values: Mapping[str, Any], is_resumed: bool) -> list[Path]:
+def input_files(options: Options, is_resumed: bool) -> list[Path]:
     """Return the files that options name and the run reads.
 
     A resumed run has its weights from the state, and reads no more of an adapter file than its shapes.
     """
-    left_out = (*OUTPUT_FLAGS, *(["network_weights"] if is_resumed else []))
-    read = [value for name, value in values.items() if name not in left_out]
+    outputs = {name for name, facts in type(options).facts().items() if facts.names_output}
+    left_out = {*outputs, *(["network_weights"] if is_resumed else [])}
+    read = [value for name, value in options.flat().items() if name not in left_out]
     texts = [text for value in read for text in (value if isinstance(value, list) else [value])]
     return [Path(text) for text in texts if isinstance(text, str | Path) and os.path.isfile(text)]
 
@@ -212,18 +211,6 @@ def check_folder(flag: str, folder: Path) -> None:
 def check_precision(options: TrainOptions) -> None:
     """Number formats fit together and exist on this machine."""
     precision = options.precision
-    for flag, kind in (("full_fp16", "fp16"), ("full_bf16", "bf16")):
-        if getattr(precision, flag) and precision.mixed_precision != kind:
-            raise UserError(
-                f"--{flag} needs --mixed_precision {kind}, but that is {precision.mixed_precision}; "
-                f"set it to {kind} or leave out --{flag}"
-            )
-    for flag in ("fp8_base", "fp8_base_unet"):
-        if getattr(precision, flag) and precision.mixed_precision == "no":
-            raise UserError(
-                f"--{flag} needs --mixed_precision bf16 or fp16, which the 8-bit weights are computed with; set one of "
-                f"them, or leave out --{flag}"
-            )
     values = precision.flat()
     for flag in ("fp8_base", "fp8_base_unet", "fp8_scaled"):
         if values.get(flag) and precision.base_format not in (None, "fp8"):
@@ -231,7 +218,7 @@ def check_precision(options: TrainOptions) -> None:
                 f"--{flag} and --base_format {precision.base_format} ask for two forms of the same weights; leave one "
                 "of them out"
             )
-    check_arithmetic(precision, bool(options.network.base_weights), bool(options.fit.fit_formats))
+    check_arithmetic(precision, bool(options.network.base_weights))
     if precision.mixed_precision == "fp16" and not options.dataset.only_looks and not has_accelerator():
         raise UserError(
             "--mixed_precision fp16 needs a GPU and none is found; use --mixed_precision bf16 or no on the CPU"
@@ -240,7 +227,7 @@ def check_precision(options: TrainOptions) -> None:
         check_full_fp16(wanted_type(options.optimizer))
 
 
-def check_arithmetic(precision: PrecisionOptions, merges: bool, chooses_format: bool) -> None:
+def check_arithmetic(precision: PrecisionOptions, merges: bool) -> None:
     """Raise UserError for 8-bit products of weights that are not stored in 8 bits, or may be stored otherwise."""
     if not precision.multiplies_codes:
         return
@@ -255,11 +242,6 @@ def check_arithmetic(precision: PrecisionOptions, merges: bool, chooses_format: 
         raise UserError(
             "--base_arithmetic 8bit needs weights in 8 bits, and those that --base_weights are merged into are whole "
             "again; add --base_format int8_rotated"
-        )
-    if chooses_format:
-        raise UserError(
-            "--base_arithmetic 8bit and --fit_formats: which forms can be multiplied as they are differs from form to "
-            "form; leave out --fit_formats and set --base_format"
         )
 
 
@@ -292,18 +274,6 @@ def check_compiling(compiling: CompileOptions) -> None:
         raise UserError(f"--compile_mode {compiling.compile_mode} is for inductor; leave it out for {backend}")
 
 
-def check_inpainting(caching: CachingOptions, inpaints: bool) -> None:
-    """Raise UserError for training a base model on masks that takes none, or whose latents would be cached."""
-    if not inpaints:
-        raise UserError("--train_inpainting: this base model takes no masks; leave it out")
-    for name in ("cache_latents", "cache_latents_to_disk"):
-        if getattr(caching, name):
-            raise UserError(
-                "--train_inpainting blanks another part of a picture each time, which must be encoded anew; leave out "
-                f"--{name}"
-            )
-
-
 def warn_of_fp16_vae(model: ModelOptions, mixed_precision: str) -> None:
     """Warn of a VAE that is known to overflow in fp16, which only the NaN would show otherwise."""
     if mixed_precision == "fp16" and not model.no_half_vae:
@@ -320,26 +290,8 @@ def has_accelerator() -> bool:
     return torch.accelerator.is_available()
 
 
-def check_optimizer(optimizer: OptimizerOptions) -> None:
-    """Raise UserError where two optimizers are named."""
-    old = [name for name in ("use_8bit_adam", "use_lion_optimizer") if getattr(optimizer, name)]
-    if len(old) == 2:
-        raise UserError("--use_8bit_adam and --use_lion_optimizer name two optimizers; keep one of them")
-    if old and optimizer.optimizer_type:
-        raise UserError(
-            f"--{old[0]} and --optimizer_type {optimizer.optimizer_type} name two optimizers; keep the second"
-        )
-
-
 def check_network(network: NetworkOptions) -> None:
-    """Raise UserError where nothing would be trained, or a file that the adapter starts from is missing."""
-    if network.network_train_unet_only and network.network_train_text_encoder_only:
-        raise UserError(
-            "--network_train_unet_only and --network_train_text_encoder_only together train nothing; "
-            "leave out both to train both parts"
-        )
-    if network.dim_from_weights and not network.network_weights:
-        raise UserError("--dim_from_weights needs --network_weights, the file to read the ranks from")
+    """Raise UserError where an adapter file is missing, or has more strengths than files."""
     for flag, paths in (("network_weights", [network.network_weights]), ("base_weights", network.base_weights or [])):
         for path in paths:
             if path and not Path(path).exists():
@@ -358,23 +310,8 @@ def check_fit(size: str | None) -> None:
         parse_size("--fit", str(size))
 
 
-def check_noise_and_loss(noise: NoiseOptions, loss: LossOptions, is_v: bool) -> None:
-    """Raise UserError for noise and weighting options that contradict each other, or the prediction of velocity."""
-    if asks_number(noise.adaptive_noise_scale) and not asks_number(noise.noise_offset):
-        raise UserError(
-            f"--adaptive_noise_scale {noise.adaptive_noise_scale} adjusts --noise_offset, which is not set; "
-            "set --noise_offset, or leave out --adaptive_noise_scale"
-        )
-    if loss.scale_v_pred_loss_like_noise_pred and not is_v:
-        raise UserError(
-            "--scale_v_pred_loss_like_noise_pred needs --v_parameterization; "
-            "leave it out for a model that predicts noise"
-        )
-    if asks_number(loss.v_pred_like_loss) and is_v:
-        raise UserError(
-            f"--v_pred_like_loss {loss.v_pred_like_loss} is for models that predict noise; leave it out, "
-            "or leave out --v_parameterization"
-        )
+def check_timesteps(noise: NoiseOptions) -> None:
+    """Raise UserError where the lowest timestep is above the highest."""
     low, high = noise.min_timestep or 0, 1000 if noise.max_timestep is None else noise.max_timestep
     if low > high:
         raise UserError(
@@ -387,25 +324,6 @@ def check_previews(preview: PreviewOptions) -> None:
     if not Timetable.build(preview).is_empty and preview.sample_prompts:
         check_sampler(preview.sample_sampler, "--sample_sampler")
         read_prompts(Path(preview.sample_prompts))
-
-
-def idle_previews(preview: PreviewOptions) -> Iterator[str]:
-    """Yield a line for every option of previews that has no effect."""
-    timetable = Timetable.build(preview)
-    times = "--sample_every_n_epochs, --sample_every_n_steps or --sample_at_first"
-    if timetable.is_empty:
-        for name in ("sample_prompts", "sample_sampler"):
-            if is_set(getattr(preview, name), type(preview).defaults()[name]):
-                yield f"--{name} has no effect: no pictures are drawn without {times}"
-    elif not preview.sample_prompts:
-        yield f"no pictures are drawn: {times} need --sample_prompts, the file with the prompts"
-    if timetable.every_n_epochs and (preview.sample_every_n_steps or 0) > 0:
-        yield "--sample_every_n_steps has no effect with --sample_every_n_epochs"
-
-
-def asks_number(value: float | None) -> bool:
-    """Whether a strength is given and not zero."""
-    return value is not None and value != 0
 
 
 def doubtful(options: TrainOptions) -> Iterator[str]:

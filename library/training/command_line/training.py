@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any, Generic
 
+from library.errors import UserError
 from library.options.output.saving import SavingOptions
 from library.protocols import Architecture
-from library.training.command_line.checks import check, check_inpainting, report_unused, warn_of_fp16_vae
+from library.training.command_line.checks import check, report_unused, warn_of_fp16_vae
 from library.training.command_line.run_lock import run_locks
 from library.training.failures.interruption import Interrupted, Interruption
 from library.training.reporting.event_stream import EventsOfAll, WarningEvents
@@ -123,8 +124,8 @@ def open_architecture(options: ResolvedOptions[OptionsT], build: Callable[[Optio
                 open_network_module(module)
         arch = build(options.shared)
     report_unused(options.shared, arch.ignores)
-    if options.shared.dataset.train_inpainting:
-        check_inpainting(options.shared.caching, arch.inpaints)
+    if options.shared.dataset.train_inpainting and not arch.inpaints:
+        raise UserError("--train_inpainting: this base model takes no masks; leave it out")
     if arch.vae_overflows_in_fp16:
         warn_of_fp16_vae(options.shared.model, options.shared.precision.mixed_precision)
     return arch

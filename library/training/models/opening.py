@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 from library.collector import importing
-from library.data.batches.own_dataset import check_own_dataset, open_own_dataset
+from library.data.batches.own_dataset import open_own_dataset, warn_of_replaced
 from library.data.concepts.prompt_pairs import open_prompt_pairs
 from library.data.description.schema import RunDataConfig, level_offset
 from library.data.plan.data_plan import DataPlan, build_plan
@@ -57,7 +57,7 @@ def open_training_data(options: TrainOptions, arch: Architecture, seed: int, num
     if name is None:
         return open_data_plan(options, arch, seed, num_processes)
     cls = import_class(name, "--dataset_class", name)
-    check_own_dataset(name, options.flat())
+    warn_of_replaced(options.flat())
     own = open_own_dataset(cls, options.dataset, options.model.max_token_length, arch.codec.spec, seed)
     own.audit(logger)
     return own

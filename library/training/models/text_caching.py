@@ -16,7 +16,6 @@ from library.data.concepts.prompt_pairs import PromptPairs
 from library.data.plan.data_plan import DataPlan
 from library.data.training_data import TrainingData
 from library.errors import UserError, needing
-from library.options.caching import TextCachingOptions
 from library.options.train import TrainOptions
 from library.options.training.network import NetworkOptions
 from library.processes import Processes
@@ -65,16 +64,7 @@ def live_text(options: NetworkOptions, spec: TextCacheSpec | None) -> LiveText |
 
 def check_text_caching(options: NetworkOptions, spec: TextCacheSpec | None) -> None:
     """Raise UserError where cached outputs would not be what the run trains with; warn of options without effect."""
-    if spec is None:
-        return
-    wanted = spec.options
-    for name in ("text_cache_variants", "text_encoder_batch_size"):
-        value = getattr(wanted, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} is {value}; use at least 1, or leave it out")
-        if not wanted.cache_text_encoder_outputs and value != TextCachingOptions.defaults()[name]:
-            logger.warning("--%s has no effect without --cache_text_encoder_outputs", name)
-    if not wanted.cache_text_encoder_outputs:
+    if spec is None or not spec.options.cache_text_encoder_outputs:
         return
     if spec.live is None and spec.can_train and not options.network_train_unet_only:
         raise UserError(

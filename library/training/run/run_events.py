@@ -80,8 +80,6 @@ def open_sinks(options: TrainOptions, stack: ExitStack) -> list[Sink]:
         return []
     sinks: list[Sink] = []
     if path == "-":
-        if options.console.console_log_simple:
-            raise UserError(f"{FLAG} - and --console_log_simple both want standard output; leave one of them out")
         sinks.append(JsonLines(sys.stdout, f"{FLAG} -", closes=False))
         stack.enter_context(redirect_stdout(sys.stderr))
     elif path:

@@ -11,7 +11,7 @@ from typing import Any
 from library.checkpoints.files import remove_temporary
 from library.checkpoints.folders import tidy
 from library.errors import UserError, few
-from library.options.base import Options
+from library.options.base import OnResume, Options
 from library.options.output.saving import HubOptions, SavingOptions, StateOptions
 from library.options.train import TrainOptions
 from library.processes import Processes
@@ -31,9 +31,23 @@ from library.training.step.accumulation import Plan
 
 logger = logging.getLogger(__name__)
 
-OF_THE_STATE = ("optimizer_args",)
-RATES = ("learning_rate", "unet_lr", "text_encoder_lr")
-LENGTH = ("max_train_steps", "max_train_epochs")
+EFFECTS: Mapping[OnResume | None, tuple[int, str]] = {
+    "new rate": (
+        logging.WARNING,
+        ", which takes effect from here on: the run is not the uninterrupted one any more",
+    ),
+    "new length": (
+        logging.INFO,
+        ": learning rates that depend on the length of the run follow the new length from here on, and then it is not "
+        "the uninterrupted one any more",
+    ),
+    "kept by the optimizer": (
+        logging.WARNING,
+        ": the optimizer goes on as the state has it; to change it, start from the weights with --network_weights "
+        "instead",
+    ),
+    None: (logging.WARNING, ": the run goes on, but not as the uninterrupted one would have"),
+}
 
 
 class AlreadyComplete(Exception):
@@ -47,8 +61,10 @@ def rates_of_state(options: Options, facts: StateManifest | None) -> dict[str, A
     values, defaults = options.flat(), type(options).defaults()
     kept = {
         name: facts.options[name]
-        for name in RATES
-        if values[name] == defaults[name] and facts.options.get(name, values[name]) != values[name]
+        for name, about in type(options).facts().items()
+        if about.on_resume == "new rate"
+        and values[name] == defaults[name]
+        and facts.options.get(name, values[name]) != values[name]
     }
     for name, value in kept.items():
         logger.info("--%s is not given: that of the state stays, %s", name, value)
@@ -220,35 +236,16 @@ def report_differences(
 def option_differences(facts: StateManifest, options: Options, num_processes: int) -> Iterator[tuple[int, str]]:
     """Yield a line for every option that changed and matters."""
     now, defaults = recorded_options(options), type(options).defaults()
-    compared = {name for name, about in type(options).facts().items() if not about.may_change_on_resume}
+    about = type(options).facts()
+    compared = {name for name in about if not about[name].may_change_on_resume}
     if facts.num_processes != num_processes:
         compared.discard("gradient_accumulation_steps")  # what both together do is said by `process_differences`
     for name in sorted(now.keys() & compared):
         before = facts.options.get(name, json.loads(json.dumps(defaults[name], default=str)))
         if before == now[name]:
             continue
-        change = f"--{name} was {before} in the state and is {now[name]}"
-        if name in OF_THE_STATE:
-            yield (
-                logging.WARNING,
-                (
-                    f"{change}: the optimizer goes on as the state has it; to change it, start from the weights with "
-                    "--network_weights instead"
-                ),
-            )
-        elif name in RATES:
-            effect = "which takes effect from here on: the run is not the uninterrupted one any more"
-            yield logging.WARNING, f"{change}, {effect}"
-        elif name in LENGTH:
-            yield (
-                logging.INFO,
-                (
-                    f"{change}: learning rates that depend on the length of the run follow the new length from here "
-                    "on, and then it is not the uninterrupted one any more"
-                ),
-            )
-        else:
-            yield logging.WARNING, f"{change}: the run goes on, but not as the uninterrupted one would have"
+        level, effect = EFFECTS[about[name].on_resume]
+        yield level, f"--{name} was {before} in the state and is {now[name]}{effect}"
 
 
 def dataset_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[int, str]]:

@@ -12,9 +12,7 @@ from typing import Any, Generic, TypeVar
 from library.errors import UserError
 from library.options.base import Options, scalar_type
 from library.options.dataset import DatasetOptions
-from library.options.machine.compiling import CompileOptions
 from library.options.no_effect import is_set, unused
-from library.options.output.saving import HubOptions
 from library.options.ranges import check_number
 from library.options.train import TrainOptions
 from library.options.training.loss import LossOptions
@@ -53,7 +51,6 @@ def shared_and_own(options: OptionsT) -> tuple[OptionsT, dict[str, OptionsT]]:
     """
     if not options.sweep.sweep:
         return options, {"": options}
-    check_together(options.compiling, options.hub, options.reports.log_events)
     found = combinations_of(options)
     logger.info("--sweep: %d adapters in one run: %s", len(found), ", ".join(one.label for one in found))
     words = dict(word_of(item, options) for item in options.sweep.sweep)
@@ -63,23 +60,6 @@ def shared_and_own(options: OptionsT) -> tuple[OptionsT, dict[str, OptionsT]]:
     values = options.flat()
     of_all = {name: values[name] for name in ("sweep", "output_name", "seed", "log_events")}
     return found[0].options.with_values(of_all), {one.label: one.options for one in found}
-
-
-def check_together(compiling: CompileOptions, hub: HubOptions, log_events: str | None) -> None:
-    """Raise UserError for an option that several adapters in one run cannot have."""
-    if compiling.is_on:
-        flag = "compile" if compiling.compile else "torch_compile"
-        raise UserError(
-            f"--{flag} compiles blocks for one adapter, but with --sweep those that run change between training and "
-            "validation; leave it out"
-        )
-    if log_events == "-":
-        raise UserError("--log_events - mixes the events of all adapters of --sweep; name a file, each gets its own")
-    if hub.resume_from_huggingface:
-        raise UserError(
-            "--resume_from_huggingface fetches the state of one adapter, and --sweep needs those of all; fetch them "
-            "and name one of the folders with --resume"
-        )
 
 
 def combinations_of(options: OptionsT) -> list[Combination[OptionsT]]:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from library.data.batches.own_dataset import OwnDataset, batch_of, check_own_dataset, open_own_dataset
+from library.data.batches.own_dataset import OwnDataset, batch_of, open_own_dataset
 from library.options.dataset import DatasetOptions
 from library.protocols import LatentSpec
 
@@ -85,13 +85,6 @@ def test_all_parts_of_a_batch_are_taken_over() -> None:
 def test_what_does_not_fit_is_named(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         batch_of(given, "batch 5", SPEC)
-
-
-@pytest.mark.parametrize("option", ["cache_latents", "fit", "validation_split"])
-def test_what_needs_the_pictures_themselves_is_refused(option: str) -> None:
-    values = {option: {"validation_split": 0.5, "fit": "card"}.get(option, True)}
-    with pytest.raises(ValueError, match=f"--{option} does not work with --dataset_class my.Pictures: "):
-        check_own_dataset("my.Pictures", values)
 
 
 def test_a_class_of_another_kind_is_named_with_what_it_must_offer() -> None:

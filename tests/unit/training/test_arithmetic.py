@@ -35,7 +35,10 @@ def asked(**values: object) -> TrainOptions:
         ({"base_format": "nf4"}, r"--base_format nf4 has none; use --base_format fp8 or int8 or int8_rotated"),
         ({"base_format": "bf16"}, r"--base_format bf16 has none"),
         ({"base_weights": ["a.safetensors"]}, r"--base_weights are merged into are whole again; add --base_format"),
-        ({"base_format": "int8", "fit": "8GB", "fit_formats": ["fp8"]}, r"leave out --fit_formats"),
+        (
+            {"base_format": "int8", "fit": "8GB", "fit_formats": ["fp8"]},
+            r"--fit_formats does not work with --base_arithmetic 8bit: .* set --base_format",
+        ),
     ],
     ids=["nf4", "bf16", "merged", "fitted"],
 )
