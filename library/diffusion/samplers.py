@@ -224,6 +224,6 @@ def even_sigmas(num_steps: int) -> Tensor:
 
 
 def shifted_sampler(prompt: Prompt) -> FlowSampler:
-    """Euler steps along even noise levels that --fs of the prompt pushes toward noise."""
+    """Euler steps along even noise levels that the prompt's shift pushes toward noise."""
     assert prompt.flow_shift is not None
     return FlowSampler(shift_sigmas(even_sigmas(prompt.num_steps), prompt.flow_shift))

@@ -56,7 +56,7 @@ def draw_moved_normal(num_samples: int, generator: torch.Generator, offsets_B: T
 
 
 def takes_offset(weighting: FlowWeightingOptions, sampling: FlowSamplingOptions | None = None) -> bool:
-    """Whether a normal value is behind the levels, so that an offset moves them; SD3 has no --timestep_sampling."""
+    """Return True if a normal value is behind the levels, so that an offset moves them; SD3 has a scheme alone."""
     if sampling is not None and sampling.timestep_sampling != "sigma":
         return sampling.timestep_sampling in ("sigmoid", "shift", "flux_shift")
     return weighting.weighting_scheme == "logit_normal"
@@ -65,10 +65,10 @@ def takes_offset(weighting: FlowWeightingOptions, sampling: FlowSamplingOptions 
 def draw_scheme(
     options: FlowWeightingOptions, num_samples: int, generator: torch.Generator, offsets_B: Tensor | None = None
 ) -> Tensor:
-    """Draws in 0..1 whose density is that of --weighting_scheme, uniform for those that only weight the loss.
+    """Draw from 0..1 with the density of the weighting scheme, uniform for those that only weight the loss.
 
     logit_normal is the sigmoid of a normal value, which offsets are added to; mode is
-    1 - u - c (cos(pi u / 2)^2 - 1 + u), c = --mode_scale (Esser et al. 2024, section 3.1).
+    1 - u - c (cos(pi u / 2)^2 - 1 + u), c its scale (Esser et al. 2024, section 3.1).
     """
     if options.weighting_scheme == "logit_normal":
         z_B = draw_moved_normal(num_samples, generator, offsets_B)
@@ -91,7 +91,7 @@ def scheme_weights(scheme: str, sigmas_B: Tensor) -> Tensor:
 
 
 def shifted_scheme(options: FlowWeightingOptions, shift: float) -> LevelSampler:
-    """SD3's levels: draws of --weighting_scheme, shifted. Raises UserError for a value that makes no levels."""
+    """Return SD3's level sampler: draws of the weighting scheme, shifted. Raises UserError for impossible settings."""
     check_scheme(options)
     check_shift("--training_shift", shift)
 
@@ -104,12 +104,11 @@ def shifted_scheme(options: FlowWeightingOptions, shift: float) -> LevelSampler:
 
 
 def sampled(sampling: FlowSamplingOptions, weighting: FlowWeightingOptions) -> LevelSampler:
-    """The levels that --timestep_sampling names. Raises UserError for a value that makes no levels.
+    """Return the sampler of levels that the options name. Raises UserError for a value that makes no levels.
 
-    `sigma` takes entry int(1000 u) of a table that descends from pure noise, u drawn by --weighting_scheme; `uniform`
-    is uniform; `sigmoid` is q = sigmoid(k (z + offset)), k = --sigmoid_scale; `shift` pushes q by
-    --discrete_flow_shift, `flux_shift` by a shift that grows with the picture, `nextdit_shift` does so with a uniform
-    q.
+    `sigma` takes entry int(1000 u) of a table that descends from pure noise, u drawn by the weighting scheme; `uniform`
+    is uniform; `sigmoid` is q = sigmoid(k (z + offset)), k its scale; `shift` pushes q by a fixed shift, `flux_shift`
+    by one that grows with the image, `nextdit_shift` does so with a uniform q.
     """
     check_scheme(weighting)
     check_shift("--discrete_flow_shift", sampling.discrete_flow_shift)
@@ -145,7 +144,7 @@ def sampled(sampling: FlowSamplingOptions, weighting: FlowWeightingOptions) -> L
 
 
 def check_scheme(options: FlowWeightingOptions) -> None:
-    """Raise UserError for settings of --weighting_scheme that make no levels."""
+    """Raise UserError for settings of the weighting scheme that make no levels."""
     if options.weighting_scheme == "logit_normal" and options.logit_std < 0:
         raise UserError(f"--logit_std is {options.logit_std}; a standard deviation cannot be negative, 1 is usual")
     low, high = MODE_SCALE_LIMITS

@@ -34,10 +34,10 @@ def pointwise_error(prediction_BCHW: Tensor, target_BCHW: Tensor, loss_type: str
 
 
 def huber_threshold(options: LossOptions, sigmas_B: Tensor, timesteps_B: Tensor, num_timesteps: int) -> Tensor:
-    """The threshold c of each sample, times --huber_scale.
+    """Return the threshold of each sample, times its scale.
 
-    constant is --huber_c; exponential falls from 1 at timestep 0 to --huber_c at the last one; snr goes from 1 at the
-    clean end to --huber_c with the noise level, (1 - huber_c) / (1 + sigma)^2 + huber_c.
+    With c = huber_c, constant is c; exponential falls from 1 at timestep 0 to c at the last one; snr goes from 1 at the
+    clean end to c with the noise level, (1 - c) / (1 + sigma)^2 + c.
     """
     check_huber(options)
     if options.huber_schedule == "constant":
@@ -59,10 +59,10 @@ def check_huber(options: LossOptions) -> None:
 
 
 def snr_weights(options: LossOptions, snr_T: Tensor, predicts_velocity: bool) -> Tensor:
-    """The product of all weights that depend on the signal-to-noise ratio, one for each of the given ratios.
+    """Multiply all weights that depend on the signal-to-noise ratio, one for each of the given ratios.
 
-    In the order of application: --min_snr_gamma (Hang et al. 2023), --scale_v_pred_loss_like_noise_pred,
-    --v_pred_like_loss, --debiased_estimation_loss (Yu et al. 2024).
+    In the order of application: min-SNR (Hang et al. 2023), velocity weighted as noise, noise weighted as velocity,
+    debiased estimation (Yu et al. 2024).
     """
     capped_T = snr_T.clamp(max=MAX_SNR)
     weights_T = torch.ones_like(snr_T)

@@ -1,4 +1,4 @@
-"""What is encoded once and kept."""
+"""Caching of latents."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ NO_CAPTIONS = "its captions are not known before they are drawn"
 
 @dataclass(frozen=True)
 class CachingOptions(Options, needs_images=True):
-    """What is encoded once and kept."""
+    """Caching of latents."""
 
     cache_latents: bool = option(
         False,
@@ -62,7 +62,7 @@ VARIANTS = 8
 
 @dataclass(frozen=True)
 class TextCachingOptions(Options):
-    """What is kept of the text encoders' outputs."""
+    """Caching of the text encoders' outputs."""
 
     cache_text_encoder_outputs: bool = option(
         False,

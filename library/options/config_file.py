@@ -38,7 +38,7 @@ BACKSLASH_HINT = "a backslash in double quotes begins a special character: write
 
 
 def is_about_backslash(error: str) -> bool:
-    """Whether a mistake in TOML is a backslash in double quotes, by the words of its reader."""
+    """Return True if a mistake in TOML is a backslash in double quotes, by the words of its reader."""
     return "Unescaped" in error or "Invalid hex value" in error
 
 

@@ -240,5 +240,5 @@ class DatasetOptions(Options, needs_images=True):
 
     @property
     def only_looks(self) -> bool:
-        """Whether the data are looked at and nothing is trained."""
+        """Return True if the data are looked at and nothing is trained."""
         return self.debug_dataset or self.audit_only

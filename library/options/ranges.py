@@ -8,7 +8,7 @@ from library.options.base import Facts, Options
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-    """Whether a value is a number, which true and false are not."""
+    """Return True if a value is a number, which true and false are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

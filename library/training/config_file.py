@@ -27,7 +27,7 @@ class ConfigFileError(UserError):
 
 @dataclass(frozen=True)
 class Config:
-    """What a config file says."""
+    """The content of a config file."""
 
     path: Path
     values: Mapping[str, Any]  # by destination, converted to what the option holds
@@ -35,7 +35,7 @@ class Config:
 
 
 def config_path(config_file: str) -> Path:
-    """The file that --config_file means; `.toml` may be left out."""
+    """Return the config file that is meant; `.toml` may be left out."""
     return Path(config_file if config_file.endswith(".toml") else config_file + ".toml")
 
 

@@ -63,7 +63,7 @@ class FluxModelOptions(Options):
 
 @dataclass(frozen=True)
 class FluxPredictionOptions(FlowPredictionOptions):
-    """What the output of the denoiser is compared as."""
+    """The form in which the denoiser's output is compared with the target."""
 
     model_prediction_type: str = redeclared(FlowPredictionOptions, "model_prediction_type", "sigma_scaled")
 

@@ -73,5 +73,5 @@ class CompileOptions(Options):
 
     @property
     def is_on(self) -> bool:
-        """Whether blocks are compiled."""
+        """Return True if blocks are compiled."""
         return self.compile or self.torch_compile

@@ -66,12 +66,12 @@ class MemoryOptions(Options):
 
     @property
     def recomputes(self) -> bool:
-        """Whether activations of blocks are computed again in the backward pass."""
+        """Return True if activations of blocks are computed again in the backward pass."""
         return self.gradient_checkpointing or self.unsloth_offload_checkpointing
 
     @property
     def offloads_inputs(self) -> bool:
-        """Whether what blocks are computed again from waits in main memory."""
+        """Return True if what blocks are computed again from waits in main memory."""
         return self.recomputes and (self.cpu_offload_checkpointing or self.unsloth_offload_checkpointing)
 
 
@@ -132,7 +132,7 @@ class PrecisionOptions(Options):
 
     @property
     def multiplies_codes(self) -> bool:
-        """Whether products are ones of 8-bit numbers."""
+        """Return True if products are ones of 8-bit numbers."""
         return self.base_arithmetic == "8bit"
 
     @property
@@ -142,5 +142,5 @@ class PrecisionOptions(Options):
 
     @property
     def text_encoder_format(self) -> str | None:
-        """The same for text encoders."""
+        """The weight format of the text encoders that stay; None for that of --mixed_precision."""
         return self.base_format or ("fp8" if self.fp8_base else None)

@@ -163,7 +163,7 @@ class StateOptions(Options, affects_training=False):
 
 @dataclass(frozen=True)
 class MetadataOptions(Options, affects_training=False):
-    """What is written into the header of the file."""
+    """Metadata in the header of saved files."""
 
     no_metadata: bool = option(
         False,

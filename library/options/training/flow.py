@@ -64,7 +64,7 @@ class FlowSamplingOptions(Options):
 
 @dataclass(frozen=True)
 class FlowPredictionOptions(Options):
-    """What the output of the denoiser is compared as."""
+    """The form in which the denoiser's output is compared with the target."""
 
     model_prediction_type: str = option(
         "raw",

@@ -53,7 +53,7 @@ class RunOptions(Options):
 
 @dataclass(frozen=True)
 class FaultOptions(Options):
-    """What happens when something goes wrong, and how to try a run before it starts."""
+    """Failures of a run, and trials before it starts."""
 
     on_nonfinite: str = option(
         "skip",

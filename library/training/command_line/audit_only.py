@@ -30,7 +30,7 @@ MOST_SHOWN = 60  # pictures of a finding on the page
 
 
 def audit_only(options: TrainOptions, latents: LatentSpec) -> None:
-    """Say what was found and what is wrong with it, and show it on a page where --output_dir says where to.
+    """Say what was found and what is wrong with it, and write a page about it where there is an output folder.
 
     Raises UserError for mistakes in the description.
     """
@@ -80,7 +80,7 @@ def shown(finding: Finding, plan: DataPlan) -> Sequence[FoundImage]:
 
 
 def record_of(events: Sequence[Event]) -> Record:
-    """What a page shows of these events."""
+    """Collect these events for a page."""
     record = Record()
     for event in events:
         record.add(plain(event.as_line(time.time())))

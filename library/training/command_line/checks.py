@@ -1,4 +1,4 @@
-"""What can be said about the options before anything is loaded: what contradicts, is missing, or does nothing."""
+"""Checks of the options before anything is loaded: what contradicts, is missing, or has no effect."""
 
 import logging
 import os
@@ -133,7 +133,7 @@ def check_required(base_model: str | None, network_module: str | None, output_di
 
 
 def check_output(options: TrainOptions) -> None:
-    """What is written at the end can be written: the folders can be made and the name fits."""
+    """Raise UserError where the files of the run could not be written: folders, names, files that it reads itself."""
     saving = options.saving
     if options.dataset.audit_only and saving.output_dir:
         check_folder("output_dir", Path(saving.output_dir))
@@ -187,7 +187,7 @@ def input_files(options: Options, is_resumed: bool) -> list[Path]:
 
 
 def check_output_name(name: str) -> None:
-    """Raise UserError for a name with folders in it: files would lie where neither --autoresume nor rotation looks."""
+    """Raise UserError for a name with folders in it: files would lie where neither resuming nor rotation looks."""
     if "/" in name or "\\" in name or PureWindowsPath(name).drive:
         raise UserError(
             f"--output_name {name} holds a path, but all files of a run lie in --output_dir itself; put the folder "
@@ -284,7 +284,7 @@ def warn_of_fp16_vae(model: ModelOptions, mixed_precision: str) -> None:
 
 
 def has_accelerator() -> bool:
-    """Whether torch finds anything but the CPU."""
+    """Return True if torch finds anything but the CPU."""
     import torch
 
     return torch.accelerator.is_available()

@@ -1,4 +1,4 @@
-"""What can be said, before anything is loaded, of a run that is trained by prompts alone."""
+"""Checks, before anything is loaded, of a run that trains on prompts without images."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ from library.options.training.concepts import ConceptOptions
 
 
 def check_concepts(options: Options, concepts: ConceptOptions) -> None:
-    """Raise UserError for options that cannot be had without pictures, and for mistakes in --prompts_file."""
+    """Raise UserError for options that need images, and for mistakes in the prompts file."""
     values = options.flat()
     for name, why in refused_by_leco(type(options)).items():
         if asks(values[name]):
@@ -23,7 +23,7 @@ def check_concepts(options: Options, concepts: ConceptOptions) -> None:
 
 
 def said_later(*message: object) -> None:
-    """What is odd about the file is told where the run opens it."""
+    """Warn of nothing: the run warns where it opens the file."""
 
 
 def ignored_for_concepts(kind: type[Options], draws_previews: bool) -> Mapping[str, str]:

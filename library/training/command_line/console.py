@@ -92,10 +92,10 @@ def setup_plain_logging() -> None:
 def setup_logging(options: ConsoleOptions) -> None:
     """Send log lines where the user wants them, line by line, and make standard output and error UTF-8.
 
-    --console_log_file wins and is emptied first, and errors go to standard error as well; --console_log_simple gives
-    plain lines on standard output; otherwise lines go to standard error, coloured by rich on a terminal and one
+    A log file wins and is emptied first, and errors go to standard error as well; simple logging gives plain lines on
+    standard output; otherwise lines go to standard error, coloured by rich on a terminal and one
     unwrapped line each in a pipe, where programs read them. Messages of libraries that no user can act on go only to
-    the file, or with --console_log_level DEBUG.
+    the file, or are shown at level DEBUG.
     Calling it again with the same options changes nothing.
     """
     for stream in (sys.stdout, sys.stderr):

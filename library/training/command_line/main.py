@@ -40,8 +40,8 @@ def main(
     """Train as the command line says. Gives the exit status: 0 done or stopped and saved, 1 ended by an error (2 is
     argparse's own).
 
-    With `latents`, which decide the sizes of buckets, --debug_dataset works without a base model. A flow model also
-    gives its `objective`, for --show_timesteps.
+    With `latents`, which decide the sizes of buckets, batches can be shown without a base model. A flow model also
+    gives its `objective`, to show its timesteps.
     """
     forgive_write_errors()
     interruption = Interruption()
@@ -150,5 +150,5 @@ def report_error(error: Exception) -> None:
 
 
 def is_from_system(error: Exception) -> bool:
-    """Whether the operating system refused something for a file: a full disk, missing rights."""
+    """Return True if the operating system refused something for a file: a full disk, missing rights."""
     return isinstance(error, OSError) and error.errno is not None and error.filename is not None

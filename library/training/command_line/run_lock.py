@@ -134,7 +134,7 @@ def read_holder(file: IO[str]) -> str:
 
 
 def is_at(file: IO[str], path: Path) -> bool:
-    """Whether the open file still is the one at the path."""
+    """Return True if the open file still is the one at the path."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:

@@ -30,14 +30,14 @@ BAR_COLOUR, WEIGHT_COLOUR = (70, 110, 180), (200, 70, 40)
 
 @dataclass(frozen=True)
 class DrawnLevels:
-    """What is drawn, in bins of 20 of the 1000 timesteps, from no noise to pure noise."""
+    """The distribution of drawn timesteps, in bins of 20 of the 1000, from no noise to pure noise."""
 
     shares: list[float]  # of all draws; they add up to 1
     weights: list[float]  # the factor on the loss at the middle of each bin
 
 
 def requested_timesteps(options: Options) -> TimestepPreviewOptions | None:
-    """Return the group of --show_timesteps; None where it is not given, or the base model does not have it."""
+    """Return the options of the preview of timesteps; None where it is not wanted, or the base model has none."""
     values = options.flat()
     if not values.get("show_timesteps"):
         return None

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ResolvedRun(Generic[OptionsT]):
-    """What a run is, before any model is loaded."""
+    """A run before any model is loaded."""
 
     options: ResolvedOptions[OptionsT]
     arch: Architecture
@@ -111,7 +111,7 @@ def train_network(
 def open_architecture(options: ResolvedOptions[OptionsT], build: Callable[[OptionsT], Architecture]) -> Architecture:
     """Build the architecture and check the options against it.
 
-    Network modules are imported first: a misspelt --network_module ends the run before model files and images are read.
+    Network modules are imported first: a misspelt one ends the run before model files and images are read.
     """
     from library.collector import importing
     from library.hidden_libraries import BITSANDBYTES, find_neither, hidden
@@ -158,7 +158,7 @@ def resolve_run(
 
 
 def fit_to_memory(run: ResolvedRun[OptionsT], processes: "Processes", events: EventsOfAll) -> ResolvedRun[OptionsT]:
-    """Override what --fit chooses for the largest batch."""
+    """Override the options that the memory planner chooses for the largest batch."""
     from library.training.reporting.events import Planned
 
     if run.options.shared.fit.fit is None:
@@ -276,7 +276,7 @@ def rank_adapters(
 
 
 def has_come_to_end(prepared: "PreparedRun") -> bool:
-    """Whether an adapter was not stopped on the way."""
+    """Return True if an adapter was not stopped on the way."""
     progress = prepared.progress
     return progress.step >= prepared.run.plan.max_train_steps or bool(progress.ended)
 

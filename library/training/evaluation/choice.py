@@ -40,7 +40,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Compared:
-    """What is known of one file."""
+    """The measurements of one file."""
 
     loss: Estimate  # the interval is its own, at 95 %
     to_best: Estimate  # its loss less the lowest one; the intervals of all files hold together
@@ -87,7 +87,7 @@ def choose(losses_FG: Tensor, num_baselines: int = 0) -> Choice | None:
 
 
 def is_clearly_worse(losses_G: Tensor, best_G: Tensor, num_compared: int) -> bool:
-    """Whether one of `num_compared` losses that are compared with the best lies above it by more than chance."""
+    """Return True if one of `num_compared` losses that are compared with the best lies above it by more than chance."""
     return estimate(losses_G - best_G, (1 - CONFIDENCE) / num_compared).low > 0
 
 

@@ -41,7 +41,7 @@ class Measured:
 
 
 def choice_of(measured: Sequence[Measured], is_held_out: bool = True) -> events.Choice | None:
-    """What `choose` makes of files in the order of their steps, where what training began with stands first.
+    """Choose among files in the order of their steps, where what training began with stands first.
 
     None where no loss is a number. Fewer images than MIN_IMAGES suggest nothing, and neither do trained ones (not
     `is_held_out`).
@@ -145,7 +145,7 @@ def format_memory(memory: events.Memorised | None) -> str:
 
 
 def memory_line(choice: events.Choice) -> str | None:
-    """What the suggested file, else the last one, has learned by heart, in a line; None where that was not measured."""
+    """Describe what the suggested file, else the last one, memorized; None where that was not measured."""
     files = [one for one in choice.candidates if one.memorised is not None]
     if not files:
         return None

@@ -1,4 +1,4 @@
-"""What validation measures, the same every time: pictures, their noise, and noise levels.
+"""The measurement of validation, the same every time: images, their noise, and noise levels.
 
 Letters: N pictures, L noise levels.
 """
@@ -35,7 +35,7 @@ class Measurement:
 
     @cached_property
     def rows(self) -> list[Name]:
-        """What identifies the picture of each row."""
+        """The name that identifies the image of each row."""
         return [name for names in self._names for name in names]
 
     @cached_property

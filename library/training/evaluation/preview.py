@@ -55,7 +55,7 @@ class Timetable:
 
     @classmethod
     def build(cls, options: PreviewOptions) -> "Timetable":
-        """Numbers of 0 and below are never; --sample_every_n_epochs wins over --sample_every_n_steps."""
+        """Read 0 and below as never; epochs win over steps."""
         steps, epochs = (max(n or 0, 0) or None for n in (options.sample_every_n_steps, options.sample_every_n_epochs))
         return cls(options.sample_at_first, steps if epochs is None else None, epochs)
 
@@ -126,7 +126,7 @@ def encode_prompts(
 def encoded_now(
     context: StepContext, prompts: Sequence[Prompt], cached: Mapping[str, Conditioning] | None
 ) -> dict[str, Conditioning]:
-    """What the text encoders in memory make of the prompts, beside what is cached of the others."""
+    """Encode the prompts with the text encoders in memory, beside what is cached of the others."""
     encoders = context.models.text_encoders
     return encode_prompts(context.arch, encoders, context.autocast, prompts, context.live_text, cached)
 
@@ -176,12 +176,12 @@ class Previews:
         return cls(run, charts, prompts, encoded, cached, is_drawing)
 
     def before_training(self, interruption: Interruption) -> None:
-        """Draw if --sample_at_first asks for it."""
+        """Draw if images are wanted before the first step."""
         if self._timetable.at_first:
             self._draw_all(epoch_event(0), 0, 0, interruption)
 
     def are_due(self, step: int) -> bool:
-        """Whether there is something to draw after `step`, its epoch left aside."""
+        """Return True if there is something to draw after `step`, its epoch left aside."""
         return bool(self._prompts) and self._timetable.holds_step(step)
 
     def after_step(self, step: int, epoch: int, interruption: Interruption) -> bool:
@@ -193,7 +193,7 @@ class Previews:
         return not self._timetable.holds_epoch(epoch) or self._draw_all(epoch_event(epoch), step, epoch, interruption)
 
     def are_drawn(self, event: str, since: float) -> bool:
-        """Whether all pictures of an event lie on disk, each written at `since` (seconds since 1970) or later."""
+        """Return True if all images of an event lie on disk, each written at `since` (seconds since 1970) or later."""
         options = self._run.options.saving
         paths = [partial(picture_path, options, event, i, prompt.seed) for i, prompt in enumerate(self._prompts)]
         grids = [partial(grid_path, options, event)] if len(paths) > 1 else []
@@ -265,12 +265,12 @@ class Previews:
 
 
 def step_event(step: int) -> str:
-    """What pictures of a step have in their names."""
+    """Return the part of file names that tells the step."""
     return f"{step:06d}"
 
 
 def epoch_event(epoch: int) -> str:
-    """What pictures of an epoch have in their names; epoch 0 is before training."""
+    """Return the part of file names that tells the epoch; epoch 0 is before training."""
     return f"e{epoch:06d}"
 
 

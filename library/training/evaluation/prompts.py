@@ -50,7 +50,7 @@ LINE_OPTIONS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class PromptSpec:
-    """What one prompt says; None where it says nothing. The fields are the keys of TOML and JSON."""
+    """The settings of one prompt; None where it has none. The fields are the keys of TOML and JSON."""
 
     place: str  # "prompts.txt, line 3", for messages
     prompt: str
@@ -148,7 +148,7 @@ def specs_in_json(path: Path, text: str) -> Iterator[PromptSpec]:
 def parse_line(line: str, place: str) -> PromptSpec:
     """`a cat --w 768 --n blurry`: what stands before the first option is the prompt, whatever it begins with.
 
-    Words behind the value of an option belong to the prompt too, but for --n, --i and --cn, which take all up to the
+    Words behind the value of an option belong to the prompt too, unless the option takes a text, which goes up to the
     next option.
     """
     prompt, *options = OPTION.split(line.strip())

@@ -47,13 +47,13 @@ class Timetable:
 
     @classmethod
     def build(cls, options: ValidationOptions) -> "Timetable":
-        """After every epoch where nothing is said, also beside --validate_every_n_steps."""
+        """Measure after every epoch where nothing is said, also beside a number of steps."""
         return cls(
             options.validate_at_first, options.validate_every_n_steps or None, options.validate_every_n_epochs or 1
         )
 
     def due(self, step: int, ended_epoch: int | None) -> Iterator[Kind]:
-        """What is due after `step`, which may end an epoch."""
+        """Yield what is due after `step`, which may end an epoch."""
         if self.every_n_steps is not None and step % self.every_n_steps == 0:
             yield "step"
         if ended_epoch is not None and ended_epoch % self.every_n_epochs == 0:
@@ -131,7 +131,7 @@ class Validation:
     # When
 
     def before_training(self, progress: Progress) -> bool:
-        """Measure the start if --validate_at_first asks for it, or what was due when a resumed run was interrupted.
+        """Measure the start if that is wanted, or what was due when a resumed run was interrupted.
 
         Gives whether the loss is the lowest so far, as `after_step` does.
         """
@@ -147,7 +147,7 @@ class Validation:
         return False
 
     def is_due(self, step: int) -> bool:
-        """Whether there is something to measure after `step`, its epoch left aside."""
+        """Return True if there is something to measure after `step`, its epoch left aside."""
         return self.is_on and any(self._timetable.due(step, None))
 
     def after_step(self, step: int, epoch: int, ends_epoch: bool, training_average: float) -> bool:
@@ -192,7 +192,7 @@ class Validation:
         return evaluation
 
     def _is_kept(self, step: int) -> bool:
-        """Whether the losses after `step` are of use later: those of files, of the start, the best and the last."""
+        """Return True if the losses after `step` are used later: those of files, the start, the best and the last."""
         epochs, rest = divmod(step, self._run.plan.steps_per_epoch)
         ends_saved_epoch = not rest and self._schedule.saves_epoch(epochs)
         is_marked = step in (0, self._best_step, self._measured_step, self._run.plan.max_train_steps)
@@ -208,7 +208,7 @@ class Validation:
 
     @property
     def ends_run(self) -> bool:
-        """Whether --early_stop_patience has run out."""
+        """Return True if --early_stop_patience has run out."""
         return self._patience is not None and self._num_worse >= self._patience
 
     @property

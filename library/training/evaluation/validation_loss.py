@@ -29,7 +29,7 @@ Name = tuple[str | int, ...]
 
 
 def noise_levels(options: NoiseOptions) -> tuple[int, ...]:
-    """Levels that divide --min_timestep to --max_timestep into equal parts, without the ends: 200, 400, 600, 800.
+    """Divide the range of timesteps into equal parts, and return it without the ends: 200, 400, 600, 800.
 
     Narrow ranges hold fewer.
     """
@@ -75,7 +75,7 @@ class Difference:
 
     @property
     def is_clear(self) -> bool:
-        """Whether it is more than twice its standard error."""
+        """Return True if it is more than twice its standard error."""
         return abs(self.mean) > 2 * self.standard_error
 
 

@@ -16,7 +16,7 @@ from library.types import Batch
 
 @dataclass
 class Trace:
-    """What was seen, in the order of the computation."""
+    """The modules seen, in the order of the computation."""
 
     damaged_output: str | None = None  # the first module that gave one
     input_was_finite: bool = True
@@ -69,7 +69,7 @@ def first_damage(run: Run, batch: Batch, batch_number: int, step: int) -> str:
 
 
 def found_damage(run: Run, batch: Batch, batch_number: int, step: int, parameters: Sequence[nn.Parameter]) -> str:
-    """The same, replacing the gradients of the trained `parameters`."""
+    """Trace the step once more, replacing the gradients of the trained `parameters`."""
     trace = Trace()
     for parameter in parameters:
         parameter.grad = None

@@ -34,7 +34,7 @@ class Sizes:
 
 
 def sizes_of(run: Run) -> Sizes:
-    """What the parts of a run take."""
+    """Measure what the parts of a run take."""
     models = run.context.models
     return Sizes(
         bytes_of(models.denoiser),
@@ -50,7 +50,7 @@ def bytes_of(module: nn.Module) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: torch's own for cards, and RuntimeError on the CPU."""
+    """Return True if an error says that memory ran out: torch's own for cards, and RuntimeError on the CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in WORDS)
@@ -159,7 +159,7 @@ def every_saving(values: Mapping[str, Any], sizes: Sizes, device: torch.device, 
 
 
 def activation_savings(values: Mapping[str, Any], is_predicted: bool) -> Iterator[str]:
-    """What makes activations smaller."""
+    """Yield what makes activations smaller."""
     if not is_predicted and not values["gradient_checkpointing"]:
         yield (
             "--gradient_checkpointing keeps only the inputs of the blocks, which is most of what a step needs besides "
@@ -177,7 +177,7 @@ def activation_savings(values: Mapping[str, Any], is_predicted: bool) -> Iterato
 
 
 def weight_savings(values: Mapping[str, Any], sizes: Sizes, is_predicted: bool) -> Iterator[str]:
-    """What makes the frozen models smaller, or lets them leave."""
+    """Yield what makes the frozen models smaller, or lets them leave."""
     frozen = sizes.denoiser + sizes.text_encoders + sizes.vae
     if values["mixed_precision"] == "no":
         yield f"--mixed_precision bf16 halves models and activations{less(frozen // 2)}"
@@ -197,7 +197,7 @@ def weight_savings(values: Mapping[str, Any], sizes: Sizes, is_predicted: bool) 
 
 
 def can_have(values: Mapping[str, Any], name: str) -> bool:
-    """Whether this base model has an option that is not used yet."""
+    """Return True if this base model has an option that is not used yet."""
     return name in values and name not in UNSUPPORTED and not values[name]
 
 
@@ -210,5 +210,5 @@ def less(num_bytes: int) -> str:
 
 
 def optimizer_is_adamw(values: Mapping[str, Any]) -> bool:
-    """Whether the optimizer keeps two 32-bit numbers for each parameter."""
+    """Return True if the optimizer keeps two 32-bit numbers for each parameter."""
     return (values["optimizer_type"] or "AdamW").lower() == "adamw" and not values["use_8bit_adam"]

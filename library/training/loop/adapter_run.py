@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class AdapterRun:
-    """What a run does for one adapter, step by step; the loop says when, and computes the gradients."""
+    """The work of a run for one adapter, step by step; the loop says when, and computes the gradients."""
 
     def __init__(self, prepared: PreparedRun, interruption: Interruption, bar: StepBar) -> None:
         self.prepared, self._interruption = prepared, interruption
@@ -61,7 +61,7 @@ class AdapterRun:
                 logger.error("%s. The other adapters go on", error)
 
     def begin(self) -> None:
-        """What is due before the first step."""
+        """Do what is due before the first step."""
         prepared, progress, epoch = self.prepared, self.progress, self.run.plan.epoch_of(self.progress.step)
         if progress.step == 0:
             prepared.previews.before_training(self._interruption)
@@ -125,7 +125,7 @@ class AdapterRun:
             self.run.sweep.ended[self.run.label] = Ended(self.progress.step, why, self.validation.last_losses())
 
     def drop(self, epoch: int) -> None:
-        """End the adapter because another one is clearly better (--sweep_stop_after)."""
+        """End the adapter early because another one is clearly better."""
         self.note_end("another one was significantly better (--sweep_stop_after)")
         logger.info("ends after step %d: %s", self.progress.step, self.progress.ended)
         self.prepared.writer.save_end(self.progress, epoch)
@@ -149,7 +149,7 @@ class AdapterRun:
         self._save_and_draw("step previews", epoch, prepared.writer.save_after_step, prepared.previews.after_step)
 
     def _after_epoch(self, epoch: int) -> None:
-        """The same after an epoch, which the end of the run may have cut short."""
+        """Save, draw and chart after an epoch, which the end of the run may have cut short."""
         prepared = self.prepared
         self._save_and_draw("epoch previews", epoch, prepared.writer.save_after_epoch, prepared.previews.after_epoch)
 
@@ -210,7 +210,7 @@ def report_step(run: Run, progress: Progress, charts: Charts, bar: StepBar, told
 def step_values(
     run: Run, loss: float, average: float, rates: list[float], norms: LimitedNorms | None
 ) -> dict[str, float]:
-    """What the charts show of a batch."""
+    """Return the values of a batch for the charts."""
     effective = effective_rates(run.optimization.optimizer, run.optimization.built.name)
     is_first_text_encoder = not run.options.network.network_train_unet_only
     values = rate_values(rates, run.optimization.group_names, effective, is_first_text_encoder)

@@ -36,7 +36,7 @@ class StepWatch(Protocol):
 
 
 class FindWorse(Protocol):
-    """Names the adapters of a sweep that are significantly worse than the best (--sweep_stop_after)."""
+    """Names the adapters of a sweep that are significantly worse than the best, which end early."""
 
     def __call__(self, losses: Mapping[str, Sequence[float]], num_adapters: int, num_looks: int) -> list[str]:
         """Take each adapter's validation losses by label; `num_adapters` counts those that have ended too."""
@@ -62,7 +62,7 @@ def train(
     """Train from where the run stands to the last step, or to the step in which the user interrupts.
 
     Either way each adapter is saved. `watch` is called around the arithmetic of each step; `find_worse` is required
-    for --sweep_stop_after. A resumed run first makes what was due at the step of its state and had not been done.
+    where adapters may end early. A resumed run first makes what was due at the step of its state and had not been done.
     """
     run, step = adapters[0].run, adapters[0].progress.step  # of what all adapters share
     plan, is_main = run.plan, run.processes.is_main
@@ -133,7 +133,7 @@ def delete_outdated(adapter_runs: Sequence[AdapterRun]) -> None:
 def without_worse(
     going: list[AdapterRun], step: int, epoch: int, num_adapters: int, find_worse: FindWorse
 ) -> list[AdapterRun]:
-    """The adapters without those that --sweep_stop_after ends, whose files are saved."""
+    """Leave out the adapters that end early, after saving their files."""
     after = going[0].run.options.sweep.sweep_stop_after if going else None
     if after is None or step < after:
         return going

@@ -81,7 +81,7 @@ def stacked_losses(contexts: Sequence[StepContext], batch: Batch, many: Batch, b
 
 
 def of_each_seed(contexts: Sequence[StepContext], make: Callable[[StepContext], T]) -> list[T]:
-    """What `make` gives for each context, made once for those of one seed."""
+    """Call `make` for each context, once for those of one seed."""
     made: dict[int, T] = {}
     for context in contexts:
         if context.seed not in made:

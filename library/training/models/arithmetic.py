@@ -1,4 +1,4 @@
-"""Check for --base_arithmetic 8bit that this device multiplies in 8 bits, and does so correctly."""
+"""Check that this device multiplies in 8 bits, and does so correctly."""
 
 import logging
 
@@ -41,7 +41,7 @@ def check_arithmetic(name: str | None, module: str | None, arch: Architecture, c
 
 
 def kind_of(name: str) -> torch.dtype:
-    """The format of the codes of a value of --base_format."""
+    """Return the dtype of the codes of a weight format."""
     codec = load_format(name).codec
     codes = codec.codes(codec.encode(torch.ones(1, 8)))
     assert codes is not None, "options refuse other formats"

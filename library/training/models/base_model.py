@@ -28,7 +28,7 @@ from library.types import Conditioning
 
 @dataclass(frozen=True)
 class LoadedModels:
-    """What the base model has become, and what it made of the data."""
+    """The loaded models and the caches built with them."""
 
     models: Models
     live_text: LiveText | None  # the text encoders in memory where the outputs of others are cached
@@ -52,7 +52,7 @@ def load_models(
 
     One model after the other, the largest last: VAE and text encoders that have encoded everything leave memory before
     the denoiser comes, so the peak of a cached run is the denoiser alone. `reader` is the network module that reads
-    --base_weights.
+    the adapters to merge.
     """
     vae, latents = prepare_vae(options.caching, arch, seed, data, processes)
     release_memory(options.memory.highvram)
@@ -89,7 +89,7 @@ def encode_pictures(
 ) -> LatentStore:
     """Cache the latents of every picture.
 
-    The VAE is not loaded where every entry is there and is trusted (--skip_cache_check).
+    The VAE is not loaded where every entry is there and is trusted.
     """
 
     @cache

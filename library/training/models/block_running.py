@@ -65,7 +65,7 @@ def choose_block_runner(
 
 
 def compile_settings(options: CompileOptions) -> CompileSettings:
-    """What --compile and the options beside it ask for; --torch_compile names its compiler by --dynamo_backend."""
+    """Return the settings of the compiler; the older option for it names another backend."""
     backend = options.compile_backend if options.compile else options.dynamo_backend
     settings = CompileSettings(
         backend=backend,

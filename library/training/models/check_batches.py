@@ -32,8 +32,8 @@ def check_batches(
 ) -> None:
     """Make adapter, optimizer and schedule as the run will, on models without values, and forget them.
 
-    Raises UserError for whatever of --network_module, --network_args, --optimizer_*, --lr_scheduler* and learning
-    rates would end the run later. Modules of third parties are only imported: they may need real weights.
+    Raises UserError for whatever of the options of network, optimizer and schedule would end the run later. Modules of
+    third parties are only imported: they may need real weights.
     """
     name = network_options.network_module
     assert name is not None

@@ -63,7 +63,7 @@ def check_main_memory(format_name: str | None, num_offloaded: int, denoiser: nn.
 
 
 def offloaded_blocks(num_blocks: int, stacks: Stacks) -> list[int]:
-    """How many blocks of each stack wait for --blocks_to_swap, counted as sd-scripts counts them.
+    """Return how many blocks of each stack are offloaded, counted as sd-scripts counts them.
 
     Of two kinds half of the number is of the first, and the rest stands for two of the second each. Two blocks of each
     kind have to stay. Raises UserError where there are not so many.
@@ -137,7 +137,7 @@ def use_8bit_matmul(denoiser: nn.Module) -> None:
 
 
 def why_not(layer: FrozenLayer) -> str:
-    """What keeps a layer from it."""
+    """Say what keeps a layer from multiplying in 8 bits."""
     if not isinstance(layer, FrozenLinear):
         return "convolutions"
     codes = layer.decoder.codes(layer.handle())

@@ -1,4 +1,4 @@
-"""Opens the adapter that --network_module names and puts it on the models."""
+"""Opens the network module and puts its adapter on the models."""
 
 import logging
 from typing import Any
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def network_keywords(options: NetworkOptions) -> dict[str, Any]:
-    """--network_args as the module gets them: strings, and `dropout` from --network_dropout where they have none."""
+    """Return the arguments as the module gets them: strings, and `dropout` from its own option where they have none."""
     return {"dropout": options.network_dropout, **parse_network_args(options.network_args)}
 
 
@@ -46,7 +46,7 @@ def opened(wanted: NetworkOptions) -> NetworkModule:
 
 
 def create(wanted: NetworkOptions, module: NetworkModule, models: Models) -> Any:
-    """A fresh network of --network_dim and --network_alpha; with --dim_from_weights of the shapes in the file."""
+    """Create a fresh network of the rank and alpha in the options, or of the shapes in a file."""
     text_encoder, denoiser = models.network_view
     keywords = network_keywords(wanted)
     if wanted.dim_from_weights:

@@ -1,4 +1,4 @@
-"""What a run finds before any model is loaded: its processes, its seed and its pictures."""
+"""Opens the processes, the seed and the data of a run, before any model is loaded."""
 
 import logging
 import secrets
@@ -31,7 +31,7 @@ NO_TRACKERS = TrackerOptions()
 
 
 def choose_seed(seed: int | None, processes: Processes, state: StateManifest | None) -> int:
-    """--seed, else that of the resumed state, else a random one below 2**32, which the log names, for all processes."""
+    """Return the given seed, else that of the resumed state, else a random one below 2**32, which the log names."""
     if state is not None:
         if seed not in (None, state.seed):
             logger.warning(
@@ -48,8 +48,8 @@ def choose_seed(seed: int | None, processes: Processes, state: StateManifest | N
 
 
 def open_training_data(options: TrainOptions, arch: Architecture, seed: int, num_processes: int) -> TrainingData:
-    """The prompts of --prompts_file where the script trains on these, the class of --dataset_class, else the pictures
-    that are described; logs what was found."""
+    """Open the prompts where the script trains on these, the user's dataset class, else the images that are described;
+    log what was found."""
     if options.concepts is not None:
         require_no_text_changes(options.network)
         return open_prompt_pairs(options.concepts, options.run, arch, seed, num_processes)
@@ -64,7 +64,7 @@ def open_training_data(options: TrainOptions, arch: Architecture, seed: int, num
 
 
 def require_no_text_changes(options: NetworkOptions) -> None:
-    """Raise UserError for --base_weights that would change what the prompts are encoded with, which comes first."""
+    """Raise UserError for adapters to merge that change what the prompts are encoded with, which comes first."""
     for file, changed in files_that_change_text(options):
         raise UserError(
             f"--base_weights {file} changes the text encoder ({changed} and others), which encodes the prompts before "

@@ -59,7 +59,7 @@ def encode_frozen(
     autocast: Autocast,
     tokens: Tokens,
 ) -> Conditioning:
-    """What frozen text encoders make of captions, adapters that do not train included, their dropout off."""
+    """Encode captions with frozen text encoders, adapters that do not train included, their dropout off."""
     assert text_encoders, "the text encoders have left memory, batches carry their cached outputs"
     with eval_mode([network.module]), autocast():
         return encode(text_encoders, tokens)

@@ -93,7 +93,7 @@ def check_text_caching(options: NetworkOptions, spec: TextCacheSpec | None) -> N
 
 
 def files_that_change_text(options: NetworkOptions) -> Iterator[tuple[str, str]]:
-    """Yield each of --base_weights that adapts a text encoder, with one of its keys that do."""
+    """Yield each adapter to merge that changes a text encoder, with one of its keys that do."""
     for file in options.base_weights or ():
         if changed := keys_of_text_encoders(Path(file)):
             yield file, changed[0]
@@ -108,10 +108,10 @@ def prepare_text(
     prompts: Sequence[str],
     processes: Processes,
 ) -> RunText:
-    """Load the text encoders, or cache what they make of every caption and prompt.
+    """Load the text encoders, or cache their outputs for every caption and prompt.
 
     Those that train stay, also beside a cache. The others are not loaded at all where everything is on disk already.
-    With --text_encoder_cpu those that get no adapter never come to the device.
+    Where the options keep them on the CPU, those that get no adapter never come to the device.
     """
     spec = cached_text(options.network, arch.text_cache)
     on_cpu = arch.text_cache is not None and arch.text_cache.options.text_encoder_cpu
@@ -144,7 +144,7 @@ def prepare_text(
 def encode_concepts(
     arch: Architecture, texts: Sequence[str], prompts: Sequence[str], device: torch.device, autocast: Autocast
 ) -> RunText:
-    """What the text encoders make of all that is trained on and of the previews' prompts; then they leave memory."""
+    """Encode all that is trained on and the previews' prompts; then the text encoders leave memory."""
     encoders = [encoder.to(device).eval() for encoder in arch.load.text_encoders()]
     read, draw = (frozen_encode(pipeline, encoders, autocast) for pipeline in (arch.text, arch.preview.text))
     return RunText([], prompts=encoded_each(draw, prompts), concepts=encoded_each(read, texts))
@@ -156,7 +156,7 @@ def encoded_each(encode: Encode, texts: Sequence[str]) -> Encoded:
 
 
 def frozen_encode(pipeline: TextPipeline, encoders: Sequence[nn.Module], autocast: Autocast) -> Encode:
-    """What the encoders make of captions, without gradient."""
+    """Return a function that encodes captions without gradient."""
 
     def encode(captions: Sequence[str]) -> Conditioning:
         with torch.no_grad(), autocast():

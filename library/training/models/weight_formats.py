@@ -50,6 +50,6 @@ def format_while_counting(precision: PrecisionOptions, merges: bool) -> Codec | 
 
 
 def store_in_format(name: str, *models: nn.Module) -> int:
-    """Store the blocks' weights that are still numbers in a value of --base_format; return how many layers have it."""
+    """Store the blocks' weights that are still numbers in a weight format; return how many layers have it."""
     codec = load_format(name).codec
     return sum(store_all_in(codec, layers_in_blocks(model).values()) for model in models)

@@ -43,9 +43,9 @@ class Loaded:
 def draw_rows(
     options: TrainOptions, arch: Architecture, rows: Sequence[Row], prompts: Sequence[Prompt], device: torch.device
 ) -> Iterator[list[Image.Image]]:
-    """The pictures of all prompts for one file after the other.
+    """Draw the images of all prompts for one file after the other.
 
-    The base model is stored and computes as in a training with these options, --base_weights included. A picture is the
+    The base model is stored and computes as in a training with these options, merged adapters included. An image is the
     one that a run draws as preview of the same weights, prompt and seed. Raises UserError for a file that does not fit.
     """
     compute = Compute.build(options.precision, device)
@@ -78,7 +78,7 @@ def load(
 
 
 def context_of(loaded: Loaded, network: AdoptedNetwork) -> StepContext:
-    """What pictures are drawn with."""
+    """Return what images are drawn with."""
 
     def no_captions(captions: Sequence[str]) -> Conditioning:
         raise AssertionError(f"nothing is trained on {captions}")

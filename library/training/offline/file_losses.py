@@ -37,7 +37,7 @@ MOST_MIRRORED = 64  # pictures, where none is set aside
 
 @dataclass(frozen=True)
 class Sides:
-    """What is measured of every file. Each is None where there is nothing of it to measure."""
+    """The measurements of every file. Each is None where there is nothing of it to measure."""
 
     held_out: Measurement | None
     trained: Measurement | None
@@ -71,7 +71,7 @@ def losses_of_files(
     rows: Sequence[Row],
     device: torch.device,
 ) -> tuple[Sides, Iterator[FileLosses]]:
-    """What is measured, and of one file after the other what it gives; as many trained pictures as unseen ones.
+    """Return what is measured, and the losses of one file after the other; as many trained images as unseen ones.
 
     Raises UserError for a file that does not fit.
     """

@@ -1,4 +1,4 @@
-"""The optimizers of --optimizer_type, each from its own library."""
+"""The optimizers, each from its own library."""
 
 import importlib
 import inspect
@@ -106,7 +106,7 @@ class BuiltOptimizer:
 
 
 def build_optimizer(options: OptimizerOptions, groups: Sequence[Mapping[str, Any]]) -> BuiltOptimizer:
-    """The optimizer of --optimizer_type over `groups`, dicts with "params" and mostly "lr" (left unchanged).
+    """Build the optimizer over `groups`, dicts with "params" and mostly "lr" (left unchanged).
 
     A schedule-free optimizer starts in training mode.
     Raises UserError for an unknown name, a library that is missing (naming what to install), and arguments that are
@@ -162,7 +162,7 @@ def build_optimizer(options: OptimizerOptions, groups: Sequence[Mapping[str, Any
 
 
 def wanted_type(options: OptimizerOptions) -> str:
-    """What --optimizer_type or one of its older spellings asks for."""
+    """Return the name of the optimizer, which older options name too. Raises UserError where two are named."""
     aliases = {"use_8bit_adam": "AdamW8bit", "use_lion_optimizer": "Lion"}
     asked = [flag for flag in aliases if getattr(options, flag)]
     if len(asked) + bool(options.optimizer_type) > 1:
@@ -233,7 +233,7 @@ def adafactor_keywords(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_fused_backward_pass(is_adafactor: bool, wanted: str) -> None:
-    """--fused_backward_pass is for full fine-tuning; adapters are small, so nothing is gained from it here."""
+    """Refuse or warn of the fused backward pass: it is for full fine-tuning, and gains nothing for small adapters."""
     if not is_adafactor:
         raise UserError(f"--fused_backward_pass works with --optimizer_type Adafactor only, not {wanted}; leave it out")
     logger.warning(
@@ -261,7 +261,7 @@ def check_rates(groups: Sequence[Mapping[str, Any]], learning_rate: float, name:
 
 
 def can_fuse(groups: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> bool:
-    """Whether torch's fused step serves these parameters and the user did not choose another one."""
+    """Return True if torch's fused step serves these parameters and the user did not choose another one."""
     if any(given.get(key) is not None for key in ("fused", "foreach")) or given.get("differentiable"):
         return False
     parameters = [p for group in groups for p in group["params"]]

@@ -1,4 +1,4 @@
-"""What would make a step need less memory, in numbers, for the moment when it runs out."""
+"""Memory hints in numbers, for the moment when memory runs out."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

@@ -52,7 +52,7 @@ class MemoryWatch:
         return None if fitted is None or gauge is None else cls(run, fitted, gauge)
 
     def noting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; how large they are is noted on the way."""
+        """Pass batches on, and note how large they are."""
         for batch in batches:
             self._largest = max(self._largest, num_pixels(batch))
             yield batch
@@ -120,6 +120,6 @@ class MemoryWatch:
 
 
 def num_pixels(batch: Batch) -> int:
-    """Of all pictures of a batch together."""
+    """Count the pixels of all images of a batch."""
     height, width = batch.height_width
     return len(batch.keys) * height * width

@@ -70,7 +70,7 @@ class BatchShape:
 
 @dataclass(frozen=True)
 class CountedRun:
-    """What the parts of a run need."""
+    """The memory and time that the parts of a run need."""
 
     batch: BatchShape  # the largest
     step: CountedStep

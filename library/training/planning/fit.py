@@ -24,7 +24,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Fit:
-    """What was counted of a run and chosen for a card."""
+    """The counts of a run and the choice for a GPU."""
 
     options: TrainOptions  # of the user
     counted: CountedRun
@@ -84,7 +84,7 @@ class Fit:
         return f"{stage.name} needs {need} by itself, more than there is: {WITHOUT_CARD[stage.option]}"
 
     def shortage(self) -> str:
-        """What the least is, what it is made of, and what would have to give."""
+        """Describe the least memory, what it is made of, and what would have to give."""
         least, step = self.choice.least, self.counted.step
         training = step.adapter_bytes + step.gradient_bytes + step.optimizer.state
         activations = least.tensor_bytes - least.weight_bytes - training

@@ -1,4 +1,4 @@
-"""--fit: sets a run up in the fastest way that the card has room for."""
+"""Sets a run up in the fastest way that the GPU has room for."""
 
 import logging
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ def largest_batch(plan: DataPlan) -> BatchShape:
 
 
 def free_memory(device: torch.device) -> int:
-    """What a run may take of a card by now, with the context that this process has there already."""
+    """Return what a run may take of a GPU by now, with the context that this process has there already."""
     if device.type != "cuda":
         raise UserError("--fit auto asks the card what is free on it, and there is none; give a size such as 12GB")
     return torch.cuda.mem_get_info(device)[0] + CONTEXT_BYTES
@@ -77,7 +77,7 @@ def sweep_of(
     device: torch.device,
     adapters: Sequence[TrainOptions],
 ) -> Sweep | None:
-    """What one of several adapters takes: the one of the highest rank; None where there is one."""
+    """Count one of several adapters, that of the highest rank; None where there is one."""
     if len(adapters) < 2:
         return None
     largest = max(adapters, key=lambda own: own.network.network_dim or 0)

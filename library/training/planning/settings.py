@@ -1,4 +1,4 @@
-"""What the planner may choose, as options: which are free, and what a choice sets."""
+"""The planner's choices as options: which are free, and what a choice sets."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -70,7 +70,7 @@ def describe(way: Way) -> str:
 
 
 def allowed_by(options: TrainOptions) -> Allowed:
-    """What is left to choose: what the user has set stays."""
+    """Return what is left to choose: what the user has set stays."""
     way, memory = way_of(options), options.memory
     return Allowed(
         weight_formats=tuple(options.fit.fit_formats or (way.weight_format,)),

@@ -63,7 +63,7 @@ def differences(records: Sequence[Record]) -> list[list[Any]]:
 
 
 def facts_of(record: Record) -> dict[str, Any]:
-    """What a run is, by name."""
+    """Describe a run by name."""
     session, plan, audit = record.sessions[-1], record.plan or {}, record.audit or {}
     options = {f"--{name}": v for name, v in sorted(session["options"].items()) if name not in NAMES_ONLY}
     sources = [subset for dataset in audit.get("datasets", ()) for subset in dataset["subsets"]]
@@ -75,7 +75,7 @@ def facts_of(record: Record) -> dict[str, Any]:
 
 
 def is_measured_alike(records: Sequence[Record]) -> bool:
-    """Whether validation losses compare: the same options set pictures aside, and as many."""
+    """Return True if validation losses compare: the same options set pictures aside, and as many."""
     seen = []
     for record in records:
         options, plan = record.sessions[-1]["options"], record.plan or {}

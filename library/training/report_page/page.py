@@ -43,7 +43,7 @@ def source_of(name: str) -> str:
 
 
 def policy_of(scripts: list[str]) -> str:
-    """What the page may do: run these scripts, show pictures that it holds itself."""
+    """Return what the page may do: run these scripts, show pictures that it holds itself."""
     hashes = (hashlib.sha256(text.encode()).digest() for text in scripts)
     allowed = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in hashes)
     return f"{POLICY_START}; style-src 'unsafe-inline'; script-src {allowed}"
@@ -55,7 +55,7 @@ def as_script(data: Mapping[str, Any]) -> str:
 
 
 def data_of(page: str) -> dict[str, Any]:
-    """What `page_of` was given. Raises ValueError where that is not to be found."""
+    """Read back what `page_of` was given. Raises ValueError where that is not to be found."""
     start = page.find(START)
     end = page.find(END, start)
     if start < 0 or end < 0:

@@ -1,4 +1,4 @@
-"""What the report shows of a run, put together from its events one after the other.
+"""The record of a run that its report shows, collected from its events one after the other.
 
 It is bounded, plain, and a function of the events: the report holds it, a run that goes on reads it back from
 there, and `tools/report.py` makes the same of a file of events.
@@ -72,7 +72,7 @@ class Record:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no event was taken in."""
+        """Return True if no event was taken in."""
         return self.updated == 0
 
     def add(self, line: Line) -> None:
@@ -217,7 +217,7 @@ class Record:
 
     @property
     def name(self) -> str:
-        """What the run is called."""
+        """The name of the run."""
         options = self.sessions[-1]["options"] if self.sessions else {}
         return str(options.get("output_name") or "last")
 
@@ -230,7 +230,7 @@ class Record:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Record":
-        """What `as_json` gave. Raises ValueError for another version, KeyError and TypeError for something else."""
+        """Read what `as_json` wrote. Raises ValueError for another version, KeyError and TypeError for others."""
         if values["version"] != VERSION:
             raise ValueError(f"version {values['version']} of the report, not {VERSION}")
         given = {f.name: values[f.name] for f in fields(cls)}

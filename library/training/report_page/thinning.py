@@ -40,7 +40,7 @@ class Curve:
         self.count[bucket] += count
 
     def halved(self) -> "Curve":
-        """The same with two buckets in one."""
+        """Join each two buckets into one."""
         curve = Curve()
         for bucket, values in enumerate(zip(self.total, self.low, self.high, self.count, strict=True)):
             total, low, high, count = values
@@ -86,7 +86,7 @@ class Curves:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Curves":
-        """What `as_json` gave."""
+        """Read what `as_json` wrote."""
         curves = cls(values["width"])
         for name, columns in values["columns"].items():
             totals = columns["total"]
@@ -128,6 +128,6 @@ class Kept:
 
     @classmethod
     def from_json(cls, limit: int, values: Mapping[str, Any]) -> "Kept":
-        """What `as_json` gave."""
+        """Read what `as_json` wrote."""
         items: Sequence[Mapping[str, Any]] = values["items"]
         return cls(limit, values["stride"], values["num_seen"], [dict(item) for item in items])

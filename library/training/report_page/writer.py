@@ -94,7 +94,7 @@ def read_report(path: Path) -> Record:
 
 
 def read_events(path: Path) -> Record:
-    """What the lines of --log_events tell. A last line that was cut off is left out.
+    """Read the lines of an events file. A last line that was cut off is left out.
 
     Raises UserError naming the first line that is no event.
     """
@@ -108,7 +108,7 @@ def read_events(path: Path) -> Record:
 
 
 def record_of(lines: Iterable[str], source: str) -> Record:
-    """The same of lines that come from `source`."""
+    """Collect the record of lines that come from `source`."""
     record = Record()
     for number, line in enumerate(lines, 1):
         if not line.endswith("\n"):
@@ -121,7 +121,7 @@ def record_of(lines: Iterable[str], source: str) -> Record:
 
 
 def earlier_record(path: Path) -> Record | None:
-    """What a run that goes on finds of itself; None, with a warning where something else lies there."""
+    """Read the record of a run that goes on; None, with a warning where something else lies there."""
     if not path.exists():
         return None
     try:

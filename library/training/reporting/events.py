@@ -1,4 +1,4 @@
-"""What happens in a run, as values: the lines of --log_events, from which the report is made too.
+"""The events of a run as values: the lines of the events file, from which the report is made too.
 
 docs/events.md describes them for people, docs/events.schema.json for programs; a test holds the three together. A
 field that is added leaves VERSION as it is; one that goes or changes its meaning raises it.
@@ -41,7 +41,7 @@ class Start(Event):
 
 @dataclass(frozen=True)
 class Audit(Event):
-    """What was found in the data; see library/data/plan/audit_values.py."""
+    """The audit of the data; see library/data/plan/audit_values.py."""
 
     event = "audit"
     datasets: Sequence[Mapping[str, Any]]
@@ -83,7 +83,7 @@ class Stage(Event):
 
 @dataclass(frozen=True)
 class Planned:
-    """What --fit predicted for the largest batch of one process."""
+    """The planner's prediction for the largest batch of one process."""
 
     card_bytes: int  # with what the card and its allocator add
     tensor_bytes: int  # of them, at the peak
@@ -263,7 +263,7 @@ class Saved(Event):
 
 @dataclass(frozen=True)
 class Removed(Event):
-    """An older file or folder was deleted, as --save_last_n_steps and the like ask for."""
+    """An older file or folder was deleted, as the user asked."""
 
     event = "removed"
     file: str

@@ -59,7 +59,7 @@ def grid_path(options: SavingOptions, event: str, timestamp: str | None = None) 
 
 
 def is_written(path_of: Callable[[str], Path], since: float) -> bool:
-    """Whether the file of `path_of(timestamp)` lies there, written at any time from `since` on (seconds since 1970)."""
+    """Return True if a file of `path_of(timestamp)` was written at `since` (seconds since 1970) or later."""
     path = path_of(MARK)
     start, end = path.name.split(MARK)
     name = re.compile(re.escape(start) + r"\d{14}" + re.escape(end))
@@ -75,7 +75,7 @@ def preview_folders(options: SavingOptions) -> tuple[Path, Path]:
 
 
 def is_preview_stem(options: SavingOptions, stem: str) -> bool:
-    """Whether a file of this name without its ending is a picture or a grid of the run."""
+    """Return True if a file of this name without its ending is a picture or a grid of the run."""
     name = f"{options.output_name}_" if options.output_name else ""
     return re.fullmatch(re.escape(name) + r"e?\d{6,}(_\d{2,})?_\d{14}(_-?\d+)?", stem) is not None
 

@@ -1,4 +1,4 @@
-"""What is told of a step, and the norms that are measured for it."""
+"""The event of a step, and the norms that are measured for it."""
 
 import sys
 from collections.abc import Sequence
@@ -88,7 +88,7 @@ def timing_of(times: StepTimes, step: int) -> Timing | None:
 
 
 def memory_of(device: torch.device) -> Memory:
-    """What is taken by now, and at most so far."""
+    """Measure the memory taken by now, and at most so far."""
     is_cuda = device.type == "cuda"
     return Memory(
         card=torch.cuda.memory_allocated(device) if is_cuda else None,

@@ -36,7 +36,7 @@ BatchShape = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class StepFigures:
-    """What was measured of one step."""
+    """The measurements of one step."""
 
     seconds: float  # without what lies between steps
     parts: Mapping[Stage, float]  # seconds of the stages within it; what is left is the trainer's own
@@ -80,7 +80,7 @@ class StepTimes:
 
     @contextmanager
     def stage(self, name: Stage) -> Iterator[None]:
-        """What happens here is that stage."""
+        """Count the time of the block to a stage."""
         mark = self._mark_on_card if self.device.type == "cuda" and name in ON_CARD else self.clock
         began = mark()
         try:
@@ -165,7 +165,7 @@ class StepTimes:
         return self._recent[-1] if self._recent else None
 
     def chart_values(self) -> dict[str, float]:
-        """Of the last step that is settled, by the names that charts use; none before there is one."""
+        """Return the values of the last measured step, by the names that charts use; none before there is one."""
         if (found := self.last) is None or found.seconds <= 0:
             return {}
         values = {
@@ -249,7 +249,7 @@ def pressure_of(device: torch.device) -> dict[str, int]:
 
 
 def num_pages_read_back() -> int:
-    """Of this process; 0 where the system does not tell, as Windows."""
+    """Count the pages of this process that were read back; 0 where the system does not tell, as Windows."""
     try:
         import resource
     except ImportError:

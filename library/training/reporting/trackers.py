@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def tracker_kind(options: TrackerOptions) -> str | None:
-    """What accelerate calls the wanted tracker; None where nothing is logged.
+    """Return accelerate's name of the wanted tracker; None where nothing is logged.
 
     Raises UserError where tensorboard has no folder, or where the package is missing.
     """
@@ -93,7 +93,7 @@ class Charts:
         self._failed: set[str] = set() if failed is None else failed
 
     def named(self, label: str) -> "Charts":
-        """The same charts for one of several adapters, whose values have its label before their names."""
+        """Return the charts of one of several adapters, whose values have its label before their names."""
         return Charts(self._accelerator, f"{label}/", self._failed) if label else self
 
     @property

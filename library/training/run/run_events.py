@@ -1,4 +1,4 @@
-"""What a run tells of itself, from its first word to its last: --log_events and the report."""
+"""The events of a run from its start to its end, for the events file and the report."""
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -43,10 +43,10 @@ HIDDEN = "***"
 def told(
     adapters: Iterable[TrainOptions], command: Sequence[str] | None, warnings: WarningEvents
 ) -> Iterator[EventsOfAll]:
-    """The events of a run, of each of its adapters, in its main process; the last one says how the block ended.
+    """Open the events of a run, of each of its adapters, in its main process; the last one says how the block ended.
 
-    A run that is not stopped and not ended by an error is finished. With --log_events - standard output has events
-    alone, and what else would go there goes to standard error.
+    A run that is not stopped and not ended by an error is finished. Where standard output has the events,
+    what else would go there goes to standard error.
     """
     with ExitStack() as stack:
         of_each = [(options, Events(open_sinks(options, stack))) for options in adapters]
@@ -111,7 +111,7 @@ def given(options: Options) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """What computes, as far as it is installed."""
+    """Return the versions of what computes, as far as it is installed."""
     found = {"python": python_version()}
     for package in PACKAGES:
         try:
@@ -129,7 +129,7 @@ def format_error(error: BaseException) -> str:
 
 
 def plan_of(run: Run, counts: PictureCounts, first_step: int, resumed_from: str | None) -> Plan:
-    """What is known once everything is loaded."""
+    """Return the event of a loaded run."""
     options, plan, context = run.options, run.plan, run.context
     pictures: Mapping[str, int] = {"train": counts.train, "validation": counts.validation, "reg": counts.reg}
     return Plan(

@@ -34,7 +34,7 @@ from networks.core.protocol import AdoptedNetwork, Multiplexer
 
 @dataclass(frozen=True)
 class Wanted:
-    """One adapter that the run is to train; several of them share the base model and the batches (--sweep)."""
+    """One adapter that the run is to train; several of them may share the base model and the batches."""
 
     options: TrainOptions  # of its run alone
     seed: int  # of the adapter, its noise and its dropout
@@ -44,7 +44,7 @@ class Wanted:
 
 
 def wanted(options: TrainOptions, seed: int, state: StateManifest | None, events: Events, label: str = "") -> Wanted:
-    """An adapter of a run with this seed, which is its own too unless --sweep gives it another one.
+    """Describe an adapter of a run with this seed, which is its own too unless the sweep gives it another one.
 
     All adapters are measured with the noise of the run's seed.
     """
@@ -56,7 +56,7 @@ def wanted(options: TrainOptions, seed: int, state: StateManifest | None, events
 
 @dataclass(frozen=True)
 class Shared:
-    """What all adapters of a run have in common."""
+    """The parts that all adapters of a run share."""
 
     arch: Architecture
     loaded: LoadedModels

@@ -1,4 +1,4 @@
-"""--selftest: whether the ways of saving memory that a run has chosen compute what the plain way computes.
+"""Tests that the ways of saving memory that a run has chosen compute what the plain way computes.
 
 One batch is computed as the run will, noting what goes into each block and which gradient comes back to it. Then each
 block is computed again from that, alone and plainly: its weights copied past the ring, everything kept by autograd. So

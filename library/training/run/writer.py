@@ -1,4 +1,4 @@
-"""What a run writes and goes on from: its checkpoints and states."""
+"""The checkpoints and states of a run: building what writes them, and going on from them."""
 
 import logging
 import secrets
@@ -46,7 +46,7 @@ def stateful_parts(run: Run, progress: Progress, validation: Validation) -> dict
 
 
 def go_on(run: Run, progress: Progress, validation: Validation, state: StateManifest) -> None:
-    """Put the run where the state left it, at the step that --initial_step or --initial_epoch may have moved."""
+    """Put the run where the state left it, at the step that the options may have moved."""
     first_step = progress.step
     data, optimization = run.data, run.optimization
     report_differences(state, run.options, data.identity_with_contents, run.processes.count, data.picture_paths)
@@ -72,7 +72,7 @@ def bytes_of_state(run: Run) -> int:
 
 
 def build_writer(run: Run, progress: Progress, validation: Validation) -> Writer:
-    """What writes the checkpoints; the base files are hashed in the background meanwhile."""
+    """Build what writes the checkpoints; the base files are hashed in the background meanwhile."""
     options, data, plan, built = run.options, run.data, run.plan, run.optimization.built
     facts = RunFacts(
         session_id=secrets.randbelow(2**32),

@@ -76,5 +76,5 @@ def free_bytes(folder: Path) -> int | None:
 
 
 def bytes_of_tensors(tensors: Sequence[Tensor]) -> int:
-    """What tensors take in a file."""
+    """Count the bytes that tensors take in a file."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -51,7 +51,7 @@ EFFECTS: Mapping[OnResume | None, tuple[int, str]] = {
 
 
 class AlreadyComplete(Exception):
-    """--autoresume found the state of a run that has nothing left to do."""
+    """The state that was found is of a run that has nothing left to do."""
 
 
 def rates_of_state(options: Options, facts: StateManifest | None) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def batches_of_state(own: int, facts: StateManifest | None, num_processes: int) 
 
 
 def find_state(options: TrainOptions, processes: Processes) -> StateManifest | None:
-    """The state that --resume names or --autoresume finds; None for a run that starts at the beginning.
+    """Find the state that is named, or the newest where that is wanted; None for a run that starts at the beginning.
 
     Raises UserError where the named folder is no whole state, or where a process has another state than the main one.
     """
@@ -143,7 +143,7 @@ def named_or_newest(wanted: StateOptions, hub: HubOptions, saving: SavingOptions
 
 
 def state_of_main(path: str) -> StateManifest:
-    """The state that --autoresume found in the main process. Raises UserError where it is not on this machine."""
+    """Read the state that the main process found. Raises UserError where it is not on this machine."""
     if not Path(path).is_dir():
         raise UserError(
             f"--autoresume: the main process goes on from {path}, which is not on this machine; copy it here, or use "
@@ -187,7 +187,7 @@ def starting_step(wanted: StateOptions, saving: SavingOptions, plan: Plan, facts
 
 
 def starting_steps(options: Sequence[TrainOptions], plan: Plan, states: Sequence[StateManifest | None]) -> list[int]:
-    """The same of all adapters of a run. Raises AlreadyComplete where none of them has anything left to do."""
+    """Return the finished steps of each adapter. Raises AlreadyComplete where none has anything left to do."""
     steps: list[int | None] = []
     complete = AlreadyComplete()
     for wanted, facts in zip(options, states, strict=True):

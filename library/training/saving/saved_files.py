@@ -47,7 +47,7 @@ def without_copies(files: Sequence[Path]) -> list[Path]:
 
 
 def outline_of(path: Path) -> Hashable:
-    """What two files with the same adapter have in common, without reading their tensors."""
+    """Return what two files with the same adapter have in common, without reading their tensors."""
     settings = path.with_name("adapter_config.json")
     peft = settings.read_bytes() if path.stem == PEFT_STEM and settings.is_file() else b""
     if not holds_safetensors(path):

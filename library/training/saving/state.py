@@ -46,7 +46,7 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True)
 class StateManifest:
-    """What a state says about the run that it comes from."""
+    """The description of a state and of the run that it comes from."""
 
     path: Path
     step: int
@@ -107,7 +107,7 @@ def save_state(
 
 
 def read_facts(folder: Path) -> StateManifest:
-    """What a state says about itself. Raises UserError where the folder holds no whole state of this program.
+    """Read the description of a state. Raises UserError where the folder holds no whole state of this program.
 
     The large files are looked at by their size only; `require_undamaged` reads them.
     """
@@ -170,7 +170,7 @@ def require_undamaged(facts: StateManifest) -> None:
 
 
 def damaged(folder: Path, name: str) -> str:
-    """What is said of a state that has changed on the disk."""
+    """Return the error of a state that has changed on the disk."""
     return f"--resume {folder} is damaged: {name} is not as it was written; copy it again or use another state"
 
 
@@ -226,7 +226,7 @@ class OptimizerState:
     """An optimizer whose memory comes back in the dtypes it had.
 
     torch casts what it loads to the dtype of the weights, which rounds a float32 memory of bfloat16 weights. That stays
-    where the weights themselves had another dtype, as without --full_bf16: the step takes no other memory then.
+    where the weights themselves had another dtype, as in mixed precision: the step takes no other memory then.
     """
 
     optimizer: Optimizer
@@ -267,7 +267,7 @@ def require_settings(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
 
 
 def is_alike(own: Any, saved: Any) -> bool:
-    """Whether two settings are of one kind: numbers, as long tuples of such, or of one type; a switch may be unset."""
+    """Return True if two settings are alike: numbers, tuples of as many, or of one type; a switch may be unset."""
     if own is None or isinstance(own, bool):
         return saved is None or own is None or isinstance(saved, bool)
     if isinstance(own, list | tuple):
@@ -300,7 +300,7 @@ STATE_NAME = re.compile(r"(?P<start>.+?)(-step(?P<step>\d+)|-(?P<epoch>\d{6,}))?
 
 
 def is_state_name(folder: str, names: tuple[str, ...]) -> bool:
-    """Whether a folder is called as a state of a run with one of `names` is."""
+    """Return True if a folder is called as a state of a run with one of `names` is."""
     match = STATE_NAME.fullmatch(folder)
     return match is not None and match["start"] in names
 

@@ -25,7 +25,7 @@ class Window:
         return self.places[rank::num_processes]
 
     def stand_in(self, rank: int, num_processes: int) -> int | None:
-        """What a process computes for nothing that has a batch fewer than others, where all have to go in step.
+        """Return the padding batch of a rank that has one batch fewer, so that all ranks run the same collectives.
 
         It is a batch that another one computes too, so that no other part of an adapter gets a gradient.
         """

@@ -1,4 +1,4 @@
-"""What a batch of a prompt is trained on in place of pictures, and what it is to become (LECO).
+"""The latents and the target of a batch of prompts without images (LECO).
 
 Sources: Gandikota et al. 2023, "Erasing Concepts from Diffusion Models"; 2023, "Concept Sliders". As there, the way to
 the latents has no gradient.
@@ -51,7 +51,7 @@ def partly_drawn(context: StepContext, batch: Batch, concept: Concept, batch_num
 def concept_target(
     context: StepContext, objective: Objective, batch: Batch, concept: Concept, noised: Noised
 ) -> Tensor:
-    """What the adapted model is to say of the latents, float32, from what the base model says of three prompts."""
+    """Compute the target of the adapted model's prediction, float32, from the base model's for three prompts."""
     context.network.set_multiplier(0.0)
     try:
         with torch.no_grad():

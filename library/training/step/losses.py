@@ -1,4 +1,4 @@
-"""What one batch of training does, from latents to the loss."""
+"""One batch of training, from latents to the loss."""
 
 import random
 from collections.abc import Callable
@@ -116,7 +116,7 @@ def describe_shape(batch: Batch) -> str:
 
 
 def varied_conditioning_of(context: StepContext, batch: Batch, batch_number: int, told: Conditioning) -> Conditioning:
-    """The same with what the base model varies from step to step in training, such as a text encoder left out."""
+    """Encode with what the base model varies from step to step in training, such as a text encoder left out."""
     return vary(context, conditioning_of(context, batch, told), batch_number)
 
 

@@ -1,4 +1,4 @@
-"""What the denoiser is conditioned on in a batch."""
+"""The text conditioning of a batch."""
 
 from library.memory.devices import send
 from library.training.step.context import StepContext

@@ -1,4 +1,4 @@
-"""--sweep: which adapters it asks for, what each of them is called, and the options that each would have alone."""
+"""The adapters of a sweep: their names, and the options that each would have alone."""
 
 import logging
 import re
@@ -44,7 +44,9 @@ class Combination(Generic[OptionsT]):
 
 
 def shared_and_own(options: OptionsT) -> tuple[OptionsT, dict[str, OptionsT]]:
-    """What all adapters of a run share, and what each would have alone, by its label; without --sweep one of label "".
+    """Return the options that all adapters share, and those that each would have alone, by its label.
+
+    A run without a sweep has one adapter, of label "".
 
     Of what differs between adapters the shared options have the first one's. Raises UserError for a sweep that cannot
     be.
@@ -63,7 +65,7 @@ def shared_and_own(options: OptionsT) -> tuple[OptionsT, dict[str, OptionsT]]:
 
 
 def combinations_of(options: OptionsT) -> list[Combination[OptionsT]]:
-    """Every combination of the values of --sweep, the last word changing fastest.
+    """Return every combination of the swept values, the last word changing fastest.
 
     Raises UserError for a word that cannot be swept, a value that its option cannot have, and names that clash.
     """
@@ -88,7 +90,7 @@ def combinations_of(options: OptionsT) -> list[Combination[OptionsT]]:
 
 
 def word_of(item: str, options: Options) -> tuple[str, list[str]]:
-    """(what is swept, its values) of a word of --sweep. Raises UserError where it cannot be swept."""
+    """Split a word of the sweep into (what is swept, its values). Raises UserError where it cannot be swept."""
     name, equals, text = item.partition("=")
     name = name.strip().removeprefix("--")
     texts = [value.strip() for value in text.split("|" if "|" in text else ",")]

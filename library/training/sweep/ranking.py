@@ -26,7 +26,7 @@ SCRIPT = "sweep.js"
 
 @dataclass(frozen=True)
 class Measured:
-    """What is known of one adapter."""
+    """The losses and the standing of one adapter."""
 
     label: str
     step: int  # of the weights in its file
@@ -52,7 +52,7 @@ class Ranking:
 
     @property
     def verdict(self) -> str:
-        """What is more than chance, in a sentence without its end."""
+        """Say what is more than chance, in a sentence without its end."""
         known = [row for row in self.rows if row.compared is not None]
         if not known:
             return "nothing is ranked: no picture is set aside; --validation_split does that"
@@ -121,7 +121,7 @@ def tell_ranking(ranking: Ranking, title: str, page: Path | None) -> None:
 
 
 def data_of(ranking: Ranking, title: str) -> Mapping[str, Any]:
-    """What the page shows."""
+    """Return what the page shows."""
     rows = [
         {
             "label": row.measured.label,

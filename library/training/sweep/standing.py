@@ -8,7 +8,7 @@ from library.training.sweep_record import SweepRecord
 
 
 def standing_of(prepared: Sequence[PreparedRun], sweep: SweepRecord) -> list[Measured]:
-    """What is known of each adapter: those that ended before a resume are told of by the record alone."""
+    """Collect what is known of each adapter: those that ended before a resume are told of by the record alone."""
     return [*of_record(prepared, sweep), *of_prepared(prepared)]
 
 

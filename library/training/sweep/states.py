@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FoundStates:
-    """What a run goes on from."""
+    """The states that a run goes on from."""
 
     by_label: Mapping[str, StateManifest]
     record: SweepRecord | None = None  # of a sweep that goes on
@@ -40,9 +40,9 @@ class FoundStates:
 
 
 def find_states(options: TrainOptions, adapters: Mapping[str, TrainOptions], processes: Processes) -> FoundStates:
-    """The states that --resume names or --autoresume finds, by label; none for a run that starts at the beginning.
+    """Find the states to go on from, by label; none for a run that starts at the beginning.
 
-    Of a sweep those of the last step of which every adapter has one that had not ended by then. Raises UserError where
+    For a sweep: the latest step for which every adapter still running has a state. Raises UserError where
     there are states but no such step, or another process finds other states.
     """
     if not options.sweep.sweep:
@@ -113,7 +113,7 @@ def states_of(saving: SavingOptions) -> Iterator[StateManifest]:
 
 
 def beside(named: Path, adapters: Mapping[str, SavingOptions]) -> dict[str, StateManifest]:
-    """The states beside one of them that --resume names, by label. Raises UserError for a state of no adapter."""
+    """Find the states beside one that is named, by label. Raises UserError for a state of no adapter."""
     names = {label: Names.build(saving).starts[0] for label, saving in adapters.items()}
     match = STATE_NAME.fullmatch(named.name)
     if match is None or match["start"] not in names.values():
@@ -140,7 +140,7 @@ def ended_in(states: Iterable[StateManifest]) -> dict[str, Ended]:
 
 
 def record_of(facts: StateManifest) -> SweepRecord:
-    """What a state knows of the sweep. Raises UserError for the state of a run without one."""
+    """Read the sweep's record in a state. Raises UserError for the state of a run without one."""
     if PART not in facts.parts:
         raise UserError(
             f"--resume {facts.path} is the state of a run without --sweep; leave --sweep out to go on from it"
@@ -149,7 +149,7 @@ def record_of(facts: StateManifest) -> SweepRecord:
 
 
 def are_undamaged(states: Iterable[StateManifest]) -> bool:
-    """Whether all of their files are as they were written; says which is not."""
+    """Return True if all of their files are as they were written; says which is not."""
     try:
         for facts in states:
             require_undamaged(facts)
