@@ -298,6 +298,6 @@ def tell_end(prepared: "PreparedRun", first_step: int, seconds: float) -> None:
         logger.info("%s", format_choice(choice))
     rank = f" of rank {network.network_dim}" if network.network_dim else ""
     what = f"{network.network_module}{rank} on {run.context.arch.name}"
-    best, run.events.file = prepared.validation.best, str(names.of_end())
+    best, run.events.file = prepared.validation.record.best, str(names.of_end())
     num_steps = prepared.progress.step - first_step
     logger.info("%s", finished_line(what, num_steps, seconds, names.of_end(), best, names.of_best()))

@@ -1,5 +1,6 @@
 """Which saved file is suggested, in words and as an event, from losses of the run itself or measured afterwards."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isnan
@@ -17,7 +18,11 @@ from library.training.evaluation.choice import (
     estimate,
     estimate_of_difference,
 )
+from library.training.evaluation.validation_record import ValidationRecord
 from library.training.reporting import events
+from library.training.saving.saved_files import steps_of, without_copies
+
+logger = logging.getLogger(__name__)
 
 TRAINED_ONLY = (
     "no picture is set aside, and the loss on trained pictures falls on and on while they are learned by heart; "
@@ -38,6 +43,25 @@ class Measured:
     @property
     def name(self) -> str:
         return "before training" if self.file is None else self.file.name
+
+
+def choose_saved(files: Sequence[Path], record: ValidationRecord, measures_what_is_saved: bool) -> events.Choice | None:
+    """Compare saved files, in the order of their steps, as far as the run measured them; log how many it did not.
+
+    None where there is nothing to choose from, as where files hold an average and the weights themselves are measured.
+    """
+    if len(files) < 2:
+        return None
+    files = without_copies(files)
+    found = [(path, steps_of(path)) for path in files] if measures_what_is_saved else []
+    known = [(path, step) for path, step in found if step and step in record.row_losses]  # 0: the file does not say
+    measured = [Measured(path, step, record.image_losses(step)) for path, step in known]
+    if 0 in record.row_losses:
+        measured.insert(0, Measured(None, 0, record.image_losses(0)))
+    if missing := len(files) - len(known):
+        text = "%d of %d saved files were not measured as they are; %s measures them all"
+        logger.info(text, missing, len(files), TOOL)
+    return choice_of(measured) if len(known) > 1 else None
 
 
 def choice_of(measured: Sequence[Measured], is_held_out: bool = True) -> events.Choice | None:

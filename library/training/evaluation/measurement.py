@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import blake2b
 from math import ceil
 
 import torch
@@ -37,6 +38,11 @@ class Measurement:
     def rows(self) -> list[Name]:
         """The name that identifies the image of each row."""
         return [name for names in self._names for name in names]
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of what is measured, and how."""
+        return blake2b(repr((self.rows, self.levels, self.seed)).encode(), digest_size=16).hexdigest()
 
     @cached_property
     def labels(self) -> list[str]:

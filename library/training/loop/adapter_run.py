@@ -111,7 +111,7 @@ class AdapterRun:
                 with run.times.stage("saving"):
                     writer.save_best(progress.step, window.epoch)
         self._after_step(window.epoch)
-        is_cut = is_last and not validation.ends_run  # by the end of the run
+        is_cut = is_last and validation.stop_reason is None  # by the end of the run
         if progress.step % plan.steps_per_epoch == 0 or is_cut:
             if prepared.charts.are_on:
                 average = progress.average.mean
@@ -122,7 +122,7 @@ class AdapterRun:
         """The adapter ends here, before the run is over."""
         self.progress.ended = why
         if self.run.sweep is not None:
-            self.run.sweep.ended[self.run.label] = Ended(self.progress.step, why, self.validation.last_losses())
+            self.run.sweep.ended[self.run.label] = Ended(self.progress.step, why, self.validation.record.last_losses())
 
     def drop(self, epoch: int) -> None:
         """End the adapter early because another one is clearly better."""
@@ -136,8 +136,8 @@ class AdapterRun:
         self._guard.report(progress.step)
         if progress.step >= self.run.plan.max_train_steps:
             writer.save_end(progress, self.run.plan.num_epochs)
-        elif validation.ends_run:
-            self.note_end(validation.why_it_ends)
+        elif validation.stop_reason is not None:
+            self.note_end(validation.stop_reason)
             logger.info("the run ends after step %d: %s", progress.step, progress.ended)
             writer.save_end(progress, epoch)
         else:

@@ -137,11 +137,11 @@ def without_worse(
     after = going[0].run.options.sweep.sweep_stop_after if going else None
     if after is None or step < after:
         return going
-    losses = {one.run.label: one.validation.losses_after(step) for one in going}
+    losses = {one.run.label: one.validation.record.losses_after(step) for one in going}
     measured = {label: found for label, found in losses.items() if found is not None}
     if len(measured) < len(going):
         return going
-    worse = find_worse(measured, num_adapters, going[0].validation.num_evaluations)
+    worse = find_worse(measured, num_adapters, going[0].validation.record.num_evaluations)
     for one in (one for one in going if one.run.label in worse):
         with one.speaking():
             one.drop(epoch)
@@ -151,7 +151,7 @@ def without_worse(
 def going_on(adapter_runs: Sequence[AdapterRun], epoch: int) -> list[AdapterRun]:
     """Those that train on; what the others come to is saved."""
     for one in adapter_runs:
-        if one.validation.ends_run and not one.progress.ended:
+        if one.validation.stop_reason is not None and not one.progress.ended:
             with one.speaking():
                 one.end(epoch)
     return [one for one in adapter_runs if not one.progress.ended]

@@ -39,7 +39,7 @@ def stateful_parts(run: Run, progress: Progress, validation: Validation) -> dict
     if optimization.average is not None:
         parts["average"] = optimization.average
     if validation.is_on:
-        parts["validation"] = validation
+        parts["validation"] = validation.record
     if run.sweep is not None:
         parts[PART] = run.sweep
     return parts if optimization.scaler is None else {**parts, "scaler": optimization.scaler}

@@ -23,5 +23,5 @@ def of_prepared(prepared: Sequence[PreparedRun]) -> Iterator[Measured]:
     for one in prepared:
         path = one.writer.names.of_end()
         file = path.name if path.exists() else None
-        losses_G = one.validation.last_losses()
+        losses_G = one.validation.record.last_losses()
         yield Measured(one.run.label, one.progress.step, losses_G, one.progress.ended, file)
