@@ -60,7 +60,7 @@ class OwnDataset:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The class and the captions of its first batch, the rest is not known."""
+        """The class and the captions of its first batch; the rest is not known."""
         captions = blake2b("\n".join(self._batch(1, 0).captions).encode(), digest_size=16).hexdigest()
         return {
             "num_pictures": self.num_train_images,
@@ -77,6 +77,12 @@ class OwnDataset:
     @property
     def picture_paths(self) -> list[str]:
         return []
+
+    image_plan = prompts = None  # its images are not known before they are drawn
+
+    @property
+    def own_batches(self) -> "OwnDataset":
+        return self
 
     @property
     def validation(self) -> ValidationSet:

@@ -60,7 +60,7 @@ class PromptPairs:
         self._concepts, self._file, self._seed = concepts, file, seed
 
     @property
-    def texts(self) -> list[str]:
+    def prompts(self) -> list[str]:
         """Every prompt that is asked, once."""
         return list(dict.fromkeys(text for pair in self.pairs for text in pair.texts))
 
@@ -69,6 +69,11 @@ class PromptPairs:
         return sorted({pair.batch_size for pair in self.pairs})
 
     num_train_images = num_reg_images = 0
+    image_plan = None
+
+    @property
+    def own_batches(self) -> "PromptPairs":
+        return self
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -115,7 +120,7 @@ class PromptPairs:
             self._file,
             len(self.pairs),
             ", ".join(f"{count} {action}" for action, count in actions.items()),
-            len(self.texts),
+            len(self.prompts),
             ", ".join(sorted(sizes)),
         )
 
@@ -219,7 +224,7 @@ def open_prompt_pairs(
         logger.warning("%s %s: dynamic_crops has no effect, this base model is told no sizes", FLAG, idle[0].place)
     num_batches = run.max_train_steps * run.gradient_accumulation_steps * num_processes
     found = PromptPairs(pairs, concepts, concepts.prompts_file, seed, num_batches)
-    for text in found.texts:
+    for text in found.prompts:
         if (num_tokens := arch.text.count_tokens(text)) > arch.text.max_tokens:
             logger.warning(
                 "%s: a prompt of %d tokens, of which the first %d are used: %s",

@@ -77,6 +77,12 @@ class DataPlan:
         """The files of all pictures, one for each sample."""
         return [key for pictures in self.samples.subsets for key in pictures.each_key()]
 
+    @property
+    def image_plan(self) -> "DataPlan":
+        return self
+
+    prompts = own_batches = None  # batches are built of the plan and of what is cached
+
     # Counts
 
     @property

@@ -163,11 +163,11 @@ def fit_to_memory(run: ResolvedRun[OptionsT], processes: "Processes", events: Ev
 
     if run.options.shared.fit.fit is None:
         return run
-    from library.data.plan.data_plan import DataPlan
     from library.training.planning.fit_run import fit_run
 
-    assert isinstance(run.data, DataPlan), "--dataset_class refuses --fit"
-    fit = fit_run(run.options.shared, run.arch, run.data, processes, [*run.options.adapters.values()])
+    plan = run.data.image_plan
+    assert plan is not None, "options refuse to plan the memory of a user's class and of prompts"
+    fit = fit_run(run.options.shared, run.arch, plan, processes, [*run.options.adapters.values()])
     chosen = fit.choice.chosen
     assert chosen is not None, "fit_run raises where nothing fits"
     for each in events.each:

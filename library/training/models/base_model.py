@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from library.data.caching.latents import cache_latents
 from library.data.caching.stores import NO_LATENTS, NO_TEXTS, LatentStore, TextStore
-from library.data.concepts.prompt_pairs import PromptPairs
 from library.data.plan.data_plan import DataPlan
 from library.data.training_data import TrainingData
 from library.memory.devices import place, release_memory
@@ -71,12 +70,12 @@ def prepare_vae(
     caching: CachingOptions, arch: Architecture, seed: int, data: TrainingData, processes: Processes
 ) -> tuple[nn.Module | None, LatentStore]:
     """The VAE on the device, or None where it has encoded every picture already and may leave memory; its latents."""
-    if isinstance(data, PromptPairs):
+    if data.prompts is not None:
         return None, NO_LATENTS
     if not caching.cache_latents:
         return place(arch.load.vae(), processes.device), NO_LATENTS
-    assert isinstance(data, DataPlan), "--dataset_class refuses --cache_latents"
-    return None, encode_pictures(arch.load.vae, arch.codec, caching, seed, data, processes)
+    assert data.image_plan is not None, "options refuse caches of a user's class"
+    return None, encode_pictures(arch.load.vae, arch.codec, caching, seed, data.image_plan, processes)
 
 
 def encode_pictures(

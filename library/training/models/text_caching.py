@@ -12,8 +12,6 @@ from library.checkpoints.recognition import keys_of_text_encoders
 from library.data.caching.captions import CachedTexts, Encode, Encoders, TextEncoding, cache_texts
 from library.data.caching.stores import NO_TEXTS, TextStore
 from library.data.caching.text_files import stack_rows
-from library.data.concepts.prompt_pairs import PromptPairs
-from library.data.plan.data_plan import DataPlan
 from library.data.training_data import TrainingData
 from library.errors import UserError, needing
 from library.options.train import TrainOptions
@@ -115,8 +113,8 @@ def prepare_text(
     """
     spec = cached_text(options.network, arch.text_cache)
     on_cpu = arch.text_cache is not None and arch.text_cache.options.text_encoder_cpu
-    if isinstance(data, PromptPairs):
-        return encode_concepts(arch, data.texts, prompts, torch.device("cpu") if on_cpu else device, autocast)
+    if data.prompts is not None:
+        return encode_concepts(arch, data.prompts, prompts, torch.device("cpu") if on_cpu else device, autocast)
     if spec is None:
         is_adapted = not options.network.network_train_unet_only
         if on_cpu and is_adapted:
@@ -132,8 +130,8 @@ def prepare_text(
         )
 
     encoding = TextEncoding(spec, open_encoders, options.precision.mixed_precision)
-    assert isinstance(data, DataPlan), "--dataset_class refuses --cache_text_encoder_outputs"
-    cached = cache_texts(data, encoding, prompts, options.caching.skip_cache_check, processes)
+    assert data.image_plan is not None, "options refuse caches of a user's class"
+    cached = cache_texts(data.image_plan, encoding, prompts, options.caching.skip_cache_check, processes)
     live = live_text(options.network, spec)
     if live is None:
         return RunText.beside(cached, [])
