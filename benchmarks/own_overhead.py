@@ -115,7 +115,7 @@ def our_ms(folder: Path, num_steps: int, more: Sequence[str]) -> tuple[float, li
     plan = opening.open_data_plan(options, arch, 1, processes.count)
     path = options.reports.log_events
     events = Events([] if path is None else [open_event_file(Path(path), False)])
-    wanted = runs.Wanted(options, 1, None, events)
+    wanted = runs.AdapterRequest(options, 1, None, events)
     (prepared,) = prepare(options, arch, 1, plan, accelerator, processes, [wanted])
     context = prepared.run.context
     weights = context.network.trainable_parameters()

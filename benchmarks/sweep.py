@@ -80,7 +80,7 @@ def toy(args: argparse.Namespace, folder: Path, *network_args: str) -> tuple[Wor
     arch, processes = build(options), of_accelerator(accelerator)
     plan = opening.open_data_plan(options, arch, 1, 1)
     wanted = [
-        runs.Wanted(options.with_values({"learning_rate": 1e-4 * (i + 1)}), 1, None, Events(), f"adapter {i}")
+        runs.AdapterRequest(options.with_values({"learning_rate": 1e-4 * (i + 1)}), 1, None, Events(), f"adapter {i}")
         for i in range(args.adapters)
     ]
     prepared = prepare(options, arch, 1, plan, accelerator, processes, wanted)

@@ -153,7 +153,7 @@ def our_steps(folder: Path, args: argparse.Namespace) -> Iterator[float]:
     accelerator = opening.open_accelerator(options.precision.mixed_precision, options.trackers)
     processes = of_accelerator(accelerator)
     plan = opening.open_data_plan(options, arch, 1, processes.count)
-    wanted = runs.Wanted(options, 1, None, Events())
+    wanted = runs.AdapterRequest(options, 1, None, Events())
     (prepared,) = prepare(options, arch, 1, plan, accelerator, processes, [wanted])
     turnstile: Any = Turnstile()
     threading.Thread(target=loop.train, args=([prepared], turnstile), daemon=True).start()

@@ -22,7 +22,7 @@ from library.options.train import TrainOptions  # noqa: E402
 from library.protocols import Architecture  # noqa: E402
 from library.training.command_line.checks import check_network, check_precision  # noqa: E402
 from library.training.command_line.cli import parse  # noqa: E402
-from library.training.models.check_batches import quiet  # noqa: E402
+from library.training.models.check_batches import mute_logging  # noqa: E402
 from library.training.planning.counting import BatchShape, CountedRun, count_run  # noqa: E402
 from library.training.planning.fit import fit_to  # noqa: E402
 from library.training.planning.fit_run import sweep_of  # noqa: E402
@@ -72,7 +72,7 @@ def count(name: str, arguments: Sequence[str]) -> tuple[TrainOptions, Architectu
     check_precision(options)
     check_network(options.network)
     batch = described_batch(options)
-    with quiet():  # the run itself will say it
+    with mute_logging():  # the run itself will say it
         options, adapters = shared_and_own(options)
         arch = card.build(options)
         return options, arch, batch, count_run(options, arch, batch, CARD, list(adapters.values()))
@@ -95,7 +95,7 @@ def plan(args: argparse.Namespace, training: Sequence[str]) -> None:
     """Print a table for each card."""
     sizes = [parse_size("--cards", text) for text in args.cards.split(",")]
     options, arch, batch, counted = count(args.script, training)
-    with quiet():
+    with mute_logging():
         _, adapters = shared_and_own(options)
         sweep = sweep_of(options, arch, batch, CARD, list(adapters.values()))
     print(f"{arch.name}, {batch.count} x {batch.width}x{batch.height}, {options.network.network_module}")

@@ -22,7 +22,7 @@ from library.training.models.block_running import choose_block_runner
 from library.training.planning.counting import BatchShape, count_run
 from library.training.reporting.event_stream import Events
 from library.training.run.prepare import prepare
-from library.training.run.runs import Wanted
+from library.training.run.runs import AdapterRequest
 from library.training.run_parts import Run
 from tests.running import SCRIPTS, make_pictures
 from tests.runs.bases import BASES
@@ -85,7 +85,9 @@ def prepared(
     arch, processes = card.build(options), of_accelerator(accelerator)
     plan = opening.open_data_plan(options, arch, 21, 1)
     wanted = [
-        Wanted(options.with_values({"output_name": label, **values}), values.get("seed", 21), None, Events(), label)
+        AdapterRequest(
+            options.with_values({"output_name": label, **values}), values.get("seed", 21), None, Events(), label
+        )
         for label, values in adapters.items()
     ]
     ready = prepare(options, arch, 21, plan, accelerator, processes, wanted)

@@ -21,7 +21,7 @@ from library.training.reporting.event_stream import plain
 from library.training.reporting.events import Audit, End, Event, FoundImage, Start
 from library.training.reporting.events import Finding as StepResult
 from library.training.reporting.sample_images import data_url_of
-from library.training.run.run_events import given, versions
+from library.training.run.run_events import changed_options, versions
 from library.training.saving.checkpoints import Names
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def audit_only(options: TrainOptions, latents: LatentSpec) -> None:
     Raises UserError for mistakes in the description.
     """
     began = time.time()
-    plan = audited(options, latents)
+    plan = audit_images(options, latents)
     findings = inspect(plan.samples, len(plan.split.trained), plan.storage)
     for finding in findings:
         logger.warning("%s", finding.line)
@@ -43,9 +43,9 @@ def audit_only(options: TrainOptions, latents: LatentSpec) -> None:
         logger.info("no problems found in the images")
     if options.saving.output_dir:
         events = [
-            Start(None, given(options), versions()),
+            Start(None, changed_options(options), versions()),
             Audit(**plan.facts()),
-            *(StepResult(finding.text, shown(finding, plan), len(finding.pictures)) for finding in findings),
+            *(StepResult(finding.text, show_images(finding, plan), len(finding.pictures)) for finding in findings),
             End("finished", None, time.time() - began, None, None, None),
         ]
         path = Names.build(options.saving).of_audit()
@@ -54,7 +54,7 @@ def audit_only(options: TrainOptions, latents: LatentSpec) -> None:
         logger.info("full report with thumbnails: %s", path)
 
 
-def audited(options: TrainOptions, latents: LatentSpec) -> DataPlan:
+def audit_images(options: TrainOptions, latents: LatentSpec) -> DataPlan:
     """The images that are described, without a base model, what was found in them logged.
 
     Captions are not measured in tokens.
@@ -64,7 +64,7 @@ def audited(options: TrainOptions, latents: LatentSpec) -> DataPlan:
     return plan
 
 
-def shown(finding: Finding, plan: DataPlan) -> Sequence[FoundImage]:
+def show_images(finding: Finding, plan: DataPlan) -> Sequence[FoundImage]:
     """The first pictures of a finding with a small copy of each that can be decoded."""
     notes = dict(finding.pictures[:MOST_SHOWN])
     pictures = {sample.picture.key: sample.picture for sample in plan.samples if sample.picture.key in notes}

@@ -95,7 +95,7 @@ def report_unused(options: TrainOptions, ignores: Mapping[str, str]) -> None:
     """Warn of every option that is given and does nothing; `ignores` are those that do nothing for the base model."""
     if options.concepts is not None:
         ignores = {**ignores, **ignored_for_concepts(type(options), bool(options.preview.sample_prompts))}
-    for line in (*unused(options, ignores), *doubtful(options)):
+    for line in (*unused(options, ignores), *find_doubtful(options)):
         logger.warning("%s", line)
 
 
@@ -159,7 +159,7 @@ def check_output(options: TrainOptions) -> None:
 
 def check_overwriting(options: TrainOptions) -> None:
     """Raise UserError where the run would write over a file that it reads, or a page over a file that is no report."""
-    inputs = input_files(options, is_resumed=bool(options.state.resume or options.state.autoresume))
+    inputs = find_input_files(options, is_resumed=bool(options.state.resume or options.state.autoresume))
     names = Names.build(options.saving)
     for given in inputs:
         is_of_run = names.has_stem(given.stem) and given.suffix == names.of_end().suffix
@@ -174,7 +174,7 @@ def check_overwriting(options: TrainOptions) -> None:
             check_overwrite("--output_name:", page, REPORT, inputs)
 
 
-def input_files(options: Options, is_resumed: bool) -> list[Path]:
+def find_input_files(options: Options, is_resumed: bool) -> list[Path]:
     """Return the files that options name and the run reads.
 
     A resumed run has its weights from the state, and reads no more of an adapter file than its shapes.
@@ -326,7 +326,7 @@ def check_previews(preview: PreviewOptions) -> None:
         read_prompts(Path(preview.sample_prompts))
 
 
-def doubtful(options: TrainOptions) -> Iterator[str]:
+def find_doubtful(options: TrainOptions) -> Iterator[str]:
     """A line for every setting that works and is hardly meant."""
     if options.noise.zero_terminal_snr and not options.model.v_parameterization:
         yield (
@@ -339,10 +339,10 @@ def doubtful(options: TrainOptions) -> Iterator[str]:
             f"accelerate launch has --mixed_precision {launched}, which has no effect: the script's own option counts, "
             f"and that is no; give --mixed_precision {launched} to the script"
         )
-    yield from low_rate(options.network, options.optimizer)
+    yield from find_low_rate(options.network, options.optimizer)
 
 
-def low_rate(network: NetworkOptions, optimizer: OptimizerOptions) -> Iterator[str]:
+def find_low_rate(network: NetworkOptions, optimizer: OptimizerOptions) -> Iterator[str]:
     """Yield a line where the denoiser's adapter trains with the default rate, which is meant for whole models."""
     rate, name = optimizer.learning_rate, wanted_type(optimizer)
     is_named = network.unet_lr is not None or network.network_train_text_encoder_only

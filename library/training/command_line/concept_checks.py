@@ -19,11 +19,11 @@ def check_concepts(options: Options, concepts: ConceptOptions) -> None:
             raise UserError(f"--{name} does not work with {FLAG}: {why}")
     if not concepts.prompts_file:
         raise UserError(f"{FLAG} is not set; give the TOML file with the prompts that are trained")
-    read_prompt_pairs(Path(concepts.prompts_file), warn=said_later)
+    read_prompt_pairs(Path(concepts.prompts_file), warn=ignore_message)
 
 
-def said_later(*message: object) -> None:
-    """Warn of nothing: the run warns where it opens the file."""
+def ignore_message(*message: object) -> None:
+    """Say nothing: the run warns of the same where it opens the file."""
 
 
 def ignored_for_concepts(kind: type[Options], draws_previews: bool) -> Mapping[str, str]:

@@ -119,10 +119,10 @@ def train_as_asked(
 def show_dataset(options: TrainOptions, latents: LatentSpec) -> None:
     """Show the batches of the first epoch where no base model is named."""
     from library.data.debug_dataset import show_batches
-    from library.training.command_line.audit_only import audited
+    from library.training.command_line.audit_only import audit_images
 
     logger.info("no base model is named, so captions are not counted in tokens: --pretrained_model_name_or_path does")
-    show_batches(audited(options, latents))
+    show_batches(audit_images(options, latents))
 
 
 OUR_FAULT = (

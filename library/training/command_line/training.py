@@ -53,7 +53,7 @@ def train_alone(
     from library.installed import NEEDED_BY_ALL, check_installed
     from library.training.models.cuda_kernels import cuda_kernels
     from library.training.run.deterministic import deterministic
-    from library.training.run.run_events import told
+    from library.training.run.run_events import open_events
 
     check_installed("adapters", NEEDED_BY_ALL)
     shared, adapters = shared_and_own(asked)
@@ -63,7 +63,7 @@ def train_alone(
     writes = not (shared.faults.dry_run or shared.dataset.debug_dataset)
     with (
         run_locks([one.saving for one in (shared, *adapters.values())] if writes else []),
-        told(adapters.values(), command, warnings) as events,
+        open_events(adapters.values(), command, warnings) as events,
         cuda_kernels(shared.kernels),
         deterministic(shared.faults.deterministic),
     ):
@@ -184,7 +184,7 @@ def train_resolved(
 ) -> bool:
     """Load the models, attach the adapters, and train, dry-run or self-test them."""
     from library.hidden_libraries import BITSANDBYTES, hidden
-    from library.training.failures.out_of_memory import explained
+    from library.training.failures.out_of_memory import explain_out_of_memory
     from library.training.run import runs
     from library.training.run.dry_run import try_largest_batch
     from library.training.run.prepare import prepare
@@ -197,18 +197,18 @@ def train_resolved(
     sweep = states.record or (SweepRecord(run.seed) if options.sweep.sweep else None)
     with (
         events.stage("loading"),
-        explained("loading the models and caching", options, accelerator.device, ""),
+        explain_out_of_memory("loading the models and caching", options, accelerator.device, ""),
         hidden(BITSANDBYTES),
     ):
         wanted = [
-            runs.wanted(own, run.seed, states.by_label.get(label), each, label)
+            runs.request_adapter(own, run.seed, states.by_label.get(label), each, label)
             for (label, own), each in zip(run.options.adapters.items(), events.each, strict=True)
             if sweep is None or label not in sweep.ended
         ]
         prepared = prepare(options, run.arch, run.seed, data, accelerator, processes, wanted, sweep)
     first = prepared[0]
     if options.faults.selftest:
-        with explained("testing itself (--selftest)", options, accelerator.device, ""):
+        with explain_out_of_memory("testing itself (--selftest)", options, accelerator.device, ""):
             test_itself(first.run)
     if largest is not None:
         try_largest_batch([one.run for one in prepared], first.writer, largest)

@@ -57,7 +57,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def explained(
+def explain_out_of_memory(
     doing: str,
     options: TrainOptions,
     device: torch.device,
@@ -76,7 +76,7 @@ def explained(
             raise
         predicted = memory_hints()
         ignored = None if options.concepts is None else ignored_by_leco(type(options))
-        others = savings(options.flat(), sizes(), device, bool(predicted), ignored)
+        others = find_savings(options.flat(), sizes(), device, bool(predicted), ignored)
         lines = [
             f"out of memory while {doing}{f', {shape}' if shape else ''}",
             f"memory: {memory_figures(device)}",
@@ -125,7 +125,7 @@ def main_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def savings(
+def find_savings(
     values: Mapping[str, Any],
     sizes: Sizes,
     device: torch.device,
@@ -138,12 +138,15 @@ def savings(
     prompts are trained without images, and None where there are images.
     """
     idle = tuple(f"--{name} " for name in ignored or ())
-    yield from (line for line in every_saving(values, sizes, device, is_predicted) if not line.startswith(idle))
+    every = find_all_savings(values, sizes, device, is_predicted)
+    yield from (line for line in every if not line.startswith(idle))
     if ignored is not None:
         yield "a smaller batch_size in the --prompts_file needs as much less for activations"
 
 
-def every_saving(values: Mapping[str, Any], sizes: Sizes, device: torch.device, is_predicted: bool) -> Iterator[str]:
+def find_all_savings(
+    values: Mapping[str, Any], sizes: Sizes, device: torch.device, is_predicted: bool
+) -> Iterator[str]:
     yield from activation_savings(values, is_predicted)
     yield from weight_savings(values, sizes, is_predicted)
     if wants(values, "vae_batch_size", 1):

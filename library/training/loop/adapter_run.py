@@ -12,7 +12,7 @@ from library.processes import Order
 from library.training.evaluation.preview import epoch_event, step_event
 from library.training.failures.interruption import Interruption
 from library.training.failures.nonfinite import NonFiniteError, NonFiniteGuard, last_good_saved
-from library.training.failures.out_of_memory import explained, sizes_of
+from library.training.failures.out_of_memory import explain_out_of_memory, sizes_of
 from library.training.loop.prepared import PreparedRun
 from library.training.loop.update import Updates, wanted_norm_limit
 from library.training.optimization.optimizers import effective_rates
@@ -85,7 +85,7 @@ class AdapterRun:
         losses, stops = run.processes.exchange(parameters, own_losses, num_losses, wants_stop, order_of(run))
         self.updates.tell()
         self.progress.is_moving = True
-        with explained("the optimizer moved the weights", run.options, device, "", lambda: sizes_of(run)):
+        with explain_out_of_memory("the optimizer moved the weights", run.options, device, "", lambda: sizes_of(run)):
             with run.times.stage("optimizer"):
                 self.updates.take(window, losses)
         return stops

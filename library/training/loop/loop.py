@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from library.training.failures.interruption import Interruption
-from library.training.failures.out_of_memory import explained, sizes_of
+from library.training.failures.out_of_memory import explain_out_of_memory, sizes_of
 from library.training.loop.adapter_run import AdapterRun
 from library.training.loop.ahead import Ahead, copies_to
 from library.training.loop.prepared import PreparedRun
@@ -193,7 +193,7 @@ def accumulate_gradients(
         size = len(window.places) if number < num_own else math.inf
         doing = f"computing step {window.step + 1}, forward and backward"
         shape, predicted = describe_shape(batch), partial(memory_hints, runs, batch)
-        with explained(doing, run.options, run.context.device, shape, lambda: sizes_of(run), predicted):
+        with explain_out_of_memory(doing, run.options, run.context.device, shape, lambda: sizes_of(run), predicted):
             batch_number = run.plan.batch_number(window.epoch, place)
             if len(runs) == 1:
                 found = [backward(run, batch, batch_number, size, window.step)]

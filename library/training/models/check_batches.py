@@ -37,7 +37,7 @@ def check_batches(
     """
     name = network_options.network_module
     assert name is not None
-    with quiet(), torch.random.fork_rng(devices=[]):
+    with mute_logging(), torch.random.fork_rng(devices=[]):
         module = open_network_module(name)
         groups = [{"params": [], "lr": optimizer.learning_rate}]
         if name.startswith(OURS):  # modules of others may compute with weights while they are made
@@ -77,7 +77,7 @@ def models_on_meta_device(arch: Architecture) -> Models:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def mute_logging() -> Iterator[None]:
     """Log nothing: the run itself will say it all."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)

@@ -27,7 +27,8 @@ def open_network(
     Raises UserError where the module cannot be imported, an argument is wrong, or a file does not fit.
     """
     announce(f"import network module: {wanted.network_module}")
-    network = adopt(create(wanted, opened(wanted), models))
+    assert wanted.network_module is not None
+    network = adopt(create(wanted, open_network_module(wanted.network_module), models))
     network.apply_to(
         *models.network_view,
         not wanted.network_train_unet_only,
@@ -37,12 +38,6 @@ def open_network(
         network.load_weights(wanted.network_weights)
     network.module.to(device, dtype)
     return network
-
-
-def opened(wanted: NetworkOptions) -> NetworkModule:
-    """The module that makes the network."""
-    assert wanted.network_module is not None
-    return open_network_module(wanted.network_module)
 
 
 def create(wanted: NetworkOptions, module: NetworkModule, models: Models) -> Any:

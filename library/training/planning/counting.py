@@ -37,7 +37,7 @@ from library.randomness import generator_for
 from library.training.loop.stacked_step import repeated, stacked_losses
 from library.training.models.base_model import LoadedModels
 from library.training.models.block_running import trains_text_encoders
-from library.training.models.check_batches import quiet
+from library.training.models.check_batches import mute_logging
 from library.training.models.compute import Compute
 from library.training.models.network import create
 from library.training.models.step_context import step_context
@@ -99,7 +99,7 @@ def count_run(
     `adapters` are the options of each where several share the base model, without the dropout that they may have.
     """
     adapters = adapters or (options,)
-    with quiet(), torch.random.fork_rng(devices=[]), matrices_forgotten():
+    with mute_logging(), torch.random.fork_rng(devices=[]), matrices_forgotten():
         with FakeTensorMode(allow_non_fake_inputs=True), nullcontext() if device.type == "cpu" else norms_as_on_cards():
             meta = run_on_meta_device(options, arch, adapters)
             denoiser, networks = meta.models.denoiser, meta.networks

@@ -24,8 +24,8 @@ from library.training.reporting.log_prefix import log_prefix
 from library.training.reporting.progress import Progress
 from library.training.reporting.step_times import StepTimes
 from library.training.reporting.trackers import Charts, loggable_options, start_trackers
-from library.training.run.run_events import plan_of
-from library.training.run.runs import Shared, Wanted, ready_to_start, run_of
+from library.training.run.run_events import build_plan_event
+from library.training.run.runs import AdapterRequest, Shared, build_run, prepare_run
 from library.training.saving.checkpoints import save_dtype
 from library.training.saving.resume import starting_steps
 from library.training.step.accumulation import Plan
@@ -42,7 +42,7 @@ def prepare(
     data: TrainingData,
     accelerator: Any,
     processes: Processes,
-    adapters: Sequence[Wanted],
+    adapters: Sequence[AdapterRequest],
     sweep: SweepRecord | None = None,
 ) -> list[PreparedRun]:
     """Load the models, attach the adapters, build what moves each of them, and put each where its state left it.
@@ -77,7 +77,7 @@ def prepare(
     turns = None
     if len(networks) > 1:
         turns = multiplex(networks, options.network.network_module or "")
-        logger.info("%s", told_turns(len(networks), turns.share_stacked(range(len(networks)))))
+        logger.info("%s", format_sharing(len(networks), turns.share_stacked(range(len(networks)))))
     is_text_trained = trains_text_encoders(options.network, options.optimizer.learning_rate)
     choose_block_runner(options.memory, options.compiling, is_text_trained, arch, loaded.models, networks)
     times = StepTimes(compute.device, processes.count, peak_of(compute.device, compute.dtype))
@@ -87,19 +87,19 @@ def prepare(
     prepared = []
     for place, (one, network, first_step) in enumerate(zip(adapters, networks, first_steps, strict=True)):
         with log_prefix(one.label):
-            run = run_of(one, network, shared, place)
-            prepared.append(ready_to_start(run, one, Progress(first_step), charts, prompts, loaded.prompts))
+            run = build_run(one, network, shared, place)
+            prepared.append(prepare_run(run, one, Progress(first_step), charts, prompts, loaded.prompts))
     if processes.is_main:
         start_trackers(accelerator, options.trackers, loggable_options(options))
-        counts = counts_of(prepared[0])
+        counts = count_images(prepared[0])
         announce_run(plan, counts, data.batch_sizes, options.run.gradient_accumulation_steps)
         for one, ready in zip(adapters, prepared, strict=True):
             resumed_from = None if one.state is None else str(one.state.path)
-            one.events.emit(plan_of(ready.run, counts, ready.progress.step, resumed_from))
+            one.events.emit(build_plan_event(ready.run, counts, ready.progress.step, resumed_from))
     return prepared
 
 
-def told_turns(count: int, share: float) -> str:
+def format_sharing(count: int, share: float) -> str:
     """How `count` adapters compute, where a `share` of the layers has them in one product."""
     if share == 1:
         return f"{count} adapters share each pass of the base model; every layer computes them in one product"
@@ -110,7 +110,7 @@ def told_turns(count: int, share: float) -> str:
     )
 
 
-def counts_of(prepared: PreparedRun) -> PictureCounts:
+def count_images(prepared: PreparedRun) -> PictureCounts:
     data = prepared.run.data
     return PictureCounts(data.num_train_images, prepared.validation.num_pictures, data.num_reg_images)
 

@@ -40,7 +40,7 @@ HIDDEN = "***"
 
 
 @contextmanager
-def told(
+def open_events(
     adapters: Iterable[TrainOptions], command: Sequence[str] | None, warnings: WarningEvents
 ) -> Iterator[EventsOfAll]:
     """Open the events of a run, of each of its adapters, in its main process; the last one says how the block ended.
@@ -58,7 +58,7 @@ def told(
         stack.callback(events.close)
         stack.enter_context(listening(events.tell_progress))
         for options, one in of_each:
-            one.emit(Start(without_secrets(command, options), given(options), versions()))
+            one.emit(Start(hide_secrets(command, options), changed_options(options), versions()))
         warnings.tell(events)
         try:
             yield events
@@ -90,7 +90,7 @@ def open_sinks(options: TrainOptions, stack: ExitStack) -> list[Sink]:
     return sinks
 
 
-def without_secrets(command: Sequence[str] | None, options: Options) -> list[str] | None:
+def hide_secrets(command: Sequence[str] | None, options: Options) -> list[str] | None:
     """The words of a command line, keys and tokens hidden."""
     if command is None:
         return None
@@ -104,7 +104,7 @@ def without_secrets(command: Sequence[str] | None, options: Options) -> list[str
     return words
 
 
-def given(options: Options) -> dict[str, Any]:
+def changed_options(options: Options) -> dict[str, Any]:
     """Return every option that is not at its default, without keys and tokens."""
     values, defaults = options.flat(), type(options).defaults()
     return {name: plain(v) for name, v in values.items() if v != defaults[name] and name not in SECRETS}
@@ -128,7 +128,7 @@ def format_error(error: BaseException) -> str:
     return f"{error}{cause}" if isinstance(error, UserError) else f"{type(error).__name__}: {error}{cause}"
 
 
-def plan_of(run: Run, counts: PictureCounts, first_step: int, resumed_from: str | None) -> Plan:
+def build_plan_event(run: Run, counts: PictureCounts, first_step: int, resumed_from: str | None) -> Plan:
     """Return the event of a loaded run."""
     options, plan, context = run.options, run.plan, run.context
     pictures: Mapping[str, int] = {"train": counts.train, "validation": counts.validation, "reg": counts.reg}

@@ -33,7 +33,7 @@ from networks.core.protocol import AdoptedNetwork, Multiplexer
 
 
 @dataclass(frozen=True)
-class Wanted:
+class AdapterRequest:
     """One adapter that the run is to train; several of them may share the base model and the batches."""
 
     options: TrainOptions  # of its run alone
@@ -43,7 +43,9 @@ class Wanted:
     label: str = ""  # what it is called where there are others
 
 
-def wanted(options: TrainOptions, seed: int, state: StateManifest | None, events: Events, label: str = "") -> Wanted:
+def request_adapter(
+    options: TrainOptions, seed: int, state: StateManifest | None, events: Events, label: str = ""
+) -> AdapterRequest:
     """Describe an adapter of a run with this seed, which is its own too unless the sweep gives it another one.
 
     All adapters are measured with the noise of the run's seed.
@@ -51,7 +53,7 @@ def wanted(options: TrainOptions, seed: int, state: StateManifest | None, events
     own = options.run.seed if label and options.run.seed is not None else seed
     if own != seed and options.validation.validation_seed is None:
         options = options.with_values({"validation_seed": seed})
-    return Wanted(options, own, state, events, label)
+    return AdapterRequest(options, own, state, events, label)
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Shared:
     sweep: SweepRecord | None
 
 
-def run_of(wanted: Wanted, network: AdoptedNetwork, shared: Shared, place: int) -> Run:
+def build_run(wanted: AdapterRequest, network: AdoptedNetwork, shared: Shared, place: int) -> Run:
     """The run of one adapter, the one at `place` among all."""
     options, arch, compute = wanted.options, shared.arch, shared.compute
     models = shared.loaded.models
@@ -98,9 +100,9 @@ def run_of(wanted: Wanted, network: AdoptedNetwork, shared: Shared, place: int) 
     )
 
 
-def ready_to_start(
+def prepare_run(
     run: Run,
-    wanted: Wanted,
+    wanted: AdapterRequest,
     progress: Progress,
     charts: Charts,
     prompts: Sequence[Prompt],

@@ -118,19 +118,19 @@ def read_facts(folder: Path) -> StateManifest:
     except FileNotFoundError:
         content = {}
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"--resume {folder}: its {FACTS_FILE} cannot be read ({error}); use another state") from None
+        raise UserError(f"the state {folder}: its {FACTS_FILE} cannot be read ({error}); use another state") from None
     version = content.get("version") if isinstance(content, dict) else None
     if version is None:
-        raise UserError(f"--resume {folder} {explained(folder)}")
+        raise UserError(f"the folder {folder} {explain_no_state(folder)}")
     if version != VERSION:
-        raise UserError(f"--resume {folder} is a state of version {version}; this program reads version {VERSION}")
+        raise UserError(f"the state {folder} is of version {version}; this program reads version {VERSION}")
     digest = content.pop("digest", None)  # states without digests were written before there were any
     if digest is not None and digest != digest_of_text(json.dumps(content, ensure_ascii=False)):
         raise UserError(damaged(folder, FACTS_FILE))
     try:
         for name, size in content["sizes"].items():
             if not (folder / name).is_file() or (folder / name).stat().st_size != size:
-                raise UserError(f"--resume {folder} is not whole: {name} should have {size} bytes; copy it again")
+                raise UserError(f"the state {folder} is not whole: {name} should have {size} bytes; copy it again")
         require_values(folder, content)
         return StateManifest(
             path=folder,
@@ -144,7 +144,7 @@ def read_facts(folder: Path) -> StateManifest:
             digests=content.get("digests", {}),
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"--resume {folder}: its {FACTS_FILE} lacks {error}; use another state") from None
+        raise UserError(f"the state {folder}: its {FACTS_FILE} lacks {error}; use another state") from None
 
 
 def require_values(folder: Path, content: Mapping[str, Any]) -> None:
@@ -152,10 +152,10 @@ def require_values(folder: Path, content: Mapping[str, Any]) -> None:
     for name, least in (("current_step", 0), ("seed", 0), ("num_processes", 1)):
         value = content[name]
         if type(value) is not int or value < least:
-            raise UserError(f"--resume {folder}: {name} in its {FACTS_FILE} is {value!r}; use another state")
+            raise UserError(f"the state {folder}: {name} in its {FACTS_FILE} is {value!r}; use another state")
     for name, kind in (("options", dict), ("dataset", dict), ("parts", dict), ("digests", dict), ("done", list)):
         if not isinstance(content.get(name, kind()), kind):
-            raise UserError(f"--resume {folder}: {name} in its {FACTS_FILE} is {content[name]!r}; use another state")
+            raise UserError(f"the state {folder}: {name} in its {FACTS_FILE} is {content[name]!r}; use another state")
 
 
 def require_undamaged(facts: StateManifest) -> None:
@@ -164,28 +164,28 @@ def require_undamaged(facts: StateManifest) -> None:
         try:
             is_whole = digest_of_file(facts.path / name) == digest
         except OSError as error:
-            raise UserError(f"--resume {facts.path}: {name} cannot be read ({error}); use another state") from None
+            raise UserError(f"the state {facts.path}: {name} cannot be read ({error}); use another state") from None
         if not is_whole:
             raise UserError(damaged(facts.path, name))
 
 
 def damaged(folder: Path, name: str) -> str:
     """Return the error of a state that has changed on the disk."""
-    return f"--resume {folder} is damaged: {name} is not as it was written; copy it again or use another state"
+    return f"the state {folder} is damaged: {name} is not as it was written; copy it again or use another state"
 
 
 def digest_of_text(text: str) -> str:
     return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
-def explained(folder: Path) -> str:
-    """Why a folder without our facts is no state."""
+def explain_no_state(folder: Path) -> str:
+    """Say why a folder without our description is no state, to follow its name."""
     if any((folder / name).exists() for name in OF_SD_SCRIPTS):
         return (
             "is a state of sd-scripts, which holds pickled objects that are not opened because they could run code; "
             "start from the weights with --network_weights, and set --initial_epoch if epochs are to be counted on"
         )
-    return f"holds no {FACTS_FILE} of a whole state; give the folder of a saved state, such as last-state"
+    return f"holds no {FACTS_FILE} of a whole state; --resume takes the folder of a saved state, such as last-state"
 
 
 def restore(facts: StateManifest, network: nn.Module, keepers: Mapping[str, Stateful]) -> None:
@@ -198,20 +198,20 @@ def restore(facts: StateManifest, network: nn.Module, keepers: Mapping[str, Stat
         network.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(
-            f"--resume {facts.path} holds another network: {shortened(str(error))}. Give the --network_module, "
+            f"the state {facts.path} holds another network: {shortened(str(error))}. Give the --network_module, "
             "--network_dim and --network_args that it was trained with"
         ) from None
     tensors = load_state_dict(facts.path / TENSOR_FILE)
     for name, keeper in keepers.items():
         if name not in facts.parts:
-            logger.warning("--resume %s holds nothing about the %s, which starts afresh", facts.path, name)
+            logger.warning("the state %s holds nothing about the %s, which starts afresh", facts.path, name)
             continue
         try:
             keeper.load_state_dict(put_together(facts.parts[name], tensors))
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
             raise UserError(
-                f"--resume {facts.path} does not fit the {name} of this run: {shortened(str(error))}. Give the options "
-                "that it was trained with"
+                f"the state {facts.path} does not fit the {name} of this run: {shortened(str(error))}. Give the "
+                "options that it was trained with"
             ) from None
 
 

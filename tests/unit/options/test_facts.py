@@ -18,7 +18,7 @@ from library.training.command_line.cli import normalize
 from library.training.command_line.concept_checks import ignored_for_concepts
 from library.training.config_file import SECRETS
 from library.training.reporting.trackers import loggable_options
-from library.training.run.run_events import given
+from library.training.run.run_events import changed_options
 from library.training.saving.resume import option_differences, recorded_options
 from library.training.saving.state import StateManifest
 from library.training.sweep.combinations import sweep_names, word_of
@@ -111,6 +111,6 @@ def test_no_file_and_no_tracker_gets_a_password(kind: type[TrainOptions]) -> Non
     assert secrets == set(SECRETS)
     options = with_all_changed(kind)
     logged = loggable_options(options)
-    assert not secrets & (recorded_options(options).keys() | given(options).keys() | logged.keys())
+    assert not secrets & (recorded_options(options).keys() | changed_options(options).keys() | logged.keys())
     assert logged.keys() == {name for name, facts in kind.facts().items() if facts.logged}
     assert not {"output_dir", "train_data_dir", "pretrained_model_name_or_path"} & logged.keys()

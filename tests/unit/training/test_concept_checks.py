@@ -12,7 +12,7 @@ from library.architectures.sdxl.leco import SdxlLecoOptions
 from library.options.leco import LecoOptions, ignored_by_leco, refused_by_leco
 from library.training.command_line.checks import check, report_unused
 from library.training.command_line.cli import parse
-from library.training.failures.out_of_memory import Sizes, savings
+from library.training.failures.out_of_memory import Sizes, find_savings
 from library.training.run.shard_base_checks import sharding_values
 
 IGNORED, REFUSED = ignored_by_leco(SdxlLecoOptions), refused_by_leco(SdxlLecoOptions)
@@ -122,7 +122,9 @@ def test_advice_for_too_little_memory_names_nothing_without_effect(prompts: Path
 
     options = made(prompts)
     lines = list(
-        savings(options.flat(), Sizes(10**9, 0, 0, 10**6), torch.device("cpu"), ignored=ignored_by_leco(type(options)))
+        find_savings(
+            options.flat(), Sizes(10**9, 0, 0, 10**6), torch.device("cpu"), ignored=ignored_by_leco(type(options))
+        )
     )
     assert any(line.startswith("--gradient_checkpointing ") for line in lines)
     assert "a smaller batch_size in the --prompts_file needs as much less for activations" in lines

@@ -173,7 +173,7 @@ def test_a_state_of_sd_scripts_is_explained(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"version": 99}', '{"version": 1}'])
 def test_damaged_facts_are_refused_with_a_sentence(tmp_path: Path, text: str) -> None:
     (tmp_path / "train_state.json").write_text(text)
-    with pytest.raises(ValueError, match="--resume"):
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
         read_facts(tmp_path)
 
 
