@@ -11,35 +11,57 @@ OptionsT = TypeVar("OptionsT", bound="Options")
 
 FACTS = "facts"  # the key of a field's metadata that argparse does not get
 
-
 OnResume = Literal["new rate", "new length", "kept by the optimizer"]
 
 
 @dataclass(frozen=True)
 class Facts:
-    """The facts that the declaration of an option carries; `option` describes each."""
+    """The facts that the declaration of an option carries."""
 
+    # Range of a value, or of each value of a list; a share is 0 to 1.
     at_least: float | None = None
     at_most: float | None = None
     is_share: bool = False
+    # Values besides the choices pass, and are checked where they are used.
+    takes_other_values: bool = False
+
+    # The option has no effect unless one of these is set ("enable_bucket") or has one of some values
+    # ("loss_type=huber|smooth_l1"); with `requires` the run is refused instead.
     needs: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
+    # Options, written as in `needs`, with which the run is refused, each with the reason.
     excludes: Mapping[str, str] = field(default_factory=dict)
+    # The option has no effect where this one is set.
     unless: str | None = None
+    # Why the option never has an effect.
     ignored: str | None = None
-    takes_other_values: bool = False
-    names_output: bool = False
+
+    # Without images (LECO) the option has no effect, for this reason where it is not plain, or is refused for this one.
     needs_images: bool = False
-    refused_by_leco: str | None = None
     ignored_by_leco: str | None = None
+    refused_by_leco: str | None = None
+
+    # Another value may give other weights.
     affects_training: bool = True
+    # A training state holds what the option stands for (the seed), or compares that itself (the images).
     kept_in_state: bool = False
+    # What another value means for a resumed run; None means that it differs from an uninterrupted one.
     on_resume: OnResume | None = None
+
+    # How file names of a sweep abbreviate the option, "" where the value says it all; None means that adapters of one
+    # run cannot differ in it.
     sweep_name: str | None = None
+    # 0 means the same as leaving the option out.
     zero_is_unset: bool = False
+    # The value is a file that the run writes.
+    names_output: bool = False
+    # A password, which no file and no tracker may hold.
     secret: bool = False
+    # Trackers may show the value.
     logged: bool = True
+    # The short help shows the option.
     usual: bool = False
+    # sd-scripts 0.10 does not have the option, so an abbreviation that fits one of its options means that one.
     own: bool = False
 
     @property
@@ -48,88 +70,17 @@ class Facts:
         return self.kept_in_state or self.ignored is not None or not self.affects_training
 
 
-def option(
-    default: Any,
-    help: str,
-    *,
-    at_least: float | None = None,
-    at_most: float | None = None,
-    is_share: bool = False,
-    needs: str | tuple[str, ...] = (),
-    requires: str | tuple[str, ...] = (),
-    excludes: Mapping[str, str] | None = None,
-    unless: str | None = None,
-    ignored: str | None = None,
-    takes_other_values: bool = False,
-    names_output: bool = False,
-    needs_images: bool = False,
-    refused_by_leco: str | None = None,
-    ignored_by_leco: str | None = None,
-    affects_training: bool = True,
-    kept_in_state: bool = False,
-    on_resume: OnResume | None = None,
-    sweep_name: str | None = None,
-    zero_is_unset: bool = False,
-    secret: bool = False,
-    logged: bool = True,
-    usual: bool = False,
-    own: bool = False,
-    **argparse_kwargs: Any,
-) -> Any:
+def option(default: Any, help: str, **keywords: Any) -> Any:
     """Declare a field of an Options class. The flag is the field's name: `max_grad_norm` is --max_grad_norm.
 
-    Args:
-        at_least, at_most: The range of a value, or of each value of a list.
-        is_share: The range is 0 to 1.
-        needs: The option has no effect unless one of these is set ("enable_bucket") or has one of some values
-            ("loss_type=huber|smooth_l1").
-        requires: As `needs`, but the run is refused where none of these is set.
-        excludes: Options, written as in `needs`, with which the run is refused, each with the reason.
-        unless: The option has no effect where this one is set.
-        ignored: Why the option never has an effect.
-        takes_other_values: Values besides the choices pass, and are checked where they are used.
-        names_output: The value is a file that the run writes.
-        needs_images: The option has no effect where prompts are trained without images (LECO).
-        ignored_by_leco: Why it has none there, where `needs_images` does not say it all.
-        refused_by_leco: Why LECO cannot have the option, and what to do.
-        affects_training: Another value may give other weights.
-        kept_in_state: A training state holds what the option stands for (the seed), or compares that itself (the
-            images), so that a resumed run may have another value.
-        on_resume: What another value means for a resumed run; None means that it differs from an uninterrupted one.
-        sweep_name: How --sweep abbreviates the option in file names, "" where the value says it all. None means that
-            adapters of one run cannot differ in it.
-        zero_is_unset: 0 means the same as leaving the option out.
-        secret: The value is a password, which no file and no tracker may hold.
-        logged: --log_config sends the value to trackers.
-        usual: --help shows the option; --help_all shows all of them.
-        own: sd-scripts 0.10 does not have the option, so an abbreviation that fits one of its options means that one.
-        argparse_kwargs: Keywords of `ArgumentParser.add_argument`.
+    `keywords` are those of `Facts`, of which `needs` and `requires` may be a single text, and those of
+    `ArgumentParser.add_argument`.
     """
-    facts = Facts(
-        at_least=at_least,
-        at_most=at_most,
-        is_share=is_share,
-        needs=(needs,) if isinstance(needs, str) else needs,
-        requires=(requires,) if isinstance(requires, str) else requires,
-        excludes=excludes or {},
-        unless=unless,
-        ignored=ignored,
-        takes_other_values=takes_other_values,
-        names_output=names_output,
-        needs_images=needs_images,
-        refused_by_leco=refused_by_leco,
-        ignored_by_leco=ignored_by_leco,
-        affects_training=affects_training,
-        kept_in_state=kept_in_state,
-        on_resume=on_resume,
-        sweep_name=sweep_name,
-        zero_is_unset=zero_is_unset,
-        secret=secret,
-        logged=logged and not secret,
-        usual=usual,
-        own=own,
-    )
-    return field(default=default, metadata={"help": help, FACTS: facts, **argparse_kwargs})
+    given = {f.name: keywords.pop(f.name) for f in fields(Facts) if f.name in keywords}
+    for name in ("needs", "requires"):
+        if isinstance(given.get(name), str):
+            given[name] = (given[name],)
+    return field(default=default, metadata={"help": help, FACTS: Facts(**given), **keywords})
 
 
 def redeclared(kind: type["Options"], name: str, default: Any, **argparse_kwargs: Any) -> Any:

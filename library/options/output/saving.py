@@ -85,6 +85,7 @@ class HubOptions(Options, affects_training=False):
     huggingface_token: str | None = option(
         None,
         secret=True,
+        logged=False,
         help="Access token for Hugging Face. Unset uses the one that is logged in.",
     )
     huggingface_repo_visibility: str | None = option(
