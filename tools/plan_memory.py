@@ -18,6 +18,7 @@ from library.checkpoints.base_model_spec import BaseModelSpec  # noqa: E402
 from library.data.description.schema import load_dataset_config, parse_numbers  # noqa: E402
 from library.errors import UserError  # noqa: E402
 from library.memory.planner.gpus import parse_size, typical_gpu  # noqa: E402
+from library.options.requirements import check_requirements  # noqa: E402
 from library.options.train import TrainOptions  # noqa: E402
 from library.protocols import Architecture  # noqa: E402
 from library.training.command_line.checks import check_network, check_precision  # noqa: E402
@@ -69,6 +70,7 @@ def count(name: str, arguments: Sequence[str]) -> tuple[TrainOptions, Architectu
         raise UserError("--network_module is not set; networks.lora trains a LoRA")
     if options.distributed.shard_base and not options.distributed.shard_group:
         raise UserError("--shard_base: say with --shard_group over how many processes the base model is to be spread")
+    check_requirements(options)
     check_precision(options)
     check_network(options.network)
     batch = described_batch(options)

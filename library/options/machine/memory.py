@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from library.options.base import Options, option
 from library.options.machine.base_formats import BASE_FORMATS
 
+ONE_FORMAT = {  # what the older options for 8 bits exclude
+    f"base_format={'|'.join(name for name in BASE_FORMATS if name != 'fp8')}": "each names a format of the same weights"
+}
 ATTENTION_MODES = ("torch", "xformers", "flash", "sageattn", "sdpa")  # values of --attn_mode, where a script has it
 
 
@@ -103,11 +106,13 @@ class PrecisionOptions(Options):
         False,
         usual=True,
         requires="mixed_precision=bf16|fp16",
+        excludes=ONE_FORMAT,
         help="Keep the frozen base model in 8 bits. Needs --mixed_precision fp16 or bf16.",
     )
     fp8_base_unet: bool = option(
         False,
         requires="mixed_precision=bf16|fp16",
+        excludes=ONE_FORMAT,
         help="Keep the frozen denoiser in 8 bits and the text encoders in the format of --mixed_precision.",
     )
 

@@ -55,7 +55,6 @@ def check(options: TrainOptions) -> None:
         )
     check_output(options)
     check_precision(options)
-    check_requirements(options)
     wanted_type(options.optimizer)  # which raises where several are named
     check_network(options.network)
     check_timesteps(options.noise)
@@ -66,7 +65,7 @@ def check(options: TrainOptions) -> None:
 
 
 def check_data(options: TrainOptions) -> None:
-    """The part of it that holds where pictures are encoded and nothing is trained."""
+    """Raise UserError for what is wrong where images are only encoded, and nothing is trained."""
     check_values(options)
     check_buckets(options.dataset)
     if options.concepts is not None:
@@ -83,12 +82,13 @@ def check_data(options: TrainOptions) -> None:
 
 
 def check_values(options: Options) -> None:
-    """Raise UserError for options that are not supported, or whose value lies outside their range or choices."""
+    """Raise UserError for what the declarations of options do not allow: values, choices, combinations."""
     missing = unsupported(options)
     if missing:
         raise UserError("\n".join(missing))
     check_ranges(options)
     check_choices(options)
+    check_requirements(options)
 
 
 def report_unused(options: TrainOptions, ignores: Mapping[str, str]) -> None:
@@ -209,15 +209,8 @@ def check_folder(flag: str, folder: Path) -> None:
 
 
 def check_precision(options: TrainOptions) -> None:
-    """Number formats fit together and exist on this machine."""
+    """Raise UserError for number formats that do not fit the weights, the optimizer or this machine."""
     precision = options.precision
-    values = precision.flat()
-    for flag in ("fp8_base", "fp8_base_unet", "fp8_scaled"):
-        if values.get(flag) and precision.base_format not in (None, "fp8"):
-            raise UserError(
-                f"--{flag} and --base_format {precision.base_format} ask for two forms of the same weights; leave one "
-                "of them out"
-            )
     check_arithmetic(precision, bool(options.network.base_weights))
     if precision.mixed_precision == "fp16" and not options.dataset.only_looks and not has_accelerator():
         raise UserError(
