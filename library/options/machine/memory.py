@@ -68,6 +68,11 @@ class MemoryOptions(Options):
     )
 
     @property
+    def num_offloaded(self) -> int:
+        """How many blocks are offloaded, by the count that the option takes."""
+        return self.blocks_to_swap or 0
+
+    @property
     def recomputes(self) -> bool:
         """Return True if activations of blocks are computed again in the backward pass."""
         return self.gradient_checkpointing or self.unsloth_offload_checkpointing

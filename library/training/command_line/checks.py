@@ -48,7 +48,7 @@ def check(options: TrainOptions) -> None:
 
     Raises UserError naming every flag that is not supported, else the first contradiction, with its way out.
     """
-    check_data(options)
+    check_data(options)  # values come first: what follows reads them
     if not options.dataset.only_looks:
         check_required(
             options.model.pretrained_model_name_or_path, options.network.network_module, options.saving.output_dir

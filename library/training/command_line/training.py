@@ -60,6 +60,7 @@ def train_alone(
     for label, own in adapters.items() if shared.sweep.sweep else ():
         with log_prefix(label):
             check(own)
+    # A dry run and a look at the data write nothing: they may go beside a run of the same name.
     writes = not (shared.faults.dry_run or shared.dataset.debug_dataset)
     with (
         run_locks([one.saving for one in (shared, *adapters.values())] if writes else []),

@@ -73,7 +73,7 @@ def load(
     vae = place(arch.load.vae(), compute.device)
     models = load_frozen(options.network, options.precision.denoiser_format, arch, encoders, vae, compute, READER)
     arch.fit_to_sizes(models.denoiser, [(prompt.width, prompt.height) for prompt in prompts])
-    resolve_models(options.precision, options.memory.blocks_to_swap or 0, arch, models, compute)
+    resolve_models(options.precision, options.memory.num_offloaded, arch, models, compute)
     return Loaded(arch, models, vae, compute, encoded)
 
 

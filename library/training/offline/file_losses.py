@@ -87,7 +87,7 @@ def losses_of_files(
     loaded = load_models(options, arch, seed, plan, compute, (), processes, READER)
     if not loaded.models.text_encoders:
         check_text_parts(rows)
-    resolve_models(options.precision, options.memory.blocks_to_swap or 0, arch, loaded.models, compute)
+    resolve_models(options.precision, options.memory.num_offloaded, arch, loaded.models, compute)
     batches = PlannedBatches(plan, loaded.latents, loaded.texts)
     aside = measurement_of(options.validation, options.noise, batches.validation, seed)  # with what is cached
     trained = all_of(batches.measured(numbers), aside)

@@ -23,7 +23,7 @@ def way_of(options: TrainOptions) -> Way:
         weight_format=options.precision.denoiser_format,
         recompute_every=memory.gradient_checkpointing_every if memory.recomputes else None,
         inputs_wait=memory.offloads_inputs,
-        num_offloaded=memory.blocks_to_swap or 0,
+        num_offloaded=memory.num_offloaded,
         shared_by=num_shares(options.distributed),
     )
 

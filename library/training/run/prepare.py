@@ -55,7 +55,8 @@ def prepare(
     compute = Compute.build(options.precision, processes.device)
     plan = Plan.build(options.run, data.num_batches, processes.count)
     first_steps = starting_steps([one.options for one in adapters], plan, [one.state for one in adapters])
-    check_base(options.precision.denoiser_format, options.memory.blocks_to_swap or 0, arch)
+    # What can be refused without weights is refused before they are read and images encoded, which takes minutes.
+    check_base(options.precision.denoiser_format, options.memory.num_offloaded, arch)
     if options.precision.multiplies_codes:
         check_arithmetic(options.precision.denoiser_format, options.network.network_module, arch, compute)
     for one in adapters:
@@ -67,7 +68,8 @@ def prepare(
     texts = texts_of(prompts, arch.preview.worded)
     reader = options.network.network_module or ""
     loaded = load_models(options, arch, seed, data, compute, texts, processes, reader)
-    resolve_base(options.precision, options.memory.blocks_to_swap or 0, arch, loaded.models, compute, processes)
+    resolve_base(options.precision, options.memory.num_offloaded, arch, loaded.models, compute, processes)
+    # After the base model has its formats and its places: a network module may look at the weights that it adapts.
     networks = []
     for one in adapters:
         with log_prefix(one.label):
@@ -79,6 +81,7 @@ def prepare(
         turns = multiplex(networks, options.network.network_module or "")
         logger.info("%s", format_sharing(len(networks), turns.share_stacked(range(len(networks)))))
     is_text_trained = trains_text_encoders(options.network, options.optimizer.learning_rate)
+    # After all adapters are attached: blocks are compiled with them.
     choose_block_runner(options.memory, options.compiling, is_text_trained, arch, loaded.models, networks)
     times = StepTimes(compute.device, processes.count, peak_of(compute.device, compute.dtype))
     batches = open_batches(data, loaded.latents, loaded.texts)
