@@ -32,7 +32,6 @@ class LevelSampler(Protocol):
 TABLE_SIZE = 1000
 PATCH = 2  # latents a side that transformers read as one token
 FLUX_SHIFT_ENDS = ((256, 0.5), (4096, 1.15))  # (tokens, m): FLUX.1 was trained between these two sizes
-MODE_SCALE_LIMITS = (-1.0, 2 / (math.pi - 2))  # outside, the mode scheme leaves 0..1
 SMALLEST_DRAW = 1e-7  # NextDiT's draws stay this far above no noise
 FINEST_LEVEL = 1 / TABLE_SIZE  # levels below it weigh as it does: sigma ** -2 has no value at 0
 
@@ -91,9 +90,7 @@ def scheme_weights(scheme: str, sigmas_B: Tensor) -> Tensor:
 
 
 def shifted_scheme(options: FlowWeightingOptions, shift: float) -> LevelSampler:
-    """Return SD3's level sampler: draws of the weighting scheme, shifted. Raises UserError for impossible settings."""
-    check_scheme(options)
-    check_shift("--training_shift", shift)
+    """Return SD3's sampler of levels: draws of the weighting scheme, shifted."""
 
     def draw(
         num_samples: int, _height: int, _width: int, generator: torch.Generator, offsets_B: Tensor | None = None
@@ -104,16 +101,12 @@ def shifted_scheme(options: FlowWeightingOptions, shift: float) -> LevelSampler:
 
 
 def sampled(sampling: FlowSamplingOptions, weighting: FlowWeightingOptions) -> LevelSampler:
-    """Return the sampler of levels that the options name. Raises UserError for a value that makes no levels.
+    """Return the sampler of levels that the options name.
 
     `sigma` takes entry int(1000 u) of a table that descends from pure noise, u drawn by the weighting scheme; `uniform`
     is uniform; `sigmoid` is q = sigmoid(k (z + offset)), k its scale; `shift` pushes q by a fixed shift, `flux_shift`
     by one that grows with the image, `nextdit_shift` does so with a uniform q.
     """
-    check_scheme(weighting)
-    check_shift("--discrete_flow_shift", sampling.discrete_flow_shift)
-    if sampling.sigmoid_scale < 0:
-        raise UserError(f"--sigmoid_scale is {sampling.sigmoid_scale}; use 0 or more, 1 is usual")
     k, shift = sampling.sigmoid_scale, sampling.discrete_flow_shift
 
     def draw(
@@ -141,21 +134,6 @@ def sampled(sampling: FlowSamplingOptions, weighting: FlowWeightingOptions) -> L
         return shift_sigmas(q_B, resolution_shift(latent_height, latent_width)) if kind.endswith("_shift") else q_B
 
     return draw
-
-
-def check_scheme(options: FlowWeightingOptions) -> None:
-    """Raise UserError for settings of the weighting scheme that make no levels."""
-    if options.weighting_scheme == "logit_normal" and options.logit_std < 0:
-        raise UserError(f"--logit_std is {options.logit_std}; a standard deviation cannot be negative, 1 is usual")
-    low, high = MODE_SCALE_LIMITS
-    if options.weighting_scheme == "mode" and not low <= options.mode_scale <= high:
-        raise UserError(f"--mode_scale is {options.mode_scale}; noise levels stay in 0..1 for {low:g} to {high:.2f}")
-
-
-def check_shift(flag: str, shift: float) -> None:
-    """Raise UserError for a shift that is no number above 0."""
-    if not shift > 0:
-        raise UserError(f"{flag} is {shift}; use a number above 0, 1 leaves noise levels alone")
 
 
 def draw_timesteps(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.options.training.loss import HUBER_SCHEDULES, LossOptions
+from library.options.training.loss import LossOptions
 
 MAX_SNR = 1000.0  # the first timesteps are nearly clean; without a cap they would rule the weights
 
@@ -23,9 +23,7 @@ def pointwise_error(prediction_BCHW: Tensor, target_BCHW: Tensor, loss_type: str
         return difference_BCHW.square()
     if loss_type == "l1":
         return difference_BCHW.abs()
-    if loss_type not in ("huber", "smooth_l1"):
-        raise UserError(f"--loss_type is {loss_type!r}; choose l2, l1, huber or smooth_l1")
-    assert threshold_B is not None
+    assert loss_type in ("huber", "smooth_l1") and threshold_B is not None
     c_B111 = threshold_B.float().view(-1, *[1] * (difference_BCHW.ndim - 1))
     square_BCHW = difference_BCHW.square()
     # sqrt(d^2 + c^2) - c, written so that small differences do not cancel away
@@ -50,12 +48,10 @@ def huber_threshold(options: LossOptions, sigmas_B: Tensor, timesteps_B: Tensor,
 
 
 def check_huber(options: LossOptions) -> None:
-    """Raise UserError for thresholds that make no loss and for an unknown schedule."""
+    """Raise UserError for thresholds that make no loss."""
     for flag, value in (("--huber_c", options.huber_c), ("--huber_scale", options.huber_scale)):
         if value <= 0:
             raise UserError(f"{flag} is {value}; with --loss_type {options.loss_type} it must be above 0")
-    if options.huber_schedule not in HUBER_SCHEDULES:
-        raise UserError(f"--huber_schedule is {options.huber_schedule!r}; use one of {', '.join(HUBER_SCHEDULES)}")
 
 
 def snr_weights(options: LossOptions, snr_T: Tensor, predicts_velocity: bool) -> Tensor:

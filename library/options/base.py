@@ -20,6 +20,7 @@ class Facts:
 
     # Range of a value, or of each value of a list; a share is 0 to 1.
     at_least: float | None = None
+    above: float | None = None
     at_most: float | None = None
     is_share: bool = False
     # Values besides the choices pass, and are checked where they are used.

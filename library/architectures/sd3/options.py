@@ -77,6 +77,7 @@ class Sd3TrainingOptions(Options):
     training_shift: float = option(
         1.0,
         usual=True,
+        above=0,
         help="How far the drawn noise levels are pushed toward pure noise. 1 leaves them alone, 3 is what SD3 draws "
         "pictures with.",
     )
