@@ -43,7 +43,7 @@ def is_about_backslash(error: str) -> bool:
 
 
 def read_toml(path: Path, flag: str) -> dict[str, Any]:
-    """The tables of a TOML file (UTF-8, a byte order mark is skipped); `flag` is the option that named it.
+    """Return the tables of a TOML file (UTF-8, a byte order mark is skipped); `flag` is the option that named it.
 
     Raises UserError where there is no such file, ValueError naming line and column of a mistake.
     """

@@ -14,7 +14,7 @@ COMMON = {
 
 
 def likely_encoding(content: bytes) -> str | None:
-    """The encoding that fits best in words; None where none does."""
+    """Return the encoding that fits best in words; None where none does."""
     from charset_normalizer import from_bytes
 
     best = from_bytes(content, cp_isolation=list(COMMON)).best()
@@ -22,7 +22,7 @@ def likely_encoding(content: bytes) -> str | None:
 
 
 def decoded(content: bytes, what: str) -> str:
-    """A text in UTF-8, a byte order mark skipped. Raises UserError, beginning with `what`, where it is in another."""
+    """Decode UTF-8, a byte order mark skipped. Raises UserError, beginning with `what`, for other encodings."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

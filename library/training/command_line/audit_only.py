@@ -55,7 +55,7 @@ def audit_only(options: TrainOptions, latents: LatentSpec) -> None:
 
 
 def audit_images(options: TrainOptions, latents: LatentSpec) -> DataPlan:
-    """The images that are described, without a base model, what was found in them logged.
+    """Return the images that are described, without a base model, what was found in them logged.
 
     Captions are not measured in tokens.
     """
@@ -65,7 +65,7 @@ def audit_images(options: TrainOptions, latents: LatentSpec) -> DataPlan:
 
 
 def show_images(finding: Finding, plan: DataPlan) -> Sequence[FoundImage]:
-    """The first pictures of a finding with a small copy of each that can be decoded."""
+    """Return the first pictures of a finding with a small copy of each that can be decoded."""
     notes = dict(finding.pictures[:MOST_SHOWN])
     pictures = {sample.picture.key: sample.picture for sample in plan.samples if sample.picture.key in notes}
     found = []

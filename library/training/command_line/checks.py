@@ -320,7 +320,7 @@ def check_previews(preview: PreviewOptions) -> None:
 
 
 def find_doubtful(options: TrainOptions) -> Iterator[str]:
-    """A line for every setting that works and is hardly meant."""
+    """Yield a line for every setting that works and is hardly meant."""
     if options.noise.zero_terminal_snr and not options.model.v_parameterization:
         yield (
             "--zero_terminal_snr leaves no signal at the last timestep, where a model that predicts noise learns "

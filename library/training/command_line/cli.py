@@ -34,7 +34,7 @@ def build_parser(
     examples: str = EXAMPLES,
     left_out: Collection[str] = (),
 ) -> argparse.ArgumentParser:
-    """A parser with the options of all groups: no positionals, nothing required, prefixes of flags accepted.
+    """Return a parser with the options of all groups: no positionals, nothing required, prefixes of flags accepted.
 
     `parts` are the options that name the files of a base model besides its first, for the `examples` in the help,
     which does not show the options `left_out`; `elsewhere` says what there is to say of an option that only other
@@ -50,7 +50,7 @@ def build_parser(
 
 
 def build_parser_of_prompts(kind: type[LecoOptions], elsewhere: Callable[[str], str]) -> argparse.ArgumentParser:
-    """The parser of a script that trains on prompts alone; what has no effect then is parsed and not shown."""
+    """Return the parser of a script that trains on prompts alone; what has no effect then is parsed and not shown."""
     left_out = {*ignored_by_leco(kind), *refused_by_leco(kind)}
     return build_parser(kind, elsewhere=elsewhere, examples=EXAMPLES_OF_PROMPTS, left_out=left_out)
 
@@ -124,7 +124,7 @@ def typed_values(parser: argparse.ArgumentParser, words: Sequence[str]) -> Mappi
 
 
 def from_program(parser: argparse.ArgumentParser, given: argparse.Namespace) -> argparse.Namespace:
-    """The options of a program that calls a script's trainer: what it leaves out, or sets to None, has its default, and
+    """Read the options of a program that calls a trainer: what it leaves out, or sets to None, has its default, and
     values are read as generously as those of a config file.
 
     Raises ConfigFileError for a value that its option cannot take.
@@ -143,7 +143,7 @@ def from_program(parser: argparse.ArgumentParser, given: argparse.Namespace) -> 
 
 
 def as_in_toml(value: Any) -> Any:
-    """A value as a config file has it: paths are text, tuples are lists."""
+    """Return a value as a config file has it: paths are text, tuples are lists."""
     return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
 
 
@@ -221,7 +221,7 @@ def normalize(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def chosen(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Mapping[str, Any]:
-    """The options that differ from their defaults, without passwords and without those about the file itself."""
+    """Return the options that differ from their defaults, without passwords and without those about the file itself."""
     left_out = {"config_file", "output_config", *SECRETS}
     for name in SECRETS:
         if getattr(args, name, None):

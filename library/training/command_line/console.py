@@ -66,7 +66,7 @@ def forgive_write_errors() -> None:
 
 
 def forgiving(stream: io.TextIOWrapper) -> io.TextIOWrapper:
-    """A stream to the same file that ignores write errors; consoles of Windows keep theirs, which takes Unicode."""
+    """Open a stream to the same file that ignores write errors; Windows consoles keep theirs, which takes Unicode."""
     if sys.platform == "win32" and stream.isatty():
         return stream
     with suppress(OSError):
@@ -117,7 +117,7 @@ def setup_logging(options: ConsoleOptions) -> None:
 
 
 def level_of(options: ConsoleOptions) -> int:
-    """The lowest level that is shown; unset is INFO."""
+    """Return the lowest level that is shown; unset is INFO."""
     name = options.console_log_level or "INFO"
     level = logging.getLevelName(name)
     if not isinstance(level, int):
@@ -126,7 +126,7 @@ def level_of(options: ConsoleOptions) -> int:
 
 
 def build_handlers(options: ConsoleOptions) -> list[logging.Handler]:
-    """The handlers for the file, the terminal or the pipe. Raises UserError for a file that cannot be written."""
+    """Build the handlers for file, terminal or pipe. Raises UserError for a file that cannot be written."""
     if launched_rank() != 0:  # the main process says what all would say; of the others only errors are news
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter(f"process {launched_rank()}: %(levelname)s %(message)s"))
@@ -152,7 +152,7 @@ def build_handlers(options: ConsoleOptions) -> list[logging.Handler]:
 
 
 def build_stderr_handler() -> logging.Handler:
-    """The handler for standard error: coloured by rich on a terminal, dated lines in a pipe."""
+    """Return the handler for standard error: coloured by rich on a terminal, dated lines in a pipe."""
     if sys.stderr.isatty():
         try:
             from rich.console import Console

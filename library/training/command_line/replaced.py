@@ -78,6 +78,6 @@ def changed_modules() -> dict[str, list[str]]:
 
 
 def changed_names(values: Mapping[str, object], before: Mapping[str, object]) -> list[str]:
-    """The names that have other values than before, or had none."""
+    """Return the names that have other values than before, or had none."""
     own = {KEPT, *(name for name, value in values.items() if name in before and before[name] is value)}
     return sorted(name for name in values if name not in own and not name.startswith("__"))

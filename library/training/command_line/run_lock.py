@@ -63,13 +63,13 @@ def run_lock(saving: SavingOptions) -> Iterator[None]:
 
 
 def lock_path(folder: Path, output_name: str | None) -> Path:
-    """The hidden file whose lock stands for all files of a run."""
+    """Return the hidden file whose lock stands for all files of a run."""
     target = folder / (output_name or "last")
     return target.with_name(f".{target.name}.lock")
 
 
 def acquire(path: Path) -> IO[str] | None:
-    """The locked file, with this process's name in it; None, with a warning, where the file system has no locks.
+    """Return the locked file, with this process's name in it; None, with a warning, where the file system has no locks.
 
     A file that its holder has just deleted is none to wait for: the next one of that name is taken.
     """

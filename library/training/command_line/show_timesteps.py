@@ -106,7 +106,7 @@ def draw_levels(
 
 
 def table_lines(drawn: DrawnLevels) -> list[str]:
-    """A row for each bin: its timesteps, its share of the draws, its weight in the loss, and a bar."""
+    """Return a row for each bin: its timesteps, its share of the draws, its weight in the loss, and a bar."""
     lines = ["timesteps   share  loss weight"]
     for i, (share, weight) in enumerate(zip(drawn.shares, drawn.weights, strict=True)):
         bar = "#" * round(MOST_MARKS * share / max(drawn.shares))

@@ -132,7 +132,7 @@ def reason_of(found: Choice, measured: Sequence[Measured]) -> str:
 def memorised(
     unseen: tuple[Tensor, Tensor], trained: tuple[Tensor, Tensor], kind: Literal["held-out", "mirrored"]
 ) -> events.Memorised:
-    """How much more the loss fell on trained pictures than on unseen ones, by (losses_G before, losses_G of the file).
+    """Estimate how much more the loss fell on trained images than on unseen ones, each as (before, of the file).
 
     Mirrored pictures are compared with their own. Others are other pictures: the errors of both sides add up, by Welch
     1947, with the degrees of freedom of the smaller side, which is never too few.
@@ -146,7 +146,7 @@ def memorised(
 
 
 def table_of(choice: events.Choice) -> list[str]:
-    """All files, in lines of columns."""
+    """Return all files, in lines of columns."""
     rows = [("file", "step", "loss", "difference from best", "significant", "memorization gap")]
     for one in choice.candidates:
         rows.append(
@@ -164,7 +164,7 @@ def table_of(choice: events.Choice) -> list[str]:
 
 
 def format_memory(memory: events.Memorised | None) -> str:
-    """How much more the loss fell on trained pictures."""
+    """Return how much more the loss fell on trained pictures."""
     return "" if memory is None else f"{memory.more:.5f}{interval(memory.low, memory.high)}"
 
 
@@ -190,7 +190,7 @@ def interval(low: float | None, high: float | None) -> str:
 
 
 def format_choice(choice: events.Choice) -> str:
-    """The suggestion in a line."""
+    """Return the suggestion in a line."""
     if choice.suggested is None:
         return f"no file is suggested: {choice.reason}"
     name, pictures = Path(choice.suggested).name, f"measured on {choice.num_pictures} pictures"

@@ -57,7 +57,7 @@ class Measurement:
         title: str,
         evaluating: AbstractContextManager[None] | None = None,
     ) -> Tensor:
-        """The losses of all pictures, shape NL, float64; each process measures its share of the batches.
+        """Return the losses of all pictures, shape NL, float64; each process measures its share of the batches.
 
         `evaluating` puts the models in the state they are measured in, where they are not; `title` is that of a bar.
         """

@@ -96,7 +96,7 @@ def wanted_prompts(options: PreviewOptions, arch: Architecture) -> list[Prompt]:
 
 
 def texts_of(prompts: Sequence[Prompt], worded: Callable[[str], str] = str) -> list[str]:
-    """Every text that drawing the prompts takes, each once; `worded` is `Preview.worded`."""
+    """Return every text that drawing the prompts takes, each once; `worded` is `Preview.worded`."""
     texts = [text for p in prompts for text in (worded(p.text), *([p.negative] if needs_negative(p) else []))]
     return list(dict.fromkeys(texts))
 
@@ -163,7 +163,7 @@ class Previews:
         cached: Mapping[str, Conditioning] | None = None,
         is_drawing: bool = False,
     ) -> "Previews":
-        """The previews of `prompts`, see `wanted_prompts`. Those that frozen text encoders read are encoded here, once.
+        """Build the previews of `prompts`. Those that frozen text encoders read are encoded here, once.
 
         `cached` is given where text encoders have left memory.
         """
@@ -284,7 +284,7 @@ def give_up(what: str, error: Exception) -> None:
 
 
 def generator_of(prompt: Prompt, run_seed: int, index: int) -> torch.Generator:
-    """The generator of a picture (CPU): its own seed, or a stream of the run's that is the same at every event."""
+    """Seed the generator of an image (CPU): its own seed, or a stream of the run that is the same at every event."""
     if prompt.seed is None:
         return generator_for(run_seed, "preview", index)
     return torch.Generator().manual_seed(prompt.seed)
@@ -326,7 +326,7 @@ def draw_latents(
 
 
 def decode(context: StepContext, vae: nn.Module, latents_BCHW: Tensor) -> Image.Image:
-    """The picture of the latents. Raises UserError where the VAE gives what is not a number."""
+    """Return the picture of the latents. Raises UserError where the VAE gives what is not a number."""
     pixels_BCHW = context.arch.codec.decode(vae, latents_BCHW)
     if not pixels_BCHW.isfinite().all():
         raise UserError("the VAE gives NaN; add --no_half_vae, or use a VAE made for fp16")
@@ -338,7 +338,7 @@ def on_device(conditioning: Conditioning | None, device: torch.device) -> Condit
 
 
 def batch_of(prompt: Prompt) -> Batch:
-    """A prompt as the one sample of a batch: the whole picture at its own size."""
+    """Return a prompt as the one sample of a batch: the whole picture at its own size."""
     size: list[Any] = [prompt.height, prompt.width]
     return Batch(
         keys=["preview"],

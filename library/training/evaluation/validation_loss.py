@@ -40,7 +40,7 @@ def noise_levels(options: NoiseOptions) -> tuple[int, ...]:
 
 
 def batch_losses(context: StepContext, batch: Batch, names: Sequence[Name], levels: Sequence[int], seed: int) -> Tensor:
-    """The loss of each picture of a batch at each level, without subset weights; float64, shape BL, on the CPU.
+    """Return the loss of each picture of a batch at each level, without subset weights; float64, shape BL, on the CPU.
 
     A function of the weights, the picture and the seed: every picture has noise of its own at every level, whatever
     batch it lies in. To be called while `evaluating`.

@@ -94,7 +94,7 @@ class NonFiniteGuard:
         return told if trace is None else f"{told}; {trace}"
 
     def redraw(self, window: Window, place: int) -> Batch:
-        """A batch once more: every draw is a function of the seed and its place."""
+        """Return a batch once more: every draw is a function of the seed and its place."""
         step_of = partial(self.run.plan.step_of, window.epoch)
         return next(iter(self.run.batches.of_epoch(window.epoch, [place], step_of, 0, False)))
 
@@ -112,7 +112,7 @@ def searches_loss_scale(scaler: torch.amp.GradScaler | None) -> bool:
 
 
 def describe_samples(run: Run, batch: Batch, batch_number: int) -> list[str]:
-    """Every picture of a batch with its noise level."""
+    """Return every picture of a batch with its noise level."""
     timesteps = noised_of(run.context, batch, batch_number).timesteps_B.tolist()
     return [f"{key} (timestep {level:g})" for key, level in zip(batch.keys, timesteps, strict=True)]
 

@@ -107,7 +107,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def resident_peak() -> int:
-    """The most main memory that this process ever used, in bytes; 0 where the system does not say."""
+    """Return the most main memory that this process ever used, in bytes; 0 where the system does not say."""
     if sys.platform == "win32":
         return 0
     import resource
@@ -117,7 +117,7 @@ def resident_peak() -> int:
 
 
 def main_memory() -> int:
-    """The machine's main memory in bytes; 0 where the system does not say."""
+    """Return the machine's main memory in bytes; 0 where the system does not say."""
     if sys.platform == "win32":
         return 0
     import os

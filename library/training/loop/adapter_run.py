@@ -221,6 +221,6 @@ def step_values(
 
 
 def order_of(run: Run) -> Order | None:
-    """The blocks that this process has asked for, where those that share a base model have to ask alike."""
+    """Return the blocks that this process has asked for, where those that share a base model have to ask alike."""
     sharded = run.context.models.sharded
     return None if sharded is None else Order(sharded.digest, sharded.group_size)

@@ -206,7 +206,7 @@ def accumulate_gradients(
 
 
 def passes_of(run: Run, window: Window) -> list[int]:
-    """The places that this process computes for a window: its share, and in step with others a stand-in."""
+    """Return the places that this process computes for a window: its share, and in step with others a stand-in."""
     processes = run.processes
     share = [*window.share(processes.rank, processes.count)]
     stand_in = None

@@ -49,7 +49,7 @@ def kind_of(name: str) -> torch.dtype:
 
 
 def kinds_in_file(arch: Architecture) -> set[torch.dtype]:
-    """The formats of the codes that the checkpoint has. Raises UserError where none can be multiplied."""
+    """Return the formats of the codes that the checkpoint has. Raises UserError where none can be multiplied."""
     layers = frozen_layers(on_meta_device(arch.load).denoiser(AS_IN_FILE))
     found = [layer.decoder.codes(layer.own_parts()) for layer in layers if isinstance(layer, FrozenLinear)]
     kinds = {codes.codes_OI.dtype for codes in found if codes is not None and codes.can_be_multiplied}
@@ -88,7 +88,7 @@ def try_kind(kind: torch.dtype, compute: Compute) -> None:
 
 
 def made_up(kind: torch.dtype, side: int, compute: Compute) -> tuple[Tensor, Codes]:
-    """An input and a weight, both square."""
+    """Return an input and a weight, both square."""
     generator = torch.Generator().manual_seed(side)
     x = torch.randn(side, side, generator=generator).to(compute.device, compute.dtype)
     codes_OI = (40 * torch.randn(side, side, generator=generator)).clamp(-127, 127).to(compute.device).to(kind)
@@ -96,7 +96,7 @@ def made_up(kind: torch.dtype, side: int, compute: Compute) -> tuple[Tensor, Cod
 
 
 def error_of(x: Tensor, weight: Codes) -> float:
-    """How far products are off, as shares of their size, the worse of output and gradient."""
+    """Return how far products are off, as shares of their size, the worse of output and gradient."""
     whole = weight.codes_OI.double().cpu() * weight.scales.double().cpu()
     exact = x.double().cpu()
 

@@ -69,7 +69,7 @@ def load_models(
 def prepare_vae(
     caching: CachingOptions, arch: Architecture, seed: int, data: TrainingData, processes: Processes
 ) -> tuple[nn.Module | None, LatentStore]:
-    """The VAE on the device, or None where it has encoded every picture already and may leave memory; its latents."""
+    """Return the VAE on the device, or None once it has encoded every image and left memory; and its latents."""
     if data.prompts is not None:
         return None, NO_LATENTS
     if not caching.cache_latents:
@@ -103,7 +103,7 @@ def encode_pictures(
 
 
 def identity_of(module: nn.Module) -> str:
-    """A hash of a module's weights, names and dtypes."""
+    """Return a hash of a module's weights, names and dtypes."""
     digest = blake2b(digest_size=16)
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

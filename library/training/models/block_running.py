@@ -78,7 +78,7 @@ def compile_settings(options: CompileOptions) -> CompileSettings:
 
 
 def block_runner(memory: MemoryOptions) -> BlockRunner:
-    """How one model's blocks run: each has its own, since every n-th block is counted."""
+    """Return how one model's blocks run: each has its own, since every n-th block is counted."""
     if not memory.recomputes:
         return plain
     runner = recompute_from_main_memory if memory.offloads_inputs else recompute

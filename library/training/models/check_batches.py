@@ -65,7 +65,7 @@ def take_first_step(options: ScheduleOptions, schedule: Schedule) -> None:
 
 
 def models_on_meta_device(arch: Architecture) -> Models:
-    """The models that get adapters, on the meta device."""
+    """Return the models that get adapters, on the meta device."""
     loader = on_meta_device(arch.load)
     with importing("models"):  # nearly all of the time that this takes
         try:

@@ -86,7 +86,7 @@ def open_data_plan(options: TrainOptions, arch: Architecture, seed: int, num_pro
 
 
 def idle_offsets(config: RunDataConfig, objective: Objective) -> Iterator[str]:
-    """A line for every subset whose timestep_sampling.offset moves nothing."""
+    """Yield a line for every subset whose timestep_sampling.offset moves nothing."""
     if objective.takes_offset:
         return
     for subset in (subset for dataset in config.datasets for subset in dataset.subsets):

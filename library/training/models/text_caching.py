@@ -40,7 +40,7 @@ class RunText:
 
     @classmethod
     def beside(cls, cached: CachedTexts, encoders: list[nn.Module]) -> "RunText":
-        """The encoders that stay, where others have encoded everything."""
+        """Return the encoders that stay, where others have encoded everything."""
         prompts = {text: stack_rows([row], {}) for text, row in cached.prompts.items()}
         return cls(encoders, cached.store, prompts)
 
@@ -149,7 +149,7 @@ def encode_concepts(
 
 
 def encoded_each(encode: Encode, texts: Sequence[str]) -> Encoded:
-    """The conditioning of each text, encoded by itself, on the CPU."""
+    """Return the conditioning of each text, encoded by itself, on the CPU."""
     return {text: {name: tensor.cpu() for name, tensor in encode([text]).items()} for text in texts}
 
 

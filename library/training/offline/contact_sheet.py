@@ -62,7 +62,7 @@ def draw_rows(
 def load(
     options: TrainOptions, arch: Architecture, rows: Sequence[Row], prompts: Sequence[Prompt], compute: Compute
 ) -> Loaded:
-    """The models on the device; text encoders leave before the denoiser comes where no file changes them."""
+    """Return the models on the device; text encoders leave before the denoiser comes where no file changes them."""
     encoders = [encoder.to(compute.device).eval() for encoder in arch.load.text_encoders()]
     files = [*map(Path, options.network.base_weights or ()), *(row for row in rows if row is not None)]
     encoded = None
@@ -105,7 +105,7 @@ def draw(context: StepContext, vae: nn.Module, prompt: Prompt, encoded: Mapping[
 def arrange(
     rows: Sequence[Sequence[Image.Image]], row_labels: Sequence[str], column_labels: Sequence[str], side: int
 ) -> Image.Image:
-    """The pictures as a table, each at most `side` pixels wide and high, its labels on the left and above."""
+    """Return the pictures as a table, each at most `side` pixels wide and high, its labels on the left and above."""
     small = [[fitted(image, side) for image in row] for row in rows]
     width, height = (max(image.size[axis] for row in small for image in row) + GAP for axis in (0, 1))
     sheet = Image.new("RGB", (LABEL_WIDTH + len(column_labels) * width, LABEL_HEIGHT + len(rows) * height), PAPER)
@@ -121,7 +121,7 @@ def arrange(
 
 
 def fitted(image: Image.Image, side: int) -> Image.Image:
-    """The picture, made smaller where it is larger than `side`."""
+    """Return the picture, made smaller where it is larger than `side`."""
     if max(image.size) <= side:
         return image
     copy = image.copy()

@@ -55,8 +55,11 @@ class FileLosses:
 
 
 def for_measuring(options: OptionsT) -> OptionsT:
-    """The options with outputs of text encoders in memory: trained pictures are measured with another wording of their
-    captions than the training draws, which may not take the place of what it has on disk."""
+    """Keep outputs of text encoders in memory.
+
+    Trained images are measured with other versions of their captions than training draws, which must not replace those
+    on disk.
+    """
     on_disk = "cache_text_encoder_outputs_to_disk"
     if not options.flat().get(on_disk):
         return options
@@ -117,7 +120,7 @@ def losses_of_files(
 
 
 def all_of(pictures: ValidationSet, like: Measurement) -> Measurement:
-    """All of these pictures, at the levels and with the seed of another measurement."""
+    """Return all of these pictures, at the levels and with the seed of another measurement."""
     return replace(like, pictures=pictures, places=pictures.places_of(None))
 
 

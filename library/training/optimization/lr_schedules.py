@@ -36,7 +36,7 @@ class Schedule(Protocol):
 
 
 def build_schedule(options: ScheduleOptions, built: BuiltOptimizer, max_train_steps: int) -> Schedule:
-    """The schedule of a run of `max_train_steps` optimizer steps; the first value is in place when this returns.
+    """Return the schedule of a run of `max_train_steps` optimizer steps; the first value is in place when this returns.
 
     Raises UserError for an unknown name and for settings that the schedule has no use for or cannot work with.
     """
@@ -59,7 +59,7 @@ def build_schedule(options: ScheduleOptions, built: BuiltOptimizer, max_train_st
 
 
 def base_rates(optimizer: Optimizer) -> list[float | None]:
-    """The learning rate of each group before a schedule changes it; None where the optimizer sets its own."""
+    """Return the learning rate of each group before a schedule changes it; None where the optimizer sets its own."""
     return [group.get("initial_lr", group.get("lr")) for group in optimizer.param_groups]
 
 
@@ -282,7 +282,7 @@ class RatesOfGroups:
             self.refresh(self.optimizer)
 
     def get_last_lr(self) -> list[float]:
-        """The rate of each group."""
+        """Return the rate of each group."""
         return [group["lr"] for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:

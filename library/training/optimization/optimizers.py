@@ -172,7 +172,7 @@ def wanted_type(options: OptimizerOptions) -> str:
 
 
 def class_path(wanted: str) -> tuple[str, Mapping[str, Any]]:
-    """The dotted path of the class that `wanted` means, and the arguments that the name stands for."""
+    """Return the dotted path of the class that `wanted` means, and the arguments that the name stands for."""
     by_lower_case = {name.lower(): entry for name, entry in KNOWN.items()}
     if wanted.lower() in by_lower_case:
         return by_lower_case[wanted.lower()]
@@ -188,7 +188,7 @@ def class_path(wanted: str) -> tuple[str, Mapping[str, Any]]:
 
 
 def import_class(path: str, flag: str, wanted: str) -> type[Any]:
-    """The class at a dotted path. Raises UserError naming what to install, or what the module lacks."""
+    """Return the class at a dotted path. Raises UserError naming what to install, or what the module lacks."""
     if not all(part.isidentifier() for part in path.split(".")):
         raise UserError(f"{flag} {wanted} is not a path such as package.module.Class")
     module_name, _, class_name = path.rpartition(".")
@@ -213,7 +213,7 @@ def import_class(path: str, flag: str, wanted: str) -> type[Any]:
 
 
 def import_optimizer(path: str, wanted: str) -> type[Optimizer]:
-    """The optimizer class at a dotted path."""
+    """Return the optimizer class at a dotted path."""
     show(BITSANDBYTES)
     cls = import_class(path, "--optimizer_type", wanted)
     if not issubclass(cls, Optimizer):
@@ -224,7 +224,7 @@ def import_optimizer(path: str, wanted: str) -> type[Optimizer]:
 
 
 def adafactor_keywords(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments with relative_step resolved: on unless it is switched off, and always on with warmup_init."""
+    """Resolve relative_step in the arguments: on unless it is switched off, and always on with warmup_init."""
     keywords = {"relative_step": True, **given}
     if keywords.get("warmup_init") and not keywords["relative_step"]:
         logger.warning("Adafactor with warmup_init=True needs relative_step=True, which is switched on")

@@ -34,7 +34,7 @@ from library.options.training.network import NetworkOptions
 from library.options.training.optimizer import OptimizerOptions
 from library.protocols import Architecture, TextCacheSpec
 from library.randomness import generator_for
-from library.training.loop.stacked_step import repeated, stacked_losses
+from library.training.loop.stacked_step import repeat_batch, stacked_losses
 from library.training.models.base_model import LoadedModels
 from library.training.models.block_running import trains_text_encoders
 from library.training.models.check_batches import mute_logging
@@ -142,12 +142,12 @@ def count_run(
 
 
 def storable_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers in blocks whose weights can be stored in a format, those included that the file has in 8 bits."""
+    """Return the layers in blocks whose weights can be stored in a format, also those in 8 bits already."""
     return [*layers_in_blocks(model).values(), *frozen_layers(model)]
 
 
 def run_on_meta_device(options: TrainOptions, arch: Architecture, adapters: Sequence[TrainOptions]) -> MetaRun:
-    """The models as the run will have them, in the fake mode that is on."""
+    """Return the models as the run will have them, in the fake mode that is on."""
     encoders, denoiser, vae = load_fakes(
         arch, format_while_counting(options.precision, bool(options.network.base_weights))
     )
@@ -209,7 +209,7 @@ def counter_for(arch: Architecture) -> OperationCounter:
 
 
 def longest_caption(arch: Architecture) -> str:
-    """A caption that takes all the tokens there are."""
+    """Return a caption that takes all the tokens there are."""
     return "a " * arch.text.max_tokens
 
 
@@ -231,7 +231,7 @@ def fake_batch(arch: Architecture, shape: BatchShape, conditioning: Conditioning
 
 
 def rise_of(arch: Architecture, models: Sequence[nn.Module], run: Callable[[], T]) -> tuple[int, T]:
-    """The most bytes that `run` takes besides the weights of `models`, and what it gives."""
+    """Return the most bytes that `run` takes besides the weights of `models`, and what it gives."""
     counter = counter_for(arch)
     counter.leave_out(tensors_of(*models))
     with counter, torch.no_grad():
@@ -305,7 +305,7 @@ def count_step(
     def loss() -> Tensor:
         if turns is None:
             return loss_of(contexts[0], batch, 0)
-        losses = stacked_losses(contexts, batch, repeated(batch, len(contexts)), 0)
+        losses = stacked_losses(contexts, batch, repeat_batch(batch, len(contexts)), 0)
         return torch.stack(list(losses)).sum()
 
     def count(runner: BlockRunner) -> CountedPass:
@@ -324,7 +324,7 @@ def count_step(
 
 
 def together(optimizers: Sequence[CountedOptimizer]) -> CountedOptimizer:
-    """The memory of all, which step one after another."""
+    """Return the memory of all, which step one after another."""
     states = sum(one.state for one in optimizers)
     return CountedOptimizer(states, states + max(one.rise - one.state for one in optimizers))
 

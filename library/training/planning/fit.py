@@ -34,7 +34,7 @@ class Fit:
     sweep: Sweep | None = None  # where several adapters share the step
 
     def values(self) -> dict[str, Any]:
-        """The options that were chosen, where they are other than the user's; none where nothing fits."""
+        """Return the options that were chosen, where they are other than the user's; none where nothing fits."""
         if self.choice.chosen is None:
             return {}
         sizes = {name: size for name, size in self.stage_sizes.items() if size and size != self.options.flat()[name]}
@@ -42,7 +42,7 @@ class Fit:
         return changes(self.options, self.choice.chosen.way) | sizes | off_the_card
 
     def lines(self) -> Iterator[str]:
-        """The table, and what fixes its marked line."""
+        """Yield the table, and what fixes its marked line."""
         card = self.choice.card
         yield (
             f"{in_gib(card.memory_bytes)} (counted as {card.name}: {card.flops / 1e12:.1f} TFLOP/s, "
@@ -66,7 +66,7 @@ class Fit:
             )
 
     def sweep_line(self, sweep: "Sweep") -> str:
-        """How many adapters fit, in the way that is chosen, else in the one that takes least."""
+        """Return how many adapters fit, in the way that is chosen, else in the one that takes least."""
         found = self.choice.chosen or self.choice.least
         alone = predict(sweep.alone.step, found.way, self.choice.card)
         each = (found.device_bytes - alone.device_bytes) / (sweep.num_adapters - 1)
@@ -105,7 +105,7 @@ SMALLER_WEIGHTS = "--base_format or --fit_formats int8 nf4 store them in fewer b
 
 
 def fit_to(counted: CountedRun, options: TrainOptions, card: Gpu, sweep: Sweep | None = None) -> Fit:
-    """The choice for a card; whatever the user has set stays as it is."""
+    """Return the choice for a card; whatever the user has set stays as it is."""
     values, defaults = options.flat(), type(options).defaults()
     room = card.memory_bytes - CONTEXT_BYTES
     sizes = {}

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def largest_batch(plan: DataPlan) -> BatchShape:
-    """The batch with the most pixels."""
+    """Return the batch with the most pixels."""
     shapes = [BatchShape(count, *size) for count, size in plan.batch_shapes()]
     return max(shapes, key=lambda shape: shape.num_pixels)
 
@@ -53,7 +53,7 @@ def counted_run(
     device: torch.device,
     adapters: Sequence[TrainOptions] = (),
 ) -> CountedRun:
-    """The count. Raises UserError for network modules of third parties that need real weights."""
+    """Return the count. Raises UserError for network modules of third parties that need real weights."""
     name = options.network.network_module
     assert name is not None
     try:

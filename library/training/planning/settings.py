@@ -17,7 +17,7 @@ EVERY = (None, 3, 2, 1)  # blocks of which one is recomputed; fewer save hardly 
 
 
 def way_of(options: TrainOptions) -> Way:
-    """How the options run a step."""
+    """Return how the options run a step."""
     memory = options.memory
     return Way(
         weight_format=options.precision.denoiser_format,
@@ -34,7 +34,7 @@ def num_shares(options: DistributedOptions) -> int:
 
 
 def values_of(way: Way) -> dict[str, Any]:
-    """The options that a way stands for."""
+    """Return the options that a way stands for."""
     return {
         "base_format": way.weight_format,
         "gradient_checkpointing": way.recompute_every is not None,
@@ -47,7 +47,7 @@ def values_of(way: Way) -> dict[str, Any]:
 
 
 def changes(options: TrainOptions, way: Way) -> dict[str, Any]:
-    """The options that a way sets to something else than the user."""
+    """Return the options that a way sets to something else than the user."""
     values = options.flat()
     found = {name: value for name, value in values_of(way).items() if value != values[name]}
     if way.weight_format == options.precision.denoiser_format:  # however it was asked for
@@ -65,7 +65,7 @@ def in_words(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
 
 
 def describe(way: Way) -> str:
-    """The options of a way as one types them."""
+    """Return the options of a way as one types them."""
     return in_words(values_of(way), TrainOptions.defaults()) or "plain"
 
 

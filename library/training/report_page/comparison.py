@@ -20,7 +20,7 @@ MEASURED_AS_SAID = ("validation_split", "validation_seed", "max_validation_steps
 
 
 def file_of_run(path: Path) -> Path:
-    """The report in a folder; a path of anything else as it is. Raises UserError if the folder has none or several."""
+    """Find the report in a folder; other paths stay. Raises UserError if the folder has none or several."""
     if not path.is_dir():
         return path
     found = sorted(path.glob(f"*{ENDING}"))
@@ -31,7 +31,7 @@ def file_of_run(path: Path) -> Path:
 
 
 def read_run(path: Path) -> Record:
-    """The run of a report, of a file of events, or of a folder with one report. Raises UserError if there is none."""
+    """Read the run of a report, an events file, or a folder with one report. Raises UserError if there is none."""
     path = file_of_run(path)
     record = read_report(path) if path.suffix == ".html" else read_events(path)
     if record.plan is None:
@@ -40,7 +40,7 @@ def read_run(path: Path) -> Record:
 
 
 def labels_of(records: Sequence[Record], paths: Sequence[Path]) -> list[str]:
-    """The name of each run; where two have the same, with its folder, and with a number where that is not enough."""
+    """Name each run; where two have the same name, with its folder, or a number where that is not enough."""
     names = Counter(record.name for record in records)
     folders = [path if path.is_dir() else path.parent for path in paths]
     labels: list[str] = []
@@ -86,7 +86,7 @@ def is_measured_alike(records: Sequence[Record]) -> bool:
 
 
 def comparison_of(paths: Sequence[Path]) -> str:
-    """The page that compares runs. Raises UserError for fewer than two, or for one that cannot be read."""
+    """Return the page that compares runs. Raises UserError for fewer than two, or for one that cannot be read."""
     if len(paths) < 2:
         raise UserError("name two runs or more: folders, reports or files of --log_events")
     records = [read_run(path) for path in paths]
@@ -98,7 +98,7 @@ def comparison_of(paths: Sequence[Path]) -> str:
 
 
 def shown(record: Record) -> Mapping[str, Any]:
-    """The part of a record that the page draws."""
+    """Return the part of a record that the page draws."""
     values = record.as_json()
     names = ("step", "loss", "smoothed", "curves", "validations", "best", "prompts", "previews", "plan")
     return {**{name: values[name] for name in names}, "end": record.sessions[-1]["end"]}

@@ -23,7 +23,7 @@ START, END = '<script type="application/json" id="data">', "</script>"
 
 
 def page_of(title: str, script: str, data: Mapping[str, Any]) -> str:
-    """The page that `script`, a file beside this one, draws of `data`."""
+    """Return the page that `script`, a file beside this one, draws of `data`."""
     chart_script, chart_style = map(source_of, UPLOT)
     scripts = [chart_script, source_of("common.js"), source_of(script)]
     return source_of("page.html").format(
@@ -38,7 +38,7 @@ def page_of(title: str, script: str, data: Mapping[str, Any]) -> str:
 
 @cache
 def source_of(name: str) -> str:
-    """The text of a file beside this one."""
+    """Return the text of a file beside this one."""
     return (HERE / name).read_text(encoding="utf-8")
 
 

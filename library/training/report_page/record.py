@@ -37,7 +37,7 @@ class Smoothed:
     weight: float = 0.0
 
     def add(self, value: float) -> float:
-        """The average with one more value."""
+        """Return the average with one more value."""
         keep = 1 - 1 / self.over
         self.total, self.weight = self.total * keep + value, self.weight * keep + 1
         return self.total / self.weight
@@ -247,5 +247,5 @@ def values_of(line: Line) -> dict[str, Any]:
 
 
 def name_of(path: str) -> str:
-    """The last part of a path of any system."""
+    """Return the last part of a path of any system."""
     return PureWindowsPath(path).name if "\\" in path else PurePath(path).name

@@ -73,7 +73,7 @@ def add_event(path: Path, line: Mapping[str, Any]) -> None:
 
 
 def report_of(record: Record) -> str:
-    """The page of a run."""
+    """Return the page of a run."""
     return page_of(record.name, SCRIPT, record.as_json())
 
 
@@ -84,7 +84,7 @@ def write_page(path: Path, page: str) -> None:
 
 
 def read_report(path: Path) -> Record:
-    """The record in a report. Raises UserError for another file."""
+    """Return the record in a report. Raises UserError for another file."""
     try:
         return Record.from_json(data_of(path.read_text(encoding="utf-8")))
     except OSError as error:

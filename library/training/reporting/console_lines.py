@@ -140,7 +140,7 @@ def bar_values(average_loss: float, norms: LimitedNorms | None) -> dict[str, flo
 def rate_values(
     rates: Sequence[float], names: Sequence[str], effective: Sequence[float] | None, first_is_text_encoder: bool
 ) -> dict[str, float]:
-    """The learning rates of a step by the names that charts use.
+    """Return the learning rates of a step by the names that charts use.
 
     `lr/<name>` for every group; beside it `lr/textencoder` for the first group where a text encoder may train and
     `lr/group<i>` for the others; `lr/d*lr/<name>` and `lr/d*lr/group<i>` where the optimizer finds the rate by itself.

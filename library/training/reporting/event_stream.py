@@ -221,7 +221,7 @@ def open_event_file(path: Path, goes_on: bool) -> JsonLines:
 
 
 def end_of_last_line(file: IO[bytes]) -> int:
-    """The length of a file without a last line that a process left unfinished when it was killed."""
+    """Return the length of a file without a last line that a process left unfinished when it was killed."""
     end = file.seek(0, os.SEEK_END)
     while end > 0:
         start = max(0, end - 65536)

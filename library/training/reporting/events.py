@@ -24,7 +24,7 @@ class Event:
     event: ClassVar[str]
 
     def as_line(self, time: float) -> dict[str, Any]:
-        """The line as JSON has it, but for numbers that are not finite; `time` is in seconds since 1970."""
+        """Return the line as JSON has it, but for numbers that are not finite; `time` is in seconds since 1970."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {"v": VERSION, "event": self.event, "time": round(time, 3), **values}
 

@@ -181,7 +181,7 @@ class StepTimes:
         return values
 
     def summary(self) -> str | None:
-        """A sentence on all steps but the first; None where there was no second one."""
+        """Return a sentence on all steps but the first; None where there was no second one."""
         self.resolve()
         if not self._num_steps or self._seconds <= 0:
             return None
@@ -243,7 +243,7 @@ def span(began: Any, ended: Any) -> float:
 
 
 def pressure_of(device: torch.device) -> dict[str, int]:
-    """How often memory ran short so far: pages that were read back from the disk, and the card's second attempts."""
+    """Count how often memory ran short: pages read back from the disk, and second attempts on the GPU."""
     retries = torch.cuda.memory_stats(device).get("num_alloc_retries", 0) if device.type == "cuda" else 0
     return {"pages": num_pages_read_back(), "retries": retries}
 

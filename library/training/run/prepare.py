@@ -103,7 +103,7 @@ def prepare(
 
 
 def format_sharing(count: int, share: float) -> str:
-    """How `count` adapters compute, where a `share` of the layers has them in one product."""
+    """Return how `count` adapters compute, where a `share` of the layers has them in one product."""
     if share == 1:
         return f"{count} adapters share each pass of the base model; every layer computes them in one product"
     return (

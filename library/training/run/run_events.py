@@ -91,7 +91,7 @@ def open_sinks(options: TrainOptions, stack: ExitStack) -> list[Sink]:
 
 
 def hide_secrets(command: Sequence[str] | None, options: Options) -> list[str] | None:
-    """The words of a command line, keys and tokens hidden."""
+    """Return the words of a command line, keys and tokens hidden."""
     if command is None:
         return None
     values = options.flat()
@@ -123,7 +123,7 @@ def versions() -> dict[str, str]:
 
 
 def format_error(error: BaseException) -> str:
-    """An error in a line or a few, with what caused it."""
+    """Return an error in a line or a few, with what caused it."""
     cause = f" ({format_error(error.__cause__)})" if isinstance(error.__cause__, Exception) else ""
     return f"{error}{cause}" if isinstance(error, UserError) else f"{type(error).__name__}: {error}{cause}"
 
@@ -153,5 +153,5 @@ def build_plan_event(run: Run, counts: PictureCounts, first_step: int, resumed_f
 
 
 def name_of(device: torch.device) -> str:
-    """The card's name, else the kind of device."""
+    """Return the card's name, else the kind of device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

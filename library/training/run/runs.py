@@ -73,7 +73,7 @@ class Shared:
 
 
 def build_run(wanted: AdapterRequest, network: AdoptedNetwork, shared: Shared, place: int) -> Run:
-    """The run of one adapter, the one at `place` among all."""
+    """Return the run of one adapter, the one at `place` among all."""
     options, arch, compute = wanted.options, shared.arch, shared.compute
     models = shared.loaded.models
     optimization = build_optimization(options, network, models, shared.plan.max_train_steps, compute.device)

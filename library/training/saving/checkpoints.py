@@ -107,7 +107,7 @@ class Names:
 
 
 def state_of(weights: Path) -> Path:
-    """The folder of the state that belongs to a file of weights."""
+    """Return the folder of the state that belongs to a file of weights."""
     return weights.with_name(f"{weights.stem}-state")
 
 
@@ -139,7 +139,7 @@ class Schedule:
         return self.every_n_steps is not None and step % self.every_n_steps == 0
 
     def saves_epoch(self, epoch: int) -> bool:
-        """The last epoch has the final file instead."""
+        """Return True if a file is saved after an epoch; after the last one the final file is."""
         return self.every_n_epochs is not None and epoch % self.every_n_epochs == 0 and epoch < self.num_epochs
 
     def for_states(self, options: StateOptions) -> "Schedule":
@@ -151,7 +151,7 @@ class Schedule:
         )
 
     def most_files(self, max_train_steps: int) -> int:
-        """How many files lie there at most at a time, without the last one."""
+        """Return how many files lie there at most at a time, without the last one."""
         after_steps = max_train_steps // self.every_n_steps if self.every_n_steps is not None else 0
         if self.every_n_steps is not None and self.keep_steps is not None:
             after_steps = min(after_steps, self.keep_steps // self.every_n_steps + 2)  # the outdated one goes last
@@ -161,7 +161,7 @@ class Schedule:
         return after_steps + after_epochs
 
     def outdated_step(self, step: int) -> int | None:
-        """The step whose file goes once that of `step` is there, by a distance in steps."""
+        """Return the step whose file goes once that of `step` is there, by a distance in steps."""
         if self.keep_steps is None or self.every_n_steps is None:
             return None
         last = step - self.keep_steps - 1
@@ -169,7 +169,7 @@ class Schedule:
         return last if last > 0 else None
 
     def outdated_epoch(self, epoch: int) -> int | None:
-        """The epoch whose file goes once that of `epoch` is there, by a count of saved files."""
+        """Return the epoch whose file goes once that of `epoch` is there, by a count of saved files."""
         if self.keep_epochs is None or self.every_n_epochs is None:
             return None
         gone = epoch - self.keep_epochs * self.every_n_epochs
@@ -442,7 +442,7 @@ class Writer:
 
 
 def readers_line(specs: Sequence[BaseModelSpec], path: Path) -> str | None:
-    """How many keys a file has and which programs use them; None where that is not known."""
+    """Return how many keys a file has and which programs use them; None where that is not known."""
     if not is_safetensors(path):
         return None
     try:
@@ -474,7 +474,7 @@ def weights_are_finite(module: nn.Module) -> bool:
 
 
 def save_dtype(save_precision: str | None) -> torch.dtype | None:
-    """The dtype of the file; None keeps the adapter's own."""
+    """Return the dtype of the file; None keeps the adapter's own."""
     if save_precision is None:
         return None
     if save_precision not in SAVE_DTYPES:

@@ -48,7 +48,7 @@ def write_somewhere(path: Path, ending: str, num_bytes: int, write: Callable[[Pa
 
 
 def places(path: Path, ending: str) -> Iterator[Path]:
-    """The path, then others; no other one replaces anything."""
+    """Yield the path, then others; no other one replaces anything."""
     yield path
     name = f"{path.name.removesuffix(ending)}-rescued"
     for folder in (path.parent, path.absolute().parent.parent, Path(tempfile.gettempdir())):

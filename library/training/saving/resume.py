@@ -249,7 +249,7 @@ def option_differences(facts: StateManifest, options: Options, num_processes: in
 
 
 def dataset_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
-    """A line where the data is not what it was."""
+    """Yield a line where the data is not what it was."""
     changed = [name for name in ("pictures", "captions", "settings") if before.get(name) != now[name]]
     if not changed:
         return
@@ -269,7 +269,7 @@ def dataset_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> It
 def content_differences(
     before: Mapping[str, Any], now: Mapping[str, Any], paths: Sequence[str]
 ) -> Iterator[tuple[int, str]]:
-    """A line that names pictures whose files have changed; only where they are the same pictures otherwise."""
+    """Yield a line that names pictures whose files have changed; only where they are the same pictures otherwise."""
     digests, others = now.get("contents"), before.get("contents")
     if not digests or not others or before.get("pictures") != now["pictures"]:
         return

@@ -233,11 +233,11 @@ class OptimizerState:
     name: str
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's own, its name, and the dtypes of the weights."""
+        """Return the optimizer's own, its name, and the dtypes of the weights."""
         return {"name": self.name, "state": self.optimizer.state_dict(), "weights": self.weight_dtypes()}
 
     def weight_dtypes(self) -> list[str]:
-        """The dtypes of the weights that it moves."""
+        """Return the dtypes of the weights that it moves."""
         return sorted({str(p.dtype) for group in self.optimizer.param_groups for p in group["params"]})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -279,7 +279,7 @@ def is_alike(own: Any, saved: Any) -> bool:
 
 
 def class_of(name: str) -> str:
-    """The class path of an optimizer's name, without its arguments."""
+    """Return the class path of an optimizer's name, without its arguments."""
     return name.partition("(")[0]
 
 
@@ -306,7 +306,7 @@ def is_state_name(folder: str, names: tuple[str, ...]) -> bool:
 
 
 def newest_state(folder: Path, names: tuple[str, ...]) -> StateManifest | None:
-    """The whole state in `folder` that has come furthest, of a run with one of `names`; None where there is none.
+    """Find the whole state in `folder` that has come furthest, of a run with one of `names`; None without one.
 
     Of two states of one step the one after which less is left to do.
     """

@@ -25,7 +25,7 @@ Answers = Mapping[str, Tensor]
 
 
 def partly_drawn(context: StepContext, batch: Batch, concept: Concept, batch_number: int) -> Noised:
-    """The batch's latents: drawn by the adapted model, as far as the concept says, at the level that they have by then.
+    """Draw the batch's latents with the adapted model, as far as the concept says, to the level that they then have.
 
     The network acts at the concept's multiplier from here on: the backward pass may compute its layers again.
     """
@@ -102,7 +102,7 @@ def blank_latents(context: StepContext, batch: Batch) -> Tensor:
 
 
 def way_of(context: StepContext, batch: Batch, concept: Concept) -> Prompt:
-    """The batch as a prompt of the previews, whose sampler draws it."""
+    """Return the batch as a prompt of the previews, whose sampler draws it."""
     defaults = context.arch.preview.defaults
     height, width = batch.height_width
     return Prompt(

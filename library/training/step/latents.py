@@ -21,7 +21,7 @@ Place = tuple[str | int, ...]
 def latents_of(
     context: StepContext, batch: Batch, generator_of: Callable[[int], torch.Generator], is_checked: bool = True
 ) -> Tensor:
-    """The batch's latents, float32 on the device: from the cache, or encoded here without gradient.
+    """Return the batch's latents, float32 on the device: from the cache, or encoded here without gradient.
 
     `generator_of(place)` draws the posterior's sample of the picture at that place of the batch.
     Raises UserError naming the pictures where the VAE gives NaN; to find that out the host waits for the device.

@@ -141,14 +141,14 @@ def key_name(name: str) -> str:
 
 
 def short_value(text: str) -> str:
-    """A value in the name of a file: of a path its last part, of a dotted name too."""
+    """Return a value in the name of a file: of a path its last part, of a dotted name too."""
     text = Path(text).stem if "/" in text or "\\" in text or text.endswith(".safetensors") else text
     is_number = re.fullmatch(r"[-+\d.e%, ]+", text) is not None
     return re.sub(r"[^\w.+-]+", "_", (text if is_number else text.rpartition(".")[2]).replace("%", "pct"))
 
 
 def alone(options: OptionsT, chosen: Mapping[str, str], label: str, strengths: Sequence[Strength]) -> OptionsT:
-    """The options of one adapter's run alone. Raises UserError for a value that cannot be, or does nothing."""
+    """Return the options of one adapter's run alone. Raises UserError for a value that cannot be, or does nothing."""
     values = options.flat()
     new: dict[str, Any] = {"sweep": None, "output_name": "-".join(filter(None, (options.saving.output_name, label)))}
     for name, text in chosen.items():

@@ -78,12 +78,12 @@ def rank(adapters: Sequence[Measured]) -> Ranking:
 
 
 def nan_last(mean: float) -> tuple[bool, float]:
-    """A key for sorting by loss."""
+    """Return a key for sorting by loss."""
     return isnan(mean), mean
 
 
 def table_of(ranking: Ranking) -> list[str]:
-    """The ranking in lines of columns."""
+    """Return the ranking in lines of columns."""
     rows = [("", "adapter", "step", "loss", "difference from best", "significant", "")]
     for place, row in enumerate(ranking.rows, 1):
         one, compared = row.measured, row.compared
@@ -138,7 +138,7 @@ def data_of(ranking: Ranking, title: str) -> Mapping[str, Any]:
 
 
 def clearly_worse(losses: Mapping[str, Sequence[float]], num_adapters: int, num_looks: int) -> list[str]:
-    """The adapters that are worse than the best of these by more than chance, or not numbers at all, by label.
+    """Return the adapters that are worse than the best of these by more than chance, or not numbers at all, by label.
 
     Of `num_adapters` that a sweep began with each is tested at the `num_looks`-th evaluation, k, with 1 / (k (k + 1))
     of the 5 % that all looks together may err; these shares add up to 1, however many looks there are.

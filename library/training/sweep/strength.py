@@ -24,11 +24,11 @@ class Strength:
     rank: int
 
     def alpha_at(self, rank: str) -> float:
-        """The alpha of an adapter; as given where its rank is left to the network module."""
+        """Return the alpha of an adapter; as given where its rank is left to the network module."""
         return self.alpha * int(rank) / self.rank if rank.isdecimal() else self.alpha
 
     def as_option(self, network: NetworkOptions, rank: str) -> dict[str, object]:
-        """The option that sets the alpha of an adapter with these options and this rank."""
+        """Return the option that sets the alpha of an adapter with these options and this rank."""
         alpha = self.alpha_at(rank)
         if self.rank_name == NETWORK_DIM:
             return {"network_alpha": alpha}
