@@ -14,6 +14,7 @@ from library.options.base import FACTS, scalar_type
 from library.options.leco import ignored_by_leco
 from library.options.no_effect import unused
 from library.options.train import TrainOptions
+from library.training.command_line.checks import check_choices, find_input_files
 from library.training.command_line.cli import normalize
 from library.training.command_line.concept_checks import ignored_for_concepts
 from library.training.config_file import SECRETS
@@ -114,3 +115,28 @@ def test_no_file_and_no_tracker_gets_a_password(kind: type[TrainOptions]) -> Non
     assert not secrets & (recorded_options(options).keys() | changed_options(options).keys() | logged.keys())
     assert logged.keys() == {name for name, facts in kind.facts().items() if facts.logged}
     assert not {"output_dir", "train_data_dir", "pretrained_model_name_or_path"} & logged.keys()
+
+
+@by_script
+def test_a_value_that_is_no_choice_is_refused_unless_others_pass(kind: type[TrainOptions]) -> None:
+    passing = set()
+    for field, _ in kind.leaves():
+        if field.metadata.get("choices"):
+            options = kind().with_values({field.name: ["other"] if field.metadata.get("nargs") else "other"})
+            if kind.facts()[field.name].takes_other_values:
+                check_choices(options)
+                passing.add(field.name)
+            else:
+                with pytest.raises(UserError, match=f"^--{field.name} is .*other.*; use one of "):
+                    check_choices(options)
+    assert passing == {"max_token_length", "dynamo_backend", "sample_sampler", "zero_stage"}
+
+
+def test_files_that_a_run_writes_are_none_that_it_reads(tmp_path: Path) -> None:
+    for field, hint in TrainOptions.leaves():
+        if scalar_type(hint) is str and not field.metadata.get("nargs"):
+            path = tmp_path / field.name
+            path.touch()
+            options = TrainOptions().with_values({field.name: str(path)})
+            is_output = TrainOptions.facts()[field.name].names_output
+            assert find_input_files(options, is_resumed=False) == ([] if is_output else [path])
