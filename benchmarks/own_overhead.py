@@ -110,12 +110,12 @@ def our_ms(folder: Path, num_steps: int, more: Sequence[str]) -> tuple[float, li
     ]  # fmt: skip
     options = TrainOptions.from_args(parse(train_network.setup_parser(), words))
     arch = build(options)
-    accelerator = opening.open_accelerator(options)
+    accelerator = opening.open_accelerator(options.precision.mixed_precision, options.trackers)
     processes = from_accelerator(accelerator)
     plan = opening.open_data_plan(options, arch, 1, processes.count)
     path = options.reports.log_events
     events = Events([] if path is None else [open_event_file(Path(path), False)])
-    wanted = runs.Wanted(options, 1, None, events)
+    wanted = runs.AdapterRequest(options, 1, None, events)
     (prepared,) = prepare(options, arch, 1, plan, accelerator, processes, [wanted])
     context = prepared.run.context
     weights = context.network.trainable_parameters()

@@ -76,11 +76,11 @@ def toy(args: argparse.Namespace, folder: Path, *network_args: str) -> tuple[Wor
         "--network_train_unet_only", *(["--network_args", *network_args] if network_args else []),
     ]  # fmt: skip
     options = TrainOptions.from_args(parse(train_network.setup_parser(), words))
-    accelerator = opening.open_accelerator(options)
+    accelerator = opening.open_accelerator(options.precision.mixed_precision, options.trackers)
     arch, processes = build(options), from_accelerator(accelerator)
     plan = opening.open_data_plan(options, arch, 1, 1)
     wanted = [
-        runs.Wanted(options.with_values({"learning_rate": 1e-4 * (i + 1)}), 1, None, Events(), f"adapter {i}")
+        runs.AdapterRequest(options.with_values({"learning_rate": 1e-4 * (i + 1)}), 1, None, Events(), f"adapter {i}")
         for i in range(args.adapters)
     ]
     prepared = prepare(options, arch, 1, plan, accelerator, processes, wanted)

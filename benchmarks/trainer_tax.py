@@ -150,10 +150,10 @@ def our_steps(folder: Path, args: argparse.Namespace) -> Iterator[float]:
 
     options = TrainOptions.from_args(parse(train_network.setup_parser(), arguments_of(folder, args, 10**6)))
     arch = build(options)
-    accelerator = opening.open_accelerator(options)
+    accelerator = opening.open_accelerator(options.precision.mixed_precision, options.trackers)
     processes = from_accelerator(accelerator)
     plan = opening.open_data_plan(options, arch, 1, processes.count)
-    wanted = runs.Wanted(options, 1, None, Events())
+    wanted = runs.AdapterRequest(options, 1, None, Events())
     (prepared,) = prepare(options, arch, 1, plan, accelerator, processes, [wanted])
     turnstile: Any = Turnstile()
     threading.Thread(target=loop.train, args=([prepared], turnstile), daemon=True).start()

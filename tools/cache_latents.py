@@ -85,7 +85,7 @@ def cache_to_disk(args: argparse.Namespace) -> None:
 def cache_pictures(args: argparse.Namespace, entries: Sequence[tuple[str, MetadataEntry]] | None = None) -> DataPlan:
     """Encode the images and return them with their buckets; `entries` are the metadata file if already read."""
     options = read_options(args, cache_latents=True, cache_latents_to_disk=True)
-    processes = from_accelerator(open_accelerator(options))
+    processes = from_accelerator(open_accelerator(options.precision.mixed_precision))
     codec, load_vae = open_vae(options)
     seed = options.run.seed or 0
     plan = build_plan(options, codec.spec, seed, None, None, processes.count, entries)

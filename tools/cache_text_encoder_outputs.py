@@ -33,7 +33,7 @@ def cache_to_disk(args: argparse.Namespace) -> None:
             "use --sdxl or --flux: the text encoder outputs of Stable Diffusion 1.x and 2.x are not cached, because "
             "their encoder is fast"
         )
-    processes = from_accelerator(open_accelerator(options))
+    processes = from_accelerator(open_accelerator(options.precision.mixed_precision))
     compute = Compute.build(options.precision, processes.device)
     plan = open_data_plan(options, arch, options.run.seed or 0, processes.count)
     prepare_text(options, arch, plan, compute.device, compute.autocast, [], processes)

@@ -17,6 +17,7 @@ import torch  # noqa: E402
 from library.checkpoints.files import display_path, read_metadata  # noqa: E402
 from library.errors import UserError  # noqa: E402
 from library.options.train import TrainOptions  # noqa: E402
+from library.options.training.validation import ValidationOptions  # noqa: E402
 from library.training.command_line.checks import check_precision, check_values  # noqa: E402
 from library.training.command_line.cli import parse  # noqa: E402
 from library.training.command_line.run_lock import run_lock  # noqa: E402
@@ -59,13 +60,13 @@ def setup_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def seed_of(options: TrainOptions, files: Sequence[Path]) -> int:
-    """Return --seed, or else the seed recorded in the files; it determines the held-out images.
+def choose_seed(seed: int | None, files: Sequence[Path]) -> int:
+    """Return the seed given, else that which the files were trained with; it decides which pictures are set aside.
 
     Raises UserError if there is none.
     """
-    if options.run.seed is not None:
-        return options.run.seed
+    if seed is not None:
+        return seed
     found = {read_metadata(path).get("ss_seed", "") for path in files}
     if len(found) != 1 or not (text := found.pop()).isdigit():
         raise UserError("--seed is not set and the files do not share one; use that of the training")
@@ -73,16 +74,16 @@ def seed_of(options: TrainOptions, files: Sequence[Path]) -> int:
     return int(text)
 
 
-def warn_of_other_splits(options: TrainOptions, files: Sequence[Path], seed: int) -> None:
-    """Warn of files that may have been trained on the images held out here."""
-    wanted = seed if options.validation.validation_seed is None else options.validation.validation_seed
+def warn_of_other_splits(options: ValidationOptions, files: Sequence[Path], seed: int) -> None:
+    """Say which files may have trained on the pictures that are set aside here."""
+    wanted = seed if options.validation_seed is None else options.validation_seed
     for path in files:
         told = read_metadata(path)
         if "ss_validation_split" not in told:
             continue
         own = told.get("ss_validation_seed", "None")
         own = told.get("ss_seed", "") if own == "None" else own
-        share = options.validation.validation_split
+        share = options.validation_split
         if float(told["ss_validation_split"]) != share or own != str(wanted):
             text = (
                 "%s was trained with --validation_split %s and seed %s, but here they are %g and %d: it may have been "
@@ -128,7 +129,7 @@ def keep(choice: events.Choice, options: TrainOptions) -> None:
         file.take([line])
         file.close()
     if options.saving.output_dir and (report := Names.build(options.saving).of_report()).is_file():
-        with run_lock(options):
+        with run_lock(options.saving):
             add_event(report, line)
         logger.info("updated %s", report)
 
@@ -141,12 +142,12 @@ def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
     options = for_measuring(card.options.from_args(parse(parser, training)))
     check_values(options)
     check_precision(options)
-    files = sorted(chosen_files(args.files, options), key=lambda path: (steps_of(path), display_path(path).name))
+    files = sorted(chosen_files(args.files, options.saving), key=lambda path: (steps_of(path), display_path(path).name))
     files = without_copies(files)
     if options.dataset.dataset_class:
-        raise UserError("--dataset_class: its images are not listed, so none can be measured again")
-    seed = seed_of(options, files)
-    warn_of_other_splits(options, files, seed)
+        raise UserError("--dataset_class: its pictures are not known one by one, so none can be measured again")
+    seed = choose_seed(options.run.seed, files)
+    warn_of_other_splits(options.validation, files, seed)
     arch = card.build(options)
     plan = open_data_plan(options, arch, seed, 1)
     sides, losses = losses_of_files(options, arch, plan, seed, [None, *files], own_device())

@@ -17,7 +17,7 @@ import torch  # noqa: E402
 from library.checkpoints.files import atomic_path, display_path, file_in_folder  # noqa: E402
 from library.checkpoints.overwriting import PNG, check_overwrite  # noqa: E402
 from library.errors import UserError  # noqa: E402
-from library.options.train import TrainOptions  # noqa: E402
+from library.options.output.saving import SavingOptions  # noqa: E402
 from library.training.command_line.checks import check_precision, check_values  # noqa: E402
 from library.training.command_line.cli import parse  # noqa: E402
 from library.training.command_line.run_lock import run_lock  # noqa: E402
@@ -57,8 +57,8 @@ def labels_of(files: Sequence[Path]) -> list[str]:
     return ["without an adapter", *(display_path(path).name.removesuffix(path.suffix) for path in files)]
 
 
-def chosen_files(named: list[Path] | None, options: TrainOptions) -> list[Path]:
-    """Return the files of --files, including PEFT's in folders, or else the adapter files of the run in --output_dir.
+def chosen_files(named: list[Path] | None, saving: SavingOptions) -> list[Path]:
+    """The files that --files names, PEFT's in its folders, else the adapter files of the run in --output_dir.
 
     Raises UserError if there are none.
     """
@@ -67,9 +67,9 @@ def chosen_files(named: list[Path] | None, options: TrainOptions) -> list[Path]:
             raise UserError(f"--files {path} does not exist")
     if named:
         return [file_in_folder(path, f"--files {path}") for path in named]
-    if not options.saving.output_dir:
-        raise UserError("no adapter files: set --files, or --output_dir to search for them")
-    names = Names.build(options.saving)
+    if not saving.output_dir:
+        raise UserError("--files names no adapter files, and --output_dir no folder to look for them in")
+    names = Names.build(saving)
     found = files_of_run(names)
     if not found:
         raise UserError(f"--output_dir {names.folder} contains no adapter files of this name; list some with --files")
@@ -97,8 +97,8 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     if args.side < 1:
         raise UserError(f"--side is {args.side}; use at least 1")
     if not options.preview.sample_prompts:
-        raise UserError("--sample_prompts contains no prompts")
-    files = without_copies(chosen_files(args.files, options))
+        raise UserError("--sample_prompts names no prompts to draw")
+    files = without_copies(chosen_files(args.files, options.saving))
     target = args.sheet or Names.build(options.saving).of_sheet() if options.saving.output_dir else args.sheet
     if target is None:
         raise UserError("--sheet is not set; set the PNG to write, or --output_dir")
@@ -113,7 +113,7 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
         sheet.save(temporary, format="PNG")
     logger.info("wrote %s", target)
     if options.saving.output_dir and (report := Names.build(options.saving).of_report()).is_file():
-        with run_lock(options):
+        with run_lock(options.saving):
             add_sheet(report, data_url_of(sheet, *LARGEST_IN_REPORT))
         logger.info("updated %s", report)
 

@@ -378,13 +378,15 @@ def fill_caches(script: str | None, options: TrainOptions) -> None:
         return
     assert script is not None
     arch = spec_of_script(script).build(options)
-    processes = from_accelerator(open_accelerator(options))
+    processes = from_accelerator(
+        open_accelerator(options.precision.mixed_precision, options.trackers, options.distributed.ddp_timeout)
+    )
     plan = open_data_plan(options, arch, options.run.seed or 0, processes.count)
     if options.caching.cache_latents_to_disk:
         encode_pictures(arch.load.vae, arch.codec, options.caching, options.run.seed or 0, plan, processes)
     if caches_text:
-        if cached_text(options, arch.text_cache) is None:
-            raise UserError(f"--{CACHES[1]} has no effect: every text encoder is trained, or none is cached")
+        if cached_text(options.network, arch.text_cache) is None:
+            raise UserError(f"--{CACHES[1]} does nothing here: every text encoder trains, or none is cached")
         compute = Compute.build(options.precision, processes.device)
         prepare_text(options, arch, plan, compute.device, compute.autocast, [], processes)
 

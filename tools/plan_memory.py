@@ -18,11 +18,12 @@ from library.checkpoints.base_model_spec import BaseModelSpec  # noqa: E402
 from library.data.description.schema import load_dataset_config, parse_numbers  # noqa: E402
 from library.errors import UserError  # noqa: E402
 from library.memory.planner.gpus import parse_size, typical_gpu  # noqa: E402
+from library.options.requirements import check_requirements  # noqa: E402
 from library.options.train import TrainOptions  # noqa: E402
 from library.protocols import Architecture  # noqa: E402
 from library.training.command_line.checks import check_network, check_precision  # noqa: E402
 from library.training.command_line.cli import parse  # noqa: E402
-from library.training.models.check_batches import quiet  # noqa: E402
+from library.training.models.check_batches import mute_logging  # noqa: E402
 from library.training.planning.counting import BatchShape, CountedRun, count_run  # noqa: E402
 from library.training.planning.fit import fit_to  # noqa: E402
 from library.training.planning.fit_run import sweep_of  # noqa: E402
@@ -68,11 +69,12 @@ def count(name: str, arguments: Sequence[str]) -> tuple[TrainOptions, Architectu
     if not options.network.network_module:
         raise UserError("--network_module is not set; use networks.lora for a LoRA")
     if options.distributed.shard_base and not options.distributed.shard_group:
-        raise UserError("--shard_base: set --shard_group to the number of processes that share the base model")
+        raise UserError("--shard_base: say with --shard_group over how many processes the base model is to be spread")
+    check_requirements(options)
     check_precision(options)
-    check_network(options)
+    check_network(options.network)
     batch = described_batch(options)
-    with quiet():  # the run itself will log it
+    with mute_logging():  # the run itself will say it
         options, adapters = shared_and_own(options)
         arch = card.build(options)
         return options, arch, batch, count_run(options, arch, batch, CARD, list(adapters.values()))
@@ -95,7 +97,7 @@ def plan(args: argparse.Namespace, training: Sequence[str]) -> None:
     """Print a table for each GPU."""
     sizes = [parse_size("--cards", text) for text in args.cards.split(",")]
     options, arch, batch, counted = count(args.script, training)
-    with quiet():
+    with mute_logging():
         _, adapters = shared_and_own(options)
         sweep = sweep_of(options, arch, batch, CARD, list(adapters.values()))
     print(f"{arch.name}, {batch.count} x {batch.width}x{batch.height}, {options.network.network_module}")

@@ -17,6 +17,7 @@ from typing import Any
 
 from library.checkpoints.hashes import sha256_of_file, webui_hash
 from library.errors import UserError
+from library.options.model import ModelOptions
 from library.options.train import TrainOptions
 from library.options.training.averaging import FILES
 from library.version import NAME, VERSION
@@ -139,10 +140,10 @@ def training_metadata(options: TrainOptions, architecture: Mapping[str, str], fa
     return {key: _text(value) for key, value in values.items()}
 
 
-def base_file_metadata(options: TrainOptions) -> dict[str, str]:
-    """Return names and hashes of the checkpoint and the VAE. Reads both files whole: seconds for a large checkpoint."""
+def base_file_metadata(model: ModelOptions) -> dict[str, str]:
+    """Name and hash the checkpoint and the VAE. Reads both files whole: seconds for a large checkpoint."""
     found: dict[str, str] = {}
-    for key, path in (("sd_model", options.model.pretrained_model_name_or_path), ("vae", options.model.vae)):
+    for key, path in (("sd_model", model.pretrained_model_name_or_path), ("vae", model.vae)):
         if not path:
             continue
         if not Path(path).exists():

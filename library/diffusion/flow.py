@@ -17,7 +17,6 @@ from library.diffusion.noise import draw_normal, draw_strength
 from library.diffusion.timesteps import LevelSampler, check_timestep_range, sampled, scheme_weights, takes_offset
 from library.diffusion.weighting import check_huber, huber_threshold, pointwise_error
 from library.memory.devices import send
-from library.options.train import TrainOptions
 from library.options.training.flow import FlowSamplingOptions, FlowWeightingOptions
 from library.options.training.loss import LossOptions
 from library.options.training.noise import NoiseOptions
@@ -42,9 +41,9 @@ IGNORES: Mapping[str, str] = dict.fromkeys(  # options without effect on a flow 
 class FlowMatching:
     """The objective of predicting the flow at a noise level between 0 and 1.
 
-    `corrupt` draws from its generator in this order, and only what is enabled: noise; strength and values of the extra
-    input noise; levels. The strength is one number for the batch. --min_timestep and --max_timestep map the drawn
-    levels to the range between them.
+    `corrupt` draws from its generator in this order, and only what is switched on: noise; strength and values of the
+    extra input noise; levels. The strength is one number for the batch. What is drawn is stretched over the range
+    between the lowest and the highest timestep.
     """
 
     draw_levels: LevelSampler
@@ -138,7 +137,8 @@ class FlowMatching:
 
 
 def build_flow(
-    options: TrainOptions,
+    noise: NoiseOptions,
+    weighting: LossOptions,
     draw_levels: LevelSampler,
     target_kind: Target,
     prediction_type: str,
@@ -148,11 +148,10 @@ def build_flow(
     tells_whole_timesteps: bool = False,
     takes_offset: bool = False,
 ) -> FlowMatching:
-    """Build the objective of a flow matching model with its own levels and target.
+    """Build the objective of a flow matching model whose levels and target are its own.
 
     Raises UserError for timesteps outside 0..1000 and for invalid Huber thresholds.
     """
-    noise, weighting = options.noise, options.loss
     min_timestep = 0 if noise.min_timestep is None else noise.min_timestep
     max_timestep = NUM_TIMESTEPS if noise.max_timestep is None else noise.max_timestep
     check_timestep_range(min_timestep, max_timestep, NUM_TIMESTEPS)
@@ -174,7 +173,8 @@ def build_flow(
 
 
 def build_sampled_flow(
-    options: TrainOptions,
+    noise: NoiseOptions,
+    loss: LossOptions,
     sampling: FlowSamplingOptions,
     weighting: FlowWeightingOptions,
     *,
@@ -183,16 +183,17 @@ def build_sampled_flow(
     always_weights_loss: bool = False,
     tells_whole_timesteps: bool = False,
 ) -> FlowMatching:
-    """Build the objective of the models that accept --timestep_sampling.
+    """Build the objective of the models whose timestep sampling is an option.
 
-    --weighting_scheme weights the loss if the prediction estimates the latent (sigma_scaled), or always. Raises
-    UserError for settings that give no noise levels; warns of settings without effect.
+    The weighting scheme weights the loss where the prediction is an estimate of the latent (sigma_scaled), or always.
+    Raises UserError for a setting that makes no levels; settings without effect are warned of.
     """
     weights_loss = always_weights_loss or prediction_type == "sigma_scaled"
     for line in (*idle_settings(sampling, weighting, weights_loss), *odd_target(prediction_type, target_kind)):
         logger.warning("%s", line)
     return build_flow(
-        options,
+        noise,
+        loss,
         sampled(sampling, weighting),
         target_kind,
         prediction_type,

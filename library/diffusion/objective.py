@@ -14,7 +14,6 @@ from library.diffusion.schedules import NUM_TIMESTEPS, ddpm_abar, sigmas_of, snr
 from library.diffusion.timesteps import check_timestep_range, draw_timesteps
 from library.diffusion.weighting import check_huber, huber_threshold, pointwise_error, snr_weights
 from library.memory.devices import send
-from library.options.train import TrainOptions
 from library.options.training.loss import LossOptions
 from library.options.training.noise import NoiseOptions
 from library.types import Noised
@@ -136,12 +135,13 @@ class DDPM:
         return snr_weights(self.weighting, self.snr_T, self.predicts_velocity).float()
 
 
-def build_ddpm(options: TrainOptions) -> DDPM:
-    """Build the objective of the models trained on `ddpm_abar`.
+def build_ddpm(noise: NoiseOptions, weighting: LossOptions, predicts_velocity: bool) -> DDPM:
+    """Build the objective of the models that learned on `ddpm_abar`.
 
-    Raises UserError for timesteps outside the schedule and for invalid Huber thresholds.
+    Weights use the signal-to-noise ratios of the unchanged schedule even with zero terminal SNR: the changed one ends
+    at 0, where min-SNR and debiased weights would be 0 / 0 and 1 / 0.
+    Raises UserError for timesteps outside the schedule and for thresholds that make no loss.
     """
-    noise, weighting, predicts_velocity = options.noise, options.loss, options.model.v_parameterization
     min_timestep = 0 if noise.min_timestep is None else noise.min_timestep
     max_timestep = NUM_TIMESTEPS if noise.max_timestep is None else noise.max_timestep
     check_timestep_range(min_timestep, max_timestep, NUM_TIMESTEPS)

@@ -30,11 +30,10 @@ class LevelSampler(Protocol):
 
 
 TABLE_SIZE = 1000
-PATCH = 2  # latents per side of a transformer's token
-FLUX_SHIFT_ENDS = ((256, 0.5), (4096, 1.15))  # (tokens, m) of the sizes between which FLUX.1 was trained
-MODE_SCALE_LIMITS = (-1.0, 2 / (math.pi - 2))  # outside these the mode scheme leaves 0..1
-SMALLEST_DRAW = 1e-7  # smallest share of noise that NextDiT draws
-FINEST_LEVEL = 1 / TABLE_SIZE  # weights below this level are constant, because sigma ** -2 diverges at 0
+PATCH = 2  # latents a side that transformers read as one token
+FLUX_SHIFT_ENDS = ((256, 0.5), (4096, 1.15))  # (tokens, m): FLUX.1 was trained between these two sizes
+SMALLEST_DRAW = 1e-7  # NextDiT's draws stay this far above no noise
+FINEST_LEVEL = 1 / TABLE_SIZE  # levels below it weigh as it does: sigma ** -2 has no value at 0
 
 
 def shift_sigmas(sigmas_B: Tensor, shift: float) -> Tensor:
@@ -66,10 +65,10 @@ def takes_offset(weighting: FlowWeightingOptions, sampling: FlowSamplingOptions 
 def draw_scheme(
     options: FlowWeightingOptions, num_samples: int, generator: torch.Generator, offsets_B: Tensor | None = None
 ) -> Tensor:
-    """Draw numbers in 0..1 with the density of --weighting_scheme; uniform for schemes that only weight the loss.
+    """Draw from 0..1 with the density of the weighting scheme, uniform for those that only weight the loss.
 
-    logit_normal is the sigmoid of a normal value, to which offsets are added; mode is 1 - u - c (cos(pi u / 2)^2 - 1 +
-    u), c = --mode_scale (Esser et al. 2024, section 3.1).
+    logit_normal is the sigmoid of a normal value, which offsets are added to; mode is
+    1 - u - c (cos(pi u / 2)^2 - 1 + u), c its scale (Esser et al. 2024, section 3.1).
     """
     if options.weighting_scheme == "logit_normal":
         z_B = draw_moved_normal(num_samples, generator, offsets_B)
@@ -92,9 +91,7 @@ def scheme_weights(scheme: str, sigmas_B: Tensor) -> Tensor:
 
 
 def shifted_scheme(options: FlowWeightingOptions, shift: float) -> LevelSampler:
-    """Return SD3's sampler: draws of --weighting_scheme, shifted. Raises UserError for invalid settings."""
-    check_scheme(options)
-    check_shift("--training_shift", shift)
+    """Return SD3's sampler of levels: draws of the weighting scheme, shifted."""
 
     def draw(
         num_samples: int, _height: int, _width: int, generator: torch.Generator, offsets_B: Tensor | None = None
@@ -105,17 +102,12 @@ def shifted_scheme(options: FlowWeightingOptions, shift: float) -> LevelSampler:
 
 
 def sampled(sampling: FlowSamplingOptions, weighting: FlowWeightingOptions) -> LevelSampler:
-    """Return the sampler of --timestep_sampling. Raises UserError for invalid settings.
+    """Return the sampler of levels that the options name.
 
-    `sigma` takes entry int(1000 u) of a table that descends from pure noise, u drawn by --weighting_scheme; `uniform`
-    is uniform; `sigmoid` is q = sigmoid(k (z + offset)), k = --sigmoid_scale; `shift` shifts q by
-    --discrete_flow_shift, `flux_shift` by a shift that grows with the image, and `nextdit_shift` does so with a uniform
-    q.
+    `sigma` takes entry int(1000 u) of a table that descends from pure noise, u drawn by the weighting scheme; `uniform`
+    is uniform; `sigmoid` is q = sigmoid(k (z + offset)), k its scale; `shift` pushes q by a fixed shift, `flux_shift`
+    by one that grows with the image, `nextdit_shift` does so with a uniform q.
     """
-    check_scheme(weighting)
-    check_shift("--discrete_flow_shift", sampling.discrete_flow_shift)
-    if sampling.sigmoid_scale < 0:
-        raise UserError(f"--sigmoid_scale is {sampling.sigmoid_scale}; use 0 or more, 1 is usual")
     k, shift = sampling.sigmoid_scale, sampling.discrete_flow_shift
 
     def draw(
@@ -143,21 +135,6 @@ def sampled(sampling: FlowSamplingOptions, weighting: FlowWeightingOptions) -> L
         return shift_sigmas(q_B, resolution_shift(latent_height, latent_width)) if kind.endswith("_shift") else q_B
 
     return draw
-
-
-def check_scheme(options: FlowWeightingOptions) -> None:
-    """Raise UserError for settings of --weighting_scheme that give no noise levels."""
-    if options.weighting_scheme == "logit_normal" and options.logit_std < 0:
-        raise UserError(f"--logit_std is {options.logit_std}; a standard deviation cannot be negative, 1 is usual")
-    low, high = MODE_SCALE_LIMITS
-    if options.weighting_scheme == "mode" and not low <= options.mode_scale <= high:
-        raise UserError(f"--mode_scale is {options.mode_scale}; noise levels stay in 0..1 for {low:g} to {high:.2f}")
-
-
-def check_shift(flag: str, shift: float) -> None:
-    """Raise UserError unless the shift is a number above 0."""
-    if not shift > 0:
-        raise UserError(f"{flag} is {shift}; use a number above 0, 1 leaves noise levels unchanged")
 
 
 def draw_timesteps(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.options.training.loss import HUBER_SCHEDULES, LossOptions
+from library.options.training.loss import LossOptions
 
 MAX_SNR = 1000.0  # the first timesteps are nearly clean; uncapped they would dominate the weights
 
@@ -24,9 +24,7 @@ def pointwise_error(prediction_BCHW: Tensor, target_BCHW: Tensor, loss_type: str
         return difference_BCHW.square()
     if loss_type == "l1":
         return difference_BCHW.abs()
-    if loss_type not in ("huber", "smooth_l1"):
-        raise UserError(f"--loss_type is {loss_type!r}; choose l2, l1, huber or smooth_l1")
-    assert threshold_B is not None
+    assert loss_type in ("huber", "smooth_l1") and threshold_B is not None
     c_B111 = threshold_B.float().view(-1, *[1] * (difference_BCHW.ndim - 1))
     square_BCHW = difference_BCHW.square()
     # sqrt(d^2 + c^2) - c without cancellation for small differences.
@@ -35,10 +33,10 @@ def pointwise_error(prediction_BCHW: Tensor, target_BCHW: Tensor, loss_type: str
 
 
 def huber_threshold(options: LossOptions, sigmas_B: Tensor, timesteps_B: Tensor, num_timesteps: int) -> Tensor:
-    """Return the threshold c of each sample, times --huber_scale.
+    """Return the threshold of each sample, times its scale.
 
-    constant is --huber_c; exponential falls from 1 at timestep 0 to --huber_c at the last one; snr falls with the noise
-    level from 1 at the clean end to --huber_c, (1 - huber_c) / (1 + sigma)^2 + huber_c.
+    With c = huber_c, constant is c; exponential falls from 1 at timestep 0 to c at the last one; snr goes from 1 at the
+    clean end to c with the noise level, (1 - c) / (1 + sigma)^2 + c.
     """
     check_huber(options)
     if options.huber_schedule == "constant":
@@ -55,15 +53,13 @@ def check_huber(options: LossOptions) -> None:
     for flag, value in (("--huber_c", options.huber_c), ("--huber_scale", options.huber_scale)):
         if value <= 0:
             raise UserError(f"{flag} is {value}; with --loss_type {options.loss_type} it must be above 0")
-    if options.huber_schedule not in HUBER_SCHEDULES:
-        raise UserError(f"--huber_schedule is {options.huber_schedule!r}; use one of {', '.join(HUBER_SCHEDULES)}")
 
 
 def snr_weights(options: LossOptions, snr_T: Tensor, predicts_velocity: bool) -> Tensor:
-    """Return the product of all weights that depend on the signal-to-noise ratio, one per given ratio.
+    """Multiply all weights that depend on the signal-to-noise ratio, one for each of the given ratios.
 
-    They are applied in this order: --min_snr_gamma (Hang et al. 2023), --scale_v_pred_loss_like_noise_pred,
-    --v_pred_like_loss, --debiased_estimation_loss (Yu et al. 2024).
+    In the order of application: min-SNR (Hang et al. 2023), velocity weighted as noise, noise weighted as velocity,
+    debiased estimation (Yu et al. 2024).
     """
     capped_T = snr_T.clamp(max=MAX_SNR)
     weights_T = torch.ones_like(snr_T)

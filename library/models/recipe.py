@@ -6,8 +6,8 @@ from pathlib import Path
 
 from library.errors import UserError
 from library.installed import NEEDED_BY_ALL, check_installed
+from library.options.base import Options
 from library.options.no_effect import asks
-from library.options.train import TrainOptions
 
 OTHER_ATTENTION: Mapping[str, str] = {  # options without effect on our own denoisers
     "xformers": "attention is torch's scaled dot product",
@@ -26,17 +26,17 @@ class Recipe:
     records: Sequence[str] = ()  # options written into files as ss_<option>
     needs: Mapping[str, str] = field(default_factory=dict)  # package -> versions, if newer than for other base models
 
-    def check(self, options: TrainOptions) -> None:
-        """Raise UserError for outdated packages and for unsupported options."""
+    def check(self, options: Options) -> None:
+        """Raise UserError for packages that are too old, and for an option that would train something else than is
+        meant."""
         check_installed(self.title, {**NEEDED_BY_ALL, **self.needs})
         values = options.flat()
         for name, why in self.refuses.items():
             if asks(values[name]):
                 raise UserError(f"--{name} does not work with {self.title}: {why}; remove it")
 
-    def describe(self, options: TrainOptions, **more: str) -> dict[str, str]:
-        """Return the base model's metadata of files trained with these options; `more` are modelspec.* keys without
-        prefix."""
+    def describe(self, options: Options, **more: str) -> dict[str, str]:
+        """Return what trained files say about the base model; `more` are modelspec.* keys without that prefix."""
         values = options.flat()
         return {
             "ss_v2": "False",

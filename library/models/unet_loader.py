@@ -82,7 +82,7 @@ def open_unet_loader(
         ),
         latent_channels=needs.channels,
         dtype=DTYPES[options.precision.mixed_precision],
-        vae_dtype=vae_dtype_of(options),
+        vae_dtype=vae_dtype_of(options.model, options.precision.mixed_precision),
         uses_xformers=should_use_xformers(options.memory),
         inpaints=inpaints,
     )

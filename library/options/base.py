@@ -4,124 +4,99 @@ import argparse
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from functools import cache
-from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 OptionsT = TypeVar("OptionsT", bound="Options")
 
 
 FACTS = "facts"  # the key of a field's metadata that argparse does not get
 
+OnResume = Literal["new rate", "new length", "kept by the optimizer"]
+
 
 @dataclass(frozen=True)
 class Facts:
-    """What the declaration of an option says of it; `option` describes each."""
+    """The facts that the declaration of an option carries."""
 
+    # Range of a value, or of each value of a list; a share is 0 to 1.
     at_least: float | None = None
+    above: float | None = None
     at_most: float | None = None
     is_share: bool = False
+    # Values besides the choices pass, and are checked where they are used.
+    takes_other_values: bool = False
+
+    # The option has no effect unless one of these is set ("enable_bucket") or has one of some values
+    # ("loss_type=huber|smooth_l1"); with `requires` the run is refused instead.
     needs: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
+    # Options, written as in `needs`, with which the run is refused, each with the reason.
+    excludes: Mapping[str, str] = field(default_factory=dict)
+    # The option has no effect where this one is set.
     unless: str | None = None
+    # Why the option never has an effect.
     ignored: str | None = None
+
+    # Without images (LECO) the option has no effect, for this reason where it is not plain, or is refused for this one.
     needs_images: bool = False
-    refused_by_leco: str | None = None
     ignored_by_leco: str | None = None
+    refused_by_leco: str | None = None
+
+    # Another value may give other weights.
     affects_training: bool = True
+    # A training state holds what the option stands for (the seed), or compares that itself (the images).
     kept_in_state: bool = False
+    # What another value means for a resumed run; None means that it differs from an uninterrupted one.
+    on_resume: OnResume | None = None
+
+    # How file names of a sweep abbreviate the option, "" where the value says it all; None means that adapters of one
+    # run cannot differ in it.
     sweep_name: str | None = None
+    # 0 means the same as leaving the option out.
     zero_is_unset: bool = False
+    # The value is a file that the run writes.
+    names_output: bool = False
+    # A password, which no file and no tracker may hold.
     secret: bool = False
+    # Trackers may show the value.
     logged: bool = True
+    # The short help shows the option.
     usual: bool = False
+    # sd-scripts 0.10 does not have the option, so an abbreviation that fits one of its options means that one.
     own: bool = False
 
     @property
     def may_change_on_resume(self) -> bool:
-        """Whether a resumed run goes on as the uninterrupted one would have, whatever the option is."""
+        """Return True if a resumed run goes on as the uninterrupted one would have, whatever the option is."""
         return self.kept_in_state or self.ignored is not None or not self.affects_training
 
 
-def option(
-    default: Any,
-    help: str,
-    *,
-    at_least: float | None = None,
-    at_most: float | None = None,
-    is_share: bool = False,
-    needs: str | tuple[str, ...] = (),
-    unless: str | None = None,
-    ignored: str | None = None,
-    needs_images: bool = False,
-    refused_by_leco: str | None = None,
-    ignored_by_leco: str | None = None,
-    affects_training: bool = True,
-    kept_in_state: bool = False,
-    sweep_name: str | None = None,
-    zero_is_unset: bool = False,
-    secret: bool = False,
-    logged: bool = True,
-    usual: bool = False,
-    own: bool = False,
-    **argparse_kwargs: Any,
-) -> Any:
+def option(default: Any, help: str, **keywords: Any) -> Any:
     """Declare a field of an Options class. The flag is the field's name: `max_grad_norm` is --max_grad_norm.
 
-    Args:
-        at_least, at_most: The range of a value, or of each value of a list.
-        is_share: The range is 0 to 1.
-        needs: The option has no effect unless one of these is set ("enable_bucket") or has one of some values
-            ("loss_type=huber|smooth_l1").
-        unless: The option has no effect where this one is set.
-        ignored: Why the option never has an effect.
-        needs_images: The option has no effect where prompts are trained without images (LECO).
-        ignored_by_leco: Why it has none there, where `needs_images` does not say it all.
-        refused_by_leco: Why LECO cannot have the option, and what to do.
-        affects_training: Another value may give other weights.
-        kept_in_state: A training state holds what the option stands for (the seed), or compares that itself (the
-            images), so that a resumed run may have another value.
-        sweep_name: How --sweep abbreviates the option in file names, "" where the value says it all. None means that
-            adapters of one run cannot differ in it.
-        zero_is_unset: 0 means the same as leaving the option out.
-        secret: The value is a password, which no file and no tracker may hold.
-        logged: --log_config sends the value to trackers.
-        usual: --help shows the option; --help_all shows all of them.
-        own: sd-scripts 0.10 does not have the option, so an abbreviation that fits one of its options means that one.
-        argparse_kwargs: Keywords of `ArgumentParser.add_argument`.
+    `keywords` are those of `Facts`, of which `needs` and `requires` may be a single text, and those of
+    `ArgumentParser.add_argument`.
     """
-    facts = Facts(
-        at_least=at_least,
-        at_most=at_most,
-        is_share=is_share,
-        needs=(needs,) if isinstance(needs, str) else needs,
-        unless=unless,
-        ignored=ignored,
-        needs_images=needs_images,
-        refused_by_leco=refused_by_leco,
-        ignored_by_leco=ignored_by_leco,
-        affects_training=affects_training,
-        kept_in_state=kept_in_state,
-        sweep_name=sweep_name,
-        zero_is_unset=zero_is_unset,
-        secret=secret,
-        logged=logged and not secret,
-        usual=usual,
-        own=own,
-    )
-    return field(default=default, metadata={"help": help, FACTS: facts, **argparse_kwargs})
+    given = {f.name: keywords.pop(f.name) for f in fields(Facts) if f.name in keywords}
+    for name in ("needs", "requires"):
+        if isinstance(given.get(name), str):
+            given[name] = (given[name],)
+    return field(default=default, metadata={"help": help, FACTS: Facts(**given), **keywords})
 
 
 def redeclared(kind: type["Options"], name: str, default: Any, **argparse_kwargs: Any) -> Any:
-    """The option `name` of another class with a default, or choices, of its own."""
+    """Declare the option `name` of another class with a default, or choices, of its own."""
     (original,) = (f for f in fields(kind) if f.name == name)  # type: ignore[arg-type]
     return field(default=default, metadata={**original.metadata, **argparse_kwargs})
 
 
 def group(kind: type["Options"]) -> Any:
-    """A field that holds a whole group of options."""
+    """Declare a field that holds a whole group of options."""
     return field(default_factory=kind)
 
 
 def int_or_float(text: str) -> int | float:
-    """The number in `text`: steps when it is a whole number, a share of the run when it lies below 1 or ends in `%`.
+    """Read a number: steps when it is a whole number, a share of the run when it lies below 1 or ends in `%`.
 
     0 is a share, as sd-scripts has it, and so are negative numbers, which the range of the option refuses.
     Raises argparse.ArgumentTypeError for anything else: for 1.0 and above with a point, which may be meant either way.
@@ -138,7 +113,7 @@ def int_or_float(text: str) -> int | float:
 
 
 def scalar_type(hint: Any) -> Any:
-    """The type of one value of an option: `list[float] | None` gives float."""
+    """Return the type of one value of an option: `list[float] | None` gives float."""
     if get_origin(hint) is Union or type(hint).__name__ == "UnionType":
         hint = next(kind for kind in get_args(hint) if kind is not type(None))
     return get_args(hint)[0] if get_origin(hint) is list else hint
@@ -163,7 +138,7 @@ class Options:
 
     @classmethod
     def leaves(cls) -> Iterator[tuple[Field[Any], Any]]:
-        """Every option below this class with its type hint, groups opened, in the order of declaration."""
+        """Yield every option below this class with its type hint, groups opened, in the order of declaration."""
         hints = get_type_hints(cls)
         for f in fields(cls):  # type: ignore[arg-type]
             kind = hints[f.name]
@@ -175,7 +150,7 @@ class Options:
     @classmethod
     @cache
     def facts(cls) -> Mapping[str, Facts]:
-        """The facts of every option below this class, by name, in the order of declaration."""
+        """Return the facts of every option below this class, by name, in the order of declaration."""
         hints = get_type_hints(cls)
         found: dict[str, Facts] = {}
         for f in fields(cls):  # type: ignore[arg-type]
@@ -225,7 +200,7 @@ class Options:
         return cls(**values)
 
     def flat(self) -> dict[str, Any]:
-        """Every option below this group by name, groups opened."""
+        """Return the value of every option below this group by name, groups opened."""
         values: dict[str, Any] = {}
         for f in fields(self):  # type: ignore[arg-type]
             value = getattr(self, f.name)
@@ -233,7 +208,7 @@ class Options:
         return values
 
     def with_values(self: OptionsT, values: Mapping[str, Any]) -> OptionsT:
-        """The same with other values for some options, by name; names that this class does not have are left out."""
+        """Return a copy with other values for some options, by name; names of other classes are ignored."""
         changed: dict[str, Any] = {}
         for f in fields(self):  # type: ignore[arg-type]
             value = getattr(self, f.name)
@@ -245,11 +220,11 @@ class Options:
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
-        """What every option below this class is when nobody sets it."""
+        """Return the default of every option below this class, by name."""
         return {f.name: f.default for f, _ in cls.leaves()}
 
 
 def changes(before: Options, after: Options) -> dict[str, Any]:
-    """The options that have another value afterwards, by name."""
+    """Return the options that have another value afterwards, by name."""
     values = before.flat()
     return {name: value for name, value in after.flat().items() if value != values[name]}

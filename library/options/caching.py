@@ -1,23 +1,28 @@
-"""What is encoded once and kept."""
+"""Caching of latents."""
 
 from dataclasses import dataclass
 
 from library.options.base import Options, option
 
+NO_LATENTS = "its batches may differ each time; it can give `latents` itself"
+NO_CAPTIONS = "its captions are not known before they are drawn"
+
 
 @dataclass(frozen=True)
 class CachingOptions(Options, needs_images=True):
-    """What is encoded once and kept."""
+    """Caching of latents."""
 
     cache_latents: bool = option(
         False,
         usual=True,
+        excludes={"dataset_class": NO_LATENTS},
         help="Encode every picture once before training and keep the latents in memory. Fixes the crop, so it excludes"
         " --random_crop and --color_aug.",
     )
     cache_latents_to_disk: bool = option(
         False,
         usual=True,
+        excludes={"dataset_class": NO_LATENTS},
         affects_training=False,
         help="Keep the encoded pictures in files beside them, so that the next run need not encode them again. Implies"
         " --cache_latents; entries that no longer fit the picture or the VAE are made anew.",
@@ -57,12 +62,13 @@ VARIANTS = 8
 
 @dataclass(frozen=True)
 class TextCachingOptions(Options):
-    """What is kept of the text encoders' outputs."""
+    """Caching of the text encoders' outputs."""
 
     cache_text_encoder_outputs: bool = option(
         False,
         usual=True,
         needs_images=True,
+        excludes={"dataset_class": NO_CAPTIONS},
         help="Encode every caption once before training, keep the results in memory and free the text encoders. "
         "Those that train stay where a base model can keep them; elsewhere --network_train_unet_only is needed.",
     )
@@ -70,6 +76,7 @@ class TextCachingOptions(Options):
         False,
         usual=True,
         needs_images=True,
+        excludes={"dataset_class": NO_CAPTIONS},
         affects_training=False,
         help="Keep the encoded captions in files beside the pictures, so that the next run need not load the text "
         "encoders. Implies --cache_text_encoder_outputs; what no longer fits captions or encoders is made anew.",
@@ -77,6 +84,8 @@ class TextCachingOptions(Options):
     text_encoder_batch_size: int | None = option(
         None,
         own=True,
+        at_least=1,
+        needs="cache_text_encoder_outputs",
         needs_images=True,
         help="Captions that the text encoders take at a time while caching. Unset takes them one by one, so that no "
         "caption's numbers depend on its neighbours; more is faster for short captions on a graphics card.",
@@ -90,6 +99,8 @@ class TextCachingOptions(Options):
     text_cache_variants: int = option(
         VARIANTS,
         own=True,
+        at_least=1,
+        needs="cache_text_encoder_outputs",
         needs_images=True,
         help="Versions that are cached of a caption which is shuffled, thinned or filled from wildcards; every draw "
         "takes one of them. A caption that never changes is cached once.",

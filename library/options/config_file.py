@@ -38,12 +38,12 @@ BACKSLASH_HINT = "a backslash in double quotes begins a special character: write
 
 
 def is_about_backslash(error: str) -> bool:
-    """Whether a mistake in TOML is a backslash in double quotes, by the words of its reader."""
+    """Return True if a mistake in TOML is a backslash in double quotes, by the words of its reader."""
     return "Unescaped" in error or "Invalid hex value" in error
 
 
 def read_toml(path: Path, flag: str) -> dict[str, Any]:
-    """The tables of a TOML file (UTF-8, a byte order mark is skipped); `flag` is the option that named it.
+    """Return the tables of a TOML file (UTF-8, a byte order mark is skipped); `flag` is the option that named it.
 
     Raises UserError where there is no such file, ValueError naming line and column of a mistake.
     """

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from library.options.base import Options, option
 
-INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area")
 MAX_WORKERS = 1024  # processes that load data; more are a slip of the keyboard
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area")
 
@@ -203,6 +202,10 @@ class DatasetOptions(Options, needs_images=True):
     train_inpainting: bool = option(
         False,
         own=True,
+        excludes={
+            "cache_latents_to_disk": "each sample masks another part, which must be encoded anew",
+            "cache_latents": "each sample masks another part, which must be encoded anew",
+        },
         refused_by_leco="there are no pictures to mask; leave it out, and train on the plain model",
         help="Train on an inpainting checkpoint, whose U-Net sees a mask and the rest of the picture too: each sample "
         "gets a random area to paint anew. Excludes cached latents.",
@@ -237,5 +240,5 @@ class DatasetOptions(Options, needs_images=True):
 
     @property
     def only_looks(self) -> bool:
-        """Whether the data are looked at and nothing is trained."""
+        """Return True if the data are looked at and nothing is trained."""
         return self.debug_dataset or self.audit_only

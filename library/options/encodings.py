@@ -36,7 +36,7 @@ def likely_encoding(content: bytes) -> str | None:
 
 
 def decoded(content: bytes, what: str) -> str:
-    """A text in UTF-8, a byte order mark skipped. Raises UserError, beginning with `what`, where it is in another."""
+    """Decode UTF-8, a byte order mark skipped. Raises UserError, beginning with `what`, for other encodings."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -44,7 +44,7 @@ def decoded(content: bytes, what: str) -> str:
 
 
 def not_utf8(content: bytes, error: UnicodeDecodeError) -> str:
-    """What follows the name of a file that cannot be read as UTF-8: where, and what it may be."""
+    """Describe where a file cannot be read as UTF-8 and what it may be, to follow its name."""
     likely = likely_encoding(content)
     fits = f"it looks like {likely}" if likely else "no encoding fits"
     return f"is not UTF-8 text: byte {error.start} cannot be read, and {fits}; save it as UTF-8"

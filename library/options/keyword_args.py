@@ -9,7 +9,7 @@ from library.errors import UserError
 
 
 def read_keyword_args(items: Sequence[str] | None, flag: str) -> dict[str, Any]:
-    """The keywords in `items`, values read as Python literals: `betas=0.9,0.99` is a pair of numbers.
+    """Return the keywords in `items`, values read as Python literals: `betas=0.9,0.99` is a pair of numbers.
 
     The first `=` ends the key. Raises UserError, naming `flag` and the item, for an item without one, for a value that
     is not a literal and for a key given twice.
@@ -32,7 +32,7 @@ def read_keyword_args(items: Sequence[str] | None, flag: str) -> dict[str, Any]:
 
 
 def accepted_keywords(target: Callable[..., Any]) -> tuple[list[str], bool]:
-    """The names of the parameters of `target`, and whether it takes others as well."""
+    """Return the names of the parameters of `target`, and whether it takes others as well."""
     parameters = list(inspect.signature(target).parameters.values())
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     return names, any(p.kind is p.VAR_KEYWORD for p in parameters)

@@ -45,6 +45,7 @@ class ModelOptions(Options):
     max_token_length: int | None = option(
         None,
         usual=True,
+        takes_other_values=True,
         help="Longest caption in tokens, read in chunks of 75; what is longer is cut. Unset is 75.",
         choices=(None, 150, 225),
     )

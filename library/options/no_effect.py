@@ -7,22 +7,25 @@ from library.options.base import Options
 
 
 def asks(value: Any) -> bool:
-    """Whether a value asks for something: front ends also write what the user left empty, as false, 0, "" or []."""
-    return bool(value > 0) if isinstance(value, int | float) else bool(value)
+    """Return True if a value asks for something: front ends also write what was left empty, as false, 0, "" or [].
+
+    A negative count is never, a negative strength is one.
+    """
+    return bool(value > 0) if isinstance(value, int) else bool(value)
 
 
 def is_set(value: Any, default: Any) -> bool:
-    """Whether a value differs from the default and from what front ends write for nothing."""
+    """Return True if a value differs from the default and from what front ends write for nothing."""
     return value != default and value not in (None, False, "", 0, "no", [])
 
 
 def is_given(value: Any, default: Any) -> bool:
-    """Whether an option of which 0 is a value too was given."""
-    return bool(value != default and value != "")
+    """Return True if an option of which 0 is a value too was given; negative counts stand for never."""
+    return bool(value != default and value != "") and not (isinstance(value, int) and value < 0)
 
 
 def unused(options: Options, ignores: Mapping[str, str]) -> Iterator[str]:
-    """A line for every option that is given and does nothing in this run.
+    """Yield a line for every option that is given and has no effect in this run.
 
     `ignores` are those that do nothing for the base model, with the reason.
     """
@@ -40,17 +43,23 @@ def unused(options: Options, ignores: Mapping[str, str]) -> Iterator[str]:
 
 
 def unmet(needs: tuple[str, ...], values: Mapping[str, Any]) -> str | None:
-    """Which need is not met, to be read after "has no effect"; None where one of them is, or there is none."""
+    """Describe the needs, to be read after "has no effect"; None where one of them is met, or there is none."""
     known = [need for need in needs if need.partition("=")[0] in values]
     if not known or any(is_met(need, values) for need in known):
         return None
     other, equals, wanted = known[0].partition("=")
     if equals:
         return f"with --{other} {values[other]}; it is for {wanted.replace('|', ' or ')}"
-    return f"without {' or '.join(f'--{need}' for need in known)}"
+    return f"without {' or '.join(describe_need(need) for need in known)}"
+
+
+def describe_need(need: str) -> str:
+    """Write what an option needs as it is typed."""
+    other, _, wanted = need.partition("=")
+    return f"--{other} {wanted.replace('|', ' or ')}".rstrip()
 
 
 def is_met(need: str, values: Mapping[str, Any]) -> bool:
-    """Whether an option asks for something, or with "=" is one of the values that stand behind it."""
+    """Return True if an option asks for something, or with "=" is one of the values behind it."""
     other, equals, wanted = need.partition("=")
     return str(values[other]) in wanted.split("|") if equals else asks(values[other])

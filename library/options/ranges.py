@@ -10,7 +10,7 @@ LARGEST = 2**63  # what tensors and files hold
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-    """Whether a value is a number, which true and false are not."""
+    """Return True if a value is a number, which true and false are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -34,5 +34,7 @@ def check_number(name: str, number: float, facts: Facts) -> None:
         raise UserError(f"--{name} is {number}; it is a share, use 0 to 1")
     if facts.at_least is not None and number < facts.at_least:
         raise UserError(f"--{name} is {number}; use at least {facts.at_least}, or leave it out")
+    if facts.above is not None and number <= facts.above:
+        raise UserError(f"--{name} is {number}; use a number above {facts.above}, or leave it out")
     if facts.at_most is not None and number > facts.at_most:
         raise UserError(f"--{name} is {number}; use at most {facts.at_most}, or leave it out")

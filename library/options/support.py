@@ -38,7 +38,7 @@ INSTEAD: Mapping[str, str] = {
 
 
 def unsupported(options: Options) -> list[str]:
-    """A line for every option that asks for what is not done here."""
+    """Return a line for every option that asks for what is not done here."""
     values, defaults = options.flat(), type(options).defaults()
     lines = [f"--{name} is not supported: {why}" for name, why in UNSUPPORTED.items() if asks(values.get(name))]
     if values["deepspeed"]:

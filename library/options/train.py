@@ -30,7 +30,7 @@ from library.options.training.validation import ValidationOptions
 
 @dataclass(frozen=True)
 class TrainOptions(Options):
-    """What the user asked for: one field per group of flags, `options.dataset.resolution` is --resolution."""
+    """The options of a run: one field per group of flags, `options.dataset.resolution` is --resolution."""
 
     console: ConsoleOptions = group(ConsoleOptions)
     config_file: ConfigFileOptions = group(ConfigFileOptions)
@@ -63,5 +63,5 @@ class TrainOptions(Options):
 
     @property
     def concepts(self) -> ConceptOptions | None:
-        """What is trained by prompts alone in place of pictures (LECO); None where pictures are trained."""
+        """The concepts that are trained from prompts alone (LECO); None where images are trained."""
         return None

@@ -27,7 +27,7 @@ class ConfigFileError(UserError):
 
 @dataclass(frozen=True)
 class Config:
-    """What a config file says."""
+    """The content of a config file."""
 
     path: Path
     values: Mapping[str, Any]  # by destination, converted to what the option holds
@@ -35,14 +35,14 @@ class Config:
 
 
 def config_path(config_file: str) -> Path:
-    """The file that --config_file means; `.toml` may be left out."""
+    """Return the config file that is meant; `.toml` may be left out."""
     return Path(config_file if config_file.endswith(".toml") else config_file + ".toml")
 
 
 def read_config(
     path: Path, actions: Mapping[str, argparse.Action], elsewhere: Callable[[str], str] = lambda option: ""
 ) -> Config:
-    """The options in a file, by destination; `actions` are those of the parser, `elsewhere` tells other scripts'.
+    """Read the options in a file, by destination; `actions` are the parser's, `elsewhere` knows other scripts'.
 
     Tables are opened one level and their names mean nothing. Keys that are no option are left out and named in the
     warnings. Raises ConfigFileError.
@@ -57,7 +57,7 @@ def read_values(
     given: Mapping[str, Any], where: str, actions: Mapping[str, argparse.Action], warnings: list[str],
     elsewhere: Callable[[str], str] = lambda option: "",
 ) -> dict[str, Any]:  # fmt: skip
-    """The options among `given`, which `where` says, as what they hold; what else there is to say joins `warnings`.
+    """Convert the options in `given`, which come from `where`; append what else there is to say to `warnings`.
 
     Raises ConfigFileError for a value that its option cannot take.
     """
@@ -86,7 +86,7 @@ def read_values(
 
 
 def load_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file. Raises ConfigFileError, naming line and column of a mistake."""
+    """Return the tables of a TOML file. Raises ConfigFileError, naming line and column of a mistake."""
     try:
         return read_toml(path, "--config_file")
     except (OSError, ValueError) as error:
@@ -110,7 +110,7 @@ def flatten(tables: Mapping[str, Any], path: Path, warnings: list[str]) -> dict[
 
 
 def nearest(key: str, actions: Mapping[str, argparse.Action]) -> str:
-    """A hint at the option that `key` looks like, or nothing. Other programs call a file's option `vae_path`."""
+    """Return a hint at the option that `key` looks like, or nothing. Other programs call a file's option `vae_path`."""
     stem = key.removesuffix("_path")
     near = stem if stem in actions else nearest_name(key, actions, least=0.75)
     return f" (nearest: {near})" if near else ""
@@ -134,7 +134,7 @@ class Refused:
 
 
 def convert(value: Any, action: argparse.Action) -> Any:
-    """The value of a file as what the option holds, or Refused.
+    """Return the value of a file as what the option holds, or Refused.
 
     `false`, an empty string and an empty list mean unset. Choices are not enforced: some files hold names that the
     command line refuses.
@@ -157,7 +157,7 @@ def convert(value: Any, action: argparse.Action) -> Any:
 
 
 def convert_flag(value: Any, dest: str) -> Any:
-    """A flag: true and false, also as 1 and 0 or in words."""
+    """Convert a flag: true and false, also as 1 and 0 or in words."""
     if isinstance(value, bool | int | float) and value in (0, 1):
         return bool(value)
     words = {"": False, "false": False, "true": True}
@@ -195,7 +195,7 @@ def convert_scalar(value: Any, action: argparse.Action) -> Any:
 
 
 def int_of(value: int | float) -> int | None:
-    """The whole part of a finite number."""
+    """Return the whole part of a number; None where it is not finite."""
     return int(value) if value - value == 0 else None
 
 
@@ -215,5 +215,5 @@ def write_config(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def basic_string(text: str) -> str:
-    """A TOML string: JSON's escapes are TOML's, but for the DEL character. toml's own writer breaks `\\x` in paths."""
+    """Write a TOML string: JSON's escapes are TOML's, but for DEL. toml's own writer breaks `\\x` in paths."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -22,7 +22,7 @@ from networks.core.protocol import Multiplexer
 
 @dataclass(frozen=True)
 class Optimization:
-    """What moves the weights."""
+    """The optimizer, its schedule, and the average of the weights."""
 
     built: BuiltOptimizer
     schedule: Schedule

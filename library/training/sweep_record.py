@@ -1,4 +1,4 @@
-"""What the adapters of a sweep know of each other, and their states keep."""
+"""The record that the adapters of a sweep share and their states keep."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,7 +18,7 @@ class Ended:
 
     @property
     def is_damaged(self) -> bool:
-        """Whether it could not go on, so that no file of the end was written."""
+        """Return True if it could not go on, so that no file of the end was written."""
         return self.why == NOT_FINITE
 
 
@@ -37,5 +37,5 @@ class SweepRecord:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "SweepRecord":
-        """What `state_dict` gave."""
+        """Read what `state_dict` gave."""
         return cls(int(values["seed"]), {label: Ended(**one) for label, one in values["ended"].items()})

@@ -14,7 +14,7 @@ from library.options.train import TrainOptions
 from library.training.command_line.checks import check, report_unused
 from library.training.command_line.cli import from_program, normalize, parse_words, unset_empty
 from library.training.config_file import basic_string, read_config
-from library.training.models.check_batches import quiet, take_first_step
+from library.training.models.check_batches import mute_logging, take_first_step
 from library.training.optimization.lr_schedules import build_schedule
 from library.training.optimization.optimizers import build_optimizer
 from tests.fuzz.budget import any_input, works_or_says_why
@@ -152,7 +152,7 @@ def test_optimizer_and_schedule(data: st.DataObject) -> None:
 
     def make() -> None:
         groups = [{"params": [nn.Parameter(torch.zeros(2, 2))], "lr": options.optimizer.learning_rate}]
-        with quiet():
+        with mute_logging():
             schedule = build_schedule(options.schedule, build_optimizer(options.optimizer, groups), 10)
             take_first_step(options.schedule, schedule)
 

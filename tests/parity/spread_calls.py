@@ -133,9 +133,19 @@ def merged(*arguments: str) -> tuple[int, int, int, int, bool]:
     compute = Compute.build(options.precision, CPU)
     sharded = ShardedModel(CPU, dist.get_world_size(), dist.get_world_size())
     sharded.mesh  # noqa: B018
-    load_frozen(options, arch, [], None, compute, "networks.lora")  # imports and what the allocator keeps
-    first, ours = growth(lambda: load_frozen(options, arch, [], None, compute, "networks.lora", sharded))
-    second, theirs = growth(lambda: load_frozen(options, arch, [], None, compute, "networks.lora"))
+    load_frozen(
+        options.network, options.precision.denoiser_format, arch, [], None, compute, "networks.lora"
+    )  # imports and what the allocator keeps
+    first, ours = growth(
+        lambda: load_frozen(
+            options.network, options.precision.denoiser_format, arch, [], None, compute, "networks.lora", sharded
+        )
+    )
+    second, theirs = growth(
+        lambda: load_frozen(
+            options.network, options.precision.denoiser_format, arch, [], None, compute, "networks.lora"
+        )
+    )
     layers = layers_in_blocks(theirs.denoiser)
     sizes = [layer.weight.numel() * layer.weight.element_size() for layer in layers.values()]
     found = dict(ours.denoiser.named_modules())

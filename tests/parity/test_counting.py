@@ -17,7 +17,7 @@ from library.options.train import TrainOptions
 from library.protocols import Architecture
 from library.training.models.base_model import LoadedModels
 from library.training.models.compute import Compute
-from library.training.models.frozen_base import resolve_arithmetic
+from library.training.models.frozen_base import use_8bit_matmul
 from library.training.models.network import create
 from library.training.models.step_context import step_context
 from library.training.models.weight_formats import format_while_reading
@@ -49,8 +49,12 @@ def opened(name: str, folder: Path, *more: str) -> tuple[TrainOptions, Architect
 
 def real_step(options: TrainOptions, arch: Architecture, shape: BatchShape, recomputes: bool) -> Callable[[], None]:
     """Forward and backward pass of the run on weights and tensors that are there."""
-    encoders, denoiser = arch.load.text_encoders(), arch.load.denoiser(format_while_reading(options))
-    resolve_arithmetic(options, denoiser)
+    encoders, denoiser = (
+        arch.load.text_encoders(),
+        arch.load.denoiser(format_while_reading(options.precision.denoiser_format, merges=False)),
+    )
+    if options.precision.multiplies_codes:
+        use_8bit_matmul(denoiser)
     models = Models(denoiser, encoders, None, arch.view(encoders, denoiser))
     assert options.network.network_module is not None
     network = adopt(create(options.network, open_network_module(options.network.network_module), models))
@@ -58,7 +62,7 @@ def real_step(options: TrainOptions, arch: Architecture, shape: BatchShape, reco
     network.module.train()
     arch.run_blocks_with(denoiser, recompute if recomputes else plain)
     compute = Compute.build(options.precision, CPU)
-    context = step_context(options, arch, 7, LoadedModels(models, None, None), network, compute)
+    context = step_context(False, 1, arch, 7, LoadedModels(models, None, None), network, compute)
     spec = arch.codec.spec
     batch = Batch(
         keys=[str(i) for i in range(shape.count)],

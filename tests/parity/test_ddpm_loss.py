@@ -33,6 +33,10 @@ def options_of(**flags: Any) -> TrainOptions:
     return replace(options, **groups)
 
 
+def objective_of(options: TrainOptions) -> DDPM:
+    return build_ddpm(options.noise, options.loss, options.model.v_parameterization)
+
+
 def latents(seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return (0.8 * torch.randn(B, C, H, W, generator=generator) + 0.3).to(dtype)
@@ -174,7 +178,7 @@ def test_every_option_equals_its_float64_recomputation(flags: dict[str, Any]) ->
     seed = 7100 + CASES.index(flags)
     options = options_of(**flags)
     clean, prediction = latents(seed), latents(seed + 500)
-    objective = build_ddpm(options)
+    objective = objective_of(options)
     noised = objective.corrupt(clean, torch.Generator().manual_seed(seed))
     target = objective.target(noised)
     loss = objective.loss(prediction, target, noised)
@@ -199,7 +203,7 @@ def test_noisy_latents_and_targets_agree_with_diffusers(zero_terminal_snr: bool)
     tolerance = {"rtol": 1e-3, "atol": 2e-4} if zero_terminal_snr else {"rtol": 1e-5, "atol": 5e-6}
     clean = latents(71)
     for is_v in (False, True):
-        objective = build_ddpm(options_of(v_parameterization=is_v, zero_terminal_snr=zero_terminal_snr))
+        objective = objective_of(options_of(v_parameterization=is_v, zero_terminal_snr=zero_terminal_snr))
         noised = objective.corrupt(clean, torch.Generator().manual_seed(72))
         theirs = scheduler.add_noise(clean, noised.noise_BCHW, noised.timesteps_B)
         torch.testing.assert_close(noised.latents_BCHW, theirs, **tolerance)
@@ -208,7 +212,7 @@ def test_noisy_latents_and_targets_agree_with_diffusers(zero_terminal_snr: bool)
 
 
 def test_sigmas_are_noise_per_signal() -> None:
-    noised = build_ddpm(options_of(zero_terminal_snr=True)).corrupt(latents(73), torch.Generator().manual_seed(74))
+    noised = objective_of(options_of(zero_terminal_snr=True)).corrupt(latents(73), torch.Generator().manual_seed(74))
     abar = table(zero_terminal_snr=True)
     expected = [math.sqrt((1 - abar[t]) / abar[t]) for t in noised.timesteps_B.tolist()]
     assert noised.sigmas_B.tolist() == pytest.approx(expected, rel=1e-5)
@@ -218,7 +222,7 @@ def test_sigmas_are_noise_per_signal() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_latents_are_noised_in_float32_and_rounded_once(dtype: torch.dtype) -> None:
     options = options_of(noise_offset=0.1, adaptive_noise_scale=0.3, multires_noise_iterations=5, ip_noise_gamma=0.1)
-    objective, clean = build_ddpm(options), latents(75, dtype)
+    objective, clean = objective_of(options), latents(75, dtype)
     half = objective.corrupt(clean, torch.Generator().manual_seed(76))
     full = objective.corrupt(clean.float(), torch.Generator().manual_seed(76))
     assert half.latents_BCHW.dtype == half.noise_BCHW.dtype == dtype
@@ -227,7 +231,7 @@ def test_half_precision_latents_are_noised_in_float32_and_rounded_once(dtype: to
 
 
 def test_loss_and_target_are_float32_under_autocast_and_carry_the_gradient() -> None:
-    objective = build_ddpm(options_of(v_parameterization=True, loss_type="huber", min_snr_gamma=5.0))
+    objective = objective_of(options_of(v_parameterization=True, loss_type="huber", min_snr_gamma=5.0))
     prediction = latents(77, torch.bfloat16).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         noised = objective.corrupt(latents(78, torch.bfloat16), torch.Generator().manual_seed(79))
@@ -242,7 +246,7 @@ def test_loss_and_target_are_float32_under_autocast_and_carry_the_gradient() -> 
 
 def test_equal_generators_give_equal_noise_and_an_option_only_adds_draws() -> None:
     def corrupt(seed: int, **flags: Any) -> Noised:
-        return build_ddpm(options_of(**flags)).corrupt(latents(80), torch.Generator().manual_seed(seed))
+        return objective_of(options_of(**flags)).corrupt(latents(80), torch.Generator().manual_seed(seed))
 
     one, again, other = corrupt(81), corrupt(81), corrupt(82)
     assert torch.equal(one.latents_BCHW, again.latents_BCHW)
@@ -254,17 +258,17 @@ def test_equal_generators_give_equal_noise_and_an_option_only_adds_draws() -> No
 
 
 def test_an_objective_at_one_timestep_keeps_everything_else() -> None:
-    objective: Objective = build_ddpm(options_of(min_timestep=10, max_timestep=20, v_parameterization=True))
+    objective: Objective = objective_of(options_of(min_timestep=10, max_timestep=20, v_parameterization=True))
     noised = objective.at_timestep(400).corrupt(latents(83), torch.Generator().manual_seed(84))
     assert noised.timesteps_B.tolist() == [400] * B
     assert torch.equal(objective.at_timestep(400).target(noised), objective.target(noised))
 
 
 def test_options_become_the_objective() -> None:
-    objective = build_ddpm(options_of(min_timestep=3, v_parameterization=True))
+    objective = objective_of(options_of(min_timestep=3, v_parameterization=True))
     assert isinstance(objective, DDPM)
     assert (objective.min_timestep, objective.max_timestep, objective.predicts_velocity) == (3, 1000, True)
     with pytest.raises(ValueError, match="--max_timestep is 2000"):
-        build_ddpm(options_of(max_timestep=2000))
+        objective_of(options_of(max_timestep=2000))
     with pytest.raises(ValueError, match=r"--huber_c is 0\.0"):
-        build_ddpm(options_of(loss_type="smooth_l1", huber_c=0.0))
+        objective_of(options_of(loss_type="smooth_l1", huber_c=0.0))

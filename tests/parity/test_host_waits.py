@@ -14,9 +14,10 @@ from torch._subclasses.fake_tensor import (
 )
 
 from library.training.models.base_model import LoadedModels
+from library.training.models.block_running import trains_text_encoders
 from library.training.models.compute import Compute
 from library.training.models.step_context import step_context
-from library.training.models.text_caching import live_text
+from library.training.models.text_caching import cached_text, live_text
 from library.training.planning.counting import BatchShape, count_captions, fake_batch, run_on_meta_device
 from library.training.step.losses import loss_of, start_batch
 from library.types import Concept
@@ -42,14 +43,16 @@ def take_step(name: str, folder: Path, *more: str, concept: Concept | None = Non
     options, arch = opened(name, folder, *cached, *more)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
         meta = run_on_meta_device(options, arch, [options])
-        _, conditioning = count_captions(options, arch, meta.encoders, SHAPE.count)
-        batch = fake_batch(options, arch, SHAPE, conditioning)
+        spec = cached_text(options.network, arch.text_cache)
+        _, conditioning = count_captions(spec, options.precision, arch, meta.encoders, SHAPE.count)
+        batch = fake_batch(arch, SHAPE, conditioning, options.caching.cache_latents)
     models, (network,), on_host = meta.models, meta.networks, arch.text_cache.on_host if arch.text_cache else ()
     with device_without_float64(), NoWaiting():
         move_fakes([models.denoiser, *models.text_encoders, network.module])
         network.prepare_gradients(*models.network_view)
-        loaded = LoadedModels(models, live_text(options, arch.text_cache), None)
-        context = step_context(options, arch, 3, loaded, network, Compute.build(options.precision, DEVICE))
+        loaded = LoadedModels(models, live_text(options.network, arch.text_cache), None)
+        trains_text = trains_text_encoders(options.network, options.optimizer.learning_rate)
+        context = step_context(trains_text, 1, arch, 3, loaded, network, Compute.build(options.precision, DEVICE))
         assert batch.latents_BCHW is not None
         there = {
             key: torch.ones(fake.shape, dtype=fake.dtype) if key in on_host else on_device(fake)

@@ -81,7 +81,9 @@ def test_what_is_merged_while_it_is_read_is_what_is_merged_afterwards(name: str,
     options, arch, reader = with_files(name, tmp_path, "--mixed_precision", "bf16", *words)
     compute = Compute.build(options.precision, torch.device("cpu"))
     wanted = merged_afterwards(options, arch, compute, reader)
-    found = load_frozen(options, arch, arch.load.text_encoders(), None, compute, reader)
+    found = load_frozen(
+        options.network, options.precision.denoiser_format, arch, arch.load.text_encoders(), None, compute, reader
+    )
     plain = arch.load.denoiser()
     changed = [n for n, value in wanted.denoiser.state_dict().items() if not torch.equal(value, plain.state_dict()[n])]
     assert len(changed) > 10

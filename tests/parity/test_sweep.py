@@ -22,7 +22,7 @@ from library.training.models.block_running import choose_block_runner
 from library.training.planning.counting import BatchShape, count_run
 from library.training.reporting.event_stream import Events
 from library.training.run.prepare import prepare
-from library.training.run.runs import Wanted
+from library.training.run.runs import AdapterRequest
 from library.training.run_parts import Run
 from tests.running import SCRIPTS, make_pictures
 from tests.runs.bases import BASES
@@ -81,11 +81,13 @@ def prepared(
     ]  # fmt: skip
     card = SCRIPTS[base.script]
     options: TrainOptions = card.options.from_args(parse(importlib.import_module(base.script).setup_parser(), words))
-    accelerator = opening.open_accelerator(options)
+    accelerator = opening.open_accelerator(options.precision.mixed_precision, options.trackers)
     arch, processes = card.build(options), from_accelerator(accelerator)
     plan = opening.open_data_plan(options, arch, 21, 1)
     wanted = [
-        Wanted(options.with_values({"output_name": label, **values}), values.get("seed", 21), None, Events(), label)
+        AdapterRequest(
+            options.with_values({"output_name": label, **values}), values.get("seed", 21), None, Events(), label
+        )
         for label, values in adapters.items()
     ]
     ready = prepare(options, arch, 21, plan, accelerator, processes, wanted)
@@ -161,7 +163,8 @@ def test_the_shared_step_takes_what_is_counted(fresh_process: None, tmp_path: Pa
     adapters = [run.options for run in runs]
     counted = count_run(adapters[0], context.arch, shape, CPU, adapters).step
     alone = count_run(adapters[0], context.arch, shape, CPU).step
-    choose_block_runner(adapters[0], context.arch, context.models, [run.context.network for run in runs])
+    options, networks = adapters[0], [run.context.network for run in runs]
+    choose_block_runner(options.memory, options.compiling, False, context.arch, context.models, networks)
     for caption in batch.captions:
         context.captions([caption])
         for run in runs:

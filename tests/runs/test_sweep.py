@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from library.checkpoints.files import load_state_dict, read_metadata
-from library.options.train import TrainOptions
+from library.options.machine.memory import PrecisionOptions
 from library.training.loop import loop, stacked_step
 from library.training.report_page.page import data_of
 from library.training.report_page.writer import read_report
@@ -119,8 +119,9 @@ def test_each_adapter_has_a_loss_scale_of_its_own(
     scales = {"0.5": 2.0**127, "1": 8.0}
     made: list[torch.amp.GradScaler] = []
 
-    def make(options: TrainOptions, device: torch.device) -> torch.amp.GradScaler:
-        made.append(torch.amp.GradScaler("cpu", init_scale=scales[f"{options.optimizer.learning_rate:g}"]))
+    def make(options: PrecisionOptions, device: torch.device) -> torch.amp.GradScaler:
+        scale = [*scales.values()][len(made) % len(scales)]  # both of the sweep, then each alone
+        made.append(torch.amp.GradScaler("cpu", init_scale=scale))
         return made[-1]
 
     one_loss, losses = loop.loss_of, stacked_step.stacked_losses

@@ -76,7 +76,9 @@ def build(options: AnimaOptions) -> Architecture:
 
 
 def build_objective(options: AnimaOptions) -> FlowMatching:
-    return build_sampled_flow(options, options.flow_sampling, options.flow_weighting, always_weights_loss=True)
+    return build_sampled_flow(
+        options.noise, options.loss, options.flow_sampling, options.flow_weighting, always_weights_loss=True
+    )
 
 
 def build_text(options: AnimaOptions, loader: AnimaLoader) -> AnimaText:

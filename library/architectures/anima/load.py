@@ -86,7 +86,7 @@ def open_loader(options: AnimaOptions) -> AnimaLoader:
         ),
         vae_component=open_if_there(options.caching.cache_latents_to_disk, lambda: open_vae(options.model.vae)),
         dtype=DTYPES[options.precision.mixed_precision],
-        vae_dtype=vae_dtype_of(options),
+        vae_dtype=vae_dtype_of(options.model, options.precision.mixed_precision),
         computes_in_2d=options.computing.qwen_image_vae_2d,
     )
     check_fit(loader)

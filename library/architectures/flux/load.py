@@ -109,15 +109,17 @@ def open_loader(options: FluxOptions) -> FluxLoader:
         t5=open_if_there(texts_are_cached, lambda: open_t5(flux.t5xxl, base, folders["t5xxl"])),
         ae=open_if_there(options.caching.cache_latents_to_disk, lambda: open_ae(title, flux.ae, base)),
         dtype=DTYPES[options.precision.mixed_precision],
-        vae_dtype=vae_dtype_of(options),
+        vae_dtype=vae_dtype_of(options.model, options.precision.mixed_precision),
     )
     check_fit(loader, title)
     return loader
 
 
 def load_ae(name: str, options: FluxOptions) -> nn.Module:
-    """Load only the VAE in the file or folder of --ae."""
-    return load_vae(open_ae("FLUX.1", name, BaseFiles(Path())), vae_dtype_of(options))
+    """The VAE in the file or folder of --ae, for those who need nothing else of the model."""
+    return load_vae(
+        open_ae("FLUX.1", name, BaseFiles(Path())), vae_dtype_of(options.model, options.precision.mixed_precision)
+    )
 
 
 def title_of(kind: str) -> str:

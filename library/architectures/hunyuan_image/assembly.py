@@ -76,7 +76,8 @@ def build(options: HunyuanImageOptions) -> Architecture:
 
 def build_objective(options: HunyuanImageOptions) -> FlowMatching:
     return build_sampled_flow(
-        options,
+        options.noise,
+        options.loss,
         options.flow_sampling,
         options.flow_weighting,
         prediction_type=options.flow_prediction.model_prediction_type,

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from library.options.base import Options, group, option, redeclared
 from library.options.caching import TextCachingOptions
-from library.options.machine.memory import ATTENTION_MODES, PrecisionOptions
+from library.options.machine.memory import ATTENTION_MODES, ONE_FORMAT, PrecisionOptions
 from library.options.model import ReadingOptions
 from library.options.train import TrainOptions
 from library.options.training.flow import (
@@ -66,6 +66,7 @@ class HunyuanImagePrecisionOptions(PrecisionOptions):
 
     fp8_scaled: bool = option(
         False,
+        excludes=ONE_FORMAT,
         usual=True,
         help="Keep the frozen denoiser in 8 bits with a scale for each row, in any --mixed_precision.",
     )

@@ -72,7 +72,8 @@ def build(options: LuminaOptions) -> Architecture:
 
 def build_objective(options: LuminaOptions) -> FlowMatching:
     return build_sampled_flow(
-        options,
+        options.noise,
+        options.loss,
         options.flow_sampling,
         options.flow_weighting,
         prediction_type=options.flow_prediction.model_prediction_type,

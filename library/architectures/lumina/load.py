@@ -86,7 +86,7 @@ def open_loader(options: LuminaOptions) -> LuminaLoader:
         gemma=open_if_there(texts_are_cached, lambda: open_gemma(gemma, base)),
         ae=open_if_there(options.caching.cache_latents_to_disk, lambda: open_ae(MODEL, ae, base)),
         dtype=DTYPES[options.precision.mixed_precision],
-        vae_dtype=vae_dtype_of(options),
+        vae_dtype=vae_dtype_of(options.model, options.precision.mixed_precision),
     )
     check_fit(loader)
     return loader

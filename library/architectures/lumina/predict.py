@@ -3,7 +3,8 @@
 from torch import Tensor, nn
 
 from library.diffusion.samplers import FlowSampler, Sampler, even_sigmas
-from library.diffusion.timesteps import check_shift, shift_sigmas
+from library.diffusion.timesteps import shift_sigmas
+from library.errors import UserError
 from library.types import Batch, Conditioning, Noised, Prompt
 
 
@@ -19,5 +20,6 @@ def predict(denoiser: nn.Module, noised: Noised, conditioning: Conditioning, bat
 def preview_sampler(prompt: Prompt) -> Sampler:
     """Build a sampler on even noise levels, shifted toward noise. Raises UserError for an invalid shift."""
     shift = 1.0 if prompt.flow_shift is None else prompt.flow_shift
-    check_shift("--fs of a prompt", shift)
+    if not shift > 0:
+        raise UserError(f"--fs of a prompt is {shift}; use a number above 0, 1 leaves noise levels alone")
     return FlowSampler(shift_sigmas(even_sigmas(prompt.num_steps), shift), predicts="latent - noise")

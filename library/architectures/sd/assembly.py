@@ -19,6 +19,7 @@ from library.models.unet.preview import build_unet_preview
 from library.models.unet.unet import run_unet_blocks_with, unet_chains, unet_stacks
 from library.models.unet_loader import UnetLoader
 from library.models.vae.latents import KlLatents
+from library.options.model import ModelOptions
 from library.options.train import TrainOptions
 from library.protocols import Architecture, LatentSpec
 
@@ -35,16 +36,22 @@ def build(options: TrainOptions) -> Architecture:
     Raises UserError naming the flag for a checkpoint or a setting that does not fit.
     """
     loader = open_loader(options)
-    text = build_text(options, loader)
+    text = build_text(options.model, loader)
     return Architecture(
         name="sd",
         load=loader,
         text=text,
         codec=KlLatents(LATENTS, LATENT_SCALE),
-        objective=build_ddpm(options),
+        objective=build_ddpm(options.noise, options.loss, options.model.v_parameterization),
         predict=predict,
         view=view,
-        preview=build_unet_preview(options, text.reading_emphasis(), predict),
+        preview=build_unet_preview(
+            options.preview.sample_sampler,
+            options.model.v_parameterization,
+            options.noise.zero_terminal_snr,
+            text.reading_emphasis(),
+            predict,
+        ),
         metadata=metadata(options.model.v2, options.model.v_parameterization),
         specs=list_specs(),
         run_blocks_with=run_unet_blocks_with,
@@ -54,9 +61,8 @@ def build(options: TrainOptions) -> Architecture:
     )
 
 
-def build_text(options: TrainOptions, loader: UnetLoader) -> ClipText:
-    """Build the text pipeline for --v2, --max_token_length, --clip_skip and --weighted_captions."""
-    model = options.model
+def build_text(model: ModelOptions, loader: UnetLoader) -> ClipText:
+    """Build the text pipeline. Raises UserError for more layers to skip than the text encoder has."""
     (clip,) = loader.parts.clips
     num_layers = count(clip.weights.shapes, r"encoder\.layers\.(\d+)\.")
     if model.clip_skip is not None and not 1 <= model.clip_skip <= num_layers:

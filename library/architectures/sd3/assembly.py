@@ -136,7 +136,8 @@ def build_objective(options: Sd3Options) -> FlowMatching:
     """Build the objective that compares an estimate of the clean latent, at whole thousandths of noise."""
     levels = shifted_scheme(options.flow, options.sd3.training_shift)
     return build_flow(
-        options,
+        options.noise,
+        options.loss,
         levels,
         "latent",
         "sigma_scaled",

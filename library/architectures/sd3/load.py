@@ -91,7 +91,9 @@ def open_loader(options: Sd3Options) -> Sd3Loader:
     t5 = open_if_there(texts_are_cached, lambda: open_t5(options.text, base, texts_are_cached))
     check_widths(config, clips, t5)
     dtype = DTYPES[options.precision.mixed_precision]
-    return Sd3Loader(path, mmdit, config, vae, clips, t5, dtype, vae_dtype_of(options))
+    return Sd3Loader(
+        path, mmdit, config, vae, clips, t5, dtype, vae_dtype_of(options.model, options.precision.mixed_precision)
+    )
 
 
 def open_checkpoint(name: str | None) -> tuple[Path, Weights]:

@@ -79,7 +79,9 @@ class Sd3TrainingOptions(Options):
     training_shift: float = option(
         1.0,
         usual=True,
-        help="Shift of the drawn noise levels toward pure noise. 1 leaves them unchanged; SD3 generates images with 3.",
+        above=0,
+        help="How far the drawn noise levels are pushed toward pure noise. 1 leaves them alone, 3 is what SD3 draws "
+        "pictures with.",
     )
 
 

@@ -19,7 +19,7 @@ from library.data.batches.validation_set import ValidationSet, nothing_aside
 from library.data.description.schema import RunDataConfig, parse_numbers
 from library.data.plan.audit_values import nothing_known
 from library.errors import UserError
-from library.options.train import TrainOptions
+from library.options.dataset import DatasetOptions
 from library.protocols import LatentSpec
 from library.randomness import random_for
 from library.types import Batch
@@ -27,14 +27,6 @@ from library.types import Batch
 logger = logging.getLogger(__name__)
 
 FLAG = "--dataset_class"
-CANNOT = {  # option -> why it does not work with a user's class
-    "cache_latents": "its batches may differ each time; it can return `latents` itself",
-    "cache_latents_to_disk": "its batches may differ each time; it can return `latents` itself",
-    "cache_text_encoder_outputs": "its captions are not known before they are drawn",
-    "cache_text_encoder_outputs_to_disk": "its captions are not known before they are drawn",
-    "validation_split": "its images are not listed",
-    "fit": "the sizes of its batches are not known before they are drawn",
-}
 DESCRIBED = ("dataset_config", "train_data_dir", "reg_data_dir", "in_json")
 
 
@@ -86,6 +78,12 @@ class OwnDataset:
     def picture_paths(self) -> list[str]:
         return []
 
+    image_plan = prompts = None  # its images are not known before they are drawn
+
+    @property
+    def own_batches(self) -> "OwnDataset":
+        return self
+
     @property
     def validation(self) -> ValidationSet:
         """An empty set: nothing is held out."""
@@ -111,12 +109,12 @@ class OwnDataset:
         """Return no facts: nothing is known before it is drawn."""
         return nothing_known()
 
-    def metadata(self, options: TrainOptions, num_processes: int = 1) -> dict[str, Any]:
-        size, accumulation = self.batch_sizes[0], options.run.gradient_accumulation_steps
+    def metadata(self, described: DatasetOptions, batches_per_step: int = 1) -> dict[str, Any]:
+        size = self.batch_sizes[0]
         return {
             "ss_dataset_class": self._name,
             "ss_batch_size_per_device": size,
-            "ss_total_batch_size": size * num_processes * accumulation,
+            "ss_total_batch_size": size * batches_per_step,
         }
 
     def limited_to_largest_batch(self) -> tuple["OwnDataset", int]:
@@ -184,26 +182,21 @@ def sides_of(resolution: str | None) -> tuple[int, int] | None:
     return first, others[0] if others else first
 
 
-def check_own_dataset(options: TrainOptions) -> None:
-    """Raise UserError for options that do not work with a user's class; warn of data descriptions that it replaces."""
-    name, values = options.dataset.dataset_class, options.flat()
-    for option, reason in CANNOT.items():
-        if values.get(option):
-            raise UserError(f"--{option} does not work with {FLAG} {name}: {reason}")
+def warn_of_replaced(values: Mapping[str, Any]) -> None:
+    """Warn of descriptions of data that the user's class replaces."""
     for option in DESCRIBED:
         if values.get(option):
             logger.warning("--%s is ignored: %s provides the data", option, FLAG)
 
 
-def open_own_dataset(cls: type[Any], options: TrainOptions, spec: LatentSpec, seed: int) -> OwnDataset:
-    """Open the data set of --dataset_class. Raises UserError if the class cannot be created."""
-    data = options.dataset
+def open_own_dataset(
+    cls: type[Any], data: DatasetOptions, max_token_length: int | None, spec: LatentSpec, seed: int
+) -> OwnDataset:
+    """Make the user's dataset. Raises UserError where the class fails to be made."""
     name = data.dataset_class
     assert name is not None
-    check_own_dataset(options)
-    length = options.model.max_token_length
     try:
-        source = cls(None, length, sides_of(data.resolution), data.debug_dataset)
+        source = cls(None, max_token_length, sides_of(data.resolution), data.debug_dataset)
     except TypeError as error:
         raise UserError(
             f"{FLAG} {name} is called with (tokenizer=None, max_token_length, resolution, debug_dataset): {error}"

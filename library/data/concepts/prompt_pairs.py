@@ -17,8 +17,9 @@ from library.data.concepts.prompts_file import FLAG, PromptPair, read_prompt_pai
 from library.data.description.schema import RunDataConfig
 from library.data.plan.audit_values import nothing_known
 from library.errors import UserError
-from library.options.train import TrainOptions
+from library.options.dataset import DatasetOptions
 from library.options.training.concepts import ConceptOptions
+from library.options.training.run import RunOptions
 from library.protocols import Architecture
 from library.randomness import random_for
 from library.types import Batch, Concept
@@ -59,8 +60,8 @@ class PromptPairs:
         self._concepts, self._file, self._seed = concepts, file, seed
 
     @property
-    def texts(self) -> list[str]:
-        """Return every prompt to encode, once."""
+    def prompts(self) -> list[str]:
+        """Every prompt that is asked, once."""
         return list(dict.fromkeys(text for pair in self.pairs for text in pair.texts))
 
     @property
@@ -68,6 +69,11 @@ class PromptPairs:
         return sorted({pair.batch_size for pair in self.pairs})
 
     num_train_images = num_reg_images = 0
+    image_plan = None
+
+    @property
+    def own_batches(self) -> "PromptPairs":
+        return self
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -114,7 +120,7 @@ class PromptPairs:
             self._file,
             len(self.pairs),
             ", ".join(f"{count} {action}" for action, count in actions.items()),
-            len(self.texts),
+            len(self.prompts),
             ", ".join(sorted(sizes)),
         )
 
@@ -122,8 +128,8 @@ class PromptPairs:
         """Return no facts: there are no images."""
         return nothing_known()
 
-    def metadata(self, options: TrainOptions, num_processes: int = 1) -> dict[str, Any]:
-        """Return metadata of the prompts, with sd-scripts' keys."""
+    def metadata(self, described: DatasetOptions, batches_per_step: int = 1) -> dict[str, Any]:
+        """Describe the prompts with sd-scripts' keys."""
         preview = [{name: getattr(pair, name) for name in PREVIEWED} for pair in self.pairs[:NUM_PREVIEWED]]
         return {
             "ss_leco_prompt_count": len(self.pairs),
@@ -202,22 +208,23 @@ def format_sizes(height: int, width: int, rng: Random | None) -> tuple[int, ...]
     return *original, top, left, height, width
 
 
-def open_prompt_pairs(options: TrainOptions, arch: Architecture, seed: int, num_processes: int) -> PromptPairs:
-    """Open the pairs of --prompts_file, with as many batches as the run has.
+def open_prompt_pairs(
+    concepts: ConceptOptions, run: RunOptions, arch: Architecture, seed: int, num_processes: int
+) -> PromptPairs:
+    """Read the prompts file, and plan as many batches of its pairs as the run takes.
 
     Raises UserError for an invalid file or one unsuitable for the base model; warns of truncated prompts.
     """
-    concepts = options.concepts
-    assert concepts is not None and concepts.prompts_file is not None
+    assert concepts.prompts_file is not None
     pairs = read_prompt_pairs(Path(concepts.prompts_file))
     step = arch.preview.defaults.size_step
     for pair in pairs:
         check_size(pair, step)
     if idle := [pair for pair in pairs if pair.dynamic_crops and not arch.tells_sizes]:
-        logger.warning("%s %s: dynamic_crops has no effect: the base model has no size input", FLAG, idle[0].place)
-    num_batches = options.run.max_train_steps * options.run.gradient_accumulation_steps * num_processes
+        logger.warning("%s %s: dynamic_crops has no effect, this base model is told no sizes", FLAG, idle[0].place)
+    num_batches = run.max_train_steps * run.gradient_accumulation_steps * num_processes
     found = PromptPairs(pairs, concepts, concepts.prompts_file, seed, num_batches)
-    for text in found.texts:
+    for text in found.prompts:
         if (num_tokens := arch.text.count_tokens(text)) > arch.text.max_tokens:
             logger.warning(
                 "%s: a prompt has %d tokens, of which only the first %d are used: %s",

@@ -143,7 +143,7 @@ def load_dataset_config(options: TrainOptions) -> RunDataConfig:
             f"--dataset_class {data.dataset_class} makes batches during training, but this requires the images "
             "themselves; describe them with --dataset_config"
         )
-    fallbacks = option_values(options)
+    fallbacks = option_values(options.flat())
     if data.dataset_config is None:
         return RunDataConfig((folder_dataset(data, fallbacks),), is_from_file=False)
     for flag in ("train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir"):
@@ -297,11 +297,10 @@ def where_it_belongs(key: Key, level: Level) -> str:
 # Building
 
 
-def option_values(options: TrainOptions) -> dict[str, Any]:
-    """Return the options' values of all keys that have one, checked like the file's; None means not set."""
-    flat = options.flat()
-    values = {key.name: flat[key.flag] for key in ALL_KEYS.values() if key.flag}
-    values["caption_extension"] = options.dataset.caption_extention or options.dataset.caption_extension
+def option_values(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the option's value of every key that has one, checked like the file's; None means not given."""
+    values = {key.name: options[key.flag] for key in ALL_KEYS.values() if key.flag}
+    values["caption_extension"] = options["caption_extention"] or options["caption_extension"]
     for name in ("resolution", "skip_image_resolution"):
         if isinstance(values[name], str):
             sides = parse_numbers(f"--{name}", values[name], int, (1, 2), "512 or 768,512")

@@ -25,6 +25,7 @@ from library.data.plan.validation_split import Split, split_datasets, unchanging
 from library.data.scanned.subsets import ScannedDataset
 from library.data.sources.storage.storage import Storage
 from library.errors import UserError, few
+from library.options.dataset import DatasetOptions
 from library.options.train import TrainOptions
 from library.protocols import LatentSpec
 
@@ -75,6 +76,12 @@ class DataPlan:
     def picture_paths(self) -> list[str]:
         """The files of all images, one for each sample."""
         return [key for pictures in self.samples.subsets for key in pictures.each_key()]
+
+    @property
+    def image_plan(self) -> "DataPlan":
+        return self
+
+    prompts = own_batches = None  # batches are built of the plan and of what is cached
 
     # Counts
 
@@ -139,11 +146,11 @@ class DataPlan:
         """Return the report as plain values, for programs."""
         return dataset_facts(self.datasets, self.rules, self.draws, self._tag_frequencies, self.token_limit)
 
-    def metadata(self, options: TrainOptions, num_processes: int = 1) -> dict[str, Any]:
-        """Return the `ss_*` values that describe the data; dictionaries and lists are written as JSON."""
+    def metadata(self, described: DatasetOptions, batches_per_step: int = 1) -> dict[str, Any]:
+        """Describe the data as `ss_*` values; tables and lists are to be written as JSON."""
         frequencies = self._tag_frequencies
         return dataset_metadata(
-            self.config, self.datasets, self.rules, self.samples, frequencies, options, num_processes
+            self.config, self.datasets, self.rules, self.samples, frequencies, described, batches_per_step
         )
 
     @cached_property
@@ -233,8 +240,10 @@ def build_plan(
         config = config.without_index()
     if entries is not None:
         config = config.with_entries(entries)
-    check_drawing(config, options)
-    config = without_unused_face_crops(config, options)
+    caches_latents = options.caching.cache_latents or options.caching.cache_latents_to_disk
+    if caches_latents:
+        check_drawing(config)
+    config = without_unused_face_crops(config, caches_latents)
     subsets = [subset for dataset in config.datasets for subset in dataset.subsets]
     if options.caching.cache_dir is not None and not any(subset.patterns for subset in subsets):
         logger.warning("--cache_dir has no effect: it is for shards and parquet; image files have caches beside them")
@@ -291,10 +300,8 @@ def bucket_rules(config: DatasetConfig, spec: LatentSpec) -> BucketRules:
     )
 
 
-def check_drawing(config: RunDataConfig, options: TrainOptions) -> None:
-    """Raise UserError for ways of drawing that exclude each other."""
-    if not (options.caching.cache_latents or options.caching.cache_latents_to_disk):
-        return
+def check_drawing(config: RunDataConfig) -> None:
+    """Raise UserError for subsets that draw another image each time, of which no latents can be cached."""
     for subset in (subset for dataset in config.datasets for subset in dataset.subsets):
         for name in ("random_crop", "color_aug"):
             if getattr(subset, name):
@@ -304,13 +311,14 @@ def check_drawing(config: RunDataConfig, options: TrainOptions) -> None:
                 )
 
 
-def without_unused_face_crops(config: RunDataConfig, options: TrainOptions) -> RunDataConfig:
-    """Drop face_crop_aug_range, with a warning, if buckets or cached latents determine the crop."""
-    # sd-scripts ignores it then, and front ends send it with every run.
-    is_cached = options.caching.cache_latents or options.caching.cache_latents_to_disk
+def without_unused_face_crops(config: RunDataConfig, caches_latents: bool) -> RunDataConfig:
+    """Drop face_crop_aug_range, with a warning, where buckets or cached latents decide what is cropped.
+
+    sd-scripts ignores it there, and front ends send it with every run.
+    """
     datasets = []
     for dataset in config.datasets:
-        reason = "enable_bucket" if dataset.enable_bucket else "cache_latents" if is_cached else None
+        reason = "enable_bucket" if dataset.enable_bucket else "cache_latents" if caches_latents else None
         zoomed = [subset.source for subset in dataset.subsets if subset.face_crop_aug_range is not None]
         if reason is not None and zoomed:
             logger.warning("face_crop_aug_range has no effect with %s: %s", reason, few(zoomed))

@@ -8,7 +8,7 @@ from library.data.description.buckets import BucketRules, Size, ratio_error
 from library.data.description.schema import RunDataConfig
 from library.data.plan.samples import Samples
 from library.data.scanned.subsets import ScannedDataset, ScannedSubset
-from library.options.train import TrainOptions
+from library.options.dataset import DatasetOptions
 
 MOST_TAGS = 100_000  # per folder; a safetensors header is limited to 100 MB
 
@@ -21,12 +21,12 @@ def dataset_metadata(
     rules: Sequence[BucketRules],
     samples: Samples,
     frequencies: Sequence[TagFrequency],
-    options: TrainOptions,
-    num_processes: int,
+    described: DatasetOptions,
+    batches_per_step: int,
 ) -> dict[str, Any]:
-    """Return the `ss_*` values that describe the data: a list of datasets for --dataset_config, else single keys.
+    """Describe the data as `ss_*` values: a list of datasets where a file describes them, else single keys.
 
-    `frequencies` are those of the datasets.
+    `frequencies` are those of the datasets; `batches_per_step` counts all processes.
     """
     infos = [bucket_info(rule, samples, number) for number, rule in enumerate(rules)]
     subsets = [subset for dataset in datasets for subset in dataset.subsets]
@@ -44,20 +44,19 @@ def dataset_metadata(
             "ss_dataset_dirs": dataset_dirs([subset for subset in subsets if not subset.config.is_reg]),
         }
     (dataset,), (rule,) = datasets, rules
-    data, accumulation = options.dataset, options.run.gradient_accumulation_steps
     return {
         "ss_batch_size_per_device": dataset.config.batch_size,
-        "ss_total_batch_size": dataset.config.batch_size * num_processes * accumulation,
+        "ss_total_batch_size": dataset.config.batch_size * batches_per_step,
         "ss_resolution": str(rule.resolution),
-        "ss_color_aug": data.color_aug,
-        "ss_flip_aug": data.flip_aug,
-        "ss_random_crop": data.random_crop,
-        "ss_shuffle_caption": data.shuffle_caption,
+        "ss_color_aug": described.color_aug,
+        "ss_flip_aug": described.flip_aug,
+        "ss_random_crop": described.random_crop,
+        "ss_shuffle_caption": described.shuffle_caption,
         "ss_enable_bucket": rule.enable_bucket,
         "ss_bucket_no_upscale": dataset.config.bucket_no_upscale,
         "ss_min_bucket_reso": rule.min_reso if rule.enable_bucket else None,
         "ss_max_bucket_reso": rule.max_reso if rule.enable_bucket else None,
-        "ss_keep_tokens": data.keep_tokens,
+        "ss_keep_tokens": described.keep_tokens,
         "ss_dataset_dirs": dataset_dirs([subset for subset in subsets if not subset.config.is_reg]),
         "ss_reg_dataset_dirs": dataset_dirs([subset for subset in subsets if subset.config.is_reg]),
         "ss_tag_frequency": frequencies[0],

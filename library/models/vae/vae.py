@@ -16,7 +16,7 @@ from library.memory.devices import DTYPES
 from library.models.loading import Component, MaybeComponent, materialise
 from library.models.shapes import Shapes, count, norm_groups, shape_of
 from library.models.vae.checkpoint_keys import VAE_PREFIX, vae_from_ldm, vae_from_old_diffusers
-from library.options.train import TrainOptions
+from library.options.model import ModelOptions
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +79,9 @@ def load_vae(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
     return materialise(empty_vae(component.config), component.weights, dtype)
 
 
-def vae_dtype_of(options: TrainOptions) -> torch.dtype:
+def vae_dtype_of(model: ModelOptions, mixed_precision: str) -> torch.dtype:
     """Return the dtype that the VAE computes in."""
-    return torch.float32 if options.model.no_half_vae else DTYPES[options.precision.mixed_precision]
+    return torch.float32 if model.no_half_vae else DTYPES[mixed_precision]
 
 
 def open_vae(name: str, needs: VaeNeeds) -> Component:

@@ -51,6 +51,7 @@ class CompileOptions(Options):
     dynamo_backend: str = option(
         "inductor",
         needs="torch_compile",
+        takes_other_values=True,  # torch lists those that it has
         help="Compiler that --torch_compile uses.",
         choices=(
             "eager",
@@ -72,5 +73,5 @@ class CompileOptions(Options):
 
     @property
     def is_on(self) -> bool:
-        """Whether blocks are compiled."""
+        """Return True if blocks are compiled."""
         return self.compile or self.torch_compile

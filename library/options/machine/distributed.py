@@ -52,6 +52,7 @@ class DistributedOptions(Options, affects_training=False):
     )
     zero_stage: int = option(
         2,
+        takes_other_values=True,
         needs="deepspeed",
         help="What DeepSpeed spreads over devices: 1 optimizer states, 2 gradients too, 3 weights too, 0 nothing.",
         choices=(0, 1, 2, 3),

@@ -15,6 +15,7 @@ class FitOptions(Options, affects_training=False):
         own=True,
         usual=True,
         metavar="SIZE",
+        excludes={"dataset_class": "the sizes of its batches are not known before they are drawn"},
         refused_by_leco="how often a step asks the denoiser is drawn, and is not counted; leave it out",
         help="Count before the run what it needs, and choose the fastest way of training that fits into this much of "
         "the card's memory, such as 12GB; auto is what is free. Prints the candidates; what you set yourself stays.",
@@ -23,6 +24,7 @@ class FitOptions(Options, affects_training=False):
         None,
         own=True,
         needs="fit",
+        excludes={"base_arithmetic=8bit": "only some of the formats multiply in 8 bits, so set --base_format"},
         nargs="+",
         choices=BASE_FORMATS,
         help="Values of --base_format that --fit may choose from. Unset keeps the format that you set.",

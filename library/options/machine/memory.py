@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from library.options.base import Options, option
 from library.options.machine.base_formats import BASE_FORMATS
 
+ONE_FORMAT = {  # what the older options for 8 bits exclude
+    f"base_format={'|'.join(name for name in BASE_FORMATS if name != 'fp8')}": "each names a format of the same weights"
+}
 ATTENTION_MODES = ("torch", "xformers", "flash", "sageattn", "sdpa")  # values of --attn_mode, where a script has it
 
 
@@ -65,13 +68,18 @@ class MemoryOptions(Options):
     )
 
     @property
+    def num_offloaded(self) -> int:
+        """How many blocks are offloaded, by the count that the option takes."""
+        return self.blocks_to_swap or 0
+
+    @property
     def recomputes(self) -> bool:
-        """Whether activations of blocks are computed again in the backward pass."""
+        """Return True if activations of blocks are computed again in the backward pass."""
         return self.gradient_checkpointing or self.unsloth_offload_checkpointing
 
     @property
     def offloads_inputs(self) -> bool:
-        """Whether what blocks are computed again from waits in main memory."""
+        """Return True if what blocks are computed again from waits in main memory."""
         return self.recomputes and (self.cpu_offload_checkpointing or self.unsloth_offload_checkpointing)
 
 
@@ -88,20 +96,28 @@ class PrecisionOptions(Options):
     )
     full_fp16: bool = option(
         False,
+        requires="mixed_precision=fp16",
         help="Keep the adapter and its gradients in fp16 too. Needs --mixed_precision fp16; saves memory and loses "
         "accuracy.",
     )
     full_bf16: bool = option(
         False,
+        requires="mixed_precision=bf16",
         usual=True,
         help="Keep the adapter and its gradients in bf16 too. Needs --mixed_precision bf16; saves memory and loses "
         "accuracy.",
     )
     fp8_base: bool = option(
-        False, usual=True, help="Keep the frozen base model in 8 bits. Needs --mixed_precision fp16 or bf16."
+        False,
+        usual=True,
+        requires="mixed_precision=bf16|fp16",
+        excludes=ONE_FORMAT,
+        help="Keep the frozen base model in 8 bits. Needs --mixed_precision fp16 or bf16.",
     )
     fp8_base_unet: bool = option(
         False,
+        requires="mixed_precision=bf16|fp16",
+        excludes=ONE_FORMAT,
         help="Keep the frozen denoiser in 8 bits and the text encoders in the format of --mixed_precision.",
     )
 
@@ -126,7 +142,7 @@ class PrecisionOptions(Options):
 
     @property
     def multiplies_codes(self) -> bool:
-        """Whether products are ones of 8-bit numbers."""
+        """Return True if products are ones of 8-bit numbers."""
         return self.base_arithmetic == "8bit"
 
     @property
@@ -136,5 +152,5 @@ class PrecisionOptions(Options):
 
     @property
     def text_encoder_format(self) -> str | None:
-        """The same for text encoders."""
+        """The weight format of the text encoders that stay; None for that of --mixed_precision."""
         return self.base_format or ("fp8" if self.fp8_base else None)

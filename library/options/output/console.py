@@ -17,10 +17,12 @@ class ConsoleOptions(Options, affects_training=False):
     )
     console_log_file: str | None = option(
         None,
+        names_output=True,
         help="File that takes the messages in place of the terminal, which shows errors only; emptied at the start of"
         " each run.",
     )
     console_log_simple: bool = option(
         False,
+        excludes={"log_events=-": "both want standard output"},
         help="Write messages as plain lines on standard output, without colour, time or wrapping. Useful in notebooks.",
     )

@@ -1,4 +1,4 @@
-"""What a run tells of itself: events for programs, a report for people."""
+"""Events of a run for programs, and a report for people."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,13 @@ from library.options.base import Options, option
 
 @dataclass(frozen=True)
 class ReportOptions(Options, affects_training=False):
-    """What a run tells of itself: events for programs, a report for people."""
+    """Events of a run for programs, and a report for people."""
 
     log_events: str | None = option(
         None,
         own=True,
         unless="dry_run",
+        names_output=True,
         help="File that takes what happens in the run, one JSON object a line, for front ends and other programs; - is "
         "standard output. Emptied at the start, continued with --resume and --autoresume.",
     )

@@ -85,6 +85,7 @@ class HubOptions(Options, affects_training=False):
     huggingface_token: str | None = option(
         None,
         secret=True,
+        logged=False,
         help="Access token for Hugging Face. Unset uses the one that is logged in.",
     )
     huggingface_repo_visibility: str | None = option(
@@ -163,7 +164,7 @@ class StateOptions(Options, affects_training=False):
 
 @dataclass(frozen=True)
 class MetadataOptions(Options, affects_training=False):
-    """What is written into the header of the file."""
+    """Metadata in the header of saved files."""
 
     no_metadata: bool = option(
         False,

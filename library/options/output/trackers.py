@@ -35,7 +35,7 @@ class TrackerOptions(Options, affects_training=False):
         help="TOML file with further settings of tensorboard and wandb, a table for each.",
     )
     wandb_api_key: str | None = option(
-        None, secret=True, help="Key to log in to wandb with. Unset uses the one that is logged in."
+        None, secret=True, logged=False, help="Key to log in to wandb with. Unset uses the one that is logged in."
     )
     profile: int = option(
         0,

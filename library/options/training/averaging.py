@@ -39,5 +39,5 @@ class AveragingOptions(Options):
     )
 
     def averages(self, use: str) -> bool:
-        """Whether a use of the weights, of `files`, `previews` and `validation`, gets the average."""
+        """Return True if a use of the weights, of `files`, `previews` and `validation`, gets the average."""
         return bool(self.ema_decay) and (not self.ema_used_for or use in self.ema_used_for)

@@ -27,11 +27,14 @@ class FlowWeightingOptions(Options):
     )
     logit_std: float = option(
         1.0,
+        at_least=0,
         needs="weighting_scheme=logit_normal",
         help="Standard deviation of the normal distribution behind --weighting_scheme logit_normal.",
     )
     mode_scale: float = option(
         1.29,
+        at_least=-1,
+        at_most=1.75,  # 2 / (pi - 2) is the most; outside, the scheme leaves 0..1
         needs="weighting_scheme=mode",
         help="How strongly --weighting_scheme mode prefers middle noise levels, -1 to 1.75. 0 treats all alike.",
     )
@@ -50,6 +53,7 @@ class FlowSamplingOptions(Options):
     )
     sigmoid_scale: float = option(
         1.0,
+        at_least=0,
         needs="timestep_sampling=sigmoid|shift|flux_shift",
         help="Factor on the normal draw of --timestep_sampling sigmoid, shift and flux_shift. Above 1 trains more very "
         "clean and very noisy levels.",
@@ -57,6 +61,7 @@ class FlowSamplingOptions(Options):
     discrete_flow_shift: float = option(
         3.0,
         usual=True,
+        above=0,
         needs="timestep_sampling=sigma|shift",
         help="How far --timestep_sampling sigma and shift push noise levels toward pure noise. 1 leaves them alone.",
     )
@@ -64,7 +69,7 @@ class FlowSamplingOptions(Options):
 
 @dataclass(frozen=True)
 class FlowPredictionOptions(Options):
-    """What the output of the denoiser is compared as."""
+    """The form in which the denoiser's output is compared with the target."""
 
     model_prediction_type: str = option(
         "raw",

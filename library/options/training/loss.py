@@ -45,10 +45,12 @@ class LossOptions(Options):
     )
     scale_v_pred_loss_like_noise_pred: bool = option(
         False,
+        requires="v_parameterization",
         help="Weight timesteps of a model with --v_parameterization as predicting noise would.",
     )
     v_pred_like_loss: float | None = option(
         None,
+        excludes={"v_parameterization": "it is for models that predict noise"},
         help="Factor for adding the loss weighted as for v prediction to that of a model that predicts noise. Unset "
         "adds nothing.",
     )

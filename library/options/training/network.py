@@ -55,10 +55,14 @@ class NetworkOptions(Options):
     )
     dim_from_weights: bool = option(
         False,
+        requires="network_weights",
         help="Take rank and alpha from the file of --network_weights in place of --network_dim and --network_alpha.",
     )
     network_train_unet_only: bool = option(
-        False, usual=True, help="Train the denoiser only and leave the text encoder as it is."
+        False,
+        usual=True,
+        excludes={"network_train_text_encoder_only": "together they train nothing"},
+        help="Train the denoiser only and leave the text encoder as it is.",
     )
     network_train_text_encoder_only: bool = option(
         False,
@@ -84,6 +88,7 @@ class NetworkOptions(Options):
     )
     unet_lr: float | None = option(
         None,
+        on_resume="new rate",
         usual=True,
         at_least=0,
         unless="network_train_text_encoder_only",
@@ -92,6 +97,7 @@ class NetworkOptions(Options):
     )
     text_encoder_lr: list[float] | None = option(
         None,
+        on_resume="new rate",
         usual=True,
         at_least=0,
         unless="network_train_unet_only",

@@ -40,6 +40,7 @@ class NoiseOptions(Options):
     )
     adaptive_noise_scale: float | None = option(
         None,
+        requires="noise_offset",
         at_least=-MOST_NOISE,
         at_most=MOST_NOISE,
         ignored_by_leco="there are no pictures whose brightness it could follow",

@@ -20,6 +20,7 @@ class OptimizerOptions(Options):
     use_lion_optimizer: bool = option(False, help="Old way to say --optimizer_type Lion.")
     learning_rate: float = option(
         2e-06,
+        on_resume="new rate",
         usual=True,
         at_least=0,
         sweep_name="lr",
@@ -34,6 +35,7 @@ class OptimizerOptions(Options):
     )
     optimizer_args: list[str] | None = option(
         None,
+        on_resume="kept by the optimizer",
         usual=True,
         help="Further settings of the optimizer as key=value, separated by spaces, such as weight_decay=0.01 "
         "betas=0.9,0.99.",

@@ -13,10 +13,15 @@ class RunOptions(Options):
     """How long to train, from which seed."""
 
     max_train_steps: int = option(
-        1600, usual=True, at_least=1, help="Number of optimizer steps to train. --max_train_epochs wins when set."
+        1600,
+        usual=True,
+        at_least=1,
+        on_resume="new length",
+        help="Number of optimizer steps to train. --max_train_epochs wins when set.",
     )
     max_train_epochs: int | None = option(
         None,
+        on_resume="new length",
         usual=True,
         at_least=1,
         zero_is_unset=True,
@@ -48,7 +53,7 @@ class RunOptions(Options):
 
 @dataclass(frozen=True)
 class FaultOptions(Options):
-    """What happens when something goes wrong, and how to try a run before it starts."""
+    """Failures of a run, and trials before it starts."""
 
     on_nonfinite: str = option(
         "skip",

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from library.options.base import Options, option
 
+ONE_ADAPTER = "blocks are compiled for one adapter, and those that run change between training and validation"
+
 
 @dataclass(frozen=True)
 class SweepOptions(Options):
@@ -14,6 +16,12 @@ class SweepOptions(Options):
         own=True,
         nargs="+",
         metavar="OPTION=A,B",
+        excludes={
+            "compile": ONE_ADAPTER,
+            "torch_compile": ONE_ADAPTER,
+            "log_events=-": "the events of all adapters would be mixed; name a file, each gets its own",
+            "resume_from_huggingface": "it fetches the state of one adapter; fetch all, and name one with --resume",
+        },
         refused_by_leco="each adapter would draw other latents, and they share those of a batch; train one after the "
         "other",
         help="Train an adapter for every combination of these values over one loaded base model, such as "

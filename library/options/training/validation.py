@@ -17,6 +17,7 @@ class ValidationOptions(Options, needs_images=True):
     )
     validation_split: float = option(
         0.0,
+        excludes={"dataset_class": "its images are not known one by one"},
         usual=True,
         kept_in_state=True,
         help="Share of the pictures that is set aside to measure the loss on, 0 to 1. 0 sets none aside.",

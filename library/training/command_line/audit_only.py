@@ -21,7 +21,7 @@ from library.training.reporting.event_stream import WarningEvents, plain
 from library.training.reporting.events import Audit, End, Event, FoundImage, Start
 from library.training.reporting.events import Finding as StepResult
 from library.training.reporting.sample_images import data_url_of
-from library.training.run.run_events import given, versions
+from library.training.run.run_events import changed_options, versions
 from library.training.saving.checkpoints import Names
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def audit_only(options: TrainOptions, latents: LatentSpec, warnings: WarningEven
     Raises UserError for mistakes in the description.
     """
     began = time.time()
-    plan = audited(options, latents)
+    plan = audit_images(options, latents)
     warned = warnings.kept()  # the findings below have a section of their own
     findings = inspect(plan.samples, plan.subsets, len(plan.split.trained), plan.storage)
     for finding in findings:
@@ -44,10 +44,10 @@ def audit_only(options: TrainOptions, latents: LatentSpec, warnings: WarningEven
         logger.info("no problems found in the images")
     if options.saving.output_dir:
         events = [
-            Start(None, given(options), versions()),
+            Start(None, changed_options(options), versions()),
             *warned,
             Audit(**plan.facts()),
-            *(StepResult(finding.text, shown(finding, plan), len(finding.pictures)) for finding in findings),
+            *(StepResult(finding.text, show_images(finding, plan), len(finding.pictures)) for finding in findings),
             End("finished", None, time.time() - began, None, None, None),
         ]
         path = Names.build(options.saving).of_audit()
@@ -56,8 +56,8 @@ def audit_only(options: TrainOptions, latents: LatentSpec, warnings: WarningEven
         logger.info("full report with thumbnails: %s", path)
 
 
-def audited(options: TrainOptions, latents: LatentSpec) -> DataPlan:
-    """The images that are described, without a base model, what was found in them logged.
+def audit_images(options: TrainOptions, latents: LatentSpec) -> DataPlan:
+    """Return the images that are described, without a base model, what was found in them logged.
 
     Captions are not measured in tokens.
     """
@@ -66,8 +66,8 @@ def audited(options: TrainOptions, latents: LatentSpec) -> DataPlan:
     return plan
 
 
-def shown(finding: Finding, plan: DataPlan) -> Sequence[FoundImage]:
-    """The first pictures of a finding with a small copy of each that can be decoded."""
+def show_images(finding: Finding, plan: DataPlan) -> Sequence[FoundImage]:
+    """Return the first pictures of a finding with a small copy of each that can be decoded."""
     notes = dict(finding.pictures[:MOST_SHOWN])
     pictures = {sample.picture.key: sample.picture for sample in plan.samples if sample.picture.key in notes}
     found = []
@@ -82,7 +82,7 @@ def shown(finding: Finding, plan: DataPlan) -> Sequence[FoundImage]:
 
 
 def record_of(events: Sequence[Event]) -> Record:
-    """What a page shows of these events."""
+    """Collect these events for a page."""
     record = Record()
     for event in events:
         record.add(plain(event.as_line(time.time())))

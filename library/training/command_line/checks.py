@@ -1,4 +1,4 @@
-"""What can be said about the options before anything is loaded: what contradicts, is missing, or does nothing."""
+"""Checks of the options before anything is loaded: what contradicts, is missing, or has no effect."""
 
 import logging
 import os
@@ -11,11 +11,20 @@ from library.checkpoints.overwriting import check_not_input, check_overwrite
 from library.errors import UserError
 from library.memory.codecs.weight_format import load_format
 from library.memory.planner.gpus import parse_size
+from library.options.base import Options
+from library.options.dataset import DatasetOptions
 from library.options.machine.base_formats import BASE_FORMATS
+from library.options.machine.compiling import CompileOptions
+from library.options.machine.memory import PrecisionOptions
+from library.options.model import ModelOptions
 from library.options.no_effect import is_set, unused
+from library.options.output.preview import PreviewOptions
 from library.options.ranges import check_ranges
+from library.options.requirements import check_requirements
 from library.options.support import unsupported
 from library.options.train import TrainOptions
+from library.options.training.network import NetworkOptions
+from library.options.training.noise import NoiseOptions
 from library.options.training.optimizer import OptimizerOptions
 from library.training.command_line.concept_checks import check_concepts, ignored_for_concepts
 from library.training.evaluation.preview import Timetable
@@ -28,7 +37,6 @@ from library.training.saving.checkpoints import Names
 logger = logging.getLogger(__name__)
 
 PASSWORD = re.compile(r"(?P<scheme>\w+://)[^\s/@:]*:[^\s/@]+@(?P<host>[^\s/]*)")
-OUTPUT_FLAGS = ("log_events", "console_log_file")  # the options that name files to write
 ADAPTIVE = ("adam", "lion")  # whose steps have the size of the rate, whatever the gradient
 HIGH_RATE = 5e-3  # ten times what front ends and guides use for small adapters
 SETS_OWN_RATE = ("prodigy", "dadapt", "adafactor")  # warned of with their own reasons where the rate is odd
@@ -37,7 +45,6 @@ SQUARES_IN_DTYPE_OF_WEIGHTS = (
     "torch.optim.Adam", "torch.optim.NAdam", "torch.optim.RAdam", "torch.optim.RMSprop", "prodigyopt.",
     "schedulefree.AdamW", "schedulefree.RAdam",
 )  # fmt: skip
-ANY_CHOICE = ("max_token_length", "dynamo_backend", "sample_sampler", "zero_stage")  # names of files in use; see cli.py
 
 
 def check(options: TrainOptions) -> None:
@@ -45,23 +52,26 @@ def check(options: TrainOptions) -> None:
 
     Raises UserError naming every flag that is not supported, else the first contradiction, with its way out.
     """
-    check_data(options)
-    check_required(options)
+    check_data(options)  # values come first: what follows reads them
+    if not options.dataset.only_looks:
+        check_required(
+            options.model.pretrained_model_name_or_path, options.network.network_module, options.saving.output_dir
+        )
     check_output(options)
     check_precision(options)
-    check_optimizer(options)
-    check_network(options)
-    check_noise_and_loss(options)
-    check_fit(options)
-    check_compiling(options)
-    check_previews(options)
+    wanted_type(options.optimizer)  # which raises where several are named
+    check_network(options.network)
+    check_timesteps(options.noise)
+    check_fit(options.fit.fit)
+    check_compiling(options.compiling)
+    check_previews(options.preview)
     tracker_kind(options.trackers)
 
 
 def check_data(options: TrainOptions) -> None:
-    """The part of it that holds where pictures are encoded and nothing is trained."""
+    """Raise UserError for what is wrong where images are only encoded, and nothing is trained."""
     check_values(options)
-    check_buckets(options)
+    check_buckets(options.dataset)
     if options.concepts is not None:
         check_concepts(options, options.concepts)
         return
@@ -75,17 +85,18 @@ def check_data(options: TrainOptions) -> None:
             raise UserError("--resolution is not set; give the training size with it, such as 512 or 512,768")
 
 
-def check_values(options: TrainOptions) -> None:
-    """What holds of each option by itself, whatever is asked for."""
+def check_values(options: Options) -> None:
+    """Raise UserError for what the declarations of options do not allow: values, choices, combinations."""
     missing = unsupported(options)
     if missing:
         raise UserError("\n".join(missing))
     refuse_passwords(options)
     check_ranges(options)
     check_choices(options)
+    check_requirements(options)
 
 
-def refuse_passwords(options: TrainOptions) -> None:
+def refuse_passwords(options: Options) -> None:
     """Raise UserError for a URL with a password: log, events, report and metadata keep what options say."""
     for name, value in options.flat().items():
         for text in value if isinstance(value, list) else [value]:
@@ -98,24 +109,25 @@ def refuse_passwords(options: TrainOptions) -> None:
 
 def report_unused(options: TrainOptions, ignores: Mapping[str, str]) -> None:
     """Warn of every option that is given and does nothing; `ignores` are those that do nothing for the base model."""
-    ignores = {**ignores, **ignored_for_concepts(options)}
-    for line in (*unused(options, ignores), *idle_previews(options), *doubtful(options)):
+    if options.concepts is not None:
+        ignores = {**ignores, **ignored_for_concepts(type(options), bool(options.preview.sample_prompts))}
+    for line in (*unused(options, ignores), *find_doubtful(options)):
         logger.warning("%s", line)
 
 
-def check_buckets(options: TrainOptions) -> None:
-    """The shortest side of a bucket is not above the longest."""
-    low, high = options.dataset.min_bucket_reso, options.dataset.max_bucket_reso
-    if options.dataset.enable_bucket and low > high:
+def check_buckets(dataset: DatasetOptions) -> None:
+    """Raise UserError where the shortest side of a bucket is above the longest."""
+    low, high = dataset.min_bucket_reso, dataset.max_bucket_reso
+    if dataset.enable_bucket and low > high:
         raise UserError(f"--min_bucket_reso is {low}, above --max_bucket_reso {high}; swap them")
 
 
-def check_choices(options: TrainOptions) -> None:
-    """Config files are not held to the choices of the command line, but what has no meaning stops here."""
-    values = options.flat()
+def check_choices(options: Options) -> None:
+    """Raise UserError for a value that is none of an option's choices, which config files can bring."""
+    values, facts = options.flat(), type(options).facts()
     for field, _ in type(options).leaves():
         choices = field.metadata.get("choices")
-        if choices is None or field.name in ANY_CHOICE:
+        if choices is None or facts[field.name].takes_other_values:
             continue
         value = values[field.name]
         if all(item in choices for item in (value if isinstance(value, list) else [value])):
@@ -126,20 +138,18 @@ def check_choices(options: TrainOptions) -> None:
         raise UserError(f"--{field.name} is {values[field.name]!r}; use one of {known}")
 
 
-def check_required(options: TrainOptions) -> None:
-    """The model, the adapter and the place to write to are named."""
-    if options.dataset.only_looks:
-        return
-    if not options.model.pretrained_model_name_or_path:
+def check_required(base_model: str | None, network_module: str | None, output_dir: str | None) -> None:
+    """Raise UserError where the model, the adapter or the folder to write to is not named."""
+    if not base_model:
         raise UserError("--pretrained_model_name_or_path is not set; give the base model's file, folder or hub name")
-    if not options.network.network_module:
+    if not network_module:
         raise UserError("--network_module is not set; networks.lora trains a LoRA")
-    if not options.saving.output_dir:
+    if not output_dir:
         raise UserError("--output_dir is not set; give the folder that the trained weights go to")
 
 
 def check_output(options: TrainOptions) -> None:
-    """What is written at the end can be written: the folders can be made and the name fits."""
+    """Raise UserError where the files of the run could not be written: folders, names, files that it reads itself."""
     saving = options.saving
     if options.dataset.audit_only and saving.output_dir:
         check_folder("output_dir", Path(saving.output_dir))
@@ -165,34 +175,35 @@ def check_output(options: TrainOptions) -> None:
 
 def check_overwriting(options: TrainOptions) -> None:
     """Raise UserError where the run would write over a file that it reads, or a page over a file that is no report."""
-    inputs = input_files(options)
+    inputs = find_input_files(options, is_resumed=bool(options.state.resume or options.state.autoresume))
     names = Names.build(options.saving)
     for given in inputs:
         is_of_run = names.has_stem(given.stem) and given.suffix == names.of_end().suffix
         if is_of_run and given.parent.resolve() == names.folder.resolve():
             check_not_input("--output_name:", given, [given])
-    for flag in OUTPUT_FLAGS:
-        if path := options.flat()[flag]:
-            check_not_input(f"--{flag}", Path(path), inputs)
+    values = options.flat()
+    for name, facts in type(options).facts().items():
+        if facts.names_output and values[name]:
+            check_not_input(f"--{name}", Path(values[name]), inputs)
     if not options.reports.no_report:
         for page in (names.of_report(), *([names.of_sweep()] if options.sweep.sweep else [])):
             check_overwrite("--output_name:", page, REPORT, inputs)
 
 
-def input_files(options: TrainOptions) -> list[Path]:
-    """The files that options name and the run reads.
+def find_input_files(options: Options, is_resumed: bool) -> list[Path]:
+    """Return the files that options name and the run reads.
 
-    Where a state is resumed, its weights are used and --network_weights is not read for more than its shapes.
+    A resumed run has its weights from the state, and reads no more of an adapter file than its shapes.
     """
-    is_resumed = bool(options.state.resume or options.state.autoresume)
-    left_out = (*OUTPUT_FLAGS, *(["network_weights"] if is_resumed else []))
-    values = [value for name, value in options.flat().items() if name not in left_out]
-    texts = [text for value in values for text in (value if isinstance(value, list) else [value])]
+    outputs = {name for name, facts in type(options).facts().items() if facts.names_output}
+    left_out = {*outputs, *(["network_weights"] if is_resumed else [])}
+    read = [value for name, value in options.flat().items() if name not in left_out]
+    texts = [text for value in read for text in (value if isinstance(value, list) else [value])]
     return [Path(text) for text in texts if isinstance(text, str | Path) and os.path.isfile(text)]
 
 
 def check_output_name(name: str) -> None:
-    """Raise UserError for a name with folders in it: files would lie where neither --autoresume nor rotation looks."""
+    """Raise UserError for a name with folders in it: files would lie where neither resuming nor rotation looks."""
     if "/" in name or "\\" in name or PureWindowsPath(name).drive:
         raise UserError(
             f"--output_name {name} holds a path, but all files of a run lie in --output_dir itself; put the folder "
@@ -216,38 +227,19 @@ def check_folder(flag: str, folder: Path) -> None:
 
 
 def check_precision(options: TrainOptions) -> None:
-    """Number formats fit together and exist on this machine."""
+    """Raise UserError for number formats that do not fit the weights, the optimizer or this machine."""
     precision = options.precision
-    for flag, kind in (("full_fp16", "fp16"), ("full_bf16", "bf16")):
-        if getattr(precision, flag) and precision.mixed_precision != kind:
-            raise UserError(
-                f"--{flag} needs --mixed_precision {kind}, but that is {precision.mixed_precision}; "
-                f"set it to {kind} or leave out --{flag}"
-            )
-    for flag in ("fp8_base", "fp8_base_unet"):
-        if getattr(precision, flag) and precision.mixed_precision == "no":
-            raise UserError(
-                f"--{flag} needs --mixed_precision bf16 or fp16, which the 8-bit weights are computed with; set one of "
-                f"them, or leave out --{flag}"
-            )
-    values = precision.flat()
-    for flag in ("fp8_base", "fp8_base_unet", "fp8_scaled"):
-        if values.get(flag) and precision.base_format not in (None, "fp8"):
-            raise UserError(
-                f"--{flag} and --base_format {precision.base_format} ask for two forms of the same weights; leave one "
-                "of them out"
-            )
-    check_arithmetic(options)
+    check_arithmetic(precision, bool(options.network.base_weights))
     if precision.mixed_precision == "fp16" and not options.dataset.only_looks and not has_accelerator():
         raise UserError(
             "--mixed_precision fp16 needs a GPU and none is found; use --mixed_precision bf16 or no on the CPU"
         )
-    check_full_fp16(options)
+    if precision.full_fp16:
+        check_full_fp16(wanted_type(options.optimizer))
 
 
-def check_arithmetic(options: TrainOptions) -> None:
-    """Raise UserError for --base_arithmetic 8bit with weights that are in no 8 bits, or may be in others."""
-    precision = options.precision
+def check_arithmetic(precision: PrecisionOptions, merges: bool) -> None:
+    """Raise UserError for 8-bit products of weights that are not stored in 8 bits, or may be stored otherwise."""
     if not precision.multiplies_codes:
         return
     name = precision.denoiser_format
@@ -257,28 +249,20 @@ def check_arithmetic(options: TrainOptions) -> None:
             f"--base_arithmetic 8bit multiplies weights that are stored in 8 bits, and --base_format {name} has none; "
             f"use --base_format {' or '.join(multiplied)}, or leave out --base_arithmetic"
         )
-    if name is None and options.network.base_weights:
+    if name is None and merges:
         raise UserError(
             "--base_arithmetic 8bit needs weights in 8 bits, and those that --base_weights are merged into are whole "
             "again; add --base_format int8_rotated"
         )
-    if options.fit.fit_formats:
-        raise UserError(
-            "--base_arithmetic 8bit and --fit_formats: which forms can be multiplied as they are differs from form to "
-            "form; leave out --fit_formats and set --base_format"
-        )
 
 
-def check_full_fp16(options: TrainOptions) -> None:
-    """fp16 holds no number below 6e-8: optimizers that keep squared gradients in it divide by zero."""
-    if not options.precision.full_fp16:
-        return
-    wanted = wanted_type(options.optimizer)
-    path, _ = class_path(wanted)
+def check_full_fp16(optimizer_type: str) -> None:
+    """Raise UserError for optimizers that keep squared gradients in fp16, which holds no number below 6e-8."""
+    path, _ = class_path(optimizer_type)
     if path.startswith(SQUARES_IN_DTYPE_OF_WEIGHTS):
         raise UserError(
-            f"--full_fp16 makes {wanted} keep squared gradients in fp16, where they vanish: weights become NaN or "
-            "jump; leave out --full_fp16, or use --optimizer_type AdamW8bit or Lion"
+            f"--full_fp16 makes {optimizer_type} keep squared gradients in fp16, where they vanish: weights become NaN "
+            "or jump; leave out --full_fp16, or use --optimizer_type AdamW8bit or Lion"
         )
     if path == "transformers.optimization.Adafactor":
         logger.warning(
@@ -287,9 +271,8 @@ def check_full_fp16(options: TrainOptions) -> None:
         )
 
 
-def check_compiling(options: TrainOptions) -> None:
+def check_compiling(compiling: CompileOptions) -> None:
     """Raise UserError for a compiler that torch does not have, or one that knows no modes."""
-    compiling = options.compiling
     if not compiling.is_on:
         return
     from torch._dynamo import list_backends
@@ -302,23 +285,9 @@ def check_compiling(options: TrainOptions) -> None:
         raise UserError(f"--compile_mode {compiling.compile_mode} is for inductor; leave it out for {backend}")
 
 
-def check_inpainting(options: TrainOptions, inpaints: bool) -> None:
-    """Raise UserError for --train_inpainting where nothing takes masks, or where latents would be cached."""
-    if not options.dataset.train_inpainting:
-        return
-    if not inpaints:
-        raise UserError("--train_inpainting: this base model takes no masks; leave it out")
-    for name in ("cache_latents", "cache_latents_to_disk"):
-        if getattr(options.caching, name):
-            raise UserError(
-                "--train_inpainting blanks another part of a picture each time, which must be encoded anew; leave out "
-                f"--{name}"
-            )
-
-
-def check_vae_precision(options: TrainOptions, overflows_in_fp16: bool) -> None:
+def warn_of_fp16_vae(model: ModelOptions, mixed_precision: str) -> None:
     """Warn of a VAE that is known to overflow in fp16, which only the NaN would show otherwise."""
-    if overflows_in_fp16 and options.precision.mixed_precision == "fp16" and not options.model.no_half_vae:
+    if mixed_precision == "fp16" and not model.no_half_vae:
         logger.warning(
             "the VAE of this base model is known to give NaN in fp16; add --no_half_vae unless --vae or the checkpoint "
             "holds one that was made for fp16"
@@ -335,34 +304,14 @@ def gpu_without_bf16() -> str | None:
 
 
 def has_accelerator() -> bool:
-    """Whether torch finds anything but the CPU."""
+    """Return True if torch finds anything but the CPU."""
     import torch
 
     return torch.accelerator.is_available()
 
 
-def check_optimizer(options: TrainOptions) -> None:
-    """One optimizer is named, in one way."""
-    optimizer = options.optimizer
-    old = [name for name in ("use_8bit_adam", "use_lion_optimizer") if getattr(optimizer, name)]
-    if len(old) == 2:
-        raise UserError("--use_8bit_adam and --use_lion_optimizer name two optimizers; keep one of them")
-    if old and optimizer.optimizer_type:
-        raise UserError(
-            f"--{old[0]} and --optimizer_type {optimizer.optimizer_type} name two optimizers; keep the second"
-        )
-
-
-def check_network(options: TrainOptions) -> None:
-    """Something is trained, and the files that it starts from are there."""
-    network = options.network
-    if network.network_train_unet_only and network.network_train_text_encoder_only:
-        raise UserError(
-            "--network_train_unet_only and --network_train_text_encoder_only together train nothing; "
-            "leave out both to train both parts"
-        )
-    if network.dim_from_weights and not network.network_weights:
-        raise UserError("--dim_from_weights needs --network_weights, the file to read the ranks from")
+def check_network(network: NetworkOptions) -> None:
+    """Raise UserError where an adapter file is missing, or has more strengths than files."""
     for flag, paths in (("network_weights", [network.network_weights]), ("base_weights", network.base_weights or [])):
         for path in paths:
             if path and not Path(path).exists():
@@ -375,30 +324,14 @@ def check_network(options: TrainOptions) -> None:
         )
 
 
-def check_fit(options: TrainOptions) -> None:
-    """The size of --fit can be read."""
-    if options.fit.fit not in (None, "auto"):
-        parse_size("--fit", str(options.fit.fit))
+def check_fit(size: str | None) -> None:
+    """Raise UserError for a size of the GPU's memory that cannot be read."""
+    if size not in (None, "auto"):
+        parse_size("--fit", str(size))
 
 
-def check_noise_and_loss(options: TrainOptions) -> None:
-    """Noise and weighting options that contradict each other."""
-    noise, loss, is_v = options.noise, options.loss, options.model.v_parameterization
-    if asks_number(noise.adaptive_noise_scale) and not asks_number(noise.noise_offset):
-        raise UserError(
-            f"--adaptive_noise_scale {noise.adaptive_noise_scale} adjusts --noise_offset, which is not set; "
-            "set --noise_offset, or leave out --adaptive_noise_scale"
-        )
-    if loss.scale_v_pred_loss_like_noise_pred and not is_v:
-        raise UserError(
-            "--scale_v_pred_loss_like_noise_pred needs --v_parameterization; "
-            "leave it out for a model that predicts noise"
-        )
-    if asks_number(loss.v_pred_like_loss) and is_v:
-        raise UserError(
-            f"--v_pred_like_loss {loss.v_pred_like_loss} is for models that predict noise; leave it out, "
-            "or leave out --v_parameterization"
-        )
+def check_timesteps(noise: NoiseOptions) -> None:
+    """Raise UserError where the lowest timestep is above the highest."""
     low, high = noise.min_timestep or 0, 1000 if noise.max_timestep is None else noise.max_timestep
     if low > high:
         raise UserError(
@@ -406,35 +339,15 @@ def check_noise_and_loss(options: TrainOptions) -> None:
         )
 
 
-def check_previews(options: TrainOptions) -> None:
-    """The prompts can be read and the sampler exists, where pictures are to be drawn."""
-    preview = options.preview
+def check_previews(preview: PreviewOptions) -> None:
+    """Raise UserError where images are to be drawn and the prompts cannot be read, or the sampler does not exist."""
     if not Timetable.build(preview).is_empty and preview.sample_prompts:
         check_sampler(preview.sample_sampler, "--sample_sampler")
         read_prompts(Path(preview.sample_prompts))
 
 
-def idle_previews(options: TrainOptions) -> Iterator[str]:
-    """A line for every option of previews that does nothing in this run."""
-    preview, timetable = options.preview, Timetable.build(options.preview)
-    times = "--sample_every_n_epochs, --sample_every_n_steps or --sample_at_first"
-    if timetable.is_empty:
-        for name in ("sample_prompts", "sample_sampler"):
-            if is_set(getattr(preview, name), type(preview).defaults()[name]):
-                yield f"--{name} has no effect: no pictures are drawn without {times}"
-    elif not preview.sample_prompts:
-        yield f"no pictures are drawn: {times} need --sample_prompts, the file with the prompts"
-    if timetable.every_n_epochs and (preview.sample_every_n_steps or 0) > 0:
-        yield "--sample_every_n_steps has no effect with --sample_every_n_epochs"
-
-
-def asks_number(value: float | None) -> bool:
-    """Whether a strength is given and not zero."""
-    return value is not None and value != 0
-
-
-def doubtful(options: TrainOptions) -> Iterator[str]:
-    """A line for every setting that works and is hardly meant."""
+def find_doubtful(options: TrainOptions) -> Iterator[str]:
+    """Yield a line for every setting that works and is hardly meant."""
     if options.noise.zero_terminal_snr and not options.model.v_parameterization:
         yield (
             "--zero_terminal_snr leaves no signal at the last timestep, where a model that predicts noise learns "
@@ -451,19 +364,18 @@ def doubtful(options: TrainOptions) -> Iterator[str]:
             f"--mixed_precision bf16: {gpu} has no units for bf16, so products are emulated and attention takes far "
             "more memory; --mixed_precision fp16 is faster there"
         )
-    yield from low_rate(options)
-    yield from high_rates(options)
+    yield from find_low_rate(options.network, options.optimizer)
+    yield from find_high_rates(options.network, options.optimizer)
 
 
-def high_rates(options: TrainOptions) -> Iterator[str]:
-    """A line for every learning rate at which Adam and its relatives destroy an adapter."""
-    name = wanted_type(options.optimizer)
+def find_high_rates(network: NetworkOptions, optimizer: OptimizerOptions) -> Iterator[str]:
+    """Yield a warning for every learning rate at which Adam and its relatives destroy an adapter."""
+    name = wanted_type(optimizer)
     if not any(part in name.lower() for part in ADAPTIVE) or name.lower().startswith(SETS_OWN_RATE):
         return
-    network = options.network
     rates = {"unet_lr": network.unet_lr, "text_encoder_lr": max(network.text_encoder_lr or (), default=None)}
     if network.unet_lr is None:
-        rates["learning_rate"] = options.optimizer.learning_rate
+        rates["learning_rate"] = optimizer.learning_rate
     for flag, rate in rates.items():
         if rate is not None and rate >= HIGH_RATE:
             yield (
@@ -472,10 +384,9 @@ def high_rates(options: TrainOptions) -> Iterator[str]:
             )
 
 
-def low_rate(options: TrainOptions) -> Iterator[str]:
-    """A line where the adapter of the denoiser trains with the default rate, which is one for whole models."""
-    network, rate = options.network, options.optimizer.learning_rate
-    name = wanted_type(options.optimizer)
+def find_low_rate(network: NetworkOptions, optimizer: OptimizerOptions) -> Iterator[str]:
+    """Yield a line where the denoiser's adapter trains with the default rate, which is meant for whole models."""
+    rate, name = optimizer.learning_rate, wanted_type(optimizer)
     is_named = network.unet_lr is not None or network.network_train_text_encoder_only
     if is_named or rate != OptimizerOptions.learning_rate or name.lower().startswith(SETS_OWN_RATE):
         return

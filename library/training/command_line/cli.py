@@ -34,7 +34,7 @@ def build_parser(
     examples: str = EXAMPLES,
     left_out: Collection[str] = (),
 ) -> argparse.ArgumentParser:
-    """A parser with the options of all groups: no positionals, nothing required, prefixes of flags accepted.
+    """Return a parser with the options of all groups: no positionals, nothing required, prefixes of flags accepted.
 
     `parts` are the options that name the files of a base model besides its first, for the `examples` in the help,
     which does not show the options `left_out`; `elsewhere` says what there is to say of an option that only other
@@ -50,7 +50,7 @@ def build_parser(
 
 
 def build_parser_of_prompts(kind: type[LecoOptions], elsewhere: Callable[[str], str]) -> argparse.ArgumentParser:
-    """The parser of a script that trains on prompts alone; what has no effect then is parsed and not shown."""
+    """Return the parser of a script that trains on prompts alone; what has no effect then is parsed and not shown."""
     left_out = {*ignored_by_leco(kind), *refused_by_leco(kind)}
     return build_parser(kind, elsewhere=elsewhere, examples=EXAMPLES_OF_PROMPTS, left_out=left_out)
 
@@ -63,10 +63,10 @@ def add_missing(parser: argparse.ArgumentParser, kind: type[Options]) -> None:
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options of `argv` (the process's own arguments where None) above those of --config_file.
+    """Parse `argv` (the process's own arguments where None); it wins over the config file.
 
     Sets up logging, so that what there is to say about the file goes where the user wants it. Ends the process with
-    status 2 for a bad option, 1 for a bad config file, and 0 once --output_config has written one.
+    status 2 for a bad option, 1 for a bad config file, and 0 once it has written a config file.
     """
     typed = parse_words(parser, argv)
     if typed.output_config and not typed.config_file:
@@ -110,7 +110,7 @@ def warn_of_repeats(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
 
 
 def typed_values(parser: argparse.ArgumentParser, words: Sequence[str]) -> Mapping[str, list[list[str]]]:
-    """What follows each option on a command line without mistakes, once for every time that it is typed."""
+    """Return what follows each option on a command line, once for every time that it is typed."""
     flags, found = parser._option_string_actions, dict[str, list[list[str]]]()
     for word in words:
         flag, equals, value = word.partition("=")
@@ -124,7 +124,7 @@ def typed_values(parser: argparse.ArgumentParser, words: Sequence[str]) -> Mappi
 
 
 def from_program(parser: argparse.ArgumentParser, given: argparse.Namespace) -> argparse.Namespace:
-    """The options of a program that calls a script's trainer: what it leaves out, or sets to None, has its default, and
+    """Read the options of a program that calls a trainer: what it leaves out, or sets to None, has its default, and
     values are read as generously as those of a config file.
 
     Raises ConfigFileError for a value that its option cannot take.
@@ -143,7 +143,7 @@ def from_program(parser: argparse.ArgumentParser, given: argparse.Namespace) -> 
 
 
 def as_in_toml(value: Any) -> Any:
-    """A value as a config file has it: paths are text, tuples are lists."""
+    """Return a value as a config file has it: paths are text, tuples are lists."""
     return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
 
 
@@ -160,7 +160,7 @@ def start_logging(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 def parse_words(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None, beneath: argparse.Namespace | None = None
 ) -> argparse.Namespace:
-    """What `argv` says above the values of `beneath`. An unknown option ends with status 2, naming the nearest."""
+    """Parse `argv`, which wins over `beneath`. An unknown option ends with status 2, naming the nearest."""
     refuse_misread(parser, sys.argv[1:] if argv is None else argv)
     args, unknown = parser.parse_known_args(argv, beneath)
     if unknown:
@@ -171,7 +171,7 @@ def parse_words(
 
 def refuse_misread(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     """End with the error for an unknown option where the whole name of another script's option is short for one of this
-    script that cannot take its value: a file for --text_encoder, which --text_encoder_lr would be."""
+    script that cannot take its value: a file for a text encoder, read as its learning rate."""
     for word, following in pairwise((*words, "")):
         flag, equals, value = word.partition("=")
         if not flag.startswith("--") or flag in parser._option_string_actions:
@@ -190,21 +190,21 @@ def hint(parser: argparse.ArgumentParser, flag: str) -> str:
 
 
 def elsewhere_of(parser: argparse.ArgumentParser) -> Callable[[str], str]:
-    """What is said of an option that only other scripts have; nothing where a program brings a parser of its own."""
+    """Return what describes an option that only other scripts have; empty where a program brings its own parser."""
     return parser.elsewhere if isinstance(parser, TrainingParser) else lambda option: ""
 
 
 def unset_empty(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """An empty string or list stands for the default where that is None: front ends pass --vae="" for no VAE."""
+    """Replace empty strings and lists, which front ends pass for empty fields, by None where that is the default."""
     optional = {action.dest for action in parser._actions if action.default is None}
     return argparse.Namespace(**{k: None if v in ("", []) and k in optional else v for k, v in vars(args).items()})
 
 
 def normalize(args: argparse.Namespace) -> argparse.Namespace:
-    """The options with what one implies for another made plain; normalizing twice changes nothing.
+    """Make plain what one option implies for another; normalizing twice changes nothing.
 
-    Caching to disk implies caching, the old spelling --caption_extention wins, 0 is unset for counts that mean "never"
-    or "not at all" then, and captions of 75 tokens are what an unset length means.
+    Caching to disk implies caching, the old spelling of the caption extension wins, 0 is unset for counts that mean
+    "never" or "not at all" then, and captions of 75 tokens are what an unset length means.
     """
     values: dict[str, Any] = dict(vars(args))
     for name in ("cache_latents", "cache_text_encoder_outputs"):
@@ -221,7 +221,7 @@ def normalize(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def chosen(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Mapping[str, Any]:
-    """The options that differ from their defaults, without passwords and without those about the file itself."""
+    """Return the options that differ from their defaults, without passwords and without those about the file itself."""
     left_out = {"config_file", "output_config", *SECRETS}
     for name in SECRETS:
         if getattr(args, name, None):

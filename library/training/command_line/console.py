@@ -79,7 +79,7 @@ def forgive_write_errors() -> None:
 
 
 def forgiving(stream: io.TextIOWrapper) -> io.TextIOWrapper:
-    """A stream to the same file that ignores write errors; consoles of Windows keep theirs, which takes Unicode."""
+    """Open a stream to the same file that ignores write errors; Windows consoles keep theirs, which takes Unicode."""
     if sys.platform == "win32" and stream.isatty():
         return stream
     with suppress(OSError):
@@ -107,10 +107,10 @@ def setup_plain_logging() -> None:
 def setup_logging(options: ConsoleOptions) -> None:
     """Send log lines where the user wants them, line by line, and make standard output and error UTF-8.
 
-    --console_log_file wins and is emptied first, and errors go to standard error as well; --console_log_simple gives
-    plain lines on standard output; otherwise lines go to standard error, coloured by rich on a terminal and one
+    A log file wins and is emptied first, and errors go to standard error as well; simple logging gives plain lines on
+    standard output; otherwise lines go to standard error, coloured by rich on a terminal and one
     unwrapped line each in a pipe, where programs read them. Messages of libraries that no user can act on go only to
-    the file, or with --console_log_level DEBUG.
+    the file, or are shown at level DEBUG.
     Calling it again with the same options changes nothing.
     """
     for stream in (sys.stdout, sys.stderr):
@@ -133,7 +133,7 @@ def setup_logging(options: ConsoleOptions) -> None:
 
 
 def level_of(options: ConsoleOptions) -> int:
-    """The lowest level that is shown; unset is INFO."""
+    """Return the lowest level that is shown; unset is INFO."""
     name = options.console_log_level or "INFO"
     level = logging.getLevelName(name)
     if not isinstance(level, int):
@@ -142,7 +142,7 @@ def level_of(options: ConsoleOptions) -> int:
 
 
 def build_handlers(options: ConsoleOptions) -> list[logging.Handler]:
-    """The handlers for the file, the terminal or the pipe. Raises UserError for a file that cannot be written."""
+    """Build the handlers for file, terminal or pipe. Raises UserError for a file that cannot be written."""
     if launched_rank() != 0:  # the main process says what all would say; of the others only errors are news
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter(f"process {launched_rank()}: %(levelname)s %(message)s"))
@@ -168,7 +168,7 @@ def build_handlers(options: ConsoleOptions) -> list[logging.Handler]:
 
 
 def build_stderr_handler() -> logging.Handler:
-    """The handler for standard error: coloured by rich on a terminal, dated lines in a pipe."""
+    """Return the handler for standard error: coloured by rich on a terminal, dated lines in a pipe."""
     if sys.stderr.isatty():
         try:
             from rich.console import Console

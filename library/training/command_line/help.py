@@ -1,4 +1,4 @@
-"""What --help and --help_all print, and the one line that a wrong option gets."""
+"""The short and the long help, and the one line that a wrong option gets."""
 
 import argparse
 import copy
@@ -69,7 +69,7 @@ class FullHelp(
 
 
 class UsualHelp(FullHelp):
-    """The same for the options in `usual`."""
+    """The help of the options in `usual`."""
 
     def __init__(self, usual: frozenset[str], left_out: frozenset[str], *args: Any, **kwargs: Any) -> None:
         super().__init__(left_out, *args, **kwargs)
@@ -83,8 +83,8 @@ class UsualHelp(FullHelp):
 class TrainingParser(argparse.ArgumentParser):
     """A parser whose help is filtered while it is printed: programs that read the parser find every option whole.
 
-    --help_all and --version are no options of it, so that --hel still means --help and programs that list the options
-    do not show them.
+    The long help and the version are no options of it, so that abbreviations of --help stay unambiguous and programs
+    that list the options do not show them.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class TrainingParser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """As argparse's; the words --help_all and --version print what they name and end the process."""
+        """Parse as argparse does; the words for the long help and the version print them and end the process."""
         words = sys.argv[1:] if args is None else args
         if "--version" in words:
             print(f"{self.prog} {VERSION}")
@@ -120,8 +120,10 @@ class TrainingParser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def _get_option_tuples(self, option_string: str) -> list[Any]:
-        """What an abbreviation could mean: of several, options that sd-scripts does not have are not meant, and none
-        is where another script has an option of that whole name."""
+        """Return the options that an abbreviation could mean.
+
+        Of several, options that sd-scripts does not have are not meant; none is where another script has an option of
+        that whole name."""
         found: list[Any] = super()._get_option_tuples(option_string)  # type: ignore[misc]
         listed = [entry for entry in found if entry[0].dest not in self._own]
         meant = listed if len(found) > 1 and listed else found
@@ -129,7 +131,7 @@ class TrainingParser(argparse.ArgumentParser):
         return [] if len(meant) > 1 and self.elsewhere(name) else meant
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """As argparse's; 75 is no choice of --max_token_length, but how sd-scripts' documentation calls its default."""
+        # 75 is no choice for a caption's length, but what sd-scripts' documentation calls the default.
         if (action.dest, value) != ("max_token_length", 75):
             super()._check_value(action, value)
 

@@ -17,7 +17,7 @@ from library.training.command_line.checks import (
 from library.training.command_line.cli import from_program, parse
 from library.training.command_line.console import forgive_write_errors
 from library.training.command_line.replaced import refuse_replaced
-from library.training.command_line.show_timesteps import asked_preview, show_timesteps
+from library.training.command_line.show_timesteps import requested_timesteps, show_timesteps
 from library.training.command_line.training import train_alone
 from library.training.failures.interruption import Interrupted, Interruption
 from library.training.reporting.event_stream import warnings_told
@@ -40,8 +40,8 @@ def main(
     """Train as the command line says. Gives the exit status: 0 done or stopped and saved, 1 ended by an error (2 is
     argparse's own).
 
-    With `latents`, which decide the sizes of buckets, --debug_dataset works without a base model. A flow model also
-    gives its `objective`, for --show_timesteps.
+    With `latents`, which decide the sizes of buckets, batches can be shown without a base model. A flow model also
+    gives its `objective`, to show its timesteps.
     """
     forgive_write_errors()
     interruption = Interruption()
@@ -99,9 +99,9 @@ def train_as_asked(
     command: Sequence[str] | None = None,
 ) -> bool:
     """Check the options, then train, or show noise levels or the data set; gives whether the run came to its end."""
-    if latents is not None and objective is not None and (asked := asked_preview(options)) is not None:
+    if latents is not None and objective is not None and (asked := requested_timesteps(options)) is not None:
         check_values(options)
-        show_timesteps(asked, options, objective(options), latents.downscale)
+        show_timesteps(asked, options.saving, options.run.seed or 0, objective(options), latents.downscale)
         return True
     with warnings_told() as warnings:
         check(options)
@@ -119,10 +119,10 @@ def train_as_asked(
 def show_dataset(options: TrainOptions, latents: LatentSpec) -> None:
     """Show the batches of the first epoch where no base model is named."""
     from library.data.debug_dataset import show_batches
-    from library.training.command_line.audit_only import audited
+    from library.training.command_line.audit_only import audit_images
 
     logger.info("no base model is named, so captions are not counted in tokens: --pretrained_model_name_or_path does")
-    show_batches(audited(options, latents))
+    show_batches(audit_images(options, latents))
 
 
 OUR_FAULT = (
@@ -150,5 +150,5 @@ def report_error(error: Exception) -> None:
 
 
 def is_from_system(error: Exception) -> bool:
-    """Whether the operating system refused something for a file: a full disk, missing rights."""
+    """Return True if the operating system refused something for a file: a full disk, missing rights."""
     return isinstance(error, OSError) and error.errno is not None and error.filename is not None

@@ -70,7 +70,7 @@ def refuse_replaced(trainer: object) -> None:
 
 
 def changed_modules() -> dict[str, list[str]]:
-    """What a program has put into the modules that keep what they had when they were imported."""
+    """Return what a program has put into the modules that keep what they had when they were imported."""
     loaded = [(name, module) for name, module in sys.modules.items() if name.startswith("library.")]
     doors = {name: vars(module) for name, module in loaded if isinstance(module, ModuleType)}  # None: it may not load
     changed = {name: changed_names(values, values[KEPT]) for name, values in doors.items() if KEPT in values}
@@ -78,6 +78,6 @@ def changed_modules() -> dict[str, list[str]]:
 
 
 def changed_names(values: Mapping[str, object], before: Mapping[str, object]) -> list[str]:
-    """The names that have other values than before, or had none."""
+    """Return the names that have other values than before, or had none."""
     own = {KEPT, *(name for name, value in values.items() if name in before and before[name] is value)}
     return sorted(name for name in values if name not in own and not name.startswith("__"))

@@ -1,7 +1,7 @@
 """One run at a time writes the files of one name.
 
-The lock is the operating system's, on a hidden file in --output_dir, so the death of a process releases it, and the
-processes that load data do not inherit it.
+The lock is the operating system's, on a hidden file in the output folder, so the death of a process releases it, and
+the processes that load data do not inherit it.
 """
 
 import errno
@@ -20,7 +20,7 @@ from library.checkpoints.overwriting import FileType, open_lock_file
 from library.errors import UserError
 from library.json_text import parse_json
 from library.launcher import launched_rank
-from library.options.train import TrainOptions
+from library.options.output.saving import SavingOptions
 
 logger = logging.getLogger(__name__)
 
@@ -31,26 +31,25 @@ FAR_BYTE = 1 << 30  # Windows forbids others to read what is locked, so the lock
 
 
 @contextmanager
-def run_locks(adapters: Iterable[TrainOptions]) -> Iterator[None]:
+def run_locks(adapters: Iterable[SavingOptions]) -> Iterator[None]:
     """Hold the locks of all names that a run writes files under, each once."""
-    by_name = {options.saving.output_name: options for options in adapters}
+    by_name = {saving.output_name: saving for saving in adapters}
     with ExitStack() as stack:
-        for options in by_name.values():
-            stack.enter_context(run_lock(options))
+        for saving in by_name.values():
+            stack.enter_context(run_lock(saving))
         yield
 
 
 @contextmanager
-def run_lock(options: TrainOptions) -> Iterator[None]:
-    """Hold the lock on --output_dir and --output_name for the block, in the main process of a run that writes.
+def run_lock(saving: SavingOptions) -> Iterator[None]:
+    """Hold the lock on an output folder and name for the block, in the main process.
 
     Raises UserError naming the process and the host that hold it.
     """
-    writes = options.saving.output_dir and not (options.faults.dry_run or options.dataset.debug_dataset)
-    if not writes or launched_rank() != 0:
+    if not saving.output_dir or launched_rank() != 0:
         yield
         return
-    path = lock_path(Path(options.saving.output_dir or ""), options.saving.output_name)
+    path = lock_path(Path(saving.output_dir), saving.output_name)
     is_new_folder = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     file = acquire(path)
@@ -65,13 +64,13 @@ def run_lock(options: TrainOptions) -> Iterator[None]:
 
 
 def lock_path(folder: Path, output_name: str | None) -> Path:
-    """The hidden file whose lock stands for all files of a run."""
+    """Return the hidden file whose lock stands for all files of a run."""
     target = folder / (output_name or "last")
     return target.with_name(f".{target.name}.lock")
 
 
 def acquire(path: Path) -> IO[str] | None:
-    """The locked file, with this process's name in it; None, with a warning, where the file system has no locks.
+    """Return the locked file, with this process's name in it; None, with a warning, where the file system has no locks.
 
     A file that its holder has just deleted is none to wait for: the next one of that name is taken.
     """
@@ -136,7 +135,7 @@ def read_holder(file: IO[str]) -> str:
 
 
 def is_at(file: IO[str], path: Path) -> bool:
-    """Whether the open file still is the one at the path."""
+    """Return True if the open file still is the one at the path."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:

@@ -13,7 +13,8 @@ from library.diffusion.flow import NUM_TIMESTEPS, FlowMatching
 from library.diffusion.timesteps import scheme_weights
 from library.errors import UserError
 from library.launcher import launched_rank
-from library.options.train import TrainOptions
+from library.options.base import Options
+from library.options.output.saving import SavingOptions
 from library.options.training.flow import TimestepPreviewOptions
 from library.training.reporting.console_lines import announce
 
@@ -29,14 +30,14 @@ BAR_COLOUR, WEIGHT_COLOUR = (70, 110, 180), (200, 70, 40)
 
 @dataclass(frozen=True)
 class DrawnLevels:
-    """What is drawn, in bins of 20 of the 1000 timesteps, from no noise to pure noise."""
+    """The distribution of drawn timesteps, in bins of 20 of the 1000, from no noise to pure noise."""
 
     shares: list[float]  # of all draws; they add up to 1
     weights: list[float]  # the factor on the loss at the middle of each bin
 
 
-def asked_preview(options: TrainOptions) -> TimestepPreviewOptions | None:
-    """What --show_timesteps and its like say; None where it is not given, or the base model does not have it."""
+def requested_timesteps(options: Options) -> TimestepPreviewOptions | None:
+    """Return the options of the preview of timesteps; None where it is not wanted, or the base model has none."""
     values = options.flat()
     if not values.get("show_timesteps"):
         return None
@@ -44,14 +45,14 @@ def asked_preview(options: TrainOptions) -> TimestepPreviewOptions | None:
 
 
 def show_timesteps(
-    asked: TimestepPreviewOptions, options: TrainOptions, objective: FlowMatching, downscale: int
+    asked: TimestepPreviewOptions, saving: SavingOptions, seed: int, objective: FlowMatching, downscale: int
 ) -> None:
-    """Draw as training does and show it, on the console or as a picture in --output_dir.
+    """Draw as training does and show it, on the console or as an image in the output folder.
 
     `downscale` is in pixels per latent. Raises UserError for a resolution that is none, a picture without a place.
     """
     height, width = read_resolution(asked.show_timesteps_resolution)
-    place = picture_place(options) if asked.show_timesteps == "image" else None
+    place = picture_place(saving) if asked.show_timesteps == "image" else None
     offset = asked.show_timesteps_offset
     if offset and not objective.takes_offset:
         logger.warning(
@@ -59,7 +60,7 @@ def show_timesteps(
             "is behind those of --timestep_sampling sigmoid and shift and of --weighting_scheme logit_normal",
             offset,
         )
-    drawn = draw_levels(objective, height // downscale, width // downscale, offset, options.run.seed or 0)
+    drawn = draw_levels(objective, height // downscale, width // downscale, offset, seed)
     if launched_rank() != 0:
         return
     title = f"{NUM_DRAWS} draws of noise levels, 0 is the picture and 1000 pure noise, at {width}x{height}"
@@ -82,11 +83,11 @@ def read_resolution(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[-1])
 
 
-def picture_place(options: TrainOptions) -> Path:
-    """The file of the picture. Raises UserError without --output_dir."""
-    if not options.saving.output_dir:
+def picture_place(saving: SavingOptions) -> Path:
+    """Return the file of the image. Raises UserError without a folder for it."""
+    if not saving.output_dir:
         raise UserError("--show_timesteps image has no place for its picture; give --output_dir, or use console")
-    return Path(options.saving.output_dir) / f"{options.saving.output_name or 'last'}-timesteps.png"
+    return Path(saving.output_dir) / f"{saving.output_name or 'last'}-timesteps.png"
 
 
 def draw_levels(
@@ -105,7 +106,7 @@ def draw_levels(
 
 
 def table_lines(drawn: DrawnLevels) -> list[str]:
-    """A row for each bin: its timesteps, its share of the draws, its weight in the loss, and a bar."""
+    """Return a row for each bin: its timesteps, its share of the draws, its weight in the loss, and a bar."""
     lines = ["timesteps   share  loss weight"]
     for i, (share, weight) in enumerate(zip(drawn.shares, drawn.weights, strict=True)):
         bar = "#" * round(MOST_MARKS * share / max(drawn.shares))

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any, Generic
 
+from library.errors import UserError
 from library.launcher import launched_rank
-from library.options.train import TrainOptions
+from library.options.output.saving import SavingOptions
 from library.protocols import Architecture
-from library.training.command_line.checks import check, check_inpainting, check_vae_precision, report_unused
+from library.training.command_line.checks import check, report_unused, warn_of_fp16_vae
 from library.training.command_line.run_lock import run_locks
 from library.training.failures.interruption import Interrupted, Interruption
 from library.training.reporting.event_stream import EventsOfAll, WarningEvents
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ResolvedRun(Generic[OptionsT]):
-    """What a run is, before any model is loaded."""
+    """A run before any model is loaded."""
 
     options: ResolvedOptions[OptionsT]
     arch: Architecture
@@ -55,7 +56,7 @@ def train_alone(
     from library.installed import NEEDED_BY_ALL, check_gpu_is_used, check_installed
     from library.training.models.cuda_kernels import cuda_kernels
     from library.training.run.deterministic import deterministic
-    from library.training.run.run_events import told
+    from library.training.run.run_events import open_events
 
     check_installed("adapters", NEEDED_BY_ALL)
     check_gpu_is_used(torch)
@@ -63,9 +64,11 @@ def train_alone(
     for label, own in adapters.items() if shared.sweep.sweep else ():
         with log_prefix(label):
             check(own)
+    # A dry run and a look at the data write nothing: they may go beside a run of the same name.
+    writes = not (shared.faults.dry_run or shared.dataset.debug_dataset)
     with (
-        run_locks([shared, *adapters.values()]),
-        told(adapters.values(), command, warnings) as events,
+        run_locks([one.saving for one in (shared, *adapters.values())] if writes else []),
+        open_events(adapters.values(), command, warnings) as events,
         cuda_kernels(shared.kernels),
         deterministic(shared.faults.deterministic),
     ):
@@ -93,11 +96,12 @@ def train_network(
     from library.training.run.dry_run import dry_run_values
     from library.training.run.shard_base_checks import launched_values
 
-    options = options.with_values(launched_values(options.shared))
-    if options.shared.faults.dry_run:
-        options = options.with_values(dry_run_values())
+    values = launched_values(options.shared.distributed.shard_base)
+    options = options.with_values(values | dry_run_values() if options.shared.faults.dry_run else values)
     arch = open_architecture(options, build)
-    accelerator = open_accelerator(options.shared)
+    accelerator = open_accelerator(
+        options.shared.precision.mixed_precision, options.shared.trackers, options.shared.distributed.ddp_timeout
+    )
     processes = from_accelerator(accelerator)
     if processes.is_local_main:
         delete_abandoned_folders((IN_MEMORY, gettempdir()))
@@ -114,7 +118,7 @@ def train_network(
 def open_architecture(options: ResolvedOptions[OptionsT], build: Callable[[OptionsT], Architecture]) -> Architecture:
     """Build the architecture and check the options against it.
 
-    Network modules are imported first: a misspelt --network_module ends the run before model files and images are read.
+    Network modules are imported first: a misspelt one ends the run before model files and images are read.
     """
     from library.collector import importing
     from library.hidden_libraries import BITSANDBYTES, find_neither, hidden
@@ -127,8 +131,10 @@ def open_architecture(options: ResolvedOptions[OptionsT], build: Callable[[Optio
                 open_network_module(module)
         arch = build(options.shared)
     report_unused(options.shared, arch.ignores)
-    check_inpainting(options.shared, arch.inpaints)
-    check_vae_precision(options.shared, arch.vae_overflows_in_fp16)
+    if options.shared.dataset.train_inpainting and not arch.inpaints:
+        raise UserError("--train_inpainting: this base model takes no masks; leave it out")
+    if arch.vae_overflows_in_fp16:
+        warn_of_fp16_vae(options.shared.model, options.shared.precision.mixed_precision)
     return arch
 
 
@@ -145,10 +151,12 @@ def resolve_run(
     from library.training.saving.resume import batches_of_state, rates_of_state
     from library.training.sweep.states import find_states
 
-    options = options.with_values(sharding_values(options.shared, processes))
-    states = find_states(options.shared, options.adapters, processes)
-    options = options.with_values(rates_of_state(options.shared, states.by_label.get("")))
-    options = options.with_values(batches_of_state(options.shared, states.of_run, processes.count))
+    asked = options.shared
+    sharding = sharding_values(asked, processes)
+    states = find_states(asked, options.adapters, processes)
+    rates = rates_of_state(asked, states.by_label.get(""))
+    batches = batches_of_state(asked.run.gradient_accumulation_steps, states.of_run, processes.count)
+    options = options.with_values(sharding | rates | batches)
     if processes.is_main:
         check_repository(options.shared.hub)
     seed = opening.choose_seed(options.shared.run.seed, processes, states.of_run)
@@ -157,16 +165,16 @@ def resolve_run(
 
 
 def fit_to_memory(run: ResolvedRun[OptionsT], processes: "Processes", events: EventsOfAll) -> ResolvedRun[OptionsT]:
-    """Override what --fit chooses for the largest batch."""
+    """Override the options that the memory planner chooses for the largest batch."""
     from library.training.reporting.events import Planned
 
     if run.options.shared.fit.fit is None:
         return run
-    from library.data.plan.data_plan import DataPlan
     from library.training.planning.fit_run import fit_run
 
-    assert isinstance(run.data, DataPlan), "--dataset_class refuses --fit"
-    fit = fit_run(run.options.shared, run.arch, run.data, processes, [*run.options.adapters.values()])
+    plan = run.data.image_plan
+    assert plan is not None, "options refuse to plan the memory of a user's class and of prompts"
+    fit = fit_run(run.options.shared, run.arch, plan, processes, [*run.options.adapters.values()])
     chosen = fit.choice.chosen
     assert chosen is not None, "fit_run raises where nothing fits"
     for each in events.each:
@@ -183,7 +191,7 @@ def train_resolved(
 ) -> bool:
     """Load the models, attach the adapters, and train, dry-run or self-test them."""
     from library.hidden_libraries import BITSANDBYTES, hidden
-    from library.training.failures.out_of_memory import explained
+    from library.training.failures.out_of_memory import explain_out_of_memory
     from library.training.run import runs
     from library.training.run.dry_run import try_largest_batch
     from library.training.run.prepare import prepare
@@ -196,25 +204,25 @@ def train_resolved(
     sweep = states.record or (SweepRecord(run.seed) if options.sweep.sweep else None)
     with (
         events.stage("loading"),
-        explained("loading the models and caching", options, accelerator.device, ""),
+        explain_out_of_memory("loading the models and caching", options, accelerator.device, ""),
         hidden(BITSANDBYTES),
     ):
         wanted = [
-            runs.wanted(own, run.seed, states.by_label.get(label), each, label)
+            runs.request_adapter(own, run.seed, states.by_label.get(label), each, label)
             for (label, own), each in zip(run.options.adapters.items(), events.each, strict=True)
             if sweep is None or label not in sweep.ended
         ]
         prepared = prepare(options, run.arch, run.seed, data, accelerator, processes, wanted, sweep)
     first = prepared[0]
     if options.faults.selftest:
-        with explained("testing itself (--selftest)", options, accelerator.device, ""):
+        with explain_out_of_memory("testing itself (--selftest)", options, accelerator.device, ""):
             test_itself(first.run)
     if largest is not None:
         try_largest_batch([one.run for one in prepared], first.writer, largest)
         return True
     is_over = train_prepared(prepared, events, interruption, processes, run.fit)
     if processes.is_main and sweep is not None and is_over:
-        rank_adapters(options, prepared, sweep)
+        rank_adapters(options.saving, prepared, sweep, writes_page=not options.reports.no_report)
     return is_over
 
 
@@ -260,15 +268,17 @@ def train_prepared(
     return all(are_over)
 
 
-def rank_adapters(options: TrainOptions, prepared: Sequence["PreparedRun"], sweep: "SweepRecord") -> None:
+def rank_adapters(
+    saving: SavingOptions, prepared: Sequence["PreparedRun"], sweep: "SweepRecord", writes_page: bool
+) -> None:
     """Say which adapters of a sweep are better than others, and write the page that shows it."""
     from library.training.saving.checkpoints import Names
     from library.training.sweep.ranking import rank, tell_ranking
     from library.training.sweep.standing import standing_of
 
-    names = Names.build(options.saving)
-    page = None if options.reports.no_report else names.of_sweep()
-    title = f"Sweep of {options.saving.output_name or names.folder.name}"
+    names = Names.build(saving)
+    page = names.of_sweep() if writes_page else None
+    title = f"Sweep of {saving.output_name or names.folder.name}"
     tell_ranking(rank(standing_of(prepared, sweep)), title, page)
 
 
@@ -285,7 +295,7 @@ def complete_sweep_page(asked: OptionsT, adapters: Mapping[str, OptionsT]) -> No
 
 
 def has_come_to_end(prepared: "PreparedRun") -> bool:
-    """Whether an adapter was not stopped on the way."""
+    """Return True if an adapter was not stopped on the way."""
     progress = prepared.progress
     return progress.step >= prepared.run.plan.max_train_steps or bool(progress.ended)
 
@@ -307,6 +317,6 @@ def tell_end(prepared: "PreparedRun", first_step: int, seconds: float) -> None:
         logger.info("%s", format_choice(choice))
     rank = f" of rank {network.network_dim}" if network.network_dim else ""
     what = f"{network.network_module}{rank} on {run.context.arch.name}"
-    best, run.events.file = prepared.validation.best, str(names.of_end())
+    best, run.events.file = prepared.validation.record.best, str(names.of_end())
     num_steps = prepared.progress.step - first_step
     logger.info("%s", finished_line(what, num_steps, seconds, names.of_end(), best, names.of_best()))

@@ -40,7 +40,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Compared:
-    """What is known of one file."""
+    """The measurements of one file."""
 
     loss: Estimate  # the interval is its own, at 95 %
     to_best: Estimate  # its loss less the lowest one; the intervals of all files hold together
@@ -87,12 +87,12 @@ def choose(losses_FG: Tensor, num_baselines: int = 0) -> Choice | None:
 
 
 def is_clearly_worse(losses_G: Tensor, best_G: Tensor, num_compared: int) -> bool:
-    """Whether one of `num_compared` losses that are compared with the best lies above it by more than chance."""
+    """Return True if one of `num_compared` losses that are compared with the best lies above it by more than chance."""
     return estimate(losses_G - best_G, (1 - CONFIDENCE) / num_compared).low > 0
 
 
 def by_picture(losses_N: Tensor, pictures: Sequence[Hashable]) -> Tensor:
-    """The mean of the rows that are the same picture, shape G, float64; `pictures` says which is which."""
+    """Return the mean of the rows that are the same picture, shape G, float64; `pictures` says which is which."""
     numbers = {picture: i for i, picture in enumerate(dict.fromkeys(pictures))}
     index_N = torch.tensor([numbers[picture] for picture in pictures])
     sums_G = torch.zeros(len(numbers), dtype=torch.float64).index_add_(0, index_N, losses_N.double())
@@ -100,13 +100,13 @@ def by_picture(losses_N: Tensor, pictures: Sequence[Hashable]) -> Tensor:
 
 
 def estimate(values_G: Tensor, level: float = 1 - CONFIDENCE) -> Estimate:
-    """The mean of independent values, with the interval that misses the true one with the probability `level`."""
+    """Estimate the mean of independent values, with an interval that misses it with probability `level`."""
     count = len(values_G)
     return within(values_G.mean().item(), values_G.std().item() / sqrt(count) if count > 1 else nan, count - 1, level)
 
 
 def estimate_of_difference(values_G: Tensor, others_G: Tensor, level: float = 1 - CONFIDENCE) -> Estimate:
-    """The mean of `values_G` less that of `others_G`, which are independent of each other (Welch 1947)."""
+    """Return the mean of `values_G` less that of `others_G`, which are independent of each other (Welch 1947)."""
     counts = len(values_G), len(others_G)
     mean = (values_G.mean() - others_G.mean()).item()
     variances = (values.var().item() / len(values) if len(values) > 1 else nan for values in (values_G, others_G))
@@ -114,7 +114,7 @@ def estimate_of_difference(values_G: Tensor, others_G: Tensor, level: float = 1 
 
 
 def within(mean: float, error: float, degrees: int, level: float) -> Estimate:
-    """The interval by Student's t around a mean with a standard error; NaN where that is."""
+    """Return the interval by Student's t around a mean with a standard error; NaN where that is."""
     from scipy.special import stdtrit
 
     if isnan(error):

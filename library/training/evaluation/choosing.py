@@ -1,5 +1,6 @@
 """Which saved file is suggested, in words and as an event, from losses of the run itself or measured afterwards."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isnan
@@ -17,7 +18,11 @@ from library.training.evaluation.choice import (
     estimate,
     estimate_of_difference,
 )
+from library.training.evaluation.validation_record import ValidationRecord
 from library.training.reporting import events
+from library.training.saving.saved_files import steps_of, without_copies
+
+logger = logging.getLogger(__name__)
 
 TRAINED_ONLY = (
     "no picture is set aside, and the loss on trained pictures falls on and on while they are learned by heart; "
@@ -40,8 +45,27 @@ class Measured:
         return "before training" if self.file is None else self.file.name
 
 
+def choose_saved(files: Sequence[Path], record: ValidationRecord, measures_what_is_saved: bool) -> events.Choice | None:
+    """Compare saved files, in the order of their steps, as far as the run measured them; log how many it did not.
+
+    None where there is nothing to choose from, as where files hold an average and the weights themselves are measured.
+    """
+    if len(files) < 2:
+        return None
+    files = without_copies(files)
+    found = [(path, steps_of(path)) for path in files] if measures_what_is_saved else []
+    known = [(path, step) for path, step in found if step and step in record.row_losses]  # 0: the file does not say
+    measured = [Measured(path, step, record.image_losses(step)) for path, step in known]
+    if 0 in record.row_losses:
+        measured.insert(0, Measured(None, 0, record.image_losses(0)))
+    if missing := len(files) - len(known):
+        text = "%d of %d saved files were not measured as they are; %s measures them all"
+        logger.info(text, missing, len(files), TOOL)
+    return choice_of(measured) if len(known) > 1 else None
+
+
 def choice_of(measured: Sequence[Measured], is_held_out: bool = True) -> events.Choice | None:
-    """What `choose` makes of files in the order of their steps, where what training began with stands first.
+    """Choose among files in the order of their steps, where what training began with stands first.
 
     None where no loss is a number. Fewer images than MIN_IMAGES suggest nothing, and neither do trained ones (not
     `is_held_out`).
@@ -108,7 +132,7 @@ def reason_of(found: Choice, measured: Sequence[Measured]) -> str:
 def memorised(
     unseen: tuple[Tensor, Tensor], trained: tuple[Tensor, Tensor], kind: Literal["held-out", "mirrored"]
 ) -> events.Memorised:
-    """How much more the loss fell on trained pictures than on unseen ones, by (losses_G before, losses_G of the file).
+    """Estimate how much more the loss fell on trained images than on unseen ones, each as (before, of the file).
 
     Mirrored pictures are compared with their own. Others are other pictures: the errors of both sides add up, by Welch
     1947, with the degrees of freedom of the smaller side, which is never too few.
@@ -122,7 +146,7 @@ def memorised(
 
 
 def table_of(choice: events.Choice) -> list[str]:
-    """All files, in lines of columns."""
+    """Return all files, in lines of columns."""
     rows = [("file", "step", "loss", "difference from best", "significant", "memorization gap")]
     for one in choice.candidates:
         rows.append(
@@ -140,12 +164,12 @@ def table_of(choice: events.Choice) -> list[str]:
 
 
 def format_memory(memory: events.Memorised | None) -> str:
-    """How much more the loss fell on trained pictures."""
+    """Return how much more the loss fell on trained pictures."""
     return "" if memory is None else f"{memory.more:.5f}{interval(memory.low, memory.high)}"
 
 
 def memory_line(choice: events.Choice) -> str | None:
-    """What the suggested file, else the last one, has learned by heart, in a line; None where that was not measured."""
+    """Describe what the suggested file, else the last one, memorized; None where that was not measured."""
     files = [one for one in choice.candidates if one.memorised is not None]
     if not files:
         return None
@@ -166,7 +190,7 @@ def interval(low: float | None, high: float | None) -> str:
 
 
 def format_choice(choice: events.Choice) -> str:
-    """The suggestion in a line."""
+    """Return the suggestion in a line."""
     if choice.suggested is None:
         return f"no file is suggested: {choice.reason}"
     name, pictures = Path(choice.suggested).name, f"measured on {choice.num_pictures} pictures"

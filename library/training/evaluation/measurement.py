@@ -1,4 +1,4 @@
-"""What validation measures, the same every time: pictures, their noise, and noise levels.
+"""The measurement of validation, the same every time: images, their noise, and noise levels.
 
 Letters: N pictures, L noise levels.
 """
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import blake2b
 from math import ceil
 
 import torch
@@ -35,8 +36,13 @@ class Measurement:
 
     @cached_property
     def rows(self) -> list[Name]:
-        """What identifies the picture of each row."""
+        """The name that identifies the image of each row."""
         return [name for names in self._names for name in names]
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of what is measured, and how."""
+        return blake2b(repr((self.rows, self.levels, self.seed)).encode(), digest_size=16).hexdigest()
 
     @cached_property
     def labels(self) -> list[str]:
@@ -51,7 +57,7 @@ class Measurement:
         title: str,
         evaluating: AbstractContextManager[None] | None = None,
     ) -> Tensor:
-        """The losses of all pictures, shape NL, float64; each process measures its share of the batches.
+        """Return the losses of all pictures, shape NL, float64; each process measures its share of the batches.
 
         `evaluating` puts the models in the state they are measured in, where they are not; `title` is that of a bar.
         """

@@ -17,7 +17,7 @@ OPAQUE = 128  # of an alpha channel, and above; what is below is painted anew
 
 
 def told_of_prompt(context: StepContext, prompt: Prompt, batch: Batch, seed: int) -> Conditioning:
-    """What an inpainting model is told of a prompt's picture, cut to the size of the prompt; nothing for other models.
+    """Return the conditioning of an inpainting model for a prompt's image, cut to its size; empty for other models.
 
     What is transparent is painted anew; where nothing is, a random part that follows from `seed`. `batch` holds the
     prompt. Raises UserError for a picture that cannot be read.

@@ -17,7 +17,6 @@ from library.diffusion.guidance import guided, needs_negative
 from library.errors import UserError
 from library.memory.devices import place, release_memory
 from library.options.output.preview import PreviewOptions
-from library.options.train import TrainOptions
 from library.options.training.averaging import PREVIEWS
 from library.progress import progress_bar
 from library.protocols import Architecture, LiveText
@@ -56,7 +55,7 @@ class Timetable:
 
     @classmethod
     def build(cls, options: PreviewOptions) -> "Timetable":
-        """Numbers of 0 and below are never; --sample_every_n_epochs wins over --sample_every_n_steps."""
+        """Read 0 and below as never; epochs win over steps."""
         steps, epochs = (max(n or 0, 0) or None for n in (options.sample_every_n_steps, options.sample_every_n_epochs))
         return cls(options.sample_at_first, steps if epochs is None else None, epochs)
 
@@ -71,10 +70,10 @@ class Timetable:
         return self.every_n_epochs is not None and epoch % self.every_n_epochs == 0
 
 
-def wanted_prompts(options: TrainOptions, arch: Architecture) -> list[Prompt]:
-    """The pictures that the run is to draw; none where no time or no file is named, or the file is empty."""
-    path = options.preview.sample_prompts
-    if Timetable.build(options.preview).is_empty or not path:
+def wanted_prompts(options: PreviewOptions, arch: Architecture) -> list[Prompt]:
+    """Read the prompts of the images to draw; none where no time or no file is named, or the file is empty."""
+    path = options.sample_prompts
+    if Timetable.build(options).is_empty or not path:
         return []
     specs = read_prompts(Path(path))
     if not specs:
@@ -97,7 +96,7 @@ def wanted_prompts(options: TrainOptions, arch: Architecture) -> list[Prompt]:
 
 
 def texts_of(prompts: Sequence[Prompt], worded: Callable[[str], str] = str) -> list[str]:
-    """Every text that drawing the prompts takes, each once; `worded` is `Preview.worded`."""
+    """Return every text that drawing the prompts takes, each once; `worded` is `Preview.worded`."""
     texts = [text for p in prompts for text in (worded(p.text), *([p.negative] if needs_negative(p) else []))]
     return list(dict.fromkeys(texts))
 
@@ -127,7 +126,7 @@ def encode_prompts(
 def encoded_now(
     context: StepContext, prompts: Sequence[Prompt], cached: Mapping[str, Conditioning] | None
 ) -> dict[str, Conditioning]:
-    """What the text encoders in memory make of the prompts, beside what is cached of the others."""
+    """Encode the prompts with the text encoders in memory, beside what is cached of the others."""
     encoders = context.models.text_encoders
     return encode_prompts(context.arch, encoders, context.autocast, prompts, context.live_text, cached)
 
@@ -164,7 +163,7 @@ class Previews:
         cached: Mapping[str, Conditioning] | None = None,
         is_drawing: bool = False,
     ) -> "Previews":
-        """The previews of `prompts`, see `wanted_prompts`. Those that frozen text encoders read are encoded here, once.
+        """Build the previews of `prompts`. Those that frozen text encoders read are encoded here, once.
 
         `cached` is given where text encoders have left memory.
         """
@@ -177,12 +176,12 @@ class Previews:
         return cls(run, charts, prompts, encoded, cached, is_drawing)
 
     def before_training(self, interruption: Interruption) -> None:
-        """Draw if --sample_at_first asks for it."""
+        """Draw if images are wanted before the first step."""
         if self._timetable.at_first:
             self._draw_all(epoch_event(0), 0, 0, interruption)
 
     def are_due(self, step: int) -> bool:
-        """Whether there is something to draw after `step`, its epoch left aside."""
+        """Return True if there is something to draw after `step`, its epoch left aside."""
         return bool(self._prompts) and self._timetable.holds_step(step)
 
     def after_step(self, step: int, epoch: int, interruption: Interruption) -> bool:
@@ -194,7 +193,7 @@ class Previews:
         return not self._timetable.holds_epoch(epoch) or self._draw_all(epoch_event(epoch), step, epoch, interruption)
 
     def are_drawn(self, event: str, since: float) -> bool:
-        """Whether all pictures of an event lie on disk, each written at `since` (seconds since 1970) or later."""
+        """Return True if all images of an event lie on disk, each written at `since` (seconds since 1970) or later."""
         options = self._run.options.saving
         paths = [partial(picture_path, options, event, i, prompt.seed) for i, prompt in enumerate(self._prompts)]
         grids = [partial(grid_path, options, event)] if len(paths) > 1 else []
@@ -266,12 +265,12 @@ class Previews:
 
 
 def step_event(step: int) -> str:
-    """What pictures of a step have in their names."""
+    """Return the part of file names that tells the step."""
     return f"{step:06d}"
 
 
 def epoch_event(epoch: int) -> str:
-    """What pictures of an epoch have in their names; epoch 0 is before training."""
+    """Return the part of file names that tells the epoch; epoch 0 is before training."""
     return f"e{epoch:06d}"
 
 
@@ -285,7 +284,7 @@ def give_up(what: str, error: Exception) -> None:
 
 
 def generator_of(prompt: Prompt, run_seed: int, index: int) -> torch.Generator:
-    """The generator of a picture (CPU): its own seed, or a stream of the run's that is the same at every event."""
+    """Seed the generator of an image (CPU): its own seed, or a stream of the run that is the same at every event."""
     if prompt.seed is None:
         return generator_for(run_seed, "preview", index)
     return torch.Generator().manual_seed(prompt.seed)
@@ -327,7 +326,7 @@ def draw_latents(
 
 
 def decode(context: StepContext, vae: nn.Module, latents_BCHW: Tensor) -> Image.Image:
-    """The picture of the latents. Raises UserError where the VAE gives what is not a number."""
+    """Return the picture of the latents. Raises UserError where the VAE gives what is not a number."""
     pixels_BCHW = context.arch.codec.decode(vae, latents_BCHW)
     if not pixels_BCHW.isfinite().all():
         raise UserError("the VAE gives NaN; add --no_half_vae, or use a VAE made for fp16")
@@ -339,7 +338,7 @@ def on_device(conditioning: Conditioning | None, device: torch.device) -> Condit
 
 
 def batch_of(prompt: Prompt) -> Batch:
-    """A prompt as the one sample of a batch: the whole picture at its own size."""
+    """Return a prompt as the one sample of a batch: the whole picture at its own size."""
     size: list[Any] = [prompt.height, prompt.width]
     return Batch(
         keys=["preview"],

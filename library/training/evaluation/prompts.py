@@ -50,7 +50,7 @@ LINE_OPTIONS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class PromptSpec:
-    """What one prompt says; None where it says nothing. The fields are the keys of TOML and JSON."""
+    """The settings of one prompt; None where it has none. The fields are the keys of TOML and JSON."""
 
     place: str  # "prompts.txt, line 3", for messages
     prompt: str
@@ -83,7 +83,7 @@ REAL = {
 
 
 def read_prompts(path: Path) -> list[PromptSpec]:
-    """The prompts of a file, in order; none for an empty file.
+    """Return the prompts of a file, in order; none for an empty file.
 
     Raises UserError or UserError naming the file, the line or entry, and the way out.
     """
@@ -103,7 +103,7 @@ def read_prompts(path: Path) -> list[PromptSpec]:
 
 
 def specs_in_text(path: Path, text: str) -> Iterator[PromptSpec]:
-    """A prompt a line; blank lines and comments, which start with `#`, are skipped."""
+    """Yield a prompt a line; blank lines and comments, which start with `#`, are skipped."""
     for number, line in enumerate(text.splitlines(), start=1):
         if line.strip() and not line.lstrip().startswith("#"):
             yield parse_line(line, f"{path}, line {number}")
@@ -128,7 +128,7 @@ def specs_in_toml(path: Path) -> Iterator[PromptSpec]:
 
 
 def specs_in_json(path: Path, text: str) -> Iterator[PromptSpec]:
-    """A list of objects, or of strings as in .txt files."""
+    """Yield the prompts of a list of objects, or of strings as in .txt files."""
     try:
         entries = parse_json(text) if text.strip() else []
     except InvalidJson as error:
@@ -148,7 +148,7 @@ def specs_in_json(path: Path, text: str) -> Iterator[PromptSpec]:
 def parse_line(line: str, place: str) -> PromptSpec:
     """`a cat --w 768 --n blurry`: what stands before the first option is the prompt, whatever it begins with.
 
-    Words behind the value of an option belong to the prompt too, but for --n, --i and --cn, which take all up to the
+    Words behind the value of an option belong to the prompt too, unless the option takes a text, which goes up to the
     next option.
     """
     prompt, *options = OPTION.split(line.strip())
@@ -177,7 +177,7 @@ def first_word(text: str) -> tuple[str, str]:
 
 
 def number_in(text: str, key: str, place: str) -> int | float:
-    """The number that stands in a line of text."""
+    """Return the number that stands in a line of text."""
     try:
         return int(text) if key in WHOLE else float(text)
     except ValueError:
@@ -186,7 +186,7 @@ def number_in(text: str, key: str, place: str) -> int | float:
 
 
 def spec_of(table: Mapping[str, Any], place: str) -> PromptSpec:
-    """The settings of one prompt, checked."""
+    """Return the settings of one prompt, checked."""
     values: dict[str, Any] = {}
     for key, value in table.items():
         if key not in KEYS:
@@ -201,7 +201,7 @@ def spec_of(table: Mapping[str, Any], place: str) -> PromptSpec:
 
 
 def checked(key: str, value: Any, place: str) -> Any:
-    """The value in its type. A seed of -1, as other programs write it, is no seed."""
+    """Return the value in its type. A seed of -1, as other programs write it, is no seed."""
     if key == "sample_sampler":
         check_sampler(value, f"{FLAG} {place}: {named(key)}")
         return value
@@ -230,12 +230,12 @@ def check_sampler(name: Any, what: str) -> None:
 
 
 def named(key: str) -> str:
-    """A setting as TOML and as a line of text have it: `width (--w)`."""
+    """Return a setting as TOML and as a line of text have it: `width (--w)`."""
     return f"{key} (--{next(letters for letters, name in LINE_OPTIONS.items() if name == key)})"
 
 
 def resolve(spec: PromptSpec, defaults: PromptDefaults, inpaints: bool = False) -> Prompt:
-    """The prompt with everything filled in; warns of settings that the base model does not have.
+    """Return the prompt with everything filled in; warns of settings that the base model does not have.
 
     Raises UserError where a model that inpaints is given no picture, or one that is not there.
     """
@@ -262,7 +262,7 @@ def resolve(spec: PromptSpec, defaults: PromptDefaults, inpaints: bool = False) 
 
 
 def picture_of(spec: PromptSpec) -> Path:
-    """The picture that a model that inpaints is to paint anew in part."""
+    """Return the picture that a model that inpaints is to paint anew in part."""
     if spec.image_path is None:
         raise UserError(
             f"{FLAG} {spec.place} names no picture to paint in; give one with {named('image_path')}, whose transparent "
@@ -275,7 +275,7 @@ def picture_of(spec: PromptSpec) -> Path:
 
 
 def side(wanted: int, step: int, place: str) -> int:
-    """A side of the picture that the base model can draw: a multiple of `step`, at least 64."""
+    """Return a side of the picture that the base model can draw: a multiple of `step`, at least 64."""
     drawn = max(SMALLEST_SIDE, wanted - wanted % step)
     if drawn != wanted:
         logger.info("%s: a side of %d is drawn as %d, a multiple of %d", place, wanted, drawn, step)
@@ -283,7 +283,7 @@ def side(wanted: int, step: int, place: str) -> int:
 
 
 def own(spec: PromptSpec, key: str, default: Any) -> Any:
-    """A setting that only some base models have."""
+    """Return a setting of a prompt, without those that this base model does not have, which are warned of."""
     value = getattr(spec, key)
     if default is None and value is not None:
         logger.warning("%s: %s has no effect on this base model", spec.place, named(key))

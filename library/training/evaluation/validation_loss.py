@@ -29,7 +29,7 @@ Name = tuple[str | int, ...]
 
 
 def noise_levels(options: NoiseOptions) -> tuple[int, ...]:
-    """Levels that divide --min_timestep to --max_timestep into equal parts, without the ends: 200, 400, 600, 800.
+    """Divide the range of timesteps into equal parts, and return it without the ends: 200, 400, 600, 800.
 
     Narrow ranges hold fewer.
     """
@@ -40,7 +40,7 @@ def noise_levels(options: NoiseOptions) -> tuple[int, ...]:
 
 
 def batch_losses(context: StepContext, batch: Batch, names: Sequence[Name], levels: Sequence[int], seed: int) -> Tensor:
-    """The loss of each picture of a batch at each level, without subset weights; float64, shape BL, on the CPU.
+    """Return the loss of each picture of a batch at each level, without subset weights; float64, shape BL, on the CPU.
 
     A function of the weights, the picture and the seed: every picture has noise of its own at every level, whatever
     batch it lies in. To be called while `evaluating`.
@@ -75,7 +75,7 @@ class Difference:
 
     @property
     def is_clear(self) -> bool:
-        """Whether it is more than twice its standard error."""
+        """Return True if it is more than twice its standard error."""
         return abs(self.mean) > 2 * self.standard_error
 
 

@@ -34,9 +34,9 @@ def evaluating(run: Run, use: str) -> Iterator[None]:
 
 @contextmanager
 def shown_weights(run: Run, use: str) -> Iterator[None]:
-    """The weights for `use`, one of those in `library.options.training.averaging`; afterwards those of training again.
+    """Put the weights for `use`, one of those in `library.options.training.averaging`, in place for the block.
 
-    What a schedule-free optimizer has averaged, or the average of --ema_decay where --ema_used_for says so.
+    They are the average of a schedule-free optimizer, or the moving average where it is meant for this use.
     """
     average = run.optimization.average
     shows_average = average is not None and run.options.averaging.averages(use)

@@ -89,7 +89,7 @@ class Interruption:
 
     @property
     def is_requested(self) -> bool:
-        """Whether the run should save and end."""
+        """Return True if the run should save and end."""
         if self._signal is None and self._launcher is not None and os.getppid() != self._launcher:
             logger.warning("the launcher of this run is gone; saving and ending")
             self._signal = signal.SIGTERM
@@ -97,7 +97,7 @@ class Interruption:
 
     @property
     def exit_status(self) -> int:
-        """What shells know a process by that a signal ended: 130 after SIGINT, 143 after SIGTERM."""
+        """The status of a process that a signal ended, as shells know it: 130 after SIGINT, 143 after SIGTERM."""
         return 128 + (self._signal or signal.SIGTERM)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

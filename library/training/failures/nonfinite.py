@@ -54,7 +54,7 @@ class NonFiniteGuard:
     was_traced: bool = False
 
     def allows_step(self, window: Window, losses: Sequence[float], norm: float) -> bool:
-        """Whether the step of `window` may move the weights; `losses` are its batches', `norm` the whole gradient's.
+        """Return True if the step of `window` may move the weights; it has `losses` and a gradient of this `norm`.
 
         Raises NonFiniteError where the run should end instead.
         """
@@ -80,7 +80,7 @@ class NonFiniteGuard:
         return False
 
     def explain(self, window: Window, losses: Sequence[float], norm: float) -> str:
-        """What is known of a damaged step: number, pictures, noise levels, with --trace_nonfinite the module."""
+        """Describe a damaged step: number, images, noise levels, and the module where it was traced."""
         broken = {place: loss for place, loss in zip(window.places, losses, strict=True) if not isfinite(loss)}
         what = f"loss {next(iter(broken.values()))}" if broken else f"gradient norm {norm} with a finite loss"
         samples, trace = [], None
@@ -94,7 +94,7 @@ class NonFiniteGuard:
         return told if trace is None else f"{told}; {trace}"
 
     def redraw(self, window: Window, place: int) -> Batch:
-        """A batch once more: every draw is a function of the seed and its place."""
+        """Return a batch once more: every draw is a function of the seed and its place."""
         step_of = partial(self.run.plan.step_of, window.epoch)
         return next(iter(self.run.batches.of_epoch(window.epoch, [place], step_of, 0, False)))
 
@@ -107,18 +107,18 @@ class NonFiniteGuard:
 
 
 def searches_loss_scale(scaler: torch.amp.GradScaler | None) -> bool:
-    """Whether gradients overflow only because GradScaler tries large scales, as it does at the start of a run."""
+    """Return True if gradients overflow only because GradScaler tries large scales, as at the start of a run."""
     return scaler is not None and scaler.get_scale() > MIN_LOSS_SCALE
 
 
 def describe_samples(run: Run, batch: Batch, batch_number: int) -> list[str]:
-    """Every picture of a batch with its noise level."""
+    """Return every picture of a batch with its noise level."""
     timesteps = noised_of(run.context, batch, batch_number).timesteps_B.tolist()
     return [f"{key} (timestep {level:g})" for key, level in zip(batch.keys, timesteps, strict=True)]
 
 
 def advice(run: Run) -> str:
-    """What to try."""
+    """Suggest what to try."""
     if run.options.precision.mixed_precision == "fp16":
         return "fp16 overflows easily: try --mixed_precision bf16, or a lower --learning_rate"
     return "try a lower --learning_rate, and look at the pictures that are named; --trace_nonfinite names the module"

@@ -16,7 +16,7 @@ from library.types import Batch
 
 @dataclass
 class Trace:
-    """What was seen, in the order of the computation."""
+    """The modules seen, in the order of the computation."""
 
     damaged_output: str | None = None  # the first module that gave one
     input_was_finite: bool = True
@@ -42,7 +42,7 @@ class Trace:
             self.damaged_gradient = name
 
     def sentence(self, damaged_parameter: str | None) -> str:
-        """The finding in words."""
+        """Return the finding in words."""
         if self.damaged_output is not None:
             state = "finite" if self.input_was_finite else "not finite either"
             return f"the output of {self.damaged_output} is the first that is not finite, its input is {state}"
@@ -69,7 +69,7 @@ def first_damage(run: Run, batch: Batch, batch_number: int, step: int) -> str:
 
 
 def found_damage(run: Run, batch: Batch, batch_number: int, step: int, parameters: Sequence[nn.Parameter]) -> str:
-    """The same, replacing the gradients of the trained `parameters`."""
+    """Trace the step once more, replacing the gradients of the trained `parameters`."""
     trace = Trace()
     for parameter in parameters:
         parameter.grad = None
@@ -84,7 +84,7 @@ def found_damage(run: Run, batch: Batch, batch_number: int, step: int, parameter
 
 
 def parts_of(run: Run) -> Mapping[str, nn.Module]:
-    """The models of a step by the names that the report uses."""
+    """Return the models of a step by the names that the report uses."""
     models, adapter = run.context.models, run.context.network.module
     encoders = models.text_encoders
     names = ["text_encoder"] if len(encoders) == 1 else [f"text_encoder_{i + 1}" for i in range(len(encoders))]
@@ -110,7 +110,7 @@ def watched(parts: Mapping[str, nn.Module], trace: Trace) -> Iterator[None]:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The floating-point tensors of whatever a module takes or gives."""
+    """Yield the floating-point tensors of whatever a module takes or gives."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield value

@@ -1,7 +1,7 @@
 """Out of memory: what was being done, how much there was, and which options save how much."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +34,7 @@ class Sizes:
 
 
 def sizes_of(run: Run) -> Sizes:
-    """What the parts of a run take."""
+    """Measure what the parts of a run take."""
     models = run.context.models
     return Sizes(
         bytes_of(models.denoiser),
@@ -45,14 +45,14 @@ def sizes_of(run: Run) -> Sizes:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: torch's own for cards, and RuntimeError on the CPU."""
+    """Return True if an error says that memory ran out: torch's own for cards, and RuntimeError on the CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in WORDS)
 
 
 @contextmanager
-def explained(
+def explain_out_of_memory(
     doing: str,
     options: TrainOptions,
     device: torch.device,
@@ -70,7 +70,8 @@ def explained(
         if not is_out_of_memory(error):
             raise
         predicted = memory_hints()
-        others = savings(options, sizes(), device, is_predicted=bool(predicted))
+        ignored = None if options.concepts is None else ignored_by_leco(type(options))
+        others = find_savings(options.flat(), sizes(), device, bool(predicted), ignored)
         lines = [
             f"out of memory while {doing}{f', {shape}' if shape else ''}",
             f"memory: {memory_figures(device)}",
@@ -101,7 +102,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def resident_peak() -> int:
-    """The most main memory that this process ever used, in bytes; 0 where the system does not say."""
+    """Return the most main memory that this process ever used, in bytes; 0 where the system does not say."""
     if sys.platform == "win32":
         return 0
     import resource
@@ -111,7 +112,7 @@ def resident_peak() -> int:
 
 
 def main_memory() -> int:
-    """The machine's main memory in bytes; 0 where the system does not say."""
+    """Return the machine's main memory in bytes; 0 where the system does not say."""
     if sys.platform == "win32":
         return 0
     import os
@@ -119,17 +120,28 @@ def main_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def savings(options: TrainOptions, sizes: Sizes, device: torch.device, is_predicted: bool = False) -> Iterator[str]:
-    """Options that are not used yet, those that save most first, with the bytes where they are known; without those of
-    running blocks and storing weights where these are predicted, and those that do nothing in this run."""
-    idle = () if options.concepts is None else tuple(f"--{name} " for name in ignored_by_leco(type(options)))
-    yield from (line for line in every_saving(options.flat(), sizes, device, is_predicted) if not line.startswith(idle))
-    if options.concepts is not None:
+def find_savings(
+    values: Mapping[str, Any],
+    sizes: Sizes,
+    device: torch.device,
+    is_predicted: bool = False,
+    ignored: Collection[str] | None = None,
+) -> Iterator[str]:
+    """Yield what is not used yet and saves memory, the most first, with the bytes where they are known.
+
+    `is_predicted` leaves out ways of running blocks and storing weights. `ignored` are the options without effect where
+    prompts are trained without images, and None where there are images.
+    """
+    idle = tuple(f"--{name} " for name in ignored or ())
+    every = find_all_savings(values, sizes, device, is_predicted)
+    yield from (line for line in every if not line.startswith(idle))
+    if ignored is not None:
         yield "a smaller batch_size in the --prompts_file needs as much less for activations"
 
 
-def every_saving(values: Mapping[str, Any], sizes: Sizes, device: torch.device, is_predicted: bool) -> Iterator[str]:
-    """The same, whatever the run trains on."""
+def find_all_savings(
+    values: Mapping[str, Any], sizes: Sizes, device: torch.device, is_predicted: bool
+) -> Iterator[str]:
     yield from activation_savings(values, is_predicted)
     yield from weight_savings(values, sizes, is_predicted)
     if wants(values, "vae_batch_size", 1):
@@ -149,7 +161,7 @@ def every_saving(values: Mapping[str, Any], sizes: Sizes, device: torch.device, 
 
 
 def activation_savings(values: Mapping[str, Any], is_predicted: bool) -> Iterator[str]:
-    """What makes activations smaller."""
+    """Yield what makes activations smaller."""
     if not is_predicted and not values["gradient_checkpointing"]:
         yield (
             "--gradient_checkpointing keeps only the inputs of the blocks, which is most of what a step needs besides "
@@ -167,7 +179,7 @@ def activation_savings(values: Mapping[str, Any], is_predicted: bool) -> Iterato
 
 
 def weight_savings(values: Mapping[str, Any], sizes: Sizes, is_predicted: bool) -> Iterator[str]:
-    """What makes the frozen models smaller, or lets them leave."""
+    """Yield what makes the frozen models smaller, or lets them leave."""
     frozen = sizes.denoiser + sizes.text_encoders + sizes.vae
     if values["mixed_precision"] == "no":
         yield f"--mixed_precision bf16 halves models and activations{less(frozen // 2)}"
@@ -187,7 +199,7 @@ def weight_savings(values: Mapping[str, Any], sizes: Sizes, is_predicted: bool) 
 
 
 def can_have(values: Mapping[str, Any], name: str) -> bool:
-    """Whether this base model has an option that is not used yet."""
+    """Return True if this base model has an option that is not used yet."""
     return name in values and name not in UNSUPPORTED and not values[name]
 
 
@@ -200,5 +212,5 @@ def less(num_bytes: int) -> str:
 
 
 def optimizer_is_adamw(values: Mapping[str, Any]) -> bool:
-    """Whether the optimizer keeps two 32-bit numbers for each parameter."""
+    """Return True if the optimizer keeps two 32-bit numbers for each parameter."""
     return (values["optimizer_type"] or "AdamW").lower() == "adamw" and not values["use_8bit_adam"]

@@ -12,7 +12,7 @@ from library.processes import Order
 from library.training.evaluation.preview import epoch_event, step_event
 from library.training.failures.interruption import Interruption
 from library.training.failures.nonfinite import NonFiniteError, NonFiniteGuard, last_good_saved
-from library.training.failures.out_of_memory import explained, sizes_of
+from library.training.failures.out_of_memory import explain_out_of_memory, sizes_of
 from library.training.loop.prepared import PreparedRun
 from library.training.loop.update import Updates, wanted_norm_limit
 from library.training.optimization.optimizers import effective_rates
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class AdapterRun:
-    """What a run does for one adapter, step by step; the loop says when, and computes the gradients."""
+    """The work of a run for one adapter, step by step; the loop says when, and computes the gradients."""
 
     def __init__(self, prepared: PreparedRun, interruption: Interruption, bar: StepBar) -> None:
         self.prepared, self._interruption = prepared, interruption
@@ -61,7 +61,7 @@ class AdapterRun:
                 logger.error("%s. The other adapters go on", error)
 
     def begin(self) -> None:
-        """What is due before the first step."""
+        """Do what is due before the first step."""
         prepared, progress, epoch = self.prepared, self.progress, self.run.plan.epoch_of(self.progress.step)
         if progress.step == 0:
             prepared.previews.before_training(self._interruption)
@@ -85,7 +85,7 @@ class AdapterRun:
         losses, stops = run.processes.exchange(parameters, own_losses, num_losses, wants_stop, order_of(run))
         self.updates.tell()
         self.progress.is_moving = True
-        with explained("the optimizer moved the weights", run.options, device, "", lambda: sizes_of(run)):
+        with explain_out_of_memory("the optimizer moved the weights", run.options, device, "", lambda: sizes_of(run)):
             with run.times.stage("optimizer"):
                 self.updates.take(window, losses)
         return stops
@@ -111,7 +111,7 @@ class AdapterRun:
                 with run.times.stage("saving"):
                     writer.save_best(progress.step, window.epoch)
         self._after_step(window.epoch)
-        is_cut = is_last and not validation.ends_run  # by the end of the run
+        is_cut = is_last and validation.stop_reason is None  # by the end of the run
         if progress.step % plan.steps_per_epoch == 0 or is_cut:
             if prepared.charts.are_on:
                 average = progress.average.mean
@@ -122,10 +122,10 @@ class AdapterRun:
         """The adapter ends here, before the run is over."""
         self.progress.ended = why
         if self.run.sweep is not None:
-            self.run.sweep.ended[self.run.label] = Ended(self.progress.step, why, self.validation.last_losses())
+            self.run.sweep.ended[self.run.label] = Ended(self.progress.step, why, self.validation.record.last_losses())
 
     def drop(self, epoch: int) -> None:
-        """End the adapter because another one is clearly better (--sweep_stop_after)."""
+        """End the adapter early because another one is clearly better."""
         self.note_end("another one was significantly better (--sweep_stop_after)")
         logger.info("ends after step %d: %s", self.progress.step, self.progress.ended)
         self.prepared.writer.save_end(self.progress, epoch)
@@ -136,8 +136,8 @@ class AdapterRun:
         self._guard.report(progress.step)
         if progress.step >= self.run.plan.max_train_steps:
             writer.save_end(progress, self.run.plan.num_epochs)
-        elif validation.ends_run:
-            self.note_end(validation.why_it_ends)
+        elif validation.stop_reason is not None:
+            self.note_end(validation.stop_reason)
             logger.info("the run ends after step %d: %s", progress.step, progress.ended)
             writer.save_end(progress, epoch)
         else:
@@ -149,7 +149,7 @@ class AdapterRun:
         self._save_and_draw("step previews", epoch, prepared.writer.save_after_step, prepared.previews.after_step)
 
     def _after_epoch(self, epoch: int) -> None:
-        """The same after an epoch, which the end of the run may have cut short."""
+        """Save, draw and chart after an epoch, which the end of the run may have cut short."""
         prepared = self.prepared
         self._save_and_draw("epoch previews", epoch, prepared.writer.save_after_epoch, prepared.previews.after_epoch)
 
@@ -210,7 +210,7 @@ def report_step(run: Run, progress: Progress, charts: Charts, bar: StepBar, told
 def step_values(
     run: Run, loss: float, average: float, rates: list[float], norms: LimitedNorms | None
 ) -> dict[str, float]:
-    """What the charts show of a batch."""
+    """Return the values of a batch for the charts."""
     effective = effective_rates(run.optimization.optimizer, run.optimization.built.name)
     is_first_text_encoder = not run.options.network.network_train_unet_only
     values = rate_values(rates, run.optimization.group_names, effective, is_first_text_encoder)
@@ -221,6 +221,6 @@ def step_values(
 
 
 def order_of(run: Run) -> Order | None:
-    """The blocks that this process has asked for, where those that share a base model have to ask alike."""
+    """Return the blocks that this process has asked for, where those that share a base model have to ask alike."""
     sharded = run.context.models.sharded
     return None if sharded is None else Order(sharded.digest, sharded.group_size)

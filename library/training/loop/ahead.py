@@ -59,7 +59,7 @@ class CudaCopies:
 
 
 def moved(batch: Batch, on_host: Sequence[str], move: Callable[[Tensor], Tensor]) -> Batch:
-    """A batch whose large tensors are `move`d."""
+    """Return a batch whose large tensors are `move`d."""
     found: dict[str, Any] = {name: getattr(batch, name) for name in TENSORS}
     found = {name: None if tensor is None else move(tensor) for name, tensor in found.items()}
     if batch.conditioning is not None:
@@ -69,7 +69,7 @@ def moved(batch: Batch, on_host: Sequence[str], move: Callable[[Tensor], Tensor]
 
 
 def copies_to(device: torch.device, on_host: Sequence[str]) -> Copies:
-    """The fastest way there."""
+    """Return the fastest way of copying to the device."""
     return CudaCopies(device, on_host) if device.type == "cuda" else NoCopies()
 
 

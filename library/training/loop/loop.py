@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from library.training.failures.interruption import Interruption
-from library.training.failures.out_of_memory import explained, sizes_of
+from library.training.failures.out_of_memory import explain_out_of_memory, sizes_of
 from library.training.loop.adapter_run import AdapterRun
 from library.training.loop.ahead import Ahead, copies_to
 from library.training.loop.prepared import PreparedRun
@@ -36,7 +36,7 @@ class StepWatch(Protocol):
 
 
 class FindWorse(Protocol):
-    """Names the adapters of a sweep that are significantly worse than the best (--sweep_stop_after)."""
+    """Names the adapters of a sweep that are significantly worse than the best, which end early."""
 
     def __call__(self, losses: Mapping[str, Sequence[float]], num_adapters: int, num_looks: int) -> list[str]:
         """Take each adapter's validation losses by label; `num_adapters` counts those that have ended too."""
@@ -62,7 +62,7 @@ def train(
     """Train from where the run stands to the last step, or to the step in which the user interrupts.
 
     Either way each adapter is saved. `watch` is called around the arithmetic of each step; `find_worse` is required
-    for --sweep_stop_after. A resumed run first makes what was due at the step of its state and had not been done.
+    where adapters may end early. A resumed run first makes what was due at the step of its state and had not been done.
     """
     run, step = adapters[0].run, adapters[0].progress.step  # of what all adapters share
     plan, is_main = run.plan, run.processes.is_main
@@ -133,15 +133,15 @@ def delete_outdated(adapter_runs: Sequence[AdapterRun]) -> None:
 def without_worse(
     going: list[AdapterRun], step: int, epoch: int, num_adapters: int, find_worse: FindWorse
 ) -> list[AdapterRun]:
-    """The adapters without those that --sweep_stop_after ends, whose files are saved."""
+    """Leave out the adapters that end early, after saving their files."""
     after = going[0].run.options.sweep.sweep_stop_after if going else None
     if after is None or step < after:
         return going
-    losses = {one.run.label: one.validation.losses_after(step) for one in going}
+    losses = {one.run.label: one.validation.record.losses_after(step) for one in going}
     measured = {label: found for label, found in losses.items() if found is not None}
     if len(measured) < len(going):
         return going
-    worse = find_worse(measured, num_adapters, going[0].validation.num_evaluations)
+    worse = find_worse(measured, num_adapters, going[0].validation.record.num_evaluations)
     for one in (one for one in going if one.run.label in worse):
         with one.speaking():
             one.drop(epoch)
@@ -151,7 +151,7 @@ def without_worse(
 def going_on(adapter_runs: Sequence[AdapterRun], epoch: int) -> list[AdapterRun]:
     """Those that train on; what the others come to is saved."""
     for one in adapter_runs:
-        if one.validation.ends_run and not one.progress.ended:
+        if one.validation.stop_reason is not None and not one.progress.ended:
             with one.speaking():
                 one.end(epoch)
     return [one for one in adapter_runs if not one.progress.ended]
@@ -193,7 +193,7 @@ def accumulate_gradients(
         size = len(window.places) if number < num_own else math.inf
         doing = f"computing step {window.step + 1}, forward and backward"
         shape, predicted = describe_shape(batch), partial(memory_hints, runs, batch)
-        with explained(doing, run.options, run.context.device, shape, lambda: sizes_of(run), predicted):
+        with explain_out_of_memory(doing, run.options, run.context.device, shape, lambda: sizes_of(run), predicted):
             batch_number = run.plan.batch_number(window.epoch, place)
             if len(runs) == 1:
                 found = [backward(run, batch, batch_number, size, window.step)]
@@ -206,7 +206,7 @@ def accumulate_gradients(
 
 
 def passes_of(run: Run, window: Window) -> list[int]:
-    """The places that this process computes for a window: its share, and in step with others a stand-in."""
+    """Return the places that this process computes for a window: its share, and in step with others a stand-in."""
     processes = run.processes
     share = [*window.share(processes.rank, processes.count)]
     stand_in = None

@@ -50,7 +50,7 @@ def backward_stacked(
     first, contexts, times = runs[0], [run.context for run in runs], runs[0].times
     assert first.turns is not None
     seeds = {run.place: stream_seed(run.context.seed, "step", batch_number) for run in runs}
-    many = repeated(batch, len(runs))
+    many = repeat_batch(batch, len(runs))
     with first.turns.together(seeds, first.context.device), times.counted(many) as turn_back:
         with times.stage("forward"):
             for context in contexts:
@@ -66,7 +66,7 @@ def backward_stacked(
 
 
 def stacked_losses(contexts: Sequence[StepContext], batch: Batch, many: Batch, batch_number: int) -> Sequence[Tensor]:
-    """The loss of each adapter, scalars with gradient; `many` is the batch once for each of them."""
+    """Return the loss of each adapter, scalars with gradient; `many` is the batch once for each of them."""
     first, count = contexts[0], len(contexts)
     noised = of_each_seed(contexts, lambda context: noised_of(context, batch, batch_number, is_checked=False))
     told = of_each_seed(
@@ -81,7 +81,7 @@ def stacked_losses(contexts: Sequence[StepContext], batch: Batch, many: Batch, b
 
 
 def of_each_seed(contexts: Sequence[StepContext], make: Callable[[StepContext], T]) -> list[T]:
-    """What `make` gives for each context, made once for those of one seed."""
+    """Call `make` for each context, once for those of one seed."""
     made: dict[int, T] = {}
     for context in contexts:
         if context.seed not in made:
@@ -98,26 +98,29 @@ def stacked_conditioning(
 ) -> Conditioning:
     """Text features of all rows. Text encoders that train run once over the captions of all adapters."""
     if contexts[0].trains_text_encoder:
-        whole = conditioning_of(contexts[0], many, joined(told))
-        parts = [vary(c, part, batch_number) for c, part in zip(contexts, apart(whole, len(contexts)), strict=True)]
+        whole = conditioning_of(contexts[0], many, join_conditioning(told))
+        parts = [
+            vary(c, part, batch_number)
+            for c, part in zip(contexts, split_conditioning(whole, len(contexts)), strict=True)
+        ]
     else:
         parts = [varied_conditioning_of(c, batch, batch_number, one) for c, one in zip(contexts, told, strict=True)]
-    return joined(parts)
+    return join_conditioning(parts)
 
 
-def joined(parts: Sequence[Conditioning]) -> Conditioning:
+def join_conditioning(parts: Sequence[Conditioning]) -> Conditioning:
     """Features of all rows from those of each adapter's."""
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def apart(whole: Conditioning, count: int) -> list[Conditioning]:
-    """The opposite, for as many adapters."""
+def split_conditioning(whole: Conditioning, count: int) -> list[Conditioning]:
+    """Split what `join_conditioning` joined."""
     chunks: Mapping[str, Sequence[Tensor]] = {name: tensor.chunk(count) for name, tensor in whole.items()}
     return [{name: tensors[i] for name, tensors in chunks.items()} for i in range(count)]
 
 
-def repeated(batch: Batch, count: int) -> Batch:
-    """The batch so many times; pictures and latents, which are made noise of before, are left out."""
+def repeat_batch(batch: Batch, count: int) -> Batch:
+    """Return the batch so many times; pictures and latents, which are made noise of before, are left out."""
 
     def times(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else torch.cat([tensor] * count)

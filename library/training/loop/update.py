@@ -1,4 +1,4 @@
-"""What becomes of a step's gradients: they are clipped, the weights move, and what the step gave is told.
+"""Applies a step's gradients: clip, optimizer step, report.
 
 Whether a step is good can be known only once the device has computed it. Where the optimizer can leave a step out by
 itself, by a number on the device, the host gives it the next step meanwhile and hears of this one afterwards, just
@@ -47,7 +47,7 @@ class Updates:
     def __init__(
         self, run: Run, guard: NonFiniteGuard, norm_limit: float | None, tell: Callable[[StepResult], None]
     ) -> None:
-        """`norm_limit` is that of --scale_weight_norms, if it is wanted."""
+        """`norm_limit` limits the norms of weight changes."""
         self._run, self._guard, self._norm_limit, self._tell = run, guard, norm_limit, tell
         self._last: PendingStep | None = None
         self.tells_late = skips_by_itself(run)
@@ -136,7 +136,7 @@ class Updates:
 
 
 def skips_by_itself(run: Run) -> bool:
-    """Whether the optimizer leaves a step out by a number on the device, and nothing else must know of the step before.
+    """Return True if the optimizer can skip a step by a flag on the device, and nothing else must know of it before.
 
     A loss scale is found by reading, and a network that looks at gradients must see good ones only.
     """
@@ -148,7 +148,7 @@ def skips_by_itself(run: Run) -> bool:
 
 
 def rounding_of(run: Run, step: int) -> AbstractContextManager[None]:
-    """How the weights are rounded after optimizer step `step`: at random with --stochastic_rounding."""
+    """Round the weights after optimizer step `step` at random, where that is wanted."""
     if not (run.options.optimizer.stochastic_rounding and run.options.precision.full_bf16):
         return nullcontext()
     device = run.context.device
@@ -157,7 +157,7 @@ def rounding_of(run: Run, step: int) -> AbstractContextManager[None]:
 
 
 def wanted_norm_limit(run: Run) -> float | None:
-    """--scale_weight_norms; None where it is not wanted, or where this network cannot do it, which is warned of.
+    """Return the largest norm; None where there is no limit, or where this network cannot do it, which is warned of.
 
     Raises UserError for a negative limit.
     """

@@ -1,4 +1,4 @@
-"""Check for --base_arithmetic 8bit that this device multiplies in 8 bits, and does so correctly."""
+"""Check that this device multiplies in 8 bits, and does so correctly."""
 
 import logging
 
@@ -11,7 +11,6 @@ from library.memory.codecs.codec import AS_IN_FILE
 from library.memory.codecs.matmul_8bit import Codes, input_gradient, output
 from library.memory.codecs.weight_format import load_format
 from library.memory.frozen import FrozenLinear, frozen_layers
-from library.options.train import TrainOptions
 from library.protocols import Architecture
 from library.training.models.compute import Compute
 from networks.core.protocol import OURS
@@ -23,14 +22,13 @@ MOST_ERROR = 0.1  # of what a product gives: fp8 is off by 3 to 4 %
 NEEDS = "int8 needs a card of compute capability 7.5 (RTX 20), 8-bit floating point 8.9 (RTX 40, H100)"
 
 
-def check_arithmetic(options: TrainOptions, arch: Architecture, compute: Compute) -> None:
+def check_arithmetic(name: str | None, module: str | None, arch: Architecture, compute: Compute) -> None:
     """Try a product of each kind that the run needs on its device.
+
+    `name` is the weight format of the denoiser, None for that of its file; `module` the network module.
 
     Raises UserError, before weights are read, where there is nothing to multiply so or the device cannot.
     """
-    if not options.precision.multiplies_codes:
-        return
-    name, module = options.precision.denoiser_format, options.network.network_module
     kinds = {kind_of(name)} if name is not None else kinds_in_file(arch)
     for kind in sorted(kinds, key=str):
         try_kind(kind, compute)
@@ -43,7 +41,7 @@ def check_arithmetic(options: TrainOptions, arch: Architecture, compute: Compute
 
 
 def kind_of(name: str) -> torch.dtype:
-    """The format of the codes of a value of --base_format."""
+    """Return the dtype of the codes of a weight format."""
     codec = load_format(name).codec
     codes = codec.codes(codec.encode(torch.ones(1, 8)))
     assert codes is not None, "options refuse other formats"
@@ -51,7 +49,7 @@ def kind_of(name: str) -> torch.dtype:
 
 
 def kinds_in_file(arch: Architecture) -> set[torch.dtype]:
-    """The formats of the codes that the checkpoint has. Raises UserError where none can be multiplied."""
+    """Return the formats of the codes that the checkpoint has. Raises UserError where none can be multiplied."""
     layers = frozen_layers(on_meta_device(arch.load).denoiser(AS_IN_FILE))
     found = [layer.decoder.codes(layer.own_parts()) for layer in layers if isinstance(layer, FrozenLinear)]
     kinds = {codes.codes_OI.dtype for codes in found if codes is not None and codes.can_be_multiplied}
@@ -90,7 +88,7 @@ def try_kind(kind: torch.dtype, compute: Compute) -> None:
 
 
 def made_up(kind: torch.dtype, side: int, compute: Compute) -> tuple[Tensor, Codes]:
-    """An input and a weight, both square."""
+    """Return an input and a weight, both square."""
     generator = torch.Generator().manual_seed(side)
     x = torch.randn(side, side, generator=generator).to(compute.device, compute.dtype)
     codes_OI = (40 * torch.randn(side, side, generator=generator)).clamp(-127, 127).to(compute.device).to(kind)
@@ -98,7 +96,7 @@ def made_up(kind: torch.dtype, side: int, compute: Compute) -> tuple[Tensor, Cod
 
 
 def error_of(x: Tensor, weight: Codes) -> float:
-    """How far products are off, as shares of their size, the worse of output and gradient."""
+    """Return how far products are off, as shares of their size, the worse of output and gradient."""
     whole = weight.codes_OI.double().cpu() * weight.scales.double().cpu()
     exact = x.double().cpu()
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from library.data.caching.latents import cache_latents
 from library.data.caching.stores import NO_LATENTS, NO_TEXTS, LatentStore, TextStore
-from library.data.concepts.prompt_pairs import PromptPairs
 from library.data.plan.data_plan import DataPlan
 from library.data.training_data import TrainingData
 from library.memory.devices import place, release_memory
@@ -28,7 +27,7 @@ from library.types import Conditioning
 
 @dataclass(frozen=True)
 class LoadedModels:
-    """What the base model has become, and what it made of the data."""
+    """The loaded models and the caches built with them."""
 
     models: Models
     live_text: LiveText | None  # the text encoders in memory where the outputs of others are cached
@@ -52,28 +51,31 @@ def load_models(
 
     One model after the other, the largest last: VAE and text encoders that have encoded everything leave memory before
     the denoiser comes, so the peak of a cached run is the denoiser alone. `reader` is the network module that reads
-    --base_weights.
+    the adapters to merge.
     """
-    vae, latents = prepare_vae(options, arch, seed, data, processes)
+    vae, latents = prepare_vae(options.caching, arch, seed, data, processes)
     release_memory(options.memory.highvram)
     text = prepare_text(options, arch, data, compute.device, compute.autocast, prompts, processes)
     release_memory(options.memory.highvram)
-    sharded = open_sharded(options, processes)
-    models = load_frozen(options, arch, text.encoders, vae, compute, reader, sharded)
+    sharded = open_sharded(options.distributed, processes)
+    models = load_frozen(
+        options.network, options.precision.denoiser_format, arch, text.encoders, vae, compute, reader, sharded
+    )
     arch.fit_to_sizes(models.denoiser, [dataset.resolution for dataset in data.config.datasets])
-    return LoadedModels(models, live_text(options, arch.text_cache), text.prompts, latents, text.store, text.concepts)
+    live = live_text(options.network, arch.text_cache)
+    return LoadedModels(models, live, text.prompts, latents, text.store, text.concepts)
 
 
 def prepare_vae(
-    options: TrainOptions, arch: Architecture, seed: int, data: TrainingData, processes: Processes
+    caching: CachingOptions, arch: Architecture, seed: int, data: TrainingData, processes: Processes
 ) -> tuple[nn.Module | None, LatentStore]:
-    """The VAE on the device, or None where it has encoded every picture already and may leave memory; its latents."""
-    if isinstance(data, PromptPairs):
+    """Return the VAE on the device, or None once it has encoded every image and left memory; and its latents."""
+    if data.prompts is not None:
         return None, NO_LATENTS
-    if not options.caching.cache_latents:
+    if not caching.cache_latents:
         return place(arch.load.vae(), processes.device), NO_LATENTS
-    assert isinstance(data, DataPlan), "--dataset_class refuses --cache_latents"
-    return None, encode_pictures(arch.load.vae, arch.codec, options.caching, seed, data, processes)
+    assert data.image_plan is not None, "options refuse caches of a user's class"
+    return None, encode_pictures(arch.load.vae, arch.codec, caching, seed, data.image_plan, processes)
 
 
 def encode_pictures(
@@ -86,7 +88,7 @@ def encode_pictures(
 ) -> LatentStore:
     """Cache the latents of every picture.
 
-    The VAE is not loaded where every entry is there and is trusted (--skip_cache_check).
+    The VAE is not loaded where every entry is there and is trusted.
     """
 
     @cache
@@ -101,7 +103,7 @@ def encode_pictures(
 
 
 def identity_of(module: nn.Module) -> str:
-    """A hash of a module's weights, names and dtypes."""
+    """Return a hash of a module's weights, names and dtypes."""
     digest = blake2b(digest_size=16)
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -10,8 +10,8 @@ from library.memory.activations import recompute_from_main_memory
 from library.memory.blocks import BlockRunner, Every, plain, recompute, run_encoder_layers_with
 from library.memory.compiled import Compiled, CompileSettings
 from library.options.machine.compiling import CompileOptions
-from library.options.machine.memory import MemoryOptions
-from library.options.train import TrainOptions
+from library.options.machine.memory import MemoryOptions, PrecisionOptions
+from library.options.training.network import NetworkOptions
 from library.protocols import Architecture
 from library.randomness import stream_seed
 from library.training.models.compute import Compute
@@ -26,45 +26,53 @@ logger = logging.getLogger(__name__)
 MODES_WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
 
-def attach_adapter(options: TrainOptions, seed: int, models: Models, compute: Compute) -> AdoptedNetwork:
-    """The adapter, installed on the models' layers, with its starting weights.
+def attach_adapter(
+    options: NetworkOptions, precision: PrecisionOptions, seed: int, models: Models, compute: Compute
+) -> AdoptedNetwork:
+    """Install the adapter on the models' layers, with its starting weights.
 
     After the models, since it takes the forward of their layers; before the optimizer, which needs its parameters.
     What the adapter draws when it is made depends on the seed alone, not on what was loaded, cached or merged before.
     Raises UserError for a module, an argument or a file that does not fit.
     """
     torch.manual_seed(stream_seed(seed, "adapter"))
-    return open_network(options, models, compute)
+    is_full = precision.full_fp16 or precision.full_bf16
+    return open_network(options, models, compute.device, compute.dtype if is_full else None)
 
 
-def trains_text_encoders(options: TrainOptions) -> bool:
-    """Whether the text encoders' adapters move: they exist and their learning rate is not 0."""
-    if options.network.network_train_unet_only:
+def trains_text_encoders(options: NetworkOptions, learning_rate: float) -> bool:
+    """Return True if the text encoders' adapters exist and their learning rate is not 0."""
+    if options.network_train_unet_only:
         return False
-    rates = options.network.text_encoder_lr or [options.optimizer.learning_rate]
+    rates = options.text_encoder_lr or [learning_rate]
     return any(rate != 0 for rate in rates if rate is not None)
 
 
 def choose_block_runner(
-    options: TrainOptions, arch: Architecture, models: Models, networks: Sequence[AdoptedNetwork]
+    memory: MemoryOptions,
+    compiling: CompileOptions,
+    trains_text_encoders: bool,
+    arch: Architecture,
+    models: Models,
+    networks: Sequence[AdoptedNetwork],
 ) -> None:
-    """Say how blocks run where gradients flow: plainly, or computed again. The base model stays in eval mode."""
+    """Set how blocks run: plainly or recomputed, and compiled or not. The base model stays in eval mode."""
     for model in (models.denoiser, *models.text_encoders):
         model.eval().requires_grad_(False)
     for network in networks:
         network.module.train()
-    runner = block_runner(options.memory)
-    if options.compiling.is_on:
-        runner = Compiled(runner, compile_settings(options.compiling))
+    runner = block_runner(memory)
+    if compiling.is_on:
+        runner = Compiled(runner, compile_settings(compiling))
     arch.run_blocks_with(models.denoiser, runner)
-    for encoder in models.text_encoders if trains_text_encoders(options) else []:
-        run_encoder_layers_with(encoder, block_runner(options.memory))
-    for network in networks if options.memory.recomputes else ():
+    for encoder in models.text_encoders if trains_text_encoders else []:
+        run_encoder_layers_with(encoder, block_runner(memory))
+    for network in networks if memory.recomputes else ():
         network.enable_gradient_checkpointing()
 
 
 def compile_settings(options: CompileOptions) -> CompileSettings:
-    """What --compile and the options beside it ask for; --torch_compile names its compiler by --dynamo_backend."""
+    """Return the settings of the compiler; the older option for it names another backend."""
     backend = options.compile_backend if options.compile else options.dynamo_backend
     mode = MODES_WITHOUT_GRAPHS.get(options.compile_mode, options.compile_mode)
     if mode != options.compile_mode:
@@ -84,7 +92,7 @@ def compile_settings(options: CompileOptions) -> CompileSettings:
 
 
 def block_runner(memory: MemoryOptions) -> BlockRunner:
-    """How one model's blocks run: each has its own, since every n-th block is counted."""
+    """Return how one model's blocks run: each has its own, since every n-th block is counted."""
     if not memory.recomputes:
         return plain
     runner = recompute_from_main_memory if memory.offloads_inputs else recompute

@@ -13,8 +13,8 @@ from torch import nn
 from library.checkpoints.weights import on_meta_device
 from library.collector import importing
 from library.errors import NotThere, UserError
-from library.options.train import TrainOptions
-from library.options.training.optimizer import ScheduleOptions
+from library.options.training.network import NetworkOptions
+from library.options.training.optimizer import OptimizerOptions, ScheduleOptions
 from library.protocols import Architecture
 from library.training.models.network import create
 from library.training.optimization.lr_schedules import Schedule, build_schedule
@@ -23,27 +23,34 @@ from library.training.step.context import Models
 from networks.core.protocol import OURS, adopt, open_network_module
 
 
-def check_batches(options: TrainOptions, arch: Architecture, max_train_steps: int) -> None:
+def check_batches(
+    network_options: NetworkOptions,
+    optimizer: OptimizerOptions,
+    scheduler: ScheduleOptions,
+    arch: Architecture,
+    max_train_steps: int,
+) -> None:
     """Make adapter, optimizer and schedule as the run will, on models without values, and forget them.
 
-    Raises UserError for whatever of --network_module, --network_args, --optimizer_*, --lr_scheduler* and learning
-    rates would end the run later. Modules of third parties are only imported: they may need real weights.
+    Raises UserError for whatever of the options of network, optimizer and schedule would end the run later. Modules of
+    third parties are only imported: they may need real weights.
     """
-    name = options.network.network_module
+    name = network_options.network_module
     assert name is not None
-    with quiet(), torch.random.fork_rng(devices=[]):
+    with mute_logging(), torch.random.fork_rng(devices=[]):
         module = open_network_module(name)
-        groups = [{"params": [], "lr": options.optimizer.learning_rate}]
+        groups = [{"params": [], "lr": optimizer.learning_rate}]
         if name.startswith(OURS):  # modules of others may compute with weights while they are made
             with torch.device("meta"):
-                network = adopt(create(options.network, module, models_on_meta_device(arch)))
-            rates = options.network.text_encoder_lr, options.network.unet_lr, options.optimizer.learning_rate
-            groups, _ = network.parameter_groups(*rates)
+                network = adopt(create(network_options, module, models_on_meta_device(arch)))
+            groups, _ = network.parameter_groups(
+                network_options.text_encoder_lr, network_options.unet_lr, optimizer.learning_rate
+            )
         # Some optimizers look at their parameters when they are made, which those on the meta device do not survive.
         stand_ins = [{**group, "params": [nn.Parameter(torch.zeros(2, 2))]} for group in groups]
-        built = build_optimizer(options.optimizer, stand_ins)
-        schedule = build_schedule(options.schedule, built, max_train_steps)
-        take_first_step(options.schedule, schedule)
+        built = build_optimizer(optimizer, stand_ins)
+        schedule = build_schedule(scheduler, built, max_train_steps)
+        take_first_step(scheduler, schedule)
 
 
 def take_first_step(options: ScheduleOptions, schedule: Schedule) -> None:
@@ -58,7 +65,7 @@ def take_first_step(options: ScheduleOptions, schedule: Schedule) -> None:
 
 
 def models_on_meta_device(arch: Architecture) -> Models:
-    """The models that get adapters, on the meta device."""
+    """Return the models that get adapters, on the meta device."""
     loader = on_meta_device(arch.load)
     with importing("models"):  # nearly all of the time that this takes
         try:
@@ -70,7 +77,7 @@ def models_on_meta_device(arch: Architecture) -> Models:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def mute_logging() -> Iterator[None]:
     """Log nothing: the run itself will say it all."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)

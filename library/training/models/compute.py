@@ -20,7 +20,7 @@ class Compute:
 
     @classmethod
     def build(cls, precision: PrecisionOptions, device: torch.device) -> "Compute":
-        """As --mixed_precision asks for."""
+        """Read the compute dtype and autocast from the options."""
         dtype = DTYPES[precision.mixed_precision]
         # autocast to float32 would be a no-op that costs a lookup in every operation
         return cls(device, dtype, nullcontext if dtype == torch.float32 else lambda: torch.autocast(device.type, dtype))

@@ -1,4 +1,4 @@
-"""--cuda_allow_tf32 and --cuda_cudnn_benchmark: faster kernels on a CUDA card, for one run."""
+"""Faster kernels on a CUDA GPU, for one run: TF32 and cuDNN's benchmark mode."""
 
 import logging
 from collections.abc import Iterator

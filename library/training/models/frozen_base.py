@@ -27,7 +27,8 @@ from library.memory.offload.sharded import ShardedModel
 from library.memory.offload.shared import place_for, shared_masters
 from library.memory.offload.streamed import bytes_of_parts, stream
 from library.memory.planner.weights import ModelWeights, StorageCost
-from library.options.train import TrainOptions
+from library.options.machine.distributed import DistributedOptions
+from library.options.machine.memory import PrecisionOptions
 from library.processes import Processes
 from library.protocols import Architecture
 from library.training.models.compute import Compute
@@ -39,30 +40,30 @@ logger = logging.getLogger(__name__)
 NUM_STAYING = 2  # blocks of each kind, as sd-scripts has it
 
 
-def check_base(options: TrainOptions, arch: Architecture) -> None:
+def check_base(format_name: str | None, num_offloaded: int, arch: Architecture) -> None:
     """Raise UserError, before anything is read, for a weight format or a number of blocks that cannot be had."""
-    check_format(options.precision.denoiser_format)
-    if options.memory.blocks_to_swap:
+    check_format(format_name)
+    if num_offloaded:
         denoiser = on_meta_device(arch.load).denoiser()
-        offloaded_blocks(options.memory.blocks_to_swap, arch.stacks(denoiser))
-        check_main_memory(options, denoiser)
+        offloaded_blocks(num_offloaded, arch.stacks(denoiser))
+        check_main_memory(format_name, num_offloaded, denoiser)
 
 
-def check_main_memory(options: TrainOptions, denoiser: nn.Module) -> None:
-    """Raise UserError where the denoiser as it is to be stored does not fit main memory, through which it comes."""
-    cost = StorageCost.of(options.precision.denoiser_format)
+def check_main_memory(format_name: str | None, num_offloaded: int, denoiser: nn.Module) -> None:
+    """Raise UserError where the denoiser in its format does not fit main memory, which it passes through."""
+    cost = StorageCost.of(format_name)
     needed = ModelWeights.of(denoiser, layers_in_blocks(denoiser).values(), []).resident_bytes(cost, ())
     free = psutil.virtual_memory().available
     if needed > free:
         raise UserError(
-            f"--blocks_to_swap {options.memory.blocks_to_swap}: the denoiser takes {needed / 1e9:.1f} GB of main "
+            f"--blocks_to_swap {num_offloaded}: the denoiser takes {needed / 1e9:.1f} GB of main "
             f"memory on its way to the card and {free / 1e9:.1f} GB are free; close other programs, or store it in "
             "fewer bits with --base_format int8 or nf4"
         )
 
 
 def offloaded_blocks(num_blocks: int, stacks: Stacks) -> list[int]:
-    """How many blocks of each stack wait for --blocks_to_swap, counted as sd-scripts counts them.
+    """Return how many blocks of each stack are offloaded, counted as sd-scripts counts them.
 
     Of two kinds half of the number is of the first, and the rest stands for two of the second each. Two blocks of each
     kind have to stay. Raises UserError where there are not so many.
@@ -85,43 +86,46 @@ def offloaded_blocks(num_blocks: int, stacks: Stacks) -> list[int]:
     return split(num_blocks)
 
 
-def open_sharded(options: TrainOptions, processes: Processes) -> ShardedModel | None:
-    """What spreads the denoiser over processes, where --shard_base asks for it and processes are to share it."""
-    size = options.distributed.shard_group
-    if not options.distributed.shard_base or size is None or processes.count == 1:
+def open_sharded(options: DistributedOptions, processes: Processes) -> ShardedModel | None:
+    """Return what shards the denoiser over processes; None where each keeps all of it."""
+    size = options.shard_group
+    if not options.shard_base or size is None or processes.count == 1:
         return None
     return ShardedModel(processes.device, processes.count, size)
 
 
 def resolve_base(
-    options: TrainOptions, arch: Architecture, models: Models, compute: Compute, processes: Processes
+    precision: PrecisionOptions,
+    num_offloaded: int,
+    arch: Architecture,
+    models: Models,
+    compute: Compute,
+    processes: Processes,
 ) -> None:
     """Store the frozen models as they are to stay, and bring the denoiser to the device.
 
-    After --base_weights are merged; before the adapter, which may look at the weights.
+    After other adapters are merged into them; before the adapter, which may look at the weights.
     """
-    precision = options.precision
     kept = sum(isinstance(layer.decoder, Scaled) for layer in frozen_layers(models.denoiser))
     if kept:
         logger.info("denoiser: %d layers in 8 bits, as the file has them", kept)
     if precision.denoiser_format is not None:
         count = store_in_format(precision.denoiser_format, models.denoiser)
         logger.info("denoiser: %d layers in %s", count, precision.denoiser_format)
-    resolve_arithmetic(options, models.denoiser)
+    if precision.multiplies_codes:
+        use_8bit_matmul(models.denoiser)
     if precision.text_encoder_format is not None and models.text_encoders:
         count = store_in_format(precision.text_encoder_format, *models.text_encoders)
         logger.info("text encoders: %d layers in %s", count, precision.text_encoder_format)
-    if options.memory.blocks_to_swap:
-        offload_blocks(options.memory.blocks_to_swap, arch.stacks(models.denoiser), compute.device, processes)
+    if num_offloaded:
+        offload_blocks(num_offloaded, arch.stacks(models.denoiser), compute.device, processes)
     if models.sharded is not None:
         shard_blocks(models.sharded, models.denoiser, arch.stacks(models.denoiser))
     place(models.denoiser, compute.device)
 
 
-def resolve_arithmetic(options: TrainOptions, denoiser: nn.Module) -> None:
-    """Let the denoiser's layers multiply as --base_arithmetic says, and say which cannot. Before their weights wait."""
-    if not options.precision.multiplies_codes:
-        return
+def use_8bit_matmul(denoiser: nn.Module) -> None:
+    """Let the denoiser's layers multiply in 8 bits, and log which cannot. Before their weights are offloaded."""
     layers = list(frozen_layers(denoiser))
     count = multiply_codes(layers)
     left = Counter(why_not(layer) for layer in layers if not layer.multiplies_codes)
@@ -133,7 +137,7 @@ def resolve_arithmetic(options: TrainOptions, denoiser: nn.Module) -> None:
 
 
 def why_not(layer: FrozenLayer) -> str:
-    """What keeps a layer from it."""
+    """Say what keeps a layer from multiplying in 8 bits."""
     if not isinstance(layer, FrozenLinear):
         return "convolutions"
     codes = layer.decoder.codes(layer.handle())

@@ -1,4 +1,4 @@
-"""The frozen models as a run computes with them: the denoiser is read last, with --base_weights merged into it."""
+"""The frozen models as a run computes with them: the denoiser is read last, with adapters merged into it."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from library.checkpoints.weights import on_meta_device
 from library.memory.codecs.codec import AsRead
 from library.memory.offload.sharded import ShardedModel
-from library.options.train import TrainOptions
 from library.options.training.network import NetworkOptions
 from library.protocols import Architecture
 from library.training.models.compute import Compute
@@ -24,7 +23,8 @@ Change = Callable[[Tensor], Tensor]
 
 
 def load_frozen(
-    options: TrainOptions,
+    options: NetworkOptions,
+    format_name: str | None,
     arch: Architecture,
     text_encoders: list[nn.Module],
     vae: nn.Module | None,
@@ -32,31 +32,31 @@ def load_frozen(
     reader: str,
     sharded: ShardedModel | None = None,
 ) -> Models:
-    """Read the denoiser, beside text encoders and a VAE that are there, and merge --base_weights into all of them.
+    """Read the denoiser in its weight format, and merge adapters into it, text encoders and VAE.
 
     Networks of our own are merged weight by weight as these are read, before they are stored in a format or spread
     over processes: no more than one of them is ever there as numbers. Networks of others, where `reader` is such a
-    module, need all of them, which --shard_base excludes (`sharding_values`). Raises UserError for a file that does
+    module, need all of them, which sharding excludes (`sharding_values`). Raises UserError for a file that does
     not fit.
     """
-    merges, is_ours = bool(options.network.base_weights), reader.startswith(OURS)
+    merges, is_ours = bool(options.base_weights), reader.startswith(OURS)
     assert is_ours or sharded is None or not merges
-    changes = changes_while_reading(options.network, arch, text_encoders, compute, reader) if is_ours else {}
-    wanted = format_while_reading(options, merges_afterwards=not is_ours)
+    changes = changes_while_reading(options, arch, text_encoders, compute, reader) if is_ours else {}
+    wanted = format_while_reading(format_name, merges, merges_afterwards=not is_ours)
     if changes or sharded is not None:
         denoiser = arch.load.denoiser(AsRead(wanted, changes, None if sharded is None else sharded.take))
     else:
         denoiser = arch.load.denoiser(wanted)
     models = Models(denoiser, text_encoders, vae, arch.view(text_encoders, denoiser), sharded)
     if not is_ours:
-        merge_into_whole(options.network, models, compute, reader)
-    for file, multiplier in files_of(options.network):
+        merge_into_whole(options, models, compute, reader)
+    for file, multiplier in files_of(options):
         announce(f"merged {file} into the base model with multiplier {multiplier}")
     return models
 
 
 def files_of(wanted: NetworkOptions) -> Iterator[tuple[str, float]]:
-    """The files of --base_weights and how strongly they act; a missing multiplier is 1."""
+    """Yield the adapter files to merge and how strongly they act; a missing multiplier is 1."""
     multipliers = wanted.base_weights_multiplier or []
     for place, file in enumerate(wanted.base_weights or ()):
         yield file, multipliers[place] if place < len(multipliers) else 1.0
@@ -65,7 +65,7 @@ def files_of(wanted: NetworkOptions) -> Iterator[tuple[str, float]]:
 def changes_while_reading(
     wanted: NetworkOptions, arch: Architecture, text_encoders: list[nn.Module], compute: Compute, reader: str
 ) -> Mapping[str, Change]:
-    """What --base_weights make of the denoiser's parameters, by their names; text encoders are changed at once."""
+    """Return what merging makes of the denoiser's parameters, by their names; text encoders are changed at once."""
     if not wanted.base_weights:
         return {}
     meta = on_meta_device(arch.load).denoiser()
@@ -87,14 +87,14 @@ def changes_while_reading(
 
 @torch.no_grad()
 def changed(changes: Sequence[Change], value: Tensor) -> Tensor:
-    """What a parameter becomes, in its dtype and layout; each change rounds, as if it were merged alone."""
+    """Apply changes to a parameter, in its dtype and layout; each change rounds, as if it were merged alone."""
     for change in changes:
         value = torch.empty_like(value).copy_(change(value))
     return value
 
 
 def merge_into_whole(wanted: NetworkOptions, models: Models, compute: Compute, reader: str) -> None:
-    """Let the networks of a module of others add --base_weights to models whose weights are all there."""
+    """Let the networks of a third-party module merge adapters into models whose weights are all there."""
     text_encoder, denoiser = models.network_view
     for file, multiplier in files_of(wanted):
         network, weights = open_network_module(reader).create_network_from_weights(

@@ -1,12 +1,12 @@
-"""Opens the adapter that --network_module names and puts it on the models."""
+"""Opens the network module and puts its adapter on the models."""
 
 import logging
 from typing import Any
 
+import torch
+
 from library.errors import UserError
-from library.options.train import TrainOptions
 from library.options.training.network import NetworkOptions
-from library.training.models.compute import Compute
 from library.training.reporting.console_lines import announce
 from library.training.step.context import Models
 from networks.core.protocol import AdoptedNetwork, NetworkModule, adopt, open_network_module, parse_network_args
@@ -15,18 +15,20 @@ logger = logging.getLogger(__name__)
 
 
 def network_keywords(options: NetworkOptions) -> dict[str, Any]:
-    """--network_args as the module gets them: strings, and `dropout` from --network_dropout where they have none."""
+    """Return the arguments as the module gets them: strings, and `dropout` from its own option where they have none."""
     return {"dropout": options.network_dropout, **parse_network_args(options.network_args)}
 
 
-def open_network(options: TrainOptions, models: Models, compute: Compute) -> AdoptedNetwork:
-    """The adapter, installed on models that are settled, with its starting weights; it is on the device afterwards.
+def open_network(
+    wanted: NetworkOptions, models: Models, device: torch.device, dtype: torch.dtype | None
+) -> AdoptedNetwork:
+    """Install the adapter on the models, with its starting weights, on `device`; without `dtype` it keeps its own.
 
     Raises UserError where the module cannot be imported, an argument is wrong, or a file does not fit.
     """
-    wanted = options.network
     announce(f"import network module: {wanted.network_module}")
-    network = adopt(create(wanted, opened(wanted), models))
+    assert wanted.network_module is not None
+    network = adopt(create(wanted, open_network_module(wanted.network_module), models))
     network.apply_to(
         *models.network_view,
         not wanted.network_train_unet_only,
@@ -34,19 +36,12 @@ def open_network(options: TrainOptions, models: Models, compute: Compute) -> Ado
     )
     if wanted.network_weights:
         network.load_weights(wanted.network_weights)
-    is_full = options.precision.full_fp16 or options.precision.full_bf16
-    network.module.to(compute.device, compute.dtype if is_full else None)
+    network.module.to(device, dtype)
     return network
 
 
-def opened(wanted: NetworkOptions) -> NetworkModule:
-    """The module that makes the network."""
-    assert wanted.network_module is not None
-    return open_network_module(wanted.network_module)
-
-
 def create(wanted: NetworkOptions, module: NetworkModule, models: Models) -> Any:
-    """A fresh network of --network_dim and --network_alpha; with --dim_from_weights of the shapes in the file."""
+    """Create a fresh network of the rank and alpha in the options, or of the shapes in a file."""
     text_encoder, denoiser = models.network_view
     keywords = network_keywords(wanted)
     if wanted.dim_from_weights:

@@ -1,4 +1,4 @@
-"""What a run finds before any model is loaded: its processes, its seed and its pictures."""
+"""Opens the processes, the seed and the data of a run, before any model is loaded."""
 
 import logging
 import secrets
@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 from library.collector import importing
-from library.data.batches.own_dataset import open_own_dataset
+from library.data.batches.own_dataset import open_own_dataset, warn_of_replaced
 from library.data.concepts.prompt_pairs import open_prompt_pairs
 from library.data.description.schema import RunDataConfig, level_offset
 from library.data.plan.data_plan import DataPlan, build_plan
@@ -15,7 +15,9 @@ from library.data.training_data import TrainingData
 from library.errors import UserError
 from library.hidden_libraries import hidden
 from library.launcher import restart_count
+from library.options.output.trackers import TrackerOptions
 from library.options.train import TrainOptions
+from library.options.training.network import NetworkOptions
 from library.processes import Processes, register_rendezvous
 from library.protocols import Architecture, Objective
 from library.training.models.text_caching import cached_text, check_text_caching, files_that_change_text
@@ -25,9 +27,11 @@ from library.training.saving.state import StateManifest
 
 logger = logging.getLogger(__name__)
 
+NO_TRACKERS = TrackerOptions()
+
 
 def choose_seed(seed: int | None, processes: Processes, state: StateManifest | None) -> int:
-    """--seed, else that of the resumed state, else a random one below 2**32, which the log names, for all processes."""
+    """Return the given seed, else that of the resumed state, else a random one below 2**32, which the log names."""
     if state is not None:
         if seed not in (None, state.seed):
             logger.warning(
@@ -44,21 +48,23 @@ def choose_seed(seed: int | None, processes: Processes, state: StateManifest | N
 
 
 def open_training_data(options: TrainOptions, arch: Architecture, seed: int, num_processes: int) -> TrainingData:
-    """The prompts of --prompts_file where the script trains on these, the class of --dataset_class, else the pictures
-    that are described; logs what was found."""
+    """Open the prompts where the script trains on these, the user's dataset class, else the images that are described;
+    log what was found."""
     if options.concepts is not None:
-        require_no_text_changes(options)
-        return open_prompt_pairs(options, arch, seed, num_processes)
+        require_no_text_changes(options.network)
+        return open_prompt_pairs(options.concepts, options.run, arch, seed, num_processes)
     name = options.dataset.dataset_class
     if name is None:
         return open_data_plan(options, arch, seed, num_processes)
-    own = open_own_dataset(import_class(name, "--dataset_class", name), options, arch.codec.spec, seed)
+    cls = import_class(name, "--dataset_class", name)
+    warn_of_replaced(options.flat())
+    own = open_own_dataset(cls, options.dataset, options.model.max_token_length, arch.codec.spec, seed)
     own.audit(logger)
     return own
 
 
-def require_no_text_changes(options: TrainOptions) -> None:
-    """Raise UserError for --base_weights that would change what the prompts are encoded with, which comes first."""
+def require_no_text_changes(options: NetworkOptions) -> None:
+    """Raise UserError for adapters to merge that change what the prompts are encoded with, which comes first."""
     for file, changed in files_that_change_text(options):
         raise UserError(
             f"--base_weights {file} changes the text encoder ({changed} and others), which encodes the prompts before "
@@ -68,8 +74,8 @@ def require_no_text_changes(options: TrainOptions) -> None:
 
 def open_data_plan(options: TrainOptions, arch: Architecture, seed: int, num_processes: int) -> DataPlan:
     """Read the dataset description and the pictures' headers, and log what was found."""
-    text, cached = arch.text, cached_text(options, arch.text_cache)
-    check_text_caching(options, arch.text_cache)
+    text, cached = arch.text, cached_text(options.network, arch.text_cache)
+    check_text_caching(options.network, arch.text_cache)
     plan = build_plan(options, arch.codec.spec, seed, text.count_tokens, text.max_tokens, num_processes)
     if cached is not None:
         plan = plan.with_fixed_captions(cached.options.text_cache_variants)
@@ -80,7 +86,7 @@ def open_data_plan(options: TrainOptions, arch: Architecture, seed: int, num_pro
 
 
 def idle_offsets(config: RunDataConfig, objective: Objective) -> Iterator[str]:
-    """A line for every subset whose timestep_sampling.offset moves nothing."""
+    """Yield a line for every subset whose timestep_sampling.offset moves nothing."""
     if objective.takes_offset:
         return
     for subset in (subset for dataset in config.datasets for subset in dataset.subsets):
@@ -92,19 +98,20 @@ def idle_offsets(config: RunDataConfig, objective: Objective) -> Iterator[str]:
             )
 
 
-def open_accelerator(options: TrainOptions) -> Any:
-    """accelerate's view of the device, the processes and the trackers."""
+def open_accelerator(
+    mixed_precision: str, trackers: TrackerOptions = NO_TRACKERS, timeout_minutes: int | None = None
+) -> Any:
+    """Open accelerate's view of the device, the processes and the trackers."""
     with importing("accelerate"), hidden("boto3"):  # which it wants for Amazon's SageMaker
         from accelerate import Accelerator, InitProcessGroupKwargs
 
-    minutes = options.distributed.ddp_timeout
     limits = InitProcessGroupKwargs(
-        timeout=timedelta(minutes=minutes) if minutes else None,
+        timeout=timedelta(minutes=timeout_minutes) if timeout_minutes else None,
         init_method=register_rendezvous() if restart_count() else None,
     )
     return Accelerator(
-        mixed_precision=options.precision.mixed_precision,
-        log_with=tracker_kind(options.trackers),
-        project_dir=run_folder(options.trackers),
+        mixed_precision=mixed_precision,
+        log_with=tracker_kind(trackers),
+        project_dir=run_folder(trackers),
         kwargs_handlers=[limits],
     )

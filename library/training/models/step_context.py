@@ -6,10 +6,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from library.options.train import TrainOptions
 from library.protocols import Architecture
 from library.training.models.base_model import LoadedModels
-from library.training.models.block_running import trains_text_encoders
 from library.training.models.compute import Compute
 from library.training.step.conditioning import CaptionMemo
 from library.training.step.context import Autocast, StepContext
@@ -19,7 +17,8 @@ from networks.core.protocol import AdoptedNetwork
 
 
 def step_context(
-    options: TrainOptions,
+    trains_text_encoder: bool,
+    vae_batch_size: int,
     arch: Architecture,
     seed: int,
     loaded: LoadedModels,
@@ -45,10 +44,10 @@ def step_context(
         seed=seed,
         device=compute.device,
         autocast=compute.autocast,
-        trains_text_encoder=trains_text_encoders(options),
+        trains_text_encoder=trains_text_encoder,
         captions=CaptionMemo(encode_captions, arch.text_cache.padding if arch.text_cache else {}),
         live_text=live,
-        vae_batch_size=options.caching.vae_batch_size,
+        vae_batch_size=vae_batch_size,
         alone=alone,
     )
 
@@ -60,7 +59,7 @@ def encode_frozen(
     autocast: Autocast,
     tokens: Tokens,
 ) -> Conditioning:
-    """What frozen text encoders make of captions, adapters that do not train included, their dropout off."""
+    """Encode captions with frozen text encoders, adapters that do not train included, their dropout off."""
     assert text_encoders, "the text encoders have left memory, batches carry their cached outputs"
     with eval_mode([network.module]), autocast():
         return encode(text_encoders, tokens)

@@ -12,13 +12,11 @@ from library.checkpoints.recognition import keys_of_text_encoders
 from library.data.caching.captions import CachedTexts, Encode, Encoders, TextEncoding, cache_texts
 from library.data.caching.stores import NO_TEXTS, TextStore
 from library.data.caching.text_files import stack_rows
-from library.data.concepts.prompt_pairs import PromptPairs
-from library.data.plan.data_plan import DataPlan
 from library.data.training_data import TrainingData
 from library.errors import UserError, needing
 from library.memory.offload.encoders import place_encoders
-from library.options.caching import TextCachingOptions
 from library.options.train import TrainOptions
+from library.options.training.network import NetworkOptions
 from library.processes import Processes
 from library.protocols import Architecture, LiveText, TextCacheSpec, TextPipeline
 from library.training.step.context import Autocast
@@ -43,47 +41,38 @@ class RunText:
 
     @classmethod
     def beside(cls, cached: CachedTexts, encoders: list[nn.Module]) -> "RunText":
-        """The encoders that stay, where others have encoded everything."""
+        """Return the encoders that stay, where others have encoded everything."""
         prompts = {text: stack_rows([row], {}) for text, row in cached.prompts.items()}
         return cls(encoders, cached.store, prompts)
 
 
-def cached_text(options: TrainOptions, spec: TextCacheSpec | None) -> TextCacheSpec | None:
-    """The spec where outputs of text encoders are to be cached, else None: also where every encoder trains."""
+def cached_text(options: NetworkOptions, spec: TextCacheSpec | None) -> TextCacheSpec | None:
+    """Return the spec where outputs of text encoders are to be cached, else None: also where every encoder trains."""
     if spec is None or not spec.options.cache_text_encoder_outputs:
         return None
     live = live_text(options, spec)
     return None if live is not None and set(live.keys) == set(spec.keys) else spec
 
 
-def live_text(options: TrainOptions, spec: TextCacheSpec | None) -> LiveText | None:
-    """The text encoders that stay to be trained beside the cache; None where none does, or where nothing is cached."""
-    if spec is None or not spec.options.cache_text_encoder_outputs or options.network.network_train_unet_only:
+def live_text(options: NetworkOptions, spec: TextCacheSpec | None) -> LiveText | None:
+    """Return the text encoders that are trained beside the cache; None where none is, or where nothing is cached."""
+    if spec is None or not spec.options.cache_text_encoder_outputs or options.network_train_unet_only:
         return None
     return spec.live
 
 
-def check_text_caching(options: TrainOptions, spec: TextCacheSpec | None) -> None:
+def check_text_caching(options: NetworkOptions, spec: TextCacheSpec | None) -> None:
     """Raise UserError where cached outputs would not be what the run trains with; warn of options without effect."""
-    if spec is None:
+    if spec is None or not spec.options.cache_text_encoder_outputs:
         return
-    wanted = spec.options
-    for name in ("text_cache_variants", "text_encoder_batch_size"):
-        value = getattr(wanted, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} is {value}; use at least 1, or leave it out")
-        if not wanted.cache_text_encoder_outputs and value != TextCachingOptions.defaults()[name]:
-            logger.warning("--%s has no effect without --cache_text_encoder_outputs", name)
-    if not wanted.cache_text_encoder_outputs:
-        return
-    if spec.live is None and spec.can_train and not options.network.network_train_unet_only:
+    if spec.live is None and spec.can_train and not options.network_train_unet_only:
         raise UserError(
             "--cache_text_encoder_outputs encodes the captions once and frees the text encoders, so these cannot get "
             "an adapter; add --network_train_unet_only, or leave out --cache_text_encoder_outputs"
         )
     live = live_text(options, spec)
     argument = None if live is None else live.excluded_by
-    if argument is not None and is_switched_on(options.network.network_args, argument):
+    if argument is not None and is_switched_on(options.network_args, argument):
         raise UserError(
             f"--network_args {argument}=True trains a text encoder whose outputs --cache_text_encoder_outputs takes "
             "before training; leave one of them out"
@@ -102,9 +91,9 @@ def check_text_caching(options: TrainOptions, spec: TextCacheSpec | None) -> Non
         )
 
 
-def files_that_change_text(options: TrainOptions) -> Iterator[tuple[str, str]]:
-    """Each of --base_weights that adapts a text encoder, with one of its keys that do."""
-    for file in options.network.base_weights or ():
+def files_that_change_text(options: NetworkOptions) -> Iterator[tuple[str, str]]:
+    """Yield each adapter to merge that changes a text encoder, with one of its keys that do."""
+    for file in options.base_weights or ():
         if changed := keys_of_text_encoders(Path(file)):
             yield file, changed[0]
 
@@ -118,15 +107,15 @@ def prepare_text(
     prompts: Sequence[str],
     processes: Processes,
 ) -> RunText:
-    """Load the text encoders, or cache what they make of every caption and prompt.
+    """Load the text encoders, or cache their outputs for every caption and prompt.
 
     Those that train stay, also beside a cache. The others are not loaded at all where everything is on disk already.
-    With --text_encoder_cpu those that get no adapter never come to the device.
+    Where the options keep them on the CPU, those that get no adapter never come to the device.
     """
-    spec = cached_text(options, arch.text_cache)
+    spec = cached_text(options.network, arch.text_cache)
     on_cpu = arch.text_cache is not None and arch.text_cache.options.text_encoder_cpu
-    if isinstance(data, PromptPairs):
-        return encode_concepts(arch, data.texts, prompts, torch.device("cpu") if on_cpu else device, autocast)
+    if data.prompts is not None:
+        return encode_concepts(arch, data.prompts, prompts, torch.device("cpu") if on_cpu else device, autocast)
     if spec is None:
         is_adapted = not options.network.network_train_unet_only
         if on_cpu and is_adapted:
@@ -143,9 +132,9 @@ def prepare_text(
         )
 
     encoding = TextEncoding(spec, open_encoders, options.precision.mixed_precision)
-    assert isinstance(data, DataPlan), "--dataset_class refuses --cache_text_encoder_outputs"
-    cached = cache_texts(data, encoding, prompts, options.caching.skip_cache_check, processes)
-    live = live_text(options, spec)
+    assert data.image_plan is not None, "options refuse caches of a user's class"
+    cached = cache_texts(data.image_plan, encoding, prompts, options.caching.skip_cache_check, processes)
+    live = live_text(options.network, spec)
     if live is None:
         return RunText.beside(cached, [])
     with needing("text encoders get an adapter without --network_train_unet_only; give them, or that option"):
@@ -163,12 +152,12 @@ def encode_concepts(
 
 
 def encoded_each(encode: Encode, texts: Sequence[str]) -> Encoded:
-    """The conditioning of each text, encoded by itself, on the CPU."""
+    """Return the conditioning of each text, encoded by itself, on the CPU."""
     return {text: {name: tensor.cpu() for name, tensor in encode([text]).items()} for text in texts}
 
 
 def frozen_encode(pipeline: TextPipeline, encoders: Sequence[nn.Module], autocast: Autocast) -> Encode:
-    """What the encoders make of captions, without gradient."""
+    """Return a function that encodes captions without gradient."""
 
     def encode(captions: Sequence[str]) -> Conditioning:
         with torch.no_grad(), autocast():

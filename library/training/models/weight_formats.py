@@ -9,7 +9,7 @@ from library.hidden_libraries import show
 from library.memory.codecs.codec import AS_IN_FILE, AsInFile, Codec
 from library.memory.codecs.weight_format import load_format
 from library.memory.frozen import layers_in_blocks, store_all_in
-from library.options.train import TrainOptions
+from library.options.machine.memory import PrecisionOptions
 
 
 def check_format(name: str | None) -> None:
@@ -25,13 +25,12 @@ def check_format(name: str | None) -> None:
         )
 
 
-def format_while_reading(options: TrainOptions, merges_afterwards: bool = False) -> Codec | AsInFile | None:
-    """Return the codec of the denoiser's weights while they are read; None leaves them in --mixed_precision.
+def format_while_reading(name: str | None, merges: bool, merges_afterwards: bool = False) -> Codec | AsInFile | None:
+    """Return the codec of the denoiser's weights while they are read; None leaves them in the compute dtype.
 
-    --base_weights are merged into numbers: weights that the file has in 8 bits do not stay so, and with
-    `merges_afterwards`, which the network modules of others require, nothing is stored until all of it is read.
+    Adapters are merged into numbers: weights that the file has in 8 bits do not stay so, and with `merges_afterwards`,
+    which the network modules of others require, nothing is stored until all of it is read.
     """
-    name, merges = options.precision.denoiser_format, bool(options.network.base_weights)
     if merges and merges_afterwards:
         return None
     if name is not None:
@@ -39,18 +38,18 @@ def format_while_reading(options: TrainOptions, merges_afterwards: bool = False)
     return None if merges else AS_IN_FILE
 
 
-def format_while_counting(options: TrainOptions) -> Codec | AsInFile | None:
+def format_while_counting(precision: PrecisionOptions, merges: bool) -> Codec | AsInFile | None:
     """Return the codec of the denoiser's weights while the planner counts a step.
 
     Decoding costs what `WeightFormat` says and is added afterwards, so a format is counted only where its codes are
     multiplied.
     """
-    if options.precision.denoiser_format is not None and not options.precision.multiplies_codes:
-        return None if options.network.base_weights else AS_IN_FILE
-    return format_while_reading(options)
+    if precision.denoiser_format is not None and not precision.multiplies_codes:
+        return None if merges else AS_IN_FILE
+    return format_while_reading(precision.denoiser_format, merges)
 
 
 def store_in_format(name: str, *models: nn.Module) -> int:
-    """Store the blocks' weights that are still numbers in a value of --base_format; return how many layers have it."""
+    """Store the blocks' weights that are still numbers in a weight format; return how many layers have it."""
     codec = load_format(name).codec
     return sum(store_all_in(codec, layers_in_blocks(model).values()) for model in models)

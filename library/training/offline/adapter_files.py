@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from library.memory.blocks import plain
-from library.options.train import TrainOptions
+from library.options.machine.memory import PrecisionOptions
 from library.processes import ALONE
 from library.protocols import Architecture
 from library.training.models.compute import Compute
@@ -25,9 +25,11 @@ Row = Path | None
 """An adapter file; None is the base model alone."""
 
 
-def resolve_models(options: TrainOptions, arch: Architecture, models: Models, compute: Compute) -> None:
+def resolve_models(
+    precision: PrecisionOptions, num_offloaded: int, arch: Architecture, models: Models, compute: Compute
+) -> None:
     """Store the models as in a training with these options; nothing of them trains."""
-    resolve_base(options, arch, models, compute, replace(ALONE, device=compute.device))
+    resolve_base(precision, num_offloaded, arch, models, compute, replace(ALONE, device=compute.device))
     for model in (models.denoiser, *models.text_encoders):
         model.eval().requires_grad_(False)
     arch.run_blocks_with(models.denoiser, plain)

@@ -43,9 +43,9 @@ class Loaded:
 def draw_rows(
     options: TrainOptions, arch: Architecture, rows: Sequence[Row], prompts: Sequence[Prompt], device: torch.device
 ) -> Iterator[list[Image.Image]]:
-    """The pictures of all prompts for one file after the other.
+    """Draw the images of all prompts for one file after the other.
 
-    The base model is stored and computes as in a training with these options, --base_weights included. A picture is the
+    The base model is stored and computes as in a training with these options, merged adapters included. An image is the
     one that a run draws as preview of the same weights, prompt and seed. Raises UserError for a file that does not fit.
     """
     compute = Compute.build(options.precision, device)
@@ -62,7 +62,7 @@ def draw_rows(
 def load(
     options: TrainOptions, arch: Architecture, rows: Sequence[Row], prompts: Sequence[Prompt], compute: Compute
 ) -> Loaded:
-    """The models on the device; text encoders leave before the denoiser comes where no file changes them."""
+    """Return the models on the device; text encoders leave before the denoiser comes where no file changes them."""
     encoders = [encoder.to(compute.device).eval() for encoder in arch.load.text_encoders()]
     files = [*map(Path, options.network.base_weights or ()), *(row for row in rows if row is not None)]
     encoded = None
@@ -71,14 +71,14 @@ def load(
         encoders = []
         release_memory(options.memory.highvram)
     vae = place(arch.load.vae(), compute.device)
-    models = load_frozen(options, arch, encoders, vae, compute, READER)
+    models = load_frozen(options.network, options.precision.denoiser_format, arch, encoders, vae, compute, READER)
     arch.fit_to_sizes(models.denoiser, [(prompt.width, prompt.height) for prompt in prompts])
-    resolve_models(options, arch, models, compute)
+    resolve_models(options.precision, options.memory.num_offloaded, arch, models, compute)
     return Loaded(arch, models, vae, compute, encoded)
 
 
 def context_of(loaded: Loaded, network: AdoptedNetwork) -> StepContext:
-    """What pictures are drawn with."""
+    """Return what images are drawn with."""
 
     def no_captions(captions: Sequence[str]) -> Conditioning:
         raise AssertionError(f"nothing is trained on {captions}")
@@ -105,7 +105,7 @@ def draw(context: StepContext, vae: nn.Module, prompt: Prompt, encoded: Mapping[
 def arrange(
     rows: Sequence[Sequence[Image.Image]], row_labels: Sequence[str], column_labels: Sequence[str], side: int
 ) -> Image.Image:
-    """The pictures as a table, each at most `side` pixels wide and high, its labels on the left and above."""
+    """Return the pictures as a table, each at most `side` pixels wide and high, its labels on the left and above."""
     small = [[fitted(image, side) for image in row] for row in rows]
     width, height = (max(image.size[axis] for row in small for image in row) + GAP for axis in (0, 1))
     sheet = Image.new("RGB", (LABEL_WIDTH + len(column_labels) * width, LABEL_HEIGHT + len(rows) * height), PAPER)
@@ -121,7 +121,7 @@ def arrange(
 
 
 def fitted(image: Image.Image, side: int) -> Image.Image:
-    """The picture, made smaller where it is larger than `side`."""
+    """Return the picture, made smaller where it is larger than `side`."""
     if max(image.size) <= side:
         return image
     copy = image.copy()

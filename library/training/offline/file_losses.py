@@ -23,6 +23,7 @@ from library.protocols import Architecture
 from library.training.evaluation.measurement import Measurement
 from library.training.evaluation.validation import measurement_of
 from library.training.models.base_model import load_models
+from library.training.models.block_running import trains_text_encoders
 from library.training.models.compute import Compute
 from library.training.models.step_context import step_context
 from library.training.offline.adapter_files import READER, Row, installed, resolve_models
@@ -36,7 +37,7 @@ MOST_MIRRORED = 64  # pictures, where none is set aside
 
 @dataclass(frozen=True)
 class Sides:
-    """What is measured of every file. Each is None where there is nothing of it to measure."""
+    """The measurements of every file. Each is None where there is nothing of it to measure."""
 
     held_out: Measurement | None
     trained: Measurement | None
@@ -54,8 +55,11 @@ class FileLosses:
 
 
 def for_measuring(options: OptionsT) -> OptionsT:
-    """The options with outputs of text encoders in memory: trained pictures are measured with another wording of their
-    captions than the training draws, which may not take the place of what it has on disk."""
+    """Keep outputs of text encoders in memory.
+
+    Trained images are measured with other versions of their captions than training draws, which must not replace those
+    on disk.
+    """
     on_disk = "cache_text_encoder_outputs_to_disk"
     if not options.flat().get(on_disk):
         return options
@@ -70,11 +74,13 @@ def losses_of_files(
     rows: Sequence[Row],
     device: torch.device,
 ) -> tuple[Sides, Iterator[FileLosses]]:
-    """What is measured, and of one file after the other what it gives; as many trained pictures as unseen ones.
+    """Return what is measured, and the losses of one file after the other; as many trained images as unseen ones.
 
     Raises UserError for a file that does not fit.
     """
-    aside = measurement_of(options, PlannedBatches(plan, NO_LATENTS, NO_TEXTS).validation, seed)
+    aside = measurement_of(
+        options.validation, options.noise, PlannedBatches(plan, NO_LATENTS, NO_TEXTS).validation, seed
+    )
     has_flips = any(s.config.flip_aug for dataset in plan.datasets for s in dataset.subsets)
     kept_aside = set(aside.pictures.samples_of(aside.places))
     plan, numbers = plan.limited_to_measured(len(aside.rows) or MOST_MIRRORED, kept_aside)
@@ -84,9 +90,9 @@ def losses_of_files(
     loaded = load_models(options, arch, seed, plan, compute, (), processes, READER)
     if not loaded.models.text_encoders:
         check_text_parts(rows)
-    resolve_models(options, arch, loaded.models, compute)
+    resolve_models(options.precision, options.memory.num_offloaded, arch, loaded.models, compute)
     batches = PlannedBatches(plan, loaded.latents, loaded.texts)
-    aside = measurement_of(options, batches.validation, seed)  # with what is cached
+    aside = measurement_of(options.validation, options.noise, batches.validation, seed)  # with what is cached
     trained = all_of(batches.measured(numbers), aside)
     if aside.rows:
         sides = Sides(aside, replace(trained, noise=aside.rows), None)
@@ -96,12 +102,14 @@ def losses_of_files(
     else:
         sides = Sides(None, trained, all_of(batches.measured(numbers, is_mirrored=True), aside))
     num_threads = options.dataset.max_data_loader_n_workers
+    trains_text = trains_text_encoders(options.network, options.optimizer.learning_rate)
+    vae_batch_size = options.caching.vae_batch_size
 
     def measured() -> Iterator[FileLosses]:
         for row in rows:
             name = "the base model" if row is None else row.name
             with torch.no_grad(), installed(row, loaded.models, compute) as network:
-                context = step_context(options, arch, seed, loaded, network, compute)
+                context = step_context(trains_text, vae_batch_size, arch, seed, loaded, network, compute)
                 found = [
                     None if side is None else side.losses(context, processes, num_threads, f"measuring {name}")
                     for side in (sides.held_out, sides.trained, sides.mirrored)
@@ -112,7 +120,7 @@ def losses_of_files(
 
 
 def all_of(pictures: ValidationSet, like: Measurement) -> Measurement:
-    """All of these pictures, at the levels and with the seed of another measurement."""
+    """Return all of these pictures, at the levels and with the seed of another measurement."""
     return replace(like, pictures=pictures, places=pictures.places_of(None))
 
 

@@ -1,4 +1,4 @@
-"""An exponential moving average of the trained weights (--ema_decay)."""
+"""An exponential moving average of the trained weights."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ class WeightAverage:
 
     @property
     def next_decay(self) -> float:
-        """What the next update keeps of the average."""
+        """The share of the average that the next update keeps."""
         n = self.num_updates - self.update_after_step
         return 0.0 if n <= 0 else min((1 + n) / (10 + n), self.decay)
 

@@ -1,4 +1,4 @@
-"""The learning rate over the run: --lr_scheduler and --lr_scheduler_type.
+"""The learning rate over the run: schedules by name, and classes of others.
 
 Steps are optimizer steps: `step()` is called once after each of them, whatever the number of processes, and T below is
 the number of them in the run.
@@ -27,7 +27,7 @@ CONSTANT = "constant"
 
 
 class Schedule(Protocol):
-    """What the loop needs of a schedule."""
+    """A schedule as the loop uses it."""
 
     def step(self) -> None: ...
     def get_last_lr(self) -> list[Any]: ...
@@ -36,7 +36,7 @@ class Schedule(Protocol):
 
 
 def build_schedule(options: ScheduleOptions, built: BuiltOptimizer, max_train_steps: int) -> Schedule:
-    """The schedule of a run of `max_train_steps` optimizer steps; the first value is in place when this returns.
+    """Return the schedule of a run of `max_train_steps` optimizer steps; the first value is in place when this returns.
 
     Raises UserError for an unknown name and for settings that the schedule has no use for or cannot work with.
     """
@@ -59,7 +59,7 @@ def build_schedule(options: ScheduleOptions, built: BuiltOptimizer, max_train_st
 
 
 def base_rates(optimizer: Optimizer) -> list[float | None]:
-    """The learning rate of each group before a schedule changes it; None where the optimizer sets its own."""
+    """Return the learning rate of each group before a schedule changes it; None where the optimizer sets its own."""
     return [group.get("initial_lr", group.get("lr")) for group in optimizer.param_groups]
 
 
@@ -104,7 +104,7 @@ def named_schedule(
     warmup_steps: int,
     max_train_steps: int,
 ) -> LRScheduler:
-    """A schedule of transformers or diffusers by its name; --lr_scheduler_args go to its function."""
+    """Build a schedule of transformers or diffusers by its name; the arguments go to its function."""
     import diffusers.optimization as of_diffusers
     import transformers.optimization as of_transformers
 
@@ -250,7 +250,7 @@ def check_settings(
 def schedule_of_class(
     options: ScheduleOptions, optimizer: Optimizer, arguments: Mapping[str, Any], warmup_steps: int
 ) -> LRScheduler:
-    """The class of --lr_scheduler_type, called as cls(optimizer, **lr_scheduler_args)."""
+    """Build a schedule of a class, called as cls(optimizer, **lr_scheduler_args)."""
     wanted = options.lr_scheduler_type
     if warmup_steps:
         raise UserError(
@@ -282,7 +282,7 @@ class RatesOfGroups:
             self.refresh(self.optimizer)
 
     def get_last_lr(self) -> list[float]:
-        """The rate of each group."""
+        """Return the rate of each group."""
         return [group["lr"] for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
@@ -306,7 +306,7 @@ def show_adafactor_rates(optimizer: Optimizer) -> None:
 
 
 def adafactor_rates(options: ScheduleOptions, built: BuiltOptimizer, warmup_steps: int) -> RatesOfGroups:
-    """The stand-in for Adafactor with relative_step=True, whatever --lr_scheduler says.
+    """Build the stand-in for Adafactor with relative_step=True, whatever schedule is named.
 
     Until the first step the groups show the rate of `adafactor:<rate>`, or 0.
     """

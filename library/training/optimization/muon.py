@@ -82,5 +82,5 @@ class MuonWithAdamW(Optimizer):
 
 
 def is_matrix(weight: Tensor) -> bool:
-    """Whether a weight has two axes with more than one place on each."""
+    """Return True if a weight has two axes with more than one place on each."""
     return weight.dim() == 2 and min(weight.shape) > 1

@@ -1,4 +1,4 @@
-"""The optimizers of --optimizer_type, each from its own library."""
+"""The optimizers, each from its own library."""
 
 import importlib
 import inspect
@@ -107,7 +107,7 @@ class BuiltOptimizer:
 
 
 def build_optimizer(options: OptimizerOptions, groups: Sequence[Mapping[str, Any]]) -> BuiltOptimizer:
-    """The optimizer of --optimizer_type over `groups`, dicts with "params" and mostly "lr" (left unchanged).
+    """Build the optimizer over `groups`, dicts with "params" and mostly "lr" (left unchanged).
 
     A schedule-free optimizer starts in training mode.
     Raises UserError for an unknown name, a library that is missing (naming what to install), and arguments that are
@@ -197,7 +197,7 @@ def check_step(built: BuiltOptimizer, wanted: str, given: Mapping[str, Any]) -> 
 
 
 def wanted_type(options: OptimizerOptions) -> str:
-    """What --optimizer_type or one of its older spellings asks for."""
+    """Return the name of the optimizer, which older options name too. Raises UserError where two are named."""
     aliases = {"use_8bit_adam": "AdamW8bit", "use_lion_optimizer": "Lion"}
     asked = [flag for flag in aliases if getattr(options, flag)]
     if len(asked) + bool(options.optimizer_type) > 1:
@@ -207,7 +207,7 @@ def wanted_type(options: OptimizerOptions) -> str:
 
 
 def class_path(wanted: str) -> tuple[str, Mapping[str, Any]]:
-    """The dotted path of the class that `wanted` means, and the arguments that the name stands for."""
+    """Return the dotted path of the class that `wanted` means, and the arguments that the name stands for."""
     by_lower_case = {name.lower(): entry for name, entry in KNOWN.items()}
     if wanted.lower() in by_lower_case:
         return by_lower_case[wanted.lower()]
@@ -223,7 +223,7 @@ def class_path(wanted: str) -> tuple[str, Mapping[str, Any]]:
 
 
 def import_class(path: str, flag: str, wanted: str) -> type[Any]:
-    """The class at a dotted path. Raises UserError naming what to install, or what the module lacks."""
+    """Return the class at a dotted path. Raises UserError naming what to install, or what the module lacks."""
     if not all(part.isidentifier() for part in path.split(".")):
         raise UserError(f"{flag} {wanted} is not a path such as package.module.Class")
     module_name, _, class_name = path.rpartition(".")
@@ -265,7 +265,7 @@ def installed_package(module_name: str) -> str:
 
 
 def import_optimizer(path: str, wanted: str) -> type[Optimizer]:
-    """The optimizer class at a dotted path."""
+    """Return the optimizer class at a dotted path."""
     show(BITSANDBYTES)
     cls = import_class(path, "--optimizer_type", wanted)
     if not issubclass(cls, Optimizer):
@@ -276,7 +276,7 @@ def import_optimizer(path: str, wanted: str) -> type[Optimizer]:
 
 
 def adafactor_keywords(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments with relative_step resolved: on unless it is switched off, and always on with warmup_init."""
+    """Resolve relative_step in the arguments: on unless it is switched off, and always on with warmup_init."""
     keywords = {"relative_step": True, **given}
     if keywords.get("warmup_init") and not keywords["relative_step"]:
         logger.warning("Adafactor with warmup_init=True needs relative_step=True, which is switched on")
@@ -285,7 +285,7 @@ def adafactor_keywords(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_fused_backward_pass(is_adafactor: bool, wanted: str) -> None:
-    """--fused_backward_pass is for full fine-tuning; adapters are small, so nothing is gained from it here."""
+    """Refuse or warn of the fused backward pass: it is for full fine-tuning, and gains nothing for small adapters."""
     if not is_adafactor:
         raise UserError(f"--fused_backward_pass works with --optimizer_type Adafactor only, not {wanted}; leave it out")
     logger.warning(
@@ -313,7 +313,7 @@ def check_rates(groups: Sequence[Mapping[str, Any]], learning_rate: float, name:
 
 
 def can_fuse(groups: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> bool:
-    """Whether torch's fused step serves these parameters and the user did not choose another one."""
+    """Return True if torch's fused step serves these parameters and the user did not choose another one."""
     if any(given.get(key) is not None for key in ("fused", "foreach")) or given.get("differentiable"):
         return False
     parameters = [p for group in groups for p in group["params"]]

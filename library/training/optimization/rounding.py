@@ -1,4 +1,4 @@
-"""Stochastic rounding of bf16 weights (--stochastic_rounding): small steps count on average instead of never.
+"""Stochastic rounding of bf16 weights: small steps count on average instead of never.
 
 bf16 has 8 bits of precision: an update below 1/512 of a weight is lost when it is rounded to the nearest, in every step
 anew. Rounded up or down at random, by how near each lies, it is there on average (Zamirai et al. 2020,

@@ -1,4 +1,4 @@
-"""What would make a step need less memory, in numbers, for the moment when it runs out."""
+"""Memory hints in numbers, for the moment when memory runs out."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -22,11 +22,11 @@ WORTH = 0.02  # of what is needed: less is not worth a line
 
 
 def memory_hints(runs: Sequence[Run], batch: Batch) -> list[str]:
-    """A line for each way of running this step that needs less than the one in use, the fastest first, each saving more
-    than the one before it. `runs` are those of all adapters that share the step.
+    """Describe ways of running this step that need less than the one in use, each saving more than a faster one.
 
-    Nothing is computed or loaded; it takes some seconds. None for network modules of third parties, which may need real
-    weights to be counted, for concepts, whose steps are not counted, and where nothing saves much.
+    `runs` are those of all adapters that share the step. Nothing is computed or loaded; it takes some seconds. None for
+    network modules of third parties, which may need real weights to be counted, for concepts, whose steps are not
+    counted, and where nothing saves much.
     """
     run = runs[0]
     name, device = run.options.network.network_module, run.context.device
@@ -39,11 +39,12 @@ def memory_hints(runs: Sequence[Run], batch: Batch) -> list[str]:
     except NotThere:  # a run whose features are cached may lack text encoders, with which captions are counted
         return []
     fewer = ["fewer adapters in one --sweep need about that much less"] if len(runs) > 1 else []
-    return fewer + few(list(lines(step, way_of(run.options), allowed_ever(run.options), gpu_like(device))))
+    allowed = allowed_ever(run.options.precision, run.options.distributed)
+    return fewer + few(list(lines(step, way_of(run.options), allowed, gpu_like(device))))
 
 
 def gpu_like(device: torch.device) -> Gpu:
-    """A common card of this one's size; only how much longer one way takes than another is said."""
+    """Return a common card of this one's size; only how much longer one way takes than another is said."""
     return typical_gpu(torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0)
 
 
@@ -57,7 +58,7 @@ def lines(step: CountedStep, used: Way, allowed: Allowed, card: Gpu) -> Iterator
 
 
 def candidates(step: CountedStep, allowed: Allowed, card: Gpu) -> Iterator[Predicted]:
-    """Every way, with no blocks waiting, half of those that can, and all of those."""
+    """Yield every way, with no blocks waiting, half of those that can, and all of those."""
     most = step.most_offloaded if allowed.shared_by == 1 else 0
     numbers = sorted({0, most // 2, most})
     for way in allowed.ways():
@@ -65,7 +66,7 @@ def candidates(step: CountedStep, allowed: Allowed, card: Gpu) -> Iterator[Predi
 
 
 def longer(found: Predicted, now: Predicted) -> str:
-    """How much more time a way takes."""
+    """Return how much more time a way takes."""
     percent = round(100 * (found.seconds / now.seconds - 1))
     return f"takes {percent} % longer" if percent > 0 else "takes no longer"
 

@@ -52,7 +52,7 @@ class MemoryWatch:
         return None if fitted is None or gauge is None else cls(run, fitted, gauge)
 
     def noting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; how large they are is noted on the way."""
+        """Pass batches on, and note how large they are."""
         for batch in batches:
             self._largest = max(self._largest, num_pixels(batch))
             yield batch
@@ -107,12 +107,19 @@ class MemoryWatch:
             logger.info("the choice stays as it is: %s", describe(chosen.way))
         else:
             context, options = self._run.context, self._run.options.with_values(values_of(choice.chosen.way))
-            choose_block_runner(options, context.arch, context.models, [context.network])
+            choose_block_runner(
+                options.memory,
+                options.compiling,
+                context.trains_text_encoder,
+                context.arch,
+                context.models,
+                [context.network],
+            )
             need = in_gib(choice.chosen.device_bytes)
             logger.warning("from here on: %s, which needs %s", describe(choice.chosen.way), need)
 
 
 def num_pixels(batch: Batch) -> int:
-    """Of all pictures of a batch together."""
+    """Count the pixels of all images of a batch."""
     height, width = batch.height_width
     return len(batch.keys) * height * width

@@ -29,13 +29,16 @@ from library.memory.planner.repeats import shortened
 from library.memory.planner.stages import Stage
 from library.memory.planner.steps import CountedOptimizer, CountedPass, Timeline, count_optimizer, count_pass
 from library.memory.planner.weights import ModelWeights
+from library.options.machine.memory import PrecisionOptions
 from library.options.train import TrainOptions
-from library.protocols import Architecture
+from library.options.training.network import NetworkOptions
+from library.options.training.optimizer import OptimizerOptions
+from library.protocols import Architecture, TextCacheSpec
 from library.randomness import generator_for
-from library.training.loop.stacked_step import repeated, stacked_losses
+from library.training.loop.stacked_step import repeat_batch, stacked_losses
 from library.training.models.base_model import LoadedModels
 from library.training.models.block_running import trains_text_encoders
-from library.training.models.check_batches import quiet
+from library.training.models.check_batches import mute_logging
 from library.training.models.compute import Compute
 from library.training.models.network import create
 from library.training.models.step_context import step_context
@@ -68,7 +71,7 @@ class BatchShape:
 
 @dataclass(frozen=True)
 class CountedRun:
-    """What the parts of a run need."""
+    """The memory and time that the parts of a run need."""
 
     batch: BatchShape  # the largest
     step: CountedStep
@@ -97,16 +100,23 @@ def count_run(
     `adapters` are the options of each where several share the base model, without the dropout that they may have.
     """
     adapters = adapters or (options,)
-    with quiet(), torch.random.fork_rng(devices=[]), matrices_forgotten():
+    with mute_logging(), torch.random.fork_rng(devices=[]), matrices_forgotten():
         with FakeTensorMode(allow_non_fake_inputs=True), nullcontext() if device.type == "cpu" else norms_as_on_cards():
             meta = run_on_meta_device(options, arch, adapters)
             denoiser, networks = meta.models.denoiser, meta.networks
             with shortened(arch.chains(denoiser)) as stands_for:
-                pictures = count_pictures(options, arch, meta.vae, batch)
-                captions, conditioning = count_captions(options, arch, meta.encoders, batch.count)
-                timeline = count_step(options, arch, meta, fake_batch(options, arch, batch, conditioning), stands_for)
+                caches_latents = options.caching.cache_latents
+                pictures = count_pictures(arch, meta.vae, batch) if caches_latents and meta.vae is not None else None
+                captions, conditioning = count_captions(
+                    cached_text(options.network, arch.text_cache), options.precision, arch, meta.encoders, batch.count
+                )
+                fake = fake_batch(arch, batch, conditioning, caches_latents)
+                timeline = count_step(options, arch, meta, fake, stands_for)
                 optimizer = together(
-                    [count_update(own, arch, one) for own, one in zip(adapters, networks, strict=True)]
+                    [
+                        count_update(own.optimizer, own.network, bool(own.averaging.ema_decay), arch, one)
+                        for own, one in zip(adapters, networks, strict=True)
+                    ]
                 )
     vae = [] if meta.models.vae is None else [meta.models.vae]
     own = set(denoiser.modules())
@@ -133,27 +143,30 @@ def count_run(
 
 
 def storable_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers in blocks whose weights can be stored in a format, those included that the file has in 8 bits."""
+    """Return the layers in blocks whose weights can be stored in a format, also those in 8 bits already."""
     return [*layers_in_blocks(model).values(), *frozen_layers(model)]
 
 
 def run_on_meta_device(options: TrainOptions, arch: Architecture, adapters: Sequence[TrainOptions]) -> MetaRun:
-    """The models as the run will have them, in the fake mode that is on."""
-    encoders, denoiser, vae = load_fakes(arch, format_while_counting(options))
+    """Return the models as the run will have them, in the fake mode that is on."""
+    encoders, denoiser, vae = load_fakes(
+        arch, format_while_counting(options.precision, bool(options.network.base_weights))
+    )
     if options.precision.multiplies_codes:
         multiply_codes(frozen_layers(denoiser))
     staying = encoders
-    if cached_text(options, arch.text_cache) is not None:
-        live = live_text(options, arch.text_cache)
+    if cached_text(options.network, arch.text_cache) is not None:
+        live = live_text(options.network, arch.text_cache)
         staying = encoders[: 0 if live is None else live.num_encoders]
     models = Models(denoiser, staying, None if options.caching.cache_latents else vae, arch.view(staying, denoiser))
-    networks = [network_on_meta_device(own, arch, models) for own in adapters]
+    networks = [network_on_meta_device(own.network, own.precision, arch, models) for own in adapters]
     return MetaRun(models, encoders, vae, networks)
 
 
-def network_on_meta_device(options: TrainOptions, arch: Architecture, models: Models) -> AdoptedNetwork:
-    """The adapter, installed on the models."""
-    wanted = options.network
+def network_on_meta_device(
+    wanted: NetworkOptions, precision: PrecisionOptions, arch: Architecture, models: Models
+) -> AdoptedNetwork:
+    """Install the adapter on the models."""
     assert wanted.network_module is not None
     module = open_network_module(wanted.network_module)
     if wanted.dim_from_weights:
@@ -169,8 +182,8 @@ def network_on_meta_device(options: TrainOptions, arch: Architecture, models: Mo
             not wanted.network_train_unet_only,
             not wanted.network_train_text_encoder_only,
         )
-    if options.precision.full_fp16 or options.precision.full_bf16:
-        give_fakes(network.module, DTYPES[options.precision.mixed_precision])
+    if precision.full_fp16 or precision.full_bf16:
+        give_fakes(network.module, DTYPES[precision.mixed_precision])
     network.module.train()
     return network
 
@@ -197,21 +210,19 @@ def counter_for(arch: Architecture) -> OperationCounter:
 
 
 def longest_caption(arch: Architecture) -> str:
-    """A caption that takes all the tokens there are."""
+    """Return a caption that takes all the tokens there are."""
     return "a " * arch.text.max_tokens
 
 
-def fake_batch(
-    options: TrainOptions, arch: Architecture, shape: BatchShape, conditioning: Conditioning | None
-) -> Batch:
-    """A batch without values, in the fake mode that is on."""
-    spec, is_cached = arch.codec.spec, options.caching.cache_latents
+def fake_batch(arch: Architecture, shape: BatchShape, conditioning: Conditioning | None, has_latents: bool) -> Batch:
+    """Make a batch without values, in the fake mode that is on."""
+    spec = arch.codec.spec
     latents = shape.count, spec.channels, shape.height // spec.downscale, shape.width // spec.downscale
     return Batch(
         keys=[f"picture {i}" for i in range(shape.count)],
         captions=[longest_caption(arch)] * shape.count,
-        pixels_BCHW=None if is_cached else torch.empty(shape.count, 3, shape.height, shape.width),
-        latents_BCHW=torch.empty(latents) if is_cached else None,
+        pixels_BCHW=None if has_latents else torch.empty(shape.count, 3, shape.height, shape.width),
+        latents_BCHW=torch.empty(latents) if has_latents else None,
         conditioning=conditioning,
         loss_weights_B=torch.ones(shape.count),
         masks_B1HW=None,
@@ -221,7 +232,7 @@ def fake_batch(
 
 
 def rise_of(arch: Architecture, models: Sequence[nn.Module], run: Callable[[], T]) -> tuple[int, T]:
-    """The most bytes that `run` takes besides the weights of `models`, and what it gives."""
+    """Return the most bytes that `run` takes besides the weights of `models`, and what it gives."""
     counter = counter_for(arch)
     counter.leave_out(tensors_of(*models))
     with counter, torch.no_grad():
@@ -229,11 +240,8 @@ def rise_of(arch: Architecture, models: Sequence[nn.Module], run: Callable[[], T
     return counter.peak, found
 
 
-def count_pictures(options: TrainOptions, arch: Architecture, vae: nn.Module | None, shape: BatchShape) -> Stage | None:
-    """Encoding pictures before training; None where they are encoded in the steps."""
-    if not options.caching.cache_latents or vae is None:
-        return None
-
+def count_pictures(arch: Architecture, vae: nn.Module, shape: BatchShape) -> Stage:
+    """Count encoding images before training."""
     pixels_BCHW = torch.empty(1, 3, shape.height, shape.width)
     generators = [generator_for(0, "planned")]
     one, _ = rise_of(arch, [vae], lambda: arch.codec.encode(vae, pixels_BCHW, generators))
@@ -241,13 +249,16 @@ def count_pictures(options: TrainOptions, arch: Architecture, vae: nn.Module | N
 
 
 def count_captions(
-    options: TrainOptions, arch: Architecture, encoders: Sequence[nn.Module], batch_size: int
+    spec: TextCacheSpec | None,
+    precision: PrecisionOptions,
+    arch: Architecture,
+    encoders: Sequence[nn.Module],
+    batch_size: int,
 ) -> tuple[Stage | None, Conditioning | None]:
-    """Encoding captions before training, and the features of a batch; None where they are encoded in the steps."""
-    spec = cached_text(options, arch.text_cache)
+    """Count encoding captions before training, and give the features of a batch; None where no `spec` caches them."""
     if spec is None:
         return None, None
-    autocast = Compute.build(options.precision, CPU).autocast
+    autocast = Compute.build(precision, CPU).autocast
 
     def encode(count: int) -> Callable[[], Conditioning]:
         tokens = arch.text.tokenize([longest_caption(arch)] * count)
@@ -277,25 +288,26 @@ def count_step(
     """Forward and backward pass, with all blocks recomputed and with none; gradients are there already where a step
     has several passes."""
     models, networks = meta.models, meta.networks
-    loaded = LoadedModels(models, live_text(options, arch.text_cache), None)
+    loaded = LoadedModels(models, live_text(options.network, arch.text_cache), None)
     compute = Compute.build(options.precision, CPU)
     turns = multiplex(networks, options.network.network_module or "") if len(networks) > 1 else None
-    contexts = [
-        step_context(options, arch, 0, loaded, one, compute, nullcontext if turns is None else partial(turns.only, i))
-        for i, one in enumerate(networks)
-    ]
+    trains_text = trains_text_encoders(options.network, options.optimizer.learning_rate)
+    contexts = []
+    for i, one in enumerate(networks):
+        alone = nullcontext if turns is None else partial(turns.only, i)
+        contexts.append(step_context(trains_text, options.caching.vae_batch_size, arch, 0, loaded, one, compute, alone))
     seeds = dict.fromkeys(range(len(networks)), 0)
     num_passes = 1 if options.run.gradient_accumulation_steps == 1 else 2
 
     def give_runner(runner: BlockRunner) -> None:
         arch.run_blocks_with(models.denoiser, runner)
-        for encoder in models.text_encoders if trains_text_encoders(options) else []:
+        for encoder in models.text_encoders if trains_text else []:
             run_encoder_layers_with(encoder, runner)
 
     def loss() -> Tensor:
         if turns is None:
             return loss_of(contexts[0], batch, 0)
-        losses = stacked_losses(contexts, batch, repeated(batch, len(contexts)), 0)
+        losses = stacked_losses(contexts, batch, repeat_batch(batch, len(contexts)), 0)
         return torch.stack(list(losses)).sum()
 
     def count(runner: BlockRunner) -> CountedPass:
@@ -314,18 +326,17 @@ def count_step(
 
 
 def together(optimizers: Sequence[CountedOptimizer]) -> CountedOptimizer:
-    """The memory of all, which step one after another."""
+    """Return the memory of all, which step one after another."""
     states = sum(one.state for one in optimizers)
     return CountedOptimizer(states, states + max(one.rise - one.state for one in optimizers))
 
 
-def count_update(options: TrainOptions, arch: Architecture, network: AdoptedNetwork) -> CountedOptimizer:
-    """The memory of the optimizer and of the moving average beside it, which is float32."""
-    rates = options.network.text_encoder_lr, options.network.unet_lr, options.optimizer.learning_rate
-    groups, _ = network.parameter_groups(*rates)
+def count_update(
+    optimizer: OptimizerOptions, rates: NetworkOptions, is_averaged: bool, arch: Architecture, network: AdoptedNetwork
+) -> CountedOptimizer:
+    """Count the memory of the optimizer and of the moving average beside it, which is float32."""
+    groups, _ = network.parameter_groups(rates.text_encoder_lr, rates.unet_lr, optimizer.learning_rate)
     parameters = [parameter for group in groups for parameter in group["params"]]
-    counted = count_optimizer(
-        lambda: build_optimizer(options.optimizer, groups).optimizer, parameters, counter_for(arch)
-    )
-    averages = 4 * sum(p.numel() for p in network.trainable_parameters()) if options.averaging.ema_decay else 0
+    counted = count_optimizer(lambda: build_optimizer(optimizer, groups).optimizer, parameters, counter_for(arch))
+    averages = 4 * sum(p.numel() for p in network.trainable_parameters()) if is_averaged else 0
     return CountedOptimizer(counted.state + averages, counted.rise + averages)

@@ -24,7 +24,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Fit:
-    """What was counted of a run and chosen for a card."""
+    """The counts of a run and the choice for a GPU."""
 
     options: TrainOptions  # of the user
     counted: CountedRun
@@ -34,7 +34,7 @@ class Fit:
     sweep: Sweep | None = None  # where several adapters share the step
 
     def values(self) -> dict[str, Any]:
-        """The options that were chosen, where they are other than the user's; none where nothing fits."""
+        """Return the options that were chosen, where they are other than the user's; none where nothing fits."""
         if self.choice.chosen is None:
             return {}
         sizes = {name: size for name, size in self.stage_sizes.items() if size and size != self.options.flat()[name]}
@@ -42,7 +42,7 @@ class Fit:
         return changes(self.options, self.choice.chosen.way) | sizes | off_the_card
 
     def lines(self) -> Iterator[str]:
-        """The table, and what fixes its marked line."""
+        """Yield the table, and what fixes its marked line."""
         card = self.choice.card
         yield (
             f"{in_gib(card.memory_bytes)} (counted as {card.name}: {card.flops / 1e12:.1f} TFLOP/s, "
@@ -66,7 +66,7 @@ class Fit:
             )
 
     def sweep_line(self, sweep: "Sweep") -> str:
-        """How many adapters fit, in the way that is chosen, else in the one that takes least."""
+        """Return how many adapters fit, in the way that is chosen, else in the one that takes least."""
         found = self.choice.chosen or self.choice.least
         alone = predict(sweep.alone.step, found.way, self.choice.card)
         each = (found.device_bytes - alone.device_bytes) / (sweep.num_adapters - 1)
@@ -88,7 +88,7 @@ class Fit:
         return f"{stage.name} needs {need} by itself, more than there is: {WITHOUT_CARD[stage.option]}"
 
     def shortage(self) -> str:
-        """What the least is, what it is made of, and what would have to give."""
+        """Describe the least memory, what it is made of, and what would have to give."""
         least, step = self.choice.least, self.counted.step
         training = step.adapter_bytes + step.gradient_bytes + step.optimizer.state
         activations = least.tensor_bytes - least.weight_bytes - training
@@ -109,7 +109,7 @@ SMALLER_WEIGHTS = "--base_format or --fit_formats int8 nf4 store them in fewer b
 
 
 def fit_to(counted: CountedRun, options: TrainOptions, card: Gpu, sweep: Sweep | None = None) -> Fit:
-    """The choice for a card; whatever the user has set stays as it is."""
+    """Return the choice for a card; whatever the user has set stays as it is."""
     values, defaults = options.flat(), type(options).defaults()
     room = card.memory_bytes - CONTEXT_BYTES
     sizes = {}

@@ -1,4 +1,4 @@
-"""--fit: sets a run up in the fastest way that the card has room for."""
+"""Sets a run up in the fastest way that the GPU has room for."""
 
 import logging
 from collections.abc import Sequence
@@ -22,26 +22,26 @@ logger = logging.getLogger(__name__)
 
 
 def largest_batch(plan: DataPlan) -> BatchShape:
-    """The batch with the most pixels."""
+    """Return the batch with the most pixels."""
     shapes = [BatchShape(count, *size) for count, size in plan.batch_shapes()]
     return max(shapes, key=lambda shape: shape.num_pixels)
 
 
 def free_memory(device: torch.device) -> int:
-    """What a run may take of a card by now, with the context that this process has there already."""
+    """Return what a run may take of a GPU by now, with the context that this process has there already."""
     if device.type != "cuda":
         raise UserError("--fit auto asks the card what is free on it, and there is none; give a size such as 12GB")
     return torch.cuda.mem_get_info(device)[0] + CONTEXT_BYTES
 
 
-def card_of(options: TrainOptions, processes: Processes) -> Gpu:
-    """This process's device with the room of --fit. Several processes choose alike: they take the least room that one
-    of them has, and the main process's speed."""
-    wanted = options.fit.fit
-    assert wanted is not None
+def measure_gpu(wanted: str, mixed_precision: str, processes: Processes) -> Gpu:
+    """Return this process's device with the memory that the user allows (`wanted`, a size or "auto").
+
+    Several processes choose alike: they take the least memory that one of them has, and the main process's speed.
+    """
     room = free_memory(processes.device) if wanted == "auto" else parse_size("--fit", wanted)
     room = min(map(int, processes.merged("room", {processes.rank: str(room)}).values()))
-    card = measured_gpu(processes.device, room, DTYPES[options.precision.mixed_precision])
+    card = measured_gpu(processes.device, room, DTYPES[mixed_precision])
     flops, bus = map(float, processes.share("speed", f"{card.flops} {card.bus}").split())
     return replace(card, flops=flops, bus=bus)
 
@@ -53,7 +53,7 @@ def counted_run(
     device: torch.device,
     adapters: Sequence[TrainOptions] = (),
 ) -> CountedRun:
-    """The count. Raises UserError for network modules of third parties that need real weights."""
+    """Return the count. Raises UserError for network modules of third parties that need real weights."""
     name = options.network.network_module
     assert name is not None
     try:
@@ -77,7 +77,7 @@ def sweep_of(
     device: torch.device,
     adapters: Sequence[TrainOptions],
 ) -> Sweep | None:
-    """What one of several adapters takes: the one of the highest rank; None where there is one."""
+    """Count one of several adapters, that of the highest rank; None where there is one."""
     if len(adapters) < 2:
         return None
     largest = max(adapters, key=lambda own: own.network.network_dim or 0)
@@ -98,7 +98,8 @@ def fit_run(
 
     Raises UserError where nothing fits.
     """
-    card = card_of(options, processes)
+    assert options.fit.fit is not None
+    card = measure_gpu(options.fit.fit, options.precision.mixed_precision, processes)
     batch = largest_batch(plan)
     counted = counted_run(options, arch, batch, processes.device, adapters)
     found = fit_to(counted, options, card, sweep_of(options, arch, batch, processes.device, adapters))

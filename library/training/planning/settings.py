@@ -1,4 +1,4 @@
-"""What the planner may choose, as options: which are free, and what a choice sets."""
+"""The planner's choices as options: which are free, and what a choice sets."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -7,6 +7,8 @@ from typing import Any
 from library.memory.planner.choice import Allowed
 from library.memory.planner.prediction import Way
 from library.memory.planner.weights import Matrix, StorageCost
+from library.options.machine.distributed import DistributedOptions
+from library.options.machine.memory import PrecisionOptions
 from library.options.train import TrainOptions
 
 SMALLER = ("int8", "nf4")  # weight formats that are suggested
@@ -15,24 +17,24 @@ EVERY = (None, 3, 2, 1)  # blocks of which one is recomputed; fewer save hardly 
 
 
 def way_of(options: TrainOptions) -> Way:
-    """How the options run a step."""
+    """Return how the options run a step."""
     memory = options.memory
     return Way(
         weight_format=options.precision.denoiser_format,
         recompute_every=memory.gradient_checkpointing_every if memory.recomputes else None,
         inputs_wait=memory.offloads_inputs,
-        num_offloaded=memory.blocks_to_swap or 0,
-        shared_by=shared_by(options),
+        num_offloaded=memory.num_offloaded,
+        shared_by=num_shares(options.distributed),
     )
 
 
-def shared_by(options: TrainOptions) -> int:
-    """Over how many processes the denoiser is spread; a run has settled that by its processes."""
-    return (options.distributed.shard_group or 1) if options.distributed.shard_base else 1
+def num_shares(options: DistributedOptions) -> int:
+    """Count the processes that share the denoiser's weights."""
+    return (options.shard_group or 1) if options.shard_base else 1
 
 
 def values_of(way: Way) -> dict[str, Any]:
-    """The options that a way stands for."""
+    """Return the options that a way stands for."""
     return {
         "base_format": way.weight_format,
         "gradient_checkpointing": way.recompute_every is not None,
@@ -45,7 +47,7 @@ def values_of(way: Way) -> dict[str, Any]:
 
 
 def changes(options: TrainOptions, way: Way) -> dict[str, Any]:
-    """The options that a way sets to something else than the user."""
+    """Return the options that a way sets to something else than the user."""
     values = options.flat()
     found = {name: value for name, value in values_of(way).items() if value != values[name]}
     if way.weight_format == options.precision.denoiser_format:  # however it was asked for
@@ -63,12 +65,12 @@ def in_words(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
 
 
 def describe(way: Way) -> str:
-    """The options of a way as one types them."""
+    """Return the options of a way as one types them."""
     return in_words(values_of(way), TrainOptions.defaults()) or "plain"
 
 
 def allowed_by(options: TrainOptions) -> Allowed:
-    """What is left to choose: what the user has set stays."""
+    """Return what is left to choose: what the user has set stays."""
     way, memory = way_of(options), options.memory
     return Allowed(
         weight_formats=tuple(options.fit.fit_formats or (way.weight_format,)),
@@ -79,11 +81,11 @@ def allowed_by(options: TrainOptions) -> Allowed:
     )
 
 
-def allowed_ever(options: TrainOptions) -> Allowed:
-    """All that a user could set, in the format that the weights have and in those of SMALLER that take fewer bytes."""
-    name = options.precision.denoiser_format
-    allowed = replace(Allowed(), recompute_every=EVERY, shared_by=shared_by(options))
-    if options.precision.multiplies_codes:
+def allowed_ever(precision: PrecisionOptions, distributed: DistributedOptions) -> Allowed:
+    """Return all that a user could set, in the weights' format and in those of SMALLER that take fewer bytes."""
+    name = precision.denoiser_format
+    allowed = replace(Allowed(), recompute_every=EVERY, shared_by=num_shares(distributed))
+    if precision.multiplies_codes:
         return replace(allowed, weight_formats=(name,))
     own_bytes = None if name is None else StorageCost.of(name).num_bytes(TYPICAL_WEIGHT)
     smaller = [

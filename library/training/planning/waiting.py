@@ -13,13 +13,13 @@ from library.training.models.frozen_base import offloaded_blocks
 
 @dataclass(frozen=True)
 class OffloadedBlocks:
-    """What a number of --blocks_to_swap stands for."""
+    """The blocks that a number of offloaded blocks stands for."""
 
     stacks: Stacks
     blocks: Sequence[nn.Module]  # in the order in which they run
 
     def places(self, num_blocks: int) -> Collection[int]:
-        """Of the blocks that wait."""
+        """Return the places of the blocks that are offloaded."""
         if num_blocks == 0:
             return ()
         places = {block: place for place, block in enumerate(self.blocks)}

@@ -19,7 +19,7 @@ MEASURED_AS_SAID = ("validation_split", "validation_seed", "max_validation_steps
 
 
 def file_of_run(path: Path) -> Path:
-    """The report in a folder; a path of anything else as it is. Raises UserError if the folder has none or several."""
+    """Find the report in a folder; other paths stay. Raises UserError if the folder has none or several."""
     if not path.is_dir():
         return path
     found = sorted(path.glob(f"*{ENDING}"))
@@ -30,7 +30,7 @@ def file_of_run(path: Path) -> Path:
 
 
 def read_run(path: Path) -> Record:
-    """The run of a report, of a file of events, or of a folder with one report. Raises UserError if there is none."""
+    """Read the run of a report, an events file, or a folder with one report. Raises UserError if there is none."""
     path = file_of_run(path)
     record = read_report(path) if path.suffix == ".html" else read_events(path)
     if record.plan is None or not record.sessions:
@@ -39,7 +39,7 @@ def read_run(path: Path) -> Record:
 
 
 def labels_of(records: Sequence[Record], paths: Sequence[Path]) -> list[str]:
-    """The name of each run; where two have the same, with its folder, and with a number where that is not enough."""
+    """Name each run; where two have the same name, with its folder, or a number where that is not enough."""
     names = Counter(record.name for record in records)
     folders = [path if path.is_dir() else path.parent for path in paths]
     labels: list[str] = []
@@ -62,7 +62,7 @@ def differences(records: Sequence[Record]) -> list[list[Any]]:
 
 
 def facts_of(record: Record) -> dict[str, Any]:
-    """What a run is, by name."""
+    """Describe a run by name."""
     session, plan, audit = record.sessions[-1], record.plan or {}, record.audit or {}
     options = {f"--{name}": v for name, v in sorted(session["options"].items()) if name not in NAMES_ONLY}
     sources = [subset for dataset in audit.get("datasets", ()) for subset in dataset["subsets"]]
@@ -74,7 +74,7 @@ def facts_of(record: Record) -> dict[str, Any]:
 
 
 def is_measured_alike(records: Sequence[Record]) -> bool:
-    """Whether validation losses compare: the same options set pictures aside, and as many."""
+    """Return True if validation losses compare: the same options set pictures aside, and as many."""
     seen = []
     for record in records:
         options, plan = record.sessions[-1]["options"], record.plan or {}
@@ -85,7 +85,7 @@ def is_measured_alike(records: Sequence[Record]) -> bool:
 
 
 def comparison_of(paths: Sequence[Path]) -> str:
-    """The page that compares runs. Raises UserError for fewer than two, or for one that cannot be read."""
+    """Return the page that compares runs. Raises UserError for fewer than two, or for one that cannot be read."""
     if len(paths) < 2:
         raise UserError("name two runs or more: folders, reports or files of --log_events")
     records = [read_run(path) for path in paths]
@@ -97,7 +97,7 @@ def comparison_of(paths: Sequence[Path]) -> str:
 
 
 def shown(record: Record) -> Mapping[str, Any]:
-    """The part of a record that the page draws."""
+    """Return the part of a record that the page draws."""
     values = record.as_json()
     names = ("step", "loss", "smoothed", "curves", "validations", "best", "prompts", "previews", "plan")
     return {**{name: values[name] for name in names}, "end": record.sessions[-1]["end"]}

@@ -26,7 +26,7 @@ START, END = '<script type="application/json" id="data">', "</script>"
 
 
 def page_of(title: str, script: str, data: Mapping[str, Any]) -> str:
-    """The page that `script`, a file beside this one, draws of `data`."""
+    """Return the page that `script`, a file beside this one, draws of `data`."""
     chart_script, chart_style = map(source_of, UPLOT)
     scripts = [chart_script, *map(source_of, ("common.js", *SHARED.get(script, ()), script))]
     return source_of("page.html").format(
@@ -41,12 +41,12 @@ def page_of(title: str, script: str, data: Mapping[str, Any]) -> str:
 
 @cache
 def source_of(name: str) -> str:
-    """The text of a file beside this one."""
+    """Return the text of a file beside this one."""
     return (HERE / name).read_text(encoding="utf-8")
 
 
 def policy_of(scripts: list[str]) -> str:
-    """What the page may do: run these scripts, show pictures that it holds itself."""
+    """Return what the page may do: run these scripts, show pictures that it holds itself."""
     hashes = (hashlib.sha256(text.encode()).digest() for text in scripts)
     allowed = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in hashes)
     return f"{POLICY_START}; style-src 'unsafe-inline'; script-src {allowed}"
@@ -58,7 +58,7 @@ def as_script(data: Mapping[str, Any]) -> str:
 
 
 def data_of(page: str) -> dict[str, Any]:
-    """What `page_of` was given. Raises ValueError where that is not to be found."""
+    """Read back what `page_of` was given. Raises ValueError where that is not to be found."""
     start = page.find(START)
     end = page.find(END, start)
     if start < 0 or end < 0:

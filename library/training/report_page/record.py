@@ -1,4 +1,4 @@
-"""What the report shows of a run, put together from its events one after the other.
+"""The record of a run that its report shows, collected from its events one after the other.
 
 It is bounded, plain, and a function of the events: the report holds it, a run that goes on reads it back from
 there, and `tools/report.py` makes the same of a file of events.
@@ -39,7 +39,7 @@ class Smoothed:
     weight: float = 0.0
 
     def add(self, value: float) -> float:
-        """The average with one more value."""
+        """Return the average with one more value."""
         keep = 1 - 1 / self.over
         self.total, self.weight = self.total * keep + value, self.weight * keep + 1
         return self.total / self.weight
@@ -85,7 +85,7 @@ class Record:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no event was taken in."""
+        """Return True if no event was taken in."""
         return self.updated == 0
 
     def add(self, line: Line) -> None:
@@ -230,7 +230,7 @@ class Record:
 
     @property
     def name(self) -> str:
-        """What the run is called."""
+        """The name of the run."""
         options = self.sessions[-1]["options"] if self.sessions else {}
         return str(options.get("output_name") or "last")
 
@@ -267,5 +267,5 @@ def values_of(line: Line) -> dict[str, Any]:
 
 
 def name_of(path: str) -> str:
-    """The last part of a path of any system."""
+    """Return the last part of a path of any system."""
     return PureWindowsPath(path).name if "\\" in path else PurePath(path).name

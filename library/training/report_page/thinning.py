@@ -40,7 +40,7 @@ class Curve:
         self.count[bucket] += count
 
     def halved(self) -> "Curve":
-        """The same with two buckets in one."""
+        """Join each two buckets into one."""
         curve = Curve()
         for bucket, values in enumerate(zip(self.total, self.low, self.high, self.count, strict=True)):
             total, low, high, count = values

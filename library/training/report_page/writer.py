@@ -74,7 +74,7 @@ def add_event(path: Path, line: Mapping[str, Any]) -> None:
 
 
 def report_of(record: Record) -> str:
-    """The page of a run."""
+    """Return the page of a run."""
     return page_of(record.name, SCRIPT, record.as_json())
 
 
@@ -85,7 +85,7 @@ def write_page(path: Path, page: str) -> None:
 
 
 def read_report(path: Path) -> Record:
-    """The record in a report. Raises UserError for another file."""
+    """Return the record in a report. Raises UserError for another file."""
     try:
         return Record.from_json(data_of(path.read_text(encoding="utf-8")))
     except OSError as error:
@@ -95,7 +95,7 @@ def read_report(path: Path) -> Record:
 
 
 def read_events(path: Path) -> Record:
-    """What the lines of --log_events tell. A last line that was cut off is left out.
+    """Read the lines of an events file. A last line that was cut off is left out.
 
     Raises UserError naming the first line that is no event.
     """
@@ -109,7 +109,7 @@ def read_events(path: Path) -> Record:
 
 
 def record_of(lines: Iterable[str], source: str) -> Record:
-    """The same of lines that come from `source`."""
+    """Collect the record of lines that come from `source`."""
     record = Record()
     for number, line in enumerate(lines, 1):
         if not line.endswith("\n"):
@@ -123,7 +123,7 @@ def record_of(lines: Iterable[str], source: str) -> Record:
 
 
 def earlier_record(path: Path) -> Record | None:
-    """What a run that goes on finds of itself; None, with a warning where something else lies there."""
+    """Read the record of a run that goes on; None, with a warning where something else lies there."""
     if not path.exists():
         return None
     try:

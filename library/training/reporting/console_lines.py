@@ -1,4 +1,4 @@
-"""What a run shows while it goes on, in the words that graphical front ends read.
+"""The lines that a run shows while it goes on, as graphical front ends read them.
 
 The lines on standard output and the progress bar are an interface: see tests/contracts/test_output.py.
 """
@@ -90,7 +90,7 @@ class StepBar:
 def finished_line(
     trained: str, num_steps: int, seconds: float, file: Path, best: tuple[int, float] | None, best_file: Path
 ) -> str:
-    """What was trained, for how long, and where it is: the last line of a complete run.
+    """Describe what was trained, for how long, and where it is: the last line of a complete run.
 
     `num_steps` were taken in `seconds`, not counting those before a resume; `best` is (step, validation loss).
     """
@@ -111,7 +111,7 @@ def duration(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class LimitedNorms:
-    """What --scale_weight_norms did after a batch."""
+    """The effect of limiting weight norms after a batch."""
 
     num_scaled: int
     mean: float
@@ -133,7 +133,7 @@ class LimitedNorms:
 
 
 def bar_values(average_loss: float, norms: LimitedNorms | None) -> dict[str, float]:
-    """What stands behind the progress bar, in this order."""
+    """Return what stands behind the progress bar, in this order."""
     limited = {} if norms is None else {"Keys Scaled": norms.num_scaled, "Average key norm": norms.mean}
     return {**limited, "avr_loss": average_loss}
 
@@ -141,7 +141,7 @@ def bar_values(average_loss: float, norms: LimitedNorms | None) -> dict[str, flo
 def rate_values(
     rates: Sequence[float], names: Sequence[str], effective: Sequence[float] | None, first_is_text_encoder: bool
 ) -> dict[str, float]:
-    """The learning rates of a step by the names that charts use.
+    """Return the learning rates of a step by the names that charts use.
 
     `lr/<name>` for every group; beside it `lr/textencoder` for the first group where a text encoder may train and
     `lr/group<i>` for the others; `lr/d*lr/<name>` and `lr/d*lr/group<i>` where the optimizer finds the rate by itself.

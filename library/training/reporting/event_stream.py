@@ -38,7 +38,7 @@ class Sink(Protocol):
 
 
 class Events:
-    """What happens in a run is told here; costs some microseconds an event, and nothing where nobody listens.
+    """Emits the events of a run; costs some microseconds an event, and nothing where nobody listens.
 
     A sink that fails is given up with one warning: events never end a run.
     """
@@ -205,7 +205,7 @@ class JsonLines:
 
 
 def open_event_file(path: Path, goes_on: bool) -> JsonLines:
-    """--log_events: continued behind its last whole line where the run `goes_on`, else emptied.
+    """Open the events file: behind its last whole line where the run `goes_on`, else emptied.
 
     Raises UserError for a file that holds something else, or that cannot be written.
     """
@@ -221,7 +221,7 @@ def open_event_file(path: Path, goes_on: bool) -> JsonLines:
 
 
 def end_of_last_line(file: IO[bytes]) -> int:
-    """The length of a file without a last line that a process left unfinished when it was killed."""
+    """Return the length of a file without a last line that a process left unfinished when it was killed."""
     end = file.seek(0, os.SEEK_END)
     while end > 0:
         start = max(0, end - 65536)

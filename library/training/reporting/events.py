@@ -1,4 +1,4 @@
-"""What happens in a run, as values: the lines of --log_events, from which the report is made too.
+"""The events of a run as values: the lines of the events file, from which the report is made too.
 
 docs/events.md describes them for people, docs/events.schema.json for programs; a test holds the three together. A
 field that is added leaves VERSION as it is; one that goes or changes its meaning raises it.
@@ -24,7 +24,7 @@ class Event:
     event: ClassVar[str]
 
     def as_line(self, time: float) -> dict[str, Any]:
-        """The line as JSON has it, but for numbers that are not finite; `time` is in seconds since 1970."""
+        """Return the line as JSON has it, but for numbers that are not finite; `time` is in seconds since 1970."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {"v": VERSION, "event": self.event, "time": round(time, 3), **values}
 
@@ -119,7 +119,7 @@ class Stage(Event):
 
 @dataclass(frozen=True)
 class Planned:
-    """What --fit predicted for the largest batch of one process."""
+    """The planner's prediction for the largest batch of one process."""
 
     card_bytes: int  # with what the card and its allocator add
     tensor_bytes: int  # of them, at the peak
@@ -299,7 +299,7 @@ class Saved(Event):
 
 @dataclass(frozen=True)
 class Removed(Event):
-    """An older file or folder was deleted, as --save_last_n_steps and the like ask for."""
+    """An older file or folder was deleted, as the user asked."""
 
     event = "removed"
     file: str

@@ -1,4 +1,4 @@
-"""Whose lines are logged, where several adapters train in one run."""
+"""The adapter's name before log lines, where several train in one run."""
 
 import logging
 import threading

@@ -1,4 +1,4 @@
-"""--profile: a trace of some steps, of what the processor and the card do when."""
+"""A trace of some steps: what the processor and the GPU do when."""
 
 import gzip
 import logging

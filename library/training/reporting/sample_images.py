@@ -59,7 +59,7 @@ def grid_path(options: SavingOptions, event: str, timestamp: str | None = None) 
 
 
 def is_written(path_of: Callable[[str], Path], since: float) -> bool:
-    """Whether the file of `path_of(timestamp)` lies there, written at any time from `since` on (seconds since 1970)."""
+    """Return True if a file of `path_of(timestamp)` was written at `since` (seconds since 1970) or later."""
     path = path_of(MARK)
     start, end = path.name.split(MARK)
     name = re.compile(re.escape(start) + r"\d{14}" + re.escape(end))
@@ -75,19 +75,19 @@ def preview_folders(options: SavingOptions) -> tuple[Path, Path]:
 
 
 def is_preview_stem(options: SavingOptions, stem: str) -> bool:
-    """Whether a file of this name without its ending is a picture or a grid of the run."""
+    """Return True if a file of this name without its ending is a picture or a grid of the run."""
     name = f"{options.output_name}_" if options.output_name else ""
     return re.fullmatch(re.escape(name) + r"e?\d{6,}(_\d{2,})?_\d{14}(_-?\d+)?", stem) is not None
 
 
 def to_image(pixels_CHW: Tensor) -> Image.Image:
-    """The picture of values around -1..1; what lies beyond is cut."""
+    """Return the picture of values around -1..1; what lies beyond is cut."""
     values = ((pixels_CHW.float() / 2 + 0.5).clamp(0, 1) * 255).round()
     return Image.fromarray(values.permute(1, 2, 0).cpu().numpy().astype(np.uint8))
 
 
 def to_grid(images: Sequence[Image.Image]) -> Image.Image:
-    """All pictures in one, row by row in about a square; smaller ones stand in the middle of their cell."""
+    """Return all pictures in one, row by row in about a square; smaller ones stand in the middle of their cell."""
     num_columns = ceil(sqrt(len(images)))
     width, height = (max(image.size[axis] for image in images) + GRID_GAP for axis in (0, 1))
     num_rows = ceil(len(images) / num_columns)
@@ -100,7 +100,7 @@ def to_grid(images: Sequence[Image.Image]) -> Image.Image:
 
 
 def told_picture(drawn: Drawn, path: Path, step: int, epoch: int) -> Preview:
-    """The event of a picture that was written to `path`."""
+    """Return the event of a picture that was written to `path`."""
     prompt, (width, height) = drawn.prompt, drawn.image.size
     return Preview(
         step, epoch, drawn.index, prompt.text, prompt.seed, width, height, str(path), data_url_of(drawn.image)
@@ -108,7 +108,7 @@ def told_picture(drawn: Drawn, path: Path, step: int, epoch: int) -> Preview:
 
 
 def data_url_of(image: Image.Image, width: int = THUMBNAIL_SIDE, height: int = THUMBNAIL_SIDE) -> str:
-    """A copy of at most this size as a data: URL, about a kilobyte for each 10,000 pixels."""
+    """Return a copy of at most this size as a data: URL, about a kilobyte for each 10,000 pixels."""
     small, content = image.convert("RGB"), BytesIO()
     small.thumbnail((width, height))
     small.save(content, format="WEBP", quality=75)
@@ -130,7 +130,7 @@ def write_picture(path: Path, drawn: Drawn) -> None:
 
 
 def parameters_of(prompt: Prompt) -> str:
-    """The prompt and its settings, in the form that AUTOMATIC1111's program writes."""
+    """Return the prompt and its settings, in the form that AUTOMATIC1111's program writes."""
     settings = {
         "Steps": prompt.num_steps,
         "Sampler": prompt.sampler,

@@ -1,4 +1,4 @@
-"""What is told of a step, and the norms that are measured for it."""
+"""The event of a step, and the norms that are measured for it."""
 
 import sys
 from collections.abc import Sequence
@@ -57,7 +57,7 @@ def norm_of(tensors: Sequence[Tensor]) -> Tensor:
 def build_step_event(
     told: StepResult, average: float, names: Sequence[str], meter: NormMeter, times: StepTimes
 ) -> Step:
-    """The event of a step that is finished; `names` are those of the optimizer's groups."""
+    """Return the event of a step that is finished; `names` are those of the optimizer's groups."""
     norms, step, losses = meter.read(names), told.window.step + 1, told.losses
     return Step(
         step=step,
@@ -73,7 +73,7 @@ def build_step_event(
 
 
 def timing_of(times: StepTimes, step: int) -> Timing | None:
-    """The times of `step`, the last one that is settled; None before there is one."""
+    """Return the times of `step`, the last one that is settled; None before there is one."""
     if (found := times.last) is None or found.seconds <= 0:
         return None
     speed = found.flops / found.seconds if found.flops else None
@@ -88,7 +88,7 @@ def timing_of(times: StepTimes, step: int) -> Timing | None:
 
 
 def memory_of(device: torch.device) -> Memory:
-    """What is taken by now, and at most so far."""
+    """Measure the memory taken by now, and at most so far."""
     is_cuda = device.type == "cuda"
     return Memory(
         card=torch.cuda.memory_allocated(device) if is_cuda else None,

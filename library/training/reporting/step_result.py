@@ -1,4 +1,4 @@
-"""What a step gave, once that is known."""
+"""The result of a step, once that is known."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from library.training.step.accumulation import Window
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step gave."""
+    """The result of a step."""
 
     window: Window
     losses: list[float]  # of its batches, in their order

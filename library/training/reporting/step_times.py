@@ -37,7 +37,7 @@ BatchShape = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class StepFigures:
-    """What was measured of one step."""
+    """The measurements of one step."""
 
     seconds: float  # without what lies between steps
     parts: Mapping[Stage, float]  # seconds of the stages within it; what is left is the trainer's own
@@ -83,7 +83,7 @@ class StepTimes:
 
     @contextmanager
     def stage(self, name: Stage) -> Iterator[None]:
-        """What happens here is that stage."""
+        """Count the time of the block to a stage."""
         mark = self._mark_on_card if self.device.type == "cuda" and name in ON_CARD else self.clock
         began = mark()
         try:
@@ -169,7 +169,7 @@ class StepTimes:
         return self._recent[-1] if self._recent else None
 
     def chart_values(self) -> dict[str, float]:
-        """Of the last step that is settled, by the names that charts use; none before there is one."""
+        """Return the values of the last measured step, by the names that charts use; none before there is one."""
         if (found := self.last) is None or found.seconds <= 0:
             return {}
         values = {
@@ -185,7 +185,7 @@ class StepTimes:
         return values
 
     def summary(self) -> str | None:
-        """A sentence on all steps but the first; None where there was no second one."""
+        """Return a sentence on all steps but the first; None where there was no second one."""
         self.resolve()
         if not self._num_steps or self._seconds <= 0:
             return None
@@ -250,13 +250,13 @@ def span(began: Any, ended: Any) -> float:
 
 
 def pressure_of(device: torch.device) -> dict[str, int]:
-    """How often memory ran short so far: pages that were read back from the disk, and the card's second attempts."""
+    """Count how often memory ran short: pages read back from the disk, and second attempts on the GPU."""
     retries = torch.cuda.memory_stats(device).get("num_alloc_retries", 0) if device.type == "cuda" else 0
     return {"pages": num_pages_read_back(), "retries": retries}
 
 
 def num_pages_read_back() -> int:
-    """Of this process; 0 where the system does not tell, as Windows."""
+    """Count the pages of this process that were read back; 0 where the system does not tell, as Windows."""
     try:
         import resource
     except ImportError:

@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 
 from library.errors import UserError
+from library.options.base import Options
 from library.options.config_file import read_toml
 from library.options.output.trackers import TrackerOptions
-from library.options.train import TrainOptions
 from library.training.reporting.sample_images import Drawn
 
 logger = logging.getLogger(__name__)
 
 
 def tracker_kind(options: TrackerOptions) -> str | None:
-    """What accelerate calls the wanted tracker; None where nothing is logged.
+    """Return accelerate's name of the wanted tracker; None where nothing is logged.
 
     Raises UserError where tensorboard has no folder, or where the package is missing.
     """
@@ -43,9 +43,8 @@ def run_folder(options: TrackerOptions) -> str | None:
     return str(Path(options.logging_dir) / f"{options.log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}")
 
 
-def start_trackers(accelerator: Any, options: TrainOptions) -> None:
-    """Open the trackers that `accelerator` was built with."""
-    trackers = options.trackers
+def start_trackers(accelerator: Any, trackers: TrackerOptions, config: Mapping[str, Any]) -> None:
+    """Open the trackers that `accelerator` was built with; they show `config` where the user wants it."""
     if trackers.wandb_api_key is not None and find_spec("wandb") is not None:
         import wandb
 
@@ -55,17 +54,17 @@ def start_trackers(accelerator: Any, options: TrainOptions) -> None:
     )
     if trackers.wandb_run_name:
         init.setdefault("wandb", {})["name"] = trackers.wandb_run_name
-    config = loggable_options(options) if trackers.log_config else None
+    shown = dict(config) if trackers.log_config else None
     silence_tensorboard_thread()
     try:
-        accelerator.init_trackers(trackers.log_tracker_name or "network_train", config=config, init_kwargs=init)
+        accelerator.init_trackers(trackers.log_tracker_name or "network_train", config=shown, init_kwargs=init)
     except OSError as error:
         logger.warning("--logging_dir %s: charts are off, it cannot be written: %s", trackers.logging_dir, error)
         accelerator.trackers = []
 
 
-def loggable_options(options: TrainOptions) -> dict[str, int | float | str | bool]:
-    """Every option as charts may show it: without secrets and paths."""
+def loggable_options(options: Options) -> dict[str, int | float | str | bool]:
+    """Return the options that charts may show: without secrets and paths."""
     values = options.flat()
     logged = [name for name, facts in type(options).facts().items() if facts.logged]
     return {n: values[n] if isinstance(values[n], (int, float, str, bool)) else str(values[n]) for n in logged}
@@ -94,7 +93,7 @@ class Charts:
         self._failed: set[str] = set() if failed is None else failed
 
     def named(self, label: str) -> "Charts":
-        """The same charts for one of several adapters, whose values have its label before their names."""
+        """Return the charts of one of several adapters, whose values have its label before their names."""
         return Charts(self._accelerator, f"{label}/", self._failed) if label else self
 
     @property

@@ -1,4 +1,4 @@
-"""--deterministic: the same numbers from the same run, where a card's fastest kernels add up in any order."""
+"""The same numbers from the same run, where a GPU's fastest kernels add up in any order."""
 
 import logging
 import os

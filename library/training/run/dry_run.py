@@ -16,7 +16,7 @@ from library.options.training.averaging import FILES
 from library.training.evaluation.without_side_effects import shown_weights
 from library.training.failures.out_of_memory import (
     Sizes,
-    explained,
+    explain_out_of_memory,
     memory_figures,
     reset_peak,
     sizes_of,
@@ -53,7 +53,7 @@ def try_largest_batch(runs: Sequence[Run], writer: Writer, place: int) -> None:
     shape, sizes = describe_shape(batch), sizes_of(run)
     logger.info("dry run: memory while loading and caching: %s", memory_figures(run.context.device))
     doing, predicted = "training the largest batch (--dry_run)", partial(memory_hints, runs, batch)
-    with explained(doing, run.options, run.context.device, shape, lambda: sizes, predicted):
+    with explain_out_of_memory(doing, run.options, run.context.device, shape, lambda: sizes, predicted):
         loss = forward_and_backward(runs, batch, place)
         for one in runs:
             with rounding_of(one, 0):

@@ -15,7 +15,7 @@ from library.training.evaluation.preview import texts_of, wanted_prompts
 from library.training.loop.prepared import PreparedRun
 from library.training.models.arithmetic import check_arithmetic
 from library.training.models.base_model import load_models
-from library.training.models.block_running import attach_adapter, choose_block_runner
+from library.training.models.block_running import attach_adapter, choose_block_runner, trains_text_encoders
 from library.training.models.check_batches import check_batches
 from library.training.models.compute import Compute
 from library.training.models.frozen_base import check_base, resolve_base
@@ -23,9 +23,9 @@ from library.training.reporting.console_lines import PictureCounts, announce_run
 from library.training.reporting.log_prefix import log_prefix
 from library.training.reporting.progress import Progress
 from library.training.reporting.step_times import StepTimes
-from library.training.reporting.trackers import Charts, start_trackers
-from library.training.run.run_events import plan_of
-from library.training.run.runs import Shared, Wanted, ready_to_start, run_of
+from library.training.reporting.trackers import Charts, loggable_options, start_trackers
+from library.training.run.run_events import build_plan_event
+from library.training.run.runs import AdapterRequest, Shared, build_run, prepare_run
 from library.training.saving.checkpoints import save_dtype
 from library.training.saving.resume import starting_steps
 from library.training.step.accumulation import Plan
@@ -42,7 +42,7 @@ def prepare(
     data: TrainingData,
     accelerator: Any,
     processes: Processes,
-    adapters: Sequence[Wanted],
+    adapters: Sequence[AdapterRequest],
     sweep: SweepRecord | None = None,
 ) -> list[PreparedRun]:
     """Load the models, attach the adapters, build what moves each of them, and put each where its state left it.
@@ -55,27 +55,34 @@ def prepare(
     compute = Compute.build(options.precision, processes.device)
     plan = Plan.build(options.run, data.num_batches, processes.count)
     first_steps = starting_steps([one.options for one in adapters], plan, [one.state for one in adapters])
-    check_base(options, arch)
-    check_arithmetic(options, arch, compute)
+    # What can be refused without weights is refused before they are read and images encoded, which takes minutes.
+    check_base(options.precision.denoiser_format, options.memory.num_offloaded, arch)
+    if options.precision.multiplies_codes:
+        check_arithmetic(options.precision.denoiser_format, options.network.network_module, arch, compute)
     for one in adapters:
-        check_batches(one.options, arch, plan.max_train_steps)
-    prompts = wanted_prompts(options, arch) if processes.is_main else []
+        check_batches(one.options.network, one.options.optimizer, one.options.schedule, arch, plan.max_train_steps)
+    prompts = wanted_prompts(options.preview, arch) if processes.is_main else []
     if prompts:
         with needing("--sample_prompts draws pictures; give the VAE, or leave it out"):
             on_meta_device(arch.load).vae()
     texts = texts_of(prompts, arch.preview.worded)
     reader = options.network.network_module or ""
     loaded = load_models(options, arch, seed, data, compute, texts, processes, reader)
-    resolve_base(options, arch, loaded.models, compute, processes)
+    resolve_base(options.precision, options.memory.num_offloaded, arch, loaded.models, compute, processes)
+    # After the base model has its formats and its places: a network module may look at the weights that it adapts.
     networks = []
     for one in adapters:
         with log_prefix(one.label):
-            networks.append(attach_adapter(one.options, one.seed, loaded.models, compute))
+            networks.append(
+                attach_adapter(one.options.network, one.options.precision, one.seed, loaded.models, compute)
+            )
     turns = None
     if len(networks) > 1:
         turns = multiplex(networks, options.network.network_module or "")
-        logger.info("%s", told_turns(len(networks), turns.share_stacked(range(len(networks)))))
-    choose_block_runner(options, arch, loaded.models, networks)
+        logger.info("%s", format_sharing(len(networks), turns.share_stacked(range(len(networks)))))
+    is_text_trained = trains_text_encoders(options.network, options.optimizer.learning_rate)
+    # After all adapters are attached: blocks are compiled with them.
+    choose_block_runner(options.memory, options.compiling, is_text_trained, arch, loaded.models, networks)
     times = StepTimes(compute.device, processes.count, peak_of(compute.device, compute.dtype))
     batches = open_batches(data, loaded.latents, loaded.texts)
     shared = Shared(arch, loaded, compute, processes, data, batches, plan, times, turns, sweep)
@@ -83,20 +90,20 @@ def prepare(
     prepared = []
     for place, (one, network, first_step) in enumerate(zip(adapters, networks, first_steps, strict=True)):
         with log_prefix(one.label):
-            run = run_of(one, network, shared, place)
-            prepared.append(ready_to_start(run, one, Progress(first_step), charts, prompts, loaded.prompts))
+            run = build_run(one, network, shared, place)
+            prepared.append(prepare_run(run, one, Progress(first_step), charts, prompts, loaded.prompts))
     if processes.is_main:
-        start_trackers(accelerator, options)
-        counts = counts_of(prepared[0])
+        start_trackers(accelerator, options.trackers, loggable_options(options))
+        counts = count_images(prepared[0])
         announce_run(plan, counts, data.batch_sizes, options.run.gradient_accumulation_steps)
         for one, ready in zip(adapters, prepared, strict=True):
             resumed_from = None if one.state is None else str(one.state.path)
-            one.events.emit(plan_of(ready.run, counts, ready.progress.step, resumed_from))
+            one.events.emit(build_plan_event(ready.run, counts, ready.progress.step, resumed_from))
     return prepared
 
 
-def told_turns(count: int, share: float) -> str:
-    """How `count` adapters compute, where a `share` of the layers has them in one product."""
+def format_sharing(count: int, share: float) -> str:
+    """Return how `count` adapters compute, where a `share` of the layers has them in one product."""
     if share == 1:
         return f"{count} adapters share each pass of the base model; every layer computes them in one product"
     return (
@@ -106,7 +113,7 @@ def told_turns(count: int, share: float) -> str:
     )
 
 
-def counts_of(prepared: PreparedRun) -> PictureCounts:
+def count_images(prepared: PreparedRun) -> PictureCounts:
     data = prepared.run.data
     return PictureCounts(data.num_train_images, prepared.validation.num_pictures, data.num_reg_images)
 

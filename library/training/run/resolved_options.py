@@ -13,7 +13,7 @@ OptionsT = TypeVar("OptionsT", bound=TrainOptions)
 class ResolvedOptions(Generic[OptionsT]):
     """The options of what all adapters share, and those of each adapter.
 
-    The launcher, the processes, the states and --fit override values on the way; each override applies to both.
+    The launcher, the processes, the states and the planner override values on the way, each in both.
     """
 
     shared: OptionsT  # of the base model, the data and the loop

@@ -1,4 +1,4 @@
-"""What a run tells of itself, from its first word to its last: --log_events and the report."""
+"""The events of a run from its start to its end, for the events file and the report."""
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,6 +13,7 @@ import torch
 from library.checkpoints.metadata import commit_hash
 from library.errors import UserError
 from library.launcher import launched_rank
+from library.options.base import Options
 from library.options.train import TrainOptions
 from library.progress import listening
 from library.training.config_file import SECRETS
@@ -40,13 +41,13 @@ HIDDEN = "***"
 
 
 @contextmanager
-def told(
+def open_events(
     adapters: Iterable[TrainOptions], command: Sequence[str] | None, warnings: WarningEvents
 ) -> Iterator[EventsOfAll]:
-    """The events of a run, of each of its adapters, in its main process; the last one says how the block ended.
+    """Open the events of a run, of each of its adapters, in its main process; the last one says how the block ended.
 
-    A run that is not stopped and not ended by an error is finished. With --log_events - standard output has events
-    alone, and what else would go there goes to standard error.
+    A run that is not stopped and not ended by an error is finished. Where standard output has the events,
+    what else would go there goes to standard error.
     """
     with ExitStack() as stack:
         of_each = [(options, Events(open_sinks(options, stack))) for options in adapters]
@@ -58,7 +59,7 @@ def told(
         stack.callback(events.close)
         stack.enter_context(listening(events.tell_progress))
         for options, one in of_each:
-            one.emit(Start(without_secrets(command, options), given(options), versions()))
+            one.emit(Start(hide_secrets(command, options), changed_options(options), versions()))
         warnings.tell(events)
         try:
             yield events
@@ -80,8 +81,6 @@ def open_sinks(options: TrainOptions, stack: ExitStack) -> list[Sink]:
         return []
     sinks: list[Sink] = []
     if path == "-":
-        if options.console.console_log_simple:
-            raise UserError(f"{FLAG} - and --console_log_simple both want standard output; leave one of them out")
         sinks.append(JsonLines(sys.stdout, f"{FLAG} -", closes=False))
         stack.enter_context(redirect_stdout(sys.stderr))
     elif path:
@@ -93,8 +92,8 @@ def open_sinks(options: TrainOptions, stack: ExitStack) -> list[Sink]:
     return sinks
 
 
-def without_secrets(command: Sequence[str] | None, options: TrainOptions) -> list[str] | None:
-    """The words of a command line, keys and tokens hidden."""
+def hide_secrets(command: Sequence[str] | None, options: Options) -> list[str] | None:
+    """Return the words of a command line, keys and tokens hidden."""
     if command is None:
         return None
     values = options.flat()
@@ -107,14 +106,14 @@ def without_secrets(command: Sequence[str] | None, options: TrainOptions) -> lis
     return words
 
 
-def given(options: TrainOptions) -> dict[str, Any]:
-    """Every option that is not at its default, without keys and tokens."""
+def changed_options(options: Options) -> dict[str, Any]:
+    """Return every option that is not at its default, without keys and tokens."""
     values, defaults = options.flat(), type(options).defaults()
     return {name: plain(v) for name, v in values.items() if v != defaults[name] and name not in SECRETS}
 
 
 def versions() -> dict[str, str]:
-    """What computes, as far as it is installed."""
+    """Return the versions of what computes, as far as it is installed."""
     found = {"python": python_version()}
     for package in PACKAGES:
         try:
@@ -126,13 +125,13 @@ def versions() -> dict[str, str]:
 
 
 def format_error(error: BaseException) -> str:
-    """An error in a line or a few, with what caused it."""
+    """Return an error in a line or a few, with what caused it."""
     cause = f" ({format_error(error.__cause__)})" if isinstance(error.__cause__, Exception) else ""
     return f"{error}{cause}" if isinstance(error, UserError) else f"{type(error).__name__}: {error}{cause}"
 
 
-def plan_of(run: Run, counts: PictureCounts, first_step: int, resumed_from: str | None) -> Plan:
-    """What is known once everything is loaded."""
+def build_plan_event(run: Run, counts: PictureCounts, first_step: int, resumed_from: str | None) -> Plan:
+    """Return the event of a loaded run."""
     options, plan, context = run.options, run.plan, run.context
     pictures: Mapping[str, int] = {"train": counts.train, "validation": counts.validation, "reg": counts.reg}
     return Plan(
@@ -156,5 +155,5 @@ def plan_of(run: Run, counts: PictureCounts, first_step: int, resumed_from: str 
 
 
 def name_of(device: torch.device) -> str:
-    """The card's name, else the kind of device."""
+    """Return the card's name, else the kind of device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

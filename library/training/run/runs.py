@@ -13,6 +13,7 @@ from library.training.evaluation.preview import Previews
 from library.training.evaluation.validation import Validation
 from library.training.loop.prepared import PreparedRun
 from library.training.models.base_model import LoadedModels
+from library.training.models.block_running import trains_text_encoders
 from library.training.models.compute import Compute
 from library.training.models.step_context import step_context
 from library.training.reporting.event_stream import Events
@@ -32,8 +33,8 @@ from networks.core.protocol import AdoptedNetwork, Multiplexer
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """One adapter that the run is to train; several of them share the base model and the batches (--sweep)."""
+class AdapterRequest:
+    """One adapter that the run is to train; several of them may share the base model and the batches."""
 
     options: TrainOptions  # of its run alone
     seed: int  # of the adapter, its noise and its dropout
@@ -42,20 +43,22 @@ class Wanted:
     label: str = ""  # what it is called where there are others
 
 
-def wanted(options: TrainOptions, seed: int, state: StateManifest | None, events: Events, label: str = "") -> Wanted:
-    """An adapter of a run with this seed, which is its own too unless --sweep gives it another one.
+def request_adapter(
+    options: TrainOptions, seed: int, state: StateManifest | None, events: Events, label: str = ""
+) -> AdapterRequest:
+    """Describe an adapter of a run with this seed, which is its own too unless the sweep gives it another one.
 
     All adapters are measured with the noise of the run's seed.
     """
     own = options.run.seed if label and options.run.seed is not None else seed
     if own != seed and options.validation.validation_seed is None:
         options = options.with_values({"validation_seed": seed})
-    return Wanted(options, own, state, events, label)
+    return AdapterRequest(options, own, state, events, label)
 
 
 @dataclass(frozen=True)
 class Shared:
-    """What all adapters of a run have in common."""
+    """The parts that all adapters of a run share."""
 
     arch: Architecture
     loaded: LoadedModels
@@ -69,13 +72,15 @@ class Shared:
     sweep: SweepRecord | None
 
 
-def run_of(wanted: Wanted, network: AdoptedNetwork, shared: Shared, place: int) -> Run:
-    """The run of one adapter, the one at `place` among all."""
+def build_run(wanted: AdapterRequest, network: AdoptedNetwork, shared: Shared, place: int) -> Run:
+    """Return the run of one adapter, the one at `place` among all."""
     options, arch, compute = wanted.options, shared.arch, shared.compute
     models = shared.loaded.models
     optimization = build_optimization(options, network, models, shared.plan.max_train_steps, compute.device)
     alone = nullcontext if shared.turns is None else partial(shared.turns.only, place)
-    context = step_context(options, arch, wanted.seed, shared.loaded, network, compute, alone)
+    trains_text = trains_text_encoders(options.network, options.optimizer.learning_rate)
+    vae_batch_size = options.caching.vae_batch_size
+    context = step_context(trains_text, vae_batch_size, arch, wanted.seed, shared.loaded, network, compute, alone)
     context = replace(context, preserves_in_step=preserves_in_step(shared.data, models.sharded))
     return Run(
         options=options,
@@ -95,9 +100,9 @@ def run_of(wanted: Wanted, network: AdoptedNetwork, shared: Shared, place: int) 
     )
 
 
-def ready_to_start(
+def prepare_run(
     run: Run,
-    wanted: Wanted,
+    wanted: AdapterRequest,
     progress: Progress,
     charts: Charts,
     prompts: Sequence[Prompt],

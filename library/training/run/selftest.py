@@ -1,4 +1,4 @@
-"""--selftest: whether the ways of saving memory that a run has chosen compute what the plain way computes.
+"""Tests that the ways of saving memory that a run has chosen compute what the plain way computes.
 
 One batch is computed as the run will, noting what goes into each block and which gradient comes back to it. Then each
 block is computed again from that, alone and plainly: its weights copied past the ring, everything kept by autograd. So
@@ -67,7 +67,7 @@ class Recorder:
 
 
 def set_aside(value: Tensor) -> Tensor:
-    """A block's own input in main memory; what all blocks share, which carries no gradient, as it is."""
+    """Return a block's own input in main memory; what all blocks share, which carries no gradient, as it is."""
     return value.detach().cpu().requires_grad_() if value.requires_grad else value
 
 
@@ -105,14 +105,14 @@ def test_itself(run: Run) -> None:
 
 
 def context_dtype(run: Run) -> torch.dtype:
-    """The number format of the arithmetic."""
+    """Return the number format of the arithmetic."""
     with run.context.autocast():
         device = run.context.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
 
 
 def gradients_of(run: Run, calls: Sequence[Call], noise: float) -> Gradients:
-    """The gradients of the adapter's parameters in the blocks, each block run plainly from what it was given.
+    """Return the gradients of the adapter's parameters in the blocks, each block run plainly from what it was given.
 
     `noise` moves inputs and gradients by random shares of themselves, up to that: what rounding does to them.
     """
@@ -141,7 +141,7 @@ def gradients_of(run: Run, calls: Sequence[Call], noise: float) -> Gradients:
 
 
 def moved(value: Tensor, noise: float, generator: torch.Generator) -> Tensor:
-    """A value with each number changed by a random share of itself, up to `noise`."""
+    """Return a value with each number changed by a random share of itself, up to `noise`."""
     if not noise or not value.is_floating_point():
         return value
     shares = 2 * torch.rand(value.shape, generator=generator) - 1

@@ -1,4 +1,4 @@
-"""--shard_base: what does not go with it, and whether all processes go in step."""
+"""Checks of a sharded base model: what excludes it, and whether all processes go in step."""
 
 import logging
 from typing import Any
@@ -15,8 +15,8 @@ from networks.core.protocol import OURS
 logger = logging.getLogger(__name__)
 
 
-def launched_values(options: TrainOptions) -> dict[str, Any]:
-    """Return --shard_base if accelerate is configured for FSDP2, which means the same.
+def launched_values(is_sharded: bool) -> dict[str, Any]:
+    """Return the option that shards the base model if accelerate is configured for FSDP2, which means the same.
 
     Raises UserError for FSDP 1; to be called before accelerate is set up, which has errors of its own for it.
     """
@@ -26,16 +26,16 @@ def launched_values(options: TrainOptions) -> dict[str, Any]:
             "and the adapter is small: run `accelerate config` again with FSDP version 2, which means --shard_base, or "
             "give --multi_gpu to accelerate launch"
         )
-    if fsdp_version() != 2 or options.distributed.shard_base:
+    if fsdp_version() != 2 or is_sharded:
         return {}
     logger.info("accelerate is configured for FSDP2: --shard_base spreads the frozen base model over the processes")
     return {"shard_base": True}
 
 
 def sharding_values(options: TrainOptions, processes: Processes) -> dict[str, Any]:
-    """Return --shard_group, the number of processes that share the base model, if it is sharded at all.
+    """Return how many processes share the base model, if it is sharded at all.
 
-    Raises UserError, before anything is read, where --shard_base cannot be had; warns where it does nothing.
+    Raises UserError, before anything is read, where the base model cannot be sharded; warns where that does nothing.
     """
     wanted = options.distributed
     if not wanted.shard_base:
@@ -79,7 +79,7 @@ def sharding_values(options: TrainOptions, processes: Processes) -> dict[str, An
 
 
 def preserves_in_step(data: TrainingData, sharded: ShardedModel | None) -> bool:
-    """Whether every batch has to ask the base model alone, since one of another process may."""
+    """Return True if every batch has to ask the base model alone, since one of another process may."""
     if sharded is None:
         return False
     subsets = [subset for dataset in data.config.datasets for subset in dataset.subsets]

@@ -1,4 +1,4 @@
-"""What a run writes and goes on from: its checkpoints and states."""
+"""The checkpoints and states of a run: building what writes them, and going on from them."""
 
 import logging
 import secrets
@@ -39,14 +39,14 @@ def stateful_parts(run: Run, progress: Progress, validation: Validation) -> dict
     if optimization.average is not None:
         parts["average"] = optimization.average
     if validation.is_on:
-        parts["validation"] = validation
+        parts["validation"] = validation.record
     if run.sweep is not None:
         parts[PART] = run.sweep
     return parts if optimization.scaler is None else {**parts, "scaler": optimization.scaler}
 
 
 def go_on(run: Run, progress: Progress, validation: Validation, state: StateManifest) -> None:
-    """Put the run where the state left it, at the step that --initial_step or --initial_epoch may have moved."""
+    """Put the run where the state left it, at the step that the options may have moved."""
     first_step = progress.step
     data, optimization = run.data, run.optimization
     report_differences(state, run.options, data.identity_with_contents, run.processes.count, data.picture_paths)
@@ -72,7 +72,7 @@ def bytes_of_state(run: Run) -> int:
 
 
 def build_writer(run: Run, progress: Progress, validation: Validation) -> Writer:
-    """What writes the checkpoints; the base files are hashed in the background meanwhile."""
+    """Build what writes the checkpoints; the base files are hashed in the background meanwhile."""
     options, data, plan, built = run.options, run.data, run.plan, run.optimization.built
     facts = RunFacts(
         session_id=secrets.randbelow(2**32),
@@ -87,10 +87,10 @@ def build_writer(run: Run, progress: Progress, validation: Validation) -> Writer
         optimizer=built.name,
         has_relative_step=built.has_relative_step,
         network_args=network_keywords(options.network),
-        datasets=data.metadata(options, run.processes.count),
+        datasets=data.metadata(options.dataset, plan.accumulation),
     )
     executor = ThreadPoolExecutor(1, thread_name_prefix="hash")
-    base_files = executor.submit(base_file_metadata, options)
+    base_files = executor.submit(base_file_metadata, options.model)
     executor.shutdown(wait=False)
 
     def write_state(folder: Path, step: int, epoch: int, done: Collection[Part]) -> None:

@@ -47,7 +47,7 @@ class SavedElsewhere(OSError, UserError):
 
 @dataclass(frozen=True)
 class Names:
-    """File names of a run: with --output_name its own, else `epoch`, `at` and `last`."""
+    """File names of a run: with its output name, else `epoch`, `at` and `last`."""
 
     folder: Path
     output_name: str | None
@@ -71,7 +71,7 @@ class Names:
         return self.folder / f"{f'{self.output_name}-' if self.output_name else ''}best.{self.extension}"
 
     def purpose_of(self, path: Path) -> SavedFor:
-        """What a file of this run was saved for."""
+        """Return what a file of this run was saved for."""
         if path == self.of_end():
             return "end"
         if path == self.of_best():
@@ -94,7 +94,7 @@ class Names:
         return self.folder / f"{self.output_name or 'last'}-sheet.png"
 
     def has_stem(self, stem: str) -> bool:
-        """Whether a file of weights, or the report, of this run may have that name, without its ending."""
+        """Return True if a file of weights, or the report, of this run may have that name, without its ending."""
         if stem in (self.of_best().stem, self.of_report().stem):
             return True
         match = STEM.fullmatch(stem)
@@ -102,12 +102,12 @@ class Names:
 
     @property
     def starts(self) -> tuple[str, ...]:
-        """What the names of this run begin with."""
+        """The beginnings of the names of this run."""
         return (self.output_name,) if self.output_name else ("epoch", "at", "last")
 
 
 def state_of(weights: Path) -> Path:
-    """The folder of the state that belongs to a file of weights."""
+    """Return the folder of the state that belongs to a file of weights."""
     return weights.with_name(f"{weights.stem}-state")
 
 
@@ -123,7 +123,7 @@ class Schedule:
 
     @classmethod
     def build(cls, options: SavingOptions, num_epochs: int) -> "Schedule":
-        """--save_n_epoch_ratio R saves about R times in the run and wins over --save_every_n_epochs."""
+        """Read the intervals; a ratio R saves about R times in the run and wins over a number of epochs."""
         every = options.save_every_n_epochs or None
         if options.save_n_epoch_ratio is not None and options.save_n_epoch_ratio > 0:
             every = num_epochs // options.save_n_epoch_ratio or 1
@@ -139,11 +139,11 @@ class Schedule:
         return self.every_n_steps is not None and step % self.every_n_steps == 0
 
     def saves_epoch(self, epoch: int) -> bool:
-        """The last epoch has the final file instead."""
+        """Return True if a file is saved after an epoch; after the last one the final file is."""
         return self.every_n_epochs is not None and epoch % self.every_n_epochs == 0 and epoch < self.num_epochs
 
     def for_states(self, options: StateOptions) -> "Schedule":
-        """The same for training states, which may be kept longer or shorter than the weights."""
+        """Return the schedule of training states, which may be kept longer or shorter than the weights."""
         return replace(
             self,
             keep_steps=options.save_last_n_steps_state or self.keep_steps,
@@ -151,7 +151,7 @@ class Schedule:
         )
 
     def most_files(self, max_train_steps: int) -> int:
-        """How many files lie there at most at a time, without the last one."""
+        """Return how many files lie there at most at a time, without the last one."""
         after_steps = max_train_steps // self.every_n_steps if self.every_n_steps is not None else 0
         if self.every_n_steps is not None and self.keep_steps is not None:
             after_steps = min(after_steps, self.keep_steps // self.every_n_steps + 2)  # the outdated one goes last
@@ -161,7 +161,7 @@ class Schedule:
         return after_steps + after_epochs
 
     def outdated_step(self, step: int) -> int | None:
-        """The step whose file goes once that of `step` is there: --save_last_n_steps is a distance in steps."""
+        """Return the step whose file goes once that of `step` is there, by a distance in steps."""
         if self.keep_steps is None or self.every_n_steps is None:
             return None
         last = step - self.keep_steps - 1
@@ -169,7 +169,7 @@ class Schedule:
         return last if last > 0 else None
 
     def outdated_epoch(self, epoch: int) -> int | None:
-        """The epoch whose file goes once that of `epoch` is there: --save_last_n_epochs counts saved files."""
+        """Return the epoch whose file goes once that of `epoch` is there, by a count of saved files."""
         if self.keep_epochs is None or self.every_n_epochs is None:
             return None
         gone = epoch - self.keep_epochs * self.every_n_epochs
@@ -178,7 +178,7 @@ class Schedule:
     def outdates_stop(self, stop: int, step: int, epoch: int) -> bool:
         """Return True if the files of a run that was stopped after `stop` go once those of `step` are there.
 
-        They follow --save_last_n_steps if steps are saved, else --save_last_n_epochs, and then `step` ends `epoch`.
+        They follow the limit in steps if steps are saved, else that in epochs, and then `step` ends `epoch`.
         """
         if self.every_n_steps is not None:
             return self.keep_steps is not None and stop < step - self.keep_steps
@@ -246,7 +246,7 @@ class Writer:
         self.rotation.deletions.clear()
 
     def save_best(self, step: int, epoch: int) -> None:
-        """Replace the file of the best weights, if --keep_best_checkpoint asks for one."""
+        """Replace the file of the best weights, if one is wanted."""
         if self.is_main and self.options.validation.keep_best_checkpoint:
             try:
                 self.write(self.names.of_best(), step, epoch)
@@ -259,7 +259,7 @@ class Writer:
             self.write(self.names.of_end(), step, epoch)
 
     def save_end(self, progress: Progress, epoch: int) -> None:
-        """Save a run that is complete; with --autoresume its state too, by which the next start knows that.
+        """Save a run that is complete; its state too where a next start has to know that.
 
         Raises SavedElsewhere or NotWrittenError where the file is not at its place.
         """
@@ -412,7 +412,7 @@ class Writer:
             self.rotation.deletions.append(partial(remove_state, state_of(name_of(outdated_state)), self.events))
 
     def _outdate_stops(self, progress: Progress, epoch: int) -> None:
-        """The same for files of stops between saves; without --save_state the state of the last stop is kept."""
+        """Delete files of stops between saves; where no other states are saved, that of the last stop is kept."""
         step, stops = progress.step, progress.stops
         kept = max(stops, default=0) if not self.options.state.save_state else None
         weights = [stop for stop in stops if self.schedule.outdates_stop(stop, step, epoch)]
@@ -442,7 +442,7 @@ class Writer:
 
 
 def readers_line(specs: Sequence[BaseModelSpec], path: Path) -> str | None:
-    """How many keys a file has and which programs use them; None where that is not known."""
+    """Return how many keys a file has and which programs use them; None where that is not known."""
     if not is_safetensors(path):
         return None
     try:
@@ -462,19 +462,19 @@ def bytes_in_file(module: nn.Module, dtype: torch.dtype | None) -> int:
 
 
 def num_bytes_of(path: Path) -> int:
-    """What a file, or all files of a folder, take."""
+    """Count the bytes of a file, or of all files of a folder."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files)
 
 
 def weights_are_finite(module: nn.Module) -> bool:
-    """Whether no weight is NaN or infinite; one read from the device for all of them."""
+    """Return True if no weight is NaN or infinite; one read from the device for all of them."""
     found = [parameter.detach().isfinite().all() for parameter in module.parameters()]
     return not found or bool(torch.stack([one.to(found[0].device) for one in found]).all())
 
 
 def save_dtype(save_precision: str | None) -> torch.dtype | None:
-    """The dtype of the file; None keeps the adapter's own."""
+    """Return the dtype of the file; None keeps the adapter's own."""
     if save_precision is None:
         return None
     if save_precision not in SAVE_DTYPES:

@@ -18,14 +18,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Uploads:
-    """Sends files and folders to --huggingface_repo_id; does nothing where that is not set."""
+    """Uploads files and folders to Hugging Face; does nothing without a repository."""
 
     options: HubOptions
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="upload"))
     waiting: list["Future[None]"] = field(default_factory=list)
 
     def send(self, path: Path, is_last: bool) -> None:
-        """Upload a file or a folder; with --async_upload in the background, but the last one is waited for."""
+        """Upload a file or a folder, in the background where that is wanted, but the last one is waited for."""
         if not self.options.huggingface_repo_id:
             return
         self.waiting.append(self.pool.submit(self._upload, path))
@@ -71,7 +71,7 @@ def client(options: HubOptions) -> Any:
 
 
 def make_repository(api: Any, options: HubOptions) -> None:
-    """Create the repository where it is missing: private unless --huggingface_repo_visibility is public."""
+    """Create the repository where it is missing: private unless the options make it public."""
     kind = {"repo_id": options.huggingface_repo_id, "repo_type": options.huggingface_repo_type}
     if not api.repo_exists(**kind):
         api.create_repo(**kind, private=options.huggingface_repo_visibility != "public", exist_ok=True)
@@ -91,7 +91,7 @@ def check_repository(options: HubOptions) -> None:
 
 
 def fetch_state(name: str, options: HubOptions) -> Path:
-    """Download the state that --resume names with --resume_from_huggingface: owner/repo/path[:revision[:type]].
+    """Download the state that the user names: owner/repo/path[:revision[:type]].
 
     Raises UserError for a name of another form, and where nothing is found there.
     """

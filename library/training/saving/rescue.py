@@ -48,7 +48,7 @@ def write_somewhere(path: Path, ending: str, num_bytes: int, write: Callable[[Pa
 
 
 def places(path: Path, ending: str) -> Iterator[Path]:
-    """The path, then others; no other one replaces anything."""
+    """Yield the path, then others; no other one replaces anything."""
     yield path
     name = f"{path.name.removesuffix(ending)}-rescued"
     for folder in (path.parent, path.absolute().parent.parent, Path(tempfile.gettempdir())):
@@ -76,5 +76,5 @@ def free_bytes(folder: Path) -> int | None:
 
 
 def bytes_of_tensors(tensors: Sequence[Tensor]) -> int:
-    """What tensors take in a file."""
+    """Count the bytes that tensors take in a file."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -11,6 +11,8 @@ from typing import Any
 from library.checkpoints.files import remove_temporary
 from library.checkpoints.folders import tidy
 from library.errors import UserError, few
+from library.options.base import OnResume, Options
+from library.options.output.saving import HubOptions, SavingOptions, StateOptions
 from library.options.train import TrainOptions
 from library.processes import Processes
 from library.training.config_file import SECRETS
@@ -29,37 +31,52 @@ from library.training.step.accumulation import Plan
 
 logger = logging.getLogger(__name__)
 
-OF_THE_STATE = ("optimizer_args",)
-RATES = ("learning_rate", "unet_lr", "text_encoder_lr")
-LENGTH = ("max_train_steps", "max_train_epochs")
+EFFECTS: Mapping[OnResume | None, tuple[int, str]] = {
+    "new rate": (
+        logging.WARNING,
+        ", which takes effect from here on: the run is not the uninterrupted one any more",
+    ),
+    "new length": (
+        logging.INFO,
+        ": learning rates that depend on the length of the run follow the new length from here on, and then it is not "
+        "the uninterrupted one any more",
+    ),
+    "kept by the optimizer": (
+        logging.WARNING,
+        ": the optimizer goes on as the state has it; to change it, start from the weights with --network_weights "
+        "instead",
+    ),
+    None: (logging.WARNING, ": the run goes on, but not as the uninterrupted one would have"),
+}
 
 
 class AlreadyComplete(Exception):
-    """--autoresume found the state of a run that has nothing left to do."""
+    """The state that was found is of a run that has nothing left to do."""
 
 
-def rates_of_state(options: TrainOptions, facts: StateManifest | None) -> dict[str, Any]:
+def rates_of_state(options: Options, facts: StateManifest | None) -> dict[str, Any]:
     """Return the learning rates of the state that this run does not set, that is, leaves at their defaults."""
     if facts is None:
         return {}
     values, defaults = options.flat(), type(options).defaults()
     kept = {
         name: facts.options[name]
-        for name in RATES
-        if values[name] == defaults[name] and facts.options.get(name, values[name]) != values[name]
+        for name, about in type(options).facts().items()
+        if about.on_resume == "new rate"
+        and values[name] == defaults[name]
+        and facts.options.get(name, values[name]) != values[name]
     }
     for name, value in kept.items():
         logger.info("--%s is not given: that of the state stays, %s", name, value)
     return kept
 
 
-def batches_of_state(options: TrainOptions, facts: StateManifest | None, num_processes: int) -> dict[str, Any]:
-    """Return --gradient_accumulation_steps so that a step averages as many batches as with the state's processes.
+def batches_of_state(own: int, facts: StateManifest | None, num_processes: int) -> dict[str, Any]:
+    """Return the accumulation with which a step averages as many batches as it did with the state's processes.
 
-    Whoever sets another --gradient_accumulation_steps than the state has means it. Raises UserError where the batches
-    of a step cannot be shared out.
+    Whoever sets another one than the state has (`own`) means it. Raises UserError where the batches of a step cannot
+    be shared out.
     """
-    own = options.run.gradient_accumulation_steps
     if facts is None or facts.num_processes == num_processes:
         return {}
     if own != int(facts.options.get("gradient_accumulation_steps", own)):
@@ -81,44 +98,44 @@ def batches_of_state(options: TrainOptions, facts: StateManifest | None, num_pro
 
 
 def find_state(options: TrainOptions, processes: Processes) -> StateManifest | None:
-    """The state that --resume names or --autoresume finds; None for a run that starts at the beginning.
+    """Find the state that is named, or the newest where that is wanted; None for a run that starts at the beginning.
 
     Raises UserError where the named folder is no whole state, or where a process has another state than the main one.
     """
     facts = None
     if processes.is_main:
-        clear_up(options)
-        facts = named_or_newest(options)
+        if not (options.faults.dry_run or options.dataset.debug_dataset):
+            clear_up(options.saving)
+        facts = named_or_newest(options.state, options.hub, options.saving)
     path = processes.share("state", "" if facts is None else str(facts.path))
     if path and not processes.is_main:
-        facts = named_or_newest(options) if options.state.resume else state_of_main(path)
+        is_named = options.state.resume
+        facts = named_or_newest(options.state, options.hub, options.saving) if is_named else state_of_main(path)
     if path and facts is not None:
         digest = blake2b((facts.path / FACTS_FILE).read_bytes(), digest_size=8).hexdigest()
         processes.require_same("the state", f"step {facts.step} with digest {digest}")
     return facts
 
 
-def clear_up(options: TrainOptions) -> None:
-    """Clear up after a run of this name that was killed while it wrote; a run that only looks leaves everything."""
-    if options.saving.output_dir and not (options.faults.dry_run or options.dataset.debug_dataset):
-        names = Names.build(options.saving)
+def clear_up(saving: SavingOptions) -> None:
+    """Clear up after a run of this name that was killed while it wrote."""
+    if saving.output_dir:
+        names = Names.build(saving)
         tidy(names.folder, partial(is_state_name, names=names.starts))
         remove_temporary(names.folder, names.has_stem)
-        for folder in preview_folders(options.saving):
-            remove_temporary(folder, partial(is_preview_stem, options.saving))
+        for folder in preview_folders(saving):
+            remove_temporary(folder, partial(is_preview_stem, saving))
 
 
-def named_or_newest(options: TrainOptions) -> StateManifest | None:
-    """The state as this process finds it."""
-    wanted = options.state
+def named_or_newest(wanted: StateOptions, hub: HubOptions, saving: SavingOptions) -> StateManifest | None:
+    """Find the state that the options name, or the newest one."""
     if wanted.resume:
-        is_remote = options.hub.resume_from_huggingface
-        named = read_facts(fetch_state(wanted.resume, options.hub) if is_remote else Path(wanted.resume))
+        named = read_facts(fetch_state(wanted.resume, hub) if hub.resume_from_huggingface else Path(wanted.resume))
         require_undamaged(named)
         return named
-    if not wanted.autoresume or not options.saving.output_dir:
+    if not wanted.autoresume or not saving.output_dir:
         return None
-    names = Names.build(options.saving)
+    names = Names.build(saving)
     facts = newest_state(names.folder, names.starts)
     if facts is None:
         logger.info("--autoresume: there is no state in %s; starting at the beginning", names.folder)
@@ -126,7 +143,7 @@ def named_or_newest(options: TrainOptions) -> StateManifest | None:
 
 
 def state_of_main(path: str) -> StateManifest:
-    """The state that --autoresume found in the main process. Raises UserError where it is not on this machine."""
+    """Read the state that the main process found. Raises UserError where it is not on this machine."""
     if not Path(path).is_dir():
         raise UserError(
             f"--autoresume: the main process goes on from {path}, which is not on this machine; copy it here, or use "
@@ -135,13 +152,12 @@ def state_of_main(path: str) -> StateManifest:
     return read_facts(Path(path))
 
 
-def starting_step(options: TrainOptions, plan: Plan, facts: StateManifest | None) -> int:
-    """Finished steps at the start: of --initial_step, else --initial_epoch, else the state, else 0.
+def starting_step(wanted: StateOptions, saving: SavingOptions, plan: Plan, facts: StateManifest | None) -> int:
+    """Return the finished steps at the start: of the options, else of the state, else 0.
 
-    Without --skip_until_initial_step a run that --initial_step puts inside an epoch begins with the whole epoch.
+    A step inside an epoch begins with the whole epoch, unless its first batches are to be skipped.
     Raises AlreadyComplete or UserError where no step is left.
     """
-    wanted = options.state
     step, source = (0, "") if facts is None else (facts.step, f"the state {facts.path}")
     if wanted.initial_step is not None or wanted.initial_epoch is not None:
         if wanted.initial_step is not None:
@@ -159,7 +175,7 @@ def starting_step(options: TrainOptions, plan: Plan, facts: StateManifest | None
             )  # fmt: skip
         if facts is None and step:
             logger.info("%s without --resume: the learning rate schedule starts at its beginning", source)
-    if facts is not None and step == facts.step == plan.max_train_steps and is_unfinished(facts, options):
+    if facts is not None and step == facts.step == plan.max_train_steps and is_unfinished(facts, saving):
         logger.info("%s is at the last step: what is left is to write the files of the end", source)
         return step
     if step and step >= plan.max_train_steps:
@@ -171,12 +187,12 @@ def starting_step(options: TrainOptions, plan: Plan, facts: StateManifest | None
 
 
 def starting_steps(options: Sequence[TrainOptions], plan: Plan, states: Sequence[StateManifest | None]) -> list[int]:
-    """The same of all adapters of a run. Raises AlreadyComplete where none of them has anything left to do."""
+    """Return the finished steps of each adapter. Raises AlreadyComplete where none has anything left to do."""
     steps: list[int | None] = []
     complete = AlreadyComplete()
     for wanted, facts in zip(options, states, strict=True):
         try:
-            steps.append(starting_step(wanted, plan, facts))
+            steps.append(starting_step(wanted.state, wanted.saving, plan, facts))
         except AlreadyComplete as error:
             steps.append(None)
             complete = error
@@ -185,13 +201,13 @@ def starting_steps(options: Sequence[TrainOptions], plan: Plan, states: Sequence
     return [plan.max_train_steps if step is None else step for step in steps]
 
 
-def is_unfinished(facts: StateManifest, options: TrainOptions) -> bool:
-    """Whether the last file is still to be written once the last step of a run is taken."""
-    return "end" not in facts.done or not Names.build(options.saving).of_end().exists()
+def is_unfinished(facts: StateManifest, saving: SavingOptions) -> bool:
+    """Return True if the last step of a run is taken and the last file is still to be written."""
+    return "end" not in facts.done or not Names.build(saving).of_end().exists()
 
 
-def recorded_options(options: TrainOptions) -> dict[str, Any]:
-    """The options as a state keeps them: plain values without passwords."""
+def recorded_options(options: Options) -> dict[str, Any]:
+    """Return the options as a state keeps them: plain values without passwords."""
     values = {name: value for name, value in options.flat().items() if name not in SECRETS}
     plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
     return plain
@@ -199,7 +215,7 @@ def recorded_options(options: TrainOptions) -> dict[str, Any]:
 
 def report_differences(
     facts: StateManifest,
-    options: TrainOptions,
+    options: Options,
     dataset: Mapping[str, Any],
     num_processes: int,
     paths: Sequence[str] = (),
@@ -212,47 +228,28 @@ def report_differences(
         *option_differences(facts, options, num_processes),
         *dataset_differences(facts.dataset, dataset),
         *content_differences(facts.dataset, dataset, paths),
-        *process_differences(facts, options, num_processes),
+        *process_differences(facts, options.flat()["gradient_accumulation_steps"], num_processes),
     ):
         logger.log(level, "%s", line)
 
 
-def option_differences(facts: StateManifest, options: TrainOptions, num_processes: int) -> Iterator[tuple[int, str]]:
-    """A line for every option that changed and matters."""
+def option_differences(facts: StateManifest, options: Options, num_processes: int) -> Iterator[tuple[int, str]]:
+    """Yield a line for every option that changed and matters."""
     now, defaults = recorded_options(options), type(options).defaults()
-    compared = {name for name, about in type(options).facts().items() if not about.may_change_on_resume}
+    about = type(options).facts()
+    compared = {name for name in about if not about[name].may_change_on_resume}
     if facts.num_processes != num_processes:
         compared.discard("gradient_accumulation_steps")  # what both together do is said by `process_differences`
     for name in sorted(now.keys() & compared):
         before = facts.options.get(name, json.loads(json.dumps(defaults[name], default=str)))
         if before == now[name]:
             continue
-        change = f"--{name} was {before} in the state and is {now[name]}"
-        if name in OF_THE_STATE:
-            yield (
-                logging.WARNING,
-                (
-                    f"{change}: the optimizer goes on as the state has it; to change it, start from the weights with "
-                    "--network_weights instead"
-                ),
-            )
-        elif name in RATES:
-            effect = "which takes effect from here on: the run is not the uninterrupted one any more"
-            yield logging.WARNING, f"{change}, {effect}"
-        elif name in LENGTH:
-            yield (
-                logging.INFO,
-                (
-                    f"{change}: learning rates that depend on the length of the run follow the new length from here "
-                    "on, and then it is not the uninterrupted one any more"
-                ),
-            )
-        else:
-            yield logging.WARNING, f"{change}: the run goes on, but not as the uninterrupted one would have"
+        level, effect = EFFECTS[about[name].on_resume]
+        yield level, f"--{name} was {before} in the state and is {now[name]}{effect}"
 
 
 def dataset_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
-    """A line where the data is not what it was."""
+    """Yield a line where the data is not what it was."""
     changed = [name for name in ("pictures", "captions", "settings") if before.get(name) != now[name]]
     if not changed:
         return
@@ -272,7 +269,7 @@ def dataset_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> It
 def content_differences(
     before: Mapping[str, Any], now: Mapping[str, Any], paths: Sequence[str]
 ) -> Iterator[tuple[int, str]]:
-    """A line that names pictures whose files have changed; only where they are the same pictures otherwise."""
+    """Yield a line that names pictures whose files have changed; only where they are the same pictures otherwise."""
     digests, others = now.get("contents"), before.get("contents")
     if not digests or not others or before.get("pictures") != now["pictures"]:
         return
@@ -287,9 +284,8 @@ def content_differences(
         )
 
 
-def process_differences(facts: StateManifest, options: TrainOptions, num_processes: int) -> Iterator[tuple[int, str]]:
-    """A line where other numbers of batches make a step."""
-    accumulation = options.run.gradient_accumulation_steps
+def process_differences(facts: StateManifest, accumulation: int, num_processes: int) -> Iterator[tuple[int, str]]:
+    """Yield a line where a step averages another number of batches."""
     before = facts.num_processes * int(facts.options.get("gradient_accumulation_steps", accumulation))
     if facts.num_processes != num_processes:
         is_same = before == num_processes * accumulation

@@ -22,14 +22,14 @@ def files_of_run(names: Names) -> list[Path]:
 
 
 def steps_of(path: Path) -> int:
-    """The steps that a file says it was trained, itself or in its name; 0 where neither does."""
+    """Return the steps that a file says it was trained, itself or in its name; 0 where neither does."""
     text = read_metadata(path).get("ss_steps", "")
     in_name = STEP_IN_NAME.search(path.stem)
     return int(text) if text.isdigit() else int(in_name[1]) if in_name else 0
 
 
 def without_copies(files: Sequence[Path]) -> list[Path]:
-    """The files without those that hold the same adapter as an earlier one, as the last file and that of its step do.
+    """Leave out files with the same adapter as an earlier one, as the last file and that of its step have.
 
     Tensors are compared byte for byte; in what a safetensors file says of its training copies may differ.
     """
@@ -47,7 +47,7 @@ def without_copies(files: Sequence[Path]) -> list[Path]:
 
 
 def outline_of(path: Path) -> Hashable:
-    """What two files with the same adapter have in common, without reading their tensors."""
+    """Return what two files with the same adapter have in common, without reading their tensors."""
     settings = path.with_name("adapter_config.json")
     peft = settings.read_bytes() if path.stem == PEFT_STEM and settings.is_file() else b""
     if not holds_safetensors(path):

@@ -47,7 +47,7 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True)
 class StateManifest:
-    """What a state says about the run that it comes from."""
+    """The description of a state and of the run that it comes from."""
 
     path: Path
     step: int
@@ -108,7 +108,7 @@ def save_state(
 
 
 def read_facts(folder: Path) -> StateManifest:
-    """What a state says about itself. Raises UserError where the folder holds no whole state of this program.
+    """Read the description of a state. Raises UserError where the folder holds no whole state of this program.
 
     The large files are looked at by their size only; `require_undamaged` reads them.
     """
@@ -122,16 +122,16 @@ def read_facts(folder: Path) -> StateManifest:
         raise UserError(f"--resume {folder}: its {FACTS_FILE} cannot be read ({error}); use another state") from None
     version = content.get("version") if isinstance(content, dict) else None
     if version is None:
-        raise UserError(f"--resume {folder} {explained(folder)}")
+        raise UserError(f"the folder {folder} {explain_no_state(folder)}")
     if version != VERSION:
-        raise UserError(f"--resume {folder} is a state of version {version}; this program reads version {VERSION}")
+        raise UserError(f"the state {folder} is of version {version}; this program reads version {VERSION}")
     digest = content.pop("digest", None)  # states without digests were written before there were any
     if digest is not None and digest != digest_of_text(json.dumps(content, ensure_ascii=False)):
         raise UserError(damaged(folder, FACTS_FILE))
     try:
         for name, size in content["sizes"].items():
             if not (folder / name).is_file() or (folder / name).stat().st_size != size:
-                raise UserError(f"--resume {folder} is not whole: {name} should have {size} bytes; copy it again")
+                raise UserError(f"the state {folder} is not whole: {name} should have {size} bytes; copy it again")
         require_values(folder, content)
         return StateManifest(
             path=folder,
@@ -145,7 +145,7 @@ def read_facts(folder: Path) -> StateManifest:
             digests=content.get("digests", {}),
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"--resume {folder}: its {FACTS_FILE} lacks {error}; use another state") from None
+        raise UserError(f"the state {folder}: its {FACTS_FILE} lacks {error}; use another state") from None
 
 
 def require_values(folder: Path, content: Mapping[str, Any]) -> None:
@@ -153,10 +153,10 @@ def require_values(folder: Path, content: Mapping[str, Any]) -> None:
     for name, least in (("current_step", 0), ("seed", 0), ("num_processes", 1)):
         value = content[name]
         if type(value) is not int or value < least:
-            raise UserError(f"--resume {folder}: {name} in its {FACTS_FILE} is {value!r}; use another state")
+            raise UserError(f"the state {folder}: {name} in its {FACTS_FILE} is {value!r}; use another state")
     for name, kind in (("options", dict), ("dataset", dict), ("parts", dict), ("digests", dict), ("done", list)):
         if not isinstance(content.get(name, kind()), kind):
-            raise UserError(f"--resume {folder}: {name} in its {FACTS_FILE} is {content[name]!r}; use another state")
+            raise UserError(f"the state {folder}: {name} in its {FACTS_FILE} is {content[name]!r}; use another state")
 
 
 def require_undamaged(facts: StateManifest) -> None:
@@ -165,28 +165,28 @@ def require_undamaged(facts: StateManifest) -> None:
         try:
             is_whole = digest_of_file(facts.path / name) == digest
         except OSError as error:
-            raise UserError(f"--resume {facts.path}: {name} cannot be read ({error}); use another state") from None
+            raise UserError(f"the state {facts.path}: {name} cannot be read ({error}); use another state") from None
         if not is_whole:
             raise UserError(damaged(facts.path, name))
 
 
 def damaged(folder: Path, name: str) -> str:
-    """What is said of a state that has changed on the disk."""
-    return f"--resume {folder} is damaged: {name} is not as it was written; copy it again or use another state"
+    """Return the error of a state that has changed on the disk."""
+    return f"the state {folder} is damaged: {name} is not as it was written; copy it again or use another state"
 
 
 def digest_of_text(text: str) -> str:
     return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
-def explained(folder: Path) -> str:
-    """Why a folder without our facts is no state."""
+def explain_no_state(folder: Path) -> str:
+    """Say why a folder without our description is no state, to follow its name."""
     if any((folder / name).exists() for name in OF_SD_SCRIPTS):
         return (
             "is a state of sd-scripts, which holds pickled objects that are not opened because they could run code; "
             "start from the weights with --network_weights, and set --initial_epoch if epochs are to be counted on"
         )
-    return f"holds no {FACTS_FILE} of a whole state; give the folder of a saved state, such as last-state"
+    return f"holds no {FACTS_FILE} of a whole state; --resume takes the folder of a saved state, such as last-state"
 
 
 def restore(facts: StateManifest, network: nn.Module, keepers: Mapping[str, Stateful]) -> None:
@@ -199,20 +199,20 @@ def restore(facts: StateManifest, network: nn.Module, keepers: Mapping[str, Stat
         network.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(
-            f"--resume {facts.path} holds another network: {shortened(str(error))}. Give the --network_module, "
+            f"the state {facts.path} holds another network: {shortened(str(error))}. Give the --network_module, "
             "--network_dim and --network_args that it was trained with"
         ) from None
     tensors = load_state_dict(facts.path / TENSOR_FILE)
     for name, keeper in keepers.items():
         if name not in facts.parts:
-            logger.warning("--resume %s holds nothing about the %s, which starts afresh", facts.path, name)
+            logger.warning("the state %s holds nothing about the %s, which starts afresh", facts.path, name)
             continue
         try:
             keeper.load_state_dict(put_together(facts.parts[name], tensors))
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
             raise UserError(
-                f"--resume {facts.path} does not fit the {name} of this run: {shortened(str(error))}. Give the options "
-                "that it was trained with"
+                f"the state {facts.path} does not fit the {name} of this run: {shortened(str(error))}. Give the "
+                "options that it was trained with"
             ) from None
 
 
@@ -227,18 +227,18 @@ class OptimizerState:
     """An optimizer whose memory comes back in the dtypes it had.
 
     torch casts what it loads to the dtype of the weights, which rounds a float32 memory of bfloat16 weights. That stays
-    where the weights themselves had another dtype, as without --full_bf16: the step takes no other memory then.
+    where the weights themselves had another dtype, as in mixed precision: the step takes no other memory then.
     """
 
     optimizer: Optimizer
     name: str
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's own, its name, and the dtypes of the weights."""
+        """Return the optimizer's own, its name, and the dtypes of the weights."""
         return {"name": self.name, "state": self.optimizer.state_dict(), "weights": self.weight_dtypes()}
 
     def weight_dtypes(self) -> list[str]:
-        """The dtypes of the weights that it moves."""
+        """Return the dtypes of the weights that it moves."""
         return sorted({str(p.dtype) for group in self.optimizer.param_groups for p in group["params"]})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -268,7 +268,7 @@ def require_settings(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
 
 
 def is_alike(own: Any, saved: Any) -> bool:
-    """Whether two settings are of one kind: numbers, as long tuples of such, or of one type; a switch may be unset."""
+    """Return True if two settings are alike: numbers, tuples of as many, or of one type; a switch may be unset."""
     if own is None or isinstance(own, bool):
         return saved is None or own is None or isinstance(saved, bool)
     if isinstance(own, list | tuple):
@@ -280,7 +280,7 @@ def is_alike(own: Any, saved: Any) -> bool:
 
 
 def class_of(name: str) -> str:
-    """The class path of an optimizer's name, without its arguments."""
+    """Return the class path of an optimizer's name, without its arguments."""
     return name.partition("(")[0]
 
 
@@ -301,13 +301,13 @@ STATE_NAME = re.compile(r"(?P<start>.+?)(-step(?P<step>\d+)|-(?P<epoch>\d{6,}))?
 
 
 def is_state_name(folder: str, names: tuple[str, ...]) -> bool:
-    """Whether a folder is called as a state of a run with one of `names` is."""
+    """Return True if a folder is called as a state of a run with one of `names` is."""
     match = STATE_NAME.fullmatch(folder)
     return match is not None and match["start"] in names
 
 
 def newest_state(folder: Path, names: tuple[str, ...]) -> StateManifest | None:
-    """The whole state in `folder` that has come furthest, of a run with one of `names`; None where there is none.
+    """Find the whole state in `folder` that has come furthest, of a run with one of `names`; None without one.
 
     Of two states of one step the one after which less is left to do.
     """

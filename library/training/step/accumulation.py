@@ -21,11 +21,11 @@ class Window:
     ends_epoch: bool
 
     def share(self, rank: int, num_processes: int) -> range:
-        """The places that one process computes; none where the last window of an epoch is shorter than the group."""
+        """Return the places of one process; none where the last window of an epoch is shorter than the group."""
         return self.places[rank::num_processes]
 
     def stand_in(self, rank: int, num_processes: int) -> int | None:
-        """What a process computes for nothing that has a batch fewer than others, where all have to go in step.
+        """Return the padding batch of a rank that has one batch fewer, so that all ranks run the same collectives.
 
         It is a batch that another one computes too, so that no other part of an adapter gets a gradient.
         """
@@ -43,7 +43,7 @@ class Plan:
 
     @classmethod
     def build(cls, options: RunOptions, num_batches: int, num_processes: int = 1) -> "Plan":
-        """The plan of a run whose epochs have `num_batches` for all processes together."""
+        """Return the plan of a run whose epochs have `num_batches` for all processes together."""
         accumulation = options.gradient_accumulation_steps * num_processes
         return cls(num_batches, accumulation, options.planned_steps(num_batches, num_processes))
 
@@ -56,15 +56,15 @@ class Plan:
         return ceil(self.max_train_steps / self.steps_per_epoch)
 
     def epoch_of(self, step: int) -> int:
-        """The epoch, from 1, in which the step after `step` finished ones lies."""
+        """Return the epoch, from 1, in which the step after `step` finished ones lies."""
         return step // self.steps_per_epoch + 1
 
     def epochs(self, first_step: int) -> range:
-        """The epochs of a run that begins after `first_step` finished steps."""
+        """Return the epochs of a run that begins after `first_step` finished steps."""
         return range(self.epoch_of(first_step), self.num_epochs + 1)
 
     def windows(self, epoch: int, first_step: int) -> Iterator[Window]:
-        """The windows of an epoch that lie after `first_step` finished steps and before the end of the run."""
+        """Yield the windows of an epoch that lie after `first_step` finished steps and before the end of the run."""
         before = (epoch - 1) * self.steps_per_epoch
         for step in range(max(before, first_step), min(before + self.steps_per_epoch, self.max_train_steps)):
             first = (step - before) * self.accumulation
@@ -76,5 +76,5 @@ class Plan:
         return (epoch - 1) * self.steps_per_epoch + place // self.accumulation
 
     def batch_number(self, epoch: int, place: int) -> int:
-        """The number of a batch in the whole run, from 0."""
+        """Return the number of a batch in the whole run, from 0."""
         return (epoch - 1) * self.num_batches + place

@@ -1,4 +1,4 @@
-"""What a batch of a prompt is trained on in place of pictures, and what it is to become (LECO).
+"""The latents and the target of a batch of prompts without images (LECO).
 
 Sources: Gandikota et al. 2023, "Erasing Concepts from Diffusion Models"; 2023, "Concept Sliders". As there, the way to
 the latents has no gradient.
@@ -25,7 +25,7 @@ Answers = Mapping[str, Tensor]
 
 
 def partly_drawn(context: StepContext, batch: Batch, concept: Concept, batch_number: int) -> Noised:
-    """The batch's latents: drawn by the adapted model, as far as the concept says, at the level that they have by then.
+    """Draw the batch's latents with the adapted model, as far as the concept says, to the level that they then have.
 
     The network acts at the concept's multiplier from here on: the backward pass may compute its layers again.
     """
@@ -51,7 +51,7 @@ def partly_drawn(context: StepContext, batch: Batch, concept: Concept, batch_num
 def concept_target(
     context: StepContext, objective: Objective, batch: Batch, concept: Concept, noised: Noised
 ) -> Tensor:
-    """What the adapted model is to say of the latents, float32, from what the base model says of three prompts."""
+    """Compute the target of the adapted model's prediction, float32, from the base model's for three prompts."""
     context.network.set_multiplier(0.0)
     try:
         with torch.no_grad():
@@ -102,7 +102,7 @@ def blank_latents(context: StepContext, batch: Batch) -> Tensor:
 
 
 def way_of(context: StepContext, batch: Batch, concept: Concept) -> Prompt:
-    """The batch as a prompt of the previews, whose sampler draws it."""
+    """Return the batch as a prompt of the previews, whose sampler draws it."""
     defaults = context.arch.preview.defaults
     height, width = batch.height_width
     return Prompt(

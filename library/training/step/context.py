@@ -1,4 +1,4 @@
-"""What one batch's loss depends on, besides the batch."""
+"""The context of a step: all that a batch's loss depends on besides the batch."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext

@@ -34,7 +34,7 @@ def denoise(
 
 
 def noised_at(level: Level, latents_BCHW: Tensor) -> Noised:
-    """The latents as the denoiser gets them; what is unknown while sampling, clean latents and noise, is NaN."""
+    """Return the latents as the denoiser gets them; what is unknown while sampling, clean latents and noise, is NaN."""
     unknown_BCHW = torch.full_like(latents_BCHW, torch.nan)
     sigma_B, timestep_B = (
         torch.full((len(latents_BCHW),), value, device=latents_BCHW.device) for value in (level.sigma, level.timestep)

@@ -1,4 +1,4 @@
-"""What the VAE makes of a batch's pictures, and with --train_inpainting of what is left of them under a mask."""
+"""The latents of a batch's images, and for inpainting models of what is left of them under a mask."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +21,7 @@ Place = tuple[str | int, ...]
 def latents_of(
     context: StepContext, batch: Batch, generator_of: Callable[[int], torch.Generator], is_checked: bool = True
 ) -> Tensor:
-    """The batch's latents, float32 on the device: from the cache, or encoded here without gradient.
+    """Return the batch's latents, float32 on the device: from the cache, or encoded here without gradient.
 
     `generator_of(place)` draws the posterior's sample of the picture at that place of the batch.
     Raises UserError naming the pictures where the VAE gives NaN; to find that out the host waits for the device.
@@ -45,7 +45,7 @@ def latents_of(
 
 
 def inpainting_of(context: StepContext, batch: Batch, seed: int, place_of: Callable[[int], Place]) -> Conditioning:
-    """What an inpainting model is told of a batch, each picture with a mask of its own; nothing for other models.
+    """Return the conditioning of an inpainting model, each image with a mask of its own; empty for other models.
 
     `place_of(i)` names the stream of the picture at place i: in training another one in every batch, in validation
     always the same.
@@ -62,7 +62,7 @@ def inpainting_of(context: StepContext, batch: Batch, seed: int, place_of: Calla
 def masked_feature(
     context: StepContext, batch: Batch, masks_B1HW: Tensor, generator_of: Callable[[int], torch.Generator]
 ) -> Conditioning:
-    """The same with these masks, 1 where a picture is painted anew; `generator_of` as `latents_of` has it."""
+    """Encode what these masks leave, 1 where an image is painted anew; `generator_of` is that of `latents_of`."""
     assert batch.pixels_BCHW is not None
     kept = replace(batch, pixels_BCHW=blank(batch.pixels_BCHW, masks_B1HW))
     latents_BCHW = context.arch.codec.normalize(latents_of(context, kept, generator_of))

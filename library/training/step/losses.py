@@ -1,4 +1,4 @@
-"""What one batch of training does, from latents to the loss."""
+"""One batch of training, from latents to the loss."""
 
 import random
 from collections.abc import Callable
@@ -49,7 +49,7 @@ def seed_everything(seed: int) -> None:
 
 
 def noised_of(context: StepContext, batch: Batch, batch_number: int, is_checked: bool = True) -> Noised:
-    """The batch's latents with their noise and noise levels; without pictures what the adapted model has drawn so far.
+    """Return the batch's latents with noise and levels; without images what the adapted model has drawn so far.
 
     Raises UserError as `latents_of` does, if `is_checked`.
     """
@@ -69,7 +69,7 @@ def noised_of(context: StepContext, batch: Batch, batch_number: int, is_checked:
 
 
 def loss_of(context: StepContext, batch: Batch, batch_number: int) -> Tensor:
-    """The loss of a batch, a scalar with gradient; every draw is a function of the seed and `batch_number`.
+    """Return the loss of a batch, a scalar with gradient; every draw is a function of the seed and `batch_number`.
 
     Latents that are NaN make the loss NaN: who then asks `noised_of` hears of the VAE.
     """
@@ -88,7 +88,7 @@ def losses_of(
     condition: Callable[[], Conditioning],
     acting: Acting | None = None,
 ) -> Tensor:
-    """The loss of each sample, masked but without the weights of subsets, shape B; `condition` gives text features.
+    """Compute each sample's loss, masked but without subset weights, shape B; `condition` gives text features.
 
     `acting` are the adapters where those are not the network of the context alone.
     """
@@ -110,13 +110,13 @@ def losses_of(
 
 
 def describe_shape(batch: Batch) -> str:
-    """How many pictures of which size, for messages."""
+    """Return how many pictures of which size, for messages."""
     height, width = batch.height_width
     return f"{len(batch.keys)} pictures of {width}x{height}"
 
 
 def varied_conditioning_of(context: StepContext, batch: Batch, batch_number: int, told: Conditioning) -> Conditioning:
-    """The same with what the base model varies from step to step in training, such as a text encoder left out."""
+    """Encode with what the base model varies from step to step in training, such as a text encoder left out."""
     return vary(context, conditioning_of(context, batch, told), batch_number)
 
 
@@ -136,7 +136,7 @@ def preserve_output(
     conditioning: Conditioning,
     acting: Acting,
 ) -> Tensor:
-    """The target, but that marked samples are to keep the prediction of the model without its adapter (differential
+    """Return the target; marked samples are to keep the prediction of the model without its adapter (differential
     output preservation)."""
     target_BCHW = objective.target(noised)
     keep = [bool(attributes.get(PRESERVATION)) for attributes in batch.attributes]

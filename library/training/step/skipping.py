@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 
 def can_leave_out(optimizer: Optimizer) -> bool:
-    """Whether it is one of torch's fused optimizers, which do so for loss scaling."""
+    """Return True if it is one of torch's fused optimizers, which do so for loss scaling."""
     is_fused = all(group.get("fused") for group in optimizer.param_groups)
     return is_fused and getattr(optimizer, "_step_supports_amp_scaling", False)
 

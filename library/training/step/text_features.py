@@ -1,4 +1,4 @@
-"""What the denoiser is conditioned on in a batch."""
+"""The text conditioning of a batch."""
 
 from library.memory.devices import send
 from library.training.step.context import StepContext
@@ -18,6 +18,6 @@ def conditioning_of(context: StepContext, batch: Batch, told: Conditioning) -> C
 
 
 def live_conditioning_of(context: StepContext, batch: Batch) -> Conditioning:
-    """The text features of the encoders in memory, with gradient."""
+    """Return the text features of the encoders in memory, with gradient."""
     encode = context.arch.text.encode if context.live_text is None else context.live_text.encode
     return encode(context.models.text_encoders, context.arch.text.tokenize(batch.captions))

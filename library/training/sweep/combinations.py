@@ -1,4 +1,4 @@
-"""--sweep: which adapters it asks for, what each of them is called, and the options that each would have alone."""
+"""The adapters of a sweep: their names, and the options that each would have alone."""
 
 import logging
 import re
@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from library.errors import UserError
-from library.options.base import scalar_type
+from library.options.base import Options, scalar_type
 from library.options.dataset import DatasetOptions
 from library.options.no_effect import is_set, unused
 from library.options.ranges import check_number
 from library.options.train import TrainOptions
 from library.options.training.loss import LossOptions
+from library.options.training.network import NetworkOptions
 from library.options.training.noise import NoiseOptions
 from library.suggestions import did_you_mean
 from library.training.sweep.strength import ALPHA_NAMES, Strength, describe_strengths, is_alpha_strength, kept_strengths
@@ -45,14 +46,15 @@ class Combination(Generic[OptionsT]):
 
 
 def shared_and_own(options: OptionsT) -> tuple[OptionsT, dict[str, OptionsT]]:
-    """What all adapters of a run share, and what each would have alone, by its label; without --sweep one of label "".
+    """Return the options that all adapters share, and those that each would have alone, by its label.
+
+    A run without a sweep has one adapter, of label "".
 
     Of what differs between adapters the shared options have the first one's. Raises UserError for a sweep that cannot
     be.
     """
     if not options.sweep.sweep:
         return options, {"": options}
-    check_together(options)
     found = combinations_of(options)
     logger.info("--sweep: %d adapters in one run: %s", len(found), ", ".join(one.label for one in found))
     words = dict(word_of(item, options) for item in options.sweep.sweep)
@@ -64,25 +66,8 @@ def shared_and_own(options: OptionsT) -> tuple[OptionsT, dict[str, OptionsT]]:
     return found[0].options.with_values(of_all), {one.label: one.options for one in found}
 
 
-def check_together(options: TrainOptions) -> None:
-    """Raise UserError for an option that several adapters in one run cannot have."""
-    if options.compiling.is_on:
-        flag = "compile" if options.compiling.compile else "torch_compile"
-        raise UserError(
-            f"--{flag} compiles blocks for one adapter, but with --sweep those that run change between training and "
-            "validation; leave it out"
-        )
-    if options.reports.log_events == "-":
-        raise UserError("--log_events - mixes the events of all adapters of --sweep; name a file, each gets its own")
-    if options.hub.resume_from_huggingface:
-        raise UserError(
-            "--resume_from_huggingface fetches the state of one adapter, and --sweep needs those of all; fetch them "
-            "and name one of the folders with --resume"
-        )
-
-
 def combinations_of(options: OptionsT) -> list[Combination[OptionsT]]:
-    """Every combination of the values of --sweep, the last word changing fastest.
+    """Return every combination of the swept values, the last word changing fastest.
 
     Raises UserError for a word that cannot be swept, a value that its option cannot have, and names that clash.
     """
@@ -109,8 +94,8 @@ def combinations_of(options: OptionsT) -> list[Combination[OptionsT]]:
     return found
 
 
-def word_of(item: str, options: TrainOptions) -> tuple[str, list[str]]:
-    """(what is swept, its values) of a word of --sweep. Raises UserError where it cannot be swept."""
+def word_of(item: str, options: Options) -> tuple[str, list[str]]:
+    """Split a word of the sweep into (what is swept, its values). Raises UserError where it cannot be swept."""
     name, equals, text = item.partition("=")
     name = name.strip().removeprefix("--")
     texts = [value.strip() for value in text.split("|" if "|" in text else ",")]
@@ -137,7 +122,7 @@ def why_not(name: str) -> str:
     return OF_LOSS if name in {**LossOptions.defaults(), **NoiseOptions.defaults()} else OF_ALL
 
 
-def warn_of_replaced(options: TrainOptions, names: Sequence[str]) -> None:
+def warn_of_replaced(options: Options, names: Sequence[str]) -> None:
     """Say which options are given beside a sweep that replaces them."""
     values, defaults = options.flat(), type(options).defaults()
     for name in names:
@@ -150,7 +135,7 @@ def warn_of_replaced(options: TrainOptions, names: Sequence[str]) -> None:
             logger.warning("--%s has no effect: --sweep gives every adapter its own", f"{table} {key}" if key else name)
 
 
-def sweep_names(kind: type[TrainOptions]) -> dict[str, str]:
+def sweep_names(kind: type[Options]) -> dict[str, str]:
     """Return the options that can be swept, each with its short name in file names."""
     return {name: facts.sweep_name for name, facts in kind.facts().items() if facts.sweep_name is not None}
 
@@ -161,14 +146,14 @@ def key_name(name: str) -> str:
 
 
 def short_value(text: str) -> str:
-    """A value in the name of a file: of a path its last part, of a dotted name too."""
+    """Return a value in the name of a file: of a path its last part, of a dotted name too."""
     text = Path(text).stem if "/" in text or "\\" in text or text.endswith(".safetensors") else text
     is_number = re.fullmatch(r"[-+\d.e%, ]+", text) is not None
     return re.sub(r"[^\w.+-]+", "_", (text if is_number else text.rpartition(".")[2]).replace("%", "pct"))
 
 
 def alone(options: OptionsT, chosen: Mapping[str, str], label: str, strengths: Sequence[Strength]) -> OptionsT:
-    """The options of one adapter's run alone. Raises UserError for a value that cannot be, or does nothing."""
+    """Return the options of one adapter's run alone. Raises UserError for a value that cannot be, or does nothing."""
     values = options.flat()
     new: dict[str, Any] = {"sweep": None, "output_name": "-".join(filter(None, (options.saving.output_name, label)))}
     for name, text in chosen.items():
@@ -177,7 +162,7 @@ def alone(options: OptionsT, chosen: Mapping[str, str], label: str, strengths: S
             others = [item for item in new.get(table, values[table]) or () if item.partition("=")[0] != key]
             new[table] = [*others, *([] if text == NONE else [f"{key}={text}"])]
         else:
-            new[name] = value_of(options, name, text)
+            new[name] = value_of(type(options), name, text)
     if options.reports.log_events:
         path = Path(options.reports.log_events)
         new["log_events"] = str(path.with_name(f"{path.stem}-{label}{path.suffix}"))
@@ -185,20 +170,20 @@ def alone(options: OptionsT, chosen: Mapping[str, str], label: str, strengths: S
     if is_alpha_strength(found.network):
         for strength in strengths:
             found = found.with_values(strength.as_option(found.network, chosen[strength.rank_name]))
-    for line in idle(found, chosen):
+    for line in idle(found, found.network, chosen):
         raise UserError(f"--sweep {line}")
     return found
 
 
-def value_of(options: TrainOptions, name: str, text: str) -> Any:
-    """The value of an option, as the command line would read it."""
-    field, hint = next((field, hint) for field, hint in type(options).leaves() if field.name == name)
-    facts = type(options).facts()[name]
+def value_of(kind: type[Options], name: str, text: str) -> Any:
+    """Read the value of an option as the command line would."""
+    field, hint = next((field, hint) for field, hint in kind.leaves() if field.name == name)
+    facts = kind.facts()[name]
     if text.lower() == NONE and field.default is None:
         return None
-    kind = field.metadata.get("type", scalar_type(hint))
+    read = field.metadata.get("type", scalar_type(hint))
     try:
-        found = [kind(part) for part in text.split()] if field.metadata.get("nargs") else kind(text)
+        found = [read(part) for part in text.split()] if field.metadata.get("nargs") else read(text)
     except (ValueError, ArgumentTypeError) as error:
         raise UserError(f"--sweep {name}: {text!r} is no value of --{name}: {error}") from error
     for number in found if isinstance(found, list) else [found]:
@@ -207,13 +192,12 @@ def value_of(options: TrainOptions, name: str, text: str) -> Any:
     return found
 
 
-def idle(options: TrainOptions, chosen: Mapping[str, str]) -> Iterator[str]:
-    """A line for every word that makes no difference between adapters."""
+def idle(options: Options, network: NetworkOptions, chosen: Mapping[str, str]) -> Iterator[str]:
+    """Yield a line for every word that makes no difference between adapters."""
     for line in unused(options, {}):
         name = line.partition(" ")[0].removeprefix("--")
         if name in chosen:
             yield line.removeprefix("--")
-    network = options.network
     has_own = network.unet_lr is not None or network.network_train_text_encoder_only
     if "learning_rate" in chosen and has_own and (network.text_encoder_lr or network.network_train_unet_only):
         yield "learning_rate has no effect with --unet_lr and --text_encoder_lr; sweep these"

@@ -28,7 +28,7 @@ SCRIPT = "sweep.js"
 
 @dataclass(frozen=True)
 class Measured:
-    """What is known of one adapter."""
+    """The losses and the standing of one adapter."""
 
     label: str
     step: int  # of the weights in its file
@@ -54,7 +54,7 @@ class Ranking:
 
     @property
     def verdict(self) -> str:
-        """What is more than chance, in a sentence without its end."""
+        """Say what is more than chance, in a sentence without its end."""
         known = [row for row in self.rows if row.compared is not None]
         if not known:
             return "nothing is ranked: no picture is set aside; --validation_split does that"
@@ -80,12 +80,12 @@ def rank(adapters: Sequence[Measured]) -> Ranking:
 
 
 def nan_last(mean: float) -> tuple[bool, float]:
-    """A key for sorting by loss."""
+    """Return a key for sorting by loss."""
     return isnan(mean), mean
 
 
 def table_of(ranking: Ranking) -> list[str]:
-    """The ranking in lines of columns."""
+    """Return the ranking in lines of columns."""
     rows = [("", "adapter", "step", "loss", "difference from best", "significant", "")]
     for place, row in enumerate(ranking.rows, 1):
         one, compared = row.measured, row.compared
@@ -139,7 +139,7 @@ def add_runs(page: Path, chosen: Mapping[str, Mapping[str, str]], reports: Mappi
 
 
 def data_of(ranking: Ranking, title: str) -> Mapping[str, Any]:
-    """What the page shows."""
+    """Return what the page shows."""
     rows = [
         {
             "label": row.measured.label,
@@ -156,7 +156,7 @@ def data_of(ranking: Ranking, title: str) -> Mapping[str, Any]:
 
 
 def clearly_worse(losses: Mapping[str, Sequence[float]], num_adapters: int, num_looks: int) -> list[str]:
-    """The adapters that are worse than the best of these by more than chance, or not numbers at all, by label.
+    """Return the adapters that are worse than the best of these by more than chance, or not numbers at all, by label.
 
     Of `num_adapters` that a sweep began with each is tested at the `num_looks`-th evaluation, k, with 1 / (k (k + 1))
     of the 5 % that all looks together may err; these shares add up to 1, however many looks there are.

@@ -8,7 +8,7 @@ from library.training.sweep_record import SweepRecord
 
 
 def standing_of(prepared: Sequence[PreparedRun], sweep: SweepRecord) -> list[Measured]:
-    """What is known of each adapter: those that ended before a resume are told of by the record alone."""
+    """Collect what is known of each adapter: those that ended before a resume are told of by the record alone."""
     return [*of_record(prepared, sweep), *of_prepared(prepared)]
 
 
@@ -23,5 +23,5 @@ def of_prepared(prepared: Sequence[PreparedRun]) -> Iterator[Measured]:
     for one in prepared:
         path = one.writer.names.of_end()
         file = path.name if path.exists() else None
-        losses_G = one.validation.last_losses()
+        losses_G = one.validation.record.last_losses()
         yield Measured(one.run.label, one.progress.step, losses_G, one.progress.ended, file)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from library.checkpoints.tree_json import put_together
 from library.errors import UserError
+from library.options.output.saving import SavingOptions, StateOptions
 from library.options.train import TrainOptions
 from library.processes import Processes
 from library.training.saving.checkpoints import Names
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FoundStates:
-    """What a run goes on from."""
+    """The states that a run goes on from."""
 
     by_label: Mapping[str, StateManifest]
     record: SweepRecord | None = None  # of a sweep that goes on
@@ -39,9 +40,9 @@ class FoundStates:
 
 
 def find_states(options: TrainOptions, adapters: Mapping[str, TrainOptions], processes: Processes) -> FoundStates:
-    """The states that --resume names or --autoresume finds, by label; none for a run that starts at the beginning.
+    """Find the states to go on from, by label; none for a run that starts at the beginning.
 
-    Of a sweep those of the last step of which every adapter has one that had not ended by then. Raises UserError where
+    For a sweep: the latest step for which every adapter still running has a state. Raises UserError where
     there are states but no such step, or another process finds other states.
     """
     if not options.sweep.sweep:
@@ -49,9 +50,10 @@ def find_states(options: TrainOptions, adapters: Mapping[str, TrainOptions], pro
         return FoundStates({} if facts is None else {"": facts})
     found: dict[str, StateManifest] = {}
     if processes.is_main:
-        for own in adapters.values():
-            clear_up(own)
-        found = newest_of_all(options, adapters)
+        writes = not (options.faults.dry_run or options.dataset.debug_dataset)
+        for own in adapters.values() if writes else ():
+            clear_up(own.saving)
+        found = newest_of_all(options.state, {label: own.saving for label, own in adapters.items()})
     told = processes.share("states", json.dumps({label: str(facts.path) for label, facts in found.items()}))
     if not processes.is_main:
         found = {label: read_facts(Path(path)) for label, path in json.loads(told).items()}
@@ -62,14 +64,13 @@ def find_states(options: TrainOptions, adapters: Mapping[str, TrainOptions], pro
     return FoundStates(found, SweepRecord(seed, ended_in(found.values())))
 
 
-def newest_of_all(options: TrainOptions, adapters: Mapping[str, TrainOptions]) -> dict[str, StateManifest]:
-    """The whole states of the last step that all adapters have, as this process finds them.
+def newest_of_all(wanted: StateOptions, adapters: Mapping[str, SavingOptions]) -> dict[str, StateManifest]:
+    """Find the whole states of the last step that all adapters have, as this process finds them.
 
     Raises UserError where there are states but no such step: starting at the beginning would overwrite them.
     """
-    wanted = options.state
     if wanted.resume:
-        found = beside(Path(wanted.resume), adapters)
+        found = find_beside(Path(wanted.resume), adapters)
         missing = [label for label in adapters if label not in {**found, **ended_in(found.values())}]
         if missing:
             raise UserError(
@@ -89,17 +90,18 @@ def newest_of_all(options: TrainOptions, adapters: Mapping[str, TrainOptions]) -
     if not any(states.values()):
         logger.info("--autoresume: there is no state of an adapter of --sweep; starting at the beginning")
         return {}
+    folder = next(iter(adapters.values())).output_dir
     steps_found = ", ".join(f"{label}: {sorted(steps) or 'none'}" for label, steps in states.items())
     raise UserError(
         "--autoresume: the adapters of --sweep have no undamaged states of a common step in --output_dir "
-        f"{options.saving.output_dir} (steps with a state: {steps_found}). Restore the missing states, or move all of "
-        "them to another folder to start from the beginning."
+        f"{folder} (steps with a state: {steps_found}). Restore the missing states, or move all of them to another "
+        "folder to start from the beginning."
     )
 
 
-def states_of(options: TrainOptions) -> Iterator[StateManifest]:
-    """The states of one adapter, of each step the one last after which less is left to do."""
-    names = Names.build(options.saving)
+def states_of(saving: SavingOptions) -> Iterator[StateManifest]:
+    """Yield the states of one adapter, of each step the one last after which less is left to do."""
+    names = Names.build(saving)
     found = []
     for folder in sorted(names.folder.iterdir()) if names.folder.is_dir() else ():
         if is_state_name(folder.name, names.starts) and folder.is_dir():
@@ -110,9 +112,9 @@ def states_of(options: TrainOptions) -> Iterator[StateManifest]:
     yield from sorted(found, key=lambda facts: len(facts.done))
 
 
-def beside(named: Path, adapters: Mapping[str, TrainOptions]) -> dict[str, StateManifest]:
-    """The states beside one of them that --resume names, by label. Raises UserError for a state of no adapter."""
-    names = {label: Names.build(own.saving).starts[0] for label, own in adapters.items()}
+def find_beside(named: Path, adapters: Mapping[str, SavingOptions]) -> dict[str, StateManifest]:
+    """Find the states beside one that is named, by label. Raises UserError for a state of no adapter."""
+    names = {label: Names.build(saving).starts[0] for label, saving in adapters.items()}
     match = STATE_NAME.fullmatch(named.name)
     if match is None or match["start"] not in names.values():
         raise UserError(
@@ -138,7 +140,7 @@ def ended_in(states: Iterable[StateManifest]) -> dict[str, Ended]:
 
 
 def record_of(facts: StateManifest) -> SweepRecord:
-    """What a state knows of the sweep. Raises UserError for the state of a run without one."""
+    """Read the sweep's record in a state. Raises UserError for the state of a run without one."""
     if PART not in facts.parts:
         raise UserError(
             f"--resume {facts.path} is the state of a run without --sweep; leave --sweep out to go on from it"
@@ -147,7 +149,7 @@ def record_of(facts: StateManifest) -> SweepRecord:
 
 
 def are_undamaged(states: Iterable[StateManifest]) -> bool:
-    """Whether all of their files are as they were written; says which is not."""
+    """Return True if all of their files are as they were written; says which is not."""
     try:
         for facts in states:
             require_undamaged(facts)

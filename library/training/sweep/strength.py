@@ -1,4 +1,4 @@
-"""Alpha of adapters whose rank --sweep varies: alpha / rank stays, so that they differ in rank and not in strength."""
+"""Alpha of adapters whose rank a sweep varies: alpha / rank stays, so that they differ in rank and not in strength."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,18 +17,18 @@ ROTATIONS = ("networks.oft", "networks.boft")  # beginnings of names
 
 @dataclass(frozen=True)
 class Strength:
-    """Alpha / rank as the options give it, for a rank that --sweep varies and whose alpha it does not."""
+    """Alpha / rank as the options give it, for a rank that the sweep varies and whose alpha it does not."""
 
     rank_name: str  # a key of ALPHA_NAMES
     alpha: float
     rank: int
 
     def alpha_at(self, rank: str) -> float:
-        """The alpha of an adapter; as given where its rank is left to the network module."""
+        """Return the alpha of an adapter; as given where its rank is left to the network module."""
         return self.alpha * int(rank) / self.rank if rank.isdecimal() else self.alpha
 
     def as_option(self, network: NetworkOptions, rank: str) -> dict[str, object]:
-        """The option that sets the alpha of an adapter with these options and this rank."""
+        """Return the option that sets the alpha of an adapter with these options and this rank."""
         alpha = self.alpha_at(rank)
         if self.rank_name == NETWORK_DIM:
             return {"network_alpha": alpha}
@@ -37,9 +37,9 @@ class Strength:
 
 
 def kept_strengths(network: NetworkOptions, words: Mapping[str, Sequence[str]]) -> list[Strength]:
-    """What stays while `words` of --sweep vary ranks.
+    """Return what stays while `words` of the sweep vary ranks.
 
-    An alpha belongs to the rank that is given beside --sweep, and without one to the first rank of --sweep.
+    An alpha belongs to the rank that is given beside the sweep, and without one to the first rank of the sweep.
     """
     arguments = parse_network_args(network.network_args)
     ranks = {NETWORK_DIM: str(network.network_dim or ""), CONV_DIM: arguments.get("conv_dim", "")}
@@ -64,7 +64,7 @@ def is_alpha_strength(network: NetworkOptions) -> bool:
 def describe_strengths(
     adapters: Sequence[tuple[NetworkOptions, Mapping[str, str]]], strengths: Sequence[Strength]
 ) -> Iterator[str]:
-    """A line for each rank that is swept; `adapters` are their options and their words of --sweep."""
+    """Yield a line for each rank that is swept; `adapters` are their options and their words of the sweep."""
     ours = [(network, chosen) for network, chosen in adapters if is_alpha_strength(network)]
     for strength in strengths if ours else ():
         name, alpha_name = (full.rpartition(".")[2] for full in (strength.rank_name, ALPHA_NAMES[strength.rank_name]))

@@ -69,7 +69,7 @@ def entry(**changes: Any) -> dict[str, Any]:
         (TWO, b"", 5000, "truncated: 128 of 5000 header bytes exist"),
         (TWO, bytes(31), None, "'b' ends at byte 32"),
         (TWO, bytes(33), None, "1 bytes follow the last tensor"),
-        (b"{nonsense", b"", None, "not JSON"),
+        (b"{nonsense", b"", None, "not valid JSON"),
         (b"[1, 2]", b"", None, "not a JSON object"),
         (entry(data_offsets=[16, 24]), bytes(24), None, "'b' overlaps 'a'"),
         (entry(data_offsets=[28, 36]), bytes(36), None, "gap of 4 bytes before 'b'"),

@@ -30,10 +30,10 @@ def entry(**fields: Any) -> bytes:
 @pytest.mark.parametrize(
     ("header", "words"),
     [
-        (b"[" * 200_000, "not JSON"),
+        (b"[" * 200_000, "not valid JSON"),
         (b"null", "not a JSON object"),
-        (b"\xff\xfe", "not JSON"),
-        (b'{"a":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,8]}}', "not JSON"),
+        (b"\xff\xfe", "not valid JSON"),
+        (b'{"a":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,8]}}', "not valid JSON"),
         (entry(shape=[2**62, 4]), "needs 73786976294838206464 bytes"),
         (entry(shape=[-2]), "has the shape (-2,)"),
         (entry(shape=[True]), "has the shape (True,)"),

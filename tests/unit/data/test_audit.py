@@ -124,7 +124,7 @@ def test_metadata_of_folders(tmp_path):
         f"{arguments} --train_batch_size 2 --gradient_accumulation_steps 3 --keep_tokens 1",
         "--train_data_dir", f"{tmp_path}/train", "--reg_data_dir", f"{tmp_path}/reg",
     )  # fmt: skip
-    found = build_plan(options, SPEC, 1, None, None).metadata(options, num_processes=2)
+    found = build_plan(options, SPEC, 1, None, None).metadata(options.dataset, batches_per_step=2 * 3)
     assert found == {
         "ss_batch_size_per_device": 2,
         "ss_total_batch_size": 12,
@@ -154,7 +154,7 @@ def test_metadata_of_a_dataset_file(tmp_path, has_buckets):
     options = write_config(
         tmp_path / "data.toml", one + "num_repeats = 2\nclass_tokens = 'c'\n" + one.replace("64", "128", 1)
     )
-    found = build_plan(options, SPEC, 1, None, None).metadata(options)
+    found = build_plan(options, SPEC, 1, None, None).metadata(options.dataset)
     assert found.keys() == {"ss_datasets", "ss_tag_frequency", "ss_dataset_dirs"}
     assert found["ss_tag_frequency"] == {"a": {"x": 2, "y 0": 1, "y 1": 1}}
     assert found["ss_dataset_dirs"] == {
@@ -204,7 +204,7 @@ def test_tags_of_metadata_files_are_counted_without_captions(tmp_path):
     write_folder(tmp_path / "a", 1)
     (tmp_path / "meta.json").write_text('{"p0": {"caption": "words", "tags": "x, Y, x"}}')
     options = options_of("--resolution 64", "--train_data_dir", f"{tmp_path}/a", "--in_json", f"{tmp_path}/meta.json")
-    found = build_plan(options, SPEC, 1, None, None).metadata(options)
+    found = build_plan(options, SPEC, 1, None, None).metadata(options.dataset)
     assert found["ss_tag_frequency"] == {"meta.json": {"x": 1, "y": 1}}
     assert found["ss_dataset_dirs"] == {"meta.json": {"n_repeats": 1, "img_count": 1}}
     assert found["ss_bucket_info"] == "null"
@@ -291,10 +291,10 @@ def test_of_more_tags_than_a_file_holds_the_commonest_are_counted(
     write_folder(tmp_path / "pictures", 12, caption="a cat, it sat on the mat of number")
     config = '[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "{here}/pictures"\n'
     options = write_config(tmp_path / "data.toml", config + 'caption_extension = ".txt"\n')
-    whole = plan_of(options).metadata(options)["ss_tag_frequency"]["pictures"]
+    whole = plan_of(options).metadata(options.dataset)["ss_tag_frequency"]["pictures"]
     assert len(whole) == 13 and whole["a cat"] == 12
     monkeypatch.setattr(summary, "MOST_TAGS", 3)
-    few = plan_of(options).metadata(options)["ss_tag_frequency"]["pictures"]
+    few = plan_of(options).metadata(options.dataset)["ss_tag_frequency"]["pictures"]
     assert len(few) == 3 and few["a cat"] == 12 and all(whole[tag] == count for tag, count in few.items())
 
 

@@ -107,13 +107,13 @@ def test_a_pattern_is_counted_before_it_is_listed(pattern: str, tmp_path: Path) 
 
 def test_a_parquet_column_of_lists_is_refused(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", {"image": [[png()]], "caption": ["x"]})
-    with pytest.raises(UserError, match=r"image_column 'image' .* has list<.*, but must have bytes"):
+    with pytest.raises(UserError, match=r"image_column 'image' .* has list<.*, but must have image bytes"):
         open_subset(tmp_path, 'parquet = "{here}/a.parquet"')
 
 
 def test_a_parquet_table_without_bytes_is_refused(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", {"image": [{"bytes": [1, 2], "path": "x"}]})
-    with pytest.raises(UserError, match=r"image_column 'image' .* has struct<.*, but must have bytes"):
+    with pytest.raises(UserError, match=r"image_column 'image' .* has struct<.*, but must have image bytes"):
         open_subset(tmp_path, 'parquet = "{here}/a.parquet"')
 
 
@@ -247,7 +247,7 @@ def test_a_server_that_fails_at_the_start_is_asked_again(
         (500, r"0\.tar cannot be read after 5 tries: 500"),
         (403, r"0\.tar cannot be read: 403.*check the address and the credentials"),
         (302, r"0\.tar cannot be read: .*check the address and the credentials"),
-        (404, r"1 of 1 files are not there: .*0\.tar"),
+        (404, r"1 of 1 files are missing: .*0\.tar"),
     ],
 )
 def test_the_reason_of_the_server_is_told(status: int, message: str, address: str, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from library.data.batches.own_dataset import OwnDataset, batch_of, open_own_dataset
-from library.options.train import TrainOptions
+from library.options.dataset import DatasetOptions
 from library.protocols import LatentSpec
 
 SPEC = LatentSpec(channels=4, downscale=8, bucket_step=8, cache_suffix="_sd.npz", had_keys_without_size=True)
@@ -36,8 +36,7 @@ class Pictures:
         return item(seed=10 + number)
 
 
-def options_with(**values: Any) -> TrainOptions:
-    return TrainOptions().with_values({"dataset_class": "my.Pictures", "resolution": "512,768", **values})
+DATA = DatasetOptions(dataset_class="my.Pictures", resolution="512,768")
 
 
 def captions(data: OwnDataset, epoch: int, places: range) -> list[str]:
@@ -45,7 +44,7 @@ def captions(data: OwnDataset, epoch: int, places: range) -> list[str]:
 
 
 def test_it_is_made_and_asked_as_sd_scripts_does() -> None:
-    data = open_own_dataset(Pictures, options_with(max_token_length=150), SPEC, seed=3)
+    data = open_own_dataset(Pictures, DATA, 150, SPEC, seed=3)
     assert data._source.given == (None, 150, (512, 768), False)
     assert (data.num_batches, data.batch_sizes, data.num_train_images, data.num_reg_images) == (4, [2], 7, 0)
     first, second = captions(data, 1, range(4)), captions(data, 2, range(4))
@@ -88,16 +87,9 @@ def test_what_does_not_fit_is_named(given: dict[str, Any], message: str) -> None
         batch_of(given, "batch 5", SPEC)
 
 
-@pytest.mark.parametrize("option", ["cache_latents", "fit", "validation_split"])
-def test_what_needs_the_pictures_themselves_is_refused(option: str) -> None:
-    options = options_with(**{option: {"validation_split": 0.5, "fit": "card"}.get(option, True)})
-    with pytest.raises(ValueError, match=f"--{option} does not work with --dataset_class my.Pictures: "):
-        open_own_dataset(Pictures, options, SPEC, seed=3)
-
-
 def test_a_class_of_another_kind_is_named_with_what_it_must_offer() -> None:
     with pytest.raises(ValueError, match=r"is called with \(tokenizer=None, max_token_length"):
-        open_own_dataset(dict.fromkeys, options_with(), SPEC, seed=3)  # type: ignore[arg-type]
+        open_own_dataset(dict.fromkeys, DATA, None, SPEC, seed=3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"must return the number of its batches from len\(\)"):
         OwnDataset(object(), "my.Thing", 3, SPEC)
     with pytest.raises(ValueError, match="has no batches"):

@@ -13,7 +13,9 @@ import pytest
 
 from library.data.concepts.prompt_pairs import PromptPairs, drawn_size, format_sizes, open_prompt_pairs
 from library.data.concepts.prompts_file import PromptPair
+from library.options.dataset import DatasetOptions
 from library.options.training.concepts import ConceptOptions
+from library.options.training.run import RunOptions
 from library.randomness import random_for
 from library.types import Batch, Concept
 
@@ -96,8 +98,7 @@ def test_the_largest_batch_is_the_one_with_the_most_pixels_and_the_longest_way()
 
 def test_files_tell_the_prompts_as_those_of_sd_scripts_do() -> None:
     data = pairs_of(*(replace(PAIR, target=f"é{n}") for n in range(20)))
-    options: Any = None
-    told = data.metadata(options)
+    told = data.metadata(DatasetOptions(), 1)
     assert (told["ss_leco_prompt_count"], told["ss_leco_prompts_file"]) == (20, "prompts.toml")
     preview = json.loads(told["ss_leco_preview"])
     assert len(preview) == 16 and "é0" in told["ss_leco_preview"]
@@ -122,9 +123,8 @@ def opened(text: str, folder: Path, tells_sizes: bool = True) -> PromptPairs:
         text=SimpleNamespace(count_tokens=lambda text: len(text.split()), max_tokens=3),
         tells_sizes=tells_sizes,
     )
-    run = SimpleNamespace(max_train_steps=5, gradient_accumulation_steps=3)
-    options: Any = SimpleNamespace(concepts=ConceptOptions(str(path), 40, 3.0), run=run)
-    return open_prompt_pairs(options, arch, 1, 2)
+    run = RunOptions(max_train_steps=5, gradient_accumulation_steps=3)
+    return open_prompt_pairs(ConceptOptions(str(path), 40, 3.0), run, arch, 1, 2)
 
 
 def test_the_run_is_one_epoch_of_all_its_batches(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_each_dataset_over_one_folder_has_its_own_and_the_file_wins_over_general
     assert trained(plan_of(two_sizes(folder))) == [*low, (1, "d")]
     options = two_sizes(folder, "[general]\nskip_image_resolution = 64\n")
     assert trained(plan_of(options)) == [*low[2:], (1, "d")]
-    datasets = plan_of(options).metadata(options)["ss_datasets"]
+    datasets = plan_of(options).metadata(options.dataset)["ss_datasets"]
     assert [dataset["skip_image_resolution"] for dataset in datasets] == [[64, 64], [96, 64]]
     assert [dataset["num_train_images"] for dataset in datasets] == [3, 1]
 

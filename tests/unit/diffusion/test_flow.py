@@ -15,6 +15,8 @@ from library.diffusion.timesteps import shifted_scheme
 from library.options.no_effect import unused
 from library.options.train import TrainOptions
 from library.options.training.flow import FlowSamplingOptions, FlowWeightingOptions
+from library.options.training.loss import LossOptions
+from library.options.training.noise import NoiseOptions
 from library.protocols import Objective
 from library.types import Noised
 
@@ -41,7 +43,8 @@ def flow(
 ) -> FlowMatching:
     whole = {name: flags.pop(name, False) for name in ("has_whole_timesteps", "tells_whole_timesteps")}
     levels = shifted_scheme(FlowWeightingOptions(), 1.0)
-    return build_flow(options_of(**flags), levels, target, prediction, scheme, **whole)
+    options = options_of(**flags)
+    return build_flow(options.noise, options.loss, levels, target, prediction, scheme, **whole)
 
 
 def corrupt(objective: FlowMatching, clean: Tensor, seed: int = 3) -> Noised:
@@ -226,7 +229,8 @@ def sampled_flow(
     weighting = {k: settings.pop(k) for k in list(settings) if k in vars(FlowWeightingOptions())}
     with caplog.at_level(logging.WARNING):
         objective = build_sampled_flow(
-            TrainOptions(),
+            NoiseOptions(),
+            LossOptions(),
             FlowSamplingOptions(**settings),
             FlowWeightingOptions(**weighting),
             prediction_type=prediction,

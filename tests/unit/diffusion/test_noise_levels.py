@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -157,22 +156,3 @@ def test_weights_in_float64() -> None:
 
 def test_a_level_without_noise_has_a_weight() -> None:
     assert scheme_weights("sigma_sqrt", torch.tensor([0.0, 1e-5])).tolist() == pytest.approx([1e6, 1e6])
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"sigmoid_scale": -1.0}, "--sigmoid_scale is -1.0"),
-        ({"discrete_flow_shift": 0.0}, "--discrete_flow_shift is 0.0"),
-        ({"weighting_scheme": "logit_normal", "logit_std": -0.1}, "--logit_std is -0.1"),
-        ({"weighting_scheme": "mode", "mode_scale": 2.0}, "--mode_scale is 2.0"),
-    ],
-)
-def test_settings_that_make_no_levels_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        sampling(**settings)
-
-
-def test_training_shift_must_be_positive() -> None:
-    with pytest.raises(ValueError, match=r"--training_shift is -3\.0"):
-        shifted_scheme(replace(FlowWeightingOptions()), -3.0)

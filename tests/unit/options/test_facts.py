@@ -14,11 +14,12 @@ from library.options.base import FACTS, scalar_type
 from library.options.leco import ignored_by_leco
 from library.options.no_effect import unused
 from library.options.train import TrainOptions
+from library.training.command_line.checks import check_choices, find_input_files
 from library.training.command_line.cli import normalize
 from library.training.command_line.concept_checks import ignored_for_concepts
 from library.training.config_file import SECRETS
 from library.training.reporting.trackers import loggable_options
-from library.training.run.run_events import given
+from library.training.run.run_events import changed_options
 from library.training.saving.resume import option_differences, recorded_options
 from library.training.saving.state import StateManifest
 from library.training.sweep.combinations import sweep_names, word_of
@@ -90,7 +91,7 @@ def test_what_has_a_name_in_sweeps_can_be_swept_and_nothing_else() -> None:
 def test_what_leco_ignores_is_warned_of_with_the_reason() -> None:
     options = with_all_changed(SdxlLecoOptions)
     ignored = ignored_by_leco(SdxlLecoOptions)
-    lines = list(unused(options, ignored_for_concepts(options)))
+    lines = list(unused(options, ignored_for_concepts(type(options), draws_previews=False)))
     assert {f"--{name} has no effect: {why}" for name, why in ignored.items()} <= set(lines)
     assert {"train_data_dir", "cache_latents", "validation_split", "text_cache_variants"} <= ignored.keys()
     assert not {"text_encoder_cpu", "network_dim", "seed", "sweep", "max_train_epochs"} & ignored.keys()
@@ -111,6 +112,31 @@ def test_no_file_and_no_tracker_gets_a_password(kind: type[TrainOptions]) -> Non
     assert secrets == set(SECRETS)
     options = with_all_changed(kind)
     logged = loggable_options(options)
-    assert not secrets & (recorded_options(options).keys() | given(options).keys() | logged.keys())
+    assert not secrets & (recorded_options(options).keys() | changed_options(options).keys() | logged.keys())
     assert logged.keys() == {name for name, facts in kind.facts().items() if facts.logged}
     assert not {"output_dir", "train_data_dir", "pretrained_model_name_or_path"} & logged.keys()
+
+
+@by_script
+def test_a_value_that_is_no_choice_is_refused_unless_others_pass(kind: type[TrainOptions]) -> None:
+    passing = set()
+    for field, _ in kind.leaves():
+        if field.metadata.get("choices"):
+            options = kind().with_values({field.name: ["other"] if field.metadata.get("nargs") else "other"})
+            if kind.facts()[field.name].takes_other_values:
+                check_choices(options)
+                passing.add(field.name)
+            else:
+                with pytest.raises(UserError, match=f"^--{field.name} is .*other.*; use one of "):
+                    check_choices(options)
+    assert passing == {"max_token_length", "dynamo_backend", "sample_sampler", "zero_stage"}
+
+
+def test_files_that_a_run_writes_are_none_that_it_reads(tmp_path: Path) -> None:
+    for field, hint in TrainOptions.leaves():
+        if scalar_type(hint) is str and not field.metadata.get("nargs"):
+            path = tmp_path / field.name
+            path.touch()
+            options = TrainOptions().with_values({field.name: str(path)})
+            is_output = TrainOptions.facts()[field.name].names_output
+            assert find_input_files(options, is_resumed=False) == ([] if is_output else [path])

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from library.checkpoints.files import display_path
 from library.errors import UserError
-from library.options.train import TrainOptions
+from library.options.output.saving import SavingOptions
 from library.training.saving.saved_files import without_copies
 from tools.contact_sheet import chosen_files, labels_of
 
@@ -18,11 +18,11 @@ def test_a_folder_that_peft_saved_is_the_file_in_it(tmp_path: Path) -> None:
     inside.parent.mkdir()
     inside.touch()
     file.touch()
-    assert chosen_files([inside.parent, file], TrainOptions()) == [inside, file]
+    assert chosen_files([inside.parent, file], SavingOptions()) == [inside, file]
     with pytest.raises(UserError, match=r"--files .* is a folder without adapter_model\.safetensors"):
-        chosen_files([tmp_path], TrainOptions())
+        chosen_files([tmp_path], SavingOptions())
     with pytest.raises(UserError, match=r"--files .*none\.pt does not exist"):
-        chosen_files([tmp_path / "none.pt"], TrainOptions())
+        chosen_files([tmp_path / "none.pt"], SavingOptions())
 
 
 def test_files_of_peft_are_told_apart_by_their_folders() -> None:

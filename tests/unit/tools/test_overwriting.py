@@ -135,7 +135,7 @@ def test_locks_leave_links_and_other_files(tmp_path: Path, kind: str) -> None:
         else:
             lock.write_text("mine")
         with pytest.raises(UserError, match="symbolic link" if kind == "link" else "is not an? (empty )?lock file"):
-            with run_lock(options) if lock.name == ".m.lock" else index_lock(index):
+            with run_lock(options.saving) if lock.name == ".m.lock" else index_lock(index):
                 pass
         assert target.read_text() == lock.read_text() == "mine"
 

@@ -17,7 +17,7 @@ from library.options.train import TrainOptions
 from library.training.command_line.checks import check
 from library.training.models.arithmetic import check_arithmetic, try_kind
 from library.training.models.compute import Compute
-from library.training.models.frozen_base import resolve_arithmetic
+from library.training.models.frozen_base import use_8bit_matmul
 from tests.unit.training.test_checks import NEEDED
 from tests.weight_formats import CODECS, EIGHT_BIT_FORMATS
 
@@ -35,7 +35,10 @@ def asked(**values: object) -> TrainOptions:
         ({"base_format": "nf4"}, r"--base_format nf4 has none; use --base_format fp8 or int8 or int8_rotated"),
         ({"base_format": "bf16"}, r"--base_format bf16 has none"),
         ({"base_weights": ["a.safetensors"]}, r"--base_weights are merged into are whole again; add --base_format"),
-        ({"base_format": "int8", "fit": "8GB", "fit_formats": ["fp8"]}, r"leave out --fit_formats"),
+        (
+            {"base_format": "int8", "fit": "8GB", "fit_formats": ["fp8"]},
+            r"--fit_formats does not work with --base_arithmetic 8bit: .* set --base_format",
+        ),
     ],
     ids=["nf4", "bf16", "merged", "fitted"],
 )
@@ -53,7 +56,7 @@ def test_the_8_bit_forms_are_taken_and_the_old_name_of_one(form: str) -> None:
 def test_a_checkpoint_with_whole_weights_is_refused_before_it_is_read(tiny_sd_folder: Path) -> None:
     options = asked(pretrained_model_name_or_path=str(tiny_sd_folder))
     with pytest.raises(UserError, match=r"the checkpoint has none that can be; add --base_format int8_rotated"):
-        check_arithmetic(options, build(options), COMPUTE)
+        check_arithmetic(options.precision.denoiser_format, options.network.network_module, build(options), COMPUTE)
 
 
 @pytest.mark.parametrize("form", EIGHT_BIT_FORMATS)
@@ -62,7 +65,7 @@ def test_only_8_bit_floats_on_a_cpu_are_warned_of(
 ) -> None:
     options = asked(pretrained_model_name_or_path=str(tiny_sd_folder), base_format=form)
     with caplog.at_level(logging.INFO):
-        check_arithmetic(options, build(options), COMPUTE)
+        check_arithmetic(options.precision.denoiser_format, options.network.network_module, build(options), COMPUTE)
     told = [message for message in caplog.messages if "--base_arithmetic" in message]
     assert ["thousands of times slower" in message for message in told] == [True] * (form == "fp8")
 
@@ -88,7 +91,7 @@ def test_modules_of_others_are_warned_of(tiny_sd_folder: Path, caplog: pytest.Lo
     for module, is_warned in (("networks.lora", False), ("lycoris.kohya", True)):
         options = asked(network_module=module, **values)
         caplog.clear()
-        check_arithmetic(options, build(options), COMPUTE)
+        check_arithmetic(options.precision.denoiser_format, options.network.network_module, build(options), COMPUTE)
         assert (f"layers that --network_module {module} adapts" in caplog.text) == is_warned
 
 
@@ -103,7 +106,7 @@ def test_layers_that_stay_decoded_are_counted_with_the_reason(caplog: pytest.Log
     model = Model(64)
     store_all_in(CODECS["int8"], model.blocks)
     with caplog.at_level(logging.INFO):
-        resolve_arithmetic(asked(base_format="int8"), model)
+        use_8bit_matmul(model)
     assert caplog.messages[-1] == (
         "denoiser: 2 layers multiply in 8 bits; 2 are decoded: 1 whose sizes are no multiples of 8 (int8) or 16 (fp8), "
         "1 convolutions"
@@ -116,4 +119,4 @@ def test_a_model_without_such_layers_is_refused() -> None:
     model.blocks = nn.ModuleList([nn.Conv2d(8, 8, 3), nn.Linear(9, 8)])
     store_all_in(CODECS["int8"], model.blocks)
     with pytest.raises(UserError, match="no layer of the denoiser can multiply so"):
-        resolve_arithmetic(asked(base_format="int8"), model)
+        use_8bit_matmul(model)

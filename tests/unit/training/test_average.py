@@ -9,8 +9,6 @@ import torch
 from torch import nn
 
 from library.options.training.averaging import FILES, PREVIEWS, VALIDATION, AveragingOptions
-from library.options.training.network import NetworkOptions
-from library.options.training.optimizer import OptimizerOptions
 from library.training.evaluation.without_side_effects import shown_weights
 from library.training.optimization.ema import WeightAverage
 from library.training.run.optimization import build_average
@@ -111,12 +109,8 @@ class Trained(nn.Linear):
 
 
 def test_beside_an_optimizer_that_averages_by_itself_it_is_refused() -> None:
-    options: Any = SimpleNamespace(
-        averaging=AveragingOptions(ema_decay=0.99),
-        optimizer=OptimizerOptions("AdamWScheduleFree"),
-        network=NetworkOptions(),
-    )
+    options, kind = AveragingOptions(ema_decay=0.99), "AdamWScheduleFree"
     network = adopt(Trained(2, 2))
-    assert build_average(options, network, is_schedule_free=False) is not None
+    assert build_average(options, kind, network, is_schedule_free=False) is not None
     with pytest.raises(ValueError, match=r"--ema_decay 0.99 does not work with --optimizer_type AdamWScheduleFree"):
-        build_average(options, network, is_schedule_free=True)
+        build_average(options, kind, network, is_schedule_free=True)

@@ -13,11 +13,12 @@ from library.architectures.flux.options import FluxModelOptions
 from library.architectures.sd3.options import Sd3TrainingOptions
 from library.options.base import group
 from library.options.machine.compiling import CompileOptions
+from library.options.model import ModelOptions
 from library.options.no_effect import unused
 from library.options.support import DEEPSPEED, INSTEAD, OTHERS, UNSUPPORTED, unsupported
 from library.options.train import TrainOptions
 from library.training.command_line import checks
-from library.training.command_line.checks import check, check_vae_precision, report_unused
+from library.training.command_line.checks import check, report_unused, warn_of_fp16_vae
 from library.training.models.block_running import compile_settings
 from library.training.optimization.optimizers import build_optimizer
 
@@ -430,12 +431,11 @@ def test_adafactor_with_full_fp16_is_warned_of(
 def test_a_vae_that_overflows_in_fp16_is_warned_of_unless_it_runs_in_float32(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    check_vae_precision(made(mixed_precision="fp16"), overflows_in_fp16=True)
+    warn_of_fp16_vae(ModelOptions(), "fp16")
     assert "--no_half_vae" in caplog.text
     caplog.clear()
-    check_vae_precision(made(mixed_precision="fp16", no_half_vae=True), overflows_in_fp16=True)
-    check_vae_precision(made(mixed_precision="bf16"), overflows_in_fp16=True)
-    check_vae_precision(made(mixed_precision="fp16"), overflows_in_fp16=False)
+    warn_of_fp16_vae(ModelOptions(no_half_vae=True), "fp16")
+    warn_of_fp16_vae(ModelOptions(), "bf16")
     assert caplog.text == ""
 
 
@@ -487,7 +487,7 @@ def test_a_plain_name_is_taken(name: str | None) -> None:
 
 def test_two_forms_of_the_same_weights_are_refused() -> None:
     message = refusal(fp8_base=True, base_format="nf4", mixed_precision="bf16")
-    assert "--fp8_base and --base_format nf4 ask for two forms" in message
+    assert message.startswith("--fp8_base does not work with --base_format nf4: each names a format of the same")
     check(made(fp8_base=True, base_format="fp8", mixed_precision="bf16"))
 
 

@@ -82,18 +82,6 @@ def test_a_rate_that_others_replace_is_refused() -> None:
         combinations_of(options_of("learning_rate=1e-4,1e-3", unet_lr=1e-4, network_train_unet_only=True))
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"compile": True}, "--compile compiles blocks for one adapter"),
-        ({"log_events": "-"}, "mixes the events of all adapters"),
-    ],
-)
-def test_options_that_several_adapters_cannot_have(values: dict[str, object], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        shared_and_own(options_of("network_dim=4,8", **values))
-
-
 def alphas(*words: str, **values: object) -> list[tuple[float, list[str] | None]]:
     """--network_alpha and --network_args of each adapter of a sweep."""
     found = combinations_of(options_of(*words, **values))

@@ -17,7 +17,7 @@ import pytest
 from library.options.train import TrainOptions
 from library.training.reporting.event_stream import Events, open_event_file, plain, warnings_told
 from library.training.reporting.events import VERSION, Event, Removed, Stage
-from library.training.run.run_events import told, without_secrets
+from library.training.run.run_events import hide_secrets, open_events
 from tests.running import ROOT
 
 EVENTS = Event.__subclasses__()  # in the order of their definition
@@ -116,7 +116,7 @@ def test_warnings_from_before_there_are_events_are_told_too() -> None:
 
 def test_warnings_of_a_silent_run_are_not_kept() -> None:
     options, sink = TrainOptions().with_values({"output_dir": "out", "no_report": True}), Kept()
-    with warnings_told() as warnings, told([options], None, warnings) as silent:
+    with warnings_told() as warnings, open_events([options], None, warnings) as silent:
         logging.getLogger("library.somewhere").warning("an hour later")
         assert not silent.is_on
         events = Events([sink])
@@ -177,4 +177,4 @@ def test_keys_and_tokens_are_hidden_in_the_command() -> None:
     options = TrainOptions().with_values({"wandb_api_key": "abc", "huggingface_token": "hf_1=2"})
     command = ["--wandb_api_key", "abc", "--huggingface_tok=hf_1=2", "--output_name", "abcd"]
     hidden = ["--wandb_api_key", "***", "--huggingface_tok=***", "--output_name", "abcd"]
-    assert without_secrets(command, options) == hidden
+    assert hide_secrets(command, options) == hidden

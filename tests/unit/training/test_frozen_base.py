@@ -42,23 +42,23 @@ def test_nf4_without_bitsandbytes_names_what_to_install(
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
     with pytest.raises(UserError, match=r"--base_format nf4_double needs the library bitsandbytes.*--base_format int8"):
-        check_base(asked, arch)
-    check_base(options(tiny_sd_folder, base_format="int8"), arch)
+        check_base(asked.precision.denoiser_format, asked.memory.blocks_to_swap or 0, arch)
+    check_base("int8", 0, arch)
 
 
 def test_too_little_main_memory_is_said_with_numbers(tiny_sd_folder: object, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = options(tiny_sd_folder, blocks_to_swap=4)
     arch = build(asked)
-    check_base(asked, arch)
+    check_base(asked.precision.denoiser_format, asked.memory.blocks_to_swap or 0, arch)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000, total=2000))
     with pytest.raises(UserError, match=r"--blocks_to_swap 4: the denoiser takes .* GB of main memory.* GB are free"):
-        check_base(asked, arch)
+        check_base(asked.precision.denoiser_format, asked.memory.blocks_to_swap or 0, arch)
 
 
 def test_more_blocks_than_there_are_is_said_before_anything_is_read(tiny_sd_folder: object) -> None:
     asked = options(tiny_sd_folder, blocks_to_swap=40)
     with pytest.raises(UserError, match=r"--blocks_to_swap 40: the model has 18 blocks.*at most 16 can be swapped$"):
-        check_base(asked, build(asked))
+        check_base(None, 40, build(asked))
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,8 @@ def test_more_blocks_than_there_are_is_said_before_anything_is_read(tiny_sd_fold
 def test_weights_are_stored_while_they_are_read_as_in_the_file_unless_they_are_merged(
     values: dict[str, object], wanted: object, tiny_sd_folder: object
 ) -> None:
-    assert format_while_reading(options(tiny_sd_folder, **values)) is wanted
+    asked = options(tiny_sd_folder, **values)
+    assert format_while_reading(asked.precision.denoiser_format, bool(asked.network.base_weights)) is wanted
 
 
 @pytest.mark.parametrize(("given", "number"), [(None, 18), (7, 7), (0, 0)])

@@ -12,9 +12,11 @@ from torch import Tensor
 from library.data.description.schema import load_dataset_config
 from library.diffusion.objective import build_ddpm
 from library.errors import UserError
+from library.options.training.loss import LossOptions
+from library.options.training.noise import NoiseOptions
 from library.training.models.opening import idle_offsets
 from library.training.step.losses import noised_of
-from tests.unit.data.builders import options_of, write_config
+from tests.unit.data.builders import write_config
 
 OFFSETS = [0.0, 0.5, -0.25]
 FACTOR = {"anima": 0.7, "flux": 0.7, "hunyuan_image": 0.7, "lumina": 0.7, "sd3": 1.4}  # on the normal value
@@ -90,7 +92,7 @@ def test_what_is_no_offset_is_refused_with_its_place(tmp_path: Path, attributes:
 def test_where_it_moves_nothing_a_line_says_so(tmp_path: Path) -> None:
     config = config_of(tmp_path, "{ timestep_sampling = { offset = -1 } }")
     uniform = objective_of("anima", ["--timestep_sampling", "uniform"])
-    for objective in (uniform, build_ddpm(options_of(""))):
+    for objective in (uniform, build_ddpm(NoiseOptions(), LossOptions(), predicts_velocity=False)):
         (line,) = idle_offsets(config, objective)
         assert line.startswith(f"timestep_sampling.offset of {tmp_path.as_posix()}/cat has no effect")
         assert not [*idle_offsets(config_of(tmp_path, "{}"), objective)]

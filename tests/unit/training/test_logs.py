@@ -1,7 +1,6 @@
 """What the trackers get."""
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +9,6 @@ import pytest
 from PIL import Image
 
 from library.options.output.trackers import TrackerOptions
-from library.options.train import TrainOptions
 from library.training.reporting.sample_images import Drawn
 from library.training.reporting.trackers import Charts, start_trackers
 from tests.parity.test_preview import prompt_of
@@ -79,8 +77,7 @@ def test_a_folder_that_cannot_be_written_switches_the_charts_off(
         raise OSError(28, "No space left on device")
 
     accelerator = SimpleNamespace(trackers=[], init_trackers=init_trackers)
-    options = replace(TrainOptions(), trackers=replace(TrackerOptions(), logging_dir=str(tmp_path)))
-    start_trackers(accelerator, options)
+    start_trackers(accelerator, TrackerOptions(logging_dir=str(tmp_path)), {})
     (record,) = caplog.records
     assert record.levelname == "WARNING" and f"--logging_dir {tmp_path}: charts are off" in record.getMessage()
     assert not Charts(accelerator).are_on

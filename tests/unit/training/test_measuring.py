@@ -70,7 +70,9 @@ def uniform() -> LevelSampler:
 def test_noise_and_level_of_a_picture_do_not_depend_on_its_neighbours(kind):
     options = options_of("--multires_noise_iterations 2 --ip_noise_gamma 0.1" if kind == "ddpm" else "")
     objective = (
-        build_ddpm(options) if kind == "ddpm" else build_flow(options, uniform(), "noise - latent", "raw", "none")
+        build_ddpm(options.noise, options.loss, predicts_velocity=False)
+        if kind == "ddpm"
+        else build_flow(options.noise, options.loss, uniform(), "noise - latent", "raw", "none")
     ).at_timestep(600)
     clean_BCHW = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 

@@ -8,9 +8,9 @@ from library.memory.devices import bytes_of
 from library.training.failures.out_of_memory import (
     OutOfMemoryError,
     Sizes,
-    explained,
+    explain_out_of_memory,
+    find_savings,
     is_out_of_memory,
-    savings,
 )
 from tests.unit.training.test_checks import made
 
@@ -33,12 +33,15 @@ def test_errors_of_cards_and_of_python_are_recognised(error: Exception) -> None:
 
 
 def test_another_error_passes_unchanged() -> None:
-    with pytest.raises(RuntimeError, match=r"^shapes do not fit$"), explained("training", made(), CPU, "a batch"):
+    with (
+        pytest.raises(RuntimeError, match=r"^shapes do not fit$"),
+        explain_out_of_memory("training", made(), CPU, "a batch"),
+    ):
         raise RuntimeError("shapes do not fit")
 
 
 def test_the_message_says_what_was_done_with_which_batch() -> None:
-    doing = explained("computing step 3", made(), CPU, "4 pictures of 768x512")
+    doing = explain_out_of_memory("computing step 3", made(), CPU, "4 pictures of 768x512")
     with pytest.raises(OutOfMemoryError, match="out of memory while computing step 3, 4 pictures of 768x512"), doing:
         allocate_too_much()
 
@@ -47,17 +50,17 @@ def test_encoding_captions_names_the_options_of_text_encoders() -> None:
     from library.architectures.flux.options import FluxOptions
 
     options = FluxOptions().with_values({"cache_text_encoder_outputs": True, "text_encoder_batch_size": 4})
-    lines = "\n".join(savings(options, Sizes(), CPU))
+    lines = "\n".join(find_savings(options.flat(), Sizes(), CPU))
     assert "--text_encoder_cpu encodes captions on the CPU" in lines and "--text_encoder_batch_size 1" in lines
-    lines = "\n".join(savings(options.with_values({"text_encoder_cpu": True}), Sizes(), CPU))
+    lines = "\n".join(find_savings({**options.flat(), "text_encoder_cpu": True}, Sizes(), CPU))
     assert "--text_encoder" not in lines
-    assert "--text_encoder_cpu" not in "\n".join(savings(options, Sizes(num_trained=5), CPU))  # in a step
+    assert "--text_encoder_cpu" not in "\n".join(find_savings(options.flat(), Sizes(num_trained=5), CPU))  # in a step
 
 
 def test_options_in_use_are_not_advised() -> None:
     """Bytes: 2 of 4 MB for half precision, all of the VAE, 6 of the 8 bytes that AdamW keeps for a parameter."""
     sizes = Sizes(denoiser=2_000_000, text_encoders=1_000_000, vae=1_000_000, num_trained=500_000)
-    lines = "\n".join(savings(made(train_batch_size=4), sizes, CPU))
+    lines = "\n".join(find_savings(made(train_batch_size=4).flat(), sizes, CPU))
     assert "--mixed_precision bf16 halves models and activations: 2.0 MB less" in lines
     assert "--cache_latents lets the VAE leave before training: 1.0 MB less" in lines
     assert "AdamW8bit keeps the optimizer's memory in 8 bits: 3.0 MB less" in lines
@@ -66,7 +69,7 @@ def test_options_in_use_are_not_advised() -> None:
         gradient_checkpointing=True, cache_latents=True, mixed_precision="bf16", optimizer_type="AdamW8bit",
         network_train_unet_only=True,
     )  # fmt: skip
-    lines = "\n".join(savings(used, sizes, CPU))
+    lines = "\n".join(find_savings(used.flat(), sizes, CPU))
     for option in ("--gradient_checkpointing", "--cache_latents", "--mixed_precision", "--optimizer_type", "--train"):
         assert option not in lines
 
@@ -75,7 +78,7 @@ def test_predicted_ways_out_stand_in_for_those_without_figures() -> None:
     predicted = "--gradient_checkpointing needs 3.0 GiB less and takes 33 % longer"
     with (
         pytest.raises(OutOfMemoryError) as failed,
-        explained("computing step 3", made(), CPU, "a batch", memory_hints=lambda: [predicted]),
+        explain_out_of_memory("computing step 3", made(), CPU, "a batch", memory_hints=lambda: [predicted]),
     ):
         allocate_too_much()
     lines = str(failed.value).splitlines()

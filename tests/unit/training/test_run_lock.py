@@ -18,9 +18,9 @@ from tests.unit.data.builders import options_of
 
 HOLD = """
 import os, sys, time
-from tests.unit.data.builders import options_of
+from library.options.output.saving import SavingOptions
 from library.training.command_line.run_lock import run_lock
-with run_lock(options_of("", "--output_dir", sys.argv[1], "--output_name", "mine")):
+with run_lock(SavingOptions(output_dir=sys.argv[1], output_name="mine")):
     if sys.argv[2] == "fork" and os.fork() == 0:
         os.close(1)
         time.sleep(60)
@@ -55,7 +55,7 @@ def other_run(tmp_path: Path) -> Iterator[OtherRun]:
 
 @contextmanager
 def held(chosen: TrainOptions) -> Iterator[None]:
-    with run_lock(chosen):
+    with run_lock(chosen.saving):
         yield
 
 
@@ -106,12 +106,7 @@ def test_a_run_that_ends_in_between_is_not_waited_for(tmp_path: Path, monkeypatc
         assert len(locked) == 2 and lock_path(tmp_path, "mine").exists()
 
 
-def test_runs_that_write_nothing_and_other_processes_take_no_lock(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for more in ("--dry_run", "--debug_dataset"):
-        with held(options(tmp_path / "out", more)):
-            assert not (tmp_path / "out").exists()
+def test_other_processes_than_the_main_one_take_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     with held(options(tmp_path / "out")):
         assert not (tmp_path / "out").exists()

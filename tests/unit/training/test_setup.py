@@ -12,7 +12,7 @@ from library.processes import Processes
 from library.training.models.base_model import identity_of
 from library.training.models.block_running import trains_text_encoders
 from library.training.models.opening import choose_seed
-from library.training.run.optimization import allow_fp16_gradients, group_names
+from library.training.run.optimization import allow_fp16_gradients, name_groups
 
 
 def options_of(**values: Any) -> TrainOptions:
@@ -71,7 +71,8 @@ def test_a_given_seed_is_kept_and_a_missing_one_fits_numpy() -> None:
     ],
 )
 def test_text_encoders_train_when_something_of_theirs_moves(values: dict[str, Any], expected: bool) -> None:
-    assert trains_text_encoders(options_of(**values)) is expected
+    options = options_of(**values)
+    assert trains_text_encoders(options.network, options.optimizer.learning_rate) is expected
 
 
 @pytest.mark.parametrize(
@@ -85,5 +86,6 @@ def test_text_encoders_train_when_something_of_theirs_moves(values: dict[str, An
     ],
 )
 def test_groups_without_names_get_different_ones(values: dict[str, Any], num_groups: int, expected: list[str]) -> None:
-    assert group_names(None, num_groups, options_of(**values)) == expected
-    assert group_names(["a"] * num_groups, num_groups, options_of(**values)) == ["a"] * num_groups
+    network = options_of(**values).network
+    trains_text = trains_text_encoders(network, learning_rate=1e-4)
+    assert name_groups(num_groups, not network.network_train_text_encoder_only, trains_text) == expected

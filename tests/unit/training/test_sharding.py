@@ -56,13 +56,13 @@ def test_fsdp2_of_accelerate_asks_for_it(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", is_on)
     monkeypatch.setenv("FSDP_VERSION", version)
-    assert launched_values(TrainOptions()) == ({"shard_base": True} if wanted else {})
+    assert launched_values(is_sharded=False) == ({"shard_base": True} if wanted else {})
 
 
 def test_fsdp1_of_accelerate_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match=r"configured for FSDP 1.*FSDP version 2"):
-        launched_values(TrainOptions())
+        launched_values(is_sharded=False)
 
 
 def test_one_that_has_no_batch_left_goes_along_with_another() -> None:

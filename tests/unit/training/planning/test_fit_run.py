@@ -10,7 +10,7 @@ from library.memory.planner.gpus import GIB, Gpu
 from library.processes import Processes
 from library.training.planning import fit_run
 from library.training.planning.counting import BatchShape
-from library.training.planning.fit_run import card_of, counted_run, largest_batch
+from library.training.planning.fit_run import counted_run, largest_batch, measure_gpu
 from tests.unit.training.test_checks import made
 from tests.unit.training.test_text_caching import Board
 
@@ -28,7 +28,7 @@ def test_processes_choose_by_the_least_room_and_the_main_process_speed(monkeypat
 
     def card(rank: int) -> Gpu:
         processes = Processes(rank=rank, count=3, local_rank=rank, local_count=3, store=board)
-        return card_of(made(fit="auto"), processes)
+        return measure_gpu("auto", "bf16", processes)
 
     ranks = iter(range(100, 200))
     monkeypatch.setattr(fit_run, "measured_gpu", lambda device, room, dtype: Gpu("x", room, next(ranks), next(ranks)))

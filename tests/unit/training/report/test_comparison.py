@@ -83,4 +83,4 @@ def test_texts_of_others_are_data_here_too(tmp_path: Path) -> None:
         write_page(path, report_of(record_of(*whole_run(20, f"{EVIL}{path.name}"))))
     assert compare_runs.main([*map(str, paths), "--output", str(tmp_path / "x.html")]) == 0
     page = (tmp_path / "x.html").read_text(encoding="utf-8")
-    assert page.count("<script") == 4 and "<img" not in page and page.count("</title>") == 1
+    assert page.count("<script") == 5 and "<img" not in page and page.count("</title>") == 1

@@ -1,0 +1,43 @@
+"""Check what the declarations of options say about combinations: what an option requires, and what it excludes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from library.errors import UserError
+from library.options.base import Options
+from library.options.no_effect import describe_need, is_met, is_set
+
+
+def check_requirements(options: Options) -> None:
+    """Raise UserError for the first option that is given without what it requires, or with what it excludes."""
+    values, defaults = options.flat(), type(options).defaults()
+    for name, facts in type(options).facts().items():
+        if is_set(values[name], defaults[name]):
+            check_required(name, facts.requires, values)
+            check_excluded(name, facts.excludes, values)
+
+
+def check_required(name: str, needs: tuple[str, ...], values: Mapping[str, Any]) -> None:
+    """Raise UserError where none of the needs of a given option is met."""
+    if not needs or any(is_met(need, values) for need in needs):
+        return
+    other, is_value, _ = needs[0].partition("=")
+    now = f", but that is {values[other]}" if is_value else ", which is not set"
+    raise UserError(
+        f"{flag_with_value(name, values[name])} needs {' or '.join(describe_need(need) for need in needs)}{now}; "
+        f"set it, or leave out --{name}"
+    )
+
+
+def check_excluded(name: str, excludes: Mapping[str, str], values: Mapping[str, Any]) -> None:
+    """Raise UserError where an option is given that another given option excludes."""
+    for need, why in excludes.items():
+        other = need.partition("=")[0]
+        if values.get(other) is not None and is_met(need, values):
+            both = [flag_with_value(name, values[name]), flag_with_value(other, values[other])]
+            raise UserError(f"{both[0]} does not work with {both[1]}: {why}; leave one of them out")
+
+
+def flag_with_value(name: str, value: Any) -> str:
+    """Write an option as it is typed, lists without their values."""
+    return f"--{name}" if value is True or isinstance(value, list) else f"--{name} {value}"

@@ -1,0 +1,81 @@
+"""How an evaluation is shown: a log line, values for charts, an event."""
+
+import logging
+from collections.abc import Sequence
+from math import isfinite, isnan
+
+import torch
+
+from library.errors import few
+from library.training.evaluation.validation_loss import paired_difference
+from library.training.evaluation.validation_record import Evaluation, ValidationRecord
+from library.training.reporting import events
+
+logger = logging.getLogger(__name__)
+
+
+def log_evaluation(
+    evaluation: Evaluation, before: ValidationRecord, levels: Sequence[int], labels: Sequence[str]
+) -> None:
+    """Log an evaluation in one line, compared with those `before`, and name images whose loss is not a number."""
+    broken_N = ~evaluation.losses_NL.isfinite().all(1)
+    if broken_N.any():
+        names = few(labels[i] for i in broken_N.nonzero().flatten().tolist())
+        logger.error("validation after step %d: the loss is not a number for %s", evaluation.step, names)
+    at_levels = ", ".join(f"{t}: {x:.4f}" for t, x in zip(levels, evaluation.level_means, strict=True))
+    place = f"after step {evaluation.step}" if evaluation.step else "before the first step"
+    text = f"validation {place}: loss {evaluation.mean:.4f} on {len(before.images)} pictures (noise level {at_levels})"
+    logger.info("%s%s", text, "" if before.first is None else format_comparison(evaluation, before.first, before))
+
+
+def format_comparison(evaluation: Evaluation, first: Evaluation, before: ValidationRecord) -> str:
+    """Describe how an evaluation stands to the first and to the lowest before it."""
+    difference = paired_difference(evaluation.losses_NL, first.losses_NL, before.images)
+    error = "" if isnan(difference.standard_error) else f" ± {difference.standard_error:.4f}"
+    doubt = "" if difference.is_clear else ", which may be chance"
+    side = "below" if difference.mean < 0 else "above"
+    rank = (
+        "the lowest so far"
+        if evaluation.mean < before.best_loss
+        else f"the lowest was {before.best_loss:.4f} after step {before.best_step}"
+    )
+    return f"; {abs(difference.mean):.4f}{error} {side} that after step {first.step}{doubt}; {rank}"
+
+
+def detail_values(evaluation: Evaluation, record: ValidationRecord, levels: Sequence[int]) -> dict[str, float]:
+    """Return what charts show of the last evaluation besides its average."""
+    means = zip(levels, evaluation.level_means, strict=True)
+    values = {f"loss/validation/level_{level}": mean for level, mean in means}
+    if (difference := record.difference) is not None:
+        values["loss/validation/difference"] = difference.mean
+        values["loss/validation/difference_error"] = difference.standard_error
+    return values
+
+
+def build_event(evaluation: Evaluation, record: ValidationRecord, levels: Sequence[int]) -> events.Validation:
+    """Build the event of the last evaluation."""
+    zeros_N1 = torch.zeros_like(evaluation.losses_NL)[:, :1]
+    errors = [
+        finite(paired_difference(one, zeros_N1, record.images).standard_error)
+        for one in (evaluation.losses_NL, *evaluation.losses_NL.T[:, :, None])
+    ]
+    by_level = zip(levels, evaluation.level_means, errors[1:], strict=True)
+    compared = None
+    if (difference := record.difference) is not None and record.first is not None:
+        error = finite(difference.standard_error)
+        compared = events.Compared(record.first.step, difference.mean, error, difference.is_clear)
+    return events.Validation(
+        step=evaluation.step,
+        loss=evaluation.mean,
+        error=errors[0],
+        levels=[events.Level(*level) for level in by_level],
+        num_pictures=len(record.images),
+        compared=compared,
+        best_step=record.best_step,
+        best_loss=finite(record.best_loss),
+    )
+
+
+def finite(value: float) -> float | None:
+    """Return the value, None where it is not a finite number."""
+    return value if isfinite(value) else None

@@ -1,0 +1,85 @@
+"""What an option requires and excludes by its declaration."""
+
+from typing import Any
+
+import pytest
+
+from library.architectures.flux.options import FluxOptions
+from library.errors import UserError
+from library.options.no_effect import unused
+from library.options.requirements import check_requirements
+from tests.running import STARTED
+
+KINDS = {script: spec.options for script, spec in STARTED.items()}
+
+
+def refusal(**values: Any) -> str:
+    with pytest.raises(UserError) as refused:
+        check_requirements(FluxOptions().with_values(values))
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_what_an_option_requires_and_excludes_is_an_option_of_some_script(kind: Any) -> None:
+    known = {name for options in KINDS.values() for name in options.facts()}
+    for name, facts in kind.facts().items():
+        assert {need.partition("=")[0] for need in (*facts.requires, *facts.excludes)} <= known, name
+
+
+def test_an_option_without_the_value_that_it_requires_is_refused_with_both_values() -> None:
+    assert refusal(full_fp16=True, mixed_precision="bf16") == (
+        "--full_fp16 needs --mixed_precision fp16, but that is bf16; set it, or leave out --full_fp16"
+    )
+    assert "needs --mixed_precision bf16 or fp16, but that is no;" in refusal(fp8_base=True)
+    check_requirements(FluxOptions().with_values({"fp8_base": True, "mixed_precision": "fp16"}))
+
+
+@pytest.mark.parametrize(
+    ("values", "other"),
+    [
+        ({"dim_from_weights": True}, "network_weights"),
+        ({"adaptive_noise_scale": -0.1}, "noise_offset"),
+        ({"scale_v_pred_loss_like_noise_pred": True}, "v_parameterization"),
+    ],
+)
+def test_an_option_without_the_one_that_it_requires_is_refused(values: dict[str, Any], other: str) -> None:
+    ((name, value),) = values.items()
+    given = f"--{name}" if value is True else f"--{name} {value}"
+    assert refusal(**values) == f"{given} needs --{other}, which is not set; set it, or leave out --{name}"
+    check_requirements(FluxOptions().with_values({**values, other: 0.1}))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"network_train_unet_only": True, "network_train_text_encoder_only": True},
+            "--network_train_unet_only does not work with --network_train_text_encoder_only: together they train",
+        ),
+        ({"v_pred_like_loss": 0.5, "v_parameterization": True}, "--v_pred_like_loss 0.5 does not work with --v_param"),
+        ({"train_inpainting": True, "cache_latents": True}, "--train_inpainting does not work with --cache_latents: "),
+        ({"console_log_simple": True, "log_events": "-"}, "--console_log_simple does not work with --log_events -: "),
+        ({"fit": "8GB", "dataset_class": "my.Set"}, "--fit 8GB does not work with --dataset_class my.Set: "),
+        (
+            {"cache_text_encoder_outputs": True, "dataset_class": "my.Set"},
+            "does not work with --dataset_class my.Set: ",
+        ),
+        ({"sweep": ["network_dim=1,2"], "compile": True}, "--sweep does not work with --compile: "),
+        ({"sweep": ["network_dim=1,2"], "log_events": "-"}, "--sweep does not work with --log_events -: "),
+    ],
+)
+def test_options_that_exclude_each_other_are_refused_with_the_reason(values: dict[str, Any], message: str) -> None:
+    assert message in refusal(**values) and refusal(**values).endswith("; leave one of them out")
+    for name in values:
+        check_requirements(FluxOptions().with_values({name: values[name]}))
+
+
+def test_an_events_file_with_a_name_does_not_meet_what_excludes_standard_output() -> None:
+    check_requirements(FluxOptions().with_values({"console_log_simple": True, "log_events": "events.jsonl"}))
+
+
+def test_a_negative_strength_is_one_and_a_negative_count_is_never() -> None:
+    darker = FluxOptions().with_values({"noise_offset": -0.1, "noise_offset_random_strength": True})
+    assert not [line for line in unused(darker, {}) if line.startswith("--noise_offset_random_strength")]
+    every = {"sample_prompts": "prompts.txt", "sample_every_n_steps": 10, "sample_every_n_epochs": -1}
+    assert not [line for line in unused(FluxOptions().with_values(every), {}) if line.startswith("--sample_every_n_s")]
