@@ -25,6 +25,7 @@ from library.checkpoints.compatibility import Reading, describe, problems, readi
 from library.checkpoints.files import file_in_folder, load_state_dict, read_metadata
 from library.checkpoints.recognition import recognise_adapter
 from library.models.identify import spec_of
+from networks.core.changes.adalora import as_lora
 from networks.core.changes.parameter_keys import ALPHA
 from networks.core.files.adapter_file import PeftSettings, diffusers_settings, peft_settings, with_alpha
 from networks.core.files.inspection import (
@@ -39,7 +40,6 @@ from networks.core.files.inspection import (
 from networks.core.files.module_weights import ModuleWeights, value_problems
 from networks.core.files.reading_writing import read_adapters
 from networks.core.files.renaming import some_keys
-from networks.core.kinds.adalora import as_lora
 from tools.command import make_parser, run
 
 EXAMPLES = """\

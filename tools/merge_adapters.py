@@ -19,11 +19,11 @@ from library.checkpoints.adapter_keys import naming_of
 from library.checkpoints.base_model import BaseModel
 from library.errors import UserError
 from networks.core.changes.svd import balanced, best_factors, concatenated, svd_of_product
-from networks.core.files.adapter_file import COMPUTED, AdapterFile, require_kinds
+from networks.core.files.adapter_file import COMPUTED, AdapterFile, require_layouts
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.renaming import rename
 from networks.core.kinds import full, lora, norm
-from networks.core.kinds.table import PIECES
+from networks.core.registry.layouts import PIECES
 from tools.convert_lora import spec_for_file
 
 logger = logging.getLogger(__name__)
@@ -98,11 +98,11 @@ def merge_adapters(
     sums: dict[str, list[tuple[ModuleWeights, float]]] = {}
     for adapter in adapters:
         file = in_kohya_names(adapter.file)
-        require_kinds(file, COMPUTED, "merged")
+        require_layouts(file, COMPUTED, "merged")
         for name, module in file.modules.items():
             if adapter.leaves_out(name):
                 continue
-            if full.DIFF_B in module.tensors or (module.kind is full.KIND and len(module.shape) == 1):
+            if full.DIFF_B in module.tensors or (module.layout is full.LAYOUT and len(module.shape) == 1):
                 raise UserError(
                     f"{file.origin}: {name} changes a bias or a norm, which no LoRA does; merge it into a checkpoint "
                     "with --sd_model"
@@ -114,7 +114,7 @@ def merge_adapters(
         logger.warning("--base_model has no effect: what --models add to a weight does not depend on it")
     merged = []
     for name, terms in tqdm(sums.items(), desc="merging", unit="module"):
-        if terms[0][0].kind is norm.KIND:
+        if terms[0][0].layout is norm.LAYOUT:
             merged.append(Merged(add_norms(name, terms, joining)))
         elif any(needs_base(module) for module, _ in terms):
             assert base is not None and ranks is not None
@@ -129,15 +129,15 @@ def merge_adapters(
 
 def needs_base(module: ModuleWeights) -> bool:
     """Whether the change of a module is another for another base weight."""
-    return module.kind is not norm.KIND and (module.is_dora or not module.is_low_rank)
+    return module.layout is not norm.LAYOUT and (module.is_dora or not module.is_low_rank)
 
 
 def refusal(file: AdapterFile, module: ModuleWeights, has_base: bool) -> str:
     """Why such a module cannot become part of a LoRA like this."""
-    what = "DoRA" if module.is_dora else module.kind.words
+    what = "DoRA" if module.is_dora else module.layout.words
     if has_base:
         return f"{file.origin}: {module.name} is {what}, which is no LoRA exactly; give --new_rank instead of --concat"
-    has_no_factors = module.kind in (full.KIND, PIECES) and not module.is_dora
+    has_no_factors = module.layout in (full.LAYOUT, PIECES) and not module.is_dora
     why = "which has no factors to add" if has_no_factors else "whose change depends on the base weight"
     return (
         f"{file.origin}: {module.name} is {what}, {why}; name the checkpoint that it "
@@ -226,7 +226,7 @@ def largest_ranks(adapters: Sequence[Weighted]) -> tuple[int, int] | None:
     LoKr of two whole matrices, OFT and BOFT have none.
     """
     modules = [module for adapter in adapters for module in adapter.file.modules.values()]
-    ranked = [module for module in modules if module.is_low_rank and not module.kind.is_whole]
+    ranked = [module for module in modules if module.is_low_rank and not module.layout.is_whole]
     plain = [module.rank for module in ranked if not module.is_larger_kernel]
     conv = [module.rank for module in ranked if module.is_larger_kernel]
     return (max(plain or conv), max(conv or plain)) if ranked else None

@@ -43,7 +43,7 @@ from library.randomness import generator_for
 from networks.core.files.adapter_file import (
     COMPUTED,
     AdapterFile,
-    require_kinds,
+    require_layouts,
     save_adapter_file,
 )
 from networks.core.files.module_weights import ModuleWeights, named_twice
@@ -123,7 +123,7 @@ def changes_by_module(base: BaseModel, adapters: Sequence[Weighted]) -> dict[str
     here = {module for file in base.files for module in file.modules}
     changes: dict[str, list[tuple[ModuleWeights, float]]] = {}
     for adapter in adapters:
-        require_kinds(adapter.file, COMPUTED, "merged")
+        require_layouts(adapter.file, COMPUTED, "merged")
         names = {name: base.names.find(name) for name in adapter.file.modules}
         missing = [name for name, found in names.items() if found is None or found.kohya not in here]
         if missing:
@@ -194,7 +194,7 @@ def merged_thirds(
     for name, third in changed:
         rows = third.of(new)
         for module, ratio in changes[name]:
-            if module.kind is not norm.KIND:
+            if module.layout is not norm.LAYOUT:
                 if module.changes("bias"):
                     raise UserError(f"{module.origin}: {name} changes a bias that is stored with others; leave it out")
                 rows.copy_(module.merged(rows, ratio, dtype))
@@ -294,7 +294,7 @@ def ranks_of(args: argparse.Namespace, adapters: Sequence[Weighted]) -> tuple[in
 
 def is_norms(file: AdapterFile) -> bool:
     """Whether a file has norm weights alone."""
-    return all(module.kind is norm.KIND for module in file.modules.values())
+    return all(module.layout is norm.LAYOUT for module in file.modules.values())
 
 
 def check(args: argparse.Namespace) -> list[float]:

@@ -16,7 +16,7 @@ from library.checkpoints.files import load_state_dict
 from networks import boft
 from networks.core.changes.orthogonal import Orthogonal, turn
 from networks.core.files.adapter_file import read_adapter_file
-from networks.core.kinds.rotations.boft import BLOCKS, SCALES, Boft, fits, fresh, read, sizes_for
+from networks.core.kinds.boft import BLOCKS, SCALES, Boft, fits, fresh, read, sizes_for
 from tests.parity.test_lora_merge import tiny_clip
 from tests.tolerances import FLOAT32_DEEP, FLOAT64
 from tests.unit.networks.test_joins import Largest

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from networks.core.changes.adapter import Adapter
 from networks.core.changes.change import Delta
 from networks.core.changes.dora import Decompose
+from networks.core.changes.low_rank import LowRank
 from networks.core.changes.qkv_rows import peft_magnitudes
+from networks.core.changes.tucker import Tucker
 from networks.core.kinds.loha import LoHa
 from networks.core.kinds.lokr import fresh
-from networks.core.kinds.lora import LowRank
-from networks.core.kinds.tucker import Tucker
 from tests.tolerances import FLOAT64
 from tests.unit.networks.one_layer import adapter_on, double, module_of
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from networks.core.changes.adapter import Adapter
 from networks.core.changes.dora import Decompose
 from networks.core.kinds.lokr import factorize, fresh
-from networks.core.kinds.table import change_of, kind_of
+from networks.core.registry.layouts import change_of, layout_of
 from tests.unit.networks.one_layer import adapter_on, module_of
 
 lokr: Any = pytest.importorskip("lycoris.modules.lokr")
@@ -93,7 +93,9 @@ def test_layer_merged_weight_and_file(name: str, form: str, is_dora: bool, has_s
     mine, other = ours.change.leaves(), theirs.custom_state_dict()
     assert {key: tensor.shape for key, tensor in mine.items()} == {key: tensor.shape for key, tensor in other.items()}
     for key, tensor in other.items():
-        if key != "alpha" or not kind_of(mine).is_whole:  # without a rank alpha says nothing: theirs is the rank asked
+        if (
+            key != "alpha" or not layout_of(mine).is_whole
+        ):  # without a rank alpha says nothing: theirs is the rank asked
             torch.testing.assert_close(mine[key], tensor.detach())
 
 

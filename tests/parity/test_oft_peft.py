@@ -11,8 +11,8 @@ from library.architectures.sd.adapters import view
 from library.checkpoints.files import load_state_dict
 from networks import oft_v2
 from networks.core.changes.blocks import block_size_for
-from networks.core.kinds.rotations.oft_v2 import ANGLES, OftV2, fresh
-from networks.core.kinds.table import change_of
+from networks.core.kinds.oft_v2 import ANGLES, OftV2, fresh
+from networks.core.registry.layouts import change_of
 from tests.parity.test_lora_merge import tiny_clip
 from tests.tolerances import FLOAT32_DEEP, FLOAT64
 from tools import merge_lora

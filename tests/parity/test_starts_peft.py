@@ -8,9 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from networks.core.arguments.values import INITS
-from networks.core.kinds.init import FromStart, starting_delta
-from networks.core.kinds.lora import LowRank
+from networks.core.changes.init import INITS, FromStart, starting_delta
+from networks.core.changes.low_rank import LowRank
 from tests.tolerances import EXACT, FLOAT32_SAME_MATH
 from tests.unit.networks.one_layer import adapter_on, module_of
 

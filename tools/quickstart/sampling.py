@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from networks.core.files.adapter_file import COMPUTED, parse_adapter, require_kinds
+from networks.core.files.adapter_file import COMPUTED, parse_adapter, require_layouts
 from tools.quickstart.toy_world import Picture, look_at, parse_caption
 
 SAMPLING_STEPS = 20
@@ -105,7 +105,7 @@ def merge_lora(pipeline: Any, weights: dict[str, Tensor]) -> None:
         raise UserError(
             f"--lora holds {strangers[0]}, which fits no layer of the base model; use an adapter trained on it"
         )
-    require_kinds(file, COMPUTED, "merged")
+    require_layouts(file, COMPUTED, "merged")
     for name, module in file.modules.items():
         for parameter, base in layers[name].named_parameters(recurse=False):
             if module.changes(parameter):

@@ -4,7 +4,8 @@ Letters: O output features or channels, I input features or channels, R rank, h 
 """
 
 from collections.abc import Callable, Mapping
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,24 @@ Leaves = Mapping[str, Tensor]
 """The tensors of one module by the end of their keys."""
 
 
+@dataclass(frozen=True)
+class ChangeSize:
+    """How large a change is, and in which structure, for reports and for comparing it with a file."""
+
+    rank: int | None = None  # or the block size, where files tell that; None where they tell neither
+    alpha: float = 0.0
+    block_sizes: tuple[int, ...] = ()  # of rotations
+    has_core: bool = False
+    has_scalar: bool = False
+    is_whole: bool = False  # no factor has a rank
+    magnitudes: Literal["", "input", "output"] = ""  # of DoRA: what there is one of for each
+
+    @property
+    def has_ranks(self) -> bool:
+        """True if it lies between two factors, and alpha belongs to it."""
+        return self.rank is not None and not self.block_sizes
+
+
 class Change(Protocol):
     """The change of one layer. Implementations are modules whose parameters are named as in files.
 
@@ -24,28 +43,36 @@ class Change(Protocol):
     """
 
     @property
-    def fast_leaf(self) -> str:
-        """The parameter that LoRA+ trains faster, "" where there is none."""
+    def fast_leaves(self) -> frozenset[str]:
+        """The parameters that LoRA+ trains faster."""
         ...
 
     @property
     def changed_parameters(self) -> tuple[str, ...]:
-        """Which parameters of the layer it changes: "weight", for norms "bias" too."""
+        """The parameters of the layer that it changes: "weight", for norms "bias" too."""
         ...
 
+    @property
+    def adds_to_output(self) -> bool:
+        """True if it takes the layer's input as it is and adds to what the layer gives."""
+        ...
+
+    @property
+    def size(self) -> ChangeSize: ...
+
     def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
-        """What the layer computes with `strength` times the change; `base` is the layer without it."""
+        """Run the layer with `strength` times the change; `base` is the layer without it."""
         ...
 
     def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
-        """`base`, a parameter of the layer, so that it computes the same without the change.
+        """Return `base`, a parameter of the layer, so that the layer computes the same without the change.
 
         Computed in the wider dtype of `base` and the change. Raises `Misfit` where they differ in size.
         """
         ...
 
     def norm(self) -> Tensor:
-        """The Frobenius norm of the change at strength 1, before magnitudes."""
+        """Return the Frobenius norm of the change at strength 1, before magnitudes."""
         ...
 
     def scale_(self, ratio: Tensor) -> None:
@@ -53,11 +80,14 @@ class Change(Protocol):
         ...
 
     def leaves(self) -> Mapping[str, Tensor]:
-        """The tensors by the end of their keys in files."""
+        """Return the tensors as files have them."""
         ...
 
     def load(self, leaves: Mapping[str, Tensor]) -> None:
-        """Take over tensors that `leaves` gave, or that another program wrote. What is missing keeps its start."""
+        """Take over tensors that `leaves` gave, or that another program wrote. What is missing keeps its start.
+
+        A trained strength becomes 1, as the file has it in its factors.
+        """
         ...
 
 
@@ -65,7 +95,7 @@ class AdditiveChange(Change, Protocol):
     """W0 + weight(), before magnitudes. A rotation of W0 has no such weight."""
 
     def weight(self) -> Tensor:
-        """What is added to the layer's weight at strength 1, in its shape and in the dtype of the change."""
+        """Return what is added to the layer's weight at strength 1, in its shape and in the dtype of the change."""
         ...
 
 
@@ -77,6 +107,50 @@ class LowRankChange(AdditiveChange, Protocol):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(up_OR, down_RN): norms of DoRA, resizing and joining work on these and never build the weight."""
+        ...
+
+
+@runtime_checkable
+class Stackable(Protocol):
+    """A change that can be computed with those of other adapters of the same layer, in one product."""
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        ...
+
+    @property
+    def layer(self) -> nn.Module | None: ...
+
+    @property
+    def is_pair(self) -> bool:
+        """True if nothing acts but two factors, and numbers for columns."""
+        ...
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """Return (down, up) as the next call multiplies them, or their kernels."""
+        ...
+
+    def columns(self) -> Tensor | None:
+        """Return what the columns of the changed weight are multiplied by, (1, I) or (1, I, 1, 1); None for nothing."""
+        ...
+
+
+@runtime_checkable
+class FollowsGradients(Protocol):
+    """A change that looks at the gradients of every optimizer step."""
+
+    def note_gradients(self) -> None:
+        """Look at the gradients, which are complete and not clipped yet."""
+        ...
+
+
+@runtime_checkable
+class Converted(Protocol):
+    """A change that brings the tensors of a file to the form that it has in memory."""
+
+    def in_memory(self, leaves: Leaves, name: str, source: str) -> Leaves:
+        """Return the tensors of the module `name`. Raises UserError naming the file `source` where it cannot."""
         ...
 
 
@@ -125,14 +199,16 @@ class Delta(Protocol):
 
 
 class MergedOnly(nn.Module):
-    """What the changes share that are read from files and merged, but not trained: their tensors are buffers."""
+    """The common part of changes that are read from files and merged, but not trained: their tensors are buffers."""
 
     words: str  # what a reader knows it by
-    changed_parameters = ("weight",)
-    fast_leaf = ""
+    changed_parameters: tuple[str, ...] = ("weight",)
+    fast_leaves: frozenset[str] = frozenset()
+    adds_to_output = False
+    size = ChangeSize()
 
     def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
-        raise UserError(f"{self.words} of LyCORIS can be merged, but not trained; merge it with tools/merge_lora.py")
+        raise UserError(f"{self.words} can be merged, but not trained; merge it with tools/merge_lora.py")
 
     def leaves(self) -> Mapping[str, Tensor]:
         return self.state_dict()
@@ -149,13 +225,39 @@ class StoredOtherwise(Protocol):
         """The leaves in memory, alpha included, as files have them."""
         ...
 
-    def apart(self, leaves: Leaves) -> dict[str, Tensor] | None:
-        """The leaves of a file as they are in memory; None where that cannot be."""
+    def apart(self, leaves: Leaves, name: str, source: str) -> dict[str, Tensor]:
+        """Return the leaves of a file as they are in memory.
+
+        Raises UserError naming the module `name` and the file `source`, and what to do, where that cannot be.
+        """
         ...
 
-    def refusal(self, name: str, rank: int, source: str) -> str:
-        """What to tell the user of a module `name` in a file that cannot be taken over, and the way out."""
+
+@runtime_checkable
+class Paired(Protocol):
+    """A delta that is the product of two factors, and multiplies by nothing else."""
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """Return (down, up) as the next call multiplies them: (R, I) and (O, R), or their kernels."""
         ...
+
+
+@runtime_checkable
+class HasDelta(Protocol):
+    """A change that is made of a delta."""
+
+    @property
+    def delta(self) -> Delta: ...
+
+
+def delta_of(change: Change) -> Delta | None:
+    """Return the delta that a change is made of; None for changes of another sort."""
+    return change.delta if isinstance(change, HasDelta) else None
+
+
+def share_tensors(wrapper: nn.Module, inner: nn.Module) -> None:
+    """Let a wrapper have the tensors of the change inside it, so that names in files have no level for it."""
+    wrapper._parameters, wrapper._buffers, wrapper._modules = inner._parameters, inner._buffers, inner._modules
 
 
 MakeDelta = Callable[[nn.Module, int], Delta]

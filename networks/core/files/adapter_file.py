@@ -24,12 +24,12 @@ from torch import Tensor
 from library.checkpoints.adapter_keys import AdapterKey, without_peft_prefix
 from library.checkpoints.files import PEFT_STEM, file_in_folder, is_safetensors, load_state_dict, read_metadata
 from library.errors import UserError
+from networks.core.changes.adalora import alpha_of, as_lora
 from networks.core.changes.parameter_keys import ALPHA
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.reading_writing import WITHOUT_THEM, save_network
-from networks.core.kinds.adalora import alpha_of, as_lora
-from networks.core.kinds.kind import Kind
-from networks.core.kinds.table import KINDS, PIECES
+from networks.core.registry.key_layout import KeyLayout
+from networks.core.registry.layouts import PIECES, list_layouts
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def save_adapter_file(path: str | Path, file: AdapterFile, dtype: torch.dtype | 
     save_network(path, adapter_tensors(file, dtype), file.metadata)
 
 
-COMPUTED: tuple[Kind, ...] = (*(kind for kind in KINDS if kind.read is not None), PIECES)
+COMPUTED: tuple[KeyLayout, ...] = (*(layout for layout in list_layouts() if layout.read is not None), PIECES)
 
 
 def without_lone_alphas(file: AdapterFile) -> AdapterFile:
@@ -149,19 +149,19 @@ def without_lone_alphas(file: AdapterFile) -> AdapterFile:
     return replace(file, modules={name: module for name, module in file.modules.items() if name not in lone})
 
 
-def require_kinds(file: AdapterFile, kinds: Collection[Kind], purpose: str) -> None:
-    """Raise UserError unless every module is of one of `kinds` and has nothing else, and every key was understood."""
-    other = {module.name: module for module in file.modules.values() if module.kind not in kinds}
+def require_layouts(file: AdapterFile, layouts: Collection[KeyLayout], purpose: str) -> None:
+    """Raise UserError unless every module has one of `layouts` and has nothing else, and every key was understood."""
+    other = {module.name: module for module in file.modules.values() if module.layout not in layouts}
     if other:
         name, module = next(iter(other.items()))
         raise UserError(
-            f"{file.origin}: {len(other)} modules cannot be {purpose}, the first is {name} ({module.kind.words}: "
+            f"{file.origin}: {len(other)} modules cannot be {purpose}, the first is {name} ({module.layout.words}: "
             f"{', '.join(module.tensors)})"
         )
     for module in file.modules.values():
         if (beside := module.beside) is not None:
             raise UserError(
-                f"{file.origin} has {module.keys[beside]}, which is not understood beside {module.kind.words}, so it "
+                f"{file.origin} has {module.keys[beside]}, which is not understood beside {module.layout.words}, so it "
                 f"cannot be {purpose}; use the program that wrote it"
             )
     if file.unknown:
@@ -203,7 +203,7 @@ def peft_settings(path: Path) -> PeftSettings | None:
 
 def with_alpha(module: ModuleWeights, settings: PeftSettings) -> ModuleWeights:
     """The module with the alpha that the settings of its part record; what they say of single layers goes first."""
-    if not settings or not module.kind.has_alpha or ALPHA in module.tensors:
+    if not settings or not module.layout.has_alpha or ALPHA in module.tensors:
         return module
     name = without_peft_prefix(module.name)
     part, _, path = name.partition(".")
@@ -213,10 +213,10 @@ def with_alpha(module: ModuleWeights, settings: PeftSettings) -> ModuleWeights:
     alpha = of_layer(own.get("alpha_pattern"), path, own.get("lora_alpha", own.get("alpha")))
     if alpha is None:
         return module
-    if module.kind.is_whole:  # PEFT divides by the rank that was asked for also where no factor has it
+    if module.layout.is_whole:  # PEFT divides by the rank that was asked for also where no factor has it
         rank = of_layer(own.get("rank_pattern"), path, own.get("r")) or module.rank
-        scaled = module.tensors[module.kind.scaled].float() * (alpha / rank)
-        return replace(module, tensors={**module.tensors, module.kind.scaled: scaled})
+        scaled = module.tensors[module.layout.scaled].float() * (alpha / rank)
+        return replace(module, tensors={**module.tensors, module.layout.scaled: scaled})
     factor = math.sqrt(module.rank) if own.get("use_rslora") else 1.0  # rank-stabilised: alpha / sqrt(rank)
     return replace(module, alpha_elsewhere=alpha_of(alpha * factor, module.rank, own))
 

@@ -14,10 +14,10 @@ from library.checkpoints.adapter_keys import AdapterKey
 from library.checkpoints.adapter_names import BaseNames, placed
 from networks.core.changes import qkv_rows
 from networks.core.changes.parameter_keys import ALPHA, DORA_SCALE
+from networks.core.changes.qkv_pieces import leaf_of
 from networks.core.files.adapter_file import parse_adapter
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.renaming import shares_of, swap_halves, without_alpha
-from networks.core.kinds.qkv_pieces import leaf_of
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class FileSpelling:
         module = ModuleWeights(spelled.name, leaves, {}, origin=name)
         module = swap_halves(module, name) if spelled.is_swapped else module
         found = dict(module.tensors)
-        if module.kind.has_alpha and ALPHA not in spelled.keys:
+        if module.layout.has_alpha and ALPHA not in spelled.keys:
             found = without_alpha(module)
         if DORA_SCALE in found and qkv_rows.PEFT_MAGNITUDES in spelled.keys.get(DORA_SCALE, ""):
             found[DORA_SCALE] = qkv_rows.as_peft_magnitudes(found[DORA_SCALE])

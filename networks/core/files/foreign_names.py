@@ -10,10 +10,10 @@ from torch import Tensor
 from library.checkpoints.adapter_keys import PEFT_PREFIX, AdapterKey, path_alone, under
 from library.checkpoints.adapter_names import BaseNames, ModuleNames, placed
 from library.errors import UserError
+from networks.core.changes.adalora import as_lora
 from networks.core.files.adapter_file import AdapterFile, adapter_tensors, parse_adapter, read_adapter_file
 from networks.core.files.module_weights import ModuleWeights, named_twice
 from networks.core.files.renaming import rename
-from networks.core.kinds.adalora import as_lora
 
 
 def in_own_names(

@@ -74,19 +74,19 @@ def structure_problem(module: ModuleWeights) -> str | None:
 def module_facts(module: ModuleWeights) -> ModuleFacts:
     """Size and strength of a module whose tensors belong together."""
     part, block = place_of(module.name)
-    kind = module.kind
-    has_rank = kind.rank_of is not None
-    down, up = (norm(module.tensors[leaf]) for leaf in kind.ends) if kind.ends else (None, None)
+    layout = module.layout
+    has_rank = layout.rank_of is not None
+    down, up = (norm(module.tensors[leaf]) for leaf in layout.ends) if layout.ends else (None, None)
     return ModuleFacts(
         name=module.name,
         part=part,
         block=block,
         kind=form_of(module),
         rank=module.rank if has_rank else None,
-        alpha=module.alpha if kind.has_alpha else None,
+        alpha=module.alpha if layout.has_alpha else None,
         down_norm=down,
         up_norm=up,
-        update_norm=None if kind.read is None else float(module.change(torch.float64).norm()),
+        update_norm=None if layout.read is None else float(module.change(torch.float64).norm()),
     )
 
 

@@ -13,8 +13,8 @@ from networks.core.changes.change import AdditiveChange, Change, LowRankChange, 
 from networks.core.changes.dora import are_per_output
 from networks.core.changes.parameter_keys import ALPHA, DORA_SCALE
 from networks.core.kinds import lora
-from networks.core.kinds.kind import Kind
-from networks.core.kinds.table import PIECES, change_of, kind_of
+from networks.core.registry.key_layout import KeyLayout
+from networks.core.registry.layouts import PIECES, change_of, layout_of
 
 
 @dataclass(frozen=True)
@@ -33,27 +33,27 @@ class ModuleWeights:
     origin: str = ""  # the file, for messages
 
     @property
-    def kind(self) -> Kind:
+    def layout(self) -> KeyLayout:
         """How the change is stored."""
-        return kind_of(self.tensors)
+        return layout_of(self.tensors)
 
     @property
     def form(self) -> str:
         """The kind as reports name it: LoRA of kernels larger than 1x1 is "conv"."""
-        kind = self.kind
-        return "conv" if kind is lora.KIND and prod(self.shape[2:]) > 1 else kind.name
+        layout = self.layout
+        return "conv" if layout is lora.LAYOUT and prod(self.shape[2:]) > 1 else layout.name
 
     @property
     def beside(self) -> str | None:
         """A leaf that its kind does not know, such as a change of the bias beside a LoRA; None where there is none."""
-        if self.kind is PIECES:  # each was asked before it became a part of one
+        if self.layout is PIECES:  # each was asked before it became a part of one
             return None
-        return next((leaf for leaf in self.tensors if leaf not in self.kind.leaves and leaf != ALPHA), None)
+        return next((leaf for leaf in self.tensors if leaf not in self.layout.leaves and leaf != ALPHA), None)
 
     @property
     def is_low_rank(self) -> bool:
         """Whether the change is scale * up @ down."""
-        return self.kind.is_low_rank
+        return self.layout.is_low_rank
 
     @property
     def is_dora(self) -> bool:
@@ -62,7 +62,7 @@ class ModuleWeights:
     @property
     def is_dora_per_output(self) -> bool:
         """Whether magnitudes are of outputs, as PEFT's are."""
-        return self.is_dora and self.kind.shape_of is not None and are_per_output(self.magnitudes)
+        return self.is_dora and self.layout.shape_of is not None and are_per_output(self.magnitudes)
 
     @property
     def is_larger_kernel(self) -> bool:
@@ -71,16 +71,16 @@ class ModuleWeights:
 
     @property
     def rank(self) -> int:
-        rank_of = self.kind.rank_of
+        rank_of = self.layout.rank_of
         assert rank_of is not None
         return rank_of(self.tensors)
 
     @property
     def alpha(self) -> float:
         """As recorded; the rank where nothing is."""
-        if ALPHA in self.tensors and not self.kind.is_whole:
+        if ALPHA in self.tensors and not self.layout.is_whole:
             return float(self.tensors[ALPHA])
-        return float(self.rank) if self.alpha_elsewhere is None or self.kind.is_whole else self.alpha_elsewhere
+        return float(self.rank) if self.alpha_elsewhere is None or self.layout.is_whole else self.alpha_elsewhere
 
     @property
     def scale(self) -> float:
@@ -90,7 +90,7 @@ class ModuleWeights:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the layer's weight: (O, I), or (O, I, h, w) for a convolution."""
-        shape_of = self.kind.shape_of
+        shape_of = self.layout.shape_of
         assert shape_of is not None
         return shape_of(self.name, self.tensors)
 
@@ -107,10 +107,10 @@ class ModuleWeights:
 
         Raises UserError for kinds that are only recognised.
         """
-        leaves = {leaf: tensor.to(dtype or tensor.dtype) for leaf, tensor in self.tensors.items()}
-        if self.kind.has_alpha:
+        leaves = {leaf: t.to(dtype) if t.is_floating_point() else t for leaf, t in self.tensors.items()}
+        if self.layout.has_alpha:
             leaves[ALPHA] = torch.tensor(self.alpha, dtype=torch.float64)
-        if self.is_dora and self.kind.shape_of is not None:
+        if self.is_dora and self.layout.shape_of is not None:
             leaves[DORA_SCALE] = self.magnitudes.to(dtype or self.magnitudes.dtype)
         try:
             return change_of(leaves)
@@ -149,10 +149,10 @@ class ModuleWeights:
         A file that records no alpha gets none: the scale is then multiplied into the up factor. Both factors are stored
         in the dtype of the old tensors; magnitudes stay.
         """
-        kind, dtype = self.kind, self.tensors[self.kind.needs[0]].dtype
+        layout, dtype = self.layout, self.tensors[self.layout.needs[0]].dtype
         if ALPHA not in self.tensors:
             up_OR = up_OR * scale
-        replaced = {*kind.needs, *kind.core}
+        replaced = {*layout.needs, *layout.core}
         kept = {leaf: tensor for leaf, tensor in self.tensors.items() if leaf not in replaced}
         made = {leaf: t.to(dtype) for leaf, t in lora.leaves_of(up_OR, down_RN, self.shape).items()}
         # What the old factors are called stays in place, so that keys come out in the order they had.
@@ -165,13 +165,13 @@ class ModuleWeights:
 
     def check(self, origin: str) -> None:
         """Raise UserError where the tensors do not belong together, or are none that anything can be computed with."""
-        kind = self.kind
+        layout = self.layout
         if (unusable := next(self._unusable(), None)) is not None:
             raise UserError(f"{origin} has {unusable}")
-        wrong = kind.fault(self.name, self.tensors, self.keys) if kind.fault is not None else None
+        wrong = layout.fault(self.name, self.tensors, self.keys) if layout.fault is not None else None
         if wrong is not None:
             raise UserError(f"{origin}{'' if wrong.startswith(':') else ' '}{wrong}")
-        missing = [leaf for leaf in kind.needs if leaf not in self.tensors] if kind.rank_of is not None else []
+        missing = [leaf for leaf in layout.needs if leaf not in self.tensors] if layout.rank_of is not None else []
         if missing:
             there = next(self.keys[leaf] for leaf in self.tensors if leaf != ALPHA)
             raise UserError(f"{origin} has {there} without its {missing[0]}; the file is incomplete")
@@ -183,15 +183,14 @@ class ModuleWeights:
 
     def _unusable(self) -> Iterator[str]:
         """What no kind of adapter can have, one phrase for each tensor."""
+        floating = self.layout.leaves - {ALPHA, *self.layout.switches}
         for leaf, tensor in self.tensors.items():
             key, shape = self.keys.get(leaf, f"{self.name}.{leaf}"), list(tensor.shape)
             if tensor.numel() == 0:
                 yield f"{key} of the shape {shape}, which is empty; the file is incomplete"
             elif leaf == ALPHA and tensor.numel() != 1:
                 yield f"{key} of the shape {shape}; it needs one number"
-            elif (
-                leaf in self.kind.leaves and leaf not in (ALPHA, *self.kind.switches) and not tensor.is_floating_point()
-            ):
+            elif leaf in floating and not tensor.is_floating_point():
                 dtype = str(tensor.dtype).removeprefix("torch.")
                 yield f"{key} as {dtype}, whole numbers whose scale it does not say; use a file in fp32, bf16 or fp16"
 

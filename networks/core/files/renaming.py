@@ -14,14 +14,13 @@ from library.checkpoints.adapter_names import BaseNames, FileNaming, ModuleNames
 from library.errors import UserError
 from networks.core.changes import qkv_rows
 from networks.core.changes.parameter_keys import ALPHA, DORA_SCALE
+from networks.core.changes.qkv_pieces import leaf_of
 from networks.core.files.adapter_file import AdapterFile
 from networks.core.files.module_weights import ModuleWeights, named_twice
-from networks.core.kinds import lora, norm
-from networks.core.kinds.qkv_pieces import leaf_of
-from networks.core.kinds.rotations import oft_v2
-from networks.core.kinds.table import held_leaves
+from networks.core.kinds import lora, norm, oft_v2
+from networks.core.registry.layouts import held_leaves
 
-SEPARABLE = frozenset((DORA_SCALE, *norm.KIND.leaves))  # without these the rest of a module still is an adapter
+SEPARABLE = frozenset((DORA_SCALE, *norm.LAYOUT.leaves))  # without these the rest of a module still is an adapter
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def in_naming(
 
 def can_join(found: ModuleNames, pieces: Collection[ModuleWeights]) -> bool:
     """Whether pieces are one LoRA of the whole layer: plain ones, or all that there are with magnitudes per output."""
-    if not all(piece.kind is lora.KIND for piece in pieces):
+    if not all(piece.layout is lora.LAYOUT for piece in pieces):
         return False
     num_dora = sum(piece.is_dora for piece in pieces)
     return num_dora == 0 or (all(p.is_dora_per_output for p in pieces) and len(pieces) == len(found.pieces))
@@ -121,7 +120,7 @@ def can_join(found: ModuleNames, pieces: Collection[ModuleWeights]) -> bool:
 
 def is_apart(found: ModuleNames, members: Sequence[ModuleWeights]) -> bool:
     """Whether these are pieces of a layer whose factors are none of the whole layer."""
-    pieces = [m for m in members if found.piece_of(m.name) is not None and m.kind.read is not None]
+    pieces = [m for m in members if found.piece_of(m.name) is not None and m.layout.read is not None]
     return bool(pieces) and not can_join(found, pieces)
 
 
@@ -146,8 +145,8 @@ def refuse_apart(file: AdapterFile, names: BaseNames) -> None:
     """Raise UserError for a piece of a layer whose factors are none of the whole layer."""
     for found, members in group_by_place(file, names, frozenset()).items():
         if is_apart(found, members):
-            module = next((m for m in members if m.is_dora or m.kind is not lora.KIND), members[0])
-            what = "DoRA" if module.is_dora else module.kind.words
+            module = next((m for m in members if m.is_dora or m.layout is not lora.LAYOUT), members[0])
+            what = "DoRA" if module.is_dora else module.layout.words
             raise UserError(
                 f"{file.origin}: {module.name} is {what} of a part of {found.kohya}, which is one layer outside of "
                 "diffusers and has no such factors there. With --dim_from_weights it can be trained further. "
@@ -158,15 +157,15 @@ def refuse_apart(file: AdapterFile, names: BaseNames) -> None:
 
 def swap_halves(module: ModuleWeights, origin: str) -> ModuleWeights:
     """The halves of the rows exchanged, where there are twice as many rows as inputs."""
-    if module.kind is oft_v2.KIND:  # turns inputs, of every row alike
+    if module.layout is oft_v2.LAYOUT:  # turns inputs, of every row alike
         return module
-    if module.kind.shape_of is not None and module.shape[0] != 2 * module.shape[1]:
+    if module.layout.shape_of is not None and module.shape[0] != 2 * module.shape[1]:
         return module
-    swapped = None if module.kind.shape_of is None else qkv_rows.swap_halves(module.tensors)
+    swapped = None if module.layout.shape_of is None else qkv_rows.swap_halves(module.tensors)
     if swapped is None:
         raise UserError(
             f"{origin}: the halves of the rows of {module.name} have another order in diffusers, and its "
-            f"{module.kind.words} cannot be brought into it; leave this layer out"
+            f"{module.layout.words} cannot be brought into it; leave this layer out"
         )
     return replace(module, tensors=swapped)
 
@@ -181,10 +180,10 @@ def unsupported_keys(file: AdapterFile, names: BaseNames, to: FileNaming, keeps_
         # What is joined from pieces has no more than diffusers has.
         is_piece = found.piece_of(module.name) is not None
         held = held_leaves("diffusers" if is_piece else to)
-        if held is not None and module.kind is lora.KIND and module.is_dora_per_output:
+        if held is not None and module.layout is lora.LAYOUT and module.is_dora_per_output:
             held |= {DORA_SCALE}  # PEFT has magnitudes of this kind alone
-        if is_piece and keeps_pieces and module.kind.read is not None:
-            held = module.kind.leaves | {ALPHA}
+        if is_piece and keeps_pieces and module.layout.read is not None:
+            held = module.layout.leaves | {ALPHA}
         foreign = [leaf for leaf in module.tensors if held is not None and leaf not in held]
         is_empty = held is not None and module.tensors.keys() == {ALPHA}
         loses_all = is_empty or any(leaf not in SEPARABLE for leaf in foreign)
@@ -195,9 +194,9 @@ def unsupported_keys(file: AdapterFile, names: BaseNames, to: FileNaming, keeps_
 def with_alpha_tensor(module: ModuleWeights) -> dict[str, Tensor]:
     """The tensors with an alpha of their own and the magnitudes of DoRA in the dimensions of the weight."""
     tensors = dict(module.tensors)
-    if module.kind.has_alpha and ALPHA not in tensors:
+    if module.layout.has_alpha and ALPHA not in tensors:
         tensors[ALPHA] = torch.tensor(module.alpha, dtype=torch.float32)
-    if DORA_SCALE in tensors and module.kind.shape_of is not None:
+    if DORA_SCALE in tensors and module.layout.shape_of is not None:
         tensors[DORA_SCALE] = module.magnitudes
     return tensors
 
@@ -205,9 +204,9 @@ def with_alpha_tensor(module: ModuleWeights) -> dict[str, Tensor]:
 def without_alpha(module: ModuleWeights) -> dict[str, Tensor]:
     """The tensors with the scale multiplied into one of them."""
     tensors = {leaf: tensor for leaf, tensor in module.tensors.items() if leaf != ALPHA}
-    if DORA_SCALE in tensors and module.kind.shape_of is not None:
+    if DORA_SCALE in tensors and module.layout.shape_of is not None:
         tensors[DORA_SCALE] = module.magnitudes
-    return fold_scale(tensors, module.kind.scaled, module.scale) if module.kind.scaled else tensors
+    return fold_scale(tensors, module.layout.scaled, module.scale) if module.layout.scaled else tensors
 
 
 def split_rows(

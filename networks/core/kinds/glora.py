@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from networks.core.changes.change import Change, Leaves, MergedOnly, Misfit, in_shape_of
 from networks.core.changes.parameter_keys import ALPHA
-from networks.core.kinds.kind import Kind
+from networks.core.registry.adapter_kind import AdapterKind
+from networks.core.registry.key_layout import KeyLayout
 
 NEEDS = A1, A2, B1, B2 = "a1.weight", "a2.weight", "b1.weight", "b2.weight"
 
@@ -24,7 +25,7 @@ class GLoRA(MergedOnly):
     convolutions with a 1x1 kernel behind.
     """
 
-    words = "GLoRA"
+    words = "GLoRA of LyCORIS"
 
     def __init__(self, leaves: Leaves) -> None:
         super().__init__()
@@ -44,7 +45,7 @@ class GLoRA(MergedOnly):
         return base + strength * self._scale * (turned + in_shape_of(own, base).to(base.device))
 
     def norm(self) -> Tensor:
-        """Of a1 a2 and b1 b2 together: what the first changes depends on the weight."""
+        """Return the norm of a1 a2 and b1 b2 together: what the first changes depends on the weight."""
         inputs = self._matrix(A1) @ self._matrix(A2)
         return self._scale * torch.hypot(inputs.norm(), self._weight_alone().norm())
 
@@ -68,7 +69,7 @@ class GLoRA(MergedOnly):
 
 
 def read(leaves: Leaves, layer: nn.Module | None) -> Change:
-    """The change of a module from a file."""
+    """Make the change of a module from a file."""
     return GLoRA(leaves)
 
 
@@ -77,12 +78,12 @@ def rank_of(leaves: Leaves) -> int:
 
 
 def shape_of(name: str, leaves: Leaves) -> tuple[int, ...]:
-    """Of the weight."""
+    """Return the shape of the weight."""
     return (leaves[B1].shape[0], *leaves[B2].shape[1:])
 
 
 def fault(name: str, leaves: Leaves, keys: Mapping[str, str]) -> str | None:
-    """Why the factors of a module do not fit together, None where they do."""
+    """Say why the factors of a module do not fit together; None where they do."""
     if not all(leaf in leaves for leaf in NEEDS):
         return None  # told as what is missing
     inner = [leaves[A1].shape[1], leaves[A2].shape[0], leaves[B1].shape[1], leaves[B2].shape[0]]
@@ -92,7 +93,8 @@ def fault(name: str, leaves: Leaves, keys: Mapping[str, str]) -> str | None:
     return f": the factors of {name} do not fit together: a1, a2, b1 and b2 are {shapes}; LyCORIS before 2.0 has others"
 
 
-KIND = Kind(
-    name="glora", words=GLoRA.words, needs=NEEDS, read=read, may_have=(ALPHA,), rank_of=rank_of, shape_of=shape_of,
+LAYOUT = KeyLayout(
+    name="glora", words="GLoRA", needs=NEEDS, read=read, may_have=(ALPHA,), rank_of=rank_of, shape_of=shape_of,
     fault=fault,
 )  # fmt: skip
+KIND = AdapterKind(merged_layouts=(LAYOUT,))

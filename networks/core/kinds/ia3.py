@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from networks.core.changes.change import Change, Leaves, MergedOnly, Misfit
-from networks.core.kinds.kind import Kind
+from networks.core.registry.adapter_kind import AdapterKind
+from networks.core.registry.key_layout import KeyLayout
 
 WEIGHT, ON_INPUT = "weight", "on_input"
 
@@ -19,7 +20,7 @@ class IA3(MergedOnly):
     `weight` has one number for each, in any shape. A bias stays as it is, as in LyCORIS.
     """
 
-    words = "(IA)^3"
+    words = "(IA)^3 of LyCORIS"
     weight: Tensor
     on_input: Tensor
 
@@ -37,7 +38,7 @@ class IA3(MergedOnly):
         return base + strength * base * numbers
 
     def norm(self) -> Tensor:
-        """How far the numbers are from 1: the change itself depends on the weight."""
+        """Return how far the numbers are from 1: the change itself depends on the weight."""
         norm: Tensor = self.weight.norm()
         return norm
 
@@ -46,7 +47,7 @@ class IA3(MergedOnly):
 
 
 def read(leaves: Leaves, layer: nn.Module | None) -> Change:
-    """The change of a module from a file."""
+    """Make the change of a module from a file."""
     return IA3(leaves)
 
 
@@ -56,13 +57,14 @@ def rank_of(leaves: Leaves) -> int:
 
 
 def fault(name: str, leaves: Leaves, keys: Mapping[str, str]) -> str | None:
-    """Why the tensors of a module are none of this kind, None where they are."""
+    """Say why the tensors of a module are none of this kind; None where they are."""
     if ON_INPUT in leaves and leaves[ON_INPUT].numel() != 1:
         return f"has {keys[ON_INPUT]} of the shape {list(leaves[ON_INPUT].shape)}; it needs one number"
     return None
 
 
-KIND = Kind(
-    name="ia3", words=IA3.words, needs=(WEIGHT, ON_INPUT), read=read, may_have=(), rank_of=rank_of, fault=fault,
+LAYOUT = KeyLayout(
+    name="ia3", words="(IA)^3", needs=(WEIGHT, ON_INPUT), read=read, may_have=(), rank_of=rank_of, fault=fault,
     switches=(ON_INPUT,), is_whole=True,
 )  # fmt: skip
+KIND = AdapterKind(merged_layouts=(LAYOUT,))

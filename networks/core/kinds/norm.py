@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import group_norm, layer_norm
 
-from networks.core.changes.change import Change, Forward, Leaves, Misfit
-from networks.core.kinds.kind import Kind
+from networks.core.changes.change import Change, ChangeSize, Forward, Leaves, Misfit
+from networks.core.registry.adapter_kind import AdapterKind
+from networks.core.registry.key_layout import KeyLayout
 
 W_NORM = "w_norm"
 B_NORM = "b_norm"
@@ -22,7 +23,9 @@ class Norm(nn.Module):
     other programs can have `b_norm` alone. They have no alpha and no rank, and no dropout acts on them.
     """
 
-    fast_leaf = ""
+    fast_leaves: frozenset[str] = frozenset()
+    adds_to_output = False
+    size = ChangeSize()
     w_norm: nn.Parameter | None
     b_norm: nn.Parameter | None
 
@@ -38,7 +41,7 @@ class Norm(nn.Module):
         return tuple(name for name, leaf in LEAF_OF.items() if getattr(self, leaf) is not None)
 
     def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
-        """What the layer computes with the changes; shapes and dtype are those of the layer alone."""
+        """Return what the layer computes with the changes; shapes and dtype are those of the layer alone."""
         layer = self.layer
         assert layer is not None
         merged = {name: self.merged(getattr(layer, name), strength, name) for name in self.changed_parameters}
@@ -81,7 +84,7 @@ class Norm(nn.Module):
 
 
 def fresh_norm(layer: nn.Module) -> Norm:
-    """The change of a normalisation layer before training."""
+    """Make the change of a normalisation layer before training."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     zeros = torch.zeros(weight.shape, dtype=torch.float32)
@@ -89,15 +92,17 @@ def fresh_norm(layer: nn.Module) -> Norm:
 
 
 def read(leaves: Leaves, layer: nn.Module | None) -> Change:
-    """The change of a module in a file."""
+    """Make the change of a module in a file."""
     return Norm(layer, leaves.get(W_NORM), leaves.get(B_NORM)).requires_grad_(False)
 
 
-KIND = Kind(
+LAYOUT = KeyLayout(
     name="norm",
     words="norm weights",
     needs=(W_NORM,),
     read=read,
     may_have=(B_NORM,),
     namings=frozenset(("kohya", "generic")),
+    targets=frozenset(("norm",)),
 )
+KIND = AdapterKind(merged_layouts=(LAYOUT,))

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from library.checkpoints.files import save_safetensors
 from networks import loha, lokr, lora
-from networks.core.changes.alpha import Dropout
 from networks.core.changes.dora import Decompose
+from networks.core.changes.dropout import Dropout
 from networks.core.files.adapter_file import read_adapter_file
 from networks.core.kinds.lokr import LoKr
 from networks.core.network.network import AdapterNetwork

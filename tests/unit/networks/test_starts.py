@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from library.memory.frozen import store_in
 from networks import dylora, loha, lora, lora_fa, tlora
 from networks.core.changes.adapter import Adapter
-from networks.core.kinds.init import FromStart, starting_delta
+from networks.core.changes.init import FromStart, starting_delta
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.one_layer import adapter_on, double, module_of
 from tests.unit.networks.toy import randomize, toy_models
