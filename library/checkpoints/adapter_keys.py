@@ -59,10 +59,7 @@ ENDINGS: tuple[tuple[str, str], ...] = (  # (pattern, the leaf that kohya's form
 KEY_PATTERNS = tuple((re.compile(rf"(.+?)\.({pattern})"), leaf) for pattern, leaf in ENDINGS)
 PROCESSOR_KEY = re.compile(r"(.+)\.processor\.((to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight)")  # of old diffusers
 OWN_PROCESSOR_KEY = re.compile(r"(.+\.processor\.\w+_lora\d?)\.((down|up)\.weight)")  # of a model's own trainer
-# Words that are too common to end a dotted name, but are leaves after kohya's names, which have no dots.
-KOHYA_KEY = re.compile(
-    r"([^.]+)\.(scalar|scale|rescale|bias_\w+|oft_\w+|oft_blocks|on_input|weight|bias|a[12]\.weight|b[12]\.weight)"
-)
+KOHYA_KEY = re.compile(r"([^.]+)\.(.+)")  # names of modules have no dots there, so every kind's keys are understood
 WIDE_LEAVES = frozenset((DOWN, "hada_w1_b"))  # of Linear layers: as wide as the module's input
 KRONECKER_SIDES = {"lokr_w1": 0, "lokr_w1_b": 0, "lokr_w2": 1, "lokr_w2_b": 1}  # their columns multiply to the width
 
