@@ -18,9 +18,9 @@ LEAF = re.compile(r"(rows_(\d+)_(\d+)_of_(\d+))\.(.+)")
 IN_NAME = re.compile(r"(.+)\.(rows_\d+_\d+_of_\d+)")
 
 
-def leaf_of(first: int, stop: int, total: int, leaf: str) -> str:
-    """Return the name of a leaf of the rows from `first` to `stop`, in shares of which the layer has `total`."""
-    return f"rows_{first}_{stop}_of_{total}.{leaf}"
+def rows_name(first: int, stop: int, total: int) -> str:
+    """Name the rows from `first` to `stop`, in shares of which the layer has `total`."""
+    return f"rows_{first}_{stop}_of_{total}"
 
 
 def is_in_rows(leaves: Collection[str]) -> bool:

@@ -22,17 +22,29 @@ import torch
 from torch import Tensor
 
 from library.checkpoints.adapter_keys import AdapterKey, without_peft_prefix
-from library.checkpoints.files import PEFT_STEM, file_in_folder, is_safetensors, load_state_dict, read_metadata
+from library.checkpoints.files import (
+    PEFT_STEM,
+    file_in_folder,
+    is_safetensors,
+    load_state_dict,
+    read_metadata,
+    save_pickle_state_dict,
+    save_safetensors,
+)
+from library.checkpoints.hashes import with_hashes
 from library.errors import UserError
 from networks.core.changes.adalora import alpha_of, as_lora
 from networks.core.changes.parameter_keys import ALPHA
+from networks.core.changes.qkv_pieces import whole_and_leaf
 from networks.core.files.module_weights import ModuleWeights
-from networks.core.files.reading_writing import WITHOUT_THEM, save_network
 from networks.core.registry.key_layout import KeyLayout
 from networks.core.registry.layouts import PIECES, list_layouts
 
 logger = logging.getLogger(__name__)
 
+WITHOUT_THEM = (
+    "`tools/convert_lora.py --to kohya --drop_unsupported` writes it without them, which changes what it does"
+)
 DIFFUSERS_SETTINGS = "lora_adapter_metadata"  # JSON in the metadata of files by diffusers, alpha among it
 PEFT_SETTINGS = "adapter_config.json"  # beside files by PEFT
 
@@ -42,15 +54,17 @@ PeftSettings = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """The content of one adapter file."""
+    """The content of one adapter file; flat tables of tensors are at the edges only."""
 
     origin: str  # the path, for messages
     modules: Mapping[str, ModuleWeights]  # in file order
     metadata: Mapping[str, str]
     unknown: Mapping[str, Tensor]  # by key: what belongs to no kind of adapter that is recognised
+    clashes: tuple[tuple[str, str], ...] = ()  # keys of the same thing
+    peft_settings: PeftSettings | None = None  # of the adapter_config.json beside it
 
     def with_modules(self, modules: Iterable[ModuleWeights], metadata: Mapping[str, str]) -> "AdapterFile":
-        """Other modules and metadata; keys that were not understood are kept.
+        """Return other modules and metadata; keys that were not understood are kept.
 
         Settings that diffusers keeps in the metadata are dropped, since ranks and alphas in them would be wrong; where
         they recorded an alpha, modules made by `ModuleWeights.with_factors` have it in their factors.
@@ -70,48 +84,76 @@ def read_adapter_file(path: str | Path, flag: str = "") -> AdapterFile:
         tensors, metadata = load_state_dict(path), read_metadata(path)
     except (ValueError, OSError) as error:
         raise UserError(f"{flag}: {error}" if flag else str(error)) from error
-    file = parse_adapter(tensors, metadata, where)
-    file = without_lone_alphas(file)
-    settings = peft_settings(Path(path))
-    if settings is not None:
-        file = replace(file, modules={n: with_alpha(m, settings) for n, m in file.modules.items()})
-    return file
+    return completed(replace(sort_tensors(tensors, metadata, where), peft_settings=peft_settings(path)))
 
 
-def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], origin: str) -> AdapterFile:
-    """Sort the tensors of an adapter file by module.
+def open_adapter(path: str | Path, tensors: Mapping[str, Tensor] | None = None) -> AdapterFile:
+    """Read an adapter file for a network, which checks it itself; `tensors` are those that were read before."""
+    given = read_adapters(path) if tensors is None else tensors
+    if not Path(path).exists():
+        return sort_tensors(given, {}, str(path))
+    whole = file_in_folder(Path(path), str(path))
+    return replace(sort_tensors(given, read_metadata(whole), str(path)), peft_settings=peft_settings(whole))
 
-    Raises UserError when there is no adapter among them, when the factors of a module do not belong together, or for
-    values that are not finite.
-    """
+
+def read_adapters(path: str | Path) -> dict[str, Tensor]:
+    """Read the tensors of an adapter file, or of a folder by PEFT. Raises UserError for a file that cannot be read."""
+    return load_state_dict(file_in_folder(Path(path), str(path)))
+
+
+def sort_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], origin: str) -> AdapterFile:
+    """Sort the tensors of an adapter file by module, damaged modules included: the one place where keys are parsed."""
     leaves: dict[str, dict[str, Tensor]] = {}
     keys: dict[str, dict[str, str]] = {}
     unknown: dict[str, Tensor] = {}
-    tensors = as_lora(tensors, origin)
-    for key, tensor in tensors.items():
+    clashes = []
+    for key, tensor in as_lora(tensors, origin).items():
         found = AdapterKey.parse(key)
         if found is None:
             unknown[key] = tensor
             continue
-        name, leaf = found.module, found.leaf
+        name, leaf = whole_and_leaf(found.module, found.leaf)
         if leaf in keys.get(name, {}):
-            raise UserError(f"{origin} has two tensors for the same thing: {keys[name][leaf]} and {key}")
+            clashes.append((keys[name][leaf], key))
         leaves.setdefault(name, {})[leaf] = tensor
         keys.setdefault(name, {})[leaf] = key
-    settings = diffusers_settings(metadata)
-    modules = {}
-    for name, group in leaves.items():
-        modules[name] = with_alpha(ModuleWeights(name, group, keys[name], origin=origin), settings)
-        modules[name].check(origin)
-        modules[name].check_values(origin)
+    modules = {name: ModuleWeights(name, group, keys[name], origin=origin) for name, group in leaves.items()}
+    return AdapterFile(origin, modules, dict(metadata), unknown, tuple(clashes))
+
+
+def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], origin: str) -> AdapterFile:
+    """Sort and check the tensors of an adapter file."""
+    return checked(sort_tensors(tensors, metadata, origin))
+
+
+def checked(file: AdapterFile) -> AdapterFile:
+    """Return the file with the alphas that diffusers records in its metadata.
+
+    Raises UserError when there is no adapter among its tensors, when the factors of a module do not belong together, or
+    for values that are not finite.
+    """
+    for first, second in file.clashes:
+        raise UserError(f"{file.origin} has two tensors for the same thing: {first} and {second}")
+    settings = diffusers_settings(file.metadata)
+    modules = {name: with_alpha(module, settings) for name, module in file.modules.items()}
+    for module in modules.values():
+        module.check(file.origin)
+        module.check_values(file.origin)
     if not modules:
-        first = ", ".join(list(tensors)[:3]) or "none"
-        raise UserError(f"{origin} has no weights of an adapter (first keys: {first}); give a LoRA file")
-    return AdapterFile(origin, modules, dict(metadata), unknown)
+        shown = ", ".join(list(file.unknown)[:3]) or "none"
+        raise UserError(f"{file.origin} has no weights of an adapter (first keys: {shown}); give a LoRA file")
+    return replace(file, modules=modules)
+
+
+def completed(file: AdapterFile) -> AdapterFile:
+    """Check a file and return it without lone alphas, with those that PEFT records beside it."""
+    file = without_lone_alphas(checked(file))
+    modules = {name: with_alpha(module, file.peft_settings or {}) for name, module in file.modules.items()}
+    return replace(file, modules=modules)
 
 
 def adapter_tensors(file: AdapterFile, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The tensors by the keys they have in the file, in `dtype` or as they are."""
+    """Return the tensors by the keys they have in the file, in `dtype` or as they are."""
     tensors = {}
     for module in file.modules.values():
         for leaf, tensor in module.tensors.items():
@@ -133,12 +175,22 @@ def save_adapter_file(path: str | Path, file: AdapterFile, dtype: torch.dtype | 
     save_network(path, adapter_tensors(file, dtype), file.metadata)
 
 
+def save_network(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> None:
+    """Write adapters, whole or not at all: .safetensors with metadata and both hashes, else a pickled table."""
+    if is_safetensors(path):
+        save_safetensors(path, tensors, with_hashes(tensors, metadata or {}))
+    else:
+        save_pickle_state_dict(path, tensors)
+
+
 COMPUTED: tuple[KeyLayout, ...] = (*(layout for layout in list_layouts() if layout.read is not None), PIECES)
 
 
 def without_lone_alphas(file: AdapterFile) -> AdapterFile:
-    """The file without alphas that have no weights beside them, which tools that leave out blocks forget; a warning
-    says so."""
+    """Return the file without alphas that have no weights beside them, which tools that leave out blocks forget.
+
+    A warning says so.
+    """
     lone = [name for name, module in file.modules.items() if module.tensors.keys() == {ALPHA}]
     if not lone or len(lone) == len(file.modules):
         return file
@@ -175,7 +227,7 @@ def require_layouts(file: AdapterFile, layouts: Collection[KeyLayout], purpose: 
 
 
 def diffusers_settings(metadata: Mapping[str, str]) -> PeftSettings:
-    """PEFT's settings by part ("unet", "text_encoder") from the metadata of a file by diffusers; {} for others."""
+    """Return PEFT's settings by part ("unet", "text_encoder") from the metadata of diffusers' files; else {}."""
     if DIFFUSERS_SETTINGS not in metadata:
         return {}
     try:
@@ -191,7 +243,7 @@ def diffusers_settings(metadata: Mapping[str, str]) -> PeftSettings:
 
 
 def peft_settings(path: Path) -> PeftSettings | None:
-    """PEFT's settings for a file that it saved, from the adapter_config.json beside it."""
+    """Return PEFT's settings for a file that it saved, from the adapter_config.json beside it."""
     beside = path.parent / PEFT_SETTINGS
     if path.stem != PEFT_STEM or not beside.is_file():
         return None
@@ -202,7 +254,7 @@ def peft_settings(path: Path) -> PeftSettings | None:
 
 
 def with_alpha(module: ModuleWeights, settings: PeftSettings) -> ModuleWeights:
-    """The module with the alpha that the settings of its part record; what they say of single layers goes first."""
+    """Return the module with the alpha that the settings of its part record; those of single layers go first."""
     if not settings or not module.layout.has_alpha or ALPHA in module.tensors:
         return module
     name = without_peft_prefix(module.name)
@@ -222,6 +274,6 @@ def with_alpha(module: ModuleWeights, settings: PeftSettings) -> ModuleWeights:
 
 
 def of_layer(patterns: Mapping[str, float] | None, path: str, otherwise: float | None) -> float | None:
-    """The number that the first pattern which fits the end of a path has in PEFT's settings."""
+    """Return the number that the first pattern which fits the end of a path has in PEFT's settings."""
     found = next((n for p, n in (patterns or {}).items() if re.fullmatch(rf"(?:.*\.)?(?:{p})", path)), otherwise)
     return None if found is None else float(found)

@@ -1,4 +1,4 @@
-"""What a file of another program calls the modules of a network, for files that are saved as that one was.
+"""The names that a file of another program has for the modules of a network, which is saved under them again.
 
 Files whose q, k and v are apart have no place under kohya's names, where they are one layer. A network that was made of
 one is saved under the names that the file had, so that the program that wrote it reads it back.
@@ -6,16 +6,14 @@ one is saved under the names that the file had, so that the program that wrote i
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 
-from library.checkpoints.adapter_keys import AdapterKey
 from library.checkpoints.adapter_names import BaseNames, placed
 from networks.core.changes import qkv_rows
 from networks.core.changes.parameter_keys import ALPHA, DORA_SCALE
-from networks.core.changes.qkv_pieces import leaf_of
-from networks.core.files.adapter_file import parse_adapter
+from networks.core.changes.qkv_pieces import LEAF, rows_name
+from networks.core.files.adapter_file import AdapterFile
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.renaming import shares_of, swap_halves, without_alpha
 
@@ -36,13 +34,15 @@ class FileSpelling:
     modules: Mapping[str, Spelled]
 
     def restore(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a network under the keys of the file.
+        """Return the tensors of a network under the keys of the file.
 
         Where a module has no alpha there, its strength is multiplied into one of its factors.
         """
         groups: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
-            module, leaf = module_and_leaf(key)
+            module, _, leaf = key.partition(".")  # kohya's names have no dots
+            if (rows := LEAF.fullmatch(leaf)) is not None:
+                module, leaf = f"{module}.{rows[1]}", rows[5]
             groups.setdefault(module, {})[leaf] = tensor
         return {key: tensor for name, leaves in groups.items() for key, tensor in self._one(name, leaves).items()}
 
@@ -58,16 +58,8 @@ class FileSpelling:
         return {spelled.keys.get(leaf, f"{spelled.name}.{leaf}"): tensor for leaf, tensor in found.items()}
 
 
-def module_and_leaf(key: str) -> tuple[str, str]:
-    """(module with its rows, leaf) of a key in memory."""
-    found = AdapterKey.parse(key)
-    assert found is not None
-    return found.module, found.leaf
-
-
-def spelling_of(tensors: Mapping[str, Tensor], names: BaseNames, file: str | Path) -> FileSpelling:
-    """What a file calls its modules; all of them are of the base model that `names` are of."""
-    read = parse_adapter(tensors, {}, str(file))
+def spelling_of(read: AdapterFile, names: BaseNames) -> FileSpelling:
+    """Return what a file calls its modules; all of them are of the base model that `names` are of."""
     others = placed(read.modules.keys(), [names])
     modules = {}
     for name, module in read.modules.items():
@@ -75,11 +67,7 @@ def spelling_of(tensors: Mapping[str, Tensor], names: BaseNames, file: str | Pat
         found = names.find(known)
         assert found is not None
         piece = found.piece_of(known)
-        own = (
-            found.kohya
-            if piece is None
-            else module_and_leaf(f"{found.kohya}.{leaf_of(*shares_of(found, piece), ALPHA)}")[0]
-        )
+        own = found.kohya if piece is None else f"{found.kohya}.{rows_name(*shares_of(found, piece))}"
         is_swapped = found.swaps_pair and found.is_in_diffusers(known)
         modules[own] = Spelled(name, module.keys, is_swapped)
     return FileSpelling(modules)

@@ -7,34 +7,22 @@ Tucker core and `<module>.dora_scale` for DoRA; `<module>.w_norm` and `<module>.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from library.checkpoints.adapter_keys import AdapterKey, naming_of
-from library.checkpoints.files import (
-    file_in_folder,
-    is_safetensors,
-    load_state_dict,
-    save_pickle_state_dict,
-    save_safetensors,
-)
-from library.checkpoints.hashes import with_hashes
+from library.checkpoints.adapter_keys import naming_of
 from library.errors import UserError
 from networks.core.changes.adapter import Adapter
 from networks.core.changes.change import ChangeSize, Converted
 from networks.core.changes.dora import are_per_output
 from networks.core.changes.parameter_keys import ALPHA, DORA_SCALE
-from networks.core.changes.qkv_pieces import by_rows, is_in_rows, whole_and_leaf
+from networks.core.changes.qkv_pieces import by_rows, is_in_rows
+from networks.core.files.adapter_file import WITHOUT_THEM, AdapterFile
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds import norm
 from networks.core.registry.key_layout import KeyLayout
 from networks.core.registry.layouts import PIECES, SHARED, layout_of, list_layouts
-
-WITHOUT_THEM = (
-    "`tools/convert_lora.py --to kohya --drop_unsupported` writes it without them, which changes what it does"
-)
 
 
 @dataclass(frozen=True)
@@ -59,64 +47,56 @@ class LoadReport:
             yield f"{self.source} has weights for {_some(self.unknown)}, which this network does not train; not used"
 
 
-def read_adapters(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of an adapter file, or of a folder by PEFT. Raises UserError for a file that cannot be read."""
-    return load_state_dict(file_in_folder(Path(path), str(path)))
-
-
-def group_by_module(
-    tensors: Mapping[str, Tensor], source: str, layouts: Sequence[KeyLayout] = ()
-) -> dict[str, dict[str, Tensor]]:
-    """Sort tensors by module name and the rest of the key.
+def usable_modules(file: AdapterFile, layouts: Sequence[KeyLayout] = ()) -> dict[str, ModuleWeights]:
+    """Return the modules of a file whose names are those of this network, without lone alphas.
 
     Raises UserError for a file with another layout than `layouts` (unset: all) or with other names, saying what to do.
     """
     layouts = layouts or list_layouts()
-    refuse_strangers(tensors, source)
-    groups: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        module, _, leaf = key.partition(".")
-        if (found := AdapterKey.parse(key)) is not None:
-            module, leaf = whole_and_leaf(found.module, found.ending)  # other spellings are brought to these before
-        groups.setdefault(module, {})[leaf] = tensor
+    refuse_strangers(file)
     known = leaves_of(layouts)
-    own = {leaf for group in groups.values() for leaf in group if PIECES not in layouts or not is_in_rows((leaf,))}
+    own = {key.removeprefix(f"{name}.") for name, module in file.modules.items() for key in module.keys.values()}
+    own = {leaf for leaf in own if PIECES not in layouts or not is_in_rows((leaf,))}
     foreign = sorted(own - set(known))
     if foreign:
         others = (layout for layout in list_layouts() if layout.network_module and foreign[0] in layout.leaves)
         other = next((layout.network_module for layout in others), "")
         way_out = "For files made by LyCORIS use --network_module lycoris.kohya"
         raise UserError(
-            f"{source} has keys such as *.{foreign[0]} that this network module cannot use; it reads "
+            f"{file.origin} has keys such as *.{foreign[0]} that this network module cannot use; it reads "
             f"{', '.join(f'*.{leaf}' for leaf in known)}. " + (f"Use --network_module {other}" if other else way_out)
         )
-    for module, group in groups.items():
-        check_complete(module, group, source)
-        if group.keys() - SHARED:
-            weights = ModuleWeights(module, group, {leaf: f"{module}.{leaf}" for leaf in group})
-            weights.check(source)
-            weights.check_values(source)
-    return {module: group for module, group in groups.items() if group.keys() - SHARED}
+    usable = {}
+    for name, module in file.modules.items():
+        check_complete(name, module.tensors, file.origin)
+        if module.tensors.keys() - SHARED:
+            module.check(file.origin)
+            module.check_values(file.origin)
+            usable[name] = module
+    return usable
 
 
-def refuse_strangers(tensors: Mapping[str, Tensor], source: str) -> None:
+def refuse_strangers(file: AdapterFile) -> None:
     """Raise UserError for keys that are of no adapter, and for a file whose modules are none of this base model: what
     belongs to it has kohya's names here."""
-    parsed = {key: AdapterKey.parse(key) for key in tensors if naming_of(key) != "kohya"}
-    unknown = [key for key, found in parsed.items() if found is None]
-    if unknown and len(unknown) == len(tensors):
+    unknown = list(file.unknown)
+    if unknown and not file.modules:
         raise UserError(
-            f"{source} has no weights of an adapter (first keys: {', '.join(unknown[:3])}); give a LoRA file"
+            f"{file.origin} has no weights of an adapter (first keys: {', '.join(unknown[:3])}); give a LoRA file"
         )
     if unknown:
         raise UserError(
-            f"{source} has {len(unknown)} keys that are of no adapter, the first is {unknown[0]}; {WITHOUT_THEM}"
+            f"{file.origin} has {len(unknown)} keys that are of no adapter, the first is {unknown[0]}; {WITHOUT_THEM}"
         )
-    elsewhere = list(dict.fromkeys(found.module for found in parsed.values() if found and found.ending != found.leaf))
+    elsewhere = [
+        name
+        for name, module in file.modules.items()
+        if naming_of(name) != "kohya" and any(key != f"{name}.{leaf}" for leaf, key in module.keys.items())
+    ]
     if elsewhere:
         raise UserError(
-            f"{source}: {len(elsewhere)} of its modules are not in this base model, the first is {elsewhere[0]}; was "
-            "it made for another?"
+            f"{file.origin}: {len(elsewhere)} of its modules are not in this base model, the first is {elsewhere[0]}; "
+            "was it made for another?"
         )
 
 
@@ -157,16 +137,17 @@ def rank_and_alpha(group: Mapping[str, Tensor]) -> tuple[int, float]:
     return layout.rank_of(group), layout.alpha_of(group)
 
 
-def load_into(adapters: Mapping[str, Adapter], tensors: Mapping[str, Tensor], source: str) -> LoadReport:
+def load_into(adapters: Mapping[str, Adapter], file: AdapterFile) -> LoadReport:
     """Copy weights into the adapters of the same name.
 
     A trained strength becomes 1, as the file has it in its factors. Magnitudes that the file lacks are set so that the
     module computes what the file does. Raises UserError when no name fits, or when a shape differs: then nothing has
     been changed.
     """
+    source = file.origin
     groups = {
-        name: in_own_form(name, adapters[name], group, source) if name in adapters else group
-        for name, group in group_by_module(tensors, source, layouts_for(adapters)).items()
+        name: in_own_form(name, adapters[name], module.tensors, source) if name in adapters else module.tensors
+        for name, module in usable_modules(file, layouts_for(adapters)).items()
     }
     fitting = [name for name in adapters if name in groups]
     if not fitting:
@@ -286,14 +267,6 @@ def network_tensors(adapters: Mapping[str, Adapter], dtype: torch.dtype | None) 
             wanted = tensor.dtype if dtype is None or leaf in exact else dtype
             tensors[f"{name}.{leaf}"] = tensor.detach().to("cpu", wanted).contiguous()
     return tensors
-
-
-def save_network(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> None:
-    """Write adapters, whole or not at all: .safetensors with metadata and both hashes, else a pickled table."""
-    if is_safetensors(path):
-        save_safetensors(path, tensors, with_hashes(tensors, metadata or {}))
-    else:
-        save_pickle_state_dict(path, tensors)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ from library.checkpoints.adapter_names import BaseNames, FileNaming, ModuleNames
 from library.errors import UserError
 from networks.core.changes import qkv_rows
 from networks.core.changes.parameter_keys import ALPHA, DORA_SCALE
-from networks.core.changes.qkv_pieces import leaf_of
+from networks.core.changes.qkv_pieces import rows_name
 from networks.core.files.adapter_file import AdapterFile
 from networks.core.files.module_weights import ModuleWeights, named_twice
 from networks.core.kinds import lora, norm, oft_v2
@@ -131,7 +131,7 @@ def in_rows(found: ModuleNames, pieces: Mapping[int | None, ModuleWeights]) -> d
         if i in pieces:
             own = with_alpha_tensor(pieces[i])
             own |= {ALPHA: own[ALPHA].reshape(())} if ALPHA in own else {}
-            tensors.update({leaf_of(*shares_of(found, i), leaf): tensor for leaf, tensor in own.items()})
+            tensors.update({f"{rows_name(*shares_of(found, i))}.{leaf}": tensor for leaf, tensor in own.items()})
     return tensors
 
 

@@ -16,9 +16,10 @@ from networks.core.changes.init import InitArguments
 from networks.core.changes.parameter_keys import DORA_SCALE
 from networks.core.changes.qkv_pieces import by_rows
 from networks.core.changes.tlora import NoiseLevels
+from networks.core.files.adapter_file import AdapterFile, adapter_tensors, open_adapter
 from networks.core.files.file_spelling import FileSpelling, spelling_of
 from networks.core.files.foreign_names import in_own_names
-from networks.core.files.reading_writing import group_by_module, read_adapters
+from networks.core.files.reading_writing import usable_modules
 from networks.core.kinds import norm
 from networks.core.network.members import MemberMaker, Place, rates_alone
 from networks.core.network.network import AdapterNetwork, Member
@@ -109,11 +110,12 @@ def create_network_from_weights(
     arguments = parse_arguments({**network_args, **kind.presets}, neuron_dropout, targets.known_arguments)
     check_arguments(kind, arguments)
     warn_of_ranks(arguments)
-    given = read_adapters(file) if weights_sd is None else weights_sd
-    weights = dict(in_own_names(given, targets.names, file, keeps_pieces=True))
+    given = open_adapter(file, weights_sd)
+    own = in_own_names(given, targets.names, keeps_pieces=True)
     layouts = list_layouts() if for_inference else (*kind.layouts, norm.LAYOUT)
-    groups = group_by_module(weights, str(file), (*layouts, PIECES))
-    spelling = None if for_inference else spelling_to_keep(kind, groups, given, targets, file)
+    modules = usable_modules(own, (*layouts, PIECES))
+    groups = {name: module.tensors for name, module in modules.items()}
+    spelling = None if for_inference else spelling_to_keep(kind, groups, given, targets)
     maker = MemberMaker(kind, targets, arguments, multiplier, NoiseLevels())
     members: list[Member] = []
     for place in places(targets, text_encoder, unet):
@@ -126,7 +128,7 @@ def create_network_from_weights(
         check_forms(kind, arguments, groups, str(file))
         network.start_step = kind.prepare([member.adapter for member in members], arguments)
     network.train(not for_inference)
-    return network, weights
+    return network, adapter_tensors(own)
 
 
 def report_new_members(targets: AdapterTargets, arguments: NetworkArguments, members: Sequence[Member]) -> None:
@@ -214,7 +216,7 @@ def check_forms(kind: AdapterKind, arguments: NetworkArguments, groups: Groups, 
 
 
 def spelling_to_keep(
-    kind: AdapterKind, groups: Groups, given: Mapping[str, Tensor], targets: AdapterTargets, file: str
+    kind: AdapterKind, groups: Groups, given: AdapterFile, targets: AdapterTargets
 ) -> FileSpelling | None:
     """Return the names of a file that has parts of layers apart, to be saved under again; None for other files.
 
@@ -222,9 +224,9 @@ def spelling_to_keep(
     """
     if not any(layout_of(group) is PIECES for group in groups.values()):
         return None
-    check_pieces(kind, groups, str(file))
+    check_pieces(kind, groups, given.origin)
     assert targets.names is not None
-    return spelling_of(given, targets.names, file)
+    return spelling_of(given, targets.names)
 
 
 def check_pieces(kind: AdapterKind, groups: Groups, source: str) -> None:

@@ -18,9 +18,10 @@ from networks.core.changes.dropout import Dropout
 from networks.core.changes.ggpo import GgpoArguments
 from networks.core.changes.qkv_pieces import InRows, changes_in
 from networks.core.changes.tlora import NoiseLevels
+from networks.core.files.adapter_file import open_adapter, save_network, sort_tensors
 from networks.core.files.file_spelling import FileSpelling
 from networks.core.files.foreign_names import in_own_names
-from networks.core.files.reading_writing import load_into, network_tensors, read_adapters, save_network
+from networks.core.files.reading_writing import load_into, network_tensors
 from networks.core.network.multiplexer import AdapterMultiplexer, Beside
 from networks.core.network.summary import describe_part, describe_rates
 from networks.core.protocol import Merging
@@ -150,7 +151,8 @@ class AdapterNetwork(nn.Module):
         """
         for member in self.members:
             make_room(module_of(member.adapter))
-        for line in load_into(self.adapters, weights_sd, f"--base_weights {self.file}".rstrip()).warnings():
+        file = sort_tensors(weights_sd, {}, f"--base_weights {self.file}".rstrip())
+        for line in load_into(self.adapters, file).warnings():
             logger.warning(line)
         for member in self.members:
             if device is not None:
@@ -165,8 +167,7 @@ class AdapterNetwork(nn.Module):
         Raises UserError when nothing in the file fits, or when a rank differs.
         """
         has_pieces = any(isinstance(member.adapter.change, InRows) for member in self.members)
-        weights = in_own_names(read_adapters(file), self.targets.names, file, keeps_pieces=has_pieces)
-        report = load_into(self.adapters, weights, str(file))
+        report = load_into(self.adapters, in_own_names(open_adapter(file), self.targets.names, has_pieces))
         for line in report.warnings():
             logger.warning(line)
         return report.summary()

@@ -20,9 +20,10 @@ from networks.core.files.adapter_file import (
     read_adapter_file,
     require_layouts,
     save_adapter_file,
+    sort_tensors,
 )
 from networks.core.files.module_weights import ModuleWeights
-from networks.core.files.reading_writing import group_by_module
+from networks.core.files.reading_writing import usable_modules
 from networks.core.kinds import lora
 from tests.tolerances import EXACT, FLOAT64
 
@@ -159,7 +160,7 @@ def test_tensors_that_nothing_can_be_computed_with_are_named(what: str) -> None:
     tensors = {f"lora_unet_x.{leaf}": tensor for leaf, tensor in {**whole, **leaves}.items()}
     for read in (
         lambda: parse_adapter(tensors, {}, "cat.safetensors"),
-        lambda: group_by_module(tensors, "cat.safetensors"),
+        lambda: usable_modules(sort_tensors(tensors, {}, "cat.safetensors")),
     ):
         with pytest.raises(UserError, match=re.escape(said)) as refused:
             read()
