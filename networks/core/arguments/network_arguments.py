@@ -123,8 +123,13 @@ def read_groups(
     parsers = {n: a.parse for n, a in known.items()} | {name: OF_MODELS[form] for name, form in of_models.items()}
     given = {key: value for key, value in items.items() if value is not None}
     given = _with_dropout(given, neuron_dropout)
-    spellings = (*parsers, *aliases)
-    parsed = {key: _parse(key, value, aliases.get(key, key), parsers, spellings) for key, value in given.items()}
+    unknown = next((key for key in given if aliases.get(key, key) not in parsers), None)
+    if unknown is not None:
+        near = nearest_name(unknown, (*parsers, *aliases), least=0.5)
+        meaning = known[name].help if near and (name := aliases.get(near, near)) in known else ""
+        hint = f"did you mean {near}? {meaning}".rstrip() if near else f"known: {', '.join(parsers)}"
+        raise UserError(f"--network_args {unknown}={given[unknown]}: there is no argument {unknown}; {hint}")
+    parsed = {key: _parse(key, value, aliases.get(key, key), parsers) for key, value in given.items()}
     of_model = {key: value for key, value in parsed.items() if key in of_models}
     own = _merge_aliases({key: value for key, value in parsed.items() if key not in of_models}, aliases)
     made = {group: group(**{name: own[name] for name in declared(group) if name in own}) for group in groups}
@@ -149,12 +154,8 @@ def _with_dropout(given: dict[str, Any], neuron_dropout: float | None) -> dict[s
     return given
 
 
-def _parse(key: str, value: Any, name: str, parsers: Mapping[str, Parse], spellings: Sequence[str]) -> Any:
-    """Read one value. Raises UserError naming the argument; for an unknown one, the nearest of `spellings`."""
-    if name not in parsers:
-        near = nearest_name(key, spellings, least=0.5)
-        hint = f"did you mean {near}?" if near else f"known: {', '.join(parsers)}"
-        raise UserError(f"--network_args {key}={value}: there is no argument {key}; {hint}")
+def _parse(key: str, value: Any, name: str, parsers: Mapping[str, Parse]) -> Any:
+    """Read one value. Raises UserError naming the argument as it was spelled."""
     is_list = isinstance(value, (list, tuple)) and not name.endswith("_patterns")
     text = ",".join(map(str, value)) if is_list else str(value)
     try:

@@ -43,7 +43,8 @@ def test_values_may_be_typed_already_and_none_is_not_given() -> None:
 @pytest.mark.parametrize(
     ("items", "message"),
     [
-        ({"conv_dims": "8"}, "no argument conv_dims; did you mean conv_dim?"),
+        ({"conv_dims": "8"}, "no argument conv_dims; did you mean conv_dim? Rank of convolutions larger than 1x1"),
+        ({"dylora": "8"}, "did you mean dyloRA? Ranks are trained in blocks of so many."),
         ({"rank_drop_out": "0.1"}, "did you mean rank_dropout?"),
         ({"qqq": "1"}, "known: conv_dim, conv_alpha"),
         ({"conv_dim": "eight"}, "conv_dim=eight: expected a whole number"),
