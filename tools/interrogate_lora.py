@@ -72,10 +72,10 @@ def adapted(encoder: nn.Module, modules: dict[str, ModuleWeights]) -> nn.Module:
     body = clip_body(merged)
     for path, module in modules.items():
         layer = body.get_submodule(path)
-        for leaf in ("weight", "bias"):
-            if module.changes(leaf):
-                parameter = getattr(layer, leaf)
-                parameter.data = module.merged(parameter.data, 1.0, torch.float32, leaf)
+        for key in ("weight", "bias"):
+            if module.changes(key):
+                parameter = getattr(layer, key)
+                parameter.data = module.merged(parameter.data, 1.0, torch.float32, key)
     return merged
 
 

@@ -207,7 +207,7 @@ def rank_for(shape: tuple[int, ...], ranks: tuple[int, int]) -> int:
 def of_factors(name: str, up_OR: Tensor, down_RN: Tensor, shape: tuple[int, ...]) -> ModuleWeights:
     """A LoRA of strength 1."""
     alpha = torch.tensor(float(down_RN.shape[0]))
-    return ModuleWeights(name, lora.leaves_of(up_OR.cpu(), down_RN.cpu(), shape, alpha), {})
+    return ModuleWeights(name, lora.tensors_of(up_OR.cpu(), down_RN.cpu(), shape, alpha), {})
 
 
 def add_norms(name: str, terms: Terms, joining: Joining) -> ModuleWeights:
@@ -215,8 +215,8 @@ def add_norms(name: str, terms: Terms, joining: Joining) -> ModuleWeights:
     total: dict[str, Tensor] = {}
     strengths = joining.strengths([ratio for _, ratio in terms], [1] * len(terms))
     for (module, _), strength in zip(terms, strengths, strict=True):
-        for leaf, tensor in module.tensors.items():
-            total[leaf] = total.get(leaf, 0) + strength * tensor.float()  # type: ignore[assignment]
+        for key, tensor in module.tensors.items():
+            total[key] = total.get(key, 0) + strength * tensor.float()  # type: ignore[assignment]
     return ModuleWeights(name, total, {})
 
 

@@ -166,12 +166,12 @@ def merged_tensors(
     tensors = {}
     for key in file.weights.shapes:
         old = file.weights.read(key)
-        stem, _, leaf = key.rpartition(".")
+        stem, _, parameter_key = key.rpartition(".")
         own = changes.get(modules.get(stem, ""), ())
         new = old.to(device) if own else merged_thirds(file, key, old, changes, dtype, device)
         for module, ratio in own:
-            if module.changes(leaf):
-                new = module.merged(new, ratio, dtype, leaf)
+            if module.changes(parameter_key):
+                new = module.merged(new, ratio, dtype, parameter_key)
         is_number = old.is_floating_point()
         tensors[key] = new.to("cpu", save_dtype if save_dtype is not None and is_number else old.dtype)
         progress.update()

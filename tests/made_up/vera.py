@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from networks.core.arguments.network_arguments import argument
 from networks.core.arguments.values import parse_power, parse_rank
 from networks.core.changes.additive import read_with, wrap
-from networks.core.changes.change import Change, Leaves
+from networks.core.changes.change import Change, ModuleTensors
 from networks.core.changes.low_rank import add_product, run_like
 from networks.core.changes.parameter_keys import ALPHA, DORA_SCALE
 from networks.core.changes.request import ChangeRequest
@@ -47,7 +47,7 @@ class VeRA(nn.Module):
 
     has_core = False
     is_whole = False
-    fast_leaf = B
+    fast_key = B
 
     def __init__(self, layer: nn.Module, rank: int, seed: int = 0, d_initial: float = 0.1) -> None:
         super().__init__()
@@ -88,12 +88,12 @@ class VeRA(nn.Module):
         return self._first_seed if seed.is_meta else int(seed)
 
 
-def rank_of(leaves: Leaves) -> int:
-    return len(leaves[D])
+def rank_of(tensors: ModuleTensors) -> int:
+    return len(tensors[D])
 
 
-def shape_of(name: str, leaves: Leaves) -> tuple[int, ...]:
-    return tuple(leaves[SHAPE].tolist())
+def shape_of(name: str, tensors: ModuleTensors) -> tuple[int, ...]:
+    return tuple(tensors[SHAPE].tolist())
 
 
 def make(request: ChangeRequest) -> Change:

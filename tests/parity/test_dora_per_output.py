@@ -90,7 +90,7 @@ def test_layer_merged_weight_and_file_are_those_of_lycoris(name: str, kind: str,
         weight = (layer(columns) - (0 if layer.bias is None else layer.bias)).t()
         theirs.restore()
         torch.testing.assert_close(ours.merged()["weight"], weight, **FLOAT64)
-    mine, other = ours.change.leaves(), theirs.custom_state_dict()
+    mine, other = ours.change.stored_tensors(), theirs.custom_state_dict()
     assert mine["dora_scale"].shape == other["dora_scale"].shape
     torch.testing.assert_close(mine["dora_scale"], other["dora_scale"], **FLOAT64)
 

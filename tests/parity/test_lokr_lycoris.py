@@ -90,7 +90,7 @@ def test_layer_merged_weight_and_file(name: str, form: str, is_dora: bool, has_s
     for one, other in zip(grads, their_grads, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()) + 1e-6)
     torch.testing.assert_close(ours.merged()["weight"], whole, **CLOSE)
-    mine, other = ours.change.leaves(), theirs.custom_state_dict()
+    mine, other = ours.change.stored_tensors(), theirs.custom_state_dict()
     assert {key: tensor.shape for key, tensor in mine.items()} == {key: tensor.shape for key, tensor in other.items()}
     for key, tensor in other.items():
         if (
@@ -107,7 +107,7 @@ def test_files_compute_the_same_in_both_programs(name: str, form: str) -> None:
     whole = base + theirs.get_weight(base.shape) * theirs.scalar
     read = change_of({key: tensor.detach() for key, tensor in theirs.custom_state_dict().items()}, layer)
     torch.testing.assert_close(read.merged(base), whole, **CLOSE)
-    leaves = ours.change.leaves()
+    leaves = ours.change.stored_tensors()
     again = lokr.LokrModule("x", layer, 1.0, 2, 3.0, **FORMS[form])
     again.load_state_dict(leaves)
     torch.testing.assert_close(base + again.get_weight(base.shape), whole, **CLOSE)

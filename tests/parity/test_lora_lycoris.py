@@ -80,7 +80,7 @@ def test_layer(name: str, is_tucker: bool, is_dora: bool, has_scalar: bool) -> N
 @pytest.mark.parametrize(("name", "is_tucker", "is_dora", "has_scalar"), CASES)
 def test_file(name: str, is_tucker: bool, is_dora: bool, has_scalar: bool) -> None:
     ours, theirs, _ = pair(name, is_tucker, is_dora, has_scalar)
-    mine, other = ours.change.leaves(), theirs.custom_state_dict()
+    mine, other = ours.change.stored_tensors(), theirs.custom_state_dict()
     assert {key: tensor.shape for key, tensor in mine.items()} == {key: tensor.shape for key, tensor in other.items()}
     for key in mine:
         torch.testing.assert_close(mine[key], other[key].float(), rtol=0, atol=0)

@@ -57,9 +57,9 @@ def test_layer_merged_weight_and_gradients_are_those_of_lycoris(name: str, limit
     torch.testing.assert_close(y, expected, **close)
     for one, other in zip(grads, wanted, strict=True):
         torch.testing.assert_close(one, other.view_as(one), rtol=1e-3, atol=1e-4 * float(other.abs().max()) + 1e-6)
-    assert {key: t.shape for key, t in ours.leaves().items()} == {key: t.shape for key, t in leaves.items()}
+    assert {key: t.shape for key, t in ours.stored_tensors().items()} == {key: t.shape for key, t in leaves.items()}
     again = diag_oft.DiagOFTModule("x", layer, 1.0, 4, 1.0, constraint=limit, rescaled=is_scaled)
-    again.load_state_dict(dict(ours.leaves()))
+    again.load_state_dict(dict(ours.stored_tensors()))
     torch.testing.assert_close(again.get_merged_weight(shape=layer.weight.shape)[0], weight)
 
 
@@ -160,7 +160,7 @@ def test_names_of_networks_oft_lead_to_the_same_modules(tmp_path: Path) -> None:
     assert list(network.adapters) == [f"lora_unet_{name}"]
     network.load_weights(path)
     assert torch.equal(weights[f"lora_unet_{name}.oft_blocks"], blocks)
-    assert torch.equal(network.adapters[f"lora_unet_{name}"].change.leaves()["oft_blocks"], blocks)
+    assert torch.equal(network.adapters[f"lora_unet_{name}"].change.stored_tensors()["oft_blocks"], blocks)
 
 
 def test_other_kinds_are_refused_with_the_way_out(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def merge_lora(pipeline: Any, weights: dict[str, Tensor]) -> None:
     """
     layers = name_layers(pipeline)
     file = parse_adapter(weights, {}, "--lora")
-    strangers = [*(module.keys[leaf] for module in file.modules.values() for leaf in module.keys
+    strangers = [*(module.keys[key] for module in file.modules.values() for key in module.keys
                    if module.name not in layers), *file.unknown]  # fmt: skip
     if strangers:
         raise UserError(

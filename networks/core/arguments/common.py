@@ -79,7 +79,7 @@ class RateArguments:
 
 @dataclass(frozen=True)
 class DropoutArguments:
-    """What is left out of the change while training, as chances; never anything of the base model."""
+    """Chances of parts of the change to be left out while training; never anything of the base model."""
 
     neuron_dropout: float = argument(parse_probability, 0.0, "--network_dropout; LyCORIS calls it `dropout`.")
     rank_dropout: float = argument(parse_probability, 0.0, "Chance of each rank of a sample to be left out.")
@@ -88,7 +88,7 @@ class DropoutArguments:
 
 @dataclass(frozen=True)
 class StructureArguments:
-    """What the change of a module is made of."""
+    """Structure of the change of a module."""
 
     use_tucker: bool = argument(
         parse_bool, False, "A Tucker core between the factors of larger kernels.",

@@ -23,7 +23,7 @@ Parse = Callable[[str], Any]
 
 @dataclass(frozen=True)
 class Requirement:
-    """What makes an argument count: one name of each tuple must be given; `words` say so to the user."""
+    """The condition for an argument to count: one name of each tuple is given; `words` say so to the user."""
 
     names: tuple[tuple[str, ...], ...]
     words: str
@@ -31,7 +31,7 @@ class Requirement:
 
 @dataclass(frozen=True)
 class Argument:
-    """What a group declares about one of its fields."""
+    """The declaration of one field of a group."""
 
     parse: Parse  # holds the text to its range, or raises UserError saying what is expected
     help: str

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from networks.core.changes.alpha import ScaledDelta
-from networks.core.changes.change import Change, Delta, Leaves, MakeDelta, fill, stand_in
+from networks.core.changes.change import Change, Delta, MakeDelta, ModuleTensors, fill, stand_in
 from networks.core.changes.dora import DoRA, decomposed
 from networks.core.changes.ggpo import GgpoArguments, Perturbed
 from networks.core.changes.parameter_keys import DORA_SCALE
@@ -31,27 +31,27 @@ def wrap(request: ChangeRequest, delta: Delta, alpha: float | None = None) -> Ch
     return Perturbed(change, ggpo) if ggpo.is_on else change
 
 
-def read_delta(delta: Delta, leaves: Leaves, layer: nn.Module | None) -> Change:
+def read_delta(delta: Delta, tensors: ModuleTensors, layer: nn.Module | None) -> Change:
     """Make the change of a module in a file, to be merged, of a delta on the meta device."""
     assert isinstance(delta, nn.Module)
-    fill(delta, leaves)
-    change = ScaledDelta.from_leaves(delta, leaves, layer)
-    return DoRA.of_file(change, leaves[DORA_SCALE]) if DORA_SCALE in leaves else change
+    fill(delta, tensors)
+    change = ScaledDelta.from_tensors(delta, tensors, layer)
+    return DoRA.of_file(change, tensors[DORA_SCALE]) if DORA_SCALE in tensors else change
 
 
 def read_with(
     make_delta: MakeDelta,
-    rank_of: Callable[[Leaves], int],
-    shape_of: Callable[[str, Leaves], tuple[int, ...]],
+    rank_of: Callable[[ModuleTensors], int],
+    shape_of: Callable[[str, ModuleTensors], tuple[int, ...]],
     make_core: MakeDelta | None = None,
     core: Sequence[str] = (),
-) -> Callable[[Leaves, nn.Module | None], Change]:
+) -> Callable[[ModuleTensors, nn.Module | None], Change]:
     """Return a `KeyLayout.read` for a kind whose rank tells its form; `make_core` where a file has keys of a core."""
 
-    def read(leaves: Leaves, layer: nn.Module | None) -> Change:
-        make = make_core if make_core is not None and any(leaf in leaves for leaf in core) else make_delta
+    def read(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
+        make = make_core if make_core is not None and any(key in tensors for key in core) else make_delta
         with torch.device("meta"):
-            delta = make(layer or stand_in(shape_of("", leaves)), rank_of(leaves))
-        return read_delta(delta, leaves, layer)
+            delta = make(layer or stand_in(shape_of("", tensors)), rank_of(tensors))
+        return read_delta(delta, tensors, layer)
 
     return read

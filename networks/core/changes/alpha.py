@@ -78,16 +78,16 @@ class ScaledDelta(nn.Module):
         self.register_load_state_dict_post_hook(lambda change, _: change.read_alpha())  # type: ignore[no-untyped-call]
 
     @classmethod
-    def from_leaves(cls, delta: Delta, leaves: Mapping[str, Tensor], layer: nn.Module | None) -> "ScaledDelta":
+    def from_tensors(cls, delta: Delta, tensors: Mapping[str, Tensor], layer: nn.Module | None) -> "ScaledDelta":
         """Give a delta of a file the alpha that the file has."""
-        change = cls(layer, delta, float(leaves[ALPHA]) if ALPHA in leaves else 0.0)
+        change = cls(layer, delta, float(tensors[ALPHA]) if ALPHA in tensors else 0.0)
         # An alpha of 0 in a file is 0.
-        change.alpha_value = float(leaves[ALPHA]) if ALPHA in leaves else float(delta.rank)
+        change.alpha_value = float(tensors[ALPHA]) if ALPHA in tensors else float(delta.rank)
         return change
 
     @property
-    def fast_leaves(self) -> frozenset[str]:
-        return frozenset((self.delta.fast_leaf,))
+    def fast_keys(self) -> frozenset[str]:
+        return frozenset((self.delta.fast_key,))
 
     @property
     def scale(self) -> float:
@@ -96,7 +96,7 @@ class ScaledDelta(nn.Module):
 
     @property
     def unit_strength(self) -> Tensor | float:
-        """What the delta is multiplied by at strength 1."""
+        """The factor of the delta at strength 1."""
         if self.scalar is None:
             return self.scale
         strength: Tensor = self.scale * self.scalar
@@ -183,33 +183,33 @@ class ScaledDelta(nn.Module):
         for part in (*trained, *starts):  # a factor is its start and how far it has moved
             part.mul_(ratio.to(part) ** (1 / len(trained)))
 
-    def leaves(self) -> Mapping[str, Tensor]:
+    def stored_tensors(self) -> Mapping[str, Tensor]:
         """Return the tensors as in files: a trained strength is multiplied in."""
         tensors = dict(self.state_dict())
         if not tensors[ALPHA].is_meta:
             tensors[ALPHA] = torch.tensor(self.alpha_value, dtype=torch.float32)
         if SCALAR in tensors:
             scalar = tensors.pop(SCALAR)
-            tensors[self.delta.fast_leaf] = tensors[self.delta.fast_leaf] * scalar
+            tensors[self.delta.fast_key] = tensors[self.delta.fast_key] * scalar
         return self.delta.as_one(tensors) if isinstance(self.delta, StoredOtherwise) else tensors
 
-    def in_memory(self, leaves: Mapping[str, Tensor], name: str, source: str) -> Mapping[str, Tensor]:
+    def in_memory(self, tensors: Mapping[str, Tensor], name: str, source: str) -> Mapping[str, Tensor]:
         if isinstance(self.delta, StoredOtherwise):
-            return self.delta.apart(leaves, name, source)
+            return self.delta.apart(tensors, name, source)
         own = self.state_dict()
-        return {leaf: in_shape_of(tensor, own[leaf]) if leaf in own else tensor for leaf, tensor in leaves.items()}
+        return {key: in_shape_of(tensor, own[key]) if key in own else tensor for key, tensor in tensors.items()}
 
     @torch.no_grad()
-    def load(self, leaves: Mapping[str, Tensor]) -> None:
-        self.load_state_dict(self.defaults() | dict(leaves) | {ALPHA: self.alpha_in(leaves)})
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        self.load_state_dict(self.defaults() | dict(tensors) | {ALPHA: self.alpha_in(tensors)})
 
     def defaults(self) -> dict[str, Tensor]:
         """Return what is loaded where a file has nothing: a trained strength is 1, for it is in the file's factors."""
         return {} if self.scalar is None else {SCALAR: torch.ones(())}
 
-    def alpha_in(self, leaves: Mapping[str, Tensor]) -> Tensor:
+    def alpha_in(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the alpha of a file; the rank where it has none."""
-        return torch.tensor(float(leaves[ALPHA]) if ALPHA in leaves else float(self.delta.rank), dtype=torch.float32)
+        return torch.tensor(float(tensors[ALPHA]) if ALPHA in tensors else float(self.delta.rank), dtype=torch.float32)
 
     def read_alpha(self) -> None:
         """Follow the alpha that was loaded."""

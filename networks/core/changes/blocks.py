@@ -9,7 +9,7 @@ from torch import nn
 from library.errors import UserError
 from networks.core.arguments.common import LORAPLUS_RATIOS, RankArguments, TargetArguments
 from networks.core.arguments.network_arguments import NetworkSettings
-from networks.core.changes.change import Leaves
+from networks.core.changes.change import ModuleTensors
 from networks.core.changes.parameter_keys import DORA_SCALE
 
 logger = logging.getLogger(__name__)
@@ -24,9 +24,9 @@ REFUSED = {  # network argument -> why it does not work with what turns
 }
 
 
-def refuse_magnitudes(leaves: Leaves) -> None:
+def refuse_magnitudes(tensors: ModuleTensors) -> None:
     """Raise UserError for a rotation with magnitudes, as OneTrainer can train it."""
-    if DORA_SCALE in leaves:
+    if DORA_SCALE in tensors:
         raise UserError(f"{DORA_SCALE} beside a rotation is not computed here; train without DoRA")
 
 

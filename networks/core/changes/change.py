@@ -1,4 +1,4 @@
-"""What a change of one weight offers to the trainer, which runs layers with it, and to tools, which merge it.
+"""The interface of a change of one weight: to the trainer, which runs layers with it, and to tools, which merge it.
 
 Letters: O output features or channels, I input features or channels, R rank, h w kernel, N = I * h * w.
 """
@@ -14,7 +14,7 @@ from library.errors import UserError
 
 Forward = Callable[[Tensor], Tensor]
 
-Leaves = Mapping[str, Tensor]
+ModuleTensors = Mapping[str, Tensor]
 """The tensors of one module by the end of their keys."""
 
 
@@ -43,7 +43,7 @@ class Change(Protocol):
     """
 
     @property
-    def fast_leaves(self) -> frozenset[str]:
+    def fast_keys(self) -> frozenset[str]:
         """The parameters that LoRA+ trains faster."""
         ...
 
@@ -79,12 +79,12 @@ class Change(Protocol):
         """Multiply the change by a number."""
         ...
 
-    def leaves(self) -> Mapping[str, Tensor]:
+    def stored_tensors(self) -> Mapping[str, Tensor]:
         """Return the tensors as files have them."""
         ...
 
-    def load(self, leaves: Mapping[str, Tensor]) -> None:
-        """Take over tensors that `leaves` gave, or that another program wrote. What is missing keeps its start.
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over tensors that `stored_tensors` gave, or that another program wrote. What is missing keeps its start.
 
         A trained strength becomes 1, as the file has it in its factors.
         """
@@ -149,7 +149,7 @@ class FollowsGradients(Protocol):
 class Converted(Protocol):
     """A change that brings the tensors of a file to the form that it has in memory."""
 
-    def in_memory(self, leaves: Leaves, name: str, source: str) -> Leaves:
+    def in_memory(self, tensors: ModuleTensors, name: str, source: str) -> ModuleTensors:
         """Return the tensors of the module `name`. Raises UserError naming the file `source` where it cannot."""
         ...
 
@@ -157,9 +157,9 @@ class Converted(Protocol):
 class Misfit(UserError):
     """A change meets a weight of another size."""
 
-    def __init__(self, leaf: str, change: tuple[int, ...], base: tuple[int, ...]) -> None:
-        super().__init__(f"{leaf or 'a change'} of the shape {list(change)} meets a weight of {list(base)}")
-        self.leaf, self.change, self.base = leaf, change, base
+    def __init__(self, key: str, change: tuple[int, ...], base: tuple[int, ...]) -> None:
+        super().__init__(f"{key or 'a change'} of the shape {list(change)} meets a weight of {list(base)}")
+        self.key, self.change, self.base = key, change, base
 
 
 class Delta(Protocol):
@@ -172,7 +172,7 @@ class Delta(Protocol):
     rank: int
     has_core: bool  # a Tucker core, as use_tucker asks for
     is_whole: bool  # no factor has a rank: alpha does not count
-    fast_leaf: str  # LoRA+ trains it faster, and a trained strength is multiplied into it in files
+    fast_key: str  # LoRA+ trains it faster, and a trained strength is multiplied into it in files
 
     def start_moving(self) -> None:
         """Draw what starts at zero: a trained strength of 0 holds the change at zero instead (use_scalar)."""
@@ -203,30 +203,30 @@ class MergedOnly(nn.Module):
 
     words: str  # what a reader knows it by
     changed_parameters: tuple[str, ...] = ("weight",)
-    fast_leaves: frozenset[str] = frozenset()
+    fast_keys: frozenset[str] = frozenset()
     adds_to_output = False
     size = ChangeSize()
 
     def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
         raise UserError(f"{self.words} can be merged, but not trained; merge it with tools/merge_lora.py")
 
-    def leaves(self) -> Mapping[str, Tensor]:
+    def stored_tensors(self) -> Mapping[str, Tensor]:
         return self.state_dict()
 
-    def load(self, leaves: Leaves) -> None:
-        self.load_state_dict(dict(leaves))
+    def load(self, tensors: ModuleTensors) -> None:
+        self.load_state_dict(dict(tensors))
 
 
 @runtime_checkable
 class StoredOtherwise(Protocol):
     """A delta whose tensors in memory are others than those that files have."""
 
-    def as_one(self, leaves: Leaves) -> dict[str, Tensor]:
-        """The leaves in memory, alpha included, as files have them."""
+    def as_one(self, tensors: ModuleTensors) -> dict[str, Tensor]:
+        """Return the tensors in memory, alpha included, as files have them."""
         ...
 
-    def apart(self, leaves: Leaves, name: str, source: str) -> dict[str, Tensor]:
-        """Return the leaves of a file as they are in memory.
+    def apart(self, tensors: ModuleTensors, name: str, source: str) -> dict[str, Tensor]:
+        """Return the tensors of a file as they are in memory.
 
         Raises UserError naming the module `name` and the file `source`, and what to do, where that cannot be.
         """
@@ -291,11 +291,11 @@ def stand_in(shape: tuple[int, ...]) -> nn.Module:
         return nn.Conv2d(num_inputs, num_outputs, (kernel[0], kernel[1]), bias=False)
 
 
-def fill(delta: nn.Module, leaves: Mapping[str, Tensor]) -> None:
+def fill(delta: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Give a delta on the meta device the tensors of a file, in the dtypes they have there."""
     own, given = delta.state_dict(), {}
     for name, tensor in own.items():
-        found = in_shape_of(leaves[name], tensor) if name in leaves else None
+        found = in_shape_of(tensors[name], tensor) if name in tensors else None
         if found is None or found.shape != tensor.shape:
             shape = "missing" if found is None else list(found.shape)
             raise UserError(f"{name} is {shape}, but {list(tensor.shape)} fits the rest")

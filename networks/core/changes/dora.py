@@ -27,7 +27,7 @@ HOST = torch.device("cpu")
 
 
 def are_per_output(magnitudes: Tensor) -> bool:
-    """Whether magnitudes are of rows, (O,), (O, 1) or (O, 1, 1, 1), and not of columns, (1, I) or (1, I, 1, 1)."""
+    """Return True if magnitudes are of rows, (O,), (O, 1) or (O, 1, 1, 1), not of columns, (1, I) or (1, I, 1, 1)."""
     return magnitudes.numel() != 1 and magnitudes.shape[0] != 1
 
 
@@ -89,12 +89,8 @@ class DoRA(nn.Module):
         return self.inner.scale
 
     @property
-    def alpha_value(self) -> float:
-        return self.inner.alpha_value
-
-    @property
-    def fast_leaves(self) -> frozenset[str]:
-        return self.inner.fast_leaves
+    def fast_keys(self) -> frozenset[str]:
+        return self.inner.fast_keys
 
     @property
     def size(self) -> ChangeSize:
@@ -149,18 +145,18 @@ class DoRA(nn.Module):
     def scale_(self, ratio: Tensor) -> None:
         self.inner.scale_(ratio)
 
-    def leaves(self) -> Mapping[str, Tensor]:
-        return self.inner.leaves()  # the two share their tensors
+    def stored_tensors(self) -> Mapping[str, Tensor]:
+        return self.inner.stored_tensors()  # the two share their tensors
 
-    def in_memory(self, leaves: Mapping[str, Tensor], name: str, source: str) -> Mapping[str, Tensor]:
-        return self.inner.in_memory(leaves, name, source)
+    def in_memory(self, tensors: Mapping[str, Tensor], name: str, source: str) -> Mapping[str, Tensor]:
+        return self.inner.in_memory(tensors, name, source)
 
     @torch.no_grad()
-    def load(self, leaves: Mapping[str, Tensor]) -> None:
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over the tensors of a file; magnitudes that it lacks are set so that the layer computes what it does."""
         defaults = self.inner.defaults() | {DORA_SCALE: self.dora_scale}
-        self.load_state_dict(defaults | dict(leaves) | {ALPHA: self.inner.alpha_in(leaves)})
-        if DORA_SCALE not in leaves:
+        self.load_state_dict(defaults | dict(tensors) | {ALPHA: self.inner.alpha_in(tensors)})
+        if DORA_SCALE not in tensors:
             self.restart_magnitudes()
 
     @torch.no_grad()
@@ -278,8 +274,7 @@ class Decompose:
     def _direct_where_cancelled(
         self, norms_K: Tensor, weight: Tensor, up_OR: Tensor, down_RN: Tensor, strength: Tensor | float
     ) -> Tensor:
-        """The same with the columns or rows that the change cancels almost wholly, up to a number of them, summed
-        directly.
+        """Sum the columns or rows directly that the change cancels almost wholly, up to a number of them.
 
         That number is fixed, so that a graphics card never waits for the answer how many there are.
         """
@@ -365,7 +360,7 @@ def scale_columns(x: Tensor, columns: Tensor) -> Tensor:
 
 
 def scale_outputs(out: Tensor, scales_O: Tensor, layer: nn.Module) -> Tensor:
-    """What a layer gave, its bias left out, multiplied by a number for each output."""
+    """Multiply what a layer gave, its bias left out, by a number for each output."""
     shape = (1, -1, 1, 1) if isinstance(layer, nn.Conv2d) else (1, -1)
     scaled = scale_columns(out, scales_O.view(shape))
     bias = layer.bias

@@ -1,4 +1,4 @@
-"""What a change leaves out at random while it trains.
+"""Dropout of a change while it trains.
 
 Letters: B samples, K channels between down and up.
 """
@@ -15,7 +15,7 @@ from networks.core.arguments.network_arguments import NetworkArguments
 
 @dataclass(frozen=True)
 class Dropout:
-    """What is left out while training, as chances; all of it acts on the change only, never on the base model."""
+    """Chances of what is left out while training; all of it acts on the change only, never on the base model."""
 
     neuron: float = 0.0  # single numbers between down and up, the others scaled up (--network_dropout)
     rank: float = 0.0  # whole channels of a sample between down and up, the others scaled up

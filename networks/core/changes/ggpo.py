@@ -76,12 +76,8 @@ class Perturbed(nn.Module):
         return self.inner.delta
 
     @property
-    def alpha_value(self) -> float:
-        return self.inner.alpha_value
-
-    @property
-    def fast_leaves(self) -> frozenset[str]:
-        return self.inner.fast_leaves
+    def fast_keys(self) -> frozenset[str]:
+        return self.inner.fast_keys
 
     @property
     def size(self) -> ChangeSize:
@@ -125,16 +121,16 @@ class Perturbed(nn.Module):
     def scale_(self, ratio: Tensor) -> None:
         self.inner.scale_(ratio)
 
-    def leaves(self) -> Mapping[str, Tensor]:
-        return {leaf: tensor for leaf, tensor in self.inner.leaves().items() if leaf != DEVIATION}
+    def stored_tensors(self) -> Mapping[str, Tensor]:
+        return {key: tensor for key, tensor in self.inner.stored_tensors().items() if key != DEVIATION}
 
-    def in_memory(self, leaves: Mapping[str, Tensor], name: str, source: str) -> Mapping[str, Tensor]:
-        return self.inner.in_memory(leaves, name, source)
+    def in_memory(self, tensors: Mapping[str, Tensor], name: str, source: str) -> Mapping[str, Tensor]:
+        return self.inner.in_memory(tensors, name, source)
 
     @torch.no_grad()
-    def load(self, leaves: Mapping[str, Tensor]) -> None:
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
         defaults = self.inner.defaults() | {DEVIATION: self.get_buffer(DEVIATION)}
-        self.load_state_dict(defaults | dict(leaves) | {ALPHA: self.inner.alpha_in(leaves)})
+        self.load_state_dict(defaults | dict(tensors) | {ALPHA: self.inner.alpha_in(tensors)})
 
 
 def _follow_what_was_loaded(change: nn.Module, _: object) -> None:

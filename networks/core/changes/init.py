@@ -81,7 +81,7 @@ class FromStart(nn.Module):
 
     has_core = False
     is_whole = False
-    fast_leaf = UP
+    fast_key = UP
 
     def __init__(self, layer: nn.Module, rank: int) -> None:
         """With starts of zero, to be filled by `begin_at` or from a file."""
@@ -121,30 +121,30 @@ class FromStart(nn.Module):
         up_OR, down_RN = self.factors()
         return (up_OR @ down_RN).reshape(up_OR.shape[0], *factor(self.lora_down).shape[1:])
 
-    def as_one(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the leaves in memory as the LoRA of twice the rank that files hold."""
-        up, down = leaves[UP], leaves[DOWN]
+    def as_one(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors in memory as the LoRA of twice the rank that files hold."""
+        up, down = tensors[UP], tensors[DOWN]
         return {
-            DOWN: torch.cat([leaves[START_DOWN] + down, down]),
-            UP: torch.cat([up, leaves[START_UP]], 1),
-            **{leaf: t for leaf, t in leaves.items() if leaf not in (DOWN, UP, START_DOWN, START_UP)},
-            ALPHA: leaves[ALPHA] * 2,
+            DOWN: torch.cat([tensors[START_DOWN] + down, down]),
+            UP: torch.cat([up, tensors[START_UP]], 1),
+            **{key: t for key, t in tensors.items() if key not in (DOWN, UP, START_DOWN, START_UP)},
+            ALPHA: tensors[ALPHA] * 2,
         }
 
-    def apart(self, leaves: Mapping[str, Tensor], name: str, source: str) -> dict[str, Tensor]:
-        """Return the leaves of a file as they are in memory, float32."""
-        rank = leaves[DOWN].shape[0]
+    def apart(self, tensors: Mapping[str, Tensor], name: str, source: str) -> dict[str, Tensor]:
+        """Return the tensors of a file as they are in memory, float32."""
+        rank = tensors[DOWN].shape[0]
         if rank != 2 * self.rank:
             raise UserError(
                 f"{name} has rank {rank} in {source}, but with --network_args init it has {2 * self.rank} in files, "
                 "twice the rank of the settings. Leave init out to train a plain LoRA further (its own weights are the "
                 "start), or set --network_dim to half the rank if it was trained with the same init"
             )
-        first, moved = leaves[DOWN].float().chunk(2)
-        up, start = leaves[UP].float().chunk(2, 1)
-        alpha = float(leaves[ALPHA]) if ALPHA in leaves else float(rank)
+        first, moved = tensors[DOWN].float().chunk(2)
+        up, start = tensors[UP].float().chunk(2, 1)
+        alpha = float(tensors[ALPHA]) if ALPHA in tensors else float(rank)
         return {
-            **leaves,
+            **tensors,
             DOWN: moved, UP: up, START_DOWN: first - moved, START_UP: start,
             ALPHA: torch.tensor(alpha / 2, dtype=torch.float32),
         }  # fmt: skip

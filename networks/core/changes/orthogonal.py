@@ -38,7 +38,7 @@ class Rotation(Protocol):
         ...
 
     def output_scales(self) -> Tensor | None:
-        """What each output is multiplied by; None where lengths stay as they are."""
+        """Return what each output is multiplied by; None where lengths stay as they are."""
         ...
 
     def start_moving(self) -> None:
@@ -65,7 +65,7 @@ class Orthogonal(nn.Module):
     """
 
     changed_parameters = ("weight",)
-    fast_leaves: frozenset[str] = frozenset()
+    fast_keys: frozenset[str] = frozenset()
     adds_to_output = False
     scalar: nn.Parameter | None
 
@@ -132,14 +132,14 @@ class Orthogonal(nn.Module):
     def scale_(self, ratio: Tensor) -> None:
         self.rotation.scale_(ratio, self._scalar)
 
-    def leaves(self) -> Mapping[str, Tensor]:
+    def stored_tensors(self) -> Mapping[str, Tensor]:
         """Return the tensors as in files: a trained strength is multiplied into the angles."""
         return self.rotation.in_files(self._scalar)
 
     @torch.no_grad()
-    def load(self, leaves: Mapping[str, Tensor]) -> None:
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over the tensors of a file; a trained strength becomes 1."""
-        self.load_state_dict({**({} if self.scalar is None else {SCALAR: torch.ones(())}), **leaves})
+        self.load_state_dict({**({} if self.scalar is None else {SCALAR: torch.ones(())}), **tensors})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Orthogonal":
         """Move or cast, without rounding what has to stay exact."""

@@ -12,9 +12,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from networks.core.changes.change import Change, ChangeSize, Forward, Leaves, Misfit
+from networks.core.changes.change import Change, ChangeSize, Forward, Misfit, ModuleTensors
 
-LEAF = re.compile(r"(rows_(\d+)_(\d+)_of_(\d+))\.(.+)")
+ROWS_KEY = re.compile(r"(rows_(\d+)_(\d+)_of_(\d+))\.(.+)")
 IN_NAME = re.compile(r"(.+)\.(rows_\d+_\d+_of_\d+)")
 
 
@@ -23,29 +23,29 @@ def rows_name(first: int, stop: int, total: int) -> str:
     return f"rows_{first}_{stop}_of_{total}"
 
 
-def is_in_rows(leaves: Collection[str]) -> bool:
-    return any(LEAF.fullmatch(leaf) for leaf in leaves)
+def is_in_rows(tensors: Collection[str]) -> bool:
+    return any(ROWS_KEY.fullmatch(key) for key in tensors)
 
 
-def by_rows(leaves: Leaves) -> dict[str, dict[str, Tensor]]:
-    """Return the leaves of each piece by the name of its rows."""
+def by_rows(tensors: ModuleTensors) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of each piece by the name of its rows."""
     found: dict[str, dict[str, Tensor]] = {}
-    for text, tensor in leaves.items():
-        match = LEAF.fullmatch(text)
+    for text, tensor in tensors.items():
+        match = ROWS_KEY.fullmatch(text)
         if match is not None:
             found.setdefault(match[1], {})[match[5]] = tensor
     return found
 
 
-def whole_and_leaf(module: str, leaf: str) -> tuple[str, str]:
-    """Return the name of a module and of a leaf of a key whose module names rows; others as they are."""
+def whole_and_key(module: str, key: str) -> tuple[str, str]:
+    """Return the module and the parameter key of a key whose module names rows; others as they are."""
     match = IN_NAME.fullmatch(module)
-    return (module, leaf) if match is None else (match[1], f"{match[2]}.{leaf}")
+    return (module, key) if match is None else (match[1], f"{match[2]}.{key}")
 
 
 def rows_of(name: str, num_rows: int) -> slice:
     """Return the rows of a layer with `num_rows` that a piece has. Raises `Misfit` where they are no whole number."""
-    match = LEAF.fullmatch(f"{name}.weight")
+    match = ROWS_KEY.fullmatch(f"{name}.weight")
     assert match is not None
     first, stop, total = (int(number) for number in match.groups()[1:4])
     unit, rest = divmod(num_rows, total)
@@ -86,8 +86,8 @@ class InRows(nn.Module):
             self.add_module(name, change)
 
     @property
-    def fast_leaves(self) -> frozenset[str]:
-        return frozenset(f"{name}.{leaf}" for name, one in self.changes.items() for leaf in one.fast_leaves)
+    def fast_keys(self) -> frozenset[str]:
+        return frozenset(f"{name}.{key}" for name, one in self.changes.items() for key in one.fast_keys)
 
     @property
     def changes(self) -> dict[str, Change]:
@@ -125,13 +125,13 @@ class InRows(nn.Module):
         for change in self.changes.values():
             change.scale_(ratio)
 
-    def leaves(self) -> Mapping[str, Tensor]:
+    def stored_tensors(self) -> Mapping[str, Tensor]:
         pieces = self.changes.items()
-        return {f"{name}.{leaf}": tensor for name, change in pieces for leaf, tensor in change.leaves().items()}
+        return {f"{name}.{key}": tensor for name, change in pieces for key, tensor in change.stored_tensors().items()}
 
-    def load(self, leaves: Leaves) -> None:
+    def load(self, tensors: ModuleTensors) -> None:
         changes = self.changes
-        for name, own in by_rows(leaves).items():
+        for name, own in by_rows(tensors).items():
             changes[name].load(own)
 
 

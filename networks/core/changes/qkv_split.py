@@ -25,7 +25,7 @@ class SplitRank(nn.Module):
 
     has_core = False
     is_whole = False
-    fast_leaf = UP
+    fast_key = UP
 
     def __init__(self, layer: nn.Linear, rank: int, widths: Sequence[int]) -> None:
         super().__init__()
@@ -57,27 +57,27 @@ class SplitRank(nn.Module):
         up_ON, down_NI = self.factors()
         return up_ON @ down_NI
 
-    def as_one(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the leaves in memory as one LoRA of all projections, which is what files hold."""
-        up_ON, alpha = expand(leaves[UP], self.widths), leaves[ALPHA] * len(self.widths)
-        return {**leaves, UP: up_ON, ALPHA: alpha}
+    def as_one(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors in memory as one LoRA of all projections, which is what files hold."""
+        up_ON, alpha = expand(tensors[UP], self.widths), tensors[ALPHA] * len(self.widths)
+        return {**tensors, UP: up_ON, ALPHA: alpha}
 
-    def apart(self, leaves: Mapping[str, Tensor], name: str, source: str) -> dict[str, Tensor]:
-        """Return the leaves of a file as they are in memory."""
-        folded = fold(leaves[UP], self.widths)
+    def apart(self, tensors: Mapping[str, Tensor], name: str, source: str) -> dict[str, Tensor]:
+        """Return the tensors of a file as they are in memory."""
+        folded = fold(tensors[UP], self.widths)
         if folded is None:
             raise UserError(
                 f"{name} is one adapter for all {len(self.widths)} projections of its layer in {source}; split_qkv "
                 "trains one for each. Set --network_args split_qkv=False to train it further as it is"
             )
-        num_channels = leaves[DOWN].shape[0]
-        alpha = float(leaves[ALPHA]) if ALPHA in leaves else float(num_channels)
-        return {**leaves, UP: folded, ALPHA: torch.tensor(alpha / len(self.widths), dtype=torch.float32)}
+        num_channels = tensors[DOWN].shape[0]
+        alpha = float(tensors[ALPHA]) if ALPHA in tensors else float(num_channels)
+        return {**tensors, UP: folded, ALPHA: torch.tensor(alpha / len(self.widths), dtype=torch.float32)}
 
 
-def are_apart(leaves: Mapping[str, Tensor], widths: Sequence[int]) -> bool:
+def are_apart(tensors: Mapping[str, Tensor], widths: Sequence[int]) -> bool:
     """Return True if the LoRA of a file is one for each projection."""
-    return fold(leaves[UP], widths) is not None
+    return fold(tensors[UP], widths) is not None
 
 
 def expand(up_OR: Tensor, widths: Sequence[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a kind of adapter is asked for: the change of one target."""
+"""The request that a kind of adapter answers: make the change of one target."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ from torch import nn
 
 from networks.core.arguments.common import StructureArguments
 from networks.core.arguments.network_arguments import NetworkArguments
-from networks.core.changes.change import Leaves
+from networks.core.changes.change import ModuleTensors
 from networks.core.changes.dropout import Dropout
 from networks.core.changes.tlora import NoiseLevels
 from networks.core.targets.targets import TargetModule
@@ -23,7 +23,7 @@ class ChangeRequest:
     noise: NoiseLevels
     is_denoiser: bool  # captions are encoded once for all noise levels
     qkv_widths: tuple[int, ...] | None = None  # outputs of each projection, where the base model has several in one
-    tensors: Leaves | None = None  # of the file, whose values are loaded later; None for a new change
+    tensors: ModuleTensors | None = None  # of the file, whose values are loaded later; None for a new change
     source: str = ""  # the file, for messages
     has_core: bool = False
     is_decomposed: bool = False

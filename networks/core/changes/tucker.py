@@ -23,7 +23,7 @@ class Tucker(nn.Module):
 
     has_core = True
     is_whole = False
-    fast_leaf = UP
+    fast_key = UP
 
     def __init__(self, layer: nn.Module, rank: int) -> None:
         super().__init__()

@@ -35,7 +35,7 @@ from library.checkpoints.hashes import with_hashes
 from library.errors import UserError
 from networks.core.changes.adalora import alpha_of, as_lora
 from networks.core.changes.parameter_keys import ALPHA
-from networks.core.changes.qkv_pieces import whole_and_leaf
+from networks.core.changes.qkv_pieces import whole_and_key
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.registry.key_layout import KeyLayout
 from networks.core.registry.layouts import PIECES, list_layouts
@@ -103,7 +103,7 @@ def read_adapters(path: str | Path) -> dict[str, Tensor]:
 
 def sort_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], origin: str) -> AdapterFile:
     """Sort the tensors of an adapter file by module, damaged modules included: the one place where keys are parsed."""
-    leaves: dict[str, dict[str, Tensor]] = {}
+    own_tensors: dict[str, dict[str, Tensor]] = {}
     keys: dict[str, dict[str, str]] = {}
     unknown: dict[str, Tensor] = {}
     clashes = []
@@ -112,12 +112,12 @@ def sort_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], ori
         if found is None:
             unknown[key] = tensor
             continue
-        name, leaf = whole_and_leaf(found.module, found.leaf)
-        if leaf in keys.get(name, {}):
-            clashes.append((keys[name][leaf], key))
-        leaves.setdefault(name, {})[leaf] = tensor
-        keys.setdefault(name, {})[leaf] = key
-    modules = {name: ModuleWeights(name, group, keys[name], origin=origin) for name, group in leaves.items()}
+        name, parameter_key = whole_and_key(found.module, found.leaf)
+        if parameter_key in keys.get(name, {}):
+            clashes.append((keys[name][parameter_key], key))
+        own_tensors.setdefault(name, {})[parameter_key] = tensor
+        keys.setdefault(name, {})[parameter_key] = key
+    modules = {name: ModuleWeights(name, group, keys[name], origin=origin) for name, group in own_tensors.items()}
     return AdapterFile(origin, modules, dict(metadata), unknown, tuple(clashes))
 
 
@@ -156,8 +156,8 @@ def adapter_tensors(file: AdapterFile, dtype: torch.dtype | None = None) -> dict
     """Return the tensors by the keys they have in the file, in `dtype` or as they are."""
     tensors = {}
     for module in file.modules.values():
-        for leaf, tensor in module.tensors.items():
-            tensors[module.keys.get(leaf, f"{module.name}.{leaf}")] = tensor
+        for parameter_key, tensor in module.tensors.items():
+            tensors[module.keys.get(parameter_key, f"{module.name}.{parameter_key}")] = tensor
     tensors.update(file.unknown)
     return {
         key: tensor.detach().to("cpu", dtype if dtype and tensor.is_floating_point() else tensor.dtype).contiguous()

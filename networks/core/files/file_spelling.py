@@ -12,7 +12,7 @@ from torch import Tensor
 from library.checkpoints.adapter_names import BaseNames, placed
 from networks.core.changes import qkv_rows
 from networks.core.changes.parameter_keys import ALPHA, DORA_SCALE
-from networks.core.changes.qkv_pieces import LEAF, rows_name
+from networks.core.changes.qkv_pieces import ROWS_KEY, rows_name
 from networks.core.files.adapter_file import AdapterFile
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.renaming import shares_of, swap_halves, without_alpha
@@ -23,7 +23,7 @@ class Spelled:
     """One module in the file."""
 
     name: str
-    keys: Mapping[str, str]  # by leaf
+    keys: Mapping[str, str]  # by parameter key
     is_swapped: bool  # the halves of its rows have the other order there
 
 
@@ -40,22 +40,24 @@ class FileSpelling:
         """
         groups: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
-            module, _, leaf = key.partition(".")  # kohya's names have no dots
-            if (rows := LEAF.fullmatch(leaf)) is not None:
-                module, leaf = f"{module}.{rows[1]}", rows[5]
-            groups.setdefault(module, {})[leaf] = tensor
-        return {key: tensor for name, leaves in groups.items() for key, tensor in self._one(name, leaves).items()}
+            module, _, parameter_key = key.partition(".")  # kohya's names have no dots
+            if (rows := ROWS_KEY.fullmatch(parameter_key)) is not None:
+                module, parameter_key = f"{module}.{rows[1]}", rows[5]
+            groups.setdefault(module, {})[parameter_key] = tensor
+        return {
+            key: tensor for name, own_tensors in groups.items() for key, tensor in self._one(name, own_tensors).items()
+        }
 
-    def _one(self, name: str, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _one(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         spelled = self.modules[name]
-        module = ModuleWeights(spelled.name, leaves, {}, origin=name)
+        module = ModuleWeights(spelled.name, tensors, {}, origin=name)
         module = swap_halves(module, name) if spelled.is_swapped else module
         found = dict(module.tensors)
         if module.layout.has_alpha and ALPHA not in spelled.keys:
             found = without_alpha(module)
         if DORA_SCALE in found and qkv_rows.PEFT_MAGNITUDES in spelled.keys.get(DORA_SCALE, ""):
             found[DORA_SCALE] = qkv_rows.as_peft_magnitudes(found[DORA_SCALE])
-        return {spelled.keys.get(leaf, f"{spelled.name}.{leaf}"): tensor for leaf, tensor in found.items()}
+        return {spelled.keys.get(key, f"{spelled.name}.{key}"): tensor for key, tensor in found.items()}
 
 
 def spelling_of(read: AdapterFile, names: BaseNames) -> FileSpelling:

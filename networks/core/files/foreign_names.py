@@ -65,5 +65,5 @@ def find_in(tables: Sequence[BaseNames], name: str) -> ModuleNames | None:
 
 def _renamed(module: ModuleWeights, name: str) -> ModuleWeights:
     """Return a module and its keys under another name."""
-    keys = {leaf: under(name, key, module.name, leaf) for leaf, key in module.keys.items()}
+    keys = {parameter_key: under(name, key, module.name, parameter_key) for parameter_key, key in module.keys.items()}
     return replace(module, name=name, keys=keys)

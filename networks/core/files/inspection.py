@@ -61,7 +61,7 @@ def module_facts(module: ModuleWeights) -> ModuleFacts:
     part, block = place_of(module.name)
     layout = module.layout
     has_rank = layout.rank_of is not None
-    down, up = (norm(module.tensors[leaf]) for leaf in layout.ends) if layout.ends else (None, None)
+    down, up = (norm(module.tensors[key]) for key in layout.ends) if layout.ends else (None, None)
     return ModuleFacts(
         name=module.name,
         part=part,

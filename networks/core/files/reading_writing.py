@@ -27,7 +27,7 @@ from networks.core.registry.layouts import PIECES, SHARED, layout_of, list_layou
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of a file's weights."""
+    """The result of loading a file into a network."""
 
     source: str
     num_loaded: int  # modules
@@ -54,17 +54,18 @@ def usable_modules(file: AdapterFile, layouts: Sequence[KeyLayout] = ()) -> dict
     """
     layouts = layouts or list_layouts()
     refuse_strangers(file)
-    known = leaves_of(layouts)
+    known = keys_of(layouts)
     own = {key.removeprefix(f"{name}.") for name, module in file.modules.items() for key in module.keys.values()}
-    own = {leaf for leaf in own if PIECES not in layouts or not is_in_rows((leaf,))}
+    own = {parameter_key for parameter_key in own if PIECES not in layouts or not is_in_rows((parameter_key,))}
     foreign = sorted(own - set(known))
     if foreign:
-        others = (layout for layout in list_layouts() if layout.network_module and foreign[0] in layout.leaves)
+        others = (layout for layout in list_layouts() if layout.network_module and foreign[0] in layout.keys)
         other = next((layout.network_module for layout in others), "")
         way_out = "For files made by LyCORIS use --network_module lycoris.kohya"
         raise UserError(
             f"{file.origin} has keys such as *.{foreign[0]} that this network module cannot use; it reads "
-            f"{', '.join(f'*.{leaf}' for leaf in known)}. " + (f"Use --network_module {other}" if other else way_out)
+            f"{', '.join(f'*.{known_key}' for known_key in known)}. "
+            + (f"Use --network_module {other}" if other else way_out)
         )
     usable = {}
     for name, module in file.modules.items():
@@ -91,7 +92,8 @@ def refuse_strangers(file: AdapterFile) -> None:
     elsewhere = [
         name
         for name, module in file.modules.items()
-        if naming_of(name) != "kohya" and any(key != f"{name}.{leaf}" for leaf, key in module.keys.items())
+        if naming_of(name) != "kohya"
+        and any(key != f"{name}.{parameter_key}" for parameter_key, key in module.keys.items())
     ]
     if elsewhere:
         raise UserError(
@@ -108,10 +110,10 @@ def layouts_for(adapters: Mapping[str, Adapter]) -> tuple[KeyLayout, ...]:
     return tuple(layout for layout in known if layout is norm.LAYOUT or layout.network_module in modules)
 
 
-def leaves_of(layouts: Sequence[KeyLayout]) -> tuple[str, ...]:
-    """Return every leaf of some layouts, those they share at the two ends of the first."""
+def keys_of(layouts: Sequence[KeyLayout]) -> tuple[str, ...]:
+    """Return every parameter key of some layouts, those they share at the two ends of the first."""
     own = [layout for layout in layouts if layout is not norm.LAYOUT and layout.read is not None]
-    first = (leaf for layout in own for leaf in (*layout.needs, *layout.core, *layout.may_have) if leaf not in SHARED)
+    first = (key for layout in own for key in (*layout.needs, *layout.core, *layout.may_have) if key not in SHARED)
     return tuple(dict.fromkeys((ALPHA, *first, DORA_SCALE, *norm.LAYOUT.needs, *norm.LAYOUT.may_have)))
 
 
@@ -122,10 +124,10 @@ def check_complete(module: str, group: Mapping[str, Tensor], source: str) -> Non
         for name, own in by_rows(group).items():
             check_complete(f"{module}.{name}", own, source)
         return
-    if all(leaf in group for leaf in layout.needs) and (layout.needs or group.keys() <= {ALPHA}):
+    if all(key in group for key in layout.needs) and (layout.needs or group.keys() <= {ALPHA}):
         return
     has = f"{source}: {module} has {' and '.join(group)}"
-    if layout.together and any(leaf in group for leaf in layout.ends or layout.needs):
+    if layout.together and any(key in group for key in layout.ends or layout.needs):
         raise UserError(f"{has}, but {layout.together} belong together")
     raise UserError(f"{has} alone; the file is incomplete")
 
@@ -200,16 +202,16 @@ def check_shapes(name: str, adapter: Adapter, group: Mapping[str, Tensor], sourc
             f"{name} has {has} in {source}, but the settings (--network_dim, --network_args) give it {gives}; add "
             f"--dim_from_weights to take the {take} from the file, or set --network_dim={rank}"
         )
-    for leaf in group:
-        if leaf != ALPHA and (leaf not in own or group[leaf].shape != own[leaf].shape):
-            needed = f"needs {list(own[leaf].shape)}" if leaf in own else "has none"
+    for key in group:
+        if key != ALPHA and (key not in own or group[key].shape != own[key].shape):
+            needed = f"needs {list(own[key].shape)}" if key in own else "has none"
             if size.block_sizes or fits_layer(name, adapter, group):
                 raise UserError(
-                    f"{name}.{leaf} has the shape {list(group[leaf].shape)} in {source}, but with these --network_args "
+                    f"{name}.{key} has the shape {list(group[key].shape)} in {source}, but with these --network_args "
                     f"it {needed}; add --dim_from_weights to take the form from the file"
                 )
             raise UserError(
-                f"{name}.{leaf} has the shape {list(group[leaf].shape)} in {source}, but the base model {needed}; the "
+                f"{name}.{key} has the shape {list(group[key].shape)} in {source}, but the base model {needed}; the "
                 "file was made for another base model"
             )
 
@@ -260,12 +262,12 @@ def network_tensors(adapters: Mapping[str, Adapter], dtype: torch.dtype | None) 
 
     Half precision would move every column or row of the base model by its rounding, which is as much as some changes.
     """
-    exact = frozenset(leaf for layout in list_layouts() for leaf in layout.exact)
+    exact = frozenset(key for layout in list_layouts() for key in layout.exact)
     tensors = {}
     for name, adapter in adapters.items():
-        for leaf, tensor in adapter.change.leaves().items():
-            wanted = tensor.dtype if dtype is None or leaf in exact else dtype
-            tensors[f"{name}.{leaf}"] = tensor.detach().to("cpu", wanted).contiguous()
+        for key, tensor in adapter.change.stored_tensors().items():
+            wanted = tensor.dtype if dtype is None or key in exact else dtype
+            tensors[f"{name}.{key}"] = tensor.detach().to("cpu", wanted).contiguous()
     return tensors
 
 

@@ -22,7 +22,7 @@ from networks.core.changes.blocks import (
     resolve_blocks,
     row_length,
 )
-from networks.core.changes.change import Change, Leaves
+from networks.core.changes.change import Change, ModuleTensors
 from networks.core.changes.dropout import NO_DROPOUT, Dropout
 from networks.core.changes.orthogonal import Orthogonal
 from networks.core.changes.request import ChangeRequest
@@ -113,15 +113,15 @@ def fresh(
     block_size: int,
     drops: Dropout = NO_DROPOUT,
     has_scalar: bool = False,
-    leaves: Leaves | None = None,
+    tensors: ModuleTensors | None = None,
     *,
     num_blocks: int = 0,
     num_factors: int = 1,
     may_adjust: bool = True,
 ) -> Orthogonal:
-    """Make the change of a layer before training; in the form of `leaves`, where those of a file are given."""
-    if leaves is not None:
-        shape = tuple(leaves[BLOCKS].shape)
+    """Make the change of a layer before training; in the form of `tensors`, where those of a file are given."""
+    if tensors is not None:
+        shape = tuple(tensors[BLOCKS].shape)
     else:
         many, size = sizes_for(row_length(layer), block_size, num_blocks, num_factors, may_adjust)
         shape = (num_factors, many, size, size)
@@ -132,33 +132,33 @@ def fresh(
 # --- in files ---
 
 
-def rank_of(leaves: Leaves) -> int:
+def rank_of(tensors: ModuleTensors) -> int:
     """Return the block size, which stands where other kinds have a rank."""
-    return leaves[BLOCKS].shape[-1]
+    return tensors[BLOCKS].shape[-1]
 
 
-def in_own_form(leaves: Leaves) -> dict[str, Tensor]:
-    """Return the leaves with scales as a column; PEFT has them as a row for convolutions."""
-    return {**leaves, SCALES: leaves[SCALES].reshape(-1, 1)}
+def in_own_form(tensors: ModuleTensors) -> dict[str, Tensor]:
+    """Return the tensors with scales as a column; PEFT has them as a row for convolutions."""
+    return {**tensors, SCALES: tensors[SCALES].reshape(-1, 1)}
 
 
-def read(leaves: Leaves, layer: nn.Module | None) -> Change:
+def read(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
     """Make the change of a module from a file."""
-    refuse_magnitudes(leaves)
-    own = in_own_form(leaves)
+    refuse_magnitudes(tensors)
+    own = in_own_form(tensors)
     return Orthogonal(layer, Boft(own[BLOCKS], own[SCALES])).requires_grad_(False)
 
 
-def fault(name: str, leaves: Leaves, keys: Mapping[str, str]) -> str | None:
+def fault(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | None:
     """Say why the tensors of a module make no rotation; None where they do."""
-    for leaf, other in ((BLOCKS, SCALES), (SCALES, BLOCKS)):
-        if leaf not in leaves:
-            return f"has {keys[other]} without its {leaf}; the file is incomplete"
-    shape = tuple(leaves[BLOCKS].shape)
+    for key, other in ((BLOCKS, SCALES), (SCALES, BLOCKS)):
+        if key not in tensors:
+            return f"has {keys[other]} without its {key}; the file is incomplete"
+    shape = tuple(tensors[BLOCKS].shape)
     if len(shape) != 4 or shape[2] != shape[3] or not fits(shape[1] * shape[2], shape[2], shape[0]):
         return f"has {keys[BLOCKS]} of the shape {list(shape)}; it needs (factors, blocks, b, b)"
-    scales = tuple(leaves[SCALES].shape)
-    if max(scales, default=1) != leaves[SCALES].numel():
+    scales = tuple(tensors[SCALES].shape)
+    if max(scales, default=1) != tensors[SCALES].numel():
         return f"has {keys[SCALES]} of the shape {list(scales)}; it needs one number for each output"
     return None
 

@@ -67,7 +67,7 @@ class NestedRank(nn.Module):
 
     has_core = False
     is_whole = False
-    fast_leaf = UP
+    fast_key = UP
 
     def __init__(self, layer: nn.Module, rank: int) -> None:
         super().__init__()

@@ -6,12 +6,12 @@ These are read and merged; nothing trains them here.
 import torch
 from torch import Tensor, nn
 
-from networks.core.changes.change import Change, Leaves, MergedOnly, Misfit, in_shape_of
+from networks.core.changes.change import Change, MergedOnly, Misfit, ModuleTensors, in_shape_of
 from networks.core.registry.adapter_kind import AdapterKind
 from networks.core.registry.key_layout import KeyLayout
 
 DIFF, DIFF_B = "diff", "diff_b"
-LEAF_OF = {"weight": DIFF, "bias": DIFF_B}  # parameter of the layer -> the leaf of its change
+KEY_OF = {"weight": DIFF, "bias": DIFF_B}  # parameter of the layer -> the key of its change
 
 
 class Full(MergedOnly):
@@ -19,40 +19,40 @@ class Full(MergedOnly):
 
     words = f"{DIFF} of a whole weight"
 
-    def __init__(self, leaves: Leaves) -> None:
+    def __init__(self, tensors: ModuleTensors) -> None:
         super().__init__()
         for name in (DIFF, DIFF_B):
-            self.register_buffer(name, leaves.get(name))
-        self.changed_parameters = tuple(name for name, leaf in LEAF_OF.items() if leaf in leaves)
+            self.register_buffer(name, tensors.get(name))
+        self.changed_parameters = tuple(name for name, key in KEY_OF.items() if key in tensors)
 
     def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
-        change = in_shape_of(getattr(self, LEAF_OF[parameter]), base)
+        change = in_shape_of(getattr(self, KEY_OF[parameter]), base)
         if change.shape != base.shape:
             raise Misfit("", tuple(change.shape), tuple(base.shape))
         return base + strength * change.to(base.device)
 
     def norm(self) -> Tensor:
-        norms = torch.stack([change.double().norm() for change in self.leaves().values()])
+        norms = torch.stack([change.double().norm() for change in self.stored_tensors().values()])
         return norms.square().sum().sqrt()
 
     def scale_(self, ratio: Tensor) -> None:
-        for change in self.leaves().values():
+        for change in self.stored_tensors().values():
             change.mul_(ratio.to(change))
 
 
-def read(leaves: Leaves, layer: nn.Module | None) -> Change:
+def read(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
     """Make the change of a module from a file."""
-    return Full(leaves)
+    return Full(tensors)
 
 
-def shape_of(name: str, leaves: Leaves) -> tuple[int, ...]:
+def shape_of(name: str, tensors: ModuleTensors) -> tuple[int, ...]:
     """Return the shape of the weight."""
-    return tuple(leaves[DIFF].shape)
+    return tuple(tensors[DIFF].shape)
 
 
-def rank_of(leaves: Leaves) -> int:
+def rank_of(tensors: ModuleTensors) -> int:
     """Return the rank of any matrix of this size."""
-    diff = leaves[DIFF]
+    diff = tensors[DIFF]
     return min(diff.flatten(1).shape) if diff.dim() > 1 else 1
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from networks.core.changes.change import Change, Leaves, MergedOnly, Misfit, in_shape_of
+from networks.core.changes.change import Change, MergedOnly, Misfit, ModuleTensors, in_shape_of
 from networks.core.changes.parameter_keys import ALPHA
 from networks.core.registry.adapter_kind import AdapterKind
 from networks.core.registry.key_layout import KeyLayout
@@ -27,19 +27,19 @@ class GLoRA(MergedOnly):
 
     words = "GLoRA of LyCORIS"
 
-    def __init__(self, leaves: Leaves) -> None:
+    def __init__(self, tensors: ModuleTensors) -> None:
         super().__init__()
-        for leaf in NEEDS:
+        for key in NEEDS:
             factor = nn.Module()
-            factor.register_buffer("weight", leaves[leaf])
-            self.add_module(leaf.partition(".")[0], factor)
-        self.register_buffer(ALPHA, leaves.get(ALPHA))
+            factor.register_buffer("weight", tensors[key])
+            self.add_module(key.partition(".")[0], factor)
+        self.register_buffer(ALPHA, tensors.get(ALPHA))
 
     def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
         own = self._weight_alone()
         if in_shape_of(own, base).shape != base.shape:
             raise Misfit("", tuple(own.shape), tuple(base.shape))
-        a1_IR, a2_RI = (self._matrix(leaf).to(base.device) for leaf in (A1, A2))
+        a1_IR, a2_RI = (self._matrix(key).to(base.device) for key in (A1, A2))
         # Pixels of a kernel first, so that the inputs are columns.
         turned = (base.movedim(1, -1) @ a1_IR @ a2_RI).movedim(-1, 1)
         return base + strength * self._scale * (turned + in_shape_of(own, base).to(base.device))
@@ -50,8 +50,8 @@ class GLoRA(MergedOnly):
         return self._scale * torch.hypot(inputs.norm(), self._weight_alone().norm())
 
     def scale_(self, ratio: Tensor) -> None:
-        for leaf in (A2, B2):
-            own = self.get_buffer(leaf)
+        for key in (A2, B2):
+            own = self.get_buffer(key)
             own.mul_(ratio.to(own))
 
     @property
@@ -59,8 +59,8 @@ class GLoRA(MergedOnly):
         alpha = self.get_buffer(ALPHA) if self.alpha is not None else None
         return 1.0 if alpha is None else float(alpha) / len(self._matrix(A2))
 
-    def _matrix(self, leaf: str) -> Tensor:
-        return self.get_buffer(leaf).flatten(1)
+    def _matrix(self, key: str) -> Tensor:
+        return self.get_buffer(key).flatten(1)
 
     def _weight_alone(self) -> Tensor:
         """b1 b2, the part that does not depend on the weight."""
@@ -68,28 +68,28 @@ class GLoRA(MergedOnly):
         return (self._matrix(B1) @ self._matrix(B2)).reshape(-1, *b2.shape[1:])
 
 
-def read(leaves: Leaves, layer: nn.Module | None) -> Change:
+def read(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
     """Make the change of a module from a file."""
-    return GLoRA(leaves)
+    return GLoRA(tensors)
 
 
-def rank_of(leaves: Leaves) -> int:
-    return leaves[A2].shape[0]
+def rank_of(tensors: ModuleTensors) -> int:
+    return tensors[A2].shape[0]
 
 
-def shape_of(name: str, leaves: Leaves) -> tuple[int, ...]:
+def shape_of(name: str, tensors: ModuleTensors) -> tuple[int, ...]:
     """Return the shape of the weight."""
-    return (leaves[B1].shape[0], *leaves[B2].shape[1:])
+    return (tensors[B1].shape[0], *tensors[B2].shape[1:])
 
 
-def fault(name: str, leaves: Leaves, keys: Mapping[str, str]) -> str | None:
+def fault(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | None:
     """Say why the factors of a module do not fit together; None where they do."""
-    if not all(leaf in leaves for leaf in NEEDS):
+    if not all(key in tensors for key in NEEDS):
         return None  # told as what is missing
-    inner = [leaves[A1].shape[1], leaves[A2].shape[0], leaves[B1].shape[1], leaves[B2].shape[0]]
-    if len(set(inner)) == 1 and leaves[A1].shape[0] == leaves[A2].shape[1] == leaves[B2].shape[1]:
+    inner = [tensors[A1].shape[1], tensors[A2].shape[0], tensors[B1].shape[1], tensors[B2].shape[0]]
+    if len(set(inner)) == 1 and tensors[A1].shape[0] == tensors[A2].shape[1] == tensors[B2].shape[1]:
         return None
-    shapes = ", ".join(str(list(leaves[leaf].shape)) for leaf in NEEDS)
+    shapes = ", ".join(str(list(tensors[key].shape)) for key in NEEDS)
     return f": the factors of {name} do not fit together: a1, a2, b1 and b2 are {shapes}; LyCORIS before 2.0 has others"
 
 

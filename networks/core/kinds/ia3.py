@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from networks.core.changes.change import Change, Leaves, MergedOnly, Misfit
+from networks.core.changes.change import Change, MergedOnly, Misfit, ModuleTensors
 from networks.core.registry.adapter_kind import AdapterKind
 from networks.core.registry.key_layout import KeyLayout
 
@@ -24,10 +24,10 @@ class IA3(MergedOnly):
     weight: Tensor
     on_input: Tensor
 
-    def __init__(self, leaves: Leaves) -> None:
+    def __init__(self, tensors: ModuleTensors) -> None:
         super().__init__()
-        self.register_buffer(WEIGHT, leaves[WEIGHT])
-        self.register_buffer(ON_INPUT, leaves[ON_INPUT])
+        self.register_buffer(WEIGHT, tensors[WEIGHT])
+        self.register_buffer(ON_INPUT, tensors[ON_INPUT])
 
     def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
         axis = 1 if bool(self.on_input) else 0
@@ -46,20 +46,20 @@ class IA3(MergedOnly):
         self.weight.mul_(ratio.to(self.weight))
 
 
-def read(leaves: Leaves, layer: nn.Module | None) -> Change:
+def read(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
     """Make the change of a module from a file."""
-    return IA3(leaves)
+    return IA3(tensors)
 
 
-def rank_of(leaves: Leaves) -> int:
+def rank_of(tensors: ModuleTensors) -> int:
     """One number for each row or column."""
     return 1
 
 
-def fault(name: str, leaves: Leaves, keys: Mapping[str, str]) -> str | None:
+def fault(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | None:
     """Say why the tensors of a module are none of this kind; None where they are."""
-    if ON_INPUT in leaves and leaves[ON_INPUT].numel() != 1:
-        return f"has {keys[ON_INPUT]} of the shape {list(leaves[ON_INPUT].shape)}; it needs one number"
+    if ON_INPUT in tensors and tensors[ON_INPUT].numel() != 1:
+        return f"has {keys[ON_INPUT]} of the shape {list(tensors[ON_INPUT].shape)}; it needs one number"
     return None
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from networks.core.changes import products
 from networks.core.changes.additive import read_with, wrap
-from networks.core.changes.change import Change, Leaves, check_kernel
+from networks.core.changes.change import Change, ModuleTensors, check_kernel
 from networks.core.changes.low_rank import add_product, run_like
 from networks.core.changes.request import ChangeRequest
 from networks.core.registry.adapter_kind import AdapterKind
@@ -36,7 +36,7 @@ class LoHa(nn.Module):
     """
 
     is_whole = False
-    fast_leaf = W2_A
+    fast_key = W2_A
 
     def __init__(self, layer: nn.Module, rank: int, has_core: bool = False) -> None:
         super().__init__()
@@ -81,17 +81,17 @@ class LoHa(nn.Module):
         return pairs
 
 
-def shape_of(name: str, leaves: Leaves) -> tuple[int, ...]:
+def shape_of(name: str, tensors: ModuleTensors) -> tuple[int, ...]:
     """Return the shape of the weight; (O, N) where neither a core nor the name tells that it is a convolution."""
-    a, b = leaves[W1_A], leaves[W1_B]
-    if CORE[0] in leaves:
-        return (a.shape[1], b.shape[1], *leaves[CORE[0]].shape[2:])
+    a, b = tensors[W1_A], tensors[W1_B]
+    if CORE[0] in tensors:
+        return (a.shape[1], b.shape[1], *tensors[CORE[0]].shape[2:])
     is_3x3 = b.shape[1] % 9 == 0 and IS_3X3.fullmatch(name) is not None
     return (a.shape[0], b.shape[1] // 9, 3, 3) if is_3x3 else (a.shape[0], b.shape[1])
 
 
-def rank_of(leaves: Leaves) -> int:
-    return leaves[W1_B].shape[0]
+def rank_of(tensors: ModuleTensors) -> int:
+    return tensors[W1_B].shape[0]
 
 
 def make(request: ChangeRequest) -> Change:

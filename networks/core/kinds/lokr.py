@@ -16,7 +16,7 @@ from networks.core.arguments.network_arguments import NetworkArguments, argument
 from networks.core.arguments.values import parse_bool, parse_factor
 from networks.core.changes.adapter import Adapter
 from networks.core.changes.additive import read_delta, wrap
-from networks.core.changes.change import Change, Delta, Leaves, check_kernel, in_dtype_of, stand_in
+from networks.core.changes.change import Change, Delta, ModuleTensors, check_kernel, in_dtype_of, stand_in
 from networks.core.changes.dora import scale_columns
 from networks.core.changes.qkv_pieces import changes_in
 from networks.core.changes.request import ChangeRequest
@@ -61,7 +61,7 @@ class LoKr(nn.Module):
         self.is_product, self.has_core = is_product, has_core
         self.is_whole = not any(is_product)
         self.rank = 1 if self.is_whole else rank
-        self.fast_leaf = W1_A if is_product[0] else W1
+        self.fast_key = W1_A if is_product[0] else W1
         kernel = self.shape[2:]
         self.outer = outer
         self.inner = self.shape[0] // outer[0], self.shape[1] // outer[1]
@@ -85,7 +85,7 @@ class LoKr(nn.Module):
 
     def down(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
         """The channels have an axis of groups beside them: (..., groups, R), or (B, R, groups, h, w)."""
-        x = in_dtype_of(self.get_parameter(self.fast_leaf), x)
+        x = in_dtype_of(self.get_parameter(self.fast_key), x)
         if columns is not None:
             x = scale_columns(x, columns)
         groups = _unflatten(x, 1 if self._is_conv else x.dim() - 1, self.outer[1], self.inner[1])
@@ -226,79 +226,79 @@ def fresh(
 # --- in files ---
 
 
-def outer_of(leaves: Leaves) -> tuple[int, int]:
+def outer_of(tensors: ModuleTensors) -> tuple[int, int]:
     """Return (L, M)."""
-    if W1 in leaves:
-        return leaves[W1].shape[0], leaves[W1].shape[1]
-    return leaves[W1_A].shape[0], leaves[W1_B].shape[1]
+    if W1 in tensors:
+        return tensors[W1].shape[0], tensors[W1].shape[1]
+    return tensors[W1_A].shape[0], tensors[W1_B].shape[1]
 
 
-def shape_of(name: str, leaves: Leaves) -> tuple[int, ...]:
+def shape_of(name: str, tensors: ModuleTensors) -> tuple[int, ...]:
     """Return the shape of the weight; (O, I * h * w) where nothing tells that it is a convolution."""
-    num_l, num_m = outer_of(leaves)
+    num_l, num_m = outer_of(tensors)
     inner: tuple[int, ...]
     kernel: tuple[int, ...]
-    if W2 in leaves:
-        inner, kernel = tuple(leaves[W2].shape[:2]), tuple(leaves[W2].shape[2:])
-    elif CORE in leaves:
-        inner, kernel = (leaves[W2_A].shape[1], leaves[W2_B].shape[1]), tuple(leaves[CORE].shape[2:])
+    if W2 in tensors:
+        inner, kernel = tuple(tensors[W2].shape[:2]), tuple(tensors[W2].shape[2:])
+    elif CORE in tensors:
+        inner, kernel = (tensors[W2_A].shape[1], tensors[W2_B].shape[1]), tuple(tensors[CORE].shape[2:])
     else:
-        inner, kernel = (leaves[W2_A].shape[0], leaves[W2_B].shape[1]), ()
+        inner, kernel = (tensors[W2_A].shape[0], tensors[W2_B].shape[1]), ()
         if inner[1] % 9 == 0 and IS_3X3.fullmatch(name) is not None:
             inner, kernel = (inner[0], inner[1] // 9), (3, 3)
     return (num_l * inner[0], num_m * inner[1], *kernel)
 
 
-def rank_of(leaves: Leaves) -> int:
+def rank_of(tensors: ModuleTensors) -> int:
     """Return R; 1 for two whole matrices."""
-    return next((leaves[leaf].shape[0] for leaf in (W2_B, W1_B) if leaf in leaves), 1)
+    return next((tensors[key].shape[0] for key in (W2_B, W1_B) if key in tensors), 1)
 
 
-def like(layer: nn.Module, leaves: Leaves) -> Delta:
+def like(layer: nn.Module, tensors: ModuleTensors) -> Delta:
     """Make a LoKr in the form of a module in a file, which tells it by its shapes."""
-    return LoKr(layer, rank_of(leaves), outer_of(leaves), (W1 not in leaves, W2 not in leaves), CORE in leaves)
+    return LoKr(layer, rank_of(tensors), outer_of(tensors), (W1 not in tensors, W2 not in tensors), CORE in tensors)
 
 
-def read(leaves: Leaves, layer: nn.Module | None) -> Change:
+def read(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
     """Make the change of a module from a file."""
     with torch.device("meta"):
-        delta = like(layer or stand_in(shape_of("", leaves)), leaves)
-    return read_delta(delta, leaves, layer)
+        delta = like(layer or stand_in(shape_of("", tensors)), tensors)
+    return read_delta(delta, tensors, layer)
 
 
-def fault(name: str, leaves: Leaves, keys: Mapping[str, str]) -> str | None:
+def fault(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | None:
     """Say why the tensors of a module do not belong together; None where they do."""
     known = {*SIDES[0], *SIDES[1], CORE}
-    for leaf in leaves:
-        if leaf.startswith("lokr_") and leaf not in known:
-            return f"has {keys[leaf]}, which no known LoKr has"
+    for key in tensors:
+        if key.startswith("lokr_") and key not in known:
+            return f"has {keys[key]}, which no known LoKr has"
     for whole, left, right in SIDES:
-        there = [leaf for leaf in (left, right) if leaf in leaves]
-        if whole in leaves and there:
+        there = [key for key in (left, right) if key in tensors]
+        if whole in tensors and there:
             return f"has {keys[whole]} and {keys[there[0]]}, two forms of the same matrix"
-        if whole not in leaves and len(there) < 2:
-            found = there[0] if there else next(leaf for leaf in leaves if leaf.startswith("lokr_"))
+        if whole not in tensors and len(there) < 2:
+            found = there[0] if there else next(key for key in tensors if key.startswith("lokr_"))
             missing = f"its {right if found == left else left}" if there else f"{whole}, or {left} and {right}"
             return f"has {keys[found]} without {missing}; the file is incomplete"
-    if CORE in leaves and W2 in leaves:
+    if CORE in tensors and W2 in tensors:
         return f"has {keys[CORE]} beside {keys[W2]}, which needs no core"
-    sizes = {leaf: (2, 4) if leaf == W2 else (4,) if leaf == CORE else (2,) for leaf in leaves if leaf in known}
-    if any(leaves[leaf].dim() not in allowed for leaf, allowed in sizes.items()) or _are_apart(leaves):
-        shapes = ", ".join(f"{leaf} is {list(leaves[leaf].shape)}" for leaf in sizes)
+    sizes = {key: (2, 4) if key == W2 else (4,) if key == CORE else (2,) for key in tensors if key in known}
+    if any(tensors[key].dim() not in allowed for key, allowed in sizes.items()) or _are_apart(tensors):
+        shapes = ", ".join(f"{key} is {list(tensors[key].shape)}" for key in sizes)
         return f": the factors of {name} do not fit together: {shapes}"
     return None
 
 
-def _are_apart(leaves: Leaves) -> bool:
+def _are_apart(tensors: ModuleTensors) -> bool:
     """Return True if the inner sizes of factors differ."""
-    ranks = [leaves[leaf].shape[1 if leaf in (W1_A, W2_A) and not (leaf == W2_A and CORE in leaves) else 0]
-             for leaf in (W1_A, W1_B, W2_A, W2_B) if leaf in leaves]  # fmt: skip
-    ranks += list(leaves[CORE].shape[:2]) if CORE in leaves else []
+    ranks = [tensors[key].shape[1 if key in (W1_A, W2_A) and not (key == W2_A and CORE in tensors) else 0]
+             for key in (W1_A, W1_B, W2_A, W2_B) if key in tensors]  # fmt: skip
+    ranks += list(tensors[CORE].shape[:2]) if CORE in tensors else []
     return len(set(ranks)) > 1
 
 
 def _layouts() -> Iterator[KeyLayout]:
-    """Yield a layout for each set of leaves that makes a module complete."""
+    """Yield a layout for each set of parameter keys that makes a module complete."""
     for first in (SIDES[0][:1], SIDES[0][1:]):
         for second in (SIDES[1][:1], SIDES[1][1:]):
             is_whole = len(first) == len(second) == 1

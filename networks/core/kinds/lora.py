@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from library.checkpoints.adapter_names import NAMINGS
 from library.errors import UserError
 from networks.core.changes.additive import read_with, wrap
-from networks.core.changes.change import Change, Delta, Leaves, MakeDelta
+from networks.core.changes.change import Change, Delta, MakeDelta, ModuleTensors
 from networks.core.changes.ggpo import GgpoArguments
 from networks.core.changes.init import FromStart, InitArguments, starting_delta
 from networks.core.changes.low_rank import LowRank
@@ -65,34 +65,36 @@ def check_apart(request: ChangeRequest, widths: tuple[int, ...]) -> None:
 # --- in files ---
 
 
-def leaves_of(up_OR: Tensor, down_RN: Tensor, shape: tuple[int, ...], alpha: Tensor | None = None) -> dict[str, Tensor]:
-    """Return the leaves of a LoRA of a weight of `shape`, (O, I) or (O, I, h, w), from factors that are matrices."""
+def tensors_of(
+    up_OR: Tensor, down_RN: Tensor, shape: tuple[int, ...], alpha: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Return the tensors of a LoRA of a weight of `shape`, (O, I) or (O, I, h, w), from factors that are matrices."""
     rank = down_RN.shape[0]
-    leaves = {
+    tensors = {
         DOWN: down_RN.reshape(rank, *shape[1:]).contiguous(),
         UP: up_OR.reshape(shape[0], rank, *(1,) * (len(shape) - 2)).contiguous(),
     }
-    return leaves if alpha is None else {**leaves, ALPHA: alpha}
+    return tensors if alpha is None else {**tensors, ALPHA: alpha}
 
 
-def rank_of(leaves: Leaves) -> int:
+def rank_of(tensors: ModuleTensors) -> int:
     """Return R, the number of columns of lora_up."""
-    return leaves[UP].shape[1]
+    return tensors[UP].shape[1]
 
 
-def shape_of(name: str, leaves: Leaves) -> tuple[int, ...]:
+def shape_of(name: str, tensors: ModuleTensors) -> tuple[int, ...]:
     """Return the shape of the weight: (O, I), or (O, I, h, w) for a convolution."""
-    return (leaves[UP].shape[0], *leaves[DOWN].shape[1:])
+    return (tensors[UP].shape[0], *tensors[DOWN].shape[1:])
 
 
-def fault_of_pair(name: str, leaves: Leaves, keys: Mapping[str, str]) -> str | None:
+def fault_of_pair(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | None:
     """Say why two factors do not belong together; None where they do."""
-    if (DOWN in leaves) != (UP in leaves):
-        there, missing = (keys[DOWN], "up") if DOWN in leaves else (keys[UP], "down")
+    if (DOWN in tensors) != (UP in tensors):
+        there, missing = (keys[DOWN], "up") if DOWN in tensors else (keys[UP], "down")
         return f"has {there} without its {missing} factor; the file is incomplete"
-    if DOWN not in leaves:
+    if DOWN not in tensors:
         return None
-    up, down = leaves[UP], leaves[DOWN]
+    up, down = tensors[UP], tensors[DOWN]
     if up.dim() not in (2, 4) or down.dim() not in (2, 4) or up.dim() > down.dim():  # LyCORIS's DyLoRA has 2 and 4
         return (
             f": the factors of {name} have the shapes {list(up.shape)} and {list(down.shape)}; both "
@@ -101,28 +103,28 @@ def fault_of_pair(name: str, leaves: Leaves, keys: Mapping[str, str]) -> str | N
     return None
 
 
-def fault(name: str, leaves: Leaves, keys: Mapping[str, str]) -> str | None:
+def fault(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | None:
     """Say why the tensors of a module do not belong together; None where they do."""
-    wrong = fault_of_pair(name, leaves, keys)
-    if wrong is not None or UP not in leaves:
+    wrong = fault_of_pair(name, tensors, keys)
+    if wrong is not None or UP not in tensors:
         return wrong
-    up, down = leaves[UP], leaves[DOWN]
+    up, down = tensors[UP], tensors[DOWN]
     if up.shape[1] == down.shape[0]:
         return None
     return f": the factors of {name} do not fit together: up is {list(up.shape)}, down is {list(down.shape)}"
 
 
-def shape_with_core(name: str, leaves: Leaves) -> tuple[int, ...]:
+def shape_with_core(name: str, tensors: ModuleTensors) -> tuple[int, ...]:
     """Return (O, I, h, w)."""
-    return (leaves[UP].shape[0], leaves[DOWN].shape[1], *leaves[MID].shape[2:])
+    return (tensors[UP].shape[0], tensors[DOWN].shape[1], *tensors[MID].shape[2:])
 
 
-def fault_with_core(name: str, leaves: Leaves, keys: Mapping[str, str]) -> str | None:
+def fault_with_core(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | None:
     """Say why the tensors of a module with a core do not belong together; None where they do."""
-    wrong = fault_of_pair(name, leaves, keys)
-    if wrong is not None or UP not in leaves:
+    wrong = fault_of_pair(name, tensors, keys)
+    if wrong is not None or UP not in tensors:
         return wrong
-    up, mid, down = leaves[UP], leaves[MID], leaves[DOWN]
+    up, mid, down = tensors[UP], tensors[MID], tensors[DOWN]
     if mid.shape[:2] == (up.shape[1], down.shape[0]):
         return None
     return (

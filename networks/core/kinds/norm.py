@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import group_norm, layer_norm
 
-from networks.core.changes.change import Change, ChangeSize, Forward, Leaves, Misfit
+from networks.core.changes.change import Change, ChangeSize, Forward, Misfit, ModuleTensors
 from networks.core.registry.adapter_kind import AdapterKind
 from networks.core.registry.key_layout import KeyLayout
 
 W_NORM = "w_norm"
 B_NORM = "b_norm"
-LEAF_OF = {"weight": W_NORM, "bias": B_NORM}  # parameter of the layer -> the leaf of its change
+KEY_OF = {"weight": W_NORM, "bias": B_NORM}  # parameter of the layer -> the key of its change
 
 
 class Norm(nn.Module):
@@ -23,7 +23,7 @@ class Norm(nn.Module):
     other programs can have `b_norm` alone. They have no alpha and no rank, and no dropout acts on them.
     """
 
-    fast_leaves: frozenset[str] = frozenset()
+    fast_keys: frozenset[str] = frozenset()
     adds_to_output = False
     size = ChangeSize()
     w_norm: nn.Parameter | None
@@ -38,7 +38,7 @@ class Norm(nn.Module):
 
     @property
     def changed_parameters(self) -> tuple[str, ...]:
-        return tuple(name for name, leaf in LEAF_OF.items() if getattr(self, leaf) is not None)
+        return tuple(name for name, key in KEY_OF.items() if getattr(self, key) is not None)
 
     def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
         """Return what the layer computes with the changes; shapes and dtype are those of the layer alone."""
@@ -59,11 +59,11 @@ class Norm(nn.Module):
         return y if gives_float32 else y.to(x.dtype)
 
     def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
-        leaf = LEAF_OF[parameter]
-        change = getattr(self, leaf)
+        key = KEY_OF[parameter]
+        change = getattr(self, key)
         assert isinstance(change, Tensor)
         if change.shape != base.shape:
-            raise Misfit(leaf, tuple(change.shape), tuple(base.shape))
+            raise Misfit(key, tuple(change.shape), tuple(base.shape))
         return base + strength * change.to(base.device)
 
     @torch.no_grad()
@@ -76,11 +76,11 @@ class Norm(nn.Module):
         for change in self.parameters():
             change.mul_(ratio.to(change))
 
-    def leaves(self) -> Mapping[str, Tensor]:
+    def stored_tensors(self) -> Mapping[str, Tensor]:
         return self.state_dict()
 
-    def load(self, leaves: Mapping[str, Tensor]) -> None:
-        self.load_state_dict({**self.state_dict(), **leaves})
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        self.load_state_dict({**self.state_dict(), **tensors})
 
 
 def fresh_norm(layer: nn.Module) -> Norm:
@@ -91,9 +91,9 @@ def fresh_norm(layer: nn.Module) -> Norm:
     return Norm(layer, zeros, None if layer.bias is None else torch.zeros_like(zeros))
 
 
-def read(leaves: Leaves, layer: nn.Module | None) -> Change:
+def read(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
     """Make the change of a module in a file."""
-    return Norm(layer, leaves.get(W_NORM), leaves.get(B_NORM)).requires_grad_(False)
+    return Norm(layer, tensors.get(W_NORM), tensors.get(B_NORM)).requires_grad_(False)
 
 
 LAYOUT = KeyLayout(

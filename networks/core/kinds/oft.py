@@ -18,7 +18,7 @@ from networks.core.arguments.common import RankArguments
 from networks.core.arguments.network_arguments import NetworkArguments, NetworkSettings, argument
 from networks.core.arguments.values import parse_bool
 from networks.core.changes.blocks import REFUSED, refuse_magnitudes, with_kernels
-from networks.core.changes.change import Change, ChangeSize, Forward, Leaves, MergedOnly, Misfit
+from networks.core.changes.change import Change, ChangeSize, Forward, MergedOnly, Misfit, ModuleTensors
 from networks.core.changes.dropout import NO_DROPOUT, Dropout
 from networks.core.changes.orthogonal import change_of_turn
 from networks.core.changes.parameter_keys import ALPHA
@@ -43,26 +43,26 @@ class OrthogonalOutputs(nn.Module):
     """
 
     changed_parameters = ("weight",)
-    fast_leaves: frozenset[str] = frozenset()
+    fast_keys: frozenset[str] = frozenset()
     adds_to_output = False
     alpha: Tensor | None
     rescale: nn.Parameter | None
 
     def __init__(
-        self, layer: nn.Module | None, leaves: Leaves, drops: Dropout = NO_DROPOUT, is_trained: bool = True
+        self, layer: nn.Module | None, tensors: ModuleTensors, drops: Dropout = NO_DROPOUT, is_trained: bool = True
     ) -> None:
         """`layer` None is for merging alone."""
         super().__init__()
-        self.names = tuple(leaf for leaf in (BLOCKS, *PIECES) if leaf in leaves)
-        parameters = [nn.Parameter(leaves[name], requires_grad=is_trained) for name in self.names]
+        self.names = tuple(key for key in (BLOCKS, *PIECES) if key in tensors)
+        parameters = [nn.Parameter(tensors[name], requires_grad=is_trained) for name in self.names]
         if self.names == (BLOCKS,):
             self.register_parameter(BLOCKS, parameters[0])
         else:
             self.add_module(BLOCKS, nn.ParameterList(parameters))
-        scales = leaves.get(RESCALE)
+        scales = tensors.get(RESCALE)
         self.register_parameter(RESCALE, None if scales is None else nn.Parameter(scales, requires_grad=is_trained))
-        self.register_buffer(ALPHA, leaves.get(ALPHA))
-        self.limit = float(leaves[ALPHA]) if ALPHA in leaves else 0.0
+        self.register_buffer(ALPHA, tensors.get(ALPHA))
+        self.limit = float(tensors[ALPHA]) if ALPHA in tensors else 0.0
         self.drops = drops
         object.__setattr__(self, "layer", layer)  # the base model's own, which is no part of the adapter
         self.layer: nn.Module | None
@@ -110,13 +110,13 @@ class OrthogonalOutputs(nn.Module):
         if self.rescale is not None:
             self.rescale.sub_(1).mul_(ratio.to(self.rescale)).add_(1)
 
-    def leaves(self) -> Mapping[str, Tensor]:
+    def stored_tensors(self) -> Mapping[str, Tensor]:
         return self.state_dict()
 
-    def load(self, leaves: Mapping[str, Tensor]) -> None:
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over the tensors of a file in the form of the one that this was made of."""
-        self.load_state_dict({**self.state_dict(), **leaves})
-        self.limit = float(leaves[ALPHA]) if ALPHA in leaves else 0.0
+        self.load_state_dict({**self.state_dict(), **tensors})
+        self.limit = float(tensors[ALPHA]) if ALPHA in tensors else 0.0
 
     def _blocks(self) -> list[nn.Parameter]:
         return [self.get_parameter(name) for name in self.names]
@@ -202,10 +202,10 @@ def _skew(blocks_Dbb: Tensor) -> Tensor:
     return blocks_Dbb - blocks_Dbb.mT
 
 
-def further(layer: nn.Module, leaves: Leaves, drops: Dropout = NO_DROPOUT) -> OrthogonalOutputs:
+def further(layer: nn.Module, tensors: ModuleTensors, drops: Dropout = NO_DROPOUT) -> OrthogonalOutputs:
     """Make the change of a layer in the form of a file."""
-    zeros = {leaf: torch.zeros_like(t, dtype=torch.float32) for leaf, t in leaves.items() if leaf != ALPHA}
-    zeros |= {leaf: tensor.float() for leaf, tensor in leaves.items() if leaf == ALPHA}
+    zeros = {key: torch.zeros_like(t, dtype=torch.float32) for key, t in tensors.items() if key != ALPHA}
+    zeros |= {key: tensor.float() for key, tensor in tensors.items() if key == ALPHA}
     return OrthogonalOutputs(layer, zeros, drops)
 
 
@@ -217,7 +217,9 @@ def fresh(
     Raises UserError for a number that does not divide the outputs.
     """
     assert isinstance(layer.weight, Tensor)
-    leaves = {ALPHA: torch.tensor(limit, device="cpu")}  # the trainer also makes adapters without memory, to check them
+    tensors = {
+        ALPHA: torch.tensor(limit, device="cpu")
+    }  # the trainer also makes adapters without memory, to check them
     for name, width in zip((BLOCKS,) if widths is None else PIECES, widths or (len(layer.weight),), strict=False):
         if width % num_blocks or width == num_blocks:
             fits = max((number for number in range(1, min(num_blocks, width)) if width % number == 0), default=1)
@@ -226,48 +228,48 @@ def fresh(
                 f"{width} of them; use a smaller number that divides it, such as {fits}, or --network_module "
                 "networks.oft_v2"
             )
-        leaves[name] = torch.zeros(num_blocks, width // num_blocks, width // num_blocks)
-    return OrthogonalOutputs(layer, leaves, drops)
+        tensors[name] = torch.zeros(num_blocks, width // num_blocks, width // num_blocks)
+    return OrthogonalOutputs(layer, tensors, drops)
 
 
 # --- in files ---
 
 
-def rank_of(leaves: Leaves) -> int:
+def rank_of(tensors: ModuleTensors) -> int:
     """Return how many blocks there are, which these call the dimension."""
-    return next(leaves[leaf].shape[0] for leaf in (BLOCKS, *PIECES, MATRICES) if leaf in leaves)
+    return next(tensors[key].shape[0] for key in (BLOCKS, *PIECES, MATRICES) if key in tensors)
 
 
-def read(leaves: Leaves, layer: nn.Module | None) -> Change:
+def read(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
     """Make the change of a module from a file."""
-    refuse_magnitudes(leaves)
-    return OrthogonalOutputs(layer, leaves, is_trained=False)
+    refuse_magnitudes(tensors)
+    return OrthogonalOutputs(layer, tensors, is_trained=False)
 
 
-def read_matrices(leaves: Leaves, layer: nn.Module | None) -> Change:
+def read_matrices(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
     """Make the change of a module with whole matrices."""
-    if RESCALE in leaves:
+    if RESCALE in tensors:
         raise UserError(f"{MATRICES} with {RESCALE} is not computed here: what it means differs between versions")
-    return FixedMatrices(leaves[MATRICES])
+    return FixedMatrices(tensors[MATRICES])
 
 
-def fault(name: str, leaves: Leaves, keys: Mapping[str, str]) -> str | None:
+def fault(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | None:
     """Say why the tensors of a module make no rotation; None where they do."""
-    there = [leaf for leaf in (BLOCKS, *PIECES, MATRICES) if leaf in leaves]
+    there = [key for key in (BLOCKS, *PIECES, MATRICES) if key in tensors]
     if not there:
         return f"has {keys[RESCALE]} without {BLOCKS}; the file is incomplete"
-    pieces = [leaf for leaf in PIECES if leaf in leaves]
+    pieces = [key for key in PIECES if key in tensors]
     if pieces != list(PIECES[: len(pieces)]):
         return f"has {keys[pieces[-1]]} without all pieces before it; the file is incomplete"
-    for leaf in there:
-        shape = list(leaves[leaf].shape)
+    for key in there:
+        shape = list(tensors[key].shape)
         if len(shape) == 4:
-            return f"has {keys[leaf]} of the shape {shape}: BOFT of LyCORIS, which is not computed here"
+            return f"has {keys[key]} of the shape {shape}: BOFT of LyCORIS, which is not computed here"
         if len(shape) != 3 or shape[1] != shape[2]:
-            return f"has {keys[leaf]} of the shape {shape}; it needs (blocks, b, b)"
-    num_rows = sum(leaves[leaf].shape[0] * leaves[leaf].shape[1] for leaf in there)
-    if RESCALE in leaves and leaves[RESCALE].numel() != num_rows:
-        return f"has {keys[RESCALE]} of the shape {list(leaves[RESCALE].shape)}; it needs one number for each output"
+            return f"has {keys[key]} of the shape {shape}; it needs (blocks, b, b)"
+    num_rows = sum(tensors[key].shape[0] * tensors[key].shape[1] for key in there)
+    if RESCALE in tensors and tensors[RESCALE].numel() != num_rows:
+        return f"has {keys[RESCALE]} of the shape {list(tensors[RESCALE].shape)}; it needs one number for each output"
     return None
 
 

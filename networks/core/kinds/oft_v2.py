@@ -17,7 +17,7 @@ from networks.core.arguments.network_arguments import NetworkArguments, NetworkS
 from networks.core.arguments.values import parse_bool, parse_number, parse_unit
 from networks.core.changes.adapter import Adapter
 from networks.core.changes.blocks import REFUSED, block_size_for, refuse_magnitudes, resolve_blocks, row_length
-from networks.core.changes.change import Change, Leaves
+from networks.core.changes.change import Change, ModuleTensors
 from networks.core.changes.dropout import NO_DROPOUT, Dropout
 from networks.core.changes.orthogonal import Orthogonal
 from networks.core.changes.request import ChangeRequest
@@ -117,15 +117,15 @@ def fresh(
     block_size: int,
     drops: Dropout = NO_DROPOUT,
     has_scalar: bool = False,
-    leaves: Leaves | None = None,
+    tensors: ModuleTensors | None = None,
     *,
     eps: float | None = None,
     is_shared: bool = False,
     may_adjust: bool = True,
 ) -> Orthogonal:
-    """Make the change of a layer before training; in the form of `leaves`, where those of a file are given."""
-    if leaves is not None:
-        zeros = torch.zeros(leaves[ANGLES].shape, dtype=torch.float32)
+    """Make the change of a layer before training; in the form of `tensors`, where those of a file are given."""
+    if tensors is not None:
+        zeros = torch.zeros(tensors[ANGLES].shape, dtype=torch.float32)
     else:
         num_columns = row_length(layer)
         size = block_size_for(num_columns, block_size, may_adjust)
@@ -136,20 +136,20 @@ def fresh(
 # --- in files ---
 
 
-def rank_of(leaves: Leaves) -> int:
+def rank_of(tensors: ModuleTensors) -> int:
     """Return the block size, which stands where other kinds have a rank."""
-    return size_of_triangle(leaves[ANGLES].shape[1])
+    return size_of_triangle(tensors[ANGLES].shape[1])
 
 
-def read(leaves: Leaves, layer: nn.Module | None) -> Change:
+def read(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
     """Make the change of a module from a file."""
-    refuse_magnitudes(leaves)
-    return Orthogonal(layer, OftV2(leaves[ANGLES])).requires_grad_(False)
+    refuse_magnitudes(tensors)
+    return Orthogonal(layer, OftV2(tensors[ANGLES])).requires_grad_(False)
 
 
-def fault(name: str, leaves: Leaves, keys: Mapping[str, str]) -> str | None:
+def fault(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | None:
     """Say why the tensors of a module make no rotation; None where they do."""
-    shape = list(leaves[ANGLES].shape) if ANGLES in leaves else []
+    shape = list(tensors[ANGLES].shape) if ANGLES in tensors else []
     if len(shape) == 2:
         size = (1 + isqrt(1 + 8 * shape[1])) // 2
         if size > 1 and size * (size - 1) // 2 == shape[1]:

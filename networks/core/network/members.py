@@ -10,7 +10,7 @@ from networks.core.arguments.common import RankArguments, StructureArguments, Ta
 from networks.core.arguments.network_arguments import NetworkArguments
 from networks.core.changes import qkv_pieces
 from networks.core.changes.adapter import Adapter
-from networks.core.changes.change import Change, Leaves
+from networks.core.changes.change import Change, ModuleTensors
 from networks.core.changes.dora import DoraArguments, are_per_output
 from networks.core.changes.parameter_keys import DORA_SCALE
 from networks.core.changes.request import ChangeRequest
@@ -71,7 +71,7 @@ class MemberMaker:
                     yield self.member(place, target, norm.fresh_norm(target.module), norm_settings)
 
     def of_file(
-        self, place: Place, rules: Rules, groups: Mapping[str, Leaves], source: str, is_merged: bool
+        self, place: Place, rules: Rules, groups: Mapping[str, ModuleTensors], source: str, is_merged: bool
     ) -> Iterator[Member]:
         """Yield the adapters of one part of the base model that a file has weights for.
 
@@ -98,11 +98,11 @@ class MemberMaker:
                 change = self.change(self.request_of_file(place, target, group, source))
             yield self.member(place, target, change, settings)
 
-    def change_in_rows(self, place: Place, target: TargetModule, leaves: Leaves, source: str) -> Change:
+    def change_in_rows(self, place: Place, target: TargetModule, tensors: ModuleTensors, source: str) -> Change:
         """Make the change of a layer of which a file has several changes, each of its own rows."""
         layer, changes = target.module, {}
         assert isinstance(layer, nn.Linear)
-        for name, own in qkv_pieces.by_rows(leaves).items():
+        for name, own in qkv_pieces.by_rows(tensors).items():
             part = replace(target, module=qkv_pieces.LinearRows(layer, qkv_pieces.rows_of(name, layer.out_features)))
             request = self.request_of_file(place, part, own, source)
             changes[name] = self.change(replace(request, qkv_widths=None))
@@ -112,18 +112,18 @@ class MemberMaker:
         widths = self.targets.widths_of(target.path, target.module) if place.is_denoiser else None
         return ChangeRequest(target, rank, alpha, self.arguments, self.noise, place.is_denoiser, widths)
 
-    def request_of_file(self, place: Place, target: TargetModule, leaves: Leaves, source: str) -> ChangeRequest:
+    def request_of_file(self, place: Place, target: TargetModule, tensors: ModuleTensors, source: str) -> ChangeRequest:
         """Ask for a change in the form of a module of a file; magnitudes can be new."""
-        layout, dora = layout_of(leaves), self.arguments.of(DoraArguments)
+        layout, dora = layout_of(tensors), self.arguments.of(DoraArguments)
         assert layout.rank_of is not None
-        has_magnitudes = DORA_SCALE in leaves
+        has_magnitudes = DORA_SCALE in tensors
         return replace(
-            self.request(place, target, layout.rank_of(leaves), layout.alpha_of(leaves)),
-            tensors=leaves,
+            self.request(place, target, layout.rank_of(tensors), layout.alpha_of(tensors)),
+            tensors=tensors,
             source=source,
-            has_core=layout.has_core(leaves),
+            has_core=layout.has_core(tensors),
             is_decomposed=has_magnitudes or dora.dora_wd,
-            is_per_output=are_per_output(leaves[DORA_SCALE]) if has_magnitudes else dora.wd_on_output,
+            is_per_output=are_per_output(tensors[DORA_SCALE]) if has_magnitudes else dora.wd_on_output,
         )
 
     def change(self, request: ChangeRequest) -> Change:

@@ -199,7 +199,7 @@ class AdapterNetwork(nn.Module):
             block += "" if settings.expression is None else f" reg_lr_{settings.expression}"
             ratio = self._loraplus_ratio(member)
             for name, parameter in module_of(member.adapter).named_parameters():
-                is_plus = ratio is not None and name in member.adapter.change.fast_leaves
+                is_plus = ratio is not None and name in member.adapter.change.fast_keys
                 lr = rate * ratio if is_plus and ratio is not None else rate
                 if lr == 0:
                     continue

@@ -1,4 +1,4 @@
-"""What a network is made of, in a few lines for the log."""
+"""A summary of a network in a few lines for the log."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any

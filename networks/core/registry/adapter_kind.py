@@ -24,7 +24,7 @@ class Wrapper(Protocol):
 
     @property
     def label(self) -> str:
-        """What a user gave to have it."""
+        """The setting that a user gave to have it."""
         ...
 
 

@@ -20,7 +20,7 @@ NO_RATES: Expressions[float] = Expressions()
 
 @dataclass(frozen=True)
 class TargetSettings:
-    """What one module gets; rank 0 leaves it alone."""
+    """Rank, alpha and learning rate of one module; rank 0 leaves it alone."""
 
     rank: int
     alpha: float

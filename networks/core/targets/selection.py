@@ -1,4 +1,4 @@
-"""What network arguments that one base model gives a meaning to say about its modules."""
+"""Selection of modules by network arguments, those included that one base model gives a meaning to."""
 
 import logging
 import re

@@ -1,4 +1,4 @@
-"""What an adapter may attach to: a declaration per base model, and the search that applies it.
+"""The modules that an adapter may attach to: a declaration per base model, and the search that applies it.
 
 A base model's denoiser carries its declaration as `adapter_targets`, so this package imports no architecture. Paths are
 those of the model as network modules see it; with dots turned into underscores they are the names in files.
@@ -144,7 +144,7 @@ class TargetModule:
 
 @dataclass(frozen=True)
 class Filters:
-    """What a user leaves out of the search, beside what each part excludes, and what is readmitted: whole paths."""
+    """Patterns of a user: whole paths that are left out beside what each part excludes, and that are readmitted."""
 
     exclude: tuple[str, ...] = ()
     include: tuple[str, ...] = ()

@@ -26,7 +26,7 @@ LEAF = "toy_Q"
 class Rotation(nn.Module):
     """y = R (W x) + b with R = (1 + Q) / (1 - Q), Q skew-symmetric: W is turned, and no matrix is added to it."""
 
-    fast_leaves: frozenset[str] = frozenset()
+    fast_keys: frozenset[str] = frozenset()
     changed_parameters = ("weight",)
     adds_to_output = False
     size = ChangeSize()
@@ -58,7 +58,7 @@ class Rotation(nn.Module):
     def scale_(self, ratio: Tensor) -> None:
         self.toy_Q.mul_(ratio)
 
-    def leaves(self) -> Mapping[str, Tensor]:
+    def stored_tensors(self) -> Mapping[str, Tensor]:
         return self.state_dict()
 
     def load(self, leaves: Mapping[str, Tensor]) -> None:

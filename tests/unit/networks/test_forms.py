@@ -69,7 +69,7 @@ def assert_same(got: list[Tensor], expected: list[Tensor], **tolerance: float) -
 
 
 def file_keys(network: AdapterNetwork, module: str) -> dict[str, list[int]]:
-    return {leaf: list(tensor.shape) for leaf, tensor in network.adapters[module].change.leaves().items()}
+    return {leaf: list(tensor.shape) for leaf, tensor in network.adapters[module].change.stored_tensors().items()}
 
 
 def test_keys_and_shapes_of_everything_together() -> None:
@@ -125,7 +125,7 @@ def test_merging_at_another_strength_is_the_installed_network_at_it(form: str) -
     network, text, unet = trained(1531, **FORMS[form])
     merged_text, merged_unet = copy.deepcopy(toy_models(1531))
     network.set_multiplier(0.6)
-    weights = {f"{n}.{leaf}": t for n, a in network.adapters.items() for leaf, t in a.change.leaves().items()}
+    weights = {f"{n}.{leaf}": t for n, a in network.adapters.items() for leaf, t in a.change.stored_tensors().items()}
     other, _ = create_network_from_weights(0.6, "file", None, merged_text, merged_unet, weights, for_inference=True)
     other.merge_to(merged_text, merged_unet, weights, torch.float32, "cpu")
     assert_same(outputs(merged_text, merged_unet, 1532), outputs(text, unet, 1532))

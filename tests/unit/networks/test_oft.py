@@ -27,7 +27,7 @@ def made(seed: int, dim: int | None = None, **arguments: str) -> AdapterNetwork:
 
 
 def shape_of(network: AdapterNetwork, name: str) -> list[int]:
-    return list(network.adapters[name].change.leaves()[ANGLES].shape)
+    return list(network.adapters[name].change.stored_tensors()[ANGLES].shape)
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_loraplus_names_and_norms_are_those_of_all_pieces() -> None:
     changes = {name: change_of(LinearRows(whole, rows_of(name, 24)), "LoKr", 5312 + i) for i, name in enumerate(PARTS)}
     ours = InRows(changes)
     assert list(changes_in(ours)) == list(changes.values()) and list(changes_in(changes["rows_0_1_of_4"])) != []
-    assert ours.fast_leaves == {f"{name}.lokr_w1" for name in PARTS} <= dict(ours.named_parameters()).keys()
+    assert ours.fast_keys == {f"{name}.lokr_w1" for name in PARTS} <= dict(ours.named_parameters()).keys()
     change = ours.merged(whole.weight) - whole.weight
     torch.testing.assert_close(ours.norm(), change.norm(), **FLOAT64)
     ours.scale_(torch.tensor(0.25, dtype=torch.float64))
