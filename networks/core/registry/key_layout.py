@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from library.checkpoints.adapter_names import FileNaming
 from networks.core.changes.change import Change, ModuleTensors
 from networks.core.changes.parameter_keys import ALPHA, DORA_SCALE
-from networks.core.targets.targets import Kind as TargetKind
+from networks.core.targets.targets import TargetKind
 
 
 @dataclass(frozen=True)

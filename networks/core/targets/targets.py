@@ -14,7 +14,7 @@ from torch import nn
 from library.checkpoints.adapter_names import BaseNames
 from library.checkpoints.base_model_spec import ArgumentForm
 
-Kind = Literal["plain", "conv", "norm"]
+TargetKind = Literal["plain", "conv", "norm"]
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class TargetModule:
     name: str  # "lora_unet_double_blocks_0_img_attn_qkv"
     path: str  # "double_blocks.0.img_attn.qkv"
     module: nn.Module
-    kind: Kind  # plain: Linear and 1x1 convolution; conv: larger kernels; norm: a normalisation layer
+    kind: TargetKind  # plain: Linear and 1x1 convolution; conv: larger kernels; norm: a normalisation layer
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Filters:
 UNFILTERED = Filters()
 
 
-def kind_of(module: nn.Module) -> Kind | None:
+def kind_of(module: nn.Module) -> TargetKind | None:
     """How a module is adapted, None for a module that is not."""
     if isinstance(module, nn.Linear):
         return "plain"
