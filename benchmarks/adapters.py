@@ -29,15 +29,15 @@ from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 from networks.core.changes.alpha import ScaledDelta  # noqa: E402
 from networks.core.changes.change import Delta  # noqa: E402
-from networks.core.changes.dora import EPS, Add, Decompose  # noqa: E402
+from networks.core.changes.dora import EPS, Decompose, DoRA  # noqa: E402
+from networks.core.changes.low_rank import LowRank  # noqa: E402
+from networks.core.changes.tucker import Tucker  # noqa: E402
+from networks.core.kinds.boft import fresh as fresh_boft  # noqa: E402
 from networks.core.kinds.dylora import NestedRank  # noqa: E402
 from networks.core.kinds.loha import LoHa  # noqa: E402
 from networks.core.kinds.lokr import fresh as fresh_lokr  # noqa: E402
-from networks.core.kinds.lora import LowRank  # noqa: E402
 from networks.core.kinds.lora_fa import frozen_down  # noqa: E402
-from networks.core.kinds.rotations.boft import fresh as fresh_boft  # noqa: E402
-from networks.core.kinds.rotations.oft_v2 import fresh as fresh_oft  # noqa: E402
-from networks.core.kinds.tucker import Tucker  # noqa: E402
+from networks.core.kinds.oft_v2 import fresh as fresh_oft  # noqa: E402
 from networks.core.targets.targets import kind_of  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -115,7 +115,8 @@ class Way:
 
 def ours(name: str, layer: Any, delta: Delta, join: Any = None, has_scalar: bool = False) -> Way:
     """An adapter of this project that adds to the weight."""
-    return moved(name, layer, ScaledDelta(layer, delta, join or Add(), float(delta.rank), has_scalar=has_scalar))
+    change = ScaledDelta(layer, delta, float(delta.rank), has_scalar=has_scalar)
+    return moved(name, layer, change if join is None else DoRA(change, join))
 
 
 def moved(name: str, layer: Any, change: Any) -> Way:

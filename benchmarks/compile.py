@@ -27,8 +27,7 @@ from library.memory.compiled import CompiledBlock, CompileSettings  # noqa: E402
 from library.models.rotary import Rotary  # noqa: E402
 from networks.core.changes.adapter import Adapter  # noqa: E402
 from networks.core.changes.alpha import ScaledDelta  # noqa: E402
-from networks.core.changes.dora import Add  # noqa: E402
-from networks.core.kinds.lora import LowRank  # noqa: E402
+from networks.core.changes.low_rank import LowRank  # noqa: E402
 from networks.core.targets.targets import TargetModule  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -92,7 +91,7 @@ def adapt(block: nn.Module, rank: int) -> list[nn.Parameter]:
     trained: list[nn.Parameter] = []
     for name, layer in list(block.named_modules()):
         if isinstance(layer, nn.Linear):
-            change = ScaledDelta(layer, LowRank(layer, rank), Add(), rank)
+            change = ScaledDelta(layer, LowRank(layer, rank), rank)
             Adapter(TargetModule(name, name, layer, "plain"), change, 1.0).install()
             trained += list(change.parameters())
     return trained

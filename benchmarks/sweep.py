@@ -28,8 +28,7 @@ from benchmarks.trainer_tax import build_pictures  # noqa: E402
 from library.architectures.flux.model import Flux  # noqa: E402
 from networks.core.changes.adapter import Adapter  # noqa: E402
 from networks.core.changes.alpha import ScaledDelta  # noqa: E402
-from networks.core.changes.dora import Add  # noqa: E402
-from networks.core.kinds.lora import LowRank  # noqa: E402
+from networks.core.changes.low_rank import LowRank  # noqa: E402
 from networks.core.network.multiplexer import AdapterMultiplexer, Beside  # noqa: E402
 from networks.core.targets.targets import TargetModule  # noqa: E402
 
@@ -117,7 +116,7 @@ def shared(block: nn.Module, args: argparse.Namespace) -> AdapterMultiplexer:
         return [
             Adapter(
                 TargetModule(path, path, layer, "plain"),
-                ScaledDelta(layer, LowRank(layer, args.rank), Add(), args.rank),
+                ScaledDelta(layer, LowRank(layer, args.rank), args.rank),
                 1.0,
             )
             for path, layer in linears

@@ -1,4 +1,4 @@
-"""The same command as tools/check_lora_weights.py, under the path that front ends call."""
+"""The path under which front ends start tools/check_lora_weights.py."""
 
 import sys
 from pathlib import Path

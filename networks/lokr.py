@@ -1,6 +1,6 @@
 """--network_module networks.lokr: LoKr, the Kronecker product of two small matrices, on any base model."""
 
-from networks.core.kinds.lokr import DOOR
+from networks.core.kinds.lokr import KIND
 from networks.core.network.factory import network_module
 
-create_network, create_network_from_weights = network_module(DOOR)
+create_network, create_network_from_weights = network_module(KIND)

@@ -26,20 +26,25 @@ from library.checkpoints.files import file_in_folder, load_state_dict, read_meta
 from library.checkpoints.recognition import recognise_adapter
 from library.models.identify import spec_of
 from networks.core.changes.parameter_keys import ALPHA
-from networks.core.files.adapter_file import PeftSettings, diffusers_settings, peft_settings, with_alpha
+from networks.core.files.adapter_file import (
+    PeftSettings,
+    adapter_tensors,
+    diffusers_settings,
+    peft_settings,
+    read_adapters,
+    sort_tensors,
+    with_alpha,
+)
 from networks.core.files.inspection import (
     BlockFacts,
     ModuleFacts,
     by_block,
     count_dtypes,
-    group_tensors,
     module_facts,
     structure_problem,
 )
 from networks.core.files.module_weights import ModuleWeights, value_problems
-from networks.core.files.reading_writing import read_adapters
 from networks.core.files.renaming import some_keys
-from networks.core.kinds.adalora import as_lora
 from tools.command import make_parser, run
 
 EXAMPLES = """\
@@ -72,8 +77,8 @@ def judge(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], origin: str, settings: PeftSettings | None = None
 ) -> Report:
     """Judge the tensors of an adapter file; `settings` are those that PEFT saves beside it."""
-    tensors = as_lora(tensors, origin)
-    modules, unknown = group_tensors(tensors)
+    file = sort_tensors(tensors, metadata, origin)
+    tensors, modules = adapter_tensors(file), file.modules
     recorded = diffusers_settings(metadata) if settings is None else settings
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     specs = list_specs()
@@ -92,7 +97,7 @@ def judge(
             found.append(wrong)
     if len(modules) == len(lone):
         found.append(f"the file contains no adapter weights (first keys: {', '.join(list(tensors)[:3]) or 'none'})")
-    warnings = list(oddities(list(modules.values()), facts, unknown, base))
+    warnings = list(oddities(list(modules.values()), facts, list(file.unknown), base))
     if lone and len(modules) > len(lone):
         warnings.append(f"alphas without weights, which have no effect: {some_keys(lone)}")
     name = base.name if base else None

@@ -34,7 +34,7 @@ EXAMPLES = """\
 
 def spec_for_file(file: AdapterFile, origin: str) -> BaseModelSpec:
     """Return the spec of a file's base model. Raises UserError if it cannot be recognised."""
-    shapes = {module.keys[leaf]: t.shape for module in file.modules.values() for leaf, t in module.tensors.items()}
+    shapes = {module.keys[key]: t.shape for module in file.modules.values() for key, t in module.tensors.items()}
     return require_card(list_specs(), shapes, file.metadata, origin)
 
 

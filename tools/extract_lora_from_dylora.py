@@ -23,7 +23,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library.errors import UserError
 from library.json_text import parse_json
-from networks.core.files.adapter_file import AdapterFile, read_adapter_file, require_kinds, save_adapter_file
+from networks.core.files.adapter_file import AdapterFile, read_adapter_file, require_layouts, save_adapter_file
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds import lora, norm
 from networks.core.kinds.dylora import nested_rank
@@ -65,7 +65,7 @@ class Nested:
 def open_nested(path: Path) -> Nested:
     """Read a DyLoRA file. Raises UserError for a file that cannot be cut."""
     file = read_adapter_file(path, "--model")
-    require_kinds(file, (lora.KIND, norm.KIND), "cut to a smaller rank")
+    require_layouts(file, (lora.LAYOUT, norm.LAYOUT), "cut to a smaller rank")
     dora = [module.name for module in file.modules.values() if module.is_dora]
     if dora:
         raise UserError(

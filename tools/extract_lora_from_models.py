@@ -85,7 +85,7 @@ def extract_module(
     missed = float((matrix_ON - up_OR @ down_RN).square().sum())
     alpha = torch.tensor(float(down_RN.shape[0]))
     up, down = (factor.to("cpu", torch.float32) for factor in (up_OR, down_RN))
-    module = ModuleWeights(target.name, lora.leaves_of(up, down, tuple(weight.shape), alpha), {})
+    module = ModuleWeights(target.name, lora.tensors_of(up, down, tuple(weight.shape), alpha), {})
     return module, missed, float(matrix_ON.square().sum())
 
 

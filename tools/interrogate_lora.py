@@ -25,7 +25,7 @@ from library.errors import UserError
 from library.models.clip.clip import clip_body
 from library.models.identify import base_of_checkpoint
 from library.protocols import Architecture
-from networks.core.files.adapter_file import COMPUTED, AdapterFile, require_kinds
+from networks.core.files.adapter_file import COMPUTED, AdapterFile, require_layouts
 from networks.core.files.module_weights import ModuleWeights
 from tools.command import add_device, device_of, make_parser, run
 from tools.convert_lora import read_adapter
@@ -51,7 +51,7 @@ def open_architecture(flag: str, name: str) -> tuple[BaseModelSpec, Architecture
 
 def by_encoder(spec: BaseModelSpec, file: AdapterFile, num_encoders: int) -> list[dict[str, ModuleWeights]]:
     """Return the file's modules of each text encoder, by path. Raises UserError if there are none."""
-    require_kinds(file, COMPUTED, "looked into")
+    require_layouts(file, COMPUTED, "looked into")
     found: list[dict[str, ModuleWeights]] = [{} for _ in range(num_encoders)]
     for name, module in file.modules.items():
         names = spec.names.find(name)
@@ -72,10 +72,10 @@ def adapted(encoder: nn.Module, modules: dict[str, ModuleWeights]) -> nn.Module:
     body = clip_body(merged)
     for path, module in modules.items():
         layer = body.get_submodule(path)
-        for leaf in ("weight", "bias"):
-            if module.changes(leaf):
-                parameter = getattr(layer, leaf)
-                parameter.data = module.merged(parameter.data, 1.0, torch.float32, leaf)
+        for key in ("weight", "bias"):
+            if module.changes(key):
+                parameter = getattr(layer, key)
+                parameter.data = module.merged(parameter.data, 1.0, torch.float32, key)
     return merged
 
 

@@ -20,11 +20,11 @@ from library.checkpoints.adapter_keys import naming_of
 from library.checkpoints.base_model import BaseModel
 from library.errors import UserError
 from networks.core.changes.svd import balanced, best_factors, concatenated, svd_of_product
-from networks.core.files.adapter_file import COMPUTED, AdapterFile, require_kinds
+from networks.core.files.adapter_file import COMPUTED, AdapterFile, require_layouts
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.renaming import rename
 from networks.core.kinds import full, lora, norm
-from networks.core.kinds.table import PIECES
+from networks.core.registry.layouts import PIECES
 from tools.convert_lora import spec_for_file
 
 logger = logging.getLogger(__name__)
@@ -101,11 +101,11 @@ def merge_adapters(
     sums: dict[str, list[tuple[ModuleWeights, float]]] = {}
     for adapter in adapters:
         file = in_kohya_names(adapter.file)
-        require_kinds(file, COMPUTED, "merged")
+        require_layouts(file, COMPUTED, "merged")
         for name, module in file.modules.items():
             if adapter.leaves_out(name):
                 continue
-            if full.DIFF_B in module.tensors or (module.kind is full.KIND and len(module.shape) == 1):
+            if full.DIFF_B in module.tensors or (module.layout is full.LAYOUT and len(module.shape) == 1):
                 raise UserError(
                     f"{file.origin}: {name} changes a bias or a norm, which a LoRA cannot; merge it into a checkpoint "
                     "with --sd_model"
@@ -117,7 +117,7 @@ def merge_adapters(
         logger.warning("--base_model has no effect: the changes of --models do not depend on it")
     merged = []
     for name, terms in tqdm(sums.items(), desc="merging", unit="module"):
-        if terms[0][0].kind is norm.KIND:
+        if terms[0][0].layout is norm.LAYOUT:
             merged.append(Merged(add_norms(name, terms, joining)))
         elif any(needs_base(module) for module, _ in terms):
             assert base is not None and ranks is not None
@@ -132,15 +132,15 @@ def merge_adapters(
 
 def needs_base(module: ModuleWeights) -> bool:
     """Return True if the change of a module depends on the base weight."""
-    return module.kind is not norm.KIND and (module.is_dora or not module.is_low_rank)
+    return module.layout is not norm.LAYOUT and (module.is_dora or not module.is_low_rank)
 
 
 def refusal(file: AdapterFile, module: ModuleWeights, has_base: bool) -> str:
     """Return why such a module cannot be merged into a LoRA this way."""
-    what = "DoRA" if module.is_dora else module.kind.words
+    what = "DoRA" if module.is_dora else module.layout.words
     if has_base:
         return f"{file.origin}: {module.name} is {what}, not exactly a LoRA; use --new_rank instead of --concat"
-    has_no_factors = module.kind in (full.KIND, PIECES) and not module.is_dora
+    has_no_factors = module.layout in (full.LAYOUT, PIECES) and not module.is_dora
     why = "which has no factors to add" if has_no_factors else "whose change depends on the base weight"
     return (
         f"{file.origin}: {module.name} is {what}, {why}; set --base_model to the checkpoint that it "
@@ -213,7 +213,7 @@ def rank_for(shape: tuple[int, ...], ranks: tuple[int, int]) -> int:
 def lora_from_factors(name: str, up_OR: Tensor, down_RN: Tensor, shape: tuple[int, ...]) -> ModuleWeights:
     """Return a LoRA of strength 1."""
     alpha = torch.tensor(float(down_RN.shape[0]))
-    return ModuleWeights(name, lora.leaves_of(up_OR.cpu(), down_RN.cpu(), shape, alpha), {})
+    return ModuleWeights(name, lora.tensors_of(up_OR.cpu(), down_RN.cpu(), shape, alpha), {})
 
 
 def add_norms(name: str, terms: Terms, joining: Joining) -> ModuleWeights:
@@ -221,8 +221,8 @@ def add_norms(name: str, terms: Terms, joining: Joining) -> ModuleWeights:
     total: dict[str, Tensor] = {}
     strengths = joining.strengths([ratio for _, ratio in terms], [1] * len(terms))
     for (module, _), strength in zip(terms, strengths, strict=True):
-        for leaf, tensor in module.tensors.items():
-            total[leaf] = total.get(leaf, 0) + strength * tensor.float()  # type: ignore[assignment]
+        for key, tensor in module.tensors.items():
+            total[key] = total.get(key, 0) + strength * tensor.float()  # type: ignore[assignment]
     return ModuleWeights(name, total, {})
 
 
@@ -232,7 +232,7 @@ def largest_ranks(adapters: Sequence[Weighted]) -> tuple[int, int] | None:
     LoKr of two whole matrices, OFT and BOFT have none.
     """
     modules = [module for adapter in adapters for module in adapter.file.modules.values()]
-    ranked = [module for module in modules if module.is_low_rank and not module.kind.is_whole]
+    ranked = [module for module in modules if module.is_low_rank and not module.layout.is_whole]
     plain = [module.rank for module in ranked if not module.is_larger_kernel]
     conv = [module.rank for module in ranked if module.is_larger_kernel]
     return (max(plain or conv), max(conv or plain)) if ranked else None

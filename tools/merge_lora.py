@@ -42,7 +42,7 @@ from library.randomness import generator_for
 from networks.core.files.adapter_file import (
     COMPUTED,
     AdapterFile,
-    require_kinds,
+    require_layouts,
     save_adapter_file,
 )
 from networks.core.files.module_weights import ModuleWeights, named_twice
@@ -122,7 +122,7 @@ def changes_by_module(base: BaseModel, adapters: Sequence[Weighted]) -> dict[str
     here = {module for file in base.files for module in file.modules}
     changes: dict[str, list[tuple[ModuleWeights, float]]] = {}
     for adapter in adapters:
-        require_kinds(adapter.file, COMPUTED, "merged")
+        require_layouts(adapter.file, COMPUTED, "merged")
         names = {name: base.names.find(name) for name in adapter.file.modules}
         missing = [name for name, found in names.items() if found is None or found.kohya not in here]
         if missing:
@@ -165,12 +165,12 @@ def merged_tensors(
     tensors = {}
     for key in file.weights.shapes:
         old = file.weights.read(key)
-        stem, _, leaf = key.rpartition(".")
+        stem, _, parameter_key = key.rpartition(".")
         own = changes.get(modules.get(stem, ""), ())
         new = old.to(device) if own else merged_thirds(file, key, old, changes, dtype, device)
         for module, ratio in own:
-            if module.changes(leaf):
-                new = module.merged(new, ratio, dtype, leaf)
+            if module.changes(parameter_key):
+                new = module.merged(new, ratio, dtype, parameter_key)
         is_number = old.is_floating_point()
         tensors[key] = new.to("cpu", save_dtype if save_dtype is not None and is_number else old.dtype)
         progress.update()
@@ -193,7 +193,7 @@ def merged_thirds(
     for name, third in changed:
         rows = third.of(new)
         for module, ratio in changes[name]:
-            if module.kind is not norm.KIND:
+            if module.layout is not norm.LAYOUT:
                 if module.changes("bias"):
                     raise UserError(f"{module.origin}: {name} changes a bias that is stored with others; remove it")
                 rows.copy_(module.merged(rows, ratio, dtype))
@@ -293,7 +293,7 @@ def ranks_of(args: argparse.Namespace, adapters: Sequence[Weighted]) -> tuple[in
 
 def is_norms(file: AdapterFile) -> bool:
     """Return True if a file has only norm weights."""
-    return all(module.kind is norm.KIND for module in file.modules.values())
+    return all(module.layout is norm.LAYOUT for module in file.modules.values())
 
 
 def check(args: argparse.Namespace) -> list[float]:

@@ -30,7 +30,13 @@ from networks.core.changes.svd import (
     rank_by_sum,
     svd_of_product,
 )
-from networks.core.files.adapter_file import COMPUTED, AdapterFile, read_adapter_file, require_kinds, save_adapter_file
+from networks.core.files.adapter_file import (
+    COMPUTED,
+    AdapterFile,
+    read_adapter_file,
+    require_layouts,
+    save_adapter_file,
+)
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds import lora, norm
 from tools.command import (
@@ -131,11 +137,11 @@ def resize_large_module(module: ModuleWeights, measure: Measure, device: torch.d
 
 def resize_file(file: AdapterFile, measure: Measure, device: torch.device, verbose: bool = False) -> AdapterFile:
     """Resize every module and update the metadata. Raises UserError for kinds without a rank."""
-    require_kinds(file, COMPUTED, "resized")
-    turned = next((m for m in file.modules.values() if not m.is_low_rank and m.kind is not norm.KIND), None)
+    require_layouts(file, COMPUTED, "resized")
+    turned = next((m for m in file.modules.values() if not m.is_low_rank and m.layout is not norm.LAYOUT), None)
     if turned is not None:
         raise UserError(
-            f"{file.origin}: {turned.name} is {turned.kind.words}, which has no rank to reduce; convert it to a LoRA "
+            f"{file.origin}: {turned.name} is {turned.layout.words}, which has no rank to reduce; convert it to a LoRA "
             "with tools/merge_lora.py --base_model (the checkpoint that it was trained on) --new_rank"
         )
     modules = []
@@ -166,9 +172,9 @@ def resized_metadata(file: AdapterFile, modules: Sequence[ModuleWeights], measur
     main = [m for m in modules if m.form == "low_rank"] or [m for m in modules if m.is_low_rank]
     ranks, alphas = {module.rank for module in main}, {module.alpha for module in main}
     old = max(module.rank for module in file.modules.values() if module.is_low_rank)
-    if any(module.kind is not old_module.kind and not old_module.kind.ends
+    if any(module.layout is not old_module.layout and not old_module.layout.ends
            for module, old_module in zip(modules, file.modules.values(), strict=True)):  # fmt: skip
-        metadata["ss_network_module"] = lora.KIND.door
+        metadata["ss_network_module"] = lora.LAYOUT.network_module
     dynamic = measure.method is not None
     metadata["ss_network_dim"] = "Dynamic" if dynamic else str(measure.new_rank if len(ranks) > 1 else ranks.pop())
     metadata["ss_network_alpha"] = "Dynamic" if dynamic or len(alphas) > 1 else str(alphas.pop())

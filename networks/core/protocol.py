@@ -1,4 +1,4 @@
-"""What a --network_module must offer, and how the trainer talks to any of them.
+"""The protocol between a --network_module and the trainer.
 
 A network module is a Python module with two functions (`NetworkModule`); the first gives a network (`Network`). Ours,
 lycoris.kohya and users' own files are all called in this way. `adopt` fills in what a third party leaves out.
@@ -44,7 +44,7 @@ class NetworkModule(Protocol):
         neuron_dropout: float | None = None,
         **network_args: Any,
     ) -> nn.Module:
-        """A fresh network (`Network`) that is not installed yet."""
+        """Make a network (`Network`) that is not installed yet."""
         ...
 
     def create_network_from_weights(
@@ -58,7 +58,7 @@ class NetworkModule(Protocol):
         for_inference: bool = False,
         **network_args: Any,
     ) -> tuple[Any, dict[str, Tensor]]:
-        """A network shaped like a file, and the file's tensors, which are not loaded into it yet."""
+        """Make a network shaped like a file; return the file's tensors too, which are not loaded into it yet."""
         ...
 
 
@@ -87,7 +87,7 @@ class Network(Protocol):
     def prepare_optimizer_params(
         self, text_encoder_lr: float | None, unet_lr: float | None, learning_rate: float
     ) -> Any:
-        """Groups of the optimizer, or (groups, their names). May take the first two arguments only."""
+        """Return groups of the optimizer, or (groups, their names). May take the first two arguments only."""
         ...
 
     def prepare_grad_etc(self, text_encoder: TextEncoder, unet: nn.Module) -> None: ...
@@ -98,7 +98,7 @@ class Network(Protocol):
 
 @dataclass(frozen=True)
 class Merging:
-    """What a parameter of the base model becomes when an adapter is merged into it."""
+    """A parameter of the base model, and its value when an adapter is merged into it."""
 
     layer: nn.Module
     parameter: str
@@ -163,7 +163,7 @@ def open_network_module(name: str) -> NetworkModule:
 
 
 def parse_network_args(items: Sequence[str] | None) -> dict[str, str]:
-    """`key=value` items of --network_args as a table; of a key given twice the last value counts."""
+    """Return the `key=value` items of --network_args as a table; of a key given twice the last value counts."""
     arguments: dict[str, str] = {}
     for item in items or []:
         key, equals, value = item.partition("=")
@@ -176,7 +176,7 @@ def parse_network_args(items: Sequence[str] | None) -> dict[str, str]:
 
 
 def is_switched_on(items: Sequence[str] | None, name: str) -> bool:
-    """Whether --network_args set `name` to a word for True; the last item of that name counts."""
+    """Return True if --network_args set `name` to a word for True; the last item of that name counts."""
     values = [item.partition("=")[2] for item in items or [] if item.partition("=")[0] == name]
     return bool(values) and values[-1].strip().lower() in TRUE_WORDS
 
@@ -244,7 +244,7 @@ class AdoptedNetwork:
         self._needed("merge_to", "--base_weights")(text_encoder, denoiser, weights, dtype, device)
 
     def merging(self, weights: Mapping[str, Tensor], device: torch.device | str) -> Iterable[Merging]:
-        """The same parameter by parameter, for who has the weights of the base model one at a time."""
+        """Yield what `merge_to` computes parameter by parameter, for who has the base model's weights one at a time."""
         found: Iterable[Merging] = self._needed("merging", "--base_weights")(weights, device)
         return found
 
@@ -255,7 +255,7 @@ class AdoptedNetwork:
     def parameter_groups(
         self, text_encoder_lr: list[float] | None, unet_lr: float | None, learning_rate: float
     ) -> tuple[list[dict[str, Any]], list[str] | None]:
-        """The optimizer's groups and their names, without those that have no parameters or no learning rate.
+        """Return the optimizer's groups and their names, without those that have no parameters or no learning rate.
 
         The names are None where the network gives none. Raises UserError when nothing is left to train.
         """
@@ -303,12 +303,12 @@ class AdoptedNetwork:
 
     @property
     def looks_at_gradients(self) -> bool:
-        """Whether the network does something in `note_gradients`; one that does not say so may."""
+        """True if the network does something in `note_gradients`; one that does not say so may."""
         asked = self._method("looks_at_gradients")
         return self._method("on_gradients") is not None and (asked is None or asked())
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """What the optimizer changes: the set whose gradient norm is limited."""
+        """Return what the optimizer changes: the set whose gradient norm is limited."""
         return self._trainable_parameters() if self._trained is None else list(self._trained)
 
     def _trainable_parameters(self) -> list[nn.Parameter]:
@@ -317,12 +317,12 @@ class AdoptedNetwork:
         return [parameter for parameter in found if parameter.requires_grad]
 
     def set_multiplier(self, multiplier: float) -> None:
-        """How strongly the network acts: 0 is the base model."""
+        """Set how strongly the network acts: 0 is the base model."""
         self._needed("set_multiplier", "training on prompts or with differential output preservation")(multiplier)
 
     @property
     def can_limit_norms(self) -> bool:
-        """Whether --scale_weight_norms works with this network."""
+        """True if --scale_weight_norms works with this network."""
         return self._method("apply_max_norm_regularization") is not None
 
     def limit_norms(self, limit: float, device: torch.device | str) -> Tensor:
@@ -351,7 +351,7 @@ class AdoptedNetwork:
         return method(text_encoder_lr, unet_lr, learning_rate)
 
     def _method(self, name: str) -> Any:
-        """A method of the network, None where it has none of that name."""
+        """Return a method of the network, None where it has none of that name."""
         method = getattr(self.module, name, None)
         return method if callable(method) else None
 
@@ -369,7 +369,7 @@ class AdoptedNetwork:
 def _trained_groups(
     groups: list[dict[str, Any]], names: list[str] | None, learning_rate: float
 ) -> tuple[list[dict[str, Any]], list[str] | None]:
-    """Groups that have parameters and a learning rate; one without its own takes the general one."""
+    """Keep groups that have parameters and a learning rate; one without its own takes the general one."""
     kept: list[dict[str, Any]] = []
     kept_names: list[str] = []
     groups = [{**group, "params": list(group["params"])} for group in groups]
@@ -393,7 +393,7 @@ def _trained_groups(
 
 
 def _explained(name: str, create: Callable[..., Any]) -> Callable[..., Any]:
-    """`create_network` whose failed assertions and ValueErrors, which are how others refuse settings, name the module
+    """Wrap `create_network` so that failed assertions and ValueErrors, by which others refuse settings, name the module
     and a way out."""
 
     def create_network(*arguments: Any, **keywords: Any) -> Any:
@@ -409,7 +409,7 @@ def _explained(name: str, create: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _reading_explained(name: str, create: Callable[..., Any]) -> Callable[..., tuple[Any, dict[str, Tensor]]]:
-    """The same of `create_network_from_weights`."""
+    """Wrap `create_network_from_weights` so that failed assertions name the module and a way out."""
 
     def create_network_from_weights(
         multiplier: float, file: str, *arguments: Any, **keywords: Any
@@ -437,7 +437,7 @@ def _cannot_read_files(name: str) -> Callable[..., tuple[Any, dict[str, Tensor]]
 
 
 def _own_modules() -> list[str]:
-    """Beside doors for --network_module that folder has commands, which make no networks."""
+    """List our own network modules; that folder has commands too, which make no networks."""
     files = Path(__file__).parents[1].glob("*.py")
     return sorted(f"networks.{file.stem}" for file in files if "create_network" in file.read_text(encoding="utf-8"))
 

@@ -29,6 +29,7 @@ LAYERS = (
     ("networks.core.arguments",),
     ("networks.core.targets",),
     ("networks.core.changes",),
+    ("networks.core.registry",),
     ("networks.core.kinds",),
     ("networks.core.files",),
     ("networks.core.network",),

@@ -26,7 +26,7 @@ ONCE = {  # definition -> where it stands
     r"^PEFT_PREFIX\b": GRAMMAR,
     r"^def underscored\(": GRAMMAR,
     r"^class AdapterKey\b": GRAMMAR,
-    r"^def kind_of\(leaves": "networks/core/kinds/table.py",
+    r"^def layout_of\(": "networks/core/registry/layouts.py",
 }
 FACTOR = re.compile(r"\blora_(up|down|mid|A|B)\b|\bhada_|\blokr_|\boft_R\b|\bboft_[Rs]\b|\bw_norm\b|\bb_norm\b")
 MAY_NAME_FACTORS = (

@@ -14,7 +14,7 @@ def saved_tensors(network: Any) -> dict[str, Tensor]:
     return {
         f"{name}.{leaf}": tensor
         for name, adapter in network.adapters.items()
-        for leaf, tensor in adapter.change.leaves().items()
+        for leaf, tensor in adapter.change.stored_tensors().items()
     }
 
 

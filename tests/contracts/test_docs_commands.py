@@ -18,7 +18,7 @@ from library.options.train import TrainOptions
 from library.training.config_file import read_config
 from library.training.evaluation.prompts import LINE_OPTIONS
 from library.training.sweep.combinations import combinations_of
-from networks.core.arguments.parsing import parse_arguments
+from networks.core.registry.parsing import parse_arguments
 from tools import choose_checkpoint, contact_sheet, make_shards, plan_memory, start
 
 ROOT = Path(__file__).parents[2]

@@ -18,8 +18,8 @@ from library.protocols import PromptDefaults
 from library.training.config_file import basic_string
 from library.training.evaluation.prompts import read_prompts, resolve
 from networks import dylora, lora, lora_fa
-from networks.core.arguments.parsing import SUPPORTED
 from networks.core.protocol import parse_network_args
+from networks.core.registry.parsing import list_arguments
 from tests.fuzz.budget import any_input, works_or_says_why
 from tests.unit.data.builders import options_of, plan_of, write_folder
 from tests.unit.networks.toy import toy_models
@@ -94,7 +94,7 @@ def test_bytes_as_a_dataset_file(tmp_path: Path, content: bytes, ending: str) ->
 arguments = st.one_of(
     texts,
     st.tuples(
-        st.sampled_from(sorted(SUPPORTED)), st.one_of(texts, numbers.map(str), st.sampled_from(["True", "0,1"]))
+        st.sampled_from(sorted(list_arguments())), st.one_of(texts, numbers.map(str), st.sampled_from(["True", "0,1"]))
     ).map("=".join),
 )
 

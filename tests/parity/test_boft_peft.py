@@ -16,7 +16,7 @@ from library.checkpoints.files import load_state_dict
 from networks import boft
 from networks.core.changes.orthogonal import Orthogonal, turn
 from networks.core.files.adapter_file import read_adapter_file
-from networks.core.kinds.rotations.boft import BLOCKS, SCALES, Boft, fits, fresh, read, sizes_for
+from networks.core.kinds.boft import BLOCKS, SCALES, Boft, fits, fresh, read, sizes_for
 from tests.parity.test_lora_merge import tiny_clip
 from tests.tolerances import FLOAT32_DEEP, FLOAT64
 from tests.unit.networks.test_joins import Largest
@@ -43,7 +43,9 @@ def test_outputs_gradients_and_merged_weights(name: str) -> None:
     parameters = {key.split(".")[-2]: value for key, value in theirs.named_parameters() if "boft" in key}
     leaves = {leaf: value.detach().clone() for leaf, value in parameters.items()}
     ours = fresh(layer, 4)
-    assert {leaf: value.numel() for leaf, value in ours.leaves().items()} == {k: v.numel() for k, v in leaves.items()}
+    assert {leaf: value.numel() for leaf, value in ours.stored_tensors().items()} == {
+        k: v.numel() for k, v in leaves.items()
+    }
     ours.load({**leaves, SCALES: leaves[SCALES].view(-1, 1)})
     x = torch.randn(LAYERS[name][1], requires_grad=True)
     y, their_y = ours.forward(x, layer, 1.0), theirs(x)

@@ -209,14 +209,13 @@ def test_what_has_no_gradient_and_what_is_counted_is_not_compiled() -> None:
 def test_layers_of_other_strength_share_a_graph() -> None:
     """Their alphas differ, which are numbers and no tensors."""
     from networks.core.changes.alpha import ScaledDelta
-    from networks.core.changes.dora import Add
-    from networks.core.kinds.lora import LowRank
+    from networks.core.changes.low_rank import LowRank
 
     class Adapted(nn.Module):
         def __init__(self, alpha: float) -> None:
             super().__init__()
             self.layer = nn.Linear(8, 8)
-            self.change = ScaledDelta(self.layer, LowRank(self.layer, 2), Add(), alpha)
+            self.change = ScaledDelta(self.layer, LowRank(self.layer, 2), alpha)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.change.forward(x, self.layer, 1.0)

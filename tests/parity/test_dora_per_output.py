@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from networks.core.changes.adapter import Adapter
 from networks.core.changes.change import Delta
 from networks.core.changes.dora import Decompose
+from networks.core.changes.low_rank import LowRank
 from networks.core.changes.qkv_rows import peft_magnitudes
+from networks.core.changes.tucker import Tucker
 from networks.core.kinds.loha import LoHa
 from networks.core.kinds.lokr import fresh
-from networks.core.kinds.lora import LowRank
-from networks.core.kinds.tucker import Tucker
 from tests.tolerances import FLOAT64
 from tests.unit.networks.one_layer import adapter_on, double, module_of
 
@@ -90,7 +90,7 @@ def test_layer_merged_weight_and_file_are_those_of_lycoris(name: str, kind: str,
         weight = (layer(columns) - (0 if layer.bias is None else layer.bias)).t()
         theirs.restore()
         torch.testing.assert_close(ours.merged()["weight"], weight, **FLOAT64)
-    mine, other = ours.change.leaves(), theirs.custom_state_dict()
+    mine, other = ours.change.stored_tensors(), theirs.custom_state_dict()
     assert mine["dora_scale"].shape == other["dora_scale"].shape
     torch.testing.assert_close(mine["dora_scale"], other["dora_scale"], **FLOAT64)
 

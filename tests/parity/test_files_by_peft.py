@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from networks.core.files.adapter_file import COMPUTED, read_adapter_file, require_kinds
+from networks.core.files.adapter_file import COMPUTED, read_adapter_file, require_layouts
 from tests.tolerances import FLOAT32_SAME_MATH
 from tools import check_lora_weights
 
@@ -64,7 +64,7 @@ def saved(folder: Path, what: str) -> tuple[dict[str, Tensor], dict[str, Tensor]
 def test_merged_weights_are_those_of_peft(tmp_path: Path, what: str) -> None:
     before, after = saved(tmp_path, what)
     file = read_adapter_file(tmp_path)
-    require_kinds(file, COMPUTED, "merged")
+    require_layouts(file, COMPUTED, "merged")
     assert len(file.modules) == len(LAYERS)
     for name, weight in before.items():
         found = file.modules[f"base_model.model.{name}"].merged(weight, 1.0)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from networks import lora, oft
-from networks.core.files.adapter_file import COMPUTED, parse_adapter, require_kinds
+from networks.core.files.adapter_file import COMPUTED, parse_adapter, require_layouts
 from tests.tolerances import FLOAT32_SAME_MATH
 from tests.unit.networks.toy import toy_models
 
@@ -49,7 +49,7 @@ def test_merged_weights_and_biases_are_those_of_lycoris(strength: float) -> None
     text, unet = toy_models(612)
     tensors, after = file_by_lycoris(unet, strength)
     file = parse_adapter(tensors, {}, "a.safetensors")
-    require_kinds(file, COMPUTED, "merged")
+    require_layouts(file, COMPUTED, "merged")
     for name, path in PATHS.items():
         for parameter in ("weight", "bias"):
             if (wanted := after.get(f"{path}.{parameter}")) is None:

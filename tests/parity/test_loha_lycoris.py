@@ -77,7 +77,7 @@ def test_layer_merged_weight_and_file(name: str, rank: int, has_core: bool, is_d
     whole = layer.weight + theirs.get_weight(layer.weight.shape) * theirs.scalar
     whole = theirs.apply_weight_decompose(whole) if is_dora else whole
     torch.testing.assert_close(ours.merged()["weight"], whole, **CLOSE)
-    mine, other = ours.change.leaves(), theirs.custom_state_dict()
+    mine, other = ours.change.stored_tensors(), theirs.custom_state_dict()
     assert {key: tensor.shape for key, tensor in mine.items()} == {key: tensor.shape for key, tensor in other.items()}
 
 

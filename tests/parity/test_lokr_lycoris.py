@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from networks.core.changes.adapter import Adapter
 from networks.core.changes.dora import Decompose
 from networks.core.kinds.lokr import factorize, fresh
-from networks.core.kinds.table import change_of, kind_of
+from networks.core.registry.layouts import change_of, layout_of
 from tests.unit.networks.one_layer import adapter_on, module_of
 
 lokr: Any = pytest.importorskip("lycoris.modules.lokr")
@@ -90,10 +90,12 @@ def test_layer_merged_weight_and_file(name: str, form: str, is_dora: bool, has_s
     for one, other in zip(grads, their_grads, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()) + 1e-6)
     torch.testing.assert_close(ours.merged()["weight"], whole, **CLOSE)
-    mine, other = ours.change.leaves(), theirs.custom_state_dict()
+    mine, other = ours.change.stored_tensors(), theirs.custom_state_dict()
     assert {key: tensor.shape for key, tensor in mine.items()} == {key: tensor.shape for key, tensor in other.items()}
     for key, tensor in other.items():
-        if key != "alpha" or not kind_of(mine).is_whole:  # without a rank alpha says nothing: theirs is the rank asked
+        if (
+            key != "alpha" or not layout_of(mine).is_whole
+        ):  # without a rank alpha says nothing: theirs is the rank asked
             torch.testing.assert_close(mine[key], tensor.detach())
 
 
@@ -105,7 +107,7 @@ def test_files_compute_the_same_in_both_programs(name: str, form: str) -> None:
     whole = base + theirs.get_weight(base.shape) * theirs.scalar
     read = change_of({key: tensor.detach() for key, tensor in theirs.custom_state_dict().items()}, layer)
     torch.testing.assert_close(read.merged(base), whole, **CLOSE)
-    leaves = ours.change.leaves()
+    leaves = ours.change.stored_tensors()
     again = lokr.LokrModule("x", layer, 1.0, 2, 3.0, **FORMS[form])
     again.load_state_dict(leaves)
     torch.testing.assert_close(base + again.get_weight(base.shape), whole, **CLOSE)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from networks.core.changes.adapter import Adapter
-from networks.core.changes.dora import Add, Decompose
-from networks.core.kinds.lora import LowRank
-from networks.core.kinds.tucker import Tucker
+from networks.core.changes.dora import Decompose
+from networks.core.changes.low_rank import LowRank
+from networks.core.changes.tucker import Tucker
 from networks.core.targets.targets import kind_of
 from tests.unit.networks.one_layer import adapter_on
 
@@ -38,7 +38,7 @@ def pair(name: str, is_tucker: bool, is_dora: bool, has_scalar: bool) -> tuple[A
     kind = kind_of(layer)
     assert kind is not None
     delta = (Tucker if is_tucker else LowRank)(layer, 4)
-    join = Decompose(layer.weight) if is_dora else Add()
+    join = Decompose(layer.weight) if is_dora else None
     ours = adapter_on(layer, delta, 3.0, join, has_scalar=has_scalar)
     theirs = locon.LoConModule(
         "x", layer, 1.0, 4, 3.0, use_tucker=is_tucker, use_scalar=has_scalar, weight_decompose=is_dora, wd_on_out=False
@@ -80,7 +80,7 @@ def test_layer(name: str, is_tucker: bool, is_dora: bool, has_scalar: bool) -> N
 @pytest.mark.parametrize(("name", "is_tucker", "is_dora", "has_scalar"), CASES)
 def test_file(name: str, is_tucker: bool, is_dora: bool, has_scalar: bool) -> None:
     ours, theirs, _ = pair(name, is_tucker, is_dora, has_scalar)
-    mine, other = ours.change.leaves(), theirs.custom_state_dict()
+    mine, other = ours.change.stored_tensors(), theirs.custom_state_dict()
     assert {key: tensor.shape for key, tensor in mine.items()} == {key: tensor.shape for key, tensor in other.items()}
     for key in mine:
         torch.testing.assert_close(mine[key], other[key].float(), rtol=0, atol=0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from networks.core.kinds.lora import LowRank
+from networks.core.changes.low_rank import LowRank
 from networks.core.targets.targets import kind_of
 from tests.tolerances import FLOAT32_DEEP, FLOAT64
 from tests.unit.networks.one_layer import adapter_on, double

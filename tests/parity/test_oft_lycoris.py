@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from library.architectures.sd.adapters import view
 from library.checkpoints.files import load_state_dict, save_safetensors
 from networks import lora, oft, oft_flux, oft_v2
-from networks.core.changes.alpha import Dropout
+from networks.core.changes.dropout import Dropout
 from networks.core.files.adapter_file import parse_adapter
 from networks.core.files.module_weights import ModuleWeights
-from networks.core.kinds.rotations.oft import OrthogonalOutputs
-from networks.core.kinds.table import change_of, kind_of
+from networks.core.kinds.oft import OrthogonalOutputs
+from networks.core.registry.layouts import change_of, layout_of
 from tests.parity.test_lora_merge import tiny_clip, tiny_unet
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.test_forms import assert_same, outputs
@@ -57,9 +57,9 @@ def test_layer_merged_weight_and_gradients_are_those_of_lycoris(name: str, limit
     torch.testing.assert_close(y, expected, **close)
     for one, other in zip(grads, wanted, strict=True):
         torch.testing.assert_close(one, other.view_as(one), rtol=1e-3, atol=1e-4 * float(other.abs().max()) + 1e-6)
-    assert {key: t.shape for key, t in ours.leaves().items()} == {key: t.shape for key, t in leaves.items()}
+    assert {key: t.shape for key, t in ours.stored_tensors().items()} == {key: t.shape for key, t in leaves.items()}
     again = diag_oft.DiagOFTModule("x", layer, 1.0, 4, 1.0, constraint=limit, rescaled=is_scaled)
-    again.load_state_dict(dict(ours.leaves()))
+    again.load_state_dict(dict(ours.stored_tensors()))
     torch.testing.assert_close(again.get_merged_weight(shape=layer.weight.shape)[0], weight)
 
 
@@ -91,7 +91,7 @@ def test_a_file_of_networks_oft_flux_turns_q_k_v_and_the_mlp_apart() -> None:
     weight = torch.randn(3 * 4 + 8, 6, dtype=torch.float64)
     pieces = {f"oft_blocks.{i}": torch.randn(2, n, n, dtype=torch.float64) * 0.2 for i, n in enumerate((2, 2, 2, 4))}
     leaves = {**pieces, "alpha": torch.tensor(0.05)}
-    assert kind_of(leaves).door == "networks.oft"
+    assert layout_of(leaves).network_module == "networks.oft"
     rows = torch.split(weight, [4, 4, 4, 8])
     expected = torch.cat(
         [turned_by_formula(part, blocks, 0.05, 1.0) for part, blocks in zip(rows, pieces.values(), strict=True)]
@@ -160,7 +160,7 @@ def test_names_of_networks_oft_lead_to_the_same_modules(tmp_path: Path) -> None:
     assert list(network.adapters) == [f"lora_unet_{name}"]
     network.load_weights(path)
     assert torch.equal(weights[f"lora_unet_{name}.oft_blocks"], blocks)
-    assert torch.equal(network.adapters[f"lora_unet_{name}"].change.leaves()["oft_blocks"], blocks)
+    assert torch.equal(network.adapters[f"lora_unet_{name}"].change.stored_tensors()["oft_blocks"], blocks)
 
 
 def test_other_kinds_are_refused_with_the_way_out(tmp_path: Path) -> None:

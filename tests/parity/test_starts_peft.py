@@ -8,9 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from networks.core.arguments.values import INITS
-from networks.core.kinds.init import FromStart, starting_delta
-from networks.core.kinds.lora import LowRank
+from networks.core.changes.init import INITS, FromStart, starting_delta
+from networks.core.changes.low_rank import LowRank
 from tests.tolerances import EXACT, FLOAT32_SAME_MATH
 from tests.unit.networks.one_layer import adapter_on, module_of
 
@@ -104,7 +103,7 @@ def test_sgd_takes_both_through_the_same_outputs_and_both_files_change_the_base_
     config = peft.LoraConfig.from_pretrained(str(tmp_path / "lora"))
     up, down = (next(t for key, t in saved.items() if part in key) for part in ("lora_B", "lora_A"))
     factor = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
-    leaves = adapter.change.leaves()
+    leaves = adapter.change.stored_tensors()
     ours = float(leaves["alpha"]) / 12 * leaves["lora_up.weight"] @ leaves["lora_down.weight"]
     assert up.shape[1] == leaves["lora_up.weight"].shape[1] == 12
     torch.testing.assert_close(ours, factor * up @ down, rtol=1e-4, atol=1e-4)

@@ -22,8 +22,7 @@ from library.architectures.sd3 import adapters as sd3
 from library.architectures.specs import list_specs
 from library.checkpoints.adapter_names import NAMINGS, FileNaming
 from library.checkpoints.compatibility import Reading, readings
-from networks.core.files.adapter_file import AdapterFile, adapter_tensors
-from networks.core.files.inspection import group_tensors
+from networks.core.files.adapter_file import AdapterFile, adapter_tensors, sort_tensors
 from networks.core.files.renaming import rename
 from tests.contracts.saved import listed_shapes
 from tests.tiny.sd3 import full_size_keys
@@ -181,7 +180,7 @@ def file_of(base: str, variant: str, naming: FileNaming) -> tuple[dict[str, Tens
     shapes: Shapes = known["default"] if variant == "default" else listed_shapes(known, variant)
     tensors = {key: torch.ones(()).expand(of_rank_one(key, shape)) for key, shape in shapes.items()}
     version = {"flux": "flux1", "chroma": "chroma", "sd3": "medium", "lumina": "lumina2", "anima": "anima"}[base]
-    file = AdapterFile("x", group_tensors(tensors)[0], {"ss_base_model_version": version}, {})
+    file = AdapterFile("x", sort_tensors(tensors, {}, "").modules, {"ss_base_model_version": version}, {})
     return adapter_tensors(rename(file, BASES[base][0], naming).file), dict(file.metadata)
 
 
@@ -219,7 +218,7 @@ def test_an_adapted_approximator_reaches_its_layers_under_the_names_of_diffusers
         if module.kohya.startswith(("lora_unet_distilled", "lora_unet_double")):
             tensors[f"{module.kohya}.lora_down.weight"] = torch.ones(()).expand(1, columns)
             tensors[f"{module.kohya}.lora_up.weight"] = torch.ones(()).expand(rows, 1)
-    file = AdapterFile("x", group_tensors(tensors)[0], {}, {})
+    file = AdapterFile("x", sort_tensors(tensors, {}, "").modules, {}, {})
     tensors = adapter_tensors(rename(file, flux.CHROMA_NAMES, naming).file)
     used = used_by_diffusers("chroma", tensors)
     assert tensors.keys() - set(said_of_diffusers(tensors, {}).unused) == used

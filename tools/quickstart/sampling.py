@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from networks.core.files.adapter_file import COMPUTED, parse_adapter, require_kinds
+from networks.core.files.adapter_file import COMPUTED, parse_adapter, require_layouts
 from tools.quickstart.toy_world import Picture, look_at, parse_caption
 
 SAMPLING_STEPS = 20
@@ -99,13 +99,13 @@ def merge_lora(pipeline: Any, weights: dict[str, Tensor]) -> None:
     """
     layers = name_layers(pipeline)
     file = parse_adapter(weights, {}, "--lora")
-    strangers = [*(module.keys[leaf] for module in file.modules.values() for leaf in module.keys
+    strangers = [*(module.keys[key] for module in file.modules.values() for key in module.keys
                    if module.name not in layers), *file.unknown]  # fmt: skip
     if strangers:
         raise UserError(
             f"--lora holds {strangers[0]}, which fits no layer of the base model; use an adapter trained on it"
         )
-    require_kinds(file, COMPUTED, "merged")
+    require_layouts(file, COMPUTED, "merged")
     for name, module in file.modules.items():
         for parameter, base in layers[name].named_parameters(recurse=False):
             if module.changes(parameter):

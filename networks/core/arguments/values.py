@@ -10,9 +10,6 @@ from library.errors import UserError
 from networks.core.protocol import TRUE_WORDS
 
 FALSE_WORDS = ("false", "0", "no", "n", "off")
-ORTHOGONAL, PISSA, OLORA = "orthogonal", "pissa", "olora"
-INITS = ("default", PISSA, f"{PISSA}_niter_4", OLORA, ORTHOGONAL)
-PISSA_WITH_ITERATIONS = re.compile(rf"{PISSA}_niter_(\d{{1,3}})")
 LR_CURVES: Mapping[str, Callable[[float], float]] = {  # factor by the place of a block in its side, 0 to 1
     "cosine": lambda t: math.sin(math.pi / 2 * (1 - t)),
     "sine": lambda t: math.sin(math.pi / 2 * t),
@@ -51,14 +48,6 @@ def parse_bool(text: str) -> bool:
     if word in FALSE_WORDS:
         return False
     raise UserError(f"expected True or False, one of {', '.join(TRUE_WORDS + FALSE_WORDS)}")
-
-
-def parse_init(text: str) -> str | None:
-    """Where the factors of a LoRA start; None for the default."""
-    name = text.strip().lower()
-    if name not in INITS and not PISSA_WITH_ITERATIONS.fullmatch(name):
-        raise UserError(f"expected one of {', '.join(INITS)} (any number of power iterations)")
-    return None if name == "default" else name
 
 
 def parse_rank(text: str) -> int:

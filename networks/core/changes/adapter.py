@@ -38,7 +38,7 @@ class Adapter:
         self._base_forward = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the layer computes with the change; shapes and dtype are those of the layer alone."""
+        """Return what the layer computes with the change; shapes and dtype are those of the layer alone."""
         assert self._base_forward is not None
         if self.multiplier == 0:
             return self._base_forward(x)
@@ -46,7 +46,7 @@ class Adapter:
         return self.change.forward(x, self._base_forward, self.multiplier)
 
     def merged(self) -> Mapping[str, Tensor]:
-        """What the layer's parameters become when the adapter is merged into them, by name."""
+        """Return what the layer's parameters become when the adapter is merged into them, by name."""
         found = {}
         for name in self.change.changed_parameters:
             base = getattr(self.target.module, name)
@@ -55,5 +55,5 @@ class Adapter:
         return found
 
     def merged_into(self, base: Tensor, name: str) -> Tensor:
-        """What `base` becomes, in place of the layer's own parameter of that name."""
+        """Return what `base` becomes, in place of the layer's own parameter of that name."""
         return self.change.merged(base, self.multiplier, name)

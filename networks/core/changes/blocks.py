@@ -3,18 +3,18 @@
 import logging
 from dataclasses import replace
 from math import prod
-from typing import Any
 
 from torch import nn
 
 from library.errors import UserError
-from networks.core.changes.change import Leaves
+from networks.core.arguments.common import LORAPLUS_RATIOS, RankArguments, TargetArguments
+from networks.core.arguments.network_arguments import NetworkSettings
+from networks.core.changes.change import ModuleTensors
 from networks.core.changes.parameter_keys import DORA_SCALE
 
 logger = logging.getLogger(__name__)
 
 ALPHAS = ("conv_alpha", "block_alphas", "conv_block_alphas")
-LORAPLUS_RATIOS = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
 REFUSED = {  # network argument -> why it does not work with what turns
     "use_tucker": "a rotation has no factors between which a core could lie",
     "split_qkv": "all rows of a layer see the same turned inputs",
@@ -24,14 +24,14 @@ REFUSED = {  # network argument -> why it does not work with what turns
 }
 
 
-def refuse_magnitudes(leaves: Leaves) -> None:
+def refuse_magnitudes(tensors: ModuleTensors) -> None:
     """Raise UserError for a rotation with magnitudes, as OneTrainer can train it."""
-    if DORA_SCALE in leaves:
+    if DORA_SCALE in tensors:
         raise UserError(f"{DORA_SCALE} beside a rotation is not computed here; train without DoRA")
 
 
 def row_length(layer: nn.Module) -> int:
-    """N: how many numbers one output sees, I or I * h * w."""
+    """Return N, how many numbers one output sees: I or I * h * w."""
     if isinstance(layer, nn.Linear):
         return layer.in_features
     assert isinstance(layer, nn.Conv2d)
@@ -39,7 +39,7 @@ def row_length(layer: nn.Module) -> int:
 
 
 def num_outputs(layer: nn.Module) -> int:
-    """O."""
+    """Return O."""
     if isinstance(layer, nn.Linear):
         return layer.out_features
     assert isinstance(layer, nn.Conv2d)
@@ -47,7 +47,7 @@ def num_outputs(layer: nn.Module) -> int:
 
 
 def block_size_for(num_columns: int, wanted: int, may_adjust: bool) -> int:
-    """The block size of a layer: `wanted`, or the divisor of its columns that is nearest to it, the smaller of two.
+    """Return the block size of a layer: `wanted`, or the divisor of its columns nearest to it, the smaller of two.
 
     Raises UserError where it divides nothing and `may_adjust` is False, or where there is nothing to turn.
     """
@@ -65,27 +65,25 @@ def block_size_for(num_columns: int, wanted: int, may_adjust: bool) -> int:
     return min(divisors, key=lambda size: (abs(size - wanted), size))
 
 
-def with_kernels(size: int, arguments: Any) -> Any:
-    """The arguments where `enable_conv` asks for larger kernels too, of `size` where they have none of their own."""
-    conv_dim = size if arguments.enable_conv and arguments.conv_dim is None else arguments.conv_dim
-    return replace(arguments, conv_dim=conv_dim)
+def with_kernels(settings: NetworkSettings, is_enabled: bool) -> NetworkSettings:
+    """Adapt larger kernels too (enable_conv), with blocks of the same size where they have none of their own."""
+    if not is_enabled or settings.arguments.of(RankArguments).conv_dim is not None:
+        return settings
+    return replace(settings, arguments=settings.arguments.replace(RankArguments, conv_dim=settings.rank))
 
 
-def resolve(rank: int | None, arguments: Any, default: int) -> tuple[int, Any]:
-    """(block size, network arguments) as the core of the networks understands them.
+def resolve_blocks(settings: NetworkSettings, block_size: int | None, enable_conv: bool) -> NetworkSettings:
+    """Return the settings as the core understands them: the block size stands where other kinds have a rank.
 
-    `block_size` goes before --network_dim, `enable_conv` asks for larger kernels with blocks of the same size, and
-    include_patterns mean that nothing else is adapted.
+    `block_size` goes before --network_dim, and include_patterns mean that nothing else is adapted.
     """
-    size = arguments.block_size or rank
-    if arguments.block_size is not None and rank is not None and arguments.block_size != rank:
-        logger.warning("--network_dim %d has no effect: --network_args block_size=%d", rank, arguments.block_size)
-    given = [name for name in ALPHAS if getattr(arguments, name) is not None]
+    if block_size is not None and settings.is_rank_given and block_size != settings.rank:
+        logger.warning("--network_dim %d has no effect: --network_args block_size=%d", settings.rank, block_size)
+    given = [name for name in ALPHAS if name in settings.arguments.given]
     if given:
         logger.warning("--network_args %s has no effect: a rotation has no alpha", ", ".join(given))
-    size = default if size is None else size
-    resolved = replace(
-        with_kernels(size, arguments), only_patterns=arguments.include_patterns, include_patterns=(), conv_alpha=None,
-        block_alphas=None, conv_block_alphas=None,
-    )  # fmt: skip
-    return size, resolved
+    settings = with_kernels(replace(settings, rank=block_size or settings.rank), enable_conv)
+    chosen = settings.arguments.of(TargetArguments).include_patterns
+    arguments = settings.arguments.replace(TargetArguments, only_patterns=chosen, include_patterns=())
+    arguments = arguments.replace(RankArguments, conv_alpha=None, block_alphas=None, conv_block_alphas=None)
+    return replace(settings, arguments=arguments)

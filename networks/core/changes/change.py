@@ -1,10 +1,11 @@
-"""What a change of one weight offers to the trainer, which runs layers with it, and to tools, which merge it.
+"""The interface of a change of one weight: to the trainer, which runs layers with it, and to tools, which merge it.
 
 Letters: O output features or channels, I input features or channels, R rank, h w kernel, N = I * h * w.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,26 @@ from library.errors import UserError
 
 Forward = Callable[[Tensor], Tensor]
 
-Leaves = Mapping[str, Tensor]
+ModuleTensors = Mapping[str, Tensor]
 """The tensors of one module by the end of their keys."""
+
+
+@dataclass(frozen=True)
+class ChangeSize:
+    """How large a change is, and in which structure, for reports and for comparing it with a file."""
+
+    rank: int | None = None  # or the block size, where files tell that; None where they tell neither
+    alpha: float = 0.0
+    block_sizes: tuple[int, ...] = ()  # of rotations
+    has_core: bool = False
+    has_scalar: bool = False
+    is_whole: bool = False  # no factor has a rank
+    magnitudes: Literal["", "input", "output"] = ""  # of DoRA: what there is one of for each
+
+    @property
+    def has_ranks(self) -> bool:
+        """True if it lies between two factors, and alpha belongs to it."""
+        return self.rank is not None and not self.block_sizes
 
 
 class Change(Protocol):
@@ -24,40 +43,51 @@ class Change(Protocol):
     """
 
     @property
-    def fast_leaf(self) -> str:
-        """The parameter that LoRA+ trains faster, "" where there is none."""
+    def fast_keys(self) -> frozenset[str]:
+        """The parameters that LoRA+ trains faster."""
         ...
 
     @property
     def changed_parameters(self) -> tuple[str, ...]:
-        """Which parameters of the layer it changes: "weight", for norms "bias" too."""
+        """The parameters of the layer that it changes: "weight", for norms "bias" too."""
         ...
 
+    @property
+    def adds_to_output(self) -> bool:
+        """True if it takes the layer's input as it is and adds to what the layer gives."""
+        ...
+
+    @property
+    def size(self) -> ChangeSize: ...
+
     def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
-        """What the layer computes with `strength` times the change; `base` is the layer without it."""
+        """Run the layer with `strength` times the change; `base` is the layer without it."""
         ...
 
     def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
-        """`base`, a parameter of the layer, so that it computes the same without the change.
+        """Return `base`, a parameter of the layer, so that the layer computes the same without the change.
 
         Computed in the wider dtype of `base` and the change. Raises `Misfit` where they differ in size.
         """
         ...
 
     def norm(self) -> Tensor:
-        """The Frobenius norm of the change at strength 1, before magnitudes."""
+        """Return the Frobenius norm of the change at strength 1, before magnitudes."""
         ...
 
     def scale_(self, ratio: Tensor) -> None:
         """Multiply the change by a number."""
         ...
 
-    def leaves(self) -> Mapping[str, Tensor]:
-        """The tensors by the end of their keys in files."""
+    def stored_tensors(self) -> Mapping[str, Tensor]:
+        """Return the tensors as files have them."""
         ...
 
-    def load(self, leaves: Mapping[str, Tensor]) -> None:
-        """Take over tensors that `leaves` gave, or that another program wrote. What is missing keeps its start."""
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over tensors that `stored_tensors` gave, or that another program wrote. What is missing keeps its start.
+
+        A trained strength becomes 1, as the file has it in its factors.
+        """
         ...
 
 
@@ -65,7 +95,7 @@ class AdditiveChange(Change, Protocol):
     """W0 + weight(), before magnitudes. A rotation of W0 has no such weight."""
 
     def weight(self) -> Tensor:
-        """What is added to the layer's weight at strength 1, in its shape and in the dtype of the change."""
+        """Return what is added to the layer's weight at strength 1, in its shape and in the dtype of the change."""
         ...
 
 
@@ -80,12 +110,56 @@ class LowRankChange(AdditiveChange, Protocol):
         ...
 
 
+@runtime_checkable
+class Stackable(Protocol):
+    """A change that can be computed with those of other adapters of the same layer, in one product."""
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        ...
+
+    @property
+    def layer(self) -> nn.Module | None: ...
+
+    @property
+    def is_pair(self) -> bool:
+        """True if nothing acts but two factors, and numbers for columns."""
+        ...
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """Return (down, up) as the next call multiplies them, or their kernels."""
+        ...
+
+    def columns(self) -> Tensor | None:
+        """Return what the columns of the changed weight are multiplied by, (1, I) or (1, I, 1, 1); None for nothing."""
+        ...
+
+
+@runtime_checkable
+class FollowsGradients(Protocol):
+    """A change that looks at the gradients of every optimizer step."""
+
+    def note_gradients(self) -> None:
+        """Look at the gradients, which are complete and not clipped yet."""
+        ...
+
+
+@runtime_checkable
+class Converted(Protocol):
+    """A change that brings the tensors of a file to the form that it has in memory."""
+
+    def in_memory(self, tensors: ModuleTensors, name: str, source: str) -> ModuleTensors:
+        """Return the tensors of the module `name`. Raises UserError naming the file `source` where it cannot."""
+        ...
+
+
 class Misfit(UserError):
     """A change meets a weight of another size."""
 
-    def __init__(self, leaf: str, change: tuple[int, ...], base: tuple[int, ...]) -> None:
-        super().__init__(f"{leaf or 'a change'} of the shape {list(change)} meets a weight of {list(base)}")
-        self.leaf, self.change, self.base = leaf, change, base
+    def __init__(self, key: str, change: tuple[int, ...], base: tuple[int, ...]) -> None:
+        super().__init__(f"{key or 'a change'} of the shape {list(change)} meets a weight of {list(base)}")
+        self.key, self.change, self.base = key, change, base
 
 
 class Delta(Protocol):
@@ -98,7 +172,7 @@ class Delta(Protocol):
     rank: int
     has_core: bool  # a Tucker core, as use_tucker asks for
     is_whole: bool  # no factor has a rank: alpha does not count
-    fast_leaf: str  # LoRA+ trains it faster, and a trained strength is multiplied into it in files
+    fast_key: str  # LoRA+ trains it faster, and a trained strength is multiplied into it in files
 
     def start_moving(self) -> None:
         """Draw what starts at zero: a trained strength of 0 holds the change at zero instead (use_scalar)."""
@@ -125,37 +199,65 @@ class Delta(Protocol):
 
 
 class MergedOnly(nn.Module):
-    """What the changes share that are read from files and merged, but not trained: their tensors are buffers."""
+    """The common part of changes that are read from files and merged, but not trained: their tensors are buffers."""
 
     words: str  # what a reader knows it by
-    changed_parameters = ("weight",)
-    fast_leaf = ""
+    changed_parameters: tuple[str, ...] = ("weight",)
+    fast_keys: frozenset[str] = frozenset()
+    adds_to_output = False
+    size = ChangeSize()
 
     def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
-        raise UserError(f"{self.words} of LyCORIS can be merged, but not trained; merge it with tools/merge_lora.py")
+        raise UserError(f"{self.words} can be merged, but not trained; merge it with tools/merge_lora.py")
 
-    def leaves(self) -> Mapping[str, Tensor]:
+    def stored_tensors(self) -> Mapping[str, Tensor]:
         return self.state_dict()
 
-    def load(self, leaves: Leaves) -> None:
-        self.load_state_dict(dict(leaves))
+    def load(self, tensors: ModuleTensors) -> None:
+        self.load_state_dict(dict(tensors))
 
 
 @runtime_checkable
 class StoredOtherwise(Protocol):
     """A delta whose tensors in memory are others than those that files have."""
 
-    def as_one(self, leaves: Leaves) -> dict[str, Tensor]:
-        """The leaves in memory, alpha included, as files have them."""
+    def as_one(self, tensors: ModuleTensors) -> dict[str, Tensor]:
+        """Return the tensors in memory, alpha included, as files have them."""
         ...
 
-    def apart(self, leaves: Leaves) -> dict[str, Tensor] | None:
-        """The leaves of a file as they are in memory; None where that cannot be."""
+    def apart(self, tensors: ModuleTensors, name: str, source: str) -> dict[str, Tensor]:
+        """Return the tensors of a file as they are in memory.
+
+        Raises UserError naming the module `name` and the file `source`, and what to do, where that cannot be.
+        """
         ...
 
-    def refusal(self, name: str, rank: int, source: str) -> str:
-        """What to tell the user of a module `name` in a file that cannot be taken over, and the way out."""
+
+@runtime_checkable
+class Paired(Protocol):
+    """A delta that is the product of two factors, and multiplies by nothing else."""
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """Return (down, up) as the next call multiplies them: (R, I) and (O, R), or their kernels."""
         ...
+
+
+@runtime_checkable
+class HasDelta(Protocol):
+    """A change that is made of a delta."""
+
+    @property
+    def delta(self) -> Delta: ...
+
+
+def delta_of(change: Change) -> Delta | None:
+    """Return the delta that a change is made of; None for changes of another sort."""
+    return change.delta if isinstance(change, HasDelta) else None
+
+
+def share_tensors(wrapper: nn.Module, inner: nn.Module) -> None:
+    """Let a wrapper have the tensors of the change inside it, so that names in files have no level for it."""
+    wrapper._parameters, wrapper._buffers, wrapper._modules = inner._parameters, inner._buffers, inner._modules
 
 
 MakeDelta = Callable[[nn.Module, int], Delta]
@@ -189,11 +291,11 @@ def stand_in(shape: tuple[int, ...]) -> nn.Module:
         return nn.Conv2d(num_inputs, num_outputs, (kernel[0], kernel[1]), bias=False)
 
 
-def fill(delta: nn.Module, leaves: Mapping[str, Tensor]) -> None:
+def fill(delta: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Give a delta on the meta device the tensors of a file, in the dtypes they have there."""
     own, given = delta.state_dict(), {}
     for name, tensor in own.items():
-        found = in_shape_of(leaves[name], tensor) if name in leaves else None
+        found = in_shape_of(tensors[name], tensor) if name in tensors else None
         if found is None or found.shape != tensor.shape:
             shape = "missing" if found is None else list(found.shape)
             raise UserError(f"{name} is {shape}, but {list(tensor.shape)} fits the rest")

@@ -1,14 +1,21 @@
-"""How a change meets the base weight.
+"""DoRA: the changed weight is brought to magnitudes of its own, column by column or row by row.
 
 Letters: O output features or channels, I input features or channels, R rank, h w kernel, N = I * h * w, K inputs or
 outputs, whichever have magnitudes.
 """
 
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from networks.core.arguments.network_arguments import NetworkArguments, Requirement, argument
+from networks.core.arguments.values import parse_bool
+from networks.core.changes.alpha import SCALAR, ScaledDelta
+from networks.core.changes.change import ChangeSize, Delta, Forward, share_tensors
+from networks.core.changes.parameter_keys import ALPHA, DORA_SCALE
 
 EPS = 1.1920929e-07  # of float32: what readers of dora_scale add to the norm of columns
 CANCELLED = 1e-3  # of |W0|^2: below it the expansion of the norm has lost digits, and the column is summed directly
@@ -20,46 +27,176 @@ HOST = torch.device("cpu")
 
 
 def are_per_output(magnitudes: Tensor) -> bool:
-    """Whether magnitudes are of rows, (O,), (O, 1) or (O, 1, 1, 1), and not of columns, (1, I) or (1, I, 1, 1)."""
+    """Return True if magnitudes are of rows, (O,), (O, 1) or (O, 1, 1, 1), not of columns, (1, I) or (1, I, 1, 1)."""
     return magnitudes.numel() != 1 and magnitudes.shape[0] != 1
 
 
-class Join(Protocol):
-    """The rule that makes one weight out of the base weight and its change."""
+@dataclass(frozen=True)
+class DoraArguments:
+    """The network arguments of DoRA."""
 
-    is_per_output: bool  # scales are of outputs, else of inputs
-
-    def magnitudes(self) -> Tensor | None:
-        """What this rule trains beside the change, as it starts; None where there is nothing."""
-        ...
-
-    def scales(
-        self, weight: Tensor, magnitudes: Tensor, up_OR: Tensor, down_RN: Tensor, strength: Tensor | float
-    ) -> Tensor:
-        """The factor of every column, or row, of W0 + strength * up @ down, in the shape of the magnitudes and at least
-        in float32; with magnitudes only."""
-        ...
-
-    def merge(self, base: Tensor, change: Tensor, strength: float, magnitudes: Tensor | None) -> Tensor:
-        """The weight that computes what the base and `strength` times the change compute together."""
-        ...
+    dora_wd: bool = argument(parse_bool, False, "Train magnitudes of the changed weight (DoRA).")
+    dora_constant_norm: bool = argument(
+        parse_bool, False, "Leave the norm out of the backward pass, as the paper does to save memory.",
+        requires=Requirement((("dora_wd",),), "dora_wd"),
+    )  # fmt: skip
+    wd_on_output: bool = argument(
+        parse_bool, False, "One magnitude per output in place of one per input.", aliases=("wd_on_out",),
+        requires=Requirement((("dora_wd",),), "dora_wd"),
+    )  # fmt: skip
 
 
-class Add:
-    """W = W0 + dW."""
+class DoRA(nn.Module):
+    """A change whose weight W0 + dW is brought to trained magnitudes (`Decompose` has the formulas).
 
-    is_per_output = False
+    `dora_scale` are the magnitudes: (1, I) or (1, I, 1, 1) of the columns, which multiply the layer's input instead, so
+    that no weight is built; or (O, 1) or (O, 1, 1, 1) of the rows, which multiply its output.
+    """
 
-    def magnitudes(self) -> Tensor | None:
-        return None
+    dora_scale: nn.Parameter
+    changed_parameters = ("weight",)
+    adds_to_output = False
 
-    def scales(
-        self, weight: Tensor, magnitudes: Tensor, up_OR: Tensor, down_RN: Tensor, strength: Tensor | float
-    ) -> Tensor:
-        raise AssertionError("a sum has no magnitudes")
+    def __init__(self, inner: ScaledDelta, join: "Decompose", magnitudes: Tensor | None = None) -> None:
+        """`magnitudes` are those of a file; new ones are the norms of W0."""
+        super().__init__()
+        share_tensors(self, inner)
+        object.__setattr__(self, "inner", inner)
+        self.inner: ScaledDelta
+        self.join = join
+        scalar = self._parameters.pop(SCALAR)  # the optimizer has magnitudes before it
+        found = join.magnitudes() if magnitudes is None else magnitudes
+        self.register_parameter(DORA_SCALE, nn.Parameter(found, requires_grad=magnitudes is None))
+        self.register_parameter(SCALAR, scalar)
+        self.register_load_state_dict_post_hook(lambda change, _: change.inner.read_alpha())  # type: ignore[no-untyped-call]
 
-    def merge(self, base: Tensor, change: Tensor, strength: float, magnitudes: Tensor | None) -> Tensor:
-        return base + strength * change
+    @classmethod
+    def of_file(cls, inner: ScaledDelta, magnitudes: Tensor) -> "DoRA":
+        """Give a change of a file its magnitudes, whose shape tells what they are of."""
+        weight = None if inner.layer is None else base_weight(inner.layer)
+        return cls(inner, Decompose(weight, is_per_output=are_per_output(magnitudes)), magnitudes)
+
+    @property
+    def delta(self) -> Delta:
+        return self.inner.delta
+
+    @property
+    def layer(self) -> nn.Module | None:
+        return self.inner.layer
+
+    @property
+    def scale(self) -> float:
+        return self.inner.scale
+
+    @property
+    def fast_keys(self) -> frozenset[str]:
+        return self.inner.fast_keys
+
+    @property
+    def size(self) -> ChangeSize:
+        return replace(self.inner.size, magnitudes="output" if self.join.is_per_output else "input")
+
+    @property
+    def is_pair(self) -> bool:
+        return self.inner.is_pair and not self.join.is_per_output
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        return self.inner.pair()
+
+    def columns(self) -> Tensor | None:
+        return self.scales()
+
+    def train(self, mode: bool = True) -> "DoRA":
+        self.inner.train(mode)
+        return super().train(mode)
+
+    def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
+        """Return what the layer computes with the change; shapes and dtype are those of the layer alone."""
+        if self.training and self.inner.drops.skips_this_call():
+            return base(x)
+        scales = self.scales()
+        if self.join.is_per_output:
+            assert self.layer is not None
+            alone = base(x)
+            out = scale_outputs(self.inner.add_to(alone, x, 1.0), scales.flatten(), self.layer)
+            return out if strength == 1 else torch.lerp(alone, out, strength)
+        whole = scales if strength == 1 else 1 + strength * (scales - 1)
+        return self.inner.add_to(base(scale_columns(x, whole)), x, strength, scales)
+
+    def scales(self) -> Tensor:
+        """Return what every column, or row, of the changed weight is multiplied by."""
+        return self._scales(self.dora_scale)
+
+    def weight(self) -> Tensor:
+        """Return the change before magnitudes."""
+        return self.inner.weight()
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.inner.factors()
+
+    def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
+        change = self.inner.weight_for(base)
+        base = base.to(torch.promote_types(base.dtype, change.dtype))
+        return self.join.merge(base, change, strength, self.dora_scale)
+
+    def norm(self) -> Tensor:
+        return self.inner.norm()
+
+    def scale_(self, ratio: Tensor) -> None:
+        self.inner.scale_(ratio)
+
+    def stored_tensors(self) -> Mapping[str, Tensor]:
+        return self.inner.stored_tensors()  # the two share their tensors
+
+    def in_memory(self, tensors: Mapping[str, Tensor], name: str, source: str) -> Mapping[str, Tensor]:
+        return self.inner.in_memory(tensors, name, source)
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over the tensors of a file; magnitudes that it lacks are set so that the layer computes what it does."""
+        defaults = self.inner.defaults() | {DORA_SCALE: self.dora_scale}
+        self.load_state_dict(defaults | dict(tensors) | {ALPHA: self.inner.alpha_in(tensors)})
+        if DORA_SCALE not in tensors:
+            self.restart_magnitudes()
+
+    @torch.no_grad()
+    def restart_magnitudes(self) -> None:
+        """Set the magnitudes to the norms of the weight with the change: together they compute what the sum does."""
+        assert self.layer is not None
+        device = base_weight(self.layer).device
+        ones = torch.ones_like(self.dora_scale, device=device)
+        self.dora_scale.copy_(ones / self._scales(ones, device))
+
+    def _scales(self, magnitudes: Tensor, device: torch.device | None = None) -> Tensor:
+        assert self.layer is not None
+        strength = self.inner.unit_strength
+        up_OR, down_RN = self.inner.factors()
+        if device is not None:
+            strength = strength.to(device) if isinstance(strength, Tensor) else strength
+            up_OR, down_RN = up_OR.to(device), down_RN.to(device)
+        return self.join.scales(base_weight(self.layer), magnitudes, up_OR, down_RN, strength)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DoRA":
+        """Move or cast. Magnitudes are never rounded to 16 bits: they would change the base model's own columns."""
+        exact = self.dora_scale.detach()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.dora_scale.dtype.itemsize == 2:
+            self.dora_scale.data = exact.to(self.dora_scale.device)
+        return self
+
+
+def decomposed(inner: ScaledDelta, arguments: NetworkArguments, is_per_output: bool) -> DoRA:
+    """Wrap a change as the network arguments ask for."""
+    assert inner.layer is not None
+    has_constant_norm = arguments.of(DoraArguments).dora_constant_norm
+    return DoRA(inner, Decompose(base_weight(inner.layer), has_constant_norm, is_per_output))
+
+
+def base_weight(layer: nn.Module) -> Tensor:
+    """Return W0."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 class Decompose:
@@ -137,8 +274,7 @@ class Decompose:
     def _direct_where_cancelled(
         self, norms_K: Tensor, weight: Tensor, up_OR: Tensor, down_RN: Tensor, strength: Tensor | float
     ) -> Tensor:
-        """The same with the columns or rows that the change cancels almost wholly, up to a number of them, summed
-        directly.
+        """Sum the columns or rows directly that the change cancels almost wholly, up to a number of them.
 
         That number is fixed, so that a graphics card never waits for the answer how many there are.
         """
@@ -224,7 +360,7 @@ def scale_columns(x: Tensor, columns: Tensor) -> Tensor:
 
 
 def scale_outputs(out: Tensor, scales_O: Tensor, layer: nn.Module) -> Tensor:
-    """What a layer gave, its bias left out, multiplied by a number for each output."""
+    """Multiply what a layer gave, its bias left out, by a number for each output."""
     shape = (1, -1, 1, 1) if isinstance(layer, nn.Conv2d) else (1, -1)
     scaled = scale_columns(out, scales_O.view(shape))
     bias = layer.bias

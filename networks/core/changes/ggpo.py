@@ -3,19 +3,142 @@
 Letters: O output features or channels, I input features or channels, R rank, h w kernel, N = I * h * w.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 from torch.nn.grad import conv2d_input
 
-from networks.core.changes.dora import squared_rows
+from networks.core.arguments.network_arguments import Requirement, argument
+from networks.core.arguments.values import parse_number
+from networks.core.changes.alpha import ScaledDelta
+from networks.core.changes.change import ChangeSize, Delta, Forward, share_tensors
+from networks.core.changes.dora import base_weight, squared_rows
+from networks.core.changes.parameter_keys import ALPHA, DOWN, UP
 
 NUM_SEEDS = 2**62
+DEVIATION = "ggpo_deviation"  # in memory and in states only
+
+
+@dataclass(frozen=True)
+class GgpoArguments:
+    """The network arguments of GGPO, which takes both."""
+
+    ggpo_sigma: float | None = argument(
+        parse_number, None, "Noise on weights in training, by the norms of rows.",
+        requires=Requirement((("ggpo_beta",),), "ggpo_beta"),
+    )  # fmt: skip
+    ggpo_beta: float | None = argument(
+        parse_number, None, "Noise on weights in training, by the norms of the gradients of rows.",
+        requires=Requirement((("ggpo_sigma",),), "ggpo_sigma"),
+    )  # fmt: skip
+
+    label: ClassVar[str] = "ggpo_sigma and ggpo_beta"
+    switches: ClassVar[tuple[str, ...]] = ("ggpo_sigma", "ggpo_beta")
+    made_for: ClassVar[str] = "its noise is measured by the two factors of a LoRA, and both of them train"
+    excludes: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("init", "use_tucker", "split_qkv", "use_scalar", "dora_wd"),
+        "the norms that its noise follows are those of two plain factors",
+    )
+
+    @property
+    def is_on(self) -> bool:
+        is_given = self.ggpo_sigma is not None and self.ggpo_beta is not None
+        return is_given and bool(self.ggpo_sigma or self.ggpo_beta)
+
+
+class Perturbed(nn.Module):
+    """A LoRA beside which the layer computes with noise on its weight, in training and from the first gradient on."""
+
+    changed_parameters = ("weight",)
+    adds_to_output = True
+
+    def __init__(self, inner: ScaledDelta, arguments: GgpoArguments) -> None:
+        super().__init__()
+        share_tensors(self, inner)
+        object.__setattr__(self, "inner", inner)
+        self.inner: ScaledDelta
+        assert inner.layer is not None
+        self.layer: nn.Module
+        object.__setattr__(self, "layer", inner.layer)
+        weight = base_weight(inner.layer)
+        self.perturbation = Perturbation.of(arguments.ggpo_sigma or 0.0, arguments.ggpo_beta or 0.0, weight)
+        self.is_perturbed = False
+        self.register_buffer(DEVIATION, torch.zeros(len(self.get_parameter(UP))))
+        self.register_load_state_dict_post_hook(_follow_what_was_loaded)  # type: ignore[no-untyped-call]
+
+    @property
+    def delta(self) -> Delta:
+        return self.inner.delta
+
+    @property
+    def fast_keys(self) -> frozenset[str]:
+        return self.inner.fast_keys
+
+    @property
+    def size(self) -> ChangeSize:
+        return self.inner.size
+
+    def train(self, mode: bool = True) -> "Perturbed":
+        self.inner.train(mode)
+        return super().train(mode)
+
+    def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
+        """Return what the layer computes with the change; shapes and dtype are those of the layer alone."""
+        if self.training and self.inner.drops.skips_this_call():
+            return base(x)
+        out = base(x)
+        if self.is_perturbed and self.training:
+            out = add_noise(out, x, self.layer, self.get_buffer(DEVIATION))
+        return self.inner.add_to(out, x, strength)
+
+    def note_gradients(self) -> None:
+        """Set the strength of the noise by the factors and by the gradients that they have."""
+        up, down = self.get_parameter(UP), self.get_parameter(DOWN)
+        if up.grad is None or down.grad is None:
+            return  # without a learning rate
+        up_OR, down_RN, up_grad_OR, down_grad_RN = (t.flatten(1) for t in (up, down, up.grad, down.grad))
+        deviations_O = self.perturbation.deviations(up_OR, down_RN, up_grad_OR, down_grad_RN, self.inner.scale)
+        self.get_buffer(DEVIATION).copy_(deviations_O)
+        self.is_perturbed = True
+
+    def weight(self) -> Tensor:
+        return self.inner.weight()
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.inner.factors()
+
+    def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
+        return self.inner.merged(base, strength, parameter)
+
+    def norm(self) -> Tensor:
+        return self.inner.norm()
+
+    def scale_(self, ratio: Tensor) -> None:
+        self.inner.scale_(ratio)
+
+    def stored_tensors(self) -> Mapping[str, Tensor]:
+        return {key: tensor for key, tensor in self.inner.stored_tensors().items() if key != DEVIATION}
+
+    def in_memory(self, tensors: Mapping[str, Tensor], name: str, source: str) -> Mapping[str, Tensor]:
+        return self.inner.in_memory(tensors, name, source)
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        defaults = self.inner.defaults() | {DEVIATION: self.get_buffer(DEVIATION)}
+        self.load_state_dict(defaults | dict(tensors) | {ALPHA: self.inner.alpha_in(tensors)})
+
+
+def _follow_what_was_loaded(change: nn.Module, _: object) -> None:
+    """Follow the alpha that was loaded, and let noise go on if there was some."""
+    assert isinstance(change, Perturbed)
+    change.inner.read_alpha()
+    if not (deviations_O := change.get_buffer(DEVIATION)).is_meta:
+        change.is_perturbed = bool(deviations_O.any())
 
 
 @dataclass(frozen=True)
@@ -38,7 +161,7 @@ class Perturbation:
 
     @torch.no_grad()
     def deviations(self, up_OR: Tensor, down_RN: Tensor, up_grad_OR: Tensor, down_grad_RN: Tensor, s: float) -> Tensor:
-        """Of each row of P, float32, from the factors of a LoRA and their gradients."""
+        """Return the deviation of each row of P, float32, from the factors of a LoRA and their gradients."""
         b, a, db, da = (t.float() for t in (up_OR, down_RN, up_grad_OR, down_grad_RN))
         squares_O = self.base_norm.to(b.device) ** 2 + _along(b, a @ a.T, b)
         grads_O = _along(b, da @ da.T, b) + 2 * _along(b, da @ a.T, db) + _along(db, a @ a.T, db)
@@ -46,12 +169,12 @@ class Perturbation:
 
 
 def _along(left_OR: Tensor, middle_RR: Tensor, right_OR: Tensor) -> Tensor:
-    """Of each row l M r."""
+    """Return l M r for each row."""
     return ((left_OR @ middle_RR) * right_OR).sum(1)
 
 
 def add_noise(out: Tensor, x: Tensor, layer: nn.Module, deviations_O: Tensor) -> Tensor:
-    """`out` plus what the noise makes of the layer's input, in the dtype of `out`.
+    """Add what the noise makes of the layer's input to `out`, in its dtype.
 
     A seed comes from torch's default generator, so that a recomputed block repeats it; the noise itself is drawn once
     more for the gradient of x instead of being kept, which would take as much as the layer's weight.
@@ -62,7 +185,7 @@ def add_noise(out: Tensor, x: Tensor, layer: nn.Module, deviations_O: Tensor) ->
 
 
 def draw(layer: nn.Module, deviations_O: Tensor, seed: int, dtype: torch.dtype) -> Tensor:
-    """P, in the shape of the layer's weight."""
+    """Return P, in the shape of the layer's weight."""
     shape = _shape_of(layer)
     generator = torch.Generator(deviations_O.device).manual_seed(seed)
     noise = torch.randn(shape, generator=generator, dtype=dtype, device=deviations_O.device)
@@ -70,7 +193,7 @@ def draw(layer: nn.Module, deviations_O: Tensor, seed: int, dtype: torch.dtype) 
 
 
 def _shape_of(layer: nn.Module) -> Sequence[int]:
-    """Of the weight, which a layer in another form would decode for it."""
+    """Return the shape of the weight without asking the weight, which a layer in another format would decode."""
     if isinstance(layer, nn.Conv2d):
         return (layer.out_channels, layer.in_channels, *layer.kernel_size)
     assert isinstance(layer, nn.Linear)

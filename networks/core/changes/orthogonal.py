@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from networks.core.changes.alpha import NO_DROPOUT, SCALAR, Dropout
+from networks.core.changes.alpha import SCALAR
 from networks.core.changes.blocks import row_length
-from networks.core.changes.change import Forward, Misfit, check_kernel
+from networks.core.changes.change import ChangeSize, Forward, Misfit, check_kernel
 from networks.core.changes.dora import scale_outputs
+from networks.core.changes.dropout import NO_DROPOUT, Dropout
 
 
 class Rotation(Protocol):
@@ -37,7 +38,7 @@ class Rotation(Protocol):
         ...
 
     def output_scales(self) -> Tensor | None:
-        """What each output is multiplied by; None where lengths stay as they are."""
+        """Return what each output is multiplied by; None where lengths stay as they are."""
         ...
 
     def start_moving(self) -> None:
@@ -64,7 +65,8 @@ class Orthogonal(nn.Module):
     """
 
     changed_parameters = ("weight",)
-    fast_leaf = ""
+    fast_keys: frozenset[str] = frozenset()
+    adds_to_output = False
     scalar: nn.Parameter | None
 
     def __init__(
@@ -87,8 +89,8 @@ class Orthogonal(nn.Module):
             rotation.start_moving()
 
     def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
-        """What the layer computes with the change; shapes and dtype are those of the layer alone."""
-        if self.training and self.drops.module > 0 and float(torch.rand(())) < self.drops.module:
+        """Return what the layer computes with the change; shapes and dtype are those of the layer alone."""
+        if self.training and self.drops.skips_this_call():
             return base(x)
         with torch.autocast(x.device.type, enabled=False):
             turns = self._drop(self._turns())
@@ -113,12 +115,12 @@ class Orthogonal(nn.Module):
         return whole if strength == 1 else base + strength * (whole - base)
 
     @property
-    def block_sizes(self) -> tuple[int, ...]:
-        return (self.rotation.block_size,)
+    def size(self) -> ChangeSize:
+        return ChangeSize(self.rotation.block_size, block_sizes=(self.rotation.block_size,))
 
     @torch.no_grad()
     def norm(self) -> Tensor:
-        """The Frobenius norm of R - 1, to first order, and of how far scales are from 1."""
+        """Return the Frobenius norm of R - 1, to first order, and of how far scales are from 1."""
         angles = self.rotation.angles(self._scalar)
         square = angles.square().sum() * 4
         if angles.shape[1] == 1 and self.layer is not None:
@@ -130,14 +132,14 @@ class Orthogonal(nn.Module):
     def scale_(self, ratio: Tensor) -> None:
         self.rotation.scale_(ratio, self._scalar)
 
-    def leaves(self) -> Mapping[str, Tensor]:
-        """As in files: a trained strength is multiplied into the angles."""
+    def stored_tensors(self) -> Mapping[str, Tensor]:
+        """Return the tensors as in files: a trained strength is multiplied into the angles."""
         return self.rotation.in_files(self._scalar)
 
     @torch.no_grad()
-    def load(self, leaves: Mapping[str, Tensor]) -> None:
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over the tensors of a file; a trained strength becomes 1."""
-        self.load_state_dict({**({} if self.scalar is None else {SCALAR: torch.ones(())}), **leaves})
+        self.load_state_dict({**({} if self.scalar is None else {SCALAR: torch.ones(())}), **tensors})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Orthogonal":
         """Move or cast, without rounding what has to stay exact."""
@@ -156,14 +158,14 @@ class Orthogonal(nn.Module):
         return self.rotation.turns(self.rotation.angles(self._scalar))
 
     def _drop(self, turns: Tensor) -> Tensor:
-        """Blocks left out for this call; a block that serves for all inputs is never."""
+        """Leave out blocks for this call; a block that serves for all inputs is never."""
         if not self.training or self.drops.neuron == 0 or turns.shape[1] == 1:
             return turns
         keep_FD = torch.rand(turns.shape[:2], device=turns.device) > self.drops.neuron
         return turns * keep_FD[..., None, None].to(turns.dtype)
 
     def _turned(self, x: Tensor, base: Forward, turns: Tensor, strength: float) -> Tensor:
-        """The layer with its inputs turned."""
+        """Run the layer with its inputs turned."""
         if not isinstance(self.layer, nn.Conv2d):
             return base(x + strength * change_of_turn(x, turns))
         if self.layer.kernel_size == (1, 1):
@@ -176,7 +178,7 @@ class Orthogonal(nn.Module):
 
 
 def turn(x_TN: Tensor, turns: Tensor, is_transposed: bool = False) -> Tensor:
-    """x R, or x R' with `is_transposed`.
+    """Return x R, or x R' with `is_transposed`.
 
     R is the product of P_i (1 + turns_i) P_i' from the last factor to the first, as in BOFT (Liu et al. 2024,
     arXiv:2311.06243). P_0 is the identity. P_i deals out 2^(i + 1) neighbouring half blocks: what is far apart by 2^i
@@ -190,7 +192,7 @@ def turn(x_TN: Tensor, turns: Tensor, is_transposed: bool = False) -> Tensor:
 
 
 def change_of_turn(x_TN: Tensor, turns: Tensor) -> Tensor:
-    """x R - x. R is near the identity, and 16 bits hold this difference better than R."""
+    """Return x R - x. R is near the identity, and 16 bits hold this difference better than R."""
     if not torch.is_autocast_enabled(x_TN.device.type):
         turns = turns.to(x_TN.dtype)
     if len(turns) == 1:
@@ -199,12 +201,12 @@ def change_of_turn(x_TN: Tensor, turns: Tensor) -> Tensor:
 
 
 def turn_rows(weight: Tensor, turns: Tensor) -> Tensor:
-    """W R' of a weight (O, I) or (O, I, h, w), whose rows of N numbers are turned."""
+    """Return W R' of a weight (O, I) or (O, I, h, w), whose rows of N numbers are turned."""
     return turn(weight.flatten(1), turns, is_transposed=True).view_as(weight)
 
 
 def _through(x_TN: Tensor, blocks_Dbb: Tensor) -> Tensor:
-    """Every b numbers of x through their block."""
+    """Run every b numbers of x through their block."""
     parts = x_TN.reshape(*x_TN.shape[:-1], -1, blocks_Dbb.shape[-1])
     if len(blocks_Dbb) == 1:
         return (parts @ blocks_Dbb[0]).flatten(-2)
@@ -213,13 +215,13 @@ def _through(x_TN: Tensor, blocks_Dbb: Tensor) -> Tensor:
 
 
 def _shuffle(x_TN: Tensor, blocks_Dbb: Tensor, i: int) -> Tensor:
-    """x P_i."""
+    """Return x P_i."""
     half = blocks_Dbb.shape[-1] // 2
     return x_TN if i == 0 else x_TN.reshape(*x_TN.shape[:-1], -1, 2, 2**i, half).transpose(-3, -2).flatten(-4)
 
 
 def _unshuffle(x_TN: Tensor, blocks_Dbb: Tensor, i: int) -> Tensor:
-    """x P_i'."""
+    """Return x P_i'."""
     half = blocks_Dbb.shape[-1] // 2
     return x_TN if i == 0 else x_TN.reshape(*x_TN.shape[:-1], -1, 2**i, 2, half).transpose(-3, -2).flatten(-4)
 
@@ -254,7 +256,7 @@ class _OrthogonalConv(torch.autograd.Function):
 
 
 def _weight_between(layer: nn.Conv2d, turns: Tensor, strength: float) -> Tensor:
-    """W + strength (W R' - W) in the dtype of the rotation."""
+    """Return W + strength (W R' - W) in the dtype of the rotation."""
     weight = layer.weight.detach().to(turns.dtype)
     turned = turn_rows(weight, turns)
     return turned if strength == 1 else weight + strength * (turned - weight)

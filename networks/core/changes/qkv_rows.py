@@ -1,4 +1,4 @@
-"""LoRA leaves by the rows of their layer: what one program has in one module, another has in several.
+"""Tensors of a LoRA by the rows of their layer: what one program has in one module, another has in several.
 
 Letters: O rows, I columns, R rank.
 """
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from networks.core.changes.change import Leaves
+from networks.core.changes.change import ModuleTensors
 from networks.core.changes.parameter_keys import DORA_SCALE, DOWN, UP
 
 SPELLED_ELSEWHERE = {DOWN: "lora_A.weight", UP: "lora_B.weight"}  # in the namings that keep no alpha
@@ -16,47 +16,47 @@ PEFT_MAGNITUDES = "lora_magnitude_vector"
 PEFT_MAGNITUDES_IN_MEMORY = f"{PEFT_MAGNITUDES}.weight"  # PEFT reads both, transformers' text encoders this alone
 
 
-def num_rows(leaves: Leaves) -> int:
+def num_rows(tensors: ModuleTensors) -> int:
     """O."""
-    return leaves[UP].shape[0]
+    return tensors[UP].shape[0]
 
 
-def dtypes_of(leaves: Leaves) -> frozenset[torch.dtype]:
+def dtypes_of(tensors: ModuleTensors) -> frozenset[torch.dtype]:
     """The dtype of the down factor; nothing where there is none."""
-    return frozenset((leaves[DOWN].dtype,)) if DOWN in leaves else frozenset()
+    return frozenset((tensors[DOWN].dtype,)) if DOWN in tensors else frozenset()
 
 
-def take_rows(leaves: Leaves, rows: slice) -> dict[str, Tensor]:
+def take_rows(tensors: ModuleTensors, rows: slice) -> dict[str, Tensor]:
     """The LoRA of some of the rows: these rows of up, and of magnitudes per output, and all of down."""
-    magnitudes = {DORA_SCALE: leaves[DORA_SCALE][rows].clone()} if DORA_SCALE in leaves else {}
-    return {DOWN: leaves[DOWN].clone(), UP: leaves[UP][rows].clone(), **magnitudes}
+    magnitudes = {DORA_SCALE: tensors[DORA_SCALE][rows].clone()} if DORA_SCALE in tensors else {}
+    return {DOWN: tensors[DOWN].clone(), UP: tensors[UP][rows].clone(), **magnitudes}
 
 
 BY_ROW = (UP, "hada_w1_a", "hada_w2_a")  # a row of these is a row of the layer
 OUTER, INNER = ("lokr_w1", "lokr_w1_a"), ("lokr_w2", "lokr_w2_a")  # row l K + k of the layer is row l here, k there
 
 
-def swap_halves(leaves: Leaves) -> dict[str, Tensor] | None:
+def swap_halves(tensors: ModuleTensors) -> dict[str, Tensor] | None:
     """The halves of the rows exchanged; None where the tensors cannot say that."""
     by_row: tuple[str, ...] = BY_ROW
-    if outer := [leaves[leaf] for leaf in OUTER if leaf in leaves]:
+    if outer := [tensors[key] for key in OUTER if key in tensors]:
         by_row = INNER if len(outer[0]) == 1 else OUTER
-    moved = [leaf for leaf in by_row if leaf in leaves]
-    if not moved or any(len(leaves[leaf]) % 2 for leaf in moved):
+    moved = [key for key in by_row if key in tensors]
+    if not moved or any(len(tensors[key]) % 2 for key in moved):
         return None
-    if DORA_SCALE in leaves and len(leaves[DORA_SCALE]) > 1:
+    if DORA_SCALE in tensors and len(tensors[DORA_SCALE]) > 1:
         moved.append(DORA_SCALE)
-    return {**leaves, **{leaf: leaves[leaf].roll(len(leaves[leaf]) // 2, 0) for leaf in moved}}
+    return {**tensors, **{key: tensors[key].roll(len(tensors[key]) // 2, 0) for key in moved}}
 
 
-def join_rows(pieces: Mapping[int, Leaves], rows: Sequence[slice]) -> dict[str, Tensor]:
+def join_rows(pieces: Mapping[int, ModuleTensors], rows: Sequence[slice]) -> dict[str, Tensor]:
     """One LoRA for all pieces: exact at the same rank where they share down, else at the sum of their ranks.
 
     `rows` has where each piece lies; the rows of those that are missing are zero. Magnitudes per output, which all have
     or none, are below each other: the norm of a row is the same in the whole.
     """
-    downs = [leaves[DOWN] for leaves in pieces.values()]
-    ups = [leaves[UP] for leaves in pieces.values()]
+    downs = [tensors[DOWN] for tensors in pieces.values()]
+    ups = [tensors[UP] for tensors in pieces.values()]
     is_shared = all(torch.equal(down, downs[0]) for down in downs)
     down = downs[0] if is_shared else torch.cat(downs)
     dtype = torch.float32 if any(up.dtype == torch.float32 for up in ups) else down.dtype

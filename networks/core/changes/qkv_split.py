@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from library.errors import UserError
 from networks.core.changes.change import factor, in_dtype_of
 from networks.core.changes.parameter_keys import ALPHA, DOWN, UP
 
@@ -24,7 +25,7 @@ class SplitRank(nn.Module):
 
     has_core = False
     is_whole = False
-    fast_leaf = UP
+    fast_key = UP
 
     def __init__(self, layer: nn.Linear, rank: int, widths: Sequence[int]) -> None:
         super().__init__()
@@ -56,35 +57,31 @@ class SplitRank(nn.Module):
         up_ON, down_NI = self.factors()
         return up_ON @ down_NI
 
-    def as_one(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The leaves in memory as one LoRA of all projections, which is what files hold."""
-        up_ON, alpha = expand(leaves[UP], self.widths), leaves[ALPHA] * len(self.widths)
-        return {**leaves, UP: up_ON, ALPHA: alpha}
+    def as_one(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors in memory as one LoRA of all projections, which is what files hold."""
+        up_ON, alpha = expand(tensors[UP], self.widths), tensors[ALPHA] * len(self.widths)
+        return {**tensors, UP: up_ON, ALPHA: alpha}
 
-    def refusal(self, name: str, rank: int, source: str) -> str:
-        """Why the module `name` of a file, whose up factor has more than our blocks, cannot be taken over."""
-        return (
-            f"{name} is one adapter for all {len(self.widths)} projections of its layer in {source}; split_qkv trains "
-            "one for each. Set --network_args split_qkv=False to train it further as it is"
-        )
-
-    def apart(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-        """The leaves of a file as they are in memory; None where its up factor has more than one block a projection."""
-        folded = fold(leaves[UP], self.widths)
+    def apart(self, tensors: Mapping[str, Tensor], name: str, source: str) -> dict[str, Tensor]:
+        """Return the tensors of a file as they are in memory."""
+        folded = fold(tensors[UP], self.widths)
         if folded is None:
-            return None
-        num_channels = leaves[DOWN].shape[0]
-        alpha = float(leaves[ALPHA]) if ALPHA in leaves else float(num_channels)
-        return {**leaves, UP: folded, ALPHA: torch.tensor(alpha / len(self.widths), dtype=torch.float32)}
+            raise UserError(
+                f"{name} is one adapter for all {len(self.widths)} projections of its layer in {source}; split_qkv "
+                "trains one for each. Set --network_args split_qkv=False to train it further as it is"
+            )
+        num_channels = tensors[DOWN].shape[0]
+        alpha = float(tensors[ALPHA]) if ALPHA in tensors else float(num_channels)
+        return {**tensors, UP: folded, ALPHA: torch.tensor(alpha / len(self.widths), dtype=torch.float32)}
 
 
-def are_apart(leaves: Mapping[str, Tensor], widths: Sequence[int]) -> bool:
-    """Whether the LoRA of a file is one for each projection."""
-    return fold(leaves[UP], widths) is not None
+def are_apart(tensors: Mapping[str, Tensor], widths: Sequence[int]) -> bool:
+    """Return True if the LoRA of a file is one for each projection."""
+    return fold(tensors[UP], widths) is not None
 
 
 def expand(up_OR: Tensor, widths: Sequence[int]) -> Tensor:
-    """(O, R) as (O, N R): the rows of projection n in columns n R to (n + 1) R, zeros elsewhere."""
+    """Spread (O, R) to (O, N R): the rows of projection n in columns n R to (n + 1) R, zeros elsewhere."""
     columns = [torch.zeros_like(up_OR) for _ in widths]
     first = 0
     for column, width in zip(columns, widths, strict=True):
@@ -94,7 +91,7 @@ def expand(up_OR: Tensor, widths: Sequence[int]) -> Tensor:
 
 
 def fold(up_ON: Tensor, widths: Sequence[int]) -> Tensor | None:
-    """What `expand` made, back as (O, R); None where there is something outside the blocks, or no N equal ranks."""
+    """Undo `expand`, back to (O, R); None where there is something outside the blocks, or no N equal ranks."""
     if up_ON.dim() != 2 or up_ON.shape[0] != sum(widths) or up_ON.shape[1] % len(widths):
         return None
     rank = up_ON.shape[1] // len(widths)

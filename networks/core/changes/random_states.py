@@ -9,7 +9,7 @@ from torch import Tensor
 NUM_TICKETS = 2**62
 
 State = tuple[Tensor, ...]
-"""Of the generator on the CPU, and of the device's where that has one."""
+"""State of the generator on the CPU, and of the device's where that has one."""
 
 
 class Streams:

@@ -4,52 +4,36 @@ Letters: M changes, N rows of each (samples times positions), O outputs, I input
 """
 
 from collections.abc import Sequence
-from typing import Protocol, TypeGuard, cast, runtime_checkable
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from networks.core.changes.alpha import ScaledDelta
-from networks.core.changes.change import Forward, in_dtype_of
+from networks.core.changes.change import Forward, Stackable, in_dtype_of
 from networks.core.changes.dora import scale_columns
 
 
-@runtime_checkable
-class Paired(Protocol):
-    """A delta that is the product of two factors, and multiplies by nothing else."""
-
-    def pair(self) -> tuple[Tensor, Tensor]:
-        """(down, up) as the next call multiplies them: (R, I) and (O, R), or their kernels."""
-        ...
-
-
-def can_be_stacked(changes: Sequence[object]) -> TypeGuard[Sequence[ScaledDelta]]:
-    """Whether `stacked` computes these changes of one layer, apart from what dropout would leave out."""
+def can_be_stacked(changes: Sequence[object]) -> TypeGuard[Sequence[Stackable]]:
+    """Return True if `stacked` computes these changes of one layer, apart from what dropout would leave out."""
     return all(
-        isinstance(change, ScaledDelta)
-        and looks_at_single_places(change.layer)
-        and isinstance(change.delta, Paired)
-        and change.scalar is None
-        and change.tlora_ranks is None
-        and not change.join.is_per_output
-        for change in changes
+        isinstance(change, Stackable) and looks_at_single_places(change.layer) and change.is_pair for change in changes
     )
 
 
 def looks_at_single_places(layer: nn.Module | None) -> bool:
-    """Whether each position or pixel is multiplied for itself: a Linear, or a convolution that is one."""
+    """Return True if each position or pixel is multiplied for itself: a Linear, or a convolution that is one."""
     if isinstance(layer, nn.Conv2d):
         return (*layer.kernel_size, *layer.stride, *layer.padding) == (1, 1, 1, 1, 0, 0)
     return isinstance(layer, nn.Linear)
 
 
-def stacked(changes: Sequence[ScaledDelta], x: Tensor, base: Forward, strengths: Sequence[float]) -> Tensor:
-    """What the layer computes where change m acts on the m-th of M equal parts of x, along its first axis.
+def stacked(changes: Sequence[Stackable], x: Tensor, base: Forward, strengths: Sequence[float]) -> Tensor:
+    """Return what the layer computes where change m acts on the m-th of M equal parts of x, along its first axis.
 
     Factors of lower rank are filled up with zeros, which add nothing. The layer itself runs once over all rows.
     """
-    columns, is_conv = [change.scales() for change in changes], isinstance(changes[0].layer, nn.Conv2d)
+    columns, is_conv = [change.columns() for change in changes], isinstance(changes[0].layer, nn.Conv2d)
     whole = whole_columns(columns, strengths)
     shape = (len(changes), -1, *x.shape[1:]) if is_conv else (len(changes), -1, x.shape[-1])
     parts = x.reshape(shape)
@@ -67,7 +51,7 @@ def stacked(changes: Sequence[ScaledDelta], x: Tensor, base: Forward, strengths:
 
 
 def whole_columns(columns: Sequence[Tensor | None], strengths: Sequence[float]) -> Tensor | None:
-    """What the input features of each change's rows are multiplied by for the layer; None where nothing is."""
+    """Return what the input features of each change's rows are multiplied by for the layer; None where nothing is."""
     like = next((one for one in columns if one is not None), None)
     if like is None:
         return None
@@ -79,10 +63,10 @@ def whole_columns(columns: Sequence[Tensor | None], strengths: Sequence[float]) 
 
 
 def padded_factors(
-    changes: Sequence[ScaledDelta], columns: Sequence[Tensor | None], strengths: Sequence[float]
+    changes: Sequence[Stackable], columns: Sequence[Tensor | None], strengths: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
-    """(downs_MRI, ups_MOR): all factors, with columns, strength and alpha / rank multiplied in."""
-    pairs = [[factor.flatten(1) for factor in cast(Paired, change.delta).pair()] for change in changes]
+    """Return (downs_MRI, ups_MOR): all factors, with columns, strength and alpha / rank multiplied in."""
+    pairs = [[factor.flatten(1) for factor in change.pair()] for change in changes]
     most = max(len(down_RI) for down_RI, _ in pairs)
     scales = [strength * change.scale for change, strength in zip(changes, strengths, strict=True)]
     common = scales[0] if len(set(scales)) == 1 else 1.0

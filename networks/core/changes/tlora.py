@@ -3,12 +3,43 @@
 Letters: B samples, R rank, K channels between down and up, a multiple of R.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from networks.core.arguments.network_arguments import Requirement, argument
+from networks.core.arguments.values import parse_bool, parse_power, parse_unit
+from networks.core.changes.dropout import num_channels, per_channel
+
+WITH_TLORA = Requirement((("tlora",),), "tlora=True or networks.tlora")
 
 ROUNDED = 1e-4  # of a rank: a level in float32 may lie this far below the whole number that it stands for
+
+
+@dataclass(frozen=True)
+class TLoraArguments:
+    """The network arguments of T-LoRA."""
+
+    tlora: bool = argument(parse_bool, False, "The noisier a sample, the fewer ranks act on it.")
+    tlora_min_rank: int = argument(parse_unit, 1, "The ranks that act on pure noise.", requires=WITH_TLORA)
+    tlora_power: float = argument(
+        parse_power, 1.0, "Power of the share of the signal that the ranks follow; 1 is linear.", requires=WITH_TLORA
+    )
+
+    label: ClassVar[str] = "tlora"
+    switches: ClassVar[tuple[str, ...]] = ("tlora",)
+    made_for: ClassVar[str] = "it counts the ranks between the two factors of a LoRA"
+    excludes: ClassVar[Mapping[str, str]] = {
+        "dora_wd": "its magnitudes divide by the norm of one changed weight, but with T-LoRA every sample of a batch "
+        "has its own"
+    }
+
+    @property
+    def is_on(self) -> bool:
+        return self.tlora
 
 
 @dataclass(frozen=True)
@@ -23,12 +54,36 @@ class TLoraRanks:
     power: float
 
     def ranks(self, rank: int, levels_B: Tensor) -> Tensor:
-        """r of every sample, whole numbers from `least`, or R where that is smaller, to R."""
+        """Return r of every sample, whole numbers from `least`, or R where that is smaller, to R."""
         least = min(self.least, rank)
         shares_B = (1 - levels_B.float()).clamp(0, 1) ** self.power
         return (shares_B * (rank - least) + ROUNDED).floor().long().clamp_max(rank - least) + least
 
     def kept(self, rank: int, num_channels: int, levels_B: Tensor) -> Tensor:
-        """(B, K), True for channels that act; each group of R channels is an adapter of its own."""
+        """Return (B, K), True for channels that act; each group of R channels is an adapter of its own."""
         place_K = torch.arange(num_channels, device=levels_B.device) % rank
         return place_K < self.ranks(rank, levels_B)[:, None]
+
+
+@dataclass
+class NoiseLevels:
+    """The share of noise in each sample that the denoiser runs, 0 to 1; None where there is no batch."""
+
+    levels_B: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class NoiseMask:
+    """The channels that act on samples of a network's noise levels; all of them where there is no level."""
+
+    ranks: TLoraRanks
+    noise: NoiseLevels
+
+    def __call__(self, hidden: Tensor, rank: int, layer: nn.Module | None) -> Tensor:
+        levels_B = self.noise.levels_B
+        if levels_B is None:
+            return hidden
+        if len(hidden) != len(levels_B):
+            raise RuntimeError(f"a layer runs {len(hidden)} samples, but there are noise levels of {len(levels_B)}")
+        keep_BK = self.ranks.kept(rank, num_channels(hidden, layer), levels_B.to(hidden.device))
+        return hidden * per_channel(keep_BK, hidden, layer)

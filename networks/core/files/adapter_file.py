@@ -21,18 +21,30 @@ import torch
 from torch import Tensor
 
 from library.checkpoints.adapter_keys import AdapterKey, without_peft_prefix
-from library.checkpoints.files import PEFT_STEM, file_in_folder, is_safetensors, load_state_dict, read_metadata
+from library.checkpoints.files import (
+    PEFT_STEM,
+    file_in_folder,
+    is_safetensors,
+    load_state_dict,
+    read_metadata,
+    save_pickle_state_dict,
+    save_safetensors,
+)
+from library.checkpoints.hashes import with_hashes
 from library.errors import UserError
 from library.json_text import parse_json
+from networks.core.changes.adalora import alpha_of, as_lora
 from networks.core.changes.parameter_keys import ALPHA
+from networks.core.changes.qkv_pieces import whole_and_key
 from networks.core.files.module_weights import ModuleWeights
-from networks.core.files.reading_writing import WITHOUT_THEM, save_network
-from networks.core.kinds.adalora import alpha_of, as_lora
-from networks.core.kinds.kind import Kind
-from networks.core.kinds.table import KINDS, PIECES
+from networks.core.registry.key_layout import KeyLayout
+from networks.core.registry.layouts import PIECES, list_layouts
 
 logger = logging.getLogger(__name__)
 
+WITHOUT_THEM = (
+    "`tools/convert_lora.py --to kohya --drop_unsupported` writes it without them, which changes what it does"
+)
 DIFFUSERS_SETTINGS = "lora_adapter_metadata"  # JSON in the metadata of files by diffusers, alpha among it
 PEFT_SETTINGS = "adapter_config.json"  # beside files by PEFT
 
@@ -42,15 +54,17 @@ PeftSettings = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """The content of one adapter file."""
+    """The content of one adapter file; flat tables of tensors are at the edges only."""
 
     origin: str  # the path, for messages
     modules: Mapping[str, ModuleWeights]  # in file order
     metadata: Mapping[str, str]
     unknown: Mapping[str, Tensor]  # by key: what belongs to no kind of adapter that is recognised
+    clashes: tuple[tuple[str, str], ...] = ()  # keys of the same thing
+    peft_settings: PeftSettings | None = None  # of the adapter_config.json beside it
 
     def with_modules(self, modules: Iterable[ModuleWeights], metadata: Mapping[str, str]) -> "AdapterFile":
-        """Other modules and metadata; keys that were not understood are kept.
+        """Return other modules and metadata; keys that were not understood are kept.
 
         Settings that diffusers keeps in the metadata are dropped, since ranks and alphas in them would be wrong; where
         they recorded an alpha, modules made by `ModuleWeights.with_factors` have it in their factors.
@@ -70,75 +84,113 @@ def read_adapter_file(path: str | Path, flag: str = "") -> AdapterFile:
         tensors, metadata = load_state_dict(path), read_metadata(path)
     except (ValueError, OSError) as error:
         raise UserError(f"{flag}: {error}" if flag else str(error)) from error
-    file = parse_adapter(tensors, metadata, where)
-    file = without_lone_alphas(file)
-    settings = peft_settings(Path(path))
-    if settings is not None:
-        file = replace(file, modules={n: with_alpha(m, settings) for n, m in file.modules.items()})
-    return file
+    return completed(replace(sort_tensors(tensors, metadata, where), peft_settings=peft_settings(path)))
 
 
-def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], origin: str) -> AdapterFile:
-    """Sort the tensors of an adapter file by module.
+def open_adapter(path: str | Path, tensors: Mapping[str, Tensor] | None = None) -> AdapterFile:
+    """Read an adapter file for a network, which checks it itself; `tensors` are those that were read before."""
+    given = read_adapters(path) if tensors is None else tensors
+    if not Path(path).exists():
+        return sort_tensors(given, {}, str(path))
+    whole = file_in_folder(Path(path), str(path))
+    return replace(sort_tensors(given, read_metadata(whole), str(path)), peft_settings=peft_settings(whole))
 
-    Raises UserError when there is no adapter among them, when the factors of a module do not belong together, or for
-    values that are not finite.
-    """
-    leaves: dict[str, dict[str, Tensor]] = {}
+
+def read_adapters(path: str | Path) -> dict[str, Tensor]:
+    """Read the tensors of an adapter file, or of a folder by PEFT. Raises UserError for a file that cannot be read."""
+    return load_state_dict(file_in_folder(Path(path), str(path)))
+
+
+def sort_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], origin: str) -> AdapterFile:
+    """Sort the tensors of an adapter file by module, damaged modules included: the one place where keys are parsed."""
+    own_tensors: dict[str, dict[str, Tensor]] = {}
     keys: dict[str, dict[str, str]] = {}
     unknown: dict[str, Tensor] = {}
-    tensors = as_lora(tensors, origin)
-    for key, tensor in tensors.items():
+    clashes = []
+    for key, tensor in as_lora(tensors, origin).items():
         found = AdapterKey.parse(key)
         if found is None:
             unknown[key] = tensor
             continue
-        name, leaf = found.module, found.leaf
-        if leaf in keys.get(name, {}):
-            raise UserError(f"{origin} has two tensors for the same thing: {keys[name][leaf]} and {key}")
-        leaves.setdefault(name, {})[leaf] = tensor
-        keys.setdefault(name, {})[leaf] = key
-    settings = diffusers_settings(metadata)
-    modules = {}
-    for name, group in leaves.items():
-        modules[name] = with_alpha(ModuleWeights(name, group, keys[name], origin=origin), settings)
-        modules[name].check(origin)
-        modules[name].check_values(origin)
+        name, parameter_key = whole_and_key(found.module, found.leaf)
+        if parameter_key in keys.get(name, {}):
+            clashes.append((keys[name][parameter_key], key))
+        own_tensors.setdefault(name, {})[parameter_key] = tensor
+        keys.setdefault(name, {})[parameter_key] = key
+    modules = {name: ModuleWeights(name, group, keys[name], origin=origin) for name, group in own_tensors.items()}
+    return AdapterFile(origin, modules, dict(metadata), unknown, tuple(clashes))
+
+
+def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], origin: str) -> AdapterFile:
+    """Sort and check the tensors of an adapter file."""
+    return checked(sort_tensors(tensors, metadata, origin))
+
+
+def checked(file: AdapterFile) -> AdapterFile:
+    """Return the file with the alphas that diffusers records in its metadata.
+
+    Raises UserError when there is no adapter among its tensors, when the factors of a module do not belong together, or
+    for values that are not finite.
+    """
+    for first, second in file.clashes:
+        raise UserError(f"{file.origin} has two tensors for the same thing: {first} and {second}")
+    settings = diffusers_settings(file.metadata)
+    modules = {name: with_alpha(module, settings) for name, module in file.modules.items()}
+    for module in modules.values():
+        module.check(file.origin)
+        module.check_values(file.origin)
     if not modules:
-        first = ", ".join(list(tensors)[:3]) or "none"
-        raise UserError(f"{origin} has no weights of an adapter (first keys: {first}); give a LoRA file")
-    return AdapterFile(origin, modules, dict(metadata), unknown)
+        shown = ", ".join(list(file.unknown)[:3]) or "none"
+        raise UserError(f"{file.origin} has no weights of an adapter (first keys: {shown}); give a LoRA file")
+    return replace(file, modules=modules)
 
 
-def adapter_tensors(file: AdapterFile, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The tensors by the keys they have in the file, in `dtype` or as they are."""
+def completed(file: AdapterFile) -> AdapterFile:
+    """Check a file and return it without lone alphas, with those that PEFT records beside it."""
+    file = without_lone_alphas(checked(file))
+    modules = {name: with_alpha(module, file.peft_settings or {}) for name, module in file.modules.items()}
+    return replace(file, modules=modules)
+
+
+def adapter_tensors(file: AdapterFile) -> dict[str, Tensor]:
+    """Return the tensors by the keys they have in the file."""
     tensors = {}
     for module in file.modules.values():
-        for leaf, tensor in module.tensors.items():
-            tensors[module.keys.get(leaf, f"{module.name}.{leaf}")] = tensor
-    tensors.update(file.unknown)
-    return {
-        key: tensor.detach().to("cpu", dtype if dtype and tensor.is_floating_point() else tensor.dtype).contiguous()
-        for key, tensor in tensors.items()
-    }
+        for parameter_key, tensor in module.tensors.items():
+            tensors[module.keys.get(parameter_key, f"{module.name}.{parameter_key}")] = tensor
+    return {**tensors, **file.unknown}
 
 
 def save_adapter_file(path: str | Path, file: AdapterFile, dtype: torch.dtype | None = None) -> None:
-    """Write an adapter file whole or not at all, .safetensors with its metadata and the hashes of what is written.
+    """Write an adapter file whole or not at all, its tensors in `dtype` or as they are.
 
-    Other extensions give a pickled table of tensors, which has no metadata.
+    .safetensors has its metadata and the hashes of what is written; other extensions give a pickled table of tensors.
     """
     if not is_safetensors(path) and file.metadata:
         logger.warning("%s: this format has no metadata; use .safetensors to keep it", path)
-    save_network(path, adapter_tensors(file, dtype), file.metadata)
+    tensors = {
+        key: tensor.detach().to("cpu", dtype if dtype and tensor.is_floating_point() else tensor.dtype).contiguous()
+        for key, tensor in adapter_tensors(file).items()
+    }
+    save_network(path, tensors, file.metadata)
 
 
-COMPUTED: tuple[Kind, ...] = (*(kind for kind in KINDS if kind.read is not None), PIECES)
+def save_network(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> None:
+    """Write adapters, whole or not at all: .safetensors with metadata and both hashes, else a pickled table."""
+    if is_safetensors(path):
+        save_safetensors(path, tensors, with_hashes(tensors, metadata or {}))
+    else:
+        save_pickle_state_dict(path, tensors)
+
+
+COMPUTED: tuple[KeyLayout, ...] = (*(layout for layout in list_layouts() if layout.read is not None), PIECES)
 
 
 def without_lone_alphas(file: AdapterFile) -> AdapterFile:
-    """The file without alphas that have no weights beside them, which tools that leave out blocks forget; a warning
-    says so."""
+    """Return the file without alphas that have no weights beside them, which tools that leave out blocks forget.
+
+    A warning says so.
+    """
     lone = [name for name, module in file.modules.items() if module.tensors.keys() == {ALPHA}]
     if not lone or len(lone) == len(file.modules):
         return file
@@ -149,19 +201,19 @@ def without_lone_alphas(file: AdapterFile) -> AdapterFile:
     return replace(file, modules={name: module for name, module in file.modules.items() if name not in lone})
 
 
-def require_kinds(file: AdapterFile, kinds: Collection[Kind], purpose: str) -> None:
-    """Raise UserError unless every module is of one of `kinds` and has nothing else, and every key was understood."""
-    other = {module.name: module for module in file.modules.values() if module.kind not in kinds}
+def require_layouts(file: AdapterFile, layouts: Collection[KeyLayout], purpose: str) -> None:
+    """Raise UserError unless every module has one of `layouts` and has nothing else, and every key was understood."""
+    other = {module.name: module for module in file.modules.values() if module.layout not in layouts}
     if other:
         name, module = next(iter(other.items()))
         raise UserError(
-            f"{file.origin}: {len(other)} modules cannot be {purpose}, the first is {name} ({module.kind.words}: "
+            f"{file.origin}: {len(other)} modules cannot be {purpose}, the first is {name} ({module.layout.words}: "
             f"{', '.join(module.tensors)})"
         )
     for module in file.modules.values():
         if (beside := module.beside) is not None:
             raise UserError(
-                f"{file.origin} has {module.keys[beside]}, which is not understood beside {module.kind.words}, so it "
+                f"{file.origin} has {module.keys[beside]}, which is not understood beside {module.layout.words}, so it "
                 f"cannot be {purpose}; use the program that wrote it"
             )
     if file.unknown:
@@ -175,7 +227,7 @@ def require_kinds(file: AdapterFile, kinds: Collection[Kind], purpose: str) -> N
 
 
 def diffusers_settings(metadata: Mapping[str, str]) -> PeftSettings:
-    """PEFT's settings by part ("unet", "text_encoder") from the metadata of a file by diffusers; {} for others."""
+    """Return PEFT's settings by part ("unet", "text_encoder") from the metadata of diffusers' files; else {}."""
     if DIFFUSERS_SETTINGS not in metadata:
         return {}
     try:
@@ -191,7 +243,7 @@ def diffusers_settings(metadata: Mapping[str, str]) -> PeftSettings:
 
 
 def peft_settings(path: Path) -> PeftSettings | None:
-    """PEFT's settings for a file that it saved, from the adapter_config.json beside it."""
+    """Return PEFT's settings for a file that it saved, from the adapter_config.json beside it."""
     beside = path.parent / PEFT_SETTINGS
     if path.stem != PEFT_STEM or not beside.is_file():
         return None
@@ -202,8 +254,8 @@ def peft_settings(path: Path) -> PeftSettings | None:
 
 
 def with_alpha(module: ModuleWeights, settings: PeftSettings) -> ModuleWeights:
-    """The module with the alpha that the settings of its part record; what they say of single layers goes first."""
-    if not settings or not module.kind.has_alpha or ALPHA in module.tensors:
+    """Return the module with the alpha that the settings of its part record; those of single layers go first."""
+    if not settings or not module.layout.has_alpha or ALPHA in module.tensors:
         return module
     name = without_peft_prefix(module.name)
     part, _, path = name.partition(".")
@@ -213,15 +265,15 @@ def with_alpha(module: ModuleWeights, settings: PeftSettings) -> ModuleWeights:
     alpha = of_layer(own.get("alpha_pattern"), path, own.get("lora_alpha", own.get("alpha")))
     if alpha is None:
         return module
-    if module.kind.is_whole:  # PEFT divides by the rank that was asked for also where no factor has it
+    if module.layout.is_whole:  # PEFT divides by the rank that was asked for also where no factor has it
         rank = of_layer(own.get("rank_pattern"), path, own.get("r")) or module.rank
-        scaled = module.tensors[module.kind.scaled].float() * (alpha / rank)
-        return replace(module, tensors={**module.tensors, module.kind.scaled: scaled})
+        scaled = module.tensors[module.layout.scaled].float() * (alpha / rank)
+        return replace(module, tensors={**module.tensors, module.layout.scaled: scaled})
     factor = math.sqrt(module.rank) if own.get("use_rslora") else 1.0  # rank-stabilised: alpha / sqrt(rank)
     return replace(module, alpha_elsewhere=alpha_of(alpha * factor, module.rank, own))
 
 
 def of_layer(patterns: Mapping[str, float] | None, path: str, otherwise: float | None) -> float | None:
-    """The number that the first pattern which fits the end of a path has in PEFT's settings."""
+    """Return the number that the first pattern which fits the end of a path has in PEFT's settings."""
     found = next((n for p, n in (patterns or {}).items() if re.fullmatch(rf"(?:.*\.)?(?:{p})", path)), otherwise)
     return None if found is None else float(found)

@@ -1,4 +1,4 @@
-"""What a file of another program calls the modules of a network, for files that are saved as that one was.
+"""The names that a file of another program has for the modules of a network, which is saved under them again.
 
 Files whose q, k and v are apart have no place under kohya's names, where they are one layer. A network that was made of
 one is saved under the names that the file had, so that the program that wrote it reads it back.
@@ -6,18 +6,16 @@ one is saved under the names that the file had, so that the program that wrote i
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 
-from library.checkpoints.adapter_keys import AdapterKey
 from library.checkpoints.adapter_names import BaseNames, placed
 from networks.core.changes import qkv_rows
 from networks.core.changes.parameter_keys import ALPHA, DORA_SCALE
-from networks.core.files.adapter_file import parse_adapter
+from networks.core.changes.qkv_pieces import ROWS_KEY, rows_name
+from networks.core.files.adapter_file import AdapterFile
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.renaming import shares_of, swap_halves, without_alpha
-from networks.core.kinds.qkv_pieces import leaf_of
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class Spelled:
     """One module in the file."""
 
     name: str
-    keys: Mapping[str, str]  # by leaf
+    keys: Mapping[str, str]  # by parameter key
     is_swapped: bool  # the halves of its rows have the other order there
 
 
@@ -36,38 +34,34 @@ class FileSpelling:
     modules: Mapping[str, Spelled]
 
     def restore(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a network under the keys of the file.
+        """Return the tensors of a network under the keys of the file.
 
         Where a module has no alpha there, its strength is multiplied into one of its factors.
         """
         groups: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
-            module, leaf = module_and_leaf(key)
-            groups.setdefault(module, {})[leaf] = tensor
-        return {key: tensor for name, leaves in groups.items() for key, tensor in self._one(name, leaves).items()}
+            module, _, parameter_key = key.partition(".")  # kohya's names have no dots
+            if (rows := ROWS_KEY.fullmatch(parameter_key)) is not None:
+                module, parameter_key = f"{module}.{rows[1]}", rows[5]
+            groups.setdefault(module, {})[parameter_key] = tensor
+        return {
+            key: tensor for name, own_tensors in groups.items() for key, tensor in self._one(name, own_tensors).items()
+        }
 
-    def _one(self, name: str, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _one(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         spelled = self.modules[name]
-        module = ModuleWeights(spelled.name, leaves, {}, origin=name)
+        module = ModuleWeights(spelled.name, tensors, {}, origin=name)
         module = swap_halves(module, name) if spelled.is_swapped else module
         found = dict(module.tensors)
-        if module.kind.has_alpha and ALPHA not in spelled.keys:
+        if module.layout.has_alpha and ALPHA not in spelled.keys:
             found = without_alpha(module)
         if DORA_SCALE in found and qkv_rows.PEFT_MAGNITUDES in spelled.keys.get(DORA_SCALE, ""):
             found[DORA_SCALE] = qkv_rows.as_peft_magnitudes(found[DORA_SCALE])
-        return {spelled.keys.get(leaf, f"{spelled.name}.{leaf}"): tensor for leaf, tensor in found.items()}
+        return {spelled.keys.get(key, f"{spelled.name}.{key}"): tensor for key, tensor in found.items()}
 
 
-def module_and_leaf(key: str) -> tuple[str, str]:
-    """(module with its rows, leaf) of a key in memory."""
-    found = AdapterKey.parse(key)
-    assert found is not None
-    return found.module, found.leaf
-
-
-def spelling_of(tensors: Mapping[str, Tensor], names: BaseNames, file: str | Path) -> FileSpelling:
-    """What a file calls its modules; all of them are of the base model that `names` are of."""
-    read = parse_adapter(tensors, {}, str(file))
+def spelling_of(read: AdapterFile, names: BaseNames) -> FileSpelling:
+    """Return what a file calls its modules; all of them are of the base model that `names` are of."""
     others = placed(read.modules.keys(), [names])
     modules = {}
     for name, module in read.modules.items():
@@ -75,11 +69,7 @@ def spelling_of(tensors: Mapping[str, Tensor], names: BaseNames, file: str | Pat
         found = names.find(known)
         assert found is not None
         piece = found.piece_of(known)
-        own = (
-            found.kohya
-            if piece is None
-            else module_and_leaf(f"{found.kohya}.{leaf_of(*shares_of(found, piece), ALPHA)}")[0]
-        )
+        own = found.kohya if piece is None else f"{found.kohya}.{rows_name(*shares_of(found, piece))}"
         is_swapped = found.swaps_pair and found.is_in_diffusers(known)
         modules[own] = Spelled(name, module.keys, is_swapped)
     return FileSpelling(modules)

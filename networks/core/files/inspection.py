@@ -1,4 +1,4 @@
-"""What an adapter file contains: ranks, alphas and norms by block, and what is wrong with it."""
+"""The content of an adapter file for reports: ranks, alphas and norms by block, and what is wrong with it."""
 
 import math
 import re
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from library.checkpoints.adapter_keys import AdapterKey, underscored
+from library.checkpoints.adapter_keys import underscored
 from networks.core.files.module_weights import ModuleWeights
 
 PREFIX = re.compile(
@@ -47,23 +47,8 @@ class BlockFacts:
     update_norm: float
 
 
-def group_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, ModuleWeights], list[str]]:
-    """The modules of a file, broken ones included, and the keys that belong to none."""
-    leaves: dict[str, dict[str, Tensor]] = {}
-    keys: dict[str, dict[str, str]] = {}
-    unknown = []
-    for key, tensor in tensors.items():
-        found = AdapterKey.parse(key)
-        if found is None:
-            unknown.append(key)
-            continue
-        leaves.setdefault(found.module, {})[found.leaf] = tensor
-        keys.setdefault(found.module, {})[found.leaf] = key
-    return {name: ModuleWeights(name, leaves[name], keys[name]) for name in leaves}, unknown
-
-
 def structure_problem(module: ModuleWeights) -> str | None:
-    """Why the tensors of a module do not belong together, None when they do."""
+    """Say why the tensors of a module do not belong together; None when they do."""
     try:
         module.check("the file")
     except ValueError as error:
@@ -72,26 +57,26 @@ def structure_problem(module: ModuleWeights) -> str | None:
 
 
 def module_facts(module: ModuleWeights) -> ModuleFacts:
-    """Size and strength of a module whose tensors belong together."""
+    """Return size and strength of a module whose tensors belong together."""
     part, block = place_of(module.name)
-    kind = module.kind
-    has_rank = kind.rank_of is not None
-    down, up = (norm(module.tensors[leaf]) for leaf in kind.ends) if kind.ends else (None, None)
+    layout = module.layout
+    has_rank = layout.rank_of is not None
+    down, up = (norm(module.tensors[key]) for key in layout.ends) if layout.ends else (None, None)
     return ModuleFacts(
         name=module.name,
         part=part,
         block=block,
         kind=form_of(module),
         rank=module.rank if has_rank else None,
-        alpha=module.alpha if kind.has_alpha else None,
+        alpha=module.alpha if layout.has_alpha else None,
         down_norm=down,
         up_norm=up,
-        update_norm=None if kind.read is None else float(module.change(torch.float64).norm()),
+        update_norm=None if layout.read is None else float(module.change(torch.float64).norm()),
     )
 
 
 def form_of(module: ModuleWeights) -> str:
-    """The kind as reports name it."""
+    """Return the kind as reports name it."""
     if not module.is_dora:
         return module.form
     return "DoRA per output" if module.is_dora_per_output else "DoRA"
@@ -102,7 +87,7 @@ def norm(tensor: Tensor) -> float:
 
 
 def place_of(name: str) -> tuple[str, str]:
-    """(part, block) of a module by its name in any naming."""
+    """Return (part, block) of a module by its name in any naming."""
     flat = underscored(name)
     prefix = PREFIX.match(flat)
     path = flat[prefix.end() :] if prefix else flat
@@ -111,13 +96,13 @@ def place_of(name: str) -> tuple[str, str]:
 
 
 def part_of(flat: str) -> str:
-    """Which model a module lies in; text encoders keep what their names tell."""
+    """Return which model a module lies in; text encoders keep what their names tell."""
     match = re.match(r"(lora_te\d?|text_encoders_.*?(?=_transformer)|text_encoder(_\d)?)_", flat)
     return f"text encoder ({match[1]})" if match else "denoiser"
 
 
 def by_block(modules: Sequence[ModuleFacts]) -> list[BlockFacts]:
-    """One entry per part and block; parts in the order of the file, blocks by name and number."""
+    """Return one entry per part and block; parts in the order of the file, blocks by name and number."""
     groups: dict[tuple[str, str], list[ModuleFacts]] = {}
     for module in modules:
         groups.setdefault((module.part, module.block), []).append(module)
@@ -140,11 +125,11 @@ def by_block(modules: Sequence[ModuleFacts]) -> list[BlockFacts]:
 
 
 def order(block: str) -> list[tuple[str, int]]:
-    """A key that sorts blocks by name and number: layers_2 before layers_10."""
+    """Return a key that sorts blocks by name and number: layers_2 before layers_10."""
     return [(text, int(number or 0)) for text, number in re.findall(r"(\D+)(\d*)", block)]
 
 
 def count_dtypes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """dtype -> number of tensors, the commonest first."""
+    """Count tensors by dtype, the commonest first."""
     counts = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
     return dict(counts.most_common())

@@ -13,47 +13,47 @@ from networks.core.changes.change import AdditiveChange, Change, LowRankChange, 
 from networks.core.changes.dora import are_per_output
 from networks.core.changes.parameter_keys import ALPHA, DORA_SCALE
 from networks.core.kinds import lora
-from networks.core.kinds.kind import Kind
-from networks.core.kinds.table import PIECES, change_of, kind_of
+from networks.core.registry.key_layout import KeyLayout
+from networks.core.registry.layouts import PIECES, change_of, layout_of
 
 
 @dataclass(frozen=True)
 class ModuleWeights:
     """One module of an adapter file.
 
-    `tensors` are as in the file, by the leaf that this format has for them, whatever they are called there (`needs`,
-    `core` and `may_have` of each kind say which). Leaves of kinds that are only recognised keep their names. `keys` has
-    the key in the file for each leaf.
+    `tensors` are as in the file, by the parameter key that this format has for them, whatever they are called there:
+    `needs`, `core` and `may_have` of each layout say which. Those of no known layout keep their names. `keys` has the
+    whole key in the file for each.
     """
 
-    name: str  # as in the file, without the leaf: "lora_unet_mid_block_..." or "unet.mid_block...."
+    name: str  # as in the file, without the parameter key: "lora_unet_mid_block_..." or "unet.mid_block...."
     tensors: Mapping[str, Tensor]
     keys: Mapping[str, str]
     alpha_elsewhere: float | None = None  # recorded beside the tensors: in the metadata or in adapter_config.json
     origin: str = ""  # the file, for messages
 
     @property
-    def kind(self) -> Kind:
+    def layout(self) -> KeyLayout:
         """How the change is stored."""
-        return kind_of(self.tensors)
+        return layout_of(self.tensors)
 
     @property
     def form(self) -> str:
         """The kind as reports name it: LoRA of kernels larger than 1x1 is "conv"."""
-        kind = self.kind
-        return "conv" if kind is lora.KIND and prod(self.shape[2:]) > 1 else kind.name
+        layout = self.layout
+        return "conv" if layout is lora.LAYOUT and prod(self.shape[2:]) > 1 else layout.name
 
     @property
     def beside(self) -> str | None:
-        """A leaf that its kind does not know, such as a change of the bias beside a LoRA; None where there is none."""
-        if self.kind is PIECES:  # each was asked before it became a part of one
+        """A parameter key that its layout does not know, such as a change of the bias beside a LoRA; None for none."""
+        if self.layout is PIECES:  # each was asked before it became a part of one
             return None
-        return next((leaf for leaf in self.tensors if leaf not in self.kind.leaves and leaf != ALPHA), None)
+        return next((key for key in self.tensors if key not in self.layout.keys and key != ALPHA), None)
 
     @property
     def is_low_rank(self) -> bool:
-        """Whether the change is scale * up @ down."""
-        return self.kind.is_low_rank
+        """True if the change is scale * up @ down."""
+        return self.layout.is_low_rank
 
     @property
     def is_dora(self) -> bool:
@@ -61,26 +61,26 @@ class ModuleWeights:
 
     @property
     def is_dora_per_output(self) -> bool:
-        """Whether magnitudes are of outputs, as PEFT's are."""
-        return self.is_dora and self.kind.shape_of is not None and are_per_output(self.magnitudes)
+        """True if magnitudes are of outputs, as PEFT's are."""
+        return self.is_dora and self.layout.shape_of is not None and are_per_output(self.magnitudes)
 
     @property
     def is_larger_kernel(self) -> bool:
-        """Whether it changes a convolution that is larger than 1x1."""
+        """True if it changes a convolution that is larger than 1x1."""
         return prod(self.shape[2:]) > 1
 
     @property
     def rank(self) -> int:
-        rank_of = self.kind.rank_of
+        rank_of = self.layout.rank_of
         assert rank_of is not None
         return rank_of(self.tensors)
 
     @property
     def alpha(self) -> float:
         """As recorded; the rank where nothing is."""
-        if ALPHA in self.tensors and not self.kind.is_whole:
+        if ALPHA in self.tensors and not self.layout.is_whole:
             return float(self.tensors[ALPHA])
-        return float(self.rank) if self.alpha_elsewhere is None or self.kind.is_whole else self.alpha_elsewhere
+        return float(self.rank) if self.alpha_elsewhere is None or self.layout.is_whole else self.alpha_elsewhere
 
     @property
     def scale(self) -> float:
@@ -89,8 +89,8 @@ class ModuleWeights:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the layer's weight: (O, I), or (O, I, h, w) for a convolution."""
-        shape_of = self.kind.shape_of
+        """The shape of the layer's weight: (O, I), or (O, I, h, w) for a convolution."""
+        shape_of = self.layout.shape_of
         assert shape_of is not None
         return shape_of(self.name, self.tensors)
 
@@ -103,22 +103,22 @@ class ModuleWeights:
         return found
 
     def change(self, dtype: torch.dtype | None = torch.float32) -> Change:
-        """What the module does to its layer, computed in `dtype` or in that of the file.
+        """Make the change of the module's layer, computed in `dtype` or in that of the file.
 
         Raises UserError for kinds that are only recognised.
         """
-        leaves = {leaf: tensor.to(dtype or tensor.dtype) for leaf, tensor in self.tensors.items()}
-        if self.kind.has_alpha:
-            leaves[ALPHA] = torch.tensor(self.alpha, dtype=torch.float64)
-        if self.is_dora and self.kind.shape_of is not None:
-            leaves[DORA_SCALE] = self.magnitudes.to(dtype or self.magnitudes.dtype)
+        tensors = {key: t.to(dtype) if t.is_floating_point() else t for key, t in self.tensors.items()}
+        if self.layout.has_alpha:
+            tensors[ALPHA] = torch.tensor(self.alpha, dtype=torch.float64)
+        if self.is_dora and self.layout.shape_of is not None:
+            tensors[DORA_SCALE] = self.magnitudes.to(dtype or self.magnitudes.dtype)
         try:
-            return change_of(leaves)
+            return change_of(tensors)
         except ValueError as error:
             raise UserError(f"{self._place}: {error}") from None
 
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """What is added to the layer's weight, in its shape; for DoRA before the magnitudes."""
+        """Return what is added to the layer's weight, in its shape; for DoRA before the magnitudes."""
         change: AdditiveChange = self.change(dtype)  # type: ignore[assignment]
         return change.weight()
 
@@ -128,7 +128,7 @@ class ModuleWeights:
         return change.factors()
 
     def changes(self, parameter: str) -> bool:
-        """Whether a parameter of the layer, "weight" or "bias", is another with this module."""
+        """Return True if the module changes a parameter of the layer, "weight" or "bias"."""
         return parameter in self.change().changed_parameters
 
     def merged(
@@ -144,36 +144,38 @@ class ModuleWeights:
             raise UserError(self._describe(misfit)) from None
 
     def with_factors(self, up_OR: Tensor, down_RN: Tensor, scale: float) -> "ModuleWeights":
-        """The same module as a plain LoRA with these factors, of which the change is scale * up @ down.
+        """Return the module as a plain LoRA with these factors, of which the change is scale * up @ down.
 
         A file that records no alpha gets none: the scale is then multiplied into the up factor. Both factors are stored
         in the dtype of the old tensors; magnitudes stay.
         """
-        kind, dtype = self.kind, self.tensors[self.kind.needs[0]].dtype
+        layout, dtype = self.layout, self.tensors[self.layout.needs[0]].dtype
         if ALPHA not in self.tensors:
             up_OR = up_OR * scale
-        replaced = {*kind.needs, *kind.core}
-        kept = {leaf: tensor for leaf, tensor in self.tensors.items() if leaf not in replaced}
-        made = {leaf: t.to(dtype) for leaf, t in lora.leaves_of(up_OR, down_RN, self.shape).items()}
+        replaced = {*layout.needs, *layout.core}
+        kept = {
+            parameter_key: tensor for parameter_key, tensor in self.tensors.items() if parameter_key not in replaced
+        }
+        made = {parameter_key: t.to(dtype) for parameter_key, t in lora.tensors_of(up_OR, down_RN, self.shape).items()}
         # What the old factors are called stays in place, so that keys come out in the order they had.
-        order = [leaf for leaf in self.tensors if leaf in kept or leaf in made]
-        tensors = {leaf: {**kept, **made}[leaf] for leaf in dict.fromkeys((*order, *made))}
+        order = [parameter_key for parameter_key in self.tensors if parameter_key in kept or parameter_key in made]
+        tensors = {parameter_key: {**kept, **made}[parameter_key] for parameter_key in dict.fromkeys((*order, *made))}
         if ALPHA in tensors:
             tensors[ALPHA] = alpha_tensor(scale * down_RN.shape[0], like=tensors[ALPHA])
-        keys = {leaf: key for leaf, key in self.keys.items() if leaf in tensors}
+        keys = {parameter_key: key for parameter_key, key in self.keys.items() if parameter_key in tensors}
         return replace(self, tensors=tensors, keys=keys, alpha_elsewhere=None)
 
     def check(self, origin: str) -> None:
         """Raise UserError where the tensors do not belong together, or are none that anything can be computed with."""
-        kind = self.kind
+        layout = self.layout
         if (unusable := next(self._unusable(), None)) is not None:
             raise UserError(f"{origin} has {unusable}")
-        wrong = kind.fault(self.name, self.tensors, self.keys) if kind.fault is not None else None
+        wrong = layout.fault(self.name, self.tensors, self.keys) if layout.fault is not None else None
         if wrong is not None:
             raise UserError(f"{origin}{'' if wrong.startswith(':') else ' '}{wrong}")
-        missing = [leaf for leaf in kind.needs if leaf not in self.tensors] if kind.rank_of is not None else []
+        missing = [key for key in layout.needs if key not in self.tensors] if layout.rank_of is not None else []
         if missing:
-            there = next(self.keys[leaf] for leaf in self.tensors if leaf != ALPHA)
+            there = next(self.keys[key] for key in self.tensors if key != ALPHA)
             raise UserError(f"{origin} has {there} without its {missing[0]}; the file is incomplete")
 
     def check_values(self, origin: str) -> None:
@@ -182,16 +184,15 @@ class ModuleWeights:
             raise UserError(f"{origin}: {wrong}; the file is damaged, take another one or one of an earlier step")
 
     def _unusable(self) -> Iterator[str]:
-        """What no kind of adapter can have, one phrase for each tensor."""
-        for leaf, tensor in self.tensors.items():
-            key, shape = self.keys.get(leaf, f"{self.name}.{leaf}"), list(tensor.shape)
+        """Yield what no kind of adapter can have, one phrase for each tensor."""
+        floating = self.layout.keys - {ALPHA, *self.layout.switches}
+        for parameter_key, tensor in self.tensors.items():
+            key, shape = self.keys.get(parameter_key, f"{self.name}.{parameter_key}"), list(tensor.shape)
             if tensor.numel() == 0:
                 yield f"{key} of the shape {shape}, which is empty; the file is incomplete"
-            elif leaf == ALPHA and tensor.numel() != 1:
+            elif parameter_key == ALPHA and tensor.numel() != 1:
                 yield f"{key} of the shape {shape}; it needs one number"
-            elif (
-                leaf in self.kind.leaves and leaf not in (ALPHA, *self.kind.switches) and not tensor.is_floating_point()
-            ):
+            elif parameter_key in floating and not tensor.is_floating_point():
                 dtype = str(tensor.dtype).removeprefix("torch.")
                 yield f"{key} as {dtype}, whole numbers whose scale it does not say; use a file in fp32, bf16 or fp16"
 
@@ -201,9 +202,9 @@ class ModuleWeights:
         return f"{self.origin}: {self.name}" if self.origin else self.name
 
     def _describe(self, misfit: Misfit) -> str:
-        if misfit.leaf:
+        if misfit.key:
             sizes = prod(misfit.change), prod(misfit.base)
-            return f"{self._place}.{misfit.leaf} has {sizes[0]} values, the base model's layer {sizes[1]}"
+            return f"{self._place}.{misfit.key} has {sizes[0]} values, the base model's layer {sizes[1]}"
         return (
             f"{self._place} changes a weight of the shape {list(misfit.change)}, but the base model's is "
             f"{list(misfit.base)}; the adapter was made for another base model"
@@ -224,9 +225,9 @@ def named_twice(origin: str, name: str) -> UserError:
 
 def value_problems(module: ModuleWeights) -> Iterator[str]:
     """The tensors of a module that hold infinity or NaN, one sentence each."""
-    for leaf, tensor in module.tensors.items():
+    for key, tensor in module.tensors.items():
         if not tensor.is_floating_point() or tensor.is_meta:  # shapes alone have no values
             continue
         num_bad = int((~torch.isfinite(tensor.float())).sum())
         if num_bad:
-            yield f"{module.keys[leaf]} has {num_bad} of {tensor.numel()} values that are not finite"
+            yield f"{module.keys[key]} has {num_bad} of {tensor.numel()} values that are not finite"

@@ -14,14 +14,13 @@ from library.checkpoints.adapter_names import BaseNames, FileNaming, ModuleNames
 from library.errors import UserError
 from networks.core.changes import qkv_rows
 from networks.core.changes.parameter_keys import ALPHA, DORA_SCALE
+from networks.core.changes.qkv_pieces import rows_name
 from networks.core.files.adapter_file import AdapterFile
 from networks.core.files.module_weights import ModuleWeights, named_twice
-from networks.core.kinds import lora, norm
-from networks.core.kinds.qkv_pieces import leaf_of
-from networks.core.kinds.rotations import oft_v2
-from networks.core.kinds.table import held_leaves
+from networks.core.kinds import lora, norm, oft_v2
+from networks.core.registry.layouts import held_keys
 
-SEPARABLE = frozenset((DORA_SCALE, *norm.KIND.leaves))  # without these the rest of a module still is an adapter
+SEPARABLE = frozenset((DORA_SCALE, *norm.LAYOUT.keys))  # without these the rest of a module still is an adapter
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ def rename(
 ) -> Renamed:
     """The file in the naming `to`.
 
-    With `keeps_pieces` modules that only diffusers has apart come as `kinds.pieces`, if the factors of one layer's
+    With `keeps_pieces` modules that only diffusers has apart come in the layout PIECES, if the factors of one layer's
     cannot be joined to those of one. Raises UserError naming the keys that `to` cannot hold, unless they are to be
     dropped, and for a file in which one module stands twice.
     """
@@ -59,7 +58,7 @@ def rename(
         for name, tensors in in_naming(found, members, to, file.origin, are_apart):
             if to == "diffusers" and DORA_SCALE in tensors:
                 tensors = {**tensors, DORA_SCALE: qkv_rows.as_peft_magnitudes(tensors[DORA_SCALE])}
-            keys = {leaf: f"{name}.{ending(leaf, to)}" for leaf in tensors}
+            keys = {key: f"{name}.{ending(key, to)}" for key in tensors}
             modules[name] = ModuleWeights(name, tensors, keys, origin=file.origin)
             if not dtypes >= qkv_rows.dtypes_of(tensors):
                 widened.append(name)
@@ -74,7 +73,7 @@ def group_by_place(file: AdapterFile, names: BaseNames, lost: frozenset[str]) ->
     groups: dict[ModuleNames, list[ModuleWeights]] = {}
     for module in file.modules.values():
         found = names.find(module.name)
-        kept = {leaf: tensor for leaf, tensor in module.tensors.items() if module.keys[leaf] not in lost}
+        kept = {key: tensor for key, tensor in module.tensors.items() if module.keys[key] not in lost}
         if found is not None and kept:
             groups.setdefault(found, []).append(replace(module, tensors=kept))
     return groups
@@ -112,16 +111,16 @@ def in_naming(
 
 
 def can_join(found: ModuleNames, pieces: Collection[ModuleWeights]) -> bool:
-    """Whether pieces are one LoRA of the whole layer: plain ones, or all that there are with magnitudes per output."""
-    if not all(piece.kind is lora.KIND for piece in pieces):
+    """Return True if pieces are one LoRA of the whole layer: plain ones, or all of them with magnitudes per output."""
+    if not all(piece.layout is lora.LAYOUT for piece in pieces):
         return False
     num_dora = sum(piece.is_dora for piece in pieces)
     return num_dora == 0 or (all(p.is_dora_per_output for p in pieces) and len(pieces) == len(found.pieces))
 
 
 def is_apart(found: ModuleNames, members: Sequence[ModuleWeights]) -> bool:
-    """Whether these are pieces of a layer whose factors are none of the whole layer."""
-    pieces = [m for m in members if found.piece_of(m.name) is not None and m.kind.read is not None]
+    """Return True if these are pieces of a layer whose factors are none of the whole layer."""
+    pieces = [m for m in members if found.piece_of(m.name) is not None and m.layout.read is not None]
     return bool(pieces) and not can_join(found, pieces)
 
 
@@ -132,7 +131,7 @@ def in_rows(found: ModuleNames, pieces: Mapping[int | None, ModuleWeights]) -> d
         if i in pieces:
             own = with_alpha_tensor(pieces[i])
             own |= {ALPHA: own[ALPHA].reshape(())} if ALPHA in own else {}
-            tensors.update({leaf_of(*shares_of(found, i), leaf): tensor for leaf, tensor in own.items()})
+            tensors.update({f"{rows_name(*shares_of(found, i))}.{key}": tensor for key, tensor in own.items()})
     return tensors
 
 
@@ -146,8 +145,8 @@ def refuse_apart(file: AdapterFile, names: BaseNames) -> None:
     """Raise UserError for a piece of a layer whose factors are none of the whole layer."""
     for found, members in group_by_place(file, names, frozenset()).items():
         if is_apart(found, members):
-            module = next((m for m in members if m.is_dora or m.kind is not lora.KIND), members[0])
-            what = "DoRA" if module.is_dora else module.kind.words
+            module = next((m for m in members if m.is_dora or m.layout is not lora.LAYOUT), members[0])
+            what = "DoRA" if module.is_dora else module.layout.words
             raise UserError(
                 f"{file.origin}: {module.name} is {what} of a part of {found.kohya}, which is one layer outside of "
                 "diffusers and has no such factors there. With --dim_from_weights it can be trained further. "
@@ -158,15 +157,15 @@ def refuse_apart(file: AdapterFile, names: BaseNames) -> None:
 
 def swap_halves(module: ModuleWeights, origin: str) -> ModuleWeights:
     """The halves of the rows exchanged, where there are twice as many rows as inputs."""
-    if module.kind is oft_v2.KIND:  # turns inputs, of every row alike
+    if module.layout is oft_v2.LAYOUT:  # turns inputs, of every row alike
         return module
-    if module.kind.shape_of is not None and module.shape[0] != 2 * module.shape[1]:
+    if module.layout.shape_of is not None and module.shape[0] != 2 * module.shape[1]:
         return module
-    swapped = None if module.kind.shape_of is None else qkv_rows.swap_halves(module.tensors)
+    swapped = None if module.layout.shape_of is None else qkv_rows.swap_halves(module.tensors)
     if swapped is None:
         raise UserError(
             f"{origin}: the halves of the rows of {module.name} have another order in diffusers, and its "
-            f"{module.kind.words} cannot be brought into it; leave this layer out"
+            f"{module.layout.words} cannot be brought into it; leave this layer out"
         )
     return replace(module, tensors=swapped)
 
@@ -180,34 +179,34 @@ def unsupported_keys(file: AdapterFile, names: BaseNames, to: FileNaming, keeps_
             continue
         # What is joined from pieces has no more than diffusers has.
         is_piece = found.piece_of(module.name) is not None
-        held = held_leaves("diffusers" if is_piece else to)
-        if held is not None and module.kind is lora.KIND and module.is_dora_per_output:
+        held = held_keys("diffusers" if is_piece else to)
+        if held is not None and module.layout is lora.LAYOUT and module.is_dora_per_output:
             held |= {DORA_SCALE}  # PEFT has magnitudes of this kind alone
-        if is_piece and keeps_pieces and module.kind.read is not None:
-            held = module.kind.leaves | {ALPHA}
-        foreign = [leaf for leaf in module.tensors if held is not None and leaf not in held]
+        if is_piece and keeps_pieces and module.layout.read is not None:
+            held = module.layout.keys | {ALPHA}
+        foreign = [parameter_key for parameter_key in module.tensors if held is not None and parameter_key not in held]
         is_empty = held is not None and module.tensors.keys() == {ALPHA}
-        loses_all = is_empty or any(leaf not in SEPARABLE for leaf in foreign)
-        yield from (key for leaf, key in module.keys.items() if loses_all or leaf in foreign)
+        loses_all = is_empty or any(parameter_key not in SEPARABLE for parameter_key in foreign)
+        yield from (key for parameter_key, key in module.keys.items() if loses_all or parameter_key in foreign)
     yield from file.unknown
 
 
 def with_alpha_tensor(module: ModuleWeights) -> dict[str, Tensor]:
     """The tensors with an alpha of their own and the magnitudes of DoRA in the dimensions of the weight."""
     tensors = dict(module.tensors)
-    if module.kind.has_alpha and ALPHA not in tensors:
+    if module.layout.has_alpha and ALPHA not in tensors:
         tensors[ALPHA] = torch.tensor(module.alpha, dtype=torch.float32)
-    if DORA_SCALE in tensors and module.kind.shape_of is not None:
+    if DORA_SCALE in tensors and module.layout.shape_of is not None:
         tensors[DORA_SCALE] = module.magnitudes
     return tensors
 
 
 def without_alpha(module: ModuleWeights) -> dict[str, Tensor]:
     """The tensors with the scale multiplied into one of them."""
-    tensors = {leaf: tensor for leaf, tensor in module.tensors.items() if leaf != ALPHA}
-    if DORA_SCALE in tensors and module.kind.shape_of is not None:
+    tensors = {key: tensor for key, tensor in module.tensors.items() if key != ALPHA}
+    if DORA_SCALE in tensors and module.layout.shape_of is not None:
         tensors[DORA_SCALE] = module.magnitudes
-    return fold_scale(tensors, module.kind.scaled, module.scale) if module.kind.scaled else tensors
+    return fold_scale(tensors, module.layout.scaled, module.scale) if module.layout.scaled else tensors
 
 
 def split_rows(
@@ -236,7 +235,7 @@ def join_pieces(found: ModuleNames, pieces: Mapping[int | None, ModuleWeights], 
     if len(units) > 1 or not next(iter(units)).is_integer():
         raise UserError(f"{origin}: the sizes of the pieces of {found.kohya} do not fit together")
     tensors = qkv_rows.join_rows(folded, list(rows_of_pieces(found, int(next(iter(units))))))
-    return ModuleWeights(found.kohya, tensors, {leaf: f"{found.kohya}.{leaf}" for leaf in tensors})
+    return ModuleWeights(found.kohya, tensors, {key: f"{found.kohya}.{key}" for key in tensors})
 
 
 def fold_scale(tensors: Mapping[str, Tensor], scaled: str, scale: float) -> dict[str, Tensor]:
@@ -252,15 +251,15 @@ def fold_scale(tensors: Mapping[str, Tensor], scaled: str, scale: float) -> dict
     folded = exact.to(tensors[scaled].dtype)
     if torch.equal(folded.double(), exact):
         return {**tensors, scaled: folded}
-    wide = {leaf: tensor if leaf == DORA_SCALE else tensor.float() for leaf, tensor in tensors.items()}
+    wide = {key: tensor if key == DORA_SCALE else tensor.float() for key, tensor in tensors.items()}
     return {**wide, scaled: exact.float()}
 
 
-def ending(leaf: str, naming: FileNaming) -> str:
+def ending(key: str, naming: FileNaming) -> str:
     """The end of a key."""
-    if naming == "diffusers" and leaf == DORA_SCALE:
+    if naming == "diffusers" and key == DORA_SCALE:
         return qkv_rows.PEFT_MAGNITUDES_IN_MEMORY
-    return leaf if naming == "kohya" else qkv_rows.SPELLED_ELSEWHERE.get(leaf, leaf)
+    return key if naming == "kohya" else qkv_rows.SPELLED_ELSEWHERE.get(key, key)
 
 
 def some_keys(keys: Iterable[str], most: int = 6) -> str:

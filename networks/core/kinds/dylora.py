@@ -4,31 +4,51 @@ Letters: O output features or channels, I input features or channels, R rank, K 
 """
 
 import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
 from library.randomness import random_for
-from networks.core.arguments.parsing import NetworkArguments
-from networks.core.changes.alpha import ScaledDelta
-from networks.core.changes.change import factor
+from networks.core.arguments.common import ON_CONVOLUTIONS
+from networks.core.arguments.network_arguments import NetworkArguments, Requirement, argument
+from networks.core.arguments.values import parse_bool, parse_unit
+from networks.core.changes.adapter import Adapter
+from networks.core.changes.change import Change, delta_of, factor
+from networks.core.changes.low_rank import LowRank, add_product, run_like, start_up_moving
 from networks.core.changes.parameter_keys import UP
-from networks.core.kinds.kind import Network
-from networks.core.kinds.lora import LowRank, add_product, run_like, start_up_moving
+from networks.core.changes.qkv_split import SplitRank
+from networks.core.changes.request import ChangeRequest
+from networks.core.kinds import lora
+from networks.core.registry.adapter_kind import AdapterKind, StartStep
 from networks.core.targets.targets import TargetModule
 
 logger = logging.getLogger(__name__)
 
 STREAM = "dylora rank"
-UNITS = {  # how a module is adapted -> (the argument with its block size, the settings of its rank)
+UNITS: Mapping[str, tuple[str, str]] = {  # sort of module -> (argument, settings of ranks)
     "plain": ("unit", "--network_dim (or block_dims)"),
     "conv": ("conv_unit", "conv_dim (or conv_block_dims)"),
 }
 
 
+@dataclass(frozen=True)
+class DyloraArguments:
+    """The network arguments of DyLoRA."""
+
+    unit: int = argument(parse_unit, 1, "Ranks are trained in blocks of so many.", aliases=("dyloRA",))
+    conv_unit: int = argument(
+        parse_unit, 1, "The blocks of convolutions larger than 1x1.",
+        requires=Requirement((ON_CONVOLUTIONS,), "conv_dim"),
+    )  # fmt: skip
+    train_all_ranks: bool = argument(parse_bool, True, "Train all rows up to the rank of a step, not its newest block.")
+
+
 def nested_rank(rank: int, step_rank: int, full_rank: int, unit: int = 1) -> int:
-    """The ranks that a module of `rank` has when the network, whose full rank is `full_rank`, is at `step_rank`.
+    """Return the ranks that a module of `rank` has when the network, whose full rank is `full_rank`, is at `step_rank`.
 
     The same share of its own rank, to the nearest multiple of `unit` and at least one unit; `rank` is a multiple of
     `unit`. The module whose rank is the full one has `step_rank` exactly.
@@ -47,7 +67,7 @@ class NestedRank(nn.Module):
 
     has_core = False
     is_whole = False
-    fast_leaf = UP
+    fast_key = UP
 
     def __init__(self, layer: nn.Module, rank: int) -> None:
         super().__init__()
@@ -83,7 +103,7 @@ class NestedRank(nn.Module):
         return (up_OR @ down_RN).reshape(up_OR.shape[0], *factor(self.lora_down).shape[1:])
 
     def _rows_of_this_call(self) -> tuple[int, int]:
-        """All rows in evaluation, which reaches the factors as part of the network; else those of the step."""
+        """Return all rows in evaluation, which reaches the factors as part of the network; else those of the step."""
         if not self.lora_down.training:
             return 0, self.rank
         if self._rows is None:
@@ -95,73 +115,90 @@ class NestedRank(nn.Module):
 
 
 def part(weight: Tensor, axis: int, first: int, end: int) -> Tensor:
-    """`weight` up to `end` of an axis, where only what lies from `first` on has a gradient."""
+    """Cut `weight` to `end` on an axis, where only what lies from `first` on has a gradient."""
     if first == 0:
         return weight.narrow(axis, 0, end)
     return torch.cat([weight.detach().narrow(axis, 0, first), weight.narrow(axis, first, end - first)], axis)
 
 
-def draw_rank(network: Network, seed: int, step: int) -> None:
+def make(request: ChangeRequest) -> Change:
+    return lora.make_pair(request, NestedRank, SplitRank)
+
+
+def prepare(adapters: Sequence[Adapter], arguments: NetworkArguments) -> StartStep:
+    """Check the ranks; return what draws one for each optimizer step."""
+    own = arguments.of(DyloraArguments)
+    check_units(adapters, own)
+    return partial(draw_rank, own)
+
+
+def draw_rank(arguments: DyloraArguments, adapters: Sequence[Adapter], seed: int, step: int) -> None:
     """Choose the rank of optimizer step `step` (from 0), one for all modules, every multiple of the unit equally often.
 
     It is a function of seed and step, so it is the same in every process, in every batch of an accumulation window, in
     a recomputed block and after a resume. With `train_all_ranks` (the default) all rows up to it learn; without, as in
     the paper's frozen variant, only those that the next smaller rank lacks.
     """
-    modules = nested_modules(network)
+    modules = nested_modules(adapters)
     if not modules:  # norms alone
         return
-    full_rank, unit = measure_of(network)
+    full_rank, unit = largest_rank(modules, arguments)
     ranks = range(unit, full_rank + 1, unit)
     drawn = random_for(seed, STREAM, step).randrange(len(ranks))
     rows: dict[tuple[int, int], tuple[int, int]] = {}  # by (rank, unit): networks have few of them
     for target, delta in modules:
-        key = (delta.rank, unit_of(target, network.arguments))
+        key = (delta.rank, unit_of(target, arguments))
         if key not in rows:
             ladder = [nested_rank(key[0], rank, full_rank, key[1]) for rank in ranks[: drawn + 1]]
             below = max((rank for rank in ladder if rank < ladder[-1]), default=0)
-            rows[key] = (0 if network.arguments.train_all_ranks else below, ladder[-1])
+            rows[key] = (0 if arguments.train_all_ranks else below, ladder[-1])
         delta.use_rows(*rows[key])
 
 
-def check_units(network: Network) -> None:
+def check_units(adapters: Sequence[Adapter], arguments: DyloraArguments) -> None:
     """Log which ranks are trained. Raises UserError naming the nearest multiples where a rank is none of its unit."""
-    for target, delta in nested_modules(network):
-        unit = unit_of(target, network.arguments)
+    modules = nested_modules(adapters)
+    for target, delta in modules:
+        unit = unit_of(target, arguments)
         if delta.rank % unit:
-            argument, setting = UNITS[target.kind]
+            name, setting = UNITS[target.kind]
             lower = delta.rank - delta.rank % unit
             nearest = f"{lower} or {lower + unit}" if lower else str(unit)
             raise UserError(
-                f"--network_args {argument}={unit}: {target.name} has rank {delta.rank}, which is no multiple of it; "
-                f"set {setting} to {nearest}, or choose another {argument}"
+                f"--network_args {name}={unit}: {target.name} has rank {delta.rank}, which is no multiple of it; "
+                f"set {setting} to {nearest}, or choose another {name}"
             )
-    if nested_modules(network):
-        full_rank, unit = measure_of(network)
+    if modules:
+        full_rank, unit = largest_rank(modules, arguments)
         logger.info(
             "DyLoRA: each step trains one rank from %d to %d in units of %d; %s",
             unit, full_rank, unit,
-            "all rows up to it learn" if network.arguments.train_all_ranks else "its newest block learns",
+            "all rows up to it learn" if arguments.train_all_ranks else "its newest block learns",
         )  # fmt: skip
 
 
-def measure_of(network: Network) -> tuple[int, int]:
-    """(full rank, unit) of the network: the largest rank of its plain layers; of its convolutions if that is all."""
-    modules = nested_modules(network)
-    plain = [(delta.rank, unit_of(target, network.arguments)) for target, delta in modules if target.kind == "plain"]
-    return max(plain or [(delta.rank, unit_of(target, network.arguments)) for target, delta in modules])
+def largest_rank(modules: Sequence[tuple[TargetModule, NestedRank]], arguments: DyloraArguments) -> tuple[int, int]:
+    """Return (full rank, unit) of a network: its largest rank in plain layers, or in convolutions if that is all."""
+    plain = [(delta.rank, unit_of(target, arguments)) for target, delta in modules if target.kind == "plain"]
+    return max(plain or [(delta.rank, unit_of(target, arguments)) for target, delta in modules])
 
 
-def unit_of(target: TargetModule, arguments: NetworkArguments) -> int:
-    """The block size of one module's rank."""
+def unit_of(target: TargetModule, arguments: DyloraArguments) -> int:
+    """Return the block size of one module's rank."""
     return arguments.unit if target.kind == "plain" else arguments.conv_unit
 
 
-def nested_modules(network: Network) -> list[tuple[TargetModule, NestedRank]]:
-    """The modules that have a rank; trained norms have none."""
-    found = []
-    for member in network.members:
-        change = member.adapter.change
-        if isinstance(change, ScaledDelta) and isinstance(change.delta, NestedRank):
-            found.append((member.adapter.target, change.delta))
-    return found
+def nested_modules(adapters: Sequence[Adapter]) -> list[tuple[TargetModule, NestedRank]]:
+    """Return the modules that have a rank; trained norms have none."""
+    found = [(adapter.target, delta_of(adapter.change)) for adapter in adapters]
+    return [(target, delta) for target, delta in found if isinstance(delta, NestedRank)]
+
+
+KIND = AdapterKind(
+    lora.KIND.layouts, make, "networks.dylora", arguments=DyloraArguments, prepare=prepare,
+    refuses={
+        "dora_wd": "the magnitudes of DoRA belong to one rank, so a file cut at another computes something else",
+        "split_qkv": "a file cut at a smaller rank would hold the first projections only",
+        "use_tucker": "the core between the factors mixes all ranks, so the first of them are no adapter alone",
+    },
+)  # fmt: skip

@@ -1,76 +1,63 @@
-"""The change of a weight as it is, in no fewer numbers: LyCORIS's `full`, and what extractions have no factors for.
+"""Whole weights: the change of a weight in no fewer numbers, as LyCORIS's `full` and extractions have it.
 
 These are read and merged; nothing trains them here.
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
-from library.errors import UserError
-from networks.core.changes.change import Change, Forward, Leaves, Misfit, in_shape_of
-from networks.core.kinds.kind import Kind
+from networks.core.changes.change import Change, MergedOnly, Misfit, ModuleTensors, in_shape_of
+from networks.core.registry.adapter_kind import AdapterKind
+from networks.core.registry.key_layout import KeyLayout
 
 DIFF, DIFF_B = "diff", "diff_b"
-LEAF_OF = {"weight": DIFF, "bias": DIFF_B}  # parameter of the layer -> the leaf of its change
+KEY_OF = {"weight": DIFF, "bias": DIFF_B}  # parameter of the layer -> the key of its change
 
 
-class Full(nn.Module):
+class Full(MergedOnly):
     """W + `diff` and b + `diff_b`, in the shapes of the layer's own; the layer can be a norm, too."""
 
-    fast_leaf = ""
+    words = f"{DIFF} of a whole weight"
 
-    def __init__(self, leaves: Leaves) -> None:
+    def __init__(self, tensors: ModuleTensors) -> None:
         super().__init__()
         for name in (DIFF, DIFF_B):
-            self.register_buffer(name, leaves.get(name))
-
-    @property
-    def changed_parameters(self) -> tuple[str, ...]:
-        return tuple(name for name, leaf in LEAF_OF.items() if getattr(self, leaf) is not None)
-
-    def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
-        raise UserError(f"{DIFF} of a whole weight can be merged, but not trained; merge it with tools/merge_lora.py")
+            self.register_buffer(name, tensors.get(name))
+        self.changed_parameters = tuple(name for name, key in KEY_OF.items() if key in tensors)
 
     def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
-        change = in_shape_of(getattr(self, LEAF_OF[parameter]), base)
+        change = in_shape_of(getattr(self, KEY_OF[parameter]), base)
         if change.shape != base.shape:
             raise Misfit("", tuple(change.shape), tuple(base.shape))
         return base + strength * change.to(base.device)
 
     def norm(self) -> Tensor:
-        norms = torch.stack([change.double().norm() for change in self.leaves().values()])
+        norms = torch.stack([change.double().norm() for change in self.stored_tensors().values()])
         return norms.square().sum().sqrt()
 
     def scale_(self, ratio: Tensor) -> None:
-        for change in self.leaves().values():
+        for change in self.stored_tensors().values():
             change.mul_(ratio.to(change))
 
-    def leaves(self) -> Mapping[str, Tensor]:
-        return self.state_dict()
 
-    def load(self, leaves: Leaves) -> None:
-        self.load_state_dict(dict(leaves))
-
-
-def read(leaves: Leaves, layer: nn.Module | None) -> Change:
-    """The change of a module from a file."""
-    return Full(leaves)
+def read(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
+    """Make the change of a module from a file."""
+    return Full(tensors)
 
 
-def shape_of(name: str, leaves: Leaves) -> tuple[int, ...]:
-    """Of the weight."""
-    return tuple(leaves[DIFF].shape)
+def shape_of(name: str, tensors: ModuleTensors) -> tuple[int, ...]:
+    """Return the shape of the weight."""
+    return tuple(tensors[DIFF].shape)
 
 
-def rank_of(leaves: Leaves) -> int:
-    """That of any matrix of this size."""
-    diff = leaves[DIFF]
+def rank_of(tensors: ModuleTensors) -> int:
+    """Return the rank of any matrix of this size."""
+    diff = tensors[DIFF]
     return min(diff.flatten(1).shape) if diff.dim() > 1 else 1
 
 
-KIND = Kind(
+LAYOUT = KeyLayout(
     name="full", words="a whole weight", needs=(DIFF,), read=read, may_have=(DIFF_B,), rank_of=rank_of,
-    shape_of=shape_of, is_whole=True,
+    shape_of=shape_of, is_whole=True, targets=frozenset(("plain", "conv", "norm")),
 )  # fmt: skip
+KIND = AdapterKind(merged_layouts=(LAYOUT,))

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from networks.core.changes.change import Change, Leaves, MergedOnly, Misfit, in_shape_of
+from networks.core.changes.change import Change, MergedOnly, Misfit, ModuleTensors, in_shape_of
 from networks.core.changes.parameter_keys import ALPHA
-from networks.core.kinds.kind import Kind
+from networks.core.registry.adapter_kind import AdapterKind
+from networks.core.registry.key_layout import KeyLayout
 
 NEEDS = A1, A2, B1, B2 = "a1.weight", "a2.weight", "b1.weight", "b2.weight"
 
@@ -24,33 +25,33 @@ class GLoRA(MergedOnly):
     convolutions with a 1x1 kernel behind.
     """
 
-    words = "GLoRA"
+    words = "GLoRA of LyCORIS"
 
-    def __init__(self, leaves: Leaves) -> None:
+    def __init__(self, tensors: ModuleTensors) -> None:
         super().__init__()
-        for leaf in NEEDS:
+        for key in NEEDS:
             factor = nn.Module()
-            factor.register_buffer("weight", leaves[leaf])
-            self.add_module(leaf.partition(".")[0], factor)
-        self.register_buffer(ALPHA, leaves.get(ALPHA))
+            factor.register_buffer("weight", tensors[key])
+            self.add_module(key.partition(".")[0], factor)
+        self.register_buffer(ALPHA, tensors.get(ALPHA))
 
     def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
         own = self._weight_alone()
         if in_shape_of(own, base).shape != base.shape:
             raise Misfit("", tuple(own.shape), tuple(base.shape))
-        a1_IR, a2_RI = (self._matrix(leaf).to(base.device) for leaf in (A1, A2))
+        a1_IR, a2_RI = (self._matrix(key).to(base.device) for key in (A1, A2))
         # Pixels of a kernel first, so that the inputs are columns.
         turned = (base.movedim(1, -1) @ a1_IR @ a2_RI).movedim(-1, 1)
         return base + strength * self._scale * (turned + in_shape_of(own, base).to(base.device))
 
     def norm(self) -> Tensor:
-        """Of a1 a2 and b1 b2 together: what the first changes depends on the weight."""
+        """Return the norm of a1 a2 and b1 b2 together: what the first changes depends on the weight."""
         inputs = self._matrix(A1) @ self._matrix(A2)
         return self._scale * torch.hypot(inputs.norm(), self._weight_alone().norm())
 
     def scale_(self, ratio: Tensor) -> None:
-        for leaf in (A2, B2):
-            own = self.get_buffer(leaf)
+        for key in (A2, B2):
+            own = self.get_buffer(key)
             own.mul_(ratio.to(own))
 
     @property
@@ -58,8 +59,8 @@ class GLoRA(MergedOnly):
         alpha = self.get_buffer(ALPHA) if self.alpha is not None else None
         return 1.0 if alpha is None else float(alpha) / len(self._matrix(A2))
 
-    def _matrix(self, leaf: str) -> Tensor:
-        return self.get_buffer(leaf).flatten(1)
+    def _matrix(self, key: str) -> Tensor:
+        return self.get_buffer(key).flatten(1)
 
     def _weight_alone(self) -> Tensor:
         """b1 b2, the part that does not depend on the weight."""
@@ -67,32 +68,33 @@ class GLoRA(MergedOnly):
         return (self._matrix(B1) @ self._matrix(B2)).reshape(-1, *b2.shape[1:])
 
 
-def read(leaves: Leaves, layer: nn.Module | None) -> Change:
-    """The change of a module from a file."""
-    return GLoRA(leaves)
+def read(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
+    """Make the change of a module from a file."""
+    return GLoRA(tensors)
 
 
-def rank_of(leaves: Leaves) -> int:
-    return leaves[A2].shape[0]
+def rank_of(tensors: ModuleTensors) -> int:
+    return tensors[A2].shape[0]
 
 
-def shape_of(name: str, leaves: Leaves) -> tuple[int, ...]:
-    """Of the weight."""
-    return (leaves[B1].shape[0], *leaves[B2].shape[1:])
+def shape_of(name: str, tensors: ModuleTensors) -> tuple[int, ...]:
+    """Return the shape of the weight."""
+    return (tensors[B1].shape[0], *tensors[B2].shape[1:])
 
 
-def fault(name: str, leaves: Leaves, keys: Mapping[str, str]) -> str | None:
-    """Why the factors of a module do not fit together, None where they do."""
-    if not all(leaf in leaves for leaf in NEEDS):
+def fault(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | None:
+    """Say why the factors of a module do not fit together; None where they do."""
+    if not all(key in tensors for key in NEEDS):
         return None  # told as what is missing
-    inner = [leaves[A1].shape[1], leaves[A2].shape[0], leaves[B1].shape[1], leaves[B2].shape[0]]
-    if len(set(inner)) == 1 and leaves[A1].shape[0] == leaves[A2].shape[1] == leaves[B2].shape[1]:
+    inner = [tensors[A1].shape[1], tensors[A2].shape[0], tensors[B1].shape[1], tensors[B2].shape[0]]
+    if len(set(inner)) == 1 and tensors[A1].shape[0] == tensors[A2].shape[1] == tensors[B2].shape[1]:
         return None
-    shapes = ", ".join(str(list(leaves[leaf].shape)) for leaf in NEEDS)
+    shapes = ", ".join(str(list(tensors[key].shape)) for key in NEEDS)
     return f": the factors of {name} do not fit together: a1, a2, b1 and b2 are {shapes}; LyCORIS before 2.0 has others"
 
 
-KIND = Kind(
-    name="glora", words=GLoRA.words, needs=NEEDS, read=read, may_have=(ALPHA,), rank_of=rank_of, shape_of=shape_of,
+LAYOUT = KeyLayout(
+    name="glora", words="GLoRA", needs=NEEDS, read=read, may_have=(ALPHA,), rank_of=rank_of, shape_of=shape_of,
     fault=fault,
 )  # fmt: skip
+KIND = AdapterKind(merged_layouts=(LAYOUT,))

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from networks.core.changes.change import Change, Leaves, MergedOnly, Misfit
-from networks.core.kinds.kind import Kind
+from networks.core.changes.change import Change, MergedOnly, Misfit, ModuleTensors
+from networks.core.registry.adapter_kind import AdapterKind
+from networks.core.registry.key_layout import KeyLayout
 
 WEIGHT, ON_INPUT = "weight", "on_input"
 
@@ -19,14 +20,14 @@ class IA3(MergedOnly):
     `weight` has one number for each, in any shape. A bias stays as it is, as in LyCORIS.
     """
 
-    words = "(IA)^3"
+    words = "(IA)^3 of LyCORIS"
     weight: Tensor
     on_input: Tensor
 
-    def __init__(self, leaves: Leaves) -> None:
+    def __init__(self, tensors: ModuleTensors) -> None:
         super().__init__()
-        self.register_buffer(WEIGHT, leaves[WEIGHT])
-        self.register_buffer(ON_INPUT, leaves[ON_INPUT])
+        self.register_buffer(WEIGHT, tensors[WEIGHT])
+        self.register_buffer(ON_INPUT, tensors[ON_INPUT])
 
     def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
         axis = 1 if bool(self.on_input) else 0
@@ -37,7 +38,7 @@ class IA3(MergedOnly):
         return base + strength * base * numbers
 
     def norm(self) -> Tensor:
-        """How far the numbers are from 1: the change itself depends on the weight."""
+        """Return how far the numbers are from 1: the change itself depends on the weight."""
         norm: Tensor = self.weight.norm()
         return norm
 
@@ -45,24 +46,25 @@ class IA3(MergedOnly):
         self.weight.mul_(ratio.to(self.weight))
 
 
-def read(leaves: Leaves, layer: nn.Module | None) -> Change:
-    """The change of a module from a file."""
-    return IA3(leaves)
+def read(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
+    """Make the change of a module from a file."""
+    return IA3(tensors)
 
 
-def rank_of(leaves: Leaves) -> int:
+def rank_of(tensors: ModuleTensors) -> int:
     """One number for each row or column."""
     return 1
 
 
-def fault(name: str, leaves: Leaves, keys: Mapping[str, str]) -> str | None:
-    """Why the tensors of a module are none of this kind, None where they are."""
-    if ON_INPUT in leaves and leaves[ON_INPUT].numel() != 1:
-        return f"has {keys[ON_INPUT]} of the shape {list(leaves[ON_INPUT].shape)}; it needs one number"
+def fault(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | None:
+    """Say why the tensors of a module are none of this kind; None where they are."""
+    if ON_INPUT in tensors and tensors[ON_INPUT].numel() != 1:
+        return f"has {keys[ON_INPUT]} of the shape {list(tensors[ON_INPUT].shape)}; it needs one number"
     return None
 
 
-KIND = Kind(
-    name="ia3", words=IA3.words, needs=(WEIGHT, ON_INPUT), read=read, may_have=(), rank_of=rank_of, fault=fault,
+LAYOUT = KeyLayout(
+    name="ia3", words="(IA)^3", needs=(WEIGHT, ON_INPUT), read=read, may_have=(), rank_of=rank_of, fault=fault,
     switches=(ON_INPUT,), is_whole=True,
 )  # fmt: skip
+KIND = AdapterKind(merged_layouts=(LAYOUT,))

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from networks.core.changes import products
-from networks.core.changes.alpha import read_with
-from networks.core.changes.change import Leaves, check_kernel
-from networks.core.kinds.kind import Door, Kind
-from networks.core.kinds.lora import add_product, run_like
+from networks.core.changes.additive import read_with, wrap
+from networks.core.changes.change import Change, ModuleTensors, check_kernel
+from networks.core.changes.low_rank import add_product, run_like
+from networks.core.changes.request import ChangeRequest
+from networks.core.registry.adapter_kind import AdapterKind
+from networks.core.registry.key_layout import KeyLayout
 
 NEEDS = W1_A, W1_B, W2_A, W2_B = "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"
 CORE = "hada_t1", "hada_t2"
@@ -34,7 +36,7 @@ class LoHa(nn.Module):
     """
 
     is_whole = False
-    fast_leaf = W2_A
+    fast_key = W2_A
 
     def __init__(self, layer: nn.Module, rank: int, has_core: bool = False) -> None:
         super().__init__()
@@ -79,22 +81,28 @@ class LoHa(nn.Module):
         return pairs
 
 
-def shape_of(name: str, leaves: Leaves) -> tuple[int, ...]:
-    """Of the weight; (O, N) where neither a core nor the module's name tells that it is a convolution."""
-    a, b = leaves[W1_A], leaves[W1_B]
-    if CORE[0] in leaves:
-        return (a.shape[1], b.shape[1], *leaves[CORE[0]].shape[2:])
+def shape_of(name: str, tensors: ModuleTensors) -> tuple[int, ...]:
+    """Return the shape of the weight; (O, N) where neither a core nor the name tells that it is a convolution."""
+    a, b = tensors[W1_A], tensors[W1_B]
+    if CORE[0] in tensors:
+        return (a.shape[1], b.shape[1], *tensors[CORE[0]].shape[2:])
     is_3x3 = b.shape[1] % 9 == 0 and IS_3X3.fullmatch(name) is not None
     return (a.shape[0], b.shape[1] // 9, 3, 3) if is_3x3 else (a.shape[0], b.shape[1])
 
 
-def rank_of(leaves: Leaves) -> int:
-    return leaves[W1_B].shape[0]
+def rank_of(tensors: ModuleTensors) -> int:
+    return tensors[W1_B].shape[0]
 
 
-WITH_CORE = partial(LoHa, has_core=True)
-KIND = Kind(
-    "loha", "LoHa", NEEDS, read_with(LoHa, rank_of, shape_of, WITH_CORE, CORE), CORE, rank_of=rank_of,
-    shape_of=shape_of, is_low_rank=True, scaled=W2_A, namings=frozenset(("kohya", "generic")), door="networks.loha",
+def make(request: ChangeRequest) -> Change:
+    return wrap(request, LoHa(request.layer, request.rank, request.has_core))
+
+
+LAYOUT = KeyLayout(
+    "loha", "LoHa", NEEDS, read_with(LoHa, rank_of, shape_of, partial(LoHa, has_core=True), CORE), CORE,
+    rank_of=rank_of, shape_of=shape_of, is_low_rank=True, scaled=W2_A, namings=frozenset(("kohya", "generic")),
+    network_module="networks.loha",
 )  # fmt: skip
-DOOR = Door(LoHa, WITH_CORE, kinds=(KIND,), refuses={"split_qkv": "all rows of a layer share the four factors"})
+KIND = AdapterKind(
+    (LAYOUT,), make, "networks.loha", refuses={"split_qkv": "all rows of a layer share the four factors"}
+)

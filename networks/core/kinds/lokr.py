@@ -4,22 +4,25 @@ Letters: O = L * K outputs, I = M * N inputs (features or channels), R rank, h w
 """
 
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import isqrt, prod, sqrt
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
-from networks.core.changes.alpha import ScaledDelta
-from networks.core.changes.change import Delta, Leaves, check_kernel, fill, in_dtype_of, stand_in
+from networks.core.arguments.network_arguments import NetworkArguments, argument
+from networks.core.arguments.values import parse_bool, parse_factor
+from networks.core.changes.adapter import Adapter
+from networks.core.changes.additive import read_delta, wrap
+from networks.core.changes.change import Change, Delta, ModuleTensors, check_kernel, in_dtype_of, stand_in
 from networks.core.changes.dora import scale_columns
-from networks.core.kinds.kind import Door, Kind
+from networks.core.changes.qkv_pieces import changes_in
+from networks.core.changes.request import ChangeRequest
 from networks.core.kinds.loha import IS_3X3
-from networks.core.kinds.qkv_pieces import changes_in
+from networks.core.registry.adapter_kind import AdapterKind
+from networks.core.registry.key_layout import KeyLayout
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +61,7 @@ class LoKr(nn.Module):
         self.is_product, self.has_core = is_product, has_core
         self.is_whole = not any(is_product)
         self.rank = 1 if self.is_whole else rank
-        self.fast_leaf = W1_A if is_product[0] else W1
+        self.fast_key = W1_A if is_product[0] else W1
         kernel = self.shape[2:]
         self.outer = outer
         self.inner = self.shape[0] // outer[0], self.shape[1] // outer[1]
@@ -82,7 +85,7 @@ class LoKr(nn.Module):
 
     def down(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
         """The channels have an axis of groups beside them: (..., groups, R), or (B, R, groups, h, w)."""
-        x = in_dtype_of(self.get_parameter(self.fast_leaf), x)
+        x = in_dtype_of(self.get_parameter(self.fast_key), x)
         if columns is not None:
             x = scale_columns(x, columns)
         groups = _unflatten(x, 1 if self._is_conv else x.dim() - 1, self.outer[1], self.inner[1])
@@ -111,7 +114,7 @@ class LoKr(nn.Module):
         return base + self._join_groups(changed).to(base.dtype)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(w1_a (x) w2_a, w1_b (x) w2_b); of a whole matrix one factor is the matrix and the other the identity."""
+        """Return (w1_a (x) w2_a, w1_b (x) w2_b); of a whole matrix one is the matrix and the other the identity."""
         (a1, b1), (a2, b2) = self._pair(0), self._pair(1)
         return _kron(a1, a2), _kron(b1, b2)
 
@@ -134,7 +137,7 @@ class LoKr(nn.Module):
         return a @ b
 
     def _pair(self, side: int) -> tuple[Tensor, Tensor]:
-        """Two factors of w1 (L, M) or w2 (K, N * h * w)."""
+        """Return two factors of w1 (L, M) or w2 (K, N * h * w)."""
         whole, left, right = SIDES[side]
         if self.is_product[side]:
             a: Tensor = self.get_parameter(left)
@@ -147,18 +150,18 @@ class LoKr(nn.Module):
         return (identity, matrix) if matrix.shape[0] < matrix.shape[1] else (matrix, identity)
 
     def _pointwise(self, name: str) -> Tensor:
-        """w2_a (K, R) or, with a core, w2_b (R, N), as what meets single pixels."""
+        """Return w2_a (K, R) or, with a core, w2_b (R, N), as what meets single pixels."""
         weight = self.get_parameter(name).t() if self.has_core and name == W2_A else self.get_parameter(name)
         return weight[..., None, None] if self._is_conv else weight
 
     def _mix(self, matrix: Tensor, groups: Tensor) -> Tensor:
-        """A matrix times the axis of groups of (..., groups, channels) or (B, groups, channels, h, w)."""
+        """Multiply a matrix by the axis of groups of (..., groups, channels) or (B, groups, channels, h, w)."""
         if not self._is_conv:
             return matrix @ groups
         return _unflatten(matrix @ groups.flatten(2), 2, *groups.shape[2:])
 
     def _within(self, weight: Tensor, groups: Tensor, is_pointwise: bool = False) -> Tensor:
-        """Every group through the same weight, for the pixels that the layer looks at."""
+        """Run every group through the same weight, for the pixels that the layer looks at."""
         if not isinstance(self.layer, nn.Conv2d):
             return linear(groups, weight)
         num_samples, num_groups = groups.shape[:2]
@@ -175,18 +178,18 @@ class LoKr(nn.Module):
 
 
 def _kron(first: Tensor, second: Tensor) -> Tensor:
-    """The Kronecker product of two matrices; torch.kron refuses some that are transposed."""
+    """Return the Kronecker product of two matrices; torch.kron refuses some that are transposed."""
     product = first[:, None, :, None] * second[None, :, None]
     return product.reshape(len(first) * len(second), -1)
 
 
 def _unflatten(x: Tensor, axis: int, *sizes: int) -> Tensor:
-    """An axis as several."""
+    """Split an axis into several."""
     return x.reshape(*x.shape[:axis], *sizes, *x.shape[axis + 1 :])
 
 
 def factorize(size: int, factor: int) -> tuple[int, int]:
-    """Two whole numbers whose product is `size`, the smaller first: one is `factor`, if that divides.
+    """Return two whole numbers whose product is `size`, the smaller first: one is `factor`, if that divides.
 
     Else the smaller is as large as it can be, not above `factor` unless that is -1.
     """
@@ -206,7 +209,7 @@ def fresh(
     is_full: bool = False,
     has_core: bool = False,
 ) -> Delta:
-    """LoKr as the arguments `factor`, `decompose_both` and `full_matrix` ask for.
+    """Make a LoKr as the arguments `factor`, `decompose_both` and `full_matrix` ask for.
 
     A matrix whose longer side is less than twice the rank is whole: factors would have as many numbers.
     """
@@ -223,120 +226,133 @@ def fresh(
 # --- in files ---
 
 
-def outer_of(leaves: Leaves) -> tuple[int, int]:
-    """(L, M)."""
-    if W1 in leaves:
-        return leaves[W1].shape[0], leaves[W1].shape[1]
-    return leaves[W1_A].shape[0], leaves[W1_B].shape[1]
+def outer_of(tensors: ModuleTensors) -> tuple[int, int]:
+    """Return (L, M)."""
+    if W1 in tensors:
+        return tensors[W1].shape[0], tensors[W1].shape[1]
+    return tensors[W1_A].shape[0], tensors[W1_B].shape[1]
 
 
-def shape_of(name: str, leaves: Leaves) -> tuple[int, ...]:
-    """Of the weight; (O, I * h * w) where nothing tells that it is a convolution."""
-    num_l, num_m = outer_of(leaves)
+def shape_of(name: str, tensors: ModuleTensors) -> tuple[int, ...]:
+    """Return the shape of the weight; (O, I * h * w) where nothing tells that it is a convolution."""
+    num_l, num_m = outer_of(tensors)
     inner: tuple[int, ...]
     kernel: tuple[int, ...]
-    if W2 in leaves:
-        inner, kernel = tuple(leaves[W2].shape[:2]), tuple(leaves[W2].shape[2:])
-    elif CORE in leaves:
-        inner, kernel = (leaves[W2_A].shape[1], leaves[W2_B].shape[1]), tuple(leaves[CORE].shape[2:])
+    if W2 in tensors:
+        inner, kernel = tuple(tensors[W2].shape[:2]), tuple(tensors[W2].shape[2:])
+    elif CORE in tensors:
+        inner, kernel = (tensors[W2_A].shape[1], tensors[W2_B].shape[1]), tuple(tensors[CORE].shape[2:])
     else:
-        inner, kernel = (leaves[W2_A].shape[0], leaves[W2_B].shape[1]), ()
+        inner, kernel = (tensors[W2_A].shape[0], tensors[W2_B].shape[1]), ()
         if inner[1] % 9 == 0 and IS_3X3.fullmatch(name) is not None:
             inner, kernel = (inner[0], inner[1] // 9), (3, 3)
     return (num_l * inner[0], num_m * inner[1], *kernel)
 
 
-def rank_of(leaves: Leaves) -> int:
-    """R; 1 for two whole matrices."""
-    return next((leaves[leaf].shape[0] for leaf in (W2_B, W1_B) if leaf in leaves), 1)
+def rank_of(tensors: ModuleTensors) -> int:
+    """Return R; 1 for two whole matrices."""
+    return next((tensors[key].shape[0] for key in (W2_B, W1_B) if key in tensors), 1)
 
 
-def like(layer: nn.Module, leaves: Leaves) -> Delta:
-    """LoKr in the form of a module in a file, which tells it by its shapes."""
-    return LoKr(layer, rank_of(leaves), outer_of(leaves), (W1 not in leaves, W2 not in leaves), CORE in leaves)
+def like(layer: nn.Module, tensors: ModuleTensors) -> Delta:
+    """Make a LoKr in the form of a module in a file, which tells it by its shapes."""
+    return LoKr(layer, rank_of(tensors), outer_of(tensors), (W1 not in tensors, W2 not in tensors), CORE in tensors)
 
 
-def read(leaves: Leaves, layer: nn.Module | None) -> ScaledDelta:
-    """The change of a module from a file."""
+def read(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
+    """Make the change of a module from a file."""
     with torch.device("meta"):
-        delta = like(layer or stand_in(shape_of("", leaves)), leaves)
-    assert isinstance(delta, nn.Module)
-    fill(delta, leaves)
-    return ScaledDelta.from_leaves(delta, leaves, layer)
+        delta = like(layer or stand_in(shape_of("", tensors)), tensors)
+    return read_delta(delta, tensors, layer)
 
 
-def fault(name: str, leaves: Leaves, keys: Mapping[str, str]) -> str | None:
-    """Why the tensors of a module do not belong together, None where they do."""
+def fault(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | None:
+    """Say why the tensors of a module do not belong together; None where they do."""
     known = {*SIDES[0], *SIDES[1], CORE}
-    for leaf in leaves:
-        if leaf.startswith("lokr_") and leaf not in known:
-            return f"has {keys[leaf]}, which no known LoKr has"
+    for key in tensors:
+        if key.startswith("lokr_") and key not in known:
+            return f"has {keys[key]}, which no known LoKr has"
     for whole, left, right in SIDES:
-        there = [leaf for leaf in (left, right) if leaf in leaves]
-        if whole in leaves and there:
+        there = [key for key in (left, right) if key in tensors]
+        if whole in tensors and there:
             return f"has {keys[whole]} and {keys[there[0]]}, two forms of the same matrix"
-        if whole not in leaves and len(there) < 2:
-            found = there[0] if there else next(leaf for leaf in leaves if leaf.startswith("lokr_"))
+        if whole not in tensors and len(there) < 2:
+            found = there[0] if there else next(key for key in tensors if key.startswith("lokr_"))
             missing = f"its {right if found == left else left}" if there else f"{whole}, or {left} and {right}"
             return f"has {keys[found]} without {missing}; the file is incomplete"
-    if CORE in leaves and W2 in leaves:
+    if CORE in tensors and W2 in tensors:
         return f"has {keys[CORE]} beside {keys[W2]}, which needs no core"
-    sizes = {leaf: (2, 4) if leaf == W2 else (4,) if leaf == CORE else (2,) for leaf in leaves if leaf in known}
-    if any(leaves[leaf].dim() not in allowed for leaf, allowed in sizes.items()) or _are_apart(leaves):
-        shapes = ", ".join(f"{leaf} is {list(leaves[leaf].shape)}" for leaf in sizes)
+    sizes = {key: (2, 4) if key == W2 else (4,) if key == CORE else (2,) for key in tensors if key in known}
+    if any(tensors[key].dim() not in allowed for key, allowed in sizes.items()) or _are_apart(tensors):
+        shapes = ", ".join(f"{key} is {list(tensors[key].shape)}" for key in sizes)
         return f": the factors of {name} do not fit together: {shapes}"
     return None
 
 
-def _are_apart(leaves: Leaves) -> bool:
-    """Whether the inner sizes of factors differ."""
-    ranks = [leaves[leaf].shape[1 if leaf in (W1_A, W2_A) and not (leaf == W2_A and CORE in leaves) else 0]
-             for leaf in (W1_A, W1_B, W2_A, W2_B) if leaf in leaves]  # fmt: skip
-    ranks += list(leaves[CORE].shape[:2]) if CORE in leaves else []
+def _are_apart(tensors: ModuleTensors) -> bool:
+    """Return True if the inner sizes of factors differ."""
+    ranks = [tensors[key].shape[1 if key in (W1_A, W2_A) and not (key == W2_A and CORE in tensors) else 0]
+             for key in (W1_A, W1_B, W2_A, W2_B) if key in tensors]  # fmt: skip
+    ranks += list(tensors[CORE].shape[:2]) if CORE in tensors else []
     return len(set(ranks)) > 1
 
 
-def _kinds() -> Iterator[Kind]:
-    """A row for each set of leaves that makes a module complete."""
+def _layouts() -> Iterator[KeyLayout]:
+    """Yield a layout for each set of parameter keys that makes a module complete."""
     for first in (SIDES[0][:1], SIDES[0][1:]):
         for second in (SIDES[1][:1], SIDES[1][1:]):
             is_whole = len(first) == len(second) == 1
-            yield Kind(
+            yield KeyLayout(
                 name="lokr", words="LoKr", needs=(*first, *second), read=read,
                 core=(CORE,) if len(second) == 2 else (), rank_of=rank_of, shape_of=shape_of, is_low_rank=True,
-                scaled=first[0], namings=frozenset(("kohya", "generic")), fault=fault, door="networks.lokr",
+                scaled=first[0], namings=frozenset(("kohya", "generic")), fault=fault, network_module="networks.lokr",
                 is_whole=is_whole,
             )  # fmt: skip
-
-
-KINDS = tuple(_kinds())
 
 
 # --- as --network_module ---
 
 
-def with_arguments(arguments: Any) -> Door:
-    """The door that makes modules as the network arguments say."""
-    factor = -1 if arguments.factor is None else arguments.factor
-    form = {"factor": factor, "is_both": arguments.decompose_both, "is_full": arguments.full_matrix}
-    return replace(DOOR, make_delta=partial(fresh, **form), make_core=partial(fresh, **form, has_core=True))
+@dataclass(frozen=True)
+class LokrArguments:
+    """The network arguments of LoKr."""
+
+    factor: int | None = argument(
+        parse_factor, None, "A side of the small matrix; -1, as if unset, for the nearest to a square.",
+        is_fixed_by_file=True,
+    )  # fmt: skip
+    decompose_both: bool = argument(
+        parse_bool, False, "Make the small matrix a product too, where it is large enough.", is_fixed_by_file=True
+    )
+    full_matrix: bool = argument(parse_bool, False, "Make neither matrix a product.", is_fixed_by_file=True)
 
 
-def tell_whole(network: Any) -> None:
-    """Say how many modules have no rank."""
-    inside = [change for adapter in network.adapters.values() for change in changes_in(adapter.change)]
-    changes = [change for change in inside if isinstance(change, ScaledDelta)]
-    num_whole = sum(change.delta.is_whole for change in changes)
+def make(request: ChangeRequest) -> Change:
+    """Make the change of one layer."""
+    if request.tensors is not None:
+        return wrap(request, like(request.layer, request.tensors))
+    given = request.arguments.of(LokrArguments)
+    factor = -1 if given.factor is None else given.factor
+    delta = fresh(
+        request.layer, request.rank, factor, given.decompose_both, given.full_matrix, has_core=request.has_core
+    )
+    return wrap(request, delta)
+
+
+def count_whole(adapters: Sequence[Adapter], arguments: NetworkArguments) -> None:
+    """Log how many modules have no rank."""
+    sizes = [change.size for adapter in adapters for change in changes_in(adapter.change)]
+    sizes = [size for size in sizes if size.has_ranks]
+    num_whole = sum(size.is_whole for size in sizes)
     if num_whole:
         logger.info(
             "LoKr: %d of %d modules are two whole matrices; --network_dim and --network_alpha say nothing about them",
             num_whole,
-            len(changes),
+            len(sizes),
         )
 
 
-DOOR = Door(
-    fresh, partial(fresh, has_core=True), kinds=KINDS, check=tell_whole, like=like, with_arguments=with_arguments,
-    arguments=("factor", "decompose_both", "full_matrix"),
+KIND = AdapterKind(
+    tuple(_layouts()), make, "networks.lokr", arguments=LokrArguments, prepare=count_whole,
     refuses={"split_qkv": "all rows of a layer share its two matrices"},
 )  # fmt: skip

@@ -6,14 +6,18 @@ from math import sqrt
 
 from torch import nn
 
-from networks.core.changes.change import Delta, factor
+from networks.core.arguments.common import LORAPLUS_RATIOS, RateArguments
+from networks.core.arguments.network_arguments import NetworkArguments
+from networks.core.changes.adapter import Adapter
+from networks.core.changes.change import Change, Delta, factor
+from networks.core.changes.low_rank import LowRank
 from networks.core.changes.qkv_split import SplitRank
-from networks.core.kinds.kind import Network
-from networks.core.kinds.lora import LowRank
+from networks.core.changes.request import ChangeRequest
+from networks.core.changes.tlora import TLoraArguments
+from networks.core.kinds import lora
+from networks.core.registry.adapter_kind import AdapterKind
 
 logger = logging.getLogger(__name__)
-
-LORAPLUS_RATIOS = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
 
 
 def frozen_down(layer: nn.Module, rank: int) -> Delta:
@@ -29,7 +33,7 @@ def frozen_down(layer: nn.Module, rank: int) -> Delta:
 
 
 def frozen_split(layer: nn.Linear, rank: int, widths: Sequence[int]) -> Delta:
-    """The same for each projection of a fused layer."""
+    """Make the change of each projection of a fused layer in the same way."""
     delta = SplitRank(layer, rank, widths)
     freeze(delta.lora_down, rank)
     return delta
@@ -43,11 +47,21 @@ def freeze(down: nn.Module, rank: int) -> None:
     down.register_buffer("weight", weight)
 
 
-def warn_of_ratios(network: Network) -> None:
+def make(request: ChangeRequest) -> Change:
+    return lora.make_pair(request, frozen_down, frozen_split)
+
+
+def warn_of_ratios(adapters: Sequence[Adapter], arguments: NetworkArguments) -> None:
     """Say what LoRA+ comes to where there is no down factor to compare with."""
-    given = [name for name in LORAPLUS_RATIOS if getattr(network.arguments, name)]
+    given = [name for name in LORAPLUS_RATIOS if getattr(arguments.of(RateArguments), name)]
     if given:
         logger.warning(
             "--network_args %s: networks.lora_fa trains up factors only, so this just multiplies their learning rate",
             ", ".join(given),
         )
+
+
+KIND = AdapterKind(
+    lora.KIND.layouts, make, "networks.lora_fa", wrappers=(TLoraArguments,), prepare=warn_of_ratios,
+    refuses={"use_tucker": "the core between the factors would train, and need what freezing lora_down saves"},
+)  # fmt: skip

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import group_norm, layer_norm
 
-from networks.core.changes.change import Change, Forward, Leaves, Misfit
-from networks.core.kinds.kind import Kind
+from networks.core.changes.change import Change, ChangeSize, Forward, Misfit, ModuleTensors
+from networks.core.registry.adapter_kind import AdapterKind
+from networks.core.registry.key_layout import KeyLayout
 
 W_NORM = "w_norm"
 B_NORM = "b_norm"
-LEAF_OF = {"weight": W_NORM, "bias": B_NORM}  # parameter of the layer -> the leaf of its change
+KEY_OF = {"weight": W_NORM, "bias": B_NORM}  # parameter of the layer -> the key of its change
 
 
 class Norm(nn.Module):
@@ -22,7 +23,9 @@ class Norm(nn.Module):
     other programs can have `b_norm` alone. They have no alpha and no rank, and no dropout acts on them.
     """
 
-    fast_leaf = ""
+    fast_keys: frozenset[str] = frozenset()
+    adds_to_output = False
+    size = ChangeSize()
     w_norm: nn.Parameter | None
     b_norm: nn.Parameter | None
 
@@ -35,10 +38,10 @@ class Norm(nn.Module):
 
     @property
     def changed_parameters(self) -> tuple[str, ...]:
-        return tuple(name for name, leaf in LEAF_OF.items() if getattr(self, leaf) is not None)
+        return tuple(name for name, key in KEY_OF.items() if getattr(self, key) is not None)
 
     def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
-        """What the layer computes with the changes; shapes and dtype are those of the layer alone."""
+        """Return what the layer computes with the changes; shapes and dtype are those of the layer alone."""
         layer = self.layer
         assert layer is not None
         merged = {name: self.merged(getattr(layer, name), strength, name) for name in self.changed_parameters}
@@ -56,11 +59,11 @@ class Norm(nn.Module):
         return y if gives_float32 else y.to(x.dtype)
 
     def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
-        leaf = LEAF_OF[parameter]
-        change = getattr(self, leaf)
+        key = KEY_OF[parameter]
+        change = getattr(self, key)
         assert isinstance(change, Tensor)
         if change.shape != base.shape:
-            raise Misfit(leaf, tuple(change.shape), tuple(base.shape))
+            raise Misfit(key, tuple(change.shape), tuple(base.shape))
         return base + strength * change.to(base.device)
 
     @torch.no_grad()
@@ -73,31 +76,33 @@ class Norm(nn.Module):
         for change in self.parameters():
             change.mul_(ratio.to(change))
 
-    def leaves(self) -> Mapping[str, Tensor]:
+    def stored_tensors(self) -> Mapping[str, Tensor]:
         return self.state_dict()
 
-    def load(self, leaves: Mapping[str, Tensor]) -> None:
-        self.load_state_dict({**self.state_dict(), **leaves})
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        self.load_state_dict({**self.state_dict(), **tensors})
 
 
 def fresh_norm(layer: nn.Module) -> Norm:
-    """The change of a normalisation layer before training."""
+    """Make the change of a normalisation layer before training."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     zeros = torch.zeros(weight.shape, dtype=torch.float32)
     return Norm(layer, zeros, None if layer.bias is None else torch.zeros_like(zeros))
 
 
-def read(leaves: Leaves, layer: nn.Module | None) -> Change:
-    """The change of a module in a file."""
-    return Norm(layer, leaves.get(W_NORM), leaves.get(B_NORM)).requires_grad_(False)
+def read(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
+    """Make the change of a module in a file."""
+    return Norm(layer, tensors.get(W_NORM), tensors.get(B_NORM)).requires_grad_(False)
 
 
-KIND = Kind(
+LAYOUT = KeyLayout(
     name="norm",
     words="norm weights",
     needs=(W_NORM,),
     read=read,
     may_have=(B_NORM,),
     namings=frozenset(("kohya", "generic")),
+    targets=frozenset(("norm",)),
 )
+KIND = AdapterKind(merged_layouts=(LAYOUT,))

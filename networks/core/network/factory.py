@@ -1,4 +1,4 @@
-"""The two functions that --network_module must offer, made for one door."""
+"""The two functions that --network_module must offer, made for one kind of adapter."""
 
 import logging
 import re
@@ -10,17 +10,22 @@ from typing import Any
 from torch import Tensor, nn
 
 from library.errors import UserError
-from networks.core.arguments.parsing import NetworkArguments, parse_arguments
+from networks.core.arguments.common import RankArguments, RateArguments, TargetArguments
+from networks.core.arguments.network_arguments import NetworkArguments, NetworkSettings
+from networks.core.changes.init import InitArguments
 from networks.core.changes.parameter_keys import DORA_SCALE
+from networks.core.changes.qkv_pieces import by_rows
+from networks.core.changes.tlora import NoiseLevels
+from networks.core.files.adapter_file import AdapterFile, adapter_tensors, open_adapter
 from networks.core.files.file_spelling import FileSpelling, spelling_of
 from networks.core.files.foreign_names import in_own_names
-from networks.core.files.reading_writing import group_by_module, read_adapters
+from networks.core.files.reading_writing import usable_modules
 from networks.core.kinds import norm
-from networks.core.kinds.kind import FOR_FEW, Door
-from networks.core.kinds.qkv_pieces import by_rows
-from networks.core.kinds.table import KINDS, PIECES, kind_of
-from networks.core.network.build_adapters import Place, fresh_members, members_of_file, rates_alone, starts_at_weight
+from networks.core.network.members import MemberMaker, Place, rates_alone
 from networks.core.network.network import AdapterNetwork, Member
+from networks.core.registry.adapter_kind import AdapterKind
+from networks.core.registry.layouts import PIECES, layout_of, list_layouts
+from networks.core.registry.parsing import WRAPPERS, list_arguments, parse_arguments, strangers
 from networks.core.targets.rules import make_rules
 from networks.core.targets.selection import check_choices
 from networks.core.targets.targets import AdapterTargets
@@ -28,52 +33,6 @@ from networks.core.targets.targets import AdapterTargets
 logger = logging.getLogger(__name__)
 
 DEFAULT_ALPHA = 1.0
-RANK_ARGUMENTS = (
-    "conv_dim",
-    "conv_alpha",
-    "block_dims",
-    "block_alphas",
-    "conv_block_dims",
-    "conv_block_alphas",
-    "factor",
-    "block_size",
-)
-FORM_ARGUMENTS = (
-    "use_tucker",
-    "decompose_both",
-    "full_matrix",
-    "block_share",
-    "block_num",
-    "enable_conv",
-    "enable_all_linear",
-    "train_norm",
-    "rslora",
-    "network_reg_dims",
-    "exclude_patterns",
-    "include_patterns",
-)
-OF_DOORS = {  # network modules -> arguments that no other has
-    "networks.dylora": ("unit", "conv_unit", "train_all_ranks"),
-    "networks.lokr": ("factor", "decompose_both", "full_matrix"),
-    "networks.oft_v2": ("coft", "coft_eps", "block_share"),
-    "networks.boft": ("block_num", "boft_n_butterfly_factor"),
-    "networks.oft_v2 and networks.boft": ("block_size", "auto_adjust"),
-    "networks.oft, networks.oft_v2 and networks.boft": ("enable_conv",),
-    "networks.oft": ("enable_all_linear",),
-}
-ONE_WEIGHT = (
-    "its magnitudes divide by the norm of one changed weight, but with T-LoRA every sample of a batch has its own"
-)
-WITH_INIT = {  # what a start of one's own cannot be combined with
-    "use_tucker": "it is made for two factors, not three",
-    "use_scalar": "a trained strength starts at zero, and where the change starts at zero too neither has a gradient",
-    "split_qkv": "it is made for the weight of a layer as a whole",
-}
-WITH_GGPO = dict.fromkeys(
-    ("init", "use_tucker", "split_qkv", "use_scalar", "dora_wd"),
-    "the norms that its noise follows are those of two plain factors",
-)
-TLORA_ARGUMENTS = ("tlora_min_rank", "tlora_power")
 
 TextEncoder = nn.Module | Sequence[nn.Module | None] | None
 """One model, a list where the base model has several, None where text encoders are not loaded."""
@@ -85,13 +44,13 @@ CreateNetwork = Callable[..., AdapterNetwork]
 CreateFromWeights = Callable[..., tuple[AdapterNetwork, dict[str, Tensor]]]
 
 
-def network_module(door: Door) -> tuple[CreateNetwork, CreateFromWeights]:
-    """`create_network` and `create_network_from_weights` of one door, which gives them these names."""
-    return partial(create_network, door), partial(create_network_from_weights, door)
+def network_module(kind: AdapterKind) -> tuple[CreateNetwork, CreateFromWeights]:
+    """Register a kind: return `create_network` and `create_network_from_weights` of its network module."""
+    return partial(create_network, kind), partial(create_network_from_weights, kind)
 
 
 def create_network(
-    door: Door,
+    kind: AdapterKind,
     /,
     multiplier: float,
     network_dim: int | None,
@@ -102,33 +61,34 @@ def create_network(
     neuron_dropout: float | None = None,
     **network_args: Any,
 ) -> AdapterNetwork:
-    """Adapters of the given rank (unset: the kind's own) and alpha (default 1, 0 for the rank) on every target.
+    """Make adapters of the given rank (unset: the kind's own) and alpha (default 1, 0 for the rank) on every target.
 
     `unet` is the denoiser as network modules see it; it carries `adapter_targets`. Raises UserError for wrong
     network arguments.
     """
     targets = targets_of(unet)
-    arguments = arguments_of(door, parse_arguments(network_args, neuron_dropout, targets.known_arguments))
-    rank, alpha, arguments = resolved(door, network_dim, network_alpha, arguments)
+    arguments = parse_arguments({**network_args, **kind.presets}, neuron_dropout, targets.known_arguments)
+    check_arguments(kind, arguments)
+    settings = resolved(kind, network_dim, network_alpha, arguments)
+    rank, arguments = settings.rank, settings.arguments
     check_choices(targets, arguments, unet)
-    chosen = door if door.with_arguments is None else door.with_arguments(arguments)
+    maker = MemberMaker(kind, targets, arguments, multiplier, NoiseLevels())
     members: list[Member] = []
-    for place in new_places(door, targets, arguments, text_encoder, unet):
-        rules = make_rules(rank, alpha, arguments, targets, is_denoiser=place.text_encoder is None)
-        members += fresh_members(chosen, targets, place, rules, arguments, multiplier)
+    for place in new_places(kind, targets, arguments, text_encoder, unet):
+        rules = make_rules(rank, settings.alpha, arguments, targets, is_denoiser=place.is_denoiser)
+        members += maker.fresh(place, rules)
     if not members:
         raise UserError(
             f"nothing to train: with --network_dim {rank} and these --network_args every module has the rank 0"
         )
     report_new_members(targets, arguments, members)
-    network = AdapterNetwork(members, targets, arguments, chosen.start_step)
-    if door.check is not None:
-        door.check(network)
+    network = AdapterNetwork(members, targets, arguments, maker.noise)
+    network.start_step = kind.prepare([member.adapter for member in members], arguments)
     return network
 
 
 def create_network_from_weights(
-    door: Door,
+    kind: AdapterKind,
     /,
     multiplier: float,
     file: str,
@@ -140,168 +100,156 @@ def create_network_from_weights(
     neuron_dropout: float | None = None,
     **network_args: Any,
 ) -> tuple[AdapterNetwork, dict[str, Tensor]]:
-    """Adapters on the modules that a file names, with its ranks and alphas, and the file's tensors.
+    """Make adapters on the modules that a file names, with its ranks and alphas; return the file's tensors too.
 
     The weights themselves are not loaded. Tucker cores, magnitudes and norms are there where the file has them. Of
     the network arguments the dropouts, the LoRA+ ratios, use_scalar, dora_wd, wd_on_output, dora_constant_norm,
     split_qkv, network_reg_lrs and the *_lr_weight lists count. Raises UserError when the file cannot be used.
     """
     targets = targets_of(unet)
-    arguments = arguments_of(door, parse_arguments(network_args, neuron_dropout, targets.known_arguments))
+    arguments = parse_arguments({**network_args, **kind.presets}, neuron_dropout, targets.known_arguments)
+    check_arguments(kind, arguments)
     warn_of_ranks(arguments)
-    given = read_adapters(file) if weights_sd is None else weights_sd
-    weights = dict(in_own_names(given, targets.names, file, keeps_pieces=True))
-    kinds = KINDS if for_inference else (*door.kinds, norm.KIND)
-    groups = group_by_module(weights, str(file), (*kinds, PIECES))
-    spelling = None if for_inference else spelling_to_keep(door, groups, given, targets, file)
-    chosen = door if door.with_arguments is None else door.with_arguments(arguments)
+    given = open_adapter(file, weights_sd)
+    own = in_own_names(given, targets.names, keeps_pieces=True)
+    layouts = list_layouts() if for_inference else (*kind.layouts, norm.LAYOUT)
+    modules = usable_modules(own, (*layouts, PIECES))
+    groups = {name: module.tensors for name, module in modules.items()}
+    spelling = None if for_inference else spelling_to_keep(kind, groups, given, targets)
+    maker = MemberMaker(kind, targets, arguments, multiplier, NoiseLevels())
     members: list[Member] = []
     for place in places(targets, text_encoder, unet):
-        rules = rates_alone(arguments, targets, is_denoiser=place.text_encoder is None)
-        members += members_of_file(
-            chosen, targets, place, rules, arguments, multiplier, groups, str(file), for_inference
-        )
+        rules = rates_alone(arguments, targets, is_denoiser=place.is_denoiser)
+        members += maker.of_file(place, rules, groups, str(file), is_merged=for_inference)
     if not members:
         raise UserError(f"{file}: none of its {len(groups)} modules is in this base model; was it made for another?")
-    network = AdapterNetwork(members, targets, arguments, chosen.start_step, str(file), spelling)
+    network = AdapterNetwork(members, targets, arguments, maker.noise, str(file), spelling)
     if not for_inference:
-        check_forms(door, arguments, groups, str(file))
-        if door.check is not None:
-            door.check(network)
+        check_forms(kind, arguments, groups, str(file))
+        network.start_step = kind.prepare([member.adapter for member in members], arguments)
     network.train(not for_inference)
-    return network, weights
+    return network, adapter_tensors(own)
 
 
 def report_new_members(targets: AdapterTargets, arguments: NetworkArguments, members: Sequence[Member]) -> None:
     """Warn of arguments for layers that are not adapted, and log the modules with `verbose` and a start at weights."""
     target_modules = [member.adapter.target for member in members]
-    if arguments.conv_dim is not None and not any(target.kind == "conv" for target in target_modules):
+    ranks, chosen = arguments.of(RankArguments), arguments.of(TargetArguments)
+    rates = arguments.of(RateArguments)
+    if ranks.conv_dim is not None and not any(target.kind == "conv" for target in target_modules):
         if targets.denoiser.conv_blocks:
             logger.warning(
                 "--network_args conv_dim=%s adapts no convolution larger than 1x1; the Linear layers and 1x1 "
                 "convolutions of %s are adapted with it at network_dim: leave conv_dim out to adapt attention alone",
-                arguments.conv_dim,
+                ranks.conv_dim,
                 ", ".join(targets.denoiser.conv_blocks),
             )
         else:
             logger.warning("--network_args conv_dim has no effect: no convolution larger than 1x1 is adapted here")
-    if arguments.train_norm and not any(target.kind == "norm" for target in target_modules):
+    if chosen.train_norm and not any(target.kind == "norm" for target in target_modules):
         logger.warning("--network_args train_norm has no effect: the adapted blocks have no norms with weights")
-    places = [place for target in target_modules for place in (*targets.spelled(target.name), target.path)]
-    for name in ("network_reg_dims", "network_reg_lrs"):
-        entries = getattr(arguments, name) or ()
-        unused = [e for e, value in entries if value and not any(re.search(e, place) for place in places)]
+    paths = [path for target in target_modules for path in (*targets.spelled(target.name), target.path)]
+    entries = {
+        "network_reg_dims": ranks.network_reg_dims or (),
+        "network_reg_lrs": rates.network_reg_lrs or (),
+    }
+    for name, pairs in entries.items():
+        unused = [e for e, value in pairs if value and not any(re.search(e, path) for path in paths)]
         if unused:
             logger.warning("--network_args %s: nothing is adapted that %s fits", name, " or ".join(unused))
-    if arguments.verbose:
+    if chosen.verbose:
         for member in members:
             logger.info("%s: rank %d", member.adapter.target.name, member.settings.rank)
-    if starts_at_weight(arguments):
+    if (init := arguments.of(InitArguments)).starts_at_weight:
         logger.info(
             "init=%s: factors start at a part of the weights; the saved LoRA takes it out again, at twice the rank",
-            arguments.init,
+            init.init,
         )
 
 
-def arguments_of(door: Door, given: NetworkArguments) -> NetworkArguments:
-    """The arguments with what the door stands for, held to what it supports (`check_arguments`)."""
-    arguments = replace(given, tlora=True) if door.is_tlora else given
-    check_arguments(door, arguments)
-    return arguments
-
-
-def check_arguments(door: Door, arguments: NetworkArguments) -> None:
+def check_arguments(kind: AdapterKind, arguments: NetworkArguments) -> None:
     """Raise UserError for an argument that this kind does not support, warn of those that belong to another."""
-    for name, reason in refused_by(door, arguments).items():
-        if getattr(arguments, name):
-            beside = "this --network_module"
-            if arguments.init and name in WITH_INIT:
-                beside = f"init={arguments.init}"
-            elif arguments.perturbs and name in WITH_GGPO:
-                beside = "ggpo_sigma and ggpo_beta"
+    for name, (beside, reason) in refused_by(kind, arguments).items():
+        if arguments.given.get(name):
             raise UserError(f"--network_args {name} does not work with {beside}: {reason}")
-    idle = [name for name in TLORA_ARGUMENTS if getattr(arguments, name) != getattr(NetworkArguments, name)]
-    if idle and not arguments.tlora:
-        logger.warning("--network_args %s has no effect without tlora=True or networks.tlora", ", ".join(idle))
-    for owners, names in OF_DOORS.items():
-        given = [name for name in names if getattr(arguments, name) != getattr(NetworkArguments, name)]
-        given = [name for name in given if name not in door.arguments]
-        if given:
-            logger.warning("--network_args %s has no effect; it belongs to %s", ", ".join(given), owners)
+    for owners, names in strangers(kind, arguments).items():
+        logger.warning("--network_args %s has no effect; it belongs to %s", ", ".join(names), owners)
+
+
+def refused_by(kind: AdapterKind, arguments: NetworkArguments) -> Mapping[str, tuple[str, str]]:
+    """Return (beside what, why) for each network argument that does not work with this kind and the other arguments."""
+    this = "this --network_module"
+    refused = {n: (this, one.made_for) for one in WRAPPERS if one not in kind.wrappers for n in one.switches}
+    for wrapper in (arguments.of(one) for one in WRAPPERS):
+        if wrapper.is_on:
+            refused |= {name: (wrapper.label, why) for name, why in wrapper.excludes.items()}
+    return refused | {name: (this, why) for name, why in kind.refuses.items()}
 
 
 def resolved(
-    door: Door, network_dim: int | None, network_alpha: float | None, arguments: NetworkArguments
-) -> tuple[int, float, NetworkArguments]:
-    """The rank, alpha and the arguments in the core's own terms."""
-    rank = door.default_rank if network_dim is None else network_dim
-    if door.resolve is not None:
-        rank, arguments = door.resolve(network_dim, arguments, door.default_rank)
+    kind: AdapterKind, network_dim: int | None, network_alpha: float | None, arguments: NetworkArguments
+) -> NetworkSettings:
+    """Return the rank, the alpha and the arguments in the terms of the core."""
+    rank = kind.default_rank if network_dim is None else network_dim
     alpha = DEFAULT_ALPHA if network_alpha is None else float(network_alpha)
-    if door.resolve_alpha is not None:
-        alpha, arguments = door.resolve_alpha(alpha, arguments)
-    if rank < 0 or alpha < 0:
-        raise UserError(f"--network_dim is {rank} and --network_alpha {alpha:g}; neither can be negative")
-    return rank, alpha, arguments
+    settings = kind.resolve(NetworkSettings(rank, alpha, arguments, network_dim is not None))
+    if settings.rank < 0 or settings.alpha < 0:
+        raise UserError(
+            f"--network_dim is {settings.rank} and --network_alpha {settings.alpha:g}; neither can be negative"
+        )
+    return settings
 
 
-def refused_by(door: Door, arguments: NetworkArguments) -> Mapping[str, str]:
-    """Network argument -> why it does not work with this kind of adapter."""
-    few = {name: reason for name, reason in FOR_FEW.items() if name not in door.takes}
-    with_tlora = {"dora_wd": ONE_WEIGHT} if arguments.tlora else {}
-    with_init = WITH_INIT if arguments.init is not None else {}
-    with_noise = WITH_GGPO if arguments.perturbs else {}
-    return {**few, **with_noise, **with_tlora, **with_init, **door.refuses}
-
-
-def check_forms(door: Door, arguments: NetworkArguments, groups: Groups, source: str) -> None:
+def check_forms(kind: AdapterKind, arguments: NetworkArguments, groups: Groups, source: str) -> None:
     """Raise UserError where a file that is to be trained further has what this kind does not support."""
     parts = [own for group in groups.values() for own in (by_rows(group).values() or [group])]
     found = {
-        "use_tucker": any(kind_of(own).has_core(own) for own in parts),
+        "use_tucker": any(layout_of(own).has_core(own) for own in parts),
         "dora_wd": any(DORA_SCALE in own for own in parts),
     }
-    refused = refused_by(door, arguments)
+    refused = refused_by(kind, arguments)
     for name, is_there in found.items():
         if is_there and name in refused:
             raise UserError(
-                f"{source} was trained with {name}, which does not work with this --network_module: {refused[name]}"
+                f"{source} was trained with {name}, which does not work with this --network_module: {refused[name][1]}"
             )
 
 
 def spelling_to_keep(
-    door: Door, groups: Groups, given: Mapping[str, Tensor], targets: AdapterTargets, file: str
+    kind: AdapterKind, groups: Groups, given: AdapterFile, targets: AdapterTargets
 ) -> FileSpelling | None:
-    """The names of a file that has parts of layers apart, to be saved under again; None for other files.
+    """Return the names of a file that has parts of layers apart, to be saved under again; None for other files.
 
-    Raises UserError where the door does not train such a part.
+    Raises UserError where the kind does not train such a part.
     """
-    if not any(kind_of(group) is PIECES for group in groups.values()):
+    if not any(layout_of(group) is PIECES for group in groups.values()):
         return None
-    check_pieces(door, groups, str(file))
+    check_pieces(kind, groups, given.origin)
     assert targets.names is not None
-    return spelling_of(given, targets.names, file)
+    return spelling_of(given, targets.names)
 
 
-def check_pieces(door: Door, groups: Groups, source: str) -> None:
+def check_pieces(kind: AdapterKind, groups: Groups, source: str) -> None:
     """Raise UserError where a file has a part of a layer apart that this kind does not train as such."""
     for module, group in groups.items():
         for name, own in by_rows(group).items():
-            kind = kind_of(own)
-            if kind.is_low_rank and kind in door.kinds:
+            layout = layout_of(own)
+            if layout.is_low_rank and layout in kind.layouts:
                 continue
-            way_out = f"use --network_module {kind.door}" if kind.is_low_rank else "merge it with --base_weights"
+            way_out = "merge it with --base_weights"
+            if layout.is_low_rank:
+                way_out = f"use --network_module {layout.network_module}"
             raise UserError(
-                f"{source} has {kind.words} of a part of {module} ({name.replace('_', ' ')}), which is one layer here; "
-                f"this --network_module cannot train it further: {way_out}"
+                f"{source} has {layout.words} of a part of {module} ({name.replace('_', ' ')}), which is one layer "
+                f"here; this --network_module cannot train it further: {way_out}"
             )
 
 
 def warn_of_ranks(arguments: NetworkArguments) -> None:
     """Say which arguments a file overrules."""
-    given = [name for name in RANK_ARGUMENTS if getattr(arguments, name) is not None]
-    given += [name for name in FORM_ARGUMENTS if getattr(arguments, name)]
-    given += ["init"] if arguments.init and not starts_at_weight(arguments) else []
+    init, known = arguments.of(InitArguments), list_arguments()
+    given = [name for name in arguments.given if name in known and known[name].is_fixed_by_file]
+    given += ["init"] if init.is_on and not init.starts_at_weight else []
     given += [name for name, value in arguments.of_model.items() if value]
     if given:
         logger.warning(
@@ -310,7 +258,7 @@ def warn_of_ranks(arguments: NetworkArguments) -> None:
 
 
 def targets_of(denoiser: nn.Module) -> AdapterTargets:
-    """The declaration that a denoiser carries."""
+    """Return the declaration that a denoiser carries."""
     targets = getattr(denoiser, "adapter_targets", None)
     if not isinstance(targets, AdapterTargets):
         raise UserError(
@@ -322,7 +270,7 @@ def targets_of(denoiser: nn.Module) -> AdapterTargets:
 
 
 def places(targets: AdapterTargets, text_encoder: TextEncoder, denoiser: nn.Module) -> list[Place]:
-    """The parts of the base model in the order of files: text encoders first."""
+    """Return the parts of the base model in the order of files: text encoders first."""
     encoders = [text_encoder] if isinstance(text_encoder, nn.Module) else list(text_encoder or [])
     found = [
         Place(part, encoder, index)
@@ -333,10 +281,11 @@ def places(targets: AdapterTargets, text_encoder: TextEncoder, denoiser: nn.Modu
 
 
 def new_places(
-    door: Door, targets: AdapterTargets, arguments: NetworkArguments, text_encoder: TextEncoder, denoiser: nn.Module
-) -> Iterator[Place]:
-    """The parts of the base model that get new adapters with these arguments, narrowed to what the kind adapts."""
+    kind: AdapterKind, targets: AdapterTargets, arguments: NetworkArguments, text_encoder: TextEncoder,
+    denoiser: nn.Module,
+) -> Iterator[Place]:  # fmt: skip
+    """Yield the parts of the base model that get new adapters, narrowed to what the kind adapts there."""
     for place in places(targets, text_encoder, denoiser):
-        is_left_out = place.text_encoder is not None and door.denoiser_only
-        if not is_left_out and (not place.part.needs or arguments.of_model.get(place.part.needs)):
-            yield place if door.narrow is None else replace(place, part=door.narrow(place.part, arguments))
+        part = kind.narrow(place.part, place.is_denoiser, arguments)
+        if part is not None and (not place.part.needs or arguments.of_model.get(place.part.needs)):
+            yield replace(place, part=part)

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from networks.core.changes.adapter import Adapter
-from networks.core.changes.alpha import ScaledDelta
-from networks.core.changes.change import Forward
+from networks.core.changes.change import Forward, Stackable
 from networks.core.changes.forward_patch import take_forward
 from networks.core.changes.random_states import Streams
 from networks.core.changes.stacked import can_be_stacked, stacked
@@ -70,7 +69,7 @@ class AdapterMultiplexer:
             self.acting = before
 
     def share_stacked(self, places: Sequence[int]) -> float:
-        """How many of the layers compute the adapters of these networks in one product, as a share."""
+        """Return how many of the layers compute the adapters of these networks in one product, as a share."""
         return sum(layer.stack_of(tuple(places)) is not None for layer in self.layers) / len(self.layers)
 
 
@@ -79,11 +78,11 @@ class SharedLayer:
 
     def __init__(self, layer: nn.Module, adapters: Mapping[int, Adapter], turns: AdapterMultiplexer) -> None:
         self._adapters, self._turns = adapters, turns
-        self._stacked: dict[tuple[int, ...], Sequence[ScaledDelta] | None] = {}
+        self._stacked: dict[tuple[int, ...], Sequence[Stackable] | None] = {}
         self._base: Forward = take_forward(layer, self.forward)
 
-    def stack_of(self, places: tuple[int, ...]) -> Sequence[ScaledDelta] | None:
-        """The changes of these networks, where one product computes all of them."""
+    def stack_of(self, places: tuple[int, ...]) -> Sequence[Stackable] | None:
+        """Return the changes of these networks, where one product computes all of them."""
         if places not in self._stacked:
             found = [self._adapters[place].change for place in places if place in self._adapters]
             draws = any(self._turns.draws[place] for place in places)
@@ -92,7 +91,7 @@ class SharedLayer:
         return self._stacked[places]
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the layer computes, each part of the rows with the change of its network."""
+        """Return what the layer computes, each part of the rows with the change of its network."""
         places = self._turns.acting
         if len(places) == 1:
             return self._part(places[0], x, self._base)
@@ -108,7 +107,7 @@ class SharedLayer:
         return self._one_by_one(places, x)
 
     def _one_by_one(self, places: Sequence[int], x: Tensor) -> Tensor:
-        """The parts after each other; the layer itself runs once for those that only add to what it gives."""
+        """Run the parts after each other; the layer itself runs once for those that only add to what it gives."""
         count = len(places)
         out = self._base(x) if any(self._adds(place) for place in places) else None
         outs = [None] * count if out is None else list(out.chunk(count))
@@ -124,7 +123,7 @@ class SharedLayer:
         return torch.cat(parts)
 
     def _part(self, place: int, x: Tensor, base: Forward) -> Tensor:
-        """What one network makes of its rows."""
+        """Return what one network makes of its rows."""
         adapter = self._adapters.get(place)
         if adapter is None or adapter.multiplier == 0:
             return base(x)
@@ -134,13 +133,11 @@ class SharedLayer:
         return self._adapters[place].multiplier if place in self._adapters else 0.0
 
     def _adds(self, place: int) -> bool:
-        """Whether a network leaves the layer's input as it is and adds to its output, if it does anything."""
+        """Return True if a network leaves the layer's input as it is and adds to its output, if it does anything."""
         adapter = self._adapters.get(place)
-        if adapter is None:
-            return True
-        return isinstance(adapter.change, ScaledDelta) and adapter.change.dora_scale is None
+        return adapter is None or adapter.change.adds_to_output
 
 
 def given(out: Tensor) -> Callable[[Tensor], Tensor]:
-    """A layer that has run already."""
+    """Stand for a layer that has run already."""
     return lambda x: out

@@ -10,17 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from networks.core.arguments.parsing import NetworkArguments
+from networks.core.arguments.common import RateArguments
+from networks.core.arguments.network_arguments import NetworkArguments
 from networks.core.changes.adapter import Adapter
-from networks.core.changes.alpha import ScaledDelta
-from networks.core.changes.change import Change
+from networks.core.changes.change import Change, FollowsGradients
+from networks.core.changes.dropout import Dropout
+from networks.core.changes.ggpo import GgpoArguments
+from networks.core.changes.qkv_pieces import InRows, changes_in
+from networks.core.changes.tlora import NoiseLevels
+from networks.core.files.adapter_file import open_adapter, save_network, sort_tensors
 from networks.core.files.file_spelling import FileSpelling
 from networks.core.files.foreign_names import in_own_names
-from networks.core.files.reading_writing import load_into, network_tensors, read_adapters, save_network
-from networks.core.kinds.qkv_pieces import InRows, changes_in, fast_leaves
+from networks.core.files.reading_writing import load_into, network_tensors
 from networks.core.network.multiplexer import AdapterMultiplexer, Beside
 from networks.core.network.summary import describe_part, describe_rates
 from networks.core.protocol import Merging
+from networks.core.registry.adapter_kind import StartStep
 from networks.core.targets.rules import TargetSettings
 from networks.core.targets.targets import AdapterTargets
 
@@ -40,10 +45,6 @@ class Member:
     settings: TargetSettings
 
 
-StartStep = Callable[["AdapterNetwork", int, int], None]
-"""(network, seed, step) -> the network as it is in that optimizer step."""
-
-
 class AdapterNetwork(nn.Module):
     """The adapters of one base model, by the names they have in files: what `create_network` gives.
 
@@ -55,7 +56,7 @@ class AdapterNetwork(nn.Module):
         members: Sequence[Member],
         targets: AdapterTargets,
         arguments: NetworkArguments,
-        start_step: StartStep | None = None,
+        noise: NoiseLevels,
         file: str = "",
         spelling: FileSpelling | None = None,
     ) -> None:
@@ -67,7 +68,8 @@ class AdapterNetwork(nn.Module):
         self.members = list(members)
         self.targets = targets
         self.arguments = arguments
-        self.start_step = start_step
+        self.noise = noise
+        self.start_step: StartStep | None = None
         self._untrained: list[nn.Parameter] = []  # those of groups without a learning rate
         for member in self.members:
             name = member.adapter.target.name
@@ -80,8 +82,13 @@ class AdapterNetwork(nn.Module):
         """The adapters by name, text encoders first."""
         return {member.adapter.target.name: member.adapter for member in self.members}
 
+    @property
+    def draws(self) -> bool:
+        """True if adapters leave something out at random, or add noise, while they train."""
+        return Dropout.of(self.arguments).is_on or self.arguments.of(GgpoArguments).is_on
+
     def changes(self) -> Iterator[Change]:
-        """The changes of all layers; of a layer whose rows are changed apart, each."""
+        """Yield the changes of all layers; of a layer whose rows are changed apart, each."""
         return (change for member in self.members for change in changes_in(member.adapter.change))
 
     def apply_to(
@@ -109,11 +116,11 @@ class AdapterNetwork(nn.Module):
             member.adapter.remove()
 
     def put_beside(self, others: Sequence["AdapterNetwork"]) -> AdapterMultiplexer:
-        """This network and others, all of them installed, on the layers of one model: each acts on its own rows."""
+        """Put this network and others, all of them installed, on the layers of one model: each acts on its own rows."""
         networks = [self, *others]
         for network in reversed(networks):
             network.remove()
-        return AdapterMultiplexer([Beside([m.adapter for m in n.members], n.arguments.draws) for n in networks])
+        return AdapterMultiplexer([Beside([m.adapter for m in n.members], n.draws) for n in networks])
 
     def merge_to(
         self,
@@ -138,13 +145,14 @@ class AdapterNetwork(nn.Module):
                     weight.data = merged
 
     def merging(self, weights_sd: Mapping[str, Tensor], device: torch.device | str | None = None) -> Iterator[Merging]:
-        """The same parameter by parameter, for who has the values of the base model one at a time.
+        """Yield what `merge_to` computes parameter by parameter, for who has the base model's values one at a time.
 
         The layers of this network may be on the meta device.
         """
         for member in self.members:
             make_room(module_of(member.adapter))
-        for line in load_into(self.adapters, weights_sd, f"--base_weights {self.file}".rstrip()).warnings():
+        file = sort_tensors(weights_sd, {}, f"--base_weights {self.file}".rstrip())
+        for line in load_into(self.adapters, file).warnings():
             logger.warning(line)
         for member in self.members:
             if device is not None:
@@ -154,13 +162,12 @@ class AdapterNetwork(nn.Module):
                 yield Merging(member.adapter.target.module, name, merged)
 
     def load_weights(self, file: str) -> str:
-        """Load a file; modules it lacks keep their start. Gives a sentence on what was loaded.
+        """Load a file; modules it lacks keep their start. Return a sentence on what was loaded.
 
         Raises UserError when nothing in the file fits, or when a rank differs.
         """
         has_pieces = any(isinstance(member.adapter.change, InRows) for member in self.members)
-        weights = in_own_names(read_adapters(file), self.targets.names, file, keeps_pieces=has_pieces)
-        report = load_into(self.adapters, weights, str(file))
+        report = load_into(self.adapters, in_own_names(open_adapter(file), self.targets.names, has_pieces))
         for line in report.warnings():
             logger.warning(line)
         return report.summary()
@@ -171,7 +178,7 @@ class AdapterNetwork(nn.Module):
         save_network(file, tensors if self.spelling is None else self.spelling.restore(tensors), metadata)
 
     def set_multiplier(self, multiplier: float) -> None:
-        """How strongly the changes act: 0 is the base model."""
+        """Set how strongly the changes act: 0 is the base model."""
         for member in self.members:
             member.adapter.multiplier = multiplier
 
@@ -181,7 +188,7 @@ class AdapterNetwork(nn.Module):
     def prepare_optimizer_params_with_multiple_te_lrs(
         self, text_encoder_lr: float | Sequence[float] | None, unet_lr: float | None, default_lr: float | None
     ) -> tuple[list[dict[str, Any]], list[str]]:
-        """Parameter groups and their names for the charts; groups without a learning rate are left out and frozen."""
+        """Return parameter groups and their names for the charts; those without a learning rate are frozen."""
         rates = self._rates(text_encoder_lr, unet_lr, default_lr)
         groups: dict[tuple[str, float], list[nn.Parameter]] = {}
         trained: set[nn.Parameter] = set()
@@ -192,7 +199,7 @@ class AdapterNetwork(nn.Module):
             block += "" if settings.expression is None else f" reg_lr_{settings.expression}"
             ratio = self._loraplus_ratio(member)
             for name, parameter in module_of(member.adapter).named_parameters():
-                is_plus = ratio is not None and name in fast_leaves(member.adapter.change)
+                is_plus = ratio is not None and name in member.adapter.change.fast_keys
                 lr = rate * ratio if is_plus and ratio is not None else rate
                 if lr == 0:
                     continue
@@ -210,7 +217,7 @@ class AdapterNetwork(nn.Module):
     def prepare_optimizer_params(
         self, text_encoder_lr: float | None, unet_lr: float | None, default_lr: float | None = None
     ) -> tuple[list[dict[str, Any]], list[str]]:
-        """As above, with one learning rate for all text encoders."""
+        """Return the groups with one learning rate for all text encoders."""
         return self.prepare_optimizer_params_with_multiple_te_lrs(text_encoder_lr, unet_lr, default_lr)
 
     def prepare_grad_etc(self, text_encoder: Any, unet: nn.Module) -> None:
@@ -225,33 +232,31 @@ class AdapterNetwork(nn.Module):
     def on_optimizer_step_start(self, seed: int, step: int) -> None:
         """Take up optimizer step `step` (from 0) of the run with this seed; called before each of its batches."""
         if self.start_step is not None:
-            self.start_step(self, seed, step)
+            self.start_step([member.adapter for member in self.members], seed, step)
 
     def on_noise_levels(self, levels_B: Tensor | None) -> None:
         """Take the share of noise in each sample, 0 to 1, that the denoiser runs next; None for pictures.
 
         With T-LoRA it decides which ranks act; without a level all of them do.
         """
-        for change in self.changes():
-            if isinstance(change, ScaledDelta) and change.tlora_ranks is not None:
-                change.noise_levels_B = levels_B
+        self.noise.levels_B = levels_B
 
     def looks_at_gradients(self) -> bool:
-        """Whether a change does something in `on_gradients`."""
-        return any(isinstance(change, ScaledDelta) and change.perturbation is not None for change in self.changes())
+        """Return True if a change does something in `on_gradients`."""
+        return any(isinstance(change, FollowsGradients) for change in self.changes())
 
     def on_gradients(self) -> None:
         """Look at the gradients of an optimizer step, all batches and processes together, before they are clipped."""
         for change in self.changes():
-            if isinstance(change, ScaledDelta):
+            if isinstance(change, FollowsGradients):
                 change.note_gradients()
 
     def get_trainable_params(self) -> list[nn.Parameter]:
-        """What the optimizer changes: the set whose gradient norm is limited."""
+        """Return what the optimizer changes: the set whose gradient norm is limited."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def apply_max_norm_regularization(self, limit: float, device: torch.device | str) -> tuple[int, float, float]:
-        """What `limit_norms` does and gives, as numbers of the host."""
+        """Limit norms and return the numbers of `limit_norms` on the host."""
         count, mean, maximum = self.limit_norms(limit).tolist()
         return int(count), mean, maximum
 
@@ -259,7 +264,7 @@ class AdapterNetwork(nn.Module):
     def limit_norms(self, limit: float) -> Tensor:
         """Scale changes whose Frobenius norm is above `limit` down to it (--scale_weight_norms).
 
-        Gives how many were scaled, and mean and maximum of the norms that all have afterwards. Norms of changes are at
+        Return how many were scaled, and mean and maximum of the norms that all have afterwards. Norms of changes are at
         multiplier 1, before DoRA's magnitudes; trained normalisation layers have none.
         """
         changes = [m.adapter.change for m in self.members if m.adapter.target.kind != "norm"]
@@ -279,7 +284,7 @@ class AdapterNetwork(nn.Module):
     def _rates(
         self, text_encoder_lr: float | Sequence[float] | None, unet_lr: float | None, default_lr: float | None
     ) -> Callable[[Member], float]:
-        """The learning rate of a member; a list that is too short is continued with its last value."""
+        """Return the learning rate of a member; a list that is too short is continued with its last value."""
         listed = [text_encoder_lr] if isinstance(text_encoder_lr, (int, float)) else list(text_encoder_lr or [])
         num_encoders = len(self.targets.text_encoders)
         lost = listed[num_encoders:]
@@ -299,16 +304,16 @@ class AdapterNetwork(nn.Module):
         return rate
 
     def _loraplus_ratio(self, member: Member) -> float | None:
-        """How much faster up factors are trained; 0 and nothing both leave it to the general ratio."""
-        arguments = self.arguments
-        own = arguments.loraplus_unet_lr_ratio
+        """Return how much faster up factors are trained; 0 and nothing both leave it to the general ratio."""
+        rates = self.arguments.of(RateArguments)
+        own = rates.loraplus_unet_lr_ratio
         if member.text_encoder is not None:
-            own = arguments.loraplus_text_encoder_lr_ratio
-        return own or arguments.loraplus_lr_ratio or None
+            own = rates.loraplus_text_encoder_lr_ratio
+        return own or rates.loraplus_lr_ratio or None
 
 
 def module_of(adapter: Adapter) -> nn.Module:
-    """The change as the module that it is."""
+    """Return the change as the module that it is."""
     assert isinstance(adapter.change, nn.Module)
     return adapter.change
 
@@ -321,7 +326,7 @@ def make_room(change: nn.Module) -> None:
 
 
 def describe(members: Sequence[Member], targets: AdapterTargets) -> Iterator[str]:
-    """Lines for each part of the base model: modules, ranks, alphas and how many numbers are trained."""
+    """Yield lines for each part of the base model: modules, ranks, alphas and how many numbers are trained."""
     for index in dict.fromkeys(member.text_encoder for member in members):
         adapters = [member.adapter for member in members if member.text_encoder == index]
         part = "denoiser" if index is None else f"text encoder {index + 1}"
@@ -333,7 +338,7 @@ def _lr_name(member: Member) -> str:
 
 
 def _distinct(names: list[str]) -> list[str]:
-    """Names of which none stands twice: the second of two equal ones gets a number."""
+    """Make names of which none stands twice: the second of two equal ones gets a number."""
     seen: dict[str, int] = {}
     distinct = []
     for name in names:

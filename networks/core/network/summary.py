@@ -1,51 +1,48 @@
-"""What a network is made of, in a few lines for the log."""
+"""A summary of a network in a few lines for the log."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from networks.core.changes.adapter import Adapter
-from networks.core.changes.alpha import ScaledDelta
-from networks.core.changes.change import Change
-from networks.core.changes.orthogonal import Orthogonal
-from networks.core.kinds.norm import Norm
-from networks.core.kinds.qkv_pieces import changes_in
-from networks.core.kinds.rotations.oft import OrthogonalOutputs
+from networks.core.changes.change import ChangeSize
+from networks.core.changes.qkv_pieces import changes_in
 from networks.core.targets.targets import BlockList
 
-FORMS = ("DoRA", "DoRA per output", "a Tucker core", "a trained strength")  # of `ScaledDelta.forms`, in this order
+FORMS: Mapping[str, Callable[[ChangeSize], bool]] = {  # in a user's words
+    "DoRA": lambda size: size.magnitudes == "input",
+    "DoRA per output": lambda size: size.magnitudes == "output",
+    "a Tucker core": lambda size: size.has_core,
+    "a trained strength": lambda size: size.has_scalar,
+}
 
 
 def describe_part(part: str, adapters: Sequence[Adapter], layout: BlockList | None) -> Iterator[str]:
-    """Modules, ranks, alphas, forms and parameters of one part of the base model; by block where blocks differ."""
-    num_norms = sum(isinstance(a.change, Norm) for a in adapters)
-    modules = [
-        (a.target, change) for a in adapters if not isinstance(a.change, Norm) for change in changes_in(a.change)
-    ]
+    """Yield lines on one part of the base model: modules, ranks, alphas, parameters; by block where blocks differ."""
+    num_norms = sum(a.target.kind == "norm" for a in adapters)
+    modules = [(a.target, one.size) for a in adapters if a.target.kind != "norm" for one in changes_in(a.change)]
     num_values = sum(p.numel() for a in adapters if isinstance(a.change, nn.Module) for p in a.change.parameters())
-    scaled = [change for _, change in modules if isinstance(change, ScaledDelta)]
-    forms = [f"{words} in {count}" for words in FORMS if (count := sum(words in change.forms for change in scaled))]
+    scaled = [size for _, size in modules if size.has_ranks]
+    forms = [f"{words} in {count}" for words, has_it in FORMS.items() if (count := sum(map(has_it, scaled)))]
     forms += [f"{num_norms} norms"] if num_norms else []
     yield (
-        f"{part}: {len(modules)} modules adapted, {_ranks([change for _, change in modules])}, "
+        f"{part}: {len(modules)} modules adapted, {_ranks([size for _, size in modules])}, "
         f"{num_values:,} parameters" + "".join(f"; {form}" for form in forms)
     )
     if layout is None:
         return
-    blocks: dict[int, list[Change]] = {}
-    for target, change in modules:
+    blocks: dict[int, list[ChangeSize]] = {}
+    for target, size in modules:
         if (block := layout.index_of(target.path)) is not None:
-            blocks.setdefault(block, []).append(change)
-    if any(
-        len({_measure(change) for target, change in modules if target.kind == kind}) > 1 for kind in ("plain", "conv")
-    ):
+            blocks.setdefault(block, []).append(size)
+    if any(len({_measure(size) for target, size in modules if target.kind == kind}) > 1 for kind in ("plain", "conv")):
         for block, inside in sorted(blocks.items()):
             yield f"  block {block}: {len(inside)} modules, {_ranks(inside)}"
 
 
 def describe_rates(groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
-    """The learning rate groups of the optimizer: name, rate, number of trained values."""
+    """Return a line with the learning rate groups of the optimizer: name, rate, number of trained values."""
     parts = [
         f"{name} {group['lr']:g} ({sum(p.numel() for p in group['params']):,} parameters)"
         for group, name in zip(groups, names, strict=True)
@@ -53,18 +50,14 @@ def describe_rates(groups: Sequence[Mapping[str, Any]], names: Sequence[str]) ->
     return "learning rates: " + ", ".join(parts)
 
 
-def _measure(change: Change) -> tuple[int, float]:
-    if isinstance(change, (Orthogonal, OrthogonalOutputs)):
-        return change.block_sizes[0], 0.0
-    assert isinstance(change, ScaledDelta)
-    return change.delta.rank, change.alpha_value
+def _measure(size: ChangeSize) -> tuple[int | None, float]:
+    return (size.block_sizes[0], 0.0) if size.block_sizes else (size.rank, size.alpha)
 
 
-def _ranks(changes: Sequence[Change]) -> str:
-    blocks = [change.block_sizes for change in changes if isinstance(change, (Orthogonal, OrthogonalOutputs))]
-    turned = sorted({size for sizes in blocks for size in sizes})
-    scaled = [change for change in changes if isinstance(change, ScaledDelta)]
-    ranks = ", ".join(str(rank) for rank in sorted({change.delta.rank for change in scaled}))
-    alphas = ", ".join(f"{alpha:g}" for alpha in sorted({change.alpha_value for change in scaled}))
-    sizes = [f"blocks of {', '.join(map(str, turned))}"] if turned else []
-    return ", ".join([*sizes, *([f"rank {ranks}, alpha {alphas}"] if scaled or not turned else [])])
+def _ranks(sizes: Sequence[ChangeSize]) -> str:
+    turned = sorted({block_size for size in sizes for block_size in size.block_sizes})
+    scaled = [size for size in sizes if size.has_ranks]
+    ranks = ", ".join(map(str, sorted({size.rank for size in scaled if size.rank is not None})))
+    alphas = ", ".join(f"{alpha:g}" for alpha in sorted({size.alpha for size in scaled}))
+    blocks = [f"blocks of {', '.join(map(str, turned))}"] if turned else []
+    return ", ".join([*blocks, *([f"rank {ranks}, alpha {alphas}"] if scaled or not turned else [])])

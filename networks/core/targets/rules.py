@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from library.errors import UserError
-from networks.core.arguments.parsing import NetworkArguments
+from networks.core.arguments.common import LR_LISTS, RankArguments, RateArguments
+from networks.core.arguments.network_arguments import NetworkArguments
 from networks.core.arguments.values import LR_CURVES, LrPreset, LrWeights
 from networks.core.targets.selection import Choices, Expressions
 from networks.core.targets.targets import AdapterTargets, BlockList, Part, TargetModule
@@ -19,7 +20,7 @@ NO_RATES: Expressions[float] = Expressions()
 
 @dataclass(frozen=True)
 class TargetSettings:
-    """What one module gets; rank 0 leaves it alone."""
+    """Rank, alpha and learning rate of one module; rank 0 leaves it alone."""
 
     rank: int
     alpha: float
@@ -47,7 +48,7 @@ class LrFactors:
     factors: tuple[float, ...]
 
     def of(self, path: str) -> tuple[float, int | None]:
-        """The factor of a module and its block; 1 outside all blocks."""
+        """Return the factor of a module and its block; 1 outside all blocks."""
         block = self.layout.index_of(path)
         return (1.0, None) if block is None else (self.factors[block], block)
 
@@ -69,21 +70,21 @@ class Rules:
     rates_by_expression: Expressions[float] = NO_RATES
 
     def classes(self, part: Part) -> tuple[str, ...]:
-        """The class names of the blocks that are searched."""
+        """Return the class names of the blocks that are searched."""
         return part.blocks + (part.conv_blocks if self.searches_conv_blocks else ())
 
     def resolve_settings(self, target: TargetModule) -> TargetSettings:
-        """What one module gets. A block whose learning rate factor is 0 gets no adapters."""
+        """Return what one module gets. A block whose learning rate factor is 0 gets no adapters."""
         return self.with_rate(target, *self._rank_and_alpha(target))
 
     def with_rate(self, target: TargetModule, rank: int, alpha: float) -> TargetSettings:
-        """What a module of known rank and alpha gets."""
+        """Return what a module of known rank and alpha gets."""
         expression, lr = self.rates_by_expression.find(target) or (None, None)
         factor, block = (1.0, None) if self.lr_factors is None else self.lr_factors.of(target.path)
         return TargetSettings(rank if factor else 0, alpha, factor, block, lr, expression)
 
     def resolve_norm_settings(self, target: TargetModule) -> TargetSettings | None:
-        """What a normalisation layer gets: a learning rate factor, None where its block is left alone."""
+        """Return what a normalisation layer gets: a learning rate factor, None where its block is left alone."""
         block = self.layout.index_of(target.path) if self.layout else None
         if self.blocks is not None and block is not None and not self.blocks.ranks[block]:
             return None
@@ -111,32 +112,34 @@ class Rules:
 def make_rules(
     rank: int, alpha: float, arguments: NetworkArguments, targets: AdapterTargets, is_denoiser: bool
 ) -> Rules:
-    """The rules of the denoiser or of a text encoder; what speaks of blocks acts on the denoiser only.
+    """Make the rules of the denoiser or of a text encoder; what speaks of blocks acts on the denoiser only.
 
     Raises UserError where a list does not fit the blocks of the base model.
     """
     layout = targets.block_list
-    conv_alpha = DEFAULT_CONV_ALPHA if arguments.conv_alpha is None else arguments.conv_alpha
+    ranks, rates = arguments.of(RankArguments), arguments.of(RateArguments)
+    conv_alpha = DEFAULT_CONV_ALPHA if ranks.conv_alpha is None else ranks.conv_alpha
     return Rules(
         rank=rank,
         alpha=alpha,
-        conv_rank=arguments.conv_dim or 0,
+        conv_rank=ranks.conv_dim or 0,
         conv_alpha=conv_alpha,
-        searches_conv_blocks=arguments.conv_dim is not None or arguments.conv_block_dims is not None,
+        searches_conv_blocks=ranks.conv_dim is not None or ranks.conv_block_dims is not None,
         layout=layout if is_denoiser else None,
         blocks=make_block_table(rank, alpha, conv_alpha, arguments, layout) if is_denoiser else None,
         lr_factors=make_lr_factors(arguments, layout) if is_denoiser else None,
         choices=Choices(targets, arguments) if is_denoiser else None,
-        ranks_by_expression=Expressions(arguments.network_reg_dims or (), targets),
-        rates_by_expression=Expressions(arguments.network_reg_lrs or (), targets),
+        ranks_by_expression=Expressions(ranks.network_reg_dims or (), targets),
+        rates_by_expression=Expressions(rates.network_reg_lrs or (), targets),
     )
 
 
 def make_block_table(
     rank: int, alpha: float, conv_alpha: float, arguments: NetworkArguments, layout: BlockList | None
 ) -> BlockTable | None:
-    """Ranks and alphas per block; None when no argument speaks of blocks."""
-    if arguments.block_dims is None and not _factor_lists(arguments):
+    """Return ranks and alphas per block; None when no argument speaks of blocks."""
+    own = arguments.of(RankArguments)
+    if own.block_dims is None and not _factor_lists(arguments):
         return None
     num_blocks = len(_needed(layout, arguments).patterns)
 
@@ -151,56 +154,55 @@ def make_block_table(
         return tuple(values)
 
     return BlockTable(
-        ranks=tuple(int(r) for r in full("block_dims", arguments.block_dims, rank)),
-        alphas=full("block_alphas", arguments.block_alphas, alpha),
-        conv_ranks=tuple(int(r) for r in full("conv_block_dims", arguments.conv_block_dims, arguments.conv_dim or 0)),
-        conv_alphas=full("conv_block_alphas", arguments.conv_block_alphas, conv_alpha),
+        ranks=tuple(int(r) for r in full("block_dims", own.block_dims, rank)),
+        alphas=full("block_alphas", own.block_alphas, alpha),
+        conv_ranks=tuple(int(r) for r in full("conv_block_dims", own.conv_block_dims, own.conv_dim or 0)),
+        conv_alphas=full("conv_block_alphas", own.conv_block_alphas, conv_alpha),
     )
 
 
 def make_lr_factors(arguments: NetworkArguments, layout: BlockList | None) -> LrFactors | None:
-    """The factors of down_lr_weight, mid_lr_weight and up_lr_weight; those not above block_lr_zero_threshold are 0."""
+    """Return the factors of the three *_lr_weight lists; those not above block_lr_zero_threshold are 0."""
     if not _factor_lists(arguments):
         return None
-    layout = _needed(layout, arguments)
+    layout, own = _needed(layout, arguments), arguments.of(RateArguments)
     pad = (1.0,) * layout.padding
     factors = (
         *pad,
-        *_side("down_lr_weight", arguments.down_lr_weight, layout.down),
-        *_side("mid_lr_weight", arguments.mid_lr_weight, layout.mid),
-        *_side("up_lr_weight", arguments.up_lr_weight, layout.up),
+        *_side("down_lr_weight", own.down_lr_weight, layout.down),
+        *_side("mid_lr_weight", own.mid_lr_weight, layout.mid),
+        *_side("up_lr_weight", own.up_lr_weight, layout.up),
         *pad,
     )
-    return LrFactors(layout, tuple(f if f > arguments.block_lr_zero_threshold else 0.0 for f in factors))
+    return LrFactors(layout, tuple(f if f > own.block_lr_zero_threshold else 0.0 for f in factors))
 
 
 def preset_factors(preset: LrPreset, num_blocks: int) -> tuple[float, ...]:
-    """The curve of a preset: cosine falls from 1, sine rises from 0, linear and reverse_linear are straight."""
+    """Return the curve of a preset: cosine falls from 1, sine rises from 0, linear and reverse_linear are straight."""
     last = max(num_blocks - 1, 1)
     curve = LR_CURVES[preset.name]
     return tuple(curve(i / last) + preset.offset for i in range(num_blocks))
 
 
 def describe_blocks(layout: BlockList) -> str:
-    """The numbered blocks and what lies in each."""
+    """Describe the numbered blocks and what lies in each."""
     return "; ".join(f"{i}: {pattern or 'nothing'}" for i, pattern in enumerate(layout.patterns))
 
 
 def _factor_lists(arguments: NetworkArguments) -> list[str]:
-    """The names of the given lists of learning rate factors."""
-    lists = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")
-    return [name for name in lists if getattr(arguments, name) is not None]
+    """Return the names of the given lists of learning rate factors."""
+    return [name for name in LR_LISTS if name in arguments.given]
 
 
 def _needed(layout: BlockList | None, arguments: NetworkArguments) -> BlockList:
     if layout is None:
-        names = [*(["block_dims"] if arguments.block_dims is not None else []), *_factor_lists(arguments)]
+        names = [*(["block_dims"] if "block_dims" in arguments.given else []), *_factor_lists(arguments)]
         raise UserError(f"--network_args {', '.join(names)}: this base model has no numbered blocks; leave it out")
     return layout
 
 
 def _side(name: str, weights: LrWeights | None, num_blocks: int) -> tuple[float, ...]:
-    """The factors of one side: a list that is too short goes on with 1.
+    """Return the factors of one side: a list that is too short goes on with 1.
 
     One number stands for all blocks of down and up, where sd-scripts takes none; for the middle it is a short list.
     """

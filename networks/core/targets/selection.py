@@ -1,4 +1,4 @@
-"""What network arguments that one base model gives a meaning to say about its modules."""
+"""Selection of modules by network arguments, those included that one base model gives a meaning to."""
 
 import logging
 import re
@@ -8,7 +8,8 @@ from typing import Generic, TypeVar
 from torch import nn
 
 from library.errors import UserError
-from networks.core.arguments.parsing import NetworkArguments
+from networks.core.arguments.common import RankArguments, StructureArguments, TargetArguments
+from networks.core.arguments.network_arguments import NetworkArguments
 from networks.core.arguments.values import Selection
 from networks.core.targets.targets import (
     AdapterTargets,
@@ -73,7 +74,7 @@ class Choices:
         if embedders is None or embedders.argument not in self.arguments.of_model:
             return rank
         number = embedders.index_of(target.path)
-        if number is None or (target.kind == "conv" and self.arguments.conv_dim is not None):
+        if number is None or (target.kind == "conv" and self.arguments.of(RankArguments).conv_dim is not None):
             return rank
         return int(self.arguments.of_model[embedders.argument][number])
 
@@ -81,7 +82,7 @@ class Choices:
 def chosen_targets(
     part: Part, root: nn.Module, targets: AdapterTargets, arguments: NetworkArguments, classes: tuple[str, ...]
 ) -> list[TargetModule]:
-    """The modules below blocks of the given classes that no argument leaves out, and the embedders that are asked for.
+    """Return the modules below blocks of the given classes that no argument leaves out, and the embedders asked for.
 
     Some of them may be given the rank 0.
     """
@@ -98,12 +99,13 @@ def chosen_targets(
 
 
 def filters_of(arguments: NetworkArguments) -> Filters:
-    """What the patterns of a user leave out."""
-    return Filters(arguments.exclude_patterns, arguments.include_patterns, arguments.only_patterns)
+    """Return what the patterns of a user leave out."""
+    own = arguments.of(TargetArguments)
+    return Filters(own.exclude_patterns, own.include_patterns, own.only_patterns)
 
 
 def all_targets(part: Part, root: nn.Module, targets: AdapterTargets) -> list[TargetModule]:
-    """Every module that any argument could adapt."""
+    """Return every module that any argument could adapt."""
     classes = part.blocks + part.conv_blocks + tuple(name for names in part.extra_blocks.values() for name in names)
     target_modules = find_target_modules(part, root, classes, Filters(include=(".*",)))
     if part is targets.denoiser and targets.embedders is not None:
@@ -112,7 +114,7 @@ def all_targets(part: Part, root: nn.Module, targets: AdapterTargets) -> list[Ta
 
 
 def extra_classes(part: Part, arguments: NetworkArguments) -> tuple[str, ...]:
-    """The classes of blocks that arguments add to the search."""
+    """Return the classes of blocks that arguments add to the search."""
     wanted = (names for argument, names in part.extra_blocks.items() if arguments.of_model.get(argument))
     return tuple(name for names in wanted for name in names)
 
@@ -140,6 +142,6 @@ def check_choices(targets: AdapterTargets, arguments: NetworkArguments, denoiser
             f"--network_args train_blocks={subset}: this base model has {', '.join(('all', *targets.subsets))}"
         )
     foreign = sorted(given.keys() - targets.arguments.keys())
-    foreign += ["split_qkv"] if arguments.split_qkv and not targets.fused else []
+    foreign += ["split_qkv"] if arguments.of(StructureArguments).split_qkv and not targets.fused else []
     if foreign:
         logger.warning("--network_args %s has no effect: it belongs to other base models", ", ".join(foreign))

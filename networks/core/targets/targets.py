@@ -1,4 +1,4 @@
-"""What an adapter may attach to: a declaration per base model, and the search that applies it.
+"""The modules that an adapter may attach to: a declaration per base model, and the search that applies it.
 
 A base model's denoiser carries its declaration as `adapter_targets`, so this package imports no architecture. Paths are
 those of the model as network modules see it; with dots turned into underscores they are the names in files.
@@ -14,7 +14,7 @@ from torch import nn
 from library.checkpoints.adapter_names import BaseNames
 from library.checkpoints.base_model_spec import ArgumentForm
 
-Kind = Literal["plain", "conv", "norm"]
+TargetKind = Literal["plain", "conv", "norm"]
 
 
 @dataclass(frozen=True)
@@ -139,12 +139,12 @@ class TargetModule:
     name: str  # "lora_unet_double_blocks_0_img_attn_qkv"
     path: str  # "double_blocks.0.img_attn.qkv"
     module: nn.Module
-    kind: Kind  # plain: Linear and 1x1 convolution; conv: larger kernels; norm: a normalisation layer
+    kind: TargetKind  # plain: Linear and 1x1 convolution; conv: larger kernels; norm: a normalisation layer
 
 
 @dataclass(frozen=True)
 class Filters:
-    """What a user leaves out of the search, beside what each part excludes, and what is readmitted: whole paths."""
+    """Patterns of a user: whole paths that are left out beside what each part excludes, and that are readmitted."""
 
     exclude: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
@@ -160,7 +160,7 @@ class Filters:
 UNFILTERED = Filters()
 
 
-def kind_of(module: nn.Module) -> Kind | None:
+def kind_of(module: nn.Module) -> TargetKind | None:
     """How a module is adapted, None for a module that is not."""
     if isinstance(module, nn.Linear):
         return "plain"

@@ -5,9 +5,10 @@ from typing import Any
 from torch import nn
 
 from networks.core.changes.adapter import Adapter
-from networks.core.changes.alpha import NO_DROPOUT, Dropout, ScaledDelta
+from networks.core.changes.alpha import ScaledDelta
 from networks.core.changes.change import Delta
-from networks.core.changes.dora import Add, Join
+from networks.core.changes.dora import Decompose, DoRA
+from networks.core.changes.dropout import NO_DROPOUT, Dropout
 from networks.core.targets.targets import TargetModule, kind_of
 
 
@@ -15,7 +16,7 @@ def adapter_on(
     layer: nn.Module,
     delta: Delta,
     alpha: float,
-    join: Join | None = None,
+    join: Decompose | None = None,
     drops: Dropout = NO_DROPOUT,
     multiplier: float = 1.0,
     has_scalar: bool = False,
@@ -23,7 +24,8 @@ def adapter_on(
     """An adapter of a layer that is called x, not installed yet."""
     kind = kind_of(layer)
     assert kind is not None
-    change = ScaledDelta(layer, delta, join or Add(), alpha, drops, has_scalar)
+    plain = ScaledDelta(layer, delta, alpha, drops, has_scalar)
+    change = plain if join is None else DoRA(plain, join)
     return Adapter(TargetModule("x", "x", layer, kind), change, multiplier)
 
 

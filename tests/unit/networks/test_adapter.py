@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from networks.core.changes.adapter import Adapter
-from networks.core.changes.alpha import Dropout
-from networks.core.kinds.lora import LowRank
+from networks.core.changes.dropout import Dropout
+from networks.core.changes.low_rank import LowRank
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.one_layer import adapter_on, double, module_of
 from tests.unit.networks.toy import randomize

@@ -18,11 +18,12 @@ from networks.core.files.adapter_file import (
     adapter_tensors,
     parse_adapter,
     read_adapter_file,
-    require_kinds,
+    require_layouts,
     save_adapter_file,
+    sort_tensors,
 )
 from networks.core.files.module_weights import ModuleWeights
-from networks.core.files.reading_writing import group_by_module
+from networks.core.files.reading_writing import usable_modules
 from networks.core.kinds import lora
 from tests.tolerances import EXACT, FLOAT64
 
@@ -111,7 +112,7 @@ def test_kinds_without_low_rank_factors_are_recognised(leaves: tuple[str, ...], 
     file = parse_adapter({f"lora_unet_x.{leaf}": torch.ones(1, 1) for leaf in leaves}, {}, "cat.safetensors")
     assert file.modules["lora_unet_x"].form == form
     with pytest.raises(ValueError, match=r"cat.safetensors: 1 modules cannot be merged, the first is lora_unet_x"):
-        require_kinds(file, (lora.KIND,), "merged")
+        require_layouts(file, (lora.LAYOUT,), "merged")
 
 
 def test_files_that_cannot_be_used_say_why() -> None:
@@ -159,7 +160,7 @@ def test_tensors_that_nothing_can_be_computed_with_are_named(what: str) -> None:
     tensors = {f"lora_unet_x.{leaf}": tensor for leaf, tensor in {**whole, **leaves}.items()}
     for read in (
         lambda: parse_adapter(tensors, {}, "cat.safetensors"),
-        lambda: group_by_module(tensors, "cat.safetensors"),
+        lambda: usable_modules(sort_tensors(tensors, {}, "cat.safetensors")),
     ):
         with pytest.raises(UserError, match=re.escape(said)) as refused:
             read()
@@ -180,7 +181,7 @@ def test_what_a_kind_does_not_know_is_not_left_out_in_silence(leaf: str) -> None
     with pytest.raises(
         UserError, match=rf"cat.safetensors has lora_unet_x.{leaf}, which is not understood beside LoRA"
     ):
-        require_kinds(file, COMPUTED, "merged")
+        require_layouts(file, COMPUTED, "merged")
 
 
 def test_alphas_of_blocks_that_were_taken_out_are_left_out_with_a_warning(

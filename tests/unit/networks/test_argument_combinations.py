@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from networks import dylora, lora, lora_fa
-from networks.core.arguments.parsing import SUPPORTED
+from networks.core.registry.parsing import list_arguments
 from tests.unit.networks.toy import toy_models
 
 chances = st.sampled_from(["0", "0.1", "0.5", "0.9"])
@@ -88,7 +88,7 @@ BAD: dict[str, st.SearchStrategy[str]] = {
     **dict.fromkeys(
         ("loraplus_lr_ratio", "conv_alpha", "block_lr_zero_threshold"), st.sampled_from(["-1", "inf", "fast"])
     ),
-    **dict.fromkeys((f"{key}s" for key in SUPPORTED), st.just("1")),  # misspelt
+    **dict.fromkeys((f"{key}s" for key in list_arguments()), st.just("1")),  # misspelt
 }
 
 

@@ -10,8 +10,11 @@ import pytest
 
 from library.architectures.specs import list_network_arguments, list_specs
 from library.checkpoints.base_model_spec import BaseModelSpec
-from networks.core.arguments.parsing import SUPPORTED, NetworkArguments, parse_arguments
+from networks.core.arguments.common import DropoutArguments, RankArguments
+from networks.core.arguments.network_arguments import declared
 from networks.core.arguments.values import LrPreset, Selection, parse_bool
+from networks.core.registry.layouts import list_kinds
+from networks.core.registry.parsing import list_arguments, list_groups, parse_arguments
 from networks.core.targets.targets import AdapterTargets
 
 ARCHITECTURES = Path(__file__).parents[3] / "library" / "architectures"
@@ -24,21 +27,24 @@ def test_strings_become_typed_values() -> None:
             "up_lr_weight": "cosine+0.25", "rank_dropout": ".1", "module_dropout": "0.2", "loraplus_lr_ratio": "16",
         }
     )  # fmt: skip
-    assert got == NetworkArguments(
-        conv_dim=8, conv_alpha=4.5, block_dims=(1, 2, 0, 3), down_lr_weight=(0.5, 1.0),
-        up_lr_weight=LrPreset("cosine", 0.25), rank_dropout=0.1, module_dropout=0.2, loraplus_lr_ratio=16.0,
-    )  # fmt: skip
+    assert got.given == {
+        "conv_dim": 8, "conv_alpha": 4.5, "block_dims": (1, 2, 0, 3), "down_lr_weight": (0.5, 1.0),
+        "up_lr_weight": LrPreset("cosine", 0.25), "rank_dropout": 0.1, "module_dropout": 0.2,
+        "loraplus_lr_ratio": 16.0,
+    }  # fmt: skip
+    assert got.of(RankArguments).conv_dim == 8 and got.of(DropoutArguments).module_dropout == 0.2
 
 
 def test_values_may_be_typed_already_and_none_is_not_given() -> None:
     got = parse_arguments({"conv_dim": 8, "block_dims": [1, 2], "rank_dropout": None}, neuron_dropout=0.1)
-    assert got == NetworkArguments(conv_dim=8, block_dims=(1, 2), neuron_dropout=0.1)
+    assert got.given == {"conv_dim": 8, "block_dims": (1, 2), "neuron_dropout": 0.1}
 
 
 @pytest.mark.parametrize(
     ("items", "message"),
     [
-        ({"conv_dims": "8"}, "no argument conv_dims; did you mean conv_dim?"),
+        ({"conv_dims": "8"}, "no argument conv_dims; did you mean conv_dim? Rank of convolutions larger than 1x1"),
+        ({"dylora": "8"}, "did you mean dyloRA? Ranks are trained in blocks of so many."),
         ({"rank_drop_out": "0.1"}, "did you mean rank_dropout?"),
         ({"qqq": "1"}, "known: conv_dim, conv_alpha"),
         ({"conv_dim": "eight"}, "conv_dim=eight: expected a whole number"),
@@ -68,9 +74,9 @@ def test_a_wrong_argument_is_named_with_the_way_out(items: dict[str, Any], messa
 
 
 def test_network_dropout_and_lycoris_name_for_it_mean_the_same() -> None:
-    assert parse_arguments({"dropout": "0.25"}).neuron_dropout == 0.25
-    assert parse_arguments({"dropout": 0.25}, neuron_dropout=0.25).neuron_dropout == 0.25
-    assert parse_arguments({"dropout": None}, neuron_dropout=0.25).neuron_dropout == 0.25
+    assert parse_arguments({"dropout": "0.25"}).given == {"neuron_dropout": 0.25}
+    assert parse_arguments({"dropout": 0.25}, neuron_dropout=0.25).given == {"neuron_dropout": 0.25}
+    assert parse_arguments({"dropout": None}, neuron_dropout=0.25).given == {"neuron_dropout": 0.25}
     with pytest.raises(ValueError, match=r"--network_dropout is 0\.1 but --network_args says dropout=0\.2"):
         parse_arguments({"dropout": "0.2"}, neuron_dropout=0.1)
 
@@ -113,9 +119,24 @@ def test_another_word_is_no_boolean() -> None:
         parse_bool("maybe")
 
 
-def test_every_value_has_its_field() -> None:
-    assert not SUPPORTED.keys() & list_network_arguments().keys()
-    assert SUPPORTED.keys() == vars(NetworkArguments()).keys() - {"of_model", "only_patterns"}
+def test_every_argument_says_what_it_is_for_and_is_none_of_a_base_model() -> None:
+    assert len(list_arguments()) == 50
+    assert not list_arguments().keys() & list_network_arguments().keys()
+    for name, one in list_arguments().items():
+        assert one.help.endswith("."), name
+        required = {other for names in (one.requires.names if one.requires else ()) for other in names}
+        assert required <= list_arguments().keys()
+
+
+def test_kinds_that_share_an_argument_read_it_alike() -> None:
+    readers: dict[str, set[Any]] = {}
+    for group in list_groups():
+        for name, one in declared(group).items():
+            readers.setdefault(name, set()).add(one.parse)
+    assert all(len(found) == 1 for found in readers.values())
+    assert {kind.network_module for kind in list_kinds() if "block_size" in declared(kind.arguments)} == {
+        "networks.boft", "networks.oft_v2",
+    }  # fmt: skip
 
 
 def test_arguments_of_base_models_are_typed_too() -> None:
@@ -160,7 +181,8 @@ def test_expressions_and_patterns_keep_their_order() -> None:
     got = parse_arguments(
         {"network_reg_dims": "a=b=4,.*_0_=0", "network_reg_lrs": "x=1e-3", "exclude_patterns": "['.*mlp.*', '.*q']"}
     )
-    assert got.network_reg_dims == (("a=b", 4), (".*_0_", 0))
-    assert got.network_reg_lrs == (("x", 1e-3),)
-    assert got.exclude_patterns == (".*mlp.*", ".*q")
-    assert parse_arguments({"include_patterns": ".*[kv]"}).include_patterns == (".*[kv]",)
+    assert got.given == {
+        "network_reg_dims": (("a=b", 4), (".*_0_", 0)), "network_reg_lrs": (("x", 1e-3),),
+        "exclude_patterns": (".*mlp.*", ".*q"),
+    }  # fmt: skip
+    assert parse_arguments({"include_patterns": ".*[kv]"}).given == {"include_patterns": (".*[kv]",)}

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from library.checkpoints.files import load_state_dict, save_safetensors
 from networks.core.changes.adapter import Adapter
-from networks.core.changes.change import Change, Forward, Misfit
+from networks.core.changes.change import Change, ChangeSize, Forward, Misfit
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.reading_writing import network_tensors
-from networks.core.kinds import table
-from networks.core.kinds.kind import Kind
+from networks.core.registry import layouts
+from networks.core.registry.key_layout import KeyLayout
 from networks.core.targets.targets import TargetModule
 from tests.tolerances import FLOAT64
 from tests.unit.networks.one_layer import double
@@ -26,8 +26,10 @@ LEAF = "toy_Q"
 class Rotation(nn.Module):
     """y = R (W x) + b with R = (1 + Q) / (1 - Q), Q skew-symmetric: W is turned, and no matrix is added to it."""
 
-    fast_leaf = ""
+    fast_keys: frozenset[str] = frozenset()
     changed_parameters = ("weight",)
+    adds_to_output = False
+    size = ChangeSize()
 
     def __init__(self, layer: nn.Module | None, q_OO: Tensor) -> None:
         super().__init__()
@@ -56,7 +58,7 @@ class Rotation(nn.Module):
     def scale_(self, ratio: Tensor) -> None:
         self.toy_Q.mul_(ratio)
 
-    def leaves(self) -> Mapping[str, Tensor]:
+    def stored_tensors(self) -> Mapping[str, Tensor]:
         return self.state_dict()
 
     def load(self, leaves: Mapping[str, Tensor]) -> None:
@@ -67,7 +69,7 @@ def read(leaves: Mapping[str, Tensor], layer: nn.Module | None) -> Change:
     return Rotation(layer, leaves[LEAF])
 
 
-ROTATION = Kind(name="rotation", words="a rotation", needs=(LEAF,), read=read, may_have=())
+ROTATION = KeyLayout(name="rotation", words="a rotation", needs=(LEAF,), read=read, may_have=())
 
 
 def rotated(seed: int) -> tuple[nn.Linear, Adapter]:
@@ -101,10 +103,11 @@ def test_its_file_is_read_by_the_table_and_merged_by_what_tools_use(
     layer, adapter = rotated(4011)
     save_safetensors(tmp_path / "x.safetensors", network_tensors({"lora_unet_x": adapter}, None), {})
     leaves = {key.partition(".")[2]: t for key, t in load_state_dict(tmp_path / "x.safetensors").items()}
-    assert leaves.keys() == {LEAF} and table.kind_of(leaves).name == "other"
-    monkeypatch.setattr(table, "KINDS", (*table.KINDS, ROTATION))
+    assert leaves.keys() == {LEAF} and layouts.layout_of(leaves).name == "other"
+    known = (*layouts.list_layouts(), ROTATION)
+    monkeypatch.setattr(layouts, "list_layouts", lambda: known)
     module = ModuleWeights("lora_unet_x", leaves, {})
-    assert module.kind is ROTATION and not module.is_low_rank
+    assert module.layout is ROTATION and not module.is_low_rank
     assert module.changes("weight") and not module.changes("bias")
     adapter.multiplier = 0.4
     merged = module.merged(layer.weight, 0.4, torch.float64)

@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from library.randomness import random_for
 from networks import dylora, lora
-from networks.core.changes.alpha import Dropout, ScaledDelta
-from networks.core.kinds.dylora import STREAM, NestedRank, nested_rank
+from networks.core.changes.alpha import ScaledDelta
+from networks.core.changes.dropout import Dropout
+from networks.core.kinds.dylora import STREAM, DyloraArguments, NestedRank, nested_rank
 from networks.core.network.network import AdapterNetwork
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.one_layer import adapter_on, module_of
@@ -353,7 +354,7 @@ def test_units_that_do_not_fit_are_errors_with_a_way_out(arguments: dict[str, st
 def test_dylora_is_another_name_of_unit() -> None:
     for arguments in ({"dyloRA": "4"}, {"unit": "4"}, {"unit": "4", "dyloRA": "4"}):
         network = dylora.create_network(1.0, 12, 1, None, *toy_models(50), **arguments)
-        assert network.arguments.unit == 4
+        assert network.arguments.of(DyloraArguments).unit == 4
 
 
 @pytest.mark.parametrize(("argument", "reason"), [("dora_wd", "belong to one rank"), ("use_tucker", "mixes all ranks")])

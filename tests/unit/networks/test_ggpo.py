@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from networks import loha, lora, lora_fa, tlora
-from networks.core.changes.ggpo import Perturbation, add_noise, draw
-from networks.core.kinds.lora import LowRank
+from networks.core.changes.ggpo import GgpoArguments, Perturbation, Perturbed, add_noise, draw
+from networks.core.changes.low_rank import LowRank
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.one_layer import adapter_on, module_of
 from tests.unit.networks.toy import randomize, toy_models
@@ -28,9 +28,8 @@ def test_deviations_are_those_of_the_dense_products(name: str) -> None:
     torch.manual_seed(301)
     layer = LAYERS[name][0]().requires_grad_(False)
     adapter = adapter_on(layer, LowRank(layer, 3), 4.0)
-    change = module_of(adapter)
-    randomize(change, 302)
-    change.perturb(0.03, 0.2)
+    randomize(module_of(adapter), 302)
+    change = Perturbed(module_of(adapter), GgpoArguments(0.03, 0.2))
     for parameter in change.parameters():
         parameter.grad = torch.randn_like(parameter)
     change.note_gradients()

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from networks.core.files.adapter_file import sort_tensors
 from networks.core.files.inspection import (
     by_block,
-    group_tensors,
     module_facts,
     place_of,
     structure_problem,
@@ -28,7 +28,7 @@ def tensors_of(seed: int, *kernel: int, rank: int = 3, alpha: float = 2.0) -> di
 @pytest.mark.parametrize("kernel", [(), (1, 1), (3, 3)])
 def test_norms_are_those_of_the_whole_matrices(kernel: tuple[int, ...]) -> None:
     tensors = tensors_of(920 + len(kernel) + sum(kernel), *kernel)
-    facts = module_facts(group_tensors(tensors)[0][NAME])
+    facts = module_facts(sort_tensors(tensors, {}, "").modules[NAME])
     up, down = tensors[f"{NAME}.lora_up.weight"].double(), tensors[f"{NAME}.lora_down.weight"].double()
     assert (facts.rank, facts.alpha) == (3, 2.0)
     assert facts.down_norm == pytest.approx(float(down.norm()), rel=1e-12)
@@ -40,14 +40,16 @@ def test_norms_are_those_of_the_whole_matrices(kernel: tuple[int, ...]) -> None:
 def test_a_tucker_core_is_multiplied_in() -> None:
     tensors = tensors_of(925, 1, 1)
     mid = torch.randn(3, 3, 3, 3, generator=torch.Generator().manual_seed(926))
-    facts = module_facts(group_tensors({**tensors, f"{NAME}.lora_mid.weight": mid})[0][NAME])
+    facts = module_facts(sort_tensors({**tensors, f"{NAME}.lora_mid.weight": mid}, {}, "").modules[NAME])
     up, down = tensors[f"{NAME}.lora_up.weight"].double(), tensors[f"{NAME}.lora_down.weight"].double()
     update = 2 / 3 * torch.einsum("op,pqhw,qi->oihw", up.flatten(1), mid.double(), down.flatten(1))
     assert facts.kind == "tucker" and facts.update_norm == pytest.approx(float(update.norm()), rel=1e-10)
 
 
 def test_norm_weights_have_no_rank() -> None:
-    module = group_tensors({"lora_unet_a.w_norm": torch.tensor([3.0]), "lora_unet_a.b_norm": torch.tensor([4.0])})[0]
+    module = sort_tensors(
+        {"lora_unet_a.w_norm": torch.tensor([3.0]), "lora_unet_a.b_norm": torch.tensor([4.0])}, {}, ""
+    ).modules
     facts = module_facts(module["lora_unet_a"])
     assert (facts.rank, facts.alpha, facts.update_norm) == (None, None, 5.0)
 
@@ -81,7 +83,7 @@ def test_blocks_add_up_and_are_sorted_by_number() -> None:
         name = f"lora_te_text_model_encoder_layers_{block}_fc{rank}"
         tensors[f"{name}.lora_down.weight"] = torch.randn(rank, 5, generator=generator)
         tensors[f"{name}.lora_up.weight"] = torch.randn(6, rank, generator=generator)
-    facts = [module_facts(module) for module in group_tensors(tensors)[0].values()]
+    facts = [module_facts(module) for module in sort_tensors(tensors, {}, "").modules.values()]
     second, tenth = by_block(facts)
     assert (second.block, second.num_modules, second.ranks) == ("encoder_layers_2", 2, (3, 4))
     assert (tenth.block, tenth.ranks, tenth.alphas) == ("encoder_layers_10", (2,), (2.0,))
@@ -98,12 +100,12 @@ def test_blocks_add_up_and_are_sorted_by_number() -> None:
 )
 def test_structural_damage(damage: dict[str, Tensor | None], says: str) -> None:
     tensors = {**tensors_of(931), **{f"{NAME}.{leaf}": tensor for leaf, tensor in damage.items()}}
-    module = group_tensors({key: t for key, t in tensors.items() if t is not None})[0][NAME]
+    module = sort_tensors({key: t for key, t in tensors.items() if t is not None}, {}, "").modules[NAME]
     assert says in (structure_problem(module) or "")
 
 
 def test_a_whole_module_has_no_problem() -> None:
-    module = group_tensors(tensors_of(932))[0][NAME]
+    module = sort_tensors(tensors_of(932), {}, "").modules[NAME]
     assert structure_problem(module) is None and list(value_problems(module)) == []
 
 
@@ -111,5 +113,5 @@ def test_a_whole_module_has_no_problem() -> None:
 def test_values_that_are_not_finite_are_counted(value: float) -> None:
     tensors = tensors_of(933)
     tensors[f"{NAME}.lora_up.weight"][2, 1] = value
-    found = list(value_problems(group_tensors(tensors)[0][NAME]))
+    found = list(value_problems(sort_tensors(tensors, {}, "").modules[NAME]))
     assert found == [f"{NAME}.lora_up.weight has 1 of 21 values that are not finite"]

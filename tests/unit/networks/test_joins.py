@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from networks.core.changes.adapter import Adapter
-from networks.core.changes.alpha import Dropout
-from networks.core.changes.dora import CANCELLED, EPS, Add, Decompose, scale_columns
-from networks.core.kinds.lora import LowRank
-from networks.core.kinds.tucker import Tucker
+from networks.core.changes.dora import CANCELLED, EPS, Decompose, scale_columns
+from networks.core.changes.dropout import Dropout
+from networks.core.changes.low_rank import LowRank
+from networks.core.changes.tucker import Tucker
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.one_layer import adapter_on, module_of
 from tests.unit.networks.test_adapter import LAYERS
@@ -361,7 +361,3 @@ def test_a_cast_network_keeps_its_magnitudes_in_float32(dtype: torch.dtype) -> N
     adapter.change.to(dtype)
     assert adapter.change.get_parameter("lora_up.weight").dtype == dtype
     assert torch.equal(adapter.change.dora_scale, before)
-
-
-def test_a_sum_has_no_magnitudes() -> None:
-    assert Add().magnitudes() is None

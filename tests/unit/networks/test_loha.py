@@ -39,10 +39,10 @@ def trained(seed: int, **args: str) -> tuple[AdapterNetwork, Any, Any]:
 
 def test_keys_and_shapes() -> None:
     saved = trained(2001, conv_dim="2", use_tucker="True")[0].adapters
-    assert {leaf: list(t.shape) for leaf, t in saved[LINEAR].change.leaves().items()} == {
+    assert {leaf: list(t.shape) for leaf, t in saved[LINEAR].change.stored_tensors().items()} == {
         "alpha": [], "hada_w1_a": [6, 3], "hada_w1_b": [3, 8], "hada_w2_a": [6, 3], "hada_w2_b": [3, 8],
     }  # fmt: skip
-    assert {leaf: list(t.shape) for leaf, t in saved[CONV].change.leaves().items()} == {
+    assert {leaf: list(t.shape) for leaf, t in saved[CONV].change.stored_tensors().items()} == {
         "alpha": [], "hada_w1_a": [2, 6], "hada_w1_b": [2, 6], "hada_w2_a": [2, 6], "hada_w2_b": [2, 6],
         "hada_t1": [2, 2, 3, 3], "hada_t2": [2, 2, 3, 3],
     }  # fmt: skip

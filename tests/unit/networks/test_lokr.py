@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from library.checkpoints.files import save_safetensors
 from networks import loha, lokr, lora
-from networks.core.changes.alpha import Dropout
 from networks.core.changes.dora import Decompose
+from networks.core.changes.dropout import Dropout
 from networks.core.files.adapter_file import read_adapter_file
 from networks.core.kinds.lokr import LoKr
 from networks.core.network.network import AdapterNetwork
@@ -43,7 +43,7 @@ def trained(seed: int, **args: str) -> tuple[AdapterNetwork, Any, Any]:
 
 
 def shapes(network: AdapterNetwork, module: str) -> dict[str, list[int]]:
-    return {leaf: list(tensor.shape) for leaf, tensor in network.adapters[module].change.leaves().items()}
+    return {leaf: list(tensor.shape) for leaf, tensor in network.adapters[module].change.stored_tensors().items()}
 
 
 def test_keys_and_shapes() -> None:
@@ -103,7 +103,7 @@ def test_alpha_counts_where_there_is_a_rank() -> None:
     for is_product in PRODUCTS:
         change = module_of(adapter_on(layer, LoKr(layer, 2, (3, 3), is_product), 6.0))
         assert change.scale == (3.0 if any(is_product) else 1.0)
-        change.load({**change.leaves(), "alpha": torch.tensor(8.0)})
+        change.load({**change.stored_tensors(), "alpha": torch.tensor(8.0)})
         assert change.scale == (4.0 if any(is_product) else 1.0)
 
 

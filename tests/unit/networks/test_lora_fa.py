@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from networks import lora, lora_fa
 from networks.core.changes.change import Delta, factor
-from networks.core.kinds.lora import LowRank
+from networks.core.changes.low_rank import LowRank
 from networks.core.kinds.lora_fa import frozen_down
 from networks.core.targets.targets import kind_of
 from tests.tolerances import FLOAT32_SAME_MATH

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+from networks.core.arguments.common import RateArguments
 from networks.lora import create_network, create_network_from_weights
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.toy import randomize, toy_models
@@ -211,7 +212,7 @@ def test_a_network_from_a_file_has_its_ranks_and_alphas_and_keeps_the_dropouts()
             source.adapters[name].change.alpha_value,
         )
         assert (adapter.change.drops.neuron, adapter.change.drops.rank) == (0.1, 0.2)
-    assert network.arguments.loraplus_lr_ratio == 2.0
+    assert network.arguments.of(RateArguments).loraplus_lr_ratio == 2.0
 
 
 def test_a_file_overrules_rank_arguments_and_says_so(caplog: pytest.LogCaptureFixture) -> None:

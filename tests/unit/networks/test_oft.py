@@ -13,7 +13,7 @@ from networks import boft, loha, oft_v2
 from networks.core.changes.orthogonal import Orthogonal
 from networks.core.files.adapter_file import read_adapter_file
 from networks.core.files.module_weights import ModuleWeights
-from networks.core.kinds.rotations.oft_v2 import ANGLES, OftV2, fresh
+from networks.core.kinds.oft_v2 import ANGLES, OftV2, fresh
 from networks.core.network.network import AdapterNetwork
 from tests.tolerances import FLOAT64
 from tests.unit.networks.test_forms import CONV, LINEAR, outputs, perturb
@@ -27,7 +27,7 @@ def made(seed: int, dim: int | None = None, **arguments: str) -> AdapterNetwork:
 
 
 def shape_of(network: AdapterNetwork, name: str) -> list[int]:
-    return list(network.adapters[name].change.leaves()[ANGLES].shape)
+    return list(network.adapters[name].change.stored_tensors()[ANGLES].shape)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_it_is_said_what_does_not_count(caplog: pytest.LogCaptureFixture) -> Non
     loha.create_network(1.0, 3, 2.0, None, *toy_models(8042), coft="True", enable_conv="1")
     assert "--network_args coft has no effect; it belongs to networks.oft_v2" in caplog.text
     assert (
-        "--network_args enable_conv has no effect; it belongs to networks.oft, networks.oft_v2 and networks.boft"
+        "--network_args enable_conv has no effect; it belongs to networks.boft, networks.oft and networks.oft_v2"
         in caplog.text
     )
 

@@ -9,28 +9,29 @@ from torch import Tensor, nn
 
 from networks.core.changes.alpha import ScaledDelta
 from networks.core.changes.change import Delta
-from networks.core.changes.dora import Add, Decompose, Join
+from networks.core.changes.dora import Decompose, DoRA
+from networks.core.changes.low_rank import LowRank
+from networks.core.changes.qkv_pieces import InRows, LinearRows, changes_in, rows_of
 from networks.core.kinds.loha import LoHa
 from networks.core.kinds.lokr import fresh
-from networks.core.kinds.lora import LowRank
-from networks.core.kinds.qkv_pieces import InRows, LinearRows, changes_in, fast_leaves, rows_of
 from tests.tolerances import FLOAT64
 
 PARTS = {"rows_0_1_of_4": (0, 6), "rows_2_4_of_4": (12, 24)}  # the second quarter is not changed
-MAKES: dict[str, tuple[Callable[[Any], Delta], Callable[[Tensor], Join]]] = {
-    "LoKr": (lambda layer: fresh(layer, 2, 2), lambda weight: Add()),
-    "LoHa": (lambda layer: LoHa(layer, 2), lambda weight: Add()),
-    "LoHa, wide": (lambda layer: LoHa(layer, 5), lambda weight: Add()),
+MAKES: dict[str, tuple[Callable[[Any], Delta], Callable[[Tensor], Decompose | None]]] = {
+    "LoKr": (lambda layer: fresh(layer, 2, 2), lambda weight: None),
+    "LoHa": (lambda layer: LoHa(layer, 2), lambda weight: None),
+    "LoHa, wide": (lambda layer: LoHa(layer, 5), lambda weight: None),
     "DoRA": (lambda layer: LowRank(layer, 2), Decompose),
     "DoRA per output": (lambda layer: LowRank(layer, 2), lambda weight: Decompose(weight, is_per_output=True)),
 }
 
 
-def change_of(layer: nn.Linear, kind: str, seed: int) -> ScaledDelta:
+def change_of(layer: nn.Linear, kind: str, seed: int) -> ScaledDelta | DoRA:
     """A trained change of rank 2 and alpha 3 in float64."""
     make_delta, make_join = MAKES[kind]
     torch.manual_seed(seed)
-    change = ScaledDelta(layer, make_delta(layer), make_join(layer.weight), 3.0).double()
+    plain, join = ScaledDelta(layer, make_delta(layer), 3.0), make_join(layer.weight)
+    change = (plain if join is None else DoRA(plain, join)).double()
     with torch.no_grad():
         for parameter in change.parameters():
             parameter.mul_(0.8).add_(torch.randn_like(parameter) * 0.3)
@@ -76,7 +77,7 @@ def test_loraplus_names_and_norms_are_those_of_all_pieces() -> None:
     changes = {name: change_of(LinearRows(whole, rows_of(name, 24)), "LoKr", 5312 + i) for i, name in enumerate(PARTS)}
     ours = InRows(changes)
     assert list(changes_in(ours)) == list(changes.values()) and list(changes_in(changes["rows_0_1_of_4"])) != []
-    assert fast_leaves(ours) == {f"{name}.lokr_w1" for name in PARTS} <= dict(ours.named_parameters()).keys()
+    assert ours.fast_keys == {f"{name}.lokr_w1" for name in PARTS} <= dict(ours.named_parameters()).keys()
     change = ours.merged(whole.weight) - whole.weight
     torch.testing.assert_close(ours.norm(), change.norm(), **FLOAT64)
     ours.scale_(torch.tensor(0.25, dtype=torch.float64))

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 from torch import nn
 
-from networks.core.arguments.parsing import NetworkArguments
+from networks.core.arguments.common import COMMON
+from networks.core.arguments.network_arguments import NetworkArguments, declared
 from networks.core.arguments.values import LrPreset
 from networks.core.targets.rules import Rules, TargetSettings, make_lr_factors, make_rules, preset_factors
 from networks.core.targets.targets import AdapterTargets, BlockList, Part, TargetModule
@@ -20,8 +21,13 @@ def target(path: str, kind: str = "plain") -> TargetModule:
     return TargetModule(path, path, nn.Identity(), kind)  # type: ignore[arg-type]
 
 
+def arguments_with(**given: object) -> NetworkArguments:
+    own = {group: [name for name in declared(group) if name in given] for group in COMMON}
+    return NetworkArguments({group: group(**{name: given[name] for name in names}) for group, names in own.items()})
+
+
 def rules(**given: object) -> Rules:
-    return make_rules(4, 1.0, replace(NetworkArguments(), **given), TARGETS, is_denoiser=True)
+    return make_rules(4, 1.0, arguments_with(**given), TARGETS, is_denoiser=True)
 
 
 def test_plain_layers_get_the_network_rank_and_larger_kernels_nothing() -> None:
@@ -40,7 +46,7 @@ def test_block_dims_give_each_block_its_rank_and_text_encoders_ignore_them() -> 
     assert by_block.resolve_settings(target("down.0.to_q")) == TargetSettings(2, 0.5)
     assert by_block.resolve_settings(target("up.0.to_q")) == TargetSettings(5, 5.0)
     assert by_block.resolve_settings(target("elsewhere.to_q")) == TargetSettings(4, 1.0)
-    in_text = make_rules(4, 1.0, NetworkArguments(block_dims=(1, 2, 3, 4, 5)), TARGETS, is_denoiser=False)
+    in_text = make_rules(4, 1.0, arguments_with(block_dims=(1, 2, 3, 4, 5)), TARGETS, is_denoiser=False)
     assert in_text.resolve_settings(target("down.0.to_q")) == TargetSettings(4, 1.0)
 
 
@@ -66,7 +72,7 @@ def test_a_list_of_the_wrong_length_names_the_right_one_and_the_blocks(name: str
 def test_block_arguments_need_a_base_model_with_numbered_blocks() -> None:
     with pytest.raises(ValueError, match="block_dims, mid_lr_weight: this base model has no numbered blocks"):
         without = replace(TARGETS, block_list=None)
-        make_rules(4, 1.0, NetworkArguments(block_dims=(1,), mid_lr_weight=(1.0,)), without, is_denoiser=True)
+        make_rules(4, 1.0, arguments_with(block_dims=(1,), mid_lr_weight=(1.0,)), without, is_denoiser=True)
 
 
 def test_factors_scale_learning_rates_and_0_leaves_a_block_out() -> None:
@@ -79,7 +85,7 @@ def test_factors_scale_learning_rates_and_0_leaves_a_block_out() -> None:
 
 
 def factors(layout: BlockList = LAYOUT, **given: object) -> tuple[float, ...]:
-    found = make_lr_factors(replace(NetworkArguments(), **given), layout)
+    found = make_lr_factors(arguments_with(**given), layout)
     assert found is not None
     return found.factors
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from library.memory.frozen import store_in
 from networks import dylora, loha, lora, lora_fa, tlora
 from networks.core.changes.adapter import Adapter
-from networks.core.kinds.init import FromStart, starting_delta
+from networks.core.changes.init import FromStart, starting_delta
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.one_layer import adapter_on, double, module_of
 from tests.unit.networks.toy import randomize, toy_models
@@ -55,7 +55,7 @@ def test_the_file_is_a_lora_of_twice_the_rank_that_computes_what_was_trained(nam
     adapter.target.module.double()
     adapter.install()
     trained = layer(x.double())
-    leaves = adapter.change.leaves()
+    leaves = adapter.change.stored_tensors()
     rank = leaves["lora_down.weight"].shape[0]
     assert (rank, float(leaves["alpha"])) == (8, 6.0)
     assert leaves.keys() == {"lora_down.weight", "lora_up.weight", "alpha"}
@@ -211,7 +211,7 @@ def test_rslora_is_alpha_by_the_root_of_the_rank_in_memory_and_in_the_file(door:
     for name, (scale, rank) in scales.items():
         alpha = 1.0 if rank == 2 else 2.0  # conv_alpha is 1 where it is left out
         assert scale == pytest.approx(alpha / math.sqrt(rank), rel=1e-6)
-        leaves = made.adapters[name].change.leaves()
+        leaves = made.adapters[name].change.stored_tensors()
         assert float(leaves["alpha"]) / rank == pytest.approx(scale, rel=1e-6)
 
 

@@ -15,9 +15,9 @@ from library.options.training.loss import LossOptions
 from library.options.training.noise import NoiseOptions
 from library.types import Noised
 from networks import loha, lora, lora_fa, tlora
+from networks.core.changes.low_rank import LowRank
 from networks.core.changes.qkv_split import SplitRank
-from networks.core.changes.tlora import TLoraRanks
-from networks.core.kinds.lora import LowRank
+from networks.core.changes.tlora import NoiseLevels, NoiseMask, TLoraRanks
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.one_layer import adapter_on, double
 from tests.unit.networks.toy import randomize, toy_models
@@ -63,7 +63,7 @@ def test_each_sample_is_computed_with_the_first_ranks_of_its_noise(name: str) ->
     adapter = double(adapter_on(layer, delta, 1.5))
     randomize(adapter.change, 72)  # type: ignore[arg-type]
     change: Any = adapter.change
-    change.tlora_ranks, change.noise_levels_B = TLoraRanks(1, 1.0), torch.tensor([0.0, 0.9])
+    change.mask = NoiseMask(TLoraRanks(1, 1.0), NoiseLevels(torch.tensor([0.0, 0.9])))
     adapter.install()
     found = layer(x)
     adapter.remove()
@@ -129,7 +129,7 @@ def test_the_argument_makes_of_other_loras_what_the_door_makes() -> None:
         each.on_noise_levels(levels_B)
     assert torch.equal(models[1](x), others[1](x))
     frozen, _ = network(lora_fa, tlora="True")
-    assert all(a.change.tlora_ranks is not None for n, a in frozen.adapters.items() if n.startswith("lora_unet"))
+    assert all(a.change.mask is not None for n, a in frozen.adapters.items() if n.startswith("lora_unet"))
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def test_one_lora_is_the_best_of_its_rank_and_its_error_is_told(
     words = ["--models", str(path), "--ratios", "0.7", "--new_rank", str(rank), "--save_to", out]
     assert merge_lora.main([*words, *(["--base_model", str(tiny_sd_folder)] if kind in DEPENDS else [])]) == 0
     modules = read_adapter_file(tmp_path / "b.safetensors").modules
-    assert modules.keys() == before.keys() and {module.kind.name for module in modules.values()} == {"low_rank"}
+    assert modules.keys() == before.keys() and {module.layout.name for module in modules.values()} == {"low_rank"}
     missed = total = 0.0
     for name, module in modules.items():
         change = (after[name] - before[name]).double().flatten(1)

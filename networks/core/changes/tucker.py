@@ -4,17 +4,12 @@ Letters: O output channels, I input channels, R rank, h w kernel, N = I * h * w.
 """
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from networks.core.changes.alpha import read_with
-from networks.core.changes.change import Leaves
-from networks.core.changes.parameter_keys import DOWN, UP
-from networks.core.kinds import lora
-from networks.core.kinds.kind import Kind
-from networks.core.kinds.lora import add_product, narrow_like, run_down, start_up_moving
+from networks.core.changes.low_rank import add_product, narrow_like, run_down, start_up_moving
+from networks.core.changes.parameter_keys import UP
 
 MID = "lora_mid.weight"
 
@@ -28,7 +23,7 @@ class Tucker(nn.Module):
 
     has_core = True
     is_whole = False
-    fast_leaf = UP
+    fast_key = UP
 
     def __init__(self, layer: nn.Module, rank: int) -> None:
         super().__init__()
@@ -52,49 +47,10 @@ class Tucker(nn.Module):
         return add_product(base, hidden, self.lora_up.weight)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(up_OR, down_RN), the core multiplied into down."""
+        """Return (up_OR, down_RN), the core multiplied into down."""
         up_OR, down_RI = self.lora_up.weight.flatten(1), self.lora_down.weight.flatten(1)
         return up_OR, torch.einsum("pqhw,qi->pihw", self.lora_mid.weight, down_RI).flatten(1)
 
     def weight(self) -> Tensor:
         up_OR, down_RN = self.factors()
         return (up_OR @ down_RN).reshape(-1, self.lora_down.in_channels, *self.lora_mid.weight.shape[2:])
-
-
-# --- in files ---
-
-
-def shape_of(name: str, leaves: Leaves) -> tuple[int, ...]:
-    """(O, I, h, w)."""
-    return (leaves[UP].shape[0], leaves[DOWN].shape[1], *leaves[MID].shape[2:])
-
-
-def fault(name: str, leaves: Leaves, keys: Mapping[str, str]) -> str | None:
-    """Why the tensors of a module do not belong together, None where they do."""
-    wrong = lora.fault_of_pair(name, leaves, keys)
-    if wrong is not None or UP not in leaves:
-        return wrong
-    up, mid, down = leaves[UP], leaves[MID], leaves[DOWN]
-    if mid.shape[:2] == (up.shape[1], down.shape[0]):
-        return None
-    return (
-        f": the factors of {name} do not fit together: up is {list(up.shape)}, down is {list(down.shape)}, "
-        f"mid is {list(mid.shape)}"
-    )
-
-
-KIND = Kind(
-    name="tucker",
-    words="LoRA with a Tucker core",
-    needs=(DOWN, MID, UP),
-    read=read_with(Tucker, lora.rank_of, shape_of),
-    core=(MID,),
-    rank_of=lora.rank_of,
-    shape_of=shape_of,
-    is_low_rank=True,
-    ends=(DOWN, UP),
-    scaled=UP,
-    together="lora_down and lora_up",
-    fault=fault,
-    door="networks.lora",
-)

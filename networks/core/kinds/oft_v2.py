@@ -4,21 +4,25 @@ Letters: N numbers that one output sees, D blocks, b block size, n = b (b - 1) /
 """
 
 import logging
-from collections.abc import Mapping
-from dataclasses import replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import isqrt
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from networks.core.changes.alpha import NO_DROPOUT, Dropout
-from networks.core.changes.blocks import REFUSED, block_size_for, refuse_magnitudes, resolve, row_length
-from networks.core.changes.change import Change, Leaves
+from networks.core.arguments.common import DropoutArguments
+from networks.core.arguments.network_arguments import NetworkArguments, NetworkSettings, argument
+from networks.core.arguments.values import parse_bool, parse_number, parse_unit
+from networks.core.changes.adapter import Adapter
+from networks.core.changes.blocks import REFUSED, block_size_for, refuse_magnitudes, resolve_blocks, row_length
+from networks.core.changes.change import Change, ModuleTensors
+from networks.core.changes.dropout import NO_DROPOUT, Dropout
 from networks.core.changes.orthogonal import Orthogonal
-from networks.core.kinds.kind import Door, Kind
+from networks.core.changes.request import ChangeRequest
+from networks.core.registry.adapter_kind import AdapterKind, StartStep
+from networks.core.registry.key_layout import KeyLayout
 
 logger = logging.getLogger(__name__)
 
@@ -87,12 +91,12 @@ class OftV2(nn.Module):
         return weight
 
     def _limited(self, scalar: Tensor | float) -> Tensor:
-        """The angles that count, at least in float32."""
+        """Return the angles that count, at least in float32."""
         vector_Dn = self._weight.to(torch.promote_types(self._weight.dtype, torch.float32)) * scalar
         return vector_Dn if self.eps is None else vector_Dn * self._ratios(vector_Dn)
 
     def _ratios(self, vector_Dn: Tensor) -> Tensor:
-        """(D, 1): what brings each block within the limit. A constant to the gradient, as a projection is."""
+        """Return (D, 1), what brings each block within the limit. A constant to the gradient, as a projection is."""
         assert self.eps is not None
         limit = self.eps / len(vector_Dn) ** 0.5
         lengths_D1 = vector_Dn.detach().norm(dim=1, keepdim=True) * 2**0.5  # Q has every angle twice
@@ -101,7 +105,7 @@ class OftV2(nn.Module):
 
 
 def size_of_triangle(num_angles: int) -> int:
-    """b, of a triangle of b (b - 1) / 2 numbers. Raises UserError for a count that no triangle has."""
+    """Return b, of a triangle of b (b - 1) / 2 numbers. Raises UserError for a count that no triangle has."""
     size = (1 + isqrt(1 + 8 * num_angles)) // 2
     if size < 2 or size * (size - 1) // 2 != num_angles:
         raise UserError(f"{ANGLES} has {num_angles} columns, which is no number of angles of a block")
@@ -113,15 +117,15 @@ def fresh(
     block_size: int,
     drops: Dropout = NO_DROPOUT,
     has_scalar: bool = False,
-    leaves: Leaves | None = None,
+    tensors: ModuleTensors | None = None,
     *,
     eps: float | None = None,
     is_shared: bool = False,
     may_adjust: bool = True,
 ) -> Orthogonal:
-    """The change of a layer before training; in the form of `leaves`, where those of a file are given."""
-    if leaves is not None:
-        zeros = torch.zeros(leaves[ANGLES].shape, dtype=torch.float32)
+    """Make the change of a layer before training; in the form of `tensors`, where those of a file are given."""
+    if tensors is not None:
+        zeros = torch.zeros(tensors[ANGLES].shape, dtype=torch.float32)
     else:
         num_columns = row_length(layer)
         size = block_size_for(num_columns, block_size, may_adjust)
@@ -132,20 +136,20 @@ def fresh(
 # --- in files ---
 
 
-def rank_of(leaves: Leaves) -> int:
-    """The block size, which stands where other kinds have a rank."""
-    return size_of_triangle(leaves[ANGLES].shape[1])
+def rank_of(tensors: ModuleTensors) -> int:
+    """Return the block size, which stands where other kinds have a rank."""
+    return size_of_triangle(tensors[ANGLES].shape[1])
 
 
-def read(leaves: Leaves, layer: nn.Module | None) -> Change:
-    """The change of a module from a file."""
-    refuse_magnitudes(leaves)
-    return Orthogonal(layer, OftV2(leaves[ANGLES])).requires_grad_(False)
+def read(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
+    """Make the change of a module from a file."""
+    refuse_magnitudes(tensors)
+    return Orthogonal(layer, OftV2(tensors[ANGLES])).requires_grad_(False)
 
 
-def fault(name: str, leaves: Leaves, keys: Mapping[str, str]) -> str | None:
-    """Why the tensors of a module make no rotation, None where they do."""
-    shape = list(leaves[ANGLES].shape) if ANGLES in leaves else []
+def fault(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | None:
+    """Say why the tensors of a module make no rotation; None where they do."""
+    shape = list(tensors[ANGLES].shape) if ANGLES in tensors else []
     if len(shape) == 2:
         size = (1 + isqrt(1 + 8 * shape[1])) // 2
         if size > 1 and size * (size - 1) // 2 == shape[1]:
@@ -153,44 +157,65 @@ def fault(name: str, leaves: Leaves, keys: Mapping[str, str]) -> str | None:
     return f"has {keys[ANGLES]} of the shape {shape}; it needs one row of b * (b - 1) / 2 angles for each block of b"
 
 
-KIND = Kind(
+LAYOUT = KeyLayout(
     name="oft_v2", words="OFT", needs=(ANGLES,), read=read, may_have=(), rank_of=rank_of, fault=fault,
-    door="networks.oft_v2",
+    network_module="networks.oft_v2",
 )  # fmt: skip
 
 
 # --- as --network_module ---
 
 
-def with_arguments(arguments: Any) -> Door:
-    """The door that makes modules as the network arguments say."""
-    eps = arguments.coft_eps if arguments.coft else None
-    form: dict[str, Any] = {"eps": eps, "is_shared": arguments.block_share, "may_adjust": arguments.auto_adjust}
-    return replace(DOOR, make_change=partial(fresh, **form), start_step=limit if arguments.coft else None)
+@dataclass(frozen=True)
+class OftV2Arguments:
+    """The network arguments of OFT."""
+
+    block_size: int | None = argument(
+        parse_unit, None, "The size of the blocks, before --network_dim.", aliases=("oft_block_size",),
+        is_fixed_by_file=True,
+    )  # fmt: skip
+    coft: bool = argument(parse_bool, False, "Limit the angles.", aliases=("oft_coft",))
+    coft_eps: float = argument(parse_number, 6e-5, "The length that all blocks together may have.")
+    block_share: bool = argument(
+        parse_bool, False, "All inputs of a layer share one block.", aliases=("oft_block_share",), is_fixed_by_file=True
+    )
+    enable_conv: bool = argument(
+        parse_bool, False, "Adapt larger kernels, without a size of their own.", is_fixed_by_file=True
+    )
+    auto_adjust: bool = argument(parse_bool, True, "Take the nearest size where one does not divide a layer.")
 
 
-def limit(network: Any, seed: int, step: int) -> None:
-    """Keep every rotation within the limit of COFT; called before each batch."""
-    for adapter in network.adapters.values():
+def make(request: ChangeRequest) -> Change:
+    """Make the change of one layer."""
+    own = request.arguments.of(OftV2Arguments)
+    return fresh(
+        request.layer, request.rank, request.drops, request.has_scalar, request.tensors,
+        eps=own.coft_eps if own.coft else None, is_shared=own.block_share, may_adjust=own.auto_adjust,
+    )  # fmt: skip
+
+
+def resolve(settings: NetworkSettings) -> NetworkSettings:
+    own = settings.arguments.of(OftV2Arguments)
+    return resolve_blocks(settings, own.block_size, own.enable_conv)
+
+
+def prepare(adapters: Sequence[Adapter], arguments: NetworkArguments) -> StartStep | None:
+    """Say what the settings mean for this kind; with COFT, limit every rotation before each batch."""
+    own = arguments.of(OftV2Arguments)
+    logger.info("OFT: --network_dim is the size of the blocks; --network_alpha does not count")
+    if own.block_share and arguments.of(DropoutArguments).neuron_dropout:
+        logger.warning("--network_dropout has no effect with block_share: there is one block, which is never left out")
+    return limit if own.coft else None
+
+
+def limit(adapters: Sequence[Adapter], seed: int, step: int) -> None:
+    """Keep every rotation within the limit of COFT."""
+    for adapter in adapters:
         if isinstance(adapter.change, Orthogonal) and isinstance(adapter.change.rotation, OftV2):
             adapter.change.rotation.limit_(1.0 if adapter.change.scalar is None else adapter.change.scalar)
 
 
-def tell(network: Any) -> None:
-    """Say what the settings mean for this kind."""
-    arguments = network.arguments
-    logger.info("OFT: --network_dim is the size of the blocks; --network_alpha does not count")
-    if arguments.block_share and arguments.neuron_dropout:
-        logger.warning("--network_dropout has no effect with block_share: there is one block, which is never left out")
-
-
-DOOR = Door(
-    make_change=fresh,
-    kinds=(KIND,),
-    default_rank=DEFAULT_BLOCK_SIZE,
-    arguments=("block_size", "coft", "coft_eps", "block_share", "enable_conv", "auto_adjust"),
-    resolve=resolve,
-    with_arguments=with_arguments,
-    check=tell,
+KIND = AdapterKind(
+    (LAYOUT,), make, "networks.oft_v2", DEFAULT_BLOCK_SIZE, OftV2Arguments, resolve=resolve, prepare=prepare,
     refuses={**REFUSED, "dora_wd": "no program that reads OFT applies magnitudes"},
-)
+)  # fmt: skip

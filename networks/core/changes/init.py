@@ -1,4 +1,4 @@
-"""Where the factors of a LoRA start (network argument `init`), so that the file stays a plain LoRA of the base model.
+"""Starts for the factors of a LoRA (network argument `init`) such that the file stays a plain LoRA of the base model.
 
 PiSSA and OLoRA start at a part of the layer's weight and train that part in place of it. Nothing is taken out of the
 base model here, since other programs have it whole: what the factors started as is subtracted from what they become.
@@ -8,21 +8,63 @@ K = min(O, N).
 """
 
 import math
+import re
 from collections.abc import Mapping
-from typing import cast
+from dataclasses import dataclass
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from networks.core.arguments.values import OLORA, ORTHOGONAL, PISSA_WITH_ITERATIONS
+from networks.core.arguments.network_arguments import argument
 from networks.core.changes.change import Delta, factor, in_dtype_of
+from networks.core.changes.low_rank import LowRank, add_product, run_like
 from networks.core.changes.parameter_keys import ALPHA, DOWN, START, UP
 from networks.core.changes.svd import OVERSAMPLED
-from networks.core.kinds.lora import LowRank, add_product, run_like
 
 START_DOWN, START_UP = f"lora_down{START}", f"lora_up{START}"
 DAMPING = 10.0  # of PEFT's orthogonal factors
+ORTHOGONAL, PISSA, OLORA = "orthogonal", "pissa", "olora"
+INITS = ("default", PISSA, f"{PISSA}_niter_4", OLORA, ORTHOGONAL)
+PISSA_WITH_ITERATIONS = re.compile(rf"{PISSA}_niter_(\d{{1,3}})")
+
+
+def parse_init(text: str) -> str | None:
+    """Return where the factors of a LoRA start; None for the default."""
+    name = text.strip().lower()
+    if name not in INITS and not PISSA_WITH_ITERATIONS.fullmatch(name):
+        raise UserError(f"expected one of {', '.join(INITS)} (any number of power iterations)")
+    return None if name == "default" else name
+
+
+@dataclass(frozen=True)
+class InitArguments:
+    """Where the factors of a LoRA start; unset, up at zero and down at random."""
+
+    init: str | None = argument(parse_init, None, f"One of {', '.join(INITS)}.")
+
+    switches: ClassVar[tuple[str, ...]] = ("init",)
+    made_for: ClassVar[str] = "it says where the two factors of a LoRA start, and both of them train"
+    excludes: ClassVar[Mapping[str, str]] = {
+        "use_tucker": "it is made for two factors, not three",
+        "use_scalar": "a trained strength starts at zero, and where the change starts at zero too neither has a "
+        "gradient",
+        "split_qkv": "it is made for the weight of a layer as a whole",
+    }
+
+    @property
+    def is_on(self) -> bool:
+        return self.init is not None
+
+    @property
+    def label(self) -> str:
+        return f"init={self.init}"
+
+    @property
+    def starts_at_weight(self) -> bool:
+        """True if factors start at a part of the base weight, which the file takes back out at twice the rank."""
+        return self.init not in (None, ORTHOGONAL)
 
 
 class FromStart(nn.Module):
@@ -39,7 +81,7 @@ class FromStart(nn.Module):
 
     has_core = False
     is_whole = False
-    fast_leaf = UP
+    fast_key = UP
 
     def __init__(self, layer: nn.Module, rank: int) -> None:
         """With starts of zero, to be filled by `begin_at` or from a file."""
@@ -79,37 +121,33 @@ class FromStart(nn.Module):
         up_OR, down_RN = self.factors()
         return (up_OR @ down_RN).reshape(up_OR.shape[0], *factor(self.lora_down).shape[1:])
 
-    def as_one(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The leaves in memory as the LoRA of twice the rank that files hold."""
-        up, down = leaves[UP], leaves[DOWN]
+    def as_one(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors in memory as the LoRA of twice the rank that files hold."""
+        up, down = tensors[UP], tensors[DOWN]
         return {
-            DOWN: torch.cat([leaves[START_DOWN] + down, down]),
-            UP: torch.cat([up, leaves[START_UP]], 1),
-            **{leaf: t for leaf, t in leaves.items() if leaf not in (DOWN, UP, START_DOWN, START_UP)},
-            ALPHA: leaves[ALPHA] * 2,
+            DOWN: torch.cat([tensors[START_DOWN] + down, down]),
+            UP: torch.cat([up, tensors[START_UP]], 1),
+            **{key: t for key, t in tensors.items() if key not in (DOWN, UP, START_DOWN, START_UP)},
+            ALPHA: tensors[ALPHA] * 2,
         }
 
-    def apart(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-        """The leaves of a file as they are in memory, float32; None where the file has another rank than twice ours."""
-        rank = leaves[DOWN].shape[0]
+    def apart(self, tensors: Mapping[str, Tensor], name: str, source: str) -> dict[str, Tensor]:
+        """Return the tensors of a file as they are in memory, float32."""
+        rank = tensors[DOWN].shape[0]
         if rank != 2 * self.rank:
-            return None
-        first, moved = leaves[DOWN].float().chunk(2)
-        up, start = leaves[UP].float().chunk(2, 1)
-        alpha = float(leaves[ALPHA]) if ALPHA in leaves else float(rank)
+            raise UserError(
+                f"{name} has rank {rank} in {source}, but with --network_args init it has {2 * self.rank} in files, "
+                "twice the rank of the settings. Leave init out to train a plain LoRA further (its own weights are the "
+                "start), or set --network_dim to half the rank if it was trained with the same init"
+            )
+        first, moved = tensors[DOWN].float().chunk(2)
+        up, start = tensors[UP].float().chunk(2, 1)
+        alpha = float(tensors[ALPHA]) if ALPHA in tensors else float(rank)
         return {
-            **leaves,
+            **tensors,
             DOWN: moved, UP: up, START_DOWN: first - moved, START_UP: start,
             ALPHA: torch.tensor(alpha / 2, dtype=torch.float32),
         }  # fmt: skip
-
-    def refusal(self, name: str, rank: int, source: str) -> str:
-        """Why the module `name` of a file, of another rank than twice ours, cannot be taken over."""
-        return (
-            f"{name} has rank {rank} in {source}, but with --network_args init it has {2 * self.rank} in files, twice "
-            "the rank of the settings. Leave init out to train a plain LoRA further (its own weights are the start), "
-            "or set --network_dim to half the rank if it was trained with the same init"
-        )
 
     def _down(self) -> Tensor:
         moved = factor(self.lora_down)
@@ -126,7 +164,7 @@ def _start(module: nn.Module) -> Tensor:
 
 
 def starting_delta(init: str, layer: nn.Module, rank: int, scale: float) -> Delta:
-    """The change of a layer whose factors start as `init` says; `scale` is alpha / rank, which the start undoes.
+    """Make the change of a layer whose factors start as `init` says; `scale` is alpha / rank, which the start undoes.
 
     The weight that is decomposed is the one that the layer computes with: of a base in 4 or 8 bits, what these stand
     for. Raises UserError for a rank that the start cannot have.
@@ -143,7 +181,7 @@ def starting_delta(init: str, layer: nn.Module, rank: int, scale: float) -> Delt
 
 
 def pissa(init: str, weight_ON: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-    """(up_OR, down_RN), of which `scale` times the product is the best approximation of rank R (arXiv:2404.02948).
+    """Return (up_OR, down_RN), where `scale` times the product is the best approximation of rank R (arXiv:2404.02948).
 
     Both factors are of equal size. With `pissa_niter_4` the singular vectors come from random projections and so many
     power iterations, which is a fraction of the work for large layers.
@@ -160,14 +198,14 @@ def pissa(init: str, weight_ON: Tensor, rank: int, scale: float) -> tuple[Tensor
 
 
 def olora(weight_ON: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(up_OR, down_RN), the first columns and rows of the QR decomposition of the weight (arXiv:2406.01775)."""
+    """Return (up_OR, down_RN), the first columns and rows of the QR decomposition of the weight (arXiv:2406.01775)."""
     q_OK, r_KN = torch.linalg.qr(weight_ON)
     return q_OK[:, :rank], r_KN[:rank]
 
 
 @torch.no_grad()
 def orthogonal(layer: nn.Module, rank: int) -> Delta:
-    """A LoRA whose factors are both random and meet in no direction, so that their product starts at zero.
+    """Make a LoRA whose factors are both random and meet in no direction, so that their product starts at zero.
 
     Down is made of half the rows of an orthogonal matrix, up of the other half, as PEFT does it; the product is zero
     up to rounding, and nothing is subtracted. Raises UserError for an odd rank.

@@ -4,20 +4,30 @@ Letters: O outputs, N numbers that one output sees, F factors, D blocks, b block
 """
 
 import logging
-from collections.abc import Mapping
-from dataclasses import replace
-from functools import partial
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from networks.core.changes.alpha import NO_DROPOUT, Dropout
-from networks.core.changes.blocks import REFUSED, block_size_for, num_outputs, refuse_magnitudes, resolve, row_length
-from networks.core.changes.change import Change, Leaves
+from networks.core.arguments.network_arguments import NetworkArguments, NetworkSettings, argument
+from networks.core.arguments.values import parse_bool, parse_rank, parse_unit
+from networks.core.changes.adapter import Adapter
+from networks.core.changes.blocks import (
+    REFUSED,
+    block_size_for,
+    num_outputs,
+    refuse_magnitudes,
+    resolve_blocks,
+    row_length,
+)
+from networks.core.changes.change import Change, ModuleTensors
+from networks.core.changes.dropout import NO_DROPOUT, Dropout
 from networks.core.changes.orthogonal import Orthogonal
-from networks.core.kinds.kind import Door, Kind
+from networks.core.changes.request import ChangeRequest
+from networks.core.registry.adapter_kind import AdapterKind
+from networks.core.registry.key_layout import KeyLayout
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +78,7 @@ class Boft(nn.Module):
 
 
 def sizes_for(num_columns: int, wanted: int, num_blocks: int, num_factors: int, may_adjust: bool) -> tuple[int, int]:
-    """(D, b) of a layer. With several factors both are even, and D a multiple of 2^(F - 1).
+    """Return (D, b) of a layer. With several factors both are even, and D a multiple of 2^(F - 1).
 
     `num_blocks` 0 leaves it to the size `wanted`, of which the nearest that fits is taken. Raises UserError where none
     fits, or the one that is asked for does not.
@@ -92,7 +102,7 @@ def sizes_for(num_columns: int, wanted: int, num_blocks: int, num_factors: int, 
 
 
 def fits(num_columns: int, size: int, num_factors: int) -> bool:
-    """Whether blocks of this size can be made of so many inputs."""
+    """Return True if blocks of this size can be made of so many inputs."""
     if num_columns % size:
         return False
     return num_factors == 1 or (size % 2 == 0 and num_columns // size % 2 ** (num_factors - 1) == 0)
@@ -103,15 +113,15 @@ def fresh(
     block_size: int,
     drops: Dropout = NO_DROPOUT,
     has_scalar: bool = False,
-    leaves: Leaves | None = None,
+    tensors: ModuleTensors | None = None,
     *,
     num_blocks: int = 0,
     num_factors: int = 1,
     may_adjust: bool = True,
 ) -> Orthogonal:
-    """The change of a layer before training; in the form of `leaves`, where those of a file are given."""
-    if leaves is not None:
-        shape = tuple(leaves[BLOCKS].shape)
+    """Make the change of a layer before training; in the form of `tensors`, where those of a file are given."""
+    if tensors is not None:
+        shape = tuple(tensors[BLOCKS].shape)
     else:
         many, size = sizes_for(row_length(layer), block_size, num_blocks, num_factors, may_adjust)
         shape = (num_factors, many, size, size)
@@ -122,75 +132,93 @@ def fresh(
 # --- in files ---
 
 
-def rank_of(leaves: Leaves) -> int:
-    """The block size, which stands where other kinds have a rank."""
-    return leaves[BLOCKS].shape[-1]
+def rank_of(tensors: ModuleTensors) -> int:
+    """Return the block size, which stands where other kinds have a rank."""
+    return tensors[BLOCKS].shape[-1]
 
 
-def in_own_form(leaves: Leaves) -> dict[str, Tensor]:
-    """The leaves with scales as a column; PEFT has them as a row for convolutions."""
-    return {**leaves, SCALES: leaves[SCALES].reshape(-1, 1)}
+def in_own_form(tensors: ModuleTensors) -> dict[str, Tensor]:
+    """Return the tensors with scales as a column; PEFT has them as a row for convolutions."""
+    return {**tensors, SCALES: tensors[SCALES].reshape(-1, 1)}
 
 
-def read(leaves: Leaves, layer: nn.Module | None) -> Change:
-    """The change of a module from a file."""
-    refuse_magnitudes(leaves)
-    own = in_own_form(leaves)
+def read(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
+    """Make the change of a module from a file."""
+    refuse_magnitudes(tensors)
+    own = in_own_form(tensors)
     return Orthogonal(layer, Boft(own[BLOCKS], own[SCALES])).requires_grad_(False)
 
 
-def fault(name: str, leaves: Leaves, keys: Mapping[str, str]) -> str | None:
-    """Why the tensors of a module make no rotation, None where they do."""
-    for leaf, other in ((BLOCKS, SCALES), (SCALES, BLOCKS)):
-        if leaf not in leaves:
-            return f"has {keys[other]} without its {leaf}; the file is incomplete"
-    shape = tuple(leaves[BLOCKS].shape)
+def fault(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | None:
+    """Say why the tensors of a module make no rotation; None where they do."""
+    for key, other in ((BLOCKS, SCALES), (SCALES, BLOCKS)):
+        if key not in tensors:
+            return f"has {keys[other]} without its {key}; the file is incomplete"
+    shape = tuple(tensors[BLOCKS].shape)
     if len(shape) != 4 or shape[2] != shape[3] or not fits(shape[1] * shape[2], shape[2], shape[0]):
         return f"has {keys[BLOCKS]} of the shape {list(shape)}; it needs (factors, blocks, b, b)"
-    scales = tuple(leaves[SCALES].shape)
-    if max(scales, default=1) != leaves[SCALES].numel():
+    scales = tuple(tensors[SCALES].shape)
+    if max(scales, default=1) != tensors[SCALES].numel():
         return f"has {keys[SCALES]} of the shape {list(scales)}; it needs one number for each output"
     return None
 
 
-KIND = Kind(
+LAYOUT = KeyLayout(
     name="boft", words="BOFT", needs=(BLOCKS, SCALES), read=read, may_have=(), rank_of=rank_of, fault=fault,
-    exact=(SCALES,), own_form=in_own_form, door="networks.boft",
+    exact=(SCALES,), own_form=in_own_form, network_module="networks.boft",
 )  # fmt: skip
 
 
 # --- as --network_module ---
 
 
-def with_arguments(arguments: Any) -> Door:
-    """The door that makes modules as the network arguments say."""
-    if arguments.block_size and arguments.block_num:
+@dataclass(frozen=True)
+class BoftArguments:
+    """The network arguments of BOFT."""
+
+    block_size: int | None = argument(
+        parse_unit, None, "The size of the blocks, before --network_dim.", aliases=("boft_block_size",),
+        is_fixed_by_file=True,
+    )  # fmt: skip
+    block_num: int = argument(
+        parse_rank, 0, "How many blocks, in place of their size.", aliases=("boft_block_num",), is_fixed_by_file=True
+    )
+    boft_n_butterfly_factor: int = argument(parse_unit, 1, "How many factors turn one after the other.")
+    enable_conv: bool = argument(
+        parse_bool, False, "Adapt larger kernels, without a size of their own.", is_fixed_by_file=True
+    )
+    auto_adjust: bool = argument(parse_bool, True, "Take the nearest size where one does not divide a layer.")
+
+
+def make(request: ChangeRequest) -> Change:
+    """Make the change of one layer."""
+    own = request.arguments.of(BoftArguments)
+    return fresh(
+        request.layer, request.rank, request.drops, request.has_scalar, request.tensors,
+        num_blocks=own.block_num, num_factors=own.boft_n_butterfly_factor, may_adjust=own.auto_adjust,
+    )  # fmt: skip
+
+
+def resolve(settings: NetworkSettings) -> NetworkSettings:
+    """Take the block size for the rank. Raises UserError where it is given in two ways."""
+    own = settings.arguments.of(BoftArguments)
+    if own.block_size and own.block_num:
         raise UserError(
-            f"--network_args block_size={arguments.block_size} and boft_block_num={arguments.block_num} say the "
-            "same in two ways; give one of them"
+            f"--network_args block_size={own.block_size} and boft_block_num={own.block_num} say the same in two ways; "
+            "give one of them"
         )
-    form: dict[str, Any] = {
-        "num_blocks": arguments.block_num, "num_factors": arguments.boft_n_butterfly_factor,
-        "may_adjust": arguments.auto_adjust,
-    }  # fmt: skip
-    return replace(DOOR, make_change=partial(fresh, **form))
+    return resolve_blocks(settings, own.block_size, own.enable_conv)
 
 
-def tell(network: Any) -> None:
+def prepare(adapters: Sequence[Adapter], arguments: NetworkArguments) -> None:
     """Say what the settings mean for this kind."""
-    if network.arguments.block_num:
+    if arguments.of(BoftArguments).block_num:
         logger.info("BOFT: boft_block_num gives the sizes of blocks; --network_dim and --network_alpha do not count")
     else:
         logger.info("BOFT: --network_dim is the size of the blocks; --network_alpha does not count")
 
 
-DOOR = Door(
-    make_change=fresh,
-    kinds=(KIND,),
-    default_rank=DEFAULT_BLOCK_SIZE,
-    arguments=("block_size", "block_num", "boft_n_butterfly_factor", "enable_conv", "auto_adjust"),
-    resolve=resolve,
-    with_arguments=with_arguments,
-    check=tell,
+KIND = AdapterKind(
+    (LAYOUT,), make, "networks.boft", DEFAULT_BLOCK_SIZE, BoftArguments, resolve=resolve, prepare=prepare,
     refuses={**REFUSED, "dora_wd": "boft_s already trains the lengths of the weight's rows"},
-)
+)  # fmt: skip

@@ -8,19 +8,24 @@ Letters: O outputs, T everything but the last axis, D blocks, b block size.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from networks.core.changes.alpha import NO_DROPOUT, Dropout
+from networks.core.arguments.common import RankArguments
+from networks.core.arguments.network_arguments import NetworkArguments, NetworkSettings, argument
+from networks.core.arguments.values import parse_bool
 from networks.core.changes.blocks import REFUSED, refuse_magnitudes, with_kernels
-from networks.core.changes.change import Change, Forward, Leaves, Misfit
+from networks.core.changes.change import Change, ChangeSize, Forward, MergedOnly, Misfit, ModuleTensors
+from networks.core.changes.dropout import NO_DROPOUT, Dropout
 from networks.core.changes.orthogonal import change_of_turn
 from networks.core.changes.parameter_keys import ALPHA
-from networks.core.kinds.kind import Door, Kind
+from networks.core.changes.request import ChangeRequest
+from networks.core.registry.adapter_kind import AdapterKind
+from networks.core.registry.key_layout import KeyLayout
+from networks.core.targets.targets import Part
 
 logger = logging.getLogger(__name__)
 
@@ -38,33 +43,34 @@ class OrthogonalOutputs(nn.Module):
     """
 
     changed_parameters = ("weight",)
-    fast_leaf = ""
+    fast_keys: frozenset[str] = frozenset()
+    adds_to_output = False
     alpha: Tensor | None
     rescale: nn.Parameter | None
 
     def __init__(
-        self, layer: nn.Module | None, leaves: Leaves, drops: Dropout = NO_DROPOUT, is_trained: bool = True
+        self, layer: nn.Module | None, tensors: ModuleTensors, drops: Dropout = NO_DROPOUT, is_trained: bool = True
     ) -> None:
         """`layer` None is for merging alone."""
         super().__init__()
-        self.names = tuple(leaf for leaf in (BLOCKS, *PIECES) if leaf in leaves)
-        parameters = [nn.Parameter(leaves[name], requires_grad=is_trained) for name in self.names]
+        self.names = tuple(key for key in (BLOCKS, *PIECES) if key in tensors)
+        parameters = [nn.Parameter(tensors[name], requires_grad=is_trained) for name in self.names]
         if self.names == (BLOCKS,):
             self.register_parameter(BLOCKS, parameters[0])
         else:
             self.add_module(BLOCKS, nn.ParameterList(parameters))
-        scales = leaves.get(RESCALE)
+        scales = tensors.get(RESCALE)
         self.register_parameter(RESCALE, None if scales is None else nn.Parameter(scales, requires_grad=is_trained))
-        self.register_buffer(ALPHA, leaves.get(ALPHA))
-        self.limit = float(leaves[ALPHA]) if ALPHA in leaves else 0.0
+        self.register_buffer(ALPHA, tensors.get(ALPHA))
+        self.limit = float(tensors[ALPHA]) if ALPHA in tensors else 0.0
         self.drops = drops
         object.__setattr__(self, "layer", layer)  # the base model's own, which is no part of the adapter
         self.layer: nn.Module | None
 
     def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
-        """What the layer computes with the change; shapes and dtype are those of the layer alone."""
+        """Return what the layer computes with the change; shapes and dtype are those of the layer alone."""
         out = base(x)
-        if self.training and self.drops.module > 0 and float(torch.rand(())) < self.drops.module:
+        if self.training and self.drops.skips_this_call():
             return out
         with torch.autocast(x.device.type, enabled=False):
             turns = [self._drop(turn) for turn in self._turns()]
@@ -86,12 +92,12 @@ class OrthogonalOutputs(nn.Module):
         return base + strength * change.reshape(base.shape)
 
     @property
-    def block_sizes(self) -> tuple[int, ...]:
-        return tuple(blocks.shape[-1] for blocks in self._blocks())
+    def size(self) -> ChangeSize:
+        return ChangeSize(block_sizes=tuple(blocks.shape[-1] for blocks in self._blocks()))
 
     @torch.no_grad()
     def norm(self) -> Tensor:
-        """The Frobenius norm of R - 1, to first order, and of how far scales are from 1."""
+        """Return the Frobenius norm of R - 1, to first order, and of how far scales are from 1."""
         squares = torch.stack([4 * angles.square().sum() for angles in self._angles()]).sum()
         if self.rescale is not None:
             squares = squares + (self.rescale - 1).square().sum()
@@ -104,25 +110,25 @@ class OrthogonalOutputs(nn.Module):
         if self.rescale is not None:
             self.rescale.sub_(1).mul_(ratio.to(self.rescale)).add_(1)
 
-    def leaves(self) -> Mapping[str, Tensor]:
+    def stored_tensors(self) -> Mapping[str, Tensor]:
         return self.state_dict()
 
-    def load(self, leaves: Mapping[str, Tensor]) -> None:
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over the tensors of a file in the form of the one that this was made of."""
-        self.load_state_dict({**self.state_dict(), **leaves})
-        self.limit = float(leaves[ALPHA]) if ALPHA in leaves else 0.0
+        self.load_state_dict({**self.state_dict(), **tensors})
+        self.limit = float(tensors[ALPHA]) if ALPHA in tensors else 0.0
 
     def _blocks(self) -> list[nn.Parameter]:
         return [self.get_parameter(name) for name in self.names]
 
     def _angles(self) -> Iterator[Tensor]:
-        """(D, b, b) for each piece: Q within the limit, at least in float32."""
+        """Yield (D, b, b) for each piece: Q within the limit, at least in float32."""
         for blocks in self._blocks():
             skew = _skew(blocks.to(torch.promote_types(blocks.dtype, torch.float32)))
             yield skew * self._share_within(skew)
 
     def _share_within(self, skew_Dbb: Tensor) -> Tensor:
-        """What the limit leaves of the angles of a piece: 1 where they are within it."""
+        """Return what the limit leaves of the angles of a piece: 1 where they are within it."""
         if self.limit == 0:
             return skew_Dbb.new_ones(())
         length = skew_Dbb.norm()
@@ -131,7 +137,7 @@ class OrthogonalOutputs(nn.Module):
         return share
 
     def _turns(self) -> list[Tensor]:
-        """(1, D, b, b) for each piece: its blocks of R, less the identity."""
+        """Return (1, D, b, b) for each piece: its blocks of R, less the identity."""
         found = []
         for angles in self._angles():
             one = torch.eye(angles.shape[-1], dtype=angles.dtype, device=angles.device)
@@ -139,14 +145,14 @@ class OrthogonalOutputs(nn.Module):
         return found
 
     def _drop(self, turns: Tensor) -> Tensor:
-        """Blocks left out for this call."""
+        """Leave out blocks for this call."""
         if not self.training or self.drops.neuron == 0:
             return turns
         keep_FD = torch.rand(turns.shape[:2], device=turns.device) > self.drops.neuron
         return turns * keep_FD[..., None, None].to(turns.dtype)
 
     def _change_of(self, rows_TO: Tensor, turns: Sequence[Tensor]) -> Tensor:
-        """What is added to rows of O numbers: s * (y R) - y, piece by piece."""
+        """Return what is added to rows of O numbers: s * (y R) - y, piece by piece."""
         widths = [turn.shape[1] * turn.shape[2] for turn in turns]
         parts = torch.split(rows_TO, widths, dim=-1)
         change = torch.cat([change_of_turn(part, turn) for part, turn in zip(parts, turns, strict=True)], dim=-1)
@@ -157,23 +163,18 @@ class OrthogonalOutputs(nn.Module):
         return scaled
 
 
-class FixedMatrices(nn.Module):
-    """The same for `oft_diag` (D, b, b) of LyCORIS before 2.0, which holds the blocks of R, or R - 1, themselves.
+class FixedMatrices(MergedOnly):
+    """W' = R' W for `oft_diag` (D, b, b) of LyCORIS before 2.0, which holds the blocks of R, or R - 1, themselves.
 
     It is merged and not trained: angles are not in the file. Where the diagonals are nearer to 0 than to 1 it is R - 1.
     """
 
-    changed_parameters = ("weight",)
-    fast_leaf = ""
+    words = f"{MATRICES} of LyCORIS"
+    oft_diag: Tensor
 
-    def __init__(self, leaves: Leaves) -> None:
+    def __init__(self, matrices_Dbb: Tensor) -> None:
         super().__init__()
-        for name, tensor in leaves.items():
-            self.register_buffer(name, tensor)
-        self.oft_diag: Tensor
-
-    def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
-        raise UserError(f"{MATRICES} of LyCORIS can be merged, but not trained; merge it with tools/merge_lora.py")
+        self.register_buffer(MATRICES, matrices_Dbb)
 
     def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
         blocks = self.oft_diag
@@ -190,12 +191,6 @@ class FixedMatrices(nn.Module):
     def scale_(self, ratio: Tensor) -> None:
         raise UserError(f"{MATRICES} of LyCORIS is not trained, so it has no norm to limit")
 
-    def leaves(self) -> Mapping[str, Tensor]:
-        return self.state_dict()
-
-    def load(self, leaves: Mapping[str, Tensor]) -> None:
-        self.load_state_dict(dict(leaves))
-
     def _less_one(self) -> Tensor:
         blocks = self.oft_diag
         diagonal = blocks.diagonal(dim1=1, dim2=2).mean()
@@ -207,29 +202,24 @@ def _skew(blocks_Dbb: Tensor) -> Tensor:
     return blocks_Dbb - blocks_Dbb.mT
 
 
-def further(
-    layer: nn.Module,
-    rank: int,
-    drops: Dropout = NO_DROPOUT,
-    has_scalar: bool = False,
-    leaves: Leaves | None = None,
-) -> OrthogonalOutputs:
-    """The change of a layer in the form of a file."""
-    assert leaves is not None  # new ones are made by `fresh`
-    zeros = {leaf: torch.zeros_like(t, dtype=torch.float32) for leaf, t in leaves.items() if leaf != ALPHA}
-    zeros |= {leaf: tensor.float() for leaf, tensor in leaves.items() if leaf == ALPHA}
+def further(layer: nn.Module, tensors: ModuleTensors, drops: Dropout = NO_DROPOUT) -> OrthogonalOutputs:
+    """Make the change of a layer in the form of a file."""
+    zeros = {key: torch.zeros_like(t, dtype=torch.float32) for key, t in tensors.items() if key != ALPHA}
+    zeros |= {key: tensor.float() for key, tensor in tensors.items() if key == ALPHA}
     return OrthogonalOutputs(layer, zeros, drops)
 
 
 def fresh(
     layer: nn.Module, path: str, num_blocks: int, limit: float, drops: Dropout, widths: tuple[int, ...] | None
 ) -> OrthogonalOutputs:
-    """A new change that turns nothing yet: `num_blocks` blocks for each projection of the layer.
+    """Make a new change that turns nothing yet: `num_blocks` blocks for each projection of the layer.
 
     Raises UserError for a number that does not divide the outputs.
     """
     assert isinstance(layer.weight, Tensor)
-    leaves = {ALPHA: torch.tensor(limit, device="cpu")}  # the trainer also makes adapters without memory, to check them
+    tensors = {
+        ALPHA: torch.tensor(limit, device="cpu")
+    }  # the trainer also makes adapters without memory, to check them
     for name, width in zip((BLOCKS,) if widths is None else PIECES, widths or (len(layer.weight),), strict=False):
         if width % num_blocks or width == num_blocks:
             fits = max((number for number in range(1, min(num_blocks, width)) if width % number == 0), default=1)
@@ -238,102 +228,114 @@ def fresh(
                 f"{width} of them; use a smaller number that divides it, such as {fits}, or --network_module "
                 "networks.oft_v2"
             )
-        leaves[name] = torch.zeros(num_blocks, width // num_blocks, width // num_blocks)
-    return OrthogonalOutputs(layer, leaves, drops)
+        tensors[name] = torch.zeros(num_blocks, width // num_blocks, width // num_blocks)
+    return OrthogonalOutputs(layer, tensors, drops)
 
 
 # --- in files ---
 
 
-def rank_of(leaves: Leaves) -> int:
-    """How many blocks there are, which these call the dimension."""
-    return next(leaves[leaf].shape[0] for leaf in (BLOCKS, *PIECES, MATRICES) if leaf in leaves)
+def rank_of(tensors: ModuleTensors) -> int:
+    """Return how many blocks there are, which these call the dimension."""
+    return next(tensors[key].shape[0] for key in (BLOCKS, *PIECES, MATRICES) if key in tensors)
 
 
-def read(leaves: Leaves, layer: nn.Module | None) -> Change:
-    """The change of a module from a file."""
-    refuse_magnitudes(leaves)
-    return OrthogonalOutputs(layer, leaves, is_trained=False)
+def read(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
+    """Make the change of a module from a file."""
+    refuse_magnitudes(tensors)
+    return OrthogonalOutputs(layer, tensors, is_trained=False)
 
 
-def read_matrices(leaves: Leaves, layer: nn.Module | None) -> Change:
-    """The change of a module with whole matrices."""
-    if RESCALE in leaves:
+def read_matrices(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
+    """Make the change of a module with whole matrices."""
+    if RESCALE in tensors:
         raise UserError(f"{MATRICES} with {RESCALE} is not computed here: what it means differs between versions")
-    return FixedMatrices({MATRICES: leaves[MATRICES]})
+    return FixedMatrices(tensors[MATRICES])
 
 
-def fault(name: str, leaves: Leaves, keys: Mapping[str, str]) -> str | None:
-    """Why the tensors of a module make no rotation, None where they do."""
-    there = [leaf for leaf in (BLOCKS, *PIECES, MATRICES) if leaf in leaves]
+def fault(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | None:
+    """Say why the tensors of a module make no rotation; None where they do."""
+    there = [key for key in (BLOCKS, *PIECES, MATRICES) if key in tensors]
     if not there:
         return f"has {keys[RESCALE]} without {BLOCKS}; the file is incomplete"
-    pieces = [leaf for leaf in PIECES if leaf in leaves]
+    pieces = [key for key in PIECES if key in tensors]
     if pieces != list(PIECES[: len(pieces)]):
         return f"has {keys[pieces[-1]]} without all pieces before it; the file is incomplete"
-    for leaf in there:
-        shape = list(leaves[leaf].shape)
+    for key in there:
+        shape = list(tensors[key].shape)
         if len(shape) == 4:
-            return f"has {keys[leaf]} of the shape {shape}: BOFT of LyCORIS, which is not computed here"
+            return f"has {keys[key]} of the shape {shape}: BOFT of LyCORIS, which is not computed here"
         if len(shape) != 3 or shape[1] != shape[2]:
-            return f"has {keys[leaf]} of the shape {shape}; it needs (blocks, b, b)"
-    num_rows = sum(leaves[leaf].shape[0] * leaves[leaf].shape[1] for leaf in there)
-    if RESCALE in leaves and leaves[RESCALE].numel() != num_rows:
-        return f"has {keys[RESCALE]} of the shape {list(leaves[RESCALE].shape)}; it needs one number for each output"
+            return f"has {keys[key]} of the shape {shape}; it needs (blocks, b, b)"
+    num_rows = sum(tensors[key].shape[0] * tensors[key].shape[1] for key in there)
+    if RESCALE in tensors and tensors[RESCALE].numel() != num_rows:
+        return f"has {keys[RESCALE]} of the shape {list(tensors[RESCALE].shape)}; it needs one number for each output"
     return None
 
 
-def _kind(
-    name: str, needs: tuple[str, ...], more: tuple[str, ...], door: str, reader: Callable[..., Change] = read
-) -> Kind:
-    return Kind(
-        name=name, words="OFT of outputs", needs=needs, read=reader, may_have=(ALPHA, *more), rank_of=rank_of,
-        alpha_is_strength=False, fault=fault, exact=(RESCALE,), door=door,
+def _layout(
+    needs: tuple[str, ...], more: tuple[str, ...], network_module: str, reader: Callable[..., Change] = read
+) -> KeyLayout:
+    return KeyLayout(
+        name="oft", words="OFT of outputs", needs=needs, read=reader, may_have=(ALPHA, *more), rank_of=rank_of,
+        alpha_is_strength=False, fault=fault, exact=(RESCALE,), network_module=network_module,
     )  # fmt: skip
 
 
-KIND = _kind("oft", (BLOCKS,), (RESCALE,), "networks.oft")
-IN_PIECES = _kind("oft", (PIECES[0],), PIECES[1:], "networks.oft")
-AS_MATRICES = _kind("oft", (MATRICES,), (RESCALE,), "", read_matrices)
-KINDS = (KIND, IN_PIECES, AS_MATRICES)
+LAYOUT = _layout((BLOCKS,), (RESCALE,), "networks.oft")
+IN_PIECES = _layout((PIECES[0],), PIECES[1:], "networks.oft")
+AS_MATRICES = _layout((MATRICES,), (RESCALE,), "", read_matrices)
 
 
 # --- as --network_module ---
 
 
-def resolve(num_blocks: int | None, arguments: Any, default: int) -> tuple[int, Any]:
-    """(the number of blocks, network arguments) as the core of the networks understands them."""
-    number = default if num_blocks is None else num_blocks
-    return number, with_kernels(number, arguments)
+@dataclass(frozen=True)
+class OftArguments:
+    """The network arguments of OFT of outputs."""
+
+    enable_conv: bool = argument(
+        parse_bool, False, "Adapt larger kernels, without a size of their own.", is_fixed_by_file=True
+    )
+    enable_all_linear: bool = argument(
+        parse_bool, False, "Adapt all layers of the blocks, not those of attention alone.", is_fixed_by_file=True
+    )
 
 
-def resolve_limit(alpha: float, arguments: Any) -> tuple[float, Any]:
-    """--network_alpha is the limit of angles, the same for all kernels."""
-    if alpha >= 1:
+def make(request: ChangeRequest) -> Change:
+    """Make the change of one layer."""
+    if request.tensors is not None:
+        return further(request.layer, request.tensors, request.drops)
+    return fresh(request.layer, request.target.path, request.rank, request.alpha, request.drops, request.qkv_widths)
+
+
+def resolve(settings: NetworkSettings) -> NetworkSettings:
+    """Take the number of blocks for the rank, and --network_alpha for the limit of angles of all kernels."""
+    if settings.alpha >= 1:
         logger.warning(
             "--network_alpha %g limits no angle: networks.oft takes it for the limit, where 0.001 or less holds them",
-            alpha,
+            settings.alpha,
         )
-    return alpha, replace(arguments, conv_alpha=alpha if arguments.conv_alpha is None else arguments.conv_alpha)
+    settings = with_kernels(settings, settings.arguments.of(OftArguments).enable_conv)
+    if settings.arguments.of(RankArguments).conv_alpha is not None:
+        return settings
+    return replace(settings, arguments=settings.arguments.replace(RankArguments, conv_alpha=settings.alpha))
 
 
-def attention_alone(part: Any, arguments: Any) -> Any:
-    """Where new adapters go: to attention, where the base model says what that is, unless all layers are asked for."""
-    return part if arguments.enable_all_linear or not part.attention else replace(part, blocks=part.attention)
+def narrow(part: Part, is_denoiser: bool, arguments: NetworkArguments) -> Part | None:
+    """Adapt attention alone, where the base model says what that is, unless all layers are asked for."""
+    if not is_denoiser:
+        return None
+    adapts_all = arguments.of(OftArguments).enable_all_linear or not part.attention
+    return part if adapts_all else replace(part, blocks=part.attention)
 
 
-DOOR = Door(
-    make_change=further,
-    make_fresh=fresh,
-    resolve=resolve,
-    resolve_alpha=resolve_limit,
-    narrow=attention_alone,
-    denoiser_only=True,
-    arguments=("enable_conv", "enable_all_linear"),
-    kinds=(KIND, IN_PIECES),
+KIND = AdapterKind(
+    (LAYOUT, IN_PIECES), make, "networks.oft", arguments=OftArguments, merged_layouts=(AS_MATRICES,),
+    resolve=resolve, narrow=narrow,
     refuses={
         **REFUSED,
         "use_scalar": "its angles move as they are",
         "dora_wd": "no program that reads OFT applies magnitudes",
     },
-)
+)  # fmt: skip

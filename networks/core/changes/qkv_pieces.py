@@ -6,49 +6,46 @@ are in memory and in states alone; files have those that they had (networks/core
 """
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from networks.core.changes.change import Change, Forward, Leaves, Misfit
-from networks.core.kinds.kind import Kind
+from networks.core.changes.change import Change, ChangeSize, Forward, Misfit, ModuleTensors
 
-LEAF = re.compile(r"(rows_(\d+)_(\d+)_of_(\d+))\.(.+)")
+ROWS_KEY = re.compile(r"(rows_(\d+)_(\d+)_of_(\d+))\.(.+)")
 IN_NAME = re.compile(r"(.+)\.(rows_\d+_\d+_of_\d+)")
 
-MakeOne = Callable[[Leaves], Change]
+
+def rows_name(first: int, stop: int, total: int) -> str:
+    """Name the rows from `first` to `stop`, in shares of which the layer has `total`."""
+    return f"rows_{first}_{stop}_of_{total}"
 
 
-def leaf_of(first: int, stop: int, total: int, leaf: str) -> str:
-    """The name of a leaf of the rows from `first` to `stop`, in shares of which the layer has `total`."""
-    return f"rows_{first}_{stop}_of_{total}.{leaf}"
+def is_in_rows(tensors: Collection[str]) -> bool:
+    return any(ROWS_KEY.fullmatch(key) for key in tensors)
 
 
-def is_in_rows(leaves: Collection[str]) -> bool:
-    return any(LEAF.fullmatch(leaf) for leaf in leaves)
-
-
-def by_rows(leaves: Leaves) -> dict[str, dict[str, Tensor]]:
-    """The leaves of each piece by the name of its rows."""
+def by_rows(tensors: ModuleTensors) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of each piece by the name of its rows."""
     found: dict[str, dict[str, Tensor]] = {}
-    for text, tensor in leaves.items():
-        match = LEAF.fullmatch(text)
+    for text, tensor in tensors.items():
+        match = ROWS_KEY.fullmatch(text)
         if match is not None:
             found.setdefault(match[1], {})[match[5]] = tensor
     return found
 
 
-def whole_and_leaf(module: str, leaf: str) -> tuple[str, str]:
-    """The name of a module and of a leaf of a key whose module names rows; others as they are."""
+def whole_and_key(module: str, key: str) -> tuple[str, str]:
+    """Return the module and the parameter key of a key whose module names rows; others as they are."""
     match = IN_NAME.fullmatch(module)
-    return (module, leaf) if match is None else (match[1], f"{match[2]}.{leaf}")
+    return (module, key) if match is None else (match[1], f"{match[2]}.{key}")
 
 
 def rows_of(name: str, num_rows: int) -> slice:
-    """The rows of a layer with `num_rows` that a piece has. Raises `Misfit` where they are no whole number."""
-    match = LEAF.fullmatch(f"{name}.weight")
+    """Return the rows of a layer with `num_rows` that a piece has. Raises `Misfit` where they are no whole number."""
+    match = ROWS_KEY.fullmatch(f"{name}.weight")
     assert match is not None
     first, stop, total = (int(number) for number in match.groups()[1:4])
     unit, rest = divmod(num_rows, total)
@@ -79,13 +76,18 @@ class InRows(nn.Module):
     """
 
     changed_parameters = ("weight",)
-    fast_leaf = ""
+    adds_to_output = False
+    size = ChangeSize()
 
     def __init__(self, changes: Mapping[str, Change]) -> None:
         super().__init__()
         for name, change in changes.items():
             assert isinstance(change, nn.Module)
             self.add_module(name, change)
+
+    @property
+    def fast_keys(self) -> frozenset[str]:
+        return frozenset(f"{name}.{key}" for name, one in self.changes.items() for key in one.fast_keys)
 
     @property
     def changes(self) -> dict[str, Change]:
@@ -123,34 +125,16 @@ class InRows(nn.Module):
         for change in self.changes.values():
             change.scale_(ratio)
 
-    def leaves(self) -> Mapping[str, Tensor]:
+    def stored_tensors(self) -> Mapping[str, Tensor]:
         pieces = self.changes.items()
-        return {f"{name}.{leaf}": tensor for name, change in pieces for leaf, tensor in change.leaves().items()}
+        return {f"{name}.{key}": tensor for name, change in pieces for key, tensor in change.stored_tensors().items()}
 
-    def load(self, leaves: Leaves) -> None:
+    def load(self, tensors: ModuleTensors) -> None:
         changes = self.changes
-        for name, own in by_rows(leaves).items():
+        for name, own in by_rows(tensors).items():
             changes[name].load(own)
 
 
 def changes_in(change: Change) -> Iterator[Change]:
-    """The changes that one is made of: itself, or those of its rows."""
+    """Yield the changes that one is made of: itself, or those of its rows."""
     yield from change.changes.values() if isinstance(change, InRows) else (change,)
-
-
-def fast_leaves(change: Change) -> frozenset[str]:
-    """The parameters that LoRA+ trains faster, by their names in the module."""
-    if isinstance(change, InRows):
-        return frozenset(f"{name}.{one.fast_leaf}" for name, one in change.changes.items())
-    return frozenset((change.fast_leaf,))
-
-
-def kind_with(make_one: MakeOne) -> Kind:
-    """The kind; `make_one` reads the change of one piece."""
-
-    def read(leaves: Leaves, layer: nn.Module | None) -> Change:
-        return InRows({name: make_one(own) for name, own in by_rows(leaves).items()}).requires_grad_(False)
-
-    return Kind(
-        name="pieces", words="several changes of one layer", needs=(), read=read, may_have=(), rank_of=lambda leaves: 1
-    )

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from library.errors import UserError
 
-KEY = re.compile(r"(?P<module>.+)\.lora_(?P<leaf>[ABE])(?:\.(?!weight$)[\w-]+)?")
-LEAVES = ("A", "B", "E")
+KEY = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[ABE])(?:\.(?!weight$)[\w-]+)?")
+KEYS = ("A", "B", "E")
 INITIAL_RANK = "init_r"  # PEFT's setting that a pruned module still divides alpha by
 EPSILON = 1e-5  # which PEFT adds to it
 
@@ -29,19 +29,19 @@ def as_lora(tensors: Mapping[str, Tensor], origin: str) -> Mapping[str, Tensor]:
     Raises UserError where the three do not belong together. Other files come back as they are.
     """
     found = {key: match for key in tensors if (match := KEY.fullmatch(key)) is not None}
-    if not any(match["leaf"] == "E" for match in found.values()):
+    if not any(match["factor"] == "E" for match in found.values()):
         return tensors
     modules: dict[str, dict[str, Tensor]] = {}
     for key, match in found.items():
-        modules.setdefault(match["module"], {})[match["leaf"]] = tensors[key]
+        modules.setdefault(match["module"], {})[match["factor"]] = tensors[key]
     made = {key: tensor for key, tensor in tensors.items() if key not in found}
     for name, own in modules.items():
-        missing = [leaf for leaf in LEAVES if leaf not in own]
+        missing = [parameter_key for parameter_key in KEYS if parameter_key not in own]
         if missing:
             raise UserError(f"{origin} has {name} without its lora_{missing[0]}; the file is incomplete")
         a_RI, b_OR, e_R = own["A"], own["B"], own["E"].flatten()
         if not len(a_RI) == b_OR.shape[-1] == len(e_R):
-            shapes = ", ".join(str(list(own[leaf].shape)) for leaf in LEAVES)
+            shapes = ", ".join(str(list(own[parameter_key].shape)) for parameter_key in KEYS)
             raise UserError(f"{origin}: lora_A, lora_B and lora_E of {name} do not fit together: {shapes}")
         if len(e_R):
             made[f"{name}.lora_A.weight"] = (e_R.float()[:, None] * a_RI.float()).to(a_RI.dtype)

@@ -1,0 +1,189 @@
+"""`--network_args "key=value"` as typed values, in the dataclasses of those that declare them.
+
+A group is a frozen dataclass whose fields are made by `argument`: those of every adapter are in arguments/common.py,
+those of a part of the core such as DoRA beside its implementation, and those of a kind of adapter in its file.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+from library.checkpoints.base_model_spec import ArgumentForm
+from library.errors import UserError
+from library.suggestions import nearest_name
+from networks.core.arguments.values import parse_bool, parse_embedder_ranks, parse_rank, parse_selection
+
+logger = logging.getLogger(__name__)
+
+Group = TypeVar("Group")
+Parse = Callable[[str], Any]
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """The condition for an argument to count: one name of each tuple is given; `words` say so to the user."""
+
+    names: tuple[tuple[str, ...], ...]
+    words: str
+
+
+@dataclass(frozen=True)
+class Argument:
+    """The declaration of one field of a group."""
+
+    parse: Parse  # holds the text to its range, or raises UserError saying what is expected
+    help: str
+    aliases: tuple[str, ...] = ()
+    requires: Requirement | None = None
+    is_fixed_by_file: bool = False  # --dim_from_weights takes it from the file
+
+
+def argument(
+    parse: Parse,
+    default: Any,
+    help: str,
+    *,
+    aliases: tuple[str, ...] = (),
+    requires: Requirement | None = None,
+    is_fixed_by_file: bool = False,
+) -> Any:
+    """Declare a field of a group; None as the default stands for an argument that was not given."""
+    return field(default=default, metadata={"argument": Argument(parse, help, aliases, requires, is_fixed_by_file)})
+
+
+def declared(group: type[Any]) -> dict[str, Argument]:
+    """Return the declarations of a group by name."""
+    return {one.name: one.metadata["argument"] for one in fields(group) if "argument" in one.metadata}
+
+
+@dataclass(frozen=True)
+class NetworkArguments:
+    """The network arguments of one adapter; a group that is absent has its defaults."""
+
+    groups: Mapping[type[Any], Any] = field(default_factory=dict)
+    of_model: Mapping[str, Any] = field(default_factory=dict)  # those that AdapterTargets give a meaning to, if given
+
+    def of(self, group: type[Group]) -> Group:
+        """Return the values of one group."""
+        found: Group = self.groups.get(group) or group()
+        return found
+
+    def replace(self, group: type[Any], **values: Any) -> "NetworkArguments":
+        """Return the arguments with other values in one group."""
+        return replace(self, groups={**self.groups, group: replace(self.of(group), **values)})
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The arguments that differ from their defaults, by name."""
+        return {
+            one.name: getattr(values, one.name)
+            for values in self.groups.values()
+            for one in fields(values)
+            if getattr(values, one.name) != one.default
+        }
+
+
+@dataclass(frozen=True)
+class NetworkSettings:
+    """--network_dim, or the default of the kind, --network_alpha and --network_args."""
+
+    rank: int
+    alpha: float
+    arguments: NetworkArguments
+    is_rank_given: bool
+
+
+OF_MODELS: Mapping[ArgumentForm, Parse] = {  # how base models have theirs written; AdapterTargets say which they have
+    "rank": parse_rank,
+    "ranks": parse_embedder_ranks,
+    "blocks": parse_selection,
+    "flag": parse_bool,
+    "word": str,
+}
+
+DROPOUTS = ("dropout", "dropout_probability", "boft_dropout")  # in --network_args, for --network_dropout
+
+
+def read_groups(
+    groups: Sequence[type[Any]],
+    items: Mapping[str, Any],
+    neuron_dropout: float | None = None,
+    of_models: Mapping[str, ArgumentForm] = MappingProxyType({}),
+) -> NetworkArguments:
+    """Read the network arguments that a user gave; None stands for one that was not given.
+
+    `of_models` are those that base models have of their own. `dropout` is LyCORIS's name for --network_dropout and
+    `dropout_probability` and `boft_dropout` those of OFT and BOFT: all mean the same here. Raises UserError naming the
+    argument for an unknown key and a value of the wrong form; warns of arguments that have no effect without another.
+    """
+    known: dict[str, Argument] = {name: one for group in groups for name, one in declared(group).items()}
+    aliases = {alias: name for group in groups for name, one in declared(group).items() for alias in one.aliases}
+    parsers = {n: a.parse for n, a in known.items()} | {name: OF_MODELS[form] for name, form in of_models.items()}
+    given = {key: value for key, value in items.items() if value is not None}
+    given = _with_dropout(given, neuron_dropout)
+    unknown = next((key for key in given if aliases.get(key, key) not in parsers), None)
+    if unknown is not None:
+        near = nearest_name(unknown, (*parsers, *aliases), least=0.5)
+        meaning = known[name].help if near and (name := aliases.get(near, near)) in known else ""
+        hint = f"did you mean {near}? {meaning}".rstrip() if near else f"known: {', '.join(parsers)}"
+        raise UserError(f"--network_args {unknown}={given[unknown]}: there is no argument {unknown}; {hint}")
+    parsed = {key: _parse(key, value, aliases.get(key, key), parsers) for key, value in given.items()}
+    of_model = {key: value for key, value in parsed.items() if key in of_models}
+    own = _merge_aliases({key: value for key, value in parsed.items() if key not in of_models}, aliases)
+    made = {group: group(**{name: own[name] for name in declared(group) if name in own}) for group in groups}
+    arguments = NetworkArguments(made, of_model)
+    _warn_of_idle(arguments, known)
+    return arguments
+
+
+def _with_dropout(given: dict[str, Any], neuron_dropout: float | None) -> dict[str, Any]:
+    """Put --network_dropout and what other programs call it under one name."""
+    dropouts = {name: given.pop(name) for name in DROPOUTS if name in given}
+    for name, dropout in dropouts.items():
+        chosen = dropout if neuron_dropout is None else neuron_dropout
+        if float(dropout) != float(given.setdefault("neuron_dropout", chosen)):
+            other = "--network_dropout" if neuron_dropout is not None else DROPOUTS[0]
+            raise UserError(
+                f"{other} is {given['neuron_dropout']} but --network_args says {name}={dropout}; they mean the same, "
+                "give one of them"
+            )
+    if neuron_dropout is not None:
+        given["neuron_dropout"] = neuron_dropout
+    return given
+
+
+def _parse(key: str, value: Any, name: str, parsers: Mapping[str, Parse]) -> Any:
+    """Read one value. Raises UserError naming the argument as it was spelled."""
+    is_list = isinstance(value, (list, tuple)) and not name.endswith("_patterns")
+    text = ",".join(map(str, value)) if is_list else str(value)
+    try:
+        return parsers[name](text)
+    except ValueError as error:
+        flag = "--network_dropout" if key == "neuron_dropout" else f"--network_args {key}"
+        raise UserError(f"{flag}={text}: {error}") from None
+
+
+def _merge_aliases(values: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
+    """Return the values with every argument under one name. Raises UserError where two spellings differ."""
+    merged = {key: value for key, value in values.items() if key not in aliases}
+    for key, name in aliases.items():
+        if key in values and merged.setdefault(name, values[key]) != values[key]:
+            raise UserError(
+                f"--network_args {key}={values[key]} and {name}={values[name]} mean the same and differ; "
+                "give one of them"
+            )
+    return merged
+
+
+def _warn_of_idle(arguments: NetworkArguments, known: Mapping[str, Argument]) -> None:
+    """Warn of arguments that mean nothing without another one."""
+    given = arguments.given
+    idle: dict[str, list[str]] = {}
+    for name in given:
+        requires = known[name].requires if name in known else None
+        if requires is not None and not all(any(other in given for other in names) for names in requires.names):
+            idle.setdefault(requires.words, []).append(name)
+    for words, names in idle.items():
+        logger.warning("--network_args %s has no effect without %s", ", ".join(names), words)

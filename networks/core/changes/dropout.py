@@ -1,0 +1,61 @@
+"""Dropout of a change while it trains.
+
+Letters: B samples, K channels between down and up.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout
+
+from networks.core.arguments.common import DropoutArguments
+from networks.core.arguments.network_arguments import NetworkArguments
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Chances of what is left out while training; all of it acts on the change only, never on the base model."""
+
+    neuron: float = 0.0  # single numbers between down and up, the others scaled up (--network_dropout)
+    rank: float = 0.0  # whole channels of a sample between down and up, the others scaled up
+    module: float = 0.0  # the whole change of this call; nothing is scaled
+
+    @classmethod
+    def of(cls, arguments: NetworkArguments) -> "Dropout":
+        """Take the chances from the network arguments."""
+        given = arguments.of(DropoutArguments)
+        return cls(given.neuron_dropout, given.rank_dropout, given.module_dropout)
+
+    @property
+    def is_on(self) -> bool:
+        return bool(self.neuron or self.rank or self.module)
+
+    def skips_this_call(self) -> bool:
+        """Draw whether the change is left out of one call; call it in training only."""
+        return self.module > 0 and float(torch.rand(())) < self.module
+
+    def drop(self, hidden: Tensor, layer: nn.Module | None) -> Tensor:
+        """Leave out numbers and channels; the caller divides by the chance that a channel stays."""
+        if self.neuron > 0:
+            hidden = dropout(hidden, self.neuron)
+        if self.rank > 0:
+            keep_BK = torch.rand(len(hidden), num_channels(hidden, layer), device=hidden.device) > self.rank
+            hidden = hidden * per_channel(keep_BK, hidden, layer)
+        return hidden
+
+
+NO_DROPOUT = Dropout()
+
+
+def num_channels(hidden: Tensor, layer: nn.Module | None) -> int:
+    """Return K, the channels between down and up."""
+    return hidden.shape[1 if isinstance(layer, nn.Conv2d) else -1]
+
+
+def per_channel(keep_BK: Tensor, hidden: Tensor, layer: nn.Module | None) -> Tensor:
+    """Return 0 or 1 for every sample and channel, in a shape that meets `hidden`."""
+    others = (1,) * (hidden.dim() - 2)
+    num_samples, num_kept = keep_BK.shape
+    shape = (num_kept, *others) if isinstance(layer, nn.Conv2d) else (*others, num_kept)
+    return keep_BK.to(hidden.dtype).view(num_samples, *shape)

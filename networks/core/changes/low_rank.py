@@ -1,0 +1,125 @@
+"""Two small factors whose product is the change of a weight, and how layers are run with such factors.
+
+Letters: O output features or channels, I input features or channels, R rank, h w kernel, N = I * h * w.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, linear
+
+from networks.core.changes.change import check_kernel, factor, in_dtype_of
+from networks.core.changes.parameter_keys import UP
+
+
+class LowRank(nn.Module):
+    """LoRA (Hu et al. 2021, arXiv:2106.09685): dW = up @ down.
+
+    `lora_down.weight` is (R, I) or (R, I, h, w) and starts kaiming uniform with a = sqrt(5); `lora_up.weight` is (O, R)
+    or (O, R, 1, 1) and starts at zero, so the change starts at zero. Both are float32.
+    """
+
+    has_core = False
+    is_whole = False
+    fast_key = UP
+
+    def __init__(self, layer: nn.Module, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+        if isinstance(layer, nn.Linear):
+            self.lora_down: nn.Module = nn.Linear(layer.in_features, rank, bias=False, dtype=torch.float32)
+            self.lora_up: nn.Module = nn.Linear(rank, layer.out_features, bias=False, dtype=torch.float32)
+        else:
+            assert isinstance(layer, nn.Conv2d)
+            self.lora_down = narrow_like(layer, rank)
+            self.lora_up = nn.Conv2d(rank, layer.out_channels, 1, bias=False, dtype=torch.float32)
+        nn.init.kaiming_uniform_(factor(self.lora_down), a=math.sqrt(5))
+        nn.init.zeros_(factor(self.lora_up))
+
+    def start_moving(self) -> None:
+        start_up_moving(self.lora_up)
+
+    def down(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
+        return run_down(self.lora_down, x, columns)
+
+    def up(self, hidden: Tensor, base: Tensor) -> Tensor:
+        return add_product(base, hidden, factor(self.lora_up))
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        return factor(self.lora_down), factor(self.lora_up)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return factor(self.lora_up).flatten(1), factor(self.lora_down).flatten(1)
+
+    def weight(self) -> Tensor:
+        up_OR, down_RN = self.factors()
+        return (up_OR @ down_RN).reshape(up_OR.shape[0], *factor(self.lora_down).shape[1:])
+
+
+def start_up_moving(up: nn.Module) -> None:
+    """Draw an up factor as down factors are drawn."""
+    nn.init.kaiming_uniform_(factor(up), a=math.sqrt(5))
+
+
+def run_down(layer: nn.Module, x: Tensor, columns: Tensor | None) -> Tensor:
+    """Run x through a down factor, its channels multiplied by `columns` if there are some."""
+    if columns is not None:
+        return run_like(layer, x, factor(layer), columns)
+    return run_like(layer, x, factor(layer))
+
+
+def run_like(layer: nn.Module, x: Tensor, weight: Tensor, columns: Tensor | None = None) -> Tensor:
+    """Run x through `weight` in place of the layer's own.
+
+    Input column i is multiplied by `columns` (1, I) or (1, I, 1, 1). The weight is scaled in place of x, so that
+    autograd keeps x itself, which others keep too.
+    """
+    if columns is not None:
+        weight = weight * columns.to(weight.dtype)
+    x = in_dtype_of(weight, x)
+    if not isinstance(layer, nn.Conv2d):
+        return linear(x, weight)
+    pixels_BHWI = pixels_in_rows(x)
+    if pixels_BHWI is not None and looks_at_one_pixel(layer):
+        return linear(pixels_BHWI, weight.flatten(1)).permute(0, 3, 1, 2)
+    return conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation)
+
+
+def narrow_like(layer: nn.Conv2d, rank: int, in_channels: int | None = None) -> nn.Conv2d:
+    """Make a convolution that looks at the same pixels as `layer`, with R output channels and its inputs if unset."""
+    check_kernel(layer)
+    return nn.Conv2d(
+        layer.in_channels if in_channels is None else in_channels,
+        rank,
+        kernel_size=layer.kernel_size,  # type: ignore[arg-type]
+        stride=layer.stride,  # type: ignore[arg-type]
+        padding=layer.padding,  # type: ignore[arg-type]
+        dilation=layer.dilation,  # type: ignore[arg-type]
+        bias=False,
+        dtype=torch.float32,
+    )
+
+
+def add_product(base: Tensor, hidden: Tensor, up: Tensor) -> Tensor:
+    """Add what an up factor of (O, R) or (O, R, 1, 1) makes of the R channels to `base`, in its dtype."""
+    if up.dim() == 4:
+        pixels_BHWO, hidden_BHWR = pixels_in_rows(base), pixels_in_rows(hidden)
+        if pixels_BHWO is None or hidden_BHWR is None:
+            return base + conv2d(hidden, up).to(base.dtype)
+        return add_product(pixels_BHWO, hidden_BHWR, up.flatten(1)).permute(0, 3, 1, 2)
+    if base.dim() > 1 and hidden.dtype == base.dtype and base.is_contiguous():
+        # One pass over the outputs instead of two: the product is added where it is made.
+        return torch.addmm(base.flatten(0, -2), hidden.flatten(0, -2), up.t()).view_as(base)
+    return base + linear(hidden, up).to(base.dtype)
+
+
+def pixels_in_rows(x: Tensor) -> Tensor | None:
+    """View images (B, C, H, W) as (B, H, W, C) in the same memory; None where their pixels do not lie so."""
+    pixels_BHWC = x.permute(0, 2, 3, 1)
+    return pixels_BHWC if pixels_BHWC.is_contiguous() else None
+
+
+def looks_at_one_pixel(layer: nn.Conv2d) -> bool:
+    """Return True if a convolution is a product of every pixel with the same matrix."""
+    return layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.padding == (0, 0)

@@ -1,0 +1,7 @@
+"""T-LoRA as a kind of its own: LoRA with the network argument `tlora` (networks/core/changes/tlora.py)."""
+
+from dataclasses import replace
+
+from networks.core.kinds import lora
+
+KIND = replace(lora.KIND, network_module="networks.tlora", presets={"tlora": "True"})

@@ -1,0 +1,142 @@
+"""The adapters of one part of the base model: fresh ones, or those that a file has weights for."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import sqrt
+
+from torch import nn
+
+from networks.core.arguments.common import RankArguments, StructureArguments, TargetArguments
+from networks.core.arguments.network_arguments import NetworkArguments
+from networks.core.changes import qkv_pieces
+from networks.core.changes.adapter import Adapter
+from networks.core.changes.change import Change, ModuleTensors
+from networks.core.changes.dora import DoraArguments, are_per_output
+from networks.core.changes.parameter_keys import DORA_SCALE
+from networks.core.changes.request import ChangeRequest
+from networks.core.changes.tlora import NoiseLevels
+from networks.core.kinds import norm
+from networks.core.network.network import Member
+from networks.core.registry.adapter_kind import AdapterKind
+from networks.core.registry.layouts import PIECES, change_of, layout_of
+from networks.core.targets.rules import Rules, TargetSettings, make_rules
+from networks.core.targets.selection import all_targets, chosen_targets, extra_classes, filters_of
+from networks.core.targets.targets import AdapterTargets, Filters, Part, TargetModule, find_norms
+
+
+@dataclass(frozen=True)
+class Place:
+    """One part of the base model that adapters search."""
+
+    part: Part
+    root: nn.Module
+    text_encoder: int | None  # index of the text encoder, None for the denoiser
+
+    @property
+    def is_denoiser(self) -> bool:
+        return self.text_encoder is None
+
+
+@dataclass(frozen=True)
+class MemberMaker:
+    """Makes the adapters of one network; none is installed yet."""
+
+    kind: AdapterKind
+    targets: AdapterTargets
+    arguments: NetworkArguments
+    multiplier: float
+    noise: NoiseLevels
+
+    def fresh(self, place: Place, rules: Rules) -> Iterator[Member]:
+        """Yield the adapters of one part of the base model that the arguments ask for."""
+        arguments, dora = self.arguments, self.arguments.of(DoraArguments)
+        classes = rules.classes(place.part)
+        for target in chosen_targets(place.part, place.root, self.targets, arguments, classes):
+            settings = rules.resolve_settings(target)
+            if not settings.rank:
+                continue
+            if arguments.of(RankArguments).rslora:
+                settings = replace(settings, alpha=(settings.alpha or settings.rank) * sqrt(settings.rank))
+            request = replace(
+                self.request(place, target, settings.rank, settings.alpha),
+                has_core=arguments.of(StructureArguments).use_tucker and target.kind == "conv",
+                is_decomposed=dora.dora_wd,
+                is_per_output=dora.wd_on_output,
+            )
+            yield self.member(place, target, self.change(request), settings)
+        if arguments.of(TargetArguments).train_norm:
+            classes += extra_classes(place.part, arguments)
+            for target in find_norms(place.part, place.root, classes, filters_of(arguments)):
+                if (norm_settings := rules.resolve_norm_settings(target)) is not None:
+                    yield self.member(place, target, norm.fresh_norm(target.module), norm_settings)
+
+    def of_file(
+        self, place: Place, rules: Rules, groups: Mapping[str, ModuleTensors], source: str, is_merged: bool
+    ) -> Iterator[Member]:
+        """Yield the adapters of one part of the base model that a file has weights for.
+
+        Modules of a kind that this one does not train are read as they are, and of a file that `is_merged` those whose
+        rows are several.
+        """
+        part = place.part
+        norms = find_norms(part, place.root, part.blocks + part.conv_blocks, Filters(include=(".*",)))
+        for target in (*all_targets(part, place.root, self.targets), *norms):
+            group = groups.get(target.name)
+            if group is None or target.kind not in (layout := layout_of(group)).targets:
+                continue
+            if layout is norm.LAYOUT:
+                yield self.member(place, target, norm.fresh_norm(target.module), rules.with_rate(target, 0, 0.0))
+                continue
+            assert layout.rank_of is not None
+            settings = rules.with_rate(target, layout.rank_of(group), layout.alpha_of(group))
+            if layout is PIECES and not is_merged:
+                change = self.change_in_rows(place, target, group, source)
+                settings = rules.with_rate(target, 0, 0.0)
+            elif layout not in self.kind.layouts:
+                change = change_of(group, target.module)
+            else:
+                change = self.change(self.request_of_file(place, target, group, source))
+            yield self.member(place, target, change, settings)
+
+    def change_in_rows(self, place: Place, target: TargetModule, tensors: ModuleTensors, source: str) -> Change:
+        """Make the change of a layer of which a file has several changes, each of its own rows."""
+        layer, changes = target.module, {}
+        assert isinstance(layer, nn.Linear)
+        for name, own in qkv_pieces.by_rows(tensors).items():
+            part = replace(target, module=qkv_pieces.LinearRows(layer, qkv_pieces.rows_of(name, layer.out_features)))
+            request = self.request_of_file(place, part, own, source)
+            changes[name] = self.change(replace(request, qkv_widths=None))
+        return qkv_pieces.InRows(changes)
+
+    def request(self, place: Place, target: TargetModule, rank: int, alpha: float) -> ChangeRequest:
+        widths = self.targets.widths_of(target.path, target.module) if place.is_denoiser else None
+        return ChangeRequest(target, rank, alpha, self.arguments, self.noise, place.is_denoiser, widths)
+
+    def request_of_file(self, place: Place, target: TargetModule, tensors: ModuleTensors, source: str) -> ChangeRequest:
+        """Ask for a change in the form of a module of a file; magnitudes can be new."""
+        layout, dora = layout_of(tensors), self.arguments.of(DoraArguments)
+        assert layout.rank_of is not None
+        has_magnitudes = DORA_SCALE in tensors
+        return replace(
+            self.request(place, target, layout.rank_of(tensors), layout.alpha_of(tensors)),
+            tensors=tensors,
+            source=source,
+            has_core=layout.has_core(tensors),
+            is_decomposed=has_magnitudes or dora.dora_wd,
+            is_per_output=are_per_output(tensors[DORA_SCALE]) if has_magnitudes else dora.wd_on_output,
+        )
+
+    def change(self, request: ChangeRequest) -> Change:
+        assert self.kind.make is not None
+        return self.kind.make(request)
+
+    def member(self, place: Place, target: TargetModule, change: Change, settings: TargetSettings) -> Member:
+        return Member(Adapter(target, change, self.multiplier), place.text_encoder, settings)
+
+
+def rates_alone(arguments: NetworkArguments, targets: AdapterTargets, is_denoiser: bool) -> Rules:
+    """Make rules that give learning rates where a file gives ranks."""
+    without = arguments.replace(
+        RankArguments, block_dims=None, block_alphas=None, conv_block_dims=None, conv_block_alphas=None
+    )
+    return make_rules(0, 0.0, without, targets, is_denoiser)

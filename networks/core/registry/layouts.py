@@ -1,0 +1,82 @@
+"""Look-up of adapter kinds and of the layout of a module in a file: the files of networks/core/kinds, listed.
+
+A new kind is one more file there; nothing lists them by name.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Collection
+from functools import cache
+from pathlib import Path
+
+from torch import nn
+
+from library.checkpoints.adapter_names import FileNaming
+from library.errors import UserError
+from networks.core.changes import qkv_pieces
+from networks.core.changes.change import Change, ModuleTensors
+from networks.core.changes.parameter_keys import ALPHA, DORA_SCALE
+from networks.core.registry.adapter_kind import AdapterKind
+from networks.core.registry.key_layout import KeyLayout
+
+FOLDER = Path(__file__).parents[1] / "kinds"
+PACKAGE = "networks.core.kinds"
+OTHER = KeyLayout(name="other", words="another kind of adapter", needs=())
+SHARED = frozenset((ALPHA, DORA_SCALE))
+
+
+@cache
+def list_kinds() -> tuple[AdapterKind, ...]:
+    """Return every kind, by the name of its file."""
+    names = sorted(module.name for module in pkgutil.iter_modules([str(FOLDER)]))
+    return tuple(importlib.import_module(f"{PACKAGE}.{name}").KIND for name in names)
+
+
+@cache
+def list_layouts() -> tuple[KeyLayout, ...]:
+    """Return every layout once, those that need most keys first: LoRA with a core has all that LoRA has."""
+    found = dict.fromkeys(layout for kind in list_kinds() for layout in (*kind.layouts, *kind.merged_layouts))
+    return tuple(sorted(found, key=lambda layout: -len(layout.needs)))
+
+
+def layout_of(tensors: Collection[str]) -> KeyLayout:
+    """Return the layout of a module with these parameter keys; of an incomplete module the one that it belongs to."""
+    there = frozenset(tensors)
+    if qkv_pieces.is_in_rows(there):
+        return PIECES
+    complete = (layout for layout in list_layouts() if there.issuperset(layout.needs))
+    begun = (layout for layout in reversed(list_layouts()) if there & (layout.keys - SHARED))
+    return next(complete, next(begun, OTHER))
+
+
+def change_of(tensors: ModuleTensors, layer: nn.Module | None = None) -> Change:
+    """Make the change of a module in a file, of `layer` or, without one, of a weight alone.
+
+    Raises UserError for a layout that is only recognised.
+    """
+    layout = layout_of(tensors)
+    if layout.read is None:
+        raise UserError(f"{layout.words} is not computed here")
+    return layout.read(tensors, layer)
+
+
+def read_pieces(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
+    """Make the change of a layer whose rows are changed apart."""
+    return qkv_pieces.InRows(
+        {name: change_of(own) for name, own in qkv_pieces.by_rows(tensors).items()}
+    ).requires_grad_(False)
+
+
+PIECES = KeyLayout(
+    name="pieces", words="several changes of one layer", needs=(), read=read_pieces, may_have=(),
+    rank_of=lambda tensors: 1,
+)  # fmt: skip
+"""Several modules of a file in one layer of the base model. No kind lists it: no file has it."""
+
+
+def held_keys(naming: FileNaming) -> frozenset[str] | None:
+    """Return the parameter keys that programs of a naming read; None for all, those of no kind included."""
+    if naming == "kohya":
+        return None
+    held = {key for layout in list_layouts() if naming in layout.namings for key in layout.keys}
+    return frozenset(held - {DORA_SCALE} if naming == "diffusers" else held)

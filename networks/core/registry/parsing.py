@@ -1,0 +1,53 @@
+"""Network arguments of every kind: which there are, and what a given text says."""
+
+from collections.abc import Mapping
+from functools import cache
+from types import MappingProxyType
+from typing import Any
+
+from library.checkpoints.base_model_spec import ArgumentForm
+from networks.core.arguments.common import COMMON, check_blocks
+from networks.core.arguments.network_arguments import Argument, NetworkArguments, declared, read_groups
+from networks.core.changes.dora import DoraArguments
+from networks.core.changes.ggpo import GgpoArguments
+from networks.core.changes.init import InitArguments
+from networks.core.changes.tlora import TLoraArguments
+from networks.core.registry.adapter_kind import AdapterKind, Wrapper
+from networks.core.registry.layouts import list_kinds
+
+WRAPPERS: tuple[type[Wrapper], ...] = (GgpoArguments, TLoraArguments, InitArguments)
+
+
+@cache
+def list_groups() -> tuple[type, ...]:
+    """Return every group of network arguments."""
+    return (*COMMON, DoraArguments, *WRAPPERS, *dict.fromkeys(kind.arguments for kind in list_kinds()))
+
+
+@cache
+def list_arguments() -> Mapping[str, Argument]:
+    """Return the declaration of every network argument but those of base models."""
+    return {name: one for group in list_groups() for name, one in declared(group).items()}
+
+
+def parse_arguments(
+    items: Mapping[str, Any],
+    neuron_dropout: float | None = None,
+    of_models: Mapping[str, ArgumentForm] = MappingProxyType({}),
+) -> NetworkArguments:
+    """Read the network arguments that a user gave, as `read_groups` does, those of every kind and wrapper."""
+    arguments = read_groups(list_groups(), items, neuron_dropout, of_models)
+    check_blocks(arguments)
+    return arguments
+
+
+def strangers(kind: AdapterKind, arguments: NetworkArguments) -> Mapping[str, list[str]]:
+    """Return the given arguments of other kinds, by the network modules that have them."""
+    own = declared(kind.arguments)
+    found: dict[str, list[str]] = {}
+    names = [name for other in list_kinds() for name in declared(other.arguments)]
+    for name in dict.fromkeys(names):
+        if name in arguments.given and name not in own:
+            owners = [other.network_module for other in list_kinds() if name in declared(other.arguments)]
+            found.setdefault(" and ".join(filter(None, (", ".join(owners[:-1]), owners[-1]))), []).append(name)
+    return found
