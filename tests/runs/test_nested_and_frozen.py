@@ -118,9 +118,9 @@ def test_every_batch_of_an_accumulation_window_has_the_rank_of_its_step(
         "def create_network(*arguments, **keywords):\n"
         "    network = dylora.create_network(*arguments, **keywords)\n"
         "    draw = network.start_step\n"
-        "    def record(network, seed, step):\n"
-        "        draw(network, seed, step)\n"
-        "        calls.append((seed, step, {a.change.delta._rows for a in network.adapters.values()}))\n"
+        "    def record(adapters, seed, step):\n"
+        "        draw(adapters, seed, step)\n"
+        "        calls.append((seed, step, {a.change.delta._rows for a in adapters}))\n"
         "    network.start_step = record\n"
         "    return network\n"
     )
