@@ -1,6 +1,6 @@
 """Find options that are given and have no effect in a run, by what their declarations say they need."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from library.options.base import Options
@@ -50,11 +50,16 @@ def unmet(needs: tuple[str, ...], values: Mapping[str, Any]) -> str | None:
     other, equals, wanted = known[0].partition("=")
     if equals:
         return f"with --{other} {values[other]}; it is for {wanted.replace('|', ' or ')}"
-    return f"without {' or '.join(describe_need(need) for need in known)}"
+    return f"without {describe_needs(known)}"
+
+
+def describe_needs(needs: Sequence[str]) -> str:
+    """Write what an option needs, one of several, as it is typed."""
+    *others, last = (describe_need(need) for need in needs)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def describe_need(need: str) -> str:
-    """Write what an option needs as it is typed."""
     other, _, wanted = need.partition("=")
     return f"--{other} {wanted.replace('|', ' or ')}".rstrip()
 

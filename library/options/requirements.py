@@ -5,7 +5,7 @@ from typing import Any
 
 from library.errors import UserError
 from library.options.base import Options
-from library.options.no_effect import describe_need, is_met, is_set
+from library.options.no_effect import describe_needs, is_met, is_set
 
 
 def check_requirements(options: Options) -> None:
@@ -24,8 +24,7 @@ def check_required(name: str, needs: tuple[str, ...], values: Mapping[str, Any])
     other, is_value, _ = needs[0].partition("=")
     now = f", but that is {values[other]}" if is_value else ", which is not set"
     raise UserError(
-        f"{flag_with_value(name, values[name])} needs {' or '.join(describe_need(need) for need in needs)}{now}; "
-        f"set it, or leave out --{name}"
+        f"{flag_with_value(name, values[name])} needs {describe_needs(needs)}{now}; set it, or leave out --{name}"
     )
 
 
