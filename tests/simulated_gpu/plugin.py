@@ -4,6 +4,7 @@ A test fails where the simulation finds a fault. Tests marked `real_kernels` are
 one line says why, and everything goes on without it.
 """
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -45,6 +46,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         return
     simulation.clear()
     yield
+    gc.collect()  # what the test dropped is freed in its own time, not in that of a later test
     simulation.extension.synchronize(0)
     found = simulation.faults()
     if found and not item.get_closest_marker("provokes_faults"):

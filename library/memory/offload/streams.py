@@ -55,13 +55,15 @@ class CudaStreams:
         self.slots = [torch.empty(num_bytes, dtype=torch.uint8, device=device) for _ in range(num_slots)]
         self.copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.filled = [torch.cuda.Event() for _ in self.slots]  # type: ignore[no-untyped-call]
+        for slot in self.slots:
+            slot.record_stream(self.copies)  # a ring may be dropped while its last copy is under way
 
     def start(self, slot: int, master: Tensor) -> None:
         self.copies.wait_stream(torch.cuda.current_stream(self.slots[slot].device))
         self.copy(slot, master)
 
     def copy(self, slot: int, master: Tensor) -> None:
-        """Give the copy to its stream. The slots live as long as the ring, so no allocator needs to know of it."""
+        """Give the copy to its stream."""
         with torch.cuda.stream(self.copies):
             self.slots[slot][: len(master)].copy_(master, non_blocking=True)
             self.filled[slot].record(self.copies)
