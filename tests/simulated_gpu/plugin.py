@@ -1,7 +1,7 @@
 """pytest on a simulated GPU: `python -m pytest -p tests.simulated_gpu.plugin -m gpu`.
 
 A test fails where the simulation finds a fault. Tests marked `real_kernels` are skipped. Where no GPU can be simulated
-one line says why, and everything goes on without it.
+one line says why, and nothing is run.
 """
 
 import gc
@@ -16,21 +16,21 @@ SIMULATION = pytest.StashKey[Simulation]()
 MOST_SHOWN = 6
 
 
-def pytest_configure(config: pytest.Config) -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> int | None:
+    """End successfully before anything is collected where no GPU can be simulated."""
     reason = obstacle()
     if reason is None:
-        config.stash[SIMULATION] = insert()
+        return None
+    print(f"simulated GPU: its tests are skipped, as {reason}")
+    return int(pytest.ExitCode.OK)
 
 
-def pytest_report_header(config: pytest.Config) -> str:
-    if SIMULATION in config.stash:
-        return "simulated GPU: torch.cuda is simulated on the CPU"
-    return f"simulated GPU: not used, {obstacle()}"
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[SIMULATION] = insert()
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if SIMULATION not in config.stash:
-        return
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     skip = pytest.mark.skip(reason="needs the kernels of a real GPU")
     for item in items:
         if item.get_closest_marker("real_kernels"):
@@ -40,10 +40,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """Fail a test that passed although the simulation found faults."""
-    simulation = item.config.stash.get(SIMULATION, None)
-    if simulation is None:
-        yield
-        return
+    simulation = item.config.stash[SIMULATION]
     simulation.clear()
     yield
     gc.collect()  # what the test dropped is freed in its own time, not in that of a later test
@@ -56,8 +53,5 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 @pytest.fixture
 def simulated_gpu(request: pytest.FixtureRequest) -> Simulation:
-    """The simulation; the test is skipped where there is none."""
-    simulation = request.config.stash.get(SIMULATION, None)
-    if simulation is None:
-        pytest.skip("needs a simulated GPU: -p tests.simulated_gpu.plugin")
-    return simulation
+    """The simulation."""
+    return request.config.stash[SIMULATION]

@@ -765,6 +765,8 @@ const std::set<std::string> COPY_FROM_CPU = {
 const std::set<std::string> TAKE_CPU = {"aten::lift_fresh", "aten::set_"};
 const std::set<std::string> INDEX = {"aten::index", "aten::index_put_", "aten::_index_put_impl_", "aten::index_put"};
 
+const std::set<std::string> SOFTMAX = {"aten::_softmax", "aten::_log_softmax"};
+
 void check_matmul_rules(const std::string& name, const std::vector<Tensor>& in) {
   const double capability = simulation().capability;
   if (name == "aten::_int_mm") {
@@ -810,6 +812,7 @@ class Call {  // one operation: its arguments as the CPU takes them, and its res
       if (is(READ_BY_HOST) || (has_cpu_ && is(COPY_FROM_CPU)) || (has_mask_ && is(INDEX))) host_waits(text, s.clocks[stream_]);
     }
     if (!in_order_.empty()) check_matmul_rules(name_, in_order_);
+    if (is(SOFTMAX)) widen_input();
     op_.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack_);
     for (auto& use : used_) {  // an out= that was resized
       if (!use.is_write || use.on_cpu.sizes() == use.on_device.sizes()) continue;
@@ -834,6 +837,14 @@ class Call {  // one operation: its arguments as the CPU takes them, and its res
   std::vector<Tensor> in_order_;
   What what_ = nullptr;
   int stream_ = NO_ACTOR;
+
+  // CUDA's softmax of half-precision numbers can give float32; the CPU's takes float32 for that, with the same result.
+  void widen_input() {
+    auto &input = (*stack_)[first_], &gives_float = (*stack_)[first_ + 2];
+    if (!gives_float.toBool()) return;
+    input = input.toTensor().to(at::kFloat);
+    gives_float = false;
+  }
 
   bool is(const std::set<std::string>& names) const { return names.count(name_) || names.count(schema_.name()); }
 

@@ -315,3 +315,10 @@ def trained(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         scaler.update()
         optimizer.zero_grad()
     return [parameter.detach().cpu() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("function", [torch.softmax, torch.log_softmax])
+def test_softmax_widens_as_on_cuda(function: Callable[..., Tensor]) -> None:
+    x = torch.linspace(-3, 3, 8, dtype=torch.float16)
+    found = function(x.to(GPU), 0, dtype=torch.float32)
+    assert found.dtype == torch.float32 and torch.equal(found.cpu(), function(x.float(), 0))
