@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from types import ModuleType
 
@@ -38,14 +39,14 @@ def obstacle() -> str | None:
 
 
 def compiler() -> str:
-    """Return the name of the C++ compiler that torch's cpp_extension calls."""
-    return os.environ.get("CXX", "c++").split()[0]
+    """Return the name of the C++ compiler that setuptools calls for torch's cpp_extension."""
+    return (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()[0]
 
 
 def extension() -> ModuleType:
     """Return the extension, built where the cache lacks it.
 
-    Processes that build at once wait for each other. Raises RuntimeError with the compiler's last lines.
+    Processes that build at once wait for each other. Raises RuntimeError with the compiler's errors.
     """
     folder = cache_folder() / digest()
     file = folder / f"{NAME}.so"
@@ -78,7 +79,8 @@ def build_apart(folder: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode != 0:
         lines = (done.stdout + done.stderr).splitlines()
-        raise RuntimeError("building the simulated GPU failed:\n" + "\n".join(lines[-30:]))
+        shown = [line for line in lines if " error: " in line] or lines
+        raise RuntimeError("building the simulated GPU failed:\n" + "\n".join(shown[-20:]))
 
 
 def build(folder: Path) -> None:

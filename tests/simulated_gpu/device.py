@@ -108,6 +108,7 @@ def insert(settings: Settings = Settings()) -> Simulation:
     replace_torch_cuda(simulation)
     order_threads(simulation.extension)
     watch_reads(simulation.extension)
+    replace_nccl(simulation.extension)
     return simulation
 
 
@@ -352,3 +353,23 @@ def watch_reads(ext: ModuleType) -> None:
 
     for name in ("item", "numpy", "tolist"):
         setattr(Tensor, name, watched(name))
+
+
+def replace_nccl(ext: ModuleType) -> None:
+    """Let processes that ask for NCCL have collectives on streams whose bytes gloo carries."""
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        return
+
+    def collectives(store: Any, rank: int, size: int, timeout: Any) -> Any:
+        return ext.collectives(dist.ProcessGroupGloo(store, rank, size, timeout), rank, size)
+
+    dist.Backend.register_backend("simulated", collectives, devices=["cuda"])
+    init = dist.init_process_group
+
+    def init_process_group(backend: str | None = None, *arguments: Any, **named: Any) -> Any:
+        return init(None if backend is None else backend.replace("nccl", "simulated"), *arguments, **named)
+
+    dist.init_process_group = init_process_group
+    dist.distributed_c10d.init_process_group = init_process_group

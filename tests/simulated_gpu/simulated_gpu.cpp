@@ -23,6 +23,7 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <pybind11/stl.h>
 #include <sys/mman.h>
+#include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
@@ -850,7 +851,6 @@ class Call {  // one operation: its arguments as the CPU takes them, and its res
 
   Tensor taken(const Tensor& t, bool is_write) {
     if (!t.defined()) return t;
-    if (t.dim() > 0 && (t.scalar_type() == at::kBool || t.scalar_type() == at::kByte)) has_mask_ = true;
     if (!is_on_device(t)) {
       if (t.dim() > 0 && t.device().is_cpu()) has_cpu_ = true;
       return t;
@@ -865,18 +865,17 @@ class Call {  // one operation: its arguments as the CPU takes them, and its res
     const bool is_write = argument.alias_info() && argument.alias_info()->isWrite();
     if (value.isTensor()) {
       if (is_on_device(value.toTensor())) in_order_.push_back(value.toTensor());
-      const bool is_self = argument.name() == "self" || argument.name() == "values";
-      const bool had_mask = has_mask_;
       value = taken(value.toTensor(), is_write);
-      if (is_self) has_mask_ = had_mask;  // only indices are masks
     } else if (value.isTensorList()) {
       std::vector<Tensor> list;
       for (const Tensor& t : value.toTensorList()) list.push_back(taken(t, is_write));
       value = c10::List<Tensor>(list);
     } else if (value.isOptionalTensorList()) {
       c10::List<std::optional<Tensor>> list;
-      for (const std::optional<Tensor>& t : value.toOptionalTensorList())
+      for (const std::optional<Tensor>& t : value.toOptionalTensorList()) {
+        if (t && (t->scalar_type() == at::kBool || t->scalar_type() == at::kByte)) has_mask_ = true;
         list.push_back(t ? std::optional<Tensor>(taken(*t, is_write)) : t);
+      }
       value = list;
     } else if (value.isDevice()) {
       if (value.toDevice().type() == CUDA) {
@@ -1068,6 +1067,99 @@ int64_t choose_attention(const Tensor& query, const Tensor& key, const Tensor& v
   return int64_t(at::SDPBackend::math);  // whichever it is, the arithmetic is that of the math kernel
 }
 
+// ------------------------------------------------------------------------------------------------ processes
+
+// What NCCL is to GPUs: collectives run on a stream of their own, after what the current stream has done so far, and who
+// waits for the work lets the current stream wait for it, not the host. gloo carries the bytes between the processes.
+class Arrival final : public c10d::Work {
+ public:
+  Arrival(Clock clock, DeviceIndex device) : clock_(std::move(clock)), device_(device) {}
+  bool isCompleted() override { return true; }
+  bool isSuccess() const override { return true; }
+  void synchronize() override {
+    Locked lock;
+    merge(simulation().clocks[stream_now(device_)], clock_);
+  }
+  bool wait(std::chrono::milliseconds) override { synchronize(); return true; }
+
+ private:
+  Clock clock_;
+  DeviceIndex device_;
+};
+
+class Collectives final : public c10d::Backend {
+ public:
+  Collectives(c10::intrusive_ptr<c10d::Backend> gloo, int rank, int size) : Backend(rank, size), gloo_(std::move(gloo)) {}
+  const std::string getBackendName() const override { return "simulated"; }
+
+  c10::intrusive_ptr<c10d::Work> broadcast(std::vector<Tensor>& tensors, const c10d::BroadcastOptions& options) override {
+    return carry("broadcast", {}, tensors, [&](auto& in, auto& out) { return gloo_->broadcast(out, options); });
+  }
+  c10::intrusive_ptr<c10d::Work> allreduce(std::vector<Tensor>& tensors, const c10d::AllreduceOptions& options) override {
+    return carry("allreduce", {}, tensors, [&](auto& in, auto& out) { return gloo_->allreduce(out, options); });
+  }
+  c10::intrusive_ptr<c10d::Work> allgather(std::vector<std::vector<Tensor>>& out, std::vector<Tensor>& in,
+                                           const c10d::AllgatherOptions& options) override {
+    TORCH_CHECK(out.size() == 1, "allgather takes one tensor of each process");
+    return carry("allgather", in, out[0], [&](auto& cpu_in, auto& cpu_out) {
+      std::vector<std::vector<Tensor>> lists{cpu_out};
+      return gloo_->allgather(lists, cpu_in, options);
+    });
+  }
+  c10::intrusive_ptr<c10d::Work> _allgather_base(Tensor& out, Tensor& in, const c10d::AllgatherOptions& options) override {
+    return carry("allgather", {in}, {out}, [&](auto& cpu_in, auto& cpu_out) {
+      return gloo_->_allgather_base(cpu_out[0], cpu_in[0], options);
+    });
+  }
+  c10::intrusive_ptr<c10d::Work> _reduce_scatter_base(Tensor& out, Tensor& in, const c10d::ReduceScatterOptions& options) override {
+    return carry("reduce_scatter", {in}, {out}, [&](auto& cpu_in, auto& cpu_out) {
+      return gloo_->_reduce_scatter_base(cpu_out[0], cpu_in[0], options);
+    });
+  }
+  c10::intrusive_ptr<c10d::Work> barrier(const c10d::BarrierOptions&) override {  // a collective that the host waits for
+    const DeviceIndex device = ::current_device;
+    gloo_->barrier()->wait();
+    std::string text = at_place("barrier");
+    Locked lock;
+    ++simulation().waits[text];
+    synchronize_device(device);
+    return c10::make_intrusive<Arrival>(Clock(), device);
+  }
+
+ private:
+  c10::intrusive_ptr<c10d::Backend> gloo_;
+  int stream_ = NO_ACTOR;
+
+  template <class Carry>
+  c10::intrusive_ptr<c10d::Work> carry(const std::string& name, std::vector<Tensor> in, std::vector<Tensor> out, Carry given) {
+    for (auto& t : in) TORCH_CHECK(is_on_device(t), "no backend type associated with device type cpu");
+    for (auto& t : out) TORCH_CHECK(is_on_device(t), "no backend type associated with device type cpu");
+    const DeviceIndex device = out.at(0).device().index();
+    std::string text = at_place(name);
+    std::vector<Tensor> cpu_in, cpu_out;
+    {
+      Locked lock;
+      auto& s = simulation();
+      if (stream_ == NO_ACTOR) stream_ = stream_of_pool(device);
+      What what = intern(text);
+      const int by = host();
+      ++part(s.clocks[by], by);
+      ::merge(s.clocks[stream_], s.clocks[by]);
+      ::merge(s.clocks[stream_], s.clocks[stream_now(device)]);
+      ++part(s.clocks[stream_], stream_);
+      for (auto& t : in) { access(t, stream_, false, what); cpu_in.push_back(as_cpu(t)); record_stream_of(t); }
+      for (auto& t : out) { access(t, stream_, true, what); cpu_out.push_back(as_cpu(t)); record_stream_of(t); }
+    }
+    given(cpu_in, cpu_out)->wait();
+    Locked lock;
+    return c10::make_intrusive<Arrival>(simulation().clocks[stream_], device);
+  }
+  void record_stream_of(const Tensor& t) {  // as NCCL's backend keeps the tensors of a collective
+    auto* block = block_of(t.storage().data());
+    if (block) block->recorded.insert(stream_);
+  }
+};
+
 TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&any_operation>()); }
 TORCH_LIBRARY_IMPL(aten, CPU, m) { m.impl("copy_", copy_on_host); }
 TORCH_LIBRARY_IMPL(aten, CUDA, m) {
@@ -1163,6 +1255,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     return Guard().elapsedTime(reinterpret_cast<void*>(first), reinterpret_cast<void*>(second), 0);
   });
   m.def("default_generator", [](int device) { return default_generator(DeviceIndex(device)); });
+  m.def("collectives", [](const c10::intrusive_ptr<c10d::Backend>& gloo, int rank, int size) {
+    return c10::intrusive_ptr<c10d::Backend>(c10::make_intrusive<Collectives>(gloo, rank, size));
+  });
   // Threads of the host
   m.def("begin_thread", [](const Clock& before) { this_thread = {NO_ACTOR, before}; });
   m.def("clock", [] {
