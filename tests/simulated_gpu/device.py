@@ -267,6 +267,15 @@ def replace_torch_cuda(simulation: Simulation) -> None:
     cuda._exchange_device = cuda._maybe_exchange_device = exchange  # type: ignore[assignment]
     torch.backends.cuda.is_built = lambda: True
     torch.version.cuda = "12.8"
+    resize = torch.UntypedStorage.resize_
+
+    def resized(storage: Any, num_bytes: int) -> Any:
+        if storage.device.type != "cuda":
+            return resize(storage, num_bytes)
+        ext.resize_storage(torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage), num_bytes)
+        return storage
+
+    torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign]
 
 
 def order_threads(ext: ModuleType) -> None:

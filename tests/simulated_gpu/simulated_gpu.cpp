@@ -1255,6 +1255,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     return Guard().elapsedTime(reinterpret_cast<void*>(first), reinterpret_cast<void*>(second), 0);
   });
   m.def("default_generator", [](int device) { return default_generator(DeviceIndex(device)); });
+  m.def("resize_storage", [](const Tensor& holder, size_t size) {  // of a CPU build torch refuses it for CUDA
+    c10::Storage storage = holder.storage();
+    c10::DeviceGuard guard(storage.device());
+    auto data = device_allocator.allocate(size);
+    const int64_t kept = std::min(size, storage.nbytes());
+    if (kept) {
+      Tensor to = at::from_blob(data.get(), {kept}, holder.options());
+      to.copy_(at::from_blob(const_cast<void*>(storage.data()), {kept}, holder.options()));
+    }
+    storage.set_data_ptr(std::move(data));
+    storage.set_nbytes(size);
+  });
   m.def("collectives", [](const c10::intrusive_ptr<c10d::Backend>& gloo, int rank, int size) {
     return c10::intrusive_ptr<c10d::Backend>(c10::make_intrusive<Collectives>(gloo, rank, size));
   });

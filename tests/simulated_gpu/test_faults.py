@@ -322,3 +322,16 @@ def test_softmax_widens_as_on_cuda(function: Callable[..., Tensor]) -> None:
     x = torch.linspace(-3, 3, 8, dtype=torch.float16)
     found = function(x.to(GPU), 0, dtype=torch.float32)
     assert found.dtype == torch.float32 and torch.equal(found.cpu(), function(x.float(), 0))
+
+
+def test_a_storage_can_be_given_back_and_taken_again(simulated_gpu: Simulation) -> None:
+    """As FSDP does with the weights of a block."""
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    x = torch.arange(4.0, device=GPU)
+    x.untyped_storage().resize_(0)
+    assert torch.cuda.memory_allocated() == before
+    x.untyped_storage().resize_(32)
+    x.copy_(torch.ones(4))
+    x.untyped_storage().resize_(16)
+    assert x.tolist() == [1] * 4
