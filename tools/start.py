@@ -35,6 +35,7 @@ MAX_QUICKSTART_THREADS = 8  # the toy model is too small to feed more
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
 TRAINING_CONFIG = "configs/quickstart/train.toml"
+GPU_TESTS = ("tests/gpu", "tests/simulated_gpu")
 TOY_BASE = "configs/quickstart/toy_base"
 PROMPTS = "configs/quickstart/prompts.txt"
 ADAPTER = "output/quickstart/quickstart.safetensors"
@@ -283,14 +284,25 @@ def pytest_command(python: Path, slow: bool, pytest_arguments: "list[str]") -> "
     A `-m` or a path among `pytest_arguments` overrides the tier.
     """
     tier = "not gpu and not nightly" if slow else "not slow and not gpu and not nightly"
-    in_parallel = [
+    return [str(python), "-m", "pytest", "-m", tier, *in_parallel(), *pytest_arguments]
+
+
+def simulated_gpu_command(python: Path, slow: bool) -> "list[str]":
+    """Return the command that runs the tests for GPUs on a simulated one, which is for the whole process."""
+    tier = "gpu and not nightly" if slow else "gpu and not slow and not nightly"
+    plugin = ["-p", "tests.simulated_gpu.plugin"]
+    return [str(python), "-m", "pytest", *plugin, "-m", tier, *in_parallel(), *GPU_TESTS]
+
+
+def in_parallel() -> "list[str]":
+    """Return pytest's options for as many processes as there are cores."""
+    return [
         "-n",
         str(num_threads()),
         "--dist",
         "loadfile",  # a file's tests share expensive models
         "--no-loadscope-reorder",  # reordering by number of tests would put files with one long test last
     ]
-    return [str(python), "-m", "pytest", "-m", tier, *in_parallel, *pytest_arguments]
 
 
 def written_at(path: Path) -> "int | None":
@@ -328,7 +340,8 @@ def run_tests(venv: Path, slow: bool, pytest_arguments: "list[str]") -> int:
     """Run the tests. Return pytest's exit status."""
     python = ready_python(venv, TEST_REQUIREMENTS)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many processes as cores run the tests
-    return run(pytest_command(python, slow, pytest_arguments))
+    on_gpu = 0 if pytest_arguments else run(simulated_gpu_command(python, slow))
+    return on_gpu or run(pytest_command(python, slow, pytest_arguments))
 
 
 def examine(venv: Path) -> int:

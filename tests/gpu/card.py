@@ -1,7 +1,7 @@
-"""What the tests for a card share.
+"""What the tests for a GPU share.
 
-`LORA_TEST_DEVICE=cpu` lets the CPU stand in for the card, so that these tests can be tried without one; what only cards
-have is then left out.
+Without one they run on a simulated GPU (tests/simulated_gpu), with `-p tests.simulated_gpu.plugin`. Where that cannot
+be built, `LORA_TEST_DEVICE=cpu` lets the CPU stand in; what only GPUs have is then left out.
 """
 
 import os
@@ -13,6 +13,6 @@ CPU_STANDS_IN = os.environ.get("LORA_TEST_DEVICE") == "cpu"
 DEVICE = torch.device("cpu" if CPU_STANDS_IN else "cuda")
 ON_CARD = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not (CPU_STANDS_IN or torch.cuda.is_available()), reason="needs a CUDA card"),
+    pytest.mark.skipif(not (CPU_STANDS_IN or torch.cuda.is_available()), reason="needs a GPU"),
 ]
 CARD_ONLY = pytest.mark.skipif(CPU_STANDS_IN, reason="the CPU cannot stand in")

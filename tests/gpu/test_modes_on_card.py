@@ -5,6 +5,7 @@ differ by (flash attention and convolutions may add up in any order), and other 
 """
 
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -24,9 +25,18 @@ def agree(found: list[Tensor], wanted: list[Tensor]) -> bool:
     return all(bool((a - b).norm() <= SAME_KERNELS * b.norm() + 1e-9) for a, b in pairs)
 
 
-@pytest.mark.parametrize("runner", ["plain", "recompute_from_main_memory"])
-@pytest.mark.parametrize("form", ["none", "fp8", "int8_rotated", "nf4_double"])
-@pytest.mark.parametrize("base", ["sd", "flux", "lumina", "sd3", "hunyuan_image", "anima"])
+FAST = ("flux-none-plain", "flux-fp8-recompute_from_main_memory")
+MODES = [
+    pytest.param(*mode, marks=[] if "-".join(mode) in FAST else pytest.mark.slow, id="-".join(mode))
+    for mode in product(
+        ("sd", "flux", "lumina", "sd3", "hunyuan_image", "anima"),
+        ("none", "fp8", "int8_rotated", "nf4_double"),
+        ("plain", "recompute_from_main_memory"),
+    )
+]
+
+
+@pytest.mark.parametrize(("base", "form", "runner"), MODES)
 def test_waiting_blocks_train_as_blocks_that_stay(base: str, form: str, runner: str) -> None:
     stay = gradients(Mode(base, form, adapter="dora"), device=DEVICE)
     wait = gradients(Mode(base, form, "streamed", runner, "dora"), device=DEVICE)
@@ -34,6 +44,7 @@ def test_waiting_blocks_train_as_blocks_that_stay(base: str, form: str, runner: 
 
 
 @CARD_ONLY
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", [CudaStreams, StagedStreams])
 def test_both_ways_to_the_card_are_taken_and_give_the_same(streams: type, monkeypatch: pytest.MonkeyPatch) -> None:
     stay = gradients(Mode("flux", adapter="lora"), device=DEVICE)

@@ -1,5 +1,6 @@
 """Time that a card spends is measured on the card, and memory that ran short is counted."""
 
+import pytest
 import torch
 
 from library.memory.planner.gpus import peak_of
@@ -7,7 +8,7 @@ from library.training.reporting.step_times import StepTimes, pressure_of
 from tests.gpu.card import DEVICE, ON_CARD
 from tests.unit.training.test_step_times import batch_of
 
-pytestmark = ON_CARD
+pytestmark = [*ON_CARD, pytest.mark.real_kernels]
 
 
 def test_stages_on_the_card_take_the_time_of_their_kernels() -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from library.memory.offload.readback import Readback
@@ -10,7 +11,7 @@ from library.training.reporting.step_times import StepTimes
 from tests.gpu.card import CARD_ONLY, DEVICE, ON_CARD
 from tests.unit.training.test_loop import batch_of
 
-pytestmark = [*ON_CARD, CARD_ONLY]
+pytestmark = [*ON_CARD, CARD_ONLY, pytest.mark.slow]
 
 
 def test_batches_that_are_copied_meanwhile_arrive_whole() -> None:

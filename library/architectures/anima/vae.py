@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, first_names, renamed
 from library.errors import NotThere, UserError
+from library.memory.devices import send
 from library.models.loading import Component
 from library.models.shapes import Shapes, shape_of
 from library.protocols import LatentSpec
@@ -69,7 +70,7 @@ class QwenImageLatents:
 
 def statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     """Return mean and deviation of each channel, shape (1, C, 1, 1)."""
-    mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (MEAN, STD))
+    mean, std = (send(torch.tensor(values), device).view(1, -1, 1, 1) for values in (MEAN, STD))
     return mean, std
 
 

@@ -26,5 +26,11 @@ def pin(masters: Sequence[Tensor]) -> str | None:
                 runtime.cudaHostUnregister(pinned.data_ptr())
             return f"cudaHostRegister failed with error {status}"
     for master in masters:
-        weakref.finalize(master, runtime.cudaHostUnregister, master.data_ptr()).atexit = False
+        weakref.finalize(master, unpin, master.data_ptr()).atexit = False
     return None
+
+
+def unpin(address: int) -> None:
+    """Unpin memory at its end, once the last copy from it, such as the prefetch of a ring that is dropped, is done."""
+    torch.cuda.synchronize()
+    torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]

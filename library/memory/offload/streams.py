@@ -54,6 +54,8 @@ class CudaStreams:
         self.slots = [torch.empty(num_bytes, dtype=torch.uint8, device=device) for _ in range(num_slots)]
         self.copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.filled = [torch.cuda.Event() for _ in self.slots]  # type: ignore[no-untyped-call]
+        for slot in self.slots:
+            slot.record_stream(self.copies)  # a ring may be dropped while its last copy is under way
 
     def start(self, slot: int, master: Tensor) -> None:
         self.copies.wait_stream(torch.cuda.current_stream(self.slots[slot].device))

@@ -101,15 +101,18 @@ def test_pinning_is_all_or_nothing_and_leaves_most_memory_alone(monkeypatch: pyt
 
 def test_what_is_pinned_is_so_as_long_as_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = Runtime(most=3)
+    waits_for_copies: list[None] = []
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits_for_copies.append(None))
     masters = [torch.zeros(100, dtype=torch.uint8) for _ in range(3)]
     addresses = [master.data_ptr() for master in masters]
     assert pinning.pin(masters) is None and runtime.pinned == addresses
     part = masters[0][10:20]
     del masters
     assert runtime.pinned == addresses[:1]
+    assert len(waits_for_copies) == 2
     del part
-    assert runtime.pinned == []
+    assert runtime.pinned == [] and len(waits_for_copies) == 3
 
 
 class FakeCuda:
@@ -146,6 +149,9 @@ class FakeCuda:
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: compute)
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+        monkeypatch.setattr(
+            torch.Tensor, "record_stream", lambda tensor, stream: told.append(f"kept for {stream.name}")
+        )
         empty = torch.empty
         monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **kw: empty(*size, **kw))
 
@@ -160,7 +166,7 @@ def test_a_card_copies_after_what_was_computed_and_computes_after_what_was_copie
     streams = CudaStreams(2, 8, CPU)
     streams.start(1, torch.arange(6, dtype=torch.uint8))
     streams.ready(1)
-    assert cuda.told == ["copies waits for compute", *FILL, "compute waits for an event"]
+    assert cuda.told == [*["kept for copies"] * 2, "copies waits for compute", *FILL, "compute waits for an event"]
     assert streams.slots[1][:6].tolist() == [0, 1, 2, 3, 4, 5]
 
 
@@ -170,7 +176,7 @@ def test_memory_that_is_not_pinned_goes_through_buffers_that_are(monkeypatch: py
     streams.start(0, torch.full((4,), 7, dtype=torch.uint8))
     streams.ready(0)
     staged = ["host waits", "copies waits for an event", *FILL, "record on copies"]
-    assert cuda.told == ["record on compute", *staged, "compute waits for an event"]
+    assert cuda.told == [*["kept for copies"] * 2, "record on compute", *staged, "compute waits for an event"]
     streams.start(1, torch.full((5,), 8, dtype=torch.uint8))
     streams.ready(1)
     assert [slot[0].item() for slot in streams.slots] == [7, 8]

@@ -138,6 +138,33 @@ def test_test_command_chooses_the_tier_and_passes_arguments_on(
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("slow", "tier"), [(False, "gpu and not slow and not nightly"), (True, "gpu and not nightly")])
+def test_tests_for_gpus_run_on_a_simulated_one_in_a_process_of_their_own(
+    slow: bool, tier: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start, "num_threads", lambda: 3)
+    assert start.simulated_gpu_command(PYTHON, slow) == [
+        str(PYTHON), "-m", "pytest", "-p", "tests.simulated_gpu.plugin", "-m", tier, "-n", "3", "--dist", "loadfile",
+        "--no-loadscope-reorder", "tests/gpu", "tests/simulated_gpu",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "statuses", "status", "num_runs"),
+    [([], [0, 0], 0, 2), ([], [0, 1], 1, 2), ([], [1], 1, 1), (["-k", "dataset"], [2], 2, 1)],
+)
+def test_the_tests_for_gpus_come_first_unless_pytest_is_given_arguments(
+    arguments: list[str], statuses: list[int], status: int, num_runs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(start, "ready_python", lambda venv, names: PYTHON)
+    monkeypatch.setattr(start, "run", lambda command: commands.append(command) or statuses[len(commands) - 1])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert start.run_tests(Path("/venv"), False, arguments) == status
+    assert len(commands) == num_runs
+    assert [("tests.simulated_gpu.plugin" in command) for command in commands] == [not arguments, False][:num_runs]
+
+
 def test_arguments_after_two_dashes_are_for_pytest() -> None:
     assert start.split_at_dashes(["test", "--slow", "--", "-m", "gpu", "--", "x"]) == (
         ["test", "--slow"],

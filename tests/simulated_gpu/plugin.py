@@ -1,0 +1,57 @@
+"""pytest on a simulated GPU: `python -m pytest -p tests.simulated_gpu.plugin -m gpu`.
+
+A test fails where the simulation finds a fault. Tests marked `real_kernels` are skipped. Where no GPU can be simulated
+one line says why, and nothing is run.
+"""
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+
+from tests.simulated_gpu.build import obstacle
+from tests.simulated_gpu.device import Simulation, insert
+
+SIMULATION = pytest.StashKey[Simulation]()
+MOST_SHOWN = 6
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> int | None:
+    """End successfully before anything is collected where no GPU can be simulated."""
+    reason = obstacle()
+    if reason is None:
+        return None
+    print(f"simulated GPU: its tests are skipped, as {reason}")
+    return int(pytest.ExitCode.OK)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[SIMULATION] = insert()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    skip = pytest.mark.skip(reason="needs the kernels of a real GPU")
+    for item in items:
+        if item.get_closest_marker("real_kernels"):
+            item.add_marker(skip)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Fail a test that passed although the simulation found faults."""
+    simulation = item.config.stash[SIMULATION]
+    simulation.clear()
+    yield
+    gc.collect()  # what the test dropped is freed in its own time, not in that of a later test
+    simulation.extension.synchronize(0)
+    found = simulation.faults()
+    if found and not item.get_closest_marker("provokes_faults"):
+        shown = [str(fault) for fault in found[:MOST_SHOWN]]
+        pytest.fail("\n".join([f"{len(found)} faults on the simulated GPU", *shown]), pytrace=False)
+
+
+@pytest.fixture
+def simulated_gpu(request: pytest.FixtureRequest) -> Simulation:
+    """The simulation."""
+    return request.config.stash[SIMULATION]

@@ -1,0 +1,47 @@
+"""tests.ranks with a simulated GPU for each process: `python -m tests.simulated_gpu.ranks <jobs.json>`."""
+
+import gc
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from tests import ranks
+from tests.killing import told_by
+from tests.ranks import Job, Rank
+from tests.simulated_gpu.device import Settings, Simulation, insert
+
+NUM_GPUS = 2
+
+
+def run_ranks(jobs: Sequence[Job], folder: Path, timeout: float = 300) -> list[list[Rank]]:
+    """Run the jobs as tests.ranks does; `gave` of each process are the faults and the waits that were found in it."""
+    return [[Rank(**rank) for rank in found] for found in told_by("tests.simulated_gpu.ranks", jobs, folder, timeout)]
+
+
+def main() -> None:
+    """In the process that forks: put the GPUs in before anything else."""
+    simulation, start = insert(Settings(num_gpus=NUM_GPUS)), ranks.start
+
+    def started(job: Job) -> int:
+        os.environ["ACCELERATE_USE_CPU"] = "false"
+        status = start(job)
+        tell(simulation, job)
+        return status
+
+    ranks.start = started
+    ranks.main()
+
+
+def tell(simulation: Simulation, job: Job) -> None:
+    """Write down what the simulation saw in this process."""
+    gc.collect()
+    torch.cuda.synchronize()
+    found = {"faults": list(map(str, simulation.faults())), "waits": simulation.waits()}
+    (Path(job.folder) / f"gave_{os.environ['RANK']}").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""Whole trainings on the simulated GPU: no fault, and within a step the host waits where it has to and nowhere else."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from library.options.machine.base_formats import BASE_FORMATS
+from library.training.loop import loop
+from library.training.loop.adapter_run import AdapterRun
+from library.training.reporting.step_times import StepTimes
+from tests.running import Finished, make_pictures
+from tests.runs.bases import BASES
+from tests.runs.test_memory_modes import DEEPER, WAITING
+from tests.simulated_gpu.device import Simulation
+from tests.tiny import sd3
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("simulated_gpu")]
+
+# Where the host may wait within a step, without line numbers.
+ALLOWED = {
+    # The numbers of the step before: the one place where the host lets the GPU catch up.
+    "synchronize event at library/memory/offload/readback.py (read)",
+    # The times of the step before, which has ended by then.
+    "synchronize event at library/training/reporting/step_times.py (span)",
+}
+ENCODES = ("sd", "sd2")  # whose captions are encoded in each step; the others' features are cached, as users do
+CACHED = ("--cache_text_encoder_outputs", "--network_train_unet_only")
+MASKS = frozenset(
+    {
+        f"item at site-packages/transformers/masking_utils.py ({function})"
+        for function in ("_ignore_bidirectional_mask_sdpa", "_ignore_causal_mask_sdpa", "find_packed_sequence_indices")
+    }
+)
+OFFLOADED = ("--gradient_checkpointing", "--cpu_offload_checkpointing")
+SWAPPED = {**WAITING, "sd2": "9", "sd3": "2"}
+
+
+class StepWaits:
+    """Counts where the host waits within steps, but not in the first one, which makes what all others use."""
+
+    def __init__(self, simulated_gpu: Simulation, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.found: Counter[str] = Counter()
+        self.num_steps = 0
+        self._simulation, self._monkeypatch = simulated_gpu, monkeypatch
+        for owner, name in ((loop, "accumulate_gradients"), (AdapterRun, "move"), (StepTimes, "end_step")):
+            self._watch(owner, name)
+
+    def start(self) -> None:
+        """Begin a run."""
+        self.found.clear()
+        self.num_steps = 0
+
+    def _watch(self, owner: Any, name: str) -> None:
+        plain: Callable[..., Any] = getattr(owner, name)
+
+        def watched(*given: Any, **named: Any) -> Any:
+            before = self._simulation.waits()
+            try:
+                return plain(*given, **named)
+            finally:
+                if self.num_steps:
+                    self.found += self._simulation.waits() - before
+                self.num_steps += name == "end_step"
+
+        self._monkeypatch.setattr(owner, name, watched)
+
+    def places(self) -> set[str]:
+        """Return the operations and places without line numbers."""
+        return {re.sub(r":\d+ ", " ", text) for text in self.found}
+
+
+Run = Callable[..., Finished]
+
+
+@pytest.fixture
+def waits(simulated_gpu: Simulation, monkeypatch: pytest.MonkeyPatch) -> StepWaits:
+    return StepWaits(simulated_gpu, monkeypatch)
+
+
+@pytest.fixture
+def run(train: Run, tmp_path: Path, waits: StepWaits) -> Run:
+    """`run(base, ...)` trains three steps of two images in bf16 on the GPU, with nothing but allowed waits."""
+    make_pictures(tmp_path / "data" / "1_thing", 6, seed=81)
+    models: dict[str, list[str]] = {}
+
+    def start(
+        name: str, *more: str, folder: str = "out", caches_text: bool = True, allowed: frozenset[str] = frozenset()
+    ) -> Finished:
+        base = BASES[name]
+        models[name] = models.get(name) or build(name, tmp_path / "model")
+        caching = CACHED if caches_text and name not in ENCODES else ()
+        arguments = [
+            *models[name], *caching, "--train_data_dir", str(tmp_path / "data"), "--caption_extension",
+            ".txt", "--resolution", "64", "--train_batch_size", "2", "--output_dir", str(tmp_path / folder),
+            "--output_name", "mine", "--network_module", base.module, "--network_dim", "4", "--network_alpha", "2",
+            "--learning_rate", "1e-3", "--seed", "5", "--max_data_loader_n_workers", "0", "--max_train_steps", "3",
+            "--mixed_precision", "bf16", "--no_report", *more,
+        ]  # fmt: skip
+        waits.start()
+        done = train(arguments, script=base.script)
+        assert done.status == 0, done.stderr
+        assert done.losses and all(map(math.isfinite, done.losses))
+        assert waits.num_steps and waits.places() <= ALLOWED | allowed, waits.found
+        return done
+
+    return start
+
+
+def build(name: str, folder: Path) -> list[str]:
+    """Write a tiny model with enough blocks that some can be offloaded; return the arguments that name it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if name in DEEPER:
+            module, config = DEEPER[name]
+            patch.setattr(module, "CONFIG", config)
+        patch.setitem(sd3.CONFIGS, "sd3-medium", replace(sd3.PLAIN, depth=4))
+        return BASES[name].build(folder)
+
+
+def assert_same(a: Path, b: Path) -> None:
+    """Assert that two runs gave the same adapter, bit for bit, and that something was learned."""
+    ours, theirs = (load_file(folder / "mine.safetensors") for folder in (a, b))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert any(weight.any() for key, weight in ours.items() if "lora_up" in key)
+
+
+FAST = ("flux-nf4", "flux-none")
+OFFLOADING = [
+    pytest.param(name, form, marks=[] if f"{name}-{form}" in FAST else pytest.mark.slow, id=f"{name}-{form}")
+    for name in BASES
+    for form in ("none", *BASE_FORMATS)
+]
+
+
+@pytest.mark.parametrize(("name", "form"), OFFLOADING)
+def test_blocks_and_activations_in_main_memory(run: Run, name: str, form: str, tmp_path: Path) -> None:
+    """The self-test compares every gradient with the plain mode's; the file is compared with that of a plain run."""
+    stored = ["--cache_latents", *([] if form == "none" else ["--base_format", form])]
+    done = run(name, *stored, "--blocks_to_swap", SWAPPED[name], *OFFLOADED, "--selftest")
+    assert "which is pinned: they are copied while others compute" in done.stderr
+    assert re.search(r"self-test: \d+ gradients in \d+ blocks are those of the plain mode", done.stderr)
+    run(name, *stored, folder="plain")
+    assert_same(tmp_path / "out", tmp_path / "plain")
+
+
+@pytest.mark.parametrize("name", ["flux", pytest.param("sdxl", marks=pytest.mark.slow)])
+def test_fp16_with_a_loss_scale(run: Run, name: str, tmp_path: Path) -> None:
+    run(name, "--mixed_precision", "fp16", *OFFLOADED, "--blocks_to_swap", SWAPPED[name])
+    assert any(weight.any() for weight in load_file(tmp_path / "out" / "mine.safetensors").values())
+
+
+@pytest.mark.slow
+def test_fp16_with_an_optimizer_that_is_not_fused(run: Run) -> None:
+    """Its loss scale is read on the host before every update."""
+    reads = frozenset({"item at library/training/loop/update.py (_move)"})
+    run("flux", "--mixed_precision", "fp16", "--optimizer_type", "SGD", allowed=reads)
+
+
+@pytest.mark.slow
+def test_blocks_that_cannot_be_pinned(run: Run, simulated_gpu: Simulation, tmp_path: Path) -> None:
+    """Nothing more than the buffers can be: a thread stages the blocks, and waits for its buffers itself."""
+    of_thread = frozenset({"synchronize event at library/memory/offload/streams.py (stage)"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("library.memory.offload.streamed.pin", lambda masters: "it is not wanted")
+        done = run("flux", "--blocks_to_swap", SWAPPED["flux"], *OFFLOADED, allowed=of_thread)
+    assert "which is not pinned" in done.stderr
+    run("flux", folder="plain")
+    assert_same(tmp_path / "out", tmp_path / "plain")
+
+
+@pytest.mark.parametrize(
+    "name", ["flux", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sdxl", "hunyuan_image"))]
+)
+def test_previews_and_validation_between_steps(run: Run, name: str, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --d 1\n")
+    drawing = ["--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "1"]
+    validating = ["--validation_split", "0.3", "--validate_every_n_steps", "2"]
+    swapping = ["--blocks_to_swap", SWAPPED[name], *OFFLOADED]
+    run(name, *drawing, *validating, *swapping)
+    assert len(list((tmp_path / "out" / "sample").glob("*.png"))) == 3
+    run(name, *validating, *swapping, folder="plain")
+    assert_same(tmp_path / "out", tmp_path / "plain")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_sweep(run: Run, precision: str, tmp_path: Path) -> None:
+    run("flux", "--sweep", "network_dim=2,4", "learning_rate=1e-3,1e-4", "--mixed_precision", precision)
+    files = list((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) == 4 and all(any(t.any() for t in load_file(file).values()) for file in files)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flux", "sd"])
+def test_a_resumed_run_is_the_uninterrupted_one(run: Run, name: str, tmp_path: Path) -> None:
+    common = ["--blocks_to_swap", SWAPPED[name], *OFFLOADED, "--network_dropout", "0.1", "--deterministic"]
+    run(name, *common, "--max_train_steps", "4")
+    run(name, *common, "--max_train_steps", "2", "--save_state", folder="half")
+    state = str(tmp_path / "half" / "mine-state")
+    run(name, *common, "--max_train_steps", "4", "--resume", state, folder="resumed")
+    assert_same(tmp_path / "out", tmp_path / "resumed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("room", ["8GB", "auto"])
+def test_a_run_that_is_fitted(run: Run, room: str) -> None:
+    done = run("flux", "--fit", room, "--cache_latents")
+    assert "selected: ->" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in BASES if name not in ENCODES])
+def test_captions_encoded_in_each_step(run: Run, name: str) -> None:
+    """transformers looks at the values of attention masks, so each text encoder but CLIP makes the host wait."""
+    run(name, "--network_train_unet_only", caches_text=False, allowed=MASKS)
+
+
+# Calls that keep all scores: heads of the tiny Lumina are 12 wide, and the one attention of HunyuanImage's VAE in
+# diffusers has no dimension of heads (4,096 tokens at 2048 px, 64 MB of scores).
+MATH = {
+    "lumina": r"math: query \w+ \[2, 6, \d+, 12\].*",
+    "hunyuan_image": r"math: .* at .*/autoencoder_kl_hunyuanimage.py.*",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BASES)
+def test_no_attention_of_a_step_falls_back_to_the_math_kernel(run: Run, name: str, simulated_gpu: Simulation) -> None:
+    run(name)
+    kernels = simulated_gpu.attention()
+    assert any(text.startswith(("flash", "efficient")) for text in kernels) or name in MATH
+    assert [text for text in kernels if text.startswith("math") and not re.fullmatch(MATH.get(name, ""), text)] == []

@@ -1,0 +1,43 @@
+"""Two processes, each with a GPU of its own, whose collectives run on streams as NCCL's do."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from library.checkpoints.files import load_state_dict
+from tests.ranks import Job
+from tests.running import make_pictures
+from tests.runs.bases import BASES
+from tests.simulated_gpu.ranks import run_ranks
+from tests.tolerances import SUMS_OF_A_RUN
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+
+
+def test_two_gpus_train_as_one_that_accumulates(tmp_path: Path) -> None:
+    """Also with the base model shared between them, which changes nothing."""
+    make_pictures(tmp_path / "data" / "1_thing", 8, seed=91)
+    arguments = [
+        *BASES["flux"].build(tmp_path / "model"), "--train_data_dir", str(tmp_path / "data"), "--caption_extension",
+        ".txt", "--resolution", "64", "--network_module", "networks.lora_flux", "--network_dim", "4",
+        "--learning_rate", "1e-2", "--optimizer_type", "SGD", "--seed", "5", "--max_data_loader_n_workers", "0",
+        "--max_train_steps", "3", "--output_name", "mine", "--no_report", "--cache_latents",
+        "--cache_text_encoder_outputs", "--network_train_unet_only", "--save_precision", "float",
+    ]  # fmt: skip
+    runs = {"two": (2, []), "shared": (2, ["--shard_base"]), "one": (1, ["--gradient_accumulation_steps", "2"])}
+    jobs = []
+    for name, (count, more) in runs.items():
+        (tmp_path / name).mkdir()
+        words = [*arguments, "--output_dir", str(tmp_path / name), *more]
+        jobs.append(Job(words, count, str(tmp_path / name), script="flux_train_network"))
+    for found in run_ranks(jobs, tmp_path):
+        for rank in found:
+            assert rank.status == 0, rank.said
+            assert rank.gave["faults"] == []
+    files = {name: load_state_dict(tmp_path / name / "mine.safetensors") for name in runs}
+    assert all(torch.equal(files["shared"][key], tensor) for key, tensor in files["two"].items())
+    for key, tensor in files["one"].items():
+        off = (files["two"][key] - tensor).norm() / tensor.norm().clamp(min=1e-30)
+        assert off < SUMS_OF_A_RUN, (key, float(off))
+    assert any(tensor.any() for key, tensor in files["one"].items() if "lora_up" in key)

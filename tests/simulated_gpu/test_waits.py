@@ -1,0 +1,148 @@
+"""Each wait of the ring's streams, of the batches ahead and of readback is taken out in turn, and that is noticed."""
+
+import gc
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from library.memory.offload import pinning, readback, streamed, streams
+from library.memory.offload.ring import Ring
+from library.training.loop import ahead
+from library.training.reporting.step_times import StepTimes
+from tests.parity.modes import Mode, gradients
+from tests.simulated_gpu.device import Simulation
+from tests.unit.training.test_loop import batch_of
+
+pytestmark = [pytest.mark.gpu, pytest.mark.provokes_faults, pytest.mark.usefixtures("simulated_gpu")]
+GPU = torch.device("cuda")
+NUM_BLOCKS, NUM_BYTES = 5, 1 << 12
+WAIT = re.compile(r"\.(wait_stream|wait_event|record_stream|record|synchronize|result)\(")
+
+
+def without(module: ModuleType, statement: str) -> ModuleType:
+    """A copy of a module in which `pass` stands for a statement."""
+    path = Path(str(module.__file__))
+    source = path.read_text(encoding="utf-8")
+    assert source.count(f" {statement}\n") + source.count(f" {statement}  #") == 1, f"{statement} is not once in {path}"
+    mutant = ModuleType(module.__name__)
+    mutant.__file__ = str(path)
+    exec(compile(source.replace(f" {statement}", " pass"), str(path), "exec"), vars(mutant))
+    return mutant
+
+
+def kinds(simulated_gpu: Simulation) -> set[str]:
+    gc.collect()
+    torch.cuda.synchronize()
+    return {fault.kind for fault in simulated_gpu.faults()}
+
+
+# What is run: each compares its numbers with the right ones, which is not how mutants show.
+
+
+def run_ring(name: str, streams: ModuleType, pinning: ModuleType) -> None:
+    """Two passes forward and backward through blocks of bytes; the ring is dropped with a copy under way."""
+    masters = [torch.full((NUM_BYTES,), number, dtype=torch.uint8) for number in range(NUM_BLOCKS)]
+    if name == "CudaStreams":
+        assert pinning.pin(masters) is None
+    way = getattr(streams, name)(2, NUM_BYTES, GPU)
+    ring = Ring(masters, way)
+    both_ways = [*range(NUM_BLOCKS), *reversed(range(NUM_BLOCKS))]
+    for block in [*both_ways, *both_ways, 0, 1, 2]:
+        ring.need(block).float().mean()
+    if name == "StagedStreams":
+        way.worker.shutdown()
+    del ring, way, masters
+    gc.collect()
+    kept = [torch.zeros(NUM_BYTES, dtype=torch.uint8, device=GPU) for _ in range(2)]
+    assert not any(int(one.sum()) for one in kept)
+
+
+def run_batches(ahead: ModuleType) -> None:
+    given = [replace(batch_of(float(i)), latents_BCHW=torch.full((1, 4, 8, 8), float(i))) for i in range(4)]
+    batches = ahead.Ahead(iter(given), len(given), ahead.CudaCopies(GPU, ()), StepTimes(GPU))
+    for batch in batches:
+        batch.latents_BCHW.mean()
+        batches.fetch()
+
+
+def run_readback(readback: ModuleType) -> None:
+    readback.Readback(torch.arange(3.0, device=GPU)).read()
+
+
+RUNS: dict[str, Callable[..., None]] = {
+    "pinned": lambda **m: run_ring("CudaStreams", m.get("streams", streams), m.get("pinning", pinning)),
+    "staged": lambda **m: run_ring("StagedStreams", m.get("streams", streams), m.get("pinning", pinning)),
+    "ahead": lambda **m: run_batches(m.get("ahead", ahead)),
+    "readback": lambda **m: run_readback(m.get("readback", readback)),
+}
+MUTANTS: dict[tuple[str, str], tuple[str, set[str]]] = {
+    # (module, statement): the run, and the faults of which at least one is found
+    ("streams", "self.copies.wait_stream(torch.cuda.current_stream(self.slots[slot].device))"): ("pinned", {"race"}),
+    ("streams", "slot.record_stream(self.copies)"): ("staged", {"freed in use"}),
+    ("streams", "self.filled[slot].record(self.copies)"): ("pinned", {"race"}),
+    ("streams", "torch.cuda.current_stream(self.slots[slot].device).wait_event(self.filled[slot])"): (
+        "pinned",
+        {"race"},
+    ),
+    ("streams", "free.record(torch.cuda.current_stream(self.slots[slot].device))"): ("staged", {"race"}),
+    ("streams", "self.left[i].synchronize()"): ("staged", {"race", "changed in flight"}),
+    ("streams", "self.copies.wait_event(free)"): ("staged", {"race"}),
+    ("streams", "self.left[i].record(self.copies)"): ("staged", {"race", "changed in flight"}),
+    ("streams", "self.given[slot].result()"): ("staged", {"unordered event", "race"}),
+    ("streams", "super().ready(slot)"): ("staged", {"race"}),
+    ("pinning", "torch.cuda.synchronize()"): ("pinned", {"unpinned in use"}),
+    ("ahead", "self._done.record(self._stream)"): ("ahead", {"race"}),
+    ("ahead", "computes.wait_event(self._done)"): ("ahead", {"race"}),
+    ("ahead", "tensor.record_stream(computes)"): ("ahead", {"freed in use"}),
+    ("readback", "self._arrived.record(torch.cuda.current_stream(values.device))"): ("readback", {"race"}),
+    ("readback", "self._arrived.synchronize()"): ("readback", {"race"}),
+}
+MODULES = {"streams": streams, "pinning": pinning, "ahead": ahead, "readback": readback}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_nothing_is_missing(simulated_gpu: Simulation, name: str) -> None:
+    RUNS[name]()
+    assert kinds(simulated_gpu) == set()
+
+
+@pytest.mark.parametrize(("module", "statement"), MUTANTS, ids=lambda value: value)
+def test_a_missing_wait_is_found(simulated_gpu: Simulation, module: str, statement: str) -> None:
+    name, expected = MUTANTS[module, statement]
+    RUNS[name](**{module: without(MODULES[module], statement)})
+    assert kinds(simulated_gpu) & expected
+
+
+def test_every_wait_has_its_mutant() -> None:
+    lines = {
+        (name, line.strip().partition("  #")[0])
+        for name, module in MODULES.items()
+        for line in Path(str(module.__file__)).read_text(encoding="utf-8").splitlines()
+        if WAIT.search(line)
+    }
+    assert lines | {("streams", "super().ready(slot)")} == MUTANTS.keys()
+
+
+@pytest.mark.parametrize("kept", ["pinned", "staged"])
+def test_a_whole_denoiser_on_the_ring(simulated_gpu: Simulation, kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward pass, from autograd's thread too: no fault as it is, and a race without `ready`'s wait."""
+    if kept == "staged":
+        monkeypatch.setattr(streamed, "pin", lambda masters: "it is not wanted")
+    mode = Mode("flux", place="streamed", adapter="lora")
+    plain = gradients(Mode("flux", adapter="lora"), device=GPU)
+    found = gradients(mode, device=GPU)
+    assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+    assert kinds(simulated_gpu) == set()
+
+    def forget(ring: Ring[Any, Any]) -> None:
+        monkeypatch.setattr(ring.streams, "ready", lambda slot: None)
+
+    gradients(mode, forget, device=GPU)
+    assert "race" in kinds(simulated_gpu)
+    assert any("library/memory/frozen.py" in fault.text for fault in simulated_gpu.faults())
