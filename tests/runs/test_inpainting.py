@@ -93,8 +93,8 @@ def test_sdxl_from_a_single_file(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--cache_latents"], r"--train_inpainting blanks .* leave out --cache_latents"),
-        (["--cache_latents_to_disk"], r"leave out --cache_latents"),
+        (["--cache_latents"], r"--train_inpainting does not work with --cache_latents: "),
+        (["--cache_latents_to_disk"], r"does not work with --cache_latents_to_disk: "),
         (["--sample_prompts", "{here}/nothing.txt", "--sample_at_first"], "names no picture to paint in"),
         (["--sample_prompts", "{here}/lost.txt", "--sample_at_first"], "there is no such file"),
     ],
