@@ -23,7 +23,7 @@ from torch import Tensor, nn  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.autograd.graph import saved_tensors_hooks  # noqa: E402
 
-from library.architectures.sd.adapters import view  # noqa: E402
+from library.architectures.sd.targets import view  # noqa: E402
 from networks import lora, lora_fa  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

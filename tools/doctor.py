@@ -48,21 +48,21 @@ class Line:
 
     what: str
     found: str
-    way_out: str = ""
+    fix: str = ""
     is_wrong: bool = False
 
     def __str__(self) -> str:
-        mark = "WRONG" if self.is_wrong else "note" if self.way_out else "ok"
+        mark = "WRONG" if self.is_wrong else "note" if self.fix else "ok"
         text = f"{mark:<6}{self.what:<26}{self.found}"
-        return f"{text}\n{'':<8}-> {self.way_out}" if self.way_out else text
+        return f"{text}\n{'':<8}-> {self.fix}" if self.fix else text
 
 
 def python_lines() -> Iterator[Line]:
     """Report the interpreter, the system, and the revision of this suite."""
     version = f"{platform.python_version()}, {8 * struct.calcsize('P')} bit, {at_home(sys.executable)}"
     problem = python_problem(sys.version_info[:2])
-    way_out = f"{problem}; install one of these from https://www.python.org" if problem else ""
-    yield Line("Python", version, way_out, bool(problem))
+    fix = f"{problem}; install one of these from https://www.python.org" if problem else ""
+    yield Line("Python", version, fix, bool(problem))
     yield Line("system", platform.platform())
     yield Line("suite", revision())
 
@@ -111,8 +111,8 @@ def card_lines(torch: Any, cards: Sequence[str]) -> Iterator[Line]:
     for card in cards:
         yield Line("driver's card", card)
     if not torch.cuda.is_available():
-        if way_out := explain_unused_gpu(torch, cards):
-            yield Line("card", "there, but torch cannot use it", way_out, True)
+        if fix := explain_unused_gpu(torch, cards):
+            yield Line("card", "there, but torch cannot use it", fix, True)
         elif getattr(torch.backends, "mps", None) and torch.backends.mps.is_available():
             yield Line("card", "Apple's, through MPS")
         else:
@@ -181,8 +181,8 @@ def product_line(what: str, multiply: Callable[[], Any], exact: Any, bound: floa
         return Line(what, "cannot be computed here", f"options that require it end with an error ({first_line(error)})")
     found = f"off by {off:.1e}"
     if not off <= bound:
-        way_out = f"more than {bound:.0e}: the GPU, its driver or its clock is unreliable; try another driver"
-        return Line(what, found, way_out, True)
+        fix = f"more than {bound:.0e}: the GPU, its driver or its clock is unreliable; try another driver"
+        return Line(what, found, fix, True)
     return Line(what, found)
 
 
@@ -209,8 +209,8 @@ def pinned_line(torch: Any) -> Line:
     try:
         torch.empty(PINNED_MIB * 2**20, dtype=torch.uint8, pin_memory=True)
     except RuntimeError as error:
-        way_out = f"offloaded blocks are copied through small buffers, which is slower ({first_line(error)})"
-        return Line("pinned memory", f"{PINNED_MIB} MiB refused", way_out)
+        fix = f"offloaded blocks are copied through small buffers, which is slower ({first_line(error)})"
+        return Line("pinned memory", f"{PINNED_MIB} MiB refused", fix)
     limit = "; Windows allows about half of main memory" if sys.platform == "win32" else ""
     return Line("pinned memory", f"{PINNED_MIB} MiB given{limit}")
 
@@ -274,8 +274,8 @@ def eight_bit_line(device: str) -> Line:
     if done.stdout.strip().endswith("moved"):
         return Line("8-bit optimizer", "takes a step")
     last = (done.stdout.strip() or done.stderr.strip() or f"ended with status {done.returncode}").splitlines()[-1]
-    way_out = "python3 -m pip install -U bitsandbytes; until it works use --optimizer_type AdamW and no nf4"
-    return Line("8-bit optimizer", f"fails: {last}", way_out, True)
+    fix = "python3 -m pip install -U bitsandbytes; until it works use --optimizer_type AdamW and no nf4"
+    return Line("8-bit optimizer", f"fails: {last}", fix, True)
 
 
 def output(command: Sequence[str]) -> str | None:

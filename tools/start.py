@@ -74,8 +74,8 @@ def check_python(version: "tuple[int, int]") -> None:
     if problem is None:
         return
     other = supported_python_on_path()
-    way_out = f"run `{other} tools/start.py`" if other else "install one of these from https://www.python.org"
-    raise StartError(f"{problem}; {way_out}")
+    fix = f"run `{other} tools/start.py`" if other else "install one of these from https://www.python.org"
+    raise StartError(f"{problem}; {fix}")
 
 
 # --- the environment ---

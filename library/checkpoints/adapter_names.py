@@ -2,7 +2,7 @@
 
 Three namings are in use: `kohya` (`lora_unet_down_blocks_0_...`), `generic` (the module paths of the original
 checkpoint below `diffusion_model.` and `text_encoders.`) and `diffusers` (its module paths below `unet.` or
-`transformer.`). A base model declares its modules as `BaseNames` in library/architectures/<model>/adapters.py.
+`transformer.`). A base model declares its modules as `BaseNames` in library/architectures/<model>/adapter_names.py.
 """
 
 import re

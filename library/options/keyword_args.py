@@ -56,8 +56,8 @@ def call_with_keywords(
     names, takes_others = accepted_keywords(target)
     for key in keywords:
         if key in set_elsewhere:
-            way_out = f"use --{set_elsewhere[key]}" if set_elsewhere[key] else "the trainer sets it; leave it out"
-            raise UserError(f"{flag} {key} does not belong there: {way_out}")
+            fix = f"use --{set_elsewhere[key]}" if set_elsewhere[key] else "the trainer sets it; leave it out"
+            raise UserError(f"{flag} {key} does not belong there: {fix}")
         if key not in names and not takes_others:
             known = ", ".join(n for n in names[len(positional) :] if n not in set_elsewhere)
             raise UserError(f"{flag} {key} is unknown to {name}; it accepts {known or 'none'}")

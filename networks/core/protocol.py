@@ -142,14 +142,14 @@ def open_network_module(name: str) -> NetworkModule:
     Raises UserError naming what to do when it is not there, or is no network module.
     """
     if name.startswith("."):
-        raise UserError(f"--network_module {name} is no name of a module; {_way_out(name)}")
+        raise UserError(f"--network_module {name} is no name of a module; {_suggest_module(name)}")
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         missing = error.name or name
         if not (name == missing or name.startswith(f"{missing}.")):
             raise UserError(f"--network_module {name} needs the package {missing}, which is not installed") from error
-        raise UserError(f"--network_module {name}: there is no such module; {_way_out(name)}") from error
+        raise UserError(f"--network_module {name}: there is no such module; {_suggest_module(name)}") from error
     create = getattr(module, "create_network", None)
     if not callable(create):
         raise UserError(
@@ -442,7 +442,7 @@ def _own_modules() -> list[str]:
     return sorted(f"networks.{file.stem}" for file in files if "create_network" in file.read_text(encoding="utf-8"))
 
 
-def _way_out(name: str) -> str:
+def _suggest_module(name: str) -> str:
     package = PACKAGES.get(name.partition(".")[0])
     if package is not None:
         return f"install it with: pip install {package}"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.architectures.sd3.adapters import NAMES
+from library.architectures.sd3.adapter_names import NAMES
 from library.architectures.sd3.model import MMDiTConfig
 from library.checkpoints.adapter_names import ModuleNames
 from tests.recognising import base_of

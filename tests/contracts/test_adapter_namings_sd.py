@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from library.architectures.sd.adapters import NAMES
+from library.architectures.sd.adapter_names import NAMES
 from tests.recognising import base_of
 from tests.tiny.sd import full_size_keys
 

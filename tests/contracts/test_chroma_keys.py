@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from library.architectures.flux.adapters import CHROMA_NAMES, view_chroma
+from library.architectures.flux.adapter_names import CHROMA_NAMES
 from library.architectures.flux.approximator import ApproximatorConfig
 from library.architectures.flux.checkpoint_keys import from_diffusers
 from library.architectures.flux.load import denoiser_of
 from library.architectures.flux.model import Flux, FluxConfig, read_config
+from library.architectures.flux.targets import view_chroma
 from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.weights import Weights
 from library.models.loading import on_meta_device

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from library.architectures.anima.adapters import NAMES
+from library.architectures.anima.adapter_names import NAMES
 from library.architectures.anima.model import Anima, read_config
 from networks.lora_anima import create_network, create_network_from_weights
 from tests.contracts.saved import listed_shapes, saved_shapes, saved_tensors

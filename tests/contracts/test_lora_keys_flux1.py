@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from library.architectures.flux.adapters import view
 from library.architectures.flux.model import Flux, FluxConfig
+from library.architectures.flux.targets import view
 from library.models.clip.clip import empty_clip
 from library.models.loading import on_meta_device
 from library.models.t5 import empty_t5

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.architectures.hunyuan_image.adapters import NAMES, view
+from library.architectures.hunyuan_image.adapter_names import NAMES
 from library.architectures.hunyuan_image.model import HunyuanImage, read_config
+from library.architectures.hunyuan_image.targets import view
 from library.architectures.specs import list_specs
 from library.checkpoints.compatibility import readings
 from library.checkpoints.files import load_state_dict, save_safetensors

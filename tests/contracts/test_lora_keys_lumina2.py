@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from library.architectures.lumina.adapters import NAMES, view
+from library.architectures.lumina.adapter_names import NAMES
 from library.architectures.lumina.checkpoint_keys import from_diffusers, source_keys
 from library.architectures.lumina.gemma import GEMMA_PREFIXES, empty_gemma, gemma_component
 from library.architectures.lumina.load import denoiser_of
 from library.architectures.lumina.model import NextDiT, read_config
+from library.architectures.lumina.targets import view
 from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.weights import Weights
 from library.models.loading import on_meta_device

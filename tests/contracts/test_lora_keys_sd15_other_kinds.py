@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from library.architectures.sd.adapters import view
+from library.architectures.sd.targets import view
 from networks.core.protocol import adopt
 from tests.contracts.saved import listed_shapes
 

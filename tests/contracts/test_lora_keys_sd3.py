@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from library.architectures.sd3.adapters import view
 from library.architectures.sd3.model import MMDiT, read_config
+from library.architectures.sd3.targets import view
 from networks.lora_sd3 import create_network
 from tests.contracts.saved import listed_shapes, saved_shapes
 from tests.tiny.sd3 import full_size_keys

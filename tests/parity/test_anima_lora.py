@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.architectures.anima.adapters import NAMES
+from library.architectures.anima.adapter_names import NAMES
 from library.architectures.anima.model import Anima
 from library.checkpoints.adapter_names import FileNaming
 from networks import dylora, lora, lora_anima, lora_fa

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.architectures.anima.adapters import NAMES
+from library.architectures.anima.adapter_names import NAMES
 from library.architectures.anima.model import Anima, AnimaConfig, read_config
 from library.checkpoints.adapter_names import FileNaming
 from library.models.loading import on_meta_device

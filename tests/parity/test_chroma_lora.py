@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from library.architectures.flux.adapters import CHROMA_NAMES
+from library.architectures.flux.adapter_names import CHROMA_NAMES
 from networks import lora, lora_fa, lora_flux
 from networks.core.files.adapter_file import adapter_tensors, read_adapter_file
 from networks.core.files.renaming import rename

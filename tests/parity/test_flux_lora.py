@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.architectures.flux.adapters import NAMES
+from library.architectures.flux.adapter_names import NAMES
 from library.architectures.flux.model import PATCH
 from library.architectures.specs import list_specs
 from library.models.patches import patchify

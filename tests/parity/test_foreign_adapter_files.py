@@ -37,7 +37,7 @@ def kohya_file(models: Models, tmp_path: Path) -> Path:
 
 def in_diffusers_paths(file: Path, to: Path) -> Path:
     """kohya's own keys, but with the paths of diffusers' U-Net, as other trainers write SDXL files."""
-    from library.architectures.sdxl.adapters import NAMES
+    from library.architectures.sdxl.adapter_names import NAMES
 
     others = {module.kohya: module.aliases[0] for module in NAMES.modules if module.kohya.startswith("lora_unet_")}
     tensors = {}

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.architectures.hunyuan_image.adapters import NAMES, view
+from library.architectures.hunyuan_image.adapter_names import NAMES
+from library.architectures.hunyuan_image.targets import view
 from networks import dylora, lora, lora_fa, lora_hunyuan_image
 from networks.core.files.adapter_file import adapter_tensors, read_adapter_file
 from networks.core.files.renaming import rename

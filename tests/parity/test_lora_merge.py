@@ -6,7 +6,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from library.architectures.sd.adapters import view
+from library.architectures.sd.targets import view
 from library.memory.blocks import recompute
 from library.models.unet.unet import run_unet_blocks_with
 from networks.core.network.network import AdapterNetwork

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.architectures.lumina.adapters import NAMES
+from library.architectures.lumina.adapter_names import NAMES
 from networks import dylora, lora, lora_fa, lora_lumina
 from networks.core.files.adapter_file import adapter_tensors, parse_adapter, read_adapter_file
 from networks.core.files.renaming import rename

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from library.architectures.hunyuan_image.adapters import NAMES
+from library.architectures.hunyuan_image.adapter_names import NAMES
 from tests.running import Finished
 from tests.tiny.hunyuan_image import build_tiny_hunyuan_image
 

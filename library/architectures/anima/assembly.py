@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from library.architectures.anima.adapters import view
 from library.architectures.anima.load import AnimaLoader, open_loader
 from library.architectures.anima.options import AnimaOptions
 from library.architectures.anima.predict import predict
 from library.architectures.anima.qwen3 import load_qwen3_tokenizer
+from library.architectures.anima.targets import view
 from library.architectures.anima.text import AnimaText
 from library.architectures.anima.vae import QwenImageLatents
 from library.architectures.specs import list_specs

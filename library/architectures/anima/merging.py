@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
-from library.architectures.anima.adapters import ADAPTER_BLOCK, TEXT_LAYER, denoiser_module, text_module
+from library.architectures.anima.adapter_names import ADAPTER_BLOCK, TEXT_LAYER, denoiser_module, text_module
 from library.architectures.anima.checkpoint_keys import BLOCK, TOP
 from library.architectures.anima.load import ADAPTER_MARK, MARK, PREFIXES
 from library.architectures.anima.model import Anima, read_config

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 
-from library.architectures.anima.adapters import TARGETS
 from library.architectures.anima.llm_adapter import EPS, AdapterConfig, LLMAdapter
 from library.architectures.anima.positions import Angles, picture_angles, turn
+from library.architectures.anima.targets import TARGETS
 from library.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
 from library.models.patches import patchify, unpatchify

@@ -1,9 +1,10 @@
 """The public facts of Anima."""
 
-from library.architectures.anima.adapters import NAMES, TARGETS
+from library.architectures.anima.adapter_names import NAMES
 from library.architectures.anima.assembly import RECIPE, build
 from library.architectures.anima.merging import open_base_model, seen_by_networks
 from library.architectures.anima.options import AnimaOptions
+from library.architectures.anima.targets import TARGETS
 from library.checkpoints.base_model_spec import ALL, DIFFUSERS, GENERIC, KOHYA, NONE, BaseModelSpec, Gap, Reader, Sign
 
 LOST_NAMES = Gap(

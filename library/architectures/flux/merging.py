@@ -7,10 +7,11 @@ from pathlib import Path
 
 from torch import nn
 
-from library.architectures.flux.adapters import clip_module, denoiser_module, t5_module, view
+from library.architectures.flux.adapter_names import clip_module, denoiser_module, t5_module
 from library.architectures.flux.checkpoint_keys import APPROXIMATOR, DIFFUSERS_MARK, STACKS, TOP
 from library.architectures.flux.load import CLIP_PREFIXES, T5_MARK, title_of
 from library.architectures.flux.model import Flux, read_config
+from library.architectures.flux.targets import view
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import ModuleNames
 from library.checkpoints.base_model import BaseModel, of_single_file, open_original

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 
-from library.architectures.flux.adapters import CHROMA_TARGETS, TARGETS
 from library.architectures.flux.approximator import (
     Approximator,
     ApproximatorConfig,
@@ -22,6 +21,7 @@ from library.architectures.flux.approximator import (
     read_approximator,
 )
 from library.architectures.flux.layers import EPS, MLPEmbedder, RMSNorm
+from library.architectures.flux.targets import CHROMA_TARGETS, TARGETS
 from library.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
 from library.models.patches import patchify, unpatchify

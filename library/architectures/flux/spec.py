@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from functools import partial
 
-from library.architectures.flux.adapters import CHROMA_NAMES, CHROMA_TARGETS, NAMES, TARGETS
+from library.architectures.flux.adapter_names import CHROMA_NAMES, NAMES
 from library.architectures.flux.assembly import CHROMA_RECIPE, RECIPE, build
 from library.architectures.flux.merging import open_base_model, seen_by_networks
 from library.architectures.flux.options import FluxOptions
+from library.architectures.flux.targets import CHROMA_TARGETS, TARGETS
 from library.checkpoints.adapter_names import FileNaming
 from library.checkpoints.base_model_spec import (
     ALL,

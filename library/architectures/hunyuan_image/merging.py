@@ -5,10 +5,11 @@ from pathlib import Path
 
 from torch import nn
 
-from library.architectures.hunyuan_image.adapters import denoiser_module, view
+from library.architectures.hunyuan_image.adapter_names import denoiser_module
 from library.architectures.hunyuan_image.checkpoint_keys import DIFFUSERS_MARK, DOUBLE, SINGLE
 from library.architectures.hunyuan_image.load import GLYPH_MARK
 from library.architectures.hunyuan_image.model import HunyuanImage, read_config
+from library.architectures.hunyuan_image.targets import view
 from library.checkpoints.adapter_names import ModuleNames
 from library.checkpoints.base_model import BaseModel, of_single_file, open_original
 from library.checkpoints.weights import configure, with_prefix

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, rms_norm, scaled_dot_product_attention, silu
 
-from library.architectures.hunyuan_image.adapters import TARGETS
+from library.architectures.hunyuan_image.targets import TARGETS
 from library.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
 from library.models.rotary import Rope, Rotary, turn

@@ -1,9 +1,10 @@
 """The public facts of HunyuanImage 2.1."""
 
-from library.architectures.hunyuan_image.adapters import NAMES, TARGETS
+from library.architectures.hunyuan_image.adapter_names import NAMES
 from library.architectures.hunyuan_image.assembly import RECIPE, build
 from library.architectures.hunyuan_image.merging import open_base_model, seen_by_networks
 from library.architectures.hunyuan_image.options import HunyuanImageOptions
+from library.architectures.hunyuan_image.targets import TARGETS
 from library.checkpoints.base_model_spec import GENERIC, KOHYA, NONE, BaseModelSpec, Gap, Reader, Sign
 
 WIDTH = 3584

@@ -5,11 +5,11 @@ Start here to read this package.
 
 from dataclasses import replace
 
-from library.architectures.lumina.adapters import view
 from library.architectures.lumina.gemma import load_gemma_tokenizer
 from library.architectures.lumina.load import LuminaLoader, open_loader
 from library.architectures.lumina.options import LuminaOptions
 from library.architectures.lumina.predict import predict, preview_sampler
+from library.architectures.lumina.targets import view
 from library.architectures.lumina.text import LuminaText
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint

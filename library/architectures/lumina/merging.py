@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from library.architectures.lumina.adapters import GEMMA_LAYER, denoiser_module, gemma_module
+from library.architectures.lumina.adapter_names import GEMMA_LAYER, denoiser_module, gemma_module
 from library.architectures.lumina.checkpoint_keys import BLOCK, DIFFUSERS_MARK, STACKS, TOP
 from library.architectures.lumina.gemma import GEMMA_PREFIXES
 from library.architectures.lumina.load import MARK

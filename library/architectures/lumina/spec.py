@@ -3,10 +3,11 @@
 import re
 from collections.abc import Mapping
 
-from library.architectures.lumina.adapters import NAMES, TARGETS
+from library.architectures.lumina.adapter_names import NAMES
 from library.architectures.lumina.assembly import RECIPE, build
 from library.architectures.lumina.merging import open_base_model, seen_by_networks
 from library.architectures.lumina.options import LuminaOptions
+from library.architectures.lumina.targets import TARGETS
 from library.checkpoints.adapter_names import FileNaming
 from library.checkpoints.base_model_spec import DIFFUSERS, GENERIC, KOHYA, NONE, BaseModelSpec, Reader, Sign
 

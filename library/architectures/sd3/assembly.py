@@ -9,13 +9,13 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from library.architectures.sd3.adapters import view
 from library.architectures.sd3.conditioning_dropout import Variation
 from library.architectures.sd3.load import LATENT_CHANNELS, LATENT_SCALE, LATENT_SHIFT, Sd3Loader, open_loader
 from library.architectures.sd3.model import MMDiT, MMDiTConfig, version_of
 from library.architectures.sd3.options import Sd3Options
 from library.architectures.sd3.positions import side_of
 from library.architectures.sd3.predict import predict
+from library.architectures.sd3.targets import view
 from library.architectures.sd3.text import Sd3Text
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint

@@ -4,9 +4,10 @@ from pathlib import Path
 
 from torch import nn
 
-from library.architectures.sd3.adapters import NAMES, view
+from library.architectures.sd3.adapter_names import NAMES
 from library.architectures.sd3.load import denoiser_of
 from library.architectures.sd3.model import MMDiT, read_config, version_of
+from library.architectures.sd3.targets import view
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import ModuleNames
 from library.checkpoints.base_model import BaseModel, of_single_file

@@ -1,9 +1,10 @@
 """The public facts of Stable Diffusion 3 and 3.5."""
 
-from library.architectures.sd3.adapters import NAMES, TARGETS
+from library.architectures.sd3.adapter_names import NAMES
 from library.architectures.sd3.assembly import RECIPE, build
 from library.architectures.sd3.merging import open_base_model, seen_by_networks
 from library.architectures.sd3.options import Sd3Options
+from library.architectures.sd3.targets import TARGETS
 from library.checkpoints.base_model_spec import (
     ALL,
     DIFFUSERS,

@@ -1,9 +1,10 @@
 """The public facts of Stable Diffusion XL."""
 
-from library.architectures.sdxl.adapters import NAMES, TARGETS
+from library.architectures.sdxl.adapter_names import NAMES
 from library.architectures.sdxl.assembly import RECIPE, build
 from library.architectures.sdxl.merging import open_base_model, seen_by_networks
 from library.architectures.sdxl.options import SdxlOptions
+from library.architectures.sdxl.targets import TARGETS
 from library.checkpoints.base_model_spec import (
     DIFFUSERS,
     GENERIC,

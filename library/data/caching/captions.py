@@ -19,7 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from library.checkpoints.files import load_state_dict, save_safetensors
-from library.data.caching.filling import WAY_OUT, Codec, Found, fill
+from library.data.caching.filling import ADD_ENCODERS, Codec, Found, fill
 from library.data.caching.stores import CacheFiles, TextStore, usual_text_file
 from library.data.caching.text_files import WORDS, Identity, Row, TextFile, judge, write_texts
 from library.data.decoding.npz import MISSING, Verdict
@@ -210,7 +210,7 @@ def text_codec(encode: Callable[[], Encode], spec: TextCacheSpec, identity: Call
         if share:
             count, first = sum(len(lacking(one)) for one in share), share[0]
             what = f"{count} captions must be encoded ({first.path} is {first.verdict.fault})"
-            with needing(f"{what}; {WAY_OUT.format('text encoders')}"):
+            with needing(f"{what}; {ADD_ENCODERS.format('text encoders')}"):
                 encode()
             write_files(share, encode, spec, identity)
 

@@ -19,7 +19,7 @@ from library.processes import Processes
 
 logger = logging.getLogger(__name__)
 
-WAY_OUT = "add the {}, or fill the cache on another machine"  # if the encoder is missing
+ADD_ENCODERS = "add the {}, or fill the cache on another machine"  # if the encoder is missing
 
 
 class HasPath(Protocol):

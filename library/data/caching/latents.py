@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from library.data.caching.filling import WAY_OUT, Codec, Found, fill
+from library.data.caching.filling import ADD_ENCODERS, Codec, Found, fill
 from library.data.caching.latent_files import (
     WORDS,
     Expected,
@@ -263,7 +263,9 @@ def encoded(
     """Yield every job with its latents, written to its file if it has one; threads decode images ahead of the VAE."""
     if not jobs:
         return
-    with needing(f"{len(jobs)} images must be encoded, such as {jobs[0].sample.picture.key}; {WAY_OUT.format('VAE')}"):
+    with needing(
+        f"{len(jobs)} images must be encoded, such as {jobs[0].sample.picture.key}; {ADD_ENCODERS.format('VAE')}"
+    ):
         load_vae()
     logger.info("caching latents...")
     batches = list(equal_batches(jobs, vae_batch_size))

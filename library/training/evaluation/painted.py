@@ -16,7 +16,7 @@ from library.types import Batch, Conditioning, Prompt
 OPAQUE = 128  # of an alpha channel, and above; what is below is painted anew
 
 
-def told_of_prompt(context: StepContext, prompt: Prompt, batch: Batch, seed: int) -> Conditioning:
+def prompt_conditioning(context: StepContext, prompt: Prompt, batch: Batch, seed: int) -> Conditioning:
     """Return the conditioning of an inpainting model for a prompt's image, cut to its size; empty for other models.
 
     What is transparent is painted anew; where nothing is, a random part that follows from `seed`. `batch` holds the

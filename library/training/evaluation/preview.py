@@ -21,7 +21,7 @@ from library.options.training.averaging import PREVIEWS
 from library.progress import progress_bar
 from library.protocols import Architecture, LiveText
 from library.randomness import generator_for
-from library.training.evaluation.painted import told_of_prompt
+from library.training.evaluation.painted import prompt_conditioning
 from library.training.evaluation.prompts import read_prompts, resolve
 from library.training.evaluation.without_side_effects import evaluating
 from library.training.failures.interruption import Interrupted, Interruption
@@ -309,7 +309,7 @@ def draw_latents(
     texts = (preview.worded(prompt.text), prompt.negative)
     positive, negative = (on_device(encoded.get(text), context.device) for text in texts)
     assert positive is not None
-    told = told_of_prompt(context, prompt, batch, generator.initial_seed())
+    told = prompt_conditioning(context, prompt, batch, generator.initial_seed())
 
     def say(noised: Noised, progress: float) -> Tensor:
         def ask(conditioning: Conditioning) -> Tensor:

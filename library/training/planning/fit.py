@@ -11,7 +11,7 @@ from library.memory.planner.stages import Stage
 from library.memory.planner.table import in_gib, table_of
 from library.options.train import TrainOptions
 from library.training.planning.counting import CountedRun
-from library.training.planning.settings import allowed_by, changes, describe, in_words
+from library.training.planning.settings import allowed_by, changes, describe, format_options
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Fit:
         if self.choice.chosen is None:
             yield self.shortage()
         else:
-            fixed = in_words(self.values(), type(self.options).defaults())
+            fixed = format_options(self.values(), type(self.options).defaults())
             yield (
                 f"selected: ->. To pin this choice, add: {fixed}"
                 if fixed

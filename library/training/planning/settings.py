@@ -58,7 +58,7 @@ def changes(options: TrainOptions, way: Way) -> dict[str, Any]:
     return found
 
 
-def in_words(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+def format_options(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
     """Options as one types them, those with their default left out."""
     given = [(name, value) for name, value in values.items() if value != defaults[name]]
     return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in given)
@@ -66,7 +66,7 @@ def in_words(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
 
 def describe(way: Way) -> str:
     """Return the options of a way as one types them."""
-    return in_words(values_of(way), TrainOptions.defaults()) or "plain"
+    return format_options(values_of(way), TrainOptions.defaults()) or "plain"
 
 
 def allowed_by(options: TrainOptions) -> Allowed:

@@ -61,11 +61,11 @@ def usable_modules(file: AdapterFile, layouts: Sequence[KeyLayout] = ()) -> dict
     if foreign:
         others = (layout for layout in list_layouts() if layout.network_module and foreign[0] in layout.keys)
         other = next((layout.network_module for layout in others), "")
-        way_out = "For files made by LyCORIS use --network_module lycoris.kohya"
+        fix = "For files made by LyCORIS use --network_module lycoris.kohya"
         raise UserError(
             f"{file.origin} has keys such as *.{foreign[0]} that this network module cannot use; it reads "
             f"{', '.join(f'*.{known_key}' for known_key in known)}. "
-            + (f"Use --network_module {other}" if other else way_out)
+            + (f"Use --network_module {other}" if other else fix)
         )
     usable = {}
     for name, module in file.modules.items():

@@ -236,12 +236,12 @@ def check_pieces(kind: AdapterKind, groups: Groups, source: str) -> None:
             layout = layout_of(own)
             if layout.is_low_rank and layout in kind.layouts:
                 continue
-            way_out = "merge it with --base_weights"
+            fix = "merge it with --base_weights"
             if layout.is_low_rank:
-                way_out = f"use --network_module {layout.network_module}"
+                fix = f"use --network_module {layout.network_module}"
             raise UserError(
                 f"{source} has {layout.words} of a part of {module} ({name.replace('_', ' ')}), which is one layer "
-                f"here; this --network_module cannot train it further: {way_out}"
+                f"here; this --network_module cannot train it further: {fix}"
             )
 
 

@@ -169,7 +169,7 @@ def kind_of(module: nn.Module) -> TargetKind | None:
     return None
 
 
-def site_name(part: Part, path: str) -> str:
+def target_name(part: Part, path: str) -> str:
     """The name of a module in files: prefix, then the path with underscores."""
     return f"{part.prefix}.{path}".replace(".", "_")
 
@@ -179,7 +179,7 @@ def find_target_modules(
 ) -> list[TargetModule]:
     """Every Linear and Conv2d below a block of the given classes, once each, in the order the modules are declared."""
     return [
-        TargetModule(site_name(part, path), path, module, kind)
+        TargetModule(target_name(part, path), path, module, kind)
         for path, module in _walk(root, classes)
         if (kind := kind_of(module)) is not None and not filters.leave_out(part, path)
     ]
@@ -191,7 +191,7 @@ def find_embedders(
     """Every Linear and Conv2d of the embedders, in the order they are declared, without those found in blocks."""
     taken = {target.path for target in blocks}
     return [
-        TargetModule(site_name(part, path), path, module, kind)
+        TargetModule(target_name(part, path), path, module, kind)
         for path, module in root.named_modules()
         if (kind := kind_of(module)) is not None and path not in taken and embedders.index_of(path) is not None
     ]
@@ -208,7 +208,7 @@ def find_norms(
 ) -> list[TargetModule]:
     """Every LayerNorm and GroupNorm with a learnable weight below a block of the given classes, once each."""
     return [
-        TargetModule(site_name(part, path), path, module, "norm")
+        TargetModule(target_name(part, path), path, module, "norm")
         for path, module in _walk(root, classes)
         if type(module) in (nn.LayerNorm, nn.GroupNorm)
         and module.weight is not None

@@ -1,9 +1,10 @@
 """Knots as everybody outside this package knows it."""
 
-from library.architectures.knots.adapters import NAMES, TARGETS
+from library.architectures.knots.adapter_names import NAMES
 from library.architectures.knots.assembly import RECIPE, build
 from library.architectures.knots.merging import open_base_model, seen_by_networks
 from library.architectures.knots.options import KnotsOptions
+from library.architectures.knots.targets import TARGETS
 from library.checkpoints.base_model_spec import GENERIC, KOHYA, NONE, BaseModelSpec, Reader, Sign
 
 SPECS = (

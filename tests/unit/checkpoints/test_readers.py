@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from library.architectures.flux.adapters import CHROMA_NAMES
+from library.architectures.flux.adapter_names import CHROMA_NAMES
 from library.architectures.specs import list_specs
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.checkpoints.compatibility import Reading, describe, problems, readings

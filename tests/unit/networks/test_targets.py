@@ -58,7 +58,7 @@ def test_a_block_list_finds_the_first_pattern_in_a_path() -> None:
 
 
 def test_every_adapted_layer_of_the_sd_unet_lies_in_one_block() -> None:
-    from library.architectures.sd.adapters import TARGETS
+    from library.architectures.sd.targets import TARGETS
 
     layout = TARGETS.block_list
     assert layout is not None and len(layout.patterns) == 25 == layout.down + layout.mid + layout.up

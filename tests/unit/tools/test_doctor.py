@@ -38,7 +38,7 @@ DRIVER = ["NVIDIA GeForce RTX 4060, 535.54, 8188 MiB"]
 
 
 @pytest.mark.parametrize(
-    ("torch_there", "driver", "what", "is_wrong", "way_out"),
+    ("torch_there", "driver", "what", "is_wrong", "fix"),
     [
         (torch_like(), DRIVER, "card", True, "pytorch.org/get-started"),
         (torch_like("13.0"), DRIVER, "card", True, "requires CUDA 13.0: update the driver"),
@@ -57,11 +57,11 @@ DRIVER = ["NVIDIA GeForce RTX 4060, 535.54, 8188 MiB"]
     ids=["CPU build", "old driver", "no card", "fine", "busy", "card too old", "compiled for a newer card"],
 )
 def test_torch_is_held_to_the_card_and_its_driver(
-    torch_there: Any, driver: list[str], what: str, is_wrong: bool, way_out: str
+    torch_there: Any, driver: list[str], what: str, is_wrong: bool, fix: str
 ) -> None:
     line = found(doctor.card_lines(torch_there, driver), what)
     assert line.is_wrong is is_wrong
-    assert way_out in line.way_out and bool(line.way_out) is bool(way_out)
+    assert fix in line.fix and bool(line.fix) is bool(fix)
 
 
 def test_packages_are_held_to_the_versions_that_training_needs(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_packages_are_held_to_the_versions_that_training_needs(tmp_path: Path) -
     path.write_text('torch>=2\nnumpy>=999\nno-such-package>=1\ntomli>=2; python_version < "3"\n')
     lines = list(doctor.package_lines(path))
     assert not found(lines, "torch").is_wrong
-    assert found(lines, "numpy").way_out == 'python3 -m pip install -U "numpy>=999"'
+    assert found(lines, "numpy").fix == 'python3 -m pip install -U "numpy>=999"'
     assert found(lines, "no-such-package").found == "missing"
     assert [line.what for line in lines if line.is_wrong] == ["numpy", "no-such-package"]
     assert "tomli" not in {line.what for line in lines}
@@ -93,7 +93,7 @@ def test_a_product_that_is_off_is_wrong_and_one_that_cannot_be_is_not() -> None:
         raise RuntimeError("sm_89 or newer\nis needed")
 
     line = doctor.product_line("p", refuse, exact, 2e-3)
-    assert not line.is_wrong and "sm_89 or newer" in line.way_out
+    assert not line.is_wrong and "sm_89 or newer" in line.fix
 
 
 def test_little_memory_and_disk_are_noted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -103,10 +103,10 @@ def test_little_memory_and_disk_are_noted(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(psutil, "virtual_memory", lambda: few)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(free=GIB // 2))
     lines = [*doctor.memory_lines(None), *doctor.disk_lines({"disk": tmp_path / "not" / "there"})]
-    assert "close programs" in found(lines, "main memory").way_out
-    assert "about this much" in found(lines, "disk").way_out
+    assert "close programs" in found(lines, "main memory").fix
+    assert "about this much" in found(lines, "disk").fix
     if os.path.isdir("/dev/shm"):
-        assert "--shm-size" in found(lines, "/dev/shm").way_out
+        assert "--shm-size" in found(lines, "/dev/shm").fix
 
 
 def test_settings_are_told_without_what_is_private(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_a_step_in_8_bits_is_taken_in_another_process(
     monkeypatch.setattr(doctor.subprocess, "run", lambda *_, **__: done)
     line = doctor.eight_bit_line("cpu")
     assert line.is_wrong is is_wrong
-    assert not is_wrong or "--optimizer_type AdamW" in line.way_out
+    assert not is_wrong or "--optimizer_type AdamW" in line.fix
 
 
 @pytest.mark.parametrize("is_there", [True, False])

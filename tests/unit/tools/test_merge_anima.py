@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from library.architectures.anima.adapters import NAMES
+from library.architectures.anima.adapter_names import NAMES
 from library.checkpoints.files import read_metadata
 from networks import lora_anima
 from networks.core.files.adapter_file import read_adapter_file, save_adapter_file

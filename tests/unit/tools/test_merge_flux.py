@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from library.architectures.flux.adapters import NAMES
+from library.architectures.flux.adapter_names import NAMES
 from library.architectures.flux.model import Flux
 from library.checkpoints.files import read_metadata
 from networks import lora_flux

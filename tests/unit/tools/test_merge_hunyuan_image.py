@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from library.architectures.hunyuan_image.adapters import NAMES, view
+from library.architectures.hunyuan_image.adapter_names import NAMES
 from library.architectures.hunyuan_image.model import HunyuanImage
+from library.architectures.hunyuan_image.targets import view
 from library.checkpoints.files import read_metadata
 from networks import lora_hunyuan_image
 from networks.core.files.adapter_file import read_adapter_file, save_adapter_file

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from library.architectures.sd.adapters import view
 from library.architectures.sd.load import open_loader
+from library.architectures.sd.targets import view
 from library.checkpoints.files import load_state_dict, read_metadata, save_safetensors
 from library.checkpoints.hashes import sshs_hashes
 from library.models.unet_loader import UnetLoader

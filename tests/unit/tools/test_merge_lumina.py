@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from library.architectures.lumina.adapters import NAMES, view
+from library.architectures.lumina.adapter_names import NAMES
 from library.architectures.lumina.gemma import encode_gemma
+from library.architectures.lumina.targets import view
 from library.checkpoints.files import read_metadata
 from networks import lora_lumina
 from networks.core.files.adapter_file import read_adapter_file, save_adapter_file

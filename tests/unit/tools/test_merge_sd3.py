@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from library.architectures.sd3.adapters import NAMES, view
+from library.architectures.sd3.adapter_names import NAMES
 from library.architectures.sd3.load import DENOISER_PREFIX, TEXT_PREFIXES, open_loader
+from library.architectures.sd3.targets import view
 from library.checkpoints.files import read_metadata
 from networks import lora_sd3
 from networks.core.files.adapter_file import read_adapter_file, save_adapter_file

@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from library.architectures.sd.adapters import view
+from library.architectures.sd.targets import view
 from library.checkpoints.files import load_state_dict
 from networks import boft, loha, lokr, lora, oft_v2
 from tests.parity.test_lora_merge import tiny_clip, tiny_unet

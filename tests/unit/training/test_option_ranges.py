@@ -12,11 +12,11 @@ from library.options.training.optimizer import ScheduleOptions
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "way_out"),
+    ("name", "value", "fix"),
     [("lr_scheduler_min_lr_ratio", 2.0, "use 0 to 1"), ("lr_scheduler_power", -1.0, "use at least 0")],
 )
-def test_a_schedule_number_out_of_range_is_named(name: str, value: float, way_out: str) -> None:
-    with pytest.raises(UserError, match=f"--{name} is {value}; .*{way_out}"):
+def test_a_schedule_number_out_of_range_is_named(name: str, value: float, fix: str) -> None:
+    with pytest.raises(UserError, match=f"--{name} is {value}; .*{fix}"):
         check_ranges(ScheduleOptions(**{name: value}))
 
 

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from library.architectures.sd3.adapters import view
 from library.architectures.sd3.assembly import build, metadata
 from library.architectures.sd3.load import DENOISER_PREFIX, TEXT_PREFIXES, Sd3Loader, open_loader
 from library.architectures.sd3.options import Sd3Options
+from library.architectures.sd3.targets import view
 from library.options.ranges import check_ranges
 from library.training.command_line.checks import report_unused
 from tests.tiny.sd3 import CONFIGS, build_tiny_sd3

@@ -1,22 +1,22 @@
-"""The layers of Anima that adapters target, and their names in files.
+"""The names of the layers of Anima in adapter files.
 
 Module paths are those of the original checkpoint.
 """
 
-from collections.abc import Iterator, Sequence
-
-from torch import nn
+from collections.abc import Iterator
 
 from library.architectures.anima.checkpoint_keys import BLOCK, TOP, diffusers_path
-from library.architectures.specs import list_network_arguments
 from library.checkpoints.adapter_names import BaseNames, ModuleNames
-from networks.core.targets.targets import AdapterTargets, Part
 
 NUM_BLOCKS, NUM_ADAPTER_BLOCKS, NUM_TEXT_LAYERS = 28, 6, 28  # of the first release; others are deeper
+
+
 ADAPTER_BLOCK = (
     *(f"{layer}.{name}_proj" for layer in ("self_attn", "cross_attn") for name in ("q", "k", "v", "o")),
     *("mlp.0", "mlp.2"),
 )
+
+
 TEXT_LAYER = (
     *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
@@ -56,30 +56,3 @@ NAMES = BaseNames(
     ),
     stacks=("lora_unet_blocks", "lora_unet_llm_adapter_blocks", "lora_te_layers"),
 )
-
-
-LEFT_OUT = (r".*(_modulation|_norm|_embedder|final_layer).*",)  # unless include_patterns includes it again
-
-TARGETS = AdapterTargets(
-    denoiser=Part(
-        "lora_unet",
-        blocks=("Block", "PatchEmbed", "TimestepEmbedding", "FinalLayer"),
-        exclude=LEFT_OUT,
-        extra_blocks={"train_llm_adapter": ("LLMAdapterTransformerBlock",)},
-    ),
-    text_encoders=(
-        Part(
-            "lora_te",
-            blocks=("Qwen3Attention", "Qwen3MLP", "Qwen3SdpaAttention", "Qwen3FlashAttention2"),
-            exclude=LEFT_OUT,
-        ),
-    ),
-    expressions="path",
-    names=NAMES,
-    elsewhere=list_network_arguments,
-)
-
-
-def view(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[nn.Module | list[nn.Module], nn.Module]:
-    """Return (Qwen3, denoiser) for `create_network` and `apply_to`; [] if no text encoder is loaded."""
-    return text_encoders[0] if text_encoders else [], denoiser

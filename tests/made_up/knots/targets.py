@@ -1,33 +1,12 @@
-"""The layers of Knots that adapters change: what they attach to, and the names that files have for it."""
+"""The layers of Knots that adapters target, and the models as network modules see them."""
 
 from collections.abc import Sequence
 
 from torch import nn
 
+from library.architectures.knots.adapter_names import NAMES
 from library.architectures.specs import list_network_arguments
-from library.checkpoints.adapter_names import BaseNames, ModuleNames
 from networks.core.targets.targets import AdapterTargets, Part
-
-NUM_BLOCKS = 2
-LAYERS = ("mix", "lift")
-
-
-def denoiser_module(path: str) -> ModuleNames:
-    return ModuleNames(
-        kohya=f"lora_unet_{path.replace('.', '_')}",
-        generic=f"diffusion_model.{path}",
-        diffusers=f"transformer.{path.replace('knots', 'transformer_knots')}",
-    )
-
-
-def text_module(path: str) -> ModuleNames:
-    return ModuleNames(f"lora_te_{path}", f"text_encoders.bytes.{path}", f"text_encoder.{path}")
-
-
-NAMES = BaseNames(
-    "knots",
-    (*(denoiser_module(f"knots.{n}.{layer}") for n in range(NUM_BLOCKS) for layer in LAYERS), text_module("project")),
-)
 
 TARGETS = AdapterTargets(
     denoiser=Part("lora_unet", blocks=("Knot",)),

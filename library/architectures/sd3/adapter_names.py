@@ -1,23 +1,19 @@
-"""The layers of Stable Diffusion 3 and 3.5, all sizes, that adapters target, and their names in files.
+"""The names of the layers of Stable Diffusion 3 and 3.5 in adapter files.
 
 Module paths are those of the original checkpoint.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from torch import nn
-
-from library.architectures.specs import list_network_arguments
 from library.checkpoints.adapter_names import BaseNames, ModuleNames, Piece
-from library.models.clip.clip import clip_body
-from library.models.clip.names import CLIP_BLOCKS, clip_module, clip_paths
-from library.models.clip.view import ClipView
-from library.models.t5 import T5_BLOCKS, T5_LINEAR
-from networks.core.targets.targets import AdapterTargets, Embedders, Part, thirds
+from library.models.clip.names import clip_module, clip_paths
+from library.models.t5 import T5_LINEAR
 
 MAX_DEPTH = 38  # of SD3.5 large; the others have 24 blocks
 NUM_CLIP_LAYERS = {"clip_l": 12, "clip_g": 32}
 NUM_T5_LAYERS = 24
+
+
 EMBEDDERS = {
     "context_embedder": "context_embedder",
     "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
@@ -28,6 +24,8 @@ EMBEDDERS = {
     "final_layer.adaLN_modulation.1": "norm_out.linear",
     "final_layer.linear": "proj_out",
 }
+
+
 STREAMS = {  # stream -> (its names in a block of diffusers: q, k, v, output, modulation, MLP in, MLP out)
     "x_block": ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "norm1.linear", "ff.net.0.proj", "ff.net.2"),
     "context_block": (
@@ -89,42 +87,3 @@ NAMES = BaseNames(
         *t5_modules(),
     ),
 )
-
-
-TARGETS = AdapterTargets(
-    denoiser=Part("lora_unet", blocks=("SingleDiTBlock",)),
-    text_encoders=(
-        Part("lora_te1", blocks=CLIP_BLOCKS),
-        Part("lora_te2", blocks=CLIP_BLOCKS),
-        Part("lora_te3", blocks=T5_BLOCKS, needs="train_t5xxl"),
-    ),
-    ranks={
-        "context_attn_dim": r"\.context_block\.attn\.",
-        "context_mlp_dim": r"\.context_block\.mlp\.",
-        "context_mod_dim": r"\.context_block\.adaLN_modulation\.",
-        "x_attn_dim": r"\.x_block\.attn2?\.",
-        "x_mlp_dim": r"\.x_block\.mlp\.",
-        "x_mod_dim": r"\.x_block\.adaLN_modulation\.",
-    },
-    embedders=Embedders(
-        "emb_dims",
-        (
-            r"context_embedder",
-            r"t_embedder",
-            r"x_embedder",
-            r"y_embedder",
-            r"final_layer\.adaLN_modulation",
-            r"final_layer\.linear",
-        ),
-    ),
-    block_choices={"train_block_indices": r"^joint_blocks\.(\d+)\."},
-    fused={r"qkv$": thirds},
-    names=NAMES,
-    elsewhere=list_network_arguments,
-)
-
-
-def view(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[list[nn.Module], nn.Module]:
-    """Return ([CLIP-L, CLIP-G, T5 if present], denoiser) for `create_network` and `apply_to`."""
-    clips = [ClipView(clip_body(encoder)) for encoder in text_encoders[:2]]
-    return [*clips, *text_encoders[2:]], denoiser

@@ -1,21 +1,15 @@
-"""The layers of FLUX.1 and Chroma that adapters target, and their names in files.
+"""The names of the layers of FLUX.1 and Chroma in adapter files.
 
 Module paths are those of the original checkpoint.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
-from torch import nn
-
 from library.architectures.flux.checkpoint_keys import APPROXIMATOR, STACKS, SWAPPED, TOP, sources
-from library.architectures.specs import list_network_arguments
 from library.checkpoints.adapter_names import BaseNames, ModuleNames, Piece
 from library.models.clip import names as clip_names
-from library.models.clip.clip import clip_body
-from library.models.clip.view import ClipView
-from library.models.t5 import T5_BLOCKS, T5_LINEAR
-from networks.core.targets.targets import AdapterTargets, Embedders, Part, qkv_and_rest, thirds
+from library.models.t5 import T5_LINEAR
 
 NUM_BLOCKS = {"double_blocks": 19, "single_blocks": 38}
 QKV_SHARES = (1, 1, 1)
@@ -88,6 +82,8 @@ NAMES = BaseNames(
         *(t5_module(f"encoder.block.{n}.{name}") for n in range(NUM_T5_BLOCKS) for name in T5_LINEAR),
     ),
 )
+
+
 CHROMA_NAMES = BaseNames(
     "chroma",
     (
@@ -95,53 +91,3 @@ CHROMA_NAMES = BaseNames(
         *(chroma_t5_module(f"encoder.block.{n}.{name}") for n in range(NUM_T5_BLOCKS) for name in T5_LINEAR),
     ),
 )
-T5 = Part("lora_te3", blocks=T5_BLOCKS, needs="train_t5xxl")
-
-
-TARGETS = AdapterTargets(
-    denoiser=Part("lora_unet", blocks=("DoubleStreamBlock", "SingleStreamBlock"), attention=("SelfAttention",)),
-    text_encoders=(
-        Part("lora_te1", blocks=clip_names.CLIP_BLOCKS),
-        T5,
-    ),
-    ranks={
-        "img_attn_dim": r"\.img_attn\.",
-        "txt_attn_dim": r"\.txt_attn\.",
-        "img_mlp_dim": r"\.img_mlp\.",
-        "txt_mlp_dim": r"\.txt_mlp\.",
-        "img_mod_dim": r"\.img_mod\.",
-        "txt_mod_dim": r"\.txt_mod\.",
-        "single_dim": r"^single_blocks\.\d+\.linear",
-        "single_mod_dim": r"^single_blocks\.\d+\.modulation\.",
-    },
-    embedders=Embedders("in_dims", (r"img_in", r"time_in", r"vector_in", r"guidance_in", r"txt_in")),
-    block_choices={
-        "train_double_block_indices": r"^double_blocks\.(\d+)\.",
-        "train_single_block_indices": r"^single_blocks\.(\d+)\.",
-    },
-    subsets={"double": r"^double_blocks\.", "single": r"^single_blocks\."},
-    fused={r"_attn\.qkv$": thirds, r"\.linear1$": qkv_and_rest},
-    names=NAMES,
-    elsewhere=list_network_arguments,
-)
-CHROMA_TARGETS = replace(
-    TARGETS,
-    denoiser=replace(TARGETS.denoiser, extra_blocks={"train_approximator": ("Approximator",)}),
-    text_encoders=(T5,),
-    ranks={name: pattern for name, pattern in TARGETS.ranks.items() if "mod_dim" not in name},
-    names=CHROMA_NAMES,
-)
-
-
-def view(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[list[nn.Module], nn.Module]:
-    """Return ([CLIP-L, T5 if present], denoiser) for `create_network` and `apply_to`.
-
-    The denoiser's own paths are those in files.
-    """
-    clip = [ClipView(clip_body(encoder)) for encoder in text_encoders[:1]]
-    return [*clip, *text_encoders[1:]], denoiser
-
-
-def view_chroma(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[list[nn.Module], nn.Module]:
-    """Return ([T5 if present], denoiser), whose paths are those in files."""
-    return [*text_encoders], denoiser

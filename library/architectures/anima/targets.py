@@ -1,0 +1,36 @@
+"""The layers of Anima that adapters target, and the models as network modules see them."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from library.architectures.anima.adapter_names import NAMES
+from library.architectures.specs import list_network_arguments
+from networks.core.targets.targets import AdapterTargets, Part
+
+LEFT_OUT = (r".*(_modulation|_norm|_embedder|final_layer).*",)  # unless include_patterns includes it again
+
+
+TARGETS = AdapterTargets(
+    denoiser=Part(
+        "lora_unet",
+        blocks=("Block", "PatchEmbed", "TimestepEmbedding", "FinalLayer"),
+        exclude=LEFT_OUT,
+        extra_blocks={"train_llm_adapter": ("LLMAdapterTransformerBlock",)},
+    ),
+    text_encoders=(
+        Part(
+            "lora_te",
+            blocks=("Qwen3Attention", "Qwen3MLP", "Qwen3SdpaAttention", "Qwen3FlashAttention2"),
+            exclude=LEFT_OUT,
+        ),
+    ),
+    expressions="path",
+    names=NAMES,
+    elsewhere=list_network_arguments,
+)
+
+
+def view(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[nn.Module | list[nn.Module], nn.Module]:
+    """Return (Qwen3, denoiser) for `create_network` and `apply_to`; [] if no text encoder is loaded."""
+    return text_encoders[0] if text_encoders else [], denoiser
