@@ -54,7 +54,7 @@ class Heartbeat:
     count: int
     times: Times = field(default_factory=Times)
     lost: str | None = None  # a sentence about the first lost process
-    is_told: bool = False  # this process ends because of it
+    is_stopping: bool = False  # this process ends because of it
     quit: Callable[[int], object] = os._exit
     _is_over: threading.Event = field(default_factory=threading.Event)
     _hosts: dict[int, str] = field(default_factory=dict)  # host and process ID by rank
@@ -135,10 +135,10 @@ class Heartbeat:
                 self.store.set("lost", self.lost)
             except RuntimeError:
                 logger.debug("the store is unreachable", exc_info=True)
-        if self._is_over.wait(self.times.say) or self.is_told:
+        if self._is_over.wait(self.times.say) or self.is_stopping:
             return
         logger.error("%s; this process will end too, within %.0f s", self.lost, self.times.end)
-        if self._is_over.wait(self.times.end) or self.is_told:
+        if self._is_over.wait(self.times.end) or self.is_stopping:
             return
         logging.shutdown()
         self.quit(1)

@@ -156,10 +156,10 @@ class Processes:
         self._all_reduce(flat)
         sizes = [p.numel() for p in parameters]
         *sums, flags, shared = torch.split(flat, [*sizes, len(flags), num_losses])
-        told = flags.tolist()
+        counts = flags.tolist()
         if order is not None:
-            order.require_same(told[len(parameters) + 1 :], self.rank)
-        is_there = [number > 0 for number in told[: len(parameters) + 1]]
+            order.require_same(counts[len(parameters) + 1 :], self.rank)
+        is_there = [number > 0 for number in counts[: len(parameters) + 1]]
         for parameter, total, is_used in zip(parameters, sums, is_there, strict=False):
             parameter.grad = total.view_as(parameter).to(parameter.dtype) if is_used else None
         return shared.clone(), is_there[-1]
@@ -181,7 +181,7 @@ class Processes:
             return None
         for number in range(num_looks):
             if (found := self.heartbeat.lost or self.heartbeat.find()) is not None:
-                self.heartbeat.is_told = True
+                self.heartbeat.is_stopping = True
                 return found
             if number + 1 < num_looks:
                 time.sleep(1)
@@ -195,7 +195,7 @@ class Processes:
     def require_all(self) -> None:
         """Raise ProcessLost if another process is known to be lost."""
         if self.heartbeat is not None and self.heartbeat.lost is not None:
-            self.heartbeat.is_told = True
+            self.heartbeat.is_stopping = True
             raise ProcessLost(self.heartbeat.lost)
 
     def _wait_for(self, key: str) -> str:

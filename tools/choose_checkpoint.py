@@ -78,18 +78,18 @@ def warn_of_other_splits(options: ValidationOptions, files: Sequence[Path], seed
     """Say which files may have trained on the pictures that are set aside here."""
     wanted = seed if options.validation_seed is None else options.validation_seed
     for path in files:
-        told = read_metadata(path)
-        if "ss_validation_split" not in told:
+        metadata = read_metadata(path)
+        if "ss_validation_split" not in metadata:
             continue
-        own = told.get("ss_validation_seed", "None")
-        own = told.get("ss_seed", "") if own == "None" else own
+        own = metadata.get("ss_validation_seed", "None")
+        own = metadata.get("ss_seed", "") if own == "None" else own
         share = options.validation_split
-        if float(told["ss_validation_split"]) != share or own != str(wanted):
+        if float(metadata["ss_validation_split"]) != share or own != str(wanted):
             text = (
                 "%s was trained with --validation_split %s and seed %s, but here they are %g and %d: it may have been "
                 "trained on images that are measured"
             )
-            logger.warning(text, path.name, told["ss_validation_split"], own, share, wanted)
+            logger.warning(text, path.name, metadata["ss_validation_split"], own, share, wanted)
 
 
 def measured_files(sides: Sides, found: Sequence[FileLosses]) -> list[Measured]:

@@ -255,10 +255,10 @@ def is_kept(shard: Shard, held: Sequence[Packed], path: Path, shard_bytes: float
 
 
 def digest_of_inputs(members: Sequence[Packed], shard_bytes: float, storage: Storage) -> str:
-    told = blake2b(f"{shard_bytes}".encode(), digest_size=16)
+    digest = blake2b(f"{shard_bytes}".encode(), digest_size=16)
     for one in members:
-        told.update(repr((one.stem, one.picture.key, tuple(storage.version(one.picture)), one.text)).encode())
-    return told.hexdigest()
+        digest.update(repr((one.stem, one.picture.key, tuple(storage.version(one.picture)), one.text)).encode())
+    return digest.hexdigest()
 
 
 def add_member(archive: tarfile.TarFile, name: str, content: bytes) -> None:

@@ -58,9 +58,9 @@ class OtherScripts:
         has = [script for script, (options, _) in self.scripts.items() if option in options]
         if self.name in has:
             return ""
-        told = self.scripts[self.name][1].get(option) if self.name in self.scripts else None
+        instead = self.scripts[self.name][1].get(option) if self.name in self.scripts else None
         whose = describe_scripts(has, list(self.scripts)) if has else None
-        hint = "; ".join(words for words in (whose, told) if words)
+        hint = "; ".join(words for words in (whose, instead) if words)
         return f" ({hint})" if hint else ""
 
 

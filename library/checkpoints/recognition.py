@@ -32,14 +32,14 @@ def recognise_adapter(
     file with only these belongs to the one in its metadata.
     """
     shapes = _in_models(specs, shapes)
-    told = base_in_metadata(specs, metadata)
-    if told is not None and (
-        all(re.match(TEXT_ENCODER, underscored(key)) for key in shapes) or _has_most_modules(told, specs, shapes)
+    recorded = base_in_metadata(specs, metadata)
+    if recorded is not None and (
+        all(re.match(TEXT_ENCODER, underscored(key)) for key in shapes) or _has_most_modules(recorded, specs, shapes)
     ):
-        return told
+        return recorded
     products = composed_shapes(shapes)
     return recognise(
-        sorted(specs, key=lambda spec: spec is not told),
+        sorted(specs, key=lambda spec: spec is not recorded),
         {_flat(key): tuple(shape) if _gives_width(key) else products.get(key, ()) for key, shape in shapes.items()},
         lambda spec: spec.adapter,
     )
@@ -57,11 +57,13 @@ def base_in_metadata(specs: Sequence[BaseModelSpec], metadata: Mapping[str, str]
     return by_version or next((spec for spec in specs if re.match(spec.architecture, architecture)), None)
 
 
-def _has_most_modules(told: BaseModelSpec, specs: Sequence[BaseModelSpec], shapes: Mapping[str, Sequence[int]]) -> bool:
+def _has_most_modules(
+    recorded: BaseModelSpec, specs: Sequence[BaseModelSpec], shapes: Mapping[str, Sequence[int]]
+) -> bool:
     """Return True if a base model has as many of a file's modules as any other, and at least one."""
     modules = {found.module for found in map(AdapterKey.parse, shapes) if found is not None}
     num_known = {spec.name: sum(spec.names.find(module) is not None for module in modules) for spec in specs}
-    return num_known[told.name] == max(num_known.values()) > 0
+    return num_known[recorded.name] == max(num_known.values()) > 0
 
 
 def require_card(

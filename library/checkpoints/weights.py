@@ -171,9 +171,9 @@ def fingerprint(*parts: Weights) -> str:
     def digest(place: tuple[Weights, str]) -> bytes:
         weights, name = place
         tensor = weights.read(name).contiguous()
-        told = blake2b(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
-        told.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        return told.digest()
+        found = blake2b(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        return found.digest()
 
     whole = blake2b(digest_size=16)
     places = [(weights, name) for weights in parts for name in sorted(weights.shapes)]

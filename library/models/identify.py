@@ -77,8 +77,8 @@ def refuse_other_folder(specs: Sequence[BaseModelSpec], flag: str, folder: Path,
     trains. A folder that names none passes, and so does one with a U-Net, whose weights tell more than a name."""
     class_name = read_json(folder / "model_index.json").get("_class_name", "")
     named = bases_of_pipeline(specs, class_name)
-    is_told = len(named) == 1 or (named and not spec_of(specs, wanted).folders)
-    refuse_other(specs, flag, str(folder), named[0] if is_told else base_of_parts(specs, folder), wanted)
+    is_named = len(named) == 1 or (named and not spec_of(specs, wanted).folders)
+    refuse_other(specs, flag, str(folder), named[0] if is_named else base_of_parts(specs, folder), wanted)
     if not named:
         refuse_unknown_folder(flag, folder, class_name)
 

@@ -67,11 +67,11 @@ def read_values(
         if key in ("config_file", "output_config"):
             continue  # about the file itself; the command line has said it
         if key not in actions:
-            told = elsewhere(key)
-            if not told:
+            others = elsewhere(key)
+            if not others:
                 unknown.append(key + nearest(key, actions))
             elif value is not False and value not in ("", []):  # front ends write every field they have
-                warnings.append(f"{where}: ignored: {key}{told}")
+                warnings.append(f"{where}: ignored: {key}{others}")
             continue
         converted = convert(value, actions[key])
         if isinstance(converted, Refused):

@@ -21,6 +21,7 @@ REPLACED = {  # word of an identifier -> the field's word
     "site": "target",
     "sites": "targets",
     "shelf": "ShardedBlock",
+    "told": "conditioning, result, message, digest: what it is",
     "trainee": "AdapterRun",
     "twin": "duplicate",
 }
@@ -28,7 +29,6 @@ PHRASES = {  # several words of an identifier in a row
     "hand_over": "identity_collate",
     "in_words": "format_…",
     "speaking_of": "log_prefix",
-    "told_of": "a verb, such as find_config",
     "way_out": "suggest_fix",
     "ways_out": "memory_hints",
     "without_values": "on_meta_device",

@@ -86,13 +86,13 @@ def test_a_store_that_is_gone_is_the_main_process() -> None:
     )
 
 
-@pytest.mark.parametrize("is_told", [False, True])
-def test_a_process_that_does_not_end_by_itself_is_ended(is_told: bool, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("is_stopping", [False, True])
+def test_a_process_that_does_not_end_by_itself_is_ended(is_stopping: bool, caplog: pytest.LogCaptureFixture) -> None:
     said, quits = board(_0=f"{HOST} {os.getpid()}", _1=ended()), list[int]()
-    heart = Heartbeat(said, 0, 2, QUICK, is_told=is_told, quit=quits.append)
+    heart = Heartbeat(said, 0, 2, QUICK, is_stopping=is_stopping, quit=quits.append)
     heart.start()
     wait_until(lambda: heart.lost)
-    if is_told:  # it saves, and may take its time
+    if is_stopping:  # it saves, and may take its time
         time.sleep(0.3)
         assert not quits and "this process will end too" not in caplog.text
     else:

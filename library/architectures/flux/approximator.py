@@ -38,10 +38,10 @@ def read_approximator(shapes: Mapping[str, tuple[int, ...]]) -> ApproximatorConf
 def modulation_inputs(sigmas_B: Tensor, guidance_B: Tensor, num_rows: int, in_features: int) -> Tensor:
     """Return the approximator's input for each row, float32, shape BVF: the noise level and the guidance, equal for all
     rows, then the index of the row."""
-    told_BF = [sinusoids(1000 * values_B.float(), in_features // 4) for values_B in (sigmas_B, guidance_B)]
+    features_BF = [sinusoids(1000 * values_B.float(), in_features // 4) for values_B in (sigmas_B, guidance_B)]
     rows_VF = sinusoids(1000 * torch.arange(num_rows, device=sigmas_B.device), in_features // 2)
-    told_BVF = [values[:, None].expand(-1, num_rows, -1) for values in told_BF]
-    return torch.cat([*told_BVF, rows_VF.expand(len(sigmas_B), -1, -1)], dim=-1)
+    features_BVF = [values[:, None].expand(-1, num_rows, -1) for values in features_BF]
+    return torch.cat([*features_BVF, rows_VF.expand(len(sigmas_B), -1, -1)], dim=-1)
 
 
 class Approximator(nn.Module):

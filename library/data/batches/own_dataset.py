@@ -51,8 +51,8 @@ class OwnDataset:
 
     @property
     def num_train_images(self) -> int:
-        told = int(getattr(self._source, "num_train_images", 0))
-        return told or self.num_batches * self.batch_sizes[0]
+        num_images = int(getattr(self._source, "num_train_images", 0))
+        return num_images or self.num_batches * self.batch_sizes[0]
 
     @property
     def num_reg_images(self) -> int:

@@ -122,10 +122,10 @@ class PlannedBatches:
     def _finished(self, draft: PartialBatch | str) -> Batch:
         if isinstance(draft, str):
             raise UserError(draft)
-        for told in draft.skipped:
-            if told not in self._skipped:
-                logger.warning("%s; skipping it and using another image of its bucket", told)
-            self._skipped[told] += 1
+        for skipped in draft.skipped:
+            if skipped not in self._skipped:
+                logger.warning("%s; skipping it and using another image of its bucket", skipped)
+            self._skipped[skipped] += 1
         return finish_batch(draft, self._latents.memory, self._texts.memory, self._texts.padding)
 
     @cached_property

@@ -82,18 +82,18 @@ class TextEncoding:
 
     def _digest(self, encoders: str) -> str:
         spec = self.spec
-        told = blake2b(f"{encoders}{spec.settings} {self.dtype} {spec.keys}".encode(), digest_size=16)
+        digest = blake2b(f"{encoders}{spec.settings} {self.dtype} {spec.keys}".encode(), digest_size=16)
         for name, tensor in sorted(spec.constants.items()):
-            told.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.tolist()}".encode())
-        return told.hexdigest()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.tolist()}".encode())
+        return digest.hexdigest()
 
 
 def digest_of_words(tokenizers: Sequence[Any]) -> str:
     """Return a digest of the tokenizers' vocabularies."""
-    told = blake2b(digest_size=16)
+    digest = blake2b(digest_size=16)
     for tokenizer in tokenizers:
-        told.update(repr(sorted(tokenizer.get_vocab().items())).encode())
-    return told.hexdigest()
+        digest.update(repr(sorted(tokenizer.get_vocab().items())).encode())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -126,8 +126,8 @@ def cache_latents(
     files = {user: job.file for job in kept if job.file is not None for user in job.users}
     damaged = processes.merged("damaged pictures", damaged)
     if damaged:
-        told = sorted(set(damaged.values()))
-        logger.warning("%d damaged images are skipped, using others of their buckets: %s", len(told), few(told))
+        problems = sorted(set(damaged.values()))
+        logger.warning("%d damaged images are skipped, using others of their buckets: %s", len(problems), few(problems))
     for number in damaged:
         stand_in(plan.samples, plan.subsets, number, damaged.keys())
     usable = {user: file for user, file in files.items() if user not in damaged}

@@ -84,13 +84,13 @@ def dataset_identity(config: RunDataConfig, samples: Samples, num_batches: int) 
         numbers = zip(
             *own.sizes_N2.T.tolist(), samples.shape_N[rows].tolist(), samples.draws_N[rows].tolist(), strict=True
         )
-        told: dict[tuple[int, ...], str] = {}  # everything but the name, equal for many images
+        parts_by_row: dict[tuple[int, ...], str] = {}  # everything but the name, equal for many images
         parts: list[str] = []
         for name, row in zip(own.names, numbers, strict=True):
-            if row not in told:
+            if row not in parts_by_row:
                 width, height, shape, num_draws = row
-                told[row] = repr(((width, height), subset, samples.shapes[shape], num_draws))[1:]
-            parts.append(f"({ascii(basename(name))!r}, {told[row]}")
+                parts_by_row[row] = repr(((width, height), subset, samples.shapes[shape], num_draws))[1:]
+            parts.append(f"({ascii(basename(name))!r}, {parts_by_row[row]}")
             if len(parts) == AT_ONCE:
                 pictures.update("".join(parts).encode())
                 parts.clear()

@@ -58,7 +58,7 @@ def split_datasets(datasets: Sequence[ScannedDataset], seed: int) -> Split:
     ]
     always_trained = {identity for subset in subsets if subset.config.is_reg for identity in identities[id(subset)]}
     aside = choose(specs, always_trained)
-    told: dict[str, str] = {}
+    identity_by_key: dict[str, str] = {}
     lines: list[Line] = []
 
     def kept(subset: ScannedSubset, is_aside: bool) -> ScannedSubset:
@@ -68,7 +68,9 @@ def split_datasets(datasets: Sequence[ScannedDataset], seed: int) -> Split:
 
     for subset in subsets:
         measured_ones = kept(subset, is_aside=True).pictures
-        told.update(zip(measured_ones.each_key(), (one for one in identities[id(subset)] if one in aside), strict=True))
+        identity_by_key.update(
+            zip(measured_ones.each_key(), (one for one in identities[id(subset)] if one in aside), strict=True)
+        )
         lines += split_lines(subset, len(measured_ones))
     trained = without_empty(
         replace(dataset, subsets=tuple(kept(subset, is_aside=False) for subset in dataset.subsets))
@@ -87,7 +89,7 @@ def split_datasets(datasets: Sequence[ScannedDataset], seed: int) -> Split:
         )
         for dataset in datasets
     )
-    return Split(trained, measured, told, tuple(lines))
+    return Split(trained, measured, identity_by_key, tuple(lines))
 
 
 def choose(specs: Sequence[SplitSpec], always_trained: AbstractSet[str]) -> set[str]:

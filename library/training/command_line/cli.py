@@ -176,12 +176,12 @@ def refuse_misread(parser: argparse.ArgumentParser, words: Sequence[str]) -> Non
         flag, equals, value = word.partition("=")
         if not flag.startswith("--") or flag in parser._option_string_actions:
             continue
-        told = elsewhere_of(parser)(flag.removeprefix("--"))
-        for action, *_ in parser._get_option_tuples(flag) if told else ():
+        others = elsewhere_of(parser)(flag.removeprefix("--"))
+        for action, *_ in parser._get_option_tuples(flag) if others else ():
             try:
                 parser._get_value(action, value if equals else following)
             except argparse.ArgumentError:
-                parser.error(f"unrecognized arguments: {word}{told}")
+                parser.error(f"unrecognized arguments: {word}{others}")
 
 
 def hint(parser: argparse.ArgumentParser, flag: str) -> str:

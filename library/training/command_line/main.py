@@ -20,7 +20,7 @@ from library.training.command_line.replaced import refuse_replaced
 from library.training.command_line.show_timesteps import requested_timesteps, show_timesteps
 from library.training.command_line.training import train_alone
 from library.training.failures.interruption import Interrupted, Interruption
-from library.training.reporting.event_stream import warnings_told
+from library.training.reporting.event_stream import capture_warnings
 from library.training.saving.resume import AlreadyComplete
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ def train_as_asked(
         check_values(options)
         show_timesteps(asked, options.saving, options.run.seed or 0, objective(options), latents.downscale)
         return True
-    with warnings_told() as warnings:
+    with capture_warnings() as warnings:
         check(options)
         if latents is not None and options.dataset.audit_only:
             from library.training.command_line.audit_only import audit_only

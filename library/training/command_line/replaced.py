@@ -57,11 +57,11 @@ def refuse_replaced(trainer: object) -> None:
     first = vars(sys.modules[FIRST_SCRIPT]).get(FIRST_TRAINER) if FIRST_SCRIPT in sys.modules else None
     names = {*dir(trainer), *dir(first)}
     found = {work: [name for name in methods if name in names] for work, methods in NEVER_CALLED.items()}
-    told = [f"{', '.join(methods)} ({work})" for work, methods in found.items() if methods]
-    if told:
+    replaced = [f"{', '.join(methods)} ({work})" for work, methods in found.items() if methods]
+    if replaced:
         raise UserError(
-            f"this program replaces methods of {type(trainer).__name__} that are never called here: {'; '.join(told)}. "
-            "Leave them out, or train with sd-scripts"
+            f"this program replaces methods of {type(trainer).__name__} that are never called here: "
+            f"{'; '.join(replaced)}. Leave them out, or train with sd-scripts"
         )
     for module, changed in changed_modules().items():
         logger.warning(

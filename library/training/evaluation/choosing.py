@@ -89,10 +89,10 @@ def choice_of(measured: Sequence[Measured], is_held_out: bool = True) -> events.
         )
         for one, compared in zip(measured, found.files, strict=True)
     ]
-    is_told = found.num_pictures >= MIN_IMAGES and is_held_out
+    is_enough = found.num_pictures >= MIN_IMAGES and is_held_out
     return events.Choice(
-        suggested=candidates[found.suggested].file if is_told else None,
-        step=candidates[found.suggested].step if is_told else None,
+        suggested=candidates[found.suggested].file if is_enough else None,
+        step=candidates[found.suggested].step if is_enough else None,
         has_winner=found.has_winner,
         reason=reason_of(found, measured) if is_held_out else TRAINED_ONLY,
         num_pictures=found.num_pictures,
@@ -180,8 +180,8 @@ def memory_line(choice: events.Choice) -> str | None:
     is_clear = memory.low is not None and memory.low > 0
     doubt = "" if is_clear else ", not significant"
     side = "more" if memory.more >= 0 else "less"
-    told = f"{abs(memory.more):.5f}{interval(memory.low, memory.high)} {side} on trained pictures than on {unseen}"
-    return f"memorization gap: with {Path(one.file).name} the loss fell by {told}{doubt}"
+    change = f"{abs(memory.more):.5f}{interval(memory.low, memory.high)} {side} on trained pictures than on {unseen}"
+    return f"memorization gap: with {Path(one.file).name} the loss fell by {change}{doubt}"
 
 
 def interval(low: float | None, high: float | None) -> str:

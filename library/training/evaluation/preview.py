@@ -28,11 +28,11 @@ from library.training.failures.interruption import Interrupted, Interruption
 from library.training.reporting.console_lines import announce
 from library.training.reporting.sample_images import (
     Drawn,
+    build_preview_event,
     grid_path,
     is_written,
     picture_path,
     to_image,
-    told_picture,
     write_grid,
     write_picture,
 )
@@ -257,7 +257,7 @@ class Previews:
             with tqdm.external_write_mode():
                 logger.info("preview %d: %s", index, path)
             if run.events.is_on:
-                run.events.emit(told_picture(drawn, path, step, epoch))
+                run.events.emit(build_preview_event(drawn, path, step, epoch))
             return [drawn]
         except Exception as error:
             give_up(f"preview {index} ({prompt.text})", error)
@@ -309,12 +309,12 @@ def draw_latents(
     texts = (preview.worded(prompt.text), prompt.negative)
     positive, negative = (on_device(encoded.get(text), context.device) for text in texts)
     assert positive is not None
-    told = prompt_conditioning(context, prompt, batch, generator.initial_seed())
+    extra = prompt_conditioning(context, prompt, batch, generator.initial_seed())
 
     def say(noised: Noised, progress: float) -> Tensor:
         def ask(conditioning: Conditioning) -> Tensor:
             with context.autocast():
-                return predict(context.models.denoiser, noised, {**conditioning, **told}, batch)
+                return predict(context.models.denoiser, noised, {**conditioning, **extra}, batch)
 
         return guided(ask, positive, negative, prompt, progress)
 

@@ -50,13 +50,13 @@ def batch_losses(context: StepContext, batch: Batch, names: Sequence[Name], leve
     random.seed(place)
     latents_BCHW = latents_of(context, batch, lambda i: generator_for(seed, "validation vae", *names[i]))
     clean_BCHW = context.arch.codec.normalize(latents_BCHW)
-    told = inpainting_of(context, batch, seed, lambda i: ("validation", *names[i]))
+    extra = inpainting_of(context, batch, seed, lambda i: ("validation", *names[i]))
     columns = []
     for level in levels:
         objective = context.arch.objective.at_timestep(level)
         generators = [generator_for(seed, "validation noise", *name, level) for name in names]
         noised = corrupt_each(objective, clean_BCHW, generators)
-        columns.append(losses_of(context, objective, batch, noised, partial(conditioning_of, context, batch, told)))
+        columns.append(losses_of(context, objective, batch, noised, partial(conditioning_of, context, batch, extra)))
     return torch.stack(columns, 1).cpu().double()
 
 

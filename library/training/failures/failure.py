@@ -36,9 +36,9 @@ def saved_on_error(writer: Writer, progress: Progress, plan: Plan) -> Iterator[N
         if not writer.is_main or progress.step == first_step or progress.ended:
             raise
         try:
-            told = writer.save_failed(progress, plan.epoch_of(progress.step - 1))
+            message = writer.save_failed(progress, plan.epoch_of(progress.step - 1))
         except Exception as second:  # whatever ended the run may stand in the way here too; the first error counts
             logger.error("the run could not be saved either: %s: %s", type(second).__name__, second)
             logger.debug("where that failed:", exc_info=second)
             raise error from None
-        raise StoppedByError(told) from error
+        raise StoppedByError(message) from error

@@ -64,7 +64,7 @@ class Interruption:
 
     def _watch(self, reader: int, writer: int) -> None:
         """End the process where a signal is not answered, and send one where the launcher is gone."""
-        ends_at, number, is_told = float("inf"), 0, False
+        ends_at, number, is_reported = float("inf"), 0, False
         while not self._is_over:
             time.sleep(POLL_S)
             if self._is_over:  # training has begun: the loop asks `is_requested`, and a signal would be the second
@@ -75,8 +75,8 @@ class Interruption:
                 stops = []
             if stops and not number:
                 ends_at, number = time.monotonic() + GRACE_S, stops[0]
-            if self._launcher is not None and os.getppid() != self._launcher and not is_told:
-                is_told = True
+            if self._launcher is not None and os.getppid() != self._launcher and not is_reported:
+                is_reported = True
                 logger.warning("the launcher of this run is gone before the first step; ending")
                 os.kill(os.getpid(), signal.SIGTERM)
             if time.monotonic() > ends_at and not self._is_over:

@@ -67,16 +67,18 @@ class NonFiniteGuard:
             return False
         self.num_skipped += 1
         self.num_in_a_row += 1
-        told = self.explain(window, losses, norm)
+        explanation = self.explain(window, losses, norm)
         if not weights_are_finite(self.run.context.network.module):
-            raise NonFiniteError(f"{told}. The adapter's weights are damaged themselves: {advice(self.run)}", None)
+            raise NonFiniteError(
+                f"{explanation}. The adapter's weights are damaged themselves: {advice(self.run)}", None
+            )
         if self.run.options.faults.on_nonfinite == "stop":
-            raise NonFiniteError(f"{told}. --on_nonfinite stop ends the run; {advice(self.run)}", self.last_good)
+            raise NonFiniteError(f"{explanation}. --on_nonfinite stop ends the run; {advice(self.run)}", self.last_good)
         if self.num_in_a_row > MAX_IN_A_ROW:
             raise NonFiniteError(
-                f"{told}. {self.num_in_a_row} steps in a row were not finite; {advice(self.run)}", self.last_good
+                f"{explanation}. {self.num_in_a_row} steps in a row were not finite; {advice(self.run)}", self.last_good
             )
-        logger.warning("%s. The step is left out: weights and learning rate stay as they were", told)
+        logger.warning("%s. The step is left out: weights and learning rate stay as they were", explanation)
         return False
 
     def explain(self, window: Window, losses: Sequence[float], norm: float) -> str:
@@ -90,8 +92,8 @@ class NonFiniteGuard:
             if self.run.options.faults.trace_nonfinite and not self.was_traced:
                 trace = first_damage(self.run, batch, number, window.step)
                 self.was_traced = True
-        told = f"step {window.step + 1}: {what}; pictures: {few(samples, MAX_NAMED)}"
-        return told if trace is None else f"{told}; {trace}"
+        explanation = f"step {window.step + 1}: {what}; pictures: {few(samples, MAX_NAMED)}"
+        return explanation if trace is None else f"{explanation}; {trace}"
 
     def redraw(self, window: Window, place: int) -> Batch:
         """Return a batch once more: every draw is a function of the seed and its place."""

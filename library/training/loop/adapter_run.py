@@ -187,24 +187,24 @@ class AdapterRun:
             self._after_epoch(epoch)
 
 
-def report_step(run: Run, progress: Progress, charts: Charts, bar: StepBar, told: StepResult) -> None:
+def report_step(run: Run, progress: Progress, charts: Charts, bar: StepBar, result: StepResult) -> None:
     """Put the losses of a step into the running average, the events, the bar, and the charts: there a point a batch.
 
     The average leaves out losses that are not finite: the step that they belong to moved nothing.
     """
-    window = told.window
-    for place, loss in zip(window.places, told.losses, strict=True):
+    window = result.window
+    for place, loss in zip(window.places, result.losses, strict=True):
         if math.isfinite(loss):
             progress.average.add(place, loss)
         if charts.are_on:
             step = window.step + 1 if place == window.places[-1] else window.step
-            values = step_values(run, loss, progress.average.mean, told.rates, told.limited)
+            values = step_values(run, loss, progress.average.mean, result.rates, result.limited)
             charts.log_step(values, step, window.epoch)
     if run.events.is_on:
         run.events.emit(
-            build_step_event(told, progress.average.mean, run.optimization.group_names, run.norms, run.times)
+            build_step_event(result, progress.average.mean, run.optimization.group_names, run.norms, run.times)
         )
-    bar.show(window.step + 1, bar_values(progress.average.mean, told.limited), run.label)
+    bar.show(window.step + 1, bar_values(progress.average.mean, result.limited), run.label)
 
 
 def step_values(

@@ -82,7 +82,7 @@ def train(
         stack.enter_context(bar)
         profile_step = stack.enter_context(profiled(num_profiled, profile, run.context.device))
         for one in adapter_runs:
-            stack.enter_context(one.updates.told_at_end())
+            stack.enter_context(one.updates.reported_at_end())
         run.times.start()
         going = going_on(adapter_runs, epoch)
         for epoch in plan.epochs(step) if step < plan.max_train_steps and going else ():

@@ -69,12 +69,12 @@ def stacked_losses(contexts: Sequence[StepContext], batch: Batch, many: Batch, b
     """Return the loss of each adapter, scalars with gradient; `many` is the batch once for each of them."""
     first, count = contexts[0], len(contexts)
     noised = of_each_seed(contexts, lambda context: noised_of(context, batch, batch_number, is_checked=False))
-    told = of_each_seed(
+    extra = of_each_seed(
         contexts,
         lambda context: inpainting_of(context, batch, context.seed, lambda place: ("batch", batch_number, place)),
     )
     joined = Noised(**{f.name: torch.cat([getattr(one, f.name) for one in noised]) for f in fields(Noised)})
-    condition = partial(stacked_conditioning, contexts, batch, many, batch_number, told)
+    condition = partial(stacked_conditioning, contexts, batch, many, batch_number, extra)
     losses_MB = losses_of(first, first.arch.objective, many, joined, condition, StackedNetworks(contexts))
     weights_B = send(batch.loss_weights_B, losses_MB.device)
     return [(losses_B * weights_B).mean() for losses_B in losses_MB.chunk(count)]
@@ -94,17 +94,17 @@ def stacked_conditioning(
     batch: Batch,
     many: Batch,
     batch_number: int,
-    told: Sequence[Conditioning],
+    extra: Sequence[Conditioning],
 ) -> Conditioning:
     """Text features of all rows. Text encoders that train run once over the captions of all adapters."""
     if contexts[0].trains_text_encoder:
-        whole = conditioning_of(contexts[0], many, join_conditioning(told))
+        whole = conditioning_of(contexts[0], many, join_conditioning(extra))
         parts = [
             vary(c, part, batch_number)
             for c, part in zip(contexts, split_conditioning(whole, len(contexts)), strict=True)
         ]
     else:
-        parts = [varied_conditioning_of(c, batch, batch_number, one) for c, one in zip(contexts, told, strict=True)]
+        parts = [varied_conditioning_of(c, batch, batch_number, one) for c, one in zip(contexts, extra, strict=True)]
     return join_conditioning(parts)
 
 

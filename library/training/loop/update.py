@@ -86,7 +86,7 @@ class Updates:
         self._tell(StepResult(taken.window, losses, norm, taken.rates, limited))
 
     @contextmanager
-    def told_at_end(self) -> Iterator[None]:
+    def reported_at_end(self) -> Iterator[None]:
         """Leave no step untold when the block ends, by an error or not: what is saved then must know of it."""
         try:
             yield

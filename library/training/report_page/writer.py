@@ -33,7 +33,7 @@ class ReportWriter:
         self._record = Record() if record is None else record
         self._goes_on = record is not None
         self._began = False  # before, a run that goes on clears away what killed ones have left beside the report
-        self._is_told = False  # that it could not be written
+        self._is_reported = False  # that it could not be written
         self._clock = clock
         self._due = 0.0
 
@@ -53,9 +53,9 @@ class ReportWriter:
         try:
             write_page(self.path, report_of(self._record))
         except OSError as error:
-            if not self._is_told:
+            if not self._is_reported:
                 logger.warning("%s cannot be written and is tried again later: %s", self.path, error)
-            self._is_told = True
+            self._is_reported = True
         self._due = self._clock() + EVERY_S
 
 

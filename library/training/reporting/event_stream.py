@@ -267,7 +267,7 @@ class WarningEvents(logging.Handler):
 
 
 @contextmanager
-def warnings_told() -> Iterator[WarningEvents]:
+def capture_warnings() -> Iterator[WarningEvents]:
     """Look on at what is logged in the block."""
     handler = WarningEvents()
     logging.getLogger().addHandler(handler)

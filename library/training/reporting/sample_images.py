@@ -99,7 +99,7 @@ def to_grid(images: Sequence[Image.Image]) -> Image.Image:
     return grid
 
 
-def told_picture(drawn: Drawn, path: Path, step: int, epoch: int) -> Preview:
+def build_preview_event(drawn: Drawn, path: Path, step: int, epoch: int) -> Preview:
     """Return the event of a picture that was written to `path`."""
     prompt, (width, height) = drawn.prompt, drawn.image.size
     return Preview(

@@ -55,17 +55,17 @@ def norm_of(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def build_step_event(
-    told: StepResult, average: float, names: Sequence[str], meter: NormMeter, times: StepTimes
+    result: StepResult, average: float, names: Sequence[str], meter: NormMeter, times: StepTimes
 ) -> Step:
     """Return the event of a step that is finished; `names` are those of the optimizer's groups."""
-    norms, step, losses = meter.read(names), told.window.step + 1, told.losses
+    norms, step, losses = meter.read(names), result.window.step + 1, result.losses
     return Step(
         step=step,
-        epoch=told.window.epoch,
+        epoch=result.window.epoch,
         loss=fsum(losses) / len(losses) if all(map(isfinite, losses)) else nan,
         average=average,
-        learning_rates=dict(zip(names, told.rates, strict=False)),
-        gradient_norm=told.norm,
+        learning_rates=dict(zip(names, result.rates, strict=False)),
+        gradient_norm=result.norm,
         timing=timing_of(times, step - 1),
         norms=norms,
         memory=None if norms is None else memory_of(times.device),

@@ -213,7 +213,7 @@ class Writer:
     specs: Sequence[BaseModelSpec] = ()  # of the base models that files are recognised by
     rescued: dict[str, Path] = field(default_factory=dict)  # the newest files that are not at their places, by kind
     events: Events = field(default_factory=Events)
-    told: set[str] = field(default_factory=set)  # what was said about readers, so that it is said once
+    mentioned: set[str] = field(default_factory=set)  # what was said about readers, so that it is said once
     rotation: Rotation = field(default_factory=Rotation)
 
     def save_after_step(self, progress: Progress, epoch: int) -> None:
@@ -350,14 +350,16 @@ class Writer:
         num_states = self._states.most_files(self.options.run.max_train_steps) if wanted.save_state else 0
         num_states += wanted.save_state or wanted.save_state_on_train_end or wanted.autoresume
         needed = one_file * (num_files + 1) + one_state * num_states
-        told = f"--output_dir {folder}: {format_bytes(free)} are free on its disk"
+        space = f"--output_dir {folder}: {format_bytes(free)} are free on its disk"
         if free < one_file:
-            raise UserError(f"{told}, and the adapter takes {format_bytes(one_file)}; make room or name another folder")
+            raise UserError(
+                f"{space}, and the adapter takes {format_bytes(one_file)}; make room or name another folder"
+            )
         if free < needed:
             logger.warning(
                 "%s, and the run may write %s (%d files of %s, %d states of %s): make room, or keep fewer with "
                 "--save_last_n_steps or --save_last_n_epochs",
-                told, format_bytes(needed), num_files + 1, format_bytes(one_file), num_states, format_bytes(one_state),
+                space, format_bytes(needed), num_files + 1, format_bytes(one_file), num_states, format_bytes(one_state),
             )  # fmt: skip
 
     @property
@@ -425,8 +427,8 @@ class Writer:
     def _tell_readers(self, path: Path) -> None:
         """Log which programs use the keys of a file; in later files of a run only if something has changed."""
         line = readers_line(self.specs, path)
-        if line is not None and line not in self.told:
-            self.told.add(line)
+        if line is not None and line not in self.mentioned:
+            self.mentioned.add(line)
             logger.info("%s: %s", path.name, line)
 
     def _metadata(self, step: int, epoch: int, saved_at: float) -> dict[str, str]:

@@ -74,8 +74,8 @@ def loss_of(context: StepContext, batch: Batch, batch_number: int) -> Tensor:
     Latents that are NaN make the loss NaN: who then asks `noised_of` hears of the VAE.
     """
     noised = noised_of(context, batch, batch_number, is_checked=False)
-    told = inpainting_of(context, batch, context.seed, lambda place: ("batch", batch_number, place))
-    condition = partial(varied_conditioning_of, context, batch, batch_number, told)
+    extra = inpainting_of(context, batch, context.seed, lambda place: ("batch", batch_number, place))
+    condition = partial(varied_conditioning_of, context, batch, batch_number, extra)
     losses_B = losses_of(context, context.arch.objective, batch, noised, condition)
     return (losses_B * send(batch.loss_weights_B, losses_B.device)).mean()
 
@@ -115,9 +115,9 @@ def describe_shape(batch: Batch) -> str:
     return f"{len(batch.keys)} pictures of {width}x{height}"
 
 
-def varied_conditioning_of(context: StepContext, batch: Batch, batch_number: int, told: Conditioning) -> Conditioning:
+def varied_conditioning_of(context: StepContext, batch: Batch, batch_number: int, extra: Conditioning) -> Conditioning:
     """Encode with what the base model varies from step to step in training, such as a text encoder left out."""
-    return vary(context, conditioning_of(context, batch, told), batch_number)
+    return vary(context, conditioning_of(context, batch, extra), batch_number)
 
 
 def vary(context: StepContext, conditioning: Conditioning, batch_number: int) -> Conditioning:

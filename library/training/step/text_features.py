@@ -5,9 +5,9 @@ from library.training.step.context import StepContext
 from library.types import Batch, Conditioning
 
 
-def conditioning_of(context: StepContext, batch: Batch, told: Conditioning) -> Conditioning:
+def conditioning_of(context: StepContext, batch: Batch, extra: Conditioning) -> Conditioning:
     """Text features of the batch, with gradient where a text encoder trains, beside what it is `told` of pictures."""
-    found = {**told, **(batch.conditioning or {})}
+    found = {**extra, **(batch.conditioning or {})}
     # What encoders in memory give takes the place of what they gave before training.
     if context.models.text_encoders or batch.concept is not None:
         trains = context.trains_text_encoder

@@ -113,8 +113,8 @@ def tell_ranking(ranking: Ranking, title: str, page: Path | None) -> None:
     """Log the ranking, and write its page where that is wanted."""
     for line in table_of(ranking) if ranking.num_pictures else ():
         logger.info("%s", line)
-    told = "" if page is None else f"; the ranking is {page}"
-    logger.info("sweep: %s%s", ranking.verdict, told)
+    where = "" if page is None else f"; the ranking is {page}"
+    logger.info("sweep: %s%s", ranking.verdict, where)
     if page is not None:
         try:
             write_page(page, page_of(title, SCRIPT, data_of(ranking, title)))

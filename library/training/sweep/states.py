@@ -54,9 +54,9 @@ def find_states(options: TrainOptions, adapters: Mapping[str, TrainOptions], pro
         for own in adapters.values() if writes else ():
             clear_up(own.saving)
         found = newest_of_all(options.state, {label: own.saving for label, own in adapters.items()})
-    told = processes.share("states", json.dumps({label: str(facts.path) for label, facts in found.items()}))
+    shared = processes.share("states", json.dumps({label: str(facts.path) for label, facts in found.items()}))
     if not processes.is_main:
-        found = {label: read_facts(Path(path)) for label, path in json.loads(told).items()}
+        found = {label: read_facts(Path(path)) for label, path in json.loads(shared).items()}
     processes.require_same("the states", f"those of step {[facts.step for facts in found.values()]}")
     if not found:
         return FoundStates({})

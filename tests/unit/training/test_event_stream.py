@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from library.options.train import TrainOptions
-from library.training.reporting.event_stream import Events, open_event_file, plain, warnings_told
+from library.training.reporting.event_stream import Events, capture_warnings, open_event_file, plain
 from library.training.reporting.events import VERSION, Event, Removed, Stage
 from library.training.run.run_events import hide_secrets, open_events
 from tests.running import ROOT
@@ -103,7 +103,7 @@ def test_progress_comes_once_a_second_but_begin_and_end_always() -> None:
 
 def test_warnings_from_before_there_are_events_are_told_too() -> None:
     sink = Kept()
-    with warnings_told() as warnings:
+    with capture_warnings() as warnings:
         logging.getLogger("library.somewhere").warning("early %d", 1)
         events = Events([sink])
         warnings.tell(events)
@@ -116,7 +116,7 @@ def test_warnings_from_before_there_are_events_are_told_too() -> None:
 
 def test_warnings_of_a_silent_run_are_not_kept() -> None:
     options, sink = TrainOptions().with_values({"output_dir": "out", "no_report": True}), Kept()
-    with warnings_told() as warnings, open_events([options], None, warnings) as silent:
+    with capture_warnings() as warnings, open_events([options], None, warnings) as silent:
         logging.getLogger("library.somewhere").warning("an hour later")
         assert not silent.is_on
         events = Events([sink])
@@ -128,7 +128,7 @@ def test_warnings_of_a_silent_run_are_not_kept() -> None:
 def test_a_process_that_another_thread_ends_tells_that_it_was_stopped() -> None:
     """`Interruption` does so where the main thread waits inside of torch; logging is shut down before."""
     sink = Kept()
-    with warnings_told() as warnings:
+    with capture_warnings() as warnings:
         warnings.tell(Events([sink]))
         logging.getLogger("library.somewhere").error("SIGINT received")
         ending = threading.Thread(target=warnings.close)

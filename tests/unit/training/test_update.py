@@ -41,7 +41,7 @@ def taken(values: list[float], is_late: bool, **options: Any) -> tuple[Run, list
     updates, weights = Updates(run, NonFiniteGuard(run), None, told.append), []
     assert updates.tells_late, "AdamW is fused where nothing else is asked for"
     updates.tells_late = is_late
-    with updates.told_at_end():
+    with updates.reported_at_end():
         for step, batch in enumerate(batches):
             window = Window(step, 1, range(step, step + 1), False)
             losses = accumulate_gradients([run], window, iter([batch]))[0]
@@ -89,7 +89,7 @@ def test_an_error_leaves_no_step_untold_and_stays_the_error() -> None:
     told: list[StepResult] = []
     updates = Updates(run, NonFiniteGuard(run), None, told.append)
     window = Window(0, 1, range(1), False)
-    with pytest.raises(UserError, match="no such picture"), updates.told_at_end():
+    with pytest.raises(UserError, match="no such picture"), updates.reported_at_end():
         updates.take(window, accumulate_gradients([run], window, iter([batch_of(2.0)]))[0])
         raise UserError("no such picture")
     assert len(told) == 1

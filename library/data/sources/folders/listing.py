@@ -39,7 +39,7 @@ def look_into(folder: str, caption_extension: str | None = None) -> Folder:
                     others.append(entry)
     except OSError as error:
         raise not_listed(folder, error) from error
-    found = told_apart(files, caption_extension)
+    found = classify_names(files, caption_extension)
     for entry in others:
         add_link(found, entry, caption_extension)
     found.pictures.sort()
@@ -49,7 +49,7 @@ def look_into(folder: str, caption_extension: str | None = None) -> Folder:
 
 def add_link(found: Folder, entry: os.DirEntry[str], caption_extension: str | None) -> None:
     """Add the target of a link, unless it is a folder."""
-    named = told_apart([entry.name], caption_extension)
+    named = classify_names([entry.name], caption_extension)
     try:
         leads_to_file = entry.is_file()
         reason = "is a link to nothing" if entry.is_symlink() and not entry.is_dir() else None
@@ -63,20 +63,20 @@ def add_link(found: Folder, entry: os.DirEntry[str], caption_extension: str | No
         found.dropped.append((entry.path, reason))
 
 
-def told_apart(names: Iterable[str], caption_extension: str | None) -> Folder:
+def classify_names(names: Iterable[str], caption_extension: str | None) -> Folder:
     """Classify files by their names."""
     endings = {extension[1:] for extension in image_extensions()}
     similar = {extension.lower() for extension in (*endings, *OTHER_PICTURES, *CAPTION_ENDINGS)}
-    told = Folder([], [], set(), [])
+    folder = Folder([], [], set(), [])
     for name in names:
         ending = name.rpartition(".")[2]
         if ending in endings and "." in name:
-            told.pictures.append(name)
+            folder.pictures.append(name)
         elif caption_extension is not None and name.endswith(caption_extension):
-            told.captions.add(name)
+            folder.captions.add(name)
         elif ending.lower() in similar and "." in name:
-            told.aside.append(name)
-    return told
+            folder.aside.append(name)
+    return folder
 
 
 def look_again(index: FolderIndex, caption_extension: str, num_threads: int) -> Folder | None:
@@ -93,7 +93,7 @@ def look_again(index: FolderIndex, caption_extension: str, num_threads: int) -> 
     except OSError as error:
         raise not_listed(index.folder, error) from error
     others = listed - known
-    rest = told_apart(others, caption_extension)
+    rest = classify_names(others, caption_extension)
     if len(listed) - len(others) < len(known) or rest.pictures or rest.captions:
         return None
     stamps = look_at(index.folder, pictures.names, num_threads), look_at(index.folder, captions.names, num_threads)

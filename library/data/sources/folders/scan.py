@@ -38,8 +38,8 @@ def list_folder(config: SubsetConfig, num_threads: int) -> Listing:
     listing = Listing(config)
     if not os.path.isdir(folder):
         escaped = any(character < " " for character in folder)  # "C:\\train" in TOML has a tab in it
-        told = f"{folder!r} is not a folder: {BACKSLASH_HINT}" if escaped else not_a_folder(folder)
-        logger.warning("image_dir %s", told)
+        problem = f"{folder!r} is not a folder: {BACKSLASH_HINT}" if escaped else not_a_folder(folder)
+        logger.warning("image_dir %s", problem)
         return listing
     index = FolderIndex(folder) if config.cache_info else open_index(folder)
     files: Sequence[str | None]

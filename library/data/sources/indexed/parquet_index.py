@@ -90,8 +90,8 @@ def read_index(
             path.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(index_lock(path))
         except (OSError, NotImplementedError) as error:  # filelock below 3.24 raises the latter without flock
-            told = "%s cannot be written, so every start rebuilds it (%s); set --cache_dir to a writable folder"
-            logger.warning(told, path, getattr(error, "strerror", error))
+            message = "%s cannot be written, so every start rebuilds it (%s); set --cache_dir to a writable folder"
+            logger.warning(message, path, getattr(error, "strerror", error))
             return make_index(path, files, rows_of, num_threads, title, None)
         known = open_index(path, files)  # another process may have made it meanwhile
         if known is not None:
