@@ -634,7 +634,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     current_stream[s.device_index()] = actor_of(s);
     return before;
   }
-  void* getStreamNativeHandle(const c10::Stream s) const override { return reinterpret_cast<void*>(s.id()); }
+  void* getStreamNativeHandle(const c10::Stream s) const { return reinterpret_cast<void*>(s.id()); }  // no override: new in torch
   bool queryStream(const c10::Stream& s) const override { synchronizeStream(s); return true; }
   void synchronizeStream(const c10::Stream& s) const override {
     std::string what = at_place("synchronize stream");
@@ -706,7 +706,6 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     TORCH_CHECK(is_known(*a) && is_known(*b), "CUDA error: device not ready");
     return std::chrono::duration<double, std::milli>(b->at - a->at).count();
   }
-  c10::DeviceCapability getDeviceCapability(Device) const override { return {}; }
 };
 C10_REGISTER_GUARD_IMPL(CUDA, Guard);
 
