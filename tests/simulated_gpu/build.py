@@ -35,6 +35,8 @@ def obstacle() -> str | None:
         return "it needs Linux"
     if shutil.which(compiler()) is None:
         return f"there is no C++ compiler ({compiler()})"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "there are no headers of Python, which Debian and Ubuntu have in python3-dev"
     return None
 
 

@@ -49,9 +49,3 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     if found and not item.get_closest_marker("provokes_faults"):
         shown = [str(fault) for fault in found[:MOST_SHOWN]]
         pytest.fail("\n".join([f"{len(found)} faults on the simulated GPU", *shown]), pytrace=False)
-
-
-@pytest.fixture
-def simulated_gpu(request: pytest.FixtureRequest) -> Simulation:
-    """The simulation."""
-    return request.config.stash[SIMULATION]

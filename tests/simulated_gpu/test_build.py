@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from tests.simulated_gpu import build
+from tests.simulated_gpu import build, plugin
 
 
 def test_a_build_of_torch_for_gpus_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,6 +20,23 @@ def test_a_machine_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setenv("CXX", "no-such-compiler -m64")
     assert build.obstacle() == "there is no C++ compiler (no-such-compiler)"
+
+
+def test_a_python_without_headers_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setenv("CXX", "true")
+    monkeypatch.setattr(build.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert str(build.obstacle()).startswith("there are no headers of Python")
+
+
+def test_tests_are_skipped_with_one_line_where_nothing_can_be_built(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setattr(plugin, "obstacle", lambda: "there is no C++ compiler (c++)")
+    assert plugin.pytest_cmdline_main(request.config) == pytest.ExitCode.OK
+    assert capsys.readouterr().out == "simulated GPU: its tests are skipped, as there is no C++ compiler (c++)\n"
+    monkeypatch.setattr(plugin, "obstacle", lambda: None)
+    assert plugin.pytest_cmdline_main(request.config) is None
 
 
 def test_an_old_torch_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,8 +70,9 @@ def test_those_that_build_at_once_build_once(monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_a_failed_build_shows_the_compilers_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    broken = tmp_path / "build.py"
-    broken.write_text("import sys\nsys.exit('error: no such header')\n")
-    monkeypatch.setattr(build.sys, "executable", "false")
-    with pytest.raises(RuntimeError, match="building the simulated GPU failed"):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'a.cpp:1:1: error: no such header' >&2\necho 'many other lines'\nexit 1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(build.sys, "executable", str(python))
+    with pytest.raises(RuntimeError, match=r"failed:\na.cpp:1:1: error: no such header$"):
         build.build_apart(tmp_path / "folder")

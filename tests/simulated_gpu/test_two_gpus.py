@@ -12,7 +12,7 @@ from tests.runs.bases import BASES
 from tests.simulated_gpu.ranks import run_ranks
 from tests.tolerances import SUMS_OF_A_RUN
 
-pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.usefixtures("simulated_gpu")]
 
 
 def test_two_gpus_train_as_one_that_accumulates(tmp_path: Path) -> None:
