@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 
 import psutil
 import torch
@@ -24,10 +25,17 @@ def pin(masters: Sequence[Tensor]) -> str | None:
         if int(status) != 0:
             for pinned in masters[:i]:
                 runtime.cudaHostUnregister(pinned.data_ptr())
-            return f"cudaHostRegister failed with error {status}"
+            clear_last_error()
+            return f"cudaHostRegister failed: {runtime.cudaGetErrorString(status)}"
     for master in masters:
         weakref.finalize(master, unpin, master.data_ptr()).atexit = False
     return None
+
+
+def clear_last_error() -> None:
+    """Take up the error that CUDA keeps of a refused call, which the next kernel of the run would raise."""
+    with suppress(RuntimeError):
+        torch.ones(1, device="cuda")  # every launch of a kernel raises and clears it; torch has no other way
 
 
 def unpin(address: int) -> None:

@@ -85,6 +85,9 @@ class Runtime:
         self.pinned.append(address)
         return 0
 
+    def cudaGetErrorString(self, status: int) -> str:
+        return {2: "out of memory"}[status]
+
     def cudaHostUnregister(self, address: int) -> int:
         self.pinned.remove(address)
         return 0
@@ -92,9 +95,12 @@ class Runtime:
 
 def test_pinning_is_all_or_nothing_and_leaves_most_memory_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = Runtime(most=1)
+    num_cleared: list[None] = []
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(pinning, "clear_last_error", lambda: num_cleared.append(None))
     masters = [torch.zeros(100, dtype=torch.uint8) for _ in range(2)]
-    assert pinning.pin(masters) == "cudaHostRegister failed with error 2" and runtime.pinned == []
+    assert pinning.pin(masters) == "cudaHostRegister failed: out of memory" and runtime.pinned == []
+    assert len(num_cleared) == 1
     monkeypatch.setattr(pinning.psutil, "virtual_memory", lambda: type("Memory", (), {"total": 400}))
     assert "more than 40% of main memory" in str(pinning.pin(masters))
 
