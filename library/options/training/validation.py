@@ -35,7 +35,7 @@ class ValidationOptions(Options, needs_images=True):
         at_least=1,
         affects_training=False,
         zero_is_unset=True,
-        help="Measure the validation loss every N epochs. Unset does it after every epoch.",
+        help="Measure the validation loss every N epochs. Without it and --validate_every_n_steps, after every epoch.",
     )
     validate_at_first: bool = option(
         False,

@@ -37,20 +37,24 @@ class Timetable:
 
     at_first: bool
     every_n_steps: int | None
-    every_n_epochs: int
+    every_n_epochs: int | None
+    last_step: int
 
     @classmethod
-    def build(cls, options: ValidationOptions) -> "Timetable":
-        """Measure after every epoch where nothing is said, also beside a number of steps."""
-        return cls(
-            options.validate_at_first, options.validate_every_n_steps or None, options.validate_every_n_epochs or 1
-        )
+    def build(cls, options: ValidationOptions, last_step: int) -> "Timetable":
+        """Measure after every epoch if no interval is given, and always after the last step."""
+        every_n_steps, every_n_epochs = options.validate_every_n_steps or None, options.validate_every_n_epochs or None
+        if every_n_steps is None and every_n_epochs is None:
+            every_n_epochs = 1
+        return cls(options.validate_at_first, every_n_steps, every_n_epochs, last_step)
 
     def due(self, step: int, ended_epoch: int | None) -> Iterator[Kind]:
         """Yield what is due after `step`, which may end an epoch."""
-        if self.every_n_steps is not None and step % self.every_n_steps == 0:
+        is_epoch = ended_epoch is not None and self.every_n_epochs is not None and not ended_epoch % self.every_n_epochs
+        is_step = self.every_n_steps is not None and not step % self.every_n_steps
+        if is_step or (step == self.last_step and not is_epoch):
             yield "step"
-        if ended_epoch is not None and ended_epoch % self.every_n_epochs == 0:
+        if is_epoch:
             yield "epoch"
 
 
@@ -79,7 +83,7 @@ class Validation:
     def __init__(self, run: Run, charts: Charts) -> None:
         options = run.options.validation
         self._run, self._charts = run, charts
-        self._timetable = Timetable.build(options)
+        self._timetable = Timetable.build(options, run.plan.max_train_steps)
         self._measurement = measurement_of(options, run.options.noise, run.batches.validation, run.context.seed)
         self._schedule = Schedule.build(run.options.saving, run.plan.num_epochs)
         self._patience = options.early_stop_patience or None

@@ -202,7 +202,12 @@ class StepTimes:
             text += f", {speed / 1e12:.3g} TFLOP/s"
             if self.peak is not None:
                 text += f" on each card, {100 * speed / self.peak:.0f} % of {self.peak / 1e12:.0f} (MFU)"
-        between = [f"{name} {self._parts[name]:.1f} s" for name in BETWEEN if self._parts[name] >= 0.05]
+        whole = self._seconds + sum(self._parts[name] for name in BETWEEN)
+        between = [
+            f"{name} {self._parts[name]:.1f} s ({100 * self._parts[name] / whole:.0f} % of the time)"
+            for name in BETWEEN
+            if self._parts[name] >= 0.05
+        ]
         return text + (f"; besides, {', '.join(between)}" if between else "")
 
     def _note_if_slow(self, found: StepFigures, new: set[BatchShape]) -> None:

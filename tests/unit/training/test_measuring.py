@@ -88,8 +88,18 @@ def test_noise_and_level_of_a_picture_do_not_depend_on_its_neighbours(kind):
 
 def test_what_is_due_follows_steps_and_ends_of_epochs():
     options = options_of("--validate_every_n_steps 3 --validate_every_n_epochs 2").validation
-    timetable = Timetable.build(options)
+    timetable = Timetable.build(options, 10)
     assert list(timetable.due(3, None)) == ["step"] and list(timetable.due(4, 1)) == []
     assert list(timetable.due(6, 2)) == ["step", "epoch"]
-    always = Timetable.build(options_of("").validation)
-    assert list(always.due(3, None)) == [] and list(always.due(4, 1)) == ["epoch"]
+    always = Timetable.build(options_of("").validation, 8)
+    assert list(always.due(3, None)) == [] and list(always.due(4, 1)) == list(always.due(8, 2)) == ["epoch"]
+
+
+def test_steps_alone_leave_epochs_out_and_the_last_step_is_measured():
+    timetable = Timetable.build(options_of("--validate_every_n_steps 3").validation, 8)
+    assert [step for step in range(1, 9) if list(timetable.due(step, step // 2 if step % 2 == 0 else None))] == [
+        3,
+        6,
+        8,
+    ]
+    assert list(timetable.due(6, 3)) == list(timetable.due(8, 4)) == ["step"]
