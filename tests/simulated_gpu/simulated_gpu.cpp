@@ -1216,6 +1216,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   // torch asked for its hooks while it was imported and keeps what it found, an object without members: it becomes ours.
   static_assert(sizeof(Hooks) == sizeof(at::CUDAHooksInterface));
   new (const_cast<at::CUDAHooksInterface*>(&at::detail::getCUDAHooks())) Hooks;
+  at::globalContext().lazyInitDevice(CUDA);  // before it torch takes no memory for pinned
   c10::SetAllocator(CUDA, &device_allocator, 255);
   at::setHostAllocator(CUDA, &pinned_allocator, 255);
   at::native::_fused_sdp_choice_stub.set_cuda_dispatch_ptr(&choose_attention);
