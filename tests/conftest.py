@@ -10,8 +10,19 @@ import pytest
 
 from tests.running import base_arguments, fresh_process, launch, pictures, train  # noqa: F401
 
+SLOW_FOLDERS = ("made_up", "parity", "runs")
 MANY_MODULES = 20
 MODULES_KEPT = pytest.StashKey[int]()
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark whole trainings and comparisons of whole models as slow, but for those that the fast tier needs."""
+    tests = Path(__file__).parent
+    for item in items:
+        folder = item.path.relative_to(tests).parts[0]
+        if folder in SLOW_FOLDERS and not any(map(item.get_closest_marker, ("essential", "nightly"))):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -20,6 +20,8 @@ from library.architectures.anima.model import Anima, read_config
 from tests.contracts.full_size import seen_by_networks
 from tests.contracts.test_lora_keys_anima import QWEN3
 
+pytestmark = pytest.mark.slow
+
 Models = tuple[Any, nn.Module]
 CLIP = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")
 QWEN = ("Qwen3Attention", "Qwen3MLP", "Qwen3SdpaAttention", "Qwen3FlashAttention2")

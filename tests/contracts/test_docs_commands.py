@@ -21,6 +21,8 @@ from library.training.sweep.combinations import combinations_of
 from networks.core.registry.parsing import parse_arguments
 from tools import choose_checkpoint, contact_sheet, make_shards, plan_memory, start
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -17,6 +17,8 @@ from networks.lora_anima import create_network, create_network_from_weights
 from tests.contracts.saved import listed_shapes, saved_shapes, saved_tensors
 from tests.recognising import base_of
 
+pytestmark = pytest.mark.slow
+
 shapes_of = partial(saved_shapes, create_network)
 
 DATA = Path(__file__).parent / "data"

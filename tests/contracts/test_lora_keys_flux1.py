@@ -20,6 +20,8 @@ from library.models.t5 import empty_t5
 from networks.lora_flux import create_network, create_network_from_weights
 from tests.contracts.saved import listed_shapes, saved_shapes, saved_tensors
 
+pytestmark = pytest.mark.slow
+
 shapes_of = partial(saved_shapes, create_network)
 
 FACTS: Mapping[str, Any] = json.loads(

@@ -24,6 +24,8 @@ from networks.lora_lumina import create_network, create_network_from_weights
 from tests.contracts.saved import listed_shapes, saved_shapes, saved_tensors
 from tests.recognising import base_of
 
+pytestmark = pytest.mark.slow
+
 shapes_of = partial(saved_shapes, create_network)
 
 FACTS: Mapping[str, Any] = json.loads(

@@ -15,6 +15,8 @@ from library.architectures.sd.targets import view
 from networks.core.protocol import adopt
 from tests.contracts.saved import listed_shapes
 
+pytestmark = pytest.mark.slow
+
 FACTS: Mapping[str, Any] = json.loads(
     gzip.decompress((Path(__file__).parent / "data" / "lora_keys_sd15_other_kinds.json.gz").read_bytes())
 )

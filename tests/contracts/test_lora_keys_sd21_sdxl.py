@@ -11,6 +11,8 @@ from networks.core.protocol import adopt
 from tests.contracts.full_size import facts, seen_by_networks
 from tests.contracts.saved import listed_shapes
 
+pytestmark = pytest.mark.slow
+
 Models = tuple[Any, nn.Module]
 FACTS = {model: facts(f"lora_keys_{model}") for model in ("sd21", "sdxl")}
 KINDS = [(model, kind) for model, found in FACTS.items() for kind in found if kind != "about"]

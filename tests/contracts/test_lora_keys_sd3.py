@@ -13,6 +13,8 @@ from networks.lora_sd3 import create_network
 from tests.contracts.saved import listed_shapes, saved_shapes
 from tests.tiny.sd3 import full_size_keys
 
+pytestmark = pytest.mark.slow
+
 shapes_of = partial(saved_shapes, create_network)
 
 FACTS = full_size_keys()

@@ -10,6 +10,8 @@ from library.architectures.scripts import Script, describe_scripts, list_scripts
 from library.architectures.specs import list_specs
 from library.training.command_line.cli import parse
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SCRIPTS = list_scripts()
 FLAG = re.compile(r"--([a-z_0-9]+)(?: ([a-z_]+))?")

@@ -17,6 +17,8 @@ from library.training.reporting.step_times import IN_STEP
 from library.training.saving.state import read_facts
 from tests.running import ROOT, Finished, launch_command
 
+pytestmark = pytest.mark.slow
+
 HEADER = """running training / 学習開始
   num train images * repeats / 学習画像の数×繰り返し回数: 12
   num validation images * repeats / 学習画像の数×繰り返し回数: 0

@@ -6,9 +6,12 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from safetensors import safe_open
 
 from tests.running import Finished, make_pictures
+
+pytestmark = pytest.mark.slow
 
 Train = Callable[..., Finished]
 

@@ -83,7 +83,7 @@ SLOW = [
 
 
 @pytest.mark.parametrize(
-    ("base", "adapter", "runner", "form"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+    ("base", "adapter", "runner", "form"), [*CASES, *(pytest.param(*case, marks=pytest.mark.nightly) for case in SLOW)]
 )
 def test_gradients_are_those_of_plain_blocks_and_graphs_are_few(
     base: str, adapter: str, runner: str, form: str
@@ -103,7 +103,7 @@ def test_gradients_are_those_of_plain_blocks_and_graphs_are_few(
 
 @pytest.mark.parametrize(
     ("base", "form"),
-    [("anima", "int8_rotated"), *(pytest.param(base, "fp8", marks=pytest.mark.slow) for base in ("sd3", "sd"))],
+    [("anima", "int8_rotated"), *(pytest.param(base, "fp8", marks=pytest.mark.nightly) for base in ("sd3", "sd"))],
 )
 def test_products_in_8_bits_are_compiled_with_their_block(base: str, form: str) -> None:
     backend = CountingBackend()
@@ -115,7 +115,7 @@ def test_products_in_8_bits_are_compiled_with_their_block(base: str, form: str) 
         assert torch.equal(one, other)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_doubly_quantised_weights_are_decoded_between_pieces_of_a_block() -> None:
     """bitsandbytes makes their table of numbers in a way that cannot be compiled."""
     backend = CountingBackend()
@@ -126,7 +126,7 @@ def test_doubly_quantised_weights_are_decoded_between_pieces_of_a_block() -> Non
         assert torch.equal(one, other)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(("base", "adapter"), [("flux", "lora"), ("sd3", "dora"), ("sd", "lora")])
 def test_inductor_gives_the_gradients_too(base: str, adapter: str) -> None:
     """In float32 other orders of sums are off by some of the last digits."""
@@ -136,7 +136,7 @@ def test_inductor_gives_the_gradients_too(base: str, adapter: str) -> None:
         assert (one - other).norm() <= 1e-4 * other.norm() + 1e-8
 
 
-@pytest.mark.parametrize("runner", [pytest.param("recompute", marks=pytest.mark.slow), "recompute_every_2"])
+@pytest.mark.parametrize("runner", [pytest.param("recompute", marks=pytest.mark.nightly), "recompute_every_2"])
 def test_blocks_that_wait_stay_out_of_what_is_compiled(runner: str) -> None:
     """Two blocks of each kind do not wait."""
     backend = CountingBackend()

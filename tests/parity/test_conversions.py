@@ -15,13 +15,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.architectures.anima import adapters as anima_adapters
-from library.architectures.flux import adapters as flux_adapters
-from library.architectures.hunyuan_image import adapters as hunyuan_image_adapters
-from library.architectures.lumina import adapters as lumina_adapters
-from library.architectures.sd import adapters as sd_adapters
-from library.architectures.sd3 import adapters as sd3_adapters
-from library.architectures.sdxl import adapters as sdxl_adapters
+from library.architectures.anima import adapter_names as anima_names
+from library.architectures.flux import adapter_names as flux_names
+from library.architectures.hunyuan_image import adapter_names as hunyuan_image_names
+from library.architectures.hunyuan_image import targets as hunyuan_image_targets
+from library.architectures.lumina import adapter_names as lumina_names
+from library.architectures.sd import adapter_names as sd_names
+from library.architectures.sd import targets as sd_targets
+from library.architectures.sd3 import adapter_names as sd3_names
+from library.architectures.sdxl import adapter_names as sdxl_names
+from library.architectures.sdxl import targets as sdxl_targets
 from library.architectures.specs import list_specs
 from library.checkpoints.adapter_names import BaseNames, FileNaming
 from library.checkpoints.files import load_state_dict, save_safetensors
@@ -83,7 +86,7 @@ def flux() -> Pair:
         return test_flux_model.patchify(ours(*values), test_flux_model.PATCH)
 
     return Pair(
-        flux_adapters.NAMES,
+        flux_names.NAMES,
         ours,
         {"transformer": theirs},
         predict,
@@ -96,7 +99,7 @@ def sd3(size: str) -> Pair:
     ours, theirs = tiny_mmdit(config, SEED), diffusers_mmdit(config, mmdit_weights(config, SEED))
     values = {name: value.detach() for name, value in test_sd3_model.inputs(config, (16, 12), 6).items()}
     return Pair(
-        sd3_adapters.NAMES,
+        sd3_names.NAMES,
         ours,
         {"transformer": theirs},
         lambda: test_sd3_model.run_ours(ours, values),
@@ -108,7 +111,7 @@ def lumina() -> Pair:
     ours = tiny_lumina(SEED)
     theirs, values = test_lumina_model.oracle(ours), [v.detach() for v in test_lumina_model.inputs(6, 10, (5, 2))]
     return Pair(
-        lumina_adapters.NAMES,
+        lumina_names.NAMES,
         ours,
         {"transformer": theirs},
         lambda: ours(*values),
@@ -121,8 +124,8 @@ def hunyuan_image() -> Pair:
     theirs = test_hunyuan_image_model.oracle(ours)
     values = {name: value.detach() for name, value in test_hunyuan_image_model.inputs(3, 5).items()}
     return Pair(
-        hunyuan_image_adapters.NAMES,
-        hunyuan_image_adapters.view([], ours)[1],
+        hunyuan_image_names.NAMES,
+        hunyuan_image_targets.view([], ours)[1],
         {"transformer": theirs},
         lambda: ours(*values.values()),
         lambda: test_hunyuan_image_model.oracle_output(theirs, values),
@@ -135,7 +138,7 @@ def anima() -> Pair:
     values = [value.detach() for value in test_anima_model.inputs(6, 10)]
     run = test_anima_model.oracle_of(transformer, conditioner)
     theirs = {"transformer": transformer, "text_conditioner": conditioner}
-    return Pair(anima_adapters.NAMES, ours, theirs, lambda: ours(*values), lambda: run(*values))
+    return Pair(anima_names.NAMES, ours, theirs, lambda: ours(*values), lambda: run(*values))
 
 
 def unet(base: str, config: dict[str, Any], layout: UnetLayout) -> Pair:
@@ -159,11 +162,11 @@ def unet(base: str, config: dict[str, Any], layout: UnetLayout) -> Pair:
     def run(model: Any) -> Tensor:
         return model(latents, torch.tensor([31, 742]), text, **more).sample  # type: ignore[no-any-return]
 
-    module = sdxl_adapters.unet_module if base == "sdxl" else sd_adapters.unet_module
+    module = sdxl_names.unet_module if base == "sdxl" else sd_names.unet_module
     paths = [path for path, _ in layers_of(ours)]
     return Pair(
         BaseNames(base, tuple(module(path, layout) for path in paths)),
-        sdxl_adapters.unet_view(ours, layout) if base == "sdxl" else ours,
+        sdxl_targets.unet_view(ours, layout) if base == "sdxl" else ours,
         {"unet": theirs},
         lambda: run(ours),
         lambda: run(theirs),
@@ -308,7 +311,7 @@ def test_network_weights_and_base_weights_take_diffusers_names(pair: Pair, tmp_p
 
 def with_names(pair: Pair) -> nn.Module:
     """Our denoiser as networks see it; the names of a tiny U-Net are those of its own layout."""
-    targets = {"sd1": sd_adapters, "sd2": sd_adapters, "sdxl": sdxl_adapters}.get(pair.names.base)
+    targets = {"sd1": sd_targets, "sd2": sd_targets, "sdxl": sdxl_targets}.get(pair.names.base)
     if targets is not None:
         pair.seen.adapter_targets = replace(targets.TARGETS, names=pair.names)  # type: ignore[assignment]
     return pair.seen

@@ -70,7 +70,7 @@ def take_step(name: str, folder: Path, *more: str, concept: Concept | None = Non
     return [p.grad for p in network.trainable_parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("name", [n if n not in ALIKE else pytest.param(n, marks=pytest.mark.slow) for n in BASES])
+@pytest.mark.parametrize("name", [n if n not in ALIKE else pytest.param(n, marks=pytest.mark.nightly) for n in BASES])
 def test_no_base_model_makes_the_host_wait(name: str, tmp_path: Path) -> None:
     gradients = take_step(name, tmp_path / "model")
     assert len(gradients) > 10 and all(gradient.device == DEVICE for gradient in gradients)

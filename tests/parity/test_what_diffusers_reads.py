@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.architectures.anima import adapters as anima
-from library.architectures.flux import adapters as flux
-from library.architectures.lumina import adapters as lumina
-from library.architectures.sd3 import adapters as sd3
+from library.architectures.anima import adapter_names as anima
+from library.architectures.flux import adapter_names as flux
+from library.architectures.lumina import adapter_names as lumina
+from library.architectures.sd3 import adapter_names as sd3
 from library.architectures.specs import list_specs
 from library.checkpoints.adapter_names import NAMINGS, FileNaming
 from library.checkpoints.compatibility import Reading, readings

@@ -57,7 +57,7 @@ def test_the_full_example_of_the_page_trains_and_its_low_rank_part_loads_in_diff
     assert num_loaded == sum(key.endswith(".alpha") for key in weights)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_argument_together_trains_and_goes_on_from_its_file(
     train: Train, base_arguments: list[str], tmp_path: Path
 ) -> None:
@@ -84,7 +84,7 @@ def test_every_argument_together_trains_and_goes_on_from_its_file(
             torch.testing.assert_close(again[key], weight, rtol=1e-4, atol=1e-5, msg=key)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_merged_into_the_base_every_form_starts_from_the_same_loss_as_installed(
     train: Train, base_arguments: list[str], tmp_path: Path
 ) -> None:

@@ -163,7 +163,7 @@ def perturb(path: Path, seed: int) -> None:
     save_file(tensors, path, metadata)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_copies_name_no_winner_and_trained_pictures_choose_nothing(
     train: Train, base_arguments: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

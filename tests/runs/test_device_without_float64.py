@@ -21,7 +21,7 @@ Train = Callable[..., Finished]
 SLOW = ("sd", "sd2", "sdxl", "chroma", "sd3", "hunyuan_image", "lumina", "anima")
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in BASES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.nightly] if n in SLOW else []) for n in BASES])
 def test_a_run_needs_no_float64_on_its_device(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

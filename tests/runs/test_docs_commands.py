@@ -41,7 +41,7 @@ def runnable(page: Path) -> list[str]:
 
 def page_parameters() -> list[object]:
     pages = [page for page in PAGES if runnable(page)]
-    return [pytest.param(p, id=p.stem, marks=pytest.mark.slow if p.name in SLOW else ()) for p in pages]
+    return [pytest.param(p, id=p.stem, marks=pytest.mark.nightly if p.name in SLOW else ()) for p in pages]
 
 
 @pytest.fixture

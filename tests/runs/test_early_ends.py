@@ -10,7 +10,7 @@ from tests.running import make_pictures
 from tests.runs.bases import BASES
 from tests.tolerances import SUMS_OF_A_RUN
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 WARMED = ["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "4"]  # the best loss is an early one
 RUNS = {
     "patience": ["--learning_rate", "2000", *WARMED, "--early_stop_patience", "2", "--max_train_steps", "9"],

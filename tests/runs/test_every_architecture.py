@@ -52,7 +52,7 @@ def run(train: Train, base: Base, model: list[str], tmp_path: Path) -> Callable[
     return start
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_with_everything_on_that_is_cut_and_goes_on_is_the_uninterrupted_one(
     run: Callable[..., Finished], tmp_path: Path
 ) -> None:

@@ -57,7 +57,7 @@ def test_a_run_with_much_room_keeps_all_it_computes(train: Train, tmp_path: Path
     assert 0 < planned["tensor_bytes"] < planned["card_bytes"] < 12 * 1024 * MIB and planned["seconds"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_with_little_room_recomputes(train: Train, tmp_path: Path) -> None:
     arguments = flux_arguments(tmp_path, "--blocks_to_swap", "0")
     room = room_between(arguments, Way(recompute_every=2), Way(recompute_every=1))
@@ -67,7 +67,7 @@ def test_a_run_with_little_room_recomputes(train: Train, tmp_path: Path) -> None
     assert metadata_of(tmp_path / "out" / "mine.safetensors")["ss_gradient_checkpointing"] == "True"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_formats_are_chosen_from_where_they_are_allowed(train: Train, tmp_path: Path) -> None:
     """The weights of a model with two blocks of each kind have to stay; in 32 bits they need more than in 8."""
     arguments = flux_arguments(tmp_path)
@@ -122,12 +122,12 @@ def test_sizes_that_cannot_be_had_are_named(size: str, message: str, train: Trai
 @pytest.mark.parametrize(
     ("factor", "messages"),
     [
-        pytest.param(1.02, ("memory of a step:",), marks=pytest.mark.slow),
+        pytest.param(1.02, ("memory of a step:",), marks=pytest.mark.nightly),
         (0.5, ("a step takes 50 % less memory than was planned", "from here on: plain")),
         pytest.param(
             3.0,
             ("a step takes 200 % more memory than was planned", "nothing that can be changed while training"),
-            marks=pytest.mark.slow,
+            marks=pytest.mark.nightly,
         ),
     ],
 )

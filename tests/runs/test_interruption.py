@@ -43,7 +43,7 @@ def waiting(tmp_path: Path, *before: str, **environment: str) -> subprocess.Pope
 
 
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+    ("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.nightly)]
 )
 def test_a_signal_ends_a_process_that_waits_for_others(tmp_path: Path, number: int, status: int) -> None:
     """The store would wait for five minutes, and Python calls no handler meanwhile."""
@@ -54,7 +54,7 @@ def test_a_signal_ends_a_process_that_waits_for_others(tmp_path: Path, number: i
     assert "received while others were waited for: nothing was trained, nothing to save" in said
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_launcher_that_is_killed_leaves_no_process_behind(tmp_path: Path) -> None:
     launcher = waiting(tmp_path, "sh", "-c", '"$@" & wait', "sh", ACCELERATE_MIXED_PRECISION="no")
     launcher.kill()

@@ -53,7 +53,7 @@ def assert_nothing_is_damaged(output: Path, pictures: Path) -> None:
             assert all(np.isfinite(archive[key]).all() for key in archive.files if key.startswith("latents"))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(
     base_arguments: list[str], pictures: Path, tmp_path: Path
 ) -> None:

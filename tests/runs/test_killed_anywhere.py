@@ -171,7 +171,7 @@ def test_a_run_killed_at_every_file_operation_loses_nothing(name: str, tmp_path:
     assert_goes_on(whole, tmp_path, whole.kill_points[:: 1 if name == "sd" else 5])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", FAMILIES[1:])
 def test_a_run_of_a_transformer_killed_around_its_caches_and_saves_loses_nothing(name: str, tmp_path: Path) -> None:
     prompts = "a cat --w 64 --h 64 --s 2 --d 1\n"

@@ -150,7 +150,7 @@ def test_previews_are_drawn_at_full_strength(leco: Leco, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "more", [["--gradient_checkpointing"], pytest.param(["--blocks_to_swap", "3"], marks=pytest.mark.slow)]
+    "more", [["--gradient_checkpointing"], pytest.param(["--blocks_to_swap", "3"], marks=pytest.mark.nightly)]
 )
 def test_ways_of_saving_memory_change_no_loss(leco: Leco, more: list[str]) -> None:
     """The backward pass computes blocks again at the strength of the pair, -1.5 for one of them."""
@@ -184,7 +184,7 @@ KINDS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("base", ["sd", "sdxl"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_adapter_learns(leco: Leco, tmp_path: Path, base: str, kind: str) -> None:
@@ -201,7 +201,7 @@ def test_every_kind_of_adapter_learns(leco: Leco, tmp_path: Path, base: str, kin
     assert moved > len(last) / 5
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_are_one_with_twice_the_batches(tiny_sd_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "pairs.toml").write_text(PAIRS)
     words = [
@@ -268,7 +268,7 @@ def test_base_weights_that_change_the_text_encoder_are_refused(
     assert "changes the text encoder (" in done.stderr and "which encodes the prompts before" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_only_the_merged_denoiser_is_the_base_model(leco: Leco, tmp_path: Path) -> None:
     leco()
     plain = leco("--max_train_steps", "2", "--output_dir", str(tmp_path / "plain")).losses
@@ -277,7 +277,7 @@ def test_only_the_merged_denoiser_is_the_base_model(leco: Leco, tmp_path: Path) 
     assert done.losses != plain
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_it_is_started_as_users_do(launch: Callable[..., Finished], tiny_sd_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "pairs.toml").write_text(PAIRS)
     done = launch(

@@ -35,7 +35,7 @@ def trained(train: Callable[..., Finished], prompts: Path, folder: Path, *more: 
     return folder / "mine.safetensors"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_an_erased_concept_is_gone(train: Callable[..., Finished], tmp_path: Path) -> None:
     """It is drawn no more often than of the empty prompt, which it is pushed beyond; other concepts stay."""
     caption, other = "a large red circle on a white background", "a large blue square on a black background"

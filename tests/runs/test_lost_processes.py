@@ -54,7 +54,7 @@ def test_an_error_of_the_main_process_alone_is_told_by_the_other(base_arguments:
     assert "process 0 ended with an error: UserError: 1 images must be encoded" in other.said
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_death_of_the_main_process_is_noticed_by_the_others(base_arguments: list[str], tmp_path: Path) -> None:
     words = [*base_arguments, "--cache_latents_to_disk"]
     _, other = run(words, tmp_path, "library.data.caching.latents:encoded", killed=0, killer=1)
@@ -62,7 +62,7 @@ def test_the_death_of_the_main_process_is_noticed_by_the_others(base_arguments: 
     assert "process 0 was killed without an error message" in other.said or "the main process" in other.said
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("is_shared", [False, True])
 def test_one_that_dies_while_pictures_are_drawn_is_named_and_the_run_saved(
     base_arguments: list[str], tmp_path: Path, is_shared: bool
@@ -75,7 +75,7 @@ def test_one_that_dies_while_pictures_are_drawn_is_named_and_the_run_saved(
     assert [path.name for path in (tmp_path / "out").glob("*-state")] == ["mine-step00000002-state"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are found below /proc")
 @pytest.mark.parametrize("name", ["accelerate", "torchrun"])
 def test_a_run_that_is_restarted_by_its_launcher_ends_as_the_undisturbed_one(

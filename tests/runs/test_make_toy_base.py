@@ -9,7 +9,7 @@ import pytest
 from tests.running import ROOT
 from tools.quickstart.sampling import Prompt, load_pipeline, sample
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 
 def test_a_few_steps_make_a_folder_that_diffusers_samples_from(tmp_path: Path) -> None:

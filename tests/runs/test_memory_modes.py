@@ -35,7 +35,7 @@ NIGHTLY = [
 OFFLOADED = ("--gradient_checkpointing", "--cpu_offload_checkpointing", "--gradient_checkpointing_every", "2")
 
 
-@pytest.fixture(scope="module", params=["flux", pytest.param("sd", marks=pytest.mark.slow), *NIGHTLY])
+@pytest.fixture(scope="module", params=["flux", pytest.param("sd", marks=pytest.mark.nightly), *NIGHTLY])
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -181,7 +181,7 @@ def test_a_fault_in_the_mode_ends_the_run_before_it_begins(
     assert not (tmp_path / "wrong" / "mine.safetensors").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("subject", ["flux", "sdxl"])
 def test_the_benchmark_for_cards_runs_in_small(subject: str) -> None:
     mode = json.dumps({"form": "nf4", "share": 0.5, "runner": "from_main_memory"})
@@ -191,7 +191,7 @@ def test_the_benchmark_for_cards_runs_in_small(subject: str) -> None:
     assert json.loads(done.stdout.splitlines()[-1])["seconds"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("mode", ["eager", "8bit", "bare"])
 @pytest.mark.parametrize("subject", ["sd3", "flux", "sdxl"])
 def test_the_benchmark_of_steps_runs_in_small(subject: str, mode: str) -> None:

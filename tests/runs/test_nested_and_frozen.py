@@ -28,7 +28,7 @@ def saved(tmp_path: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(path_of(tmp_path, name))
 
 
-@pytest.mark.parametrize("module", ["networks.dylora", pytest.param("networks.lora_fa", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("module", ["networks.dylora", pytest.param("networks.lora_fa", marks=pytest.mark.nightly)])
 def test_a_run_saves_what_networks_lora_saves_and_the_same_seed_gives_the_same_bytes(
     train: Train, base_arguments: list[str], tmp_path: Path, module: str
 ) -> None:
@@ -258,7 +258,7 @@ def test_files_hold_the_average_unless_they_are_to_hold_what_was_trained(
         assert "ss_ema_decay" not in file.metadata()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_bf16_adapter_that_is_rounded_at_random_moves_and_resumes_bit_for_bit(
     train: Train, base_arguments: list[str], tmp_path: Path
 ) -> None:

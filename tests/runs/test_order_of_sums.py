@@ -15,7 +15,7 @@ from library.checkpoints.files import load_state_dict
 from tests.ranks import Job, run_ranks
 from tests.running import ROOT, make_pictures
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 CALLS = "tests.runs.order_calls"
 ORDER = 5e-5  # of the norm of any factor: what the order of four gradients (6e-6) or of sums in kernels (1e-5) changes
 

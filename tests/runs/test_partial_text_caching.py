@@ -46,7 +46,7 @@ def pictures_of(tmp_path: Path, name: str) -> list[bytes]:
     ("name", "trained", "extra"),
     [
         ("flux", {"te1"}, []),
-        pytest.param("sd3", {"te1", "te2"}, [], marks=pytest.mark.slow),
+        pytest.param("sd3", {"te1", "te2"}, [], marks=pytest.mark.nightly),
         pytest.param("flux", set(), ["--text_encoder_lr", "0"], marks=pytest.mark.nightly),
     ],
 )
@@ -74,7 +74,7 @@ def test_the_adapter_is_that_of_a_run_without_caches_bit_for_bit(
         assert pictures_of(tmp_path, output) == pictures_of(tmp_path, "plain") != []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_is_on_the_disk_serves_runs_that_train_the_denoiser_alone(run: Run, tmp_path: Path) -> None:
     """The files hold the features of all encoders as they were before training."""
     assert run("flux", "both", ON_DISK).status == 0

@@ -79,12 +79,12 @@ def test_epochs_win_over_steps(train: Train, base_arguments: list[str], prompts:
         ["--network_dropout", "0.3", "--network_args", "rank_dropout=0.2", "module_dropout=0.2"],
         pytest.param(
             ["--network_module", "networks.dylora", "--network_args", "unit=2", "--text_encoder_lr", "0"],
-            marks=pytest.mark.slow,
+            marks=pytest.mark.nightly,
         ),
         ["--optimizer_type", "AdamWScheduleFree", "--gradient_checkpointing"],
         pytest.param(
             ["--network_module", "lycoris.kohya", "--network_args", "algo=loha", "preset=attn-mlp", "rank_dropout=0.3"],
-            marks=pytest.mark.slow,
+            marks=pytest.mark.nightly,
         ),
     ],
     ids=["dropout", "dylora", "schedule_free", "lycoris"],
@@ -164,7 +164,7 @@ def test_tensorboard_gets_the_pictures(
     ]  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_of_two_processes_one_draws_and_neither_notices(
     base_arguments: list[str], prompts: list[str], tmp_path: Path
 ) -> None:

@@ -55,7 +55,7 @@ def arguments(base_arguments: list[str], tmp_path: Path) -> list[str]:
     return [*base_arguments, "--max_train_epochs", "2", "--lr_scheduler", "cosine", "--lr_warmup_steps", "2"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_equal_one_with_doubled_accumulation(arguments: list[str], tmp_path: Path) -> None:
     """Sums of float32 gradients in another order: weights agree to 1e-5 of the largest after ten steps.
 
@@ -109,7 +109,7 @@ def cosine_with_warmup(warmup: int, length: int) -> list[float]:
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_state_of_two_processes_goes_on_with_one(arguments: list[str], tmp_path: Path) -> None:
     """With as many batches a step, whether that is asked for or follows by itself."""
     done = launch_two([*arguments, "--save_state", "--save_every_n_steps", "4"])
@@ -127,7 +127,7 @@ def test_a_state_of_two_processes_goes_on_with_one(arguments: list[str], tmp_pat
             torch.testing.assert_close(first[key], second[key], rtol=0, atol=limit)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_choose_a_file_as_one_does(arguments: list[str], tmp_path: Path) -> None:
     """The same measurements on pictures that are set aside, so the same best file and the same suggestion."""
     words = [*arguments, "--validation_split", "0.3", "--validate_at_first", "--early_stop_patience", "2"]
@@ -142,7 +142,7 @@ def test_two_processes_choose_a_file_as_one_does(arguments: list[str], tmp_path:
     assert names[0] == names[1] and "mine-best.safetensors" in names[0]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_latents_on_disk_are_made_once_between_them(arguments: list[str], tmp_path: Path) -> None:
     done = launch_two([*arguments, "--cache_latents_to_disk", "--max_train_epochs", "1"])
     assert done.status == 0, done.stderr
@@ -153,7 +153,7 @@ def test_latents_on_disk_are_made_once_between_them(arguments: list[str], tmp_pa
     assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*_sd.npz")}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_an_error_of_the_setup_is_said_and_ends_all(arguments: list[str]) -> None:
     done = launch_two([*arguments, "--network_args", "conv_rank=4"])
     assert done.status != 0
@@ -176,7 +176,7 @@ def test_a_second_run_of_one_name_is_refused_and_the_first_one_left_alone(
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.safetensors"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="with a card the two find each other")
 def test_two_processes_without_a_card_do_not_train_everything_twice(arguments: list[str], tmp_path: Path) -> None:
     done = launch_two(arguments, use_cpu="false")
@@ -185,7 +185,7 @@ def test_two_processes_without_a_card_do_not_train_everything_twice(arguments: l
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_processes_that_share_the_waiting_weights_train_as_without(arguments: list[str], tmp_path: Path) -> None:
     words = [*arguments, "--max_train_epochs", "1"]
     plain = launch_two([*words, "--output_name", "plain"])
@@ -195,7 +195,7 @@ def test_processes_that_share_the_waiting_weights_train_as_without(arguments: li
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are found below /proc")
 def test_the_one_that_is_left_says_which_process_died_and_saves(arguments: list[str], tmp_path: Path) -> None:
     words = [*arguments, "--max_train_epochs", "0", "--max_train_steps", "100000"]
@@ -210,7 +210,7 @@ def test_the_one_that_is_left_says_which_process_died_and_saves(arguments: list[
     assert "Traceback" not in text.partition("process 1 was killed without an error message")[0]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are found below /proc")
 def test_a_launcher_that_is_stopped_before_the_first_step_ends_both_processes(
     arguments: list[str], tmp_path: Path
@@ -225,7 +225,7 @@ def test_a_launcher_that_is_stopped_before_the_first_step_ends_both_processes(
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.safetensors"))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are found below /proc")
 def test_what_two_killed_processes_leave_is_deleted_at_the_next_start(arguments: list[str], tmp_path: Path) -> None:
     """Nothing of the base model in main memory at once, the latents once another run starts."""

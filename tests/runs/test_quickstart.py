@@ -15,7 +15,7 @@ from tools import start
 from tools.quickstart.draw_before_after import draw_before_and_after
 from tools.quickstart.sampling import load_pipeline, merge_lora, read_prompts, sample
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 TOY_BASE, PROMPTS = start.ROOT / start.TOY_BASE, start.ROOT / start.PROMPTS
 MOST_BEFORE = 0.15

@@ -73,7 +73,7 @@ def test_with_everything_random_on_after_any_step_and_a_second_time(
     cut_and_go_on(train, [*arguments, *ALL_RANDOM], tmp_path, cuts=[2, 5, 6])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "optimizer",
     [
@@ -108,7 +108,7 @@ def test_with_every_schedule(train: Train, arguments: list[str], tmp_path: Path,
     cut_and_go_on(train, [*arguments, "--lr_scheduler", *schedule], tmp_path, cuts=[3])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "extra",
     [
@@ -127,7 +127,7 @@ def test_with_every_kind_of_network(train: Train, arguments: list[str], tmp_path
     cut_and_go_on(train, [*arguments, *extra], tmp_path, cuts=[3])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_number_of_loader_workers_may_change(train: Train, arguments: list[str], tmp_path: Path) -> None:
     workers = ["--max_data_loader_n_workers", "4"]
     cut_and_go_on(train, [*arguments, *ALL_RANDOM], tmp_path, cuts=[2, 4], after_0=workers)

@@ -80,7 +80,7 @@ def test_two_processes_that_share_the_base_equal_one(arguments: Arguments, tmp_p
     assert drawn == pictures_of(tmp_path, "one") and len(drawn) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_shared_base_goes_on_exactly_and_with_other_numbers_of_processes(
     arguments: Arguments, tmp_path: Path
 ) -> None:
@@ -101,7 +101,7 @@ def test_a_shared_base_goes_on_exactly_and_with_other_numbers_of_processes(
     assert off(tmp_path, "one", "two") <= 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_four_processes_in_groups_of_two_equal_one(arguments: Arguments, tmp_path: Path) -> None:
     words = arguments("anima")
     run(
@@ -117,7 +117,7 @@ def test_four_processes_in_groups_of_two_equal_one(arguments: Arguments, tmp_pat
     assert off(tmp_path, "groups", "one") <= 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_subset_that_asks_the_base_model_alone_keeps_all_in_step(arguments: Arguments, tmp_path: Path) -> None:
     words = arguments("flux")
     make_pictures(tmp_path / "data" / "1_other", 3, seed=93)
@@ -147,7 +147,7 @@ KINDS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("base", BASES)
 def test_every_base_model_is_shared(arguments: Arguments, tmp_path: Path, base: str) -> None:
     words = arguments(base)
@@ -159,7 +159,7 @@ def test_every_base_model_is_shared(arguments: Arguments, tmp_path: Path, base: 
     assert off(tmp_path, "two", "one") <= 2e-5  # nine layers of float32 convolutions in the largest
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_adapter_is_saved_from_a_shared_base(arguments: Arguments, tmp_path: Path, kind: str) -> None:
     words = [*arguments("sd"), "--network_module", kind]
@@ -173,7 +173,7 @@ def test_every_kind_of_adapter_is_saved_from_a_shared_base(arguments: Arguments,
     assert off(tmp_path, "two", "one") <= 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_merged_files_are_in_a_base_that_is_shared_afterwards(arguments: Arguments, tmp_path: Path) -> None:
     words = arguments("flux")
     run([("first", 1, words)], "flux", tmp_path)
@@ -187,7 +187,7 @@ def test_merged_files_are_in_a_base_that_is_shared_afterwards(arguments: Argumen
     assert off(tmp_path, "two", "one") <= 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_an_fsdp2_configuration_of_accelerate_means_the_same(arguments: Arguments, tmp_path: Path) -> None:
     """As users start it, in real processes."""
     words = [*arguments("flux"), "--output_dir", str(tmp_path / "out")]
@@ -209,7 +209,7 @@ def launched(arguments: list[str], version: str) -> Finished:
     return Finished(done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_adapters_of_a_sweep_share_a_base_that_is_spread(arguments: Arguments, tmp_path: Path) -> None:
     """Ranks and seeds, with dropout; pictures, losses and files are those of one process."""
     words = [*arguments("flux"), "--sweep", "network_dim=2,3", "seed=92,93", "--network_dropout", "0.2"]

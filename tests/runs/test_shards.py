@@ -48,7 +48,7 @@ def equal(one: Path, other: Path) -> bool:
     return first.keys() == second.keys() and all(bool((first[key] == second[key]).all()) for key in first)
 
 
-@pytest.mark.parametrize("source", ["shards", pytest.param("parquet", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("source", ["shards", pytest.param("parquet", marks=pytest.mark.nightly)])
 def test_the_adapter_is_that_of_the_folder(
     source: str, train: Train, base_arguments: list[str], sources: dict[str, str], tmp_path: Path
 ) -> None:
@@ -60,7 +60,7 @@ def test_the_adapter_is_that_of_the_folder(
     assert equal(tmp_path / "folder", tmp_path / source)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_cut_run_goes_on_bit_for_bit(
     train: Train, base_arguments: list[str], sources: dict[str, str], tmp_path: Path
 ) -> None:
@@ -68,7 +68,7 @@ def test_a_cut_run_goes_on_bit_for_bit(
     cut_and_go_on(train, arguments, tmp_path, cuts=[2])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_started_as_users_do_with_workers_that_read(
     launch: Callable[..., Finished], train: Train, base_arguments: list[str], sources: dict[str, str], tmp_path: Path
 ) -> None:
@@ -79,7 +79,7 @@ def test_started_as_users_do_with_workers_that_read(
     assert equal(tmp_path / "shards_run", tmp_path / "folder_run")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_started_as_users_do_with_shards_of_a_bucket_whose_answers_break_off(
     launch: Callable[..., Finished],
     train: Train,

@@ -80,7 +80,7 @@ def test_a_signal_in_the_last_step_skips_neither_the_validation_nor_the_best_fil
     assert names[0] == names[1]
 
 
-@pytest.mark.parametrize("keeps_states", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("keeps_states", [True, pytest.param(False, marks=pytest.mark.nightly)])
 def test_files_of_stops_between_saves_are_rotated_too(
     train: Train, base_arguments: list[str], tmp_path: Path, stop_in_step: Any, keeps_states: bool
 ) -> None:

@@ -15,8 +15,8 @@ from tests.running import ROOT
 
 ERRORS = [
     "RuntimeError('CUDA setup failed')",
-    pytest.param("OSError('libcudart.so')", marks=pytest.mark.slow),
-    pytest.param("ImportError('x')", marks=pytest.mark.slow),
+    pytest.param("OSError('libcudart.so')", marks=pytest.mark.nightly),
+    pytest.param("ImportError('x')", marks=pytest.mark.nightly),
 ]
 
 
@@ -78,9 +78,9 @@ def without_reader() -> int:
     ("open_output", "more"),
     [
         pytest.param(without_reader, [], id="pipe"),
-        pytest.param(without_reader, ["--console_log_simple"], id="pipe_simple", marks=pytest.mark.slow),
+        pytest.param(without_reader, ["--console_log_simple"], id="pipe_simple", marks=pytest.mark.nightly),
         pytest.param(lambda: os.open("/dev/full", os.O_WRONLY), [], id="full_disk"),
-        pytest.param(None, [], id="closed", marks=pytest.mark.slow),
+        pytest.param(None, [], id="closed", marks=pytest.mark.nightly),
     ],
 )
 def test_output_that_cannot_be_written_does_not_end_a_run(

@@ -67,7 +67,7 @@ def test_every_combination_gives_the_file_of_its_run_alone(train: Train, words: 
 MEASURED = ["--validation_split", "0.5", "--validate_every_n_steps", "2", "--network_train_unet_only"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_sweep_that_is_cut_and_goes_on_is_the_uninterrupted_one(
     train: Train, words: list[str], tmp_path: Path
 ) -> None:

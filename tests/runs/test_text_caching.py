@@ -115,7 +115,7 @@ def assert_equal_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Te
         assert torch.equal(weight, other[name]), name
 
 
-@pytest.mark.parametrize("precision", [pytest.param("no", marks=pytest.mark.slow), "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("no", marks=pytest.mark.nightly), "bf16"])
 def test_memory_disk_and_no_cache_train_the_same_bit_for_bit(
     run: Run, base_arguments: list[str], tmp_path: Path, pictures: Path, precision: str
 ) -> None:

@@ -362,7 +362,7 @@ def test_batches_of_an_own_class_are_trained_and_a_cut_run_goes_on_bit_for_bit(
     assert unknown.status == 1 and "did you mean Noise?" in unknown.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_compiled_blocks_train_the_same_adapter(train: Train, base_arguments: list[str], tmp_path: Path) -> None:
     """Graphs run as they are (the backend `eager`); the first step of each size is counted, and is not compiled."""
     import torch._dynamo

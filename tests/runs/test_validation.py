@@ -44,9 +44,9 @@ CHANCE = [
         [*CHANCE, "--random_crop", "--optimizer_type", "AdamWScheduleFree", "--max_data_loader_n_workers", "1"],
         pytest.param(
             ["--network_train_unet_only", "--gradient_checkpointing", "--mixed_precision", "bf16"],
-            marks=pytest.mark.slow,
+            marks=pytest.mark.nightly,
         ),
-        pytest.param(["--network_module", "networks.dylora", "--network_args", "unit=2"], marks=pytest.mark.slow),
+        pytest.param(["--network_module", "networks.dylora", "--network_args", "unit=2"], marks=pytest.mark.nightly),
     ],
     ids=["dropout", "schedule-free", "frozen-text", "dylora"],
 )
@@ -90,6 +90,7 @@ def test_training_is_that_of_a_folder_without_the_pictures_that_are_set_aside(
 
 def test_charts_metadata_and_words(train: Train, split_arguments: list[str], tmp_path: Path) -> None:
     options = ["--logging_dir", str(tmp_path / "logs"), "--validate_every_n_steps", "3", "--validate_at_first"]
+    options += ["--validate_every_n_epochs", "1"]
     done = train([*split_arguments, *options, "--max_validation_steps", "2", "--validation_seed", "3"])
     assert done.status == 0, done.stderr
     assert "num train images * repeats / 学習画像の数×繰り返し回数: 8\n" in done.stdout
@@ -125,7 +126,7 @@ def test_charts_metadata_and_words(train: Train, split_arguments: list[str], tmp
         metadata = file.metadata()
     assert metadata["ss_num_train_images"] == "8" and metadata["ss_num_validation_images"] == "2"
     assert metadata["ss_validation_split"] == "0.34" and metadata["ss_validation_seed"] == "3"
-    assert metadata["ss_validate_every_n_steps"] == "3" and metadata["ss_validate_every_n_epochs"] == "None"
+    assert metadata["ss_validate_every_n_steps"] == "3" and metadata["ss_validate_every_n_epochs"] == "1"
     assert metadata["ss_max_validation_steps"] == "2"
     assert json.loads(metadata["ss_dataset_dirs"]) == {"2_thing": {"n_repeats": 2, "img_count": 4}}
 

@@ -49,7 +49,7 @@ class NoReading(NoWaiting):
             self.is_on = before
 
 
-@pytest.mark.slow  # what the steps of every base model ask is in the fast tier
+@pytest.mark.nightly  # what the steps of every base model ask is in the fast tier
 @pytest.mark.parametrize(
     "more",
     [

@@ -10,6 +10,8 @@ import pytest
 from library.hidden_libraries import BITSANDBYTES, hidden, show
 from tests.running import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 def test_nobody_finds_it_in_the_block_and_everybody_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (BITSANDBYTES, "diffusers.utils.import_utils"):  # as in a new process

@@ -221,7 +221,7 @@ def open_prompt_pairs(
     for pair in pairs:
         check_size(pair, step)
     if idle := [pair for pair in pairs if pair.dynamic_crops and not arch.tells_sizes]:
-        logger.warning("%s %s: dynamic_crops has no effect, this base model is told no sizes", FLAG, idle[0].place)
+        logger.warning("%s %s: dynamic_crops has no effect: the base model has no size input", FLAG, idle[0].place)
     num_batches = run.max_train_steps * run.gradient_accumulation_steps * num_processes
     found = PromptPairs(pairs, concepts, concepts.prompts_file, seed, num_batches)
     for text in found.prompts:

@@ -42,7 +42,7 @@ class Timetable:
 
     @classmethod
     def build(cls, options: ValidationOptions, last_step: int) -> "Timetable":
-        """Measure after every epoch if no interval is given, and always after the last step."""
+        """Measure after every epoch if no interval is given; with steps alone also after the last one."""
         every_n_steps, every_n_epochs = options.validate_every_n_steps or None, options.validate_every_n_epochs or None
         if every_n_steps is None and every_n_epochs is None:
             every_n_epochs = 1
@@ -52,7 +52,7 @@ class Timetable:
         """Yield what is due after `step`, which may end an epoch."""
         is_epoch = ended_epoch is not None and self.every_n_epochs is not None and not ended_epoch % self.every_n_epochs
         is_step = self.every_n_steps is not None and not step % self.every_n_steps
-        if is_step or (step == self.last_step and not is_epoch):
+        if is_step or (self.every_n_epochs is None and step == self.last_step):
             yield "step"
         if is_epoch:
             yield "epoch"

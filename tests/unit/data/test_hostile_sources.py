@@ -123,7 +123,7 @@ def test_a_caption_of_megabytes_is_refused(tmp_path: Path) -> None:
         open_subset(tmp_path, 'parquet = "{here}/a.parquet"')
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_large_values_are_read_a_few_at_a_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Five of 200 MB in a table, and a real image."""
     images = [{"bytes": bytes(200 << 20), "path": str(number)} for number in range(5)] + [{"bytes": png(), "path": "x"}]

@@ -21,6 +21,8 @@ from tests.unit.data.builders import averaging_vae, batches_of, content_of, writ
 from tests.unit.data.object_store import BUCKET, SECRET, ObjectStore, object_store
 from tests.unit.data.shard_builders import open_subset, shards_of, write_parquet
 
+pytestmark = pytest.mark.slow
+
 COUNT = 10
 
 

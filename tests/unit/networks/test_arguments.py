@@ -158,7 +158,7 @@ def test_arguments_of_base_models_are_typed_too() -> None:
 def test_every_base_model_knows_the_arguments_of_the_others_and_how_they_are_written(spec: BaseModelSpec) -> None:
     """One of theirs is read, and warned of when the network is made; it is no unknown argument."""
     package = next(path for path in ARCHITECTURES.iterdir() if spec in specs_in(path))
-    declared = vars(importlib.import_module(f"library.architectures.{package.name}.adapters")).values()
+    declared = vars(importlib.import_module(f"library.architectures.{package.name}.targets")).values()
     (targets,) = (
         each for each in declared if isinstance(each, AdapterTargets) and each.arguments == spec.network_arguments
     )

@@ -15,6 +15,8 @@ from tests.unit.tools.adapter_files import write as write_small_adapter
 from tools import merge_flux_lora, merge_lora
 from tools.base_models import find_adapter_targets, open_base_model
 
+pytestmark = pytest.mark.slow
+
 ORDER = ["BASE", *(f"IN{n:02d}" for n in range(12)), "MID", *(f"OUT{n:02d}" for n in range(12))]
 NAMED = {  # what the lists of each length name, as sd-scripts' documentation has it
     17: ["BASE", *(f"IN{n:02d}" for n in (1, 2, 4, 5, 7, 8)), "MID", *(f"OUT{n:02d}" for n in range(3, 12))],

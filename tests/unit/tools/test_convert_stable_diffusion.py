@@ -12,6 +12,8 @@ from library.checkpoints.files import load_state_dict, read_metadata, save_safet
 from tests.tiny.sd import build_tiny_sd
 from tools import convert_diffusers20_original_sd, convert_stable_diffusion
 
+pytestmark = pytest.mark.slow
+
 
 def convert(*arguments: object) -> int:
     return convert_stable_diffusion.main([str(argument) for argument in arguments])

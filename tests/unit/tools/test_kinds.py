@@ -20,6 +20,8 @@ from tests.tolerances import FLOAT32_SAME_MATH
 from tests.unit.networks.test_forms import perturb
 from tools import check_lora_weights, convert_lora, merge_lora, resize_lora, show_metadata
 
+pytestmark = pytest.mark.slow
+
 KINDS: dict[str, tuple[str, int, dict[str, str]]] = {
     "lora": ("lora", 3, {}),
     "dora": ("lora", 3, {"dora_wd": "True"}),

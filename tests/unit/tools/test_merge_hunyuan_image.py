@@ -19,6 +19,8 @@ from tests.tolerances import FLOAT32_DEEP
 from tests.unit.networks.toy import randomize
 from tools import merge_lora
 
+pytestmark = pytest.mark.slow
+
 SEED = 31
 
 

@@ -24,6 +24,8 @@ from tools import convert_lora, extract_lora_from_models, merge_lora
 from tools.base_models import find_adapter_targets, open_base_model
 from tools.merge_adapters import Weighted, merge_adapters
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
 RESNET, ATTENTION = "lora_unet_down_blocks_0_resnets_0", "lora_unet_down_blocks_0_attentions_0"

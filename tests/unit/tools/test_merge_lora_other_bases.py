@@ -19,6 +19,8 @@ from tests.tolerances import FLOAT32_SAME_MATH
 from tools.extract_lora_from_models import main as extract
 from tools.merge_lora import main as merge
 
+pytestmark = pytest.mark.slow
+
 SLOW_FOLDER = pytest.param("tiny_sdxl_folder", marks=pytest.mark.nightly)  # what a folder of SD 2.x and a file hold
 CHECKPOINTS = ("tiny_sd2_folder", "tiny_sd2_file", SLOW_FOLDER, "tiny_sdxl_file")
 

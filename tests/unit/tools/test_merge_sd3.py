@@ -21,6 +21,8 @@ from tests.unit.architectures.sd3.test_load import options_of
 from tests.unit.networks.toy import randomize
 from tools import merge_lora
 
+pytestmark = pytest.mark.slow
+
 SEED = 33
 
 

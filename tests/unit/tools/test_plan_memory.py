@@ -77,9 +77,8 @@ def test_mistakes_are_named(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if n == "FLUX.1" else pytest.mark.nightly) for n in PROTOTYPE]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", PROTOTYPE)
 def test_full_size_models_come_to_what_whole_models_were_counted_as(name: str, tmp_path: Path) -> None:
     model = FULL_SIZE[name]
     *_, counted = count(

@@ -15,6 +15,8 @@ from tests.parity.test_lora_merge import tiny_clip, tiny_unet
 from tests.tolerances import FLOAT32_SAME_MATH
 from tools.quickstart.sampling import merge_lora
 
+pytestmark = pytest.mark.slow
+
 FORMS: list[tuple[ModuleType, dict[str, str]]] = [
     (lora, {}),
     (lora, {"dora_wd": "True", "conv_dim": "2"}),

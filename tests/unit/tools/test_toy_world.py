@@ -18,6 +18,8 @@ from tools.quickstart.toy_world import (
     parse_caption,
 )
 
+pytestmark = pytest.mark.slow
+
 ALL_SHAPES = KNOWN_SHAPES + HELD_OUT_SHAPES
 
 

@@ -11,6 +11,8 @@ from scipy import stats
 from library.training.evaluation.choice import Choice, by_picture, choose, estimate, is_clearly_worse
 from library.training.evaluation.choosing import Measured, choice_of, format_choice, memorised
 
+pytestmark = pytest.mark.slow
+
 NUM_RUNS = 1500
 
 

@@ -16,6 +16,8 @@ from library.training.planning.counting import BatchShape, count_run
 from tests.running import Finished
 from tests.tiny.anima import build_tiny_anima
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:

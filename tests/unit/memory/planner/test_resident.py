@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[4]
 SHARE = 0.07  # the allocator's rounding and the workspaces of oneDNN, measured: 4 to 6 % in float32
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak cannot be measured anew")
 @pytest.mark.parametrize(("side", "recomputes"), [(256, 0), (512, 1)])
 def test_a_step_of_sd15_grows_the_process_by_what_is_planned(side: int, recomputes: int) -> None:

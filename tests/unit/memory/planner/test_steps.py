@@ -18,6 +18,8 @@ from library.memory.planner.repeats import shortened
 from library.memory.planner.steps import Timeline, count_optimizer, count_pass, peak_of
 from tests.unit.memory.planner.made_up import MadeUp, allocated_peak
 
+pytestmark = pytest.mark.slow
+
 WIDTH, NUM_BLOCKS, TOKENS, RANK = 96, 6, 160, 5
 SHARE = 0.03  # what counting two blocks of six may be off by
 ANSWERS = {"int": 1, "float": 0.5, "bool": True}

@@ -1,0 +1,76 @@
+"""The trainings of the fast tier: every base model, script and kind of adapter once, and a run that is cut and resumed.
+
+Everything else that trains is slow, see `SLOW_FOLDERS` in tests/conftest.py.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from library.checkpoints.files import load_state_dict, read_metadata
+from networks.core.registry.layouts import list_kinds
+from tests.running import Finished, make_pictures
+from tests.runs.bases import BASES
+from tests.runs.test_resume import ALL_RANDOM, cut_and_go_on
+
+pytestmark = pytest.mark.essential
+
+Train = Callable[..., Finished]
+KINDS = sorted(kind.network_module for kind in list_kinds() if kind.network_module)
+PAIR = '[[prompts]]\ntarget = "a red cat"\npositive = "an cat"\n'
+
+
+def words_of(tmp_path: Path, *model: str) -> list[str]:
+    make_pictures(tmp_path / "data" / "1_thing", 2, seed=61)
+    return [
+        *model, "--train_data_dir", str(tmp_path / "data"), "--caption_extension", ".txt", "--resolution", "64",
+        "--output_dir", str(tmp_path / "out"), "--output_name", "mine", "--network_dim", "4", "--max_train_steps", "2",
+        "--learning_rate", "1e-2", "--seed", "5", "--max_data_loader_n_workers", "0", "--no_report",
+    ]  # fmt: skip
+
+
+def trained_parts(tmp_path: Path) -> set[str]:
+    """The parts of the base model, lora_unet and the like, that have weights which left their zeros."""
+    tensors = load_state_dict(tmp_path / "out" / "mine.safetensors")
+    return {
+        key.partition("_")[0] + "_" + key.split("_")[1] for key, tensor in tensors.items() if tensor.abs().max() > 0
+    }
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_every_base_model_trains_with_its_script(train: Train, name: str, tmp_path: Path) -> None:
+    base = BASES[name]
+    words = words_of(tmp_path, *base.build(tmp_path / "model"))
+    done = train([*words, "--network_module", base.module], base.script)
+    assert done.status == 0, done.stderr
+    parts = trained_parts(tmp_path)
+    assert "lora_unet" in parts and any(part.startswith("lora_te") for part in parts) == base.adapts_text_encoders
+    assert read_metadata(tmp_path / "out" / "mine.safetensors")["ss_steps"] == "2"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_adapter_trains(train: Train, kind: str, tiny_sd_folder: Path, tmp_path: Path) -> None:
+    words = words_of(tmp_path, "--pretrained_model_name_or_path", str(tiny_sd_folder))
+    done = train([*words, "--network_module", kind, "--network_train_unet_only"])
+    assert done.status == 0, done.stderr
+    assert trained_parts(tmp_path) == {"lora_unet"}
+
+
+@pytest.mark.parametrize(("name", "script"), [("sd", "train_leco"), ("sdxl", "sdxl_train_leco")])
+def test_concepts_are_trained_from_prompts_alone(train: Train, name: str, script: str, tmp_path: Path) -> None:
+    (tmp_path / "pairs.toml").write_text(PAIR)
+    words = [
+        *BASES[name].build(tmp_path / "model"), "--prompts_file", str(tmp_path / "pairs.toml"), "--output_dir",
+        str(tmp_path / "out"), "--output_name", "mine", "--learning_rate", "1e-2", "--max_train_steps", "2",
+        "--max_denoising_steps", "2", "--seed", "5", "--no_report",
+    ]  # fmt: skip
+    done = train(words, script)
+    assert done.status == 0, done.stderr
+    assert trained_parts(tmp_path) == {"lora_unet"}
+
+
+def test_a_run_that_is_cut_and_resumed_is_the_uninterrupted_one(
+    train: Train, base_arguments: list[str], tmp_path: Path
+) -> None:
+    cut_and_go_on(train, [*base_arguments, *ALL_RANDOM], tmp_path, cuts=[3])
