@@ -281,9 +281,11 @@ def picture_command(python: Path) -> "list[str]":
 def pytest_command(python: Path, slow: bool, pytest_arguments: "list[str]") -> "list[str]":
     """Return the command that runs the fast tier, or with `slow` whole trainings too, on every core.
 
-    A `-m` or a path among `pytest_arguments` overrides the tier.
+    A `-m` among `pytest_arguments` overrides the tier, and so do files: they run whole.
     """
     tier = "not gpu and not nightly" if slow else "not slow and not gpu and not nightly"
+    if any(argument.partition("::")[0].endswith(".py") for argument in pytest_arguments):
+        tier = "not gpu"
     return [str(python), "-m", "pytest", "-m", tier, *in_parallel(), *pytest_arguments]
 
 

@@ -136,6 +136,8 @@ def test_test_command_chooses_the_tier_and_passes_arguments_on(
         str(PYTHON), "-m", "pytest", "-m", tier, "-n", "3", "--dist", "loadfile", "--no-loadscope-reorder",
         "-k", "dataset",
     ]  # fmt: skip
+    whole = start.pytest_command(PYTHON, slow, ["tests/runs/test_resume.py::test_x"])
+    assert whole[whole.index("-m", 2) + 1] == "not gpu"
 
 
 @pytest.mark.parametrize(("slow", "tier"), [(False, "gpu and not slow and not nightly"), (True, "gpu and not nightly")])
