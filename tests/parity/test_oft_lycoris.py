@@ -176,7 +176,7 @@ def test_other_kinds_are_refused_with_the_way_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "said"),
     [
-        ({"oft_blocks": (2, 2, 4, 4)}, "of the shape [2, 2, 4, 4]: BOFT of LyCORIS, which is not computed here"),
+        ({"oft_blocks": (2, 2, 4, 4)}, "[2, 2, 4, 4]: BOFT of LyCORIS, which is not computed here; LyCORIS merges it"),
         ({"oft_blocks": (2, 4, 3)}, "of the shape [2, 4, 3]; it needs (blocks, b, b)"),
         ({"oft_blocks.1": (2, 4, 4)}, "without all pieces before it"),
         ({"rescale": (8, 1)}, "without oft_blocks; the file is incomplete"),

@@ -42,6 +42,7 @@ from networks.core.registry.layouts import PIECES, list_layouts
 
 logger = logging.getLogger(__name__)
 
+BIASES = "PEFT trained them with lora_bias, and merges them into a model with merge_and_unload()"
 WITHOUT_THEM = (
     "`tools/convert_lora.py --to kohya --drop_unsupported` writes it without them, which changes what it does"
 )
@@ -219,8 +220,13 @@ def require_layouts(file: AdapterFile, layouts: Collection[KeyLayout], purpose: 
     if file.unknown:
         raise UserError(
             f"{file.origin} has {len(file.unknown)} keys that are not understood, so it cannot be {purpose}; the first "
-            f"is {next(iter(file.unknown))}. {WITHOUT_THEM}"
+            f"is {next(iter(file.unknown))}. {BIASES if all(map(is_bias, file.unknown)) else WITHOUT_THEM}"
         )
+
+
+def is_bias(key: str) -> bool:
+    """Return True if PEFT's lora_bias trained the tensor of this key: a bias of the up matrix."""
+    return key.endswith((".lora_B.bias", ".lora_up.bias"))
 
 
 # --- alpha that is recorded beside the tensors ---

@@ -264,7 +264,10 @@ def fault(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | N
     for key in there:
         shape = list(tensors[key].shape)
         if len(shape) == 4:
-            return f"has {keys[key]} of the shape {shape}: BOFT of LyCORIS, which is not computed here"
+            return (
+                f"has {keys[key]} of the shape {shape}: BOFT of LyCORIS, which is not computed here; LyCORIS merges it "
+                "into a model with lycoris.utils.merge"
+            )
         if len(shape) != 3 or shape[1] != shape[2]:
             return f"has {keys[key]} of the shape {shape}; it needs (blocks, b, b)"
     num_rows = sum(tensors[key].shape[0] * tensors[key].shape[1] for key in there)

@@ -242,3 +242,12 @@ def test_other_factors_give_the_change_they_are_made_of(
     assert ("alpha" in module.tensors) == has_alpha
     expected = (scale * up_OR @ down_RN).reshape(4, 3, *kernel)
     torch.testing.assert_close(module.weight(torch.float64), expected, rtol=1e-6, atol=1e-7)  # alpha is float32
+
+
+def test_biases_of_peft_name_what_merges_them(tmp_path: Path) -> None:
+    stem = "base_model.model.unet.x"
+    tensors = {f"{stem}.lora_A.weight": torch.ones(2, 8), f"{stem}.lora_B.weight": torch.ones(8, 2)}
+    save_safetensors(tmp_path / "cat.safetensors", {**tensors, f"{stem}.lora_B.bias": torch.ones(8)}, {})
+    file = read_adapter_file(tmp_path / "cat.safetensors")
+    with pytest.raises(UserError, match=r"lora_B\.bias\. PEFT trained them with lora_bias.*merge_and_unload"):
+        require_layouts(file, COMPUTED, "merged")
