@@ -26,6 +26,10 @@ from library.memory.offload.spans import ALIGNMENT, Span, parts_in, spans
 
 NOBODY = -1  # sent instead of a block's number: the leader is done
 
+# Measured with two processes on the CPU, in sizes of the largest block: two blocks are gathered, the one that arrives
+# exists twice, and the collective has buffers of its own.
+PEAK_BLOCKS = 3.6
+
 
 class ShardedBlock(nn.Module):
     """The bytes of one block's layers, sharded over the processes of a mesh."""

@@ -23,7 +23,7 @@ from library.memory.frozen import (
     multiply_codes,
     store_all_in,
 )
-from library.memory.offload.sharded import ShardedModel
+from library.memory.offload.sharded import PEAK_BLOCKS, ShardedModel
 from library.memory.offload.shared import place_for, shared_masters
 from library.memory.offload.streamed import bytes_of_parts, stream
 from library.memory.planner.weights import ModelWeights, StorageCost
@@ -153,13 +153,13 @@ def shard_blocks(sharded: ShardedModel, denoiser: nn.Module, stacks: Stacks) -> 
         sharded.take(layer)
     sharded.resolve(stacks)
     logger.info(
-        "denoiser: %d blocks and layers (%.2f GB) spread over %d processes, %.2f GB in each; the two that are together "
-        "at a time take up to %.2f GB more",
+        "denoiser: %d blocks and layers (%.2f GB) spread over %d processes, %.2f GB in each; gathered blocks take up to "
+        "%.2f GB more",
         sharded.num_blocks,
         sharded.num_bytes / 1e9,
         sharded.group_size,
         sharded.num_bytes / sharded.group_size / 1e9,
-        2 * sharded.most_bytes / 1e9,
+        PEAK_BLOCKS * sharded.most_bytes / 1e9,
     )
 
 
