@@ -39,12 +39,14 @@ class CompiledBlock(nn.Module):
     It also does while operations are counted, because torch never retries to compile a frame that it skipped then.
     """
 
-    def __init__(self, block: nn.Module, settings: CompileSettings, warned_kinds: set[type]) -> None:
-        """`warned_kinds` collects the kinds of blocks for which a warning was already logged."""
+    def __init__(
+        self, block: nn.Module, settings: CompileSettings, begun_kinds: set[type], warned_kinds: set[type]
+    ) -> None:
+        """The sets collect the kinds of blocks for which the start and the end of compiling were already logged."""
         super().__init__()
         self.block = block
         self.settings = settings
-        self.warned_kinds = warned_kinds
+        self.begun_kinds, self.warned_kinds = begun_kinds, warned_kinds
         self.run: Any = torch.compile(
             block.__call__,
             backend=settings.backend,
@@ -58,6 +60,9 @@ class CompiledBlock(nn.Module):
             return self.block(*inputs, **named)
         from torch import _dynamo
 
+        if self.kind not in self.begun_kinds:
+            self.begun_kinds.add(self.kind)
+            logger.info("compiling %s; the first steps can take minutes", self.kind.__name__)
         # These settings are per thread, and autograd recomputes blocks in its own threads.
         _dynamo.config.recompile_limit = self.settings.most_graphs
         _dynamo.config.accumulated_recompile_limit = max(256, 4 * self.settings.most_graphs)
@@ -70,17 +75,21 @@ class CompiledBlock(nn.Module):
             self.warn_once((inputs, named))
         return self.block(*inputs, **named)
 
+    @property
+    def kind(self) -> type:
+        """The class of the block; a library's block is wrapped in a BlockBody."""
+        return type(getattr(self.block, "block", self.block))
+
     def warn_once(self, given: Any) -> None:
         """Warn once per kind of block, with the first input shapes that are no longer compiled."""
-        kind = type(getattr(self.block, "block", self.block))  # a library's block is wrapped in a BlockBody
-        if kind in self.warned_kinds:
+        if self.kind in self.warned_kinds:
             return
-        self.warned_kinds.add(kind)
+        self.warned_kinds.add(self.kind)
         shapes = ", ".join(str(tuple(t.shape)) for t in tree_leaves(given) if isinstance(t, Tensor) and t.ndim > 1)
         logger.warning(
             "%s was compiled %d times (--compile_cache_size_limit); inputs of new sizes run uncompiled from here on, "
             "the first with shapes %s",
-            kind.__name__,
+            self.kind.__name__,
             self.settings.most_graphs,
             shapes,
         )
@@ -93,12 +102,17 @@ class Compiled:
         self.runner = runner
         self.settings = settings
         self.blocks: dict[nn.Module, nn.Module] = {}
+        self.begun_kinds: set[type] = set()
         self.warned_kinds: set[type] = set()
 
     def __call__(self, block: nn.Module, *inputs: Any, **named: Any) -> Any:
         found = self.blocks.get(block)
         if found is None:
-            found = block if is_offloaded(block) else CompiledBlock(block, self.settings, self.warned_kinds)
+            found = (
+                block
+                if is_offloaded(block)
+                else CompiledBlock(block, self.settings, self.begun_kinds, self.warned_kinds)
+            )
             self.blocks[block] = found
         return self.runner(found, *inputs, **named)
 

@@ -184,9 +184,10 @@ def test_sizes_beyond_the_limit_run_uncompiled_which_is_told_once(
     runner: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     backend, sizes = CountingBackend(), [4, 7, 9, 12]
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         found = steps_with(CompileSettings(backend, is_dynamic=False, most_graphs=2), sizes, runner)
     assert backend.num_graphs == 2
+    assert caplog.text.count("compiling Toy; the first steps can take minutes") == 1
     assert caplog.text.count("Toy was compiled 2 times") == 1 and "(2, 9, 8)" in caplog.text
     for one, other in zip(found, steps_with(CompileSettings("eager"), sizes), strict=True):
         assert torch.equal(one, other)
@@ -195,7 +196,7 @@ def test_sizes_beyond_the_limit_run_uncompiled_which_is_told_once(
 def test_what_has_no_gradient_and_what_is_counted_is_not_compiled() -> None:
     """Torch never again compiles code that it met while operations were counted."""
     backend = CountingBackend()
-    block = CompiledBlock(Toy(3), CompileSettings(backend), set())
+    block = CompiledBlock(Toy(3), CompileSettings(backend), set(), set())
     x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(8))
     with torch.no_grad():
         block(x)

@@ -153,8 +153,8 @@ def shard_blocks(sharded: ShardedModel, denoiser: nn.Module, stacks: Stacks) -> 
         sharded.take(layer)
     sharded.resolve(stacks)
     logger.info(
-        "denoiser: %d blocks and layers (%.2f GB) spread over %d processes, %.2f GB in each; gathered blocks take up to "
-        "%.2f GB more",
+        "denoiser: %d blocks and layers (%.2f GB) spread over %d processes, %.2f GB in each; gathered blocks take up "
+        "to %.2f GB more",
         sharded.num_blocks,
         sharded.num_bytes / 1e9,
         sharded.group_size,
