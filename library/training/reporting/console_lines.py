@@ -53,8 +53,9 @@ def announce_run(plan: Plan, counts: PictureCounts, batch_sizes: Sequence[int], 
 
 
 def announce_epoch(epoch: int, num_epochs: int) -> None:
-    """The line at the start of an epoch, counted from 1."""
-    announce(f"\nepoch {epoch}/{num_epochs}\n")
+    """Announce an epoch, counted from 1, on a line of its own above the progress bars."""
+    with tqdm.external_write_mode():
+        announce(f"epoch {epoch}/{num_epochs}")
 
 
 class StepBar:
