@@ -68,7 +68,7 @@ def chosen_files(named: list[Path] | None, saving: SavingOptions) -> list[Path]:
     if named:
         return [file_in_folder(path, f"--files {path}") for path in named]
     if not saving.output_dir:
-        raise UserError("--files names no adapter files, and --output_dir no folder to look for them in")
+        raise UserError("no adapter files: set --files, or --output_dir to search for them")
     names = Names.build(saving)
     found = files_of_run(names)
     if not found:
@@ -97,7 +97,7 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     if args.side < 1:
         raise UserError(f"--side is {args.side}; use at least 1")
     if not options.preview.sample_prompts:
-        raise UserError("--sample_prompts names no prompts to draw")
+        raise UserError("--sample_prompts contains no prompts")
     files = without_copies(chosen_files(args.files, options.saving))
     target = args.sheet or Names.build(options.saving).of_sheet() if options.saving.output_dir else args.sheet
     if target is None:

@@ -61,10 +61,7 @@ KEY_PATTERNS = tuple((re.compile(rf"(.+?)\.({pattern})"), leaf) for pattern, lea
 # The first form is written by old versions of diffusers, the second by base models' own trainers.
 PROCESSOR_KEY = re.compile(r"(.+)\.processor\.((to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight)")
 OWN_PROCESSOR_KEY = re.compile(r"(.+\.processor\.\w+_lora\d?)\.((down|up)\.weight)")
-# Words too common to end a dotted name, but leaves after kohya's names, which have no dots.
-KOHYA_KEY = re.compile(
-    r"([^.]+)\.(scalar|scale|rescale|bias_\w+|oft_\w+|oft_blocks|on_input|weight|bias|a[12]\.weight|b[12]\.weight)"
-)
+KOHYA_KEY = re.compile(r"([^.]+)\.(.+)")  # names of modules have no dots there, so every kind's keys are parsed
 WIDE_LEAVES = frozenset((DOWN, "hada_w1_b"))  # as wide as the input, in Linear layers
 # The product of these leaves' columns is the input width.
 KRONECKER_SIDES = {"lokr_w1": 0, "lokr_w1_b": 0, "lokr_w2": 1, "lokr_w2_b": 1}

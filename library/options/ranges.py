@@ -28,8 +28,6 @@ def check_number(name: str, number: float, facts: Facts) -> None:
     """Raise UserError where a number of the option `name` is outside its range."""
     if isinstance(number, float) and not isfinite(number):
         raise UserError(f"--{name} is {number}; use a finite number")
-    if abs(number) >= LARGEST:
-        raise UserError(f"--{name} is {number}; use a number below 2^63")
     if facts.is_share and not 0 <= number <= 1:
         raise UserError(f"--{name} is {number}; it is a share, use 0 to 1")
     if facts.at_least is not None and number < facts.at_least:
@@ -38,3 +36,5 @@ def check_number(name: str, number: float, facts: Facts) -> None:
         raise UserError(f"--{name} is {number}; use a number above {facts.above}, or leave it out")
     if facts.at_most is not None and number > facts.at_most:
         raise UserError(f"--{name} is {number}; use at most {facts.at_most}, or leave it out")
+    if isinstance(number, int) and abs(number) >= LARGEST:
+        raise UserError(f"--{name} is {number}; use a number below 2^63")

@@ -45,7 +45,6 @@ def test_a_launched_run_shows_what_front_ends_read(
     assert done.status == 0, done.stderr
     assert HEADER in done.stdout
     assert re.findall(r"^epoch\s+(\d+)/(\d+)", done.stdout, re.MULTILINE) == [("1", "2"), ("2", "2")]
-    assert "\n\nepoch" not in done.stdout and "/2\n\n" not in done.stdout
     assert "import network module: networks.lora" in done.stdout
     saved = re.findall(r"^saving checkpoint: (.*)$", done.stdout, re.MULTILINE)
     names = ["mine-step00000002.safetensors", "mine-step00000004.safetensors", "mine-step00000006.safetensors"]

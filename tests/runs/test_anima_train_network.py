@@ -172,7 +172,7 @@ def test_a_model_of_another_depth_and_width_trains_with_its_blocks_waiting(
         (["--vae", ""], "--vae is missing"),
         (["--t5_max_token_length", "1"], "--t5_max_token_length is 1; use at least 2"),
         (["--t5_tokenizer_path", "nowhere"], "--t5_tokenizer_path nowhere lacks tokenizer.json"),
-        (["--llm_adapter_path", "nowhere.safetensors"], "--llm_adapter_path nowhere.safetensors is no file"),
+        (["--llm_adapter_path", "nowhere.safetensors"], "--llm_adapter_path nowhere.safetensors is not a file"),
         (["--cache_text_encoder_outputs"], "add --network_train_unet_only"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -19,7 +19,10 @@ VALUES = [
     (["--noise_offset", "1e308"], ("--noise_offset is 1e+308; use at most 100",)),
     (["--ddp_timeout", "99999999999999"], ("--ddp_timeout is 99999999999999; use at most",)),
     (["--token_warmup_step", "nan"], ("--token_warmup_step is nan",)),
-    (["--enable_bucket", "--max_bucket_reso", str(2**63)], ("min_bucket_reso",)),
+    (
+        ["--enable_bucket", "--max_bucket_reso", str(2**63)],
+        ("--max_bucket_reso is 9223372036854775808; use a number below 2^63",),
+    ),
 ]
 
 

@@ -225,7 +225,7 @@ def test_a_mistake_in_the_prompts_is_told_before_the_model_is_looked_for(leco: L
     (tmp_path / "pairs.toml").write_text('[[prompts]]\ntarget = "cat"\nacton = "erase"\n')
     done = leco("--pretrained_model_name_or_path", "nowhere.safetensors", status=1)
     (line,) = [line for line in done.stderr.splitlines() if "ERROR" in line]
-    assert "[[prompts]] number 1: there is no 'acton' here (did you mean action?)" in line
+    assert "[[prompts]] number 1: unknown key 'acton' (did you mean action?)" in line
 
 
 def test_a_size_that_the_model_cannot_draw_is_refused(leco: Leco, tmp_path: Path) -> None:

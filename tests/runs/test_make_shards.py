@@ -191,7 +191,9 @@ def test_a_caption_that_is_no_text_is_named(tmp_path: Path, capsys) -> None:
     (tmp_path / "data.toml").write_text(f'{text}metadata_file = "{(tmp_path / "meta.json").as_posix()}"\n')
     assert make_shards.main(["--dataset_config", str(tmp_path / "data.toml"), "--out", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
-    assert "a.png contains an unpaired surrogate at position 5" in error and not list((tmp_path / "out").glob("*.tar"))
+    assert "meta.json is not valid JSON: it contains half of a surrogate pair" in error and not list(
+        (tmp_path / "out").glob("*.tar")
+    )
 
 
 def test_captions_of_a_metadata_file_stay(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ def arguments(tmp_path: Path) -> Arguments:
         words = [*BASES[base].build(tmp_path / base), "--network_module", BASES[base].module, "--output_name", "mine"]
         words += ["--train_data_dir", str(tmp_path / "data"), "--resolution", "64", "--caption_extension", ".txt"]
         words += ["--validation_split", "0.375", "--validate_every_n_steps", "2", "--max_train_steps", "5"]
+        words += ["--validate_every_n_epochs", "1"]
         words += ["--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "3", "--seed", "92"]
         return [*words, "--max_data_loader_n_workers", "0", "--no_report", "--network_dim", "2", *CHANGES]
 

@@ -355,7 +355,7 @@ def test_batches_of_an_own_class_are_trained_and_a_cut_run_goes_on_bit_for_bit(
     assert all(torch.equal(one[key], other[key]) for key in one)
     folder = words.index("--train_data_dir")
     shown = train([*words[:folder], *words[folder + 2 :], "--debug_dataset"])  # nothing need be described
-    assert shown.status == 0 and "batch 3 of 3: pixels (2, 3, 64, 64)" in shown.stderr
+    assert shown.status == 0 and "3 x pixels (2, 3, 64, 64)" in shown.stderr
     refused = train([*words, "--cache_latents"])
     assert refused.status == 1 and "--cache_latents does not work with --dataset_class" in refused.stderr
     unknown = train([*base_arguments, "--dataset_class", "my_noise.Nois"])
