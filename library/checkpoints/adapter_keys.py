@@ -57,6 +57,7 @@ ENDINGS: tuple[tuple[str, str], ...] = (  # (pattern, kohya's name of the leaf; 
     (r"boft_s(?:\.[\w-]+)?", "boft_s"),
     (r"lora_mid\.weight|alpha|w_norm|b_norm|hada_\w+|lokr_\w+|diff(?:_b)?", ""),
 )
+UP_BIASES = (".lora_B.bias", ".lora_up.bias")  # trained by PEFT's lora_bias; no kind here has them
 KEY_PATTERNS = tuple((re.compile(rf"(.+?)\.({pattern})"), leaf) for pattern, leaf in ENDINGS)
 # The first form is written by old versions of diffusers, the second by base models' own trainers.
 PROCESSOR_KEY = re.compile(r"(.+)\.processor\.((to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight)")

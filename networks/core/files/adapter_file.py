@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.checkpoints.adapter_keys import AdapterKey, without_peft_prefix
+from library.checkpoints.adapter_keys import UP_BIASES, AdapterKey, without_peft_prefix
 from library.checkpoints.files import (
     PEFT_STEM,
     file_in_folder,
@@ -218,15 +218,11 @@ def require_layouts(file: AdapterFile, layouts: Collection[KeyLayout], purpose: 
                 f"cannot be {purpose}; use the program that wrote it"
             )
     if file.unknown:
+        advice = BIASES if all(key.endswith(UP_BIASES) for key in file.unknown) else WITHOUT_THEM
         raise UserError(
             f"{file.origin} has {len(file.unknown)} keys that are not understood, so it cannot be {purpose}; the first "
-            f"is {next(iter(file.unknown))}. {BIASES if all(map(is_bias, file.unknown)) else WITHOUT_THEM}"
+            f"is {next(iter(file.unknown))}. {advice}"
         )
-
-
-def is_bias(key: str) -> bool:
-    """Return True if PEFT's lora_bias trained the tensor of this key: a bias of the up matrix."""
-    return key.endswith((".lora_B.bias", ".lora_up.bias"))
 
 
 # --- alpha that is recorded beside the tensors ---

@@ -477,7 +477,7 @@ def test_a_name_without_letters_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("value", [10**30, 2**63])
 def test_a_number_that_no_tensor_holds_is_refused(value: int) -> None:
-    assert f"--seed is {value}; use a number below 2^63" in refusal(seed=value)
+    assert f"--max_bucket_reso is {value}; use a number below 2^63" in refusal(max_bucket_reso=value)
 
 
 @pytest.mark.parametrize("name", ["m", "my cat.v2", "学習", ".hidden", "m-000001", None, ""])
