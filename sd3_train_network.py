@@ -6,7 +6,7 @@ from library import train_util as train_util
 from library.architectures.scripts import OtherScripts
 from library.architectures.sd3.options import Sd3Options
 from library.collector import importing
-from library.launcher import set_openmp_wait_policy
+from library.launcher import prepare_for_torch
 from library.training.command_line.cli import build_parser
 
 
@@ -31,7 +31,7 @@ class Sd3NetworkTrainer:
 
 
 if __name__ == "__main__":
-    set_openmp_wait_policy()
+    prepare_for_torch()
     with importing("scripts"):
         from library.architectures.sd3.assembly import LATENTS, build, build_objective
         from library.training.command_line.main import main

@@ -6,7 +6,7 @@ from library import train_util as train_util
 from library.architectures.scripts import OtherScripts
 from library.architectures.sdxl.options import SdxlOptions
 from library.collector import importing
-from library.launcher import set_openmp_wait_policy
+from library.launcher import prepare_for_torch
 from library.training.command_line.cli import build_parser
 
 
@@ -27,7 +27,7 @@ class SdxlNetworkTrainer:
 
 
 if __name__ == "__main__":
-    set_openmp_wait_policy()
+    prepare_for_torch()
     with importing("scripts"):
         from library.architectures.sdxl.assembly import LATENTS, build
         from library.training.command_line.main import main

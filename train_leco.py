@@ -5,7 +5,7 @@ import argparse
 from library import train_util as train_util
 from library.architectures.scripts import OtherScripts
 from library.collector import importing
-from library.launcher import set_openmp_wait_policy
+from library.launcher import prepare_for_torch
 from library.options.leco import LecoOptions
 from library.training.command_line.cli import build_parser_of_prompts
 
@@ -16,7 +16,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    set_openmp_wait_policy()
+    prepare_for_torch()
     with importing("scripts"):
         from library.architectures.sd.assembly import LATENTS, build
         from library.training.command_line.main import main

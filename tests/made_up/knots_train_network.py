@@ -3,7 +3,7 @@
 import argparse
 
 from library.architectures.knots.options import KnotsOptions
-from library.launcher import set_openmp_wait_policy
+from library.launcher import prepare_for_torch
 from library.training.command_line.cli import build_parser
 
 
@@ -13,7 +13,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    set_openmp_wait_policy()
+    prepare_for_torch()
     from library.architectures.knots.assembly import LATENTS, build
     from library.training.command_line.main import main
 

@@ -1,6 +1,7 @@
-"""Thread settings that must be made before torch is imported."""
+"""Settings of threads and of CUDA's allocator that must be made before torch is imported."""
 
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -11,28 +12,34 @@ from library import launcher
 from tests.running import ROOT, STARTED
 
 AT_THE_IMPORT_OF_TORCH = """
-import os, runpy, sys
+import os, platform, runpy, sys
 
 class Watch:
     def find_spec(self, name, path=None, target=None):
         if name == "torch":
-            print(os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT"))
+            print(*map(os.environ.get, ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "PYTORCH_CUDA_ALLOC_CONF")))
             raise SystemExit(0)
 
 sys.meta_path.insert(0, Watch())
 os.getloadavg = lambda: (0.0, 0.0, 0.0)
+platform.release = lambda: "6.8.0-generic"
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-NAMES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+NAMES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+GROWING = "expandable_segments:True"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch does not use libgomp")
 @pytest.mark.parametrize("script", STARTED)
 @pytest.mark.parametrize(
-    ("own", "expected"), [({}, ["None", "10000"]), ({"OMP_WAIT_POLICY": "ACTIVE"}, ["ACTIVE", "None"])]
+    ("own", "expected"),
+    [
+        ({}, ["None", "10000", GROWING]),
+        ({"OMP_WAIT_POLICY": "ACTIVE", "PYTORCH_ALLOC_CONF": "backend:native"}, ["ACTIVE", "None", "None"]),
+    ],
 )
-def test_scripts_set_the_policy_before_torch_is_imported(script: str, own: dict[str, str], expected: list[str]) -> None:
+def test_scripts_set_them_before_torch_is_imported(script: str, own: dict[str, str], expected: list[str]) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in NAMES} | own
     command = [sys.executable, "-c", AT_THE_IMPORT_OF_TORCH, str(ROOT / f"{script}.py")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
@@ -57,6 +64,29 @@ def test_threads_sleep_only_where_another_program_keeps_cores_busy(
     monkeypatch.setattr(launcher, "count_busy_cores", lambda seconds: busy_cores)
     launcher.set_openmp_wait_policy()
     assert (environment.get("OMP_WAIT_POLICY"), environment.get("GOMP_SPINCOUNT")) == (policy, spin_count)
+
+
+@pytest.mark.parametrize(
+    ("system", "release", "own", "expected"),
+    [
+        ("Linux", "6.8.0-48-generic", {}, {"PYTORCH_CUDA_ALLOC_CONF": GROWING}),
+        ("Linux", "6.8.0-48-generic", {"PYTORCH_ALLOC_CONF": "a:b"}, {"PYTORCH_ALLOC_CONF": "a:b"}),
+        ("Linux", "6.8.0-48-generic", {"PYTORCH_CUDA_ALLOC_CONF": ""}, {"PYTORCH_CUDA_ALLOC_CONF": ""}),
+        ("Linux", "5.15.167.4-microsoft-standard-WSL2", {}, {}),
+        ("Linux", "4.4.0-19041-Microsoft", {}, {}),
+        ("Windows", "11", {}, {}),
+        ("Darwin", "24.1.0", {}, {}),
+    ],
+)
+def test_segments_grow_on_native_linux_alone(
+    system: str, release: str, own: dict[str, str], expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = dict(own)
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(platform, "system", lambda: system)
+    monkeypatch.setattr(platform, "release", lambda: release)
+    launcher.set_cuda_allocator()
+    assert environment == expected
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/stat")

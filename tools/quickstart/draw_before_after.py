@@ -13,9 +13,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    from library.launcher import set_openmp_wait_policy
+    from library.launcher import prepare_for_torch
 
-    set_openmp_wait_policy()  # before torch is imported
+    prepare_for_torch()  # before torch is imported
 
 from library.version import add_version
 from tools.quickstart.sampling import count_right, load_pipeline, merge_lora, read_prompts, sample
