@@ -17,6 +17,9 @@ from library.options.train import TrainOptions
 from library.training.run_parts import Run
 
 WORDS = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed", "cannot allocate memory")
+# What cuDNN says without room for any workspace, and the allocator where it may not ask NVML how much memory is left
+# (WSL, MIG; pytorch#112377). Other faults have these words too.
+DISGUISED = ("unable to find an engine to execute this computation", "nvml_success == r internal assert")
 
 
 class OutOfMemoryError(UserError):
@@ -45,10 +48,10 @@ def sizes_of(run: Run) -> Sizes:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return True if an error says that memory ran out: torch's own for cards, and RuntimeError on the CPU."""
+    """Return True if memory ran out, or probably did: torch's own error on GPUs, RuntimeError on the CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in WORDS)
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in (*WORDS, *DISGUISED))
 
 
 @contextmanager
@@ -72,8 +75,9 @@ def explain_out_of_memory(
         predicted = memory_hints()
         ignored = None if options.concepts is None else ignored_by_leco(type(options))
         others = find_savings(options.flat(), sizes(), device, bool(predicted), ignored)
+        likely = "probably " if any(words in str(error).lower() for words in DISGUISED) else ""
         lines = [
-            f"out of memory while {doing}{f', {shape}' if shape else ''}",
+            f"{likely}out of memory while {doing}{f', {shape}' if shape else ''}",
             f"memory: {memory_figures(device)}",
             *(f"to save memory: {line} (predicted)" for line in predicted),
             *(f"to save memory: {line}" for line in others),

@@ -32,6 +32,22 @@ def test_errors_of_cards_and_of_python_are_recognised(error: Exception) -> None:
     assert is_out_of_memory(error)
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "GET was unable to find an engine to execute this computation",
+        'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "../c10/cuda/CUDACachingAllocator.cpp":1154, please report a bug',
+    ],
+)
+def test_what_may_be_another_fault_is_called_likely(message: str) -> None:
+    with (
+        pytest.raises(OutOfMemoryError, match=r"^probably out of memory while training, a batch\n") as failed,
+        explain_out_of_memory("training", made(), CPU, "a batch"),
+    ):
+        raise RuntimeError(message)
+    assert f"the error itself: {message}" in str(failed.value)
+
+
 def test_another_error_passes_unchanged() -> None:
     with (
         pytest.raises(RuntimeError, match=r"^shapes do not fit$"),
