@@ -96,6 +96,20 @@ def _behind_other_prefixes(kohya: str) -> Iterator[str]:
             yield from (other + kohya.removeprefix(prefix) for other in others)
 
 
+def text_module(
+    path: str, kohya: str, generic: str, diffusers: str, aliases: tuple[str, ...] = (), *, level: str = ""
+) -> ModuleNames:
+    """Name a module of a text encoder called `kohya` ("lora_te3"), `generic` ("t5xxl") and `diffusers`
+    ("text_encoder_2") in the three namings. Its path is the same in each; the generic one may put a `level` before it.
+    """
+    return ModuleNames(
+        kohya=f"{kohya}_{path.replace('.', '_')}",
+        generic=f"text_encoders.{generic}.transformer.{level}{path}",
+        diffusers=f"{diffusers}.{path}",
+        aliases=aliases,
+    )
+
+
 @dataclass(frozen=True)
 class BaseNames:
     """The modules of one base model that adapters may target."""

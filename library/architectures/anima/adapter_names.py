@@ -6,7 +6,7 @@ Module paths are those of the original checkpoint.
 from collections.abc import Iterator
 
 from library.architectures.anima.checkpoint_keys import BLOCK, TOP, diffusers_path
-from library.checkpoints.adapter_names import BaseNames, ModuleNames
+from library.checkpoints.adapter_names import BaseNames, ModuleNames, text_module
 
 NUM_BLOCKS, NUM_ADAPTER_BLOCKS, NUM_TEXT_LAYERS = 28, 6, 28  # of the first release; others are deeper
 
@@ -40,19 +40,15 @@ def denoiser_module(path: str) -> ModuleNames:
     )
 
 
-def text_module(path: str) -> ModuleNames:
-    return ModuleNames(
-        kohya=f"lora_te_{path.replace('.', '_')}",
-        generic=f"text_encoders.qwen3_06b.transformer.model.{path}",
-        diffusers=f"text_encoder.{path}",
-    )
+def qwen3_module(path: str) -> ModuleNames:
+    return text_module(path, "lora_te", "qwen3_06b", "text_encoder", level="model.")
 
 
 NAMES = BaseNames(
     "anima",
     (
         *map(denoiser_module, denoiser_paths()),
-        *(text_module(f"layers.{n}.{name}") for n in range(NUM_TEXT_LAYERS) for name in TEXT_LAYER),
+        *(qwen3_module(f"layers.{n}.{name}") for n in range(NUM_TEXT_LAYERS) for name in TEXT_LAYER),
     ),
     stacks=("lora_unet_blocks", "lora_unet_llm_adapter_blocks", "lora_te_layers"),
 )

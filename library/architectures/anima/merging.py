@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
-from library.architectures.anima.adapter_names import ADAPTER_BLOCK, TEXT_LAYER, denoiser_module, text_module
+from library.architectures.anima.adapter_names import ADAPTER_BLOCK, TEXT_LAYER, denoiser_module, qwen3_module
 from library.architectures.anima.checkpoint_keys import BLOCK, TOP
 from library.architectures.anima.load import ADAPTER_MARK, MARK, PREFIXES
 from library.architectures.anima.model import Anima, read_config
@@ -37,7 +37,7 @@ def names_of(stem: str, prefix: str) -> ModuleNames | None:
     """Return the names of the layer that a weight of the file belongs to; None if adapters do not target it."""
     qwen3 = QWEN3_PREFIXES[0]
     if stem.startswith(qwen3):
-        return text_module(stem.removeprefix(qwen3)) if stem.endswith(TEXT_LAYER) else None
+        return qwen3_module(stem.removeprefix(qwen3)) if stem.endswith(TEXT_LAYER) else None
     path = stem.removeprefix(prefix)
     stack, _, rest = path.rpartition("blocks.")
     layers = {"": tuple(BLOCK), "llm_adapter.": ADAPTER_BLOCK}.get(stack, ())

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from library.architectures.flux.checkpoint_keys import APPROXIMATOR, STACKS, SWAPPED, TOP, sources
-from library.checkpoints.adapter_names import BaseNames, ModuleNames, Piece
+from library.checkpoints.adapter_names import BaseNames, ModuleNames, Piece, text_module
 from library.models.clip import names as clip_names
 from library.models.t5 import T5_LINEAR
 
@@ -60,12 +60,8 @@ def clip_module(path: str) -> ModuleNames:
 
 
 def t5_module(path: str) -> ModuleNames:
-    return ModuleNames(
-        kohya=f"lora_te3_{path.replace('.', '_')}",
-        generic=f"text_encoders.t5xxl.transformer.{path}",
-        diffusers=f"text_encoder_2.{path}",
-        aliases=(f"lora_te2_{path.replace('.', '_')}",),
-    )
+    aliases = (f"lora_te2_{path.replace('.', '_')}",)
+    return text_module(path, "lora_te3", "t5xxl", "text_encoder_2", aliases)
 
 
 def chroma_t5_module(path: str) -> ModuleNames:

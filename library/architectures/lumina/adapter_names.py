@@ -6,7 +6,7 @@ Module paths are those of the original checkpoint.
 from collections.abc import Iterator
 
 from library.architectures.lumina.checkpoint_keys import BLOCK, TOP, sources
-from library.checkpoints.adapter_names import BaseNames, ModuleNames, Piece
+from library.checkpoints.adapter_names import BaseNames, ModuleNames, Piece, text_module
 
 NUM_BLOCKS = {"context_refiner": 2, "noise_refiner": 2, "layers": 26}
 QKV_SHARES = (3, 1, 1)  # 24 heads of queries, 8 each of keys and values
@@ -39,11 +39,7 @@ def denoiser_module(path: str) -> ModuleNames:
 
 
 def gemma_module(path: str) -> ModuleNames:
-    return ModuleNames(
-        kohya=f"lora_te_{path.replace('.', '_')}",
-        generic=f"text_encoders.gemma2_2b.transformer.model.{path}",
-        diffusers=f"text_encoder.{path}",
-    )
+    return text_module(path, "lora_te", "gemma2_2b", "text_encoder", level="model.")
 
 
 NAMES = BaseNames(

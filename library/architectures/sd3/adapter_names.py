@@ -5,7 +5,7 @@ Module paths are those of the original checkpoint.
 
 from collections.abc import Iterator
 
-from library.checkpoints.adapter_names import BaseNames, ModuleNames, Piece
+from library.checkpoints.adapter_names import BaseNames, ModuleNames, Piece, text_module
 from library.models.clip.names import clip_module, clip_paths
 from library.models.t5 import T5_LINEAR
 
@@ -70,11 +70,7 @@ def clip_modules(prefix: str, generic: str, diffusers: str) -> Iterator[ModuleNa
 def t5_modules() -> Iterator[ModuleNames]:
     for layer in range(NUM_T5_LAYERS):
         for path in (f"encoder.block.{layer}.{name}" for name in T5_LINEAR):
-            yield ModuleNames(
-                kohya=f"lora_te3_{path.replace('.', '_')}",
-                generic=f"text_encoders.t5xxl.transformer.{path}",
-                diffusers=f"text_encoder_3.{path}",
-            )
+            yield text_module(path, "lora_te3", "t5xxl", "text_encoder_3")
 
 
 NAMES = BaseNames(

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from library.checkpoints.adapter_names import ModuleNames
+from library.checkpoints.adapter_names import ModuleNames, text_module
 
 CLIP_BLOCKS = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")  # classes whose linear layers adapters target
 CLIP_LINEAR = (*(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2")
@@ -21,9 +21,4 @@ def clip_module(path: str, prefix: str, generic: str, diffusers: str) -> ModuleN
 
     diffusers reads and writes "text_model." in files, whether or not the loaded model has that level.
     """
-    return ModuleNames(
-        kohya=f"{prefix}_text_model_{path.replace('.', '_')}",
-        generic=f"text_encoders.{generic}.transformer.text_model.{path}",
-        diffusers=f"{diffusers}.text_model.{path}",
-        aliases=(f"{diffusers}.{path}",),
-    )
+    return text_module(f"text_model.{path}", prefix, generic, diffusers, aliases=(f"{diffusers}.{path}",))
