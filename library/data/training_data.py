@@ -1,4 +1,4 @@
-"""What a run trains on: images that are described, a class of the user's own, or prompts alone."""
+"""The training data of a run: described images, a dataset class of the user's own, or prompts alone."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence

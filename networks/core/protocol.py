@@ -76,7 +76,7 @@ class Network(Protocol):
     `apply_max_norm_regularization(limit, device) -> (count, mean, maximum)`,
     `merge_to(text_encoder, unet, weights, dtype, device)`,
     `merging(weights, device) -> Iterable[Merging]`, which ours have, so that files are merged while the base is read,
-    `put_beside(others) -> Multiplexer` for --sweep, once all of these networks are installed.
+    `stack_with(others) -> Multiplexer` for --sweep, once all of these networks are installed.
     """
 
     def apply_to(
@@ -203,7 +203,7 @@ def multiplex(networks: Sequence["AdoptedNetwork"], name: str) -> Multiplexer:
 
     Raises UserError for networks that cannot.
     """
-    method = networks[0]._method("put_beside")
+    method = networks[0]._method("stack_with")
     if method is None or any(type(one.module) is not type(networks[0].module) for one in networks):
         raise UserError(
             f"--sweep does not work with --network_module {name}: its adapters take the layers of the base model for "

@@ -1,6 +1,6 @@
-"""What the tests for a GPU share.
+"""The device that the GPU tests run on, and which of them it can run.
 
-Without one they run on a simulated GPU (tests/simulated_gpu), with `-p tests.simulated_gpu.plugin`. Where that cannot
+Without a GPU they run on a simulated one (tests/simulated_gpu), with `-p tests.simulated_gpu.plugin`. Where that cannot
 be built, `LORA_TEST_DEVICE=cpu` lets the CPU stand in; what only GPUs have is then left out.
 """
 

@@ -73,7 +73,7 @@ def trained(project: Project) -> Path:
     return out
 
 
-def test_two_vectors_of_every_layer_train_beside_projections_that_no_file_has(trained: Path) -> None:
+def test_two_vectors_of_every_layer_train_with_projections_that_no_file_has(trained: Path) -> None:
     tensors = load_state_dict(trained / "mine.safetensors")
     assert {key.partition(".")[2] for key in tensors} == {B, D, SEED, "vera.shape", "alpha"}
     seeds, starts = ([t for key, t in tensors.items() if key.endswith(end)] for end in (SEED, D))

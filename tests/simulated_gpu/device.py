@@ -26,7 +26,7 @@ NAMES = {7.5: "NVIDIA GeForce RTX 2080", 8.6: "NVIDIA GeForce RTX 3090", 8.9: "N
 
 @dataclass(frozen=True)
 class Settings:
-    """What is simulated; the number of GPUs stays what it was first."""
+    """Settings of the simulated GPUs. Their number cannot change after the first use in a process."""
 
     num_gpus: int = 1
     memory_bytes: int = 8 * GIB  # of each
@@ -316,34 +316,34 @@ def order_threads(ext: ModuleType) -> None:
     threading.Thread.join = joined  # type: ignore[method-assign]
     ThreadPoolExecutor.submit = submitted  # type: ignore[method-assign]
     for name in ("set_result", "set_exception"):
-        setattr(Future, name, telling(ext, getattr(Future, name)))
+        setattr(Future, name, stamp_end(ext, getattr(Future, name)))
     for name in ("result", "exception"):
-        setattr(Future, name, hearing(ext, getattr(Future, name)))
+        setattr(Future, name, follow_end(ext, getattr(Future, name)))
 
 
-def telling(ext: ModuleType, method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of a future that ends its work."""
+def stamp_end(ext: ModuleType, method: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a method that ends a future's work: it records the clock of the thread that did it."""
 
     @functools.wraps(method)
-    def told(future: Any, *arguments: Any) -> Any:
+    def ends(future: Any, *arguments: Any) -> Any:
         future._simulated_clock = ext.clock()
         return method(future, *arguments)
 
-    return told
+    return ends
 
 
-def hearing(ext: ModuleType, method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of a future that waits for its work."""
+def follow_end(ext: ModuleType, method: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a method that waits for a future: the waiting thread's clock moves past the recorded one."""
 
     @functools.wraps(method)
-    def heard(future: Any, *arguments: Any, **named: Any) -> Any:
+    def waits(future: Any, *arguments: Any, **named: Any) -> Any:
         try:
             return method(future, *arguments, **named)
         finally:
             if hasattr(future, "_simulated_clock"):
                 ext.learn(future._simulated_clock)
 
-    return heard
+    return waits
 
 
 def watch_reads(ext: ModuleType) -> None:

@@ -77,7 +77,7 @@ def test_shapes_decide_too(simulated_gpu: Simulation) -> None:
         scaled_dot_product_attention(heads(dtype=FLOAT), heads(dtype=FLOAT), heads(dtype=FLOAT))
 
 
-def test_a_call_that_falls_back_is_told_with_its_shapes(simulated_gpu: Simulation) -> None:
+def test_a_call_that_falls_back_is_reported_with_its_shapes(simulated_gpu: Simulation) -> None:
     x = heads(dtype=torch.float64)
     simulated_gpu.clear()
     scaled_dot_product_attention(x, x, x)

@@ -160,7 +160,7 @@ def test_a_refused_pin_leaves_its_error_for_the_next_kernel(simulated_gpu: Simul
         assert int(runtime.cudaHostRegister(block.data_ptr(), len(block), 0)) == 2
     with pytest.raises(RuntimeError, match="CUDA error: out of memory"):
         torch.ones(1, device=GPU) + 1
-    torch.ones(1, device=GPU) + 1  # the error is told once
+    torch.ones(1, device=GPU) + 1  # the error is reported once
     assert int(runtime.cudaHostRegister(block.data_ptr(), 1 << 20, 0)) == 0
     assert int(runtime.cudaHostRegister(block.data_ptr() + (1 << 19), 1 << 20, 0)) == 712
     with pytest.raises(RuntimeError, match="already mapped"):
@@ -239,7 +239,7 @@ def recorded() -> torch.cuda.Event:
 
 
 @pytest.mark.parametrize(("wait", "name"), WAITS.values(), ids=WAITS)
-def test_a_host_that_waits_is_told_with_its_place(
+def test_a_host_that_waits_is_reported_with_its_place(
     simulated_gpu: Simulation, wait: Callable[[Tensor], object], name: str
 ) -> None:
     x = torch.ones(3, device=GPU) * 2

@@ -106,7 +106,7 @@ class Curves:
 
 
 class KeptItem(TypedDict):
-    """What all kept tables have."""
+    """The columns that every kept table has."""
 
     number: int  # in the sequence
     step: int

@@ -21,7 +21,7 @@ THROTTLING = {0x08: "hardware slowdown", 0x20: "temperature", 0x40: "temperature
 
 @dataclass(frozen=True)
 class Machine:
-    """What may slow a run down, at one time; GPU values are 0 on the CPU."""
+    """Measurements of what slows runs down, taken at one moment; those of the GPU are 0 on the CPU."""
 
     pages: int = 0  # that this process has read back from disk so far
     retries: int = 0  # allocations so far for which cached GPU memory had to be freed

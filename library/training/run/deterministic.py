@@ -1,4 +1,4 @@
-"""The same numbers from the same run, where a GPU's fastest kernels add up in any order."""
+"""--deterministic: kernels that add in a fixed order, so that a repeated run computes the same numbers on a GPU."""
 
 import logging
 import os

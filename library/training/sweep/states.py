@@ -70,7 +70,7 @@ def newest_of_all(wanted: StateOptions, adapters: Mapping[str, SavingOptions]) -
     Raises UserError where there are states but no such step: starting at the beginning would overwrite them.
     """
     if wanted.resume:
-        found = find_beside(Path(wanted.resume), adapters)
+        found = find_states_of_step(Path(wanted.resume), adapters)
         missing = [label for label in adapters if label not in {**found, **ended_in(found.values())}]
         if missing:
             raise UserError(
@@ -112,8 +112,8 @@ def states_of(saving: SavingOptions) -> Iterator[StateManifest]:
     yield from sorted(found, key=lambda facts: len(facts.done))
 
 
-def find_beside(named: Path, adapters: Mapping[str, SavingOptions]) -> dict[str, StateManifest]:
-    """Find the states beside one that is named, by label. Raises UserError for a state of no adapter."""
+def find_states_of_step(named: Path, adapters: Mapping[str, SavingOptions]) -> dict[str, StateManifest]:
+    """Return the states of the step of the named one, by adapter label. Raises UserError for a state of no adapter."""
     names = {label: Names.build(saving).starts[0] for label, saving in adapters.items()}
     match = STATE_NAME.fullmatch(named.name)
     if match is None or match["start"] not in names.values():

@@ -115,7 +115,7 @@ class AdapterNetwork(nn.Module):
         for member in reversed(self.members):
             member.adapter.remove()
 
-    def put_beside(self, others: Sequence["AdapterNetwork"]) -> AdapterMultiplexer:
+    def stack_with(self, others: Sequence["AdapterNetwork"]) -> AdapterMultiplexer:
         """Put this network and others, all of them installed, on the layers of one model: each acts on its own rows."""
         networks = [self, *others]
         for network in reversed(networks):
