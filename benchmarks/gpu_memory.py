@@ -1,6 +1,6 @@
 """Peak memory and seconds of a training step on a card, for each way of saving memory; FLUX.1 and SDXL in full size.
 
-Weights are random and made on the card, so nothing has to be downloaded. Pictures have 1024 pixels, batch 1, a LoRA of
+Weights are random and made on the card, so nothing has to be downloaded. Images have 1024 pixels, batch 1, a LoRA of
 rank 16 on every layer, AdamW, bf16. Each mode runs in a process of its own, with at most `--budget` GB of the card's
 memory (torch's own share, without its context); a mode that does not fit says so. Ratios are against the first mode of
 a model that fits.

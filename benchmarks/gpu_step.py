@@ -2,7 +2,7 @@
 
 Each as it is, compiled, with weights multiplied in 8 bits, and beside them a bare loop on diffusers
 and PEFT with the same inputs, loss, optimizer and rank. Weights are of full size, random and made on the card, so
-nothing has to be downloaded. SD 1.5 has pictures of 512 pixels, the others of 1024; SD3 batch 3, the others batch 1.
+nothing has to be downloaded. SD 1.5 has images of 512 pixels, the others of 1024; SD3 batch 3, the others batch 1.
 bf16, AdamW, a LoRA of rank 16, nothing recomputed unless asked for. Each mode runs in a process of its own; one that
 does not fit says so. TFLOP/s and MFU are of the arithmetic of the plain step, counted while it runs, against the card's
 peak in 16 bits.

@@ -1,8 +1,8 @@
 """What caching latents costs over the VAE's own time, and what a later start costs that finds them.
 
-The baseline encodes the same pictures as tensors that lie in memory, in the same batches. Both take turns, the VAE has
+The baseline encodes the same images as tensors that lie in memory, in the same batches. Both take turns, the VAE has
 one thread, weights are random; the best of `--rounds` counts, since a busy machine only ever adds.
-Fewer than 256 pictures have no index, and every entry is opened at every start.
+Fewer than 256 images have no index, and every entry is opened at every start.
 
     python benchmarks/latent_caching.py --side 256 --count 256
 """
@@ -43,7 +43,7 @@ def build_vae(name: str) -> Any:
     return vae.eval().requires_grad_(False)
 
 
-def build_pictures(folder: Path, side: int, count: int) -> None:
+def build_images(folder: Path, side: int, count: int) -> None:
     """JPEGs of one and a half times the side, so that each is scaled as photographs are."""
     folder.mkdir()
     rng = np.random.default_rng(3)
@@ -94,7 +94,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "1_x"
-        build_pictures(folder, args.side, args.count)
+        build_images(folder, args.side, args.count)
 
         def opened(flag: str) -> tuple[DataPlan, TrainOptions]:
             options = argparse.ArgumentParser()
@@ -109,10 +109,8 @@ def main() -> None:
             return seconds_of(lambda: cache_latents(plan, encode, lambda: "a vae", options.caching, 1))
 
         plan, _ = opened("--cache_latents")
-        pictures = [to_pixels(decode(job, plan.storage).picture) for job in plan_jobs(plan, False)]
-        batches = [
-            torch.stack(pictures[i : i + args.vae_batch_size]) for i in range(0, len(pictures), args.vae_batch_size)
-        ]
+        images = [to_pixels(decode(job, plan.storage).image) for job in plan_jobs(plan, False)]
+        batches = [torch.stack(images[i : i + args.vae_batch_size]) for i in range(0, len(images), args.vae_batch_size)]
         generators = [Generator().manual_seed(1)] * args.vae_batch_size
 
         def bare() -> tuple[float, float]:

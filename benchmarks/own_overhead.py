@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from benchmarks.trainer_tax import build_pictures  # noqa: E402
+from benchmarks.trainer_tax import build_images  # noqa: E402
 
 LEVELS = (32, 64, 64, 64)
 WARM_UP = 20  # steps that make what all others use
@@ -166,7 +166,7 @@ def main() -> None:
             folder = Path(name)
             build_model(folder / "model")
             (folder / "pictures").mkdir()
-            build_pictures(folder / "pictures" / "200_x", 64, 8)
+            build_images(folder / "pictures" / "200_x", 64, 8)
             more = [str(folder / word) if word in ("logs", "events.jsonl") else word for word in CASES[case]]
             ours, weights = our_ms(folder, num_steps, more)
             bare = bare_ms(weights, num_steps, more)

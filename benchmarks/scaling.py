@@ -1,4 +1,4 @@
-"""What several processes bring and what they say to each other: pictures a second of 2 and 4 against one, the share of
+"""What several processes bring and what they say to each other: images a second of 2 and 4 against one, the share of
 a step that is spent on exchanging, and the bytes that really go over the network beside those that theory wants.
 
 The script's own loop trains the tiny models, each process with one thread; gloo carries what is exchanged. Bytes are
@@ -118,14 +118,14 @@ def train(script: str, *arguments: str) -> dict[str, Any]:
 
 def command_line(model: str, folder: Path, num_steps: int) -> tuple[str, list[str]]:
     """The script and what it is given."""
-    from tests.running import make_pictures
+    from tests.running import make_images
     from tests.runs.bases import base_of
 
     base = base_of(model)
     (folder / model).mkdir()
     words = [*base.build(folder / model), "--network_module", base.module, "--network_dim", "16", "--no_report"]
     if not (folder / "data").exists():
-        make_pictures(folder / "data" / "40_thing", 8)
+        make_images(folder / "data" / "40_thing", 8)
     words += ["--train_data_dir", str(folder / "data"), "--resolution", "64", "--train_batch_size", str(BATCH)]
     words += ["--max_train_steps", str(num_steps + WARM_UP + 2), "--cache_latents", "--network_train_unet_only"]
     words += ["--output_dir", str(folder / "out"), "--seed", "3", "--max_data_loader_n_workers", "0"]

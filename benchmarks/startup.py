@@ -1,15 +1,15 @@
-"""What the pictures of a run cost before its first step, as ratios within one run.
+"""What the images of a run cost before its first step, as ratios within one run.
 
 Measured from the dataset file to the order of the first batches: folders, captions, sizes, buckets, draws, audit. Each
 figure comes from a process of its own, imports excluded, page cache warm, the median of `--rounds`. The first run finds
-no index beside the pictures and leaves one, the second run finds it. Baselines, taken in turn with them:
+no index beside the images and leaves one, the second run finds it. Baselines, taken in turn with them:
 
-    bare read   list the folder, read the head of every picture and every caption
-    bare look   list the folder, ask for size and time of every picture and caption
+    bare read   list the folder, read the head of every image and every caption
+    bare look   list the folder, ask for size and time of every image and caption
 
     python benchmarks/startup.py --folder /tmp/startup --sizes 1000 10000 100000
 
-With --index the pictures are rows of an index of tar shards that is made up, with no pixels behind it: what a start
+With --index the images are rows of an index of tar shards that is made up, with no pixels behind it: what a start
 with very many costs once it is known what they are. Once with cold caches of the system, as far as they are, and again.
 
     python benchmarks/startup.py --folder /tmp/startup --index 1000000
@@ -43,12 +43,12 @@ KINDS = ("bare read", "first run", "bare look", "second run")
 
 
 def tags_of(number: int) -> str:
-    """The caption of a picture."""
+    """The caption of an image."""
     return f"1girl, solo, long hair, smile, outdoors, blue sky, style {number % 997}, number {number}"
 
 
 def build_folder(folder: Path, count: int) -> None:
-    """Small pictures of forty sizes, three JPEG to one PNG, with a line of tags each; kept if they are there."""
+    """Small images of forty sizes, three JPEG to one PNG, with a line of tags each; kept if they are there."""
     import numpy as np
     from PIL import Image
 
@@ -60,8 +60,8 @@ def build_folder(folder: Path, count: int) -> None:
     for i in range(NUM_KINDS):
         width, height = (4 * int(side) for side in rng.integers(8, 40, 2))
         target, extension = io.BytesIO(), "jpg" if i % 4 else "png"
-        picture = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-        picture.save(target, {"jpg": "JPEG", "png": "PNG"}[extension])
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        image.save(target, {"jpg": "JPEG", "png": "PNG"}[extension])
         contents.append((target.getvalue(), extension))
     for i in range(count):
         content, extension = contents[i % NUM_KINDS]
@@ -70,7 +70,7 @@ def build_folder(folder: Path, count: int) -> None:
 
 
 def build_index(folder: Path, count: int) -> None:
-    """Shards of a thousand pictures that are not there, and an index that says they are; kept if it is there."""
+    """Shards of a thousand images that are not there, and an index that says they are; kept if it is there."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as parquet
@@ -125,7 +125,7 @@ def bare_look(folder: str) -> None:
 
 
 def options_for(folder: str, subset: str | None = None) -> object:
-    """The options of a run on the pictures of a folder, or of another subset."""
+    """The options of a run on the images of a folder, or of another subset."""
     import pyarrow.parquet  # noqa: F401, imports are not measured
 
     import library.data.training_data  # noqa: F401
@@ -192,7 +192,7 @@ def measure(kind: str, folder: str) -> dict[str, float]:
 
 
 def forget(folder: Path) -> None:
-    """Remove what an earlier run has left beside the pictures."""
+    """Remove what an earlier run has left beside the images."""
     for path in folder.glob(".*"):
         path.unlink()
 
@@ -225,7 +225,7 @@ def report(folder: Path, count: int, rounds: int) -> None:
 
 
 def report_index(folder: Path, count: int, rounds: int) -> None:
-    """Print what a start with an index of so many pictures costs."""
+    """Print what a start with an index of so many images costs."""
     build_index(folder, count)
     for start in ("first", "again"):
         found = [measured("index", folder) for _ in range(1 if start == "first" else rounds)]

@@ -1,6 +1,6 @@
 """What training N adapters in one run (--sweep) takes, as a share of N runs: forward, backward, clipping, optimizer.
 
-First the toy base model of the quickstart, with real batches of one picture; then blocks of FLUX.1 and SDXL in full
+First the toy base model of the quickstart, with real batches of one image; then blocks of FLUX.1 and SDXL in full
 size, every Linear adapted, without an optimizer. Both ways take turns on the same weights and one thread; what counts
 is the CPU time of the process, and of the rounds' ratios the middle, so that a busy machine changes little. Loading
 and caching, which N runs do N times, and validation are not counted.
@@ -24,7 +24,7 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from benchmarks.reading_in_a_format import CONFIG as FLUX  # noqa: E402
-from benchmarks.trainer_tax import build_pictures  # noqa: E402
+from benchmarks.trainer_tax import build_images  # noqa: E402
 from library.architectures.flux.model import Flux  # noqa: E402
 from networks.core.changes.adapter import Adapter  # noqa: E402
 from networks.core.changes.alpha import ScaledDelta  # noqa: E402
@@ -186,7 +186,7 @@ def main() -> int:
     print(f"{args.adapters} adapters of rank {args.rank}, batch 1, one thread{'':12} in one      apart    ratio")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        build_pictures(folder / "pictures_", TOY_SIDE, 4)
+        build_images(folder / "pictures_", TOY_SIDE, 4)
         (folder / "pictures").mkdir()
         (folder / "pictures_").rename(folder / "pictures" / "1_thing")
         compare("toy base model, attention", *toy(args, folder), args.rounds)

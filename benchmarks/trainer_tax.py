@@ -1,7 +1,7 @@
 """What the trainer costs over the mathematics it does, as ratios within one run.
 
 The baseline is a minimal PyTorch loop doing the same mathematics the plain way: text encoder on every step, adapters as
-three separate operations, torch's default AdamW, contiguous tensors. Both train on the same weights and pictures, turn
+three separate operations, torch's default AdamW, contiguous tensors. Both train on the same weights and images, turn
 by turn, so that a busy machine slows both. Start-up and peak memory are those of the real script in its own process.
 
     python benchmarks/trainer_tax.py --model tiny
@@ -70,8 +70,8 @@ def build_model(folder: Path, size: str) -> None:
         model.half().save_pretrained(folder / name)
 
 
-def build_pictures(folder: Path, side: int, count: int) -> None:
-    """Smooth random pictures with captions."""
+def build_images(folder: Path, side: int, count: int) -> None:
+    """Smooth random images with captions."""
     folder.mkdir()
     rng = np.random.default_rng(3)
     for i in range(count):
@@ -273,7 +273,7 @@ def main() -> None:
         folder = Path(name)
         build_model(folder / "model", args.model)
         (folder / "pictures").mkdir()
-        build_pictures(folder / "pictures" / "1_x", args.side, 8)
+        build_images(folder / "pictures" / "1_x", args.side, 8)
         command = [sys.executable, str(ROOT / "train_network.py"), *arguments_of(folder, args, 1)]
         plain = [sys.executable, __file__, "--plain_only", str(folder), "--model", args.model]
         plain += ["--precision", args.precision, "--batch_size", str(args.batch_size), "--side", str(args.side)]

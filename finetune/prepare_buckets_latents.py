@@ -1,4 +1,4 @@
-"""The path under which other programs encode the pictures of a metadata file: tools/prepare_metadata.py."""
+"""The path under which other programs encode the images of a metadata file: tools/prepare_metadata.py."""
 
 import sys
 from pathlib import Path

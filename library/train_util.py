@@ -69,12 +69,12 @@ class BucketManager:
 
     def select_bucket(self, image_width: int, image_height: int) -> tuple[Size, Size, float]:
         """Return (bucket, size that the image is resized to before cropping, aspect ratio error) for an image."""
-        picture = (image_width, image_height)
+        image = (image_width, image_height)
         if self.no_upscale:
-            shape = shape_without_upscale(picture, self.max_reso, self.reso_steps)
-            return shape.bucket, shape.resized, ratio_error(shape.bucket, picture)
-        bucket = nearest_bucket(picture, self.predefined_resos)
-        return bucket, cover(picture, bucket), ratio_error(bucket, picture)
+            shape = shape_without_upscale(image, self.max_reso, self.reso_steps)
+            return shape.bucket, shape.resized, ratio_error(shape.bucket, image)
+        bucket = nearest_bucket(image, self.predefined_resos)
+        return bucket, cover(image, bucket), ratio_error(bucket, image)
 
     def add_image(self, reso: Size, image_or_info: Any) -> None:
         """Add an entry to a bucket."""

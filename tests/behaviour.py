@@ -31,7 +31,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums of several threads depend on their number
 
-from tests.running import ROOT, make_pictures
+from tests.running import ROOT, make_images
 from tests.runs.bases import BASES
 
 FIXED_TIME = 1_700_000_000.0
@@ -185,11 +185,11 @@ def cases(only: str) -> Iterator[tuple[str, Seen]]:
 
 def train(base: str, case: str, words: Sequence[str], model: list[str], folder: Path) -> Iterator[tuple[str, Seen]]:
     """One training, once more where it caches or leaves states, and the tools on its file."""
-    make_pictures(folder / "data" / "1_thing", 7, seed=61)
+    make_images(folder / "data" / "1_thing", 7, seed=61)
     (folder / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --d 1\n")
     for path in folder.parent.rglob("*"):
         if path.is_file():
-            os.utime(path, (FIXED_TIME, FIXED_TIME))  # caches remember when their picture was written
+            os.utime(path, (FIXED_TIME, FIXED_TIME))  # caches remember when their image was written
     script, out = f"{BASES[base].script}.py", folder / "out"
     command = [
         *model, *TRAINING, "--train_data_dir", str(folder / "data"), "--output_dir", str(out), "--sample_prompts",

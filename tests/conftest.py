@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.running import base_arguments, fresh_process, launch, pictures, train  # noqa: F401
+from tests.running import base_arguments, fresh_process, images, launch, train  # noqa: F401
 
 SLOW_FOLDERS = ("made_up", "parity", "runs")
 MANY_MODULES = 20

@@ -17,7 +17,7 @@ STARTED = 1_800_000_000.0
 
 
 def thumbnail(red: int) -> str:
-    """A small picture of one colour."""
+    """A small image of one colour."""
     content = BytesIO()
     Image.new("RGB", (32, 48), (red % 256, 90, 200)).save(content, format="WEBP")
     return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"

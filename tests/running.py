@@ -50,8 +50,8 @@ class Finished:
         return list({int(step): float(loss) for step, loss in shown}.values())
 
 
-def make_pictures(folder: Path, count: int, side: int = 64, seed: int = 0) -> Path:
-    """Smooth random pictures with captions of random words."""
+def make_images(folder: Path, count: int, side: int = 64, seed: int = 0) -> Path:
+    """Smooth random images with captions of random words."""
     folder.mkdir(parents=True)
     rng, words = np.random.default_rng(seed), random.Random(seed)
     for i in range(count):
@@ -63,17 +63,17 @@ def make_pictures(folder: Path, count: int, side: int = 64, seed: int = 0) -> Pa
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """A --train_data_dir with six pictures, each used twice."""
-    make_pictures(tmp_path / "data" / "2_thing", 6)
+def images(tmp_path: Path) -> Path:
+    """A --train_data_dir with six images, each used twice."""
+    make_images(tmp_path / "data" / "2_thing", 6)
     return tmp_path / "data"
 
 
 @pytest.fixture
-def base_arguments(tiny_sd_folder: Path, pictures: Path, tmp_path: Path) -> list[str]:
+def base_arguments(tiny_sd_folder: Path, images: Path, tmp_path: Path) -> list[str]:
     """A command line that trains four steps on the tiny model."""
     return [
-        "--pretrained_model_name_or_path", str(tiny_sd_folder), "--train_data_dir", str(pictures),
+        "--pretrained_model_name_or_path", str(tiny_sd_folder), "--train_data_dir", str(images),
         "--caption_extension", ".txt", "--resolution", "64", "--train_batch_size", "2", "--output_dir",
         str(tmp_path / "out"), "--output_name", "mine", "--network_module", "networks.lora", "--network_dim", "4",
         "--learning_rate", "1e-3", "--max_train_steps", "4", "--seed", "5", "--max_data_loader_n_workers", "0",

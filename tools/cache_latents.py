@@ -32,7 +32,7 @@ from library.training.command_line.checks import check_data
 from library.training.command_line.cli import add_missing, build_parser, from_program, parse
 from library.training.command_line.main import report_error
 from library.training.failures.interruption import Interrupted, Interruption
-from library.training.models.base_model import encode_pictures
+from library.training.models.base_model import encode_images
 from library.training.models.opening import open_accelerator
 
 
@@ -79,17 +79,17 @@ def open_vae(options: TrainOptions) -> tuple[LatentCodec, Callable[[], nn.Module
 
 def cache_to_disk(args: argparse.Namespace) -> None:
     """Encode every image whose cache file is missing or outdated. Raises UserError."""
-    cache_pictures(args)
+    cache_images(args)
 
 
-def cache_pictures(args: argparse.Namespace, entries: Sequence[tuple[str, MetadataEntry]] | None = None) -> DataPlan:
+def cache_images(args: argparse.Namespace, entries: Sequence[tuple[str, MetadataEntry]] | None = None) -> DataPlan:
     """Encode the images and return them with their buckets; `entries` are the metadata file if already read."""
     options = read_options(args, cache_latents=True, cache_latents_to_disk=True)
     processes = from_accelerator(open_accelerator(options.precision.mixed_precision))
     codec, load_vae = open_vae(options)
     seed = options.run.seed or 0
     plan = build_plan(options, codec.spec, seed, None, None, processes.count, entries)
-    encode_pictures(load_vae, codec, options.caching, seed, plan, processes)
+    encode_images(load_vae, codec, options.caching, seed, plan, processes)
     return plan
 
 

@@ -35,7 +35,7 @@ EXAMPLES = """\
   python3 tools/captions_to_metadata.py pictures pictures.json --full_path --recursive --field tags"""
 
 
-def list_pictures(folder: Path, is_recursive: bool) -> list[Path]:
+def list_images(folder: Path, is_recursive: bool) -> list[Path]:
     """List the images of a folder in the order of their paths. Raises UserError if there are none."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
@@ -62,24 +62,24 @@ def write_table(path: Path, table: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(table, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def texts_of(pictures: Sequence[Path], extension: str) -> Iterator[tuple[Path, str | None]]:
+def texts_of(images: Sequence[Path], extension: str) -> Iterator[tuple[Path, str | None]]:
     """Yield each image with the text of its caption file, or None without one. Raises UserError."""
-    for picture in pictures:
-        file = picture.with_suffix(extension)
-        yield picture, decoded(file.read_bytes(), str(file)).strip() if file.is_file() else None
+    for image in images:
+        file = image.with_suffix(extension)
+        yield image, decoded(file.read_bytes(), str(file)).strip() if file.is_file() else None
 
 
-def key_of(picture: Path, is_full: bool) -> str:
-    return str(picture) if is_full else picture.stem
+def key_of(image: Path, is_full: bool) -> str:
+    return str(image) if is_full else image.stem
 
 
-def check_keys(pictures: Sequence[Path], is_full: bool) -> None:
+def check_keys(images: Sequence[Path], is_full: bool) -> None:
     """Raise UserError if two images have the same key."""
     seen: dict[str, Path] = {}
-    for picture in pictures:
-        other = seen.setdefault(key_of(picture, is_full), picture)
-        if other is not picture:
-            raise UserError(f"{other} and {picture} have the same key, {picture.stem}; use --full_path, or rename one")
+    for image in images:
+        other = seen.setdefault(key_of(image, is_full), image)
+        if other is not image:
+            raise UserError(f"{other} and {image} have the same key, {image.stem}; use --full_path, or rename one")
 
 
 def collect(args: argparse.Namespace) -> None:
@@ -90,23 +90,23 @@ def collect(args: argparse.Namespace) -> None:
     extension = args.caption_extention or args.caption_extension or ENDINGS[args.field]
     source = args.in_json or (args.out_json if args.out_json.is_file() else None)
     table = read_table(str(source)) if source is not None else {}
-    pictures = list_pictures(args.train_data_dir, args.recursive)
-    check_keys(pictures, args.full_path)
+    images = list_images(args.train_data_dir, args.recursive)
+    check_keys(images, args.full_path)
     missing: list[Path] = []
-    for picture, text in texts_of(pictures, extension):
+    for image, text in texts_of(images, extension):
         if text is None:
-            missing.append(picture)
+            missing.append(image)
         else:
-            table.setdefault(key_of(picture, args.full_path), {})[args.field] = text
-    if len(missing) == len(pictures):
-        raise UserError(f"none of the {len(pictures)} images has a {extension} file; set --caption_extension")
+            table.setdefault(key_of(image, args.full_path), {})[args.field] = text
+    if len(missing) == len(images):
+        raise UserError(f"none of the {len(images)} images has a {extension} file; set --caption_extension")
     if missing:
         logger.warning(
             "%d of %d images have no %s file and get no %s; the first is %s",
-            len(missing), len(pictures), extension, args.field, os.fspath(missing[0]),
+            len(missing), len(images), extension, args.field, os.fspath(missing[0]),
         )  # fmt: skip
     write_table(args.out_json, table)
-    print(f"{args.out_json}: {args.field} of {len(pictures) - len(missing)} images, {len(table)} entries")
+    print(f"{args.out_json}: {args.field} of {len(images) - len(missing)} images, {len(table)} entries")
 
 
 def setup_parser(field: str = "caption") -> argparse.ArgumentParser:

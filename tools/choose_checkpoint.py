@@ -21,7 +21,7 @@ from library.options.training.validation import ValidationOptions  # noqa: E402
 from library.training.command_line.checks import check_precision, check_values  # noqa: E402
 from library.training.command_line.cli import parse  # noqa: E402
 from library.training.command_line.run_lock import run_lock  # noqa: E402
-from library.training.evaluation.choice import by_picture  # noqa: E402
+from library.training.evaluation.choice import by_image  # noqa: E402
 from library.training.evaluation.choosing import (  # noqa: E402
     Measured,
     choice_of,
@@ -61,7 +61,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 def choose_seed(seed: int | None, files: Sequence[Path]) -> int:
-    """Return the seed given, else that which the files were trained with; it decides which pictures are set aside.
+    """Return the seed given, else that which the files were trained with; it decides which images are set aside.
 
     Raises UserError if there is none.
     """
@@ -75,7 +75,7 @@ def choose_seed(seed: int | None, files: Sequence[Path]) -> int:
 
 
 def warn_of_other_splits(options: ValidationOptions, files: Sequence[Path], seed: int) -> None:
-    """Say which files may have trained on the pictures that are set aside here."""
+    """Say which files may have trained on the images that are set aside here."""
     wanted = seed if options.validation_seed is None else options.validation_seed
     for path in files:
         metadata = read_metadata(path)
@@ -103,19 +103,19 @@ def measured_files(sides: Sides, found: Sequence[FileLosses]) -> list[Measured]:
         assert losses_NL is not None and measurement is not None
         return measurement, losses_NL
 
-    def by_its_pictures(one: FileLosses, of_trained: bool) -> torch.Tensor:
+    def by_its_images(one: FileLosses, of_trained: bool) -> torch.Tensor:
         measurement, losses_NL = side(one, of_trained)
-        return by_picture(losses_NL.mean(1), measurement.rows)
+        return by_image(losses_NL.mean(1), measurement.rows)
 
     base, measured = found[0], []
     for one in found:
         memory = None
         if one.row is not None and unseen is not None:
             unseen_pair, trained_pair = (
-                (by_its_pictures(base, of_trained), by_its_pictures(one, of_trained)) for of_trained in (False, True)
+                (by_its_images(base, of_trained), by_its_images(one, of_trained)) for of_trained in (False, True)
             )
             memory = memorised(unseen_pair, trained_pair, "held-out" if is_held_out else "mirrored")
-        losses_G = by_its_pictures(one, of_trained=not is_held_out)
+        losses_G = by_its_images(one, of_trained=not is_held_out)
         file, step = (None, 0) if one.row is None else (display_path(one.row), steps_of(one.row))
         measured.append(Measured(file, step, losses_G, memory))
     return measured
@@ -145,7 +145,7 @@ def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
     files = sorted(chosen_files(args.files, options.saving), key=lambda path: (steps_of(path), display_path(path).name))
     files = without_copies(files)
     if options.dataset.dataset_class:
-        raise UserError("--dataset_class: its pictures are not known one by one, so none can be measured again")
+        raise UserError("--dataset_class: its images are not known one by one, so none can be measured again")
     seed = choose_seed(options.run.seed, files)
     warn_of_other_splits(options.validation, files, seed)
     arch = card.build(options)

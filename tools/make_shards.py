@@ -39,7 +39,7 @@ from library.data.description.schema import (  # noqa: E402
 )
 from library.data.description.source_keys import SOURCES  # noqa: E402
 from library.data.plan.collect import collect  # noqa: E402
-from library.data.scanned.images import Picture  # noqa: E402
+from library.data.scanned.images import ScannedImage  # noqa: E402
 from library.data.scanned.names import safe_name  # noqa: E402
 from library.data.scanned.subsets import ScannedSubset  # noqa: E402
 from library.data.sources.storage.source import load_source  # noqa: E402
@@ -50,7 +50,7 @@ from library.processes import from_accelerator  # noqa: E402
 from library.progress import Bar, progress_bar  # noqa: E402
 from library.training.command_line.checks import check_data  # noqa: E402
 from library.training.command_line.cli import parse  # noqa: E402
-from library.training.models.base_model import encode_pictures  # noqa: E402
+from library.training.models.base_model import encode_images  # noqa: E402
 from library.training.models.compute import Compute  # noqa: E402
 from library.training.models.opening import open_accelerator, open_data_plan  # noqa: E402
 from library.training.models.text_caching import cached_text, prepare_text  # noqa: E402
@@ -76,7 +76,7 @@ LONGEST_NAME = 90  # bytes, so that names fit into a ustar header
 class Packed:
     """An image as a member of a shard, with its caption."""
 
-    picture: Picture
+    image: ScannedImage
     stem: str
     caption: str | None  # None without a caption; class_tokens may replace it
 
@@ -87,18 +87,18 @@ class Packed:
             return None if self.caption is None else self.caption.encode()
         except UnicodeEncodeError as error:
             raise UserError(
-                f"the caption of {self.picture.key} contains an unpaired surrogate at position {error.start}, which "
+                f"the caption of {self.image.key} contains an unpaired surrogate at position {error.start}, which "
                 "text files cannot store; fix it in the metadata file"
             ) from None
 
 
-def ending_of(picture: Picture, content: bytes) -> str:
+def ending_of(image: ScannedImage, content: bytes) -> str:
     """Return the extension for an image: that of its file, else that of its format."""
-    ending = os.path.splitext(picture.key)[1].lower()
+    ending = os.path.splitext(image.key)[1].lower()
     if ending in image_extensions():
         return ending
-    with open_image(picture.key, content) as image:
-        return f".{str(image.format).lower()}".replace(".jpeg", ".jpg")
+    with open_image(image.key, content) as opened:
+        return f".{str(opened.format).lower()}".replace(".jpeg", ".jpg")
 
 
 def setup_parser() -> argparse.ArgumentParser:
@@ -118,15 +118,15 @@ def setup_parser() -> argparse.ArgumentParser:
 def packed(found: ScannedSubset) -> Iterator[Packed]:
     """Yield the images of a subset with names for a shard: their own if these are plain and unique."""
     without, names = set(found.without_caption), set[str]()
-    digits = len(str(len(found.pictures)))
-    for number, picture in enumerate(found.pictures):
-        own = os.path.splitext(os.path.basename(picture.key))[0]
+    digits = len(str(len(found.images)))
+    for number, image in enumerate(found.images):
+        own = os.path.splitext(os.path.basename(image.key))[0]
         is_plain = own == safe_name(own) and "." not in own and len(own) <= LONGEST_NAME and own not in names
         stem = own if is_plain else f"{number:0{digits}}"
         while stem in names:
             stem += "_"
         names.add(stem)
-        yield Packed(picture, stem, None if picture.key in without else picture.caption)
+        yield Packed(image, stem, None if image.key in without else image.caption)
 
 
 def write_shards(found: ScannedSubset, out: Path, name: str, shard_bytes: float, storage: Storage) -> str:
@@ -140,8 +140,8 @@ def write_shards(found: ScannedSubset, out: Path, name: str, shard_bytes: float,
         for path in shards_in(out, name):
             check_overwrite("--out", path, SHARD)
         journal.write([])
-    shards, members = kept_shards(journal.read(), members, len(found.pictures), out, shard_bytes, storage)
-    with progress_bar(f"packing {name}", len(found.pictures)) as bar:
+    shards, members = kept_shards(journal.read(), members, len(found.images), out, shard_bytes, storage)
+    with progress_bar(f"packing {name}", len(found.images)) as bar:
         if shards:
             bar.update(sum(shard.num_pictures for shard in shards))
             logger.info("keeping %d shards of %s with %d images", len(shards), name, bar.done)
@@ -173,8 +173,8 @@ def write_shard(
     held: list[Packed] = []
     with tarfile.open(path, "w") as archive:
         for one in members:
-            content, text = storage.whole(one.picture)[1], one.text
-            add_member(archive, f"{one.stem}{ending_of(one.picture, content)}", content)
+            content, text = storage.whole(one.image)[1], one.text
+            add_member(archive, f"{one.stem}{ending_of(one.image, content)}", content)
             if text is not None:
                 add_member(archive, f"{one.stem}{ENDING}", text)
             held.append(one)
@@ -257,7 +257,7 @@ def is_kept(shard: Shard, held: Sequence[Packed], path: Path, shard_bytes: float
 def digest_of_inputs(members: Sequence[Packed], shard_bytes: float, storage: Storage) -> str:
     digest = blake2b(f"{shard_bytes}".encode(), digest_size=16)
     for one in members:
-        digest.update(repr((one.stem, one.picture.key, tuple(storage.version(one.picture)), one.text)).encode())
+        digest.update(repr((one.stem, one.image.key, tuple(storage.version(one.image)), one.text)).encode())
     return digest.hexdigest()
 
 
@@ -292,7 +292,7 @@ def pack(config: RunDataConfig, out: Path, shard_bytes: float, storage: Storage)
             key = (*key, rules.enable_wildcard, rules.caption_separator)  # settings that affect how captions are read
             if key not in patterns:
                 found = load_source(subset.source_key).scan(subset, storage, 16)
-                if not found.pictures:
+                if not found.images:
                     raise NoDataFound(f"there are no images in {subset.source}; remove the subset")
                 name = name_of(subset, names)
                 patterns[key] = write_shards(found, out, name, shard_bytes, storage)
@@ -365,7 +365,7 @@ def make_shards(args: argparse.Namespace, training: Sequence[str]) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(f"{FIRST_LINE}\n{content}", encoding="utf-8")
     options = options.with_values({"dataset_config": path, "cache_dir": None})
-    count = sum(len(subset.pictures) for dataset in collect(load_dataset_config(options)) for subset in dataset.subsets)
+    count = sum(len(subset.images) for dataset in collect(load_dataset_config(options)) for subset in dataset.subsets)
     logger.info("%d images are in the shards of %s", count, args.out)
     fill_caches(args.script, options)
     print(path)
@@ -383,7 +383,7 @@ def fill_caches(script: str | None, options: TrainOptions) -> None:
     )
     plan = open_data_plan(options, arch, options.run.seed or 0, processes.count)
     if options.caching.cache_latents_to_disk:
-        encode_pictures(arch.load.vae, arch.codec, options.caching, options.run.seed or 0, plan, processes)
+        encode_images(arch.load.vae, arch.codec, options.caching, options.run.seed or 0, plan, processes)
     if caches_text:
         if cached_text(options.network, arch.text_cache) is None:
             raise UserError(f"--{CACHES[1]} does nothing here: every text encoder trains, or none is cached")

@@ -18,12 +18,12 @@ from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.data.description.buckets import Size
 from library.data.sources.folders.metadata_file import entries_of, read_table
-from library.data.sources.folders.metadata_listing import find_picture
+from library.data.sources.folders.metadata_listing import find_image
 from library.errors import UserError
 from library.memory.devices import DTYPES
 from library.models.identify import base_of_checkpoint
-from tools.cache_latents import cache_pictures
-from tools.captions_to_metadata import check_name, list_pictures, write_table
+from tools.cache_latents import cache_images
+from tools.captions_to_metadata import check_name, list_images, write_table
 from tools.command import make_parser, run
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def note_sizes(table: dict[str, Any], folder: Path, sizes: dict[str, Size]) -> N
     """Write the size of each image's bucket into its entry, in multiples of a latent."""
     listings: dict[str, dict[str, str]] = {}
     for key, entry in table.items():
-        size = sizes.get(find_picture(key, str(folder), listings) or "")
+        size = sizes.get(find_image(key, str(folder), listings) or "")
         if size is not None:
             entry["train_resolution"] = [side - side % LATENT_STEP for side in size]
 
@@ -73,15 +73,15 @@ def prepare(args: argparse.Namespace) -> None:
     """Encode the images and write the table."""
     check_name(args.out_json)
     table = read_table(str(args.in_json))
-    pictures = list_pictures(args.train_data_dir, args.recursive)
-    plan = cache_pictures(options_of(args), entries_of(table))
-    sizes = {sample.picture.key: sample.shape.bucket for sample in plan.samples}
-    strangers = [path for path in pictures if str(path) not in sizes]
+    images = list_images(args.train_data_dir, args.recursive)
+    plan = cache_images(options_of(args), entries_of(table))
+    sizes = {sample.image.key: sample.shape.bucket for sample in plan.samples}
+    strangers = [path for path in images if str(path) not in sizes]
     if strangers:
         logger.warning(
             "skipping %d of %d images without an entry in %s; the first is %s; "
             "tools/captions_to_metadata.py creates entries",
-            len(strangers), len(pictures), args.in_json, strangers[0],
+            len(strangers), len(images), args.in_json, strangers[0],
         )  # fmt: skip
     note_sizes(table, args.train_data_dir, sizes)
     write_table(args.out_json, table)

@@ -76,24 +76,24 @@ def resized(pixels: Pixels, limit: Size, resizing: Resizing) -> Pixels:
     return scaled[top : top + height, left : left + width]
 
 
-def write_sizes(picture: Path, folder: Path, resizing: Resizing) -> None:
+def write_sizes(image: Path, folder: Path, resizing: Resizing) -> None:
     """Write one image at every resolution. Raises UserError for one that cannot be read, or is too small."""
-    pixels, _ = read_pixels(str(picture))
+    pixels, _ = read_pixels(str(image))
     for limit, suffix in zip(resizing.resolutions, resizing.suffixes(), strict=True):
         found = resized(pixels, limit, resizing)
         if 0 in found.shape:
-            raise UserError(f"{picture} has less than --divisible_by {resizing.divisible_by} pixels on a side")
-        with atomic_path(folder / f"{picture.stem}{suffix}{resizing.ending}") as temporary:
+            raise UserError(f"{image} has less than --divisible_by {resizing.divisible_by} pixels on a side")
+        with atomic_path(folder / f"{image.stem}{suffix}{resizing.ending}") as temporary:
             Image.fromarray(found).save(temporary, quality=JPEG_QUALITY)
 
 
-def check_names(pictures: Sequence[Path]) -> None:
+def check_names(images: Sequence[Path]) -> None:
     """Raise UserError if two images would be written to the same file."""
     names: dict[str, Path] = {}
-    for picture in pictures:
-        other = names.setdefault(picture.stem, picture)
-        if other is not picture:
-            raise UserError(f"{other} and {picture.name} differ only in their extension; rename one of them")
+    for image in images:
+        other = names.setdefault(image.stem, image)
+        if other is not image:
+            raise UserError(f"{other} and {image.name} differ only in their extension; rename one of them")
 
 
 def resize_all(args: argparse.Namespace) -> None:
@@ -109,23 +109,23 @@ def resize_all(args: argparse.Namespace) -> None:
     ending = ".png" if args.save_as_png else ".jpg"
     resizing = Resizing(parse_resolutions(args.max_resolution), args.divisible_by, filter_name, ending)
     files = sorted(path for path in source.iterdir() if path.is_file() and not path.name.startswith("."))
-    pictures = [path for path in files if path.suffix in image_extensions()]
-    if not pictures:
+    images = [path for path in files if path.suffix in image_extensions()]
+    if not images:
         raise UserError(f"{source} has no images; subfolders are not searched")
-    check_names(pictures)
+    check_names(images)
     target.mkdir(parents=True, exist_ok=True)
-    for picture in tqdm(pictures, desc="resizing", unit="picture"):
-        write_sizes(picture, target, resizing)
-    others = [path for path in files if path not in set(pictures) and not path.name.endswith(CACHES)]
-    num_copied = copy_others(others, pictures, target, resizing, args)
-    print(f"{target}: {len(pictures)} images at {len(resizing.resolutions)} resolutions, {num_copied} other files")
+    for image in tqdm(images, desc="resizing", unit="picture"):
+        write_sizes(image, target, resizing)
+    others = [path for path in files if path not in set(images) and not path.name.endswith(CACHES)]
+    num_copied = copy_others(others, images, target, resizing, args)
+    print(f"{target}: {len(images)} images at {len(resizing.resolutions)} resolutions, {num_copied} other files")
 
 
 def copy_others(
-    files: Sequence[Path], pictures: Sequence[Path], target: Path, resizing: Resizing, args: argparse.Namespace
+    files: Sequence[Path], images: Sequence[Path], target: Path, resizing: Resizing, args: argparse.Namespace
 ) -> int:
     """Copy other files; files named like an image, for each of its sizes if requested."""
-    stems = {picture.stem for picture in pictures}
+    stems = {image.stem for image in images}
     copies = [
         (file, target / f"{file.stem}{suffix}{file.suffix}")
         for file in files

@@ -39,7 +39,7 @@ GPU_TESTS = ("tests/gpu", "tests/simulated_gpu")
 TOY_BASE = "configs/quickstart/toy_base"
 PROMPTS = "configs/quickstart/prompts.txt"
 ADAPTER = "output/quickstart/quickstart.safetensors"
-PICTURE = "output/quickstart/before_after.png"
+IMAGE = "output/quickstart/before_after.png"
 REPORT = "output/quickstart/quickstart-report.html"
 
 
@@ -272,10 +272,10 @@ def training_command(python: Path, threads: int) -> "list[str]":
     return [*launch, "train_network.py", "--config_file", TRAINING_CONFIG]
 
 
-def picture_command(python: Path) -> "list[str]":
+def image_command(python: Path) -> "list[str]":
     """Return the command that generates the same prompts without and with the adapter."""
     command = [str(python), "tools/quickstart/draw_before_after.py", "--base", TOY_BASE, "--lora", ADAPTER]
-    return [*command, "--prompts", PROMPTS, "--out", PICTURE]
+    return [*command, "--prompts", PROMPTS, "--out", IMAGE]
 
 
 def pytest_command(python: Path, slow: bool, pytest_arguments: "list[str]") -> "list[str]":
@@ -316,7 +316,7 @@ def quickstart(venv: Path) -> int:
     """Train the bundled example and show what it learned. Return the exit status."""
     python = ready_python(venv, RUN_REQUIREMENTS)
     started = time.monotonic()
-    for command, product in ((training_command(python, num_threads()), ADAPTER), (picture_command(python), PICTURE)):
+    for command, product in ((training_command(python, num_threads()), ADAPTER), (image_command(python), IMAGE)):
         print("\n$ " + " ".join(command), flush=True)
         before = written_at(ROOT / product)
         exit_code = run(command)
@@ -330,7 +330,7 @@ def quickstart(venv: Path) -> int:
     print(
         f"\nDone in {time.monotonic() - started:.0f} s.\n"
         f"  the adapter:             {ROOT / ADAPTER}\n"
-        f"  a picture, before|after: {ROOT / PICTURE}\n"
+        f"  an image, before|after: {ROOT / IMAGE}\n"
         f"  how the training went:   {ROOT / REPORT} (opens in any browser)\n"
         "Training on your own images: README.md",
         flush=True,

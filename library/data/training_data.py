@@ -67,7 +67,7 @@ class TrainingData(Protocol):
         """The identity, with a digest of each image's file where there are files."""
 
     @property
-    def picture_paths(self) -> list[str]: ...
+    def image_paths(self) -> list[str]: ...
 
     @property
     def image_plan(self) -> DataPlan | None:

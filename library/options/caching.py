@@ -16,7 +16,7 @@ class CachingOptions(Options, needs_images=True):
         False,
         usual=True,
         excludes={"dataset_class": NO_LATENTS},
-        help="Encode every picture once before training and keep the latents in memory. Fixes the crop, so it excludes"
+        help="Encode every image once before training and keep the latents in memory. Fixes the crop, so it excludes"
         " --random_crop and --color_aug.",
     )
     cache_latents_to_disk: bool = option(
@@ -24,15 +24,15 @@ class CachingOptions(Options, needs_images=True):
         usual=True,
         excludes={"dataset_class": NO_LATENTS},
         affects_training=False,
-        help="Keep the encoded pictures in files beside them, so that the next run need not encode them again. Implies"
-        " --cache_latents; entries that no longer fit the picture or the VAE are made anew.",
+        help="Keep the encoded images in files beside them, so that the next run need not encode them again. Implies"
+        " --cache_latents; entries that no longer fit the image or the VAE are made anew.",
     )
     cache_dir: str | None = option(
         None,
         own=True,
         affects_training=False,
         help="Folder for the index, latents and text features of tar shards and Parquet files, and for what is read "
-        "of pictures behind a URL. Unset keeps them beside local files; pictures behind a URL need it.",
+        "of images behind a URL. Unset keeps them beside local files; images behind a URL need it.",
     )
     remote_cache_gb: float = option(
         20.0,
@@ -40,7 +40,7 @@ class CachingOptions(Options, needs_images=True):
         at_least=0.001,
         needs="cache_dir",
         affects_training=False,
-        help="Size of what --cache_dir keeps of pictures that were read over the network; what was not used longest "
+        help="Size of what --cache_dir keeps of images that were read over the network; what was not used longest "
         "is deleted first.",
     )
     vae_batch_size: int = option(
@@ -78,7 +78,7 @@ class TextCachingOptions(Options):
         needs_images=True,
         excludes={"dataset_class": NO_CAPTIONS},
         affects_training=False,
-        help="Keep the encoded captions in files beside the pictures, so that the next run need not load the text "
+        help="Keep the encoded captions in files beside the images, so that the next run need not load the text "
         "encoders. Implies --cache_text_encoder_outputs; what no longer fits captions or encoders is made anew.",
     )
     text_encoder_batch_size: int | None = option(

@@ -1,4 +1,4 @@
-"""Which pictures and captions are trained, and how they are shaped."""
+"""Which images and captions are trained, and how they are shaped."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic"
 
 @dataclass(frozen=True)
 class DatasetOptions(Options, needs_images=True):
-    """Which pictures and captions are trained, and how they are shaped."""
+    """Which images and captions are trained, and how they are shaped."""
 
     dataset_config: Path | None = option(
         None,
@@ -25,45 +25,45 @@ class DatasetOptions(Options, needs_images=True):
         usual=True,
         kept_in_state=True,
         logged=False,
-        help="Folder with the training pictures, in subfolders called N_name, each shown N times per epoch. With "
-        "--in_json it is the folder that the pictures lie in.",
+        help="Folder with the training images, in subfolders called N_name, each shown N times per epoch. With "
+        "--in_json it is the folder that the images lie in.",
     )
     reg_data_dir: str | None = option(
         None,
         usual=True,
         kept_in_state=True,
         logged=False,
-        help="Folder with regularisation pictures, in subfolders called N_name. They remind the model of what it "
+        help="Folder with regularisation images, in subfolders called N_name. They remind the model of what it "
         "already knows; see --prior_loss_weight.",
     )
     in_json: str | None = option(
         None,
         kept_in_state=True,
-        help="JSON file with captions and tags of the pictures below --train_data_dir, in place of caption files.",
+        help="JSON file with captions and tags of the images below --train_data_dir, in place of caption files.",
     )
-    dataset_repeats: int = option(1, at_least=1, help="How often each picture of --in_json is shown per epoch.")
+    dataset_repeats: int = option(1, at_least=1, help="How often each image of --in_json is shown per epoch.")
     dataset_class: str | None = option(
         None,
-        help="Dotted path of a Python class that makes the batches, in place of pictures that are described.",
+        help="Dotted path of a Python class that makes the batches, in place of images that are described.",
     )
     debug_dataset: bool = option(
         False,
         usual=True,
-        refused_by_leco="there are no pictures to show; leave it out",
-        help="Show what each batch holds (pictures, captions, sizes), then end without training.",
+        refused_by_leco="there are no images to show; leave it out",
+        help="Show what each batch holds (images, captions, sizes), then end without training.",
     )
     audit_only: bool = option(
         False,
         own=True,
-        refused_by_leco="there are no pictures to look at; leave it out",
-        help="Look at every picture (near twins, blur, one colour, damage), say what stands out, and end. Needs no "
-        "base model; with --output_dir a page with the pictures is written.",
+        refused_by_leco="there are no images to look at; leave it out",
+        help="Look at every image (near twins, blur, one colour, damage), say what stands out, and end. Needs no "
+        "base model; with --output_dir a page with the images is written.",
     )
     cache_info: bool = option(
         False,
         affects_training=False,
-        help="Keep captions and picture sizes of each folder in a metadata_cache.json inside it, and read that file "
-        "when it is there. Starts faster on slow disks; delete the file after changing pictures or captions.",
+        help="Keep captions and image sizes of each folder in a metadata_cache.json inside it, and read that file "
+        "when it is there. Starts faster on slow disks; delete the file after changing images or captions.",
     )
     shuffle_caption: bool = option(
         False,
@@ -74,7 +74,7 @@ class DatasetOptions(Options, needs_images=True):
     caption_extension: str = option(
         ".caption",
         usual=True,
-        help="Ending of the caption files beside the pictures, such as .txt; a missing dot is added.",
+        help="Ending of the caption files beside the images, such as .txt; a missing dot is added.",
     )
     caption_extention: str | None = option(
         None,
@@ -134,13 +134,12 @@ class DatasetOptions(Options, needs_images=True):
     )
     color_aug: bool = option(
         False,
-        help="Change hue or brightness of each picture a little, at random. Excludes cached latents.",
+        help="Change hue or brightness of each image a little, at random. Excludes cached latents.",
     )
     flip_aug: bool = option(
         False,
         usual=True,
-        help="Mirror pictures at random, one half of the time. Unsuited to text and to subjects with a left and a "
-        "right.",
+        help="Mirror images at random, one half of the time. Unsuited to text and to subjects with a left and a right.",
     )
     face_crop_aug_range: str | None = option(
         None,
@@ -149,28 +148,28 @@ class DatasetOptions(Options, needs_images=True):
     )
     random_crop: bool = option(
         False,
-        help="Cut pictures at a random place in place of the centre where they do not fit their size. Excludes cached "
+        help="Cut images at a random place in place of the centre where they do not fit their size. Excludes cached "
         "latents.",
     )
     alpha_mask: bool = option(
         False,
-        help="Use the alpha channel of pictures as a loss mask: what is transparent is not learned.",
+        help="Use the alpha channel of images as a loss mask: what is transparent is not learned.",
     )
     conditioning_data_dir: str | None = option(
         None,
         kept_in_state=True,
         logged=False,
-        help="Folder with mask pictures, named like the training pictures, for --masked_loss.",
+        help="Folder with mask images, named like the training images, for --masked_loss.",
     )
     masked_loss: bool = option(
         False,
-        help="Weight the loss by mask pictures: white is learned in full, black not at all. Masks come from "
+        help="Weight the loss by mask images: white is learned in full, black not at all. Masks come from "
         "conditioning_data_dir.",
     )
     prior_loss_weight: float = option(
         1.0,
         at_least=0,
-        help="Factor on the loss of regularisation pictures. 1.0 weights them like training pictures.",
+        help="Factor on the loss of regularisation images. 1.0 weights them like training images.",
     )
     resolution: str | None = option(
         None,
@@ -182,7 +181,7 @@ class DatasetOptions(Options, needs_images=True):
     enable_bucket: bool = option(
         False,
         usual=True,
-        help="Train pictures in their own aspect ratio, grouped by shape, in place of cutting all to --resolution.",
+        help="Train images in their own aspect ratio, grouped by shape, in place of cutting all to --resolution.",
     )
     min_bucket_reso: int = option(256, usual=True, at_least=1, help="Shortest side of a bucket in pixels.")
     max_bucket_reso: int = option(1024, usual=True, at_least=1, help="Longest side of a bucket in pixels.")
@@ -191,13 +190,13 @@ class DatasetOptions(Options, needs_images=True):
         False,
         usual=True,
         needs="enable_bucket",
-        help="Never enlarge a picture to fill a bucket; small pictures get buckets of their own size.",
+        help="Never enlarge an image to fill a bucket; small images get buckets of their own size.",
     )
     skip_image_resolution: str | None = option(
         None,
         own=True,
-        help="Leave out pictures whose own area is not larger than this, N for a square or WIDTH,HEIGHT in pixels. For "
-        "sets of several sizes, where small pictures are not to be enlarged.",
+        help="Leave out images whose own area is not larger than this, N for a square or WIDTH,HEIGHT in pixels. For "
+        "sets of several sizes, where small images are not to be enlarged.",
     )
     train_inpainting: bool = option(
         False,
@@ -206,13 +205,13 @@ class DatasetOptions(Options, needs_images=True):
             "cache_latents_to_disk": "each sample masks another part, which must be encoded anew",
             "cache_latents": "each sample masks another part, which must be encoded anew",
         },
-        refused_by_leco="there are no pictures to mask; leave it out, and train on the plain model",
-        help="Train on an inpainting checkpoint, whose U-Net sees a mask and the rest of the picture too: each sample "
+        refused_by_leco="there are no images to mask; leave it out, and train on the plain model",
+        help="Train on an inpainting checkpoint, whose U-Net sees a mask and the rest of the image too: each sample "
         "gets a random area to paint anew. Excludes cached latents.",
     )
     resize_interpolation: str | None = option(
         None,
-        help="Method that resizes pictures. Unset uses area to shrink and lanczos to enlarge.",
+        help="Method that resizes images. Unset uses area to shrink and lanczos to enlarge.",
         choices=INTERPOLATIONS,
     )
     train_batch_size: int = option(
@@ -228,7 +227,7 @@ class DatasetOptions(Options, needs_images=True):
         at_least=0,
         at_most=MAX_WORKERS,
         affects_training=False,
-        help="Most processes that read and prepare pictures, at most one per CPU core. 0 prepares them in the training"
+        help="Most processes that read and prepare images, at most one per CPU core. 0 prepares them in the training"
         " process.",
     )
     persistent_data_loader_workers: bool = option(

@@ -11,7 +11,7 @@ from library.options.training.network import NetworkOptions
 
 OptionsT = TypeVar("OptionsT", bound="LecoOptions")
 
-WITHOUT_IMAGES = "prompts are trained alone, without pictures"
+WITHOUT_IMAGES = "prompts are trained alone, without images"
 
 
 @dataclass(frozen=True)

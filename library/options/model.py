@@ -33,7 +33,7 @@ class ModelOptions(Options):
     no_half_vae: bool = option(
         False,
         usual=True,
-        help="Run the VAE in 32 bits even with --mixed_precision. Cures black pictures and NaN latents.",
+        help="Run the VAE in 32 bits even with --mixed_precision. Cures black images and NaN latents.",
     )
     tokenizer_cache_dir: str | None = option(
         None,

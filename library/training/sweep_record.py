@@ -14,7 +14,7 @@ class Ended:
 
     step: int
     why: str
-    losses_G: Sequence[float] | None  # of each picture that is set aside, at its last validation
+    losses_G: Sequence[float] | None  # of each image that is set aside, at its last validation
 
     @property
     def is_damaged(self) -> bool:

@@ -71,7 +71,7 @@ class Network(Protocol):
     `on_optimizer_step_start(seed, step)` before each batch too, with the run's seed and the number of optimizer steps
     that are finished: the same for all batches of one step, so what a network draws from it is drawn once per step,
     `on_noise_levels(levels)` before each run of the denoiser with the share of noise in each sample, 0 to 1, or with
-    None before pictures are drawn,
+    None before images are drawn,
     `on_gradients()` before each optimizer step, when its gradients are complete and not clipped yet,
     `apply_max_norm_regularization(limit, device) -> (count, mean, maximum)`,
     `merge_to(text_encoder, unet, weights, dtype, device)`,
@@ -294,7 +294,7 @@ class AdoptedNetwork:
         self._optional("on_optimizer_step_start", seed, step)
 
     def set_noise_levels(self, levels_B: Tensor | None) -> None:
-        """Tell the share of noise, 0 to 1, of each sample that the denoiser runs next; None before pictures."""
+        """Tell the share of noise, 0 to 1, of each sample that the denoiser runs next; None before images."""
         self._optional("on_noise_levels", levels_B)
 
     def note_gradients(self) -> None:

@@ -44,7 +44,7 @@ class FullSize:
 
     script: str
     module: str  # of networks, named after it
-    side: int  # of its usual pictures, in pixels
+    side: int  # of its usual images, in pixels
     build: Callable[[Path], list[str]]  # writes it into a folder; gives the arguments that name it
 
 

@@ -16,7 +16,7 @@ from library.checkpoints.adapter_names import FileNaming
 from networks import lora_flux
 from networks.core.files.adapter_file import read_adapter_file, save_adapter_file
 from networks.core.files.renaming import rename
-from tests.running import make_pictures
+from tests.running import make_images
 from tests.tiny.flux import build_tiny_flux, tiny_flux
 from tests.tolerances import FLOAT32_DEEP
 from tests.unit.networks.toy import randomize
@@ -230,13 +230,13 @@ def test_merging_and_resizing_can_be_called_as_coppylora_does(tmp_path: Path) ->
 
 
 def caches(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """The cache files of pictures below a folder: when they were written, and what is in them."""
+    """The cache files of images below a folder: when they were written, and what is in them."""
     found = [path for path in folder.rglob("*.npz") if not path.name.startswith(".")]
     return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in found}
 
 
 def wanted_by_coppylora(tmp_path: Path, model: Path) -> dict[str, Any]:
-    make_pictures(tmp_path / "data" / "1_thing", 2)
+    make_images(tmp_path / "data" / "1_thing", 2)
     return {
         "pretrained_model_name_or_path": str(model), "train_data_dir": str(tmp_path / "data"),
         "output_dir": str(tmp_path), "output_name": "mine", "max_train_steps": 2,
@@ -275,7 +275,7 @@ def test_text_outputs_are_cached_as_training_reads_them(
     tmp_path: Path, fresh_process: None, tiny_sdxl_folder: Path, train: Any
 ) -> None:
     """As a front end starts it that caches in one process and trains in another."""
-    make_pictures(tmp_path / "data" / "1_thing", 2)
+    make_images(tmp_path / "data" / "1_thing", 2)
     common = ["--pretrained_model_name_or_path", str(tiny_sdxl_folder), "--train_data_dir", str(tmp_path / "data"),
               "--resolution", "64", "--caption_extension", ".txt", "--max_data_loader_n_workers", "0"]  # fmt: skip
     command = loaded("tools/cache_text_encoder_outputs.py")
@@ -293,7 +293,7 @@ def test_text_outputs_are_cached_as_training_reads_them(
 def test_latents_of_flux_need_the_vae_alone(
     tmp_path: Path, fresh_process: None, flux: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make_pictures(tmp_path / "data" / "1_thing", 2)
+    make_images(tmp_path / "data" / "1_thing", 2)
     words = ["--train_data_dir", str(tmp_path / "data"), "--resolution", "64", "--max_data_loader_n_workers", "0"]
     command = loaded("tools/cache_latents.py")
     assert command.main([*words, "--flux", "--ae", str(flux["ae"])]) == 0
@@ -307,7 +307,7 @@ def test_latents_of_flux_need_the_vae_alone(
 def test_text_outputs_of_stable_diffusion_1_are_not_cached(
     tmp_path: Path, fresh_process: None, tiny_sd_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make_pictures(tmp_path / "data" / "1_thing", 1)
+    make_images(tmp_path / "data" / "1_thing", 1)
     words = ["--train_data_dir", str(tmp_path / "data"), "--resolution", "64"]
     command = loaded("tools/cache_text_encoder_outputs.py")
     assert command.main([*words, "--pretrained_model_name_or_path", str(tiny_sd_folder)]) == 1

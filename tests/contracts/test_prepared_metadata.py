@@ -10,18 +10,18 @@ from PIL import Image
 
 from finetune import merge_captions_to_metadata, prepare_buckets_latents
 from library.data.sources.folders import metadata_file
-from tests.running import make_pictures
+from tests.running import make_images
 
 
 def describe(tmp_path: Path) -> Path:
-    """Three pictures, of which one is wide, and a metadata file with an entry too many."""
-    folder = make_pictures(tmp_path / "pictures", 2, side=72)
+    """Three images, of which one is wide, and a metadata file with an entry too many."""
+    folder = make_images(tmp_path / "pictures", 2, side=72)
     Image.open(folder / "00.png").resize((160, 72)).save(folder / "wide.png")
     (folder / "wide.txt").write_text("a wide cat")
     out = tmp_path / "captions.json"
     assert merge_captions_to_metadata.main([str(folder), str(out), "--caption_extension", ".txt"]) == 0
     table = json.loads(out.read_text())
-    table["elsewhere"] = {"caption": "no picture"}
+    table["elsewhere"] = {"caption": "no image"}
     out.write_text(json.dumps(table))
     return folder
 
@@ -30,14 +30,14 @@ def test_training_takes_the_latents_that_were_prepared(
     tmp_path: Path, fresh_process: None, tiny_sdxl_folder: Path, train: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = describe(tmp_path)
-    make_pictures(tmp_path / "more", 1)
+    make_images(tmp_path / "more", 1)
     (tmp_path / "more" / "00.png").rename(folder / "new.png")
     paths = [str(folder), str(tmp_path / "captions.json"), str(tmp_path / "out.json"), str(tiny_sdxl_folder)]
     sizes = ["--max_resolution", "64,64", "--min_bucket_reso", "32", "--max_bucket_reso", "128"]
     words = [*sizes, "--bucket_reso_steps", "32", "--flip_aug", "--batch_size", "2", "--max_data_loader_n_workers", "0"]
     with patch.object(metadata_file, "decoded", wraps=metadata_file.decoded) as reading:
         assert prepare_buckets_latents.main([*paths, *words]) == 0
-    assert reading.call_count == 1  # the table that is written is the one whose pictures are encoded
+    assert reading.call_count == 1  # the table that is written is the one whose images are encoded
     assert (
         "skipping 1 of 4 images without an entry in" in caplog.text
         and "new.png; tools/captions_to_metadata.py" in caplog.text

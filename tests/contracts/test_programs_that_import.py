@@ -24,7 +24,7 @@ from library import flux_train_utils, huggingface_util, train_util, utils
 from library.architectures.flux.options import FluxOptions
 from library.checkpoints.files import read_metadata
 from library.errors import UserError
-from tests.running import make_pictures
+from tests.running import make_images
 from tests.runs.bases import BASES
 from tests.unit.training.test_hub import FolderHub, hub  # noqa: F401
 
@@ -40,9 +40,9 @@ TRAINERS: dict[str, Any] = {
 
 
 def settings(tmp_path: Path, **more: Any) -> dict[str, Any]:
-    """What a program sets on the namespace for two steps on pictures of 64 pixels."""
+    """What a program sets on the namespace for two steps on images of 64 pixels."""
     if not (tmp_path / "data").exists():
-        make_pictures(tmp_path / "data" / "1_thing", 2)
+        make_images(tmp_path / "data" / "1_thing", 2)
     return {
         "train_data_dir": str(tmp_path / "data"), "output_dir": str(tmp_path / "out"), "output_name": "mine",
         "resolution": "64,64", "caption_extension": ".txt", "network_module": "networks.lora", "network_dim": 2,
@@ -163,8 +163,8 @@ def test_data_options_become_pairs() -> None:
 
 
 @pytest.mark.parametrize("no_upscale", [True, False])
-def test_pictures_are_sorted_into_buckets_as_before_caching(no_upscale: bool) -> None:
-    """As programs do that write latents of pictures beside them: every size is cut, never enlarged after resizing."""
+def test_images_are_sorted_into_buckets_as_before_caching(no_upscale: bool) -> None:
+    """As programs do that write latents of images beside them: every size is cut, never enlarged after resizing."""
     manager = train_util.BucketManager(no_upscale, (512, 512), 256, 1024, 64)
     if not no_upscale:
         manager.make_buckets()

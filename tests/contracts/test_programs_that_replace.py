@@ -24,7 +24,7 @@ def started(trainer: Any) -> str:
     return str(refused.value)
 
 
-class WithPictures(flux_train_network.FluxNetworkTrainer):
+class WithImages(flux_train_network.FluxNetworkTrainer):
     """As a plug-in with a loss and previews of its own."""
 
     def sample_images(self, *args: Any) -> None: ...
@@ -50,10 +50,8 @@ class WithOwnMethods(flux_train_network.FluxNetworkTrainer):
 
 
 def test_methods_that_nobody_calls_are_refused_with_what_does_their_work() -> None:
-    said = started(WithPictures())
-    assert (
-        "this program replaces methods of WithPictures that are never called here: sample_images (--log_events" in said
-    )
+    said = started(WithImages())
+    assert "this program replaces methods of WithImages that are never called here: sample_images (--log_events" in said
     assert "get_noise_pred_and_target (a base model is a package" in said
     assert "post_process_network (--network_module takes a module of your own" in said
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from tests.running import Finished, make_pictures
+from tests.running import Finished, make_images
 
 pytestmark = pytest.mark.slow
 
@@ -59,7 +59,7 @@ def test_the_model_hash_is_that_of_the_data_in_the_file(
 
 
 def test_a_dataset_file_is_described_in_full(train: Train, base_arguments: list[str], tmp_path: Path) -> None:
-    folder = make_pictures(tmp_path / "other", 3, seed=4)
+    folder = make_images(tmp_path / "other", 3, seed=4)
     config = tmp_path / "data.toml"
     config.write_text(
         "[general]\ncaption_extension = '.txt'\n[[datasets]]\nresolution = 64\nbatch_size = 2\n"

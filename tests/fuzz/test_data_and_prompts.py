@@ -44,7 +44,7 @@ def written(tables: dict[str, Any]) -> str:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("pictures"), 3)
 
 
@@ -59,10 +59,10 @@ names = st.one_of(st.sampled_from(sorted(ALL_KEYS)), st.text(string.ascii_lowerc
     has_folder=st.booleans(),
 )
 def test_tables_of_a_dataset_file(
-    pictures: Path, tmp_path: Path, general: Any, dataset: Any, subset: Any, has_folder: bool
+    images: Path, tmp_path: Path, general: Any, dataset: Any, subset: Any, has_folder: bool
 ) -> None:
     if has_folder:
-        dataset, subset = {"resolution": 64, **dataset}, {**subset, "image_dir": str(pictures)}
+        dataset, subset = {"resolution": 64, **dataset}, {**subset, "image_dir": str(images)}
     path = tmp_path / "dataset.toml"
     path.write_text(written({"general": general, "datasets": [{**dataset, "subsets": [subset]}]}), encoding="utf-8")
     works_or_says_why(lambda: plan_of(options_of("--dataset_config", str(path))))
@@ -70,14 +70,14 @@ def test_tables_of_a_dataset_file(
 
 @any_input(15)
 @given(data=st.data())
-def test_one_key_of_a_dataset_file_with_any_value(pictures: Path, tmp_path: Path, data: st.DataObject) -> None:
+def test_one_key_of_a_dataset_file_with_any_value(images: Path, tmp_path: Path, data: st.DataObject) -> None:
     """One odd value among good ones reaches further than many."""
     name = data.draw(st.sampled_from(sorted(ALL_KEYS)))
     value = data.draw(values)
     tables: dict[str, Any] = {"dataset": {"resolution": 64, "enable_bucket": data.draw(st.booleans())}, "subset": {}}
     level = next(level for level in ("subset", "dataset") if level in ALL_KEYS[name].levels)
     tables[level][name] = value
-    subset = {"image_dir": str(pictures), **tables["subset"]}
+    subset = {"image_dir": str(images), **tables["subset"]}
     path = tmp_path / "dataset.toml"
     path.write_text(written({"datasets": [{**tables["dataset"], "subsets": [subset]}]}), encoding="utf-8")
     works_or_says_why(lambda: plan_of(options_of("--dataset_config", str(path))))

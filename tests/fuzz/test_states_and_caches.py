@@ -1,4 +1,4 @@
-"""Whatever has become of a state, a cache or a picture on the disk: it is used, made anew, or a sentence says why."""
+"""Whatever has become of a state, a cache or an image on the disk: it is used, made anew, or a sentence says why."""
 
 import json
 import shutil
@@ -126,7 +126,7 @@ def test_an_array_of_a_text_cache_is_another(tmp_path_factory: pytest.TempPathFa
 @any_input(6)
 @given(data=st.data())
 def test_bytes_of_files_of_a_folder_are_others(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    """Pictures, captions and cache files, cut or with other bytes in them."""
+    """Images, captions and cache files, cut or with other bytes in them."""
     folder = tmp_path_factory.mktemp("bytes")
     write_folder(folder / "2_a", 3)
     latents.cache(folder)

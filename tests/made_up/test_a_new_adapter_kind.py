@@ -13,7 +13,7 @@ from torch import nn
 
 from library.checkpoints.files import load_state_dict
 from tests.made_up.vera import SEED, B, D, VeRA, projection
-from tests.running import ROOT, make_pictures
+from tests.running import ROOT, make_images
 
 HERE = Path(__file__).parent
 FOLDERS = ("library", "networks", "tools")
@@ -59,7 +59,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_sd_folder: Path) -> P
     shutil.copy(ROOT / "train_network.py", root)
     shutil.copy(HERE / "vera.py", root / "networks" / "core" / "kinds")  # the kind
     (root / "networks" / "vera.py").write_text(MODULE, encoding="utf-8")  # and that is all
-    make_pictures(folder / "data" / "1_thing", 2, seed=983)
+    make_images(folder / "data" / "1_thing", 2, seed=983)
     return Project(root, tiny_sd_folder, folder / "data")
 
 

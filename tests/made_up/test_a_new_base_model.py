@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from library.checkpoints.files import load_state_dict, read_metadata, save_safetensors
-from tests.running import ROOT, make_pictures
+from tests.running import ROOT, make_images
 from tests.tiny.init import fixed_init
 from tests.tiny.sd import VAE, vae_tensors
 from tests.tolerances import FLOAT32_SAME_MATH
@@ -82,7 +82,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     shutil.copytree(HERE / "knots", root / "library" / "architectures" / "knots")
     shutil.copy(HERE / "knots_train_network.py", root)
     write_model(folder / "knots.safetensors")
-    make_pictures(folder / "data" / "1_thing", 3, seed=973)
+    make_images(folder / "data" / "1_thing", 3, seed=973)
     words = [
         "--pretrained_model_name_or_path", str(folder / "knots.safetensors"), "--train_data_dir", str(folder / "data"),
         "--caption_extension", ".txt", "--resolution", "64", "--output_dir", str(folder / "out"), "--output_name",

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from library.checkpoints.files import load_state_dict
-from tests.running import ROOT, make_pictures
+from tests.running import ROOT, make_images
 
 HERE = Path(__file__).parent
 
@@ -62,7 +62,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_sd_folder: Path) -> P
         shutil.copytree(ROOT / name, root / name)
     shutil.copy(ROOT / "train_network.py", root)
     shutil.copy(HERE / "zip.py", root / "library" / "data" / "sources")  # all that is added
-    make_pictures(data / "things", 7, seed=991)
+    make_images(data / "things", 7, seed=991)
     (data / "things" / "06.txt").unlink()
     with ZipFile(data / "things.zip", "w", ZIP_DEFLATED) as archive:
         for path in sorted((data / "things").iterdir()):

@@ -11,7 +11,7 @@ import torch
 
 from library.checkpoints.files import load_state_dict
 from tests.made_up.int6 import FORMAT
-from tests.running import ROOT, make_pictures
+from tests.running import ROOT, make_images
 
 HERE = Path(__file__).parent
 
@@ -44,7 +44,7 @@ def test_it_is_off_by_half_a_step_and_takes_the_bytes_that_the_planner_counts(sh
 
 
 def test_its_name_trains_and_the_planner_plans_with_it(project: Path, tiny_sd_folder: Path, tmp_path: Path) -> None:
-    make_pictures(tmp_path / "data" / "1_thing", 2, seed=982)
+    make_images(tmp_path / "data" / "1_thing", 2, seed=982)
     done = run(
         project, "train_network.py", "--pretrained_model_name_or_path", str(tiny_sd_folder), "--train_data_dir",
         str(tmp_path / "data"), "--caption_extension", ".txt", "--resolution", "64", "--output_dir",

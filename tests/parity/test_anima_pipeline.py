@@ -1,4 +1,4 @@
-"""Anima's text, latents and previews against the parts of diffusers' pipeline: from captions and pixels to pictures."""
+"""Anima's text, latents and previews against the parts of diffusers' pipeline: from captions and pixels to images."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -93,7 +93,7 @@ def test_the_statistics_of_the_latents_are_those_of_diffusers() -> None:
     assert (list(MEAN), list(STD)) == (told["latents_mean"].default, told["latents_std"].default)
 
 
-def test_latents_and_pictures_are_those_of_diffusers(run: Any, folder: Path) -> None:
+def test_latents_and_images_are_those_of_diffusers(run: Any, folder: Path) -> None:
     from diffusers import AutoencoderKLQwenImage
     from diffusers.modular_pipelines.anima.encoders import encode_vae_image
 
@@ -108,12 +108,12 @@ def test_latents_and_pictures_are_those_of_diffusers(run: Any, folder: Path) -> 
         assert latents.abs().max() > 0.1
         torch.testing.assert_close(latents, expected[:, :, 0], **FLOAT32_DEEP)
         mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (MEAN, STD))
-        pictures = theirs.decode(expected * std + mean).sample[:, :, 0]
-        torch.testing.assert_close(run.arch.codec.decode(vae, latents), pictures, **FLOAT32_DEEP)
+        images = theirs.decode(expected * std + mean).sample[:, :, 0]
+        torch.testing.assert_close(run.arch.codec.decode(vae, latents), images, **FLOAT32_DEEP)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_nothing_kept_for_a_next_frame_changes_a_picture_by_a_bit(run: Any, dtype: torch.dtype) -> None:
+def test_nothing_kept_for_a_next_frame_changes_an_image_by_a_bit(run: Any, dtype: torch.dtype) -> None:
     vae = run.arch.load.vae().to(dtype)
     pixels = torch.rand(1, 3, 40, 24, generator=torch.Generator().manual_seed(4)) * 2 - 1
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (MEAN, STD))

@@ -106,7 +106,7 @@ def pipeline_of(kind: str, folder: Path, **settings: Any) -> Any:
 
 
 def drawn_by(pipeline: Any, **more: Any) -> Tensor:
-    """The latents of two pictures after five of eight steps."""
+    """The latents of two images after five of eight steps."""
     seen: list[Tensor] = []
 
     def look(_: Any, index: int, timestep: int, values: dict[str, Tensor]) -> dict[str, Tensor]:

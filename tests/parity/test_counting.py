@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("fresh_process")  # reading options sets lo
 SHARE = 0.03
 SHARES = {"sdxl": 0.05}  # buffers inside of convolutions are 4 % of a model this small, and 0.3 % of one of full size
 SHAPE = BatchShape(2, 256, 192)
-SHAPES = {"sdxl": BatchShape(4, 384, 256)}  # the buffers inside of convolutions count less where pictures are large
+SHAPES = {"sdxl": BatchShape(4, 384, 256)}  # the buffers inside of convolutions count less where images are large
 CPU = torch.device("cpu")
 FAST = (("sd", False), ("flux", True))  # the others repeat what these hold
 

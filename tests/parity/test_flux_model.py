@@ -36,7 +36,7 @@ def oracle(model: Flux) -> Any:
 def oracle_output(
     theirs: Any, latents: Tensor, sigmas: Tensor, text: Tensor, pooled: Tensor, guidance: Tensor | None
 ) -> Tensor:
-    """diffusers' velocity as patches, its picture ids made by its own pipeline."""
+    """diffusers' velocity as patches, its image ids made by its own pipeline."""
     from diffusers import FluxPipeline
 
     h, w = latents.shape[-2] // 2, latents.shape[-1] // 2

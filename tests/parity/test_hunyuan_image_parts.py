@@ -120,8 +120,8 @@ def test_the_original_vae_file_makes_the_latents_of_diffusers(arch: Architecture
 
 
 @torch.no_grad()
-def test_a_preview_is_the_picture_of_diffusers_pipeline(arch: Architecture, pipeline: Any) -> None:
-    """With plain classifier-free guidance, which diffusers' own guider is asked for; four steps of a wide picture."""
+def test_a_preview_is_the_image_of_diffusers_pipeline(arch: Architecture, pipeline: Any) -> None:
+    """With plain classifier-free guidance, which diffusers' own guider is asked for; four steps of a wide image."""
     from diffusers.guiders import ClassifierFreeGuidance
 
     prompt = Prompt(CAPTIONS[1], "a cat", 128, 64, 1, 4, 3.5, None, None, None, None, 5.0)
@@ -163,11 +163,11 @@ def test_two_layers_and_the_last_norm_are_not_loaded(arch: Architecture) -> None
 
 @torch.no_grad()
 @pytest.mark.parametrize("num_rows", [1, 5, 64])
-def test_convolutions_in_pieces_make_the_same_latents_and_pictures(arch: Architecture, num_rows: int) -> None:
+def test_convolutions_in_pieces_make_the_same_latents_and_images(arch: Architecture, num_rows: int) -> None:
     pixels = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(1)) * 2 - 1
     whole, pieces = arch.load.vae(), compute_in_chunks(arch.load.vae(), num_rows)
     assert sum(isinstance(layer, ChunkedConv2d) for layer in pieces.modules()) > 20
     latents = [arch.codec.encode(vae, pixels, [torch.Generator().manual_seed(2)]) for vae in (whole, pieces)]
     torch.testing.assert_close(latents[1], latents[0], **FLOAT32_DEEP)
-    pictures = [arch.codec.decode(vae, latents[0]) for vae in (whole, pieces)]
-    torch.testing.assert_close(pictures[1], pictures[0], **FLOAT32_DEEP)
+    images = [arch.codec.decode(vae, latents[0]) for vae in (whole, pieces)]
+    torch.testing.assert_close(images[1], images[0], **FLOAT32_DEEP)

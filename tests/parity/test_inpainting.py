@@ -40,8 +40,8 @@ def test_latents_equal_those_of_the_pipeline(inpainting_folder: Path, tmp_path: 
     rng = np.random.default_rng(32)
     mask = draw_mask(64, 96, rng)
     rgb = rng.integers(0, 256, (96, 64, 3), dtype=np.uint8)
-    picture = Image.fromarray(np.dstack([rgb, np.where(mask > 0, 0, 255).astype(np.uint8)]))
-    picture.save(tmp_path / "shown.png")
+    image = Image.fromarray(np.dstack([rgb, np.where(mask > 0, 0, 255).astype(np.uint8)]))
+    image.save(tmp_path / "shown.png")
     parts = pipeline_of(inpainting_folder, sampler).components
     pipeline = diffusers.StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
@@ -49,7 +49,7 @@ def test_latents_equal_those_of_the_pipeline(inpainting_folder: Path, tmp_path: 
     prompt = prompt_of(sampler=sampler, image_path=tmp_path / "shown.png")
     expected = pipeline(
         prompt.text, negative_prompt=prompt.negative, width=64, height=96, num_inference_steps=prompt.num_steps,
-        image=picture.convert("RGB"), mask_image=Image.fromarray((mask * 255).astype(np.uint8)), strength=1.0,
+        image=image.convert("RGB"), mask_image=Image.fromarray((mask * 255).astype(np.uint8)), strength=1.0,
         guidance_scale=prompt.scale, generator=torch.Generator().manual_seed(7), output_type="latent",
     ).images  # fmt: skip
     arch = build(options_for(inpainting_folder, train_inpainting=True))
@@ -59,7 +59,7 @@ def test_latents_equal_those_of_the_pipeline(inpainting_folder: Path, tmp_path: 
     found = ours(run, prompt)
     torch.testing.assert_close(found, expected, **FLOAT32_SAMPLED)
     Image.fromarray(rgb[::-1].copy()).save(tmp_path / "shown.png")
-    assert (ours(run, prompt) - expected).abs().max() > 0.01  # another picture, another mask
+    assert (ours(run, prompt) - expected).abs().max() > 0.01  # another image, another mask
 
 
 def test_a_single_file_is_the_same_model_as_a_folder(

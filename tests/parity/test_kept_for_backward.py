@@ -11,7 +11,7 @@ from tests.runs.bases import BASES
 
 pytestmark = pytest.mark.usefixtures("fresh_process")  # reading options sets logging up
 
-SHARE = 0.03  # shifts, scales and gates are parts of one vector; the last layer takes the picture's part of all tokens
+SHARE = 0.03  # shifts, scales and gates are parts of one vector; the last layer takes the image's part of all tokens
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

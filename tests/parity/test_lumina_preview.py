@@ -64,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("changes", [{}, {"scale": 1.0}, {"cfg_trunc_ratio": 0.4}], ids=str)
 def test_latents_equal_those_of_the_pipeline(folder: Path, changes: dict[str, float]) -> None:
-    """Its limit on the length of guided predictions is by row, ours by picture, so it is off in both."""
+    """Its limit on the length of guided predictions is by row, ours by image, so it is off in both."""
     prompt = replace(PROMPT, **changes)
     expected = pipeline_of(folder)(
         prompt.text, negative_prompt=prompt.negative, width=prompt.width, height=prompt.height,
@@ -76,7 +76,7 @@ def test_latents_equal_those_of_the_pipeline(folder: Path, changes: dict[str, fl
     torch.testing.assert_close(found, expected, **FLOAT32_SAMPLED)
 
 
-def test_every_setting_of_a_prompt_reaches_the_picture(folder: Path) -> None:
+def test_every_setting_of_a_prompt_reaches_the_image(folder: Path) -> None:
     run = run_of(["--pretrained_model_name_or_path", str(folder)])
     plain = ours(run, PROMPT)
     for changes in ({"cfg_trunc_ratio": 0.4}, {"renorm_cfg": 0.5}, {"flow_shift": 2.0}, {"negative": "a cat"}):

@@ -1,4 +1,4 @@
-"""Preview pictures against diffusers' own pipeline: the same weights, scheduler, seed, prompt and scale."""
+"""Preview images against diffusers' own pipeline: the same weights, scheduler, seed, prompt and scale."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -94,15 +94,15 @@ def test_velocity_models_with_zero_terminal_snr_too(tiny_sd_folder: Path, sample
     torch.testing.assert_close(ours(run, prompt), expected, **FLOAT32_SAMPLED)
 
 
-def test_pictures_equal_those_of_the_pipeline(tiny_sd_folder: Path) -> None:
+def test_images_equal_those_of_the_pipeline(tiny_sd_folder: Path) -> None:
     """Rounding may fall to the other side where a value lies on the edge of two shades."""
     prompt, run = prompt_of(sampler="euler"), run_of(tiny_sd_folder)
     expected = np.asarray(theirs(pipeline_of(tiny_sd_folder, "euler"), prompt, "pil")[0]).astype(int)
     with torch.no_grad():
-        picture = np.asarray(decode(run, run.arch.load.vae(), ours(run, prompt))).astype(int)
-    assert picture.shape == (96, 64, 3)
-    assert np.abs(picture - expected).max() <= 1
-    assert picture.std() > 5  # a picture, not one colour
+        image = np.asarray(decode(run, run.arch.load.vae(), ours(run, prompt))).astype(int)
+    assert image.shape == (96, 64, 3)
+    assert np.abs(image - expected).max() <= 1
+    assert image.std() > 5  # an image, not one colour
 
 
 def test_values_beyond_the_range_are_cut() -> None:

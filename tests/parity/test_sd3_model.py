@@ -88,7 +88,7 @@ def test_checkpointing_changes_no_gradient(name: str) -> None:
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
-def test_a_picture_may_lie_elsewhere_in_the_table() -> None:
+def test_an_image_may_lie_elsewhere_in_the_table() -> None:
     model = tiny_mmdit(DUAL, SEED)
     side = DUAL.positions_side
     numbered = torch.arange(side**2, dtype=torch.float32).view(1, -1, 1).expand(-1, -1, DUAL.width)
@@ -98,7 +98,7 @@ def test_a_picture_may_lie_elsewhere_in_the_table() -> None:
     assert model.positions(2, 2, None)[0, 0, 0] == (side // 2 - 1) * side + side // 2 - 1
 
 
-def test_a_picture_larger_than_the_table_is_refused() -> None:
+def test_an_image_larger_than_the_table_is_refused() -> None:
     with pytest.raises(ValueError, match="an image of 784x64 pixels exceeds this model's limit of 384x384"):
         run_ours(tiny_mmdit(PLAIN, SEED), inputs(PLAIN, (8, 98), seed=6))
 

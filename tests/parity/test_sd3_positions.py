@@ -13,7 +13,7 @@ embeddings: Any = pytest.importorskip("diffusers.models.embeddings")
 
 
 @pytest.mark.parametrize("side", [24, 32, 64])
-def test_a_square_picture_lies_on_sixteen_units_as_diffusers_table_has_them(side: int) -> None:
+def test_a_square_image_lies_on_sixteen_units_as_diffusers_table_has_them(side: int) -> None:
     expected = embeddings.get_2d_sincos_pos_embed(48, side, base_size=16, output_type="pt")
     found = scaled_positions(side, side, side, None, 48)[0]
     torch.testing.assert_close(found.double(), expected.double(), rtol=0.0, atol=2e-6)  # float32 coordinates there
@@ -27,7 +27,7 @@ def test_other_shapes_are_cut_from_the_middle_or_anywhere_of_a_table_half_as_lar
         torch.testing.assert_close(scaled_positions(h, w, 24, corner, 16), cut, rtol=0.0, atol=0.0)
 
 
-def test_a_picture_takes_the_resolution_of_the_nearest_area() -> None:
+def test_an_image_takes_the_resolution_of_the_nearest_area() -> None:
     assert [side_of((512, 512), 2), side_of((1024, 1024), 2), side_of((640, 384), 2)] == [32, 64, 31]
     assert [nearest_side(*shape, [64, 32]) for shape in ((32, 32), (40, 26), (48, 53), (50, 52), (64, 64))] == [
         32, 32, 53, 64, 64

@@ -145,7 +145,7 @@ def test_marked_samples_keep_the_output_of_the_base_model(tiny_sd_folder: Path) 
     assert run.network.module.values == [0.0, 1.0]
 
 
-def test_latents_that_are_not_numbers_name_the_picture(tiny_sd_folder: Path) -> None:
+def test_latents_that_are_not_numbers_name_the_image(tiny_sd_folder: Path) -> None:
     run = context_of(options_for(tiny_sd_folder), [])
     pixels_BCHW = torch.zeros(2, 3, 64, 64)
     pixels_BCHW[1, 0, 0, 0] = torch.nan

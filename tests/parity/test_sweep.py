@@ -24,7 +24,7 @@ from library.training.reporting.event_stream import Events
 from library.training.run.prepare import prepare
 from library.training.run.runs import AdapterRequest
 from library.training.run_parts import Run
-from tests.running import SCRIPTS, make_pictures
+from tests.running import SCRIPTS, make_images
 from tests.runs.bases import BASES
 from tests.tolerances import SUMS_OF_A_PASS
 from tests.unit.memory.planner.made_up import allocated_peak
@@ -73,7 +73,7 @@ def prepared(
     AcceleratorState._reset_state()
     PartialState._reset_state()
     base = BASES[name]
-    make_pictures(folder / "data" / "1_thing", 2, seed=73)
+    make_images(folder / "data" / "1_thing", 2, seed=73)
     words = [
         *base.build(folder / "model"), "--train_data_dir", str(folder / "data"), "--caption_extension", ".txt",
         "--resolution", size, "--train_batch_size", "2", "--output_dir", str(folder / "out"), "--network_module",

@@ -24,10 +24,10 @@ def tiny_anima_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture
-def own_arguments(pictures: Path, tmp_path: Path) -> list[str]:
+def own_arguments(images: Path, tmp_path: Path) -> list[str]:
     """A command line that trains two steps, without the base model."""
     return [
-        "--train_data_dir", str(pictures), "--caption_extension", ".txt", "--resolution", "64",
+        "--train_data_dir", str(images), "--caption_extension", ".txt", "--resolution", "64",
         "--train_batch_size", "2", "--output_dir", str(tmp_path / "out"), "--output_name", "mine", "--network_module",
         "networks.lora_anima", "--network_dim", "4", "--learning_rate", "1e-3", "--max_train_steps", "2", "--seed", "5",
         "--max_data_loader_n_workers", "0", "--qwen3_max_token_length", "32", "--t5_max_token_length", "32",
@@ -78,7 +78,7 @@ def test_every_kind_of_adapter_trains_and_moves_every_module(
 
 @pytest.mark.nightly
 def test_memory_modes_caches_and_layouts_of_the_base_change_nothing(
-    train_anima: Train, arguments: list[str], own_arguments: list[str], pictures: Path, tmp_path: Path
+    train_anima: Train, arguments: list[str], own_arguments: list[str], images: Path, tmp_path: Path
 ) -> None:
     alone = ["--network_train_unet_only", "--cache_latents", "--network_args", "train_llm_adapter=True"]
     assert train_anima([*arguments, *alone, "--max_train_steps", "1", "--output_name", "start"]).status == 0
@@ -93,7 +93,7 @@ def test_memory_modes_caches_and_layouts_of_the_base_change_nothing(
     for key, weight in plain.items():
         torch.testing.assert_close(first[key], weight, rtol=1e-4, atol=1e-6)
         assert torch.equal(first[key], again[key])
-    with np.load(pictures / "2_thing" / "00_anima_te.npz") as file:
+    with np.load(images / "2_thing" / "00_anima_te.npz") as file:
         found = {key: (file[key].shape, str(file[key].dtype)) for key in file.files if not key.startswith("captions")}
     assert found == {
         "prompt_embeds": ((32, QWEN_WIDTH), "float32"),
@@ -102,7 +102,7 @@ def test_memory_modes_caches_and_layouts_of_the_base_change_nothing(
         "t5_attn_mask": ((32,), "int32"),
         "caption_dropout_rate": ((), "float32"),
     }
-    with np.load(pictures / "2_thing" / "00_0064x0064_anima.npz") as file:
+    with np.load(images / "2_thing" / "00_0064x0064_anima.npz") as file:
         assert file["latents_8x8"].shape == (16, 8, 8)
     with safe_open(tmp_path / "out" / "plain.safetensors", "pt") as opened:
         metadata = opened.metadata()

@@ -1,4 +1,4 @@
-"""--audit_only: every picture is looked at, without a base model."""
+"""--audit_only: every image is looked at, without a base model."""
 
 import json
 import random
@@ -12,7 +12,7 @@ from PIL import Image
 from library.training.command_line import audit_only as module
 from library.training.report_page.page import data_of
 from library.training.reporting.events import Event
-from tests.running import ROOT, SCRIPTS, Finished, make_pictures
+from tests.running import ROOT, SCRIPTS, Finished, make_images
 
 Train = Callable[..., Finished]
 
@@ -22,7 +22,7 @@ def test_what_stands_out_is_logged_and_shown(
     train: Train, tmp_path: Path, script: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert script in SCRIPTS
-    folder = make_pictures(tmp_path / "data" / "1_<b>thing", 4, side=96, seed=12)
+    folder = make_images(tmp_path / "data" / "1_<b>thing", 4, side=96, seed=12)
     Image.new("RGB", (96, 96), (9, 90, 9)).save(folder / "green.png")
     with Image.open(folder / "01.png") as image:
         image.resize((80, 80)).save(folder / "copy.jpg", quality=60)
@@ -44,7 +44,7 @@ def test_what_stands_out_is_logged_and_shown(
 
 
 def test_kinds_of_files_crops_and_all_warnings_are_on_the_page(train: Train, tmp_path: Path) -> None:
-    folder, rng = make_pictures(tmp_path / "data" / "1_cat", 3, side=96, seed=13), random.Random(14)
+    folder, rng = make_images(tmp_path / "data" / "1_cat", 3, side=96, seed=13), random.Random(14)
 
     def noise(mode: str, size: tuple[int, int]) -> Image.Image:
         return Image.frombytes(mode, size, rng.randbytes(size[0] * size[1] * len(mode)))
@@ -63,7 +63,7 @@ def test_kinds_of_files_crops_and_all_warnings_are_on_the_page(train: Train, tmp
     assert done.status == 0, done.stderr
     data = data_of((out / "cat-audit.html").read_text(encoding="utf-8"))
     found = {one["text"].partition(" ")[2][:24]: one["pictures"] for one in data["findings"]}
-    named = {text: [Path(picture["file"]).name for picture in pictures] for text, pictures in found.items()}
+    named = {text: [Path(image["file"]).name for image in images] for text, images in found.items()}
     assert named["image animated; only the"] == ["dance.webp"]
     assert named["image partly transparent"] == ["logo.png"] and named["image in CMYK, whose col"] == ["print.jpg"]
     assert named["image of which a third o"] == ["wide.png"]
@@ -75,13 +75,11 @@ def test_kinds_of_files_crops_and_all_warnings_are_on_the_page(train: Train, tmp
     assert "partly transparent" not in train(["--dataset_config", str(config), "--audit_only"]).stderr
 
 
-def test_nothing_is_written_without_a_place_and_good_pictures_are_said_to_be(
-    train: Train, pictures: Path, monkeypatch: pytest.MonkeyPatch
+def test_nothing_is_written_without_a_place_and_good_images_are_said_to_be(
+    train: Train, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "inspect", lambda *given: [])
-    before = sorted(pictures.rglob("*"))
-    done = train(
-        ["--train_data_dir", str(pictures), "--resolution", "64", "--caption_extension", ".txt", "--audit_only"]
-    )
+    before = sorted(images.rglob("*"))
+    done = train(["--train_data_dir", str(images), "--resolution", "64", "--caption_extension", ".txt", "--audit_only"])
     assert done.status == 0 and "no problems found in the images" in done.stderr
-    assert sorted(pictures.rglob("*")) == before
+    assert sorted(images.rglob("*")) == before

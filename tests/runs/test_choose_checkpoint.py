@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from library.training.report_page.writer import read_report
 from library.training.saving.saved_files import steps_of
-from tests.running import Finished, make_pictures
+from tests.running import Finished, make_images
 from tests.runs.bases import BASES
 from tests.runs.test_events import events_of, of_kind
 from tools import choose_checkpoint
@@ -21,9 +21,9 @@ Train = Callable[..., Finished]
 
 @pytest.fixture
 def arguments(base_arguments: list[str], tmp_path: Path) -> list[str]:
-    """Eight of sixteen pictures are set aside; six steps with a rate that overshoots, saved after every second one."""
+    """Eight of sixteen images are set aside; six steps with a rate that overshoots, saved after every second one."""
     words = [word for word in base_arguments if word != "--no_report"]
-    make_pictures(tmp_path / "data" / "1_more", 10, seed=3)
+    make_images(tmp_path / "data" / "1_more", 10, seed=3)
     return [
         *words, "--console_log_simple", "--validation_split", "0.5", "--learning_rate", "0.03", "--max_train_steps",
         "6", "--save_every_n_steps", "2", "--validate_every_n_steps", "2", "--validate_at_first", "--seed", "11",
@@ -124,9 +124,9 @@ OTHERS = [pytest.param(name, [], marks=pytest.mark.nightly) for name in BASES if
 def test_the_tool_measures_what_the_run_measured(
     train: Train, tmp_path: Path, name: str, words: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Every file on the same pictures with the same noise, also where the run cached everything."""
+    """Every file on the same images with the same noise, also where the run cached everything."""
     base, out, told = BASES[name], tmp_path / "out", tmp_path / "events.jsonl"
-    make_pictures(tmp_path / "data" / "1_thing", 16, seed=len(name))
+    make_images(tmp_path / "data" / "1_thing", 16, seed=len(name))
     arguments = [
         *base.build(tmp_path / "model"), "--train_data_dir", str(tmp_path / "data"), "--caption_extension", ".txt",
         "--resolution", "64", "--output_dir", str(out), "--output_name", "mine", "--network_module", base.module,
@@ -144,7 +144,7 @@ def test_the_tool_measures_what_the_run_measured(
     printed = capfd.readouterr().out
     assert "mine-step00000002.safetensors" in printed and "suggested file: " in printed
     assert len(re.findall(r"^mine\S* +[24] +\d+\.\d{5} \(.*(yes|no|-)", printed, re.MULTILINE)) == 2
-    assert "memorization gap: with" in printed and "than on pictures that were set aside" in printed
+    assert "memorization gap: with" in printed and "than on images that were set aside" in printed
     report = read_report(out / "mine-report.html")
     assert report.choice is not None and report.choice["candidates"] == second["candidates"]
 
@@ -164,11 +164,11 @@ def perturb(path: Path, seed: int) -> None:
 
 
 @pytest.mark.nightly
-def test_copies_name_no_winner_and_trained_pictures_choose_nothing(
+def test_copies_name_no_winner_and_trained_images_choose_nothing(
     train: Train, base_arguments: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Copies of one file are measured once. Files that differ by noise follow, then mirror images alone."""
-    make_pictures(tmp_path / "data" / "1_more", 18, seed=3)
+    make_images(tmp_path / "data" / "1_more", 18, seed=3)
     words = [*base_arguments, "--learning_rate", "0.03"]
     assert train([*words, "--validation_split", "0.34"]).status == 0
     file, told = tmp_path / "out" / "mine.safetensors", tmp_path / "events.jsonl"
@@ -188,7 +188,7 @@ def test_copies_name_no_winner_and_trained_pictures_choose_nothing(
     assert not noisy["has_winner"] and noisy["suggested"] in copies
     assert len({one["loss"] for one in noisy["candidates"]}) == 4
     assert not aside["has_winner"] and aside["suggested"] == copies[0] and aside["num_pictures"] == 8
-    assert without["suggested"] is None and "no file is suggested: no picture is set aside" in printed.out
+    assert without["suggested"] is None and "no file is suggested: no image is set aside" in printed.out
     assert "may have been trained on images that are measured" in printed.err
     memories = [one["memorised"] for one in without["candidates"][1:]]
     assert without["num_pictures"] == 24 and memories[0]["unseen"] == "mirrored"

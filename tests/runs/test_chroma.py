@@ -1,4 +1,4 @@
-"""flux_train_network.py --model_type chroma on a tiny model: kinds of adapters, captions, pictures and tools."""
+"""flux_train_network.py --model_type chroma on a tiny model: kinds of adapters, captions, images and tools."""
 
 from collections.abc import Callable
 from functools import partial
@@ -23,10 +23,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture
-def run(train: Train, tiny: list[str], pictures: Path, tmp_path: Path) -> Callable[..., Finished]:
+def run(train: Train, tiny: list[str], images: Path, tmp_path: Path) -> Callable[..., Finished]:
     """`run(name, ...)` trains three steps of the usual recipe."""
     words = [
-        *tiny, "--train_data_dir", str(pictures), "--caption_extension", ".txt", "--resolution", "64",
+        *tiny, "--train_data_dir", str(images), "--caption_extension", ".txt", "--resolution", "64",
         "--train_batch_size", "2", "--output_dir", str(tmp_path / "out"), "--network_module", "networks.lora_flux",
         "--network_dim", "4", "--learning_rate", "1e-3", "--max_train_steps", "3", "--seed", "6",
         "--max_data_loader_n_workers", "0", "--t5xxl_max_token_length", "32", "--model_prediction_type", "raw",
@@ -66,7 +66,7 @@ def test_adapters_train_in_what_is_asked_for(
 
 
 def test_cached_captions_train_the_same_and_are_in_files_that_sd_scripts_reads(
-    run: Callable[..., Finished], pictures: Path, tmp_path: Path
+    run: Callable[..., Finished], images: Path, tmp_path: Path
 ) -> None:
     """No encoder is left to train, so caching asks for no further option."""
     assert run("plain").status == 0
@@ -77,7 +77,7 @@ def test_cached_captions_train_the_same_and_are_in_files_that_sd_scripts_reads(
     for key, weight in plain.items():
         torch.testing.assert_close(first[key], weight, rtol=1e-4, atol=1e-6)
         assert torch.equal(first[key], again[key])
-    with np.load(pictures / "2_thing" / "00_flux_te.npz") as file:
+    with np.load(images / "2_thing" / "00_flux_te.npz") as file:
         shapes = {key: file[key].shape for key in ("l_pooled", "t5_out", "txt_ids", "t5_attn_mask")}
         assert shapes == {"l_pooled": (77, 1), "t5_out": (32, 32), "txt_ids": (32, 3), "t5_attn_mask": (32,)}
         assert file["apply_t5_attn_mask"]
@@ -85,7 +85,7 @@ def test_cached_captions_train_the_same_and_are_in_files_that_sd_scripts_reads(
     assert done.status == 1 and "train_t5xxl=True trains a text encoder whose outputs" in done.stderr
 
 
-def test_negative_prompts_and_their_scale_change_the_picture(run: Callable[..., Finished], tmp_path: Path) -> None:
+def test_negative_prompts_and_their_scale_change_the_image(run: Callable[..., Finished], tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     size = "--w 64 --h 48 --s 2 --d 1"
     lines = [
@@ -94,9 +94,9 @@ def test_negative_prompts_and_their_scale_change_the_picture(run: Callable[..., 
     prompts.write_text("\n".join(lines) + "\n")
     done = run("a", "--sample_prompts", str(prompts), "--sample_at_first", "--max_train_steps", "1")
     assert done.status == 0, done.stderr
-    pictures = [path.read_bytes() for path in sorted((tmp_path / "out" / "sample").glob("*_e000000_*.png"))]
-    assert len(pictures) == 4 and len(set(pictures[:3])) == 3
-    assert pictures[3] == pictures[2], "what a prompt that says nothing gets"
+    images = [path.read_bytes() for path in sorted((tmp_path / "out" / "sample").glob("*_e000000_*.png"))]
+    assert len(images) == 4 and len(set(images[:3])) == 3
+    assert images[3] == images[2], "what a prompt that says nothing gets"
 
 
 def test_a_trained_file_merges_into_the_checkpoint(

@@ -12,7 +12,7 @@ from PIL import Image
 
 from library.training.offline.contact_sheet import GAP, LABEL_HEIGHT, LABEL_WIDTH, arrange
 from library.training.report_page.writer import read_report
-from tests.running import Finished, make_pictures
+from tests.running import Finished, make_images
 from tests.runs.bases import BASES
 from tools import contact_sheet
 
@@ -21,7 +21,7 @@ PROMPTS = "a red cat --w 64 --h 64 --s 2 --d 3 --n blue\na dog --w 64 --h 64 --s
 
 
 def cells(sheet: Path, num_rows: int, num_columns: int) -> Any:
-    """The pixels of 64 x 64 pictures by row and column."""
+    """The pixels of 64 x 64 images by row and column."""
     pixels, pitch = np.asarray(Image.open(sheet)).astype(int), 64 + GAP
     assert pixels.shape == (LABEL_HEIGHT + num_rows * pitch, LABEL_WIDTH + num_columns * pitch, 3)
     return [
@@ -50,7 +50,7 @@ OTHERS = [pytest.param(name, marks=pytest.mark.nightly) for name in BASES if nam
 def test_a_sheet_shows_what_the_run_drew(train: Train, tmp_path: Path, name: str) -> None:
     """Two files of one run and the base model: rows in the order of their steps, whatever is drawn before them."""
     base = BASES[name]
-    make_pictures(tmp_path / "data" / "1_thing", 2, seed=len(name))
+    make_images(tmp_path / "data" / "1_thing", 2, seed=len(name))
     (tmp_path / "prompts.txt").write_text(PROMPTS)
     model, out = base.build(tmp_path / "model"), tmp_path / "out"
     words = [
@@ -117,10 +117,10 @@ def test_what_is_missing_is_said(
     assert wanted in capsys.readouterr().err
 
 
-def test_long_texts_are_cut_and_large_pictures_made_smaller() -> None:
-    pictures = [[Image.new("RGB", size, (200, 0, 0)) for size in ((512, 256), (64, 64))] for _ in range(2)]
-    sheet = arrange(pictures, ["a" * 500, "b\nc"], ["a cat " * 90, "猫"], side=128)
+def test_long_texts_are_cut_and_large_images_made_smaller() -> None:
+    images = [[Image.new("RGB", size, (200, 0, 0)) for size in ((512, 256), (64, 64))] for _ in range(2)]
+    sheet = arrange(images, ["a" * 500, "b\nc"], ["a cat " * 90, "猫"], side=128)
     assert sheet.size == (LABEL_WIDTH + 2 * (128 + GAP), LABEL_HEIGHT + 2 * (64 + GAP))
     pixels = np.asarray(sheet)
     assert (pixels[LABEL_HEIGHT, LABEL_WIDTH] == (200, 0, 0)).all()
-    assert (pixels[LABEL_HEIGHT:, LABEL_WIDTH - GAP : LABEL_WIDTH] == 255).all()  # no label runs into a picture
+    assert (pixels[LABEL_HEIGHT:, LABEL_WIDTH - GAP : LABEL_WIDTH] == 255).all()  # no label runs into an image

@@ -11,7 +11,7 @@ from library.checkpoints.files import load_state_dict
 from library.models import rotary
 from library.processes import Processes
 from tests.device_standin import device_without_float64
-from tests.running import Finished, make_pictures
+from tests.running import Finished, make_images
 from tests.runs.bases import BASES
 
 Train = Callable[..., Finished]
@@ -26,7 +26,7 @@ def test_a_run_needs_no_float64_on_its_device(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     base = BASES[name]
-    make_pictures(tmp_path / "data" / "1_thing", 3, seed=62)
+    make_images(tmp_path / "data" / "1_thing", 3, seed=62)
     (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --d 1\n")
     words = [
         *base.build(tmp_path / "model"), "--train_data_dir", str(tmp_path / "data"), "--caption_extension", ".txt",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.contracts.test_docs_commands import PAGES, ROOT, commands_of
-from tests.running import Finished, make_pictures
+from tests.running import Finished, make_images
 from tests.runs.bases import BASES
 from tests.tiny.flux import build_tiny_flux
 from tests.tiny.sd import build_tiny_sd
@@ -46,10 +46,10 @@ def page_parameters() -> list[object]:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with what a reader has: pictures, the shipped configurations at a small size."""
-    make_pictures(tmp_path / "pictures" / "my_cat", 4)
-    make_pictures(tmp_path / "pictures" / "10_mycat", 2)
-    make_pictures(tmp_path / "regularisation" / "1_cat", 2)
+    """A folder with what a reader has: images, the shipped configurations at a small size."""
+    make_images(tmp_path / "pictures" / "my_cat", 4)
+    make_images(tmp_path / "pictures" / "10_mycat", 2)
+    make_images(tmp_path / "regularisation" / "1_cat", 2)
     (tmp_path / "configs" / "examples").mkdir(parents=True)
     add_quickstart(tmp_path / "configs" / "quickstart")
     (tmp_path / "configs" / "leco").mkdir()

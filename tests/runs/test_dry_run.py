@@ -11,7 +11,7 @@ from schedulefree import AdamWScheduleFree
 from library.data.caching import latents
 from library.data.sources.folders import image_index
 from library.training.loop import loop
-from tests.running import Finished, make_pictures
+from tests.running import Finished, make_images
 
 Train = Callable[..., Finished]
 
@@ -28,10 +28,10 @@ def test_a_dry_run_tells_what_a_run_needs_and_writes_nothing(
     monkeypatch: pytest.MonkeyPatch,
     options: list[str],
 ) -> None:
-    """Pictures of 96x64 make the largest bucket; folders of any size would get an index in a real run."""
+    """Images of 96x64 make the largest bucket; folders of any size would get an index in a real run."""
     monkeypatch.setattr(image_index, "MIN_FILES", 1)
-    make_pictures(tmp_path / "data" / "1_small", 3, side=64)
-    make_pictures(tmp_path / "data" / "1_large", 2, side=128)
+    make_images(tmp_path / "data" / "1_small", 3, side=64)
+    make_images(tmp_path / "data" / "1_large", 2, side=128)
     before = everything_below(tmp_path)
     encoded: list[int] = []
     honest = latents.encode_batch
@@ -41,7 +41,7 @@ def test_a_dry_run_tells_what_a_run_needs_and_writes_nothing(
     done = train([*base_arguments, *buckets, *logs, *options, "--dry_run", "--max_train_steps", "50"])
     assert done.status == 0, done.stderr
     assert everything_below(tmp_path) == before
-    assert "the largest batch has 2 pictures of 128x128" in done.stderr
+    assert "the largest batch has 2 images of 128x128" in done.stderr
     assert "27904 parameters are trained" in done.stderr
     assert "dry run: 50 steps in " in done.stderr and "memory of a step: peak" in done.stderr
     assert sum(encoded) == (2 if options else 0)
@@ -90,7 +90,7 @@ def test_memory_that_runs_out_in_a_step_is_explained(
     monkeypatch.setattr(loop, "loss_of", loss_of)
     done = train(base_arguments)
     assert done.status == 1 and "Traceback" not in done.stderr
-    assert "out of memory while computing step 3, forward and backward, 2 pictures of 64x64" in done.stderr
+    assert "out of memory while computing step 3, forward and backward, 2 images of 64x64" in done.stderr
     assert "memory: peak" in done.stderr and "--gradient_checkpointing" in done.stderr
 
 

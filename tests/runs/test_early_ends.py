@@ -6,7 +6,7 @@ import pytest
 
 from library.checkpoints.files import load_state_dict, read_metadata
 from tests.ranks import Job, Rank, run_ranks
-from tests.running import make_pictures
+from tests.running import make_images
 from tests.runs.bases import BASES
 from tests.tolerances import SUMS_OF_A_RUN
 
@@ -23,7 +23,7 @@ RUNS = {
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Rank]]]:
     """Where files lie, and what the processes of each run said: "<name> 2" of two, "<name> 1" of one."""
     folder = tmp_path_factory.mktemp("runs")
-    make_pictures(folder / "data" / "1_thing", 25, seed=71)
+    make_images(folder / "data" / "1_thing", 25, seed=71)
     (folder / "model").mkdir()
     words = [
         *BASES["flux"].build(folder / "model"), "--train_data_dir", str(folder / "data"), "--caption_extension",

@@ -10,7 +10,7 @@ import pytest
 
 from library.checkpoints.files import load_state_dict, read_metadata
 from networks.core.registry.layouts import list_kinds
-from tests.running import Finished, make_pictures
+from tests.running import Finished, make_images
 from tests.runs.bases import BASES
 from tests.runs.test_resume import ALL_RANDOM, cut_and_go_on
 
@@ -22,7 +22,7 @@ PAIR = '[[prompts]]\ntarget = "a red cat"\npositive = "an cat"\n'
 
 
 def words_of(tmp_path: Path, *model: str) -> list[str]:
-    make_pictures(tmp_path / "data" / "1_thing", 2, seed=61)
+    make_images(tmp_path / "data" / "1_thing", 2, seed=61)
     return [
         *model, "--train_data_dir", str(tmp_path / "data"), "--caption_extension", ".txt", "--resolution", "64",
         "--output_dir", str(tmp_path / "out"), "--output_name", "mine", "--network_dim", "4", "--max_train_steps", "2",

@@ -32,9 +32,9 @@ def of_kind(events: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 
 
 def test_a_run_tells_everything_that_happens(train: Train, base_arguments: list[str], tmp_path: Path) -> None:
-    """One run with validation, previews, saved and rotated files, caching, a damaged picture, and a warning."""
+    """One run with validation, previews, saved and rotated files, caching, a damaged image, and a warning."""
     (tmp_path / "prompts.txt").write_text("a red cat --w 64 --h 128 --s 2 --d 3\n")
-    (tmp_path / "data" / "2_thing" / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "data" / "2_thing" / "broken.png").write_bytes(b"no image")
     file = tmp_path / "new" / "events.jsonl"
     done = train(
         [

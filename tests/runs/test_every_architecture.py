@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from library.checkpoints.files import load_state_dict, read_metadata
-from tests.running import ROOT, Finished, make_pictures
+from tests.running import ROOT, Finished, make_images
 from tests.runs.bases import BASES, Base
 
 Train = Callable[..., Finished]
@@ -34,7 +34,7 @@ def model(base: Base, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture
 def run(train: Train, base: Base, model: list[str], tmp_path: Path) -> Callable[..., Finished]:
     """`run(folder, ...)` trains into a folder of `tmp_path`."""
-    make_pictures(tmp_path / "data" / "1_thing", 7, seed=61)
+    make_images(tmp_path / "data" / "1_thing", 7, seed=61)
     (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --d 1\n")
     arguments = [
         *model, "--train_data_dir", str(tmp_path / "data"), "--caption_extension", ".txt", "--resolution", "64",
@@ -68,9 +68,9 @@ def test_a_run_with_everything_on_that_is_cut_and_goes_on_is_the_uninterrupted_o
     lines = [[line.split("validation after")[1] for line in done.stderr.splitlines() if "validation after" in line]
              for done in (whole, rest)]  # fmt: skip
     assert len(lines[0]) > 1 and lines[1] == lines[0][-len(lines[1]) :]
-    pictures = [sorted(path.read_bytes() for path in (tmp_path / name / "sample").glob("*.png"))
+    images = [sorted(path.read_bytes() for path in (tmp_path / name / "sample").glob("*.png"))
                 for name in ("whole", "rest")]  # fmt: skip
-    assert pictures[0] == pictures[1] and len(pictures[0]) == 1
+    assert images[0] == images[1] and len(images[0]) == 1
 
 
 def tool(name: str, *words: str) -> str:

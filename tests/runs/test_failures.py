@@ -47,10 +47,10 @@ def assert_goes_on_to_the_same_end(train: Train, words: list[str], tmp_path: Pat
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_a_picture_that_goes_in_mid_run_costs_no_step(
-    train: Train, base_arguments: list[str], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_image_that_goes_in_mid_run_costs_no_step(
+    train: Train, base_arguments: list[str], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    content = {path: path.read_bytes() for path in pictures.rglob("*.png")}
+    content = {path: path.read_bytes() for path in images.rglob("*.png")}
     before_batch(monkeypatch, 2, lambda: [path.unlink() for path in content])
     done = train(base_arguments)
     assert done.status == 1 and "Traceback" not in done.stderr

@@ -12,7 +12,7 @@ from library.memory.planner.gpus import TYPICAL
 from library.memory.planner.prediction import Way, predict
 from library.training.planning import correction
 from library.training.planning.correction import Gauge
-from tests.running import Finished, make_pictures
+from tests.running import Finished, make_images
 from tests.runs.bases import BASES
 from tools.plan_memory import count
 
@@ -22,7 +22,7 @@ MIB = 2**20
 
 def flux_arguments(tmp_path: Path, *more: str) -> list[str]:
     base = BASES["flux"]
-    make_pictures(tmp_path / "data" / "1_thing", 4, side=256)
+    make_images(tmp_path / "data" / "1_thing", 4, side=256)
     return [
         *base.build(tmp_path / "model"), "--network_module", base.module, "--network_dim", "4", "--train_data_dir",
         str(tmp_path / "data"), "--caption_extension", ".txt", "--resolution", "256", "--output_dir",
@@ -84,7 +84,7 @@ def test_formats_are_chosen_from_where_they_are_allowed(train: Train, tmp_path: 
 @pytest.mark.parametrize("name", BASES)
 def test_every_base_model_can_be_fitted(name: str, train: Train, tmp_path: Path) -> None:
     base = BASES[name]
-    make_pictures(tmp_path / "data" / "1_thing", 2)
+    make_images(tmp_path / "data" / "1_thing", 2)
     arguments = [
         *base.build(tmp_path / "model"), "--network_module", base.module, "--network_dim", "4", "--train_data_dir",
         str(tmp_path / "data"), "--caption_extension", ".txt", "--resolution", "64", "--output_dir",

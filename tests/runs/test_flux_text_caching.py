@@ -23,7 +23,7 @@ def test_memory_disk_and_no_cache_train_the_same_bit_for_bit(
     train_flux: Train,  # noqa: F811
     arguments: list[str],  # noqa: F811
     tmp_path: Path,
-    pictures: Path,
+    images: Path,
 ) -> None:
     """All runs start from the same weights: without text encoders other numbers are drawn for new ones."""
     train_flux([*arguments, "--network_train_unet_only", "--max_train_steps", "1", "--output_name", "start"])
@@ -40,7 +40,7 @@ def test_memory_disk_and_no_cache_train_the_same_bit_for_bit(
         assert found.keys() == plain.keys() and all(torch.equal(found[key], plain[key]) for key in plain)
     assert "text cache: 7 files reused, 0 to encode, 0 stale" in done.stderr
 
-    with np.load(pictures / "2_thing" / "00_flux_te.npz") as archive:
+    with np.load(images / "2_thing" / "00_flux_te.npz") as archive:
         entries = {
             name: (archive[name].dtype.name, archive[name].shape) for name in archive.files if name != "captions"
         }

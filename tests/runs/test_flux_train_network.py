@@ -25,10 +25,10 @@ def tiny_flux_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture
-def arguments(tiny_flux_arguments: list[str], pictures: Path, tmp_path: Path) -> list[str]:
+def arguments(tiny_flux_arguments: list[str], images: Path, tmp_path: Path) -> list[str]:
     """A command line that trains three steps."""
     return [
-        *tiny_flux_arguments, "--train_data_dir", str(pictures), "--caption_extension", ".txt", "--resolution", "64",
+        *tiny_flux_arguments, "--train_data_dir", str(images), "--caption_extension", ".txt", "--resolution", "64",
         "--train_batch_size", "2", "--output_dir", str(tmp_path / "out"), "--output_name", "mine", "--network_module",
         "networks.lora_flux", "--network_dim", "4", "--learning_rate", "1e-3", "--max_train_steps", "3", "--seed", "5",
         "--max_data_loader_n_workers", "0", "--t5xxl_max_token_length", "32", "--model_prediction_type", "raw",
@@ -159,7 +159,7 @@ def test_another_base_model_is_recognised(
 
 @pytest.mark.nightly
 def test_cached_captions_train_the_same_and_are_in_files_that_sd_scripts_reads(
-    train_flux: Train, arguments: list[str], pictures: Path, tmp_path: Path
+    train_flux: Train, arguments: list[str], images: Path, tmp_path: Path
 ) -> None:
     assert train_flux([*arguments, "--network_train_unet_only", "--output_name", "start"]).status == 0
     start = str(tmp_path / "out" / "start.safetensors")
@@ -172,7 +172,7 @@ def test_cached_captions_train_the_same_and_are_in_files_that_sd_scripts_reads(
     for key, weight in plain.items():
         torch.testing.assert_close(first[key], weight, rtol=1e-4, atol=1e-6)
         assert torch.equal(first[key], again[key])
-    with np.load(pictures / "2_thing" / "00_flux_te.npz") as file:
+    with np.load(images / "2_thing" / "00_flux_te.npz") as file:
         shapes = {key: file[key].shape for key in ("l_pooled", "t5_out", "txt_ids", "t5_attn_mask")}
         assert shapes == {"l_pooled": (32,), "t5_out": (32, 32), "txt_ids": (32, 3), "t5_attn_mask": (32,)}
         assert not file["apply_t5_attn_mask"]

@@ -22,11 +22,11 @@ def tiny_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture
-def arguments(tiny_arguments: list[str], pictures: Path, tmp_path: Path) -> list[str]:
+def arguments(tiny_arguments: list[str], images: Path, tmp_path: Path) -> list[str]:
     """A command line that trains three steps."""
-    (pictures / "2_thing" / "00.txt").write_text('a red cat with "words" on it')
+    (images / "2_thing" / "00.txt").write_text('a red cat with "words" on it')
     return [
-        *tiny_arguments, "--train_data_dir", str(pictures), "--caption_extension", ".txt", "--resolution", "64",
+        *tiny_arguments, "--train_data_dir", str(images), "--caption_extension", ".txt", "--resolution", "64",
         "--train_batch_size", "2", "--output_dir", str(tmp_path / "out"), "--output_name", "mine", "--network_module",
         "networks.lora_hunyuan_image", "--network_dim", "4", "--learning_rate", "1e-3", "--max_train_steps", "3",
         "--seed", "5", "--max_data_loader_n_workers", "0",

@@ -63,9 +63,7 @@ def test_recomputed_blocks_and_a_batch_of_other_size_train_the_same_model(
         torch.testing.assert_close(weight, saving[name], rtol=1e-3, atol=1e-6)
 
 
-def test_previews_paint_in_the_picture_that_the_prompt_names(
-    train: Train, inpainting: list[str], tmp_path: Path
-) -> None:
+def test_previews_paint_in_the_image_that_the_prompt_names(train: Train, inpainting: list[str], tmp_path: Path) -> None:
     rng = np.random.default_rng(52)
     rgba = rng.integers(0, 256, (80, 64, 4), dtype=np.uint8)
     rgba[..., 3] = 255
@@ -82,7 +80,7 @@ def test_previews_paint_in_the_picture_that_the_prompt_names(
 
 
 def test_sdxl_from_a_single_file(
-    train: Train, tiny_sdxl_file: Path, pictures: Path, tmp_path: Path, base_arguments: list[str]
+    train: Train, tiny_sdxl_file: Path, images: Path, tmp_path: Path, base_arguments: list[str]
 ) -> None:
     base = widen_file(tiny_sdxl_file, tmp_path / "inpainting", seed=53)
     done = train(on_base(base_arguments, base), script="sdxl_train_network")
@@ -95,7 +93,7 @@ def test_sdxl_from_a_single_file(
     [
         (["--cache_latents"], r"--train_inpainting does not work with --cache_latents: "),
         (["--cache_latents_to_disk"], r"does not work with --cache_latents_to_disk: "),
-        (["--sample_prompts", "{here}/nothing.txt", "--sample_at_first"], "names no picture to paint in"),
+        (["--sample_prompts", "{here}/nothing.txt", "--sample_at_first"], "names no image to paint in"),
         (["--sample_prompts", "{here}/lost.txt", "--sample_at_first"], "there is no such file"),
     ],
 )

@@ -39,7 +39,7 @@ def kill_at(process: "subprocess.Popen[bytes]", log: Path, moment: str, delay: f
     process.wait(timeout=60)
 
 
-def assert_nothing_is_damaged(output: Path, pictures: Path) -> None:
+def assert_nothing_is_damaged(output: Path, images: Path) -> None:
     for path in output.glob("*.safetensors") if output.is_dir() else ():
         assert load_state_dict(path), path
     for path in output.glob("*-state") if output.is_dir() else ():
@@ -48,14 +48,14 @@ def assert_nothing_is_damaged(output: Path, pictures: Path) -> None:
         from PIL import Image
 
         Image.open(path).load()
-    for path in pictures.rglob("*_sd.npz"):
+    for path in images.rglob("*_sd.npz"):
         with np.load(path) as archive:
             assert all(np.isfinite(archive[key]).all() for key in archive.files if key.startswith("latents"))
 
 
 @pytest.mark.nightly
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(
-    base_arguments: list[str], pictures: Path, tmp_path: Path
+    base_arguments: list[str], images: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 3 --d 1\n")
     arguments = [
@@ -67,7 +67,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(
     for number, moment in enumerate(MOMENTS):
         log = tmp_path / f"{number}.log"
         kill_at(start(arguments, log), log, moment, delays.uniform(0, 0.4))
-        assert_nothing_is_damaged(tmp_path / "out", pictures)
+        assert_nothing_is_damaged(tmp_path / "out", images)
     assert start(arguments, tmp_path / "last.log").wait(timeout=300) == 0, (tmp_path / "last.log").read_text()
     alone = [*arguments, "--output_dir", str(tmp_path / "alone")]
     assert start(alone, tmp_path / "alone.log").wait(timeout=300) == 0

@@ -13,7 +13,7 @@ import pytest
 from library.checkpoints.files import LENGTH_BYTES, read_header
 from library.data.decoding.npz import LEFT_OVER
 from tests.killing import Job, run_jobs
-from tests.running import make_pictures
+from tests.running import make_images
 from tests.runs.bases import BASES
 
 
@@ -39,10 +39,10 @@ class Whole:
 
 
 def undisturbed(
-    root: Path, arguments: list[str], num_pictures: int, prompts: str, script: str = "train_network"
+    root: Path, arguments: list[str], num_images: int, prompts: str, script: str = "train_network"
 ) -> Whole:
     """Run once; names are relative, since states record the command line."""
-    make_pictures(root / "start" / "data" / "1_thing", num_pictures)
+    make_images(root / "start" / "data" / "1_thing", num_images)
     (root / "start" / "prompts.txt").write_text(prompts)
     shutil.copytree(root / "start", root / "whole")
     (ended,) = run_jobs([Job(arguments, str(root / "whole"), script)], root)
@@ -109,7 +109,7 @@ def test_a_run_killed_around_its_saves_loses_nothing(tiny_sd_folder: Path, tmp_p
     points = [
         (whole.first(r"save \.\.mine-000001"), False),  # the step's state is there, the file of its epoch is not
         (whole.first(r"unlink mine-step00000001"), False),  # rotation
-        (whole.first(r"open \.mine_e000003_00"), False),  # a picture of the last step
+        (whole.first(r"open \.mine_e000003_00"), False),  # an image of the last step
         (whole.first(r"save \.\.mine\."), True),  # the last step's state is there, the last file is half written
     ]
     assert_goes_on(whole, tmp_path, points)
@@ -177,8 +177,8 @@ def test_a_run_of_a_transformer_killed_around_its_caches_and_saves_loses_nothing
     prompts = "a cat --w 64 --h 64 --s 2 --d 1\n"
     whole = undisturbed(tmp_path, everything(name, tmp_path / "base"), 5, prompts, BASES[name].script)
     points = [
-        (whole.first(rf"replace \.\d\d_0064x0064_{name}"), False),  # a picture's latents
-        (whole.first(r"replace \.\d\d_.*_te\."), False),  # a picture's captions
+        (whole.first(rf"replace \.\d\d_0064x0064_{name}"), False),  # an image's latents
+        (whole.first(r"replace \.\d\d_.*_te\."), False),  # an image's captions
         (whole.first(r"save \.\.mine-000001"), True),
         (whole.first(r"open \.mine_e000001_00"), False),
         (whole.first(r"save \.\.mine\."), True),

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from library.training.models import frozen_base
-from tests.running import Finished, make_pictures
+from tests.running import Finished, make_images
 from tests.runs.bases import BASES
 
 pytestmark = pytest.mark.nightly
@@ -24,7 +24,7 @@ def test_blocks_that_wait_and_are_recomputed_change_nothing(
     train: Callable[..., Finished], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setattr(frozen_base, "NUM_STAYING", 1)  # of the two blocks of a tiny model
-    make_pictures(tmp_path / "data" / "1_thing", 2)
+    make_images(tmp_path / "data" / "1_thing", 2)
     base = BASES["sd3"]
     words = [
         *base.build(tmp_path / "model"), "--train_data_dir", str(tmp_path / "data"), "--caption_extension", ".txt",

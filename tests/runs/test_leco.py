@@ -107,9 +107,9 @@ def test_a_run_that_is_cut_and_goes_on_is_the_uninterrupted_one(leco: Leco, tmp_
     assert len(whole.losses) == 5 and rest.losses == whole.losses[2:]
     one, other = (saved(tmp_path / name) for name in ("whole", "rest"))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-    pictures = [[path.read_bytes() for path in sorted((tmp_path / name / "sample").glob("*000004_00*.png"))]
+    images = [[path.read_bytes() for path in sorted((tmp_path / name / "sample").glob("*000004_00*.png"))]
                 for name in ("whole", "rest")]  # fmt: skip
-    assert pictures[0] == pictures[1] and len(pictures[0]) == 1
+    assert images[0] == images[1] and len(images[0]) == 1
 
 
 def test_other_prompts_at_a_resume_are_told(leco: Leco, tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 
 
 def test_previews_are_drawn_at_full_strength(leco: Leco, tmp_path: Path) -> None:
-    """After a step at -1.5: the same picture as that of the saved file, drawn before the first step of another run."""
+    """After a step at -1.5: the same image as that of the saved file, drawn before the first step of another run."""
     (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --d 1\n")
     draw = ["--sample_prompts", str(tmp_path / "prompts.txt"), "--max_train_steps", "1"]
     (tmp_path / "pairs.toml").write_text('[[prompts]]\ntarget = "cat"\nresolution = 64\nmultiplier = -1.5\n')
@@ -165,7 +165,7 @@ def test_the_selftest_knows_the_strength_of_the_pair(leco: Leco) -> None:
 
 def test_a_dry_run_takes_the_largest_batch_and_writes_nothing(leco: Leco, tmp_path: Path) -> None:
     done = leco("--dry_run", "--max_train_steps", "40")
-    assert "the largest batch has 2 pictures of 64x64" in done.stderr and "40 steps in 1 epochs" in done.stderr
+    assert "the largest batch has 2 images of 64x64" in done.stderr and "40 steps in 1 epochs" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -233,7 +233,7 @@ def test_a_size_that_the_model_cannot_draw_is_refused(leco: Leco, tmp_path: Path
     assert "resolution has a side of 100; use 96" in leco(status=1).stderr
 
 
-def test_options_that_need_pictures_are_warned_of(leco: Leco) -> None:
+def test_options_that_need_images_are_warned_of(leco: Leco) -> None:
     done = leco(
         "--train_data_dir", "pictures", "--resolution", "512", "--cache_latents", "--validation_split", "0.1",
         "--min_timestep", "10", "--text_encoder_lr", "1e-4", "--max_train_steps", "1",
@@ -257,7 +257,7 @@ def test_a_model_that_inpaints_is_refused(leco: Leco, tiny_sd_folder: Path, tmp_
     assert "is an inpainting model (its U-Net takes 9 channels)" in done.stderr
     assert "add --train_inpainting, which requires images, or use the plain model" in done.stderr
     done = leco("--train_inpainting", status=1)
-    assert "--train_inpainting does not work with --prompts_file: there are no pictures to mask" in done.stderr
+    assert "--train_inpainting does not work with --prompts_file: there are no images to mask" in done.stderr
 
 
 def test_base_weights_that_change_the_text_encoder_are_refused(

@@ -1,4 +1,4 @@
-"""What LECO does to pictures: the toy base model of the quickstart, judged by the pixels of what it draws."""
+"""What LECO does to images: the toy base model of the quickstart, judged by the pixels of what it draws."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,16 +12,16 @@ from tools.quickstart.sampling import Prompt, load_pipeline, merge_lora, sample
 from tools.quickstart.toy_world import Scene, look_at
 
 BASE = ROOT / "configs" / "quickstart" / "toy_base"
-NUM_PICTURES = 16
+NUM_IMAGES = 16
 
 
 def drawn(caption: str, file: Path | None = None, strength: float = 1.0) -> list[Scene]:
-    """What pictures of a caption show, without an adapter or with one at a strength; always of the same seeds."""
+    """What images of a caption show, without an adapter or with one at a strength; always of the same seeds."""
     pipeline: Any = load_pipeline(BASE)
     if file is not None:
         up = {key: tensor * strength if "lora_up" in key else tensor for key, tensor in load_file(file).items()}
         merge_lora(pipeline, up)
-    return [look_at(picture) for picture in sample(pipeline, [Prompt(caption, seed) for seed in range(NUM_PICTURES)])]
+    return [look_at(image) for image in sample(pipeline, [Prompt(caption, seed) for seed in range(NUM_IMAGES)])]
 
 
 def trained(train: Callable[..., Finished], prompts: Path, folder: Path, *more: str) -> Path:
@@ -46,7 +46,7 @@ def test_an_erased_concept_is_gone(train: Callable[..., Finished], tmp_path: Pat
         return sum(scene.colour == "red" for scene in scenes)
 
     before, after, of_nothing = red(drawn(caption)), red(drawn(caption, file)), red(drawn(""))
-    assert before > NUM_PICTURES / 2 and after <= of_nothing < before
+    assert before > NUM_IMAGES / 2 and after <= of_nothing < before
     blue = [sum(scene.colour == "blue" for scene in drawn(other, *more)) for more in ((), (file,))]
     assert blue[1] > blue[0] / 2 > 0
 
@@ -62,5 +62,5 @@ def test_a_slider_goes_both_ways(train: Callable[..., Finished], tmp_path: Path)
     def count(scenes: list[Scene], size: str) -> int:
         return sum(scene.size == size and (scene.colour, scene.shape) == ("red", "circle") for scene in scenes)
 
-    assert count(up, "large") >= count(plain, "large") > NUM_PICTURES / 2
-    assert count(down, "small") > NUM_PICTURES / 2 > count(plain, "small")
+    assert count(up, "large") >= count(plain, "large") > NUM_IMAGES / 2
+    assert count(down, "small") > NUM_IMAGES / 2 > count(plain, "small")

@@ -29,14 +29,14 @@ def run(arguments: list[str], folder: Path, killed_at: str, *, killed: int = 1, 
     return ranks
 
 
-def test_one_that_dies_while_pictures_are_encoded_is_named(base_arguments: list[str], tmp_path: Path) -> None:
+def test_one_that_dies_while_images_are_encoded_is_named(base_arguments: list[str], tmp_path: Path) -> None:
     words = [*base_arguments, "--cache_latents_to_disk"]
     main, _ = run(words, tmp_path, "library.data.caching.latents:encoded")
     assert main.status == 1 and GONE in main.said and "Traceback" not in main.said
 
 
 def test_an_error_of_the_main_process_alone_is_told_by_the_other(base_arguments: list[str], tmp_path: Path) -> None:
-    """A picture that only it was to encode: the other waits, and ends with that error, not with a broken connection."""
+    """An image that only it was to encode: the other waits, and ends with that error, not with a broken connection."""
     words = [*base_arguments, "--cache_latents_to_disk", "--max_train_steps", "1"]
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
@@ -64,7 +64,7 @@ def test_the_death_of_the_main_process_is_noticed_by_the_others(base_arguments: 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("is_shared", [False, True])
-def test_one_that_dies_while_pictures_are_drawn_is_named_and_the_run_saved(
+def test_one_that_dies_while_images_are_drawn_is_named_and_the_run_saved(
     base_arguments: list[str], tmp_path: Path, is_shared: bool
 ) -> None:
     (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 200\na dog --w 64 --h 64 --s 200\n")

@@ -26,10 +26,10 @@ def tiny_lumina_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]
 
 
 @pytest.fixture
-def arguments(tiny_lumina_arguments: list[str], pictures: Path, tmp_path: Path) -> list[str]:
+def arguments(tiny_lumina_arguments: list[str], images: Path, tmp_path: Path) -> list[str]:
     """A command line that trains three steps."""
     return [
-        *tiny_lumina_arguments, "--train_data_dir", str(pictures), "--caption_extension", ".txt", "--resolution", "64",
+        *tiny_lumina_arguments, "--train_data_dir", str(images), "--caption_extension", ".txt", "--resolution", "64",
         "--train_batch_size", "2", "--output_dir", str(tmp_path / "out"), "--output_name", "mine", "--network_module",
         "networks.lora_lumina", "--network_dim", "4", "--learning_rate", "1e-3", "--max_train_steps", "3", "--seed",
         "5", "--max_data_loader_n_workers", "0", "--gemma2_max_token_length", "60", "--system_prompt", SYSTEM,
@@ -129,7 +129,7 @@ def test_half_precision_and_weights_of_8_bits_train(train_lumina: Train, argumen
 
 @pytest.mark.nightly
 def test_text_that_was_encoded_ahead_trains_the_same_bit_for_bit(
-    train_lumina: Train, arguments: list[str], tmp_path: Path, pictures: Path
+    train_lumina: Train, arguments: list[str], tmp_path: Path, images: Path
 ) -> None:
     """All runs start from the same weights: without text encoders other numbers are drawn for new ones."""
     train_lumina([*arguments, "--network_train_unet_only", "--max_train_steps", "1", "--output_name", "start"])
@@ -145,7 +145,7 @@ def test_text_that_was_encoded_ahead_trains_the_same_bit_for_bit(
         found = saved(tmp_path, name)
         assert found.keys() == plain.keys() and all(torch.equal(found[key], plain[key]) for key in plain)
     assert "text cache: 7 files reused, 0 to encode, 0 stale" in done.stderr
-    with np.load(pictures / "2_thing" / "00_lumina_te.npz") as archive:
+    with np.load(images / "2_thing" / "00_lumina_te.npz") as archive:
         entries = {n: (archive[n].dtype.name, archive[n].shape) for n in archive.files if n != "captions"}
     assert entries == {
         "hidden_state": ("float32", (64, 32)),
@@ -174,16 +174,16 @@ def test_previews_are_drawn_with_and_without_cached_text(
 ) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red cat --n a dog --w 64 --h 48 --s 4 --l 4 --d 1 --ctr 0.5 --rcfg 0.8 --fs 3\n")
-    pictures = []
+    images = []
     for number, extra in enumerate((["--network_train_unet_only"], CACHED)):
         out = tmp_path / f"out{number}"
         done = train_lumina(
             [*arguments, *extra, "--sample_prompts", str(prompts), "--sample_at_first", "--output_dir", str(out)]
         )
         assert done.status == 0, done.stderr
-        (picture,) = (out / "sample").glob("*.png")
-        pictures.append(picture.read_bytes())
-    assert pictures[0] == pictures[1]
+        (image,) = (out / "sample").glob("*.png")
+        images.append(image.read_bytes())
+    assert images[0] == images[1]
 
 
 @pytest.mark.parametrize(

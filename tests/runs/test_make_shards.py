@@ -10,10 +10,10 @@ import toml
 import torch
 
 from library.models.unet_loader import UnetLoader
-from tests.running import Finished, make_pictures
+from tests.running import Finished, make_images
 from tests.runs.bases import BASES
 from tests.runs.test_resume import saved
-from tests.unit.data.builders import batches_of, content_of, options_of, plan_of, write_picture
+from tests.unit.data.builders import batches_of, content_of, options_of, plan_of, write_image
 from tests.unit.data.shard_builders import shards_of, write_parquet
 from tools import make_shards
 
@@ -58,15 +58,13 @@ skip_image_resolution = 64
 
 @pytest.fixture
 def described(tmp_path: Path) -> Path:
-    """A data set of which pictures have names of all kinds, some no caption, some several lines."""
+    """A data set of which images have names of all kinds, some no caption, some several lines."""
     names = ["plain", "two.dots", "with space", "caf\xe9", ".hidden x", "n" * 120, "last_1_2_3_4"]
     for i, name in enumerate(names):
-        path = write_picture(
-            tmp_path / "cats" / f"{name}.{'PNG' if i == 2 else 'png'}", [(64, 64), (100, 70)][i % 2], i
-        )
+        path = write_image(tmp_path / "cats" / f"{name}.{'PNG' if i == 2 else 'png'}", [(64, 64), (100, 70)][i % 2], i)
         if i != 1:
             path.with_suffix(".txt").write_text(f"tag {i}, other, third\nsecond {i}", encoding="utf-8")
-    write_picture(tmp_path / "other" / "cats" / "z.png", (64, 64), seed=90)
+    write_image(tmp_path / "other" / "cats" / "z.png", (64, 64), seed=90)
     text = DESCRIPTION.replace("  [[datasets.subsets]]\n  metadata = 1\n", "").format(here=tmp_path.as_posix())
     (tmp_path / "data.toml").write_text(text, encoding="utf-8")
     return tmp_path / "data.toml"
@@ -94,7 +92,7 @@ def test_shards_train_as_what_they_are_made_of(shard_mb: str, described: Path, t
     assert len(list(out.glob(".picture_index-*.parquet"))) == 1  # both datasets read the same shards
 
 
-def test_the_same_pictures_give_the_same_shards(described: Path, tmp_path: Path) -> None:
+def test_the_same_images_give_the_same_shards(described: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         assert make_shards.main(["--dataset_config", str(described), "--out", str(tmp_path / name)]) == 0
     assert (tmp_path / "one" / "cats-00000.tar").read_bytes() == (tmp_path / "two" / "cats-00000.tar").read_bytes()
@@ -135,7 +133,7 @@ def test_an_interrupted_packing_goes_on_with_the_shard_it_was_at(
     assert pack(out, described) == 0
     assert packed_shards(out) == packed_shards(tmp_path / "whole")
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
-    assert len(calls) < 13 if stamps else len(calls) == 13  # 7 pictures, 6 captions
+    assert len(calls) < 13 if stamps else len(calls) == 13  # 7 images, 6 captions
     assert (out / "dataset.toml").read_text() == (tmp_path / "whole" / "dataset.toml").read_text().replace(
         "/whole/", "/out/"
     )
@@ -143,7 +141,7 @@ def test_an_interrupted_packing_goes_on_with_the_shard_it_was_at(
 
 
 def test_what_changed_since_is_packed_anew_and_the_rest_kept(described: Path, tmp_path: Path) -> None:
-    """A shard that was damaged, and one whose caption is another; of fewer pictures the last shards go."""
+    """A shard that was damaged, and one whose caption is another; of fewer images the last shards go."""
     out = tmp_path / "out"
     assert pack(out, described) == 0
     whole = packed_shards(out)
@@ -168,15 +166,15 @@ def test_what_changed_since_is_packed_anew_and_the_rest_kept(described: Path, tm
 @pytest.mark.parametrize("kind", ["shards", "parquet"])
 def test_larger_files_are_packed_anew(kind: str, tmp_path: Path) -> None:
     """Rows of a Parquet file have neither names nor endings."""
-    make_pictures(tmp_path / "p", 4, seed=2)
+    make_images(tmp_path / "p", 4, seed=2)
     if kind == "shards":
         shards_of(tmp_path / "p", tmp_path / "made", 2)
         source = f'shards = "{(tmp_path / "made").as_posix()}/*.tar"'
     else:
         files = sorted(path for path in (tmp_path / "p").iterdir() if path.suffix != ".txt")
         texts = [file.with_suffix(".txt").read_text() for file in files]
-        pictures: list[object] = [file.read_bytes() for file in files]
-        write_parquet(tmp_path / "rows.parquet", {"img": pictures, "words": list(texts)})
+        images: list[object] = [file.read_bytes() for file in files]
+        write_parquet(tmp_path / "rows.parquet", {"img": images, "words": list(texts)})
         source = f'parquet = "{(tmp_path / "rows.parquet").as_posix()}"\ncaption_column = "words"'
     (tmp_path / "data.toml").write_text(f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\n{source}\n")
     assert make_shards.main(["--dataset_config", str(tmp_path / "data.toml"), "--out", str(tmp_path / "out")]) == 0
@@ -185,7 +183,7 @@ def test_larger_files_are_packed_anew(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_caption_that_is_no_text_is_named(tmp_path: Path, capsys) -> None:
-    write_picture(tmp_path / "p" / "a.png", (64, 64))
+    write_image(tmp_path / "p" / "a.png", (64, 64))
     (tmp_path / "meta.json").write_text('{"a": {"caption": "half \\ud83d of it"}}')
     text = f'[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "{(tmp_path / "p").as_posix()}"\n'
     (tmp_path / "data.toml").write_text(f'{text}metadata_file = "{(tmp_path / "meta.json").as_posix()}"\n')
@@ -198,7 +196,7 @@ def test_a_caption_that_is_no_text_is_named(tmp_path: Path, capsys) -> None:
 
 def test_captions_of_a_metadata_file_stay(tmp_path: Path) -> None:
     for i in range(3):
-        write_picture(tmp_path / "p" / f"p{i}.png", (64, 64), seed=i)
+        write_image(tmp_path / "p" / f"p{i}.png", (64, 64), seed=i)
     entries = {f"p{i}": {"caption": f"said {i}", "tags": "x, y"} for i in range(3)}
     (tmp_path / "meta.json").write_text(json.dumps(entries))
     text = f'[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "{(tmp_path / "p").as_posix()}"\n'
@@ -239,9 +237,9 @@ def test_with_caches_beside_them_neither_vae_nor_text_encoders_are_loaded(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_process: None
 ) -> None:
     """The adapter is that of the folder, with everything encoded in the run itself."""
-    make_pictures(tmp_path / "pictures", 5, seed=8)
+    make_images(tmp_path / "images", 5, seed=8)
     text = "[[datasets]]\nresolution = 64\nbatch_size = 2\n[[datasets.subsets]]\ncaption_extension = '.txt'\n"
-    (tmp_path / "data.toml").write_text(f'{text}image_dir = "{(tmp_path / "pictures").as_posix()}"\nflip_aug = true\n')
+    (tmp_path / "data.toml").write_text(f'{text}image_dir = "{(tmp_path / "images").as_posix()}"\nflip_aug = true\n')
     common = [
         *BASES["sdxl"].build(tmp_path / "base"), "--network_train_unet_only", "--seed", "6", "--network_dim", "2",
         "--network_module", "networks.lora", "--learning_rate", "1e-3", "--max_train_steps", "3", "--no_report",

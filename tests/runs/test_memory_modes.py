@@ -1,4 +1,4 @@
-"""What saves memory, through the scripts: the same pictures and adapters as without it."""
+"""What saves memory, through the scripts: the same images and adapters as without it."""
 
 import json
 import re
@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.running import ROOT, Finished, make_pictures
+from tests.running import ROOT, Finished, make_images
 from tests.runs.bases import BASES
 from tests.tiny import anima, chroma, flux, hunyuan_image, lumina
 
@@ -52,7 +52,7 @@ def model(name: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture
 def run(train: Train, name: str, model: list[str], tmp_path: Path) -> Callable[..., Finished]:
     """`run(folder, ...)` trains three steps, validating and drawing, into a folder of `tmp_path`."""
-    make_pictures(tmp_path / "data" / "1_thing", 5, seed=71)
+    make_images(tmp_path / "data" / "1_thing", 5, seed=71)
     (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --d 1\n")
     arguments = [
         *model, "--train_data_dir", str(tmp_path / "data"), "--caption_extension", ".txt", "--resolution", "64",
@@ -76,12 +76,12 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def same(a: Path, b: Path) -> bool:
-    """Whether two runs gave the same weights and pictures, bit for bit."""
+    """Whether two runs gave the same weights and images, bit for bit."""
     ours, theirs = adapter(a), adapter(b)
     assert ours.keys() == theirs.keys() and any(weight.any() for weight in ours.values())
-    pictures = [[np.asarray(Image.open(file)) for file in sorted(run.glob("sample/*.png"))] for run in (a, b)]
-    assert len(pictures[0]) == len(pictures[1]) == 1
-    return all(torch.equal(ours[key], theirs[key]) for key in ours) and np.array_equal(*pictures)
+    images = [[np.asarray(Image.open(file)) for file in sorted(run.glob("sample/*.png"))] for run in (a, b)]
+    assert len(images[0]) == len(images[1]) == 1
+    return all(torch.equal(ours[key], theirs[key]) for key in ours) and np.array_equal(*images)
 
 
 def test_blocks_that_wait_and_inputs_that_wait_change_nothing(

@@ -197,7 +197,7 @@ def test_tlora_hears_of_noise_in_training_and_validation_and_not_in_previews(
     assert validated
     assert all(0 <= level < 1 for values in trained + validated for level in values)
     assert len({level for values in trained for level in values}) > 4
-    assert levels[-1][1] is None  # the last pictures are drawn after the last step: with every rank
+    assert levels[-1][1] is None  # the last images are drawn after the last step: with every rank
 
 
 def test_tlora_repeats_itself_and_writes_a_plain_lora(train: Train, base_arguments: list[str], tmp_path: Path) -> None:

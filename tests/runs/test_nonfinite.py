@@ -94,7 +94,7 @@ def test_a_damaged_step_leaves_the_weights_and_the_next_one_moves_them(
     assert "1 of 4 steps were left out" in done.stderr
 
 
-def test_the_message_names_step_pictures_and_noise_levels(
+def test_the_message_names_step_images_and_noise_levels(
     train: Train, base_arguments: list[str], tmp_path: Path, spoil: Any
 ) -> None:
     spoil([1])
@@ -120,7 +120,7 @@ def test_learning_rate_and_optimizer_do_not_see_a_damaged_step(
 def test_one_damaged_batch_spoils_its_window_alone(
     train: Train, base_arguments: list[str], tmp_path: Path, spoil: Any
 ) -> None:
-    """Batches 2 and 3 make step 2; the message names the pictures of batch 3 only."""
+    """Batches 2 and 3 make step 2; the message names the images of batch 3 only."""
     spoil([3])
     options = ["--gradient_accumulation_steps", "2", "--save_every_n_steps", "1", "--max_train_steps", "3"]
     done = train([*base_arguments, *options])
@@ -227,7 +227,7 @@ def test_the_module_that_the_damage_comes_from_is_named(
     assert done.stderr.count("is the first that is not finite") == 1
 
 
-def test_a_vae_that_gives_nan_ends_the_run_and_names_a_picture(
+def test_a_vae_that_gives_nan_ends_the_run_and_names_an_image(
     train: Train, base_arguments: list[str], tiny_sd_folder: Path, tmp_path: Path
 ) -> None:
     """Where latents are not cached, the loss of the step shows it first."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from library.checkpoints.files import load_state_dict
 from tests.ranks import Job, run_ranks
-from tests.running import ROOT, make_pictures
+from tests.running import ROOT, make_images
 
 pytestmark = pytest.mark.nightly
 CALLS = "tests.runs.order_calls"
@@ -24,7 +24,7 @@ ORDER = 5e-5  # of the norm of any factor: what the order of four gradients (6e-
 def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
     """The files of runs of four steps, each of four batches or fewer."""
     folder = tmp_path_factory.mktemp("runs")
-    make_pictures(folder / "data" / "2_thing", 10, seed=71)
+    make_images(folder / "data" / "2_thing", 10, seed=71)
     words = [
         "--pretrained_model_name_or_path", str(ROOT / "configs" / "quickstart" / "toy_base"), "--train_data_dir",
         str(folder / "data"), "--caption_extension", ".txt", "--resolution", "64", "--train_batch_size", "2",

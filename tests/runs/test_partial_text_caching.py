@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from library.checkpoints.files import load_state_dict
-from tests.running import Finished, make_pictures
+from tests.running import Finished, make_images
 from tests.runs.bases import BASES
 
 Run = Callable[..., Finished]
@@ -16,8 +16,8 @@ CACHED, ON_DISK = "--cache_text_encoder_outputs", "--cache_text_encoder_outputs_
 
 @pytest.fixture
 def run(train: Callable[..., Finished], tmp_path: Path) -> Run:
-    """`run(base, name, ...)` trains two steps, one picture each, and writes `name`.safetensors."""
-    make_pictures(tmp_path / "data" / "1_thing", 3, seed=63)
+    """`run(base, name, ...)` trains two steps, one image each, and writes `name`.safetensors."""
+    make_images(tmp_path / "data" / "1_thing", 3, seed=63)
     (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --d 1\n")
     models: dict[str, list[str]] = {}
 
@@ -38,7 +38,7 @@ def saved(tmp_path: Path, name: str) -> dict[str, torch.Tensor]:
     return load_state_dict(tmp_path / "out" / f"{name}.safetensors")
 
 
-def pictures_of(tmp_path: Path, name: str) -> list[bytes]:
+def images_of(tmp_path: Path, name: str) -> list[bytes]:
     return [path.read_bytes() for path in sorted((tmp_path / "out" / "sample").glob(f"{name}_*.png"))]
 
 
@@ -71,7 +71,7 @@ def test_the_adapter_is_that_of_a_run_without_caches_bit_for_bit(
         found = saved(tmp_path, output)
         assert found.keys() == plain.keys() and all(torch.equal(found[key], plain[key]) for key in plain)
         assert measured[output] == measured["plain"] != []
-        assert pictures_of(tmp_path, output) == pictures_of(tmp_path, "plain") != []
+        assert images_of(tmp_path, output) == images_of(tmp_path, "plain") != []
 
 
 @pytest.mark.nightly

@@ -1,4 +1,4 @@
-"""Pictures drawn in the middle of a training, and a training that does not notice."""
+"""Images drawn in the middle of a training, and a training that does not notice."""
 
 import re
 import subprocess
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tests.running import Finished, launch_command
 
 Train = Callable[..., Finished]
-PROMPTS = """# two pictures
+PROMPTS = """# two images
 a (red:1.3) cat --w 64 --h 64 --d 3 --s 3 --l 4 --n dog
 a dog --w 64 --h 72 --s 3 --l 1 --ss euler_a
 """
@@ -29,7 +29,7 @@ def prompts(tmp_path: Path) -> list[str]:
     return ["--sample_prompts", str(tmp_path / "prompts.txt")]
 
 
-def pictures(tmp_path: Path) -> dict[str, Path]:
+def images(tmp_path: Path) -> dict[str, Path]:
     """Files of the sample folder by name, the time left out."""
     return {re.sub(r"_\d{14}", "", path.name): path for path in sorted((tmp_path / "out" / "sample").glob("*.png"))}
 
@@ -38,12 +38,12 @@ def pixels(path: Path) -> Any:
     return np.asarray(Image.open(path)).astype(int)
 
 
-def test_pictures_show_how_the_training_goes(
+def test_images_show_how_the_training_goes(
     train: Train, base_arguments: list[str], prompts: list[str], tmp_path: Path
 ) -> None:
     done = train([*base_arguments, *prompts, *EVENTS, "--learning_rate", "0.05"])
     assert done.status == 0, done.stderr
-    found = pictures(tmp_path)
+    found = images(tmp_path)
     events = ["000002", "000004", "e000000"]
     assert list(found) == [f"mine_{event}_{end}.png" for event in events for end in ("00_3", "01")]
     assert pixels(found["mine_000004_01.png"]).shape == (72, 64, 3)
@@ -70,7 +70,7 @@ def test_epochs_win_over_steps(train: Train, base_arguments: list[str], prompts:
         ]
     )
     assert done.status == 0, done.stderr
-    assert list(pictures(tmp_path)) == ["mine_e000002_00_3.png", "mine_e000002_01.png"]
+    assert list(images(tmp_path)) == ["mine_e000002_00_3.png", "mine_e000002_01.png"]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_training_with_previews_is_the_training_without(
     """Every bit of the adapter."""
     drawing = train([*base_arguments, *options, *prompts, *EVENTS, "--output_name", "drawing"])
     plain = train([*base_arguments, *options, "--output_name", "plain"])
-    assert drawing.status == 0 and len(pictures(tmp_path)) == 6, drawing.stderr
+    assert drawing.status == 0 and len(images(tmp_path)) == 6, drawing.stderr
     assert drawing.losses == plain.losses
     a, b = (load_file(tmp_path / "out" / f"{name}.safetensors") for name in ("drawing", "plain"))
     assert all(torch.equal(a[name], b[name]) for name in b) and a.keys() == b.keys()
@@ -110,10 +110,10 @@ def test_a_training_with_previews_is_the_training_without(
     ],
     ids=["dropout", "dylora", "schedule_free"],
 )
-def test_a_picture_is_what_diffusers_draws_with_the_saved_file(
+def test_an_image_is_what_diffusers_draws_with_the_saved_file(
     train: Train, base_arguments: list[str], tiny_sd_folder: Path, tmp_path: Path, options: list[str]
 ) -> None:
-    """Dropout off, all ranks, averaged weights; the picture before training is another."""
+    """Dropout off, all ranks, averaged weights; the image before training is another."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     (tmp_path / "prompts.json").write_text(
@@ -132,7 +132,7 @@ def test_a_picture_is_what_diffusers_draws_with_the_saved_file(
         "a red cat", negative_prompt="dog", width=64, height=64, num_inference_steps=5, guidance_scale=7.5,
         generator=torch.Generator().manual_seed(3),
     ).images[0]  # fmt: skip
-    found = pictures(tmp_path)
+    found = images(tmp_path)
     assert np.abs(pixels(found["mine_000004_00_3.png"]) - np.asarray(image).astype(int)).max() <= 2
     assert np.abs(pixels(found["mine_e000000_00_3.png"]) - np.asarray(image).astype(int)).max() > 10
 
@@ -140,7 +140,7 @@ def test_a_picture_is_what_diffusers_draws_with_the_saved_file(
 def test_a_failing_preview_leaves_the_run_alive(
     train: Train, base_arguments: list[str], prompts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file stands where the folder of the pictures should be."""
+    """A file stands where the folder of the images should be."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "sample").write_text("in the way")
     done = train([*base_arguments, *prompts, *EVENTS])
@@ -149,7 +149,7 @@ def test_a_failing_preview_leaves_the_run_alive(
     assert (tmp_path / "out" / "mine.safetensors").exists()
 
 
-def test_tensorboard_gets_the_pictures(
+def test_tensorboard_gets_the_images(
     train: Train, base_arguments: list[str], prompts: list[str], tmp_path: Path
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -175,7 +175,7 @@ def test_of_two_processes_one_draws_and_neither_notices(
         launched = [*command[:3], "--cpu", *command[3:]]
         done = subprocess.run([*launched, *arguments, *previews], capture_output=True, timeout=300, cwd="/")
         assert done.returncode == 0, done.stderr.decode()
-    assert [name.removeprefix("drawing_") for name in pictures(tmp_path)] == [
+    assert [name.removeprefix("drawing_") for name in images(tmp_path)] == [
         "000002_00_3.png", "000002_01.png", "e000000_00_3.png", "e000000_01.png",
     ]  # fmt: skip
     a, b = (load_file(tmp_path / "out" / f"{name}.safetensors") for name in ("drawing", "plain"))

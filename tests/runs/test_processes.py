@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from library.checkpoints.files import load_state_dict, read_metadata
-from tests.running import ROOT, Finished, launch_command, make_pictures
+from tests.running import ROOT, Finished, launch_command, make_images
 from tests.unit.training.test_run_lock import OtherRun, other_run  # noqa: F401
 
 Train = Callable[..., Finished]
@@ -51,7 +51,7 @@ def launch_one(arguments: list[str]) -> Finished:
 @pytest.fixture
 def arguments(base_arguments: list[str], tmp_path: Path) -> list[str]:
     """Nine batches an epoch, so that the last window has one batch for two processes."""
-    make_pictures(tmp_path / "data" / "1_more", 6, seed=1)
+    make_images(tmp_path / "data" / "1_more", 6, seed=1)
     return [*base_arguments, "--max_train_epochs", "2", "--lr_scheduler", "cosine", "--lr_warmup_steps", "2"]
 
 
@@ -129,7 +129,7 @@ def test_a_state_of_two_processes_goes_on_with_one(arguments: list[str], tmp_pat
 
 @pytest.mark.nightly
 def test_two_processes_choose_a_file_as_one_does(arguments: list[str], tmp_path: Path) -> None:
-    """The same measurements on pictures that are set aside, so the same best file and the same suggestion."""
+    """The same measurements on images that are set aside, so the same best file and the same suggestion."""
     words = [*arguments, "--validation_split", "0.3", "--validate_at_first", "--early_stop_patience", "2"]
     words += ["--max_train_epochs", "6", "--save_every_n_epochs", "1", "--learning_rate", "0.02", "--lr_scheduler"]
     words += ["constant_with_warmup", "--keep_best_checkpoint"]

@@ -1,6 +1,6 @@
 """The quickstart does what it says: a trained base model that cannot draw a heart can, after minutes of training.
 
-The pictures are judged by their pixels (tools/quickstart/toy_world.py), and the adapter is merged by code that shares
+The images are judged by their pixels (tools/quickstart/toy_world.py), and the adapter is merged by code that shares
 nothing with networks/, so training, saving and the file's format are tested from end to end.
 """
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.nightly
 TOY_BASE, PROMPTS = start.ROOT / start.TOY_BASE, start.ROOT / start.PROMPTS
 MOST_BEFORE = 0.15
 LEAST_AFTER = 0.6
-# Settings, and the least share of 24 pictures that must show their prompt, below what was reached in a first run.
+# Settings, and the least share of 24 images that must show their prompt, below what was reached in a first run.
 KINDS: dict[str, tuple[list[str], float]] = {
     "loha": (  # 0.63
         ["--network_dim", "8", "--network_alpha", "8", "--network_args", "conv_dim=8", "conv_alpha=8",

@@ -7,7 +7,7 @@ import pytest
 from torch import Tensor
 
 from library.checkpoints.weights import Weights
-from tests.running import SCRIPTS, Finished, make_pictures
+from tests.running import SCRIPTS, Finished, make_images
 from tests.runs.bases import BASES
 
 Train = Callable[..., Finished]
@@ -27,12 +27,12 @@ TYPOS = [
 
 @pytest.mark.parametrize(("words", "named"), TYPOS, ids=lambda value: str(value))
 def test_a_typo_ends_the_run_before_caching(
-    train: Train, base_arguments: list[str], pictures: Path, words: list[str], named: str
+    train: Train, base_arguments: list[str], images: Path, words: list[str], named: str
 ) -> None:
     done = train([*base_arguments, "--cache_latents_to_disk", *words])
     assert done.status == 1 and named in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
-    assert not list(pictures.rglob("*.npz"))
+    assert not list(images.rglob("*.npz"))
 
 
 def test_a_misspelt_network_module_is_named_before_the_base_model_and_the_images_are_opened(
@@ -48,7 +48,7 @@ def test_a_misspelt_network_module_is_named_before_the_base_model_and_the_images
 def test_the_adapter_of_every_base_model_is_tried_without_reading_a_weight(
     train: Train, tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_pictures(tmp_path / "data" / "1_a", 2, seed=71)
+    make_images(tmp_path / "data" / "1_a", 2, seed=71)
     model = BASES[base].build(tmp_path / "model")
     command = [
         *model, "--train_data_dir", str(tmp_path / "data"), "--caption_extension", ".txt", "--resolution", "64",

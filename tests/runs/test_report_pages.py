@@ -71,7 +71,7 @@ def test_charts_are_drawn_the_slider_works_and_texts_stay_texts(page: str, tmp_p
     assert found["last"][0] == "step 100000" and found["first"][0] == "step 10000"
     assert len(found["last"]) == len(found["first"]) == 4 and not set(found["last"]) & set(found["first"])
     assert found["captions"] == ["a cat", EVIL, "a dog"]
-    assert found["text"].count("onerror=") >= 6  # prompt, folder, picture, tag, warning, file
+    assert found["text"].count("onerror=") >= 6  # prompt, folder, image, tag, warning, file
     assert "8 GiB, 0.19 s" in found["text"]
     assert "cat-step00000200.safetensors, step 20000: the others are worse" in found["text"]
     assert found["text"].count("suggested") == 2  # in the comparison and beside the file

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from library.checkpoints.files import load_state_dict
-from tests.running import Finished, make_pictures
+from tests.running import Finished, make_images
 
 Train = Callable[..., Finished]
 NIGHTLY = partial(pytest.param, marks=pytest.mark.nightly)
@@ -26,7 +26,7 @@ ALL_RANDOM = [
 @pytest.fixture
 def arguments(base_arguments: list[str], tmp_path: Path) -> list[str]:
     """Nine batches an epoch: five steps when two are accumulated, the last one of a single batch."""
-    make_pictures(tmp_path / "data" / "1_more", 6, seed=1)
+    make_images(tmp_path / "data" / "1_more", 6, seed=1)
     return [*base_arguments, "--max_train_steps", "8"]
 
 
@@ -160,19 +160,19 @@ def test_the_same_command_with_autoresume_is_complete_the_second_time(
 
 
 def test_what_is_changed_at_a_resume_takes_effect_and_is_said(
-    train: Train, arguments: list[str], pictures: Path, tmp_path: Path
+    train: Train, arguments: list[str], images: Path, tmp_path: Path
 ) -> None:
     words = [*arguments, "--max_train_steps", "3", "--lr_scheduler", "linear", "--save_state_on_train_end"]
     assert train(words).status == 0
-    edited = pictures / "2_thing" / "00.png"
-    edited.write_bytes((pictures / "2_thing" / "01.png").read_bytes())
+    edited = images / "2_thing" / "00.png"
+    edited.write_bytes((images / "2_thing" / "01.png").read_bytes())
     state = str(tmp_path / "out" / "mine-state")
     more = ["--max_train_steps", "4", "--learning_rate", "4e-3", "--logging_dir", str(tmp_path / "logs")]
     done = train([*words, "--resume", state, *more])
     assert done.status == 0, done.stderr
     assert "--learning_rate was 0.001 in the state and is 0.004, which takes effect from here on" in done.stderr
     assert "--max_train_steps was 3 in the state and is 4: learning rates that depend on the length" in done.stderr
-    assert f"1 pictures are not the ones of the state, their files have changed since: {edited}" in done.stderr
+    assert f"1 images are not the ones of the state, their files have changed since: {edited}" in done.stderr
     assert [rate for _, rate in points(tmp_path / "logs")["lr/unet"]] == pytest.approx([4e-3 / 4])
 
 

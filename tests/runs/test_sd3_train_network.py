@@ -1,4 +1,4 @@
-"""sd3_train_network.py from pictures to adapter files, on tiny models."""
+"""sd3_train_network.py from images to adapter files, on tiny models."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.running import Finished, make_pictures
+from tests.running import Finished, make_images
 from tests.tiny.sd3 import build_tiny_sd3
 
 Train = Callable[..., Finished]
@@ -18,7 +18,7 @@ OUTPUT = "mine.safetensors"
 @pytest.fixture
 def arguments(tmp_path: Path) -> Callable[..., list[str]]:
     """A command line that trains two steps on a tiny model of the given size."""
-    make_pictures(tmp_path / "data" / "2_thing", 3)
+    make_images(tmp_path / "data" / "2_thing", 3)
 
     def build(size: str, module: str, *more: str) -> list[str]:
         model = build_tiny_sd3(tmp_path / "model", 11, size)
@@ -92,7 +92,7 @@ def test_all_that_is_particular_to_sd3_at_once(
     assert again.losses == first.losses, "from the caches, with the same draws"
 
 
-def test_pictures_are_drawn_and_others_measured(
+def test_images_are_drawn_and_others_measured(
     train: Train, arguments: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     prompts = tmp_path / "prompts.txt"

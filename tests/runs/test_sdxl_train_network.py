@@ -16,10 +16,10 @@ SDXL = "sdxl_train_network"
 
 
 @pytest.fixture
-def sdxl_arguments(tiny_sdxl_folder: Path, pictures: Path, tmp_path: Path) -> list[str]:
+def sdxl_arguments(tiny_sdxl_folder: Path, images: Path, tmp_path: Path) -> list[str]:
     """A command line that trains two steps on the tiny model."""
     return [
-        "--pretrained_model_name_or_path", str(tiny_sdxl_folder), "--train_data_dir", str(pictures),
+        "--pretrained_model_name_or_path", str(tiny_sdxl_folder), "--train_data_dir", str(images),
         "--caption_extension", ".txt", "--resolution", "64", "--train_batch_size", "2", "--output_dir",
         str(tmp_path / "out"), "--output_name", "mine", "--network_module", "networks.lora", "--network_dim", "4",
         "--learning_rate", "1e-3", "--max_train_steps", "2", "--seed", "5", "--max_data_loader_n_workers", "0",
@@ -60,14 +60,14 @@ def test_each_text_encoder_has_the_learning_rate_given_for_it(
     assert moved == {"te2", "unet"}
 
 
-def test_latents_are_cached_under_sdxls_name(train: Train, sdxl_arguments: list[str], pictures: Path) -> None:
+def test_latents_are_cached_under_sdxls_name(train: Train, sdxl_arguments: list[str], images: Path) -> None:
     done = train([*sdxl_arguments, "--cache_latents_to_disk", "--network_train_unet_only"], script=SDXL)
     assert done.status == 0, done.stderr
-    assert len(list(pictures.rglob("*_0064x0064_sdxl.npz"))) == 6
+    assert len(list(images.rglob("*_0064x0064_sdxl.npz"))) == 6
 
 
 def test_cached_text_gives_the_same_loss_and_its_files_have_sd_scripts_names(
-    train: Train, sdxl_arguments: list[str], pictures: Path
+    train: Train, sdxl_arguments: list[str], images: Path
 ) -> None:
     options = [*sdxl_arguments, "--network_train_unet_only"]
     plain = train(options, script=SDXL)
@@ -75,7 +75,7 @@ def test_cached_text_gives_the_same_loss_and_its_files_have_sd_scripts_names(
     done = train(cache, script=SDXL)
     assert done.status == 0, done.stderr
     assert done.losses[0] == plain.losses[0]  # later ones depend on how the adapters began
-    files = sorted(pictures.rglob("0*_te_outputs.npz"))
+    files = sorted(images.rglob("0*_te_outputs.npz"))
     assert [file.name for file in files][:2] == ["00_te_outputs.npz", "01_te_outputs.npz"] and len(files) == 6
     with np.load(files[0]) as stored:
         shapes = {name: stored[name].shape for name in ("hidden_state1", "hidden_state2", "pool2")}

@@ -10,7 +10,7 @@ import pytest
 
 from library.checkpoints.files import load_state_dict
 from tests.ranks import Job, run_ranks
-from tests.running import ROOT, Finished, make_pictures
+from tests.running import ROOT, Finished, make_images
 from tests.runs.bases import BASES
 
 Arguments = Callable[[str], list[str]]
@@ -20,8 +20,8 @@ CHANGES = ["--optimizer_type", "SGD", "--optimizer_args", "momentum=0.9", "--lea
 
 @pytest.fixture
 def arguments(tmp_path: Path) -> Arguments:
-    """Five batches an epoch and three pictures to validate: for two and four processes the last ones are too few."""
-    make_pictures(tmp_path / "data" / "1_thing", 8, seed=91)
+    """Five batches an epoch and three images to validate: for two and four processes the last ones are too few."""
+    make_images(tmp_path / "data" / "1_thing", 8, seed=91)
     (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2\na red dog --w 64 --h 64 --s 2\n")
 
     def of(base: str) -> list[str]:
@@ -59,7 +59,7 @@ def losses(said: str) -> list[str]:
     return [line.partition("validation after")[2] for line in said.splitlines() if "validation after" in line]
 
 
-def pictures_of(folder: Path, name: str) -> list[bytes]:
+def images_of(folder: Path, name: str) -> list[bytes]:
     return [path.read_bytes() for path in sorted((folder / name / "out" / "sample").glob("*.png"))]
 
 
@@ -77,8 +77,8 @@ def test_two_processes_that_share_the_base_equal_one(arguments: Arguments, tmp_p
     assert "spread over 2 processes" in said["two"]
     assert off(tmp_path, "two", "one") <= 1e-5
     assert losses(said["two"]) == losses(said["one"]) and len(losses(said["two"])) == 4
-    drawn = pictures_of(tmp_path, "two")
-    assert drawn == pictures_of(tmp_path, "one") and len(drawn) == 2
+    drawn = images_of(tmp_path, "two")
+    assert drawn == images_of(tmp_path, "one") and len(drawn) == 2
 
 
 @pytest.mark.nightly
@@ -121,7 +121,7 @@ def test_four_processes_in_groups_of_two_equal_one(arguments: Arguments, tmp_pat
 @pytest.mark.nightly
 def test_a_subset_that_asks_the_base_model_alone_keeps_all_in_step(arguments: Arguments, tmp_path: Path) -> None:
     words = arguments("flux")
-    make_pictures(tmp_path / "data" / "1_other", 3, seed=93)
+    make_images(tmp_path / "data" / "1_other", 3, seed=93)
     config = tmp_path / "data.toml"
     subsets = "".join(
         f'[[datasets.subsets]]\nimage_dir = "{tmp_path / "data" / name}"\ncaption_extension = ".txt"\n{more}'
@@ -212,7 +212,7 @@ def launched(arguments: list[str], version: str) -> Finished:
 
 @pytest.mark.nightly
 def test_adapters_of_a_sweep_share_a_base_that_is_spread(arguments: Arguments, tmp_path: Path) -> None:
-    """Ranks and seeds, with dropout; pictures, losses and files are those of one process."""
+    """Ranks and seeds, with dropout; images, losses and files are those of one process."""
     words = [*arguments("flux"), "--sweep", "network_dim=2,3", "seed=92,93", "--network_dropout", "0.2"]
     said = run(
         [
@@ -226,5 +226,5 @@ def test_adapters_of_a_sweep_share_a_base_that_is_spread(arguments: Arguments, t
     names = sorted(path.name for path in (tmp_path / "one" / "out").glob("*.safetensors"))
     assert len(names) == 4 and all(off(tmp_path, "two", "one", name) <= 1e-5 for name in names)
     assert losses(said["two"]) == losses(said["one"]) and len(losses(said["two"])) == 4 * 4
-    drawn = pictures_of(tmp_path, "two")
-    assert drawn == pictures_of(tmp_path, "one") and len(drawn) == 2 * 4
+    drawn = images_of(tmp_path, "two")
+    assert drawn == images_of(tmp_path, "one") and len(drawn) == 2 * 4

@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 
-from tests.running import Finished, make_pictures
+from tests.running import Finished, make_images
 from tests.runs.test_resume import ALL_RANDOM, cut_and_go_on, saved
 from tests.unit.data.object_store import BUCKET, SECRET, object_store
 from tests.unit.data.shard_builders import shards_of, write_parquet
@@ -16,9 +16,9 @@ Train = Callable[..., Finished]
 
 @pytest.fixture
 def sources(tmp_path: Path) -> dict[str, str]:
-    """Subsets of the same seven pictures, as a folder, as two shards, as rows of a Parquet file."""
+    """Subsets of the same seven images, as a folder, as two shards, as rows of a Parquet file."""
     folder = tmp_path / "pictures"
-    make_pictures(folder, 7, seed=3)
+    make_images(folder, 7, seed=3)
     shards_of(folder, tmp_path / "shards", 2)
     files = sorted(path for path in folder.iterdir() if path.suffix != ".txt")
     columns: dict[str, list[object]] = {

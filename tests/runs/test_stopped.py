@@ -12,7 +12,7 @@ import pytest
 
 from library.checkpoints.files import read_metadata
 from library.training.failures.interruption import Interruption
-from tests.running import Finished, make_pictures
+from tests.running import Finished, make_images
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGHUP")
 
@@ -63,7 +63,7 @@ def test_a_signal_in_the_last_step_skips_neither_the_validation_nor_the_best_fil
     train: Train, base_arguments: list[str], tmp_path: Path, stop_in_step: Any
 ) -> None:
     """The last step is the best, since the loss of this run falls; it is measured because its epoch ends."""
-    make_pictures(tmp_path / "data" / "1_more", 4, seed=3)
+    make_images(tmp_path / "data" / "1_more", 4, seed=3)
     words = [*base_arguments, "--validation_split", "0.5", "--keep_best_checkpoint", "--learning_rate", "1e-2"]
     words += ["--max_train_steps", "5", "--validate_every_n_steps", "4", "--save_precision", "float"]
     measured = {}

@@ -14,7 +14,7 @@ from library.training.loop import loop, stacked_step
 from library.training.report_page.page import data_of
 from library.training.report_page.writer import read_report
 from library.training.run import optimization
-from tests.running import Finished, make_pictures
+from tests.running import Finished, make_images
 from tests.runs.bases import BASES
 from tests.tolerances import SUMS_OF_A_RUN
 
@@ -24,7 +24,7 @@ Train = Callable[..., Finished]
 @pytest.fixture
 def words(tmp_path: Path) -> list[str]:
     """Three steps of FLUX.1 and its text encoder; SGD, whose steps are as large as the gradients are."""
-    make_pictures(tmp_path / "data" / "1_thing", 5, seed=71)
+    make_images(tmp_path / "data" / "1_thing", 5, seed=71)
     return [
         *BASES["flux"].build(tmp_path / "model"), "--train_data_dir", str(tmp_path / "data"), "--caption_extension",
         ".txt", "--resolution", "64", "--train_batch_size", "2", "--output_dir", str(tmp_path / "out"), "--output_name",
@@ -142,7 +142,7 @@ def test_each_adapter_has_a_loss_scale_of_its_own(
 
 def test_worse_adapters_end_early_and_all_are_ranked(train: Train, words: list[str], tmp_path: Path) -> None:
     """A rate that is far too high soon gives losses that are no numbers."""
-    make_pictures(tmp_path / "data" / "1_more", 20, seed=72)
+    make_images(tmp_path / "data" / "1_more", 20, seed=72)
     more = [
         *MEASURED, "--validate_every_n_steps", "1", "--sweep", "learning_rate=1e-3,1e6", "--sweep_stop_after", "2",
         "--max_grad_norm", "0", "--log_events", str(tmp_path / "events.jsonl"),

@@ -117,7 +117,7 @@ def assert_equal_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Te
 
 @pytest.mark.parametrize("precision", [pytest.param("no", marks=pytest.mark.nightly), "bf16"])
 def test_memory_disk_and_no_cache_train_the_same_bit_for_bit(
-    run: Run, base_arguments: list[str], tmp_path: Path, pictures: Path, precision: str
+    run: Run, base_arguments: list[str], tmp_path: Path, images: Path, precision: str
 ) -> None:
     """Captions that do not vary, but for being dropped; all runs start from the same weights."""
     run([*base_arguments, "--output_name", "start", "--network_train_unet_only", "--max_train_steps", "1"])
@@ -130,7 +130,7 @@ def test_memory_disk_and_no_cache_train_the_same_bit_for_bit(
         assert done.status == 0, done.stderr
         assert cached_losses == losses and num_loads == loads
         assert_equal_weights(weights_of(tmp_path, name), weights_of(tmp_path, "plain"))
-    assert len(losses) == 4 and len(list((pictures / "2_thing").glob("0*_tiny_te.npz"))) == 6
+    assert len(losses) == 4 and len(list((images / "2_thing").glob("0*_tiny_te.npz"))) == 6
 
 
 def test_captions_go_on_varying_and_workers_change_nothing(run: Run, base_arguments: list[str], tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(run: Run, base_arguments: l
     assert_equal_weights(weights_of(tmp_path, "resumed"), weights_of(tmp_path, "mine"))
 
 
-def test_pictures_that_are_set_aside_are_measured_from_the_cache(run: Run, base_arguments: list[str]) -> None:
+def test_images_that_are_set_aside_are_measured_from_the_cache(run: Run, base_arguments: list[str]) -> None:
     measured = []
     for options in (CACHED, ON_DISK):
         split = ["--validation_split", "0.4", "--validate_every_n_steps", "2"]
@@ -192,9 +192,9 @@ def test_previews_are_drawn_without_text_encoders(run: Run, base_arguments: list
     for options, loads in ((CACHED, 1), (ON_DISK, 1), (ON_DISK, 0)):
         done, _, num_loads = run([*base_arguments, *previews, *options])
         assert done.status == 0 and num_loads == loads, done.stderr
-        (picture,) = (tmp_path / "out" / "sample").glob("*.png")
-        pixels.append(picture.read_bytes())
-        picture.unlink()
+        (image,) = (tmp_path / "out" / "sample").glob("*.png")
+        pixels.append(image.read_bytes())
+        image.unlink()
     assert len(set(pixels)) == 1
 
 

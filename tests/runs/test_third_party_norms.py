@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from library.checkpoints.files import load_state_dict
-from tests.running import ROOT, make_pictures
+from tests.running import ROOT, make_images
 from tests.tiny.sdxl import build_tiny_sdxl
 
 pytest.importorskip("lycoris")
@@ -17,7 +17,7 @@ pytest.importorskip("lycoris")
 @pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.nightly)])
 def test_the_process_survives(tmp_path: Path, algo: str, precision: str) -> None:
     """In a process of its own: torch's backward pass of channels-last groups ended it with a segmentation fault."""
-    make_pictures(tmp_path / "data" / "1_thing", 2, seed=64)
+    make_images(tmp_path / "data" / "1_thing", 2, seed=64)
     command = [
         sys.executable, str(ROOT / "sdxl_train_network.py"), "--pretrained_model_name_or_path",
         str(build_tiny_sdxl(tmp_path / "model", 53)), "--train_data_dir", str(tmp_path / "data"), "--resolution", "64",

@@ -1,6 +1,6 @@
 """Every kind of adapter teaches the toy world's model what it has never seen: the table of docs/networks.md.
 
-Pictures are judged by their pixels, and adapters are merged by code that shares nothing with training.
+Images are judged by their pixels, and adapters are merged by code that shares nothing with training.
 """
 
 import subprocess

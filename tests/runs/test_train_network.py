@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from library.training.reporting.step_times import IN_STEP
-from tests.running import SCRIPTS, Finished, make_pictures
+from tests.running import SCRIPTS, Finished, make_images
 
 Train = Callable[..., Finished]
 
@@ -93,11 +93,11 @@ def test_gradient_checkpointing_changes_nothing_but_memory(
 
 
 def test_latents_cached_on_disk_are_used_again_and_train_the_same(
-    train: Train, base_arguments: list[str], pictures: Path, tmp_path: Path
+    train: Train, base_arguments: list[str], images: Path, tmp_path: Path
 ) -> None:
     train([*base_arguments, "--output_name", "memory", "--cache_latents"])
     train([*base_arguments, "--output_name", "disk", "--cache_latents_to_disk"])
-    cached = sorted((pictures / "2_thing").glob("*_0064x0064_sd.npz"))
+    cached = sorted((images / "2_thing").glob("*_0064x0064_sd.npz"))
     assert len(cached) == 6
     times = [path.stat().st_mtime_ns for path in cached]
     done = train([*base_arguments, "--output_name", "again", "--cache_latents_to_disk"])
@@ -213,11 +213,11 @@ def test_velocity_prediction_with_zero_terminal_snr(train: Train, base_arguments
     assert done.losses and all(loss > 0 for loss in done.losses)
 
 
-def test_regularisation_pictures_weigh_what_prior_loss_weight_says(
+def test_regularisation_images_weigh_what_prior_loss_weight_says(
     train: Train, base_arguments: list[str], tmp_path: Path
 ) -> None:
     """With a weight of 0 the loss of mixed batches falls below that of the same run with weight 1."""
-    make_pictures(tmp_path / "reg" / "1_class", 12, seed=9)
+    make_images(tmp_path / "reg" / "1_class", 12, seed=9)
     options = ["--reg_data_dir", str(tmp_path / "reg"), "--learning_rate", "1e-12"]
     full = train([*base_arguments, *options, "--prior_loss_weight", "1"])
     none = train([*base_arguments, *options, "--prior_loss_weight", "0"])
@@ -252,15 +252,15 @@ def test_debug_dataset_shows_batches_and_stops(train: Train, base_arguments: lis
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_debug_dataset_needs_no_model(train: Train, script: str, pictures: Path) -> None:
-    words = ["--train_data_dir", str(pictures), "--caption_extension", ".txt", "--resolution", "64"]
+def test_debug_dataset_needs_no_model(train: Train, script: str, images: Path) -> None:
+    words = ["--train_data_dir", str(images), "--caption_extension", ".txt", "--resolution", "64"]
     done = train([*words, "--debug_dataset", "--console_log_simple"], script)
     assert done.status == 0, done.stderr
     assert "12 x pixels (1, 3, 64, 64)" in done.stdout and "captions are not counted" in done.stdout
 
 
 @pytest.mark.parametrize("more", [[], ["--debug_dataset"], ["--audit_only"]], ids=" ".join)
-def test_a_dataset_without_pictures_ends_with_status_1(
+def test_a_dataset_without_images_ends_with_status_1(
     train: Train, base_arguments: list[str], tmp_path: Path, more: list[str]
 ) -> None:
     (tmp_path / "my_cats").mkdir()

@@ -18,7 +18,7 @@ Train = Callable[..., Finished]
 
 @pytest.fixture
 def split_arguments(base_arguments: list[str]) -> list[str]:
-    """Four of six pictures are trained twice an epoch, two are set aside; two epochs of four steps."""
+    """Four of six images are trained twice an epoch, two are set aside; two epochs of four steps."""
     return [*base_arguments, "--validation_split", "0.34", "--max_train_epochs", "2", "--console_log_simple"]
 
 
@@ -70,13 +70,13 @@ def test_training_is_the_same_bit_for_bit_with_and_without_it(
     assert often.keys() == never.keys() and all(torch.equal(often[key], never[key]) for key in never)
 
 
-def test_training_is_that_of_a_folder_without_the_pictures_that_are_set_aside(
-    train: Train, split_arguments: list[str], pictures: Path, tmp_path: Path
+def test_training_is_that_of_a_folder_without_the_images_that_are_set_aside(
+    train: Train, split_arguments: list[str], images: Path, tmp_path: Path
 ) -> None:
     train([*split_arguments, "--validation_seed", "3", "--cache_latents_to_disk", "--output_dir", str(tmp_path / "a")])
     from tests.unit.data.builders import options_of, plan_of, validation_of
 
-    arguments = ["--train_data_dir", str(pictures), "--validation_split", "0.34"]
+    arguments = ["--train_data_dir", str(images), "--validation_split", "0.34"]
     plan = plan_of(options_of("--resolution 64 --validation_seed 3", *arguments))
     aside = [key for batch in validation_of(plan).batches([0, 1], 0) for key in batch.keys]
     assert len(aside) == 2
@@ -117,8 +117,7 @@ def test_charts_metadata_and_words(train: Train, split_arguments: list[str], tmp
     lines = re.findall(r"validation (?:after|before).*", done.stdout)
     assert len(lines) == 5
     assert (
-        lines[0].startswith("validation before the first step: loss ")
-        and "on 2 pictures (noise level 200: " in lines[0]
+        lines[0].startswith("validation before the first step: loss ") and "on 2 images (noise level 200: " in lines[0]
     )
     assert all(re.search(r"; \d\.\d{4} ± \d\.\d{4} (below|above) that after step 0", line) for line in lines[1:])
 
@@ -175,28 +174,28 @@ def test_a_resumed_run_goes_on_measuring_as_if_it_had_not_stopped(
     assert len(expected) == 5 and found == expected[3:]  # before the first step, 2, 4, 6, 8
 
     other = train([*split_arguments, *when, "--resume", str(state), "--min_timestep", "100"])
-    assert "validation measures other pictures, noise levels or noise than in the state" in other.stdout
+    assert "validation measures other images, noise levels or noise than in the state" in other.stdout
 
 
-def test_options_without_pictures_to_measure_are_warned_of(train: Train, base_arguments: list[str]) -> None:
+def test_options_without_images_to_measure_are_warned_of(train: Train, base_arguments: list[str]) -> None:
     done = train([*base_arguments, "--console_log_simple", "--validate_every_n_steps", "5", "--keep_best_checkpoint"])
     assert done.status == 0
     for flag in ("--validate_every_n_steps", "--keep_best_checkpoint"):
-        assert f"{flag} has no effect: no picture is set aside; --validation_split does that" in done.stdout
+        assert f"{flag} has no effect: no image is set aside; --validation_split does that" in done.stdout
     assert "--max_validation_steps" not in done.stdout
 
 
 @pytest.mark.parametrize("options", [[], ["--cache_latents"]], ids=["encoded", "cached"])
 def test_copies_of_a_set_under_other_names_have_the_same_loss(
-    train: Train, split_arguments: list[str], pictures: Path, tmp_path: Path, options: list[str]
+    train: Train, split_arguments: list[str], images: Path, tmp_path: Path, options: list[str]
 ) -> None:
     (tmp_path / "copy" / "1_other").mkdir(parents=True)
-    for number, picture in enumerate(sorted(pictures.rglob("*.png"), reverse=True)):
+    for number, image in enumerate(sorted(images.rglob("*.png"), reverse=True)):
         for suffix in (".png", ".txt"):
             target = tmp_path / "copy" / "1_other" / f"{number}{suffix}"
-            target.write_bytes(picture.with_suffix(suffix).read_bytes())
+            target.write_bytes(image.with_suffix(suffix).read_bytes())
     found = []
-    for folder in (pictures, tmp_path / "copy"):
+    for folder in (images, tmp_path / "copy"):
         words = [*split_arguments, "--train_data_dir", str(folder), "--validate_at_first", "--max_train_steps", "1"]
         done = train([*words, "--logging_dir", str(tmp_path / f"logs of {folder.name}"), *options])
         assert done.status == 0, done.stderr

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.running import Finished, make_pictures
+from tests.running import Finished, make_images
 from tests.runs.bases import BASES, Base
 from tests.runs.test_resume import saved
 from tools import make_shards
@@ -46,9 +46,9 @@ def cached(tmp_path: Path, fresh_process: None) -> Cached:
 
     def make(name: str) -> tuple[Base, list[str], Path]:
         base = BASES[name]
-        make_pictures(tmp_path / "pictures", 4, seed=8)
+        make_images(tmp_path / "images", 4, seed=8)
         text = "[[datasets]]\nresolution = 64\nbatch_size = 2\n[[datasets.subsets]]\ncaption_extension = '.txt'\n"
-        text += f'image_dir = "{(tmp_path / "pictures").as_posix()}"\n'
+        text += f'image_dir = "{(tmp_path / "images").as_posix()}"\n'
         (tmp_path / "data.toml").write_text(text)
         (tmp_path / "model").mkdir()
         words = [
@@ -99,7 +99,7 @@ def test_what_needs_a_model_that_is_not_there_is_named_before_any_work(
         return done.stderr
 
     said = refusal("--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "1")
-    assert f"--sample_prompts draws pictures; give the VAE, or leave it out: --ae {ae} does not exist" in said
+    assert f"--sample_prompts draws images; give the VAE, or leave it out: --ae {ae} does not exist" in said
     assert f"--ae {ae} does not exist" in refusal(but=("--cache_latents_to_disk",))
     assert "--clip_l" in refusal(but=("--cache_text_encoder_outputs_to_disk",))
     said = refusal(but=("--network_train_unet_only",))

@@ -16,7 +16,7 @@ from library.options.machine.base_formats import BASE_FORMATS
 from library.training.loop import loop
 from library.training.loop.adapter_run import AdapterRun
 from library.training.reporting.step_times import StepTimes
-from tests.running import Finished, make_pictures
+from tests.running import Finished, make_images
 from tests.runs.bases import BASES
 from tests.runs.test_memory_modes import DEEPER, WAITING
 from tests.simulated_gpu.device import Simulation
@@ -88,7 +88,7 @@ def waits(simulated_gpu: Simulation, monkeypatch: pytest.MonkeyPatch) -> StepWai
 @pytest.fixture
 def run(train: Run, tmp_path: Path, waits: StepWaits) -> Run:
     """`run(base, ...)` trains three steps of two images in bf16 on the GPU, with nothing but allowed waits."""
-    make_pictures(tmp_path / "data" / "1_thing", 6, seed=81)
+    make_images(tmp_path / "data" / "1_thing", 6, seed=81)
     models: dict[str, list[str]] = {}
 
     def start(

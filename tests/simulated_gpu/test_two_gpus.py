@@ -7,7 +7,7 @@ import torch
 
 from library.checkpoints.files import load_state_dict
 from tests.ranks import Job
-from tests.running import make_pictures
+from tests.running import make_images
 from tests.runs.bases import BASES
 from tests.simulated_gpu.ranks import run_ranks
 from tests.tolerances import SUMS_OF_A_RUN
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.usefixtures("simula
 
 def test_two_gpus_train_as_one_that_accumulates(tmp_path: Path) -> None:
     """Also with the base model shared between them, which changes nothing."""
-    make_pictures(tmp_path / "data" / "1_thing", 8, seed=91)
+    make_images(tmp_path / "data" / "1_thing", 8, seed=91)
     arguments = [
         *BASES["flux"].build(tmp_path / "model"), "--train_data_dir", str(tmp_path / "data"), "--caption_extension",
         ".txt", "--resolution", "64", "--network_module", "networks.lora_flux", "--network_dim", "4",

@@ -1,4 +1,4 @@
-"""Tiny models whose U-Net sees a mask and the rest of the picture too."""
+"""Tiny models whose U-Net sees a mask and the rest of the image too."""
 
 import json
 import shutil

@@ -72,7 +72,7 @@ SCHEDULER = {
 def build_tiny_sd(folder: Path, seed: int, layout: Layout = "diffusers", is_v2: bool = False) -> Path:
     """Write a tiny model into `folder` and return what --pretrained_model_name_or_path takes.
 
-    Pictures of 64 px have 8x8 latents. A single file has its tokenizer/ beside it. One seed has the same weights in
+    Images of 64 px have 8x8 latents. A single file has its tokenizer/ beside it. One seed has the same weights in
     every layout.
     """
     folder.mkdir(parents=True, exist_ok=True)

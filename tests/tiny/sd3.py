@@ -126,7 +126,7 @@ def build_tiny_sd3(folder: Path, seed: int, name: str = "sd3-medium", with_text:
     """Write a tiny model of the size `name` of CONFIGS as a combined single file, and return its path.
 
     Beside it lie tokenizer/ and tokenizer_3/ (T5's) and, as files of their own, clip_l, clip_g, t5xxl and vae;
-    `with_text` puts the text encoders into the single file too. Pictures of 64 px have 8x8 latents.
+    `with_text` puts the text encoders into the single file too. Images of 64 px have 8x8 latents.
     """
     from safetensors.torch import save_file
 

@@ -55,7 +55,7 @@ PIPELINE = {
 def build_tiny_sdxl(folder: Path, seed: int, layout: Layout = "diffusers") -> Path:
     """Write a tiny model into `folder` and return what --pretrained_model_name_or_path takes.
 
-    Pictures of 64 px have 8x8 latents. A single file has its tokenizer/ beside it. One seed has the same weights in
+    Images of 64 px have 8x8 latents. A single file has its tokenizer/ beside it. One seed has the same weights in
     every layout.
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -44,8 +44,8 @@ def test_a_process_that_ended_is_missed_unless_it_said_that_it_is_done() -> None
         assert str(Heartbeat(said, rank, 3).find()).startswith("process 1 was killed without an error message")
     said["over/1"] = "1"
     assert Heartbeat(said, 0, 3).find() is None
-    said["failure/1"] = "UserError: no picture"
-    assert Heartbeat(said, 0, 3).find() == "process 1 ended with an error: UserError: no picture"
+    said["failure/1"] = "UserError: no image"
+    assert Heartbeat(said, 0, 3).find() == "process 1 ended with an error: UserError: no image"
 
 
 def test_asking_whether_a_process_lives_sends_it_no_signal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,10 +131,10 @@ def test_the_main_process_stays_until_the_others_know_why_it_ends(rank: int) -> 
     timer = threading.Timer(0.4, said.__setitem__, ("over/1", "1"))
     timer.start()
     started = time.monotonic()
-    with pytest.raises(ValueError, match="no picture"):
+    with pytest.raises(ValueError, match="no image"):
         with of_rank(rank, said).reporting_failures():
-            raise ValueError("no picture")
+            raise ValueError("no image")
     took = time.monotonic() - started
     timer.cancel()
-    assert said[f"failure/{rank}"] == "ValueError: no picture"
+    assert said[f"failure/{rank}"] == "ValueError: no image"
     assert 0.3 < took < 3 if rank == 0 else took < 0.3

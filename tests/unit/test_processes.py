@@ -83,10 +83,10 @@ def test_all_use_the_seed_of_the_main_process_and_the_folder_of_their_machine() 
 
 def test_a_process_with_other_data_than_the_main_one_says_so() -> None:
     board = Board()
-    Processes(0, 2, store=board).require_same("the dataset", "3 pictures")
-    Processes(1, 2, store=board).require_same("the dataset", "3 pictures")
-    with pytest.raises(ValueError, match=r"the dataset of process 1 differs.*4 pictures here, 3 pictures there"):
-        Processes(1, 2, store=board).require_same("the dataset", "4 pictures")
+    Processes(0, 2, store=board).require_same("the dataset", "3 images")
+    Processes(1, 2, store=board).require_same("the dataset", "3 images")
+    with pytest.raises(ValueError, match=r"the dataset of process 1 differs.*4 images here, 3 images there"):
+        Processes(1, 2, store=board).require_same("the dataset", "4 images")
 
 
 def test_tables_of_all_processes_become_one() -> None:

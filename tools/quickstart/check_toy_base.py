@@ -19,7 +19,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library.version import add_version
 from tools.quickstart.sampling import GUIDANCE_SCALE, SAMPLING_STEPS, Prompt, load_pipeline, sample
-from tools.quickstart.toy_world import HELD_OUT_SHAPES, Picture, Scene, list_scenes, look_at
+from tools.quickstart.toy_world import HELD_OUT_SHAPES, ImageArray, Scene, list_scenes, look_at
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +36,9 @@ def draw_prompts(scenes: Sequence[Scene], count: int, seed: int) -> tuple[list[S
     return chosen, [Prompt(scene.caption(), 1000 * seed + n) for n, scene in enumerate(chosen)]
 
 
-def measure(pictures: Sequence[Picture], scenes: Sequence[Scene]) -> dict[str, float]:
-    """Return the share of pictures that are right, for each attribute and for all but the size."""
-    seen = [look_at(picture) for picture in pictures]
+def measure(images: Sequence[ImageArray], scenes: Sequence[Scene]) -> dict[str, float]:
+    """Return the share of images that are right, for each attribute and for all but the size."""
+    seen = [look_at(image) for image in images]
     pairs = list(zip(seen, scenes, strict=True))
     shares = {
         name: float(np.mean([getattr(s, name) == getattr(scene, name) for s, scene in pairs])) for name in ATTRIBUTES
@@ -46,12 +46,12 @@ def measure(pictures: Sequence[Picture], scenes: Sequence[Scene]) -> dict[str, f
     return {"all but size": float(np.mean([s.shows(scene) for s, scene in pairs])), **shares}
 
 
-def save_grid(pictures: Sequence[Picture], path: Path, num_columns: int = 20) -> None:
-    """Write pictures side by side into one PNG."""
+def save_grid(images: Sequence[ImageArray], path: Path, num_columns: int = 20) -> None:
+    """Write images side by side into one PNG."""
     from PIL import Image
 
-    blank = np.zeros_like(pictures[0])
-    filled = [*pictures, *[blank] * (-len(pictures) % num_columns)]
+    blank = np.zeros_like(images[0])
+    filled = [*images, *[blank] * (-len(images) % num_columns)]
     rows = [np.concatenate(filled[n : n + num_columns], axis=1) for n in range(0, len(filled), num_columns)]
     Image.fromarray(np.concatenate(rows)).save(path)
 
@@ -61,18 +61,18 @@ def format_shares(shares: dict[str, float]) -> str:
     return ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
 
 
-def check(pipeline: Any, count: int, seed: int, picture: Path | None) -> list[str]:
+def check(pipeline: Any, count: int, seed: int, image: Path | None) -> list[str]:
     """Sample and judge; return the result in lines."""
     scenes, prompts = draw_prompts(list_scenes(), count, seed)
-    pictures = sample(pipeline, prompts)
-    lines = [f"known world, {count} prompts: {format_shares(measure(pictures, scenes))}"]
+    images = sample(pipeline, prompts)
+    lines = [f"known world, {count} prompts: {format_shares(measure(images, scenes))}"]
     for shape in HELD_OUT_SHAPES:
         unseen_scenes, unseen_prompts = draw_prompts(list_scenes((shape,)), count // 2, seed)
         unseen = sample(pipeline, unseen_prompts)
         lines.append(f"{shape}, never seen, {count // 2} prompts: {format_shares(measure(unseen, unseen_scenes))}")
-        pictures += unseen
-    if picture is not None:
-        save_grid(pictures, picture)
+        images += unseen
+    if image is not None:
+        save_grid(images, image)
     return lines
 
 
@@ -90,7 +90,7 @@ def setup_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=1, help="of the choice of prompts and of their noise")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="that the model computes in")
-    parser.add_argument("--picture", type=Path, help="write all samples into this PNG as well")
+    parser.add_argument("--image", type=Path, help="write all samples into this PNG as well")
     return parser
 
 
@@ -99,7 +99,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     args = setup_parser().parse_args()
     logger.info("DDIM, %d steps, guidance %g, %s", SAMPLING_STEPS, GUIDANCE_SCALE, args.dtype)
-    print("\n".join(check(load_pipeline(args.base, DTYPES[args.dtype]), args.count, args.seed, args.picture)))
+    print("\n".join(check(load_pipeline(args.base, DTYPES[args.dtype]), args.count, args.seed, args.image)))
 
 
 if __name__ == "__main__":

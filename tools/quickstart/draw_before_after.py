@@ -19,7 +19,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library.version import add_version
 from tools.quickstart.sampling import count_right, load_pipeline, merge_lora, read_prompts, sample
-from tools.quickstart.toy_world import Picture
+from tools.quickstart.toy_world import ImageArray
 
 logger = logging.getLogger(__name__)
 
@@ -31,19 +31,19 @@ TITLE_HEIGHT = 28
 INK, PAPER = (20, 20, 20), (255, 255, 255)
 
 
-def arrange(before: Sequence[Picture], after: Sequence[Picture], titles: tuple[str, str]) -> Image.Image:
-    """Lay two sets of equally many pictures side by side, a title above each."""
+def arrange(before: Sequence[ImageArray], after: Sequence[ImageArray], titles: tuple[str, str]) -> Image.Image:
+    """Lay two sets of equally many images side by side, a title above each."""
     cell = before[0].shape[0] * ENLARGEMENT + GAP
     half_width = NUM_COLUMNS * cell + 2 * GAP
     num_rows = -(-len(before) // NUM_COLUMNS)
     page = Image.new("RGB", (2 * half_width, TITLE_HEIGHT + num_rows * cell + GAP), PAPER)
     pen = ImageDraw.Draw(page)
-    for half, (pictures, title) in enumerate(zip((before, after), titles, strict=True)):
+    for half, (images, title) in enumerate(zip((before, after), titles, strict=True)):
         left = half * half_width + GAP
         pen.text((left, GAP), title, fill=INK, font=ImageFont.load_default(size=14))
-        for n, picture in enumerate(pictures):
-            image = Image.fromarray(picture).resize((cell - GAP, cell - GAP), Image.Resampling.NEAREST)
-            page.paste(image, (left + n % NUM_COLUMNS * cell, TITLE_HEIGHT + n // NUM_COLUMNS * cell))
+        for n, image in enumerate(images):
+            shown = Image.fromarray(image).resize((cell - GAP, cell - GAP), Image.Resampling.NEAREST)
+            page.paste(shown, (left + n % NUM_COLUMNS * cell, TITLE_HEIGHT + n // NUM_COLUMNS * cell))
             left_edge, top = left + n % NUM_COLUMNS * cell - 1, TITLE_HEIGHT + n // NUM_COLUMNS * cell - 1
             box = (left_edge, top, left_edge + cell - GAP + 1, top + cell - GAP + 1)
             pen.rectangle(box, outline=(200, 200, 200))
@@ -52,7 +52,7 @@ def arrange(before: Sequence[Picture], after: Sequence[Picture], titles: tuple[s
 
 
 def draw_before_and_after(base: Path, lora: Path, prompts_file: Path, out: Path) -> tuple[float, float]:
-    """Write the picture; return the share of samples that show their prompt, before and after."""
+    """Write the image; return the share of samples that show their prompt, before and after."""
     from safetensors.torch import load_file
 
     prompts = read_prompts(prompts_file)

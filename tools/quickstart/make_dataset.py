@@ -25,20 +25,20 @@ NUM_TRAINED_PROMPTS = 14
 PROMPT_OPTIONS = "--w 64 --h 64 --s 20 --l 2"
 
 
-def make_dataset(out: Path, prompts: Path, shape: str, num_pictures: int, seed: int) -> None:
+def make_dataset(out: Path, prompts: Path, shape: str, num_images: int, seed: int) -> None:
     """Write `shape_00.png` and `shape_00.txt` and so on, and the file of prompts."""
     rng = np.random.default_rng(seed)
     scenes = list_scenes((shape,))
     shuffled = [scenes[int(n)] for n in rng.permutation(len(scenes))]
     out.mkdir(parents=True, exist_ok=True)
-    for n, scene in enumerate(shuffled[:num_pictures]):
+    for n, scene in enumerate(shuffled[:num_images]):
         Image.fromarray(draw_scene(scene, rng)).save(out / f"{shape}_{n:02}.png", optimize=True)
         (out / f"{shape}_{n:02}.txt").write_text(scene.caption() + "\n", encoding="utf-8")
-    asked = shuffled[num_pictures:] + shuffled[:NUM_TRAINED_PROMPTS]
+    asked = shuffled[num_images:] + shuffled[:NUM_TRAINED_PROMPTS]
     lines = [f"{scene.caption()} {PROMPT_OPTIONS} --d {n + 1}" for n, scene in enumerate(asked)]
-    heading = f"# the first {len(shuffled) - num_pictures} combinations are not in the dataset"
+    heading = f"# the first {len(shuffled) - num_images} combinations are not in the dataset"
     prompts.write_text("\n".join([heading, *lines]) + "\n", encoding="utf-8")
-    logger.info("%s: %d pictures; %s: %d prompts", out, num_pictures, prompts, len(lines))
+    logger.info("%s: %d images; %s: %d prompts", out, num_images, prompts, len(lines))
 
 
 def setup_parser() -> argparse.ArgumentParser:
@@ -50,10 +50,10 @@ def setup_parser() -> argparse.ArgumentParser:
     )
     add_version(parser)
     quickstart = ROOT / "configs/quickstart"
-    parser.add_argument("--out", type=Path, default=quickstart / "dataset", help="folder of pictures and captions")
+    parser.add_argument("--out", type=Path, default=quickstart / "dataset", help="folder of images and captions")
     parser.add_argument("--prompts", type=Path, default=quickstart / "prompts.txt", help="file of prompts to write")
-    parser.add_argument("--shape", choices=HELD_OUT_SHAPES, default="heart", help="what the pictures show")
-    parser.add_argument("--num_pictures", type=int, default=32, help="of the shape's 42 scenes, one picture each")
+    parser.add_argument("--shape", choices=HELD_OUT_SHAPES, default="heart", help="what the images show")
+    parser.add_argument("--num_images", type=int, default=32, help="of the shape's 42 scenes, one image each")
     parser.add_argument("--seed", type=int, default=1, help="of the choice of scenes and of the drawing")
     return parser
 
@@ -62,7 +62,7 @@ def main() -> None:
     """Run the command."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     args = setup_parser().parse_args()
-    make_dataset(args.out, args.prompts, args.shape, args.num_pictures, args.seed)
+    make_dataset(args.out, args.prompts, args.shape, args.num_images, args.seed)
 
 
 if __name__ == "__main__":

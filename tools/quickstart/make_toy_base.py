@@ -30,8 +30,8 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 from library.version import add_version
 from tools.quickstart.toy_world import (
     CAPTION_TEMPLATES,
-    PICTURE_SIZE,
-    Picture,
+    IMAGE_SIZE,
+    ImageArray,
     Scene,
     draw_doodle,
     draw_scene,
@@ -57,7 +57,7 @@ NUM_DOODLES = 3  # of a batch
 VAE_LEARNING_RATE = 2e-3
 KL_WEIGHT = 1e-3  # of the mean over latents, against the mean over pixels
 UNET_BATCH_SIZE = 32
-PICTURES_PER_CAPTION = 2  # per batch; the text encoder runs once for them
+IMAGES_PER_CAPTION = 2  # per batch; the text encoder runs once for them
 UNET_LEARNING_RATE = 1e-3
 EMPTY_CAPTION_SHARE = 0.1  # share of empty captions, which train the unconditional prediction
 WARMUP_STEPS = 200
@@ -72,7 +72,7 @@ class Settings:
     seed: int
     vae_steps: int
     unet_steps: int
-    pictures_per_scene: int
+    images_per_scene: int
     vae: Path | None
 
 
@@ -177,7 +177,7 @@ def make_vae() -> "AutoencoderKL":
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=4,
-        sample_size=PICTURE_SIZE,
+        sample_size=IMAGE_SIZE,
         scaling_factor=SCALING_FACTOR,
     )
 
@@ -187,7 +187,7 @@ def make_unet() -> "UNet2DConditionModel":
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
-        sample_size=PICTURE_SIZE // 8,
+        sample_size=IMAGE_SIZE // 8,
         block_out_channels=(64, 96, 96),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
@@ -217,9 +217,9 @@ def make_scheduler() -> Any:
 # --- training ---
 
 
-def to_tensor(pictures: Sequence[Picture]) -> Tensor:
-    """Return pictures as (B, 3, H, W) from -1 to 1, channels last in memory."""
-    pixels_BHWC = torch.from_numpy(np.stack(pictures)).float() / 127.5 - 1
+def to_tensor(images: Sequence[ImageArray]) -> Tensor:
+    """Return images as (B, 3, H, W) from -1 to 1, channels last in memory."""
+    pixels_BHWC = torch.from_numpy(np.stack(images)).float() / 127.5 - 1
     return pixels_BHWC.permute(0, 3, 1, 2)
 
 
@@ -251,9 +251,9 @@ class Average:
 
 
 def draw_batch(scenes: Sequence[Scene], rng: np.random.Generator) -> Tensor:
-    """Draw the VAE's next pictures (B, 3, H, W): scenes and doodles."""
-    pictures = [draw_scene(scenes[int(rng.integers(len(scenes)))], rng) for _ in range(VAE_BATCH_SIZE - NUM_DOODLES)]
-    return to_tensor(pictures + [draw_doodle(rng) for _ in range(NUM_DOODLES)])
+    """Draw the VAE's next images (B, 3, H, W): scenes and doodles."""
+    images = [draw_scene(scenes[int(rng.integers(len(scenes)))], rng) for _ in range(VAE_BATCH_SIZE - NUM_DOODLES)]
+    return to_tensor(images + [draw_doodle(rng) for _ in range(NUM_DOODLES)])
 
 
 def train_vae(num_steps: int, seed: int) -> "AutoencoderKL":
@@ -303,11 +303,11 @@ def rescale_latents(vae: "AutoencoderKL", pixels_BCHW: Tensor) -> None:
 
 @torch.no_grad()
 def draw_latents(vae: "AutoencoderKL", scenes: Sequence[Scene], num_each: int, rng: np.random.Generator) -> Tensor:
-    """Draw and encode pictures of every scene: scaled latents (scene, picture, C, H, W)."""
+    """Draw and encode images of every scene: scaled latents (scene, image, C, H, W)."""
     return torch.stack(
         [
             vae.encode(to_tensor([draw_scene(scene, rng) for _ in range(num_each)])).latent_dist.mean * SCALING_FACTOR
-            for scene in tqdm(scenes, desc="encode pictures", mininterval=5)
+            for scene in tqdm(scenes, desc="encode images", mininterval=5)
         ]
     )
 
@@ -315,16 +315,16 @@ def draw_latents(vae: "AutoencoderKL", scenes: Sequence[Scene], num_each: int, r
 def batches(
     latents_SPCHW: Tensor, ids_SKT: Tensor, empty_T: Tensor, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield latents (B, C, H, W) and token ids (B / 2, T), one row for two neighbouring pictures, without end."""
-    num_scenes, num_pictures = latents_SPCHW.shape[:2]
-    num_captions = UNET_BATCH_SIZE // PICTURES_PER_CAPTION
+    """Yield latents (B, C, H, W) and token ids (B / 2, T), one row for two neighbouring images, without end."""
+    num_scenes, num_images = latents_SPCHW.shape[:2]
+    num_captions = UNET_BATCH_SIZE // IMAGES_PER_CAPTION
     while True:
         s_N = torch.randint(num_scenes, (num_captions,), generator=generator)
         k_N = torch.randint(ids_SKT.shape[1], (num_captions,), generator=generator)
-        p_B = torch.randint(num_pictures, (UNET_BATCH_SIZE,), generator=generator)
+        p_B = torch.randint(num_images, (UNET_BATCH_SIZE,), generator=generator)
         is_empty_N = torch.rand(num_captions, generator=generator) < EMPTY_CAPTION_SHARE
         ids_NT = torch.where(is_empty_N[:, None], empty_T, ids_SKT[s_N, k_N])
-        yield latents_SPCHW[s_N.repeat_interleave(PICTURES_PER_CAPTION), p_B], ids_NT
+        yield latents_SPCHW[s_N.repeat_interleave(IMAGES_PER_CAPTION), p_B], ids_NT
 
 
 def train_unet(
@@ -345,7 +345,7 @@ def train_unet(
         noise_BCHW = torch.randn(latents_BCHW.shape, generator=generator)
         timesteps_B = torch.randint(NUM_TIMESTEPS, (len(latents_BCHW),), generator=generator)
         noisy_BCHW = scheduler.add_noise(latents_BCHW, noise_BCHW, timesteps_B)
-        hidden_BTC = text_encoder(ids_NT).last_hidden_state.repeat_interleave(PICTURES_PER_CAPTION, dim=0)
+        hidden_BTC = text_encoder(ids_NT).last_hidden_state.repeat_interleave(IMAGES_PER_CAPTION, dim=0)
         loss = mse_loss(unet(noisy_BCHW, timesteps_B, hidden_BTC).sample, noise_BCHW)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -402,7 +402,7 @@ def make_toy_base(settings: Settings) -> None:
         else:
             vae = AutoencoderKL.from_pretrained(str(settings.vae)).float().eval()
         rng = np.random.default_rng([settings.seed, 1])
-        latents_SPCHW = draw_latents(vae, scenes, settings.pictures_per_scene, rng)
+        latents_SPCHW = draw_latents(vae, scenes, settings.images_per_scene, rng)
         logger.info("scaled latents: mean %.3f, deviation %.3f", latents_SPCHW.mean(), latents_SPCHW.std())
         ids_SKT = torch.stack([tokenize(tokenizer, captions) for captions in captions_SK])
         empty_T = tokenize(tokenizer, [""])[0]
@@ -421,12 +421,10 @@ def setup_parser() -> argparse.ArgumentParser:
     )
     add_version(parser)
     parser.add_argument("--out", type=Path, default=ROOT / "configs/quickstart/toy_base", help="folder to write")
-    parser.add_argument("--seed", type=int, default=1, help="of the pictures, the weights and the training")
+    parser.add_argument("--seed", type=int, default=1, help="of the images, the weights and the training")
     parser.add_argument("--vae_steps", type=int, default=3000, help="training steps of the VAE")
     parser.add_argument("--unet_steps", type=int, default=5000, help="training steps of U-Net and text encoder")
-    parser.add_argument(
-        "--pictures_per_scene", type=int, default=96, help="pictures that the U-Net sees of every scene"
-    )
+    parser.add_argument("--images_per_scene", type=int, default=96, help="images that the U-Net sees of every scene")
     parser.add_argument("--vae", type=Path, help="folder of a VAE to use instead of training one, e.g. OUT/vae")
     return parser
 

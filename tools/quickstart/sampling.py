@@ -1,4 +1,4 @@
-"""Sample pictures of the toy world from the quickstart's base model, with or without a LoRA, and judge them."""
+"""Sample images of the toy world from the quickstart's base model, with or without a LoRA, and judge them."""
 
 import re
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from networks.core.files.adapter_file import COMPUTED, parse_adapter, require_layouts
-from tools.quickstart.toy_world import Picture, look_at, parse_caption
+from tools.quickstart.toy_world import ImageArray, look_at, parse_caption
 
 SAMPLING_STEPS = 20
 GUIDANCE_SCALE = 2.0
@@ -21,7 +21,7 @@ BATCH_SIZE = 50
 
 @dataclass(frozen=True)
 class Prompt:
-    """One picture to make: a caption and the seed of its noise."""
+    """One image to make: a caption and the seed of its noise."""
 
     caption: str
     seed: int
@@ -57,9 +57,9 @@ def load_pipeline(base: Path, dtype: torch.dtype = torch.float32) -> Any:
     return pipeline
 
 
-def sample(pipeline: Any, prompts: Sequence[Prompt]) -> list[Picture]:
-    """Make one picture (64, 64, 3) of every prompt; each depends on its own seed only."""
-    pictures: list[Picture] = []
+def sample(pipeline: Any, prompts: Sequence[Prompt]) -> list[ImageArray]:
+    """Make one image (64, 64, 3) of every prompt; each depends on its own seed only."""
+    drawn: list[ImageArray] = []
     for start in range(0, len(prompts), BATCH_SIZE):
         part = prompts[start : start + BATCH_SIZE]
         images = pipeline(
@@ -69,14 +69,14 @@ def sample(pipeline: Any, prompts: Sequence[Prompt]) -> list[Picture]:
             generator=[torch.Generator().manual_seed(prompt.seed) for prompt in part],
             output_type="np",
         ).images
-        pictures += list(np.rint(images * 255).astype(np.uint8))
-    return pictures
+        drawn += list(np.rint(images * 255).astype(np.uint8))
+    return drawn
 
 
-def count_right(pictures: Sequence[Picture], prompts: Sequence[Prompt]) -> int:
-    """Return how many pictures show shape, colour, background and style of their prompt."""
+def count_right(images: Sequence[ImageArray], prompts: Sequence[Prompt]) -> int:
+    """Return how many images show shape, colour, background and style of their prompt."""
     return sum(
-        look_at(picture).shows(parse_caption(prompt.caption)) for picture, prompt in zip(pictures, prompts, strict=True)
+        look_at(image).shows(parse_caption(prompt.caption)) for image, prompt in zip(images, prompts, strict=True)
     )
 
 

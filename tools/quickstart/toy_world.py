@@ -17,13 +17,13 @@ from PIL import Image, ImageDraw
 
 from library.errors import UserError
 
-Picture = NDArray[np.uint8]  # (64, 64, 3), RGB
+ImageArray = NDArray[np.uint8]  # (64, 64, 3), RGB
 Points = NDArray[np.float64]  # (n, 2), x to the right and y down, the shape's middle at 0 and its radius about 1
 Plane = NDArray[np.float64]  # (height, width)
 Mask = NDArray[np.bool_]  # (height, width)
 Style = Literal["solid", "outlined"]
 
-PICTURE_SIZE = 64
+IMAGE_SIZE = 64
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 36, 36),
     "orange": (246, 140, 20),
@@ -138,48 +138,48 @@ def rotate(points: Points, degrees: float) -> Points:
     return points @ np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]])
 
 
-def fill_polygon(corners: Points, size: int = PICTURE_SIZE, oversampling: int = 4) -> Plane:
+def fill_polygon(corners: Points, size: int = IMAGE_SIZE, oversampling: int = 4) -> Plane:
     """Return how much of each pixel a polygon covers, 0 to 1; corners are in pixels."""
     canvas = Image.new("L", (size * oversampling, size * oversampling))
     ImageDraw.Draw(canvas).polygon([(float(x), float(y)) for x, y in corners * oversampling], fill=255)
     return np.asarray(canvas.reduce(oversampling), dtype=np.float64) / 255.0
 
 
-def paint(picture: Plane, coverage: Plane, colour: NDArray[np.float64]) -> Plane:
-    """Lay a colour over a float picture (64, 64, 3) where coverage is 1, blending at the edges."""
-    return picture + coverage[..., None] * (colour - picture)
+def paint(image: Plane, coverage: Plane, colour: NDArray[np.float64]) -> Plane:
+    """Lay a colour over a float image (64, 64, 3) where coverage is 1, blending at the edges."""
+    return image + coverage[..., None] * (colour - image)
 
 
-def draw_scene(scene: Scene, rng: np.random.Generator) -> Picture:
+def draw_scene(scene: Scene, rng: np.random.Generator) -> ImageArray:
     """Draw a scene; position, exact size, turn and shade are drawn from `rng`."""
     radius = rng.uniform(*SIZES[scene.size])
-    room = PICTURE_SIZE / 2 - 1.12 * radius - 3
-    middle = PICTURE_SIZE / 2 + rng.uniform(-room, room, size=2)
+    room = IMAGE_SIZE / 2 - 1.12 * radius - 3
+    middle = IMAGE_SIZE / 2 + rng.uniform(-room, room, size=2)
     corners = rotate(outline_of(scene.shape), rng.uniform(-MAX_TURN_DEGREES, MAX_TURN_DEGREES)) * radius
     background = np.array(BACKGROUNDS[scene.background]) + rng.uniform(-6, 6)
     colour = np.array(COLOURS[scene.colour]) + rng.uniform(-8, 8, size=3)
-    picture = np.broadcast_to(background, (PICTURE_SIZE, PICTURE_SIZE, 3))
+    image = np.broadcast_to(background, (IMAGE_SIZE, IMAGE_SIZE, 3))
     coverage = fill_polygon(middle + corners)
     if scene.style == "outlined":
         coverage = coverage - np.minimum(coverage, fill_polygon(middle + corners * OUTLINE_INNER_SCALE))
-    return np.clip(np.rint(paint(picture, coverage, colour)), 0, 255).astype(np.uint8)
+    return np.clip(np.rint(paint(image, coverage, colour)), 0, 255).astype(np.uint8)
 
 
-def draw_doodle(rng: np.random.Generator) -> Picture:
+def draw_doodle(rng: np.random.Generator) -> ImageArray:
     """Draw one to three random blobs of random colours: from these and the scenes the VAE learns edges and corners."""
     palette = np.array(list(COLOURS.values()) + 3 * list(BACKGROUNDS.values()), dtype=np.float64)
     shades = np.clip(palette[rng.choice(len(palette), 4, replace=False)] + rng.uniform(-15, 15, size=(4, 3)), 0, 255)
-    picture = np.broadcast_to(shades[0], (PICTURE_SIZE, PICTURE_SIZE, 3))
+    image = np.broadcast_to(shades[0], (IMAGE_SIZE, IMAGE_SIZE, 3))
     for shade in shades[1 : rng.integers(2, 5)]:
         num_corners = int(rng.integers(3, 13))
         angles = rng.uniform(0, 2 * np.pi) + np.arange(num_corners) * 2 * np.pi / num_corners
         corners = _ring_of_points(angles, rng.uniform(0.4, 1.1, num_corners)) * rng.uniform(6, 26)
-        middle = rng.uniform(8, PICTURE_SIZE - 8, size=2)
+        middle = rng.uniform(8, IMAGE_SIZE - 8, size=2)
         coverage = fill_polygon(middle + corners)
         if rng.random() < 0.3:
             coverage = coverage - np.minimum(coverage, fill_polygon(middle + corners * rng.uniform(0.4, 0.8)))
-        picture = paint(picture, coverage, shade)
-    return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+        image = paint(image, coverage, shade)
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
 # --- the checker ---
@@ -219,14 +219,14 @@ class Seen:
         )
 
 
-def look_at(picture: Picture) -> Seen:
+def look_at(image: ImageArray) -> Seen:
     """Name what an image (64, 64, 3) shows from its pixels alone.
 
     The background is the median of the border, the foreground what differs from it; its filled silhouette is moved to
     one centre and one area and compared with every shape at every allowed rotation. Blank images, noise, several blobs
     and silhouettes unlike every shape get "" for the shape.
     """
-    pixels = picture.astype(np.float64)
+    pixels = image.astype(np.float64)
     border = np.concatenate(
         [pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, [0, 1, -2, -1]].reshape(-1, 3)]
     )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 
 from library.architectures.anima.llm_adapter import EPS, AdapterConfig, LLMAdapter
-from library.architectures.anima.positions import Angles, picture_angles, turn
+from library.architectures.anima.positions import Angles, image_angles, turn
 from library.architectures.anima.targets import TARGETS
 from library.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
@@ -120,7 +120,7 @@ class Anima(nn.Module):
         time = self.t_embedding_norm(waves_BM), self.t_embedder[1](waves_BM)  # (B, M) and (B, 3 M)
         x_BTM = self.x_embedder(patchify(with_mask(latents_BCHW), PATCH).to(dtype))
         x_BTM = x_BTM.float() if dtype == torch.float16 else x_BTM  # the sum over all blocks overflows float16
-        angles = picture_angles(self.tables, self.config.head_width, h, w, x_BTM.device)
+        angles = image_angles(self.tables, self.config.head_width, h, w, x_BTM.device)
         for block in self.blocks:
             x_BTM = self.runner(block, x_BTM, text_BLE, *time, angles)
         # Channels come last in the output but first in the input.

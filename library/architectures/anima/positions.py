@@ -26,7 +26,7 @@ def stretched_base(width: int) -> float:
     return float(BASE * STRETCH ** (width / (width - 2)))
 
 
-def picture_angles(tables: AxisTables, head_width: int, h: int, w: int, device: torch.device) -> Angles:
+def image_angles(tables: AxisTables, head_width: int, h: int, w: int, device: torch.device) -> Angles:
     """Return the angles of an image's patches in row order; it is frame 0, which rotates nothing."""
     first, side, _ = axes_of(head_width)
     base = stretched_base(side)

@@ -14,7 +14,7 @@ from torch.nn.functional import conv2d, normalize
 NORM_STRIPES = 16  # a stripe's float32 copies then take an eighth of the image's bf16
 
 
-class PictureConv(nn.Module):
+class ImageConv(nn.Module):
     """A convolution of the VAE for one frame.
 
     It keeps the whole kernel under its name, so the module has the same weights as the VAE it was made from, and
@@ -56,7 +56,7 @@ def replace_layers_for_images(vae: Any) -> Any:
     for module in list(vae.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, QwenImageCausalConv3d) and name != "time_conv":
-                setattr(module, name, PictureConv(child))
+                setattr(module, name, ImageConv(child))
             elif isinstance(child, QwenImageRMS_norm):
                 setattr(module, name, StripedNorm(child))
     return vae

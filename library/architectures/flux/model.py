@@ -184,8 +184,8 @@ def positions(num_text: int, h: int, w: int, device: torch.device) -> Tensor:
 
 def key_mask(text_mask_BL: Tensor, num_patches: int) -> Tensor:
     """Return the mask of tokens that may be attended to: the text's as given, the whole image; shape (B, 1, 1, T)."""
-    picture = text_mask_BL.new_ones((len(text_mask_BL), num_patches), dtype=torch.bool)
-    return torch.cat([text_mask_BL.bool(), picture], dim=1)[:, None, None]
+    image = text_mask_BL.new_ones((len(text_mask_BL), num_patches), dtype=torch.bool)
+    return torch.cat([text_mask_BL.bool(), image], dim=1)[:, None, None]
 
 
 def attend(q_BNTD: Tensor, k_BNTD: Tensor, v_BNTD: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:

@@ -141,7 +141,7 @@ def positions(H: int, W: int, device: torch.device) -> Tensor:
     return torch.stack([rows, columns], dim=-1)
 
 
-def turn_picture(x_BNTD: Tensor, rope: Rope) -> Tensor:
+def turn_image(x_BNTD: Tensor, rope: Rope) -> Tensor:
     """Rotate the image's tokens; text, which comes last, has no position."""
     num_patches = len(rope)
     return torch.cat([turn(x_BNTD[:, :, :num_patches], rope), x_BNTD[:, :, num_patches:]], dim=2)
@@ -149,8 +149,8 @@ def turn_picture(x_BNTD: Tensor, rope: Rope) -> Tensor:
 
 def key_mask(text_mask_BL: Tensor, num_patches: int) -> Tensor:
     """Return the mask of tokens that may be attended to: the whole image, the text as given; shape (B, 1, 1, T)."""
-    picture = text_mask_BL.new_ones((len(text_mask_BL), num_patches), dtype=torch.bool)
-    return torch.cat([picture, text_mask_BL.bool()], dim=1)[:, None, None]
+    image = text_mask_BL.new_ones((len(text_mask_BL), num_patches), dtype=torch.bool)
+    return torch.cat([image, text_mask_BL.bool()], dim=1)[:, None, None]
 
 
 def split_heads(qkv_BTM: Tensor, head_width: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -337,7 +337,7 @@ class MMDoubleStreamBlock(nn.Module):
         txt_q, txt_k, txt_v = split_heads(txt_qkv, self.head_width)
         q = torch.cat([self.img_attn_q_norm(img_q), self.txt_attn_q_norm(txt_q)], dim=2)
         k = torch.cat([self.img_attn_k_norm(img_k), self.txt_attn_k_norm(txt_k)], dim=2)
-        attended_BTM = attend(turn_picture(q, rope), turn_picture(k, rope), torch.cat([img_v, txt_v], dim=2), mask)
+        attended_BTM = attend(turn_image(q, rope), turn_image(k, rope), torch.cat([img_v, txt_v], dim=2), mask)
         num_patches = img_BTM.shape[1]
         img_BTM = img_BTM + img_mod[2] * self.img_attn_proj(attended_BTM[:, :num_patches])
         img_hidden = self.img_mlp.fc1(modulate(self.img_norm2(img_BTM), *img_mod[3:5]))
@@ -365,7 +365,7 @@ class MMSingleStreamBlock(nn.Module):
     def forward(self, x_BTM: Tensor, vec_BM: Tensor, rope: Rope, mask: Tensor) -> Tensor:
         shift, scale, gate = self.modulation(vec_BM)
         mlp, q, k, v = self.parts(modulate(self.pre_norm(x_BTM), shift, scale))
-        attended_BTM = attend(turn_picture(q, rope), turn_picture(k, rope), v, mask)
+        attended_BTM = attend(turn_image(q, rope), turn_image(k, rope), v, mask)
         del q, k, v  # their rotated copies are kept
         y_BTM: Tensor = self.linear2(torch.cat([attended_BTM, gelu(mlp, approximate="tanh")], dim=-1))
         after_BTM: Tensor = x_BTM + gate * y_BTM

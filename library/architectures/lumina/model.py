@@ -122,14 +122,14 @@ class NextDiT(nn.Module):
         txt_BLM = self.cap_embedder(text_BLE[:, :L].to(dtype))
         time_BV = self.t_embedder(times_B, dtype)
         rope = self.rotary(positions(is_text_BL, h, w)[:, None], (L + 1, h, w))
-        text_rope, picture_rope = rope[:, :, :L], rope[:, :, L:]
+        text_rope, image_rope = rope[:, :, :L], rope[:, :, L:]
         text_mask = mask = None  # attention has faster kernels without a mask
         if min(num_text_B) < L:
             text_mask, mask = is_text_BL[:, None, None], key_mask(is_text_BL, h * w)
         for block in self.context_refiner:
             txt_BLM = self.runner(block, txt_BLM, None, text_rope, text_mask)
         for block in self.noise_refiner:
-            img_BIM = self.runner(block, img_BIM, time_BV, picture_rope, None)
+            img_BIM = self.runner(block, img_BIM, time_BV, image_rope, None)
         x_BTM = torch.cat([txt_BLM, img_BIM], dim=1)
         for block in self.layers:
             x_BTM = self.runner(block, x_BTM, time_BV, rope, mask)
@@ -138,8 +138,8 @@ class NextDiT(nn.Module):
 
 def key_mask(is_text_BL: Tensor, num_patches: int) -> Tensor:
     """Return the mask of tokens that may be attended to: the text's as given, the whole image; shape (B, 1, 1, T)."""
-    picture_BI = is_text_BL.new_ones((len(is_text_BL), num_patches))
-    return torch.cat([is_text_BL, picture_BI], dim=1)[:, None, None]
+    image_BI = is_text_BL.new_ones((len(is_text_BL), num_patches))
+    return torch.cat([is_text_BL, image_BI], dim=1)[:, None, None]
 
 
 def positions(is_text_BL: Tensor, h: int, w: int) -> Tensor:
@@ -149,11 +149,11 @@ def positions(is_text_BL: Tensor, h: int, w: int) -> Tensor:
     device = is_text_BL.device
     text_BL3 = torch.zeros(B, L, 3, dtype=torch.long, device=device)
     text_BL3[..., 0] = torch.arange(L, device=device)
-    picture_BI3 = torch.zeros(B, h * w, 3, dtype=torch.long, device=device)
-    picture_BI3[..., 0] = is_text_BL.sum(1, keepdim=True)
-    picture_BI3[..., 1] = torch.arange(h, device=device).repeat_interleave(w)
-    picture_BI3[..., 2] = torch.arange(w, device=device).repeat(h)
-    return torch.cat([text_BL3, picture_BI3], dim=1)
+    image_BI3 = torch.zeros(B, h * w, 3, dtype=torch.long, device=device)
+    image_BI3[..., 0] = is_text_BL.sum(1, keepdim=True)
+    image_BI3[..., 1] = torch.arange(h, device=device).repeat_interleave(w)
+    image_BI3[..., 2] = torch.arange(w, device=device).repeat(h)
+    return torch.cat([text_BL3, image_BI3], dim=1)
 
 
 class TimestepEmbedder(nn.Module):

@@ -81,7 +81,7 @@ class Sd3TrainingOptions(Options):
         usual=True,
         above=0,
         help="How far the drawn noise levels are pushed toward pure noise. 1 leaves them alone, 3 is what SD3 draws "
-        "pictures with.",
+        "images with.",
     )
 
 

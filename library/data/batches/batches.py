@@ -68,7 +68,7 @@ class Taken(NamedTuple):
 
     number: int  # index of the sample
     is_flipped: bool
-    picture: Pixels | None
+    image: Pixels | None
     latent: Tensor | None  # CHW
     mask: Tensor | None  # HW
 
@@ -133,9 +133,9 @@ class BatchMaker(Dataset[PartialBatch | str]):
         skipped: list[str] = []
         taken = [self.take_or_replace(order.epoch, draw, skipped) for draw in order.draws]
         samples = [self.samples[one.number] for one in taken]
-        latents = [one.latent for one in taken if one.picture is None]
+        latents = [one.latent for one in taken if one.image is None]
         if 0 < len(latents) < len(taken):
-            keys = ", ".join(sample.picture.key for sample in samples)
+            keys = ", ".join(sample.image.key for sample in samples)
             raise UserError(f"only some of these images have cached latents: {keys}")
         batch = self.plain_batch(order, taken, samples)
         return PartialBatch(
@@ -152,16 +152,16 @@ class BatchMaker(Dataset[PartialBatch | str]):
         """Start reading the images of an order that have no cached latents."""
         numbers = self.sample_of_draw[list(order.draws)].tolist()
         unread = [number for number in numbers if number not in self.in_memory and number not in self.files]
-        self.storage.read_ahead(self.samples[number].picture for number in unread)
+        self.storage.read_ahead(self.samples[number].image for number in unread)
 
     def plain_batch(self, order: BatchOrder, taken: Sequence[Taken], samples: Sequence[Sample]) -> Batch:
         """Make the batch without latents, masks and text features, which `finish_batch` adds."""
         subsets = [self.subsets[sample.subset] for sample in samples]
         drawn = list(zip(samples, order.draws, [one.is_flipped for one in taken], strict=True))
-        pixels = [to_pixels(one.picture) for one in taken if one.picture is not None]
+        pixels = [to_pixels(one.image) for one in taken if one.image is not None]
         corners = [corner_of(self.placement(sample, order.epoch, draw, flip)) for sample, draw, flip in drawn]
         return Batch(
-            keys=[sample.picture.key for sample in samples],
+            keys=[sample.image.key for sample in samples],
             captions=[self.caption(sample, order, draw) for sample, draw, _ in drawn],
             pixels_BCHW=torch.stack(pixels) if pixels else None,
             latents_BCHW=None,
@@ -198,43 +198,43 @@ class BatchMaker(Dataset[PartialBatch | str]):
         is_flipped = self.is_mirrored or (subset.flip_aug and random_for(self.seed, "flip", epoch, draw).random() < 0.5)
         if number in self.in_memory or number in self.files:
             return Taken(number, is_flipped, None, *self.cached(number, is_flipped))
-        picture, mask = self.drawn(number, epoch, draw, is_flipped)
-        return Taken(number, is_flipped, picture, None, mask)
+        image, mask = self.drawn(number, epoch, draw, is_flipped)
+        return Taken(number, is_flipped, image, None, mask)
 
     def caption(self, sample: Sample, order: BatchOrder, draw: int) -> str:
         """Compose the prompt of one draw."""
-        rules, text = self.subsets[sample.subset].captions, sample.picture.caption
+        rules, text = self.subsets[sample.subset].captions, sample.image.caption
         rng = random_for(self.seed, "caption", order.epoch, draw)
         if not self.num_variants:
             return compose_caption(text, rules, rng, order.epoch, order.step, self.max_train_steps)
         if is_dropped(rules, rng, order.epoch):
             return ""
-        return caption_variant(sample.picture.key, text, rules, rng.randrange(self.num_variants))
+        return caption_variant(sample.image.key, text, rules, rng.randrange(self.num_variants))
 
     def drawn(self, number: int, epoch: int, draw: int, is_flipped: bool) -> tuple[Pixels, Tensor | None]:
         """Return (RGB, mask) of one draw of an image."""
         sample = self.samples[number]
         subset = self.subsets[sample.subset]
-        rgb, alpha = read_pixels(sample.picture.key, self.storage.content(sample.picture))
+        rgb, alpha = read_pixels(sample.image.key, self.storage.content(sample.image))
         check_size(sample, rgb)
         placement = self.placement(sample, epoch, draw, is_flipped)
-        picture = place(rgb, placement, subset.resize_interpolation)
+        image = place(rgb, placement, subset.resize_interpolation)
         if subset.color_aug:
-            picture = change_colour(picture, random_for(self.seed, "colour", epoch, draw))
-        if sample.picture.mask_path is not None:
-            return picture, file_mask(sample, placement, subset.resize_interpolation)
+            image = change_colour(image, random_for(self.seed, "colour", epoch, draw))
+        if sample.image.mask_path is not None:
+            return image, file_mask(sample, placement, subset.resize_interpolation)
         if subset.alpha_mask and alpha is not None:
-            return picture, to_mask(place(alpha, placement, subset.resize_interpolation))
-        return picture, None
+            return image, to_mask(place(alpha, placement, subset.resize_interpolation))
+        return image, None
 
     def placement(self, sample: Sample, epoch: int, draw: int, is_flipped: bool) -> Placement:
         """Return the crop of one draw."""
         subset = self.subsets[sample.subset]
-        face = face_of(sample.picture.key) if subset.face_crop_aug_range else None
+        face = face_of(sample.image.key) if subset.face_crop_aug_range else None
         if face is not None and subset.face_crop_aug_range is not None:
             rng = random_for(self.seed, "crop", epoch, draw)
             zoom, target = subset.face_crop_aug_range, sample.shape.bucket
-            return cropped_at_face(sample.picture.size, target, face, zoom, subset.random_crop, rng, is_flipped)
+            return cropped_at_face(sample.image.size, target, face, zoom, subset.random_crop, rng, is_flipped)
         if subset.random_crop:
             return cropped_at_random(sample.shape, random_for(self.seed, "crop", epoch, draw), is_flipped)
         return centred(sample.shape, is_flipped)
@@ -247,7 +247,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
         if number in self.files:
             stored = self.files.file(number, sample, self.storage).read(subset.flip_aug, subset.alpha_mask)
             latent, mask = pick(stored, is_flipped)
-        if sample.picture.mask_path is not None:
+        if sample.image.mask_path is not None:
             mask = file_mask(sample, centred(sample.shape, is_flipped), subset.resize_interpolation)
         return latent, mask
 
@@ -297,9 +297,9 @@ def stack_masks(masks: Sequence[Tensor | None]) -> Tensor | None:
 
 def sizes_of(sample: Sample, is_flipped: bool) -> tuple[float, ...]:
     """Return original height and width, crop top and left, target height and width."""
-    width, height = sample.picture.size
+    width, height = sample.image.size
     target_width, target_height = sample.shape.bucket
-    left, top, right, _ = crop_ltrb(sample.shape.bucket, sample.picture.size)
+    left, top, right, _ = crop_ltrb(sample.shape.bucket, sample.image.size)
     return height, width, top, target_width - right if is_flipped else left, target_height, target_width
 
 
@@ -312,9 +312,9 @@ def corner_of(placement: Placement) -> tuple[int, int]:
 
 def file_mask(sample: Sample, placement: Placement, interpolation: str | None) -> Tensor:
     """Read the mask file's red channel, placed like its image; one of another size is stretched to the target."""
-    assert sample.picture.mask_path is not None
-    red = np.ascontiguousarray(read_pixels(sample.picture.mask_path)[0][..., 0])
-    if (red.shape[1], red.shape[0]) != sample.picture.size:
+    assert sample.image.mask_path is not None
+    red = np.ascontiguousarray(read_pixels(sample.image.mask_path)[0][..., 0])
+    if (red.shape[1], red.shape[0]) != sample.image.size:
         placement = Placement(placement.target, 0, 0, placement.target, placement.is_flipped)
     return to_mask(place(red, placement, interpolation))
 

@@ -75,7 +75,7 @@ class OwnDataset:
         return self.identity
 
     @property
-    def picture_paths(self) -> list[str]:
+    def image_paths(self) -> list[str]:
         return []
 
     image_plan = prompts = None  # its images are not known before they are drawn

@@ -27,7 +27,7 @@ from library.data.caching.stores import LatentStore, TextStore
 from library.data.plan.data_plan import DataPlan
 from library.data.plan.order import epoch_batches
 from library.data.plan.samples import build_draws
-from library.data.plan.validation_split import identities_of_pictures
+from library.data.plan.validation_split import identities_of_images
 from library.errors import UserError
 from library.formatting import format_count
 from library.types import Batch
@@ -64,7 +64,7 @@ class PlannedBatches:
         samples = plan.samples.changed({}, draws_N)
         datasets = (*plan.split.trained, *plan.split.set_aside)
         draws = build_draws(samples, [dataset.config for dataset in datasets], range(len(plan.datasets)))
-        identities = {**plan.split.identities, **identities_of_pictures(samples[number].picture for number in numbers)}
+        identities = {**plan.split.identities, **identities_of_images(samples[number].image for number in numbers)}
         maker = replace(self._maker, seed=plan.validation_seed, is_mirrored=is_mirrored)
         return open_validation_set(maker, self._finished, draws, identities)
 
@@ -112,7 +112,7 @@ class PlannedBatches:
     def _needs_workers(self) -> bool:
         # Captions alone are cheaper to make than to send between processes.
         maker = self._maker
-        if any(pictures.masks is not None for pictures in maker.samples.subsets):
+        if any(images.masks is not None for images in maker.samples.subsets):
             return True
         return any(
             (number not in maker.in_memory or number in maker.text_files) and number not in maker.damaged

@@ -27,7 +27,7 @@ class ValidationSet:
     identities: Mapping[str, str]  # image path -> digest of its content
 
     @property
-    def num_pictures(self) -> int:
+    def num_images(self) -> int:
         """The number of images in all batches; one measured by two datasets counts twice."""
         return sum(len(draws) for draws in self.draws)
 
@@ -44,11 +44,11 @@ class ValidationSet:
     def names(self, place: int) -> list[tuple[str | int, ...]]:
         """Identify each image of a batch regardless of its file name: content digest, width and height."""
         samples = [self._sample(draw) for draw in self.draws[place]]
-        return [(self.identities[sample.picture.key], *sample.shape.bucket) for sample in samples]
+        return [(self.identities[sample.image.key], *sample.shape.bucket) for sample in samples]
 
     def labels(self, place: int) -> list[str]:
         """Name each image of a batch for messages: folder and file."""
-        paths = [self._sample(draw).picture.key for draw in self.draws[place]]
+        paths = [self._sample(draw).image.key for draw in self.draws[place]]
         # Escaped, because a file name may contain bytes that are not text.
         return [ascii(os.path.join(*os.path.abspath(path).split(os.sep)[-2:])) for path in paths]
 
@@ -101,8 +101,8 @@ def open_validation_set(
     """Build the set of images in `draws`, ordered by content; copies of an image are ordered by caption."""
 
     def key(draw: int) -> tuple[str, str]:
-        picture = maker.samples[int(draws.sample_of_draw[draw])].picture
-        return identities[picture.key], picture.caption
+        image = maker.samples[int(draws.sample_of_draw[draw])].image
+        return identities[image.key], image.caption
 
     order = sorted(range(len(draws.sample_of_draw)), key=key)
     number_of = {draw: number for number, draw in enumerate(order)}

@@ -196,7 +196,7 @@ def plan_jobs(plan: DataPlan, spec: TextCacheSpec) -> tuple[list[Job], CacheFile
 def shared_job(plan: DataPlan, spec: TextCacheSpec, name: str, texts: Sequence[str]) -> Job:
     """Plan the captions that belong to no image, in a hidden file in the first image folder."""
     stem_of = plan.storage.cache_stem
-    first = min(os.path.dirname(os.path.abspath(stem_of(sample.picture))) for sample in plan.samples)
+    first = min(os.path.dirname(os.path.abspath(stem_of(sample.image))) for sample in plan.samples)
     return Job(TextFile(os.path.join(first, f".{name}{spec.suffix}"), spec.keys), tuple(texts))
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from library.data.decoding.npz import DAMAGE, CacheWords, EntryError, Verdict, fault_of, open_npz, reading, writing
 from library.data.description.buckets import Shape, Size, crop_ltrb
-from library.data.scanned.images import Picture
+from library.data.scanned.images import ScannedImage
 from library.data.sources.storage.storage import Storage
 from library.protocols import LatentSpec
 
@@ -178,7 +178,7 @@ class Expected:
     needs_alpha: bool
 
 
-def judge(file: LatentFile, picture: Picture, expected: Expected, storage: Storage) -> Verdict:
+def judge(file: LatentFile, image: ScannedImage, expected: Expected, storage: Storage) -> Verdict:
     """Return whether an entry is valid for the image.
 
     An entry with our note must come from this image (same name, and same size and time, or same content), the same crop
@@ -191,13 +191,13 @@ def judge(file: LatentFile, picture: Picture, expected: Expected, storage: Stora
             latents_in(archive, file, expected.needs_flipped, expected.needs_alpha)
             origin = origin_in(archive, file.tail)
             if origin is not None:
-                return Verdict(origin_fault(origin, picture, expected, storage))
-            return Verdict(foreign_fault(archive, file, picture), is_foreign=True)
+                return Verdict(origin_fault(origin, image, expected, storage))
+            return Verdict(foreign_fault(archive, file, image), is_foreign=True)
     except DAMAGE as error:
         return Verdict(fault_of(error))
 
 
-def origin_fault(origin: Origin, picture: Picture, expected: Expected, storage: Storage) -> str | None:
+def origin_fault(origin: Origin, image: ScannedImage, expected: Expected, storage: Storage) -> str | None:
     """Return what has changed since an entry was written, or None."""
     if origin.vae != expected.vae:
         return "made with another VAE, or with it in another precision"
@@ -205,24 +205,24 @@ def origin_fault(origin: Origin, picture: Picture, expected: Expected, storage: 
         return "made for another size or crop"
     if origin.interpolation != expected.interpolation:
         return "made with another resize_interpolation"
-    version = storage.version(picture)
-    if origin.picture != os.path.basename(picture.key) or origin.picture_bytes != version.num_bytes:
+    version = storage.version(image)
+    if origin.picture != os.path.basename(image.key) or origin.picture_bytes != version.num_bytes:
         return "made from another image"
-    if origin.picture_mtime_ns != version.stamp and content_hash(storage.whole(picture)[1]) != origin.picture_hash:
+    if origin.picture_mtime_ns != version.stamp and content_hash(storage.whole(image)[1]) != origin.picture_hash:
         return "made from another image"
     return None
 
 
-def foreign_fault(archive: Mapping[str, Any], file: LatentFile, picture: Picture) -> str | None:
+def foreign_fault(archive: Mapping[str, Any], file: LatentFile, image: ScannedImage) -> str | None:
     """Return why an entry by another program is invalid, or None."""
-    size = picture.size
+    size = image.size
     for name, wanted in (("original_size", size), ("crop_ltrb", crop_ltrb(file.bucket, size))):
         key = f"{name}{file.tail}"
         values = np.asarray(archive[key]) if key in archive else np.empty(0)
         is_like = values.dtype.kind in "iuf" and values.shape == (len(wanted),)
         if not is_like or not np.allclose(values, wanted, rtol=0, atol=0.01):
             return "made for another size or crop"
-    if picture.place is None and os.stat(file.path).st_mtime_ns < os.stat(picture.key).st_mtime_ns:
+    if image.place is None and os.stat(file.path).st_mtime_ns < os.stat(image.key).st_mtime_ns:
         return "older than the image"
     return None
 

@@ -18,7 +18,7 @@ import numpy as np
 from library.checkpoints.files import atomic_path
 from library.data.caching.latent_files import Expected, LatentFile, judge
 from library.data.decoding.npz import DAMAGE, MISSING, Verdict, open_npz
-from library.data.scanned.images import Picture
+from library.data.scanned.images import ScannedImage
 from library.data.sources.folders import image_index
 from library.data.sources.folders.image_index import UNSETTLED, stamp_of
 from library.data.sources.storage.storage import Storage
@@ -48,27 +48,27 @@ class VerifiedEntries:
         """Read the indices of the folders of these files."""
         return cls({folder: read_rows(folder) for folder in {os.path.dirname(file.path) for file in files}}, storage)
 
-    def verdict(self, file: LatentFile, picture: Picture, expected: Expected) -> Verdict:
+    def verdict(self, file: LatentFile, image: ScannedImage, expected: Expected) -> Verdict:
         """Return `judge`'s verdict, from the index if the file is unchanged."""
         folder, name = os.path.split(file.path)
         now_ns = time.time_ns()
-        if picture.place is None:
-            picture_stamp = stamp_of(os.stat(picture.key), now_ns)
+        if image.place is None:
+            image_stamp = stamp_of(os.stat(image.key), now_ns)
         else:
-            picture_stamp = hash(self.storage.version(picture))
-        mark = mark_of(file, picture, picture_stamp, expected)
-        if picture_stamp != UNSETTLED:
+            image_stamp = hash(self.storage.version(image))
+        mark = mark_of(file, image, image_stamp, expected)
+        if image_stamp != UNSETTLED:
             self.marks[file.path, file.tail] = mark
         try:
             stamp = stamp_of(os.stat(file.path), now_ns)
         except OSError:
             return Verdict(MISSING)
-        is_resolved = UNSETTLED not in (stamp, picture_stamp)
+        is_resolved = UNSETTLED not in (stamp, image_stamp)
         row = self.known.get(folder, {}).get(name + file.tail)
         if is_resolved and row is not None and row[0] == stamp and row[1] | FOREIGN == mark | FOREIGN:
             found = Verdict(None, is_foreign=bool(row[1] & FOREIGN))
         else:
-            found = judge(file, picture, expected, self.storage)
+            found = judge(file, image, expected, self.storage)
         if is_resolved and found.fault is None:
             self.sure.setdefault(folder, {})[name + file.tail] = stamp, mark | FOREIGN if found.is_foreign else mark
         return found
@@ -90,9 +90,9 @@ class VerifiedEntries:
                 write_rows(folder, known | rows)
 
 
-def mark_of(file: LatentFile, picture: Picture, picture_stamp: int, expected: Expected) -> int:
+def mark_of(file: LatentFile, image: ScannedImage, image_stamp: int, expected: Expected) -> int:
     """Return 63 bits, the last one 0, of everything that an entry is checked against."""
-    facts = (os.path.basename(picture.key), picture.size, picture_stamp, file.tail, file.latent_shape, file.bucket)
+    facts = (os.path.basename(image.key), image.size, image_stamp, file.tail, file.latent_shape, file.bucket)
     digest = blake2b(repr((VERSION, facts, expected)).encode(errors="surrogatepass"), digest_size=8)
     return (int.from_bytes(digest.digest(), "little") >> 1) & ~FOREIGN
 

@@ -69,7 +69,7 @@ class Job:
 class Decoded:
     """An image ready for the VAE."""
 
-    picture: Pixels
+    image: Pixels
     alpha: Pixels | None
     version: Version
     file_hash: str
@@ -124,7 +124,7 @@ def cache_latents(
     else:
         processes.wait_for_all(WORDS.caching)
     files = {user: job.file for job in kept if job.file is not None for user in job.users}
-    damaged = processes.merged("damaged pictures", damaged)
+    damaged = processes.merged("damaged images", damaged)
     if damaged:
         problems = sorted(set(damaged.values()))
         logger.warning("%d damaged images are skipped, using others of their buckets: %s", len(problems), few(problems))
@@ -163,7 +163,7 @@ def plan_jobs(plan: DataPlan, to_disk: bool) -> list[Job]:
     for number, sample in enumerate(plan.samples):
         if sample.num_draws:
             interpolation = plan.subset_of(sample).resize_interpolation
-            groups[os.path.abspath(sample.picture.key), sample.shape, interpolation].append(number)
+            groups[os.path.abspath(sample.image.key), sample.shape, interpolation].append(number)
     jobs, claimed, left_out = [], set(), []
     for (_, _, interpolation), users in groups.items():
         subsets = [plan.subset_of(plan.samples[user]) for user in users]
@@ -171,7 +171,7 @@ def plan_jobs(plan: DataPlan, to_disk: bool) -> list[Job]:
         file = file_of(sample, plan) if to_disk else None
         if file is not None:
             if (file.path, file.tail) in claimed:
-                left_out.append(sample.picture.key)
+                left_out.append(sample.image.key)
                 file = None
             else:
                 claimed.add((file.path, file.tail))
@@ -216,7 +216,7 @@ def named_jobs(plan: DataPlan, job: Job) -> Iterator[Job]:
     assert job.file is not None
     yield job
     if plan.spec.had_keys_without_size:
-        stem = plan.storage.cache_stem(job.sample.picture)
+        stem = plan.storage.cache_stem(job.sample.image)
         yield replace(job, file=replace(job.file, path=f"{stem}.npz"))
 
 
@@ -224,7 +224,7 @@ def judge_job(entries: VerifiedEntries, vae: str, job: Job) -> Verdict:
     """Return whether the job's file is valid."""
     assert job.file is not None
     expected = Expected(job.sample.shape, job.interpolation, vae, job.needs_flipped, job.needs_alpha)
-    return entries.verdict(job.file, job.sample.picture, expected)
+    return entries.verdict(job.file, job.sample.image, expected)
 
 
 def remark(found: Sequence[Found[Job]]) -> None:
@@ -264,7 +264,7 @@ def encoded(
     if not jobs:
         return
     with needing(
-        f"{len(jobs)} images must be encoded, such as {jobs[0].sample.picture.key}; {ADD_ENCODERS.format('VAE')}"
+        f"{len(jobs)} images must be encoded, such as {jobs[0].sample.image.key}; {ADD_ENCODERS.format('VAE')}"
     ):
         load_vae()
     logger.info("caching latents...")
@@ -280,10 +280,10 @@ def encoded(
             yield from ((job, one) for job, one in zip(batch, results, strict=True) if isinstance(one, DamagedImage))
             pairs = [(job, one) for job, one in zip(batch, results, strict=True) if isinstance(one, Decoded)]
             jobs_left, decoded = [job for job, _ in pairs], [one for _, one in pairs]
-            for (job, picture), latents in zip(pairs, encode_batch(jobs_left, decoded, encode, seed), strict=True):
+            for (job, image), latents in zip(pairs, encode_batch(jobs_left, decoded, encode, seed), strict=True):
                 check_latents(job, latents, plan)
                 if job.file is not None:
-                    origin = origin_of(job, picture, vae_identity())
+                    origin = origin_of(job, image, vae_identity())
                     writes.append(writer.submit(write_job, job, latents, origin, entries))
                 yield job, latents
             bar.update(len(batch))
@@ -296,7 +296,7 @@ def encoded(
 def write_job(job: Job, latents: Latents, origin: Origin, entries: VerifiedEntries) -> None:
     """Write an entry and record it as valid."""
     assert job.file is not None
-    write_entry(job.file, latents, job.sample.picture.size, origin)
+    write_entry(job.file, latents, job.sample.image.size, origin)
     entries.note_written(job.file)
 
 
@@ -345,23 +345,23 @@ def decode_or_damage(job: Job, storage: Storage) -> Decoded | DamagedImage:
 
 def decode(job: Job, storage: Storage) -> Decoded:
     """Read, resize and crop the image of a job, reading its file once."""
-    version, content = storage.whole(job.sample.picture)
-    rgb, alpha = read_pixels(job.sample.picture.key, content)
+    version, content = storage.whole(job.sample.image)
+    rgb, alpha = read_pixels(job.sample.image.key, content)
     check_size(job.sample, rgb)
     placement = centred(job.sample.shape)
     placed_alpha = None
     if job.needs_alpha:
         opaque = np.full(rgb.shape[:2], 255, dtype=np.uint8)
         placed_alpha = place(opaque if alpha is None else alpha, placement, job.interpolation)
-    picture = place(rgb, placement, job.interpolation)
-    return Decoded(picture, placed_alpha, version, content_hash(content))
+    image = place(rgb, placement, job.interpolation)
+    return Decoded(image, placed_alpha, version, content_hash(content))
 
 
 def encode_batch(jobs: Sequence[Job], decoded: Sequence[Decoded], encode: Encode, seed: int) -> list[Latents]:
     """Encode images of one bucket, and their mirrored copies if needed."""
     if not jobs:
         return []
-    pixels_BCHW = torch.stack([to_pixels(one.picture) for one in decoded])
+    pixels_BCHW = torch.stack([to_pixels(one.image) for one in decoded])
     plain_BCHW = encode(pixels_BCHW, [generator_of(*pair, seed, 0) for pair in zip(jobs, decoded, strict=True)])
     flipped_BCHW = None
     if jobs[0].needs_flipped:
@@ -386,7 +386,7 @@ def generator_of(job: Job, decoded: Decoded, seed: int, is_flipped: int) -> Gene
 
 def check_latents(job: Job, latents: Latents, plan: DataPlan) -> None:
     """Raise UserError naming the image if the VAE gave NaN or a shape other than the base model's."""
-    path = job.sample.picture.key
+    path = job.sample.image.key
     for tensor in (latents.latents_CHW, latents.flipped_CHW):
         if tensor is None:
             continue
@@ -400,7 +400,7 @@ def check_latents(job: Job, latents: Latents, plan: DataPlan) -> None:
 def origin_of(job: Job, decoded: Decoded, vae_identity: str) -> Origin:
     """Return the origin of an entry."""
     return Origin(
-        picture=os.path.basename(job.sample.picture.key),
+        picture=os.path.basename(job.sample.image.key),
         picture_bytes=decoded.version.num_bytes,
         picture_mtime_ns=decoded.version.stamp,
         picture_hash=decoded.file_hash,

@@ -19,12 +19,12 @@ FileT = TypeVar("FileT")
 
 def usual_latent_file(spec: LatentSpec, sample: Sample, storage: Storage) -> LatentFile:
     """Return the usual location of a sample's latents."""
-    return latent_file(storage.cache_stem(sample.picture), sample.picture.size, sample.shape, spec)
+    return latent_file(storage.cache_stem(sample.image), sample.image.size, sample.shape, spec)
 
 
 def usual_text_file(suffix: str, keys: tuple[str, ...], sample: Sample, storage: Storage) -> TextFile:
     """Return the location of a sample's text features; samples that share an image share the file."""
-    return TextFile(os.path.abspath(storage.cache_stem(sample.picture)) + suffix, keys)
+    return TextFile(os.path.abspath(storage.cache_stem(sample.image)) + suffix, keys)
 
 
 def no_file(sample: Sample, storage: Storage) -> NoReturn:

@@ -1,6 +1,6 @@
 """Files of encoded captions: sd-scripts' names, keys and layout, plus the versions of the caption and what made them.
 
-A file is a numpy archive beside the picture, `<stem><suffix>`. Entries have no batch axis:
+A file is a numpy archive beside the image, `<stem><suffix>`. Entries have no batch axis:
 
     <key>              text features of the first caption, as sd-scripts reads them; bfloat16 becomes float32 there
     <key>_variant<n>   ours: those of caption n, bfloat16 as its bits in uint16

@@ -92,7 +92,7 @@ class PromptPairs:
         return self.identity
 
     @property
-    def picture_paths(self) -> list[str]:
+    def image_paths(self) -> list[str]:
         return []
 
     @property

@@ -151,7 +151,7 @@ def face_of(path: str) -> Face | None:
 
 
 def cropped_at_face(
-    picture: Size,
+    image: Size,
     target: Size,
     face: Face,
     zoom_range: tuple[float, float],
@@ -165,12 +165,12 @@ def cropped_at_face(
     the centre; `wanders` moves it by a triangular offset that shows more of the background.
     """
     size, short = max(face.width, face.height), min(target)
-    least = max(target[0] / picture[0], target[1] / picture[1])
+    least = max(target[0] / image[0], target[1] / image[1])
     ceiling = max(1.0, least)
     low = min(ceiling, max(least, short / (size * zoom_range[1])))
     high = min(ceiling, max(low, short / (size * zoom_range[0])))
     scale = rng.uniform(low, high)
-    resized = (max(target[0], int(picture[0] * scale + 0.5)), max(target[1], int(picture[1] * scale + 0.5)))
+    resized = (max(target[0], int(image[0] * scale + 0.5)), max(target[1], int(image[1] * scale + 0.5)))
     corner = []
     for side, length, centre in zip(target, resized, (face.cx, face.cy), strict=True):
         middle = int(centre * scale + 0.5)

@@ -108,31 +108,31 @@ def bucket_sizes(resolution: Size, low: int, high: int, step: int) -> list[Size]
     return sorted(sizes)
 
 
-def cover(picture: Size, target: Size) -> Size:
+def cover(image: Size, target: Size) -> Size:
     """Return the size of the image scaled to just cover the target."""
-    if picture[0] / picture[1] > target[0] / target[1]:
-        scale = target[1] / picture[1]
+    if image[0] / image[1] > target[0] / target[1]:
+        scale = target[1] / image[1]
     else:
-        scale = target[0] / picture[0]
-    return int(picture[0] * scale + 0.5), int(picture[1] * scale + 0.5)
+        scale = target[0] / image[0]
+    return int(image[0] * scale + 0.5), int(image[1] * scale + 0.5)
 
 
-def nearest_bucket(picture: Size, buckets: Sequence[Size]) -> Size:
+def nearest_bucket(image: Size, buckets: Sequence[Size]) -> Size:
     """Return the bucket of equal size, else of the nearest ratio; of equally near ones the first."""
-    if picture in buckets:
-        return picture
-    ratio = picture[0] / picture[1]
+    if image in buckets:
+        return image
+    ratio = image[0] / image[1]
     return min(buckets, key=lambda bucket: abs(bucket[0] / bucket[1] - ratio))
 
 
-def shape_without_upscale(picture: Size, resolution: Size, step: int) -> Shape:
+def shape_without_upscale(image: Size, resolution: Size, step: int) -> Shape:
     """Shrink an image larger than the area of `resolution` to it, then round both sides down to the step.
 
     A side below the step gets a bucket of one step, for which the image is enlarged just enough.
     """
-    width, height = picture
+    width, height = image
     area = resolution[0] * resolution[1]
-    resized = picture
+    resized = image
     if width * height > area:
         ratio = width / height
         ideal_width = math.sqrt(area * ratio)
@@ -142,10 +142,10 @@ def shape_without_upscale(picture: Size, resolution: Size, step: int) -> Shape:
         tall = int(ideal_height + 0.5) // step * step
         by_height = (int(tall * ratio + 0.5), tall)
         candidates = [size for size in (by_height, by_width) if min(size) > 0]
-        resized = min(candidates, key=lambda size: abs(_floored_ratio(size, step) - ratio), default=picture)
+        resized = min(candidates, key=lambda size: abs(_floored_ratio(size, step) - ratio), default=image)
     bucket = (max(resized[0] // step * step, step), max(resized[1] // step * step, step))
     if resized[0] < bucket[0] or resized[1] < bucket[1]:
-        resized = cover(picture, bucket)
+        resized = cover(image, bucket)
     return Shape(bucket, resized)
 
 
@@ -153,31 +153,31 @@ def _floored_ratio(size: Size, step: int) -> float:
     return max(size[0] // step * step, step) / max(size[1] // step * step, step)
 
 
-def assign_shapes(pictures: Sequence[Size], rules: BucketRules) -> list[Shape]:
+def assign_shapes(images: Sequence[Size], rules: BucketRules) -> list[Shape]:
     """Return the shape of every image, in order."""
     known: dict[Size, Shape] = {}
     if rules.enable_bucket and not rules.no_upscale:
         buckets = bucket_sizes(rules.resolution, rules.min_reso, rules.max_reso, rules.step)
-    for picture in pictures:
-        if picture in known:
+    for image in images:
+        if image in known:
             continue
         if not rules.enable_bucket:
-            known[picture] = Shape(rules.resolution, cover(picture, rules.resolution))
+            known[image] = Shape(rules.resolution, cover(image, rules.resolution))
         elif rules.no_upscale:
-            known[picture] = shape_without_upscale(picture, rules.resolution, rules.step)
+            known[image] = shape_without_upscale(image, rules.resolution, rules.step)
         else:
-            bucket = nearest_bucket(picture, buckets)
-            known[picture] = Shape(bucket, cover(picture, bucket))
-    return [known[picture] for picture in pictures]
+            bucket = nearest_bucket(image, buckets)
+            known[image] = Shape(bucket, cover(image, bucket))
+    return [known[image] for image in images]
 
 
-def crop_ltrb(bucket: Size, picture: Size) -> tuple[float, float, float, float]:
+def crop_ltrb(bucket: Size, image: Size) -> tuple[float, float, float, float]:
     """Return (left, top, right, bottom) of the image fitted *inside* the bucket.
 
     Denoisers are conditioned on these, and trained adapters depend on them, although the pixels are cropped from an
     image that covers the bucket.
     """
-    ratio = picture[0] / picture[1]
+    ratio = image[0] / image[1]
     if bucket[0] / bucket[1] > ratio:
         width, height = bucket[1] * ratio, float(bucket[1])
     else:
@@ -186,6 +186,6 @@ def crop_ltrb(bucket: Size, picture: Size) -> tuple[float, float, float, float]:
     return left, top, left + width, top + height
 
 
-def ratio_error(bucket: Size, picture: Size) -> float:
+def ratio_error(bucket: Size, image: Size) -> float:
     """Return the difference of the bucket's aspect ratio from the image's."""
-    return abs(bucket[0] / bucket[1] - picture[0] / picture[1])
+    return abs(bucket[0] / bucket[1] - image[0] / image[1])

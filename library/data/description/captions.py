@@ -78,13 +78,13 @@ def arrange_caption(text: str, rules: CaptionRules, rng: random.Random, step: in
     return caption
 
 
-def caption_variant(picture: str, text: str, rules: CaptionRules, variant: int) -> str:
+def caption_variant(image: str, text: str, rules: CaptionRules, variant: int) -> str:
     """Return one of the caption variants that are encoded ahead: a function of the image's name and folder.
 
     Variants do not depend on the run's seed, so that other runs can reuse them; the variant used by a draw does. Tag
     warm-up is not supported: it changes the caption in every step.
     """
-    folder, name = os.path.split(os.path.abspath(picture))
+    folder, name = os.path.split(os.path.abspath(image))
     place = (
         ascii(os.path.basename(folder)),
         ascii(os.path.splitext(name)[0]),

@@ -17,7 +17,7 @@ from library.data.description.buckets import BucketRules
 from library.data.description.captions import fullest_captions, has_nested_wildcard
 from library.data.plan.folder_audit import folder_lines
 from library.data.plan.samples import Draws, Samples, duplicated_stems
-from library.data.scanned.images import Pictures
+from library.data.scanned.images import ScannedImages
 from library.data.scanned.subsets import ScannedDataset, ScannedSubset
 from library.errors import few
 from library.formatting import format_count
@@ -90,7 +90,7 @@ def subset_lines(subset: ScannedSubset, num_draws: int, num_unused: int) -> Iter
     """Yield the counts of one subset, and its problems."""
     config, source = subset.config, f"  {subset.config.source}:"
     kind = "regularisation images" if config.is_reg else "images"
-    counts = f"{len(subset.pictures)} {kind} x {config.num_repeats} repeats, {num_draws} draws per epoch"
+    counts = f"{len(subset.images)} {kind} x {config.num_repeats} repeats, {num_draws} draws per epoch"
     yield logging.INFO, f"{source} {counts}"
     if num_unused:
         yield logging.WARNING, f"{source} {num_unused} {kind} are not needed and unused"
@@ -115,7 +115,7 @@ def subset_lines(subset: ScannedSubset, num_draws: int, num_unused: int) -> Iter
         yield logging.WARNING, f"{source} {format_count(len(empty), 'empty caption')}: {shown}"
     yield from wording_lines(subset, source)
     if config.captions.enable_wildcard:
-        is_nested = np.fromiter(map(has_nested_wildcard, subset.pictures.captions), dtype=bool)
+        is_nested = np.fromiter(map(has_nested_wildcard, subset.images.captions), dtype=bool)
         effect = "captions have nested braces, of which only the inner ones are alternatives"
         yield from warn_about(subset, is_nested, f"{source} {{}} {effect}")
 
@@ -124,7 +124,7 @@ def warn_about(subset: ScannedSubset, is_meant: NDArray[np.bool_], text: str) ->
     """Yield a warning with the number of affected images and the first few of them, if there are any."""
     rows = np.flatnonzero(is_meant)
     if len(rows):
-        shown = few_inside(subset.pictures.keys_at(rows[:MOST_SHOWN]), subset.config.source, len(rows))
+        shown = few_inside(subset.images.keys_at(rows[:MOST_SHOWN]), subset.config.source, len(rows))
         yield logging.WARNING, f"{text.format(len(rows))}: {shown}"
 
 
@@ -141,27 +141,27 @@ def few_inside(paths: Sequence[str], folder: str, count: int | None = None) -> s
 
 def wording_lines(subset: ScannedSubset, source: str) -> Iterator[Line]:
     """Yield warnings for captions that teach nothing: equal for all images, or containing the file name."""
-    without, pictures = set(subset.without_caption), subset.pictures
-    has_own = pictures.captions.lengths > 0
+    without, images = set(subset.without_caption), subset.images
+    has_own = images.captions.lengths > 0
     if without:
-        has_own &= ~np.fromiter((key in without for key in pictures.each_key()), dtype=bool, count=len(pictures))
+        has_own &= ~np.fromiter((key in without for key in images.each_key()), dtype=bool, count=len(images))
     num_own = int(has_own.sum())
     if num_own > MOST_ALIKE:
-        own = compress(pictures.captions, has_own)
+        own = compress(images.captions, has_own)
         first = next(own)
         if all(caption == first for caption in own):
-            effect = "so no word is learned for what differs between the pictures"
+            effect = "so no word is learned for what differs between the images"
             yield logging.WARNING, f"{source} all {num_own} captions are the same, {effect}: {first[:80]!r}"
-    is_named = np.zeros(len(pictures), dtype=bool)
-    is_named[[*captions_with_names(pictures)]] = True
+    is_named = np.zeros(len(images), dtype=bool)
+    is_named[[*captions_with_names(images)]] = True
     yield from warn_about(subset, is_named & has_own, f"{source} captions that contain their own file name: {{}}")
 
 
-def captions_with_names(pictures: Pictures) -> Iterator[int]:
+def captions_with_names(images: ScannedImages) -> Iterator[int]:
     """Yield the rows whose caption contains the image's file name, unless that is an ordinary word."""
-    names = pictures.names.lowered()
-    files = map(os.path.basename, names) if pictures.prefix == "" else iter(names)
-    for row, (name, caption) in enumerate(zip(files, pictures.captions.lowered(), strict=True)):
+    names = images.names.lowered()
+    files = map(os.path.basename, names) if images.prefix == "" else iter(names)
+    for row, (name, caption) in enumerate(zip(files, images.captions.lowered(), strict=True)):
         stem = name.rpartition(".")[0]
         if stem in caption and len(stem) >= SHORTEST_STEM and any(sign.isdigit() or sign == "_" for sign in stem):
             yield row
@@ -183,12 +183,12 @@ def enlarged_lines(samples: Samples, dataset: int) -> Iterator[Line]:
 
 def cut_lines(dataset: ScannedDataset, rule: BucketRules) -> Iterator[Line]:
     """Yield a warning for images that are cropped because buckets are disabled, which may be unintended."""
-    counts = [(subset.pictures.sizes_N2 != rule.resolution).any(axis=1) for subset in dataset.subsets]
+    counts = [(subset.images.sizes_N2 != rule.resolution).any(axis=1) for subset in dataset.subsets]
     count = int(sum(is_other.sum() for is_other in counts))
     if count:
         first: list[str] = []
         for subset, is_other in zip(dataset.subsets, counts, strict=True):
-            first += map(os.path.basename, subset.pictures.keys_at(np.flatnonzero(is_other)[:MOST_SHOWN]))
+            first += map(os.path.basename, subset.images.keys_at(np.flatnonzero(is_other)[:MOST_SHOWN]))
         size = f"{rule.resolution[0]}x{rule.resolution[1]}"
         effect = f"are not {size} and are scaled or cropped to it, because enable_bucket is off"
         yield logging.WARNING, f"  {count} images {effect}: {few(first, MOST_SHOWN, count)}"
@@ -228,8 +228,8 @@ def length_lines(datasets: Sequence[ScannedDataset], limit: TokenLimit) -> Itera
     hashes = array("q")  # of all keys, because an image may be in several datasets
     for dataset in datasets:
         for subset in dataset.subsets:
-            pictures = subset.pictures
-            for row, text in enumerate(pictures.captions):
+            images = subset.images
+            for row, text in enumerate(images.captions):
                 for caption in fullest_captions(text, subset.config.captions):
                     if len(caption.encode()) < limit.max_tokens:
                         continue  # a token is at least one byte, except for the begin token
@@ -238,7 +238,7 @@ def length_lines(datasets: Sequence[ScannedDataset], limit: TokenLimit) -> Itera
                             known.clear()
                         known[caption] = limit.count(caption)
                     if known[caption] > limit.max_tokens:
-                        key = pictures[row].key
+                        key = images[row].key
                         hashes.append(hash(key))
                         if key in shown or len(shown) < 5:
                             shown[key] = max(known[caption], shown.get(key, 0))

@@ -7,7 +7,7 @@ from library.data.description.buckets import Size
 from library.data.description.schema import SubsetConfig
 from library.data.plan.audit_pixels import Look, groups_of, look_at_all, similar_pairs
 from library.data.plan.samples import Sample
-from library.data.scanned.images import Picture
+from library.data.scanned.images import ScannedImage
 from library.data.sources.storage.storage import Storage
 from library.errors import few
 from library.formatting import format_count
@@ -24,25 +24,25 @@ class Finding:
     """One problem and the affected images: (path, remark)."""
 
     text: str
-    pictures: tuple[tuple[str, str], ...]
+    images: tuple[tuple[str, str], ...]
 
     @property
     def line(self) -> str:
         """Return the finding as a log line with the first few images."""
-        return f"{self.text}: " + few(f"{path} ({note})" if note else path for path, note in self.pictures)
+        return f"{self.text}: " + few(f"{path} ({note})" if note else path for path, note in self.images)
 
 
 def inspect(
     samples: Sequence[Sample], subsets: Sequence[SubsetConfig], num_trained: int, storage: Storage, num_threads: int = 0
 ) -> list[Finding]:
     """Examine every image once. Those of datasets from `num_trained` on are only used for validation."""
-    largest: dict[str, tuple[Picture, Size]] = {}
+    largest: dict[str, tuple[ScannedImage, Size]] = {}
     for sample in samples:
-        key, (bucket_width, bucket_height) = sample.picture.key, sample.shape.bucket
-        _, (width, height) = largest.get(key, (sample.picture, (0, 0)))
-        largest[key] = sample.picture, (max(width, bucket_width), max(height, bucket_height))
-    trained = {sample.picture.key for sample in samples if sample.dataset < num_trained}
-    masked = {sample.picture.key for sample in samples if subsets[sample.subset].alpha_mask}
+        key, (bucket_width, bucket_height) = sample.image.key, sample.shape.bucket
+        _, (width, height) = largest.get(key, (sample.image, (0, 0)))
+        largest[key] = sample.image, (max(width, bucket_width), max(height, bucket_height))
+    trained = {sample.image.key for sample in samples if sample.dataset < num_trained}
+    masked = {sample.image.key for sample in samples if subsets[sample.subset].alpha_mask}
     looks = look_at_all(list(largest.values()), storage, num_threads)
     return [*findings_of(looks, trained), *kinds_of(looks, masked), *crops_of(samples)]
 
@@ -71,7 +71,7 @@ def crops_of(samples: Sequence[Sample]) -> Iterator[Finding]:
         (width, height), (wide, tall) = sample.shape.bucket, sample.shape.resized
         share = 1 - min(width, wide) * min(height, tall) / (wide * tall)
         if share > CROPPED:
-            lost[sample.picture.key] = max(share, lost.get(sample.picture.key, 0.0))
+            lost[sample.image.key] = max(share, lost.get(sample.image.key, 0.0))
     text = "{} of which a third or more is cropped away; use buckets with more aspect ratios, or crop by hand"
     yield from finding_of([(key, f"{share:.0%} lost") for key, share in lost.items()], text)
 
@@ -104,8 +104,8 @@ def findings_of(looks: Sequence[Look], trained: set[str]) -> Iterator[Finding]:
     yield from finding_of(blurred, "{} blurred all over; the LoRA may learn blur: remove or replace")
 
 
-def finding_of(pictures: Iterable[tuple[str, str | None]], text: str) -> Iterator[Finding]:
+def finding_of(images: Iterable[tuple[str, str | None]], text: str) -> Iterator[Finding]:
     """Yield the finding if it affects any image."""
-    listed = tuple((path, note or "") for path, note in pictures)
+    listed = tuple((path, note or "") for path, note in images)
     if listed:
         yield Finding(text.format(format_count(len(listed), "image")), listed)

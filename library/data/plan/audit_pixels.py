@@ -13,7 +13,7 @@ from PIL import Image
 
 from library.data.decoding.images import TRANSPOSITIONS, decode_all, open_image, orientation_of, read_pixels
 from library.data.description.buckets import Size
-from library.data.scanned.images import Picture
+from library.data.scanned.images import ScannedImage
 from library.data.sources.storage.storage import Storage
 from library.errors import UserError
 from library.progress import progress_bar
@@ -99,20 +99,20 @@ def deviation_of(values_HW: NDArray[np.uint8] | NDArray[np.int16]) -> float:
     return float(cv2.meanStdDev(values_HW)[1][0, 0])
 
 
-def look_at_all(pictures: Sequence[tuple[Picture, Size]], storage: Storage, num_threads: int = 0) -> list[Look]:
+def look_at_all(images: Sequence[tuple[ScannedImage, Size]], storage: Storage, num_threads: int = 0) -> list[Look]:
     """Measure (image, training size) pairs in order, with a progress bar; decoders release the interpreter lock."""
     threads = num_threads or os.cpu_count() or 1
 
-    def look(pair: tuple[Picture, Size]) -> Look:
-        picture, trained = pair
+    def look(pair: tuple[ScannedImage, Size]) -> Look:
+        image, trained = pair
         try:
-            return look_at(picture.key, trained, storage.content(picture))
+            return look_at(image.key, trained, storage.content(image))
         except UserError as error:
-            return Look(picture.key, problem=str(error))
+            return Look(image.key, problem=str(error))
 
-    with ThreadPoolExecutor(threads) as pool, progress_bar("examining images", len(pictures)) as bar:
+    with ThreadPoolExecutor(threads) as pool, progress_bar("examining images", len(images)) as bar:
         found = []
-        for one in pool.map(look, pictures):
+        for one in pool.map(look, images):
             found.append(one)
             bar.update(1)
         return found

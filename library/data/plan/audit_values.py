@@ -37,7 +37,7 @@ def dataset_facts(
         "datasets": [describe(number, *pair, draws) for number, pair in enumerate(zip(datasets, rules, strict=True))],
         "dropped": [{"file": path, "reason": reason} for path, reason in dropped[:MOST_NAMED]],
         "num_dropped": len(dropped),
-        "caption_lengths": caption_lengths([subset.pictures.captions for subset in subsets], limit),
+        "caption_lengths": caption_lengths([subset.images.captions for subset in subsets], limit),
         "tags": [[tag, count] for tag, count in sorted(tags.items(), key=lambda pair: (-pair[1], pair[0]))[:MOST_TAGS]],
     }
 
@@ -61,7 +61,7 @@ def describe(number: int, dataset: ScannedDataset, rule: BucketRules, draws: Dra
         "subsets": [
             {
                 "source": subset.config.source,
-                "num_pictures": len(subset.pictures),
+                "num_pictures": len(subset.images),
                 "num_repeats": subset.config.num_repeats,
                 "is_reg": subset.config.is_reg,
                 "num_without_caption": len(subset.without_caption) + len(subset.empty_caption),

@@ -55,13 +55,13 @@ def collect_dataset(config: DatasetConfig, scan: Callable[[SubsetConfig], Scanne
 
 def without_small(found: ScannedSubset, limit: Size) -> ScannedSubset:
     """Keep only images of a larger area than `limit`; captions of the others are not reported."""
-    sizes_N2 = found.pictures.sizes_N2.astype(np.int64)
+    sizes_N2 = found.images.sizes_N2.astype(np.int64)
     is_small = sizes_N2.prod(axis=1) <= math.prod(limit)
-    small = found.pictures.keys_at(np.flatnonzero(is_small))
+    small = found.images.keys_at(np.flatnonzero(is_small))
     left_out = set(small)
     return replace(
         found,
-        pictures=found.pictures.take(np.flatnonzero(~is_small)),
+        images=found.images.take(np.flatnonzero(~is_small)),
         without_caption=tuple(path for path in found.without_caption if path not in left_out),
         empty_caption=tuple(path for path in found.empty_caption if path not in left_out),
         small=small,

@@ -17,9 +17,9 @@ from library.data.description.schema import DatasetConfig, RunDataConfig, Subset
 from library.data.plan.audit import MOST_COUNTED_AT_START, TokenLimit, audit_lines, log_lengths_later
 from library.data.plan.audit_values import dataset_facts
 from library.data.plan.collect import collect
-from library.data.plan.dataset_digest import dataset_identity, picture_digests
+from library.data.plan.dataset_digest import dataset_identity, image_digests
 from library.data.plan.order import epoch_batches
-from library.data.plan.samples import Draws, Sample, Samples, build_draws, build_samples, check_pictures, fixed_shape
+from library.data.plan.samples import Draws, Sample, Samples, build_draws, build_samples, check_images, fixed_shape
 from library.data.plan.summary import TagFrequency, dataset_metadata, tag_frequency
 from library.data.plan.validation_split import Split, split_datasets, unchanging
 from library.data.scanned.subsets import ScannedDataset
@@ -70,12 +70,12 @@ class DataPlan:
     @cached_property
     def identity_with_contents(self) -> dict[str, Any]:
         """The identity with a digest of each image file as it is at the first call."""
-        return {**self.identity, "contents": picture_digests(self.samples, max(1, self.num_workers))}
+        return {**self.identity, "contents": image_digests(self.samples, max(1, self.num_workers))}
 
     @property
-    def picture_paths(self) -> list[str]:
+    def image_paths(self) -> list[str]:
         """The files of all images, one for each sample."""
-        return [key for pictures in self.samples.subsets for key in pictures.each_key()]
+        return [key for images in self.samples.subsets for key in images.each_key()]
 
     @property
     def image_plan(self) -> "DataPlan":
@@ -97,7 +97,7 @@ class DataPlan:
 
     def _count(self, is_reg: bool) -> int:
         subsets = [subset for dataset in self.datasets for subset in dataset.subsets]
-        return sum(len(s.pictures) * s.config.num_repeats for s in subsets if s.config.is_reg == is_reg)
+        return sum(len(s.images) * s.config.num_repeats for s in subsets if s.config.is_reg == is_reg)
 
     @property
     def num_batches(self) -> int:
@@ -125,9 +125,9 @@ class DataPlan:
             if not sample.num_draws:
                 yield ()
                 continue
-            picture, rules = sample.picture, self.subset_of(sample).captions
+            image, rules = sample.image, self.subset_of(sample).captions
             variants = range(self.num_variants if rules.varies else 1)
-            yield tuple(dict.fromkeys(caption_variant(picture.key, picture.caption, rules, v) for v in variants))
+            yield tuple(dict.fromkeys(caption_variant(image.key, image.caption, rules, v) for v in variants))
 
     # Reports
 
@@ -207,7 +207,7 @@ class DataPlan:
             sample = self.samples[number]
             subset = self.subset_of(sample)
             if subset.random_crop and not self.rules[sample.dataset].enable_bucket:
-                shapes[number] = fixed_shape(sample.picture.size, sample.shape.bucket, unchanging(subset))
+                shapes[number] = fixed_shape(sample.image.size, sample.shape.bucket, unchanging(subset))
         limited = self._limited_to([*chosen, *aside], shapes, draws_once=chosen)
         return replace(limited, subsets=tuple(unchanging(subset) for subset in self.subsets)), chosen
 
@@ -249,7 +249,7 @@ def build_plan(
         logger.warning("--cache_dir has no effect: it is for shards and parquet; image files have caches beside them")
     storage = Storage(options.caching.cache_dir, options.caching.remote_cache_gb)
     found = collect(config, storage)
-    check_pictures(found)
+    check_images(found)
     split = split_datasets(found, seed)
     datasets = (*split.trained, *split.set_aside)
     num_trained = len(split.trained)

@@ -13,7 +13,7 @@ from library.data.decoding.threads import in_blocks
 from library.data.description.schema import RunDataConfig
 from library.data.plan.samples import Samples
 
-MAX_PICTURES = 20_000  # reading every file of larger sets would delay the start
+MAX_IMAGES = 20_000  # reading every file of larger sets would delay the start
 PART_BYTES = 1 << 17
 AT_ONCE = 4096  # images digested together
 
@@ -23,20 +23,20 @@ WHERE = (
 )  # fmt: skip
 
 
-def picture_digests(samples: Samples, num_threads: int) -> list[str]:
+def image_digests(samples: Samples, num_threads: int) -> list[str]:
     """Return the digests of all image files; for images in larger files those of the index; none for very large sets.
 
     See `content_digests`.
     """
-    if len(samples) > MAX_PICTURES:
+    if len(samples) > MAX_IMAGES:
         return []
     return [
         digest
-        for pictures in samples.subsets
+        for images in samples.subsets
         for digest in (
-            content_digests(list(pictures.each_key()), num_threads)
-            if pictures.places is None
-            else [digest.tobytes().hex()[:8] for digest in pictures.places.digest_N16]
+            content_digests(list(images.each_key()), num_threads)
+            if images.places is None
+            else [digest.tobytes().hex()[:8] for digest in images.places.digest_N16]
         )
     ]
 
@@ -50,7 +50,7 @@ def content_digests(paths: Sequence[str], num_threads: int) -> list[str]:
     def look(block: Sequence[str]) -> list[str]:
         return [content_digest(path) for path in block]
 
-    return in_blocks(look, paths, num_threads) if len(paths) <= MAX_PICTURES else []
+    return in_blocks(look, paths, num_threads) if len(paths) <= MAX_IMAGES else []
 
 
 def content_digest(path: str) -> str:
@@ -76,7 +76,7 @@ def dataset_identity(config: RunDataConfig, samples: Samples, num_batches: int) 
         for subset in dataset["subsets"]:
             for name in WHERE:
                 subset.pop(name)
-    pictures, captions = blake2b(digest_size=16), blake2b(digest_size=16)
+    images, captions = blake2b(digest_size=16), blake2b(digest_size=16)
     first = 0
     for subset, own in enumerate(samples.subsets):
         rows = slice(first, first + len(own))
@@ -92,16 +92,16 @@ def dataset_identity(config: RunDataConfig, samples: Samples, num_batches: int) 
                 parts_by_row[row] = repr(((width, height), subset, samples.shapes[shape], num_draws))[1:]
             parts.append(f"({ascii(basename(name))!r}, {parts_by_row[row]}")
             if len(parts) == AT_ONCE:
-                pictures.update("".join(parts).encode())
+                images.update("".join(parts).encode())
                 parts.clear()
-        pictures.update("".join(parts).encode())
+        images.update("".join(parts).encode())
         remaining = iter(own.captions)
         while block := list(islice(remaining, AT_ONCE)):
             captions.update("".join([f"{caption!a}\0" for caption in block]).encode())
     return {
         "num_pictures": len(samples),
         "num_batches": num_batches,
-        "pictures": pictures.hexdigest(),
+        "pictures": images.hexdigest(),
         "captions": captions.hexdigest(),
         "settings": blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16).hexdigest(),
     }

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from library.data.description.image_extensions import image_extensions
-from library.data.scanned.images import Pictures
+from library.data.scanned.images import ScannedImages
 from library.data.scanned.subsets import ScannedSubset
 from library.data.sources.folders.listing import CAPTION_ENDINGS
 from library.errors import few
@@ -30,8 +30,8 @@ def folder_lines(subset: ScannedSubset) -> Iterator[Line]:
         effect = "images have unsupported extensions; convert or rename them to .png or .jpg"
         yield logging.WARNING, f"{source} {len(unread)} {effect}: {few(unread)}"
     yield from caption_lines(subset, unread, source)
-    if len(subset.pictures) <= MOST_COMPARED:
-        pairs = [f"{os.path.basename(b)} = {os.path.basename(a)}" for a, b in equal_pictures(subset.pictures)]
+    if len(subset.images) <= MOST_COMPARED:
+        pairs = [f"{os.path.basename(b)} = {os.path.basename(a)}" for a, b in equal_images(subset.images)]
         if pairs:
             yield (
                 logging.WARNING,
@@ -58,10 +58,10 @@ def caption_lines(subset: ScannedSubset, unread: Sequence[str], source: str) -> 
         yield logging.WARNING, f"{source} {len(alone)} captions have no image: {few(alone)}"
 
 
-def equal_pictures(pictures: Pictures) -> Iterator[tuple[str, str]]:
+def equal_images(images: ScannedImages) -> Iterator[tuple[str, str]]:
     """Yield (path, path of the same content); only files of equal size are read."""
     of_size: dict[int, list[str]] = defaultdict(list)
-    for path in pictures.each_key():
+    for path in images.each_key():
         of_size[os.path.getsize(path)].append(path)
     for paths in of_size.values():
         first: dict[str, str] = {}
@@ -74,7 +74,7 @@ def equal_pictures(pictures: Pictures) -> Iterator[tuple[str, str]]:
                 first[digest] = path
 
 
-def pictures_below(folder: str) -> str:
+def images_below(folder: str) -> str:
     """Return a hint about images in the subfolders of a folder without images, or ""."""
     found: dict[str, int] = {}
     endings = image_extensions()

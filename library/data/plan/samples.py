@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from library.data.decoding.images import Pixels, read_size
 from library.data.description.buckets import BucketRules, Shape, Size, assign_shapes, cover
 from library.data.description.schema import DatasetConfig, NoDataFound, SubsetConfig
-from library.data.plan.folder_audit import pictures_below
+from library.data.plan.folder_audit import images_below
 from library.data.plan.order import Bucket, regularisation_repeats
-from library.data.scanned.images import Picture, Pictures, in_blocks
+from library.data.scanned.images import ScannedImage, ScannedImages, in_blocks
 from library.data.scanned.subsets import ScannedDataset, ScannedSubset
 from library.errors import UserError, few
 
@@ -31,7 +31,7 @@ MANY_DRAWS, MAX_DRAWS = 1_000_000, 10_000_000  # per epoch; ten million take hal
 class Sample(NamedTuple):
     """One image as a dataset trains it; the same image in two datasets is two samples."""
 
-    picture: Picture
+    image: ScannedImage
     dataset: int
     subset: int  # index over all datasets
     shape: Shape
@@ -42,7 +42,7 @@ class Sample(NamedTuple):
 class Samples(Sequence[Sample]):
     """The samples of a run, N of them, as columns; objects are created on access."""
 
-    subsets: tuple[Pictures, ...] = ()
+    subsets: tuple[ScannedImages, ...] = ()
     dataset_of_subset: tuple[int, ...] = ()
     shapes: tuple[Shape, ...] = ()
     shape_N: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, dtype=np.int32))  # index into `shapes`
@@ -68,19 +68,19 @@ class Samples(Sequence[Sample]):
         if not 0 <= number < len(self):
             raise IndexError(number)
         subset = bisect_right(self.ends, number)
-        pictures = self.subsets[subset]
-        picture = pictures[number - self.ends[subset] + len(pictures)]
+        images = self.subsets[subset]
+        image = images[number - self.ends[subset] + len(images)]
         shape = self.shapes[self.shape_N[number]]
-        return Sample(picture, self.dataset_of_subset[subset], subset, shape, int(self.draws_N[number]))
+        return Sample(image, self.dataset_of_subset[subset], subset, shape, int(self.draws_N[number]))
 
     def __iter__(self) -> Iterator[Sample]:
         first = 0
-        for subset, (dataset, pictures) in enumerate(zip(self.dataset_of_subset, self.subsets, strict=True)):
-            own = slice(first, first + len(pictures))
+        for subset, (dataset, images) in enumerate(zip(self.dataset_of_subset, self.subsets, strict=True)):
+            own = slice(first, first + len(images))
             shapes = map(self.shapes.__getitem__, in_blocks(self.shape_N[own]))
-            rows = zip(pictures, repeat(dataset), repeat(subset), shapes, in_blocks(self.draws_N[own]), strict=False)
+            rows = zip(images, repeat(dataset), repeat(subset), shapes, in_blocks(self.draws_N[own]), strict=False)
             yield from map(Sample._make, rows)
-            first += len(pictures)
+            first += len(images)
 
     def subset_of_each(self) -> NDArray[np.int32]:
         """Return the subset of each sample, as index over all datasets."""
@@ -100,15 +100,15 @@ class Samples(Sequence[Sample]):
         """Return the image keys of these samples, which must be in order."""
         found: list[str] = []
         first = 0
-        for pictures in self.subsets:
-            own = numbers[(numbers >= first) & (numbers < first + len(pictures))]
-            found += pictures.keys_at(own - first)
-            first += len(pictures)
+        for images in self.subsets:
+            own = numbers[(numbers >= first) & (numbers < first + len(images))]
+            found += images.keys_at(own - first)
+            first += len(images)
         return found
 
     def sizes(self) -> NDArray[np.int32]:
         """Width and height of each image, shape (N, 2)."""
-        return np.concatenate([pictures.sizes_N2 for pictures in self.subsets]) if self.subsets else _NO_SIZES
+        return np.concatenate([images.sizes_N2 for images in self.subsets]) if self.subsets else _NO_SIZES
 
     def changed(self, shapes: Mapping[int, Shape], draws_N: NDArray[np.int32]) -> "Samples":
         """Return these images with other numbers of draws, and other shapes for those in `shapes`."""
@@ -129,17 +129,17 @@ class Draws:
     buckets: tuple[Bucket, ...]
 
 
-def check_pictures(datasets: Sequence[ScannedDataset]) -> None:
+def check_images(datasets: Sequence[ScannedDataset]) -> None:
     """Raise NoDataFound if there are no training images, UserError if a subset is empty or masks do not fit."""
     subsets = [subset for dataset in datasets for subset in dataset.subsets]
-    if not any(subset.pictures and not subset.config.is_reg for subset in subsets):
+    if not any(subset.images and not subset.config.is_reg for subset in subsets):
         sources = [subset.config.source for subset in subsets if not subset.config.is_reg]
-        below = "".join(pictures_below(source) for source in sources) + small_ones(subsets)
+        below = "".join(images_below(source) for source in sources) + small_ones(subsets)
         raise NoDataFound(
-            f"no training pictures in {few(sources)}{below}" if sources else "no subset is left to train on"
+            f"no training images in {few(sources)}{below}" if sources else "no subset is left to train on"
         )
     for subset in subsets:
-        if not subset.pictures:
+        if not subset.images:
             reasons = few([f"{path}: {reason}" for path, reason in subset.dropped], 3)
             raise UserError(
                 f"there are no images in {subset.config.source}"
@@ -149,7 +149,7 @@ def check_pictures(datasets: Sequence[ScannedDataset]) -> None:
             )
     for dataset in datasets:
         if dataset.config.style == "masked" and dataset.config.enable_bucket:
-            check_mask_sizes([picture for subset in dataset.subsets for picture in subset.pictures])
+            check_mask_sizes([image for subset in dataset.subsets for image in subset.images])
 
 
 def small_ones(subsets: Sequence[ScannedSubset]) -> str:
@@ -158,14 +158,14 @@ def small_ones(subsets: Sequence[ScannedSubset]) -> str:
     return f"; skip_image_resolution skips {count} as too small; lower it to train them" if count else ""
 
 
-def check_mask_sizes(pictures: Sequence[Picture]) -> None:
+def check_mask_sizes(images: Sequence[ScannedImage]) -> None:
     """Raise UserError for masks of another size than their image: with buckets they are scaled and cropped alike."""
     with ThreadPoolExecutor(16) as pool:
-        sizes = list(pool.map(lambda picture: read_size(picture.mask_path or ""), pictures))
+        sizes = list(pool.map(lambda image: read_size(image.mask_path or ""), images))
     wrong = [
-        f"{picture.mask_path} is {size[0]}x{size[1]}, its image {picture.size[0]}x{picture.size[1]}"
-        for picture, size in zip(pictures, sizes, strict=True)
-        if size != picture.size
+        f"{image.mask_path} is {size[0]}x{size[1]}, its image {image.size[0]}x{image.size[1]}"
+        for image, size in zip(images, sizes, strict=True)
+        if size != image.size
     ]
     if wrong:
         raise UserError(f"{len(wrong)} masks do not have the size of their image: {few(wrong, 3)}")
@@ -179,7 +179,7 @@ def build_samples(datasets: Sequence[ScannedDataset], rules: Sequence[BucketRule
     for dataset, rule in zip(datasets, rules, strict=True):
         draws.append(draws_of_dataset(dataset))
         for subset in dataset.subsets:
-            sizes_N2, size_N = unique_sizes(subset.pictures.sizes_N2)
+            sizes_N2, size_N = unique_sizes(subset.images.sizes_N2)
             sizes = [(width, height) for width, height in sizes_N2.tolist()]
             if rule.enable_bucket:
                 found = assign_shapes(sizes, rule)
@@ -187,7 +187,7 @@ def build_samples(datasets: Sequence[ScannedDataset], rules: Sequence[BucketRule
                 found = [fixed_shape(size, rule.resolution, subset.config) for size in sizes]
             places = [shapes.setdefault(shape, len(shapes)) for shape in found]
             columns.append(np.array(places, dtype=np.int32)[size_N])
-    subsets = tuple(subset.pictures for dataset in datasets for subset in dataset.subsets)
+    subsets = tuple(subset.images for dataset in datasets for subset in dataset.subsets)
     dataset_of_subset = tuple(number for number, dataset in enumerate(datasets) for _ in dataset.subsets)
     return Samples(subsets, dataset_of_subset, tuple(shapes), joined(columns), joined(draws))
 
@@ -204,26 +204,26 @@ def joined(columns: Sequence[NDArray[np.int32]]) -> NDArray[np.int32]:
     return np.concatenate(columns) if columns else np.empty(0, dtype=np.int32)
 
 
-def fixed_shape(picture: Size, target: Size, subset: SubsetConfig) -> Shape:
+def fixed_shape(image: Size, target: Size, subset: SubsetConfig) -> Shape:
     """Return the shape without buckets: just covering the target; random_crop crops larger images without resizing."""
-    if subset.random_crop and picture[0] >= target[0] and picture[1] >= target[1]:
-        return Shape(target, picture)
-    return Shape(target, cover(picture, target))
+    if subset.random_crop and image[0] >= target[0] and image[1] >= target[1]:
+        return Shape(target, image)
+    return Shape(target, cover(image, target))
 
 
 def draws_of_dataset(dataset: ScannedDataset) -> NDArray[np.int32]:
     """Return the number of draws of every image, subset by subset: repeats, balanced for regularisation images."""
-    repeats = [(subset.config, subset.config.num_repeats, len(subset.pictures)) for subset in dataset.subsets]
-    num_train_draws = sum(count * pictures for config, count, pictures in repeats if not config.is_reg)
+    repeats = [(subset.config, subset.config.num_repeats, len(subset.images)) for subset in dataset.subsets]
+    num_train_draws = sum(count * images for config, count, images in repeats if not config.is_reg)
     check_draws(num_train_draws)
-    reg = [n for config, count, pictures in repeats if config.is_reg for n in [count] * pictures]
+    reg = [n for config, count, images in repeats if config.is_reg for n in [count] * images]
     balanced = iter(regularisation_repeats(num_train_draws, reg))
     return joined(
         [
-            np.array(list(islice(balanced, pictures)), dtype=np.int32)
+            np.array(list(islice(balanced, images)), dtype=np.int32)
             if config.is_reg
-            else np.full(pictures, count, dtype=np.int32)
-            for config, count, pictures in repeats
+            else np.full(images, count, dtype=np.int32)
+            for config, count, images in repeats
         ]
     )
 
@@ -279,7 +279,7 @@ def stand_in(
     alike = np.flatnonzero(is_alike_N)
     if not len(alike):
         raise UserError(
-            f"{reason or f'{damaged.picture.key} is damaged'}; no other image of its size can replace it: "
+            f"{reason or f'{damaged.image.key} is damaged'}; no other image of its size can replace it: "
             "repair or remove it"
         )
     alike = np.roll(alike, -int(np.searchsorted(alike, number)))
@@ -292,20 +292,20 @@ def duplicated_stems(datasets: Sequence[ScannedDataset]) -> Iterator[tuple[str, 
     differ."""
     for dataset in datasets:
         for subset in dataset.subsets:
-            if not may_share_stems(subset.pictures):
+            if not may_share_stems(subset.images):
                 continue
             seen: dict[str, str] = {}
-            for key in subset.pictures.each_key():
+            for key in subset.images.each_key():
                 stem = os.path.splitext(key)[0]
                 if stem in seen and seen[stem] != key:
                     yield seen[stem], key
                 seen[stem] = key
 
 
-def may_share_stems(pictures: Pictures) -> bool:
+def may_share_stems(images: ScannedImages) -> bool:
     """Return True if any two names are equal or differ only in their extension. Only hashes are stored."""
-    names = pictures.names if pictures.places is None else pictures.each_key()
-    hashes_N = np.fromiter((hash(name.rpartition(".")[0]) for name in names), dtype=np.int64, count=len(pictures))
+    names = images.names if images.places is None else images.each_key()
+    hashes_N = np.fromiter((hash(name.rpartition(".")[0]) for name in names), dtype=np.int64, count=len(images))
     hashes_N.sort()
     return bool((hashes_N[1:] == hashes_N[:-1]).any())
 
@@ -313,7 +313,7 @@ def may_share_stems(pictures: Pictures) -> bool:
 def check_size(sample: Sample, rgb: Pixels) -> None:
     """Raise UserError for an image whose size changed since the start of the run."""
     size = (rgb.shape[1], rgb.shape[0])
-    if size != sample.picture.size:
+    if size != sample.image.size:
         raise UserError(
-            f"{sample.picture.key} is {size[0]}x{size[1]}, but was {sample.picture.size} at the start; restart the run"
+            f"{sample.image.key} is {size[0]}x{size[1]}, but was {sample.image.size} at the start; restart the run"
         )

@@ -70,7 +70,7 @@ def describe_dataset(
     """Describe one dataset in `ss_datasets`."""
     config = dataset.config
     counts = {
-        is_reg: sum(len(s.pictures) * s.config.num_repeats for s in dataset.subsets if s.config.is_reg == is_reg)
+        is_reg: sum(len(s.images) * s.config.num_repeats for s in dataset.subsets if s.config.is_reg == is_reg)
         for is_reg in (False, True)
     }
     return {
@@ -94,7 +94,7 @@ def describe_subset(subset: ScannedSubset) -> dict[str, Any]:
     """Describe one subset in `ss_datasets`."""
     config = subset.config
     described = {
-        "img_count": len(subset.pictures),
+        "img_count": len(subset.images),
         "num_repeats": config.num_repeats,
         "color_aug": config.color_aug,
         "flip_aug": config.flip_aug,
@@ -125,7 +125,7 @@ def tag_frequency(dataset: ScannedDataset) -> TagFrequency:
     for subset in dataset.subsets:
         name = subset.config.base_name
         counts = frequency.setdefault(name, Counter())
-        texts = subset.pictures.captions if subset.pictures.tags is None else subset.pictures.tags
+        texts = subset.images.captions if subset.images.tags is None else subset.images.tags
         for text in texts:
             if "\n" in text:
                 text = text.replace("\n", ",")
@@ -172,5 +172,5 @@ def dataset_dirs(subsets: Sequence[ScannedSubset]) -> dict[str, dict[str, int]]:
         while name in described:
             name = f"{subset.config.base_name} ({number})"
             number += 1
-        described[name] = {"n_repeats": subset.config.num_repeats, "img_count": len(subset.pictures)}
+        described[name] = {"n_repeats": subset.config.num_repeats, "img_count": len(subset.images)}
     return described

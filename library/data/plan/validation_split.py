@@ -16,7 +16,7 @@ import numpy as np
 
 from library.data.description.schema import SubsetConfig
 from library.data.plan.audit import Line
-from library.data.scanned.images import END_BYTES, Picture, digest_of_ends
+from library.data.scanned.images import END_BYTES, ScannedImage, digest_of_ends
 from library.data.scanned.subsets import ScannedDataset, ScannedSubset
 from library.errors import UserError
 from library.randomness import stream_seed
@@ -64,10 +64,10 @@ def split_datasets(datasets: Sequence[ScannedDataset], seed: int) -> Split:
     def kept(subset: ScannedSubset, is_aside: bool) -> ScannedSubset:
         own = identities[id(subset)]
         rows = np.flatnonzero(np.fromiter((one in aside for one in own), dtype=bool, count=len(own)) == is_aside)
-        return replace(subset, pictures=subset.pictures.take(rows))
+        return replace(subset, images=subset.images.take(rows))
 
     for subset in subsets:
-        measured_ones = kept(subset, is_aside=True).pictures
+        measured_ones = kept(subset, is_aside=True).images
         identity_by_key.update(
             zip(measured_ones.each_key(), (one for one in identities[id(subset)] if one in aside), strict=True)
         )
@@ -103,9 +103,9 @@ def choose(specs: Sequence[SplitSpec], always_trained: AbstractSet[str]) -> set[
     trained = set(always_trained)
     for wish in sorted(specs, key=lambda wish: -wish.share):
         counts = Counter(wish.identities)
-        num_pictures = len(wish.identities)
-        limit = num_pictures if wish.share == 1 else num_pictures - 1
-        wanted = min(round(num_pictures * wish.share), limit)
+        num_images = len(wish.identities)
+        limit = num_images if wish.share == 1 else num_images - 1
+        wanted = min(round(num_images * wish.share), limit)
         num_aside = sum(count for identity, count in counts.items() if identity in aside)
         for identity in sorted(counts.keys() - aside - trained, key=lambda identity: rank_of(identity, wish.seed)):
             if num_aside >= wanted:
@@ -154,24 +154,24 @@ def unchanging(config: SubsetConfig) -> SubsetConfig:
 
 def without_empty(datasets: Iterator[ScannedDataset]) -> tuple[ScannedDataset, ...]:
     """Drop subsets without images, and datasets without subsets."""
-    filled = [replace(d, subsets=tuple(subset for subset in d.subsets if subset.pictures)) for d in datasets]
+    filled = [replace(d, subsets=tuple(subset for subset in d.subsets if subset.images)) for d in datasets]
     return tuple(dataset for dataset in filled if dataset.subsets)
 
 
 def split_lines(subset: ScannedSubset, num_aside: int) -> Iterator[Line]:
     """Yield the log lines about one subset."""
-    config, num_pictures = subset.config, len(subset.pictures)
+    config, num_images = subset.config, len(subset.images)
     share = share_of(config)
     if share and num_aside:
-        yield logging.INFO, f"  {config.source}: {num_aside} of {num_pictures} images are held out for validation"
+        yield logging.INFO, f"  {config.source}: {num_aside} of {num_images} images are held out for validation"
     elif share:
-        reason = f"{share:g} of {num_pictures} images rounds to none"
-        if round(num_pictures * share):
+        reason = f"{share:g} of {num_images} images rounds to none"
+        if round(num_images * share):
             reason = "the others are trained in other subsets or as regularisation images, or it is the only one"
         yield logging.WARNING, f"  {config.source}: validation_split {share:g} holds out no image: {reason}"
     elif num_aside:
         effect = "are not trained: another subset holds them out for validation"
-        yield logging.WARNING, f"  {config.source}: {num_aside} of {num_pictures} images {effect}"
+        yield logging.WARNING, f"  {config.source}: {num_aside} of {num_images} images {effect}"
 
 
 # Identities
@@ -180,19 +180,19 @@ def split_lines(subset: ScannedSubset, num_aside: int) -> Iterator[Line]:
 def identities_by_subset(subsets: Sequence[ScannedSubset]) -> list[list[str]]:
     """Return the identity of every image of each subset, which copies share; from files, or from the index for
     places."""
-    files = sorted({key for subset in subsets if subset.pictures.places is None for key in subset.pictures.each_key()})
+    files = sorted({key for subset in subsets if subset.images.places is None for key in subset.images.each_key()})
     read = identities_of(files)
     return [
-        [read[key] for key in subset.pictures.each_key()]
-        if (places := subset.pictures.places) is None
+        [read[key] for key in subset.images.each_key()]
+        if (places := subset.images.places) is None
         else [digest.tobytes().hex() for digest in places.digest_N16]
         for subset in subsets
     ]
 
 
-def identities_of_pictures(pictures: Iterable[Picture]) -> dict[str, str]:
+def identities_of_images(images: Iterable[ScannedImage]) -> dict[str, str]:
     """Return the identities of some images by key."""
-    placed = {picture.key: picture.place for picture in pictures}
+    placed = {image.key: image.place for image in images}
     read = identities_of([key for key, place in placed.items() if place is None])
     return read | {key: place.digest for key, place in placed.items() if place is not None}
 

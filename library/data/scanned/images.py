@@ -86,7 +86,7 @@ class Place(NamedTuple):
     reader: Reader | None = None  # None: the image is these bytes of the file
 
 
-class Picture(NamedTuple):
+class ScannedImage(NamedTuple):
     """One image of a subset. A tuple, which is created in a third of the time of a dataclass."""
 
     key: str  # its name in messages and for random draws; the path if it is a file
@@ -94,7 +94,7 @@ class Picture(NamedTuple):
     size: Size  # width, height, upright
     mask_path: str | None = None
     tags: str | None = None  # the tags field of a metadata file, for statistics
-    place: Place | None = None  # None: the picture is the file `key`
+    place: Place | None = None  # None: the image is the file `key`
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +134,7 @@ class Places:
 
 
 @dataclass(frozen=True, eq=False)
-class Pictures(Sequence[Picture]):
+class ScannedImages(Sequence[ScannedImage]):
     """N images; objects are created on access."""
 
     names: Texts  # keys without the prefix from `prefix` or the file of a place
@@ -149,15 +149,15 @@ class Pictures(Sequence[Picture]):
         return len(self.names)
 
     @overload
-    def __getitem__(self, number: int) -> Picture: ...
+    def __getitem__(self, number: int) -> ScannedImage: ...
     @overload
-    def __getitem__(self, number: slice) -> list[Picture]: ...
-    def __getitem__(self, number: int | slice) -> Picture | list[Picture]:
+    def __getitem__(self, number: slice) -> list[ScannedImage]: ...
+    def __getitem__(self, number: int | slice) -> ScannedImage | list[ScannedImage]:
         if isinstance(number, slice):
             return [self[i] for i in range(*number.indices(len(self)))]
         width, height = self.sizes_N2[number].tolist()
         name, places = self.names[number], self.places
-        return Picture(
+        return ScannedImage(
             (self.prefix if places is None else places.prefixes[places.file_N[number]]) + name,
             self.captions[number],
             (width, height),
@@ -166,16 +166,18 @@ class Pictures(Sequence[Picture]):
             None if places is None else places.of(number, name),
         )
 
-    def __iter__(self) -> Iterator[Picture]:
+    def __iter__(self) -> Iterator[ScannedImage]:
         nothing: Iterator[None] = repeat(None)
         places = nothing if self.places is None else map(self.places.of, range(len(self)), self.names)
         sizes = map(tuple, in_blocks(self.sizes_N2))
         masks, tags = self.masks or nothing, self.tags or nothing
         rows: Any = zip(self.each_key(), self.captions, sizes, masks, tags, places, strict=False)
-        return map(Picture._make, rows)
+        return map(ScannedImage._make, rows)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Pictures) and len(self) == len(other) and all(map(Picture.__eq__, self, other))
+        return (
+            isinstance(other, ScannedImages) and len(self) == len(other) and all(map(ScannedImage.__eq__, self, other))
+        )
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -192,7 +194,7 @@ class Pictures(Sequence[Picture]):
             return self.names.take(rows)
         return Texts.of(self.take(rows).each_key())
 
-    def take(self, rows: NDArray[Any]) -> "Pictures":
+    def take(self, rows: NDArray[Any]) -> "ScannedImages":
         """Return the images at `rows`, in their order."""
         return replace(
             self,

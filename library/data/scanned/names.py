@@ -15,7 +15,7 @@ def safe_name(name: str) -> str:
 def folder_name(folder: str) -> str:
     """Convert a folder's path or URL to one readable and unique name."""
     whole = folder if "://" in folder else os.path.abspath(folder)
-    return f"{safe_name(os.path.basename(whole)) or 'pictures'}-{short_digest(whole)[:8]}"
+    return f"{safe_name(os.path.basename(whole)) or 'images'}-{short_digest(whole)[:8]}"
 
 
 def short_digest(text: str) -> str:

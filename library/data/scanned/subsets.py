@@ -9,7 +9,7 @@ import numpy as np
 from library.data.description.buckets import Size
 from library.data.description.schema import DatasetConfig, SubsetConfig
 from library.data.scanned.columns import Sizes, Texts
-from library.data.scanned.images import Pictures
+from library.data.scanned.images import ScannedImages
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class ScannedSubset:
     """The scan result of a subset."""
 
     config: SubsetConfig
-    pictures: Pictures
+    images: ScannedImages
     dropped: tuple[tuple[str, str], ...] = ()  # key, reason
     without_caption: Sequence[str] = ()  # keys
     empty_caption: Sequence[str] = ()
@@ -69,12 +69,12 @@ class Listing:
             sizes = Sizes.of([(0, 0) if isinstance(size, str) else size for size in self.sizes])
             whys = zip(self.names, self.sizes, strict=True)
             dropped = [(self.prefix + name, why) for name, why in whys if isinstance(why, str)]
-        pictures = Pictures(Texts.of(self.names), self.captions, sizes.array_N2, self.prefix, masks, tags)
+        images = ScannedImages(Texts.of(self.names), self.captions, sizes.array_N2, self.prefix, masks, tags)
         if dropped:
-            pictures = pictures.take(np.flatnonzero(sizes.array_N2.any(axis=1)))
+            images = images.take(np.flatnonzero(sizes.array_N2.any(axis=1)))
         return ScannedSubset(
             self.config,
-            pictures,
+            images,
             (*self.dropped, *dropped),
             tuple(self.without_caption),
             tuple(self.empty_caption),

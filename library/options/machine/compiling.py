@@ -15,7 +15,7 @@ class CompileOptions(Options):
         False,
         own=True,
         help="Compile the blocks of the denoiser, each kind of block once. Steps get faster; the first ones take "
-        "minutes, and so does the first of each new picture size.",
+        "minutes, and so does the first of each new image size.",
     )
     compile_backend: str = option("inductor", own=True, needs=ON, help="Compiler that --compile uses.")
     compile_mode: str = option(
@@ -29,7 +29,7 @@ class CompileOptions(Options):
         None,
         own=True,
         needs=ON,
-        help="Whether one compilation serves all picture sizes, which unset and auto are too. false compiles each size "
+        help="Whether one compilation serves all image sizes, which unset and auto are too. false compiles each size "
         "for itself: faster where there are few.",
         choices=("true", "false", "auto"),
     )

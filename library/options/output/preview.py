@@ -1,4 +1,4 @@
-"""Pictures drawn during training."""
+"""Images drawn during training."""
 
 from dataclasses import dataclass
 
@@ -10,20 +10,20 @@ TIMES = ("sample_every_n_epochs", "sample_every_n_steps", "sample_at_first")
 
 @dataclass(frozen=True)
 class PreviewOptions(Options, affects_training=False):
-    """Pictures drawn during training."""
+    """Images drawn during training."""
 
     sample_every_n_steps: int | None = option(
         None,
         usual=True,
         needs="sample_prompts",
         unless="sample_every_n_epochs",
-        help="Draw pictures every N steps. Unset or 0 draws none; --sample_every_n_epochs wins.",
+        help="Draw images every N steps. Unset or 0 draws none; --sample_every_n_epochs wins.",
     )
     sample_at_first: bool = option(
         False,
         usual=True,
         needs="sample_prompts",
-        help="Draw pictures before the first step too, to compare with.",
+        help="Draw images before the first step too, to compare with.",
     )
     sample_every_n_epochs: int | None = option(
         None,
@@ -31,18 +31,18 @@ class PreviewOptions(Options, affects_training=False):
         refused_by_leco="a run that is trained by prompts alone has steps and no epochs; use --sample_every_n_steps",
         needs="sample_prompts",
         zero_is_unset=True,
-        help="Draw pictures every N epochs. Unset or 0 draws none.",
+        help="Draw images every N epochs. Unset or 0 draws none.",
     )
     sample_prompts: str | None = option(
         None,
         usual=True,
         needs=TIMES,
-        help="File with the prompts to draw pictures of: .txt with one a line, .toml or .json.",
+        help="File with the prompts to draw images of: .txt with one a line, .toml or .json.",
     )
     sample_sampler: str = option(
         "ddim",
         needs=TIMES,
         takes_other_values=True,  # runs that draw nothing are not held to it
-        help="Sampler that draws the pictures, for Stable Diffusion 1, 2 and XL.",
+        help="Sampler that draws the images, for Stable Diffusion 1, 2 and XL.",
         choices=(*SAMPLERS, *ALIASES),
     )

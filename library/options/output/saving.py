@@ -183,7 +183,7 @@ class MetadataOptions(Options, affects_training=False):
     metadata_usage_hint: str | None = option(None, help="Hint in the file's metadata on how to use the model.")
     metadata_thumbnail: str | None = option(
         None,
-        help="Preview picture in the file's metadata: a picture file, or a data URL.",
+        help="Preview image in the file's metadata: an image file, or a data URL.",
     )
     metadata_merged_from: str | None = option(
         None,
@@ -193,7 +193,7 @@ class MetadataOptions(Options, affects_training=False):
         None,
         help="Words that call up what was trained, in the file's metadata.",
     )
-    metadata_preprocessor: str | None = option(None, help="How pictures were prepared, in the file's metadata.")
+    metadata_preprocessor: str | None = option(None, help="How images were prepared, in the file's metadata.")
     metadata_is_negative_embedding: str | None = option(
         None,
         help="Whether this is a negative embedding, in the file's metadata.",

@@ -23,7 +23,7 @@ class ConceptOptions(Options):
         usual=True,
         at_least=2,
         at_most=MOST_DENOISING_STEPS,
-        help="Steps from noise to a picture. Each training step draws how many of them it takes, 1 to one less than "
+        help="Steps from noise to an image. Each training step draws how many of them it takes, 1 to one less than "
         "this, before it learns from what is there by then.",
     )
     leco_denoise_guidance_scale: float = option(

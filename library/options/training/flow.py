@@ -48,7 +48,7 @@ class FlowSamplingOptions(Options):
         "sigma",
         usual=True,
         help="How noise levels are drawn: sigma from a table by --weighting_scheme, uniform, sigmoid of a normal draw, "
-        "shift as sigmoid with --discrete_flow_shift, flux_shift with a shift that grows with the picture.",
+        "shift as sigmoid with --discrete_flow_shift, flux_shift with a shift that grows with the image.",
         choices=TIMESTEP_SAMPLINGS,
     )
     sigmoid_scale: float = option(
@@ -82,14 +82,14 @@ class FlowPredictionOptions(Options):
 
 @dataclass(frozen=True)
 class TimestepPreviewOptions(Options, affects_training=False):
-    """Look at the noise levels that would be drawn, without a model or pictures."""
+    """Look at the noise levels that would be drawn, without a model or images."""
 
     show_timesteps: str | None = option(
         None,
         own=True,
         usual=True,
         help="Show how often each noise level is drawn with these settings and how much it counts, then end: a table "
-        "on the console, or a picture (image) in --output_dir.",
+        "on the console, or as a file (image) in --output_dir.",
         choices=("console", "image"),
     )
     show_timesteps_resolution: str = option(
@@ -97,7 +97,7 @@ class TimestepPreviewOptions(Options, affects_training=False):
         own=True,
         needs="show_timesteps",
         help="Size in pixels that --show_timesteps assumes, N for a square or HEIGHT,WIDTH. It matters where levels "
-        "depend on the size of the picture.",
+        "depend on the size of the image.",
     )
     show_timesteps_offset: float = option(
         0.0,

@@ -15,14 +15,14 @@ class NoiseOptions(Options):
         None,
         at_least=0,
         at_most=1000,
-        ignored_by_leco="noise levels are those of the way from noise to a picture, evenly drawn",
+        ignored_by_leco="noise levels are those of the way from noise to an image, evenly drawn",
         help="Lowest timestep to train, 0 to 999: the cleaner end. Unset is 0.",
     )
     max_timestep: int | None = option(
         None,
         at_least=1,
         at_most=1000,
-        ignored_by_leco="noise levels are those of the way from noise to a picture, evenly drawn",
+        ignored_by_leco="noise levels are those of the way from noise to an image, evenly drawn",
         help="Timestep to stay below in training, 1 to 1000: the noisier end. Unset is 1000.",
     )
     noise_offset: float | None = option(
@@ -43,7 +43,7 @@ class NoiseOptions(Options):
         requires="noise_offset",
         at_least=-MOST_NOISE,
         at_most=MOST_NOISE,
-        ignored_by_leco="there are no pictures whose brightness it could follow",
+        ignored_by_leco="there are no images whose brightness it could follow",
         help="Factor on the mean brightness of the latents that is added to --noise_offset. Unset adds nothing.",
     )
     multires_noise_iterations: int | None = option(

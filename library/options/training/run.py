@@ -26,7 +26,7 @@ class RunOptions(Options):
         at_least=1,
         zero_is_unset=True,
         refused_by_leco="a run that is trained by prompts alone has steps and no epochs; use --max_train_steps",
-        help="Number of passes over all pictures and their repeats. Unset goes by --max_train_steps.",
+        help="Number of passes over all images and their repeats. Unset goes by --max_train_steps.",
     )
     seed: int | None = option(
         None,

@@ -1,4 +1,4 @@
-"""Measuring the loss on pictures that are not trained."""
+"""Measuring the loss on images that are not trained."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,12 @@ from library.options.base import Options, option
 
 @dataclass(frozen=True)
 class ValidationOptions(Options, needs_images=True):
-    """Measuring the loss on pictures that are not trained."""
+    """Measuring the loss on images that are not trained."""
 
     validation_seed: int | None = option(
         None,
         kept_in_state=True,
-        help="Number that fixes which pictures are set aside for validation, and the noise they are measured with. "
+        help="Number that fixes which images are set aside for validation, and the noise they are measured with. "
         "Unset uses --seed.",
     )
     validation_split: float = option(
@@ -20,7 +20,7 @@ class ValidationOptions(Options, needs_images=True):
         excludes={"dataset_class": "its images are not known one by one"},
         usual=True,
         kept_in_state=True,
-        help="Share of the pictures that is set aside to measure the loss on, 0 to 1. 0 sets none aside.",
+        help="Share of the images that is set aside to measure the loss on, 0 to 1. 0 sets none aside.",
     )
     validate_every_n_steps: int | None = option(
         None,

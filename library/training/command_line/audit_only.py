@@ -26,7 +26,7 @@ from library.training.saving.checkpoints import Names
 
 logger = logging.getLogger(__name__)
 
-MOST_SHOWN = 60  # pictures of a finding on the page
+MOST_SHOWN = 60  # images of a finding on the page
 
 
 def audit_only(options: TrainOptions, latents: LatentSpec, warnings: WarningEvents) -> None:
@@ -47,7 +47,7 @@ def audit_only(options: TrainOptions, latents: LatentSpec, warnings: WarningEven
             Start(None, changed_options(options), versions()),
             *warned,
             Audit(**plan.facts()),
-            *(StepResult(finding.text, show_images(finding, plan), len(finding.pictures)) for finding in findings),
+            *(StepResult(finding.text, show_images(finding, plan), len(finding.images)) for finding in findings),
             End("finished", None, time.time() - began, None, None, None),
         ]
         path = Names.build(options.saving).of_audit()
@@ -67,17 +67,17 @@ def audit_images(options: TrainOptions, latents: LatentSpec) -> DataPlan:
 
 
 def show_images(finding: Finding, plan: DataPlan) -> Sequence[FoundImage]:
-    """Return the first pictures of a finding with a small copy of each that can be decoded."""
-    notes = dict(finding.pictures[:MOST_SHOWN])
-    pictures = {sample.picture.key: sample.picture for sample in plan.samples if sample.picture.key in notes}
+    """Return the first images of a finding with a small copy of each that can be decoded."""
+    notes = dict(finding.images[:MOST_SHOWN])
+    images = {sample.image.key: sample.image for sample in plan.samples if sample.image.key in notes}
     found = []
     for key, note in notes.items():
         try:
-            content = plan.storage.content(pictures[key])
+            content = plan.storage.content(images[key])
             thumbnail = data_url_of(Image.fromarray(read_pixels(key, content)[0]))
         except (UserError, OSError):
             thumbnail = None
-        found.append(FoundImage(str(Path(key)) if pictures[key].place is None else key, note, thumbnail))
+        found.append(FoundImage(str(Path(key)) if images[key].place is None else key, note, thumbnail))
     return found
 
 

@@ -79,7 +79,7 @@ def check_data(options: TrainOptions) -> None:
     if dataset.dataset_config is None and dataset.dataset_class is None:
         if not dataset.train_data_dir:
             raise UserError(
-                "no pictures are named; give --dataset_config with a TOML file, or --train_data_dir with a folder"
+                "no images are named; give --dataset_config with a TOML file, or --train_data_dir with a folder"
             )
         if not dataset.resolution:
             raise UserError("--resolution is not set; give the training size with it, such as 512 or 512,768")

@@ -31,4 +31,4 @@ def ignored_for_concepts(kind: type[Options], draws_previews: bool) -> Mapping[s
     ignored = ignored_by_leco(kind)
     if draws_previews:
         return ignored
-    return {**ignored, **dict.fromkeys(("vae", "no_half_vae"), "pictures are neither encoded nor drawn")}
+    return {**ignored, **dict.fromkeys(("vae", "no_half_vae"), "images are neither encoded nor drawn")}

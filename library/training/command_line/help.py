@@ -13,7 +13,7 @@ EVERYTHING = "--help_all"
 EXAMPLES = """\
 Train a LoRA-family adapter. Three commands to begin with:
 
-  a first training, of the pictures that a dataset file names
+  a first training, of the images that a dataset file names
     python3 %(prog)s --pretrained_model_name_or_path model.safetensors \\
 {parts}      --dataset_config dataset.toml --output_dir output --output_name my_cat \\
       --network_module networks.lora --network_dim 16 --network_alpha 8 \\
@@ -31,7 +31,7 @@ Train a LoRA-family adapter. Three commands to begin with:
 
 
 EXAMPLES_OF_PROMPTS = """\
-Change concepts of a model from prompts alone, without pictures (LECO). Two commands to begin with:
+Change concepts of a model from prompts alone, without images (LECO). Two commands to begin with:
 
   a first training; prompts.toml has [[prompts]] with target = "van gogh" and action = "erase"
     python3 %(prog)s --pretrained_model_name_or_path model.safetensors \\

@@ -13,7 +13,7 @@ from library.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-EVENTS = "--log_events tells a program of every step, loss and picture while they happen"
+EVENTS = "--log_events tells a program of every step, loss and image while they happen"
 BASE_MODEL = "a base model is a package in library/architectures, and docs/architectures.md says how to add one"
 LOSS = "--loss_type, --min_snr_gamma and the options of noise levels say what the loss is"
 NETWORK = "--network_module takes a module of your own, which is told of every step"

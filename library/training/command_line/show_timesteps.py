@@ -1,4 +1,4 @@
-"""--show_timesteps: which noise levels a run would draw and how much each counts, without a model or pictures."""
+"""--show_timesteps: which noise levels a run would draw and how much each counts, without a model or images."""
 
 import logging
 from dataclasses import dataclass
@@ -49,10 +49,10 @@ def show_timesteps(
 ) -> None:
     """Draw as training does and show it, on the console or as an image in the output folder.
 
-    `downscale` is in pixels per latent. Raises UserError for a resolution that is none, a picture without a place.
+    `downscale` is in pixels per latent. Raises UserError for a resolution that is none, an image without a place.
     """
     height, width = read_resolution(asked.show_timesteps_resolution)
-    place = picture_place(saving) if asked.show_timesteps == "image" else None
+    place = image_place(saving) if asked.show_timesteps == "image" else None
     offset = asked.show_timesteps_offset
     if offset and not objective.takes_offset:
         logger.warning(
@@ -63,7 +63,7 @@ def show_timesteps(
     drawn = draw_levels(objective, height // downscale, width // downscale, offset, seed)
     if launched_rank() != 0:
         return
-    title = f"{NUM_DRAWS} draws of noise levels, 0 is the picture and 1000 pure noise, at {width}x{height}"
+    title = f"{NUM_DRAWS} draws of noise levels, 0 is the image and 1000 pure noise, at {width}x{height}"
     title += f" with an offset of {offset:g}" if offset and objective.takes_offset else ""
     if place is None:
         for line in (title, *table_lines(drawn)):
@@ -83,17 +83,17 @@ def read_resolution(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[-1])
 
 
-def picture_place(saving: SavingOptions) -> Path:
+def image_place(saving: SavingOptions) -> Path:
     """Return the file of the image. Raises UserError without a folder for it."""
     if not saving.output_dir:
-        raise UserError("--show_timesteps image has no place for its picture; give --output_dir, or use console")
+        raise UserError("--show_timesteps image has no place for its file; give --output_dir, or use console")
     return Path(saving.output_dir) / f"{saving.output_name or 'last'}-timesteps.png"
 
 
 def draw_levels(
     objective: FlowMatching, latent_height: int, latent_width: int, offset: float, seed: int
 ) -> DrawnLevels:
-    """Count what the objective draws for pictures of one size."""
+    """Count what the objective draws for images of one size."""
     generator = torch.Generator().manual_seed(seed)
     offsets_B = torch.full((NUM_DRAWS,), offset)
     timesteps_B = objective.draw_timesteps(NUM_DRAWS, latent_height, latent_width, generator, offsets_B)
@@ -117,8 +117,8 @@ def table_lines(drawn: DrawnLevels) -> list[str]:
 def plot(drawn: DrawnLevels, title: str) -> Image.Image:
     """Bars for the shares, a line for the weights, each as high as the plot where it is largest."""
     width, bottom = NUM_BINS * BAR_WIDTH + 2 * MARGIN, MARGIN + PLOT_HEIGHT
-    picture = Image.new("RGB", (width, bottom + 2 * MARGIN), "white")
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (width, bottom + 2 * MARGIN), "white")
+    pen = ImageDraw.Draw(image)
     pen.text((MARGIN, 10), title, fill="black")
     lefts = [MARGIN + i * BAR_WIDTH for i in range(NUM_BINS)]
     for left, share in zip(lefts, drawn.shares, strict=True):
@@ -135,4 +135,4 @@ def plot(drawn: DrawnLevels, title: str) -> Image.Image:
         pen.text((MARGIN + timestep * BAR_WIDTH // BIN_SIZE, bottom + 4), str(timestep), fill="black", anchor="ma")
     pen.text((MARGIN, bottom + 24), f"bars: share of the draws, most {max(drawn.shares):.2%}", fill=BAR_COLOUR)
     pen.text((width // 2, bottom + 24), f"line: loss weight, most {max(drawn.weights):.4g}", fill=WEIGHT_COLOUR)
-    return picture
+    return image

@@ -1,4 +1,4 @@
-"""Which of several files to keep: their losses on the same pictures, compared picture by picture.
+"""Which of several files to keep: their losses on the same images, compared image by image.
 
 Suggested is the earliest file within one standard error of the lowest loss, where the error is that of the difference
 over images (Breiman et al. 1984, "Classification and Regression Trees", has the rule for sizes of trees). A suggestion
@@ -14,7 +14,7 @@ at most 2.5 %, and where several are equally good, one of them is named the winn
 differ by noise alone have symmetric differences. Strongly skewed ones reach 15 %; a sign-flip permutation test assumes
 the same symmetry and does no better (15 % on 12 images, log-normal).
 
-Letters: F files, N rows that were measured, G pictures, copies of one being one.
+Letters: F files, N rows that were measured, G images, copies of one being one.
 """
 
 from collections.abc import Hashable, Sequence
@@ -30,7 +30,7 @@ MIN_IMAGES = 8  # with fewer, one image decides which file has the lowest loss, 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over pictures, its interval and its standard error, which are NaN for a single picture."""
+    """A mean over images, its interval and its standard error, which are NaN for a single image."""
 
     mean: float
     low: float
@@ -56,7 +56,7 @@ class Choice:
     best: int
     suggested: int  # meaningful with at least MIN_IMAGES
     has_winner: bool  # every other file is clearly worse than the best
-    num_pictures: int
+    num_images: int
 
 
 def choose(losses_FG: Tensor, num_baselines: int = 0) -> Choice | None:
@@ -65,7 +65,7 @@ def choose(losses_FG: Tensor, num_baselines: int = 0) -> Choice | None:
     The first `num_baselines` rows, such as the base model alone, are compared and never suggested. A file whose loss is
     not a number is clearly worse.
     """
-    num_files, num_pictures = losses_FG.shape
+    num_files, num_images = losses_FG.shape
     is_finite = losses_FG.isfinite().all(1).tolist()
     means = losses_FG.mean(1).tolist()
     finite = [i for i in range(num_files) if is_finite[i]]
@@ -83,7 +83,7 @@ def choose(losses_FG: Tensor, num_baselines: int = 0) -> Choice | None:
     gaps = [file.to_best for file in files]
     suggested = next(i for i in range(num_baselines, num_files) if i == best or gaps[i].mean <= gaps[i].error)
     has_winner = bool(others) and all(file.is_worse for file in others)
-    return Choice(tuple(files), best, suggested, has_winner, num_pictures)
+    return Choice(tuple(files), best, suggested, has_winner, num_images)
 
 
 def is_clearly_worse(losses_G: Tensor, best_G: Tensor, num_compared: int) -> bool:
@@ -91,10 +91,10 @@ def is_clearly_worse(losses_G: Tensor, best_G: Tensor, num_compared: int) -> boo
     return estimate(losses_G - best_G, (1 - CONFIDENCE) / num_compared).low > 0
 
 
-def by_picture(losses_N: Tensor, pictures: Sequence[Hashable]) -> Tensor:
-    """Return the mean of the rows that are the same picture, shape G, float64; `pictures` says which is which."""
-    numbers = {picture: i for i, picture in enumerate(dict.fromkeys(pictures))}
-    index_N = torch.tensor([numbers[picture] for picture in pictures])
+def by_image(losses_N: Tensor, images: Sequence[Hashable]) -> Tensor:
+    """Return the mean of the rows that are the same image, shape G, float64; `images` says which is which."""
+    numbers = {image: i for i, image in enumerate(dict.fromkeys(images))}
+    index_N = torch.tensor([numbers[image] for image in images])
     sums_G = torch.zeros(len(numbers), dtype=torch.float64).index_add_(0, index_N, losses_N.double())
     return sums_G / torch.bincount(index_N, minlength=len(numbers))
 

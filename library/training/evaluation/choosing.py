@@ -25,7 +25,7 @@ from library.training.saving.saved_files import steps_of, without_copies
 logger = logging.getLogger(__name__)
 
 TRAINED_ONLY = (
-    "no picture is set aside, and the loss on trained pictures falls on and on while they are learned by heart; "
+    "no image is set aside, and the loss on trained images falls on and on while they are learned by heart; "
     "--validation_split sets some aside"
 )
 TOOL = "python3 tools/choose_checkpoint.py"
@@ -33,7 +33,7 @@ TOOL = "python3 tools/choose_checkpoint.py"
 
 @dataclass(frozen=True)
 class Measured:
-    """A file and its loss on each picture."""
+    """A file and its loss on each image."""
 
     file: Path | None  # None is the model that training began with
     step: int
@@ -89,13 +89,13 @@ def choice_of(measured: Sequence[Measured], is_held_out: bool = True) -> events.
         )
         for one, compared in zip(measured, found.files, strict=True)
     ]
-    is_enough = found.num_pictures >= MIN_IMAGES and is_held_out
+    is_enough = found.num_images >= MIN_IMAGES and is_held_out
     return events.Choice(
         suggested=candidates[found.suggested].file if is_enough else None,
         step=candidates[found.suggested].step if is_enough else None,
         has_winner=found.has_winner,
         reason=reason_of(found, measured) if is_held_out else TRAINED_ONLY,
-        num_pictures=found.num_pictures,
+        num_pictures=found.num_images,
         confidence=CONFIDENCE,
         candidates=candidates,
     )
@@ -105,8 +105,8 @@ def reason_of(found: Choice, measured: Sequence[Measured]) -> str:
     """Why this file, in a sentence without its end."""
     has_base = measured[0].file is None
     files = found.files[int(has_base) :]
-    if found.num_pictures < MIN_IMAGES:
-        images = "1 image" if found.num_pictures == 1 else f"{found.num_pictures} images"
+    if found.num_images < MIN_IMAGES:
+        images = "1 image" if found.num_images == 1 else f"{found.num_images} images"
         return f"too few images to tell ({images}); set at least {MIN_IMAGES} aside with --validation_split"
     if all(file.is_copy for file in files):
         text = "all files measure the same" if len(files) > 1 else "there is one file"
@@ -134,7 +134,7 @@ def memorised(
 ) -> events.Memorised:
     """Estimate how much more the loss fell on trained images than on unseen ones, each as (before, of the file).
 
-    Mirrored pictures are compared with their own. Others are other pictures: the errors of both sides add up, by Welch
+    Mirrored images are compared with their own. Others are other images: the errors of both sides add up, by Welch
     1947, with the degrees of freedom of the smaller side, which is never too few.
     """
     falls_unseen_G, falls_trained_G = (before - after for before, after in (unseen, trained))
@@ -164,7 +164,7 @@ def table_of(choice: events.Choice) -> list[str]:
 
 
 def format_memory(memory: events.Memorised | None) -> str:
-    """Return how much more the loss fell on trained pictures."""
+    """Return how much more the loss fell on trained images."""
     return "" if memory is None else f"{memory.more:.5f}{interval(memory.low, memory.high)}"
 
 
@@ -176,11 +176,11 @@ def memory_line(choice: events.Choice) -> str | None:
     one = next((one for one in files if one.file == choice.suggested), files[-1])
     memory = one.memorised
     assert memory is not None and one.file is not None
-    unseen = "pictures that were set aside" if memory.unseen == "held-out" else "their mirror images"
+    unseen = "images that were set aside" if memory.unseen == "held-out" else "their mirror images"
     is_clear = memory.low is not None and memory.low > 0
     doubt = "" if is_clear else ", not significant"
     side = "more" if memory.more >= 0 else "less"
-    change = f"{abs(memory.more):.5f}{interval(memory.low, memory.high)} {side} on trained pictures than on {unseen}"
+    change = f"{abs(memory.more):.5f}{interval(memory.low, memory.high)} {side} on trained images than on {unseen}"
     return f"memorization gap: with {Path(one.file).name} the loss fell by {change}{doubt}"
 
 
@@ -193,5 +193,5 @@ def format_choice(choice: events.Choice) -> str:
     """Return the suggestion in a line."""
     if choice.suggested is None:
         return f"no file is suggested: {choice.reason}"
-    name, pictures = Path(choice.suggested).name, f"measured on {choice.num_pictures} pictures"
-    return f"suggested file: {name}, step {choice.step}: {choice.reason} ({pictures})"
+    name, images = Path(choice.suggested).name, f"measured on {choice.num_pictures} images"
+    return f"suggested file: {name}, step {choice.step}: {choice.reason} ({images})"

@@ -1,6 +1,6 @@
 """The measurement of validation, the same every time: images, their noise, and noise levels.
 
-Letters: N pictures, L noise levels.
+Letters: N images, L noise levels.
 """
 
 from collections.abc import Sequence
@@ -22,17 +22,17 @@ from library.training.step.context import StepContext
 
 @dataclass(frozen=True)
 class Measurement:
-    """Pictures that are set aside, at noise levels, with noise of the seed."""
+    """Images that are set aside, at noise levels, with noise of the seed."""
 
-    pictures: ValidationSet
+    images: ValidationSet
     places: Sequence[int]  # the batches that are measured
     levels: Sequence[int]
     seed: int
-    noise: Sequence[Name] | None = None  # whose noise each row has; None is its own picture's
+    noise: Sequence[Name] | None = None  # whose noise each row has; None is its own image's
 
     @cached_property
     def _names(self) -> list[list[Name]]:
-        return [self.pictures.names(place) for place in self.places]
+        return [self.images.names(place) for place in self.places]
 
     @cached_property
     def rows(self) -> list[Name]:
@@ -46,8 +46,8 @@ class Measurement:
 
     @cached_property
     def labels(self) -> list[str]:
-        """How messages call the picture of each row."""
-        return [label for place in self.places for label in self.pictures.labels(place)]
+        """How messages call the image of each row."""
+        return [label for place in self.places for label in self.images.labels(place)]
 
     def losses(
         self,
@@ -57,7 +57,7 @@ class Measurement:
         title: str,
         evaluating: AbstractContextManager[None] | None = None,
     ) -> Tensor:
-        """Return the losses of all pictures, shape NL, float64; each process measures its share of the batches.
+        """Return the losses of all images, shape NL, float64; each process measures its share of the batches.
 
         `evaluating` puts the models in the state they are measured in, where they are not; `title` is that of a bar.
         """
@@ -68,7 +68,7 @@ class Measurement:
         names = self.rows if self.noise is None else self.noise
         losses_NL = torch.zeros(len(self.rows), len(self.levels), dtype=torch.float64)
         with evaluating or nullcontext(), progress_bar(title, len(numbers), leave=False) as bar:
-            batches = self.pictures.batches([self.places[i] for i in numbers], num_threads)
+            batches = self.images.batches([self.places[i] for i in numbers], num_threads)
             for number, (i, batch) in enumerate(zip(numbers, batches, strict=True)):
                 first = sum(map(len, self._names[:i]))
                 rows = slice(first, first + len(batch.keys))

@@ -1,4 +1,4 @@
-"""Previews of models that inpaint: the picture that a prompt names, painted anew in part."""
+"""Previews of models that inpaint: the image that a prompt names, painted anew in part."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ def prompt_conditioning(context: StepContext, prompt: Prompt, batch: Batch, seed
     """Return the conditioning of an inpainting model for a prompt's image, cut to its size; empty for other models.
 
     What is transparent is painted anew; where nothing is, a random part that follows from `seed`. `batch` holds the
-    prompt. Raises UserError for a picture that cannot be read.
+    prompt. Raises UserError for an image that cannot be read.
     """
     if prompt.image_path is None:
         return {}

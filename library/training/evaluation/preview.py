@@ -1,4 +1,4 @@
-"""Pictures drawn while training: when, of what, and what becomes of them. How is the base model's `Preview`."""
+"""Images drawn while training: when, of what, and what becomes of them. How is the base model's `Preview`."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -30,11 +30,11 @@ from library.training.reporting.sample_images import (
     Drawn,
     build_preview_event,
     grid_path,
+    image_path,
     is_written,
-    picture_path,
     to_image,
     write_grid,
-    write_picture,
+    write_image,
 )
 from library.training.reporting.trackers import Charts
 from library.training.run_parts import Run
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Timetable:
-    """When pictures are drawn; None is never."""
+    """When images are drawn; None is never."""
 
     at_first: bool
     every_n_steps: int | None
@@ -77,7 +77,7 @@ def wanted_prompts(options: PreviewOptions, arch: Architecture) -> list[Prompt]:
         return []
     specs = read_prompts(Path(path))
     if not specs:
-        logger.warning("--sample_prompts %s holds no prompts: no pictures are drawn", path)
+        logger.warning("--sample_prompts %s holds no prompts: no images are drawn", path)
     defaults = arch.preview.defaults
     num_unsized = sum(spec.width is None or spec.height is None for spec in specs)
     if num_unsized:
@@ -132,7 +132,7 @@ def encoded_now(
 
 
 class Previews:
-    """Draws the pictures of a run when they are due. What goes wrong is logged, and training goes on."""
+    """Draws the images of a run when they are due. What goes wrong is logged, and training goes on."""
 
     def __init__(
         self,
@@ -185,17 +185,17 @@ class Previews:
         return bool(self._prompts) and self._timetable.holds_step(step)
 
     def after_step(self, step: int, epoch: int, interruption: Interruption) -> bool:
-        """Draw if pictures are due after `step`, which is in `epoch`; False where an interruption broke that off."""
+        """Draw if images are due after `step`, which is in `epoch`; False where an interruption broke that off."""
         return not self._timetable.holds_step(step) or self._draw_all(step_event(step), step, epoch, interruption)
 
     def after_epoch(self, step: int, epoch: int, interruption: Interruption) -> bool:
-        """Draw if pictures are due after `epoch`, whose last step is `step`; False as in `after_step`."""
+        """Draw if images are due after `epoch`, whose last step is `step`; False as in `after_step`."""
         return not self._timetable.holds_epoch(epoch) or self._draw_all(epoch_event(epoch), step, epoch, interruption)
 
     def are_drawn(self, event: str, since: float) -> bool:
         """Return True if all images of an event lie on disk, each written at `since` (seconds since 1970) or later."""
         options = self._run.options.saving
-        paths = [partial(picture_path, options, event, i, prompt.seed) for i, prompt in enumerate(self._prompts)]
+        paths = [partial(image_path, options, event, i, prompt.seed) for i, prompt in enumerate(self._prompts)]
         grids = [partial(grid_path, options, event)] if len(paths) > 1 else []
         return all(is_written(path_of, since) for path_of in (*paths, *grids))
 
@@ -231,7 +231,7 @@ class Previews:
                 del vae
             if len(drawn) > 1:
                 write_grid(grid_path(run.options.saving, event), drawn)
-            self._charts.log_pictures(drawn, step, epoch)
+            self._charts.log_images(drawn, step, epoch)
         except Exception as error:
             give_up("the previews", error)
         finally:
@@ -241,7 +241,7 @@ class Previews:
     def _draw_one(
         self, event: str, step: int, epoch: int, index: int, vae: nn.Module, goes_on: Callable[[], bool]
     ) -> list[Drawn]:
-        """Draw and write one picture; gives nothing where that fails or the run is to end."""
+        """Draw and write one image; gives nothing where that fails or the run is to end."""
         run, prompt = self._run, self._prompts[index]
         try:
             encoded = self._encoded
@@ -252,8 +252,8 @@ class Previews:
             if latents_BCHW is None:
                 return []
             drawn = Drawn(index, prompt, decode(run.context, vae, latents_BCHW))
-            path = picture_path(run.options.saving, event, index, prompt.seed)
-            write_picture(path, drawn)
+            path = image_path(run.options.saving, event, index, prompt.seed)
+            write_image(path, drawn)
             with tqdm.external_write_mode():
                 logger.info("preview %d: %s", index, path)
             if run.events.is_on:
@@ -297,10 +297,10 @@ def draw_latents(
     generator: torch.Generator,
     goes_on: Callable[[], bool] = lambda: True,
 ) -> Tensor | None:
-    """Latents of one picture as `LatentCodec.decode` takes them, float32; None where `goes_on` broke off.
+    """Latents of one image as `LatentCodec.decode` takes them, float32; None where `goes_on` broke off.
 
     `goes_on` is asked after every call of the denoiser. The first draw of `generator` is the initial noise, so that
-    pictures compare to those of other programs.
+    images compare to those of other programs.
     Raises UserError where the denoiser gives what is not a number.
     """
     spec, preview = context.arch.codec.spec, context.arch.preview
@@ -326,7 +326,7 @@ def draw_latents(
 
 
 def decode(context: StepContext, vae: nn.Module, latents_BCHW: Tensor) -> Image.Image:
-    """Return the picture of the latents. Raises UserError where the VAE gives what is not a number."""
+    """Return the image of the latents. Raises UserError where the VAE gives what is not a number."""
     pixels_BCHW = context.arch.codec.decode(vae, latents_BCHW)
     if not pixels_BCHW.isfinite().all():
         raise UserError("the VAE gives NaN; add --no_half_vae, or use a VAE made for fp16")
@@ -338,7 +338,7 @@ def on_device(conditioning: Conditioning | None, device: torch.device) -> Condit
 
 
 def batch_of(prompt: Prompt) -> Batch:
-    """Return a prompt as the one sample of a batch: the whole picture at its own size."""
+    """Return a prompt as the one sample of a batch: the whole image at its own size."""
     size: list[Any] = [prompt.height, prompt.width]
     return Batch(
         keys=["preview"],

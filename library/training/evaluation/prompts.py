@@ -1,4 +1,4 @@
-"""--sample_prompts: the pictures to draw, from a .txt, .toml or .json file.
+"""--sample_prompts: the images to draw, from a .txt, .toml or .json file.
 
 `PromptSpec` is what a prompt says, `resolve` fills in the rest from the base model's defaults.
 """
@@ -110,7 +110,7 @@ def specs_in_text(path: Path, text: str) -> Iterator[PromptSpec]:
 
 
 def specs_in_toml(path: Path) -> Iterator[PromptSpec]:
-    """`[prompt]` holds what all share, every `[[prompt.subset]]` is a picture."""
+    """`[prompt]` holds what all share, every `[[prompt.subset]]` is an image."""
     tables = read_toml(path, FLAG)
     if not tables:
         return
@@ -237,7 +237,7 @@ def named(key: str) -> str:
 def resolve(spec: PromptSpec, defaults: PromptDefaults, inpaints: bool = False) -> Prompt:
     """Return the prompt with everything filled in; warns of settings that the base model does not have.
 
-    Raises UserError where a model that inpaints is given no picture, or one that is not there.
+    Raises UserError where a model that inpaints is given no image, or one that is not there.
     """
     if spec.controlnet_image is not None:
         logger.warning(
@@ -257,15 +257,15 @@ def resolve(spec: PromptSpec, defaults: PromptDefaults, inpaints: bool = False) 
         cfg_trunc_ratio=own(spec, "cfg_trunc_ratio", defaults.cfg_trunc_ratio),
         renorm_cfg=own(spec, "renorm_cfg", defaults.renorm_cfg),
         flow_shift=own(spec, "flow_shift", defaults.flow_shift),
-        image_path=picture_of(spec) if inpaints else own(spec, "image_path", None),
+        image_path=image_of(spec) if inpaints else own(spec, "image_path", None),
     )
 
 
-def picture_of(spec: PromptSpec) -> Path:
-    """Return the picture that a model that inpaints is to paint anew in part."""
+def image_of(spec: PromptSpec) -> Path:
+    """Return the image that a model that inpaints is to paint anew in part."""
     if spec.image_path is None:
         raise UserError(
-            f"{FLAG} {spec.place} names no picture to paint in; give one with {named('image_path')}, whose transparent "
+            f"{FLAG} {spec.place} names no image to paint in; give one with {named('image_path')}, whose transparent "
             "part is painted anew, or a random part where nothing is transparent"
         )
     path = Path(spec.image_path)
@@ -275,7 +275,7 @@ def picture_of(spec: PromptSpec) -> Path:
 
 
 def side(wanted: int, step: int, place: str) -> int:
-    """Return a side of the picture that the base model can draw: a multiple of `step`, at least 64."""
+    """Return a side of the image that the base model can draw: a multiple of `step`, at least 64."""
     drawn = max(SMALLEST_SIDE, wanted - wanted % step)
     if drawn != wanted:
         logger.info("%s: a side of %d is drawn as %d, a multiple of %d", place, wanted, drawn, step)

@@ -58,11 +58,11 @@ class Timetable:
             yield "epoch"
 
 
-def measurement_of(wanted: ValidationOptions, noise: NoiseOptions, pictures: ValidationSet, seed: int) -> Measurement:
+def measurement_of(wanted: ValidationOptions, noise: NoiseOptions, images: ValidationSet, seed: int) -> Measurement:
     """Return what the options ask to measure; `seed` is that of the run, which one of the options replaces."""
-    places = pictures.places_of(wanted.max_validation_steps or None)
+    places = images.places_of(wanted.max_validation_steps or None)
     seed = seed if wanted.validation_seed is None else wanted.validation_seed
-    return Measurement(pictures, places, noise_levels(noise), seed)
+    return Measurement(images, places, noise_levels(noise), seed)
 
 
 def warn_of_idle_options(options: ValidationOptions) -> None:
@@ -70,7 +70,7 @@ def warn_of_idle_options(options: ValidationOptions) -> None:
     defaults = ValidationOptions.defaults()
     for name, value in options.flat().items():
         if name != "validation_split" and value != defaults[name] and value not in (None, 0):
-            logger.warning("--%s has no effect: no picture is set aside; --validation_split does that", name)
+            logger.warning("--%s has no effect: no image is set aside; --validation_split does that", name)
 
 
 class Validation:
@@ -96,9 +96,9 @@ class Validation:
         return bool(self._measurement.rows)
 
     @property
-    def num_pictures(self) -> int:
+    def num_images(self) -> int:
         """Images that are set aside, measured or not."""
-        return self._measurement.pictures.num_pictures
+        return self._measurement.images.num_images
 
     def before_training(self, progress: Progress) -> bool:
         """Measure the start if that is wanted, or what was due when a resumed run was interrupted.

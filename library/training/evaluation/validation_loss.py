@@ -1,6 +1,6 @@
-"""The loss of pictures that are not trained, at fixed noise levels with fixed noise, and how two such losses differ.
+"""The loss of images that are not trained, at fixed noise levels with fixed noise, and how two such losses differ.
 
-Letters: N pictures, L noise levels, B pictures of one batch, C channels, H height, W width.
+Letters: N images, L noise levels, B images of one batch, C channels, H height, W width.
 """
 
 import random
@@ -25,7 +25,7 @@ NUM_LEVELS = 4
 NUM_TIMESTEPS = 1000
 
 Name = tuple[str | int, ...]
-"""What identifies a picture."""
+"""What identifies an image."""
 
 
 def noise_levels(options: NoiseOptions) -> tuple[int, ...]:
@@ -40,9 +40,9 @@ def noise_levels(options: NoiseOptions) -> tuple[int, ...]:
 
 
 def batch_losses(context: StepContext, batch: Batch, names: Sequence[Name], levels: Sequence[int], seed: int) -> Tensor:
-    """Return the loss of each picture of a batch at each level, without subset weights; float64, shape BL, on the CPU.
+    """Return the loss of each image of a batch at each level, without subset weights; float64, shape BL, on the CPU.
 
-    A function of the weights, the picture and the seed: every picture has noise of its own at every level, whatever
+    A function of the weights, the image and the seed: every image has noise of its own at every level, whatever
     batch it lies in. To be called while `evaluating`.
     """
     place = stream_seed(seed, "validation", *(word for name in names for word in name))
@@ -61,17 +61,17 @@ def batch_losses(context: StepContext, batch: Batch, names: Sequence[Name], leve
 
 
 def corrupt_each(objective: Objective, clean_BCHW: Tensor, generators: Sequence[Generator]) -> Noised:
-    """`Objective.corrupt` of every picture by itself, with its own generator."""
+    """`Objective.corrupt` of every image by itself, with its own generator."""
     parts = [objective.corrupt(clean_BCHW[i : i + 1], generator) for i, generator in enumerate(generators)]
     return Noised(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Noised)})
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one evaluation lies above another of the same pictures, noise and levels."""
+    """How far one evaluation lies above another of the same images, noise and levels."""
 
     mean: float
-    standard_error: float  # NaN for a single picture
+    standard_error: float  # NaN for a single image
 
     @property
     def is_clear(self) -> bool:
@@ -79,20 +79,20 @@ class Difference:
         return abs(self.mean) > 2 * self.standard_error
 
 
-def paired_difference(now_NL: Tensor, before_NL: Tensor, pictures: Sequence[Hashable]) -> Difference:
+def paired_difference(now_NL: Tensor, before_NL: Tensor, images: Sequence[Hashable]) -> Difference:
     """`now_NL` - `before_NL` on average, with its standard error.
 
-    The levels of one picture, and rows that are the same picture (`pictures` says which is which), are no independent
-    observations, so each picture counts as one: with deviations d from the mean, the variance is
-    G / (G - 1) * sum over pictures of (sum of their rows' d)^2 / N^2 for G pictures. Source: the cluster-robust
+    The levels of one image, and rows that are the same image (`images` says which is which), are no independent
+    observations, so each image counts as one: with deviations d from the mean, the variance is
+    G / (G - 1) * sum over images of (sum of their rows' d)^2 / N^2 for G images. Source: the cluster-robust
     variance of a mean, Cameron and Miller 2015, "A Practitioner's Guide to Cluster-Robust Inference".
     """
     differences_N = (now_NL.double() - before_NL.double()).mean(1)
     mean = differences_N.mean()
-    numbers = {picture: i for i, picture in enumerate(dict.fromkeys(pictures))}
+    numbers = {image: i for i, image in enumerate(dict.fromkeys(images))}
     if len(numbers) < 2:
         return Difference(mean.item(), nan)
-    index_N = torch.tensor([numbers[picture] for picture in pictures])
+    index_N = torch.tensor([numbers[image] for image in images])
     sums_G = torch.zeros(len(numbers), dtype=torch.float64).index_add_(0, index_N, differences_N - mean)
-    G, N = len(numbers), len(pictures)
+    G, N = len(numbers), len(images)
     return Difference(mean.item(), sqrt(G / (G - 1) * sums_G.square().sum().item()) / N)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.training.evaluation.choice import by_picture, is_clearly_worse
+from library.training.evaluation.choice import by_image, is_clearly_worse
 from library.training.evaluation.validation_loss import Difference, Name, paired_difference
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class ValidationRecord:
 
     def image_losses(self, step: int) -> Tensor:
         """Return the loss of each image after `step`, which must be kept, shape G."""
-        return by_picture(torch.tensor(self.row_losses[step], dtype=torch.float64), self.images)
+        return by_image(torch.tensor(self.row_losses[step], dtype=torch.float64), self.images)
 
     def losses_after(self, step: int) -> list[float] | None:
         """Return the loss of each image if `step` was the last one measured, else None."""
@@ -114,7 +114,7 @@ class ValidationRecord:
         if state_dict["fingerprint"] != self.fingerprint:
             if first is not None:
                 logger.warning(
-                    "validation measures other pictures, noise levels or noise than in the state: it is compared with "
+                    "validation measures other images, noise levels or noise than in the state: it is compared with "
                     "its first evaluation from here on"
                 )
             return

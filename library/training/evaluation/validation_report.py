@@ -24,7 +24,7 @@ def log_evaluation(
         logger.error("validation after step %d: the loss is not a number for %s", evaluation.step, names)
     at_levels = ", ".join(f"{t}: {x:.4f}" for t, x in zip(levels, evaluation.level_means, strict=True))
     place = f"after step {evaluation.step}" if evaluation.step else "before the first step"
-    text = f"validation {place}: loss {evaluation.mean:.4f} on {len(before.images)} pictures (noise level {at_levels})"
+    text = f"validation {place}: loss {evaluation.mean:.4f} on {len(before.images)} images (noise level {at_levels})"
     logger.info("%s%s", text, "" if before.first is None else format_comparison(evaluation, before.first, before))
 
 

@@ -28,7 +28,7 @@ from library.types import Batch
 logger = logging.getLogger(__name__)
 
 MAX_IN_A_ROW = 5  # damaged steps that --on_nonfinite skip leaves out before it gives up
-MAX_NAMED = 8  # pictures in a message
+MAX_NAMED = 8  # images in a message
 MIN_LOSS_SCALE = 1.0  # fp16 gradients that overflow at a larger loss scale only say that the scale is too large
 
 
@@ -92,7 +92,7 @@ class NonFiniteGuard:
             if self.run.options.faults.trace_nonfinite and not self.was_traced:
                 trace = first_damage(self.run, batch, number, window.step)
                 self.was_traced = True
-        explanation = f"step {window.step + 1}: {what}; pictures: {few(samples, MAX_NAMED)}"
+        explanation = f"step {window.step + 1}: {what}; images: {few(samples, MAX_NAMED)}"
         return explanation if trace is None else f"{explanation}; {trace}"
 
     def redraw(self, window: Window, place: int) -> Batch:
@@ -114,7 +114,7 @@ def searches_loss_scale(scaler: torch.amp.GradScaler | None) -> bool:
 
 
 def describe_samples(run: Run, batch: Batch, batch_number: int) -> list[str]:
-    """Return every picture of a batch with its noise level."""
+    """Return every image of a batch with its noise level."""
     timesteps = noised_of(run.context, batch, batch_number).timesteps_B.tolist()
     return [f"{key} (timestep {level:g})" for key, level in zip(batch.keys, timesteps, strict=True)]
 
@@ -123,7 +123,7 @@ def advice(run: Run) -> str:
     """Suggest what to try."""
     if run.options.precision.mixed_precision == "fp16":
         return "fp16 overflows easily: try --mixed_precision bf16, or a lower --learning_rate"
-    return "try a lower --learning_rate, and look at the pictures that are named; --trace_nonfinite names the module"
+    return "try a lower --learning_rate, and look at the images that are named; --trace_nonfinite names the module"
 
 
 @contextmanager

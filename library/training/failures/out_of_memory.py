@@ -149,7 +149,7 @@ def find_all_savings(
     yield from activation_savings(values, is_predicted)
     yield from weight_savings(values, sizes, is_predicted)
     if wants(values, "vae_batch_size", 1):
-        yield "--vae_batch_size 1 encodes one picture at a time"
+        yield "--vae_batch_size 1 encodes one image at a time"
     if not sizes.num_trained and can_have(values, "text_encoder_cpu"):  # models are loaded and captions encoded
         if wants(values, "text_encoder_batch_size", 1):
             yield "--text_encoder_batch_size 1 encodes one caption at a time"

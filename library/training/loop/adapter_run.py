@@ -160,7 +160,7 @@ class AdapterRun:
         save: Callable[[Progress, int], None],
         draw: Callable[[int, int, Interruption], bool],
     ) -> None:
-        """Weights are safe before pictures take their time."""
+        """Weights are safe before images take their time."""
         times, progress = self.run.times, self.progress
         with times.stage("saving"):
             save(progress, epoch)
@@ -171,7 +171,7 @@ class AdapterRun:
     def _finish_step_of(self, state: StateManifest) -> None:
         """Make what was due at the step of a state and was not done when the run was stopped.
 
-        Pictures are drawn after the state is written, so it cannot know of them: those on disk that are not older
+        Images are drawn after the state is written, so it cannot know of them: those on disk that are not older
         count.
         """
         run, progress, previews = self.run, self.progress, self.prepared.previews

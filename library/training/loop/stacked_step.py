@@ -120,7 +120,7 @@ def split_conditioning(whole: Conditioning, count: int) -> list[Conditioning]:
 
 
 def repeat_batch(batch: Batch, count: int) -> Batch:
-    """Return the batch so many times; pictures and latents, which are made noise of before, are left out."""
+    """Return the batch so many times; images and latents, which are made noise of before, are left out."""
 
     def times(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else torch.cat([tensor] * count)

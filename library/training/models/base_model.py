@@ -34,7 +34,7 @@ class LoadedModels:
     prompts: Mapping[str, Conditioning] | None  # cached features of the previews' prompts; None where none are cached
     latents: LatentStore = NO_LATENTS
     texts: TextStore = NO_TEXTS
-    concepts: Mapping[str, Conditioning] | None = None  # features of all prompts where there are no pictures
+    concepts: Mapping[str, Conditioning] | None = None  # features of all prompts where there are no images
 
 
 def load_models(
@@ -47,7 +47,7 @@ def load_models(
     processes: Processes,
     reader: str,
 ) -> LoadedModels:
-    """Encode pictures, captions and prompts where they are to be cached, then load what trains.
+    """Encode images, captions and prompts where they are to be cached, then load what trains.
 
     One model after the other, the largest last: VAE and text encoders that have encoded everything leave memory before
     the denoiser comes, so the peak of a cached run is the denoiser alone. `reader` is the network module that reads
@@ -75,10 +75,10 @@ def prepare_vae(
     if not caching.cache_latents:
         return place(arch.load.vae(), processes.device), NO_LATENTS
     assert data.image_plan is not None, "options refuse caches of a user's class"
-    return None, encode_pictures(arch.load.vae, arch.codec, caching, seed, data.image_plan, processes)
+    return None, encode_images(arch.load.vae, arch.codec, caching, seed, data.image_plan, processes)
 
 
-def encode_pictures(
+def encode_images(
     load_vae: Callable[[], nn.Module],
     codec: LatentCodec,
     caching: CachingOptions,
@@ -86,7 +86,7 @@ def encode_pictures(
     plan: DataPlan,
     processes: Processes,
 ) -> LatentStore:
-    """Cache the latents of every picture.
+    """Cache the latents of every image.
 
     The VAE is not loaded where every entry is there and is trusted.
     """

@@ -73,7 +73,7 @@ def require_no_text_changes(options: NetworkOptions) -> None:
 
 
 def open_data_plan(options: TrainOptions, arch: Architecture, seed: int, num_processes: int) -> DataPlan:
-    """Read the dataset description and the pictures' headers, and log what was found."""
+    """Read the dataset description and the images' headers, and log what was found."""
     text, cached = arch.text, cached_text(options.network, arch.text_cache)
     check_text_caching(options.network, arch.text_cache)
     plan = build_plan(options, arch.codec.spec, seed, text.count_tokens, text.max_tokens, num_processes)

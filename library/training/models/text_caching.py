@@ -37,7 +37,7 @@ class RunText:
     encoders: list[nn.Module]
     store: TextStore = NO_TEXTS  # the text features of captions; none where nothing is cached
     prompts: Encoded | None = None  # of the previews; None where nothing is cached
-    concepts: Encoded | None = None  # all that is trained on where there are no pictures
+    concepts: Encoded | None = None  # all that is trained on where there are no images
 
     @classmethod
     def beside(cls, cached: CachedTexts, encoders: list[nn.Module]) -> "RunText":

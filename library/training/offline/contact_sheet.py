@@ -24,7 +24,7 @@ from networks.core.protocol import AdoptedNetwork
 
 logger = logging.getLogger(__name__)
 
-GAP = 6  # pixels between pictures
+GAP = 6  # pixels between images
 LABEL_WIDTH, LABEL_HEIGHT, LINE = 210, 58, 17
 INK, PAPER = (30, 30, 30), (255, 255, 255)
 
@@ -96,7 +96,7 @@ def context_of(loaded: Loaded, network: AdoptedNetwork) -> StepContext:
 
 
 def draw(context: StepContext, vae: nn.Module, prompt: Prompt, encoded: Mapping[str, Conditioning]) -> Image.Image:
-    """One picture."""
+    """One image."""
     latents_BCHW = draw_latents(context, prompt, encoded, generator_of(prompt, context.seed, 0))
     assert latents_BCHW is not None, "nobody breaks it off"
     return decode(context, vae, latents_BCHW)
@@ -105,7 +105,7 @@ def draw(context: StepContext, vae: nn.Module, prompt: Prompt, encoded: Mapping[
 def arrange(
     rows: Sequence[Sequence[Image.Image]], row_labels: Sequence[str], column_labels: Sequence[str], side: int
 ) -> Image.Image:
-    """Return the pictures as a table, each at most `side` pixels wide and high, its labels on the left and above."""
+    """Return the images as a table, each at most `side` pixels wide and high, its labels on the left and above."""
     small = [[fitted(image, side) for image in row] for row in rows]
     width, height = (max(image.size[axis] for row in small for image in row) + GAP for axis in (0, 1))
     sheet = Image.new("RGB", (LABEL_WIDTH + len(column_labels) * width, LABEL_HEIGHT + len(rows) * height), PAPER)
@@ -121,7 +121,7 @@ def arrange(
 
 
 def fitted(image: Image.Image, side: int) -> Image.Image:
-    """Return the picture, made smaller where it is larger than `side`."""
+    """Return the image, made smaller where it is larger than `side`."""
     if max(image.size) <= side:
         return image
     copy = image.copy()

@@ -1,6 +1,6 @@
 """The losses of adapter files, measured as validation does in a run, from one load of the base model.
 
-Letters: N pictures, L noise levels.
+Letters: N images, L noise levels.
 """
 
 import logging
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 OptionsT = TypeVar("OptionsT", bound=TrainOptions)
 
-MOST_MIRRORED = 64  # pictures, where none is set aside
+MOST_MIRRORED = 64  # images, where none is set aside
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Sides:
 
     held_out: Measurement | None
     trained: Measurement | None
-    mirrored: Measurement | None  # the trained pictures, where none is set aside
+    mirrored: Measurement | None  # the trained images, where none is set aside
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ def losses_of_files(
         options.validation, options.noise, PlannedBatches(plan, NO_LATENTS, NO_TEXTS).validation, seed
     )
     has_flips = any(s.config.flip_aug for dataset in plan.datasets for s in dataset.subsets)
-    kept_aside = set(aside.pictures.samples_of(aside.places))
+    kept_aside = set(aside.images.samples_of(aside.places))
     plan, numbers = plan.limited_to_measured(len(aside.rows) or MOST_MIRRORED, kept_aside)
-    if not aside.rows:  # mirrored pictures have no latents of their own in a cache
+    if not aside.rows:  # mirrored images have no latents of their own in a cache
         options = options.with_values({"cache_latents": False, "cache_latents_to_disk": False})
     compute, processes = Compute.build(options.precision, device), replace(ALONE, device=device)
     loaded = load_models(options, arch, seed, plan, compute, (), processes, READER)
@@ -97,7 +97,7 @@ def losses_of_files(
     if aside.rows:
         sides = Sides(aside, replace(trained, noise=aside.rows), None)
     elif has_flips:
-        logger.warning("trained pictures are not compared with their mirror images: --flip_aug trained these too")
+        logger.warning("trained images are not compared with their mirror images: --flip_aug trained these too")
         sides = Sides(None, trained, None)
     else:
         sides = Sides(None, trained, all_of(batches.measured(numbers, is_mirrored=True), aside))
@@ -119,9 +119,9 @@ def losses_of_files(
     return sides, measured()
 
 
-def all_of(pictures: ValidationSet, like: Measurement) -> Measurement:
-    """Return all of these pictures, at the levels and with the seed of another measurement."""
-    return replace(like, pictures=pictures, places=pictures.places_of(None))
+def all_of(images: ValidationSet, like: Measurement) -> Measurement:
+    """Return all of these images, at the levels and with the seed of another measurement."""
+    return replace(like, images=images, places=images.places_of(None))
 
 
 def check_text_parts(rows: Sequence[Row]) -> None:

@@ -58,7 +58,7 @@ class MemoryWatch:
             yield batch
 
     def before_step(self) -> None:
-        """Measure anew: pictures and validation between the steps have peaks of their own."""
+        """Measure anew: images and validation between the steps have peaks of their own."""
         if not self.is_over:
             self._gauge.reset()
             self._largest = 0

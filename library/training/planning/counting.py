@@ -58,7 +58,7 @@ CPU = torch.device("cpu")  # fakes of a card cannot compute gradients where torc
 
 @dataclass(frozen=True)
 class BatchShape:
-    """Pictures of one batch, in pixels."""
+    """Images of one batch, in pixels."""
 
     count: int
     width: int
@@ -106,7 +106,7 @@ def count_run(
             denoiser, networks = meta.models.denoiser, meta.networks
             with shortened(arch.chains(denoiser)) as stands_for:
                 caches_latents = options.caching.cache_latents
-                pictures = count_pictures(arch, meta.vae, batch) if caches_latents and meta.vae is not None else None
+                images = count_images(arch, meta.vae, batch) if caches_latents and meta.vae is not None else None
                 captions, conditioning = count_captions(
                     cached_text(options.network, arch.text_cache), options.precision, arch, meta.encoders, batch.count
                 )
@@ -139,7 +139,7 @@ def count_run(
         most_offloaded=waiting.most,
         multiplies_codes=options.precision.multiplies_codes,
     )
-    return CountedRun(batch, step, tuple(stage for stage in (pictures, captions) if stage is not None))
+    return CountedRun(batch, step, tuple(stage for stage in (images, captions) if stage is not None))
 
 
 def storable_layers(model: nn.Module) -> list[nn.Module]:
@@ -219,7 +219,7 @@ def fake_batch(arch: Architecture, shape: BatchShape, conditioning: Conditioning
     spec = arch.codec.spec
     latents = shape.count, spec.channels, shape.height // spec.downscale, shape.width // spec.downscale
     return Batch(
-        keys=[f"picture {i}" for i in range(shape.count)],
+        keys=[f"image {i}" for i in range(shape.count)],
         captions=[longest_caption(arch)] * shape.count,
         pixels_BCHW=None if has_latents else torch.empty(shape.count, 3, shape.height, shape.width),
         latents_BCHW=torch.empty(latents) if has_latents else None,
@@ -240,12 +240,12 @@ def rise_of(arch: Architecture, models: Sequence[nn.Module], run: Callable[[], T
     return counter.peak, found
 
 
-def count_pictures(arch: Architecture, vae: nn.Module, shape: BatchShape) -> Stage:
+def count_images(arch: Architecture, vae: nn.Module, shape: BatchShape) -> Stage:
     """Count encoding images before training."""
     pixels_BCHW = torch.empty(1, 3, shape.height, shape.width)
     generators = [generator_for(0, "planned")]
     one, _ = rise_of(arch, [vae], lambda: arch.codec.encode(vae, pixels_BCHW, generators))
-    return Stage("encoding pictures", "vae_batch_size", bytes_of(vae), one, one)
+    return Stage("encoding images", "vae_batch_size", bytes_of(vae), one, one)
 
 
 def count_captions(

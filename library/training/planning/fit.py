@@ -102,7 +102,7 @@ class Fit:
 
 
 WITHOUT_CARD = {
-    "vae_batch_size": "use smaller pictures, or cache latents on another machine with --cache_latents_to_disk",
+    "vae_batch_size": "use smaller images, or cache latents on another machine with --cache_latents_to_disk",
     "text_encoder_batch_size": "--text_encoder_cpu does it on the processor",
 }
 SMALLER_WEIGHTS = "--base_format or --fit_formats int8 nf4 store them in fewer bits"

@@ -66,15 +66,15 @@ def facts_of(record: Record) -> dict[str, Any]:
     session, plan, audit = record.sessions[-1], record.plan or {}, record.audit or {}
     options = {f"--{name}": v for name, v in sorted(session["options"].items()) if name not in NAMES_ONLY}
     sources = [subset for dataset in audit.get("datasets", ()) for subset in dataset["subsets"]]
-    data = {f"pictures of {one['source']}": f"{one['num_pictures']} x {one['num_repeats']}" for one in sources} | {
-        "pictures left out": audit.get("num_dropped", 0)
+    data = {f"images of {one['source']}": f"{one['num_pictures']} x {one['num_repeats']}" for one in sources} | {
+        "images left out": audit.get("num_dropped", 0)
     }
     versions = {f"version of {name}": value for name, value in session["versions"].items()}
     return {**options, **{name.replace("_", " "): plan.get(name) for name in OF_PLAN}, **data, **versions}
 
 
 def is_measured_alike(records: Sequence[Record]) -> bool:
-    """Return True if validation losses compare: the same options set pictures aside, and as many."""
+    """Return True if validation losses compare: the same options set images aside, and as many."""
     seen = []
     for record in records:
         options, plan = record.sessions[-1]["options"], record.plan or {}

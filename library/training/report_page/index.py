@@ -55,7 +55,7 @@ def write_index(folder: Path) -> None:
 def summarize(record: Record, path: Path) -> dict[str, Any]:
     """Return one run as the index shows it."""
     end = record.sessions[-1]["end"] if record.sessions else None
-    number, picture = last_preview(record)
+    number, image = last_preview(record)
     return {
         "name": record.name,
         "file": path.name,
@@ -65,7 +65,7 @@ def summarize(record: Record, path: Path) -> dict[str, Any]:
         "loss": record.loss,
         "best": record.best,
         "prompt": record.prompts.get(number, {}).get("prompt", ""),
-        "picture": picture,
+        "picture": image,
         "updated": record.updated,
     }
 
@@ -74,6 +74,6 @@ def last_preview(record: Record) -> tuple[str, str | None]:
     """Return (number of its prompt, data: URL) of the first of the last previews; ("", None) if there are none."""
     for item in reversed(record.previews.items):
         if found := sorted(item["pictures"].items(), key=lambda pair: int(pair[0])):
-            number, picture = found[0]
-            return number, picture
+            number, image = found[0]
+            return number, image
     return "", None

@@ -46,7 +46,7 @@ def source_of(name: str) -> str:
 
 
 def policy_of(scripts: list[str]) -> str:
-    """Return what the page may do: run these scripts, show pictures that it holds itself."""
+    """Return what the page may do: run these scripts, show images that it holds itself."""
     hashes = (hashlib.sha256(text.encode()).digest() for text in scripts)
     allowed = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in hashes)
     return f"{POLICY_START}; style-src 'unsafe-inline'; script-src {allowed}"

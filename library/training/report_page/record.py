@@ -123,13 +123,11 @@ class Record:
     def _finding(self, line: Line) -> None:
         if len(self.findings) >= MOST_FINDINGS:
             return
-        pictures = [
-            picture
-            if picture["thumbnail"] and THUMBNAIL.fullmatch(picture["thumbnail"])
-            else {**picture, "thumbnail": None}
-            for picture in line["pictures"]
+        images = [
+            image if image["thumbnail"] and THUMBNAIL.fullmatch(image["thumbnail"]) else {**image, "thumbnail": None}
+            for image in line["pictures"]
         ]
-        self.findings.append({"text": line["text"], "pictures": pictures, "num_pictures": line["num_pictures"]})
+        self.findings.append({"text": line["text"], "pictures": images, "num_pictures": line["num_pictures"]})
 
     def _stage(self, line: Line) -> None:
         name = line["name"]

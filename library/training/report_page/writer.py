@@ -59,10 +59,10 @@ class ReportWriter:
         self._due = self._clock() + EVERY_S
 
 
-def add_sheet(path: Path, picture: str) -> None:
+def add_sheet(path: Path, image: str) -> None:
     """Put a contact sheet, a data: URL, into the report of a run that is over. Raises UserError for another file."""
     record = read_report(path)
-    record.sheet = picture
+    record.sheet = image
     write_page(path, report_of(record))
 
 

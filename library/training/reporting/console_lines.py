@@ -31,15 +31,15 @@ def announce(text: str) -> None:
 
 
 @dataclass(frozen=True)
-class PictureCounts:
-    """Pictures of a run, times their repeats."""
+class ImageCounts:
+    """Images of a run, times their repeats."""
 
     train: int
     validation: int
     reg: int
 
 
-def announce_run(plan: Plan, counts: PictureCounts, batch_sizes: Sequence[int], accumulation: int) -> None:
+def announce_run(plan: Plan, counts: ImageCounts, batch_sizes: Sequence[int], accumulation: int) -> None:
     """The block that tells the size of the run."""
     announce("running training / 学習開始")
     announce(f"  num train images * repeats / 学習画像の数×繰り返し回数: {counts.train}")

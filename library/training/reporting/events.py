@@ -89,7 +89,7 @@ class Audit(Event):
 
 @dataclass(frozen=True)
 class FoundImage:
-    """A picture of a finding; `thumbnail` is a data: URL of a smaller copy, None where there is none."""
+    """An image of a finding; `thumbnail` is a data: URL of a smaller copy, None where there is none."""
 
     file: str
     note: str
@@ -98,7 +98,7 @@ class FoundImage:
 
 @dataclass(frozen=True)
 class Finding(Event):
-    """Something stands out in the pixels of the pictures, of which the first are told."""
+    """Something stands out in the pixels of the images, of which the first are told."""
 
     event = "finding"
     text: str
@@ -196,7 +196,7 @@ class Step(Event):
 
 @dataclass(frozen=True)
 class Level:
-    """The loss at one noise level; `error` is its standard error over pictures, None for a single picture."""
+    """The loss at one noise level; `error` is its standard error over images, None for a single image."""
 
     level: int
     loss: float
@@ -205,7 +205,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Compared:
-    """How an evaluation differs from the first: the mean over pictures, its standard error, whether that is clear."""
+    """How an evaluation differs from the first: the mean over images, its standard error, whether that is clear."""
 
     to_step: int
     mean: float
@@ -215,7 +215,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Validation(Event):
-    """The pictures that are set aside were measured."""
+    """The images that are set aside were measured."""
 
     event = "validation"
     step: int
@@ -230,33 +230,33 @@ class Validation(Event):
 
 @dataclass(frozen=True)
 class Memorised:
-    """How much more the loss fell on trained pictures than on unseen ones, with its interval."""
+    """How much more the loss fell on trained images than on unseen ones, with its interval."""
 
     more: float
     low: float | None
     high: float | None
-    unseen: Literal["held-out", "mirrored"]  # pictures that were set aside, or the trained ones mirrored
+    unseen: Literal["held-out", "mirrored"]  # images that were set aside, or the trained ones mirrored
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A file that was compared; `file` is None for the model before training. Intervals are None for one picture."""
+    """A file that was compared; `file` is None for the model before training. Intervals are None for one image."""
 
     file: str | None
     step: int
     loss: float
     low: float | None
     high: float | None
-    difference: float  # to the lowest loss of a file, picture by picture
+    difference: float  # to the lowest loss of a file, image by image
     difference_low: float | None  # of these intervals all hold together
     difference_high: float | None
     is_worse: bool  # than the best, by more than chance
-    memorised: Memorised | None = None  # None where trained pictures were not measured
+    memorised: Memorised | None = None  # None where trained images were not measured
 
 
 @dataclass(frozen=True)
 class Choice(Event):
-    """The saved files were compared on the same pictures; see library/training/evaluation/choice.py."""
+    """The saved files were compared on the same images; see library/training/evaluation/choice.py."""
 
     event = "choice"
     suggested: str | None
@@ -270,7 +270,7 @@ class Choice(Event):
 
 @dataclass(frozen=True)
 class Preview(Event):
-    """A picture was drawn."""
+    """An image was drawn."""
 
     event = "preview"
     step: int

@@ -1,4 +1,4 @@
-"""Preview pictures as files: their names, their bytes, and what is written into them."""
+"""Preview images as files: their names, their bytes, and what is written into them."""
 
 import base64
 import re
@@ -29,16 +29,14 @@ MARK = "\0"  # stands for a timestamp; no name holds it
 
 @dataclass(frozen=True)
 class Drawn:
-    """One picture."""
+    """One image."""
 
     index: int  # of its prompt, from 0
     prompt: Prompt
     image: Image.Image
 
 
-def picture_path(
-    options: SavingOptions, event: str, index: int, seed: int | None, timestamp: str | None = None
-) -> Path:
+def image_path(options: SavingOptions, event: str, index: int, seed: int | None, timestamp: str | None = None) -> Path:
     """`sample/<name>_<event>_<index>_<YYYYmmddHHMMSS>[_<seed>].png`; event is `e` and the epoch, or the step.
 
     The time is that of the call, unless `timestamp` stands for it.
@@ -68,26 +66,26 @@ def is_written(path_of: Callable[[str], Path], since: float) -> bool:
 
 
 def preview_folders(options: SavingOptions) -> tuple[Path, Path]:
-    """Where the pictures of a run lie, and their grids."""
+    """Where the images of a run lie, and their grids."""
     assert options.output_dir is not None
     folder = Path(options.output_dir)
     return folder / FOLDER, folder / GRID_FOLDER
 
 
 def is_preview_stem(options: SavingOptions, stem: str) -> bool:
-    """Return True if a file of this name without its ending is a picture or a grid of the run."""
+    """Return True if a file of this name without its ending is an image or a grid of the run."""
     name = f"{options.output_name}_" if options.output_name else ""
     return re.fullmatch(re.escape(name) + r"e?\d{6,}(_\d{2,})?_\d{14}(_-?\d+)?", stem) is not None
 
 
 def to_image(pixels_CHW: Tensor) -> Image.Image:
-    """Return the picture of values around -1..1; what lies beyond is cut."""
+    """Return the image of values around -1..1; what lies beyond is cut."""
     values = ((pixels_CHW.float() / 2 + 0.5).clamp(0, 1) * 255).round()
     return Image.fromarray(values.permute(1, 2, 0).cpu().numpy().astype(np.uint8))
 
 
 def to_grid(images: Sequence[Image.Image]) -> Image.Image:
-    """Return all pictures in one, row by row in about a square; smaller ones stand in the middle of their cell."""
+    """Return all images in one, row by row in about a square; smaller ones stand in the middle of their cell."""
     num_columns = ceil(sqrt(len(images)))
     width, height = (max(image.size[axis] for image in images) + GRID_GAP for axis in (0, 1))
     num_rows = ceil(len(images) / num_columns)
@@ -100,7 +98,7 @@ def to_grid(images: Sequence[Image.Image]) -> Image.Image:
 
 
 def build_preview_event(drawn: Drawn, path: Path, step: int, epoch: int) -> Preview:
-    """Return the event of a picture that was written to `path`."""
+    """Return the event of an image that was written to `path`."""
     prompt, (width, height) = drawn.prompt, drawn.image.size
     return Preview(
         step, epoch, drawn.index, prompt.text, prompt.seed, width, height, str(path), data_url_of(drawn.image)
@@ -116,12 +114,12 @@ def data_url_of(image: Image.Image, width: int = THUMBNAIL_SIDE, height: int = T
 
 
 def write_grid(path: Path, drawn: Sequence[Drawn]) -> None:
-    """Write the pictures of one event as one, whole or not at all."""
+    """Write the images of one event as one, whole or not at all."""
     with atomic_path(path) as temporary:
         to_grid([one.image for one in drawn]).save(temporary, format="PNG")
 
 
-def write_picture(path: Path, drawn: Drawn) -> None:
+def write_image(path: Path, drawn: Drawn) -> None:
     """Write a PNG, whole or not at all, with the prompt in the text field that other programs read it from."""
     info = PngInfo()
     info.add_itxt("parameters", parameters_of(drawn.prompt))

@@ -81,7 +81,7 @@ def timing_of(times: StepTimes, step: int) -> Timing | None:
         step=step,
         seconds=found.seconds,
         parts={str(name): seconds for name, seconds in found.parts.items()},
-        pictures_per_second=found.num_pictures * times.num_processes / found.seconds,
+        pictures_per_second=found.num_images * times.num_processes / found.seconds,
         tflops=None if speed is None else speed / 1e12,
         mfu=None if speed is None or times.peak is None else speed / times.peak,
     )

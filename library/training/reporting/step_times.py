@@ -32,7 +32,7 @@ QUIET_S = 60.0  # between two notes of slow steps
 MANY_PAGES = 500  # read back from the disk in a step, 2 MB
 
 BatchShape = tuple[int, int, int]
-"""Pictures, height, width."""
+"""Images, height, width."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class StepFigures:
 
     seconds: float  # without what lies between steps
     parts: Mapping[Stage, float]  # seconds of the stages within it; what is left is the trainer's own
-    num_pictures: int  # of this process
+    num_images: int  # of this process
     flops: float | None  # of this process; None where a batch could not be counted
 
 
@@ -67,7 +67,7 @@ class StepTimes:
         self._flops: dict[BatchShape, float] = {}
         self._late: Callable[[], StepFigures] | None = None
         self._recent: deque[StepFigures] = deque(maxlen=NUM_REMEMBERED)
-        self._num_steps = self._num_pictures = 0  # without the first step
+        self._num_steps = self._num_images = 0  # without the first step
         self._seconds = 0.0
         self._parts: defaultdict[Stage, float] = defaultdict(float)
         self._noted_at: float | None = None
@@ -120,7 +120,7 @@ class StepTimes:
         first, last, between = self._began, self._mark(), self._between
         spans, shapes, new_shapes = self._spans, self._shapes, self._new_shapes
         flops = sum(self._flops[shape] for shape in shapes) if self._flops.keys() >= set(shapes) else None
-        num_pictures = sum(shape[0] for shape in shapes)
+        num_images = sum(shape[0] for shape in shapes)
         self._began, self._between = last, 0.0
         self._spans, self._shapes, self._new_shapes = [], [], set()
         self.resolve()
@@ -130,7 +130,7 @@ class StepTimes:
             for name, began, ended in spans:
                 parts[name] += span(began, ended)
             seconds = 0.0 if first is None else span(first, last) - between
-            found = StepFigures(seconds, parts, num_pictures, flops)
+            found = StepFigures(seconds, parts, num_images, flops)
             self._note_if_slow(found, new_shapes)
             return found
 
@@ -143,7 +143,7 @@ class StepTimes:
         found, self._late = self._late(), None
         if self._num_steps or self._recent:  # the first step makes what all others use
             self._num_steps += 1
-            self._num_pictures += found.num_pictures
+            self._num_images += found.num_images
             self._seconds += found.seconds
             for name, seconds in found.parts.items():
                 self._parts[name] += seconds
@@ -174,7 +174,7 @@ class StepTimes:
             return {}
         values = {
             "speed/seconds_per_step": found.seconds,
-            "speed/images_per_second": found.num_pictures * self.num_processes / found.seconds,
+            "speed/images_per_second": found.num_images * self.num_processes / found.seconds,
         }
         if found.flops:
             values["speed/tflops_per_second"] = found.flops / found.seconds / 1e12
@@ -194,7 +194,7 @@ class StepTimes:
         text = (
             f"a step took {self._seconds / self._num_steps:.3g} s ({', '.join(shares)}, the rest "
             f"{100 * max(0.0, rest) / self._seconds:.0f} %), "
-            f"{self._num_pictures * self.num_processes / self._seconds:.3g} pictures/s"
+            f"{self._num_images * self.num_processes / self._seconds:.3g} pictures/s"
         )
         recent = [found for found in self._recent if found.flops]
         if recent:

@@ -131,21 +131,21 @@ class Charts:
                 else:
                     tracker.log(values, step=x)
 
-    def log_pictures(self, pictures: Sequence[Drawn], step: int, epoch: int) -> None:
-        """Pictures as `sample_<index>` on the axis of steps; wandb shows the prompt beneath."""
-        for tracker in self._trackers() if pictures else ():
+    def log_images(self, images: Sequence[Drawn], step: int, epoch: int) -> None:
+        """Images as `sample_<index>` on the axis of steps; wandb shows the prompt beneath."""
+        for tracker in self._trackers() if images else ():
             with self._given_up_on_failure(tracker):
                 if tracker.name == "wandb":
                     import wandb
 
                     shown = {
                         f"{self._prefix}sample_{one.index}": wandb.Image(one.image, caption=one.prompt.text)
-                        for one in pictures
+                        for one in images
                     }
                     tracker.log({**shown, "global_step": step, "epoch": epoch})
                 else:
-                    images = {f"{self._prefix}sample_{one.index}": np.asarray(one.image)[None] for one in pictures}
-                    tracker.log_images(images, step=step, dataformats="NHWC")
+                    arrays = {f"{self._prefix}sample_{one.index}": np.asarray(one.image)[None] for one in images}
+                    tracker.log_images(arrays, step=step, dataformats="NHWC")
 
     def close(self) -> None:
         """Write what is still buffered, and end the processes of the run."""

@@ -67,7 +67,7 @@ def try_largest_batch(runs: Sequence[Run], writer: Writer, place: int) -> None:
         seconds = time.perf_counter() - started
     if not math.isfinite(loss):
         noised_of(run.context, batch, place)  # which tells where the VAE gave it
-        raise UserError(f"--dry_run: the loss of the largest batch is {loss}; pictures: {', '.join(batch.keys)}")
+        raise UserError(f"--dry_run: the loss of the largest batch is {loss}; images: {', '.join(batch.keys)}")
     report(run, writer, sizes, shape, loss, seconds)
 
 

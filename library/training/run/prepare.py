@@ -19,7 +19,7 @@ from library.training.models.block_running import attach_adapter, choose_block_r
 from library.training.models.check_batches import check_batches
 from library.training.models.compute import Compute
 from library.training.models.frozen_base import check_base, resolve_base
-from library.training.reporting.console_lines import PictureCounts, announce_run
+from library.training.reporting.console_lines import ImageCounts, announce_run
 from library.training.reporting.log_prefix import log_prefix
 from library.training.reporting.progress import Progress
 from library.training.reporting.step_times import StepTimes
@@ -47,7 +47,7 @@ def prepare(
 ) -> list[PreparedRun]:
     """Load the models, attach the adapters, build what moves each of them, and put each where its state left it.
 
-    `options` and `seed` are those of what all `adapters` share: pictures, base model, plan. Raises UserError for
+    `options` and `seed` are those of what all `adapters` share: images, base model, plan. Raises UserError for
     settings that only show here to be wrong, such as a network argument.
     """
     save_dtype(options.saving.save_precision)
@@ -63,7 +63,7 @@ def prepare(
         check_batches(one.options.network, one.options.optimizer, one.options.schedule, arch, plan.max_train_steps)
     prompts = wanted_prompts(options.preview, arch) if processes.is_main else []
     if prompts:
-        with needing("--sample_prompts draws pictures; give the VAE, or leave it out"):
+        with needing("--sample_prompts draws images; give the VAE, or leave it out"):
             on_meta_device(arch.load).vae()
     texts = texts_of(prompts, arch.preview.worded)
     reader = options.network.network_module or ""
@@ -113,14 +113,14 @@ def format_sharing(count: int, share: float) -> str:
     )
 
 
-def count_images(prepared: PreparedRun) -> PictureCounts:
+def count_images(prepared: PreparedRun) -> ImageCounts:
     data = prepared.run.data
-    return PictureCounts(data.num_train_images, prepared.validation.num_pictures, data.num_reg_images)
+    return ImageCounts(data.num_train_images, prepared.validation.num_images, data.num_reg_images)
 
 
 def require_same_data(data: TrainingData, processes: Processes) -> None:
-    """Raise UserError where processes found different pictures: each would train its share of another epoch."""
+    """Raise UserError where processes found different images: each would train its share of another epoch."""
     if processes.count > 1:
         found = data.identity
-        size = f"{found['num_pictures']} pictures in {found['num_batches']} batches"
+        size = f"{found['num_pictures']} images in {found['num_batches']} batches"
         processes.require_same("the dataset", f"{size} ({found['pictures']}, {found['captions']}, {found['settings']})")

@@ -20,7 +20,7 @@ from library.training.config_file import SECRETS
 from library.training.failures.interruption import Interrupted
 from library.training.report_page.index import IndexWriter
 from library.training.report_page.writer import ReportWriter, earlier_record
-from library.training.reporting.console_lines import PictureCounts
+from library.training.reporting.console_lines import ImageCounts
 from library.training.reporting.event_stream import (
     FLAG,
     Events,
@@ -130,10 +130,10 @@ def format_error(error: BaseException) -> str:
     return f"{error}{cause}" if isinstance(error, UserError) else f"{type(error).__name__}: {error}{cause}"
 
 
-def build_plan_event(run: Run, counts: PictureCounts, first_step: int, resumed_from: str | None) -> Plan:
+def build_plan_event(run: Run, counts: ImageCounts, first_step: int, resumed_from: str | None) -> Plan:
     """Return the event of a loaded run."""
     options, plan, context = run.options, run.plan, run.context
-    pictures: Mapping[str, int] = {"train": counts.train, "validation": counts.validation, "reg": counts.reg}
+    images: Mapping[str, int] = {"train": counts.train, "validation": counts.validation, "reg": counts.reg}
     return Plan(
         base_model=context.arch.name,
         network=options.network.network_module or "",
@@ -146,7 +146,7 @@ def build_plan_event(run: Run, counts: PictureCounts, first_step: int, resumed_f
         steps_per_epoch=plan.steps_per_epoch,
         batch_sizes=run.data.batch_sizes,
         accumulation=plan.accumulation,
-        pictures=pictures,
+        pictures=images,
         num_processes=run.processes.count,
         device=name_of(context.device),
         peak_flops=run.times.peak,

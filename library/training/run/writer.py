@@ -49,14 +49,14 @@ def go_on(run: Run, progress: Progress, validation: Validation, state: StateMani
     """Put the run where the state left it, at the step that the options may have moved."""
     first_step = progress.step
     data, optimization = run.data, run.optimization
-    report_differences(state, run.options, data.identity_with_contents, run.processes.count, data.picture_paths)
+    report_differences(state, run.options, data.identity_with_contents, run.processes.count, data.image_paths)
     rates = base_rates(optimization.optimizer)
     restore(state, run.context.network.module, stateful_parts(run, progress, validation))
     follow_rates(optimization.schedule, optimization.optimizer, rates)
     progress.step = first_step
     if first_step == state.step:
         progress.done = set(state.done)
-    progress.average.keep_places_below(run.plan.num_batches)  # pictures may have gone since
+    progress.average.keep_places_below(run.plan.num_batches)  # images may have gone since
     logger.info("going on from %s at step %d of %d", state.path, first_step, run.plan.max_train_steps)
 
 
@@ -79,7 +79,7 @@ def build_writer(run: Run, progress: Progress, validation: Validation) -> Writer
         started_at=time.time(),
         seed=run.context.seed,
         num_train_images=data.num_train_images,
-        num_validation_images=validation.num_pictures,
+        num_validation_images=validation.num_images,
         num_reg_images=data.num_reg_images,
         num_batches_per_epoch=plan.num_batches,
         num_epochs=plan.num_epochs,

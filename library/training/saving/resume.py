@@ -222,7 +222,7 @@ def report_differences(
 ) -> None:
     """Warn of everything that keeps this run from going on as the uninterrupted one would have.
 
-    `paths` are those of the pictures whose `contents` the dataset has.
+    `paths` are those of the images whose `contents` the dataset has.
     """
     for level, line in (
         *option_differences(facts, options, num_processes),
@@ -255,12 +255,12 @@ def dataset_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> It
         return
     counts = ""
     if now["num_pictures"]:
-        counts = f"; {before.get('num_pictures')} pictures in {before.get('num_batches')} batches then"
+        counts = f"; {before.get('num_pictures')} images in {before.get('num_batches')} batches then"
         counts += f", {now['num_pictures']} in {now['num_batches']} now"
     yield (
         logging.WARNING,
         (
-            f"the dataset is not the one of the state (its {' and '.join(changed)} differ{counts}): the run goes on, "
+            f"the dataset is not the one of the state (its {' and '.join(changed).replace('pictures', 'images')} differ{counts}): the run goes on, "
             "but not as the uninterrupted one would have"
         ),
     )
@@ -269,7 +269,7 @@ def dataset_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> It
 def content_differences(
     before: Mapping[str, Any], now: Mapping[str, Any], paths: Sequence[str]
 ) -> Iterator[tuple[int, str]]:
-    """Yield a line that names pictures whose files have changed; only where they are the same pictures otherwise."""
+    """Yield a line that names images whose files have changed; only where they are the same images otherwise."""
     digests, others = now.get("contents"), before.get("contents")
     if not digests or not others or before.get("pictures") != now["pictures"]:
         return
@@ -278,7 +278,7 @@ def content_differences(
         yield (
             logging.WARNING,
             (
-                f"{len(changed)} pictures are not the ones of the state, their files have changed since: "
+                f"{len(changed)} images are not the ones of the state, their files have changed since: "
                 f"{few(changed)}: the run goes on, but not as the uninterrupted one would have"
             ),
         )

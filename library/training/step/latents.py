@@ -15,7 +15,7 @@ from library.training.step.context import StepContext
 from library.types import Batch, Conditioning
 
 Place = tuple[str | int, ...]
-"""Names a picture's stream of random numbers."""
+"""Names an image's stream of random numbers."""
 
 
 def latents_of(
@@ -23,8 +23,8 @@ def latents_of(
 ) -> Tensor:
     """Return the batch's latents, float32 on the device: from the cache, or encoded here without gradient.
 
-    `generator_of(place)` draws the posterior's sample of the picture at that place of the batch.
-    Raises UserError naming the pictures where the VAE gives NaN; to find that out the host waits for the device.
+    `generator_of(place)` draws the posterior's sample of the image at that place of the batch.
+    Raises UserError naming the images where the VAE gives NaN; to find that out the host waits for the device.
     """
     if batch.latents_BCHW is not None:
         return send(batch.latents_BCHW, context.device).float()
@@ -47,7 +47,7 @@ def latents_of(
 def inpainting_of(context: StepContext, batch: Batch, seed: int, place_of: Callable[[int], Place]) -> Conditioning:
     """Return the conditioning of an inpainting model, each image with a mask of its own; empty for other models.
 
-    `place_of(i)` names the stream of the picture at place i: in training another one in every batch, in validation
+    `place_of(i)` names the stream of the image at place i: in training another one in every batch, in validation
     always the same.
     """
     if not context.arch.inpaints:

@@ -110,9 +110,9 @@ def losses_of(
 
 
 def describe_shape(batch: Batch) -> str:
-    """Return how many pictures of which size, for messages."""
+    """Return how many images of which size, for messages."""
     height, width = batch.height_width
-    return f"{len(batch.keys)} pictures of {width}x{height}"
+    return f"{len(batch.keys)} images of {width}x{height}"
 
 
 def varied_conditioning_of(context: StepContext, batch: Batch, batch_number: int, extra: Conditioning) -> Conditioning:

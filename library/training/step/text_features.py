@@ -6,7 +6,7 @@ from library.types import Batch, Conditioning
 
 
 def conditioning_of(context: StepContext, batch: Batch, extra: Conditioning) -> Conditioning:
-    """Text features of the batch, with gradient where a text encoder trains, beside what it is `told` of pictures."""
+    """Text features of the batch, with gradient where a text encoder trains, beside what it is `told` of images."""
     found = {**extra, **(batch.conditioning or {})}
     # What encoders in memory give takes the place of what they gave before training.
     if context.models.text_encoders or batch.concept is not None:

@@ -31,7 +31,7 @@ TABLES = ("network_args", "optimizer_args", "lr_scheduler_args")  # options whos
 MOST_ADAPTERS = 1000  # each has files of its own and a line in the log
 NONE = "none"  # stands for an option that is not given
 FORM = "write OPTION=A,B, such as learning_rate=1e-4,2e-4; A|B where values have commas in them"
-OF_DATA = "it changes the pictures, and all adapters see the same batches; train one run after the other"
+OF_DATA = "it changes the images, and all adapters see the same batches; train one run after the other"
 OF_LOSS = "it changes what the losses mean, so that adapters could not be compared; train one run after the other"
 OF_ALL = "all adapters share it with the base model and the run; train one run after the other"
 
@@ -129,7 +129,7 @@ def warn_of_replaced(options: Options, names: Sequence[str]) -> None:
         table, _, key = name.partition(".")
         if key:
             given = any(item.partition("=")[0] == key for item in values[table] or ())
-        else:  # a seed is that of the pictures and their order, and the module is named to be there
+        else:  # a seed is that of the images and their order, and the module is named to be there
             given = name not in ("seed", "network_module") and is_set(values[name], defaults[name])
         if given and ALPHA_NAMES.get(name, name) in names:  # else alpha belongs to the rank that is given
             logger.warning("--%s has no effect: --sweep gives every adapter its own", f"{table} {key}" if key else name)

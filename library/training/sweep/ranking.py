@@ -1,6 +1,6 @@
-"""Which adapters of a sweep are better than others, by the loss on the same pictures with the same noise.
+"""Which adapters of a sweep are better than others, by the loss on the same images with the same noise.
 
-The statistics are those of `library.training.evaluation.choice`: differences picture by picture, Student's t, and
+The statistics are those of `library.training.evaluation.choice`: differences image by image, Student's t, and
 Bonferroni's correction for all that are compared.
 """
 
@@ -32,7 +32,7 @@ class Measured:
 
     label: str
     step: int  # of the weights in its file
-    losses_G: Sequence[float] | None  # of each picture that is set aside; None where it was never measured
+    losses_G: Sequence[float] | None  # of each image that is set aside; None where it was never measured
     ended: str  # why it ended before the others; "" where it did not
     file: str | None  # by its name; None where none of the end was written
 
@@ -50,16 +50,16 @@ class Ranking:
     """All adapters, the lowest loss first and those that were not measured last."""
 
     rows: Sequence[Ranked]
-    num_pictures: int
+    num_images: int
 
     @property
     def verdict(self) -> str:
         """Say what is more than chance, in a sentence without its end."""
         known = [row for row in self.rows if row.compared is not None]
         if not known:
-            return "nothing is ranked: no picture is set aside; --validation_split does that"
-        if self.num_pictures < 2:
-            return "a single picture tells no difference from chance; set more aside with --validation_split"
+            return "nothing is ranked: no image is set aside; --validation_split does that"
+        if self.num_images < 2:
+            return "a single image tells no difference from chance; set more aside with --validation_split"
         best = known[0].measured.label
         rest = [row.measured.label for row in known[1:] if row.compared is not None and not row.compared.is_worse]
         if not rest:
@@ -76,7 +76,7 @@ def rank(adapters: Sequence[Measured]) -> Ranking:
     pairs = sorted(zip(known, found.files, strict=True), key=lambda pair: nan_last(pair[1].loss.mean))
     rows = [Ranked(one, compared) for one, compared in pairs]
     others = [Ranked(one, None) for one in adapters if not one.losses_G]
-    return Ranking([*rows, *others], found.num_pictures)
+    return Ranking([*rows, *others], found.num_images)
 
 
 def nan_last(mean: float) -> tuple[bool, float]:
@@ -111,7 +111,7 @@ def table_of(ranking: Ranking) -> list[str]:
 
 def tell_ranking(ranking: Ranking, title: str, page: Path | None) -> None:
     """Log the ranking, and write its page where that is wanted."""
-    for line in table_of(ranking) if ranking.num_pictures else ():
+    for line in table_of(ranking) if ranking.num_images else ():
         logger.info("%s", line)
     where = "" if page is None else f"; the ranking is {page}"
     logger.info("sweep: %s%s", ranking.verdict, where)
@@ -150,7 +150,7 @@ def data_of(ranking: Ranking, title: str) -> Mapping[str, Any]:
         }
         for row in ranking.rows
     ]
-    data = {"title": title, "verdict": ranking.verdict, "num_pictures": ranking.num_pictures, "rows": rows}
+    data = {"title": title, "verdict": ranking.verdict, "num_pictures": ranking.num_images, "rows": rows}
     found: dict[str, Any] = plain({**data, "confidence": CONFIDENCE})
     return found
 

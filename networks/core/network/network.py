@@ -235,7 +235,7 @@ class AdapterNetwork(nn.Module):
             self.start_step([member.adapter for member in self.members], seed, step)
 
     def on_noise_levels(self, levels_B: Tensor | None) -> None:
-        """Take the share of noise in each sample, 0 to 1, that the denoiser runs next; None for pictures.
+        """Take the share of noise in each sample, 0 to 1, that the denoiser runs next; None for images.
 
         With T-LoRA it decides which ranks act; without a level all of them do.
         """

@@ -27,8 +27,8 @@ def options_of(arguments: str = "", *more: str) -> TrainOptions:
     return TrainOptions.from_args(parser.parse_args([*arguments.split(), *more]))
 
 
-def write_picture(path: Path, size: tuple[int, int] = (64, 64), seed: int = 0, mode: str = "RGB") -> Path:
-    """A picture of noise; `size` is (width, height)."""
+def write_image(path: Path, size: tuple[int, int] = (64, 64), seed: int = 0, mode: str = "RGB") -> Path:
+    """An image of noise; `size` is (width, height)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     channels = {"RGB": 3, "RGBA": 4}[mode]
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], channels), dtype=np.uint8)
@@ -39,9 +39,9 @@ def write_picture(path: Path, size: tuple[int, int] = (64, 64), seed: int = 0, m
 def write_folder(
     folder: Path, count: int, size: tuple[int, int] = (64, 64), caption: str | None = "a tag", seed: int = 0
 ) -> Path:
-    """Pictures p0.png, p1.png, ... with captions in .txt files."""
+    """Images p0.png, p1.png, ... with captions in .txt files."""
     for i in range(count):
-        path = write_picture(folder / f"p{i}.png", size, seed=100 * seed + i)
+        path = write_image(folder / f"p{i}.png", size, seed=100 * seed + i)
         if caption is not None:
             path.with_suffix(".txt").write_text(f"{caption} {i}", encoding="utf-8")
     return folder
@@ -67,7 +67,7 @@ def batches_of(
 
 
 def validation_of(plan: DataPlan) -> ValidationSet:
-    """The pictures that are set aside, nothing cached."""
+    """The images that are set aside, nothing cached."""
     return open_batches(plan).validation
 
 
@@ -79,7 +79,7 @@ def content_of(batch: Batch) -> tuple[object, ...]:
 
 
 def averaging_vae(calls: list[int] | None = None) -> Callable[[Tensor, Sequence[Generator]], Tensor]:
-    """Eight by eight means as latents, with a little posterior noise from each picture's generator."""
+    """Eight by eight means as latents, with a little posterior noise from each image's generator."""
 
     def encode(pixels_BCHW: Tensor, generators: Sequence[Generator]) -> Tensor:
         if calls is not None:

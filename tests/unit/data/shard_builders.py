@@ -1,4 +1,4 @@
-"""Small tar shards and Parquet files of pictures that lie in a folder, and data sets that read them."""
+"""Small tar shards and Parquet files of images that lie in a folder, and data sets that read them."""
 
 import io
 import json
@@ -29,7 +29,7 @@ def write_tar(path: Path, members: Sequence[tuple[str, bytes]], form: int = tarf
 
 
 def shards_of(folder: Path, target: Path, count: int, caption: str = "txt") -> list[Path]:
-    """The pictures of a folder in `count` shards, in order of their names, with what their .txt files say."""
+    """The images of a folder in `count` shards, in order of their names, with what their .txt files say."""
     files = sorted(path for path in folder.iterdir() if path.suffix in (".png", ".jpg"))
     size = -(-len(files) // count)
     paths = []

@@ -9,7 +9,7 @@ import pytest
 from library.data.description.schema import NoDataFound
 from library.data.plan import summary
 from library.data.plan.data_plan import build_plan
-from tests.unit.data.builders import SPEC, options_of, plan_of, write_config, write_folder, write_picture
+from tests.unit.data.builders import SPEC, options_of, plan_of, write_config, write_folder, write_image
 
 
 def audited(options, caplog, count_tokens=None, max_tokens=None) -> str:
@@ -25,9 +25,9 @@ def config(tmp_path: Path, subset: str, dataset: str = "", more: str = ""):
     return write_config(tmp_path / "data.toml", f"{head}caption_extension = '.txt'\n{subset}\n{more}")
 
 
-def test_pictures_repeats_draws_and_buckets_are_counted(tmp_path, caplog):
+def test_images_repeats_draws_and_buckets_are_counted(tmp_path, caplog):
     write_folder(tmp_path / "a", 2, (64, 64))
-    write_picture(tmp_path / "a/wide.png", (140, 30))
+    write_image(tmp_path / "a/wide.png", (140, 30))
     text = audited(
         config(tmp_path, "num_repeats = 3", "enable_bucket = true\nmin_bucket_reso = 32\nbucket_reso_steps = 64"),
         caplog,
@@ -51,7 +51,7 @@ def test_captions_that_class_tokens_stand_in_for_are_no_warning(tmp_path, caplog
     assert "2 images without a caption file, using 'a cat'" in text and "WARNING" not in text
 
 
-def test_pictures_left_out_are_named_with_the_reason(tmp_path, caplog):
+def test_images_left_out_are_named_with_the_reason(tmp_path, caplog):
     write_folder(tmp_path / "a", 1)
     (tmp_path / "a/bad.png").write_bytes(b"")
     assert "1 images are skipped: " in audited(config(tmp_path, ""), caplog)
@@ -89,14 +89,14 @@ def test_very_many_captions_are_counted_beside_the_run(tmp_path, caplog, monkeyp
     assert "40 captions are longer than the model's 4 tokens" in caplog.text and set(threads) == {"count tokens"}
 
 
-def test_pictures_of_one_stem_are_named(tmp_path, caplog):
+def test_images_of_one_stem_are_named(tmp_path, caplog):
     write_folder(tmp_path / "a", 1)
-    write_picture(tmp_path / "a/p0.bmp")
+    write_image(tmp_path / "a/p0.bmp")
     text = audited(config(tmp_path, ""), caplog)
     assert "1 images share a caption file with another: " in text and "p0.bmp and " in text
 
 
-def test_without_buckets_pictures_of_another_size_are_named(tmp_path, caplog):
+def test_without_buckets_images_of_another_size_are_named(tmp_path, caplog):
     write_folder(tmp_path / "a", 1, (80, 64))
     assert "1 images are not 64x64 and are scaled or cropped to it" in audited(config(tmp_path, ""), caplog)
 
@@ -106,7 +106,7 @@ def test_braces_in_braces_are_named(tmp_path, caplog):
     assert "1 captions have nested braces" in audited(config(tmp_path, "enable_wildcard = true"), caplog)
 
 
-def test_regularisation_pictures_that_are_too_many_are_counted(tmp_path, caplog):
+def test_regularisation_images_that_are_too_many_are_counted(tmp_path, caplog):
     write_folder(tmp_path / "a", 1)
     write_folder(tmp_path / "r", 3)
     more = "[[datasets.subsets]]\nimage_dir = '{here}/r'\nis_reg = true\nclass_tokens = 'x'\n"
@@ -227,7 +227,7 @@ def test_captions_that_all_fit_are_not_spoken_of(tmp_path, caplog):
     assert "WARNING" not in audited(config(tmp_path, ""), caplog)
 
 
-def test_pictures_with_endings_that_are_not_read_are_named(tmp_path, caplog):
+def test_images_with_endings_that_are_not_read_are_named(tmp_path, caplog):
     write_folder(tmp_path / "a", 1)
     for name in ("b.Jpeg", "c.gif", "d.tiff", "notes.md"):
         (tmp_path / "a" / name).write_bytes(b"x")
@@ -235,34 +235,34 @@ def test_pictures_with_endings_that_are_not_read_are_named(tmp_path, caplog):
     assert "3 images have unsupported extensions" in text and "b.Jpeg, c.gif, d.tiff" in text
 
 
-def test_captions_without_a_picture_are_named(tmp_path, caplog):
+def test_captions_without_an_image_are_named(tmp_path, caplog):
     write_folder(tmp_path / "a", 1)
     (tmp_path / "a/lost.txt").write_text("a cat")
     (tmp_path / "a/p0_1_2_3_4.txt").write_text("a face")
-    write_picture(tmp_path / "a/face_1_2_3_4.png", seed=9)
+    write_image(tmp_path / "a/face_1_2_3_4.png", seed=9)
     (tmp_path / "a/face.txt").write_text("of the cutting")
     text = audited(config(tmp_path, ""), caplog)
     assert "2 captions have no image: lost.txt, p0_1_2_3_4.txt" in text
 
 
-def test_equal_pictures_are_named(tmp_path, caplog):
+def test_equal_images_are_named(tmp_path, caplog):
     write_folder(tmp_path / "a", 2)
     (tmp_path / "a/q.png").write_bytes((tmp_path / "a/p1.png").read_bytes())
     (tmp_path / "a/q.txt").write_text("a tag")
     assert "1 duplicate image, each trained twice: q.png = p1.png" in audited(config(tmp_path, ""), caplog)
 
 
-def test_pictures_that_are_enlarged_much_are_named(tmp_path, caplog):
-    write_picture(tmp_path / "a/tiny.png", (8, 8)).with_suffix(".txt").write_text("a")
-    write_picture(tmp_path / "a/large.png", (44, 44)).with_suffix(".txt").write_text("a")
+def test_images_that_are_enlarged_much_are_named(tmp_path, caplog):
+    write_image(tmp_path / "a/tiny.png", (8, 8)).with_suffix(".txt").write_text("a")
+    write_image(tmp_path / "a/large.png", (44, 44)).with_suffix(".txt").write_text("a")
     text = audited(config(tmp_path, "", "enable_bucket = true\nmin_bucket_reso = 64"), caplog)
     assert "1 image upscaled more than 1.5x" in text and "tiny.png (8x8)" in text
 
 
 @pytest.mark.parametrize(("count", "is_told"), [(9, True), (8, False)])
-def test_one_caption_for_all_is_named_where_pictures_are_many(tmp_path, caplog, count, is_told):
+def test_one_caption_for_all_is_named_where_images_are_many(tmp_path, caplog, count, is_told):
     for number in range(count):
-        write_picture(tmp_path / f"a/p{number}.png", (64, 64)).with_suffix(".txt").write_text("a photo of sks")
+        write_image(tmp_path / f"a/p{number}.png", (64, 64)).with_suffix(".txt").write_text("a photo of sks")
     text = audited(config(tmp_path, ""), caplog)
     assert ("all 9 captions are the same" in text and "'a photo of sks'" in text) is is_told
 
@@ -274,14 +274,14 @@ def test_a_stand_in_for_missing_captions_is_no_fault(tmp_path, caplog):
 
 def test_captions_with_the_name_of_their_file_are_named(tmp_path, caplog):
     for stem, caption in (("IMG_0815", "img_0815, a cat"), ("IMG_0816", "a cat"), ("cats", "two cats"), ("a1", "a1")):
-        write_picture(tmp_path / f"a/{stem}.png", (64, 64)).with_suffix(".txt").write_text(caption)
+        write_image(tmp_path / f"a/{stem}.png", (64, 64)).with_suffix(".txt").write_text(caption)
     assert "captions that contain their own file name: 1: " in (text := audited(config(tmp_path, ""), caplog))
     assert "IMG_0815.png" in text.partition("contain their own file name")[2].splitlines()[0]
 
 
-def test_pictures_in_folders_below_are_counted_where_none_is_found(tmp_path):
+def test_images_in_folders_below_are_counted_where_none_is_found(tmp_path):
     write_folder(tmp_path / "a" / "more" / "deep", 3)
-    with pytest.raises(NoDataFound, match=r"no training pictures in .*; 3 are in its subfolders, .*deep \(3\)"):
+    with pytest.raises(NoDataFound, match=r"no training images in .*; 3 are in its subfolders, .*deep \(3\)"):
         build_plan(config(tmp_path, ""), SPEC, 1, None, None)
 
 
@@ -299,7 +299,7 @@ def test_of_more_tags_than_a_file_holds_the_commonest_are_counted(
 
 
 def test_files_that_are_left_aside_are_named_by_what_they_are(tmp_path, caplog):
-    """Endings in another case and of other programs; captions of such pictures are not alone, folders are no files."""
+    """Endings in another case and of other programs; captions of such images are not alone, folders are no files."""
     write_folder(tmp_path / "a", 2)
     for name in ("b.GIF", "c.Png", "b.txt", "d.TXT", "e.json", "txt", "f.npz", "lost.txt"):
         (tmp_path / "a" / name).write_text("x")

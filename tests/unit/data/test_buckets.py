@@ -1,4 +1,4 @@
-"""Bucket sizes, and which one a picture gets."""
+"""Bucket sizes, and which one an image gets."""
 
 import math
 
@@ -45,7 +45,7 @@ def test_number_of_buckets_at_1024(arguments, count):
     assert len(bucket_sizes(*arguments)) == count
 
 
-ASSIGNED = [  # picture, (bucket, resized), the same without upscaling
+ASSIGNED = [  # image, (bucket, resized), the same without upscaling
     ("512x512", "512x512 512x512", "512x512 512x512"),
     ("1000x1000", "512x512 512x512", "512x512 512x512"),
     ("300x200", "640x384 640x427", "256x192 300x200"),
@@ -57,14 +57,14 @@ ASSIGNED = [  # picture, (bucket, resized), the same without upscaling
 ]
 
 
-@pytest.mark.parametrize(("picture", "default", "no_upscale"), ASSIGNED)
-def test_assignment_at_512(picture, default, no_upscale):
+@pytest.mark.parametrize(("image", "default", "no_upscale"), ASSIGNED)
+def test_assignment_at_512(image, default, no_upscale):
     for no_upscaling, expected in ((False, default), (True, no_upscale)):
-        (shape,) = assign_shapes(sizes(picture), rules(no_upscaling))
+        (shape,) = assign_shapes(sizes(image), rules(no_upscaling))
         assert [shape.bucket, shape.resized] == sizes(expected)
 
 
-def test_a_small_picture_keeps_its_size_without_upscaling():
+def test_a_small_image_keeps_its_size_without_upscaling():
     (shape,) = assign_shapes([(70, 70)], rules(no_upscale=True))
     assert (shape.bucket, shape.resized) == ((64, 64), (70, 70))
 
@@ -75,15 +75,15 @@ def test_a_side_below_the_step_gets_a_bucket_of_one_step():
 
 
 @pytest.mark.parametrize(
-    ("bucket", "picture", "expected"),
+    ("bucket", "image", "expected"),
     [
         ((512, 512), (1000, 800), (0, 51, 512, 460.6)),
         ((640, 384), (1920, 1080), (0, 12, 640, 372)),
         ((384, 640), (800, 1200), (0, 32, 384, 608)),
     ],
 )
-def test_crop_of_size_conditioning(bucket, picture, expected):
-    assert crop_ltrb(bucket, picture) == pytest.approx(expected, abs=1e-9)
+def test_crop_of_size_conditioning(bucket, image, expected):
+    assert crop_ltrb(bucket, image) == pytest.approx(expected, abs=1e-9)
 
 
 side = st.integers(1, 4000)
@@ -92,22 +92,20 @@ side = st.integers(1, 4000)
 @given(
     st.lists(st.tuples(side, side), min_size=1, max_size=20), st.booleans(), st.sampled_from([(512, 512), (768, 512)])
 )
-def test_every_picture_covers_its_bucket_on_at_least_one_side_exactly_or_is_not_enlarged(
-    pictures, no_upscale, resolution
-):
+def test_every_image_covers_its_bucket_on_at_least_one_side_exactly_or_is_not_enlarged(images, no_upscale, resolution):
     rule = rules(no_upscale, resolution)
-    for picture, shape in zip(pictures, assign_shapes(pictures, rule), strict=True):
+    for image, shape in zip(images, assign_shapes(images, rule), strict=True):
         assert min(shape.bucket) >= 64 and all(side % 64 == 0 for side in shape.bucket)
         assert shape.resized[0] >= shape.bucket[0] and shape.resized[1] >= shape.bucket[1]
         if no_upscale:
-            grown = shape.resized[0] > picture[0] or shape.resized[1] > picture[1]
+            grown = shape.resized[0] > image[0] or shape.resized[1] > image[1]
             assert not grown or min(shape.bucket) == 64
         else:
             assert shape.resized[0] == shape.bucket[0] or shape.resized[1] == shape.bucket[1]
             assert math.prod(shape.bucket) <= math.prod(resolution)
 
 
-def test_without_buckets_every_picture_is_cut_to_the_resolution():
+def test_without_buckets_every_image_is_cut_to_the_resolution():
     rule = BucketRules.build((320, 192), False, 256, 1024, 64, False, 64)
     shapes = assign_shapes([(320, 192), (1000, 300), (20, 60)], rule)
     assert {shape.bucket for shape in shapes} == {(320, 192)}

@@ -31,7 +31,7 @@ from tests.unit.data.builders import (
     options_of,
     plan_of,
     write_config,
-    write_picture,
+    write_image,
 )
 from tests.unit.test_processes import Board
 
@@ -43,7 +43,7 @@ TAIL = "_8x8"  # of the keys of an entry at 64x64
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for i, size in enumerate([(64, 64), (80, 64), (64, 70)]):
-        write_picture(tmp_path / f"2_a/p{i}.png", size, seed=20 + i)
+        write_image(tmp_path / f"2_a/p{i}.png", size, seed=20 + i)
     return tmp_path
 
 
@@ -59,7 +59,7 @@ def cache(
     spec: LatentSpec = SPEC,
     seed: int = 1,
 ) -> tuple[PlannedBatches, int]:
-    """Batches with cached latents, and how many pictures (and mirrored copies) were encoded for it."""
+    """Batches with cached latents, and how many images (and mirrored copies) were encoded for it."""
     calls: list[int] = []
     plan = open_folder(folder, arguments, spec)
     store = cache_latents(plan, averaging_vae(calls), lambda: vae, options, seed)
@@ -105,7 +105,7 @@ def test_files_have_the_names_and_the_layout_of_sd_scripts(folder):
 
 
 def cache_larger(folder: Path) -> int:
-    """Cache the pictures at 128x64; how many were encoded."""
+    """Cache the images at 128x64; how many were encoded."""
     calls: list[int] = []
     larger = plan_of(options_of("--resolution 128,64", "--train_data_dir", str(folder)))
     cache_latents(larger, averaging_vae(calls), lambda: "vae", DISK, 1)
@@ -154,7 +154,7 @@ def test_a_new_entry_takes_the_place_of_one_without_a_size(folder):
         assert set(archive.files) == {f"{key}_8x8" for key in ("latents", "original_size", "crop_ltrb", "origin")}
 
 
-def test_mirrored_copies_are_encodings_of_the_mirrored_picture_and_are_drawn(folder):
+def test_mirrored_copies_are_encodings_of_the_mirrored_image_and_are_drawn(folder):
     batches, num_encoded = cache(folder, "--flip_aug")
     assert num_encoded == 6
     pixels = torch.from_numpy(np.array(Image.open(folder / "2_a/p0.png"))).permute(2, 0, 1)[None] / 127.5 - 1
@@ -173,7 +173,7 @@ def test_mirrored_copies_are_encodings_of_the_mirrored_picture_and_are_drawn(fol
 
 
 def test_masks_are_kept_in_the_file_and_mirrored_with_the_draw(folder):
-    path = write_picture(folder / "2_a/q.png", (64, 64), seed=30, mode="RGBA")
+    path = write_image(folder / "2_a/q.png", (64, 64), seed=30, mode="RGBA")
     alpha = np.array(Image.open(path))[..., 3].astype(np.float32) / 255
     for options in (DISK, MEMORY):
         batches, _ = cache(folder, "--alpha_mask --flip_aug --train_batch_size 4", options)
@@ -194,7 +194,7 @@ def test_masks_are_kept_in_the_file_and_mirrored_with_the_draw(folder):
 
 
 def test_a_mask_in_the_file_is_not_used_when_it_is_not_asked_for(folder):
-    write_picture(folder / "2_a/q.png", (64, 64), seed=31, mode="RGBA")
+    write_image(folder / "2_a/q.png", (64, 64), seed=31, mode="RGBA")
     cache(folder, "--alpha_mask")
     batches, num_encoded = cache(folder)
     assert num_encoded == 0 and all(batch.masks_B1HW is None for batch in batches_of(batches))
@@ -231,7 +231,7 @@ def test_batches_of_latents_do_not_depend_on_workers(folder):
 @pytest.mark.parametrize("options", [DISK, MEMORY])
 def test_only_subsets_that_mirror_get_mirrored_copies(tmp_path, options):
     for name in "ab":
-        write_picture(tmp_path / f"{name}/p.png", seed=70 + ord(name))
+        write_image(tmp_path / f"{name}/p.png", seed=70 + ord(name))
     subset = "[[datasets.subsets]]\nimage_dir = '{here}/%s'\nflip_aug = %s\n"
     text = "[[datasets]]\nresolution = 64\n" + subset % ("a", "true") + subset % ("b", "false")
     plan = plan_of(write_config(tmp_path / "data.toml", text))
@@ -244,8 +244,8 @@ def test_only_subsets_that_mirror_get_mirrored_copies(tmp_path, options):
     assert sorted(name for name, _ in drawn) == ["a", "a", "b"]
 
 
-def test_one_picture_in_two_datasets_is_encoded_once_at_one_size_and_apart_at_two(tmp_path):
-    write_picture(tmp_path / "a/p.png", (64, 64))
+def test_one_image_in_two_datasets_is_encoded_once_at_one_size_and_apart_at_two(tmp_path):
+    write_image(tmp_path / "a/p.png", (64, 64))
     one = "[[datasets]]\nresolution = {}\n[[datasets.subsets]]\nimage_dir = '{here}/a'\n"
     for sizes, num_encoded in (((64, 64), 1), ((64, 128), 2)):
         text = "".join(one.replace("{}", str(size)) for size in sizes)
@@ -261,9 +261,9 @@ def test_one_picture_in_two_datasets_is_encoded_once_at_one_size_and_apart_at_tw
         assert {"latents_8x8", "latents_16x16"} <= set(archive.files)
 
 
-def test_pictures_that_share_a_file_name_do_not_share_latents(tmp_path):
-    write_picture(tmp_path / "2_a/p.png", seed=40)
-    write_picture(tmp_path / "2_a/p.bmp", seed=41)
+def test_images_that_share_a_file_name_do_not_share_latents(tmp_path):
+    write_image(tmp_path / "2_a/p.png", seed=40)
+    write_image(tmp_path / "2_a/p.bmp", seed=41)
     found = latents_by_key(cache(tmp_path)[0])
     assert found == latents_by_key(cache(tmp_path, options=MEMORY)[0])
     assert len(found) == 2 and len({str(latent) for latent in found.values()}) == 2
@@ -272,8 +272,8 @@ def test_pictures_that_share_a_file_name_do_not_share_latents(tmp_path):
 # What makes an entry stale
 
 
-def edit_picture(folder: Path) -> None:
-    write_picture(folder / "2_a/p0.png", seed=99)
+def edit_image(folder: Path) -> None:
+    write_image(folder / "2_a/p0.png", seed=99)
 
 
 def truncate(folder: Path) -> None:
@@ -314,7 +314,7 @@ def lose_latents(folder: Path) -> None:
     rewrite(file_of(folder), keeps_origin=True, latents=None)
 
 
-def make_it_older_than_the_picture(folder: Path) -> None:
+def make_it_older_than_the_image(folder: Path) -> None:
     rewrite(file_of(folder))
     os.utime(file_of(folder), (1, 1))
 
@@ -322,7 +322,7 @@ def make_it_older_than_the_picture(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (edit_picture, "1 made from another image"),
+        (edit_image, "1 made from another image"),
         (truncate, "1 damaged"),
         (flip_bits, "1 damaged"),
         (put_nan, "1 holding NaN"),
@@ -332,7 +332,7 @@ def make_it_older_than_the_picture(folder: Path) -> None:
         (put_other_crop, "1 made for another size or crop"),
         (put_other_size, "1 made for another size or crop"),
         (lose_latents, "1 without latents of this size"),
-        (make_it_older_than_the_picture, "1 older than the image"),
+        (make_it_older_than_the_image, "1 older than the image"),
     ],
 )
 def test_an_entry_that_is_not_true_is_made_again_alone_and_said_so(folder, caplog, spoil, reason):
@@ -361,7 +361,7 @@ def test_other_settings_make_every_entry_again(folder, arguments, vae):
     assert cache(folder, arguments, vae=vae)[1] == 0
 
 
-def test_another_bucket_of_the_same_shape_of_picture_is_noticed(folder):
+def test_another_bucket_of_the_same_shape_of_image_is_noticed(folder):
     cache(folder)
     plan = plan_of(options_of("--resolution 128", "--train_data_dir", str(folder)))
     calls: list[int] = []
@@ -376,7 +376,7 @@ def test_a_stale_mirrored_copy_does_not_survive_its_entry(folder):
         assert "latents_flipped" not in archive.files
 
 
-def test_a_picture_that_was_only_touched_is_not_encoded_again(folder):
+def test_an_image_that_was_only_touched_is_not_encoded_again(folder):
     cache(folder)
     os.utime(folder / "2_a/p0.png", (4_000_000_000, 4_000_000_000))
     assert cache(folder)[1] == 0
@@ -486,7 +486,7 @@ def test_a_write_that_fails_keeps_the_old_file_and_names_the_way_out(folder, mon
     assert not list((folder / "2_a").glob(".*"))
 
 
-def test_nan_from_the_vae_names_the_picture_and_the_way_out(folder):
+def test_nan_from_the_vae_names_the_image_and_the_way_out(folder):
     encode = averaging_vae()
 
     def broken(pixels, generators):
@@ -504,7 +504,7 @@ def test_latents_of_another_shape_than_the_base_models_are_refused(folder):
 
 
 @pytest.mark.parametrize("options", [DISK, MEMORY])
-def test_a_damaged_picture_is_left_out_and_named(folder, options, caplog):
+def test_a_damaged_image_is_left_out_and_named(folder, options, caplog):
     path = folder / "2_a/p2.png"
     path.write_bytes(path.read_bytes()[:5000])
     batches, _ = cache(folder, options=options)
@@ -515,14 +515,14 @@ def test_a_damaged_picture_is_left_out_and_named(folder, options, caplog):
     assert len(drawn) == batches.plan.num_train_images and str(path) not in drawn
 
 
-def test_damaged_pictures_without_another_of_their_size_end_the_start(folder):
+def test_damaged_images_without_another_of_their_size_end_the_start(folder):
     for path in (folder / "2_a").glob("*.png"):
         path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(ValueError, match=r"\.png is damaged; no other image of its size can replace it"):
         cache(folder, options=MEMORY)
 
 
-def test_the_vae_is_loaded_before_pictures_are_encoded_and_hashed_for_files_alone(folder: Path) -> None:
+def test_the_vae_is_loaded_before_images_are_encoded_and_hashed_for_files_alone(folder: Path) -> None:
     """Hashing a VAE takes as long as loading it."""
     told: list[str] = []
 
@@ -540,10 +540,10 @@ def test_the_vae_is_loaded_before_pictures_are_encoded_and_hashed_for_files_alon
         assert set(told) == wanted and told.index("loaded") < told.index("encoded")
 
 
-def test_regularisation_pictures_that_are_not_needed_are_not_encoded(tmp_path):
-    write_picture(tmp_path / "train/1_a/p.png")
+def test_regularisation_images_that_are_not_needed_are_not_encoded(tmp_path):
+    write_image(tmp_path / "train/1_a/p.png")
     for i in range(3):
-        write_picture(tmp_path / f"reg/1_b/r{i}.png", seed=50 + i)
+        write_image(tmp_path / f"reg/1_b/r{i}.png", seed=50 + i)
     plan = plan_of(
         options_of("--resolution 64", "--train_data_dir", f"{tmp_path}/train", "--reg_data_dir", f"{tmp_path}/reg")
     )
@@ -554,8 +554,8 @@ def test_regularisation_pictures_that_are_not_needed_are_not_encoded(tmp_path):
 
 
 def test_masks_of_files_are_drawn_with_cached_latents(tmp_path):
-    write_picture(tmp_path / "a/p.png", (64, 64))
-    mask = write_picture(tmp_path / "m/p.png", (64, 64), seed=60)
+    write_image(tmp_path / "a/p.png", (64, 64))
+    mask = write_image(tmp_path / "m/p.png", (64, 64), seed=60)
     config = tmp_path / "data.toml"
     config.write_text(
         f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{tmp_path.as_posix()}/a'\n"
@@ -571,7 +571,7 @@ def test_masks_of_files_are_drawn_with_cached_latents(tmp_path):
 
 
 def cache_on_machines(folders: list[Path], options: CachingOptions) -> list[tuple[dict[str, list], int]]:
-    """The latents that each of several machines of one process draws by the picture's name, and how many it encoded."""
+    """The latents that each of several machines of one process draws by the image's name, and how many it encoded."""
     board = Board()
 
     def run(rank: int) -> tuple[dict[str, list], int]:
@@ -614,7 +614,7 @@ def test_a_file_is_written_by_one_process_only(folder):
     assert paths[0] and paths[1] and not paths[0] & paths[1]
 
 
-def test_latents_in_memory_do_not_come_from_old_files_beside_the_pictures(folder):
+def test_latents_in_memory_do_not_come_from_old_files_beside_the_images(folder):
     cache(folder)
     for path in (folder / "2_a").glob("*_sd.npz"):
         path.rename(path.with_name(path.name.partition("_")[0] + ".npz"))
@@ -622,11 +622,11 @@ def test_latents_in_memory_do_not_come_from_old_files_beside_the_pictures(folder
     assert [count for _, count in encoded] == [3, 3]
 
 
-def test_where_latents_on_disk_lie_is_not_kept_for_each_picture(tmp_path: Path) -> None:
-    """Two pictures of one name, of which one stays in memory, an old name, and the rest, which only follow a rule."""
+def test_where_latents_on_disk_lie_is_not_kept_for_each_image(tmp_path: Path) -> None:
+    """Two images of one name, of which one stays in memory, an old name, and the rest, which only follow a rule."""
     for i in range(40):
-        write_picture(tmp_path / "a" / f"p{i}.png", (64, 64), seed=i)
-    write_picture(tmp_path / "a" / "p3.jpg", (64, 64), seed=77)
+        write_image(tmp_path / "a" / f"p{i}.png", (64, 64), seed=i)
+    write_image(tmp_path / "a" / "p3.jpg", (64, 64), seed=77)
     config = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{here}/a'\n"
     plan = plan_of(write_config(tmp_path / "data.toml", config))
     first = open_batches(plan, cache_latents(plan, averaging_vae(), lambda: "vae", DISK, 1))

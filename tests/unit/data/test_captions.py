@@ -1,4 +1,4 @@
-"""What becomes of a caption when its picture is drawn."""
+"""What becomes of a caption when its image is drawn."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Pictures as columns: what comes out is what went in, and nothing is an object that need not be one."""
+"""Images as columns: what comes out is what went in, and nothing is an object that need not be one."""
 
 import gc
 import os
@@ -14,7 +14,7 @@ from library.data.description.schema import DatasetConfig, SubsetConfig
 from library.data.plan.order import Bucket, epoch_batches
 from library.data.plan.samples import Sample, build_draws, build_samples
 from library.data.scanned.columns import BLOCK, Texts
-from library.data.scanned.images import Picture, Pictures, Place, Places
+from library.data.scanned.images import Place, Places, ScannedImage, ScannedImages
 from library.data.scanned.subsets import ScannedDataset, ScannedSubset
 from library.randomness import random_for
 from tests.unit.data.builders import plan_of, write_config, write_folder
@@ -46,12 +46,12 @@ def test_columns_that_differ_in_where_a_text_ends_differ() -> None:
     assert Texts.of(["ab", "c"]) != Texts.of(["a", "bc"])
 
 
-def made_up(count: int, seed: int) -> Pictures:
-    """Pictures in three files, the last of which stands for files of their own."""
+def made_up(count: int, seed: int) -> ScannedImages:
+    """Images in three files, the last of which stands for files of their own."""
     rng = np.random.default_rng(seed)
-    return Pictures(
+    return ScannedImages(
         names=Texts.of(f"{i:07}.jpg" for i in range(count)),
-        captions=Texts.of(f"a picture, number {i}, of {i % 97}" for i in range(count)),
+        captions=Texts.of(f"an image, number {i}, of {i % 97}" for i in range(count)),
         sizes_N2=rng.integers(40, 200, (count, 2), dtype=np.int32),
         places=Places(
             ("a/one.tar?key", "two.tar", ""),
@@ -64,33 +64,33 @@ def made_up(count: int, seed: int) -> Pictures:
     )
 
 
-def test_pictures_are_the_same_one_by_one_in_a_row_and_taken_out() -> None:
-    pictures = made_up(50, seed=3)
-    listed = list(pictures)
+def test_images_are_the_same_one_by_one_in_a_row_and_taken_out() -> None:
+    images = made_up(50, seed=3)
+    listed = list(images)
     rows = np.array([4, 49, 4, 0])
-    assert listed == [pictures[i] for i in range(50)]
-    assert list(pictures.take(rows)) == [listed[row] for row in rows]
-    assert list(pictures.keys_at(rows)) == [listed[row].key for row in rows]
+    assert listed == [images[i] for i in range(50)]
+    assert list(images.take(rows)) == [listed[row] for row in rows]
+    assert list(images.keys_at(rows)) == [listed[row].key for row in rows]
     assert listed[0].key == "a/one.tar/0000000.jpg" and listed[49].key == "0000049.jpg"
     assert listed[0].place.file == "a/one.tar?key"
     assert listed[49].place == Place(
         "",
         "0000049.jpg",
-        int(pictures.places.start_N[49]),
-        int(pictures.places.bytes_N[49]),
-        bytes(pictures.places.digest_N16[49].tolist()).hex(),
+        int(images.places.start_N[49]),
+        int(images.places.bytes_N[49]),
+        bytes(images.places.digest_N16[49].tolist()).hex(),
     )
 
 
 RULES = BucketRules.build((96, 96), True, 64, 128, 32, False, 32)
 
 
-def found_in(pictures: Pictures, **changed: object) -> ScannedDataset:
+def found_in(images: ScannedImages, **changed: object) -> ScannedDataset:
     values = {name: None for name in SubsetConfig.__dataclass_fields__}
     subset = SubsetConfig(**values | {"style": "dreambooth", "num_repeats": 2, "is_reg": False} | changed)
     values = {name: None for name in DatasetConfig.__dataclass_fields__}
     config = DatasetConfig(**values | {"batch_size": 3, "subsets": (subset,), "style": "dreambooth"})
-    return ScannedDataset(config, (ScannedSubset(subset, pictures),))
+    return ScannedDataset(config, (ScannedSubset(subset, images),))
 
 
 def test_samples_are_the_same_one_by_one_and_in_a_row() -> None:
@@ -100,7 +100,7 @@ def test_samples_are_the_same_one_by_one_and_in_a_row() -> None:
     assert listed == [samples[i] for i in range(50)] == samples[:50] and listed[-1] == samples[-1]
     assert [sample.subset for sample in listed] == samples.subset_of_each().tolist() == [0] * 20 + [1] * 30
     assert [sample.num_draws for sample in listed] == [2] * 20 + [5] * 30
-    assert [list(sample.picture.size) for sample in listed] == samples.sizes().tolist()
+    assert [list(sample.image.size) for sample in listed] == samples.sizes().tolist()
     shape = Shape((64, 64), (70, 64))
     draws_N = np.arange(50, dtype=np.int32)
     changed = samples.changed({7: shape}, draws_N)
@@ -141,21 +141,21 @@ def test_the_order_of_an_epoch_is_that_of_shuffled_lists(seed: int) -> None:
     assert list(found) == expected and found[2:4] == expected[2:4] and len(found) == len(expected)
 
 
-def test_a_plan_and_an_order_of_many_pictures_are_few_objects() -> None:
+def test_a_plan_and_an_order_of_many_images_are_few_objects() -> None:
     count = 20_000
-    pictures = made_up(count, seed=9)
+    images = made_up(count, seed=9)
     gc.collect()
     before = sys.getallocatedblocks()
-    samples = build_samples([found_in(pictures)], [RULES])
-    draws = build_draws(samples, [found_in(pictures).config], {0})
+    samples = build_samples([found_in(images)], [RULES])
+    draws = build_draws(samples, [found_in(images).config], {0})
     order = epoch_batches(draws.buckets, 1, 1)
     gc.collect()
-    assert (sys.getallocatedblocks() - before) / count < 0.2, "an object for each picture would be 1 and more"
-    assert len(order) >= 2 * count / 3 and isinstance(samples[5].picture, Picture)
+    assert (sys.getallocatedblocks() - before) / count < 0.2, "an object for each image would be 1 and more"
+    assert len(order) >= 2 * count / 3 and isinstance(samples[5].image, ScannedImage)
 
 
 def test_a_folder_becomes_few_objects(tmp_path) -> None:
-    """Measured between two sizes of one folder: what a run keeps besides its pictures is the same."""
+    """Measured between two sizes of one folder: what a run keeps besides its images is the same."""
     kept = []
     for count in (20, 220):
         write_folder(tmp_path / f"pictures{count}", count)
@@ -178,7 +178,7 @@ def private_bytes() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="only Linux tells")
-def test_a_forked_worker_copies_nothing_of_the_pictures_it_looks_at() -> None:
+def test_a_forked_worker_copies_nothing_of_the_images_it_looks_at() -> None:
     """Objects would be copied with their pages, for looking at one changes its count of references."""
     count = 300_000
     samples = build_samples([found_in(made_up(count, seed=4))], [RULES])
@@ -187,7 +187,7 @@ def test_a_forked_worker_copies_nothing_of_the_pictures_it_looks_at() -> None:
     if (worker := os.fork()) == 0:
         gc.disable()
         before = private_bytes()
-        keys = sum(len(samples[number].picture.key) for number in range(0, count, 5))
+        keys = sum(len(samples[number].image.key) for number in range(0, count, 5))
         os.write(theirs, f"{private_bytes() - before} {keys}".encode())
         os._exit(0)
     os.waitpid(worker, 0)

@@ -30,7 +30,7 @@ from tests.unit.data.builders import (
     plan_of,
     write_config,
     write_folder,
-    write_picture,
+    write_image,
 )
 
 RICH = """
@@ -162,7 +162,7 @@ def test_every_draw_comes_once_in_an_epoch_and_other_epochs_draw_otherwise(rich)
     plan = plan_of(rich)
     epochs = [batches_of(plan, epoch) for epoch in (1, 2)]
     counts = [Counter(os.path.basename(os.path.dirname(k)) for b in batches for k in b.keys) for batches in epochs]
-    # Eight training draws in the first dataset, so two regularisation pictures are drawn eight times.
+    # Eight training draws in the first dataset, so two regularisation images are drawn eight times.
     assert counts[0] == counts[1] == {"wide": 3 * 2 + 3, "tall": 2, "reg": 8}
     assert [content_of(b) for b in epochs[0]] != [content_of(b) for b in epochs[1]]
     assert plan.num_batches == len(epochs[0])
@@ -180,7 +180,7 @@ def test_batches_hold_one_size_of_one_dataset(rich):
     assert sum(sizes.values()) == 19 and sizes[64, 64] == 3
 
 
-def test_regularisation_pictures_carry_the_prior_weight_and_attributes_stay_with_their_subset(rich):
+def test_regularisation_images_carry_the_prior_weight_and_attributes_stay_with_their_subset(rich):
     seen = set()
     for batch in batches_of(plan_of(rich)):
         for key, weight, attributes in zip(batch.keys, batch.loss_weights_B.tolist(), batch.attributes, strict=True):
@@ -199,7 +199,7 @@ def test_draws_of_one_epoch_do_not_share_their_chances(tmp_path):
     dropped = captions.count("")
     assert 40 < dropped < 80 and len(set(captions)) > 0.9 * (len(captions) - dropped)
     corners = {corner for batch in batches for corner in batch.pixels_BCHW[:, :, 0, 0].sum(1).tolist()}
-    assert len(corners) == 4  # two pictures, each plain and mirrored
+    assert len(corners) == 4  # two images, each plain and mirrored
 
 
 def test_another_seed_draws_other_batches(rich):
@@ -239,8 +239,8 @@ def folder_set(tmp_path: Path, arguments: str):
     return plan_of(options_of(f"--resolution 64 {arguments}", "--train_data_dir", str(tmp_path)))
 
 
-def test_pixels_lie_between_minus_one_and_one_and_are_the_pictures(tmp_path):
-    path = write_picture(tmp_path / "1_a/p.png", seed=8)
+def test_pixels_lie_between_minus_one_and_one_and_are_the_images(tmp_path):
+    path = write_image(tmp_path / "1_a/p.png", seed=8)
     (batch,) = batches_of(folder_set(tmp_path, ""))
     expected = np.asarray(Image.open(path)).astype(np.float64).transpose(2, 0, 1) / 255 * 2 - 1
     assert batch.pixels_BCHW is not None and batch.pixels_BCHW.dtype == torch.float32
@@ -248,23 +248,23 @@ def test_pixels_lie_between_minus_one_and_one_and_are_the_pictures(tmp_path):
 
 
 def test_half_of_the_draws_are_mirrored_and_say_so_in_their_crop(tmp_path):
-    path = write_picture(tmp_path / "200_a/p.png", (64, 96), seed=9)
+    path = write_image(tmp_path / "200_a/p.png", (64, 96), seed=9)
     pixels = torch.from_numpy(np.array(Image.open(path))[16:80]).permute(2, 0, 1) / 127.5 - 1
     count = 0
     for batch in batches_of(folder_set(tmp_path, "--flip_aug --train_batch_size 50")):
-        for picture in batch.pixels_BCHW:
-            is_plain, is_mirrored = torch.allclose(picture, pixels), torch.allclose(picture, pixels.flip(-1))
+        for image in batch.pixels_BCHW:
+            is_plain, is_mirrored = torch.allclose(image, pixels), torch.allclose(image, pixels.flip(-1))
             assert is_plain != is_mirrored
             count += is_mirrored
     assert 70 < count < 130
 
 
-def test_sizes_are_original_crop_and_target_height_first_and_mirrored_with_the_picture(tmp_path):
-    write_picture(tmp_path / "8_a/p.png", (101, 70))
+def test_sizes_are_original_crop_and_target_height_first_and_mirrored_with_the_image(tmp_path):
+    write_image(tmp_path / "8_a/p.png", (101, 70))
     rows = {tuple(row) for b in batches_of(folder_set(tmp_path, "--flip_aug")) for row in b.sizes_B6.tolist()}
     # 101x70 fitted inside 64x64 is 64 wide and 44.356 high: top 9, left 0, right 64.
     assert rows == {(70.0, 101.0, 9.0, 0.0, 64.0, 64.0)}
-    write_picture(tmp_path / "8_a/p.png", (70, 101))
+    write_image(tmp_path / "8_a/p.png", (70, 101))
     rows = {
         tuple(round(v, 3) for v in r)
         for b in batches_of(folder_set(tmp_path, "--flip_aug"))
@@ -275,15 +275,15 @@ def test_sizes_are_original_crop_and_target_height_first_and_mirrored_with_the_p
 
 
 def test_real_crops_are_where_the_pixels_come_from_random_and_mirrored_ones_too(tmp_path):
-    """The red of each pixel is its column in the picture, the green its row."""
+    """The red of each pixel is its column in the image, the green its row."""
     width, height = 101, 90
     columns, rows = np.meshgrid(np.arange(width, dtype=np.uint8), np.arange(height, dtype=np.uint8))
     (tmp_path / "40_a").mkdir()
     Image.fromarray(np.stack([columns, rows, rows], -1)).save(tmp_path / "40_a" / "p.png")
     seen = set()
     for batch in batches_of(folder_set(tmp_path, "--flip_aug --random_crop --train_batch_size 8")):
-        for picture, (top, left) in zip(batch.pixels_BCHW, batch.crops_B2.tolist(), strict=True):
-            first, last, row = ((picture[c, 0, x] + 1) * 127.5 for c, x in ((0, 0), (0, -1), (1, 0)))
+        for image, (top, left) in zip(batch.pixels_BCHW, batch.crops_B2.tolist(), strict=True):
+            first, last, row = ((image[c, 0, x] + 1) * 127.5 for c, x in ((0, 0), (0, -1), (1, 0)))
             is_mirrored = first > last
             assert left == round(float(width - 1 - first if is_mirrored else first))
             assert top == round(float(row))
@@ -291,14 +291,14 @@ def test_real_crops_are_where_the_pixels_come_from_random_and_mirrored_ones_too(
     assert len(seen) > 20 and {is_mirrored for is_mirrored, *_ in seen} == {True, False}
 
 
-def test_real_crops_of_resized_pictures_lie_in_the_resized_picture(tmp_path):
-    write_picture(tmp_path / "8_a/p.png", (101, 70))
+def test_real_crops_of_resized_images_lie_in_the_resized_image(tmp_path):
+    write_image(tmp_path / "8_a/p.png", (101, 70))
     rows = {tuple(row) for b in batches_of(folder_set(tmp_path, "")) for row in b.crops_B2.tolist()}
-    # Covering 64x64 the picture is 64 high and 92.34 wide, so 92: (92 - 64) // 2 columns are cut off at the left.
+    # Covering 64x64 the image is 64 high and 92.34 wide, so 92: (92 - 64) // 2 columns are cut off at the left.
     assert rows == {(0.0, 14.0)}
 
 
-def test_random_crops_without_buckets_cut_from_the_picture_as_it_is(tmp_path):
+def test_random_crops_without_buckets_cut_from_the_image_as_it_is(tmp_path):
     (tmp_path / "20_a").mkdir()
     ys, xs = np.mgrid[0:80, 0:90].astype(np.uint8)
     Image.fromarray(np.stack([xs, ys, xs], 2)).save(tmp_path / "20_a/p.png")
@@ -319,7 +319,7 @@ def test_face_crops_follow_the_name_of_the_file(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "1_a/p_40_150_20_20.png")
     (batch,) = batches_of(folder_set(tmp_path, "--face_crop_aug_range 2.0,2.0"))
     bright = (batch.pixels_BCHW[0, 0] > 0).nonzero().float().mean(0)
-    # A picture is not enlarged beyond its size, so the face stays 20 wide, in the middle.
+    # An image is not enlarged beyond its size, so the face stays 20 wide, in the middle.
     assert torch.allclose(bright, torch.tensor([31.5, 31.5]), atol=1.5)
 
 
@@ -327,8 +327,8 @@ def test_face_crops_follow_the_name_of_the_file(tmp_path):
 
 
 def test_alpha_masks_follow_the_crop_and_the_mirror_and_others_get_ones(tmp_path):
-    path = write_picture(tmp_path / "10_a/p.png", (96, 64), seed=11, mode="RGBA")
-    write_picture(tmp_path / "10_a/q.png", (96, 64), seed=12)
+    path = write_image(tmp_path / "10_a/p.png", (96, 64), seed=11, mode="RGBA")
+    write_image(tmp_path / "10_a/q.png", (96, 64), seed=12)
     expected = torch.from_numpy(np.array(Image.open(path))[:, 16:80, 3]) / 255
     mirrored = set()
     for batch in batches_of(folder_set(tmp_path, "--alpha_mask --flip_aug --train_batch_size 20")):
@@ -344,7 +344,7 @@ def test_alpha_masks_follow_the_crop_and_the_mirror_and_others_get_ones(tmp_path
 
 
 def test_without_alpha_mask_transparency_is_no_mask(tmp_path):
-    write_picture(tmp_path / "1_a/p.png", mode="RGBA")
+    write_image(tmp_path / "1_a/p.png", mode="RGBA")
     (batch,) = batches_of(folder_set(tmp_path, ""))
     assert batch.masks_B1HW is None
 
@@ -358,17 +358,17 @@ def masked_set(tmp_path: Path, keys: str = ""):
     return plan_of(options_of("--masked_loss", "--dataset_config", str(path)))
 
 
-def test_masks_are_the_red_channel_cropped_like_the_picture(tmp_path):
-    write_picture(tmp_path / "a/p.png", (96, 64))
-    mask = write_picture(tmp_path / "m/p.png", (96, 64), seed=13)
+def test_masks_are_the_red_channel_cropped_like_the_image(tmp_path):
+    write_image(tmp_path / "a/p.png", (96, 64))
+    mask = write_image(tmp_path / "m/p.png", (96, 64), seed=13)
     (batch,) = batches_of(masked_set(tmp_path, "enable_bucket = true\nmin_bucket_reso = 64\nbucket_no_upscale = true"))
     assert batch.masks_B1HW is not None and batch.masks_B1HW.shape == (1, 1, 64, 64)
     assert torch.allclose(batch.masks_B1HW[0, 0], torch.from_numpy(np.array(Image.open(mask))[:, 16:80, 0]) / 255)
 
 
 def test_with_buckets_a_mask_of_another_size_is_named_and_without_it_is_stretched(tmp_path):
-    write_picture(tmp_path / "a/p.png", (96, 64))
-    write_picture(tmp_path / "m/p.png", (32, 32), seed=14)
+    write_image(tmp_path / "a/p.png", (96, 64))
+    write_image(tmp_path / "m/p.png", (32, 32), seed=14)
     with pytest.raises(ValueError, match=r"p\.png is 32x32, its image 96x64"):
         masked_set(tmp_path, "enable_bucket = true\nmin_bucket_reso = 64")
     (batch,) = batches_of(masked_set(tmp_path))
@@ -378,8 +378,8 @@ def test_with_buckets_a_mask_of_another_size_is_named_and_without_it_is_stretche
 # What stops a run
 
 
-def test_a_damaged_picture_is_named_with_and_without_workers(tmp_path):
-    path = write_picture(tmp_path / "1_a/p.png", (90, 90))
+def test_a_damaged_image_is_named_with_and_without_workers(tmp_path):
+    path = write_image(tmp_path / "1_a/p.png", (90, 90))
     path.write_bytes(path.read_bytes()[:9000])
     plan = folder_set(tmp_path, "")
     for workers in (0, 1):
@@ -388,10 +388,10 @@ def test_a_damaged_picture_is_named_with_and_without_workers(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_another_picture_of_its_size_stands_in_for_a_damaged_one_and_it_is_counted(tmp_path, caplog, workers):
-    damaged = write_picture(tmp_path / "2_a/p1.png", (90, 90))
+def test_another_image_of_its_size_stands_in_for_a_damaged_one_and_it_is_counted(tmp_path, caplog, workers):
+    damaged = write_image(tmp_path / "2_a/p1.png", (90, 90))
     for name, size in (("2_a/p2.png", (90, 90)), ("1_b/p3.png", (90, 90)), ("1_b/p4.png", (90, 90))):
-        write_picture(tmp_path / name, size, seed=3)
+        write_image(tmp_path / name, size, seed=3)
     whole = [key for batch in batches_of(folder_set(tmp_path, "")) for key in batch.keys]
     damaged.write_bytes(damaged.read_bytes()[:9000])
     batches = open_batches(folder_set(tmp_path, ""))
@@ -402,25 +402,25 @@ def test_another_picture_of_its_size_stands_in_for_a_damaged_one_and_it_is_count
     assert "skipped 1 damaged image (2 draws)" in caplog.text
 
 
-def test_a_picture_that_changed_its_size_during_the_run_is_named(tmp_path):
-    path = write_picture(tmp_path / "1_a/p.png")
+def test_an_image_that_changed_its_size_during_the_run_is_named(tmp_path):
+    path = write_image(tmp_path / "1_a/p.png")
     plan = folder_set(tmp_path, "")
-    write_picture(path, (70, 70))
+    write_image(path, (70, 70))
     with pytest.raises(ValueError, match=r"p\.png is 70x70, but was"):
         batches_of(plan)
 
 
 @pytest.mark.parametrize("flag", ["--random_crop", "--color_aug"])
 @pytest.mark.parametrize("cache", ["--cache_latents", "--cache_latents_to_disk"])
-def test_pictures_that_change_cannot_be_cached(tmp_path, flag, cache):
-    write_picture(tmp_path / "1_a/p.png")
+def test_images_that_change_cannot_be_cached(tmp_path, flag, cache):
+    write_image(tmp_path / "1_a/p.png")
     with pytest.raises(ValueError, match=rf"{flag.split()[0]} .*--cache_latents"):
         folder_set(tmp_path, f"{flag} {cache}")
 
 
 @pytest.mark.parametrize("reason", ["enable_bucket", "cache_latents"])
 def test_face_crops_are_ignored_with_buckets_and_caches_as_in_sd_scripts(tmp_path, caplog, reason):
-    write_picture(tmp_path / "1_a/p_10_20_5_5.png")
+    write_image(tmp_path / "1_a/p_10_20_5_5.png")
     plan = folder_set(tmp_path, f"--face_crop_aug_range 1,2 --min_bucket_reso 64 --{reason}")
     assert [subset.face_crop_aug_range for subset in plan.subsets] == [None]
     assert f"face_crop_aug_range has no effect with {reason}: {tmp_path / '1_a'}" in caplog.text

@@ -25,7 +25,7 @@ def encoded(kind: str, mode: str, size: tuple[int, int], **arguments: object) ->
 
 
 def by_pillow(content: bytes) -> tuple[int, int] | None:
-    """Pillow's upright size; None where it cannot open the picture."""
+    """Pillow's upright size; None where it cannot open the image."""
     try:
         with Image.open(io.BytesIO(content)) as image:
             width, height = image.size
@@ -40,7 +40,7 @@ def ours(content: bytes) -> tuple[int, int] | None:
 
 @pytest.mark.parametrize(("kind", "mode"), [(kind, mode) for kind, modes in MODES.items() for mode in modes])
 @pytest.mark.parametrize("size", [(1, 1), (17, 300), (640, 1)])
-def test_plain_pictures_have_their_size(kind, mode, size):
+def test_plain_images_have_their_size(kind, mode, size):
     content = encoded(kind, mode, size)
     assert by_pillow(content) == size
     assert ours(content) in (size, None)
@@ -69,7 +69,7 @@ def test_png_with_text():
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", MODES)
-def test_a_picture_that_may_be_turned_is_left_to_pillow(kind, orientation):
+def test_an_image_that_may_be_turned_is_left_to_pillow(kind, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     content = encoded(kind, "RGB", (40, 30), exif=exif)
@@ -88,7 +88,7 @@ def test_a_png_with_a_wrong_checksum_is_left_to_pillow():
     assert ours(bytes(content)) is None and by_pillow(bytes(content)) is None
 
 
-def test_pictures_too_large_to_be_plain_are_left_to_pillow():
+def test_images_too_large_to_be_plain_are_left_to_pillow():
     content = bytearray(encoded("PNG", "RGB", (40, 30)))
     content[16:24] = struct.pack(">II", 60000, 60000)
     content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))

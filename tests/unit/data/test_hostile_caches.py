@@ -61,7 +61,7 @@ def test_encoded_captions_are_made_anew(tmp_path: Path, spoil) -> None:  # type:
     assert texts.cache(tmp_path).num_loads == 0
 
 
-def test_a_pipe_in_the_place_of_a_picture_is_no_picture(tmp_path: Path) -> None:
+def test_a_pipe_in_the_place_of_an_image_is_no_image(tmp_path: Path) -> None:
     write_folder(tmp_path / "1_a", 2)
     put_pipe(tmp_path / "1_a/p0.png")
     assert plan_of(options_of("--resolution 64 --train_data_dir", str(tmp_path))).num_train_images == 1

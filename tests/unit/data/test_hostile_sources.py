@@ -16,7 +16,7 @@ import pytest
 
 from library.data.sources.storage import object_storage
 from library.errors import UserError
-from tests.unit.data.builders import batches_of, write_picture
+from tests.unit.data.builders import batches_of, write_image
 from tests.unit.data.shard_builders import open_subset, write_parquet, write_tar
 
 
@@ -86,11 +86,11 @@ def test_names_that_no_terminal_or_file_holds_are_written_as_escapes(tmp_path: P
     members = [(name, png(place)) for place, name in enumerate(names)]
     write_tar(tmp_path / "0.tar", [*members, ("caf\udce9.txt", b"coffee")])
     found = open_subset(tmp_path, 'shards = "{here}/0.tar"\nclass_tokens = "x"')
-    pictures = found.datasets[0].subsets[0].pictures
-    shown = [(picture.key.rpartition("/")[2], picture.caption) for picture in pictures]
+    images = found.datasets[0].subsets[0].images
+    shown = [(image.key.rpartition("/")[2], image.caption) for image in images]
     assert shown == [(r"caf\xe9.png", "coffee"), (r"red\x1b[31m.png", "x")]
     assert len(batches_of(found)) == 1
-    assert len(open_subset(tmp_path, 'shards = "{here}/0.tar"').datasets[0].subsets[0].pictures) == 2  # from the index
+    assert len(open_subset(tmp_path, 'shards = "{here}/0.tar"').datasets[0].subsets[0].images) == 2  # from the index
 
 
 @pytest.mark.parametrize("key", ["shards", "image_dir", "parquet"])
@@ -131,12 +131,12 @@ def test_large_values_are_read_a_few_at_a_time(tmp_path: Path, caplog: pytest.Lo
     del images
     found = open_subset(tmp_path, 'parquet = "{here}/a.parquet"\nclass_tokens = "x"')
     (subset,) = found.datasets[0].subsets
-    assert len(subset.pictures) == 1 and len(subset.dropped) == 5
+    assert len(subset.images) == 1 and len(subset.dropped) == 5
 
 
 def shards(folder: Path) -> str:
     for number in range(2):
-        write_picture(folder / f"{number}.png", (64, 64), number)
+        write_image(folder / f"{number}.png", (64, 64), number)
         write_tar(folder / f"{number}.tar", [(f"{number}.png", (folder / f"{number}.png").read_bytes())])
     return 'shards = "{here}/{0..1}.tar"\nclass_tokens = "x"'
 
@@ -152,7 +152,7 @@ def test_an_index_with_impossible_rows_is_made_again(
     column: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     subset = shards(tmp_path)
-    wanted = [picture.key for picture in open_subset(tmp_path, subset).datasets[0].subsets[0].pictures]
+    wanted = [image.key for image in open_subset(tmp_path, subset).datasets[0].subsets[0].images]
     (path,) = tmp_path.glob(".picture_index-*.parquet")
     table = parquet.read_table(path)
     field = table.schema.field(column)
@@ -160,7 +160,7 @@ def test_an_index_with_impossible_rows_is_made_again(
     parquet.write_table(table.set_column(table.schema.get_field_index(column), field, values), path)
     with caplog.at_level(logging.WARNING):
         found = open_subset(tmp_path, subset)
-    assert [picture.key for picture in found.datasets[0].subsets[0].pictures] == wanted
+    assert [image.key for image in found.datasets[0].subsets[0].images] == wanted
     assert "is damaged and is made again" in caplog.text and len(batches_of(found)) == 1
 
 
@@ -170,7 +170,7 @@ def test_an_index_without_a_column_is_made_again(tmp_path: Path) -> None:
     (path,) = tmp_path.glob(".picture_index-*.parquet")
     table = parquet.read_table(path)
     parquet.write_table(table.drop_columns(["width"]), path)
-    assert len(open_subset(tmp_path, subset).datasets[0].subsets[0].pictures) == 2
+    assert len(open_subset(tmp_path, subset).datasets[0].subsets[0].images) == 2
 
 
 # HTTP
@@ -237,7 +237,7 @@ def test_a_server_that_fails_at_the_start_is_asked_again(
     Handler.statuses = [status] * 4  # HEAD and GET of two attempts
     with caplog.at_level(logging.WARNING):
         found = open_url(tmp_path, address)
-    assert [picture.caption for picture in found.datasets[0].subsets[0].pictures] == ["a cat"]
+    assert [image.caption for image in found.datasets[0].subsets[0].images] == ["a cat"]
     assert caplog.text.count(f"{status}") >= 2 and "trying again" in caplog.text
 
 

@@ -1,4 +1,4 @@
-"""Pictures as arrays."""
+"""Images as arrays."""
 
 import io
 import random
@@ -25,7 +25,7 @@ from library.data.decoding.images import (
     turn_hue,
 )
 from library.data.description.buckets import Shape
-from tests.unit.data.builders import write_picture
+from tests.unit.data.builders import write_image
 
 
 def noise(shape: tuple[int, ...], seed: int = 5) -> np.ndarray:
@@ -87,7 +87,7 @@ def test_cmyk_becomes_rgb(tmp_path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("ending", ["png", "webp"])
-def test_pictures_are_turned_upright(tmp_path, orientation, ending):
+def test_images_are_turned_upright(tmp_path, orientation, ending):
     exif = Image.Exif()
     exif[0x0112] = orientation
     kwargs = {"lossless": True} if ending == "webp" else {}
@@ -98,9 +98,9 @@ def test_pictures_are_turned_upright(tmp_path, orientation, ending):
     assert (rgb.shape[1], rgb.shape[0]) == read_size(path)
 
 
-def test_a_picture_that_is_cut_off_is_named(tmp_path):
+def test_an_image_that_is_cut_off_is_named(tmp_path):
     for name in ("a.png", "a.jpg", "a.webp", "a.bmp"):
-        path = write_picture(tmp_path / name, (90, 90))
+        path = write_image(tmp_path / name, (90, 90))
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         with pytest.raises(ValueError, match=name):
             read_pixels(str(path))
@@ -201,7 +201,7 @@ def test_a_fixed_face_range_does_not_move_the_crop():
     assert len(crops) == 1
 
 
-def test_face_crops_of_small_pictures_cover_the_target():
+def test_face_crops_of_small_images_cover_the_target():
     placement = cropped_at_face((100, 60), (128, 128), Face(50, 30, 10, 10), (1.0, 3.0), False, random.Random(0))
     assert placement.resized[0] >= 128 and placement.resized[1] >= 128
 

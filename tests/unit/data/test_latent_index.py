@@ -12,13 +12,13 @@ from library.data.decoding.npz import Verdict
 from library.data.sources.folders import image_index
 from tests.unit.data.test_cache import (
     cache,
-    edit_picture,
+    edit_image,
     file_of,
     flip_bits,
     folder,  # noqa: F401, a fixture
     latents_by_key,
     lose_latents,
-    make_it_older_than_the_picture,
+    make_it_older_than_the_image,
     put_nan,
     put_other_crop,
     put_other_shape,
@@ -38,9 +38,9 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     judge = latent_index.judge
 
-    def judging(file, picture, expected, storage) -> Verdict:
+    def judging(file, image, expected, storage) -> Verdict:
         names.append(os.path.basename(file.path))
-        return judge(file, picture, expected, storage)
+        return judge(file, image, expected, storage)
 
     monkeypatch.setattr(latent_index, "judge", judging)
     return names
@@ -66,7 +66,7 @@ def test_entries_that_were_written_or_checked_are_not_opened_again(folder, judge
 @pytest.mark.parametrize(
     "spoil",
     [
-        edit_picture,
+        edit_image,
         truncate,
         flip_bits,
         put_nan,
@@ -74,7 +74,7 @@ def test_entries_that_were_written_or_checked_are_not_opened_again(folder, judge
         put_other_crop,
         put_other_size,
         lose_latents,
-        make_it_older_than_the_picture,
+        make_it_older_than_the_image,
     ],
 )
 def test_an_entry_that_is_not_true_any_more_is_noticed(folder, judged, spoil: Callable[[Path], None]):  # noqa: F811
@@ -102,8 +102,8 @@ def test_other_settings_are_checked_anew(folder, arguments, vae):  # noqa: F811
     assert cache(folder, arguments, vae=vae)[1] > 0
 
 
-def test_only_files_of_known_endings_lie_beside_pictures(folder):  # noqa: F811
-    """kohya-colab trains no folder in which anything else lies than pictures, captions and .npz."""
+def test_only_files_of_known_endings_lie_beside_images(folder):  # noqa: F811
+    """kohya-colab trains no folder in which anything else lies than images, captions and .npz."""
     cache(folder)
     resolve()
     cache(folder)

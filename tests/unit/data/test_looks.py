@@ -1,4 +1,4 @@
-"""What the pixels of pictures say: twins, blur, one colour, damage."""
+"""What the pixels of images say: twins, blur, one colour, damage."""
 
 import itertools
 import random
@@ -39,7 +39,7 @@ def bits_between(a: Look, b: Look) -> int:
     return (a.hash ^ b.hash).bit_count()
 
 
-def test_copies_are_near_and_other_pictures_far(tmp_path: Path) -> None:
+def test_copies_are_near_and_other_images_far(tmp_path: Path) -> None:
     scenes = [scene(seed) for seed in range(610, 618)]
     looks = [looked_at(image, tmp_path / f"{n}.png") for n, image in enumerate(scenes)]
     assert min(bits_between(a, b) for a, b in itertools.combinations(looks, 2)) > 2 * MOST_BITS
@@ -88,7 +88,7 @@ def test_pairs_that_hang_together_are_one_group() -> None:
     assert groups_of([(5, 2), (7, 8), (2, 9), (8, 7)]) == [[2, 5, 9], [7, 8]]
 
 
-def test_what_stands_out_is_told_with_its_pictures_and_nothing_else() -> None:
+def test_what_stands_out_is_told_with_its_images_and_nothing_else() -> None:
     fine = {"sharpness": 4 * BLURRED, "contrast": 5 * EMPTY}
     rng = random.Random(82)
     first, second, third, fourth = (rng.getrandbits(HASH_BITS) for _ in range(4))
@@ -99,7 +99,7 @@ def test_what_stands_out_is_told_with_its_pictures_and_nothing_else() -> None:
         Look("soft", fourth, BLURRED / 2, 5 * EMPTY), Look("cut", problem="image file is truncated"),
     ]  # fmt: skip
     found = {
-        f.text.partition("image")[2].removeprefix("s").strip()[:16]: [path for path, _ in f.pictures]
+        f.text.partition("image")[2].removeprefix("s").strip()[:16]: [path for path, _ in f.images]
         for f in findings_of(looks, {"a", "b", "c"})
     }
     assert found == {
@@ -114,7 +114,7 @@ def test_what_stands_out_is_told_with_its_pictures_and_nothing_else() -> None:
     assert list(findings_of([looks[4]], {"alone"})) == []
 
 
-def test_pictures_of_16_bits_and_turned_ones_look_as_they_are_trained(tmp_path: Path) -> None:
+def test_images_of_16_bits_and_turned_ones_look_as_they_are_trained(tmp_path: Path) -> None:
     """Pillow alone would make the first white and leave the second lying on its side."""
     image = scene(41).convert("L")
     plain = looked_at(image, tmp_path / "plain.png")
@@ -137,7 +137,7 @@ def test_damage_of_any_kind_is_told(tmp_path: Path, at: int) -> None:
     assert look_at(str(path), TRAINED).problem
 
 
-def test_a_picture_that_is_cut_off_is_told_and_not_raised(tmp_path: Path) -> None:
+def test_an_image_that_is_cut_off_is_told_and_not_raised(tmp_path: Path) -> None:
     path = tmp_path / "cut.jpg"
     scene(3).save(path)
     path.write_bytes(path.read_bytes()[:2000])

@@ -1,4 +1,4 @@
-"""Order of draws, and how often regularisation pictures are drawn."""
+"""Order of draws, and how often regularisation images are drawn."""
 
 from collections import Counter
 
@@ -41,12 +41,12 @@ def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else():
         (7, [], []),
     ],
 )
-def test_regularisation_pictures_are_repeated_until_there_are_enough(num_train_draws, repeats, expected):
+def test_regularisation_images_are_repeated_until_there_are_enough(num_train_draws, repeats, expected):
     assert regularisation_repeats(num_train_draws, repeats) == expected
 
 
 @given(st.integers(0, 60), st.lists(st.integers(1, 5), min_size=1, max_size=8))
-def test_regularisation_reaches_the_sum_and_passes_it_by_less_than_one_picture(num_train_draws, repeats):
+def test_regularisation_reaches_the_sum_and_passes_it_by_less_than_one_image(num_train_draws, repeats):
     used = regularisation_repeats(num_train_draws, repeats)
     assert sum(used) >= num_train_draws
     assert sum(used) - num_train_draws < max(repeats)

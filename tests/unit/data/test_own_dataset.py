@@ -18,7 +18,7 @@ def item(seed: int = 1, count: int = 2, **changes: Any) -> dict[str, Any]:
     return {"images": pixels, "captions": [f"caption {seed} {n}" for n in range(count)], "input_ids": None, **changes}
 
 
-class Pictures:
+class ScannedImages:
     batch_size = 2
     num_train_images = 7
 
@@ -44,7 +44,7 @@ def captions(data: OwnDataset, epoch: int, places: range) -> list[str]:
 
 
 def test_it_is_made_and_asked_as_sd_scripts_does() -> None:
-    data = open_own_dataset(Pictures, DATA, 150, SPEC, seed=3)
+    data = open_own_dataset(ScannedImages, DATA, 150, SPEC, seed=3)
     assert data._source.given == (None, 150, (512, 768), False)
     assert (data.num_batches, data.batch_sizes, data.num_train_images, data.num_reg_images) == (4, [2], 7, 0)
     first, second = captions(data, 1, range(4)), captions(data, 2, range(4))

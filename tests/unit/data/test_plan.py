@@ -34,8 +34,8 @@ def options(tmp_path: Path) -> TrainOptions:
 def drawn(plan: DataPlan) -> list[object]:
     """Everything that comes of a plan."""
     aside = validation_of(plan)
-    pictures = [content_of(batch) for batch in aside.batches(range(aside.num_batches), 0)]
-    return [*(content_of(batch) for epoch in (1, 2) for batch in batches_of(plan, epoch)), *pictures]
+    images = [content_of(batch) for batch in aside.batches(range(aside.num_batches), 0)]
+    return [*(content_of(batch) for epoch in (1, 2) for batch in batches_of(plan, epoch)), *images]
 
 
 def test_nothing_that_is_made_of_a_plan_changes_it(options: TrainOptions) -> None:

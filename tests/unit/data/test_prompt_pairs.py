@@ -80,7 +80,7 @@ def test_drawn_sides_are_from_half_to_all_in_steps_of_64() -> None:
     assert {drawn_size(64, random_for(1, "size", n)) for n in range(20)} == {(64, 64)}
 
 
-def test_drawn_crops_lie_inside_a_picture_up_to_three_times_as_large() -> None:
+def test_drawn_crops_lie_inside_an_image_up_to_three_times_as_large() -> None:
     found = [format_sizes(512, 768, random_for(1, "crop", n)) for n in range(300)]
     for height, width, top, left, *target in found:
         assert target == [512, 768]

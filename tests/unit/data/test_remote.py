@@ -1,4 +1,4 @@
-"""Pictures behind URLs: a real S3 server on loopback that cuts connections, answers late, and has lost objects."""
+"""Images behind URLs: a real S3 server on loopback that cuts connections, answers late, and has lost objects."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ from library.data.sources.storage.disk_cache import DiskCache
 from library.data.sources.storage.storage import REMOTE_CHUNK_BYTES, Storage
 from library.errors import UserError
 from library.options.caching import CachingOptions
-from tests.unit.data.builders import averaging_vae, batches_of, content_of, write_picture
+from tests.unit.data.builders import averaging_vae, batches_of, content_of, write_image
 from tests.unit.data.object_store import BUCKET, SECRET, ObjectStore, object_store
 from tests.unit.data.shard_builders import open_subset, shards_of, write_parquet
 
@@ -45,11 +45,11 @@ def store(server: ObjectStore) -> ObjectStore:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Pictures of 60 KB each, so that one is much more than what the index reads of it."""
+def images(tmp_path: Path) -> Path:
+    """Images of 60 KB each, so that one is much more than what the index reads of it."""
     folder = tmp_path / "pictures"
     for i in range(COUNT):
-        path = write_picture(folder / f"p{i}.png", [(160, 128), (128, 160)][i % 2], seed=70 + i)
+        path = write_image(folder / f"p{i}.png", [(160, 128), (128, 160)][i % 2], seed=70 + i)
         path.with_suffix(".txt").write_text(f"word {i}")
     return folder
 
@@ -67,31 +67,29 @@ SHARDS = f'shards = "s3://{BUCKET}/cats/{{0..1}}.tar"\nshuffle_caption = true\nf
 
 
 @pytest.fixture
-def shards(store: ObjectStore, pictures: Path, tmp_path: Path) -> ObjectStore:
-    for number, path in enumerate(shards_of(pictures, tmp_path / "made", 2)):
+def shards(store: ObjectStore, images: Path, tmp_path: Path) -> ObjectStore:
+    for number, path in enumerate(shards_of(images, tmp_path / "made", 2)):
         path.rename(path.with_name(f"{number}.tar"))
     store.fill(tmp_path / "made", "cats/")
     return store
 
 
 def test_shards_of_a_bucket_train_as_the_folder_and_are_read_in_parts(
-    shards: ObjectStore, pictures: Path, tmp_path: Path
+    shards: ObjectStore, images: Path, tmp_path: Path
 ) -> None:
     whole = sum(path.stat().st_size for path in (tmp_path / "made").iterdir())
-    folder = (
-        f'image_dir = "{pictures.as_posix()}"\ncaption_extension = ".txt"\nshuffle_caption = true\nflip_aug = true\n'
-    )
+    folder = f'image_dir = "{images.as_posix()}"\ncaption_extension = ".txt"\nshuffle_caption = true\nflip_aug = true\n'
     plain = open_subset(tmp_path, folder)
     found = open_remote(tmp_path, SHARDS)
     indexed = shards.num_bytes
     assert indexed < COUNT * 2 * REMOTE_CHUNK_BYTES < whole and all(one.range for one in shards.asked)
     shards.asked.clear()
     assert contents(found) == contents(plain)
-    sizes = [path.stat().st_size for path in pictures.glob("*.png")]
-    assert shards.num_bytes == sum(sizes) and len(shards.asked) == COUNT  # each picture once, nothing else
+    sizes = [path.stat().st_size for path in images.glob("*.png")]
+    assert shards.num_bytes == sum(sizes) and len(shards.asked) == COUNT  # each image once, nothing else
     shards.asked.clear()
     assert contents(found, epoch=2) == contents(plain, epoch=2)
-    assert contents(open_remote(tmp_path, SHARDS)) == contents(plain)  # another start: index and pictures are here
+    assert contents(open_remote(tmp_path, SHARDS)) == contents(plain)  # another start: index and images are here
     assert shards.asked == []
 
 
@@ -103,7 +101,7 @@ def test_worker_processes_read_by_themselves(shards: ObjectStore, tmp_path: Path
     assert len(shards.asked) == COUNT and contents(found) == from_workers and len(shards.asked) == COUNT
 
 
-def test_the_index_reads_the_heads_of_pictures_and_not_their_middle(shards: ObjectStore, tmp_path: Path) -> None:
+def test_the_index_reads_the_heads_of_images_and_not_their_middle(shards: ObjectStore, tmp_path: Path) -> None:
     open_remote(tmp_path, SHARDS)
     ranges = [tuple(map(int, one.range.removeprefix("bytes=").split("-"))) for one in shards.asked if one.range]
     assert max(last - first + 1 for first, last in ranges) <= REMOTE_CHUNK_BYTES > HEAD_BYTES
@@ -111,28 +109,28 @@ def test_the_index_reads_the_heads_of_pictures_and_not_their_middle(shards: Obje
 
 @pytest.mark.parametrize("kind", ["bytes", "urls", "public urls"])
 def test_parquet_files_of_a_bucket_train_as_the_folder(
-    kind: str, store: ObjectStore, pictures: Path, tmp_path: Path
+    kind: str, store: ObjectStore, images: Path, tmp_path: Path
 ) -> None:
-    files = sorted(pictures.glob("*.png"))
+    files = sorted(images.glob("*.png"))
     texts = [file.with_suffix(".txt").read_text() for file in files]
     if kind == "bytes":
         columns = {"image": [file.read_bytes() for file in files], "text": texts}
     else:
-        store.fill(pictures, "loose/")
+        store.fill(images, "loose/")
         base = f"s3://{BUCKET}" if kind == "urls" else f"{store.url}/{BUCKET}"
         query = "" if kind == "urls" else f"?token={SECRET}"
         columns = {"url": [f"{base}/loose/{file.name}{query}" for file in files], "text": texts}
     write_parquet(tmp_path / "made" / "rows.parquet", columns)
     store.fill(tmp_path / "made", "rows/")
     found = open_remote(tmp_path, f'parquet = "s3://{BUCKET}/rows/*.parquet"\n')
-    plain = open_subset(tmp_path, f'image_dir = "{pictures.as_posix()}"\ncaption_extension = ".txt"\n')
+    plain = open_subset(tmp_path, f'image_dir = "{images.as_posix()}"\ncaption_extension = ".txt"\n')
     assert contents(found) == contents(plain)
     store.asked.clear()
     assert contents(found, 2) == contents(plain, 2) and store.asked == []
-    assert not any(SECRET in sample.picture.key for sample in found.samples)
+    assert not any(SECRET in sample.image.key for sample in found.samples)
 
 
-def test_latents_of_remote_pictures_lie_under_the_cache_folder_and_pictures_are_not_asked_for_again(
+def test_latents_of_remote_images_lie_under_the_cache_folder_and_images_are_not_asked_for_again(
     shards: ObjectStore, tmp_path: Path
 ) -> None:
     options = CachingOptions(cache_latents=True, cache_latents_to_disk=True)
@@ -146,16 +144,16 @@ def test_latents_of_remote_pictures_lie_under_the_cache_folder_and_pictures_are_
     assert {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*.npz")} == {"caches"}
 
 
-def test_file_systems_that_wait_for_each_answer_serve_too(pictures: Path, tmp_path: Path) -> None:
+def test_file_systems_that_wait_for_each_answer_serve_too(images: Path, tmp_path: Path) -> None:
     """fsspec has two kinds; s3:// and https:// are of the one, hf:// and this are of the other."""
     import fsspec
 
     memory = fsspec.filesystem("memory")
-    for path in shards_of(pictures, tmp_path / "made", 2):
+    for path in shards_of(images, tmp_path / "made", 2):
         memory.pipe_file(f"/cats/{path.name}", path.read_bytes())
-    plain = open_subset(tmp_path, f'image_dir = "{pictures.as_posix()}"\ncaption_extension = ".txt"\n')
+    plain = open_subset(tmp_path, f'image_dir = "{images.as_posix()}"\ncaption_extension = ".txt"\n')
     found = open_remote(tmp_path, 'shards = "memory://cats/*.tar"\n')
-    assert found.samples[0].picture.key == "memory:///cats/0000.tar/p0.png"
+    assert found.samples[0].image.key == "memory:///cats/0000.tar/p0.png"
     assert contents(found) == contents(plain)
     memory.rm("/cats/0001.tar")
     again = open_remote(tmp_path, 'shards = "memory://cats/*.tar"\n')
@@ -165,8 +163,8 @@ def test_file_systems_that_wait_for_each_answer_serve_too(pictures: Path, tmp_pa
 # Faults
 
 
-def test_answers_that_are_cut_off_are_asked_for_again(shards: ObjectStore, pictures: Path, tmp_path: Path) -> None:
-    plain = open_subset(tmp_path, f'image_dir = "{pictures.as_posix()}"\ncaption_extension = ".txt"\n')
+def test_answers_that_are_cut_off_are_asked_for_again(shards: ObjectStore, images: Path, tmp_path: Path) -> None:
+    plain = open_subset(tmp_path, f'image_dir = "{images.as_posix()}"\ncaption_extension = ".txt"\n')
     subset = f'shards = "s3://{BUCKET}/cats/{{0..1}}.tar"\n'
     shards.cuts = 2
     found = open_remote(tmp_path, subset)
@@ -194,7 +192,7 @@ def test_an_answer_that_takes_too_long_is_asked_for_again(
     monkeypatch.setattr(object_storage, "TIMEOUT_S", 0.3)
     shards.wait_s, shards.waits = 1.0, 1
     began = time.monotonic()
-    place = found.samples[0].picture.place
+    place = found.samples[0].image.place
     assert place is not None and len(found.storage.read(place)) == place.num_bytes
     assert time.monotonic() - began < 0.95 and "trying again" in caplog.text
 
@@ -208,11 +206,11 @@ def test_objects_that_are_gone_are_named(shards: ObjectStore, tmp_path: Path) ->
         open_remote(tmp_path, SHARDS)
 
 
-def test_a_shard_that_was_replaced_is_noticed(shards: ObjectStore, pictures: Path, tmp_path: Path) -> None:
+def test_a_shard_that_was_replaced_is_noticed(shards: ObjectStore, images: Path, tmp_path: Path) -> None:
     found = open_remote(tmp_path, SHARDS)
     for i in range(COUNT):
-        write_picture(pictures / f"p{i}.png", (160, 128), seed=900 + i)
-    for number, path in enumerate(shards_of(pictures, tmp_path / "made", 2)):
+        write_image(images / f"p{i}.png", (160, 128), seed=900 + i)
+    for number, path in enumerate(shards_of(images, tmp_path / "made", 2)):
         path.rename(path.with_name(f"{number}.tar"))
     shards.fill(tmp_path / "made", "cats/")
     with pytest.raises(UserError, match=r"was replaced since it was indexed|cannot be read after"):
@@ -220,13 +218,13 @@ def test_a_shard_that_was_replaced_is_noticed(shards: ObjectStore, pictures: Pat
     assert len(contents(open_remote(tmp_path, SHARDS))) == COUNT / 2
 
 
-def test_pictures_behind_dead_urls_are_left_out(store: ObjectStore, pictures: Path, tmp_path: Path) -> None:
-    store.fill(pictures, "loose/")
+def test_images_behind_dead_urls_are_left_out(store: ObjectStore, images: Path, tmp_path: Path) -> None:
+    store.fill(images, "loose/")
     urls = [f"s3://{BUCKET}/loose/p0.png", f"s3://{BUCKET}/loose/none.png", None, f"s3://{BUCKET}/loose/p1.txt"]
     write_parquet(tmp_path / "rows.parquet", {"url": urls, "caption": ["a", "b", "c", "d"]})
     found = open_remote(tmp_path, 'parquet = "{here}/rows.parquet"\n')
     (subset,) = found.datasets[0].subsets
-    assert [picture.key for picture in subset.pictures] == urls[:1]
+    assert [image.key for image in subset.images] == urls[:1]
     reasons = dict(subset.dropped)
     assert reasons[urls[1]] == "does not exist" and reasons["?"] == "has no URL" and "not an image" in reasons[urls[3]]
 
@@ -242,7 +240,7 @@ def test_no_secret_reaches_a_message_a_key_or_an_identity(
     found = open_remote(tmp_path, f'shards = "{base}/{BUCKET}/cats/{{0..1}}.tar?X-Amz-Signature={SECRET}"\n')
     found.audit(logging.getLogger("audit"))
     assert len(contents(found)) == COUNT / 2
-    told = [str(found.identity_with_contents), str(found.facts()), *found.picture_paths, caplog.text]
+    told = [str(found.identity_with_contents), str(found.facts()), *found.image_paths, caplog.text]
     told += [str(path) for path in (tmp_path / "caches").rglob("*")]
     shards.statuses = ["500 Broken"] * 500
     (tmp_path / "caches" / "read").rename(tmp_path / "gone")
@@ -289,7 +287,7 @@ def test_a_package_that_is_missing_is_named(
         open_remote(tmp_path, f'shards = "{protocol}://datasets/me/cats/x.tar"')
 
 
-def test_remote_pictures_need_a_folder_for_what_is_kept(tmp_path: Path) -> None:
+def test_remote_images_need_a_folder_for_what_is_kept(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"shards behind a URL require --cache_dir"):
         open_subset(tmp_path, f'shards = "s3://{BUCKET}/x.tar"')
 
@@ -327,6 +325,6 @@ def test_storage_travels_without_what_it_has_opened(shards: ObjectStore, tmp_pat
     contents(found)
     travelled = pickle.loads(pickle.dumps(found.storage))
     assert travelled == found.storage and travelled.opened.cache is None
-    place = found.samples[3].picture.place
+    place = found.samples[3].image.place
     assert place is not None and travelled.read(place) == found.storage.read(place)
     assert isinstance(travelled, Storage)

@@ -12,7 +12,7 @@ from library.data.decoding.images import read_size
 from library.data.description.schema import NoDataFound, load_dataset_config
 from library.data.plan.collect import collect
 from library.data.scanned.subsets import ScannedSubset
-from tests.unit.data.builders import options_of, plan_of, write_config, write_folder, write_picture
+from tests.unit.data.builders import options_of, plan_of, write_config, write_folder, write_image
 
 
 def scan(tmp_path: Path, subset: str, dataset: str = "", arguments: str = "") -> ScannedSubset:
@@ -27,13 +27,13 @@ FOLDER = 'image_dir = "{here}/pictures"\ncaption_extension = ".txt"\n'
 
 
 def names(found: ScannedSubset) -> list[str]:
-    return [os.path.basename(picture.key) for picture in found.pictures]
+    return [os.path.basename(image.key) for image in found.images]
 
 
-def test_pictures_of_one_folder_are_sorted_and_not_searched_for_below(tmp_path):
+def test_images_of_one_folder_are_sorted_and_not_searched_for_below(tmp_path):
     folder = tmp_path / "pictures"
     for name in ("b.png", "a.JPG", "C.webp", "d.bmp", "e.Png", "below/f.png"):
-        write_picture(folder / name)
+        write_image(folder / name)
     (folder / "notes.txt").write_text("x")
     assert names(scan(tmp_path, FOLDER)) == ["C.webp", "a.JPG", "b.png", "d.bmp"]
 
@@ -41,10 +41,10 @@ def test_pictures_of_one_folder_are_sorted_and_not_searched_for_below(tmp_path):
 def test_names_with_spaces_brackets_and_other_letters(tmp_path):
     folder = tmp_path / "pictures"
     for name in ("a b.png", "[x] (1).png", "ねこ.png", "ünï{c}.png", "*?.png"):
-        write_picture(folder / name).with_suffix(".txt").write_text(f"caption of {name}", encoding="utf-8")
+        write_image(folder / name).with_suffix(".txt").write_text(f"caption of {name}", encoding="utf-8")
     found = scan(tmp_path, FOLDER)
-    assert [picture.caption for picture in found.pictures] == [f"caption of {name}" for name in names(found)]
-    assert len(found.pictures) == 5
+    assert [image.caption for image in found.images] == [f"caption of {name}" for name in names(found)]
+    assert len(found.images) == 5
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need rights there")
@@ -61,40 +61,40 @@ def test_links_are_followed_and_loops_do_no_harm(tmp_path):
 
 def test_captions_come_from_files_then_class_tokens_then_are_empty(tmp_path):
     folder = tmp_path / "pictures"
-    write_picture(folder / "a.png").with_suffix(".txt").write_bytes(b"\xef\xbb\xbf  first line \r\nsecond\r\n")
-    write_picture(folder / "b.png")
-    write_picture(folder / "c.png").with_suffix(".txt").write_text("")
+    write_image(folder / "a.png").with_suffix(".txt").write_bytes(b"\xef\xbb\xbf  first line \r\nsecond\r\n")
+    write_image(folder / "b.png")
+    write_image(folder / "c.png").with_suffix(".txt").write_text("")
     found = scan(tmp_path, FOLDER + 'class_tokens = "cat"')
-    assert [picture.caption for picture in found.pictures] == ["first line", "cat", ""]
+    assert [image.caption for image in found.images] == ["first line", "cat", ""]
     assert [os.path.basename(p) for p in found.without_caption] == ["b.png"]
     assert [os.path.basename(p) for p in found.empty_caption] == ["c.png"]
-    assert scan(tmp_path, FOLDER).pictures[1].caption == ""
+    assert scan(tmp_path, FOLDER).images[1].caption == ""
 
 
 def test_with_wildcards_all_lines_that_are_not_blank_are_kept(tmp_path):
-    write_picture(tmp_path / "pictures/a.png").with_suffix(".txt").write_text(" one \n\n two\n")
-    assert scan(tmp_path, FOLDER + "enable_wildcard = true").pictures[0].caption == "one\ntwo"
+    write_image(tmp_path / "pictures/a.png").with_suffix(".txt").write_text(" one \n\n two\n")
+    assert scan(tmp_path, FOLDER + "enable_wildcard = true").images[0].caption == "one\ntwo"
 
 
-def test_cuttings_of_faces_share_the_caption_of_their_picture(tmp_path):
+def test_cuttings_of_faces_share_the_caption_of_their_image(tmp_path):
     folder = tmp_path / "pictures"
-    write_picture(folder / "me_10_20_30_40.png")
-    write_picture(folder / "you_10_20_30_40.png").with_suffix(".txt").write_text("own")
+    write_image(folder / "me_10_20_30_40.png")
+    write_image(folder / "you_10_20_30_40.png").with_suffix(".txt").write_text("own")
     (folder / "me.txt").write_text("shared")
     (folder / "you.txt").write_text("not this")
-    assert [picture.caption for picture in scan(tmp_path, FOLDER).pictures] == ["shared", "own"]
+    assert [image.caption for image in scan(tmp_path, FOLDER).images] == ["shared", "own"]
 
 
 def test_captions_in_another_encoding_are_named(tmp_path):
-    write_picture(tmp_path / "pictures/a.png").with_suffix(".txt").write_bytes("grün".encode("latin-1"))
+    write_image(tmp_path / "pictures/a.png").with_suffix(".txt").write_bytes("grün".encode("latin-1"))
     with pytest.raises(ValueError, match=r"a\.txt is not UTF-8"):
         scan(tmp_path, FOLDER)
 
 
-def test_pictures_that_cannot_be_read_are_left_out_and_named(tmp_path):
+def test_images_that_cannot_be_read_are_left_out_and_named(tmp_path):
     folder = write_folder(tmp_path / "pictures", 1)
     (folder / "empty.png").write_bytes(b"")
-    (folder / "text.png").write_text("this is no picture")
+    (folder / "text.png").write_text("this is no image")
     (folder / "cut.png").write_bytes((folder / "p0.png").read_bytes()[:20])
     found = scan(tmp_path, FOLDER)
     reasons = {os.path.basename(path): reason for path, reason in found.dropped}
@@ -103,7 +103,7 @@ def test_pictures_that_cannot_be_read_are_left_out_and_named(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_sizes_are_those_of_the_upright_picture(tmp_path, orientation):
+def test_sizes_are_those_of_the_upright_image(tmp_path, orientation):
     image = Image.new("RGB", (30, 20))
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -112,7 +112,7 @@ def test_sizes_are_those_of_the_upright_picture(tmp_path, orientation):
         assert read_size(str(tmp_path / name)) == ((30, 20) if orientation < 5 else (20, 30))
 
 
-def test_tags_of_a_picture_that_are_damaged_do_not_lose_it(tmp_path):
+def test_tags_of_an_image_that_are_damaged_do_not_lose_it(tmp_path):
     Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=b"Exif\x00\x00II*\x00" + struct.pack("<I", 9999))
     assert read_size(str(tmp_path / "a.jpg")) == (30, 20)
 
@@ -133,7 +133,7 @@ def test_a_folder_named_in_two_datasets_counts_twice(tmp_path):
     assert plan_of(write_config(tmp_path / "data.toml", one + one + "num_repeats = 3\n")).num_train_images == 8
 
 
-def test_a_subset_without_pictures_is_an_error_and_none_at_all_is_no_data(tmp_path):
+def test_a_subset_without_images_is_an_error_and_none_at_all_is_no_data(tmp_path):
     write_folder(tmp_path / "pictures", 1)
     (tmp_path / "nothing").mkdir()
     empty = '[[datasets.subsets]]\nimage_dir = "{here}/nothing"\n'
@@ -161,31 +161,31 @@ def test_the_folder_cache_has_the_layout_of_sd_scripts_and_is_used(tmp_path, mon
     }
     reader = "library.data.sources.folders.reading.read_size"
     monkeypatch.setattr(reader, lambda path: pytest.fail(f"{path} was opened"))
-    assert scan(tmp_path, FOLDER + "cache_info = true").pictures == first.pictures
+    assert scan(tmp_path, FOLDER + "cache_info = true").images == first.images
 
 
 def test_what_changed_since_the_folder_cache_was_written_is_read_again(tmp_path):
     folder = write_folder(tmp_path / "pictures", 3, caption="x")
     scan(tmp_path, FOLDER + "cache_info = true")
     (folder / "p0.txt").write_text("edited")
-    write_picture(folder / "p1.png", (80, 40))
+    write_image(folder / "p1.png", (80, 40))
     (folder / "p2.png").unlink()
-    write_picture(folder / "p9.png")
+    write_image(folder / "p9.png")
     found = scan(tmp_path, FOLDER + 'cache_info = true\nclass_tokens = "c"')
-    assert [(p.caption, p.size) for p in found.pictures] == [("edited", (64, 64)), ("x 1", (80, 40)), ("c", (64, 64))]
+    assert [(p.caption, p.size) for p in found.images] == [("edited", (64, 64)), ("x 1", (80, 40)), ("c", (64, 64))]
 
 
 def test_an_entry_without_our_note_is_not_trusted(tmp_path):
     folder = write_folder(tmp_path / "pictures", 1, caption="x")
     path = f"{tmp_path.as_posix()}/pictures/p0.png"
     (folder / "metadata_cache.json").write_text(json.dumps({path: {"caption": "old", "resolution": [1, 1]}}))
-    assert scan(tmp_path, FOLDER + "cache_info = true").pictures[0].size == (64, 64)
+    assert scan(tmp_path, FOLDER + "cache_info = true").images[0].size == (64, 64)
 
 
 def test_a_damaged_folder_cache_is_made_again(tmp_path, caplog):
     folder = write_folder(tmp_path / "pictures", 1, caption="x")
     (folder / "metadata_cache.json").write_text("{cut")
-    assert len(scan(tmp_path, FOLDER + "cache_info = true").pictures) == 1
+    assert len(scan(tmp_path, FOLDER + "cache_info = true").images) == 1
     assert "is rebuilt" in caplog.text
     assert json.loads((folder / "metadata_cache.json").read_text())
 
@@ -204,13 +204,13 @@ def test_metadata_keys_are_paths_with_or_without_ending(tmp_path):
     keys = [str(folder / "p0.png"), "p1.png", "p2"]
     write_metadata(tmp_path, {key: {"caption": f"c{i}", "image_size": [9, 9]} for i, key in enumerate(keys)})
     found = scan(tmp_path, METADATA)
-    assert [(os.path.basename(p.key), p.caption, p.size) for p in found.pictures] == [
+    assert [(os.path.basename(p.key), p.caption, p.size) for p in found.images] == [
         (f"p{i}.png", f"c{i}", (48, 32)) for i in range(3)
     ]
 
 
 def test_a_stem_does_not_match_the_beginning_of_another_name(tmp_path):
-    write_picture(tmp_path / "pictures/cat10.png")
+    write_image(tmp_path / "pictures/cat10.png")
     write_metadata(tmp_path, {"cat1": {"caption": "x"}, "cat10": {"caption": "y"}})
     found = scan(tmp_path, METADATA)
     assert names(found) == ["cat10.png"] and [path for path, _ in found.dropped] == ["cat1"]
@@ -227,10 +227,10 @@ def test_a_stem_does_not_match_the_beginning_of_another_name(tmp_path):
     ],
 )
 def test_caption_and_tags_are_combined(tmp_path, entry, plain, wildcard):
-    write_picture(tmp_path / "pictures/p.png")
+    write_image(tmp_path / "pictures/p.png")
     write_metadata(tmp_path, {"p": entry})
-    assert scan(tmp_path, METADATA).pictures[0].caption == plain
-    assert scan(tmp_path, METADATA + "enable_wildcard = true").pictures[0].caption == wildcard
+    assert scan(tmp_path, METADATA).images[0].caption == plain
+    assert scan(tmp_path, METADATA + "enable_wildcard = true").images[0].caption == wildcard
 
 
 def test_json_lines(tmp_path):
@@ -241,15 +241,15 @@ def test_json_lines(tmp_path):
     ]
     (tmp_path / "meta.jsonl").write_text("\n\n".join(json.dumps(line) for line in lines))
     found = scan(tmp_path, METADATA.replace(".json", ".jsonl"))
-    assert [picture.caption for picture in found.pictures] == ["x", "y,z"]
+    assert [image.caption for image in found.images] == ["x", "y,z"]
 
 
 def test_metadata_keys_can_be_paths_as_they_were_typed_below_the_working_folder(tmp_path, monkeypatch):
-    write_picture(tmp_path / "pictures" / "mine" / "a.png", (64, 64))
+    write_image(tmp_path / "pictures" / "mine" / "a.png", (64, 64))
     (tmp_path / "meta.json").write_text(json.dumps({"pictures/mine/a.png": {"caption": "a cat"}}))
     monkeypatch.chdir(tmp_path)
-    (picture,) = scan(tmp_path, METADATA).pictures
-    assert (picture.key, picture.caption) == ("pictures/mine/a.png", "a cat")
+    (image,) = scan(tmp_path, METADATA).images
+    assert (image.key, image.caption) == ("pictures/mine/a.png", "a cat")
 
 
 @pytest.mark.parametrize(
@@ -284,17 +284,17 @@ MASKED = FOLDER + 'conditioning_data_dir = "{here}/masks"\n'
 def test_masks_are_found_by_stem(tmp_path):
     write_folder(tmp_path / "pictures", 2)
     for i in range(2):
-        write_picture(tmp_path / f"masks/p{i}.jpg")
+        write_image(tmp_path / f"masks/p{i}.jpg")
     found = scan(tmp_path, MASKED, arguments="--masked_loss")
-    assert [os.path.basename(picture.mask_path or "") for picture in found.pictures] == ["p0.jpg", "p1.jpg"]
+    assert [os.path.basename(image.mask_path or "") for image in found.images] == ["p0.jpg", "p1.jpg"]
 
 
 def test_missing_and_surplus_masks_are_named(tmp_path):
     write_folder(tmp_path / "pictures", 2)
-    write_picture(tmp_path / "masks/p0.png")
+    write_image(tmp_path / "masks/p0.png")
     with pytest.raises(ValueError, match=r"1 images have no mask.*p1\.png"):
         scan(tmp_path, MASKED, arguments="--masked_loss")
-    write_picture(tmp_path / "masks/p1.png")
-    write_picture(tmp_path / "masks/other.png")
+    write_image(tmp_path / "masks/p1.png")
+    write_image(tmp_path / "masks/other.png")
     with pytest.raises(ValueError, match=r"1 masks .* belong to no image.*other\.png"):
         scan(tmp_path, MASKED, arguments="--masked_loss")

@@ -231,7 +231,7 @@ def test_regularisation_folders(tmp_path):
     assert [(subset.base_name, subset.is_reg) for subset in dataset.subsets] == [("1_a", False), ("4_cat", True)]
 
 
-def test_pictures_that_lie_in_the_parent_itself_are_counted(tmp_path):
+def test_images_that_lie_in_the_parent_itself_are_counted(tmp_path):
     for name in ("a.png", "b.JPG", "c.txt"):
         (tmp_path / name).touch()
     with pytest.raises(NoDataFound, match="it directly contains 2 images, move them into such a folder"):
@@ -252,13 +252,13 @@ def test_a_regularisation_folder_that_is_not_there_is_an_error(tmp_path):
 
 
 def test_in_json_makes_one_subset(tmp_path):
-    options = options_of("--resolution 64 --in_json m.json --train_data_dir pictures --dataset_repeats 2")
+    options = options_of("--resolution 64 --in_json m.json --train_data_dir images --dataset_repeats 2")
     (dataset,) = load_dataset_config(options).datasets
     (subset,) = dataset.subsets
     assert (dataset.style, subset.metadata_file, subset.image_dir, subset.num_repeats) == (
         "metadata",
         "m.json",
-        "pictures",
+        "images",
         2,
     )
 
@@ -269,7 +269,7 @@ def test_conditioning_data_dir_on_the_command_line_gives_masks():
     assert (dataset.style, dataset.subsets[0].conditioning_data_dir) == ("masked", "m")
 
 
-def test_batches_of_an_own_class_are_no_pictures():
+def test_batches_of_an_own_class_are_no_images():
     with pytest.raises(ValueError, match=r"--dataset_class my.Set makes batches during training"):
         load_dataset_config(options_of("--dataset_class my.Set"))
 

@@ -28,7 +28,7 @@ from tests.unit.data.builders import (
     plan_of,
     validation_of,
     write_config,
-    write_picture,
+    write_image,
 )
 from tests.unit.data.shard_builders import (
     DATASET,
@@ -43,18 +43,16 @@ RANDOM = "shuffle_caption = true\nflip_aug = true\nrandom_crop = true\ncolor_aug
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Eleven pictures of three shapes, one of them turned by its tags, with captions of two lines."""
+def images(tmp_path: Path) -> Path:
+    """Eleven images of three shapes, one of them turned by its tags, with captions of two lines."""
     folder = tmp_path / "pictures"
     for i in range(11):
-        path = write_picture(
-            folder / f"p{i:02}.{'jpg' if i % 3 else 'png'}", [(64, 64), (100, 64), (64, 100)][i % 3], i
-        )
+        path = write_image(folder / f"p{i:02}.{'jpg' if i % 3 else 'png'}", [(64, 64), (100, 64), (64, 100)][i % 3], i)
         path.with_suffix(".txt").write_text(f"a cat, number {i}, sitting\nsecond line {i}", encoding="utf-8")
     return folder
 
 
-def rows_of(pictures_column: list[bytes], folder: Path) -> dict[str, list[object]]:
+def rows_of(images_column: list[bytes], folder: Path) -> dict[str, list[object]]:
     files = sorted(path for path in folder.iterdir() if path.suffix != ".txt")
     return {
         "image": [{"bytes": file.read_bytes(), "path": file.name} for file in files],
@@ -63,7 +61,7 @@ def rows_of(pictures_column: list[bytes], folder: Path) -> dict[str, list[object
 
 
 def subset_of(kind: str, folder: Path, here: Path) -> str:
-    """The same pictures as a source of this kind, in folders beside."""
+    """The same images as a source of this kind, in folders beside."""
     if kind == "folder":
         return f'image_dir = "{folder.as_posix()}"\ncaption_extension = ".txt"\n'
     if kind.startswith("tar"):
@@ -86,28 +84,28 @@ KINDS = ["tar txt", "tar json", "parquet table", "parquet plain"]
 
 
 def without_names(plan) -> list[object]:
-    """Everything of two epochs but what pictures are called."""
+    """Everything of two epochs but what images are called."""
     found = [content_of(batch)[1:] for epoch in (1, 2) for batch in batches_of(plan, epoch)]
     return found
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("wildcards", [False, True])
-def test_they_train_as_the_folder_does(kind: str, wildcards: bool, pictures: Path, tmp_path: Path) -> None:
+def test_they_train_as_the_folder_does(kind: str, wildcards: bool, images: Path, tmp_path: Path) -> None:
     settings = f"{RANDOM}num_repeats = 2\nenable_wildcard = {str(wildcards).lower()}\n"
-    plain = open_subset(tmp_path, subset_of("folder", pictures, tmp_path) + settings)
-    found = open_subset(tmp_path, subset_of(kind, pictures, tmp_path) + settings)
+    plain = open_subset(tmp_path, subset_of("folder", images, tmp_path) + settings)
+    found = open_subset(tmp_path, subset_of(kind, images, tmp_path) + settings)
     assert len(found.samples) == 11
     assert without_names(found) == without_names(plain)
     assert found.num_batches == plain.num_batches
 
 
 @pytest.mark.parametrize("kind", ["tar txt", "parquet table"])
-def test_they_are_split_as_the_folder_is(kind: str, pictures: Path, tmp_path: Path) -> None:
+def test_they_are_split_as_the_folder_is(kind: str, images: Path, tmp_path: Path) -> None:
     settings = "validation_split = 0.3\nvalidation_seed = 7\n"
     aside = []
     for source in ("folder", kind):
-        found = open_subset(tmp_path, subset_of(source, pictures, tmp_path) + settings)
+        found = open_subset(tmp_path, subset_of(source, images, tmp_path) + settings)
         validation = validation_of(found)
         names = [validation.names(place) for place in range(validation.num_batches)]
         captions = [batch.captions for batch in validation.batches(range(validation.num_batches), 0)]
@@ -125,10 +123,10 @@ def latents_of(found, folder: Path | None, **options: object) -> tuple[list[obje
 @pytest.mark.parametrize("kind", ["tar txt", "parquet table"])
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_their_latents_are_those_of_the_folder_and_are_found_again(
-    kind: str, elsewhere: bool, pictures: Path, tmp_path: Path
+    kind: str, elsewhere: bool, images: Path, tmp_path: Path
 ) -> None:
-    expected, _ = latents_of(open_subset(tmp_path, subset_of("folder", pictures, tmp_path)), None)
-    subset = subset_of(kind, pictures, tmp_path)
+    expected, _ = latents_of(open_subset(tmp_path, subset_of("folder", images, tmp_path)), None)
+    subset = subset_of(kind, images, tmp_path)
     place = {"cache_dir": str(tmp_path / "caches")} if elsewhere else {}
     first, num_first = latents_of(open_subset(tmp_path, subset, *sum(place.items(), ())), tmp_path)
     again, num_again = latents_of(open_subset(tmp_path, subset, *sum(place.items(), ())), tmp_path)
@@ -138,20 +136,20 @@ def test_their_latents_are_those_of_the_folder_and_are_found_again(
     assert files == {"caches" if elsewhere else beside}
 
 
-def test_a_picture_that_was_replaced_in_a_shard_is_encoded_again_alone(pictures: Path, tmp_path: Path) -> None:
-    subset = subset_of("tar txt", pictures, tmp_path)
+def test_an_image_that_was_replaced_in_a_shard_is_encoded_again_alone(images: Path, tmp_path: Path) -> None:
+    subset = subset_of("tar txt", images, tmp_path)
     latents_of(open_subset(tmp_path, subset), tmp_path)
-    write_picture(pictures / "p03.png", (64, 64), seed=99)
-    shards_of(pictures, tmp_path / "shards", 3)
+    write_image(images / "p03.png", (64, 64), seed=99)
+    shards_of(images, tmp_path / "shards", 3)
     assert latents_of(open_subset(tmp_path, subset), tmp_path)[1] == 1
 
 
-def test_no_more_is_read_than_headers_and_ends_and_then_each_picture_alone(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_no_more_is_read_than_headers_and_ends_and_then_each_image_alone(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for i in range(6):
-        write_picture(pictures / f"large{i}.png", (300, 200), seed=50 + i)  # 180 KB each
-    subset = subset_of("tar txt", pictures, tmp_path)
+        write_image(images / f"large{i}.png", (300, 200), seed=50 + i)  # 180 KB each
+    subset = subset_of("tar txt", images, tmp_path)
     counted = CountedReads(monkeypatch)
     found = open_subset(tmp_path, subset)
     num_members = 17 + 11
@@ -159,50 +157,50 @@ def test_no_more_is_read_than_headers_and_ends_and_then_each_picture_alone(
     assert max(count for _, _, count in counted.reads) == 5120
     counted.reads.clear()
     assert len(open_subset(tmp_path, subset).samples) == 17 and counted.reads == []  # all of it is in the index
-    sample = next(sample for sample in found.samples if sample.picture.key.endswith("large3.png"))
-    content = found.storage.content(sample.picture)
-    assert content == (pictures / "large3.png").read_bytes()
+    sample = next(sample for sample in found.samples if sample.image.key.endswith("large3.png"))
+    content = found.storage.content(sample.image)
+    assert content == (images / "large3.png").read_bytes()
     assert counted.num_bytes == len(content) and len(counted.reads) == 1
 
 
-def test_of_a_parquet_file_no_more_than_a_group_of_rows_is_read_for_a_picture(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_of_a_parquet_file_no_more_than_a_group_of_rows_is_read_for_an_image(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for path in sorted(pictures.glob("p*.png")) + sorted(pictures.glob("p*.jpg")):
-        write_picture(path, (300, 200), seed=len(path.name))
-    found = open_subset(tmp_path, subset_of("parquet table", pictures, tmp_path))
+    for path in sorted(images.glob("p*.png")) + sorted(images.glob("p*.jpg")):
+        write_image(path, (300, 200), seed=len(path.name))
+    found = open_subset(tmp_path, subset_of("parquet table", images, tmp_path))
     sizes = [(tmp_path / "rows" / f"{i}.parquet").stat().st_size for i in range(2)]
     counted = CountedReads(monkeypatch)
-    place = found.samples[7].picture.place
-    assert place is not None and found.storage.read(place) == sorted(pictures.glob("p07.*"))[0].read_bytes()
+    place = found.samples[7].image.place
+    assert place is not None and found.storage.read(place) == sorted(images.glob("p07.*"))[0].read_bytes()
     assert counted.num_bytes < 0.7 * sizes[1] + (1 << 16), "the end of the file and the first of its two groups"
     counted.reads.clear()
-    assert found.storage.read(found.samples[8].picture.place) and counted.reads == []  # of the same group
+    assert found.storage.read(found.samples[8].image.place) and counted.reads == []  # of the same group
 
 
 def test_no_more_groups_of_rows_stay_in_memory_than_a_size_allows(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for i in range(5):
-        write_parquet(tmp_path / "rows" / f"{i}.parquet", rows_of([], pictures), group=4)
+        write_parquet(tmp_path / "rows" / f"{i}.parquet", rows_of([], images), group=4)
     monkeypatch.setattr(storage, "MOST_OPEN", 3)
     found = open_subset(tmp_path, 'parquet = "{here}/rows/*.parquet"\n')
     opened = found.storage.opened
     groups = found.storage.shared(KeptGroups)
     groups.max_bytes = 150_000
-    files = sorted(path for path in pictures.iterdir() if path.suffix != ".txt")
+    files = sorted(path for path in images.iterdir() if path.suffix != ".txt")
     for number in [0, 54, 20, 13, 40, 1, 54]:
-        place = found.samples[number].picture.place
+        place = found.samples[number].image.place
         assert place is not None and found.storage.read(place) == files[number % 11].read_bytes()
         assert groups.num_bytes <= 150_000 and len(opened.files) <= 3
     assert groups.num_bytes > 50_000
 
 
 def test_large_groups_of_rows_are_told_with_a_way_out(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(parquet, "MOST_GROUP_BYTES", 20_000)
-    columns = rows_of([], pictures)
+    columns = rows_of([], images)
     write_parquet(tmp_path / "rows" / "0.parquet", columns, group=2)
     open_subset(tmp_path, 'parquet = "{here}/rows/*.parquet"\n')
     assert "make_shards" not in caplog.text
@@ -212,9 +210,9 @@ def test_large_groups_of_rows_are_told_with_a_way_out(
 
 
 def test_of_several_processes_one_makes_the_index(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    subset = subset_of("tar txt", pictures, tmp_path)
+    subset = subset_of("tar txt", images, tmp_path)
     options = write_config(tmp_path / "data.toml", DATASET + subset)
     made: list[str] = []
     plain = shards.rows_of_tar
@@ -230,8 +228,8 @@ def test_of_several_processes_one_makes_the_index(
     assert found == [11] * 3 and sorted(made) == ["0000.tar", "0001.tar", "0002.tar"]
 
 
-def test_every_sample_names_its_shard_and_its_member(pictures: Path, tmp_path: Path) -> None:
-    keys = [sample.picture.key for sample in open_subset(tmp_path, subset_of("tar txt", pictures, tmp_path)).samples]
+def test_every_sample_names_its_shard_and_its_member(images: Path, tmp_path: Path) -> None:
+    keys = [sample.image.key for sample in open_subset(tmp_path, subset_of("tar txt", images, tmp_path)).samples]
     assert keys[0] == f"{tmp_path.as_posix()}/shards/0000.tar/p00.png"
     assert keys[-1] == f"{tmp_path.as_posix()}/shards/0002.tar/p10.jpg"
 
@@ -244,24 +242,24 @@ def index_files(folder: Path) -> list[Path]:
 
 
 def test_only_shards_that_changed_are_indexed_again(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    subset = subset_of("tar txt", pictures, tmp_path)
+    subset = subset_of("tar txt", images, tmp_path)
     open_subset(tmp_path, subset)
-    (pictures / "p05.txt").write_text("another caption")
-    again = shards_of(pictures, tmp_path / "again", 3)
+    (images / "p05.txt").write_text("another caption")
+    again = shards_of(images, tmp_path / "again", 3)
     shutil.copy(again[1], tmp_path / "shards" / "0001.tar")
     counted = CountedReads(monkeypatch)
     found = open_subset(tmp_path, subset)
     assert {name for name, _, _ in counted.reads} == {"0001.tar"}
-    assert found.samples[5].picture.caption == "another caption" and len(found.samples) == 11
+    assert found.samples[5].image.caption == "another caption" and len(found.samples) == 11
     assert len(index_files(tmp_path / "shards")) == 1
 
 
 def test_an_interrupted_index_goes_on_where_it_was(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    subset = subset_of("tar txt", pictures, tmp_path)
+    subset = subset_of("tar txt", images, tmp_path)
     whole = (tmp_path / "shards" / "0001.tar").read_bytes()
     (tmp_path / "shards" / "0001.tar").write_bytes(whole[:4000])
     with pytest.raises(UserError, match=r"0001\.tar is truncated.*copy it again"):
@@ -274,25 +272,25 @@ def test_an_interrupted_index_goes_on_where_it_was(
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1 nothing PAR1", b"\0" * 300], ids=["empty", "marks", "zeros"])
-def test_a_damaged_index_is_made_again(content: bytes, pictures: Path, tmp_path: Path) -> None:
-    subset = subset_of("tar txt", pictures, tmp_path)
+def test_a_damaged_index_is_made_again(content: bytes, images: Path, tmp_path: Path) -> None:
+    subset = subset_of("tar txt", images, tmp_path)
     expected = list(open_subset(tmp_path, subset).samples)
     (index,) = index_files(tmp_path / "shards")
     index.write_bytes(content)
     assert list(open_subset(tmp_path, subset).samples) == expected
 
 
-def test_nothing_is_written_where_nothing_is_to_be_written(pictures: Path, tmp_path: Path) -> None:
-    options = write_config(tmp_path / "data.toml", DATASET + subset_of("tar txt", pictures, tmp_path))
+def test_nothing_is_written_where_nothing_is_to_be_written(images: Path, tmp_path: Path) -> None:
+    options = write_config(tmp_path / "data.toml", DATASET + subset_of("tar txt", images, tmp_path))
     assert len(plan_of(options.with_values({"dry_run": True})).samples) == 11
     assert index_files(tmp_path / "shards") == []
 
 
 def test_where_the_index_cannot_be_written_it_stays_in_memory(
-    pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "a file").write_text("no folder")
-    found = open_subset(tmp_path, subset_of("tar txt", pictures, tmp_path), "cache_dir", str(tmp_path / "a file"))
+    found = open_subset(tmp_path, subset_of("tar txt", images, tmp_path), "cache_dir", str(tmp_path / "a file"))
     assert len(found.samples) == 11 and "cannot be written, so every start rebuilds it" in caplog.text
 
 
@@ -315,21 +313,21 @@ def test_one_process_at_a_time_makes_an_index(tmp_path: Path) -> None:
 
 
 def test_a_file_system_without_locks_keeps_the_index_in_memory(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def acquire(lock: object, **_: object) -> None:
         raise NotImplementedError("FileSystem does not appear to support flock")
 
     monkeypatch.setattr("filelock.FileLock.acquire", acquire)
     monkeypatch.setattr("filelock.FileLock.__enter__", acquire)
-    found = open_subset(tmp_path, subset_of("tar txt", pictures, tmp_path))
+    found = open_subset(tmp_path, subset_of("tar txt", images, tmp_path))
     assert len(found.samples) == 11 and "every start rebuilds it (FileSystem does not appear" in caplog.text
 
 
 def test_a_full_disk_is_told_and_what_is_done_stays(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    subset = subset_of("tar txt", pictures, tmp_path)
+    subset = subset_of("tar txt", images, tmp_path)
     plain = parquet_index.atomic_path
 
     def full(path: Path) -> object:
@@ -359,12 +357,12 @@ def png(size: tuple[int, int] = (64, 64), seed: int = 0) -> bytes:
     return target.getvalue()
 
 
-def test_pictures_that_cannot_be_used_are_left_out_and_named(tmp_path: Path) -> None:
+def test_images_that_cannot_be_used_are_left_out_and_named(tmp_path: Path) -> None:
     members = [
         ("a.png", png()),
         ("a.txt", b"one"),
         ("a.jpg", png(seed=1)),
-        ("b.png", b"no picture"),
+        ("b.png", b"no image"),
         ("b.txt", b"two"),
         ("empty.png", b""),
         ("c.png", png(seed=2)),
@@ -375,7 +373,7 @@ def test_pictures_that_cannot_be_used_are_left_out_and_named(tmp_path: Path) -> 
     write_tar(tmp_path / "x.tar", members)
     found = open_subset(tmp_path, 'shards = "{here}/x.tar"\nclass_tokens = "thing"\n')
     (subset,) = found.datasets[0].subsets
-    assert [(p.key.rpartition("/")[2], p.caption) for p in subset.pictures] == [
+    assert [(p.key.rpartition("/")[2], p.caption) for p in subset.images] == [
         ("a.png", "one"),
         ("c.png", "thing"),
         ("e.png", ""),
@@ -435,18 +433,18 @@ def test_sources_that_cannot_be_read_say_why(subset: str, message: str, tmp_path
         open_subset(tmp_path, subset)
 
 
-def test_a_shard_that_shrank_since_the_start_is_named(pictures: Path, tmp_path: Path) -> None:
-    found = open_subset(tmp_path, subset_of("tar txt", pictures, tmp_path))
+def test_a_shard_that_shrank_since_the_start_is_named(images: Path, tmp_path: Path) -> None:
+    found = open_subset(tmp_path, subset_of("tar txt", images, tmp_path))
     (tmp_path / "shards" / "0000.tar").write_bytes(b"\0" * 2000)
     with pytest.raises(UserError, match=r"0000\.tar ends at byte \d+, .*since it was indexed"):
         batches_of(found)
 
 
-def test_options_without_effect_are_told(pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    open_subset(tmp_path, subset_of("folder", pictures, tmp_path), "cache_dir", str(tmp_path / "caches"))
+def test_options_without_effect_are_told(images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    open_subset(tmp_path, subset_of("folder", images, tmp_path), "cache_dir", str(tmp_path / "caches"))
     assert "--cache_dir has no effect" in caplog.text
     caplog.clear()
-    shards = subset_of("tar txt", pictures, tmp_path)
+    shards = subset_of("tar txt", images, tmp_path)
     open_subset(tmp_path, shards, "cache_dir", str(tmp_path / "caches"), "cache_info", True)
     assert "--cache_dir" not in caplog.text and "cache_info has no effect on" in caplog.text
 
@@ -510,9 +508,9 @@ def test_braces_are_those_of_webdataset(pattern: str, found: list[str]) -> None:
     assert expanded(pattern) == found
 
 
-def test_identity_of_a_folder_is_what_it_was_before_there_were_other_sources(pictures: Path, tmp_path: Path) -> None:
+def test_identity_of_a_folder_is_what_it_was_before_there_were_other_sources(images: Path, tmp_path: Path) -> None:
     """Written down at commit a16282a: a state of then must not say that its data changed."""
-    found = open_subset(tmp_path, subset_of("folder", pictures, tmp_path))
+    found = open_subset(tmp_path, subset_of("folder", images, tmp_path))
     assert found.identity == {
         "num_pictures": 11,
         "num_batches": 6,

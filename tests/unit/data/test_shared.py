@@ -23,14 +23,14 @@ from tests.unit.data.test_columns import made_up
 
 
 def maker_for(count: int) -> BatchMaker:
-    """A maker for pictures that are nowhere."""
+    """A maker for images that are nowhere."""
     shapes = (Shape((64, 64), (64, 64)),)
     samples = Samples((made_up(count, 3),), (0,), shapes, np.zeros(count, np.int32), np.ones(count, np.int32))
     order = np.random.default_rng(4).permutation(count).astype(np.int32)
     return BatchMaker(1, samples, order, (), 1.0, 10, CacheFiles(), frozenset())
 
 
-def test_what_is_pickled_for_a_worker_does_not_grow_with_the_pictures() -> None:
+def test_what_is_pickled_for_a_worker_does_not_grow_with_the_images() -> None:
     few, many = (len(ForkingPickler.dumps(SharedMaker.of(maker_for(count)))) for count in (200, 20_000))
     assert many - few < 100 and many < 5_000
     assert len(ForkingPickler.dumps(maker_for(20_000))) > 1_000_000  # what it is without
@@ -43,14 +43,14 @@ def test_what_arrives_is_the_same_and_lies_in_the_shared_columns() -> None:
     arrived = pickle.loads(ForkingPickler.dumps(shared))
     assert list(arrived.maker.samples) == list(maker.samples)
     assert np.array_equal(arrived.maker.sample_of_draw, maker.sample_of_draw)
-    columns, pictures = arrived.columns.numpy(), arrived.maker.samples.subsets[0]
-    for array in (arrived.maker.sample_of_draw, pictures.names.content, pictures.captions.ends, pictures.sizes_N2):
+    columns, images = arrived.columns.numpy(), arrived.maker.samples.subsets[0]
+    for array in (arrived.maker.sample_of_draw, images.names.content, images.captions.ends, images.sizes_N2):
         assert np.shares_memory(array, columns)
     shared.columns.zero_()
     assert not arrived.maker.sample_of_draw.any()
 
 
-def test_a_plan_without_pictures_travels_too() -> None:
+def test_a_plan_without_images_travels_too() -> None:
     assert len(pickle.loads(ForkingPickler.dumps(SharedMaker.of(maker_for(0)))).maker.samples) == 0
 
 

@@ -1,4 +1,4 @@
-"""skip_image_resolution: pictures whose own area is not larger are neither trained, cached nor counted."""
+"""skip_image_resolution: images whose own area is not larger are neither trained, cached nor counted."""
 
 import logging
 import os
@@ -10,7 +10,7 @@ from library.data.description.schema import NoDataFound
 from library.data.plan.data_plan import DataPlan
 from library.errors import UserError
 from library.options.train import TrainOptions
-from tests.unit.data.builders import options_of, plan_of, write_config, write_picture
+from tests.unit.data.builders import options_of, plan_of, write_config, write_image
 
 SIZES = {"a": (64, 64), "b": (128, 32), "c": (65, 64), "d": (96, 128), "e": (300, 20)}  # area of b: that of a
 SUBSET = "[[datasets.subsets]]\nimage_dir = '{here}/2_cat'\ncaption_extension = '.txt'\n"
@@ -19,15 +19,15 @@ SUBSET = "[[datasets.subsets]]\nimage_dir = '{here}/2_cat'\ncaption_extension = 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for seed, (name, size) in enumerate(SIZES.items(), 40):
-        path = write_picture(tmp_path / "2_cat" / f"{name}.png", size, seed)
+        path = write_image(tmp_path / "2_cat" / f"{name}.png", size, seed)
         if name in "cde":  # of those that are left out captions are missing
             path.with_suffix(".txt").write_text(f"{name} tag", encoding="utf-8")
     return tmp_path
 
 
 def trained(found: DataPlan) -> list[tuple[int, str]]:
-    """Number of the dataset and name of each picture."""
-    return [(sample.dataset, os.path.basename(sample.picture.key)[0]) for sample in found.samples]
+    """Number of the dataset and name of each image."""
+    return [(sample.dataset, os.path.basename(sample.image.key)[0]) for sample in found.samples]
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def trained(found: DataPlan) -> list[tuple[int, str]]:
         ("--skip_image_resolution 0", "abcde"),
     ],
 )
-def test_the_flag_goes_by_the_area_of_the_picture_itself(folder: Path, words: str, kept: str) -> None:
+def test_the_flag_goes_by_the_area_of_the_image_itself(folder: Path, words: str, kept: str) -> None:
     options = options_of(f"--resolution 64 --caption_extension .txt {words} --train_data_dir", str(folder))
     found = plan_of(options)
     assert trained(found) == [(0, name) for name in kept]

@@ -1,4 +1,4 @@
-"""What is trained and what is set aside: never the same picture."""
+"""What is trained and what is set aside: never the same image."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ from tests.unit.data.builders import (
     validation_of,
     write_config,
     write_folder,
-    write_picture,
+    write_image,
 )
 
 
@@ -33,11 +33,11 @@ def trained(plan: DataPlan) -> set[str]:
 
 
 def set_aside(plan: DataPlan) -> list[str]:
-    pictures = validation_of(plan)
-    return [key for batch in pictures.batches(pictures.places_of(None), 0) for key in batch.keys]
+    images = validation_of(plan)
+    return [key for batch in images.batches(images.places_of(None), 0) for key in batch.keys]
 
 
-# Which pictures
+# Which images
 
 
 WISHES = st.lists(
@@ -54,7 +54,7 @@ WISHES = st.lists(
 
 @settings(max_examples=300, deadline=None)
 @given(WISHES, st.sets(st.sampled_from("abcdefghijklmnop"), max_size=3))
-def test_whatever_is_asked_for_no_picture_is_on_both_sides(wishes, always_trained):
+def test_whatever_is_asked_for_no_image_is_on_both_sides(wishes, always_trained):
     aside = choose(wishes, always_trained)
     assert not aside & always_trained
     assert aside <= {identity for wish in wishes for identity in wish.identities}
@@ -65,14 +65,14 @@ def test_whatever_is_asked_for_no_picture_is_on_both_sides(wishes, always_traine
 
 
 @given(st.integers(2, 60), st.floats(0.01, 0.99), st.integers(-5, 2**64))
-def test_a_subset_by_itself_gets_its_share_to_the_nearest_picture(count, share, seed):
+def test_a_subset_by_itself_gets_its_share_to_the_nearest_image(count, share, seed):
     identities = [f"picture {i}" for i in range(count)]
     aside = choose([SplitSpec(identities, share, seed)], set())
     assert len(aside) == min(round(count * share), count - 1)
     assert choose([SplitSpec(identities[::-1], share, seed)], set()) == aside  # order does not matter
 
 
-def test_seeds_choose_differently_and_every_picture_alike():
+def test_seeds_choose_differently_and_every_image_alike():
     identities = [str(i) for i in range(20)]
     chosen = [frozenset(choose([SplitSpec(identities, 0.25, seed)], set())) for seed in range(400)]
     assert len(set(chosen)) > 350
@@ -87,7 +87,7 @@ def test_what_is_set_aside_stays_when_the_share_grows():
     assert small < large
 
 
-def test_subsets_with_other_seeds_agree_about_pictures_they_share():
+def test_subsets_with_other_seeds_agree_about_images_they_share():
     shared = [str(i) for i in range(10)]
     aside = choose([SplitSpec(shared, 0.3, 1), SplitSpec(shared, 0.3, 2)], set())
     assert len(aside) == 3
@@ -101,7 +101,7 @@ def test_both_sides_of_a_folder_make_the_whole(tmp_path):
     arguments = ["--train_data_dir", str(tmp_path), "--caption_extension", ".txt", "--validation_split", "0.3"]
     plan = plan_of(options_of("--resolution 64 --train_batch_size 2", *arguments))
     aside = set_aside(plan)
-    assert len(aside) == 3 == validation_of(plan).num_pictures  # repeats do not count
+    assert len(aside) == 3 == validation_of(plan).num_images  # repeats do not count
     assert plan.num_train_images == 7 * 3 == len(batches_of(plan)) * 2 - 1
     assert trained(plan) | names(aside) == {f"3_a/p{i}.png" for i in range(10)}
     assert not trained(plan) & names(aside)
@@ -145,7 +145,7 @@ validation_seed = 1
 
 @pytest.fixture
 def copies(tmp_path: Path) -> DataPlan:
-    """Three folders with the same ten pictures under other names; two of them also serve regularisation."""
+    """Three folders with the same ten images under other names; two of them also serve regularisation."""
     write_folder(tmp_path / "a", 10)
     for folder in ("b", "c"):
         (tmp_path / folder).mkdir()
@@ -159,8 +159,8 @@ def copies(tmp_path: Path) -> DataPlan:
 
 
 def test_copies_under_other_names_are_on_the_same_side(copies, tmp_path):
-    pictures = names(sample.picture.key for sample in copies.samples)
-    assert len(pictures) == 34 - 4  # c asks for none, so what is set aside elsewhere is left out of it
+    images = names(sample.image.key for sample in copies.samples)
+    assert len(images) == 34 - 4  # c asks for none, so what is set aside elsewhere is left out of it
     aside, kept = names(set_aside(copies)), trained(copies)
     contents = [{(tmp_path / name).read_bytes() for name in side} for side in (aside, kept)]
     assert not contents[0] & contents[1]
@@ -206,7 +206,7 @@ def test_metadata_files_and_masks_are_split_too(tmp_path):
     assert not names(set_aside(plan)) & trained(plan)
 
     for i in range(8):
-        write_picture(tmp_path / f"masks/p{i}.png", seed=50 + i)
+        write_image(tmp_path / f"masks/p{i}.png", seed=50 + i)
     text = text.replace("metadata_file = '{here}/m.json'", "conditioning_data_dir = '{here}/masks'")
     write_config(tmp_path / "masked.toml", text)
     masked = plan_of(options_of("--masked_loss", "--dataset_config", str(tmp_path / "masked.toml")))
@@ -232,8 +232,8 @@ def test_a_cache_of_captions_and_sizes_holds_both_sides(tmp_path):
 
 
 def test_files_are_the_same_only_where_their_content_is(tmp_path):
-    one = write_picture(tmp_path / "one.png", (200, 200), seed=1)
-    two = write_picture(tmp_path / "two.png", (200, 200), seed=2)
+    one = write_image(tmp_path / "one.png", (200, 200), seed=1)
+    two = write_image(tmp_path / "two.png", (200, 200), seed=2)
     copy = Path(shutil.copy(one, tmp_path / "copy.png"))
     assert identity_of(str(one)) == identity_of(str(copy)) != identity_of(str(two))
     copy.write_bytes(one.read_bytes() + b"\0")

@@ -25,7 +25,7 @@ from library.options.caching import TextCachingOptions
 from library.processes import ALONE, Processes
 from library.protocols import TextCacheSpec
 from library.types import Conditioning
-from tests.unit.data.builders import batches_of, options_of, plan_of, write_folder, write_picture
+from tests.unit.data.builders import batches_of, options_of, plan_of, write_folder, write_image
 from tests.unit.test_processes import Board
 
 KEYS = ("hidden", "pooled", "mask")
@@ -129,7 +129,7 @@ def cache(
 
 
 def draws_of(batches: TrainingBatches, epochs: int = 1, workers: int = 0) -> list[tuple[str, str, dict[str, Tensor]]]:
-    """(picture, caption, features) of every draw."""
+    """(image, caption, features) of every draw."""
     found = []
     for epoch in range(1, epochs + 1):
         for batch in batches_of(batches, epoch, workers=workers):
@@ -162,7 +162,7 @@ def test_a_version_of_a_caption_depends_on_names_and_number_alone():
 
 def test_draws_take_every_version_and_the_empty_prompt_and_nothing_else(tmp_path):
     cached = cache(write_data(tmp_path), SHUFFLED, MEMORY)
-    allowed = dict(zip((s.picture.key for s in cached.plan.samples), cached.plan.caption_texts(), strict=True))
+    allowed = dict(zip((s.image.key for s in cached.plan.samples), cached.plan.caption_texts(), strict=True))
     drawn: dict[str, set[str]] = {path: set() for path in allowed}
     for key, caption, row in draws_of(cached.batches, epochs=40):
         drawn[key].add(caption)
@@ -392,19 +392,19 @@ def test_skipping_the_check_does_not_train_another_caption(tmp_path):
         draws_of(cache(folder, skips_check=True).batches)
 
 
-def test_pictures_that_differ_in_their_endings_share_a_file(tmp_path):
+def test_images_that_differ_in_their_endings_share_a_file(tmp_path):
     folder = write_data(tmp_path, count=1)
-    write_picture(folder / "2_a/p0.webp", seed=5)
-    write_picture(folder / "3_b/p0.png", seed=6)
+    write_image(folder / "2_a/p0.webp", seed=5)
+    write_image(folder / "3_b/p0.png", seed=6)
     cached = cache(folder, SHUFFLED)
     assert len(cached.encoded) == len(set(cached.encoded)) == 8 + 2  # the empty prompt, and b's class word
     for _, caption, row in draws_of(cached.batches, 3):
         assert_same(row, features(caption))
 
 
-def test_captions_of_several_pictures_are_encoded_once(tmp_path):
+def test_captions_of_several_images_are_encoded_once(tmp_path):
     for i in range(5):
-        write_picture(tmp_path / f"1_dog/p{i}.png", seed=i)
+        write_image(tmp_path / f"1_dog/p{i}.png", seed=i)
     cached = cache(tmp_path)
     assert sorted(cached.encoded) == ["", "dog"]
 

@@ -54,8 +54,8 @@ def changing(tmp_path: Path, crop: bool = True) -> DataPlan:
 
 
 def contents(plan: DataPlan, num_threads: int = 0) -> list[tuple[object, ...]]:
-    pictures = validation_of(plan)
-    return [content_of(batch) for batch in pictures.batches(pictures.places_of(None), num_threads)]
+    images = validation_of(plan)
+    return [content_of(batch) for batch in images.batches(images.places_of(None), num_threads)]
 
 
 def test_nothing_is_shuffled_dropped_cropped_at_random_or_mirrored(tmp_path):
@@ -74,7 +74,7 @@ def test_nothing_is_shuffled_dropped_cropped_at_random_or_mirrored(tmp_path):
 
 
 def changing_nothing(tmp_path: Path) -> list[tuple[object, ...]]:
-    """The same pictures from a file in which nothing changes."""
+    """The same images from a file in which nothing changes."""
     text = CHANGING[CHANGING.index("[[datasets]]") :].replace("CROP", "false")
     head = '[general]\nenable_bucket = true\nmin_bucket_reso = 64\ncaption_extension = ".txt"\n'
     return contents(plan_of(write_config(tmp_path / "plain.toml", head + text)))
@@ -103,7 +103,7 @@ def test_threads_read_the_same_batches(tmp_path):
 
 
 @pytest.mark.parametrize("num_threads", [0, 2])
-def test_another_one_that_is_set_aside_stands_in_for_a_damaged_picture(tmp_path, num_threads, caplog):
+def test_another_one_that_is_set_aside_stands_in_for_a_damaged_image(tmp_path, num_threads, caplog):
     plan = changing(tmp_path)
     aside = {key for batch in validation_of(plan).batches(range(4), 0) for key in batch.keys}
     path = Path(next(iter(validation_of(plan).batches([0], 0))).keys[0])
@@ -113,9 +113,9 @@ def test_another_one_that_is_set_aside_stands_in_for_a_damaged_picture(tmp_path,
 
 
 def test_a_limit_on_batches_spreads_over_all_of_them(tmp_path):
-    pictures = validation_of(changing(tmp_path))
-    assert pictures.places_of(None) == pictures.places_of(9) == [0, 1, 2, 3]
-    assert pictures.places_of(2) == [0, 2] and pictures.places_of(1) == [0]
+    images = validation_of(changing(tmp_path))
+    assert images.places_of(None) == images.places_of(9) == [0, 1, 2, 3]
+    assert images.places_of(2) == [0, 2] and images.places_of(1) == [0]
 
 
 def test_names_and_order_follow_the_contents_and_not_what_files_are_called(tmp_path):
@@ -124,27 +124,27 @@ def test_names_and_order_follow_the_contents_and_not_what_files_are_called(tmp_p
     numbers = iter(reversed(range(100)))
     for folder in ("wide", "tall"):
         (tmp_path / "two" / folder).mkdir()
-        for picture in (tmp_path / "one" / folder).glob("*.png"):
+        for image in (tmp_path / "one" / folder).glob("*.png"):
             target = tmp_path / "two" / folder / f"other{next(numbers):02}.png"
-            target.write_bytes(picture.read_bytes())
-            target.with_suffix(".txt").write_bytes(picture.with_suffix(".txt").read_bytes())
+            target.write_bytes(image.read_bytes())
+            target.with_suffix(".txt").write_bytes(image.with_suffix(".txt").read_bytes())
     two = validation_of(plan_of(write_config(tmp_path / "two" / "data.toml", CHANGING.replace("CROP", "true"))))
     assert [one.names(place) for place in range(4)] == [two.names(place) for place in range(4)]
     assert len({name for place in range(4) for name in one.names(place)}) == 6
-    captions = [[batch.captions for batch in pictures.batches(range(4), 0)] for pictures in (one, two)]
+    captions = [[batch.captions for batch in images.batches(range(4), 0)] for images in (one, two)]
     assert captions[0] == captions[1]
     assert {label.split("/")[0] for place in range(4) for label in one.labels(place)} == {"'wide", "'tall"}
 
 
-def test_copies_of_a_picture_have_one_name(tmp_path):
+def test_copies_of_an_image_have_one_name(tmp_path):
     write_folder(tmp_path / "a", 2, seed=1)
     write_folder(tmp_path / "b", 2, seed=1)
     text = "[[datasets]]\nresolution = 64\nbatch_size = 4\nvalidation_split = 1.0\n"
     text += "".join(f"[[datasets.subsets]]\nimage_dir = '{{here}}/{name}'\n" for name in "ab")
     text += "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{here}/c'\n"
     write_folder(tmp_path / "c", 1, seed=2)
-    pictures = validation_of(plan_of(write_config(tmp_path / "data.toml", text)))
-    names = pictures.names(0)
+    images = validation_of(plan_of(write_config(tmp_path / "data.toml", text)))
+    names = images.names(0)
     assert names[0] == names[1] != names[2] == names[3]
 
 
@@ -169,16 +169,16 @@ def changing_again(tmp_path: Path) -> DataPlan:
     return plan_of(write_config(tmp_path / "data.toml", CHANGING.replace("CROP", "false")))
 
 
-def test_trained_pictures_can_be_measured_as_those_that_are_set_aside(tmp_path):
+def test_trained_images_can_be_measured_as_those_that_are_set_aside(tmp_path):
     """As many as are asked for, none of them set aside, with the whole caption, and mirrored pixel by pixel."""
     plan = changing(tmp_path)
     aside = {key for batch in validation_of(plan).batches([0, 1, 2, 3], 0) for key in batch.keys}
     limited, numbers = plan.limited_to_measured(4, list(validation_of(plan).samples_of([0])))
-    kept = {sample.picture.key for sample in limited.samples if sample.num_draws}
+    kept = {sample.image.key for sample in limited.samples if sample.num_draws}
     assert len(numbers) == 4 and len(kept) == 6 and len(kept & aside) == 2  # one batch of two
     plain, mirrored = (open_batches(limited).measured(numbers, is_mirrored) for is_mirrored in (False, True))
     places = plain.places_of(None)
-    assert plain.num_pictures == 4 and [plain.names(i) for i in places] == [mirrored.names(i) for i in places]
+    assert plain.num_images == 4 and [plain.names(i) for i in places] == [mirrored.names(i) for i in places]
     for one, other in zip(plain.batches(places, 0), mirrored.batches(places, 0), strict=True):
         assert one.keys == other.keys and not aside & set(one.keys) and one.captions == other.captions
         assert one.pixels_BCHW is not None and other.pixels_BCHW is not None

@@ -18,7 +18,7 @@ def test_each_kind_covers_a_part_that_differs_from_draw_to_draw(draw, width, hei
     assert np.array_equal(masks[0], again) and not np.array_equal(masks[0], masks[1])
 
 
-def test_a_mask_is_never_empty_and_never_the_whole_picture_and_all_kinds_come():
+def test_a_mask_is_never_empty_and_never_the_whole_image_and_all_kinds_come():
     rng = np.random.default_rng(81)
     masks = [draw_mask(64, 72, rng) for _ in range(200)]
     assert all(0 < mask.mean() < 1 for mask in masks)

@@ -76,7 +76,7 @@ def test_shift(shift: float) -> None:
 
 
 @pytest.mark.parametrize(("size", "m"), [((32, 32), 0.5), ((128, 128), 1.15), ((64, 128), 0.5 + 0.65 * 1792 / 3840)])
-def test_flux_shift_grows_with_the_picture(size: tuple[int, int], m: float) -> None:
+def test_flux_shift_grows_with_the_image(size: tuple[int, int], m: float) -> None:
     assert resolution_shift(*size) == pytest.approx(math.exp(m))
     assert resolution_shift(size[0] + 1, size[1] + 1) == pytest.approx(math.exp(m)), "half a token does not count"
     assert distance(sampling(timestep_sampling="flux_shift", size=size), logit_normal(m, 1)) < KS_LIMIT

@@ -103,7 +103,7 @@ def test_an_ancestral_way_from_noise_alone_begins_at_its_end(num_steps: int) -> 
 
 
 @pytest.mark.parametrize("name", ["euler_a", "dpm_2_a"])
-def test_ancestral_noise_comes_from_the_generator_of_the_picture(name: str) -> None:
+def test_ancestral_noise_comes_from_the_generator_of_the_image(name: str) -> None:
     clean_BCHW = torch.zeros(1, 4, 4, 4)
     one, same, other = (
         walk(build_ddpm_sampler(name, 3, predicts_velocity=False, zero_terminal_snr=False), clean_BCHW, seed)

@@ -85,4 +85,4 @@ def test_a_stage_is_planned_whole_then_streamed_then_not_at_all() -> None:
     assert stage.most_that_fits(1029) == 8 and stage.is_streamed(8, 1029)  # streamed: 100 + 30 + 7 * 20
     assert stage.most_that_fits(150) == 2 and stage.peak(2, is_streamed=True) == 150
     assert stage.most_that_fits(129) == 0
-    assert Stage("encoding pictures", "vae_batch_size", 1000, 30, 20).most_that_fits(1029) == 0
+    assert Stage("encoding images", "vae_batch_size", 1000, 30, 20).most_that_fits(1029) == 0

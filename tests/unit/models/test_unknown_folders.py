@@ -8,7 +8,7 @@ import pytest
 from library.architectures.specs import list_specs
 from library.errors import UserError
 from library.models.identify import refuse_other_folder
-from tests.running import SCRIPTS, Finished, make_pictures
+from tests.running import SCRIPTS, Finished, make_images
 from tools.base_models import open_base_model
 
 UNKNOWN = ("SanaPipeline", "QwenImagePipeline", "PixArtSigmaPipeline")
@@ -24,7 +24,7 @@ def folder_of(path: Path, class_name: str | None) -> Path:
 @pytest.mark.parametrize("class_name", UNKNOWN[:2])
 def test_no_script_takes_them_for_another_model(train, tmp_path: Path, script: str, class_name: str) -> None:
     folder = folder_of(tmp_path / "model", class_name)
-    make_pictures(tmp_path / "data" / "1_a", 1)
+    make_images(tmp_path / "data" / "1_a", 1)
     done: Finished = train(
         ["--pretrained_model_name_or_path", str(folder), "--train_data_dir", str(tmp_path / "data"), "--resolution",
          "64", "--output_dir", str(tmp_path / "out"), "--network_module", "networks.lora"], script=script,

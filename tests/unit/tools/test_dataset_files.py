@@ -1,4 +1,4 @@
-"""The commands for the files of a dataset: pictures at other sizes, captions in a metadata file, and their cleaning."""
+"""The commands for the files of a dataset: images at other sizes, captions in a metadata file, and their cleaning."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from tools import captions_to_metadata, clean_metadata, resize_images
 # --- sizes ---
 
 
-def write_picture(path: Path, width: int, height: int, seed: int = 1) -> Path:
+def write_image(path: Path, width: int, height: int, seed: int = 1) -> Path:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
@@ -29,10 +29,10 @@ def sizes(folder: Path) -> dict[str, tuple[int, int]]:
     return {path.name: Image.open(path).size for path in folder.iterdir() if path.suffix in (".png", ".jpg")}
 
 
-def test_each_size_is_an_area_in_the_shape_of_the_picture(tmp_path: Path) -> None:
-    """Whatever the order of the sizes; a picture that is small enough stays as it is."""
-    write_picture(tmp_path / "in" / "wide.png", 200, 50)
-    write_picture(tmp_path / "in" / "small.png", 20, 30, seed=2)
+def test_each_size_is_an_area_in_the_shape_of_the_image(tmp_path: Path) -> None:
+    """Whatever the order of the sizes; an image that is small enough stays as it is."""
+    write_image(tmp_path / "in" / "wide.png", 200, 50)
+    write_image(tmp_path / "in" / "small.png", 20, 30, seed=2)
     out = tmp_path / "out"
     assert resized(tmp_path / "in", out, "--max_resolution", "16x16, 64x64", "--save_as_png") == 0
     assert sizes(out) == {
@@ -45,8 +45,8 @@ def test_each_size_is_an_area_in_the_shape_of_the_picture(tmp_path: Path) -> Non
     assert np.array_equal(kept, np.asarray(Image.open(tmp_path / "in" / "small.png")))
 
 
-def test_a_picture_that_shrinks_evenly_has_the_means_of_its_pixels(tmp_path: Path) -> None:
-    path = write_picture(tmp_path / "in" / "a.png", 96, 64, seed=3)
+def test_an_image_that_shrinks_evenly_has_the_means_of_its_pixels(tmp_path: Path) -> None:
+    path = write_image(tmp_path / "in" / "a.png", 96, 64, seed=3)
     assert resized(tmp_path / "in", tmp_path / "out", "--max_resolution", "24x16", "--save_as_png") == 0
     found = np.asarray(Image.open(tmp_path / "out" / "a+24x16.png")).astype(float)
     means = np.asarray(Image.open(path)).astype(float).reshape(16, 4, 24, 4, 3).mean(axis=(1, 3))
@@ -54,7 +54,7 @@ def test_a_picture_that_shrinks_evenly_has_the_means_of_its_pixels(tmp_path: Pat
 
 
 def test_sides_are_cut_around_the_middle_to_what_divides_them(tmp_path: Path) -> None:
-    path = write_picture(tmp_path / "in" / "a.png", 37, 29, seed=4)
+    path = write_image(tmp_path / "in" / "a.png", 37, 29, seed=4)
     words = ("--max_resolution", "512x512", "--divisible_by", 8, "--save_as_png")
     assert resized(tmp_path / "in", tmp_path / "out", *words) == 0
     found = np.asarray(Image.open(tmp_path / "out" / "a+512x512.png"))
@@ -62,11 +62,11 @@ def test_sides_are_cut_around_the_middle_to_what_divides_them(tmp_path: Path) ->
 
 
 def test_captions_come_along_for_each_size_and_other_files_once(tmp_path: Path) -> None:
-    write_picture(tmp_path / "in" / "a.png", 40, 40)
+    write_image(tmp_path / "in" / "a.png", 40, 40)
     (tmp_path / "in" / "a.txt").write_text("a cat")
     (tmp_path / "in" / "notes.md").write_text("n")
     (tmp_path / "in" / "below").mkdir()
-    (tmp_path / "in" / "a_0040x0040_sdxl.npz").write_text("a cache of the old picture")
+    (tmp_path / "in" / "a_0040x0040_sdxl.npz").write_text("a cache of the old image")
     words = ("--max_resolution", "32x32,16x16")
     assert resized(tmp_path / "in", tmp_path / "plain", *words) == 0
     assert {path.name for path in (tmp_path / "plain").iterdir()} == {
@@ -89,22 +89,22 @@ def test_captions_come_along_for_each_size_and_other_files_once(tmp_path: Path) 
 def test_sizes_that_cannot_be_made_are_refused(
     tmp_path: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_picture(tmp_path / "in" / "a.png", 40, 40)
+    write_image(tmp_path / "in" / "a.png", 40, 40)
     assert resized(tmp_path / "in", tmp_path / "out", *words) == 1
     assert said in capsys.readouterr().err
 
 
-def test_a_folder_without_pictures_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_images_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "from").mkdir()
     assert resized(tmp_path / "from", tmp_path / "to") == 1
     assert f"{tmp_path / 'from'} has no images" in capsys.readouterr().err and not (tmp_path / "to").exists()
 
 
 def test_folders_that_would_be_mixed_up_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_picture(tmp_path / "in" / "a.png", 40, 40)
+    write_image(tmp_path / "in" / "a.png", 40, 40)
     assert resized(tmp_path / "in", tmp_path / "in") == 1
     assert "is the folder of the images themselves" in capsys.readouterr().err
-    write_picture(tmp_path / "in" / "a.jpg", 40, 40)
+    write_image(tmp_path / "in" / "a.jpg", 40, 40)
     assert resized(tmp_path / "in", tmp_path / "out") == 1
     assert "differ only in their extension" in capsys.readouterr().err
     assert resized(tmp_path / "none", tmp_path / "out") == 1
@@ -116,7 +116,7 @@ def test_folders_that_would_be_mixed_up_are_refused(tmp_path: Path, capsys: pyte
 
 def described(folder: Path) -> Path:
     for number, text in enumerate(("a café", "", "three\nlines"), 1):
-        write_picture(folder / f"{number}.png", 8, 8, seed=number)
+        write_image(folder / f"{number}.png", 8, 8, seed=number)
         (folder / f"{number}.caption").write_text(f"{text}\n", encoding="utf-8")
         (folder / f"{number}.txt").write_text(f"tag{number}, b", encoding="utf-8")
     return folder
@@ -163,7 +163,7 @@ def test_what_cannot_be_collected_is_told(tmp_path: Path, capsys: pytest.Capture
     (folder / "2.caption").write_bytes("caf\u00e9".encode("latin-1"))
     assert captions_to_metadata.main(words) == 1
     assert "2.caption is not UTF-8 text" in capsys.readouterr().err
-    write_picture(folder / "1.jpg", 8, 8)
+    write_image(folder / "1.jpg", 8, 8)
     assert captions_to_metadata.main(words) == 1
     assert "have the same key, 1; use --full_path" in capsys.readouterr().err
     (tmp_path / "m.json").write_text('{"2": {}, "1": "text"}')
@@ -200,7 +200,7 @@ def test_tags_are_cleaned(tags: str, cleaned: str) -> None:
         ("two cartoon characters, people behind", "two girls, girls behind"),
         ("an anime cartoon image of a person", "an image of a girl"),
         ("a cartoon anime drawing of anime anime women", "a drawing of girls"),
-        ("a personal womanly picture", "a personal womanly picture"),
+        ("a personal womanly image", "a personal womanly image"),
     ],
 )
 def test_captions_are_cleaned_word_by_word(caption: str, cleaned: str) -> None:

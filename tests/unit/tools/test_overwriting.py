@@ -15,7 +15,7 @@ from library.training.command_line.console import build_handlers
 from library.training.command_line.run_lock import lock_path, run_lock
 from library.training.reporting.event_stream import Events, open_event_file
 from library.training.reporting.events import Removed, Stage
-from tests.unit.data.builders import options_of, write_picture
+from tests.unit.data.builders import options_of, write_image
 from tools import captions_to_metadata, compare_runs, make_shards, report
 
 EVENT = json.dumps(Stage("loading", "begin").as_line(1.0), separators=(",", ":")) + "\n"
@@ -34,7 +34,7 @@ resolution = 64
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
     """mine/dataset.toml, a dataset file of a user."""
-    write_picture(tmp_path / "cats" / "a.png", (64, 64), 1)
+    write_image(tmp_path / "cats" / "a.png", (64, 64), 1)
     (tmp_path / "mine").mkdir()
     path = tmp_path / "mine" / "dataset.toml"
     path.write_text(DATASET.format(here=tmp_path.as_posix()), encoding="utf-8")
@@ -111,7 +111,7 @@ def test_pages_leave_their_input_and_files_of_another_type(
 
 
 def test_a_metadata_file_is_written_over_metadata_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_picture(tmp_path / "cats" / "a.png", (64, 64), 1).with_suffix(".caption").write_text("a cat")
+    write_image(tmp_path / "cats" / "a.png", (64, 64), 1).with_suffix(".caption").write_text("a cat")
     (tmp_path / "in.json").write_text('{"b": {"caption": "b"}}')
     out = tmp_path / "out.json"
     words = [str(tmp_path / "cats"), str(out), "--in_json", str(tmp_path / "in.json")]

@@ -118,10 +118,10 @@ def test_quickstart_trains_through_accelerate_without_its_config_file() -> None:
 
 
 def test_quickstart_draws_the_adapter_that_it_trained() -> None:
-    command = start.picture_command(PYTHON)
+    command = start.image_command(PYTHON)
     assert command[1] == "tools/quickstart/draw_before_after.py"
     assert command[command.index("--lora") + 1] == start.ADAPTER
-    assert command[command.index("--out") + 1] == start.PICTURE
+    assert command[command.index("--out") + 1] == start.IMAGE
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_quickstart_that_wrote_nothing_is_an_error(tmp_path: Path, monkeypatch: 
         start.quickstart(tmp_path / "venv")
 
 
-def test_a_training_that_was_stopped_is_not_followed_by_a_picture_of_an_older_one(
+def test_a_training_that_was_stopped_is_not_followed_by_an_image_of_an_older_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stop saves under another name and ends with status 0."""

@@ -1,4 +1,4 @@
-"""The quickstart's picture takes adapters of every kind, merged as the trainer merges them."""
+"""The quickstart's image takes adapters of every kind, merged as the trainer merges them."""
 
 import copy
 import re

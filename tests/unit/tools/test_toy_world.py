@@ -8,7 +8,7 @@ from tools.quickstart.toy_world import (
     CAPTION_TEMPLATES,
     HELD_OUT_SHAPES,
     KNOWN_SHAPES,
-    Picture,
+    ImageArray,
     Scene,
     Style,
     draw_doodle,
@@ -28,14 +28,14 @@ def share_read_back(scenes: list[Scene], seed: int) -> float:
     return float(np.mean([look_at(draw_scene(scene, rng)).shows(scene) for scene in scenes]))
 
 
-def blurred(picture: Picture) -> Picture:
+def blurred(image: ImageArray) -> ImageArray:
     """Lose detail as a VAE does: half the resolution and back."""
-    image = Image.fromarray(picture)
-    return np.asarray(image.resize((32, 32), Image.Resampling.BOX).resize(image.size, Image.Resampling.BICUBIC))
+    whole = Image.fromarray(image)
+    return np.asarray(whole.resize((32, 32), Image.Resampling.BOX).resize(whole.size, Image.Resampling.BICUBIC))
 
 
 @pytest.mark.parametrize("shape", ALL_SHAPES)
-def test_checker_reads_back_98_of_100_drawn_pictures(shape: str) -> None:
+def test_checker_reads_back_98_of_100_drawn_images(shape: str) -> None:
     assert share_read_back(4 * list_scenes((shape,)), seed=1) >= 0.98
 
 
@@ -45,7 +45,7 @@ def test_checker_tells_an_outlined_shape_from_a_solid_one(shape: str) -> None:
 
 
 @pytest.mark.parametrize("shape", ALL_SHAPES)
-def test_checker_reads_blurred_pictures(shape: str) -> None:
+def test_checker_reads_blurred_images(shape: str) -> None:
     rng = np.random.default_rng(3)
     scenes = list_scenes((shape,))
     assert np.mean([look_at(blurred(draw_scene(scene, rng))).shows(scene) for scene in scenes]) >= 0.95
@@ -57,7 +57,7 @@ def test_checker_names_the_size_too() -> None:
     assert np.mean([look_at(draw_scene(scene, rng)).size == scene.size for scene in scenes]) >= 0.98
 
 
-def test_checker_finds_nothing_in_a_blank_picture() -> None:
+def test_checker_finds_nothing_in_a_blank_image() -> None:
     seen = look_at(np.full((64, 64, 3), 246, dtype=np.uint8))
     assert (seen.shape, seen.colour, seen.background) == ("", "", "white")
 
@@ -65,8 +65,8 @@ def test_checker_finds_nothing_in_a_blank_picture() -> None:
 @pytest.mark.parametrize("deviation", [30, 60, 90])
 def test_checker_finds_no_shape_in_noise(deviation: float) -> None:
     rng = np.random.default_rng(5)
-    pictures = [np.clip(rng.normal(128, deviation, (64, 64, 3)), 0, 255).astype(np.uint8) for _ in range(40)]
-    assert not any(look_at(picture).shape for picture in pictures)
+    images = [np.clip(rng.normal(128, deviation, (64, 64, 3)), 0, 255).astype(np.uint8) for _ in range(40)]
+    assert not any(look_at(image).shape for image in images)
 
 
 def test_checker_finds_no_shape_in_two() -> None:
@@ -109,7 +109,7 @@ def test_caption_of_another_world_is_an_error() -> None:
         parse_caption("a photo of a cat")
 
 
-def test_same_seed_draws_the_same_picture() -> None:
+def test_same_seed_draws_the_same_image() -> None:
     scene = list_scenes()[0]
     first, second = (draw_scene(scene, np.random.default_rng(9)) for _ in range(2))
     assert (first == second).all()

@@ -76,7 +76,7 @@ def test_plain_run_passes_in_silence(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_a_class_that_makes_batches_needs_no_folder_and_no_size() -> None:
     described = {"train_data_dir": None, "resolution": None}
-    assert refusal(**described).startswith("no pictures are named")
+    assert refusal(**described).startswith("no images are named")
     check(made(**described, dataset_class="my_data.Pictures"))
 
 
@@ -206,7 +206,7 @@ def test_missing_setting_is_named(name: str, nothing: str | None) -> None:
     assert refusal(**{name: nothing}).startswith(f"--{name} is not set")
 
 
-def test_run_without_pictures_is_told_how_to_name_them() -> None:
+def test_run_without_images_is_told_how_to_name_them() -> None:
     message = refusal(train_data_dir=None)
     assert "--dataset_config" in message and "--train_data_dir" in message
 
@@ -278,7 +278,7 @@ def test_more_multipliers_than_files_are_refused(tmp_path: Path) -> None:
     assert "2 values for 1" in refusal(base_weights=[str(weights)], base_weights_multiplier=[1.0, 0.5])
 
 
-def test_a_place_for_the_audit_that_cannot_be_is_refused_before_pictures_are_looked_at(tmp_path: Path) -> None:
+def test_a_place_for_the_audit_that_cannot_be_is_refused_before_images_are_looked_at(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert "--output_dir" in refusal(audit_only=True, output_dir=str(tmp_path / "file" / "below"))
     check(made(audit_only=True, network_module=None, pretrained_model_name_or_path=None, output_dir=None))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from library.training.evaluation.choice import Choice, by_picture, choose, estimate, is_clearly_worse
+from library.training.evaluation.choice import Choice, by_image, choose, estimate, is_clearly_worse
 from library.training.evaluation.choosing import Measured, choice_of, format_choice, memorised
 
 pytestmark = pytest.mark.slow
@@ -22,26 +22,26 @@ def chosen(losses_FG: np.ndarray, num_baselines: int = 0) -> Choice:
     return found
 
 
-def runs_without_differences(num_files: int, num_pictures: int, kind: str, seed: int) -> np.ndarray:
-    """Losses, shape (runs, F, G), of files that differ by noise alone: pictures differ, and so do their spreads."""
+def runs_without_differences(num_files: int, num_images: int, kind: str, seed: int) -> np.ndarray:
+    """Losses, shape (runs, F, G), of files that differ by noise alone: images differ, and so do their spreads."""
     rng = np.random.default_rng(seed)
-    shape = NUM_RUNS, num_files, num_pictures
+    shape = NUM_RUNS, num_files, num_images
     noise = rng.normal(size=shape)
     if kind == "walk":  # each file is the one before with a small change, as in a run
         noise = noise.cumsum(1)
     elif kind == "skewed":
         noise = np.exp(noise)
-    sharded = rng.uniform(0.5, 2.0, size=(NUM_RUNS, 1, num_pictures)) if kind != "equal" else 1.0
-    return 0.2 + 0.1 * rng.normal(size=(NUM_RUNS, 1, num_pictures)) + 1e-3 * sharded * noise
+    sharded = rng.uniform(0.5, 2.0, size=(NUM_RUNS, 1, num_images)) if kind != "equal" else 1.0
+    return 0.2 + 0.1 * rng.normal(size=(NUM_RUNS, 1, num_images)) + 1e-3 * sharded * noise
 
 
 @pytest.mark.parametrize(
-    ("num_files", "num_pictures", "kind"),
+    ("num_files", "num_images", "kind"),
     [(2, 8, "equal"), (8, 4, "walk"), (8, 20, "equal"), (20, 12, "walk"), (5, 10, "skewed"), (2, 3, "skewed")],
 )
-def test_files_that_differ_by_noise_alone_name_no_winner(num_files: int, num_pictures: int, kind: str) -> None:
+def test_files_that_differ_by_noise_alone_name_no_winner(num_files: int, num_images: int, kind: str) -> None:
     """A winner in at most 5 % of runs, and the earliest file called worse in at most 2.5 %, up to three sigma."""
-    runs = runs_without_differences(num_files, num_pictures, kind, seed=num_files * 100 + num_pictures)
+    runs = runs_without_differences(num_files, num_images, kind, seed=num_files * 100 + num_images)
     found = [chosen(losses_FG) for losses_FG in runs]
     for rate, limit in (
         (np.mean([one.has_winner for one in found]), 0.05),
@@ -96,7 +96,7 @@ def test_the_suggestion_loses_little_of_what_training_gained(
 
 
 def test_a_true_best_file_is_found_and_so_is_a_plateau() -> None:
-    """Differences of two standard deviations of the noise on 12 pictures, first with one best file, then with three."""
+    """Differences of two standard deviations of the noise on 12 images, first with one best file, then with three."""
     for means, best, has_winner in (
         ([4, 2, 0, 2, 4], (2,), True),
         ([4, 2, 0, 0, 0, 2], (2, 3, 4), False),
@@ -140,7 +140,7 @@ def test_a_baseline_is_compared_and_never_suggested() -> None:
     assert (found.best, found.suggested) == (2, 2) and not found.files[0].is_worse and found.files[1].is_worse
 
 
-def test_a_single_picture_decides_nothing_and_losses_that_are_no_numbers_lose() -> None:
+def test_a_single_image_decides_nothing_and_losses_that_are_no_numbers_lose() -> None:
     found = chosen(np.array([[0.3], [0.1]]))
     assert (found.best, found.suggested, found.has_winner) == (1, 1, False)
     found = chosen(np.array([[nan, 0.1], [0.3, 0.2], [0.31, 0.21]]))
@@ -169,15 +169,15 @@ def test_the_reason_names_the_standard_error() -> None:
     assert f"that of 3.pt, which is {gap:.3g} lower (standard error {error:.3g})" in choice.reason
 
 
-def test_rows_of_one_picture_count_once() -> None:
-    values = by_picture(torch.tensor([1.0, 2.0, 6.0]), ["a", "b", "a"])
+def test_rows_of_one_image_count_once() -> None:
+    values = by_image(torch.tensor([1.0, 2.0, 6.0]), ["a", "b", "a"])
     assert values.tolist() == [3.5, 2.0] and estimate(values).mean == 2.75
 
 
 def test_what_is_learned_by_heart_is_the_difference_of_two_falls() -> None:
     rng = np.random.default_rng(7)
     before, after = rng.normal(size=(2, 2, 9))
-    after -= [[0.5], [2.0]]  # the loss falls more on trained pictures, which come second
+    after -= [[0.5], [2.0]]  # the loss falls more on trained images, which come second
     pairs = [(torch.tensor(before[side]), torch.tensor(after[side])) for side in range(2)]
     falls = before - after
     mirrored = memorised(pairs[0], pairs[1], "mirrored")

@@ -57,7 +57,7 @@ def test_what_is_shared_keeps_name_seed_and_events() -> None:
         (["network_dim=4,x"], "'x' is no value of --network_dim"),
         (["network_dim=0,4"], "--network_dim is 0; use at least 1"),
         (["learning_rat=1e-4,2e-4"], r"learning_rat: there is no such option \(did you mean learning_rate\?\)"),
-        (["train_batch_size=1,2"], "train_batch_size: it changes the pictures"),
+        (["train_batch_size=1,2"], "train_batch_size: it changes the images"),
         (["min_snr_gamma=1,5"], "min_snr_gamma: it changes what the losses mean"),
         (["mixed_precision=no,bf16"], "mixed_precision: all adapters share it"),
         (["network_args=a,b"], "sweep one of its keys, such as network_args.KEY=A,B"),

@@ -54,7 +54,7 @@ def test_only_the_denoiser_is_trained_whatever_is_asked(prompts: Path) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_needs_pictures_or_epochs_is_refused_with_the_way_out(prompts: Path, name: str) -> None:
+def test_what_needs_images_or_epochs_is_refused_with_the_way_out(prompts: Path, name: str) -> None:
     value = VALUES.get(name, True if SdxlLecoOptions.defaults()[name] is False else 2)
     with pytest.raises(
         ValueError, match=f"^--{name} does not work with --prompts_file: .*; (leave it out|use --|train)"
@@ -88,7 +88,7 @@ def test_a_vae_is_for_previews_alone(prompts: Path, caplog: pytest.LogCaptureFix
         report_unused(made(prompts, vae="vae.safetensors", sample_prompts="p.txt", sample_every_n_steps=1), {})
         assert not caplog.records
         report_unused(made(prompts, vae="vae.safetensors"), {})
-    assert "--vae has no effect: pictures are neither encoded nor drawn" in caplog.text
+    assert "--vae has no effect: images are neither encoded nor drawn" in caplog.text
 
 
 def test_a_spread_base_that_accelerate_asks_for_is_refused(prompts: Path) -> None:

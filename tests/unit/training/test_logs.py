@@ -32,14 +32,14 @@ class Tracker:
         self.logged.append(({name: value.shape for name, value in values.items()}, step, keywords))
 
 
-def test_pictures_reach_every_tracker_in_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """wandb keeps its own axis, so that step and epoch are values; its pictures have the prompt beneath."""
+def test_images_reach_every_tracker_in_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """wandb keeps its own axis, so that step and epoch are values; its images have the prompt beneath."""
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Image=lambda image, caption: (image.size, caption)))
     trackers = [Tracker("wandb"), Tracker("tensorboard")]
     drawn = [Drawn(n, prompt_of(text=f"picture {n}"), Image.new("RGB", (8, 16))) for n in (0, 2)]
     charts = Charts(SimpleNamespace(trackers=trackers))
-    charts.log_pictures(drawn, 30, 4)
-    charts.log_pictures([], 31, 4)
+    charts.log_images(drawn, 30, 4)
+    charts.log_images([], 31, 4)
     wandb, tensorboard = (tracker.logged for tracker in trackers)
     values = {"sample_0": ((8, 16), "picture 0"), "sample_2": ((8, 16), "picture 2"), "global_step": 30, "epoch": 4}
     assert wandb == [(values, None)]
@@ -60,7 +60,7 @@ def test_a_tracker_that_fails_is_given_up_and_the_other_one_goes_on(
     drawn = [Drawn(0, prompt_of(text="a"), Image.new("RGB", (8, 16)))]
     for step in (1, 2):
         charts.log_step({"loss": 1.0}, step, 1)
-        charts.log_pictures(drawn, step, 1)
+        charts.log_images(drawn, step, 1)
     assert charts.are_on
     charts.close()
     told = [record.getMessage() for record in caplog.records]

@@ -1,4 +1,4 @@
-"""Noise levels, noise of each picture, and the standard error of a paired difference."""
+"""Noise levels, noise of each image, and the standard error of a paired difference."""
 
 from dataclasses import replace
 from math import isnan
@@ -42,8 +42,8 @@ def test_the_error_of_a_difference_is_that_of_a_paired_t_test():
     assert found.standard_error == pytest.approx(differences.std(ddof=1) / np.sqrt(9), rel=1e-12)  # float64 both
 
 
-def test_rows_of_one_picture_are_one_observation():
-    """Two equal rows a picture carry no more than one: only (G / (G - 1)) stays what it was."""
+def test_rows_of_one_image_are_one_observation():
+    """Two equal rows an image carry no more than one: only (G / (G - 1)) stays what it was."""
     rng = np.random.default_rng(2)
     before, now = (torch.tensor(values) for values in rng.normal(size=(2, 6, 4)))
     once = paired_difference(now, before, range(6))
@@ -53,7 +53,7 @@ def test_rows_of_one_picture_are_one_observation():
     assert paired_difference(now.repeat(2, 1), before.repeat(2, 1), range(12)).standard_error < once.standard_error
 
 
-def test_one_picture_has_no_error_and_equal_weights_no_difference():
+def test_one_image_has_no_error_and_equal_weights_no_difference():
     losses = torch.rand(1, 4, dtype=torch.float64)
     alone = paired_difference(losses, losses + 1, ["a"])
     assert alone.mean == pytest.approx(-1) and isnan(alone.standard_error) and not alone.is_clear
@@ -67,7 +67,7 @@ def uniform() -> LevelSampler:
 
 
 @pytest.mark.parametrize("kind", ["ddpm", "flow"])
-def test_noise_and_level_of_a_picture_do_not_depend_on_its_neighbours(kind):
+def test_noise_and_level_of_an_image_do_not_depend_on_its_neighbours(kind):
     options = options_of("--multires_noise_iterations 2 --ip_noise_gamma 0.1" if kind == "ddpm" else "")
     objective = (
         build_ddpm(options.noise, options.loss, predicts_velocity=False)

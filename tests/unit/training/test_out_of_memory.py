@@ -57,8 +57,8 @@ def test_another_error_passes_unchanged() -> None:
 
 
 def test_the_message_says_what_was_done_with_which_batch() -> None:
-    doing = explain_out_of_memory("computing step 3", made(), CPU, "4 pictures of 768x512")
-    with pytest.raises(OutOfMemoryError, match="out of memory while computing step 3, 4 pictures of 768x512"), doing:
+    doing = explain_out_of_memory("computing step 3", made(), CPU, "4 images of 768x512")
+    with pytest.raises(OutOfMemoryError, match="out of memory while computing step 3, 4 images of 768x512"), doing:
         allocate_too_much()
 
 

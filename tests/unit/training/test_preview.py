@@ -1,4 +1,4 @@
-"""When pictures are drawn, what their files are called, and what happens where drawing fails."""
+"""When images are drawn, what their files are called, and what happens where drawing fails."""
 
 import logging
 import random
@@ -29,7 +29,7 @@ from library.training.evaluation.preview import (
 from library.training.evaluation.without_side_effects import evaluating
 from library.training.failures.interruption import Interrupted, Interruption
 from library.training.reporting.event_stream import Events
-from library.training.reporting.sample_images import Drawn, parameters_of, picture_path, write_grid, write_picture
+from library.training.reporting.sample_images import Drawn, image_path, parameters_of, write_grid, write_image
 from library.types import Prompt
 from networks.core.protocol import AdoptedNetwork
 from tests.parity.test_preview import prompt_of
@@ -63,15 +63,15 @@ def test_steps_and_epochs_that_are_multiples_are_due() -> None:
 def test_files_have_the_names_that_front_ends_look_for(
     output_name: str | None, event: str, seed: int | None, name: str
 ) -> None:
-    path = picture_path(SavingOptions(output_dir="out", output_name=output_name), event, 7, seed)
+    path = image_path(SavingOptions(output_dir="out", output_name=output_name), event, 7, seed)
     assert path.parent == Path("out") / "sample"
     assert re.fullmatch(name, path.name)
 
 
-def test_a_picture_carries_its_prompt(tmp_path: Path) -> None:
+def test_an_image_carries_its_prompt(tmp_path: Path) -> None:
     prompt = prompt_of(text="a café 猫", num_steps=4)
     path = tmp_path / "sample" / "a.png"
-    write_picture(path, Drawn(0, prompt, Image.new("RGB", (8, 8), (1, 2, 3))))
+    write_image(path, Drawn(0, prompt, Image.new("RGB", (8, 8), (1, 2, 3))))
     with Image.open(path) as image:
         assert image.info["parameters"] == parameters_of(prompt)
         assert image.getpixel((0, 0)) == (1, 2, 3)
@@ -81,7 +81,7 @@ def test_a_picture_carries_its_prompt(tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["a.png"]
 
 
-def test_a_grid_shows_the_pictures_row_by_row(tmp_path: Path) -> None:
+def test_a_grid_shows_the_images_row_by_row(tmp_path: Path) -> None:
     colours = [(10, 0, 0), (0, 20, 0), (0, 0, 30)]
     sizes = [(8, 6), (4, 6), (8, 2)]
     drawn = [Drawn(n, prompt_of(), Image.new("RGB", sizes[n], colours[n])) for n in range(3)]
@@ -101,10 +101,10 @@ class Charts:
     """Keeps what would be sent."""
 
     def __init__(self) -> None:
-        self.pictures: list[tuple[int, int, list[int]]] = []
+        self.images: list[tuple[int, int, list[int]]] = []
 
-    def log_pictures(self, pictures: list[Drawn], step: int, epoch: int) -> None:
-        self.pictures.append((step, epoch, [one.index for one in pictures]))
+    def log_images(self, images: list[Drawn], step: int, epoch: int) -> None:
+        self.images.append((step, epoch, [one.index for one in images]))
 
 
 @pytest.fixture
@@ -147,22 +147,20 @@ def names(run: Any) -> list[str]:
 SMALL = prompt_of(num_steps=2, height=64)
 
 
-def test_pictures_are_drawn_when_due_and_sent_to_the_charts(run: Any) -> None:
+def test_images_are_drawn_when_due_and_sent_to_the_charts(run: Any) -> None:
     previews, charts = previews_of(run, SMALL, prompt_of(num_steps=1, height=64, seed=None))
     for step in (1, 2, 3):
         previews.after_step(step, 1, Interruption())
     assert names(run) == ["000002_00_TIME_7.png", "000002_01_TIME.png"]
-    assert charts.pictures == [(2, 1, [0, 1])]
+    assert charts.images == [(2, 1, [0, 1])]
 
 
-def test_one_picture_that_fails_is_reported_and_the_others_are_drawn(
-    run: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_one_image_that_fails_is_reported_and_the_others_are_drawn(run: Any, caplog: pytest.LogCaptureFixture) -> None:
     previews, charts = previews_of(run, prompt_of(text="too large", width=1 << 22, height=1 << 22), SMALL)
     with caplog.at_level(logging.ERROR):
         previews.after_step(2, 1, Interruption())
     assert names(run) == ["000002_01_TIME_7.png"]
-    assert charts.pictures == [(2, 1, [1])]
+    assert charts.images == [(2, 1, [1])]
     (record,) = caplog.records
     assert "preview 0 (too large) failed, training goes on" in record.message
 
@@ -218,7 +216,7 @@ def test_latents_that_are_no_number_are_an_error(run: Any) -> None:
         draw_latents(run.context, SMALL, encoded, torch.Generator())
 
 
-def test_a_picture_that_is_no_number_is_an_error_naming_the_way_out(run: Any) -> None:
+def test_an_image_that_is_no_number_is_an_error_naming_the_way_out(run: Any) -> None:
     vae: Any = run.context.arch.load.vae()
     nn.init.constant_(vae.decoder.conv_out.bias, torch.nan)
     with torch.no_grad(), pytest.raises(ValueError, match="--no_half_vae"):

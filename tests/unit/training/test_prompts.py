@@ -64,7 +64,7 @@ def test_text_files_have_comments_blank_and_indented_lines(tmp_path: Path) -> No
     ]  # fmt: skip
 
 
-def test_toml_has_shared_settings_and_a_table_for_each_picture(tmp_path: Path) -> None:
+def test_toml_has_shared_settings_and_a_table_for_each_image(tmp_path: Path) -> None:
     path = written(
         tmp_path,
         "p.TOML",
@@ -187,7 +187,7 @@ def test_a_setting_that_the_model_lacks_is_named(
     assert "p.txt, line 4" in record.message and flag in record.message and "no effect" in record.message
 
 
-def test_a_picture_for_a_controlnet_is_ignored_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_image_for_a_controlnet_is_ignored_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     spec = parse_line("a cat --cn my poses/pose.png --w 64", "p.txt, line 4")
     prompt = resolve(spec, SD)
     assert (prompt.text, prompt.width) == ("a cat", 64)

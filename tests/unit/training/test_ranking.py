@@ -36,8 +36,8 @@ def test_adapters_stand_by_their_loss_and_those_not_measured_last() -> None:
 @pytest.mark.parametrize(
     ("losses", "verdict"),
     [
-        ([None, None], "nothing is ranked: no picture is set aside"),
-        ([[1.0], [2.0]], "a single picture tells no difference from chance"),
+        ([None, None], "nothing is ranked: no image is set aside"),
+        ([[1.0], [2.0]], "a single image tells no difference from chance"),
         ([[1.0, 2.0, 3.0], [2.0, 3.1, 4.0]], "a0 is significantly better than every other adapter"),
     ],
 )
@@ -49,9 +49,9 @@ def test_adapters_that_are_equally_good_are_seldom_dropped() -> None:
     """Four that differ by chance alone, looked at 15 times: in at most 5 % of sweeps one is dropped."""
     generator, num_sweeps, dropped = torch.Generator().manual_seed(83), 300, 0
     for _ in range(num_sweeps):
-        pictures_G = torch.randn(10, generator=generator, dtype=torch.float64)
+        images_G = torch.randn(10, generator=generator, dtype=torch.float64)
         for look in range(1, 16):
-            own_AG = pictures_G + 0.1 * torch.randn(4, 10, generator=generator, dtype=torch.float64)
+            own_AG = images_G + 0.1 * torch.randn(4, 10, generator=generator, dtype=torch.float64)
             if clearly_worse({str(i): row.tolist() for i, row in enumerate(own_AG)}, 4, look):
                 dropped += 1
                 break
@@ -59,13 +59,13 @@ def test_adapters_that_are_equally_good_are_seldom_dropped() -> None:
 
 
 def test_what_is_clearly_worse_or_no_number_is_dropped_and_later_only_what_is_clearer() -> None:
-    pictures_G = torch.arange(8.0, dtype=torch.float64)
+    images_G = torch.arange(8.0, dtype=torch.float64)
     wobble_G = 0.02 * torch.randn(8, generator=torch.Generator().manual_seed(84), dtype=torch.float64)
     losses = {
         "nan": [1.0] * 7 + [nan],
-        "best": pictures_G.tolist(),
-        "worse": (pictures_G + 0.5 + wobble_G).tolist(),
-        "slightly": (pictures_G + 0.025 + wobble_G).tolist(),
+        "best": images_G.tolist(),
+        "worse": (images_G + 0.5 + wobble_G).tolist(),
+        "slightly": (images_G + 0.025 + wobble_G).tolist(),
     }
     assert clearly_worse(losses, 4, 1) == ["nan", "worse", "slightly"]
     assert clearly_worse(losses, 4, 40) == ["nan", "worse"]

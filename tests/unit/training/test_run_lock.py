@@ -72,7 +72,7 @@ def test_a_second_run_is_told_who_writes_there(tmp_path: Path, other_run: OtherR
 
 @pytest.mark.parametrize("how", ["", "fork"])
 def test_a_killed_run_holds_nothing(tmp_path: Path, other_run: OtherRun, how: str) -> None:
-    """Not even while what it forked, such as a loader of pictures, lives on."""
+    """Not even while what it forked, such as a loader of images, lives on."""
     process = other_run(how)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()

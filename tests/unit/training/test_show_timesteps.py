@@ -54,7 +54,7 @@ LUMINA_512_256 = math.exp(0.5 + (512 - 256) * (1.15 - 0.5) / (4096 - 256))  # at
 
 
 def evenly_pushed(level: float) -> float:
-    """Of a uniform value pushed by the shift of a picture of 512 x 256 pixels."""
+    """Of a uniform value pushed by the shift of an image of 512 x 256 pixels."""
     return min(max(level / (LUMINA_512_256 - (LUMINA_512_256 - 1) * level), 0.0), 1.0)
 
 
@@ -108,14 +108,14 @@ def test_table_has_the_weights_of_the_loss(capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_picture_has_bars_as_high_as_the_shares(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_image_has_bars_as_high_as_the_shares(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--seed", "4", "--output_dir", str(tmp_path / "new"), "--output_name", "cat"]
     assert run(model, "--show_timesteps", "image", *words) == run(model, "--show_timesteps", "console", *words) == 0
     shares = [share for share, _ in printed(capsys.readouterr().out)]
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["cat-timesteps.png"]
-    picture = Image.open(tmp_path / "new" / "cat-timesteps.png")
+    image = Image.open(tmp_path / "new" / "cat-timesteps.png")
     for i, share in enumerate(shares):
-        column = [picture.getpixel((MARGIN + i * BAR_WIDTH + 2, MARGIN + y)) for y in range(PLOT_HEIGHT)]
+        column = [image.getpixel((MARGIN + i * BAR_WIDTH + 2, MARGIN + y)) for y in range(PLOT_HEIGHT)]
         filled = [y for y, colour in enumerate(column) if colour == (70, 110, 180)]
         height = PLOT_HEIGHT - min(filled, default=PLOT_HEIGHT)
         assert abs(height - PLOT_HEIGHT * share / max(shares)) <= 4, i  # the line of weights covers up to three pixels
@@ -124,7 +124,7 @@ def test_picture_has_bars_as_high_as_the_shares(model: str, tmp_path: Path, caps
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["image"], "--show_timesteps image has no place for its picture; give --output_dir"),
+        (["image"], "--show_timesteps image has no place for its file; give --output_dir"),
         (["console", "--show_timesteps_resolution", "1024x768"], "--show_timesteps_resolution is '1024x768'"),
         (["console", "--show_timesteps_resolution", "0"], "--show_timesteps_resolution is '0'"),
     ],

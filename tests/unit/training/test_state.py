@@ -423,7 +423,7 @@ def test_changes_say_what_they_mean(caplog: pytest.LogCaptureFixture) -> None:
     assert "--learning_rate was 2e-06 in the state and is 5e-05, which takes effect from here on: the" in text
     assert "--min_snr_gamma was None in the state and is 5.0: the run goes on, but not as the uninterrupted" in text
     assert "--max_train_steps was 1600 in the state and is 2000: learning rates that depend on the length" in text
-    assert "its pictures differ; 6 pictures in 3 batches then, 7 in 3 now" in text
+    assert "its images differ; 6 images in 3 batches then, 7 in 3 now" in text
 
 
 def test_rates_that_are_not_given_are_those_of_the_state(caplog: pytest.LogCaptureFixture) -> None:
@@ -443,7 +443,7 @@ def test_where_events_and_cached_captions_go_is_no_other_run(caplog: pytest.LogC
     assert differences(base, base.with_values(others), caplog) == ""
 
 
-def test_pictures_whose_files_have_changed_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_images_whose_files_have_changed_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     paths = [str(tmp_path / f"{name}.png") for name in "abcd"]
     for path in paths[:3]:
         Path(path).write_bytes(path.encode() * 30_000)
@@ -456,7 +456,7 @@ def test_pictures_whose_files_have_changed_are_named(tmp_path: Path, caplog: pyt
     facts = StateManifest(Path("s"), 1, 0, 1, recorded_options(TrainOptions()), {**DATASET, "contents": before}, {})
     report_differences(facts, TrainOptions(), {**DATASET, "contents": now}, 1, paths)
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith(f"1 pictures are not the ones of the state, their files have changed since: {paths[2]}: the")
+    assert line.startswith(f"1 images are not the ones of the state, their files have changed since: {paths[2]}: the")
 
 
 def test_what_only_explains_or_averages_the_same_is_no_other_run(caplog: pytest.LogCaptureFixture) -> None:

@@ -31,11 +31,11 @@ class Clock:
         return self.now
 
 
-def batch_of(num_pictures: int, height: int = 64, width: int = 96) -> Batch:
-    ones = torch.ones(num_pictures)
-    sizes = torch.tensor([[height, width, 0, 0, height, width]] * num_pictures)
-    names = ["a"] * num_pictures
-    return Batch(names, names, None, None, None, ones, None, sizes, [{}] * num_pictures)
+def batch_of(num_images: int, height: int = 64, width: int = 96) -> Batch:
+    ones = torch.ones(num_images)
+    sizes = torch.tensor([[height, width, 0, 0, height, width]] * num_images)
+    names = ["a"] * num_images
+    return Batch(names, names, None, None, None, ones, None, sizes, [{}] * num_images)
 
 
 def take_step(
@@ -81,7 +81,7 @@ def test_the_time_of_steps_is_split_and_what_lies_between_them_is_apart():
             clock.now += 0.5
     summary = times.summary()
     assert summary is not None
-    assert "a step took 0.7 s" in summary and "8.57 pictures/s" in summary  # three processes with two pictures each
+    assert "a step took 0.7 s" in summary and "8.57 pictures/s" in summary  # three processes with two images each
     assert "waiting for data 14 %, copying 0 %, forward 29 %, backward 43 %, optimizer 7 %, the rest 7 %" in summary
     between = "validation 10.0 s (63 % of the time), saving 2.5 s (16 % of the time)"
     assert between in summary and "previews" not in summary
@@ -109,7 +109,7 @@ def test_several_batches_of_a_step_add_up_and_each_shape_is_counted_once():
             work()
         take_step(times, clock, work=work)
     times.resolve()
-    assert times.last is not None and times.last.num_pictures == 3
+    assert times.last is not None and times.last.num_images == 3
     assert times.last.flops == 2 * 60_000 and len(calls) == 8
 
 

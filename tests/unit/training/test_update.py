@@ -89,9 +89,9 @@ def test_an_error_leaves_no_step_untold_and_stays_the_error() -> None:
     told: list[StepResult] = []
     updates = Updates(run, NonFiniteGuard(run), None, told.append)
     window = Window(0, 1, range(1), False)
-    with pytest.raises(UserError, match="no such picture"), updates.reported_at_end():
+    with pytest.raises(UserError, match="no such image"), updates.reported_at_end():
         updates.take(window, accumulate_gradients([run], window, iter([batch_of(2.0)]))[0])
-        raise UserError("no such picture")
+        raise UserError("no such image")
     assert len(told) == 1
 
 

@@ -51,11 +51,11 @@ class FolderCache:
         return cls(path, entries if isinstance(entries, dict) else {}, config.captions.enable_wildcard)
 
     def lookup(
-        self, picture: str, picture_print: Fingerprint, caption_print: Fingerprint | None
+        self, image: str, image_print: Fingerprint, caption_print: Fingerprint | None
     ) -> tuple[str, Size] | None:
         """Return (caption, size) if both files are unchanged since the entry was written."""
-        entry = self.entries.get(picture)
-        source = {"picture": picture_print, "caption": caption_print, "is_multiline": self.is_multiline}
+        entry = self.entries.get(image)
+        source = {"picture": image_print, "caption": caption_print, "is_multiline": self.is_multiline}
         if not isinstance(entry, dict) or entry.get("read_from") != source:
             return None
         try:
@@ -70,9 +70,9 @@ class FolderCache:
             path: {
                 "caption": caption,
                 "resolution": list(size),
-                "read_from": {"picture": picture_print, "caption": caption_print, "is_multiline": self.is_multiline},
+                "read_from": {"picture": image_print, "caption": caption_print, "is_multiline": self.is_multiline},
             }
-            for path, caption, size, picture_print, caption_print in found
+            for path, caption, size, image_print, caption_print in found
         }
         if entries == self.entries:
             return

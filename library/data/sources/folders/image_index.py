@@ -219,9 +219,9 @@ def written_tables(sizes: Table[Size | str], captions: Mapping[str, Table[str]])
     return arrays
 
 
-def own_captions(pictures: Sequence[str], ending: str) -> list[str]:
+def own_captions(images: Sequence[str], ending: str) -> list[str]:
     """Return the name of each image's own caption file."""
-    return [(picture[: picture.rindex(".")] or picture) + ending for picture in pictures]
+    return [(image[: image.rindex(".")] or image) + ending for image in images]
 
 
 def read_tables(archive: Mapping[str, Any]) -> tuple[Table[Size | str], dict[str, Table[str]], frozenset[str]]:

@@ -12,7 +12,7 @@ from library.data.sources.folders.image_index import (
 )
 from library.errors import UserError
 
-OTHER_PICTURES = frozenset(("gif", "tif", "tiff", "heic", "heif", "avif", "jxl", "tga", "psd"))
+OTHER_IMAGES = frozenset(("gif", "tif", "tiff", "heic", "heif", "avif", "jxl", "tga", "psd"))
 CAPTION_ENDINGS = ("txt", "caption", "cap", "tags")  # written by caption tools
 
 
@@ -20,7 +20,7 @@ CAPTION_ENDINGS = ("txt", "caption", "cap", "tags")  # written by caption tools
 class Folder:
     """The files directly in a folder, by name."""
 
-    pictures: list[str]  # sorted
+    images: list[str]  # sorted
     dropped: list[tuple[str, str]]  # path of an entry with an image's name that is not a file, and the reason
     captions: set[str]
     aside: list[str]  # names with image or caption extensions that are neither
@@ -42,7 +42,7 @@ def look_into(folder: str, caption_extension: str | None = None) -> Folder:
     found = classify_names(files, caption_extension)
     for entry in others:
         add_link(found, entry, caption_extension)
-    found.pictures.sort()
+    found.images.sort()
     found.dropped.sort()
     return found
 
@@ -56,22 +56,22 @@ def add_link(found: Folder, entry: os.DirEntry[str], caption_extension: str | No
     except OSError as error:
         leads_to_file, reason = bool(named.captions), f"cannot be followed: {error.strerror}"
     if leads_to_file or named.aside:
-        found.pictures.extend(named.pictures)
+        found.images.extend(named.images)
         found.captions.update(named.captions)  # reading a broken link reports the reason
         found.aside.extend(named.aside)
-    elif reason is not None and named.pictures:
+    elif reason is not None and named.images:
         found.dropped.append((entry.path, reason))
 
 
 def classify_names(names: Iterable[str], caption_extension: str | None) -> Folder:
     """Classify files by their names."""
     endings = {extension[1:] for extension in image_extensions()}
-    similar = {extension.lower() for extension in (*endings, *OTHER_PICTURES, *CAPTION_ENDINGS)}
+    similar = {extension.lower() for extension in (*endings, *OTHER_IMAGES, *CAPTION_ENDINGS)}
     folder = Folder([], [], set(), [])
     for name in names:
         ending = name.rpartition(".")[2]
         if ending in endings and "." in name:
-            folder.pictures.append(name)
+            folder.images.append(name)
         elif caption_extension is not None and name.endswith(caption_extension):
             folder.captions.add(name)
         elif ending.lower() in similar and "." in name:
@@ -86,21 +86,21 @@ def look_again(index: FolderIndex, caption_extension: str, num_threads: int) -> 
     """
     if caption_extension not in index.paired:
         return None
-    pictures, captions = index.sizes, index.captions[caption_extension]
-    known = {*pictures.names, *captions.names}
+    images, captions = index.sizes, index.captions[caption_extension]
+    known = {*images.names, *captions.names}
     try:
         listed = set(os.listdir(index.folder))
     except OSError as error:
         raise not_listed(index.folder, error) from error
     others = listed - known
     rest = classify_names(others, caption_extension)
-    if len(listed) - len(others) < len(known) or rest.pictures or rest.captions:
+    if len(listed) - len(others) < len(known) or rest.images or rest.captions:
         return None
-    stamps = look_at(index.folder, pictures.names, num_threads), look_at(index.folder, captions.names, num_threads)
-    edited = [*pictures.edited(stamps[0]), *captions.edited(stamps[1])]
+    stamps = look_at(index.folder, images.names, num_threads), look_at(index.folder, captions.names, num_threads)
+    edited = [*images.edited(stamps[0]), *captions.edited(stamps[1])]
     if not all(os.path.isfile(os.path.join(index.folder, name)) for name in edited):
         return None
-    return Folder(pictures.names, [], set(), rest.aside, stamps)
+    return Folder(images.names, [], set(), rest.aside, stamps)
 
 
 def not_listed(folder: str, error: OSError) -> UserError:

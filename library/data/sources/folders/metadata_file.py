@@ -53,7 +53,7 @@ def _json_table(path: str, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     except InvalidJson as error:
         raise UserError(f"metadata_file {path} is not valid JSON: {error}") from None
     if not isinstance(table, dict):
-        raise UserError(f"metadata_file {path} must hold a table of pictures, not {type(table).__name__}")
+        raise UserError(f"metadata_file {path} must hold a table of images, not {type(table).__name__}")
     for key, value in table.items():
         yield key, _checked(value, f"{path}: {key}")
 

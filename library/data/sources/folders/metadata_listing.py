@@ -25,7 +25,7 @@ def list_metadata(config: SubsetConfig, num_threads: int) -> Listing:
     captions: list[str] = []
     tags: list[str] = []
     for key, entry in read_metadata(config.metadata_file or "") if config.entries is None else config.entries:
-        path = find_picture(key, config.image_dir, listings)
+        path = find_image(key, config.image_dir, listings)
         if path is None:
             listing.dropped.append(
                 (key, "there is no such image" + (f" in {config.image_dir}" if config.image_dir else ""))
@@ -62,7 +62,7 @@ def sizes_anywhere(paths: Sequence[str], num_threads: int, title: str, keeps_ind
     return [sizes[os.path.join(*os.path.split(path))] for path in paths]
 
 
-def find_picture(key: str, image_dir: str | None, listings: dict[str, dict[str, str]]) -> str | None:
+def find_image(key: str, image_dir: str | None, listings: dict[str, dict[str, str]]) -> str | None:
     """Find a metadata key's file: a path with or without extension, absolute, below image_dir, or below the working
     folder."""
     path = key if os.path.isabs(key) else os.path.join(image_dir or "", key)
@@ -71,10 +71,10 @@ def find_picture(key: str, image_dir: str | None, listings: dict[str, dict[str, 
             return whole
     folder, name = os.path.split(path)
     if folder not in listings:
-        pictures = look_into(folder or ".").pictures if os.path.isdir(folder or ".") else []
+        images = look_into(folder or ".").images if os.path.isdir(folder or ".") else []
         listings[folder] = {}
-        for picture in pictures:
-            listings[folder].setdefault(os.path.splitext(picture)[0], os.path.join(folder, picture))
+        for image in images:
+            listings[folder].setdefault(os.path.splitext(image)[0], os.path.join(folder, image))
     return listings[folder].get(name)
 
 

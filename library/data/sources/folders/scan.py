@@ -48,7 +48,7 @@ def list_folder(config: SubsetConfig, num_threads: int) -> Listing:
     else:
         inside = look_into(folder, config.caption_extension)
         files = caption_files(folder, inside, config.caption_extension)
-    listing.names, listing.dropped, listing.aside = inside.pictures, inside.dropped, inside.aside
+    listing.names, listing.dropped, listing.aside = inside.images, inside.dropped, inside.aside
     listing.alone = sorted(inside.captions.difference(files))
     try:
         if config.cache_info:
@@ -78,7 +78,7 @@ def note_missing(listing: Listing, files: Sequence[str | None]) -> None:
 
 def caption_files(folder: str, inside: Folder, extension: str) -> Sequence[str | None]:
     """Return the name of each image's caption file; None if there is none."""
-    own = own_captions(inside.pictures, extension)
+    own = own_captions(inside.images, extension)
     if inside.captions.issuperset(own):
         return own
     return [name if name in inside.captions else other_caption_file(folder, name, extension) for name in own]
@@ -101,7 +101,7 @@ def read_with_index(
     known_captions = index.captions.get(config.caption_extension, Table())
     captions = renewed(known_captions, folder, names, read_caption, num_threads, None, inside.stamps[1])
     title = f"reading sizes of {config.base_name}"
-    sizes = renewed(index.sizes, folder, inside.pictures, size_of, num_threads, title, inside.stamps[0])
+    sizes = renewed(index.sizes, folder, inside.images, size_of, num_threads, title, inside.stamps[0])
     if config.keeps_index:
         index.replace_with(sizes, index.captions | {config.caption_extension: captions})
     listing.sizes = sizes.values
@@ -129,16 +129,16 @@ def read_with_cache(listing: Listing, files: Sequence[str | None], num_threads: 
 def cached_or_read(cache: FolderCache, config: SubsetConfig, path: str, file: str | None) -> CacheRow:
     """Return path, caption, size and fingerprints of one image and its caption file."""
     caption_path = None if file is None else os.path.join(config.image_dir or "", file)
-    picture_print = fingerprint(path)
+    image_print = fingerprint(path)
     caption_print = None if caption_path is None else fingerprint(caption_path)
-    known = cache.lookup(path, picture_print, caption_print)
+    known = cache.lookup(path, image_print, caption_print)
     size: Size | str
     if known is None:
         text = "" if caption_path is None else caption_of(read_caption(caption_path)[1], config.captions)
         size = size_of(path)[1]
     else:
         text, size = known
-    return path, config.class_tokens or "" if file is None else text, size, picture_print, caption_print
+    return path, config.class_tokens or "" if file is None else text, size, image_print, caption_print
 
 
 def add_masks(listing: Listing) -> None:
@@ -147,7 +147,7 @@ def add_masks(listing: Listing) -> None:
     if not os.path.isdir(folder):
         raise UserError(f"conditioning_data_dir {folder} is not a folder")
     masks: dict[str, str] = {}
-    for name in look_into(folder).pictures:
+    for name in look_into(folder).images:
         masks.setdefault(os.path.splitext(name)[0], os.path.join(folder, name))
     stems = [os.path.splitext(os.path.basename(path))[0] for path in listing.paths]
     missing = [path for path, stem in zip(listing.paths, stems, strict=True) if stem not in masks]

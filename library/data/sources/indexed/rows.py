@@ -44,23 +44,23 @@ def rows_of_tar(window: Window, shown: str, rule: CaptionRule) -> list[Row]:
     """Return the images of a tar file, in order. Raises UserError for a damaged one, and for captions not in UTF-8."""
     endings = {ending[1:] for ending in image_extensions()}
     wanted = (rule.ending, "txt", "json")
-    pictures: dict[str, Row] = {}
+    images: dict[str, Row] = {}
     second: list[Row] = []
     texts: dict[str, dict[str, str]] = {}
     for member in members_of(window, shown):
         if member.ending in endings:
             row = row_of(window, member, shown)
-            if member.stem in pictures:
-                second.append(row._replace(problem=f"is skipped: {pictures[member.stem].name} has the same name"))
+            if member.stem in images:
+                second.append(row._replace(problem=f"is skipped: {images[member.stem].name} has the same name"))
             else:
-                pictures[member.stem] = row
+                images[member.stem] = row
         elif member.ending in wanted:
             text = text_of(window, member, shown, rule)
             if text is not None:
                 texts.setdefault(member.stem, {})[member.ending] = text
     found = [
         row._replace(caption=next((said[ending] for ending in wanted if ending in said), None))
-        for stem, row in pictures.items()
+        for stem, row in images.items()
         for said in (texts.get(stem, {}),)
     ]
     return sorted([*found, *second], key=lambda row: row.start)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from library.data.description.captions import CaptionRules
 from library.data.description.schema import SubsetConfig, without_secrets
 from library.data.scanned.columns import Texts
-from library.data.scanned.images import FileStamp, Pictures, Places, Reader
+from library.data.scanned.images import FileStamp, Places, Reader, ScannedImages
 from library.data.scanned.names import folder_name, short_digest
 from library.data.scanned.subsets import ScannedSubset
 from library.data.sources.folders.reading import caption_of
@@ -137,7 +137,7 @@ def found_in(
         table = table.filter(compute.is_null(table["problem"]))
     is_missing = compute.is_null(table["caption"]).to_numpy()
     captions = texts_of(compute.fill_null(table["caption"], config.class_tokens or ""))
-    pictures = Pictures(
+    images = ScannedImages(
         names=texts_of(table["name"]),
         captions=with_rules(captions, config.captions),
         sizes_N2=np.stack([numbers(table["width"], np.int32), numbers(table["height"], np.int32)], axis=1),
@@ -152,13 +152,13 @@ def found_in(
             texts_of(table["url"]) if is_url else None,
         ),
     )
-    is_empty = (pictures.captions.lengths == 0) & ~is_missing
+    is_empty = (images.captions.lengths == 0) & ~is_missing
     return ScannedSubset(
         config,
-        pictures,
+        images,
         dropped,
-        pictures.keys_at(np.flatnonzero(is_missing)) if is_missing.any() else (),
-        pictures.keys_at(np.flatnonzero(is_empty)) if is_empty.any() else (),
+        images.keys_at(np.flatnonzero(is_missing)) if is_missing.any() else (),
+        images.keys_at(np.flatnonzero(is_empty)) if is_empty.any() else (),
     )
 
 

@@ -11,7 +11,7 @@ from math import prod
 from typing import Any, TypeVar
 
 from library.data.description.schema import without_secrets
-from library.data.scanned.images import FileStamp, Picture, Place, Version, digest_of
+from library.data.scanned.images import FileStamp, Place, ScannedImage, Version, digest_of
 from library.data.scanned.names import folder_name, safe_name, short_digest
 from library.data.sources.storage import object_storage
 from library.data.sources.storage.disk_cache import DiskCache
@@ -51,26 +51,26 @@ class Storage:
     remote_cache_gb: float = 20.0  # for images read over the network
     opened: Opened = field(default_factory=Opened, compare=False, repr=False)
 
-    def content(self, picture: Picture) -> bytes | None:
+    def content(self, image: ScannedImage) -> bytes | None:
         """Return the bytes of an image; None for one in its own file, which Pillow opens itself."""
-        return None if picture.place is None else self.read(picture.place)
+        return None if image.place is None else self.read(image.place)
 
-    def whole(self, picture: Picture) -> tuple[Version, bytes]:
+    def whole(self, image: ScannedImage) -> tuple[Version, bytes]:
         """Return the version and all bytes of an image. Raises UserError if it cannot be read."""
-        if picture.place is not None:
-            return self.version(picture), self.read(picture.place)
+        if image.place is not None:
+            return self.version(image), self.read(image.place)
         try:
-            version = self.version(picture)
-            with open(picture.key, "rb") as file:
+            version = self.version(image)
+            with open(image.key, "rb") as file:
                 return version, file.read()
         except OSError as error:
-            raise UserError(f"{picture.key} cannot be read: {error.strerror}") from None
+            raise UserError(f"{image.key} cannot be read: {error.strerror}") from None
 
-    def version(self, picture: Picture) -> Version:
+    def version(self, image: ScannedImage) -> Version:
         """Return the version that cached entries are compared with. Raises OSError for a missing file."""
-        if picture.place is not None:
-            return Version(picture.place.num_bytes, int(picture.place.digest[:15], 16))
-        status = os.stat(picture.key)
+        if image.place is not None:
+            return Version(image.place.num_bytes, int(image.place.digest[:15], 16))
+        status = os.stat(image.key)
         return Version(status.st_size, status.st_mtime_ns)
 
     def read(self, place: Place) -> bytes:
@@ -81,9 +81,9 @@ class Storage:
             return place.reader.read(self, place)
         return self.read_range(place.file, place.start, place.num_bytes)
 
-    def read_ahead(self, pictures: Iterable[Picture]) -> None:
+    def read_ahead(self, images: Iterable[ScannedImage]) -> None:
         """Fetch images at URLs to the disk concurrently, which takes one round trip instead of one each."""
-        places = [picture.place for picture in pictures if picture.place is not None]
+        places = [image.place for image in images if image.place is not None]
         places = [place for place in places if is_remote(place.file) and place.reader is None]
         missing = [place for place in dict.fromkeys(places) if not self.disk_cache.path(name_of(place)).exists()]
         if len(missing) > 1:
@@ -190,21 +190,21 @@ class Storage:
                 found += sorted(glob(path)) if GLOB.search(path) and not os.path.exists(path) else [path]
         return found
 
-    def cache_stem(self, picture: Picture) -> str:
+    def cache_stem(self, image: ScannedImage) -> str:
         """Return the path prefix of an image's cache files: beside an image, in a folder beside a larger file.
 
         Under --cache_dir each folder of larger files has its own, because two may have files of the same name.
         """
-        place = picture.place
+        place = image.place
         if place is None:
-            return os.path.splitext(picture.key)[0]
-        shard = picture.key.removesuffix(place.name).rstrip("/")
-        name = safe_name(os.path.splitext(place.name)[0]) if shard else short_digest(picture.key)
+            return os.path.splitext(image.key)[0]
+        shard = image.key.removesuffix(place.name).rstrip("/")
+        name = safe_name(os.path.splitext(place.name)[0]) if shard else short_digest(image.key)
         folder, file = os.path.split(shard)
-        if is_remote(picture.key):
+        if is_remote(image.key):
             self.required_cache_dir("caches of images at URLs")
         folder = folder if self.cache_dir is None else os.path.join(self.cache_dir, folder_name(folder))
-        return os.path.join(folder, f"{os.path.splitext(file)[0] or 'pictures'}.cache", name)
+        return os.path.join(folder, f"{os.path.splitext(file)[0] or 'images'}.cache", name)
 
 
 def is_remote(file: str) -> bool:

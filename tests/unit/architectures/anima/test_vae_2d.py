@@ -10,7 +10,7 @@ import torch
 from anima_train_network import setup_parser
 from library.architectures.anima.assembly import build
 from library.architectures.anima.options import AnimaOptions
-from library.architectures.anima.vae_2d import PictureConv, StripedNorm
+from library.architectures.anima.vae_2d import ImageConv, StripedNorm
 from library.training.models.base_model import identity_of
 from library.training.planning.counting import BatchShape, count_run
 from tests.running import Finished
@@ -29,7 +29,7 @@ def built(arguments: list[str], *more: str) -> Any:
 
 
 @pytest.mark.parametrize("size", [(48, 80), (104, 24)], ids=str)
-def test_latents_and_pictures_are_those_of_three_dimensions(arguments: list[str], size: tuple[int, int]) -> None:
+def test_latents_and_images_are_those_of_three_dimensions(arguments: list[str], size: tuple[int, int]) -> None:
     """In float64 to its rounding: nothing but the order of sums differs."""
     pixels = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(62)) * 2 - 1
     found = []
@@ -55,12 +55,12 @@ def test_it_is_the_same_vae_to_a_cache_and_has_no_convolution_over_time_left_tha
     assert identity_of(plain) == identity_of(flat)
     kept = {name for name, module in flat.named_modules() if isinstance(module, torch.nn.Conv3d)}
     assert kept and all(name.endswith("time_conv") for name in kept)
-    assert sum(isinstance(module, PictureConv) for module in flat.modules()) > 20
+    assert sum(isinstance(module, ImageConv) for module in flat.modules()) > 20
 
 
-def test_a_cache_serves_both_ways(train: Any, pictures: Path, arguments: list[str], tmp_path: Path) -> None:
+def test_a_cache_serves_both_ways(train: Any, images: Path, arguments: list[str], tmp_path: Path) -> None:
     words = [
-        *arguments, "--train_data_dir", str(pictures), "--caption_extension", ".txt", "--resolution", "64",
+        *arguments, "--train_data_dir", str(images), "--caption_extension", ".txt", "--resolution", "64",
         "--output_dir", str(tmp_path / "out"), "--network_module", "networks.lora_anima", "--network_dim", "2",
         "--max_train_steps", "1", "--max_data_loader_n_workers", "0", "--qwen3_max_token_length", "16",
         "--t5_max_token_length", "16", "--network_train_unet_only", "--cache_latents_to_disk", "--seed", "3",
@@ -70,7 +70,7 @@ def test_a_cache_serves_both_ways(train: Any, pictures: Path, arguments: list[st
         done: Finished = train([*words, *flags], script="anima_train_network")
         assert done.status == 0, done.stderr
         losses.append(done.losses)
-        files = sorted(pictures.rglob("*_anima.npz"))
+        files = sorted(images.rglob("*_anima.npz"))
         times = [path.stat().st_mtime_ns for path in files]
         losses[-1] = (losses[-1], times)
     assert losses[0] == losses[1]
@@ -78,7 +78,7 @@ def test_a_cache_serves_both_ways(train: Any, pictures: Path, arguments: list[st
         path.unlink()
     done = train([*words, "--qwen_image_vae_2d"], script="anima_train_network")
     assert done.losses == pytest.approx(losses[0][0], rel=1e-5)
-    with np.load(sorted(pictures.rglob("*_anima.npz"))[0]) as file:
+    with np.load(sorted(images.rglob("*_anima.npz"))[0]) as file:
         assert any(name.startswith("latents") for name in file)
 
 
@@ -95,7 +95,7 @@ def test_norms_by_stripes_are_those_of_the_whole_to_the_bit(dtype: torch.dtype, 
     assert torch.equal(StripedNorm(norm)(x), norm(x))
 
 
-def test_the_planner_counts_less_for_a_picture(arguments: list[str]) -> None:
+def test_the_planner_counts_less_for_an_image(arguments: list[str]) -> None:
     words = [
         *arguments, "--cache_latents", "--network_module", "networks.lora_anima", "--network_dim", "2",
         "--network_train_unet_only", "--mixed_precision", "bf16", "--qwen3_max_token_length", "8",
@@ -105,6 +105,6 @@ def test_the_planner_counts_less_for_a_picture(arguments: list[str]) -> None:
     for flags in ((), ("--qwen_image_vae_2d",)):
         options = AnimaOptions.from_args(setup_parser().parse_args([*words, *flags]))
         counted = count_run(options, build(options), BatchShape(1, 256, 256), torch.device("cpu"))
-        (stage,) = (stage for stage in counted.stages if stage.name == "encoding pictures")
+        (stage,) = (stage for stage in counted.stages if stage.name == "encoding images")
         rises.append(stage.rise_of_one)
     assert rises[1] < 0.7 * rises[0]

@@ -1,4 +1,4 @@
-"""Text encoders that are left out, and pictures that lie elsewhere, from one training step to the next."""
+"""Text encoders that are left out, and images that lie elsewhere, from one training step to the next."""
 
 import pytest
 import torch

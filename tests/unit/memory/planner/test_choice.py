@@ -198,7 +198,7 @@ def test_a_device_is_measured() -> None:
 
 
 def test_a_stage_encodes_as_many_at_a_time_as_fit() -> None:
-    stage = Stage("encoding pictures", "vae_batch_size", 100, 30, 20)
+    stage = Stage("encoding images", "vae_batch_size", 100, 30, 20)
     assert [stage.peak(count) for count in (1, 2, 8)] == [130, 150, 270]
     assert [stage.most_that_fits(room) for room in (129, 130, 150, 189, 190, 269, 1000)] == [0, 1, 2, 2, 4, 4, 8]
     assert replace(stage, rise_of_each_more=0).most_that_fits(130) == 8

@@ -28,10 +28,10 @@ def test_options_data_and_versions_that_differ_are_listed_and_names_are_not() ->
     assert differences([first, second]) == [
         ["--seed", 3, 4],
         ["max train steps", 10, 20],
-        ["pictures of cats", "9 x 2", None],
+        ["images of cats", "9 x 2", None],
         ["version of torch", "2.9", "2.10"],
         ["--network_dim", None, 8],
-        ["pictures of dogs", None, "9 x 2"],
+        ["images of dogs", None, "9 x 2"],
     ]
     assert differences([first, first, first]) == []
 
@@ -41,7 +41,7 @@ def test_options_data_and_versions_that_differ_are_listed_and_names_are_not() ->
     [({}, True), ({"validation_split": 0.2}, False), ({"validation_seed": 5}, False), ({"validation_seed": 1}, True)],
 )
 def test_validation_compares_where_the_same_is_measured(options: dict[str, float], wanted: bool) -> None:
-    """The plan's seed is 1, which draws the pictures where no validation_seed is given."""
+    """The plan's seed is 1, which draws the images where no validation_seed is given."""
     first = record_of(start("a", validation_split=0.1), plan(10))
     second = record_of(start("b", **{"validation_split": 0.1, **options}), plan(10))
     assert is_measured_alike([first, second]) == wanted

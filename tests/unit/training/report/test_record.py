@@ -94,7 +94,7 @@ def test_warnings_are_counted_and_their_number_is_bounded() -> None:
 
 
 @pytest.mark.parametrize("url", ["https://example.org/a.webp", f"data:image/webp;base64,{EVIL}", "javascript:alert(1)"])
-def test_pictures_that_are_none_are_left_out(url: str) -> None:
+def test_images_that_are_none_are_left_out(url: str) -> None:
     (line,) = lines_of([preview(1, 0, "a cat")])
     assert folded([{**line, "thumbnail": url}]).previews.items == []
 

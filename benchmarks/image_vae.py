@@ -1,11 +1,11 @@
-"""What the VAE of Qwen-Image takes for a picture in three ways: as diffusers runs it, without what that keeps for a
+"""What the VAE of Qwen-Image takes for an image in three ways: as diffusers runs it, without what that keeps for a
 next frame, which is ours, and with --qwen_image_vae_2d.
 
 Each way runs in a process of its own on one thread, with weights of full size, random and the same. CPU seconds are the
 best of `--rounds` after a first; memory is the most that the process held beyond what it held with the model loaded.
 Both come as ratios to the first way.
 
-    python benchmarks/picture_vae.py --side 384
+    python benchmarks/image_vae.py --side 384
 """
 
 import argparse
@@ -95,10 +95,10 @@ def measure(way: str, side: int, rounds: int) -> dict[str, Any]:
         encode = (lambda: whole_encode(vae, pixels)) if is_whole else (lambda: codec.encode(vae, pixels, []))
         latents, encode_mib = peak_mib(encode)
         decode = (lambda: whole_decode(vae, latents)) if is_whole else (lambda: codec.decode(vae, latents))
-        pictures, decode_mib = peak_mib(decode)
+        images, decode_mib = peak_mib(decode)
         return {
             "encode": (best_seconds(encode, rounds), encode_mib, latents.tolist()),
-            "decode": (best_seconds(decode, rounds), decode_mib, pictures.tolist()),
+            "decode": (best_seconds(decode, rounds), decode_mib, images.tolist()),
         }
 
 

@@ -12,7 +12,7 @@ from library.data.decoding.threads import BLOCK, in_blocks
 from library.data.plan.data_plan import DataPlan
 from library.data.scanned.subsets import ScannedSubset
 from library.data.sources.folders import image_index, reading, scan
-from tests.unit.data.builders import plan_of, write_config, write_folder, write_picture
+from tests.unit.data.builders import plan_of, write_config, write_folder, write_image
 
 LONG_AGO = 1_500_000_000
 
@@ -32,10 +32,10 @@ num_repeats = 2
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Five pictures and captions whose last edit is long ago, in a folder that counts as large."""
+    """Five images and captions whose last edit is long ago, in a folder that counts as large."""
     monkeypatch.setattr(image_index, "MIN_FILES", 1)
     folder = write_folder(tmp_path / "pictures", 4, caption="a tag")
-    write_picture(folder / "wide.png", (128, 64))
+    write_image(folder / "wide.png", (128, 64))
     (folder / "p3.txt").write_text("\ufefffirst\r\n\r\nsecond ねこ\n", encoding="utf-8")
     age(folder)
     return folder
@@ -93,9 +93,9 @@ def test_a_build_from_the_index_equals_one_from_scratch_and_reads_nothing(folder
 
 
 def test_one_index_serves_wildcards_and_first_lines(folder, opened):
-    plain = build(folder).samples[3].picture.caption
+    plain = build(folder).samples[3].image.caption
     opened.clear()
-    assert (plain, build(folder, "enable_wildcard = true\n").samples[3].picture.caption) == (
+    assert (plain, build(folder, "enable_wildcard = true\n").samples[3].image.caption) == (
         "first",
         "first\nsecond ねこ",
     )
@@ -110,7 +110,7 @@ def test_captions_with_other_endings_have_their_own_table(folder, opened):
         opened.clear()
         build(folder)
         noted = plan_of(write_config(folder.parent / "note.toml", other))
-        assert [sample.picture.caption for sample in noted.samples][:2] == ["another", ""]
+        assert [sample.image.caption for sample in noted.samples][:2] == ["another", ""]
     assert opened == []
 
 
@@ -131,26 +131,26 @@ EDITS = {
     ),
     "caption removed": lambda f: (f / "p1.txt").unlink(),
     "caption added": lambda f: (f / "wide.txt").write_text("new"),
-    "picture replaced": lambda f: write_picture(f / "p1.png", (64, 128)),
+    "picture replaced": lambda f: write_image(f / "p1.png", (64, 128)),
     "picture replaced, its time put back": lambda f: keep_times(
-        f / "p1.png", lambda: write_picture(f / "p1.png", (64, 128))
+        f / "p1.png", lambda: write_image(f / "p1.png", (64, 128))
     ),
     "picture replaced by an older one": lambda f: (
-        os.utime(write_picture(f.parent / "old.png", (64, 128)), (LONG_AGO - 9, LONG_AGO - 9)),
+        os.utime(write_image(f.parent / "old.png", (64, 128)), (LONG_AGO - 9, LONG_AGO - 9)),
         os.replace(f.parent / "old.png", f / "p1.png"),
     ),
     "picture renamed": lambda f: (f / "p2.png").rename(f / "zz.png"),
-    "two pictures swapped": lambda f: (
+    "two images swapped": lambda f: (
         (f / "p2.png").rename(f / "x"),
         (f / "wide.png").rename(f / "p2.png"),
         (f / "x").rename(f / "wide.png"),
     ),
     "picture deleted": lambda f: (f / "p2.png").unlink(),
-    "picture added": lambda f: write_picture(f / "p9.png", (128, 64)),
+    "picture added": lambda f: write_image(f / "p9.png", (128, 64)),
     "picture of another kind added": lambda f: (f / "p9.gif").write_bytes(b"GIF89a"),
-    "caption of no picture added": lambda f: (f / "p9.txt").write_text("alone"),
-    "folder in place of a picture": lambda f: ((f / "p2.png").unlink(), (f / "p2.png").mkdir()),
-    "link to nothing in place of a picture": lambda f: ((f / "p2.png").unlink(), (f / "p2.png").symlink_to("gone")),
+    "caption of no image added": lambda f: (f / "p9.txt").write_text("alone"),
+    "folder in place of an image": lambda f: ((f / "p2.png").unlink(), (f / "p2.png").mkdir()),
+    "link to nothing in place of an image": lambda f: ((f / "p2.png").unlink(), (f / "p2.png").symlink_to("gone")),
     "caption emptied": lambda f: (f / "p1.txt").write_text(""),
     "picture damaged": lambda f: (f / "p2.png").write_bytes(b""),
     "everything touched": lambda f: [path.touch() for path in f.glob("p*")],
@@ -173,7 +173,7 @@ def spoil(folder: Path, change: object) -> None:
 
 
 def give_all_captions(folder: Path) -> None:
-    """Every picture has its own caption file, which is what a folder is recognised by without looking through it."""
+    """Every image has its own caption file, which is what a folder is recognised by without looking through it."""
     (folder / "wide.txt").write_text("one, two")
     age(folder)
 
@@ -263,7 +263,7 @@ def test_small_folders_get_no_index(tmp_path):
     assert not list((tmp_path / "pictures").glob(".*"))
 
 
-def test_pictures_that_a_metadata_file_names_are_remembered_too(folder, opened):
+def test_images_that_a_metadata_file_names_are_remembered_too(folder, opened):
     (folder.parent / "meta.json").write_text('{"p1": {"caption": "x"}, "wide": {"caption": "y"}}')
     config = CONFIG.replace('caption_extension = ".txt"', 'metadata_file = "{here}/meta.json"')
 
@@ -271,10 +271,10 @@ def test_pictures_that_a_metadata_file_names_are_remembered_too(folder, opened):
         return plan_of(write_config(folder.parent / "meta.toml", config)).datasets[0].subsets[0]
 
     first = read()
-    assert [picture.size for picture in first.pictures] == [(64, 64), (128, 64)] and opened == ["p1.png", "wide.png"]
+    assert [image.size for image in first.images] == [(64, 64), (128, 64)] and opened == ["p1.png", "wide.png"]
     assert read() == first and len(opened) == 2
     Image.new("RGB", (96, 64)).save(folder / "wide.png")
-    assert read().pictures[1].size == (96, 64)
+    assert read().images[1].size == (96, 64)
 
 
 @pytest.mark.parametrize("is_slow", [False, True])

@@ -1,4 +1,4 @@
-"""Pictures and caches made to do harm: left out or refused by name, before memory is taken for what they claim."""
+"""Images and caches made to do harm: left out or refused by name, before memory is taken for what they claim."""
 
 import errno
 import io
@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from library.data.decoding.images import read_pixels, read_size
-from tests.unit.data.builders import options_of, plan_of, write_config, write_folder, write_picture
+from tests.unit.data.builders import options_of, plan_of, write_config, write_folder, write_image
 from tests.unit.data.test_cache import cache, file_of, latents_by_key
 
 
@@ -29,7 +29,7 @@ def png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + body
 
 
-def test_a_picture_that_claims_a_hundred_thousand_pixels_a_side_is_refused(tmp_path: Path) -> None:
+def test_an_image_that_claims_a_hundred_thousand_pixels_a_side_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "bomb.png"
     path.write_bytes(png(100_000, 100_000))
     for read in (read_size, read_pixels):
@@ -47,7 +47,7 @@ def test_it_is_left_out_of_the_training_set_by_name(tmp_path: Path) -> None:
     assert plan.num_train_images == 2
 
 
-def test_an_animated_picture_gives_its_first_frame(tmp_path: Path) -> None:
+def test_an_animated_image_gives_its_first_frame(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     path = tmp_path / "moving.webp"
     frames[0].save(path, save_all=True, append_images=frames[1:], lossless=True)
@@ -55,7 +55,7 @@ def test_an_animated_picture_gives_its_first_frame(tmp_path: Path) -> None:
     assert rgb.shape == (8, 8, 3) and (rgb == (255, 0, 0)).all()
 
 
-@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"not a picture at all"])
+@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"not an image at all"])
 def test_an_empty_or_foreign_file_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "odd name (1) [ä].png"
     path.write_bytes(content)
@@ -64,9 +64,9 @@ def test_an_empty_or_foreign_file_is_named(tmp_path: Path, content: bytes) -> No
 
 
 @pytest.mark.parametrize("ending", [".png", ".jpg", ".webp"])
-def test_every_truncation_is_named_or_still_a_whole_picture(tmp_path: Path, ending: str) -> None:
+def test_every_truncation_is_named_or_still_a_whole_image(tmp_path: Path, ending: str) -> None:
     """Cut after every 97 bytes: never another error than ours, never another size."""
-    whole = write_picture(tmp_path / f"whole{ending}", (40, 24)).read_bytes()
+    whole = write_image(tmp_path / f"whole{ending}", (40, 24)).read_bytes()
     path = tmp_path / f"cut{ending}"
     num_refused = 0
     for length in range(0, len(whole), 97):
