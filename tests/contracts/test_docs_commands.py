@@ -53,6 +53,7 @@ TOOLS = (
     "clean_metadata",
     "prepare_metadata",
     "interrogate_lora",
+    "capabilities",
 )  # whose options pages speak of
 
 

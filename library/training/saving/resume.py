@@ -253,14 +253,14 @@ def dataset_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> It
     changed = [name for name in ("pictures", "captions", "settings") if before.get(name) != now[name]]
     if not changed:
         return
-    counts = ""
+    names, counts = " and ".join(changed).replace("pictures", "images"), ""
     if now["num_pictures"]:
         counts = f"; {before.get('num_pictures')} images in {before.get('num_batches')} batches then"
         counts += f", {now['num_pictures']} in {now['num_batches']} now"
     yield (
         logging.WARNING,
         (
-            f"the dataset is not the one of the state (its {' and '.join(changed).replace('pictures', 'images')} differ{counts}): the run goes on, "
+            f"the dataset is not the one of the state (its {names} differ{counts}): the run goes on, "
             "but not as the uninterrupted one would have"
         ),
     )

@@ -1,0 +1,64 @@
+"""tools/capabilities.py: what front ends read is what the parsers and declarations say."""
+
+import importlib
+import json
+from typing import Any
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from library.architectures.scripts import list_scripts
+from networks.core.registry.layouts import list_kinds
+from tests.running import ROOT
+from tools.capabilities import main
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    import contextlib
+    import io
+
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(["--json"]) == 0
+    return dict(json.loads(printed.getvalue()))
+
+
+def test_the_output_fits_its_schema(found: dict[str, Any]) -> None:
+    schema = json.loads((ROOT / "docs" / "capabilities.schema.json").read_text(encoding="utf-8"))
+    Draft202012Validator.check_schema(schema)
+    Draft202012Validator(schema).validate(found)
+
+
+def test_every_script_has_the_options_of_its_parser(found: dict[str, Any]) -> None:
+    names = {script["name"] for script in found["scripts"]}
+    assert names == {path.name for path in ROOT.glob("*train_*.py")}
+    assert {script.name for script in list_scripts()} <= names
+    for script in found["scripts"]:
+        parser = importlib.import_module(script["name"][:-3]).setup_parser()
+        assert {one["flag"] for one in script["options"]} == parser._option_string_actions.keys() - {"-h", "--help"}
+        for one in script["options"]:
+            assert one["default"] == parser.get_default(one["name"])
+
+
+def test_options_carry_type_range_and_group(found: dict[str, Any]) -> None:
+    (script,) = (one for one in found["scripts"] if one["name"] == "sdxl_train_network.py")
+    options = {one["name"]: one for one in script["options"]}
+    assert options["lr_warmup_steps"]["type"] == "steps" and options["max_train_steps"]["type"] == "int"
+    assert options["network_args"]["is_list"] and not options["seed"]["is_list"]
+    assert options["gradient_checkpointing"]["type"] == "flag"
+    assert options["prior_loss_weight"]["minimum"] == 0 and options["caption_dropout_rate"]["maximum"] == 1
+    assert options["network_dim"]["minimum"] == 1 or options["network_dim"]["exclusive_minimum"] == 0
+    assert options["mixed_precision"]["choices"] == ["no", "fp16", "bf16"]
+    assert not options["fit"]["in_sd_scripts"] and options["fit"]["group"]
+
+
+def test_every_network_module_lists_what_it_takes(found: dict[str, Any]) -> None:
+    modules = {one["network_module"]: {item["name"] for item in one["arguments"]} for one in found["network_modules"]}
+    assert modules.keys() == {kind.network_module for kind in list_kinds() if kind.network_module}
+    assert {"conv_dim", "loraplus_lr_ratio", "dora_wd"} <= modules["networks.lora"]
+    assert "split_qkv" in modules["networks.lora"] and "split_qkv" not in modules["networks.loha"]
+
+
+def test_an_unknown_script_is_named_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--script", "sdxl_train_networks.py"]) == 1
+    assert "is no training script; use sdxl_train_network.py" in capsys.readouterr().err
