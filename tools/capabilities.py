@@ -34,13 +34,13 @@ SCRIPTS = ("*train_network.py", "*train_leco.py")
 TYPES = {str: "text", Path: "path", int: "int", float: "float", int_or_float: "steps"}
 EXAMPLES = """\
   python3 tools/capabilities.py --json > capabilities.json
-  python3 tools/capabilities.py --script flux_train_network.py --json"""
+  python3 tools/capabilities.py --script train_network.py --json"""
 
 
 def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("--json", action="store_true", help="print JSON; unset: a short list to read")
-    parser.add_argument("--script", help="only the options of this script, such as sdxl_train_network.py")
+    parser.add_argument("--script", help="only the options of this script, such as train_network.py")
     return parser
 
 

@@ -20,6 +20,13 @@ class ConfigFileOptions(Options, affects_training=False):
         help='TOML file with options, one "name = value" a line; .toml may be left out. Sections only group lines, and'
         " what is typed on the command line wins.",
     )
+    recipe: str | None = option(
+        None,
+        usual=True,
+        own=True,
+        help="Name of a recipe, which holds the options of a usual training; --config_file and the command line win. "
+        "recipes.py among the tools lists the names.",
+    )
     output_config: bool = option(
         False,
         usual=True,

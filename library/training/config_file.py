@@ -141,7 +141,7 @@ def convert(value: Any, action: argparse.Action) -> Any:
     """
     if action.nargs == 0:
         return convert_flag(value, action.dest)
-    if action.nargs == "*":
+    if action.nargs in ("*", "+"):
         items = value if isinstance(value, list) else [] if value is False else [value]
         converted = [convert_scalar(item, action) for item in items if item != ""]
         return next((item for item in converted if isinstance(item, Refused)), converted or None)

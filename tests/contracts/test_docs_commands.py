@@ -54,6 +54,7 @@ TOOLS = (
     "prepare_metadata",
     "interrogate_lora",
     "capabilities",
+    "recipes",
 )  # whose options pages speak of
 
 

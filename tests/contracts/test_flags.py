@@ -49,9 +49,12 @@ OURS = {  # the first of those and what sd-scripts does not have, with their def
     "fit": None,
     "fit_formats": None,
     "gradient_checkpointing_every": 1,
+    "keep_best_checkpoint": False,
+    "log_events": None,
     "no_report": False,
     "on_nonfinite": "skip",
     "profile": 0,
+    "recipe": None,
     "remote_cache_gb": 20.0,
     "selftest": False,
     "shard_base": False,
@@ -61,8 +64,6 @@ OURS = {  # the first of those and what sd-scripts does not have, with their def
     "sweep_stop_after": None,
     "trace_nonfinite": False,
     "unsloth_offload_checkpointing": False,
-    "keep_best_checkpoint": False,
-    "log_events": None,
     "validate_at_first": False,
 }
 

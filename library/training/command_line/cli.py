@@ -14,8 +14,10 @@ from library.options.output.console import ConsoleOptions
 from library.options.train import TrainOptions
 from library.training.command_line.console import setup_logging
 from library.training.command_line.help import EXAMPLES, EXAMPLES_OF_PROMPTS, TrainingParser
+from library.training.command_line.recipes import read_recipe
 from library.training.config_file import (
     SECRETS,
+    Config,
     ConfigFileError,
     config_path,
     nearest,
@@ -63,7 +65,7 @@ def add_missing(parser: argparse.ArgumentParser, kind: type[Options]) -> None:
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse `argv` (the process's own arguments where None); it wins over the config file.
+    """Parse `argv` (the process's own arguments where None); it wins over the config file, and that over the recipe.
 
     Sets up logging, so that what there is to say about the file goes where the user wants it. Ends the process with
     status 2 for a bad option, 1 for a bad config file, and 0 once it has written a config file.
@@ -71,29 +73,31 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     typed = parse_words(parser, argv)
     if typed.output_config and not typed.config_file:
         parser.error("--output_config needs --config_file with the path of the file to write")
-    if not typed.config_file:
-        start_logging(parser, typed)
-        warn_of_repeats(parser, argv)
-        return normalize(unset_empty(typed, parser))
-    path = config_path(typed.config_file)
+    beneath: list[Config] = []  # the later one wins
     try:
         if typed.output_config:
             start_logging(parser, typed)
-            write_config(path, chosen(typed, parser))
-            logger.info("wrote the options to %s", path)
+            write_config(config_path(typed.config_file), chosen(typed, parser))
+            logger.info("wrote the options to %s", config_path(typed.config_file))
             parser.exit(0)
         actions = {action.dest: action for action in parser._actions if action.dest != "help"}
-        config = read_config(path, actions, elsewhere_of(parser))
+        if typed.config_file:
+            beneath = [read_config(config_path(typed.config_file), actions, elsewhere_of(parser))]
+        asked = {name: value for one in beneath for name, value in one.values.items()} | given_values(typed, parser)
+        if recipe := asked.get("recipe"):
+            beneath = [read_recipe(recipe, script_of(parser), asked, actions, elsewhere_of(parser)), *beneath]
     except ConfigFileError as error:
         start_logging(parser, typed)
         logger.error("%s", error)
         parser.exit(1)
-    # argparse fills in defaults only where the namespace has nothing, so what was typed wins over the file.
-    args = parse_words(parser, argv, argparse.Namespace(**config.values))
+    # argparse fills in defaults only where the namespace has nothing, so what was typed wins over the files.
+    values = {name: value for one in beneath for name, value in one.values.items()}
+    args = parse_words(parser, argv, argparse.Namespace(**values))
     start_logging(parser, args)
-    logger.info("options are read from %s", path)
-    for warning in config.warnings:
-        logger.warning("%s", warning)
+    for one in beneath:
+        logger.info("options are read from %s", one.path)
+        for warning in one.warnings:
+            logger.warning("%s", warning)
     warn_of_repeats(parser, argv)
     return normalize(unset_empty(args, parser))
 
@@ -136,6 +140,9 @@ def from_program(parser: argparse.ArgumentParser, given: argparse.Namespace) -> 
     warnings: list[str] = []
     asked = {name: value for name, value in plain.items() if name not in unchanged}
     values = read_values(asked, "the calling program", actions, warnings, elsewhere_of(parser))
+    if name := values.get("recipe"):
+        recipe = read_recipe(name, script_of(parser), values, actions, elsewhere_of(parser))
+        values, warnings = {**recipe.values, **values}, [*recipe.warnings, *warnings]
     for warning in warnings:
         logger.warning("%s", warning)
     defaults = {name: action.default for name, action in actions.items()}
@@ -194,6 +201,11 @@ def elsewhere_of(parser: argparse.ArgumentParser) -> Callable[[str], str]:
     return parser.elsewhere if isinstance(parser, TrainingParser) else lambda option: ""
 
 
+def script_of(parser: argparse.ArgumentParser) -> str:
+    """Return the name of the script that a parser belongs to."""
+    return getattr(elsewhere_of(parser), "name", parser.prog)
+
+
 def unset_empty(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Replace empty strings and lists, which front ends pass for empty fields, by None where that is the default."""
     optional = {action.dest for action in parser._actions if action.default is None}
@@ -222,9 +234,13 @@ def normalize(args: argparse.Namespace) -> argparse.Namespace:
 
 def chosen(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Mapping[str, Any]:
     """Return the options that differ from their defaults, without passwords and without those about the file itself."""
-    left_out = {"config_file", "output_config", *SECRETS}
     for name in SECRETS:
         if getattr(args, name, None):
             logger.warning("--%s is not written to the file; give it on the command line", name)
-    values = vars(args).items()
-    return {name: value for name, value in values if name not in left_out and value != parser.get_default(name)}
+    left_out = {"config_file", "output_config", *SECRETS}
+    return {name: value for name, value in given_values(args, parser).items() if name not in left_out}
+
+
+def given_values(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """Return the options that differ from their defaults."""
+    return {name: value for name, value in vars(args).items() if value != parser.get_default(name)}

@@ -1,0 +1,65 @@
+"""--recipe: a file of configs/recipes with the options of a usual training."""
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from library.suggestions import did_you_mean
+from library.training.config_file import Config, ConfigFileError, flatten, load_toml, read_values
+
+FOLDER = Path(__file__).parents[3] / "configs" / "recipes"
+PATHS = ("dataset_config", "sample_prompts")  # relative to the folder of the recipes, which a run need not start in
+IMAGES = ("train_data_dir", "in_json", "dataset_class")  # in place of a dataset file
+IMAGES_FILE = "images.toml"  # the data set of all recipes
+HEAD = "recipe"  # the table that says what the recipe is for
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a recipe is for."""
+
+    name: str  # "knots_character"
+    script: str  # "knots_train_network.py"
+    title: str
+
+
+def list_recipes() -> list[Recipe]:
+    """List all recipes by name. Raises UserError for a damaged file."""
+    return [read_head(path) for path in sorted(FOLDER.glob("*.toml")) if path.name != IMAGES_FILE]
+
+
+def read_head(path: Path) -> Recipe:
+    head = load_toml(path)[HEAD]
+    return Recipe(path.stem, head["script"], head["title"])
+
+
+def read_recipe(
+    name: str,
+    script: str,
+    asked: Mapping[str, Any],
+    actions: Mapping[str, argparse.Action],
+    elsewhere: Callable[[str], str],
+) -> Config:
+    """Return the options of a recipe as those of a config file; its data set gives way to images that `asked` names.
+
+    Raises ConfigFileError for an unknown name, and for a recipe of another script.
+    """
+    names = [recipe.name for recipe in list_recipes()]
+    if name not in names:
+        raise ConfigFileError(
+            f"there is no recipe {name}{did_you_mean(name, names)}; `python3 tools/recipes.py` lists them"
+        )
+    path = FOLDER / f"{name}.toml"
+    recipe = read_head(path)
+    if recipe.script != script:
+        raise ConfigFileError(f"--recipe {recipe.name} is for {recipe.script}; `python3 tools/recipes.py` lists others")
+    tables = {table: values for table, values in load_toml(path).items() if table != HEAD}
+    warnings: list[str] = []
+    values = read_values(flatten(tables, path, warnings), str(path), actions, warnings, elsewhere)
+    if any(asked.get(option) for option in IMAGES):
+        values.pop("dataset_config", None)
+    for option in values.keys() & set(PATHS):
+        values[option] = type(values[option])(FOLDER / values[option])
+    return Config(path, values, warnings)

@@ -1,0 +1,113 @@
+"""--recipe: every recipe is planned and tried on a tiny model of its base; what is typed wins."""
+
+import contextlib
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from library.architectures.scripts import ROOT
+from library.training.command_line.recipes import FOLDER, list_recipes
+from tests.running import Finished, make_images
+from tests.runs.bases import BASES
+from tools.recipes import main
+
+Train = Callable[..., Finished]
+NAMES = [recipe.name for recipe in list_recipes()]
+BASE_OF = {"sd15": "sd", "sd35": "sd3", "hunyuan": "hunyuan_image"}  # first word of a recipe's name -> tests' name
+
+
+def base_of(name: str) -> str:
+    word = name.partition("_")[0]
+    return BASE_OF.get(word, word)
+
+
+FIRST = {next(name for name in NAMES if base_of(name) == base) for base in map(base_of, NAMES)}  # of each base model
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder like a user's: pictures/my_cat with captions, in the current directory."""
+    make_images(tmp_path / "pictures" / "my_cat", 3)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in FIRST else pytest.mark.nightly) for name in NAMES]
+)
+def test_a_recipe_is_planned_and_dry_run(name: str, train: Train, data: Path) -> None:
+    """At 64 px, on a made-up card: nothing is ignored, and the largest batch of the data set is computed."""
+    base = BASES[base_of(name)]
+    (recipe,) = (one for one in list_recipes() if one.name == name)
+    assert recipe.script == f"{base.script}.py" and recipe.title
+    size = ["--fit", "12GB"] if "sd15" not in name else []
+    arguments = [
+        "128" if word == "32" else word for word in base.build(data / "base")
+    ]  # tokens: a system prompt has 78
+    done = train(
+        [
+            *arguments, "--recipe", name, "--resolution", "64", "--min_bucket_reso", "64",
+            "--max_bucket_reso", "128", *size,
+            "--mixed_precision", "no", "--output_dir", str(data / "out"), "--output_name", "mine", "--dry_run",
+        ],
+        base.script,
+    )  # fmt: skip
+    assert done.status == 0, done.stderr
+    said = done.stdout + done.stderr
+    assert f"options are read from {FOLDER / name}.toml" in said
+    assert "no effect" not in said and "ignored" not in said and "no such option" not in said, said
+    assert "dry run: the largest batch has" in said
+    assert bool(size) == ("selected: ->" in said)
+
+
+def test_what_is_typed_and_a_config_file_win(train: Train, data: Path) -> None:
+    make_images(data / "mine" / "2_cat", 2)
+    (data / "own.toml").write_text("network_dim = 3\nmax_bucket_reso = 128\nseed = 5\nmax_train_steps = 9\n")
+    done = train(
+        [
+            *BASES["sd"].build(data / "base"), "--recipe", "sd15_style", "--config_file", "own.toml", "--seed", "6",
+            "--train_data_dir", "mine", "--resolution", "64", "--mixed_precision", "no", "--sample_prompts", "",
+            "--max_train_steps", "2", "--output_dir", "out", "--output_name", "mine", "--min_bucket_reso", "64",
+        ]
+    )  # fmt: skip
+    assert done.status == 0, done.stderr
+    with safe_open(data / "out" / "mine.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["ss_network_dim"] == "3" and metadata["ss_seed"] == "6" and metadata["ss_steps"] == "2"
+    assert float(metadata["ss_network_alpha"]) == 16 and metadata["ss_lr_scheduler"] == "cosine"  # the recipe's
+    assert metadata["ss_num_train_images"] == "4"  # not those of the recipe's data set
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--recipe", "sd15_charakter"], "there is no recipe sd15_charakter (did you mean sd15_character?)"),
+        (["--recipe", "flux_style"], "--recipe flux_style is for flux_train_network.py"),
+    ],
+)
+def test_a_wrong_recipe_is_refused(arguments: list[str], error: str, train: Train) -> None:
+    done = train(arguments)
+    assert done.status == 1 and error in done.stderr
+
+
+def test_the_tool_lists_and_prints_them() -> None:
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main([]) == 0 and main(["sdxl_style"]) == 0
+    text = printed.getvalue()
+    assert all(f"--recipe {name} " in text for name in NAMES) and 'script = "sdxl_train_network.py"' in text
+    assert main(["sdxl_stile"]) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_value_has_its_reason(name: str) -> None:
+    for line in (FOLDER / f"{name}.toml").read_text(encoding="utf-8").splitlines():
+        if " = " in line and not line.startswith(("#", "script", "title")):
+            assert "  # " in line, line
+
+
+def test_every_base_model_with_a_page_has_a_recipe() -> None:
+    scripts = {recipe.script for recipe in list_recipes()}
+    assert scripts == {path.name for path in ROOT.glob("*train_network.py")}
