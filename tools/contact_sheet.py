@@ -106,7 +106,7 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     arch = card.build(options)
     specs = read_prompts(Path(options.preview.sample_prompts))
     columns = columns_of([resolve(spec, arch.preview.defaults, arch.inpaints) for spec in specs], args.seeds)
-    images = list(draw_rows(options, arch, [None, *files], columns, own_device()))
+    images = list(draw_rows(options, arch, [[], *([(file, 1.0)] for file in files)], columns, own_device()))
     labels = labels_of(files)
     sheet = arrange(images, labels, [f"{prompt.seed}: {prompt.text}" for prompt in columns], args.side)
     with atomic_path(target) as temporary:

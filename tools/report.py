@@ -1,9 +1,11 @@
-"""Build the report of a run from its --log_events file: the same HTML file that the run writes itself."""
+"""Build the report of a run from its --log_events file, the same HTML file that the run writes itself, or serve the
+reports of a folder to a browser on this machine."""
 
 import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
@@ -12,21 +14,35 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 from library.checkpoints.overwriting import check_overwrite
 from library.errors import UserError
 from library.training.report_page.page import REPORT
+from library.training.report_page.server import ReportServer
 from library.training.report_page.writer import read_events, report_of, write_page
 from tools.command import make_parser, run
 
+EXAMPLES = """\
+  python3 tools/report.py output/events.jsonl --output output/my_cat-report.html
+  python3 tools/report.py output/my_cat --serve"""
 logger = logging.getLogger(__name__)
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__, "  python3 tools/report.py output/events.jsonl --output output/my_cat-report.html")
-    parser.add_argument("events", type=Path, help="file that --log_events wrote")
+    parser = make_parser(__doc__, EXAMPLES)
+    parser.add_argument(
+        "events", type=Path, help="file that --log_events wrote; with --serve also a report, or a folder"
+    )
+    parser.add_argument("--serve", action="store_true", help="serve the page, read-only, until Ctrl-C")
+    parser.add_argument("--port", type=int, default=8123, help="port to serve on (default: 8123)")
     parser.add_argument("--output", type=Path, help="HTML file to write; unset: named like the events file, beside it")
     return parser
 
 
 def make_report(args: argparse.Namespace) -> None:
-    """Write the report. Raises UserError for a file without events."""
+    """Write or serve the report. Raises UserError for a file without events."""
+    if args.serve:
+        with ReportServer(args.events, args.port) as server:
+            logger.info("open %s in a browser; Ctrl-C ends it", server.url)
+            with suppress(KeyboardInterrupt):
+                server.serve_forever()
+        return
     path = args.output or args.events.with_name(f"{args.events.stem}-report.html")
     check_overwrite("--output", path, REPORT, [args.events])
     record = read_events(args.events)

@@ -55,6 +55,7 @@ TOOLS = (
     "interrogate_lora",
     "capabilities",
     "recipes",
+    "draw",
 )  # whose options pages speak of
 
 

@@ -55,6 +55,7 @@ OURS = {  # the first of those and what sd-scripts does not have, with their def
     "on_nonfinite": "skip",
     "profile": 0,
     "recipe": None,
+    "report_live": False,
     "remote_cache_gb": 20.0,
     "selftest": False,
     "shard_base": False,

@@ -17,6 +17,13 @@ class ReportOptions(Options, affects_training=False):
         help="File that takes what happens in the run, one JSON object a line, for front ends and other programs; - is "
         "standard output. Emptied at the start, continued with --resume and --autoresume.",
     )
+    report_live: bool = option(
+        False,
+        own=True,
+        unless="no_report",
+        help="Write the report every 10 s, as a page that reloads itself in the browser until the run ends. Unset "
+        "writes it every 30 s, and you reload it.",
+    )
     no_report: bool = option(
         False,
         own=True,

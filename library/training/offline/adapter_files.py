@@ -1,8 +1,8 @@
 """Adapter files on one base model, which is loaded once for all of them."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,21 +35,31 @@ def resolve_models(
     arch.run_blocks_with(models.denoiser, plain)
 
 
+Stack = Sequence[tuple[Path, float]]
+"""Adapter files that act together, each with its strength; an empty one is the base model alone."""
+
+
+def stack_of(row: Row) -> Stack:
+    """Return one file at its full strength."""
+    return [] if row is None else [(row, 1.0)]
+
+
 @contextmanager
-def installed(row: Row, models: Models, compute: Compute) -> Iterator[AdoptedNetwork]:
-    """The adapter of a file on the models, which lose it afterwards. Raises UserError for one that does not fit."""
-    if row is None:
-        yield AdoptedNetwork(nn.Module())  # without modules
-        return
+def installed(files: Stack, models: Models, compute: Compute) -> Iterator[AdoptedNetwork]:
+    """The adapters of files on the models, which lose them afterwards. Raises UserError for one that does not fit.
+
+    Yields the last of them: what a network is told while images are drawn or measured means nothing to the others.
+    """
     text_encoders, denoiser = models.network_view
-    network, _ = open_network_module(READER).create_network_from_weights(
-        1.0, str(row), models.vae, text_encoders, denoiser, for_inference=True
-    )
-    network.apply_to(text_encoders, denoiser)
-    try:
-        logger.info("%s", network.load_weights(str(row)))
-        network.to(compute.device).eval()
-        network.on_noise_levels(None)
-        yield adopt(network)
-    finally:
-        network.remove()
+    network = nn.Module()  # without modules
+    with ExitStack() as applied:
+        for file, strength in files:
+            network, _ = open_network_module(READER).create_network_from_weights(
+                strength, str(file), models.vae, text_encoders, denoiser, for_inference=True
+            )
+            network.apply_to(text_encoders, denoiser)
+            applied.callback(network.remove)
+            logger.info("%s", network.load_weights(str(file)))
+            network.to(compute.device).eval()
+            network.on_noise_levels(None)
+        yield adopt(network) if files else AdoptedNetwork(network)

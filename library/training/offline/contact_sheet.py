@@ -16,7 +16,7 @@ from library.protocols import Architecture
 from library.training.evaluation.preview import decode, draw_latents, encode_prompts, generator_of
 from library.training.models.compute import Compute
 from library.training.models.frozen_models import load_frozen
-from library.training.offline.adapter_files import READER, Row, installed, resolve_models
+from library.training.offline.adapter_files import READER, Stack, installed, resolve_models
 from library.training.step.conditioning import CaptionMemo
 from library.training.step.context import Models, StepContext
 from library.types import Conditioning, Prompt
@@ -41,9 +41,9 @@ class Loaded:
 
 
 def draw_rows(
-    options: TrainOptions, arch: Architecture, rows: Sequence[Row], prompts: Sequence[Prompt], device: torch.device
+    options: TrainOptions, arch: Architecture, rows: Sequence[Stack], prompts: Sequence[Prompt], device: torch.device
 ) -> Iterator[list[Image.Image]]:
-    """Draw the images of all prompts for one file after the other.
+    """Draw the images of all prompts for one row of files after the other.
 
     The base model is stored and computes as in a training with these options, merged adapters included. An image is the
     one that a run draws as preview of the same weights, prompt and seed. Raises UserError for a file that does not fit.
@@ -60,11 +60,11 @@ def draw_rows(
 
 
 def load(
-    options: TrainOptions, arch: Architecture, rows: Sequence[Row], prompts: Sequence[Prompt], compute: Compute
+    options: TrainOptions, arch: Architecture, rows: Sequence[Stack], prompts: Sequence[Prompt], compute: Compute
 ) -> Loaded:
     """Return the models on the device; text encoders leave before the denoiser comes where no file changes them."""
     encoders = [encoder.to(compute.device).eval() for encoder in arch.load.text_encoders()]
-    files = [*map(Path, options.network.base_weights or ()), *(row for row in rows if row is not None)]
+    files = [*map(Path, options.network.base_weights or ()), *(file for row in rows for file, _ in row)]
     encoded = None
     if not any(keys_of_text_encoders(file) for file in files):
         encoded = encode_prompts(arch, encoders, compute.autocast, prompts)

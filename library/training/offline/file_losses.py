@@ -26,7 +26,7 @@ from library.training.models.base_model import load_models
 from library.training.models.block_running import trains_text_encoders
 from library.training.models.compute import Compute
 from library.training.models.step_context import step_context
-from library.training.offline.adapter_files import READER, Row, installed, resolve_models
+from library.training.offline.adapter_files import READER, Row, installed, resolve_models, stack_of
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def losses_of_files(
     def measured() -> Iterator[FileLosses]:
         for row in rows:
             name = "the base model" if row is None else row.name
-            with torch.no_grad(), installed(row, loaded.models, compute) as network:
+            with torch.no_grad(), installed(stack_of(row), loaded.models, compute) as network:
                 context = step_context(trains_text, vae_batch_size, arch, seed, loaded, network, compute)
                 found = [
                     None if side is None else side.losses(context, processes, num_threads, f"measuring {name}")

@@ -25,11 +25,12 @@ ENDING = "-report.html"  # of the file of a run
 START, END = '<script type="application/json" id="data">', "</script>"
 
 
-def page_of(title: str, script: str, data: Mapping[str, Any]) -> str:
-    """Return the page that `script`, a file beside this one, draws of `data`."""
+def page_of(title: str, script: str, data: Mapping[str, Any], reload_s: int | None = None) -> str:
+    """Return the page that `script`, a file beside this one, draws of `data`; it reloads itself every `reload_s`."""
     chart_script, chart_style = map(source_of, UPLOT)
     scripts = [chart_script, *map(source_of, ("common.js", *SHARED.get(script, ()), script))]
     return source_of("page.html").format(
+        refresh="" if reload_s is None else f'<meta http-equiv="refresh" content="{reload_s}">\n',
         title=escape(title),
         policy=escape(policy_of(scripts)),
         licence=escape(source_of("uplot/LICENSE")),

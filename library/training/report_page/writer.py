@@ -16,24 +16,29 @@ from library.training.reporting.event_checks import check_line
 logger = logging.getLogger(__name__)
 
 EVERY_S = 30.0  # between two writes, from the end of the one to the begin of the next
+LIVE_S = 10  # the same with --report_live, and between two reloads of the page
 SCRIPT = "report.js"
 
 
 class ReportWriter:
     """Takes the events of a run and writes the report: when training begins, then at most every 30 s, and at the end.
+    A live one is written every 10 s, and reloads itself until the run ends.
 
     It works in the thread that events are kept in, so training waits for none of it.
     """
 
     name = "the report"
 
-    def __init__(self, path: Path, record: Record | None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, path: Path, record: Record | None, is_live: bool = False, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """`record` is that of the run which goes on here; None where one begins."""
         self.path = path
         self._record = Record() if record is None else record
         self._goes_on = record is not None
         self._began = False  # before, a run that goes on clears away what killed ones have left beside the report
         self._is_reported = False  # that it could not be written
+        self._reload_s = LIVE_S if is_live else None
         self._clock = clock
         self._due = 0.0
 
@@ -45,18 +50,19 @@ class ReportWriter:
             self._write()
 
     def close(self) -> None:
+        self._reload_s = None
         if self._began or self._goes_on:
             self._write()
 
     def _write(self) -> None:
         """A file that cannot be written, being open in another program or the disk full, is tried again when due."""
         try:
-            write_page(self.path, report_of(self._record))
+            write_page(self.path, report_of(self._record, self._reload_s))
         except OSError as error:
             if not self._is_reported:
                 logger.warning("%s cannot be written and is tried again later: %s", self.path, error)
             self._is_reported = True
-        self._due = self._clock() + EVERY_S
+        self._due = self._clock() + (self._reload_s or EVERY_S)
 
 
 def add_sheet(path: Path, image: str) -> None:
@@ -73,9 +79,9 @@ def add_event(path: Path, line: Mapping[str, Any]) -> None:
     write_page(path, report_of(record))
 
 
-def report_of(record: Record) -> str:
-    """Return the page of a run."""
-    return page_of(record.name, SCRIPT, record.as_json())
+def report_of(record: Record, reload_s: int | None = None) -> str:
+    """Return the page of a run; it reloads itself every `reload_s`."""
+    return page_of(record.name, SCRIPT, record.as_json(), reload_s)
 
 
 def write_page(path: Path, page: str) -> None:

@@ -87,7 +87,7 @@ def open_sinks(options: TrainOptions, stack: ExitStack) -> list[Sink]:
         sinks.append(open_event_file(Path(path), goes_on))
     if not options.reports.no_report:
         report = Names.build(options.saving).of_report()
-        sinks.append(ReportWriter(report, earlier_record(report) if goes_on else None))
+        sinks.append(ReportWriter(report, earlier_record(report) if goes_on else None, options.reports.report_live))
         sinks.append(IndexWriter(report.parent))  # behind the report, which it reads
     return sinks
 

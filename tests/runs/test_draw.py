@@ -1,0 +1,113 @@
+"""tools/draw.py against previews of the run, the merged file and the base model."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.running import Finished, make_images
+from tests.runs.bases import BASES
+from tools import draw, merge_lora
+
+Train = Callable[..., Finished]
+PROMPT = "a red cat --w 64 --h 64 --s 2 --d 3 --n blue"
+OTHERS = [pytest.param(name, marks=pytest.mark.nightly) for name in BASES if name not in ("sd", "flux")]
+
+
+def pixels(path: Path) -> Any:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def trained(train: Train, name: str, folder: Path, *more: str) -> tuple[list[str], Path]:
+    """A run of two steps with a preview at its end: the arguments that name the model, and the output folder."""
+    base = BASES[name]
+    make_images(folder / "data" / "1_thing", 2, seed=len(name))
+    (folder / "prompts.txt").write_text(PROMPT)
+    model, out = base.build(folder / "model"), folder / "out"
+    words = [
+        *model, "--train_data_dir", str(folder / "data"), "--caption_extension", ".txt", "--resolution", "64",
+        "--output_dir", str(out), "--output_name", "mine", "--network_module", base.module, "--network_dim", "4",
+        "--network_alpha", "4", "--learning_rate", "3e-2", "--max_train_steps", "2", "--seed", "5",
+        "--max_data_loader_n_workers", "0", "--sample_prompts", str(folder / "prompts.txt"),
+        "--sample_every_n_steps", "2", "--sample_at_first", "--mixed_precision", "no", *more,
+    ]  # fmt: skip
+    done = train(words, script=base.script)
+    assert done.status == 0, done.stderr
+    return model, out
+
+
+def preview(out: Path, event: str) -> Any:
+    (path,) = (out / "sample").glob(f"mine_{event}_00_*.png")
+    return pixels(path)
+
+
+@pytest.mark.parametrize("name", ["sd", "flux", *OTHERS])
+def test_strengths_side_by_side_begin_with_the_base_and_end_with_the_preview(
+    name: str, train: Train, tmp_path: Path
+) -> None:
+    model, out = trained(train, name, tmp_path)
+    at = model.index("--pretrained_model_name_or_path")
+    words = [model[at + 1], *model[:at], *model[at + 2 :], "--adapter", str(out / "mine.safetensors")]
+    if "--model_type" in words:  # recognised from the file
+        at = words.index("--model_type")
+        del words[at : at + 2]
+    drawn = tmp_path / "drawn"
+    assert draw.main([*words, "--prompt", PROMPT, "--strengths", "0", "0.5", "1", "--output", str(drawn)]) == 0
+    base, half, whole = (pixels(drawn / f"01_{factor}_3.png") for factor in ("0", "0.5", "1"))
+    assert np.abs(base - preview(out, "e000000")).max() <= 1
+    assert np.abs(whole - preview(out, "000002")).max() <= 1
+    assert np.abs(half - base).max() > 2 and np.abs(half - whole).max() > 2
+    assert Image.open(drawn / "strengths.png").size[1] > 3 * 64
+
+
+def test_adapters_add_up_as_in_a_merged_file(train: Train, tmp_path: Path) -> None:
+    model, out = trained(train, "sd", tmp_path / "a")
+    _, other = trained(train, "sd", tmp_path / "b", "--seed", "9")
+    files = [out / "mine.safetensors", other / "mine.safetensors"]
+    merged = tmp_path / "merged.safetensors"
+    assert merge_lora.main(
+        ["--models", *map(str, files), "--ratios", "0.5", "-0.7", "--save_to", str(merged), "--concat", "--precision",
+         "float"]
+    ) == 0  # fmt: skip
+    both = [f"{files[0]}:0.5", f"{files[1]}:-0.7"]
+    images = []
+    for number, adapters in enumerate((both, [str(merged)])):
+        words = [model[1], "--prompt", PROMPT, "--output", str(tmp_path / str(number)), "--adapter", *adapters]
+        assert draw.main(words) == 0
+        images.append(pixels(tmp_path / str(number) / "01_3.png"))
+    assert np.abs(images[0] - images[1]).max() <= 1
+    assert np.abs(images[0] - preview(out, "e000000")).max() > 2
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["{model}"], "there is nothing to draw; give --prompt"),
+        (
+            ["{model}", "--prompt", "a", "--adapter", "gone.safetensors:0.5"],
+            "--adapter gone.safetensors does not exist",
+        ),
+        (["gone.safetensors", "--prompt", "a"], "gone.safetensors"),
+        (["{model}", "--prompt", "a --w none"], "--prompt 1"),
+    ],
+)
+def test_bad_input_ends_with_one_line(
+    words: list[str], error: str, tiny_sd_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert draw.main([word.format(model=tiny_sd_folder) for word in words]) == 1
+    assert error in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "strength"), [("a.safetensors", 1.0), ("a.safetensors:0.5", 0.5), ("a.safetensors:-1", -1.0), ("b:c", 1.0)]
+)
+def test_a_strength_follows_the_last_colon(
+    text: str, strength: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.safetensors").touch()
+    (tmp_path / "b:c").touch()
+    assert draw.adapter_of(text)[1] == strength

@@ -1,0 +1,106 @@
+"""tools/report.py --serve: what it serves to whom."""
+
+import http.client
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from library.errors import UserError
+from library.training.report_page.page import data_of
+from library.training.report_page.server import ReportServer
+from library.training.report_page.writer import ReportWriter, read_events, report_of
+from tests.event_lines import lines_of, plan, start, whole_run
+
+TAG = '<meta http-equiv="refresh" content="10">'
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    writer = ReportWriter(tmp_path / "cat-report.html", None)
+    writer.take(lines_of([start(), plan(40)]))
+    (tmp_path / "secret.txt").write_text("mine")
+    return tmp_path
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[ReportServer]:
+    with ReportServer(folder, 0) as found:
+        thread = threading.Thread(target=found.serve_forever)
+        thread.start()
+        yield found
+        found.shutdown()
+        thread.join()
+
+
+def get(server: ReportServer, path: str = "/", method: str = "GET", host: str | None = None) -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=10)
+    connection.request(method, path, headers={} if host is None else {"Host": host})
+    answer = connection.getresponse()
+    return answer.status, answer.read().decode()
+
+
+def test_a_run_in_progress_reloads_and_one_that_is_over_does_not(server: ReportServer, folder: Path) -> None:
+    status, page = get(server)
+    assert status == 200 and TAG in page and data_of(page)["step"] == 0
+    writer = ReportWriter(folder / "cat-report.html", None)
+    writer.take(lines_of(whole_run(30)))
+    writer.close()
+    status, page = get(server, "/cat-report.html")
+    assert status == 200 and TAG not in page and data_of(page)["step"] == 30
+
+
+@pytest.mark.parametrize(
+    "path", ["/secret.txt", "/../secret.txt", "/%2e%2e/secret.txt", "/cat-report.html/../secret.txt"]
+)
+def test_other_files_are_not_served(path: str, server: ReportServer) -> None:
+    assert get(server, path)[0] == 404
+
+
+def test_it_changes_nothing_and_answers_this_machine_alone(server: ReportServer) -> None:
+    assert server.server_address[0] == "127.0.0.1"
+    assert get(server, host="evil.example")[0] == 403  # a page of another site, by a name that it controls
+    assert get(server, method="POST")[0] == 501 and get(server, method="DELETE")[0] == 501
+
+
+def test_events_are_read_again_for_every_request(tmp_path: Path) -> None:
+    import json
+
+    path = tmp_path / "events.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines_of(whole_run(5))))
+    with ReportServer(path, 0) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            assert get(server)[1] == report_of(read_events(path))
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_what_cannot_be_served_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        ReportServer(tmp_path / "gone", 0)
+    with pytest.raises(UserError, match="has no report yet"):
+        ReportServer(tmp_path, 0)
+    (tmp_path / "a-report.html").touch()
+    with ReportServer(tmp_path, 0) as first, pytest.raises(UserError, match="use another one"):
+        ReportServer(tmp_path, first.server_address[1])
+
+
+def test_a_live_report_is_written_every_10_s_and_reloads_until_the_end(tmp_path: Path) -> None:
+    now, path, lines = [0.0], tmp_path / "cat-report.html", lines_of(whole_run(30))
+    writer = ReportWriter(path, None, is_live=True, clock=lambda: now[0])
+    begin = next(i for i, line in enumerate(lines) if line["event"] == "plan")
+    writer.take(lines[: begin + 5])
+    first = path.read_text()
+    assert TAG in first and "Content-Security-Policy" in first
+    now[0] = 9.9
+    writer.take(lines[begin + 5 : begin + 9])
+    assert path.read_text() == first
+    now[0] = 10.0
+    writer.take(lines[begin + 9 :])
+    assert TAG in path.read_text() != first
+    writer.close()
+    assert TAG not in path.read_text()

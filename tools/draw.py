@@ -1,0 +1,133 @@
+"""Draw images with a base model and adapter files, at one strength or several side by side.
+
+The samplers are those of previews. The base model is recognised from its file; its other files, such as text encoders,
+and how it is stored in memory are options of its training script.
+"""
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from library.architectures.specs import list_specs
+from library.checkpoints import model_lookup
+from library.checkpoints.files import atomic_path, file_in_folder
+from library.checkpoints.overwriting import PNG, check_overwrite
+from library.errors import UserError
+from library.models.identify import base_of_checkpoint
+from library.training.command_line.checks import check_precision
+from library.training.command_line.cli import parse
+from library.training.evaluation.prompts import parse_line, read_prompts, resolve
+from library.training.offline.adapter_files import Stack
+from library.training.offline.contact_sheet import arrange, draw_rows
+from library.training.reporting.sample_images import Drawn, write_image
+from tools.command import make_parser, run
+from tools.contact_sheet import own_device
+
+logger = logging.getLogger(__name__)
+
+EXAMPLES = """\
+  python3 tools/draw.py configs/quickstart/toy_base --prompt "a red circle on blue --w 64 --h 64"
+  python3 tools/draw.py model.safetensors --adapter output/my_cat/my_cat.safetensors \\
+    --prompt "mycat, a cat on a sofa" --strengths 0 0.5 1"""
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__, EXAMPLES)
+    parser.allow_abbrev = False  # abbreviations refer to training options
+    parser.add_argument("model", help="file, diffusers folder, or name on the Hugging Face hub")
+    parser.add_argument(
+        "--adapter",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="adapter files; they add up",
+    )
+    parser.add_argument("--prompt", nargs="+", default=[], help="a prompt each, with options behind it as in a file")
+    parser.add_argument("--prompts", type=Path, help="file with prompts, as --sample_prompts takes it")
+    parser.add_argument(
+        "--strengths", type=float, nargs="+", help="factors on the strength of all adapters; writes a sheet, a row each"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="seed of prompts that name none (default: 1)")
+    parser.add_argument("--output", type=Path, default=Path("output/drawn"), help="folder (default: output/drawn)")
+    parser.epilog = f"all other options are those of the model's training script.\n\n{parser.epilog}"
+    return parser
+
+
+def adapter_of(text: str) -> tuple[Path, float]:
+    """Return the file and the strength of FILE[:STRENGTH]. Raises UserError if there is no such file."""
+    name, _, strength = text.rpartition(":")
+    try:
+        path, factor = Path(name), float(strength)
+    except ValueError:
+        path, factor = Path(text), 1.0
+    if not name:
+        path, factor = Path(text), 1.0
+    if not path.exists():
+        raise UserError(f"--adapter {path} does not exist")
+    return file_in_folder(path, f"--adapter {path}"), factor
+
+
+def scaled(files: Stack, factor: float) -> Stack:
+    """Return the files with their strengths times a factor; without those whose strength is 0."""
+    return [(file, strength * factor) for file, strength in files if strength * factor]
+
+
+def draw(args: argparse.Namespace, words: Sequence[str]) -> None:
+    """Draw and write the images. Raises UserError for bad options, and for files that do not fit the model."""
+    files = [adapter_of(text) for text in args.adapter]
+    if not args.prompt and not args.prompts:
+        raise UserError("there is nothing to draw; give --prompt, or --prompts with a file")
+    path = model_lookup.find_model("MODEL", args.model, (("unet",), ("transformer",), ("text_encoder",)))
+    spec = base_of_checkpoint(list_specs(), "MODEL", path)
+    parser = importlib.import_module(spec.script.removesuffix(".py")).setup_parser()
+    flag = [*spec.script_flag.split(), "--pretrained_model_name_or_path", str(path)]
+    options: Any = spec.options.from_args(parse(parser, [*flag, *words]))
+    check_precision(options)
+    arch = spec.build(options)
+    specs = [parse_line(line, f"--prompt {number}") for number, line in enumerate(args.prompt, 1)]
+    specs += read_prompts(args.prompts) if args.prompts else []
+    prompts = [resolve(one, arch.preview.defaults, arch.inpaints) for one in specs]
+    prompts = [replace(prompt, seed=args.seed) if prompt.seed is None else prompt for prompt in prompts]
+    factors = [1.0] if args.strengths is None else args.strengths
+    sheet = args.output / "strengths.png"
+    targets = {
+        (factor, number): args.output
+        / f"{number:02}{'' if args.strengths is None else f'_{factor:g}'}_{prompt.seed}.png"
+        for factor in factors
+        for number, prompt in enumerate(prompts, 1)
+    }
+    inputs = [file for file, _ in files]
+    for target in [*targets.values(), *([] if args.strengths is None else [sheet])]:
+        check_overwrite("--output", target, PNG, inputs)
+    rows = []
+    for factor, images in zip(
+        factors, draw_rows(options, arch, [scaled(files, f) for f in factors], prompts, own_device()), strict=True
+    ):
+        for number, (prompt, image) in enumerate(zip(prompts, images, strict=True), 1):
+            write_image(targets[factor, number], Drawn(number, prompt, image))
+            logger.info("wrote %s", targets[factor, number])
+        rows.append(images)
+    if args.strengths is not None:
+        labels = [f"strength {factor:g}" for factor in factors]
+        with atomic_path(sheet) as temporary:
+            arrange(rows, labels, [f"{one.seed}: {one.text}" for one in prompts], 512).save(temporary, format="PNG")
+        logger.info("wrote %s", sheet)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = setup_parser()
+    own, words = parser.parse_known_args(argv)
+    return run(parser, lambda _: draw(own, words), [own.model])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
