@@ -56,6 +56,7 @@ TOOLS = (
     "capabilities",
     "recipes",
     "draw",
+    "front_end",
 )  # whose options pages speak of
 
 

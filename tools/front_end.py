@@ -1,0 +1,126 @@
+"""Put this suite into a front end, in the place of the sd-scripts that it calls; --restore puts that back.
+
+Known are kohya_ss, LoRA_Easy_Training_Scripts, fluxgym and lora-scripts, and every other with a folder `sd-scripts`.
+"""
+
+import argparse
+import logging
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from library.architectures.specs import list_specs
+from library.errors import UserError
+from tools.command import make_parser, run
+
+logger = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("sd-scripts", "sd_scripts", "backend/sd_scripts", "scripts/stable", "scripts/dev")  # where front ends look
+FILES = ("*.py", "*.txt", "pyproject.toml", "LICENSE", "README.md")
+PACKAGES = ("configs", "docs", "finetune", "library", "networks", "tools")
+ENVIRONMENTS = ("venv", ".venv")  # LoRA_Easy keeps the environment in the folder of the scripts
+KEPT = ".original"  # ending of the front end's own folder
+
+WHOLE = "trains every weight of a model; this suite trains adapters: use {own}, or sd-scripts for this"
+OTHER = "{what}, which this suite does not do: use sd-scripts for this"
+INVERSION = OTHER.format(what="trains a word of the text encoder (textual inversion)")
+CONTROL = OTHER.format(what="trains a ControlNet")
+TAGGER = OTHER.format(what="writes captions")
+PREFIXES = sorted(spec.script.removesuffix("train_network.py") for spec in list_specs())
+ABSENT = {
+    **{f"{prefix}train.py": WHOLE.format(own=f"{prefix}train_network.py") for prefix in PREFIXES if prefix},
+    **dict.fromkeys(("train_db.py", "fine_tune.py"), WHOLE.format(own="train_network.py")),
+    **{f"{prefix}train_textual_inversion.py": INVERSION for prefix in PREFIXES},
+    **{f"{prefix}train_control_net{ending}.py": CONTROL for prefix in PREFIXES for ending in ("", "_lllite")},
+    **{
+        f"finetune/{name}.py": TAGGER for name in ("make_captions", "make_captions_by_git", "tag_images_by_wd14_tagger")
+    },
+}
+"""Scripts of sd-scripts that front ends start and that are not here, with what they say and end with."""
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    parser = make_parser(
+        __doc__, "  python3 tools/front_end.py ../kohya_ss\n  python3 tools/front_end.py ../kohya_ss --restore"
+    )
+    parser.add_argument("folder", type=Path, help="folder of the front end")
+    parser.add_argument("--restore", action="store_true", help="put the front end's own scripts back")
+    return parser
+
+
+def install(args: argparse.Namespace) -> None:
+    """Install or restore. Raises UserError where the folder is no front end."""
+    if not args.folder.is_dir():
+        raise UserError(f"{args.folder} is not a folder; name that of the front end")
+    if ROOT.is_relative_to(args.folder.resolve()) and not args.restore:
+        raise UserError(f"{args.folder} contains this suite; clone it beside the front end and start it from there")
+    places = [args.folder / name for name in FOLDERS if (args.folder / name).is_dir()]
+    if not places:
+        raise UserError(
+            f"{args.folder} has none of the folders {', '.join(FOLDERS)}; is it a front end for sd-scripts?"
+        )
+    for place in places:
+        original = place.with_name(place.name + KEPT)
+        if args.restore:
+            restore(place, original)
+        elif original.exists():
+            copy_to(place)
+            logger.info("updated %s", place)
+        else:
+            new = place.with_name(f"{place.name}.new")
+            shutil.rmtree(new, ignore_errors=True)
+            copy_to(new)
+            replace(place, new, original)
+            logger.info("installed into %s; the front end's own scripts are in %s", place, original)
+
+
+def copy_to(place: Path) -> None:
+    """Copy the suite, and write the scripts that say what it does not do."""
+    for source in (path for pattern in (*FILES, *PACKAGES) for path in ROOT.glob(pattern)):
+        if source.is_dir():
+            shutil.copytree(
+                source, place / source.name, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True
+            )
+        else:
+            place.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, place / source.name)
+    for name, sentence in ABSENT.items():
+        text = f'"""Written by tools/front_end.py."""\n\nraise SystemExit({f"{name} {sentence}"!r})\n'
+        (place / name).write_text(text, encoding="utf-8")
+
+
+def replace(place: Path, new: Path, original: Path) -> None:
+    """Put `new` in the place of a folder, which becomes `original`; its environment stays where it is."""
+    place.rename(original)
+    new.rename(place)
+    move_environments(original, place)
+
+
+def restore(place: Path, original: Path) -> None:
+    """Put the front end's own folder back. Raises UserError where nothing was installed."""
+    if not original.is_dir():
+        raise UserError(f"{original} is missing, so nothing was installed into {place}")
+    move_environments(place, original)
+    shutil.rmtree(place)
+    original.rename(place)
+    logger.info("restored %s", place)
+
+
+def move_environments(source: Path, target: Path) -> None:
+    """Move virtual environments, whose files hold their own path."""
+    for name in ENVIRONMENTS:
+        if (source / name).is_dir():
+            (source / name).rename(target / name)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run(setup_parser(), install, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
