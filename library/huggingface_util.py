@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def upload(args: argparse.Namespace, src: str | Path, dest_suffix: str = "", force_sync_upload: bool = False) -> None:
-    """Upload a file or a folder to --huggingface_repo_id, waiting until it is done; errors are logged."""
+    """Upload a file or a folder to `huggingface_repo_id`, waiting until it is done; errors are logged."""
     from library.options.output.saving import HubOptions
     from library.training.saving import hub
 

@@ -328,8 +328,8 @@ def from_accelerator(accelerator: Any) -> Processes:
 def meet() -> tuple[Any, int, int]:
     """(store, rank, count) of this attempt, where all processes find each other.
 
-    A launcher that starts them anew (--max_restarts) may keep the store of the attempt before, with what was said in
-    it: each attempt has names of its own.
+    A launcher that restarts the processes (torchrun's `max_restarts`) may keep the store of the attempt before, with
+    its entries: each attempt has names of its own.
     """
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
     from torch.distributed.rendezvous import rendezvous

@@ -28,12 +28,12 @@ def verify_command_line_training_args(args: argparse.Namespace) -> None:
 
 
 def read_config_from_file(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Return the options of the command line merged over those of --config_file, if `args` name one."""
+    """Return the options of the command line merged over those of `config_file`, if `args` name one."""
     return parse(parser) if args.config_file or args.output_config else args
 
 
 def prepare_dataset_args(args: argparse.Namespace, support_metadata: bool) -> None:
-    """Parse pairs of numbers in --resolution and --face_crop_aug_range, and rename the misspelt --caption_extention."""
+    """Parse pairs of numbers in `resolution` and `face_crop_aug_range`, and rename the misspelt `caption_extention`."""
     if args.caption_extention is not None:
         args.caption_extension, args.caption_extention = args.caption_extention, None
     if isinstance(args.resolution, str):

@@ -19,7 +19,7 @@ class Tokens:
     """Captions as token IDs, one entry per text encoder."""
 
     ids_BLT: tuple[Tensor, ...]
-    weights_BLT: tuple[Tensor, ...] | None = None  # emphasis of --weighted_captions, 1.0 elsewhere
+    weights_BLT: tuple[Tensor, ...] | None = None  # emphasis of `weighted_captions`, 1.0 elsewhere
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""--network_module networks.boft: BOFT, products of sparse orthogonal blocks that turn inputs, on any base model."""
+"""BOFT, products of sparse orthogonal blocks that turn inputs, on any base model."""
 
 from networks.core.kinds.boft import KIND
 from networks.core.network.factory import network_module

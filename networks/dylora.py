@@ -1,4 +1,4 @@
-"""--network_module networks.dylora: DyLoRA, an adapter that can be cut to a smaller rank after training."""
+"""DyLoRA, an adapter that can be cut to a smaller rank after training."""
 
 from networks.core.kinds.dylora import KIND
 from networks.core.network.factory import network_module

@@ -1,4 +1,4 @@
-"""--network_module networks.loha: LoHa, two low-rank products multiplied number by number, on any base model."""
+"""LoHa, two low-rank products multiplied number by number, on any base model."""
 
 from networks.core.kinds.loha import KIND
 from networks.core.network.factory import network_module

@@ -1,4 +1,4 @@
-"""--network_module networks.lora_fa: LoRA-FA, where down factors stay as they start and up factors train."""
+"""LoRA-FA, where down factors stay as they start and up factors train."""
 
 from networks.core.kinds.lora_fa import KIND
 from networks.core.network.factory import network_module

@@ -1,5 +1,4 @@
-"""--network_module networks.lora_hunyuan_image: LoRA for HunyuanImage 2.1, which is what networks.lora makes for any
-base model."""
+"""LoRA for HunyuanImage 2.1, which is what networks.lora makes for any base model."""
 
 from networks.lora import create_network as create_network
 from networks.lora import create_network_from_weights as create_network_from_weights

@@ -1,4 +1,4 @@
-"""--network_module networks.lora_lumina: LoRA for Lumina Image 2.0, as networks.lora makes it for any."""
+"""LoRA for Lumina Image 2.0, as networks.lora makes it for any."""
 
 from networks.lora import create_network as create_network
 from networks.lora import create_network_from_weights as create_network_from_weights

@@ -1,6 +1,6 @@
 """The path under which other programs start tools/merge_lora.py.
 
-Their --ratios for --concat are made for sd-scripts' way to count them, so here they count as there.
+They write ratios for sd-scripts' way of joining files, so ratios count here as they do there.
 """
 
 import argparse

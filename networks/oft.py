@@ -1,4 +1,4 @@
-"""--network_module networks.oft: outputs are turned, as sd-scripts' OFT modules do; goes on from such files."""
+"""OFT that turns outputs, as sd-scripts' OFT modules do; it trains their files further."""
 
 from networks.core.kinds.oft import KIND
 from networks.core.network.factory import network_module

@@ -1,4 +1,4 @@
-"""--network_module networks.oft_v2: OFT, orthogonal blocks that turn the inputs of layers, on any base model."""
+"""OFT, orthogonal blocks that turn the inputs of layers, on any base model."""
 
 from networks.core.kinds.oft_v2 import KIND
 from networks.core.network.factory import network_module

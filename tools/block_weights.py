@@ -1,4 +1,4 @@
-"""--lbws of the merging commands: for each adapter file a list of strengths by block of a U-Net."""
+"""Strengths by block of a U-Net, a list for each adapter file (`lbws` of the merging commands)."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def help_text() -> str:
-    """Return the help text of --lbws, with the list lengths of all base models."""
+    """Return the help text of `lbws`, with the list lengths of all base models."""
     lengths = [f"{format_lengths(spec)} for {spec.title}" for spec in list_specs() if spec.block_weights is not None]
     return (
         "a list for each file, such as [1,0,0,1,...]: strength by block, times --ratios, the first number for the text "
@@ -48,7 +48,7 @@ class BlockStrength:
 
 
 def parse_lists(texts: Sequence[str] | None, num_files: int) -> list[tuple[float, ...]]:
-    """Parse the lists of --lbws, none if it is not set. Raises UserError unless each file has one."""
+    """Parse the lists of `lbws`, none if it is not set. Raises UserError unless each file has one."""
     if not texts:
         return []
     if len(texts) != num_files:
@@ -71,7 +71,7 @@ def parse_list(text: str) -> tuple[float, ...]:
 
 
 def strength_by_block(file: AdapterFile, spec: BaseModelSpec, numbers: tuple[float, ...]) -> Callable[[str], float]:
-    """Return the strength of each module of a file by a list of --lbws.
+    """Return the strength of each module of a file by a list of `lbws`.
 
     Raises UserError if the base model has no such list; warns of modules that the list does not cover.
     """

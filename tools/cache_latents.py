@@ -37,7 +37,7 @@ from library.training.models.opening import open_accelerator
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """Return the options of the training scripts that share these commands, with --sdxl, --flux and --skip_existing."""
+    """Return the options of the training scripts that share these commands, with `sdxl`, `flux` and `skip_existing`."""
     parser = build_parser(FluxOptions)
     add_missing(parser, SdxlOptions)
     parser.add_argument("--sdxl", action="store_true", help="the base model is SDXL")

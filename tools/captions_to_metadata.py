@@ -110,7 +110,7 @@ def collect(args: argparse.Namespace) -> None:
 
 
 def setup_parser(field: str = "caption") -> argparse.ArgumentParser:
-    """Return the command's options; `field` is the default of --field."""
+    """Return the command's options; `field` is the default of the option of that name."""
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("train_data_dir", type=Path, help="the folder of images")
     parser.add_argument("out_json", type=Path, help="the metadata file to write; existing entries are kept")

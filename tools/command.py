@@ -66,7 +66,7 @@ def completed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argp
 
 
 def make_parser(description: str | None, examples: str) -> argparse.ArgumentParser:
-    """Return a parser with --version whose help ends with examples."""
+    """Return a parser whose help ends with examples."""
     return add_version(
         argparse.ArgumentParser(
             description=description,
@@ -77,19 +77,19 @@ def make_parser(description: str | None, examples: str) -> argparse.ArgumentPars
 
 
 def add_save_precision(parser: argparse.ArgumentParser, unset: str) -> None:
-    """Add --save_precision; `unset` describes the default."""
+    """Add the precision of an adapter file; `unset` describes the default."""
     parser.add_argument("--save_precision", choices=tuple(SAVE_DTYPES), help=f"precision of the file; unset: {unset}")
 
 
 def add_file_precision(parser: argparse.ArgumentParser) -> None:
-    """Add --save_precision for a checkpoint, which accepts all words of `FILE_PRECISIONS`."""
+    """Add the precision of a checkpoint, which accepts all words of `FILE_PRECISIONS`."""
     parser.add_argument(
         "--save_precision", help="precision of the file: float32, fp16, bf16, fp8 ...; unset: that of each tensor"
     )
 
 
 def dtype_of_file(name: str | None) -> torch.dtype | None:
-    """Return the dtype of a value of --save_precision. Raises UserError for an unknown one."""
+    """Return the dtype of a precision's name. Raises UserError for an unknown one."""
     if name is None:
         return None
     if name.lower() not in FILE_PRECISIONS:

@@ -58,7 +58,7 @@ def labels_of(files: Sequence[Path]) -> list[str]:
 
 
 def chosen_files(named: list[Path] | None, saving: SavingOptions) -> list[Path]:
-    """The files that --files names, PEFT's in its folders, else the adapter files of the run in --output_dir.
+    """Return the named files, PEFT's in its folders, else the adapter files of the run.
 
     Raises UserError if there are none.
     """

@@ -16,7 +16,7 @@ from tools.convert_lora import convert, read_adapter, spec_for_file
 
 
 def command(description: str | None, base: str, to: FileNaming, back: FileNaming | None) -> Callable[..., int]:
-    """Return the `main` of such a module: files of base model `base` get the naming `to`, with --reverse that of
+    """Return the `main` of such a module: files of base model `base` get the naming `to`, with `reverse` that of
     `back`.
 
     `back` is None if sd-scripts has no naming of its own.

@@ -106,7 +106,7 @@ def write_file(model: Opened, args: argparse.Namespace, dtype: torch.dtype | Non
 
 
 def metadata_of(text: str | None) -> dict[str, str]:
-    """Parse --metadata to a mapping of strings. Raises UserError for anything else."""
+    """Parse `metadata` to a mapping of strings. Raises UserError for anything else."""
     try:
         found = {} if text is None else ast.literal_eval(text)
     except (ValueError, SyntaxError, RecursionError, MemoryError):

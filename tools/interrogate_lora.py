@@ -80,7 +80,7 @@ def adapted(encoder: nn.Module, modules: dict[str, ModuleWeights]) -> nn.Module:
 
 
 def hidden_states(encoder: nn.Module, ids_BT: Tensor, clip_skip: int) -> Tensor:
-    """Return the normed states (B, T, W) after the layer of --clip_skip."""
+    """Return the normed states (B, T, W) after the layer of `clip_skip`."""
     states: Sequence[Tensor] = encoder(ids_BT, output_hidden_states=True).hidden_states
     normed: Tensor = clip_body(encoder).final_layer_norm(states[-clip_skip])
     return normed

@@ -61,7 +61,7 @@ def keep_ratios(ratios: Sequence[float], ranks: Sequence[int]) -> list[float]:
 
 
 def square_strengths(ratios: Sequence[float], ranks: Sequence[int]) -> list[float]:
-    """Return the strengths of ratios in sd-scripts' --concat: both factors are multiplied, and alpha stays while the
+    """Return the strengths of ratios as sd-scripts joins files: both factors are multiplied, and alpha stays while the
     ranks add."""
     return [ratio * abs(ratio) * rank / sum(ranks) for ratio, rank in zip(ratios, ranks, strict=True)]
 
@@ -274,7 +274,7 @@ def merged_metadata(
 
 
 def path_of(file: AdapterFile) -> Path:
-    """Return the path of a file of --models."""
+    """Return the path of a file of `models`."""
     return Path(file.origin.removeprefix("--models "))
 
 

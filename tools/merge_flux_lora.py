@@ -88,7 +88,7 @@ def without_text_encoders(file: AdapterFile, parts: Sequence[BaseModel]) -> Adap
 
 
 def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
-    """Read, merge and write; `strengths` interprets --ratios with --concat."""
+    """Read, merge and write; `strengths` interprets ratios where factors are joined."""
     if args.sd_model is None and args.clip_l is None and args.t5xxl is None:
         merge_lora.merge(args, strengths)
         return

@@ -249,7 +249,7 @@ def checkpoint_metadata(base: BaseModel, adapters: Sequence[Weighted], save_to: 
 
 
 def setup_parser(new_rank: int | None = None) -> argparse.ArgumentParser:
-    """Return the command's options; `new_rank` is the default of --new_rank."""
+    """Return the command's options; `new_rank` is the default of the option of that name."""
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("--sd_model", type=Path, help="checkpoint to merge into: a single file or a diffusers folder")
     parser.add_argument("--v2", action="store_true", help="has no effect: checkpoints are recognised")
@@ -278,7 +278,7 @@ def setup_parser(new_rank: int | None = None) -> argparse.ArgumentParser:
 
 
 def ranks_of(args: argparse.Namespace, adapters: Sequence[Weighted]) -> tuple[int, int] | None:
-    """Return (rank, rank of larger kernels) of the merged LoRA, or None for --concat."""
+    """Return (rank, rank of larger kernels) of the merged LoRA, or None where factors are joined."""
     if args.concat:
         return None
     largest = largest_ranks(adapters) or ((1, 1) if all(is_norms(adapter.file) for adapter in adapters) else None)
@@ -323,7 +323,7 @@ def check(args: argparse.Namespace) -> list[float]:
 
 
 def log_strengths(ratios: Sequence[float], strengths: Strengths) -> None:
-    """Log the strengths of --ratios with --concat if they differ from the ratios, or look unintended.
+    """Log the strengths of ratios of joined files if they differ from the ratios, or look unintended.
 
     In sd-scripts 1.41 and -1.41 are the difference of two files of one rank.
     """
@@ -344,7 +344,7 @@ def log_strengths(ratios: Sequence[float], strengths: Strengths) -> None:
 def weighted(
     files: Sequence[AdapterFile], ratios: Sequence[float], lbws: Sequence[str] | None, base: BaseModel | None
 ) -> list[Weighted]:
-    """Return the files with their strengths; --lbws are for the checkpoint's base model, else each file's."""
+    """Return the files with their strengths; lists by block are for the checkpoint's base model, else each file's."""
     lists = block_weights.parse_lists(lbws, len(files))
     plain = [Weighted(file, ratio) for file, ratio in zip(files, ratios, strict=True)]
     if not lists:
@@ -355,7 +355,7 @@ def weighted(
 
 
 def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
-    """Read, merge and write; `strengths` interprets --ratios with --concat."""
+    """Read, merge and write; `strengths` interprets ratios where factors are joined."""
     ratios = check(args)
     device, save_dtype, dtype = device_of(args.device), dtype_of(args.save_precision), SAVE_DTYPES[args.precision]
     files = [read_adapter(path, "--models") for path in args.models]

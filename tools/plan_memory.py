@@ -81,7 +81,7 @@ def count(name: str, arguments: Sequence[str]) -> tuple[TrainOptions, Architectu
 
 
 def described_batch(options: TrainOptions) -> BatchShape:
-    """Return the largest batch by --resolution and --train_batch_size, or by --dataset_config; the images need not
+    """Return the largest batch by `resolution` and `train_batch_size`, or by `dataset_config`; the images need not
     exist. Buckets have as many pixels or slightly fewer."""
     data = options.dataset
     if data.dataset_config is None:

@@ -15,5 +15,5 @@ def list_specs() -> tuple[BaseModelSpec, ...]:
 
 
 def list_network_arguments() -> Mapping[str, ArgumentForm]:
-    """List every --network_args key specific to some base model, with the form of its value."""
+    """List every `network_args` key specific to some base model, with the form of its value."""
     return {name: form for spec in list_specs() for name, form in spec.network_arguments.items()}

@@ -219,7 +219,7 @@ def _timestep_range(low: int | None, high: int | None) -> str | None:
 def thumbnail_url(value: str | None) -> str | None:
     """Convert an image file to a data URL; a data URL is returned unchanged.
 
-    Raises UserError if --metadata_thumbnail is neither.
+    Raises UserError if `metadata_thumbnail` is neither.
     """
     if not value or value.startswith("data:"):
         return value

@@ -228,7 +228,7 @@ def flat(config: Config) -> Config:
 
 
 def kept_kind(config: Config, stored_as: str, shape: tuple[int, ...]) -> str | None:
-    """Return the value of --base_format with the same codes, or None if the weight has to be decoded."""
+    """Return the value of `base_format` with the same codes, or None if the weight has to be decoded."""
     if len(shape) != 2:
         return None
     if stored_as == "int8_tensorwise":

@@ -32,7 +32,7 @@ ConfigT = TypeVar("ConfigT")
 class Quantised:
     """A weight stored as 8-bit codes with scales."""
 
-    kind: str  # the value of --base_format with the same codes
+    kind: str  # the value of `base_format` with the same codes
     group_size: int | None  # inputs that are rotated together; None without rotation
     read: Callable[[], Mapping[str, Tensor] | None]  # `codes` and `scales`; None if the weight is not 8-bit
 

@@ -1,4 +1,4 @@
-"""--debug_dataset: logs the batches of the first epoch."""
+"""Logging of the batches of the first epoch (`debug_dataset`)."""
 
 import logging
 from collections import Counter, defaultdict

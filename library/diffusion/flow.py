@@ -48,8 +48,8 @@ class FlowMatching:
 
     draw_levels: LevelSampler
     target_kind: Target
-    prediction_type: str  # a value of --model_prediction_type
-    loss_scheme: str  # the --weighting_scheme that weights the loss; "none" for no weights
+    prediction_type: str  # a value of `model_prediction_type`
+    loss_scheme: str  # the `weighting_scheme` that weights the loss; "none" for no weights
     min_timestep: int
     max_timestep: int
     has_whole_timesteps: bool  # levels are thousandths, 0 to 999

@@ -149,7 +149,7 @@ def build_ddpm(noise: NoiseOptions, weighting: LossOptions, predicts_velocity: b
         check_huber(weighting)
     return DDPM(
         abar_T=ddpm_abar(noise.zero_terminal_snr),
-        # The unchanged schedule even with --zero_terminal_snr, whose last ratio is 0: min-SNR and debiased weights
+        # The unchanged schedule even with `zero_terminal_snr`, whose last ratio is 0: min-SNR and debiased weights
         # would be 0 / 0 and 1 / 0 there.
         snr_T=snr_of(ddpm_abar(zero_terminal_snr=False)),
         predicts_velocity=predicts_velocity,

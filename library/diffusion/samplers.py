@@ -50,7 +50,7 @@ class Sampler(Protocol):
 
 LEAST_ABAR = 2.0**-24
 DDPM_SAMPLER = "ddpm"
-"""The stochastic sampler of Ho et al. 2020, with noise in each step; not a value of --sample_sampler."""
+"""The stochastic sampler of Ho et al. 2020, with noise in each step; not a value of `sample_sampler`."""
 
 
 def build_ddpm_sampler(name: str, num_steps: int, *, predicts_velocity: bool, zero_terminal_snr: bool) -> Sampler:

@@ -56,7 +56,7 @@ def draw_moved_normal(num_samples: int, generator: torch.Generator, offsets_B: T
 
 def takes_offset(weighting: FlowWeightingOptions, sampling: FlowSamplingOptions | None = None) -> bool:
     """Return True if levels are computed from a normal value, which an offset can move; SD3 has no
-    --timestep_sampling."""
+    `timestep_sampling`."""
     if sampling is not None and sampling.timestep_sampling != "sigma":
         return sampling.timestep_sampling in ("sigmoid", "shift", "flux_shift")
     return weighting.weighting_scheme == "logit_normal"

@@ -1,4 +1,4 @@
-"""--config_file: command lines kept as TOML.
+"""Command lines kept as TOML (`config_file`).
 
 A front end writes every option it knows into such a file, the empty ones too, and values with the type that its own
 form gave them. So values are read generously: what can only mean one thing is taken as that, the rest is an error.

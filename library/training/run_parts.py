@@ -50,7 +50,7 @@ class Run:
     times: StepTimes = field(default_factory=StepTimes)
     events: Events = field(default_factory=Events)
     norms: NormMeter = field(default_factory=NormMeter)
-    label: str = ""  # what the adapter is called where others train beside it (--sweep)
+    label: str = ""  # what the adapter is called in a sweep
     place: int = 0  # among them
     turns: Multiplexer | None = None  # says which of them act; None where there is one
-    sweep: SweepRecord | None = None  # what they know of each other; None without --sweep
+    sweep: SweepRecord | None = None  # what they know of each other; None without a sweep

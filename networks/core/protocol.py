@@ -1,4 +1,4 @@
-"""The protocol between a --network_module and the trainer.
+"""The protocol between a network module and the trainer.
 
 A network module is a Python module with two functions (`NetworkModule`); the first gives a network (`Network`). Ours,
 lycoris.kohya and users' own files are all called in this way. `adopt` fills in what a third party leaves out.
@@ -25,13 +25,13 @@ logger = logging.getLogger(__name__)
 TextEncoder = nn.Module | list[nn.Module] | None
 """A single model where the base model has one text encoder, a list otherwise."""
 
-TRUE_WORDS = ("true", "1", "yes", "y", "on")  # of --network_args that are True or False
+TRUE_WORDS = ("true", "1", "yes", "y", "on")  # values of network arguments that are True or False
 OURS = "networks."  # how the names of our own modules begin
 PACKAGES = {"lycoris": "lycoris-lora"}  # import name -> what pip installs
 
 
 class NetworkModule(Protocol):
-    """A module that --network_module names. Values of --network_args arrive as strings, by keyword."""
+    """A network module. Values of network arguments arrive as strings, by keyword."""
 
     def create_network(
         self,
@@ -76,7 +76,7 @@ class Network(Protocol):
     `apply_max_norm_regularization(limit, device) -> (count, mean, maximum)`,
     `merge_to(text_encoder, unet, weights, dtype, device)`,
     `merging(weights, device) -> Iterable[Merging]`, which ours have, so that files are merged while the base is read,
-    `stack_with(others) -> Multiplexer` for --sweep, once all of these networks are installed.
+    `stack_with(others) -> Multiplexer` for sweeps, once all of these networks are installed.
     """
 
     def apply_to(
@@ -137,7 +137,7 @@ class OpenedModule:
 
 
 def open_network_module(name: str) -> NetworkModule:
-    """Import the module that --network_module names.
+    """Import a network module.
 
     Raises UserError naming what to do when it is not there, or is no network module.
     """
@@ -163,7 +163,7 @@ def open_network_module(name: str) -> NetworkModule:
 
 
 def parse_network_args(items: Sequence[str] | None) -> dict[str, str]:
-    """Return the `key=value` items of --network_args as a table; of a key given twice the last value counts."""
+    """Return `key=value` items as a table; of a key given twice the last value counts."""
     arguments: dict[str, str] = {}
     for item in items or []:
         key, equals, value = item.partition("=")
@@ -176,7 +176,7 @@ def parse_network_args(items: Sequence[str] | None) -> dict[str, str]:
 
 
 def is_switched_on(items: Sequence[str] | None, name: str) -> bool:
-    """Return True if --network_args set `name` to a word for True; the last item of that name counts."""
+    """Return True if network arguments set `name` to a word for True; the last item of that name counts."""
     values = [item.partition("=")[2] for item in items or [] if item.partition("=")[0] == name]
     return bool(values) and values[-1].strip().lower() in TRUE_WORDS
 
@@ -240,7 +240,7 @@ class AdoptedNetwork:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        """Add the weights of a file to the base model for good (--base_weights)."""
+        """Add the weights of a file to the base model for good."""
         self._needed("merge_to", "--base_weights")(text_encoder, denoiser, weights, dtype, device)
 
     def merging(self, weights: Mapping[str, Tensor], device: torch.device | str) -> Iterable[Merging]:
@@ -322,11 +322,11 @@ class AdoptedNetwork:
 
     @property
     def can_limit_norms(self) -> bool:
-        """True if --scale_weight_norms works with this network."""
+        """True if `limit_norms` works with this network."""
         return self._method("apply_max_norm_regularization") is not None
 
     def limit_norms(self, limit: float, device: torch.device | str) -> Tensor:
-        """Scale changes down to a norm of `limit` (--scale_weight_norms): how many were, mean and maximum of all.
+        """Scale changes down to a norm of `limit`: how many were, mean and maximum of all.
 
         Ours leave the three numbers on the device; those of others must know them at once.
         """

@@ -17,7 +17,7 @@ from tests.running import ROOT, make_images
 
 HERE = Path(__file__).parent
 FOLDERS = ("library", "networks", "tools")
-MODULE = '''"""--network_module networks.vera: VeRA, two trained vectors beside projections that all layers share."""
+MODULE = '''"""VeRA, two trained vectors beside projections that all layers share."""
 
 from networks.core.kinds.vera import KIND
 from networks.core.network.factory import network_module

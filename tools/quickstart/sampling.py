@@ -28,7 +28,7 @@ class Prompt:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Read a file of prompts, one a line in the form of --sample_prompts; `--d` gives the seed, else the line's number.
+    """Read a file of prompts, one a line in the form of `sample_prompts`: `--d` gives the seed, else the line's number.
 
     Raises UserError for a file without prompts.
     """

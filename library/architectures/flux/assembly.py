@@ -75,7 +75,7 @@ LATENTS = CODEC.spec
 def build(options: FluxOptions) -> Architecture:
     """Assemble the model that the options name; nothing is loaded yet.
 
-    Raises UserError naming the flag for a file or a setting that does not fit the model of --model_type.
+    Raises UserError naming the flag for a file or a setting that does not fit the model of `model_type`.
     """
     return build_chroma(options) if options.flux.model_type == "chroma" else build_flux(options)
 
@@ -131,7 +131,7 @@ def build_chroma(options: FluxOptions) -> Architecture:
 
 
 def with_masked_padding(options: FluxOptions) -> FluxOptions:
-    """Set --apply_t5_attn_mask, which Chroma requires."""
+    """Set `apply_t5_attn_mask`, which Chroma requires."""
     if options.flux.apply_t5_attn_mask:
         return options
     logger.info("--apply_t5_attn_mask is enabled: Chroma was trained with masked caption padding")

@@ -35,7 +35,7 @@ from library.options.model import BASE_FLAG
 CLIP_PREFIXES = ("text_encoders.clip_l.transformer.", "")
 CLIP_WORDS, T5_WORDS = "embeddings.token_embedding.weight", "shared.weight"
 T5_MARK = "text_encoders.t5xxl.transformer."
-FOLDERS = {  # --model_type -> part -> folder in diffusers' layout
+FOLDERS = {  # `model_type` -> part -> folder in diffusers' layout
     "flux": {"denoiser": "transformer", "clip_l": "text_encoder", "t5xxl": "text_encoder_2", "ae": "vae"},
     "chroma": {"denoiser": "transformer", "t5xxl": "text_encoder", "ae": "vae"},
 }
@@ -123,12 +123,12 @@ def load_ae(name: str, options: FluxOptions) -> nn.Module:
 
 
 def title_of(kind: str) -> str:
-    """Return the name of a --model_type in messages."""
+    """Return a model type's name for messages."""
     return spec_of(list_specs(), kind).title
 
 
 def denoiser_of(base: BaseFiles, kind: str) -> Weights:
-    """Return the denoiser's weights under our names; `kind` is --model_type.
+    """Return the denoiser's weights under our names; `kind` is `model_type`.
 
     Raises UserError for another model, naming it.
     """
@@ -143,7 +143,7 @@ def denoiser_of(base: BaseFiles, kind: str) -> Weights:
 
 
 def open_clip(name: str | None, base: BaseFiles, folder: str) -> Component:
-    """Open CLIP-L from --clip_l or from the base model. FLUX.1 was trained with the exact GELU in it."""
+    """Open CLIP-L from `clip_l` or from the base model. FLUX.1 was trained with the exact GELU in it."""
     config, weights = base.open_text_encoder("--clip_l", name, folder, CLIP_PREFIXES[0])
     if config is not None:
         return clip_of_folder(config, weights)
@@ -152,7 +152,7 @@ def open_clip(name: str | None, base: BaseFiles, folder: str) -> Component:
 
 
 def open_t5(name: str | None, base: BaseFiles, folder: str) -> Component:
-    """Open T5-XXL from --t5xxl or from the base model."""
+    """Open T5-XXL from `t5xxl` or from the base model."""
     config, weights = base.open_text_encoder("--t5xxl", name, folder, T5_MARK)
     return t5_component(weights) if config is None else t5_of_folder(config, weights)
 

@@ -29,7 +29,7 @@ APPROXIMATOR_LAYERS = ("_proj", "_layer")  # endings of its layers' names
 
 
 def open_base_model(kind: str, flag: str, path: Path) -> BaseModel:
-    """Open a single file in the original layout; only its header is read. `kind` is --model_type.
+    """Open a single file in the original layout; only its header is read. `kind` is `model_type`.
 
     Raises UserError naming `flag` if it is missing, broken or of another kind.
     """

@@ -18,7 +18,7 @@ from library.options.training.flow import (
 
 OptionsT = TypeVar("OptionsT", bound="FluxOptions")
 
-SPLIT_MODE_BLOCKS = 18  # offloaded with --split_mode
+SPLIT_MODE_BLOCKS = 18  # offloaded with `split_mode`
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class FluxOptions(TrainOptions):
 
     @classmethod
     def from_args(cls: type[OptionsT], args: argparse.Namespace) -> OptionsT:
-        """Collect the parsed values and resolve --split_mode."""
+        """Collect the parsed values and resolve `split_mode`."""
         options = super().from_args(args)
         if not options.flux.split_mode or options.memory.blocks_to_swap is not None:
             return options

@@ -123,8 +123,8 @@ def tokenize_qwen(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> t
 def load_qwen_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_words: int | None) -> Any:
     """Load Qwen2.5-VL's tokenizer for an encoder with `num_words` embeddings.
 
-    It is searched in `folders`, then in --tokenizer_cache_dir, then on the hub, from where it is saved into
-    --tokenizer_cache_dir. Raises UserError saying which files to put where.
+    It is searched in `folders`, then in `tokenizer_cache_dir`, then on the hub, from where it is saved into
+    `tokenizer_cache_dir`. Raises UserError saying which files to put where.
     """
     from transformers import Qwen2Tokenizer
 

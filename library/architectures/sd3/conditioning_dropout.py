@@ -17,7 +17,7 @@ Parts = Mapping[str, tuple[int, int | None]]  # name in the conditioning -> chan
 
 @dataclass(frozen=True)
 class Variation:
-    """The rates of --clip_l_dropout_rate, --clip_g_dropout_rate, --t5_dropout_rate and --pos_emb_random_crop_rate.
+    """Dropout rates of the text encoders, and the share of batches that are placed at random in the table of positions.
 
     Draws in this order, one number per sample: CLIP-L, CLIP-G, T5; then whether and where the batch is shifted.
     Everything is drawn in every call, so that a rate does not affect the draws of another.

@@ -131,7 +131,7 @@ def open_clip(name: str, options: Sd3TextOptions, base: Weights) -> Component:
 
 
 def open_t5(options: Sd3TextOptions, base: Weights, is_cached: bool = False) -> Component | None:
-    """Open T5; return None if neither --t5xxl nor the base has it: SD3 works without."""
+    """Open T5; return None if neither `t5xxl` nor the base has it: SD3 works without."""
     weights = text_weights("t5xxl", options, base)
     if weights is None:
         logger.warning(
@@ -145,7 +145,7 @@ def open_t5(options: Sd3TextOptions, base: Weights, is_cached: bool = False) -> 
 
 
 def text_weights(name: str, options: Sd3TextOptions, base: Weights) -> Weights | None:
-    """Return the weights of a text encoder without prefix: of --clip_l, --clip_g or --t5xxl, else of the base."""
+    """Return the weights of a text encoder without prefix: of `clip_l`, `clip_g` or `t5xxl`, else of the base."""
     given: str | None = getattr(options, name)
     prefix = TEXT_PREFIXES[name]
     if given is None:

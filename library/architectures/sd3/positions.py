@@ -1,4 +1,4 @@
-"""Positions scaled to the resolutions of a data set (--enable_scaled_pos_embed).
+"""Positions scaled to the resolutions of a data set (`enable_scaled_pos_embed`).
 
 Letters: h and w sides of an image in patches, s side of a resolution in patches, M width of the model.
 """

@@ -78,7 +78,7 @@ def build(options: SdxlOptions) -> Architecture:
 
 
 def build_text(options: SdxlOptions, loader: UnetLoader) -> SdxlText:
-    """Build the text pipeline for --max_token_length and --weighted_captions."""
+    """Build the text pipeline for `max_token_length` and `weighted_captions`."""
     model = options.model
     tokenizer = load_tokenizer(loader.path, model.tokenizer_cache_dir, loader.num_words)
     num_chunks = (model.max_token_length or CHUNK_TOKENS) // CHUNK_TOKENS

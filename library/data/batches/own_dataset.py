@@ -1,4 +1,4 @@
-"""Batches from a user's own class (--dataset_class), called as sd-scripts calls it.
+"""Batches from a user's own class (`dataset_class`), called as sd-scripts calls it.
 
 The class is created as `cls(None, max_token_length, resolution, debug_dataset)`. Its `len` is the number of batches per
 epoch, and item i is batch i as a mapping: `captions`, `images` (B, 3, H, W) from -1 to 1 or `latents` (B, C, h, w), and
@@ -175,7 +175,7 @@ def table_of(item: Mapping[str, Any], key: str, default: Any) -> Tensor:
 
 
 def sides_of(resolution: str | None) -> tuple[int, int] | None:
-    """Parse --resolution to (width, height)."""
+    """Parse `resolution` to (width, height)."""
     if resolution is None:
         return None
     first, *others = parse_numbers("--resolution", resolution, int, (1, 2), "512 or 768,512")

@@ -1,4 +1,4 @@
-"""Captions that are encoded once: kept in memory (--cache_text_encoder_outputs) or in files (…_to_disk).
+"""Captions that are encoded once: kept in memory (`cache_text_encoder_outputs`) or in files (…_to_disk).
 
 A draw's caption comes from a fixed set: the variants of its image's caption (`captions.caption_variant`) and the empty
 prompt. All of them are encoded before training, so shuffling, wildcards and dropout still work.
@@ -261,7 +261,7 @@ def grouped(missing: Sequence[Found[Job]], batch_size: int) -> Iterator[list[Fou
 
 
 def encode_rows(texts: Sequence[str], encode: Callable[[], Encode], spec: TextCacheSpec, bar: Bar) -> dict[str, Row]:
-    """Encode captions to features on the CPU, --text_encoder_batch_size at a time."""
+    """Encode captions to features on the CPU, `text_encoder_batch_size` at a time."""
     rows: dict[str, Row] = {}
     count = spec.options.text_encoder_batch_size or 1
     for first in range(0, len(texts), count):

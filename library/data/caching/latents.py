@@ -1,4 +1,4 @@
-"""Latents that are encoded once: kept in memory (--cache_latents) or in files (--cache_latents_to_disk)."""
+"""Latents that are encoded once: kept in memory (`cache_latents`) or in files (`cache_latents_to_disk`)."""
 
 import logging
 import os

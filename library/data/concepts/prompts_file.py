@@ -1,4 +1,4 @@
-"""--prompts_file: the concepts to change, from a TOML file in one of two forms.
+"""The concepts to change, read from a TOML file (`prompts_file`) in one of two forms.
 
 `[[prompts]]` are pairs as they are trained. `[[targets]]` are sliders, each of which becomes two or four pairs for
 every neutral prompt and size. Keys above them are defaults for all entries. Formats: LECO and ai-toolkit, as sd-scripts

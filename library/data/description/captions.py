@@ -45,7 +45,7 @@ def compose_caption(
     """Compose the prompt of one draw: dropped, or a line of `text` with prefix, suffix, wildcards and tag rules
     applied.
 
-    `epoch` counts from 1. `step` is the optimizer step of `max_train_steps`, of which a --token_warmup_step below 1 is
+    `epoch` counts from 1. `step` is the optimizer step of `max_train_steps`, of which a `token_warmup_step` below 1 is
     a share.
     """
     return "" if is_dropped(rules, rng, epoch) else arrange_caption(text, rules, rng, step, max_train_steps)

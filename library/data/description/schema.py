@@ -115,7 +115,7 @@ class RunDataConfig:
     """All data of a run."""
 
     datasets: tuple[DatasetConfig, ...]
-    is_from_file: bool  # from --dataset_config, not from folder arguments
+    is_from_file: bool  # from `dataset_config`, not from folder arguments
 
     def without_index(self) -> "RunDataConfig":
         """Return this configuration such that nothing is written beside the images."""
@@ -132,7 +132,7 @@ class RunDataConfig:
 
 
 def load_dataset_config(options: TrainOptions) -> RunDataConfig:
-    """Read --dataset_config, else --in_json, else the folders of --train_data_dir and --reg_data_dir.
+    """Read `dataset_config`, else `in_json`, else the folders of `train_data_dir` and `reg_data_dir`.
 
     Raises UserError naming file and place: unreadable TOML or JSON, unknown or misplaced keys, wrong types, missing
     keys, and unsupported settings.
@@ -429,7 +429,7 @@ def limit_of(value: Any) -> str:
 
 
 def folder_dataset(data: DatasetOptions, fallbacks: Table) -> DatasetConfig:
-    """Build the dataset that --train_data_dir, --reg_data_dir, --in_json and --conditioning_data_dir describe."""
+    """Build the dataset that `train_data_dir`, `reg_data_dir`, `in_json` and `conditioning_data_dir` describe."""
     subsets: list[Table]
     style: Style = "dreambooth"
     if data.in_json:

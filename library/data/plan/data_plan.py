@@ -232,7 +232,7 @@ def build_plan(
 ) -> DataPlan:
     """Read the description, list the images and sort them into buckets, without decoding any.
 
-    `entries` are the content of --in_json if already read. Raises NoDataFound if there are no training images,
+    `entries` are the content of `in_json` if already read. Raises NoDataFound if there are no training images,
     UserError for all other mistakes in the description.
     """
     config = load_dataset_config(options)

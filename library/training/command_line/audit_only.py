@@ -1,4 +1,4 @@
-"""--audit_only: the data before anything trains on them, without a base model."""
+"""The audit of the data before anything trains on them (`audit_only`), without a base model."""
 
 import logging
 import time
@@ -30,7 +30,7 @@ MOST_SHOWN = 60  # images of a finding on the page
 
 
 def audit_only(options: TrainOptions, latents: LatentSpec, warnings: WarningEvents) -> None:
-    """Log the audit of the data; with --output_dir also write it as a page, with what was warned of so far.
+    """Log the audit of the data; with `output_dir` also write it as a page, with what was warned of so far.
 
     Raises UserError for mistakes in the description.
     """

@@ -1,4 +1,4 @@
-"""--show_timesteps: which noise levels a run would draw and how much each counts, without a model or images."""
+"""The noise levels that a run would draw and how much each counts (`show_timesteps`), without a model or images."""
 
 import logging
 from dataclasses import dataclass

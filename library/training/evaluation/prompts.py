@@ -1,4 +1,4 @@
-"""--sample_prompts: the images to draw, from a .txt, .toml or .json file.
+"""The prompts to draw images of (`sample_prompts`), from a .txt, .toml or .json file.
 
 `PromptSpec` is what a prompt says, `resolve` fills in the rest from the base model's defaults.
 """

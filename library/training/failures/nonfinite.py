@@ -27,7 +27,7 @@ from library.types import Batch
 
 logger = logging.getLogger(__name__)
 
-MAX_IN_A_ROW = 5  # damaged steps that --on_nonfinite skip leaves out before it gives up
+MAX_IN_A_ROW = 5  # damaged steps that `on_nonfinite=skip` leaves out before it gives up
 MAX_NAMED = 8  # images in a message
 MIN_LOSS_SCALE = 1.0  # fp16 gradients that overflow at a larger loss scale only say that the scale is too large
 

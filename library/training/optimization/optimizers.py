@@ -74,7 +74,7 @@ class BuiltOptimizer:
     name: str  # for `ss_optimizer`: the class path, then "(key=value,...)" of the arguments if there are any
     is_schedule_free: bool  # it has no learning rate schedule, and averaged weights that `eval` shows
     has_relative_step: bool  # Adafactor that sets its own learning rates
-    moves_in_float32: bool = False  # bf16 weights too (--stochastic_rounding), so its memory of them is float32
+    moves_in_float32: bool = False  # bf16 weights too (`stochastic_rounding`), so its memory of them is float32
     _trained: list[torch.Tensor] = field(default_factory=list)  # the weights of training while others are in place
 
     def train(self) -> None:

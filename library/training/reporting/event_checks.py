@@ -11,7 +11,7 @@ LARGEST = 2**63  # of a number; a file size has at most as many bytes
 
 
 def check_line(line: Any) -> dict[str, Any]:
-    """Return a line of --log_events whose fields have the types of its event; events of later versions pass.
+    """Return a line of `log_events` whose fields have the types of its event; events of later versions pass.
 
     Raises ValueError naming the field that does not fit.
     """

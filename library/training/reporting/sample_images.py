@@ -19,7 +19,7 @@ from library.options.output.saving import SavingOptions
 from library.training.reporting.events import Preview
 from library.types import Prompt
 
-FOLDER = "sample"  # in --output_dir; front ends show all that lies there, and fail at a folder in it
+FOLDER = "sample"  # in `output_dir`; front ends show all that lies there, and fail at a folder in it
 GRID_FOLDER = "sample_grid"  # beside that
 GRID_GAP = 4  # pixels
 TIMESTAMP = "%Y%m%d%H%M%S"

@@ -1,4 +1,4 @@
-"""--deterministic: kernels that add in a fixed order, so that a repeated run computes the same numbers on a GPU."""
+"""Kernels that add in a fixed order (`deterministic`), so that a repeated run computes the same numbers on a GPU."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""--dry_run: everything up to the first step, on the largest batch, and what it needs; nothing is written."""
+"""A dry run: everything up to the first step, on the largest batch, and what it needs; nothing is written."""
 
 import logging
 import math

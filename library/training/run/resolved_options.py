@@ -17,7 +17,7 @@ class ResolvedOptions(Generic[OptionsT]):
     """
 
     shared: OptionsT  # of the base model, the data and the loop
-    adapters: Mapping[str, OptionsT]  # by label; one of label "" without --sweep
+    adapters: Mapping[str, OptionsT]  # by label; one of label "" without a sweep
 
     def with_values(self, values: Mapping[str, Any]) -> "ResolvedOptions[OptionsT]":
         """Override options by name."""

@@ -43,4 +43,4 @@ class StepContext:
     vae_batch_size: int = 1
     preserves_in_step: bool = False  # whether each batch asks the base model too, since those of others may have to
     alone: Callable[[], AbstractContextManager[None]] = nullcontext
-    """In the block the models run with this network alone, where others act on the same layers (--sweep)."""
+    """In the block the models run with this network alone, where others act on the same layers in a sweep."""

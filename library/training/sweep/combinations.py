@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 OptionsT = TypeVar("OptionsT", bound=TrainOptions)
 
-NEAR = 0.9  # a slip of an option's name; the nearest key of --network_args, network_reg_dims, is at 0.81
+NEAR = 0.9  # a slip of an option's name; the nearest network argument, network_reg_dims, is at 0.81
 TABLES = ("network_args", "optimizer_args", "lr_scheduler_args")  # options whose keys can be swept, the first without
 MOST_ADAPTERS = 1000  # each has files of its own and a line in the log
 NONE = "none"  # stands for an option that is not given
@@ -41,7 +41,7 @@ class Combination(Generic[OptionsT]):
     """One adapter of a sweep."""
 
     label: str  # such as lr1e-4-dim8
-    chosen: Mapping[str, str]  # word of --sweep -> value, both as they were given
+    chosen: Mapping[str, str]  # name in the option -> value, both as they were given
     options: OptionsT  # of its run alone
 
 

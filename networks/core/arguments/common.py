@@ -26,7 +26,7 @@ ON_CONVOLUTIONS = ("conv_dim", "conv_block_dims")
 
 @dataclass(frozen=True)
 class RankArguments:
-    """Ranks and alphas of modules, beside --network_dim and --network_alpha."""
+    """Ranks and alphas of modules, beside `network_dim` and `network_alpha`."""
 
     conv_dim: int | None = argument(
         parse_rank, None, "Rank of convolutions larger than 1x1, which are adapted with it.", is_fixed_by_file=True
@@ -60,7 +60,7 @@ class RankArguments:
 
 @dataclass(frozen=True)
 class RateArguments:
-    """Learning rates of modules, beside --learning_rate, --unet_lr and --text_encoder_lr."""
+    """Learning rates of modules, beside `learning_rate`, `unet_lr` and `text_encoder_lr`."""
 
     down_lr_weight: LrWeights | None = argument(parse_lr_weights, None, "Factors of the input blocks, or a curve.")
     mid_lr_weight: LrWeights | None = argument(parse_lr_weights, None, "Factor of the middle block.")

@@ -37,7 +37,7 @@ class Argument:
     help: str
     aliases: tuple[str, ...] = ()
     requires: Requirement | None = None
-    is_fixed_by_file: bool = False  # --dim_from_weights takes it from the file
+    is_fixed_by_file: bool = False  # `dim_from_weights` takes it from the file
 
 
 def argument(
@@ -87,7 +87,7 @@ class NetworkArguments:
 
 @dataclass(frozen=True)
 class NetworkSettings:
-    """--network_dim, or the default of the kind, --network_alpha and --network_args."""
+    """The rank, by default the kind's, the alpha and the network arguments of a run."""
 
     rank: int
     alpha: float
@@ -103,7 +103,7 @@ OF_MODELS: Mapping[ArgumentForm, Parse] = {  # how base models have theirs writt
     "word": str,
 }
 
-DROPOUTS = ("dropout", "dropout_probability", "boft_dropout")  # in --network_args, for --network_dropout
+DROPOUTS = ("dropout", "dropout_probability", "boft_dropout")  # network arguments that mean `network_dropout`
 
 
 def read_groups(
@@ -114,7 +114,7 @@ def read_groups(
 ) -> NetworkArguments:
     """Read the network arguments that a user gave; None stands for one that was not given.
 
-    `of_models` are those that base models have of their own. `dropout` is LyCORIS's name for --network_dropout and
+    `of_models` are those that base models have of their own. `dropout` is LyCORIS's name for `network_dropout` and
     `dropout_probability` and `boft_dropout` those of OFT and BOFT: all mean the same here. Raises UserError naming the
     argument for an unknown key and a value of the wrong form; warns of arguments that have no effect without another.
     """
@@ -139,7 +139,7 @@ def read_groups(
 
 
 def _with_dropout(given: dict[str, Any], neuron_dropout: float | None) -> dict[str, Any]:
-    """Put --network_dropout and what other programs call it under one name."""
+    """Put `network_dropout` and what other programs call it under one name."""
     dropouts = {name: given.pop(name) for name in DROPOUTS if name in given}
     for name, dropout in dropouts.items():
         chosen = dropout if neuron_dropout is None else neuron_dropout

@@ -75,7 +75,7 @@ def with_kernels(settings: NetworkSettings, is_enabled: bool) -> NetworkSettings
 def resolve_blocks(settings: NetworkSettings, block_size: int | None, enable_conv: bool) -> NetworkSettings:
     """Return the settings as the core understands them: the block size stands where other kinds have a rank.
 
-    `block_size` goes before --network_dim, and include_patterns mean that nothing else is adapted.
+    `block_size` goes before `network_dim`, and include_patterns mean that nothing else is adapted.
     """
     if block_size is not None and settings.is_rank_given and block_size != settings.rank:
         logger.warning("--network_dim %d has no effect: --network_args block_size=%d", settings.rank, block_size)

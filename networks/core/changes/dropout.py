@@ -17,7 +17,7 @@ from networks.core.arguments.network_arguments import NetworkArguments
 class Dropout:
     """Chances of what is left out while training; all of it acts on the change only, never on the base model."""
 
-    neuron: float = 0.0  # single numbers between down and up, the others scaled up (--network_dropout)
+    neuron: float = 0.0  # single numbers between down and up, the others scaled up (`network_dropout`)
     rank: float = 0.0  # whole channels of a sample between down and up, the others scaled up
     module: float = 0.0  # the whole change of this call; nothing is scaled
 

@@ -310,7 +310,7 @@ def _layouts() -> Iterator[KeyLayout]:
             )  # fmt: skip
 
 
-# --- as --network_module ---
+# --- as a network module ---
 
 
 @dataclass(frozen=True)

@@ -290,7 +290,7 @@ IN_PIECES = _layout((PIECES[0],), PIECES[1:], "networks.oft")
 AS_MATRICES = _layout((MATRICES,), (RESCALE,), "", read_matrices)
 
 
-# --- as --network_module ---
+# --- as a network module ---
 
 
 @dataclass(frozen=True)
@@ -313,7 +313,7 @@ def make(request: ChangeRequest) -> Change:
 
 
 def resolve(settings: NetworkSettings) -> NetworkSettings:
-    """Take the number of blocks for the rank, and --network_alpha for the limit of angles of all kernels."""
+    """Take the number of blocks for the rank, and `network_alpha` for the limit of angles of all kernels."""
     if settings.alpha >= 1:
         logger.warning(
             "--network_alpha %g limits no angle: networks.oft takes it for the limit, where 0.001 or less holds them",

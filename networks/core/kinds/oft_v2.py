@@ -163,7 +163,7 @@ LAYOUT = KeyLayout(
 )  # fmt: skip
 
 
-# --- as --network_module ---
+# --- as a network module ---
 
 
 @dataclass(frozen=True)

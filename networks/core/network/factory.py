@@ -1,4 +1,4 @@
-"""The two functions that --network_module must offer, made for one kind of adapter."""
+"""The two functions that a network module must offer, made for one kind of adapter."""
 
 import logging
 import re

@@ -262,7 +262,7 @@ class AdapterNetwork(nn.Module):
 
     @torch.no_grad()
     def limit_norms(self, limit: float) -> Tensor:
-        """Scale changes whose Frobenius norm is above `limit` down to it (--scale_weight_norms).
+        """Scale changes whose Frobenius norm is above `limit` down to it (`scale_weight_norms`).
 
         Return how many were scaled, and mean and maximum of the norms that all have afterwards. Norms of changes are at
         multiplier 1, before DoRA's magnitudes; trained normalisation layers have none.

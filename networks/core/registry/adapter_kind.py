@@ -61,7 +61,7 @@ class AdapterKind:
 
     layouts: tuple[KeyLayout, ...] = ()  # what files may hold that it trains further, beside norms
     make: Callable[[ChangeRequest], Change] | None = None  # unset where there is nothing to train
-    network_module: str = ""  # the --network_module that registers it
+    network_module: str = ""  # the module that registers it
     default_rank: int = 4
     arguments: type = NoArguments  # a dataclass of its own network arguments
     merged_layouts: tuple[KeyLayout, ...] = ()  # what is recognised and merged, but not trained further

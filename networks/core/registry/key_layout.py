@@ -39,7 +39,7 @@ class KeyLayout:
     )
     alpha_is_strength: bool = True  # else it is another number of the change, and never left out or made up
     switches: tuple[str, ...] = ()  # keys of whole numbers
-    network_module: str = ""  # the --network_module that trains it further
+    network_module: str = ""  # the module that trains it further
     is_whole: bool = False  # no factor has a rank: alpha counts as the rank, whatever is recorded
     targets: frozenset[TargetKind] = frozenset(("plain", "conv"))  # the sorts of modules that it changes
 

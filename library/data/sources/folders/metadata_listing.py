@@ -66,7 +66,7 @@ def find_image(key: str, image_dir: str | None, listings: dict[str, dict[str, st
     """Find a metadata key's file: a path with or without extension, absolute, below image_dir, or below the working
     folder."""
     path = key if os.path.isabs(key) else os.path.join(image_dir or "", key)
-    for whole in (path, key):  # --full_path of sd-scripts' commands writes paths as typed
+    for whole in (path, key):  # `full_path` of sd-scripts' commands writes paths as typed
         if os.path.isfile(whole):
             return whole
     folder, name = os.path.split(path)

@@ -115,7 +115,7 @@ def stamps_of(
 
 
 def index_path(shown: Sequence[str], files: IndexedFiles, storage: Storage) -> Path:
-    """Return the path of the index of these files, beside the first or in --cache_dir; its name is unique to them."""
+    """Return the path of the index of these files, beside the first or in `cache_dir`; its name is unique to them."""
     folder = os.path.dirname(shown[0])
     name = f".picture_index-{short_digest(' '.join([files.rule, *files.names]))[:12]}.parquet"
     if storage.cache_dir is not None:

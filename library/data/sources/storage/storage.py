@@ -101,7 +101,7 @@ class Storage:
         return self.opened.cache
 
     def required_cache_dir(self, what: str) -> str:
-        """Return --cache_dir. Raises UserError if it is not set."""
+        """Return the cache folder. Raises UserError if none is set."""
         if self.cache_dir is None:
             raise UserError(f"{what} require --cache_dir, a folder for the index and downloaded images")
         return self.cache_dir
@@ -193,7 +193,7 @@ class Storage:
     def cache_stem(self, image: ScannedImage) -> str:
         """Return the path prefix of an image's cache files: beside an image, in a folder beside a larger file.
 
-        Under --cache_dir each folder of larger files has its own, because two may have files of the same name.
+        Under `cache_dir` each folder of larger files has its own, because two may have files of the same name.
         """
         place = image.place
         if place is None:
