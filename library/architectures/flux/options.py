@@ -75,8 +75,7 @@ INSTEAD: Mapping[str, str] = {
     "apply_lg_attn_mask": "only CLIP-L's pooled vector is used, which needs no mask",
     "t5_max_token_length": "use --t5xxl_max_token_length",
     "text_encoder": "use --clip_l and --t5xxl",
-    "qwen3": "use --t5xxl",
-    "gemma2": "use --t5xxl",
+    **dict.fromkeys(("qwen3", "gemma2"), "use --t5xxl"),
     "sample_batch_size": "previews are drawn one by one",
 }
 """Alternatives to options of other scripts and programs; they end the error for such an option."""

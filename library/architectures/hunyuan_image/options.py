@@ -77,15 +77,12 @@ class HunyuanImagePrecisionOptions(PrecisionOptions):
 
 
 INSTEAD: Mapping[str, str] = {
-    "dit": "use --pretrained_model_name_or_path",
-    "dit_path": "use --pretrained_model_name_or_path",
+    **dict.fromkeys(("dit", "dit_path"), "use --pretrained_model_name_or_path"),
     "training_shift": "use --discrete_flow_shift with --timestep_sampling shift",
     "guidance_scale": "the model is trained without guidance; use --l in a prompt line to guide a preview",
     "ae": "use --vae",
-    "t5xxl": "use --text_encoder and --byt5",
-    "clip_l": "use --text_encoder and --byt5",
-    "qwen3": "use --text_encoder",
-    "gemma2": "use --text_encoder",
+    **dict.fromkeys(("t5xxl", "clip_l"), "use --text_encoder and --byt5"),
+    **dict.fromkeys(("qwen3", "gemma2"), "use --text_encoder"),
     "split_mode": "use --blocks_to_swap",
 }
 """Alternatives to options of other scripts and programs; they end the error for such an option."""

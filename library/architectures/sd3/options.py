@@ -94,9 +94,7 @@ INSTEAD: Mapping[str, str] = {
     "model_prediction_type": "the model has only one prediction type, equal to raw",
     "ae": "use --vae",
     "t5_max_token_length": "use --t5xxl_max_token_length",
-    "text_encoder": "use --clip_l, --clip_g and --t5xxl",
-    "qwen3": "use --clip_l, --clip_g and --t5xxl",
-    "gemma2": "use --clip_l, --clip_g and --t5xxl",
+    **dict.fromkeys(("text_encoder", "qwen3", "gemma2"), "use --clip_l, --clip_g and --t5xxl"),
     "split_mode": "use --blocks_to_swap",
 }
 """Alternatives to options of other scripts and programs; they end the error for such an option."""

@@ -172,25 +172,23 @@ def read_description(path: str) -> dict[str, Any]:
 
     Raises UserError if there is none, or naming the file, the line and the column of a mistake.
     """
-    extension = os.path.splitext(path)[1].lower()
+    named, extension = f"--dataset_config {path}", os.path.splitext(path)[1].lower()
     if extension not in (".toml", ".json"):
-        raise UserError(f"--dataset_config {path}: the file must end in .toml or .json")
+        raise UserError(f"{named}: the file must end in .toml or .json")
     if extension == ".toml":
         return read_toml(Path(path), "--dataset_config")
     try:
         raw = Path(path).read_bytes()
-        content = parse_json(decoded(raw, f"--dataset_config {path}"))
+        content = parse_json(decoded(raw, named))
     except FileNotFoundError:
         raise UserError(f"--dataset_config is {path}, but there is no such file") from None
     except OSError as error:
-        raise UserError(f"--dataset_config {path} cannot be read: {error.strerror}; change its permissions") from error
+        raise UserError(f"{named} cannot be read: {error.strerror}; change its permissions") from error
     except InvalidJson as error:
-        raise UserError(f"--dataset_config {path} is not valid JSON: {error}") from None
+        raise UserError(f"{named} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(
-            f"--dataset_config {path}: expected a table with general and datasets, got {type(content).__name__}"
-        )
-    refuse_nul(content, f"--dataset_config {path}")
+        raise UserError(f"{named}: expected a table with general and datasets, got {type(content).__name__}")
+    refuse_nul(content, named)
     return content
 
 
