@@ -161,7 +161,7 @@ def test_an_index_with_impossible_rows_is_made_again(
     with caplog.at_level(logging.WARNING):
         found = open_subset(tmp_path, subset)
     assert [image.key for image in found.datasets[0].subsets[0].images] == wanted
-    assert "is damaged and is made again" in caplog.text and len(batches_of(found)) == 1
+    assert "is damaged and is rebuilt" in caplog.text and len(batches_of(found)) == 1
 
 
 def test_an_index_without_a_column_is_made_again(tmp_path: Path) -> None:

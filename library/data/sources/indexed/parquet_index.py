@@ -126,7 +126,7 @@ def open_index(path: Path, files: IndexedFiles) -> Any:
     if (table.schema.metadata or {}).get(ABOUT) != files.about():
         return None
     if not is_plausible(table, files):
-        logger.warning("%s is damaged and is made again", path)
+        logger.warning("%s is damaged and is rebuilt", path)
         return None
     return table
 
