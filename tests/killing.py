@@ -50,11 +50,11 @@ class Ended:
 
 def run_jobs(jobs: Sequence[Job], folder: Path, timeout: float = 600) -> list[Ended]:
     """Run the jobs one after the other, forked from one process that has imported everything."""
-    return [Ended(**one) for one in told_by("tests.killing", jobs, folder, timeout)]
+    return [Ended(**one) for one in run_module("tests.killing", jobs, folder, timeout)]
 
 
-def told_by(module: str, jobs: Sequence[Any], folder: Path, timeout: float) -> Any:
-    """What `module`, run as a program on these dataclasses, writes to standard output as JSON."""
+def run_module(module: str, jobs: Sequence[Any], folder: Path, timeout: float) -> Any:
+    """Run `module` as a program on these dataclasses; return what it writes to standard output as JSON."""
     path = folder / "jobs.json"
     path.write_text(json.dumps([asdict(job) for job in jobs]))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from library.collector import keep_imported
-from tests.killing import import_all, told_by
+from tests.killing import import_all, run_module
 
 MOST_SECONDS = 120  # of a run
 
@@ -52,7 +52,7 @@ class Rank:
 
 def run_ranks(jobs: Sequence[Job], folder: Path, timeout: float = 300) -> list[list[Rank]]:
     """Run the jobs; gives the processes of each in the order of their ranks."""
-    return [[Rank(**rank) for rank in ranks] for ranks in told_by("tests.ranks", jobs, folder, timeout)]
+    return [[Rank(**rank) for rank in ranks] for ranks in run_module("tests.ranks", jobs, folder, timeout)]
 
 
 # In the process that forks

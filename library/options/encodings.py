@@ -1,4 +1,4 @@
-"""Which encoding a text that is not UTF-8 is likely to have."""
+"""The likely encoding of a text that is not UTF-8."""
 
 import re
 

@@ -106,7 +106,7 @@ class Merging:
 
 
 class Multiplexer(Protocol):
-    """Which of several networks on one model act at a time; they are known by their places in a list."""
+    """A switch that says which of several networks on one model act; they are known by their places in a list."""
 
     def only(self, place: int) -> AbstractContextManager[None]:
         """In the block the model runs with one network alone."""

@@ -48,7 +48,7 @@ def test_both_processes_end_where_one_does(name: str, runs: tuple[Path, dict[str
     folder, found = runs
     for rank in (*found[f"{name} 2"], *found[f"{name} 1"]):
         assert rank.status == 0, rank.said
-    two, one = (told_ends(found[f"{name} {count}"][0].said) for count in (2, 1))
+    two, one = (end_lines(found[f"{name} {count}"][0].said) for count in (2, 1))
     assert two == one and len(two) == 1
     files = {path.name: path for path in (folder / f"{name} 1" / "out").glob("*.safetensors")}
     assert files.keys() == {path.name for path in (folder / f"{name} 2" / "out").glob("*.safetensors")}
@@ -60,7 +60,7 @@ def test_both_processes_end_where_one_does(name: str, runs: tuple[Path, dict[str
             assert float((ours[key] - tensor).norm()) <= SUMS_OF_A_RUN * float(tensor.norm()), (file, key)
 
 
-def told_ends(said: str) -> list[str]:
-    """What is said of ends before the last step."""
+def end_lines(said: str) -> list[str]:
+    """Return the lines of the log about ends before the last step."""
     lines = [line.partition("INFO")[2].strip() for line in said.splitlines()]
     return [line for line in lines if "ends after step" in line]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from tests import ranks
-from tests.killing import told_by
+from tests.killing import run_module
 from tests.ranks import Job, Rank
 from tests.simulated_gpu.device import Settings, Simulation, insert
 
@@ -18,7 +18,8 @@ NUM_GPUS = 2
 
 def run_ranks(jobs: Sequence[Job], folder: Path, timeout: float = 300) -> list[list[Rank]]:
     """Run the jobs as tests.ranks does; `gave` of each process are the faults and the waits that were found in it."""
-    return [[Rank(**rank) for rank in found] for found in told_by("tests.simulated_gpu.ranks", jobs, folder, timeout)]
+    found = run_module("tests.simulated_gpu.ranks", jobs, folder, timeout)
+    return [[Rank(**rank) for rank in ranks] for ranks in found]
 
 
 def main() -> None:

@@ -192,7 +192,7 @@ def refuse_misread(parser: argparse.ArgumentParser, words: Sequence[str]) -> Non
 
 
 def hint(parser: argparse.ArgumentParser, flag: str) -> str:
-    """Which scripts have an unknown option, else the nearest one that this script has."""
+    """Name the scripts that have an unknown option, else the nearest option of this script."""
     return elsewhere_of(parser)(flag.lstrip("-")) or nearest(flag, parser._option_string_actions)
 
 

@@ -1,4 +1,4 @@
-"""Which of several files to keep: their losses on the same images, compared image by image.
+"""The choice among saved files by their losses on the same images, compared image by image.
 
 Suggested is the earliest file within one standard error of the lowest loss, where the error is that of the difference
 over images (Breiman et al. 1984, "Classification and Regression Trees", has the rule for sizes of trees). A suggestion
@@ -50,7 +50,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which file is suggested."""
+    """The suggested file, and how the others compare with the best."""
 
     files: tuple[Compared, ...]  # in the order given
     best: int

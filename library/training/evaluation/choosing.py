@@ -1,4 +1,4 @@
-"""Which saved file is suggested, in words and as an event, from losses of the run itself or measured afterwards."""
+"""The suggestion of a saved file, in words and as an event, from losses of the run itself or measured afterwards."""
 
 import logging
 from collections.abc import Sequence

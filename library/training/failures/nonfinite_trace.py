@@ -1,4 +1,4 @@
-"""Which module a NaN or infinity comes from: one batch is computed once more with an eye on every output."""
+"""The module that a NaN or infinity comes from: one batch is computed again with a hook on every module."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -144,7 +144,7 @@ def prepare_text(
 def encode_concepts(
     arch: Architecture, texts: Sequence[str], prompts: Sequence[str], device: torch.device, autocast: Autocast
 ) -> RunText:
-    """What the text encoders make of all that is trained on and of the previews' prompts; then they leave memory."""
+    """Encode the texts to train on and the prompts of previews; the text encoders leave memory afterwards."""
     encoders = [encoder.eval() for encoder in arch.load.text_encoders()]
     place_encoders(encoders, device)
     read, draw = (frozen_encode(pipeline, encoders, autocast) for pipeline in (arch.text, arch.preview.text))

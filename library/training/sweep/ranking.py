@@ -1,4 +1,4 @@
-"""Which adapters of a sweep are better than others, by the loss on the same images with the same noise.
+"""The ranking of a sweep's adapters by the loss on the same images with the same noise.
 
 The statistics are those of `library.training.evaluation.choice`: differences image by image, Student's t, and
 Bonferroni's correction for all that are compared.

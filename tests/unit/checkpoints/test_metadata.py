@@ -26,8 +26,8 @@ FACTS = RunFacts(
 )
 
 
-def told(script: str, arguments: str) -> Mapping[str, str]:
-    """The metadata of a run of `script`."""
+def metadata_of(script: str, arguments: str) -> Mapping[str, str]:
+    """Return the metadata of a run of `script`."""
     options_type = SCRIPTS[script].options
     parser = argparse.ArgumentParser()
     options_type.add_to(parser)
@@ -51,9 +51,9 @@ def told(script: str, arguments: str) -> Mapping[str, str]:
     ],
 )
 def test_every_rate_of_a_text_encoder_is_told(script: str, rates: str, value: str) -> None:
-    assert told(script, f"--text_encoder_lr {rates}")["ss_text_encoder_lr"] == value
+    assert metadata_of(script, f"--text_encoder_lr {rates}")["ss_text_encoder_lr"] == value
 
 
 @pytest.mark.parametrize("script", sorted(SCRIPTS))
 def test_no_rate_of_text_encoders_is_none(script: str) -> None:
-    assert told(script, "--learning_rate 1e-4")["ss_text_encoder_lr"] == "None"
+    assert metadata_of(script, "--learning_rate 1e-4")["ss_text_encoder_lr"] == "None"

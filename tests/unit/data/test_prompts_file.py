@@ -18,7 +18,7 @@ def pairs_in(folder: Path, text: str) -> list[PromptPair]:
     return read_prompt_pairs(written(folder, text))
 
 
-def told(pair: PromptPair) -> tuple[str, str, str, str, str, float]:
+def fields_of(pair: PromptPair) -> tuple[str, str, str, str, str, float]:
     return pair.target, pair.positive, pair.unconditional, pair.neutral, pair.action, pair.multiplier
 
 
@@ -32,7 +32,7 @@ def refusal(folder: Path, text: str, name: str = "prompts.toml") -> str:
 
 def test_a_target_alone_is_erased_with_the_defaults(tmp_path: Path) -> None:
     (pair,) = pairs_in(tmp_path, '[[prompts]]\ntarget = "van gogh"\n')
-    assert told(pair) == ("van gogh", "van gogh", "", "", "erase", 1.0)
+    assert fields_of(pair) == ("van gogh", "van gogh", "", "", "erase", 1.0)
     assert (pair.height, pair.width, pair.batch_size, pair.weight, pair.guidance_scale) == (512, 512, 1, 1.0, 1.0)
     assert not pair.dynamic_resolution and not pair.dynamic_crops
     assert pair.push == -1.0
@@ -56,7 +56,7 @@ def test_everything_can_be_said(tmp_path: Path) -> None:
         weight = 0.5
         """,
     )
-    assert told(pair) == ("cat", "fluffy cat", "bald cat", "animal", "enhance", -1.5)
+    assert fields_of(pair) == ("cat", "fluffy cat", "bald cat", "animal", "enhance", -1.5)
     assert (pair.height, pair.width, pair.batch_size, pair.weight, pair.push) == (512, 768, 3, 0.5, 2.5)
     assert pair.dynamic_crops
 
@@ -89,7 +89,7 @@ def test_a_slider_with_both_ends_is_four_pairs(tmp_path: Path) -> None:
         weight = 2
         """,
     )
-    assert [told(pair) for pair in pairs] == [
+    assert [fields_of(pair) for pair in pairs] == [
         ("person", "young", "old", "photo", "erase", 0.5),
         ("person", "old", "young", "photo", "enhance", 0.5),
         ("person", "old", "young", "photo", "erase", -0.5),
@@ -106,7 +106,7 @@ def test_a_slider_with_both_ends_is_four_pairs(tmp_path: Path) -> None:
     ],
 )
 def test_a_slider_with_one_end_is_two_pairs(tmp_path: Path, end: str, expected: list[object]) -> None:
-    assert [told(pair) for pair in pairs_in(tmp_path, f'[[targets]]\n{end} = "old"\n')] == expected
+    assert [fields_of(pair) for pair in pairs_in(tmp_path, f'[[targets]]\n{end} = "old"\n')] == expected
 
 
 def test_a_slider_has_its_pairs_for_each_neutral_prompt_and_size(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_a_slider_has_its_pairs_for_each_neutral_prompt_and_size(tmp_path: Path)
     ],
 )
 def test_every_form_that_sd_scripts_reads_is_read(tmp_path: Path, text: str) -> None:
-    assert [told(pair) for pair in pairs_in(tmp_path, text)] == [("x", "x", "", "", "erase", 1.0)]
+    assert [fields_of(pair) for pair in pairs_in(tmp_path, text)] == [("x", "x", "", "", "erase", 1.0)]
 
 
 @pytest.mark.parametrize(

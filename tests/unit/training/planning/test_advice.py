@@ -17,13 +17,13 @@ from tests.unit.training.test_checks import made
 LINE = re.compile(r"(--.*) needs ([\d.]+) GiB less and takes (?:(\d+) % longer|no longer)")
 
 
-def told(used: Way, **allowed: Any) -> list[tuple[str, float, int]]:
+def hints(used: Way, **allowed: Any) -> list[tuple[str, float, int]]:
     found = [LINE.fullmatch(line) for line in lines(counted_step(), used, Allowed(**allowed), typical_gpu(0))]
     return [(m[1], float(m[2]), int(m[3] or 0)) for m in found if m is not None]
 
 
 def test_each_line_saves_more_and_takes_longer_than_the_one_before() -> None:
-    found = told(Way(), weight_formats=(None, "nf4"))
+    found = hints(Way(), weight_formats=(None, "nf4"))
     assert len(found) >= 4
     assert [saved for _, saved, _ in found] == sorted({saved for _, saved, _ in found})
     assert [percent for *_, percent in found] == sorted(percent for *_, percent in found)
@@ -31,13 +31,13 @@ def test_each_line_saves_more_and_takes_longer_than_the_one_before() -> None:
 
 def test_recomputing_all_blocks_of_the_made_up_step_costs_a_third() -> None:
     """Of 8 blocks each keeps 300 MiB or 10; the one that runs keeps all; the allocator adds 5 %."""
-    options = [line for line in told(Way(), inputs_wait=(False,), recompute_every=(1,)) if "blocks" not in line[0]]
+    options = [line for line in hints(Way(), inputs_wait=(False,), recompute_every=(1,)) if "blocks" not in line[0]]
     assert options == [("--gradient_checkpointing", round(7 * 290 * 1.05 / 1024, 1), 33)]
 
 
 def test_what_is_in_use_is_not_advised() -> None:
     used = Way("nf4_double", 1, True, 6)
-    assert told(used, weight_formats=(None, "nf4_double")) == []
+    assert hints(used, weight_formats=(None, "nf4_double")) == []
 
 
 def test_of_many_lines_some_are_shown() -> None:
