@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from networks.core.arguments.network_arguments import argument
-from networks.core.changes.change import Delta, factor, in_dtype_of
-from networks.core.changes.low_rank import LowRank, add_product, run_like
+from networks.core.changes.change import Delta, factor
+from networks.core.changes.low_rank import LowRank, TwoFactors
 from networks.core.changes.parameter_keys import ALPHA, DOWN, START, UP
 from networks.core.changes.svd import OVERSAMPLED
 
@@ -67,7 +67,7 @@ class InitArguments:
         return self.init not in (None, ORTHOGONAL)
 
 
-class FromStart(nn.Module):
+class FromStart(TwoFactors):
     """dW = (up0 + up) @ (down0 + down) - up0 @ down0: factors that start at up0 and down0, a part of the weight.
 
     `up` and `down` are the parameters, start at zero and are how far the factors have moved, so that the change starts
@@ -78,10 +78,6 @@ class FromStart(nn.Module):
 
     whose alpha in files is twice as large, so that alpha / rank is what it was trained with.
     """
-
-    has_core = False
-    is_whole = False
-    fast_key = UP
 
     def __init__(self, layer: nn.Module, rank: int) -> None:
         """With starts of zero, to be filled by `begin_at` or from a file."""
@@ -104,22 +100,12 @@ class FromStart(nn.Module):
     def start_moving(self) -> None:
         raise AssertionError("use_scalar is refused where factors start at a part of the weight")
 
-    def down(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
-        x = in_dtype_of(factor(self.lora_down), x)
-        return run_like(self.lora_down, x, self._down(), columns)
+    def down_factor(self) -> Tensor:
+        moved = factor(self.lora_down)
+        return torch.cat([_start(self.lora_down) + moved, moved])
 
-    def up(self, hidden: Tensor, base: Tensor) -> Tensor:
-        return add_product(base, hidden, self._up())
-
-    def pair(self) -> tuple[Tensor, Tensor]:
-        return self._down(), self._up()
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        return self._up().flatten(1), self._down().flatten(1)
-
-    def weight(self) -> Tensor:
-        up_OR, down_RN = self.factors()
-        return (up_OR @ down_RN).reshape(up_OR.shape[0], *factor(self.lora_down).shape[1:])
+    def up_factor(self) -> Tensor:
+        return torch.cat([factor(self.lora_up), _start(self.lora_up)], 1)
 
     def as_one(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors in memory as the LoRA of twice the rank that files hold."""
@@ -148,13 +134,6 @@ class FromStart(nn.Module):
             DOWN: moved, UP: up, START_DOWN: first - moved, START_UP: start,
             ALPHA: torch.tensor(alpha / 2, dtype=torch.float32),
         }  # fmt: skip
-
-    def _down(self) -> Tensor:
-        moved = factor(self.lora_down)
-        return torch.cat([_start(self.lora_down) + moved, moved])
-
-    def _up(self) -> Tensor:
-        return torch.cat([factor(self.lora_up), _start(self.lora_up)], 1)
 
 
 def _start(module: nn.Module) -> Tensor:

@@ -13,48 +13,62 @@ from networks.core.changes.change import check_kernel, factor, in_dtype_of
 from networks.core.changes.parameter_keys import UP
 
 
-class LowRank(nn.Module):
+class TwoFactors(nn.Module):
+    """The common part of deltas that are the product of two factors, which need not be the parameters themselves."""
+
+    has_core = False
+    is_whole = False
+    fast_key = UP
+    lora_down: nn.Module
+    lora_up: nn.Module
+
+    def down_factor(self) -> Tensor:
+        """Return down, (R, I) or (R, I, h, w), as the next call multiplies it."""
+        return factor(self.lora_down)
+
+    def up_factor(self) -> Tensor:
+        """Return up, (O, R) or (O, R, 1, 1), as the next call multiplies it."""
+        return factor(self.lora_up)
+
+    def start_moving(self) -> None:
+        start_up_moving(self.lora_up)
+
+    def down(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
+        return run_like(self.lora_down, x, self.down_factor(), columns)
+
+    def up(self, hidden: Tensor, base: Tensor) -> Tensor:
+        return add_product(base, hidden, self.up_factor())
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        return self.down_factor(), self.up_factor()
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.up_factor().flatten(1), self.down_factor().flatten(1)
+
+    def weight(self) -> Tensor:
+        up_OR, down_RN = self.factors()
+        return (up_OR @ down_RN).reshape(up_OR.shape[0], *factor(self.lora_down).shape[1:])
+
+
+class LowRank(TwoFactors):
     """LoRA (Hu et al. 2021, arXiv:2106.09685): dW = up @ down.
 
     `lora_down.weight` is (R, I) or (R, I, h, w) and starts kaiming uniform with a = sqrt(5); `lora_up.weight` is (O, R)
     or (O, R, 1, 1) and starts at zero, so the change starts at zero. Both are float32.
     """
 
-    has_core = False
-    is_whole = False
-    fast_key = UP
-
     def __init__(self, layer: nn.Module, rank: int) -> None:
         super().__init__()
         self.rank = rank
         if isinstance(layer, nn.Linear):
-            self.lora_down: nn.Module = nn.Linear(layer.in_features, rank, bias=False, dtype=torch.float32)
-            self.lora_up: nn.Module = nn.Linear(rank, layer.out_features, bias=False, dtype=torch.float32)
+            self.lora_down = nn.Linear(layer.in_features, rank, bias=False, dtype=torch.float32)
+            self.lora_up = nn.Linear(rank, layer.out_features, bias=False, dtype=torch.float32)
         else:
             assert isinstance(layer, nn.Conv2d)
             self.lora_down = narrow_like(layer, rank)
             self.lora_up = nn.Conv2d(rank, layer.out_channels, 1, bias=False, dtype=torch.float32)
         nn.init.kaiming_uniform_(factor(self.lora_down), a=math.sqrt(5))
         nn.init.zeros_(factor(self.lora_up))
-
-    def start_moving(self) -> None:
-        start_up_moving(self.lora_up)
-
-    def down(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
-        return run_down(self.lora_down, x, columns)
-
-    def up(self, hidden: Tensor, base: Tensor) -> Tensor:
-        return add_product(base, hidden, factor(self.lora_up))
-
-    def pair(self) -> tuple[Tensor, Tensor]:
-        return factor(self.lora_down), factor(self.lora_up)
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        return factor(self.lora_up).flatten(1), factor(self.lora_down).flatten(1)
-
-    def weight(self) -> Tensor:
-        up_OR, down_RN = self.factors()
-        return (up_OR @ down_RN).reshape(up_OR.shape[0], *factor(self.lora_down).shape[1:])
 
 
 def start_up_moving(up: nn.Module) -> None:
@@ -64,9 +78,7 @@ def start_up_moving(up: nn.Module) -> None:
 
 def run_down(layer: nn.Module, x: Tensor, columns: Tensor | None) -> Tensor:
     """Run x through a down factor, its channels multiplied by `columns` if there are some."""
-    if columns is not None:
-        return run_like(layer, x, factor(layer), columns)
-    return run_like(layer, x, factor(layer))
+    return run_like(layer, x, factor(layer), columns)
 
 
 def run_like(layer: nn.Module, x: Tensor, weight: Tensor, columns: Tensor | None = None) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from library.errors import UserError
-from networks.core.changes.change import factor, in_dtype_of
+from networks.core.changes.change import factor
+from networks.core.changes.low_rank import run_down, start_up_moving
 from networks.core.changes.parameter_keys import ALPHA, DOWN, UP
 
 
@@ -38,12 +39,10 @@ class SplitRank(nn.Module):
         nn.init.zeros_(self.lora_up.weight)
 
     def start_moving(self) -> None:
-        nn.init.kaiming_uniform_(self.lora_up.weight, a=math.sqrt(5))
+        start_up_moving(self.lora_up)
 
     def down(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
-        weight = factor(self.lora_down)
-        x = in_dtype_of(weight, x)
-        return linear(x, weight if columns is None else weight * columns.to(weight.dtype))
+        return run_down(self.lora_down, x, columns)
 
     def up(self, hidden: Tensor, base: Tensor) -> Tensor:
         parts = hidden.chunk(len(self.widths), dim=-1)

@@ -18,8 +18,7 @@ from networks.core.arguments.network_arguments import NetworkArguments, Requirem
 from networks.core.arguments.values import parse_bool, parse_unit
 from networks.core.changes.adapter import Adapter
 from networks.core.changes.change import Change, delta_of, factor
-from networks.core.changes.low_rank import LowRank, add_product, run_like, start_up_moving
-from networks.core.changes.parameter_keys import UP
+from networks.core.changes.low_rank import LowRank, TwoFactors
 from networks.core.changes.qkv_split import SplitRank
 from networks.core.changes.request import ChangeRequest
 from networks.core.kinds import lora
@@ -57,17 +56,13 @@ def nested_rank(rank: int, step_rank: int, full_rank: int, unit: int = 1) -> int
     return unit * max(1, num_units)
 
 
-class NestedRank(nn.Module):
+class NestedRank(TwoFactors):
     """DyLoRA (Valipour et al. 2022, arXiv:2210.07558): dW = up[:, :K] @ down[:K], K drawn anew for every step.
 
     Stored as `LowRank` is. While training, only the first K rows of `lora_down` and columns of `lora_up` are
     multiplied, so what learns is what a file cut at K contains; in evaluation it is all R. The strength is that of the
     full rank at every K: a column means the same whichever rank is drawn, and a file cut at K has alpha * K / R.
     """
-
-    has_core = False
-    is_whole = False
-    fast_key = UP
 
     def __init__(self, layer: nn.Module, rank: int) -> None:
         super().__init__()
@@ -81,26 +76,15 @@ class NestedRank(nn.Module):
         assert 0 <= first_learning < end <= self.rank
         self._rows = (first_learning, end)
 
-    def start_moving(self) -> None:
-        start_up_moving(self.lora_up)
+    def down_factor(self) -> Tensor:
+        return part(factor(self.lora_down), 0, *self._rows_of_this_call())
 
-    def down(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
-        weight = part(factor(self.lora_down), 0, *self._rows_of_this_call())
-        return run_like(self.lora_down, x, weight, columns)
-
-    def up(self, hidden: Tensor, base: Tensor) -> Tensor:
-        return add_product(base, hidden, part(factor(self.lora_up), 1, *self._rows_of_this_call()))
-
-    def pair(self) -> tuple[Tensor, Tensor]:
-        rows = self._rows_of_this_call()
-        return part(factor(self.lora_down), 0, *rows), part(factor(self.lora_up), 1, *rows)
+    def up_factor(self) -> Tensor:
+        return part(factor(self.lora_up), 1, *self._rows_of_this_call())
 
     def factors(self) -> tuple[Tensor, Tensor]:
+        """Return (up_OR, down_RN) of the full rank."""
         return factor(self.lora_up).flatten(1), factor(self.lora_down).flatten(1)
-
-    def weight(self) -> Tensor:
-        up_OR, down_RN = self.factors()
-        return (up_OR @ down_RN).reshape(up_OR.shape[0], *factor(self.lora_down).shape[1:])
 
     def _rows_of_this_call(self) -> tuple[int, int]:
         """Return all rows in evaluation, which reaches the factors as part of the network; else those of the step."""
