@@ -30,6 +30,11 @@ class Mask(Protocol):
         ...
 
 
+def alpha_in(tensors: Mapping[str, Tensor], delta: Delta) -> float:
+    """Return the alpha of a file; the rank where it has none."""
+    return float(tensors.get(ALPHA, delta.rank))
+
+
 class ScaledDelta(nn.Module):
     """y = base(x) + strength * alpha / rank * up(down(x)): every kind that adds something to the weight.
 
@@ -80,9 +85,8 @@ class ScaledDelta(nn.Module):
     @classmethod
     def from_tensors(cls, delta: Delta, tensors: Mapping[str, Tensor], layer: nn.Module | None) -> "ScaledDelta":
         """Give a delta of a file the alpha that the file has."""
-        change = cls(layer, delta, float(tensors[ALPHA]) if ALPHA in tensors else 0.0)
-        # An alpha of 0 in a file is 0.
-        change.alpha_value = float(tensors[ALPHA]) if ALPHA in tensors else float(delta.rank)
+        change = cls(layer, delta, alpha_in(tensors, delta))
+        change.alpha_value = alpha_in(tensors, delta)  # an alpha of 0 in a file is 0
         return change
 
     @property
@@ -201,15 +205,15 @@ class ScaledDelta(nn.Module):
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        self.load_state_dict(self.defaults() | dict(tensors) | {ALPHA: self.alpha_in(tensors)})
+        self.load_state_dict(self.completed(tensors))
 
-    def defaults(self) -> dict[str, Tensor]:
-        """Return what is loaded where a file has nothing: a trained strength is 1, for it is in the file's factors."""
-        return {} if self.scalar is None else {SCALAR: torch.ones(())}
+    def completed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Add to the tensors of a file what it need not have: the rank as alpha, and 1 as trained strength.
 
-    def alpha_in(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Return the alpha of a file; the rank where it has none."""
-        return torch.tensor(float(tensors[ALPHA]) if ALPHA in tensors else float(self.delta.rank), dtype=torch.float32)
+        The file has a trained strength in its factors.
+        """
+        strength = {} if self.scalar is None else {SCALAR: torch.ones(())}
+        return strength | dict(tensors) | {ALPHA: torch.tensor(alpha_in(tensors, self.delta), dtype=torch.float32)}
 
     def read_alpha(self) -> None:
         """Follow the alpha that was loaded."""

@@ -15,7 +15,7 @@ from networks.core.arguments.network_arguments import NetworkArguments, Requirem
 from networks.core.arguments.values import parse_bool
 from networks.core.changes.alpha import SCALAR, ScaledDelta
 from networks.core.changes.change import ChangeSize, Delta, Forward, share_tensors
-from networks.core.changes.parameter_keys import ALPHA, DORA_SCALE
+from networks.core.changes.parameter_keys import DORA_SCALE
 
 EPS = 1.1920929e-07  # of float32: what readers of dora_scale add to the norm of columns
 CANCELLED = 1e-3  # of |W0|^2: below it the expansion of the norm has lost digits, and the column is summed directly
@@ -154,8 +154,7 @@ class DoRA(nn.Module):
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over the tensors of a file; magnitudes that it lacks are set so that the layer computes what it does."""
-        defaults = self.inner.defaults() | {DORA_SCALE: self.dora_scale}
-        self.load_state_dict(defaults | dict(tensors) | {ALPHA: self.inner.alpha_in(tensors)})
+        self.load_state_dict({DORA_SCALE: self.dora_scale} | self.inner.completed(tensors))
         if DORA_SCALE not in tensors:
             self.restart_magnitudes()
 

@@ -18,7 +18,7 @@ from networks.core.arguments.values import parse_number
 from networks.core.changes.alpha import ScaledDelta
 from networks.core.changes.change import ChangeSize, Delta, Forward, share_tensors
 from networks.core.changes.dora import base_weight, squared_rows
-from networks.core.changes.parameter_keys import ALPHA, DOWN, UP
+from networks.core.changes.parameter_keys import DOWN, UP
 
 NUM_SEEDS = 2**62
 DEVIATION = "ggpo_deviation"  # in memory and in states only
@@ -129,8 +129,7 @@ class Perturbed(nn.Module):
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        defaults = self.inner.defaults() | {DEVIATION: self.get_buffer(DEVIATION)}
-        self.load_state_dict(defaults | dict(tensors) | {ALPHA: self.inner.alpha_in(tensors)})
+        self.load_state_dict({DEVIATION: self.get_buffer(DEVIATION)} | self.inner.completed(tensors))
 
 
 def _follow_what_was_loaded(change: nn.Module, _: object) -> None:
