@@ -38,7 +38,7 @@ from library.training.reporting import events  # noqa: E402
 from library.training.reporting.event_stream import open_event_file, plain  # noqa: E402
 from library.training.saving.checkpoints import Names  # noqa: E402
 from library.training.saving.saved_files import steps_of, without_copies  # noqa: E402
-from tools.command import make_parser, run  # noqa: E402
+from tools.command import make_training_parser, run  # noqa: E402
 from tools.contact_sheet import chosen_files, own_device  # noqa: E402
 from tools.plan_memory import spec_of_script  # noqa: E402
 
@@ -50,13 +50,10 @@ EXAMPLES = """\
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__, EXAMPLES)
-    parser.allow_abbrev = False  # abbreviations refer to training options
-    parser.add_argument("--script", required=True, help="training script, such as train_network.py")
+    parser = make_training_parser(__doc__, EXAMPLES, "train_network.py")
     parser.add_argument(
         "--files", "--models", type=Path, nargs="+", help="adapter files; unset: all of the run in --output_dir"
     )
-    parser.epilog = f"all other options are those of the training.\n\n{parser.epilog}"
     return parser
 
 

@@ -76,6 +76,15 @@ def make_parser(description: str | None, examples: str) -> argparse.ArgumentPars
     )
 
 
+def make_training_parser(description: str | None, examples: str, example_script: str) -> argparse.ArgumentParser:
+    """Return a parser for `parse_known_args`: what it does not know is left to the training script that is named."""
+    parser = make_parser(description, examples)
+    parser.allow_abbrev = False  # abbreviations refer to training options
+    parser.add_argument("--script", required=True, help=f"training script, such as {example_script}")
+    parser.epilog = f"all other options are those of the training.\n\n{parser.epilog}"
+    return parser
+
+
 def add_save_precision(parser: argparse.ArgumentParser, unset: str) -> None:
     """Add the precision of an adapter file; `unset` describes the default."""
     parser.add_argument("--save_precision", choices=tuple(SAVE_DTYPES), help=f"precision of the file; unset: {unset}")

@@ -28,7 +28,7 @@ from library.training.reporting.sample_images import data_url_of  # noqa: E402
 from library.training.saving.checkpoints import Names  # noqa: E402
 from library.training.saving.saved_files import files_of_run, without_copies  # noqa: E402
 from library.types import Prompt  # noqa: E402
-from tools.command import make_parser, run  # noqa: E402
+from tools.command import make_training_parser, run  # noqa: E402
 from tools.plan_memory import spec_of_script  # noqa: E402
 
 logger = logging.getLogger(__name__)
@@ -41,14 +41,11 @@ EXAMPLES = """\
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__, EXAMPLES)
-    parser.allow_abbrev = False  # abbreviations refer to training options
-    parser.add_argument("--script", required=True, help="training script, such as train_network.py")
+    parser = make_training_parser(__doc__, EXAMPLES, "train_network.py")
     parser.add_argument("--files", type=Path, nargs="+", help="adapter files; unset: all of the run in --output_dir")
     parser.add_argument("--seeds", type=int, nargs="+", help="seeds of each prompt; unset: its own, else 1")
     parser.add_argument("--sheet", type=Path, help="PNG to write; unset: <output_name>-sheet.png in --output_dir")
     parser.add_argument("--side", type=int, default=256, help="largest side of an image, in pixels (default: 256)")
-    parser.epilog = f"all other options are those of the training.\n\n{parser.epilog}"
     return parser
 
 

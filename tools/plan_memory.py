@@ -28,7 +28,7 @@ from library.training.planning.counting import BatchShape, CountedRun, count_run
 from library.training.planning.fit import fit_to  # noqa: E402
 from library.training.planning.fit_run import sweep_of  # noqa: E402
 from library.training.sweep.combinations import shared_and_own  # noqa: E402
-from tools.command import make_parser, run  # noqa: E402
+from tools.command import make_training_parser, run  # noqa: E402
 
 CARD = torch.device("cuda")  # whose rules apply; none need be present
 EXAMPLES = """\
@@ -48,13 +48,10 @@ def spec_of_script(name: str) -> BaseModelSpec:
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__, EXAMPLES)
-    parser.allow_abbrev = False  # abbreviations refer to training options
-    parser.add_argument("--script", required=True, help="training script, such as flux_train_network.py")
+    parser = make_training_parser(__doc__, EXAMPLES, "flux_train_network.py")
     parser.add_argument(
         "--cards", default="8GB,12GB,16GB,24GB", help="memory of the GPUs, separated by commas (default: %(default)s)"
     )
-    parser.epilog = f"all other options are those of the training.\n\n{parser.epilog}"
     return parser
 
 

@@ -16,11 +16,6 @@ class Ended:
     why: str
     losses_G: Sequence[float] | None  # of each image that is set aside, at its last validation
 
-    @property
-    def is_damaged(self) -> bool:
-        """Return True if it could not go on, so that no file of the end was written."""
-        return self.why == NOT_FINITE
-
 
 @dataclass
 class SweepRecord:

@@ -1,11 +1,11 @@
 """Out of memory: what was being done, how much there was, and which options save how much."""
 
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 
 from library.errors import UserError
@@ -14,6 +14,7 @@ from library.memory.devices import bytes_of
 from library.options.leco import ignored_by_leco
 from library.options.support import UNSUPPORTED
 from library.options.train import TrainOptions
+from library.training.reporting.step_events import peak_of_main_memory
 from library.training.run_parts import Run
 
 WORDS = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed", "cannot allocate memory")
@@ -95,33 +96,14 @@ def memory_figures(device: torch.device) -> str:
             f"peak {format_bytes(peak)} in tensors, {format_bytes(reserved)} taken from the card, "
             f"{format_bytes(free)} of {format_bytes(total)} free now"
         )
-    peak, total = resident_peak(), main_memory()
-    return f"peak {format_bytes(peak)} of this process" + (f", {format_bytes(total)} in the machine" if total else "")
+    peak, total = peak_of_main_memory() or 0, psutil.virtual_memory().total
+    return f"peak {format_bytes(peak)} of this process, {format_bytes(total)} in the machine"
 
 
 def reset_peak(device: torch.device) -> None:
     """Start measuring the peak anew, where the device can."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-
-
-def resident_peak() -> int:
-    """Return the most main memory that this process ever used, in bytes; 0 where the system does not say."""
-    if sys.platform == "win32":
-        return 0
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def main_memory() -> int:
-    """Return the machine's main memory in bytes; 0 where the system does not say."""
-    if sys.platform == "win32":
-        return 0
-    import os
-
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def find_savings(

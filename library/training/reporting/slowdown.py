@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
+from library.memory.planner.gpus import GIB
+
 NUM_BASELINE, NUM_RECENT = 100, 50  # steps that are compared
 SLOWDOWN = 2.0  # times the baseline
 CHECK_EVERY = 10  # steps; reading the machine takes milliseconds
 FRAGMENTED = 0.1  # of the GPU's memory: how much more torch may hold beyond what it uses before it counts as a cause
 FULL = 0.02  # of the GPU's memory: with less left, drivers that can move memory into system RAM do so
 MANY_PAGES = 5000  # read back from disk since the baseline, 20 MB
-GIB = 2**30
 # NVML's bits; a power cap is no cause, since a GPU at work is always at it.
 THROTTLING = {0x08: "hardware slowdown", 0x20: "temperature", 0x40: "temperature", 0x80: "power brake"}
 
