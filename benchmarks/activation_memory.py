@@ -1,4 +1,4 @@
-"""What autograd keeps of the U-Net for the backward pass, networks.lora_fa against networks.lora, without computing it.
+"""Count what autograd keeps of the U-Net for the backward pass with networks.lora_fa and networks.lora.
 
 The U-Net has the sizes of Stable Diffusion 1.5 and exists as shapes only, so this takes seconds and hardly any memory.
 Weights do not count, and a tensor that several layers keep counts once. Without gradient checkpointing.

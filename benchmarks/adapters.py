@@ -1,4 +1,4 @@
-"""What each kind of adapter costs, forward and backward, as ratios to the frozen layer alone in the same run.
+"""Measure the cost of each kind of adapter, forward and backward, as ratios to the frozen layer alone in the same run.
 
 Beside ours stand the plain ways: LoRA as three separate operations, and DoRA that builds the changed weight. All ways
 of a layer are timed turn by turn, so that a busy machine slows all of them; the middle of the rounds counts. Memory is

@@ -60,7 +60,7 @@ Values = list[Tensor]
 
 @dataclass(frozen=True)
 class Pair:
-    """The same model twice, and what both are called with; the first of these is the latents, the next the text."""
+    """One model in two implementations, and their common inputs: first the latents, then the text."""
 
     ours: Run
     theirs: Run

@@ -36,7 +36,7 @@ def error(found: Tensor, wanted: Tensor) -> float:
 
 
 def errors(name: str, tokens: int, num_out: int, num_in: int, device: torch.device) -> list[float]:
-    """Of y and dx, without and with an outlier."""
+    """Return the errors of y and dx, without and with an outlier."""
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(num_out, num_in, generator=generator).to(device, torch.bfloat16) / num_in**0.5
     gradient = torch.randn(tokens, num_out, generator=generator).to(device, torch.bfloat16)

@@ -184,7 +184,7 @@ def our_step(subject: Subject, mode: str, recomputes: bool, device: torch.device
 
 
 def bare_step(subject: Subject, peer: Peer, recomputes: bool, device: torch.device) -> tuple[Step, int]:
-    """The same with diffusers' module and PEFT's adapter."""
+    """Return the step with diffusers' module and PEFT's adapter."""
     from accelerate import init_empty_weights
     from peft import LoraConfig, inject_adapter_in_model
 

@@ -1,4 +1,4 @@
-"""What the VAE of Qwen-Image takes for an image in three ways: as diffusers runs it, without what that keeps for a
+"""Measure the VAE of Qwen-Image on an image in three ways: as diffusers runs it, without what that keeps for a
 next frame, which is ours, and with --qwen_image_vae_2d.
 
 Each way runs in a process of its own on one thread, with weights of full size, random and the same. CPU seconds are the
@@ -43,7 +43,7 @@ def resident_mib() -> float:
 
 
 def peak_mib(work: Callable[[], Tensor]) -> tuple[Tensor, float]:
-    """What the work gives, and the most memory that the process held beyond what it held before."""
+    """Return what the work gives, and the peak of the process's memory above its level before."""
     before, found, done = resident_mib(), [0.0], threading.Event()
 
     def watch() -> None:

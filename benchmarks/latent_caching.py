@@ -1,4 +1,4 @@
-"""What caching latents costs over the VAE's own time, and what a later start costs that finds them.
+"""Measure the cost of caching latents over the VAE's own time, and of a later start that finds them.
 
 The baseline encodes the same images as tensors that lie in memory, in the same batches. Both take turns, the VAE has
 one thread, weights are random; the best of `--rounds` counts, since a busy machine only ever adds.

@@ -1,4 +1,4 @@
-"""What a step costs besides models, gradients and optimizer: the trainer's own milliseconds, with the models stubbed.
+"""Measure a step without models, gradients and optimizer: the trainer's own milliseconds, with the models stubbed.
 
 The script's own loop trains a LoRA with the layers of Stable Diffusion 1.5, each a few channels wide. In place of the
 denoiser stands one operation that gives every factor a gradient. Beside it a bare loop does the same operation, the
@@ -90,7 +90,7 @@ def build_model(folder: Path) -> None:
 
 
 def our_ms(folder: Path, num_steps: int, more: Sequence[str]) -> tuple[float, list[nn.Parameter]]:
-    """Of a step of the script's loop; the parameters that it trained."""
+    """Return the time of a step of the script's loop, and the parameters that it trained."""
     import train_network
     from library.architectures.sd.assembly import build
     from library.options.train import TrainOptions
@@ -134,7 +134,7 @@ def our_ms(folder: Path, num_steps: int, more: Sequence[str]) -> tuple[float, li
 
 
 def bare_ms(weights: Sequence[nn.Parameter], num_steps: int, more: Sequence[str]) -> float:
-    """Of a step that does nothing but what must be done."""
+    """Return the time of a step that does only what is necessary."""
     if "AdamW8bit" in more:
         import bitsandbytes
 

@@ -38,7 +38,7 @@ def arguments_for(model: FullSize, folder: Path) -> list[str]:
 
 
 def cell(found: Fit) -> str:
-    """What is chosen for a card, or the least that is needed."""
+    """Return the choice for a GPU, or the least memory that is needed."""
     chosen = found.choice.chosen
     if chosen is None:
         return f"needs {in_gib(found.choice.least.device_bytes)}"

@@ -1,4 +1,4 @@
-"""What several processes bring and what they say to each other: images a second of 2 and 4 against one, the share of
+"""Measure what several processes gain and exchange: images a second of 2 and 4 against one, the share of
 a step that is spent on exchanging, and the bytes that really go over the network beside those that theory wants.
 
 The script's own loop trains the tiny models, each process with one thread; gloo carries what is exchanged. Bytes are
@@ -46,7 +46,7 @@ def open_network() -> bool:
 
 
 def bytes_sent() -> int:
-    """What has gone over the loopback interface of this network, headers included."""
+    """Return the bytes sent over the loopback interface so far, headers included."""
     lines = Path("/proc/self/net/dev").read_text().splitlines()
     return int(next(line for line in lines if line.strip().startswith("lo:")).partition(":")[2].split()[8])
 
@@ -133,7 +133,7 @@ def command_line(model: str, folder: Path, num_steps: int) -> tuple[str, list[st
 
 
 def measured(model: str, ways: Sequence[tuple[int, bool]], num_steps: int) -> list[list[dict[str, Any]]]:
-    """What each process measured, for each number of processes with or without a base that is spread."""
+    """Return the measurements of each process, by number of processes and with or without a sharded base."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         script, words = command_line(model, folder, num_steps)
@@ -149,7 +149,7 @@ def measured(model: str, ways: Sequence[tuple[int, bool]], num_steps: int) -> li
 
 
 def wanted_bytes(buffer_bytes: int, fetched: float, count: int) -> float:
-    """What all processes together must send in a step.
+    """Return the bytes that all processes together must send in a step.
 
     A sum of N buffers that all get, in a ring: each sends its buffer 2 (N - 1) / N times. A block of a base that is
     spread comes together by each process sending its share to all others.

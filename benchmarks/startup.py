@@ -1,4 +1,4 @@
-"""What the images of a run cost before its first step, as ratios within one run.
+"""Measure the cost of a run's images before its first step, as ratios within one run.
 
 Measured from the dataset file to the order of the first batches: folders, captions, sizes, buckets, draws, audit. Each
 figure comes from a process of its own, imports excluded, page cache warm, the median of `--rounds`. The first run finds
@@ -155,7 +155,7 @@ def ready(options: object) -> "tuple[DataPlan, object]":
 
 
 def bytes_to_worker(plan: "DataPlan") -> int:
-    """What each worker process gets that is started afresh; a forked one gets nothing."""
+    """Return the bytes sent to each spawned worker process; a forked one gets none."""
     from library.data.batches.planned import maker_of
     from library.data.batches.shared import SharedMaker
     from library.data.caching.stores import NO_LATENTS, NO_TEXTS

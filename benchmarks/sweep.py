@@ -1,4 +1,4 @@
-"""What training N adapters in one run (--sweep) takes, as a share of N runs: forward, backward, clipping, optimizer.
+"""Measure the training of N adapters in one run (--sweep) as a share of N runs: forward, backward, clipping, optimizer.
 
 First the toy base model of the quickstart, with real batches of one image; then blocks of FLUX.1 and SDXL in full
 size, every Linear adapted, without an optimizer. Both ways take turns on the same weights and one thread; what counts

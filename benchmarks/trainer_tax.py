@@ -1,4 +1,4 @@
-"""What the trainer costs over the mathematics it does, as ratios within one run.
+"""Measure the cost of the trainer over the mathematics it does, as ratios within one run.
 
 The baseline is a minimal PyTorch loop doing the same mathematics the plain way: text encoder on every step, adapters as
 three separate operations, torch's default AdamW, contiguous tensors. Both train on the same weights and images, turn

@@ -1,4 +1,4 @@
-"""What short runs of every script do, written down, so that a change of structure can prove that it changed nothing.
+"""Record of short runs of every script, so that a change of structure can prove that it changed nothing.
 
     python -m tests.behaviour record before.json     # at the commit before the change
     python -m tests.behaviour compare before.json    # after it; ends with status 1 where anything differs
@@ -122,7 +122,7 @@ TOOLS_AFTER = {"lora": ["show_metadata", "check", "resize", "merge"], "dylora": 
 
 @dataclass(frozen=True)
 class Seen:
-    """What one command did."""
+    """The result of one command."""
 
     status: int
     losses: dict[str, str]  # exact, as float.hex, by the number of the batch

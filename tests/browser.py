@@ -46,7 +46,7 @@ def with_scripts(page: str, *scripts: str) -> str:
 
 
 def run(page: Path, folder: Path, *words: str) -> bytes:
-    """What Chromium prints for a page; `folder` takes its profile. Nothing but this page is there for it."""
+    """Return what Chromium prints for a page; `folder` takes its profile. It can reach nothing but this page."""
     assert CHROMIUM is not None
     command = [CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND"]
     done = subprocess.run([*command, *words, page.resolve().as_uri()], capture_output=True, timeout=120)

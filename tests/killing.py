@@ -41,7 +41,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
-    """What became of it. `status` is that of waitpid: SIGKILL's is -9."""
+    """The end of a job. `status` is that of waitpid: SIGKILL's is -9."""
 
     status: int
     operations: list[str]  # each as kind and name of the file
@@ -130,7 +130,7 @@ def forked(job: Job) -> Ended:
 
 
 def start(job: Job) -> int:
-    """What the script's file does."""
+    """Run the script as its file does."""
     import importlib
 
     from library.training.command_line.main import main as train

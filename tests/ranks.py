@@ -43,7 +43,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Rank:
-    """What became of one process. `status` is that of waitpid: SIGKILL's is -9."""
+    """The end of one process. `status` is that of waitpid: SIGKILL's is -9."""
 
     status: int
     said: str
@@ -149,7 +149,7 @@ def watch(job: Job) -> None:
 
 
 def start(job: Job) -> int:
-    """What the script's file does."""
+    """Run the script as its file does."""
     from library.training.command_line.main import main as train
     from tests.running import STARTED
 

@@ -1,4 +1,4 @@
-"""Which base model an adapter file is for, by the specs of all of them."""
+"""Recognition of an adapter file's base model by the specs of all base models."""
 
 from collections.abc import Mapping, Sequence
 

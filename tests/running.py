@@ -34,7 +34,7 @@ STARTED: Mapping[str, BaseModelSpec] = {  # those that train on prompts alone to
 
 @dataclass(frozen=True)
 class Finished:
-    """What a run left behind."""
+    """The end of a run: its status and output."""
 
     status: int
     stdout: str

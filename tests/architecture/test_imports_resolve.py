@@ -20,7 +20,7 @@ def file_of(module: str) -> Path | None:
 
 @cache
 def names_in(path: Path) -> frozenset[str]:
-    """What a module defines or imports, at any depth of its conditions."""
+    """Return the names that a module defines or imports, at any depth of its conditions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):

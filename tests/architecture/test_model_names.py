@@ -1,4 +1,4 @@
-"""What is true of one base model is said in its package: outside of it nobody knows a model's name.
+"""Names of base models stand in the models' own packages only.
 
 The names are those on the specs, so a base model that is added is looked for too.
 """

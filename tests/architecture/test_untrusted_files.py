@@ -17,7 +17,7 @@ RUNNING = {"eval", "exec", "compile", "os.system", "os.popen", "yaml.load", "tor
 
 
 def dangers_of(source: str) -> list[str]:
-    """What in this source would run code that a file brings along, with its line."""
+    """Return the calls in this source that would run code from a file, with their lines."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom):

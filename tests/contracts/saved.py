@@ -1,4 +1,4 @@
-"""What a network would save, and what the lists of known files say it should."""
+"""Tensors that a network would save, and those that the lists of known files expect."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,7 +21,10 @@ def saved_tensors(network: Any) -> dict[str, Tensor]:
 def saved_shapes(
     create_network: Callable[..., Any], models: Any, apply_te: bool = True, apply_unet: bool = True, **args: str
 ) -> dict[str, list[int]]:
-    """Of a network of rank 4 on `models`, (text encoders, denoiser) without weights; nothing stays installed."""
+    """Return the shapes that a network of rank 4 saves on `models`, (text encoders, denoiser) without weights.
+
+    Nothing stays installed.
+    """
     with torch.device("meta"):
         network = create_network(1.0, 4, 1, None, *models, **args)
         adopt(network).apply_to(*models, apply_te, apply_unet)

@@ -45,7 +45,7 @@ def test_no_two_modules_share_a_spelling() -> None:
 
 
 def in_diffusers(module: ModuleNames, weight: Tensor) -> dict[str, Tensor]:
-    """What becomes of a whole weight there."""
+    """Return the tensors that diffusers has for a whole weight."""
     if module.pieces:
         parts = weight.chunk(len(module.pieces))
         return {piece.diffusers: part for piece, part in zip(module.pieces, parts, strict=True)}

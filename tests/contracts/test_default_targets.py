@@ -1,4 +1,4 @@
-"""What LoHa, LoKr, OFT and BOFT adapt unless told otherwise, where sd-scripts has lists of its own, at full size.
+"""Default targets of LoHa, LoKr, OFT and BOFT where sd-scripts has lists of its own, at full size.
 
 The lists are those of its networks/network_base.py (LoHa, LoKr) and networks/orthogonal_common.py (OFT, BOFT).
 """

@@ -1,4 +1,4 @@
-"""What the documentation tells people to type: every command parses, every file and option in it exists."""
+"""Commands of the documentation: each parses, and every file and option in it exists."""
 
 import argparse
 import importlib

@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def actions_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    """What front ends walk, without --help."""
+    """Return the actions that front ends walk, without --help."""
     return [action for action in parser._actions if action.dest != "help"]
 
 

@@ -124,7 +124,7 @@ def test_each_of_three_options_keeps_hunyuan_images_denoiser_in_8_bits(flag: str
 
 
 def starts_of(flags: set[str]) -> dict[str, set[str]]:
-    """Which flags each abbreviation that argparse takes could mean; a whole flag means itself."""
+    """Return the flags that each abbreviation could mean to argparse; a whole flag means itself."""
     meant: dict[str, set[str]] = {}
     for flag in flags:
         for end in range(len("--") + 1, len(flag)):

@@ -36,7 +36,7 @@ def shapes_of(
 
 
 def listed(model: str, kind: str, shapes: dict[str, list[int]]) -> dict[str, list[int]]:
-    """What the facts speak of: of DyLoRA only the U-Net, as sd-scripts gives both text encoders one name."""
+    """Return the listed keys: of DyLoRA only the U-Net's, as sd-scripts gives both text encoders one name."""
     is_dylora = kind == "networks.dylora"
     return {key: shape for key, shape in shapes.items() if not is_dylora or key.startswith("lora_unet_")}
 

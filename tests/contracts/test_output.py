@@ -1,4 +1,4 @@
-"""What front ends read from a run: its output, its exit status, its charts."""
+"""The parts of a run that front ends read: its output, its exit status, its charts."""
 
 import json
 import os

@@ -40,7 +40,7 @@ TRAINERS: dict[str, Any] = {
 
 
 def settings(tmp_path: Path, **more: Any) -> dict[str, Any]:
-    """What a program sets on the namespace for two steps on images of 64 pixels."""
+    """Return the settings of a program for two steps on images of 64 pixels."""
     if not (tmp_path / "data").exists():
         make_images(tmp_path / "data" / "1_thing", 2)
     return {

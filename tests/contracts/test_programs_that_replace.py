@@ -18,7 +18,7 @@ ARGS = {"pretrained_model_name_or_path": "none.safetensors", "train_data_dir": "
 
 
 def started(trainer: Any) -> str:
-    """What a program is told that calls `train` on a trainer without a size."""
+    """Return the message to a program that calls `train` on a trainer without a size."""
     with pytest.raises(UserError) as refused:
         trainer.train(argparse.Namespace(**ARGS))
     return str(refused.value)

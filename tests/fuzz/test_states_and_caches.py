@@ -46,7 +46,7 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def go_on(folder: Path) -> None:
-    """What a run does with the state that --resume names."""
+    """Resume a run from the state in a folder."""
     network, optimizer = parts()
     facts = find_state(options_of("--resume", str(folder)), ALONE)
     assert facts is not None

@@ -1,4 +1,4 @@
-"""What the parity tests of our own denoisers do alike."""
+"""Common parts of the parity tests of our own denoisers."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

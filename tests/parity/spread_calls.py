@@ -1,4 +1,4 @@
-"""What processes of a group do together in test_spread.py; each function is called in all of them."""
+"""Functions that all processes of a group call in test_spread.py."""
 
 import ctypes
 import gc
@@ -73,7 +73,7 @@ def one_alone() -> list[bool]:
 
 
 def out_of_order() -> list[str]:
-    """What is said of a step in which the processes asked for other blocks, and of one in which they did not."""
+    """Return the errors of a step in which the processes asked for other blocks, and of one in which they did not."""
     deep = DEEP["flux"]
     processes = Processes(dist.get_rank(), dist.get_world_size(), store=None)
     said = []

@@ -29,7 +29,7 @@ def trained_file(door: Any, path: Path, arguments: dict[str, str]) -> tuple[Tens
 
 
 def loaded_by_diffusers(tensors: dict[str, Tensor], model: Anima | None = None) -> Tensor:
-    """What diffusers' models predict with the file that its reader for Anima took."""
+    """Return the predictions of diffusers' models with the file that its reader for Anima took."""
     from diffusers.loaders.lora_pipeline import AnimaLoraLoaderMixin
 
     reader: Any = AnimaLoraLoaderMixin

@@ -40,7 +40,7 @@ def run(folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def encoded(folder: Path) -> dict[str, Tensor]:
-    """What diffusers' text step makes of the captions, each with the empty negative prompt."""
+    """Encode the captions with diffusers' text step, each with the empty negative prompt."""
     from diffusers.modular_pipelines.anima.encoders import AnimaTextEncoderStep
     from transformers import Qwen2Tokenizer, Qwen3Model, T5TokenizerFast
 

@@ -163,7 +163,7 @@ def test_without_guidance_the_unconditional_prompt_is_not_asked(tiny_sd_folder: 
 
 @torch.no_grad()
 def say(unet: Any, context: StepContext, text: str, noised: Noised) -> Tensor:
-    """What a U-Net in float64 says of the latents."""
+    """Return the prediction of a U-Net in float64."""
     features = context.captions([text] * 2)["hidden_state"].double()
     said: Tensor = unet(noised.latents_BCHW.double(), noised.timesteps_B, encoder_hidden_states=features).sample
     return said

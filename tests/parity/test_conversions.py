@@ -246,7 +246,7 @@ def added(layers: Mapping[str, nn.Module], tensors: Tensors) -> None:
 
 
 def loaded_by_diffusers(pair: Pair, tensors: Tensors) -> Tensor:
-    """What theirs predict once diffusers' own loader has put the file on them."""
+    """Return the predictions of diffusers' models once its own loader has applied the file."""
     for prefix, part in pair.theirs.items():
         own = {key: tensor for key, tensor in tensors.items() if key.startswith(f"{prefix}.")}
         part.load_lora_adapter(own, prefix=prefix)
@@ -288,7 +288,7 @@ def test_a_file_of_diffusers_computes_here_what_it_computes_there(pair: Pair, to
 
 @pytest.mark.parametrize("door", ["train further", "merge"])
 def test_network_weights_and_base_weights_take_diffusers_names(pair: Pair, tmp_path: Path, door: str) -> None:
-    """Of every layer that an argument can adapt: embedders of U-Nets are none."""
+    """Every layer that an argument can adapt is covered; embedders of U-Nets are none."""
     seen, path = with_names(pair), str(tmp_path / "theirs.safetensors")
     save_safetensors(path, diffusers_file(pair))
     known, _ = lora.create_network_from_weights(1.0, path, None, [], seen, for_inference=True)

@@ -1,4 +1,4 @@
-"""What is counted of a run from headers alone, against the allocator's events of the same step on real weights."""
+"""A run counted from headers alone against the allocator's events of the same step on real weights."""
 
 import itertools
 from collections.abc import Callable
@@ -155,7 +155,7 @@ def test_weights_that_the_file_has_in_8_bits_are_counted_as_they_stay(tmp_path: 
 
 
 def opened_again(options: TrainOptions, arch: Architecture) -> tuple[TrainOptions, Architecture]:
-    """The same options after the files have changed."""
+    """Build the model again after its files have changed."""
     return options, next(card for card in SCRIPTS.values() if type(options) is card.options).build(options)
 
 

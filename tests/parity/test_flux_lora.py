@@ -107,7 +107,7 @@ def test_lycoris_finds_the_blocks_by_their_class_names() -> None:
 
 @pytest.mark.parametrize("prefix", ["", "diffusion_model."])
 def test_files_of_xlabs_are_what_diffusers_makes_of_them(prefix: str) -> None:
-    """Of two double blocks and the outputs of a single one; its q, k and v are a part of a layer, and refused."""
+    """Two double blocks and the outputs of a single one are read; its q, k and v are a part of a layer, and refused."""
     from diffusers.loaders.lora_conversion_utils import _convert_xlabs_flux_lora_to_diffusers
 
     generator = torch.Generator().manual_seed(3)

@@ -54,7 +54,7 @@ def oracle_output(theirs: Any, values: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("glyphs", list(GLYPH_MASKS))
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_outputs_and_input_gradients_are_those_of_diffusers(size: tuple[int, int], glyphs: str) -> None:
-    """Of text and glyphs too, where masked tokens have no gradient."""
+    """Gradients of text and glyphs too, where masked tokens have none."""
     ours = tiny_hunyuan_image(1)
     theirs = oracle(ours)
     results = []

@@ -1,4 +1,4 @@
-"""What the forward pass keeps for the backward pass is no part of something larger, which would be kept whole."""
+"""Tensors kept for the backward pass are no views of something larger, which would be kept whole."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def test_no_part_keeps_the_whole(name: str, precision: str, tmp_path: Path) -> N
 
 
 def bytes_of_union(parts: list[Tensor]) -> int:
-    """Of tensors in one storage."""
+    """Return the bytes that tensors of one storage cover together."""
     size = parts[0].element_size()
     is_used = torch.zeros(parts[0].untyped_storage().nbytes() // size, dtype=torch.bool)
     places = torch.arange(len(is_used))

@@ -86,7 +86,7 @@ def test_every_setting_of_a_prompt_reaches_the_image(folder: Path) -> None:
 
 
 def test_features_of_captions_equal_those_of_the_pipeline(folder: Path) -> None:
-    """Of the caption's tokens; padding is masked everywhere, and the pipeline computes it in another place."""
+    """Features of the caption's tokens are compared; padding is masked, and the pipeline computes it elsewhere."""
     run = run_of(["--pretrained_model_name_or_path", str(folder)])
     captions = ["a red cat, sitting", "", "dog " * 40]
     found = run.arch.text.encode(run.models.text_encoders, run.arch.text.tokenize(captions))

@@ -30,7 +30,7 @@ JOBS = {"compared": MODES, "kept": [], "one_alone": [], "out_of_order": [], "pea
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Rank]]:
-    """What both processes gave for each of the jobs."""
+    """Return the results of both processes for each of the jobs."""
     folder = tmp_path_factory.mktemp("ranks")
     told = {**JOBS, "merged": wide_flux(new_folder(folder / "model"))}
     jobs = [Job(words, COUNT, str(new_folder(folder / name)), call=f"{CALLS}:{name}") for name, words in told.items()]

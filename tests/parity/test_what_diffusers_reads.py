@@ -1,4 +1,4 @@
-"""What we say of diffusers is what its own loader does: full-size files of the transformers, key by key.
+"""Our claims about diffusers against its own loader: full-size files of the transformers, key by key.
 
 Each tensor is filled with a number of its own, so that its way through diffusers' renaming can be followed.
 """

@@ -1,4 +1,4 @@
-"""Which saved file a run suggests, and what tools/choose_checkpoint.py measures of the same files."""
+"""The saved file that a run suggests, and what tools/choose_checkpoint.py measures of the same files."""
 
 import re
 from collections.abc import Callable

@@ -80,7 +80,7 @@ def add_quickstart(folder: Path) -> None:
 
 
 def add_adapter_files(place: Path, train: Train) -> None:
-    """What the pages about tools start from: a base model and adapters for it."""
+    """Add the files that the pages about tools start from: a base model and adapters for it."""
     sd = build_tiny_sd(place / "sd", 51, layout="safetensors")
     shutil.copy(sd, "sd15.safetensors")
     build_tiny_sd(place / "sd15_folder", 51)

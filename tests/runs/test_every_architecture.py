@@ -1,4 +1,4 @@
-"""What every script does alike: going on, validating, drawing, and files that the tools read."""
+"""Common features of all scripts: resuming, validating, drawing, and files that the tools read."""
 
 import subprocess
 import sys

@@ -63,7 +63,7 @@ def content(folder: Path) -> dict[str, Content]:
 
 
 def content_of(path: Path) -> Content:
-    """What a file says: the safetensors library shuffles the metadata, and archives hold the time of each entry."""
+    """Return a file's content without what differs by chance: safetensors shuffles metadata, archives hold times."""
     if path.suffix == ".safetensors":
         header = read_header(path)
         return dict(header.metadata), path.read_bytes()[LENGTH_BYTES + header.num_bytes :]

@@ -1,4 +1,4 @@
-"""What LECO does to images: the toy base model of the quickstart, judged by the pixels of what it draws."""
+"""LECO on the toy base model of the quickstart, judged by the pixels of what it draws."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ NUM_IMAGES = 16
 
 
 def drawn(caption: str, file: Path | None = None, strength: float = 1.0) -> list[Scene]:
-    """What images of a caption show, without an adapter or with one at a strength; always of the same seeds."""
+    """Return what images of a caption show, with an adapter at a strength if one is given; seeds are fixed."""
     pipeline: Any = load_pipeline(BASE)
     if file is not None:
         up = {key: tensor * strength if "lora_up" in key else tensor for key, tensor in load_file(file).items()}

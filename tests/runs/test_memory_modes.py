@@ -1,4 +1,4 @@
-"""What saves memory, through the scripts: the same images and adapters as without it."""
+"""Options that save memory, through the scripts: images and adapters are those of a run without them."""
 
 import json
 import re
@@ -76,7 +76,7 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def same(a: Path, b: Path) -> bool:
-    """Whether two runs gave the same weights and images, bit for bit."""
+    """Return True if two runs gave the same weights and images, bit for bit."""
     ours, theirs = adapter(a), adapter(b)
     assert ours.keys() == theirs.keys() and any(weight.any() for weight in ours.values())
     images = [[np.asarray(Image.open(file)) for file in sorted(run.glob("sample/*.png"))] for run in (a, b)]

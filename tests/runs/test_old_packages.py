@@ -15,7 +15,7 @@ REFUSED = {"anima_train_network": "diffusers 0.32.2", "hunyuan_image_train_netwo
 def error_of(
     train: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch, versions: Mapping[str, str], script: str
 ) -> str:
-    """What a run says that would next find that there is no base model."""
+    """Return the error of a run that would next find that there is no base model."""
     monkeypatch.setattr(installed, "version_of", versions.get)
     done = train(
         ["--pretrained_model_name_or_path", "none.safetensors", "--network_module", "networks.lora",

@@ -1,4 +1,4 @@
-"""What two processes and one that accumulates differ in: the order in which they add up the same gradients.
+"""Two processes and one that accumulates differ in the order in which they add up the same gradients.
 
 Up factors that hardly move show it most. After a few steps of SGD on the toy base those of the attention in its middle
 have norms of 1e-5, sums of gradients that nearly cancel, and differ by some 1e-6 of that, where others agree to 1e-7. A

@@ -129,7 +129,7 @@ def test_a_state_of_two_processes_goes_on_with_one(arguments: list[str], tmp_pat
 
 @pytest.mark.nightly
 def test_two_processes_choose_a_file_as_one_does(arguments: list[str], tmp_path: Path) -> None:
-    """The same measurements on images that are set aside, so the same best file and the same suggestion."""
+    """Equal measurements on the validation images give the same best file and the same suggestion."""
     words = [*arguments, "--validation_split", "0.3", "--validate_at_first", "--early_stop_patience", "2"]
     words += ["--max_train_epochs", "6", "--save_every_n_epochs", "1", "--learning_rate", "0.02", "--lr_scheduler"]
     words += ["constant_with_warmup", "--keep_best_checkpoint"]

@@ -1,4 +1,4 @@
-"""What would end a run later ends it before anything is read or encoded."""
+"""Errors that would end a run later end it before anything is read or encoded."""
 
 from collections.abc import Callable
 from pathlib import Path

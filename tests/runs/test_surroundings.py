@@ -1,4 +1,4 @@
-"""What lies around a run is broken or silent: a library that fails to import, a hub that never answers."""
+"""Surroundings that are broken or silent: a library that fails to import, a hub that never answers."""
 
 import os
 import socket

@@ -146,7 +146,7 @@ class Event(torch.Event):
 
 
 class Status(int):
-    """What the runtime's calls return."""
+    """The values that the runtime's calls return."""
 
 
 def replace_torch_cuda(simulation: Simulation) -> None:

@@ -20,7 +20,7 @@ QUICK = Times(beat=0.01, silent=0.15, say=0.02, end=0.05)
 
 
 def board(**processes: str) -> Board:
-    """What processes have said of themselves: host and number by rank."""
+    """Return the entries of processes: host and number by rank."""
     return Board({f"process/{rank.removeprefix('_')}": process for rank, process in processes.items()})
 
 

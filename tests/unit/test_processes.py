@@ -1,4 +1,4 @@
-"""Which of accelerate's configurations train, and how processes find each other."""
+"""The configurations of accelerate that train, and how processes find each other."""
 
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace

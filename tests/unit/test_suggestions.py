@@ -1,4 +1,4 @@
-"""Which known name, or file, a misspelt one comes near."""
+"""The known name, or file, that a misspelt one comes near."""
 
 from pathlib import Path
 

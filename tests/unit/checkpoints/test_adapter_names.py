@@ -1,4 +1,4 @@
-"""Which base model an adapter file is for, from a few of its keys."""
+"""Recognition of an adapter file's base model from a few of its keys."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What files tell of the options, where readers of LoRA files expect one spelling."""
+"""Options in the metadata of files, where readers of LoRA files expect one spelling."""
 
 import argparse
 import importlib

@@ -72,7 +72,7 @@ def validation_of(plan: DataPlan) -> ValidationSet:
 
 
 def content_of(batch: Batch) -> tuple[object, ...]:
-    """What must be equal for two batches to be the same, bit for bit."""
+    """Return what must be equal for two batches to be the same, bit for bit."""
     images = (batch.pixels_BCHW, batch.latents_BCHW, batch.masks_B1HW)
     tensors = (*images, batch.loss_weights_B, batch.sizes_B6, batch.crops_B2)
     return (batch.keys, batch.captions, batch.attributes, *(None if t is None else t.tolist() for t in tensors))

@@ -60,7 +60,7 @@ def open_subset(folder: Path, subset: str, *arguments: str) -> DataPlan:
 
 
 class CountedReads:
-    """What is read of larger files."""
+    """A counter of reads from larger files."""
 
     def __init__(self, monkeypatch) -> None:
         self.reads: list[tuple[str, int, int]] = []

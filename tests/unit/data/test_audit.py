@@ -1,4 +1,4 @@
-"""What is said about the data before any model is loaded."""
+"""The audit of the data before any model is loaded."""
 
 import logging
 import threading

@@ -1,4 +1,4 @@
-"""What becomes of a caption when its image is drawn."""
+"""Captions as they are composed when their images are drawn."""
 
 import random
 

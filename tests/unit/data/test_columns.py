@@ -172,7 +172,7 @@ def test_a_folder_becomes_few_objects(tmp_path) -> None:
 
 
 def private_bytes() -> int:
-    """What this process has written to and shares with no other."""
+    """Return the bytes that this process has written to and shares with no other."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_Dirty:"))
 

@@ -1,4 +1,4 @@
-"""What the caches of latents and of text features do alike, with a cache of small text files."""
+"""Common behaviour of the caches of latents and of text features, tried with a cache of small text files."""
 
 import logging
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""What may lie under the names of caches and captions: pipes, bombs, other kinds of files, left-overs of the dead."""
+"""Hostile files under the names of caches and captions: pipes, bombs, other kinds of files, left-overs of the dead."""
 
 import os
 import time

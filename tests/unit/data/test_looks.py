@@ -1,4 +1,4 @@
-"""What the pixels of images say: twins, blur, one colour, damage."""
+"""The audit of pixels: twins, blur, one colour, damage."""
 
 import itertools
 import random

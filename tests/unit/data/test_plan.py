@@ -1,4 +1,4 @@
-"""What a run trains on is decided once: whoever needs something else makes another plan of it."""
+"""The plan of a run's data is decided once: whoever needs something else makes another plan of it."""
 
 import dataclasses
 import pickle

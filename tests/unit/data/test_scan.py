@@ -1,4 +1,4 @@
-"""What is found in folders and metadata files."""
+"""Images found in folders and metadata files."""
 
 import json
 import os

@@ -61,7 +61,7 @@ def rows_of(images_column: list[bytes], folder: Path) -> dict[str, list[object]]
 
 
 def subset_of(kind: str, folder: Path, here: Path) -> str:
-    """The same images as a source of this kind, in folders beside."""
+    """Return the lines that describe the images as a source of this kind, written beside them."""
     if kind == "folder":
         return f'image_dir = "{folder.as_posix()}"\ncaption_extension = ".txt"\n'
     if kind.startswith("tar"):

@@ -1,4 +1,4 @@
-"""What is trained and what is set aside: never the same image."""
+"""The validation split: no image is both trained and set aside."""
 
 import json
 import logging

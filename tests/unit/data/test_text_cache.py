@@ -35,7 +35,7 @@ SHUFFLED = "--shuffle_caption --caption_dropout_rate 0.3"
 
 
 def features(caption: str, is_prompt: bool = False) -> dict[str, Tensor]:
-    """What the tests' encoder makes of a caption: numbers that no other caption has, the first in bfloat16."""
+    """Return the features of a caption: numbers that no other caption has, the first in bfloat16."""
     generator = torch.Generator().manual_seed(int.from_bytes(caption.encode()[-7:], "big") + is_prompt)
     return {
         "hidden": torch.randn(5, 3, generator=generator).bfloat16(),
@@ -75,7 +75,7 @@ class Cached:
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """What the cache asks of a tokenizer."""
+    """The part of a tokenizer that the cache uses."""
 
     words: str
 
@@ -174,7 +174,7 @@ def test_draws_take_every_version_and_the_empty_prompt_and_nothing_else(tmp_path
 
 
 def test_a_caption_that_never_changes_is_drawn_as_without_caching(tmp_path):
-    """The same prompts, dropped in the same draws, and one encoding each."""
+    """Prompts are the same and dropped in the same draws, and each is encoded once."""
     words = "--caption_dropout_rate 0.4 --caption_dropout_every_n_epochs 3"
     cached = cache(write_data(tmp_path), words, MEMORY)
     plain = plan_of(
@@ -453,7 +453,7 @@ def test_shorter_features_are_filled_up_in_a_batch():
 
 
 def cache_on_machines(folders: Sequence[Path], options: TextCachingOptions) -> list[Cached]:
-    """What each of several machines of one process caches."""
+    """Return what each of several machines of one process caches."""
     board = Board()
 
     def run(rank: int) -> Cached:
@@ -482,7 +482,7 @@ def test_machines_with_a_common_disk_share_the_captions_out(tmp_path):
 
 
 def test_without_encoders_their_settings_still_count(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """What made the first file is taken for the encoders of all; settings and tokenizers are known without them."""
+    """The encoders of the first file count as those of all; settings and tokenizers are known without them."""
     caplog.set_level(logging.INFO)
     first = cache(write_data(tmp_path), settings="512 tokens")
     same = cache(tmp_path, identity=None, settings="512 tokens")

@@ -74,7 +74,7 @@ def test_nothing_is_shuffled_dropped_cropped_at_random_or_mirrored(tmp_path):
 
 
 def changing_nothing(tmp_path: Path) -> list[tuple[object, ...]]:
-    """The same images from a file in which nothing changes."""
+    """Return the samples of a dataset file in which nothing changes."""
     text = CHANGING[CHANGING.index("[[datasets]]") :].replace("CROP", "false")
     head = '[general]\nenable_bucket = true\nmin_bucket_reso = 64\ncaption_extension = ".txt"\n'
     return contents(plan_of(write_config(tmp_path / "plain.toml", head + text)))

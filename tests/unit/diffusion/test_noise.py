@@ -1,4 +1,4 @@
-"""What is added to white noise: offsets and coarse grain."""
+"""Additions to white noise: offsets and coarse grain."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def normal(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def offset_of(clean_BCHW: Tensor, strength: float, adaptive: float | None, seed: int) -> Tensor:
-    """What is added, constant over each channel, shape BC."""
+    """Return the offset, constant over each channel, shape BC."""
     noise_BCHW = normal(tuple(clean_BCHW.shape), seed + 1000)
     added = add_offset(noise_BCHW, clean_BCHW, strength, adaptive, torch.Generator().manual_seed(seed)) - noise_BCHW
     torch.testing.assert_close(added, added[:, :, :1, :1].expand_as(added), rtol=0, atol=1e-6)

@@ -38,7 +38,7 @@ def test_another_name_of_a_sampler_means_the_same_scheduler(name: str) -> None:
 @pytest.mark.parametrize("num_steps", [2, 3, 5, 20])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_perfect_denoiser_is_followed_to_the_clean_latents(name: str, num_steps: int) -> None:
-    """What stays is the noise of the level that a method ends on: sigma is 0.04 at timestep 1, 0.03 at 0."""
+    """The noise of the level that a method ends on stays: sigma is 0.04 at timestep 1, 0.03 at 0."""
     clean_BCHW = torch.randn(1, 4, 6, 8, generator=torch.Generator().manual_seed(1))
     sampler = build_ddpm_sampler(name, num_steps, predicts_velocity=False, zero_terminal_snr=False)
     error_BCHW = walk(sampler, clean_BCHW) - clean_BCHW

@@ -1,4 +1,4 @@
-"""What blocks are computed again from waits in main memory: which tensors move, and that nothing changes."""
+"""Inputs of recomputed blocks in main memory: which tensors move, and that nothing changes."""
 
 from collections.abc import Callable
 

@@ -29,7 +29,7 @@ SHAPES = [
 
 @contextmanager
 def counted() -> Iterator[list[str]]:
-    """What goes this way, forward and backward."""
+    """Count the calls that go this way, forward and backward."""
     ways: list[str] = []
 
     def spying(name: str) -> Any:
@@ -66,7 +66,7 @@ def trained_through(layer: nn.Module, x: Tensor, gradient: Tensor) -> tuple[Tens
 def test_outputs_and_gradients_are_those_of_float64(
     kernel: Any, stride: Any, padding: Any, images: tuple[int, ...], stored: bool
 ) -> None:
-    """The same sums in another order: 45 products of float32, 1e-6 of the largest."""
+    """Sums have another order: 45 products of float32, 1e-6 of the largest."""
     torch.manual_seed(31)
     layer = nn.Conv2d(5, 67, kernel, stride, padding)
     exact = deepcopy(layer).double()

@@ -43,7 +43,7 @@ def frozen(seed: int = 0, dtype: torch.dtype = torch.float32) -> Model:
 
 
 def decoded_copy(model: nn.Module) -> nn.Module:
-    """The same model with plain layers that hold what the 8-bit ones decode to."""
+    """Return the model with plain layers that hold what the 8-bit ones decode to."""
     plain = copy.deepcopy(model)
     for layer in plain.modules():
         if isinstance(layer, FrozenLinear):
@@ -127,7 +127,7 @@ def test_the_weight_that_is_read_is_a_copy(codec: Codec) -> None:
 
 
 def test_the_backward_pass_asks_the_handle_for_the_weight_again() -> None:
-    """What the layer's own parts hold by then does not matter: another layer's weight may be in their place."""
+    """The layer's own parts may hold another layer's weight by then."""
     torch.manual_seed(8)
     layer = nn.Linear(6, 4, bias=False).requires_grad_(False)
     before = layer.weight.clone()

@@ -58,7 +58,7 @@ OF_FEW = {"int8": 3e-4, "int8_rotated": 1e-4, "fp8": 2e-3}
 @pytest.mark.parametrize("num_tokens", [1, 8])
 @pytest.mark.parametrize("name", EIGHT_BIT_FORMATS)
 def test_a_few_tokens_are_multiplied_to_twice_as_many_bits(name: str, num_tokens: int) -> None:
-    """What modulates a block is one token for a whole image; some are zeros."""
+    """The modulation of a block is one token for a whole image; some are zeros."""
     weight, decoded = stored(name, 0.02 * random(96, 256, seed=21))
     x, gradient = random(num_tokens, 256, seed=22), random(num_tokens, 96, seed=23)
     x[:, 7] *= 30

@@ -1,4 +1,4 @@
-"""What waits in main memory, how it is pinned, and how it is copied; whole models are in tests/parity/test_ring.py."""
+"""Weights in main memory, how they are pinned, and how they are copied; tests/parity/test_ring.py has whole models."""
 
 from itertools import pairwise
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which base model a checkpoint is of."""
+"""Recognition of a checkpoint's base model."""
 
 import gzip
 import json

@@ -36,6 +36,6 @@ def module_of(adapter: Adapter) -> Any:
 
 
 def double(adapter: Adapter) -> Adapter:
-    """The same adapter with its tensors in float64."""
+    """Return the adapter with its tensors in float64."""
     module_of(adapter).double()
     return adapter

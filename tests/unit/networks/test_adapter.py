@@ -141,7 +141,7 @@ def test_multiplier_0_is_the_layer_alone() -> None:
 
 
 def change_of(layer: nn.Module, adapter: Adapter, x: Tensor) -> Tensor:
-    """What the adapter adds to the layer's output."""
+    """Return what the adapter adds to the layer's output."""
     alone = layer(x)
     adapter.install()
     change: Tensor = layer(x) - alone

@@ -228,7 +228,7 @@ def test_saved_file_has_the_hashes_of_its_own_tensors(tmp_path: Path) -> None:
 def test_other_factors_give_the_change_they_are_made_of(
     rank: int, alpha: float, scale: float, is_conv: bool, has_alpha: bool, seed: int
 ) -> None:
-    """Whether the file records alpha or not."""
+    """This holds whether the file records alpha or not."""
     kernel = (3, 3) if is_conv else ()
     tensors = {
         "lora_down.weight": randn(seed, 2, 3, *kernel).double(),

@@ -1,4 +1,4 @@
-"""What a change must offer, tried with a kind that adds nothing: a rotation of the layer's outputs, as OFT makes it."""
+"""The interface of a change, tried with a kind that adds nothing: a rotation of outputs, as OFT makes it."""
 
 import math
 from collections.abc import Mapping

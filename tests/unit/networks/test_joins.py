@@ -233,7 +233,7 @@ def test_the_expansion_alone_loses_what_the_direct_sum_keeps(monkeypatch: pytest
 
 
 def test_rows_that_the_change_cancels_almost_wholly_keep_their_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of rows of 4000 numbers, whose squares the expansion sums, three are left with a five hundredth."""
+    """The expansion sums the squares of rows of 4000 numbers; three rows are left with a five hundredth."""
     torch.manual_seed(1265)
     layer = nn.Linear(4000, 9, bias=False).requires_grad_(False)
     adapter = decomposed(layer, 1266, is_per_output=True)

@@ -1,4 +1,4 @@
-"""What every kind of adapter does alike in a network: starts, files, every way back, norms, dropouts, refusals."""
+"""Common behaviour of all kinds in a network: starts, files, every way back, norms, dropouts, refusals."""
 
 import re
 from dataclasses import dataclass

@@ -97,7 +97,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 def kept(
     name: str, make_delta: Callable[[nn.Module, int], Delta] | None, autocast: bool = False
 ) -> dict[int, tuple[int, ...]]:
-    """What autograd keeps of one layer for the backward pass, weights left out: address -> shape, each tensor once."""
+    """Return what autograd keeps of one layer for the backward pass but weights: address -> shape, each tensor once."""
     torch.manual_seed(4)
     make, shape = LAYERS[name]
     layer = make().requires_grad_(False)

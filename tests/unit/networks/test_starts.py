@@ -162,7 +162,7 @@ def test_a_saved_file_goes_on_with_and_without_the_start(tmp_path: Path, init: s
 
 
 def test_half_precision_hardly_touches_a_small_change(tmp_path: Path) -> None:
-    """What is written are the moves, not two large products whose difference would drown in rounding."""
+    """The file holds the moves, not two large products whose difference would drown in rounding."""
     made, models = network(lora, init="pissa")
     with torch.no_grad():
         for p in made.parameters():

@@ -1,4 +1,4 @@
-"""Which modules adapters find."""
+"""The modules that adapters find."""
 
 import re
 

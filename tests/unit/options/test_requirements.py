@@ -1,4 +1,4 @@
-"""What an option requires and excludes by its declaration."""
+"""Requirements and exclusions that options declare."""
 
 from typing import Any
 

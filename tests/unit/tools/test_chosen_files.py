@@ -1,4 +1,4 @@
-"""Which adapter files contact_sheet.py and choose_checkpoint.py look at."""
+"""The adapter files that contact_sheet.py and choose_checkpoint.py look at."""
 
 from pathlib import Path
 

@@ -77,7 +77,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.Captur
 
 
 def peft_folder(folder: Path, modules: list[str], width: int = 8) -> Path:
-    """What PEFT saves: factors under the paths of a model that is not named, alpha in a file beside them."""
+    """Write what PEFT saves: factors under the paths of a model that is not named, alpha in a file beside them."""
     folder.mkdir()
     generator = torch.Generator().manual_seed(951)
     factors: dict[str, torch.Tensor] = {}

@@ -24,7 +24,7 @@ SEED = 33
 
 
 def prediction(base: list[str], lora: Path | None = None, **arguments: str) -> Tensor:
-    """Of the denoiser; where `lora` is given with a random adapter, which is saved there."""
+    """Return the denoiser's prediction; with a random adapter, which is saved as `lora`, if that is given."""
     denoiser = opened(base).denoiser()
     if lora is not None:
         network = lora_anima.create_network(1.0, 4, 2, None, [], denoiser, **arguments)

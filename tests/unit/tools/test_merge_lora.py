@@ -70,7 +70,7 @@ def loader(path: Path) -> UnetLoader:
 
 
 def outputs(path: Path, adapter: Path | None = None, multiplier: float = 1.0) -> tuple[Tensor, Tensor]:
-    """What the text encoder and the U-Net compute, with an adapter installed if there is one."""
+    """Return the outputs of the text encoder and the U-Net, with an adapter installed if there is one."""
     models = loader(path)
     encoders, unet = models.text_encoders(), models.denoiser()
     if adapter is not None:
@@ -178,7 +178,7 @@ def test_modules_that_the_checkpoint_lacks_are_named(
 def test_the_way_out_for_modules_that_the_checkpoint_lacks_leads_out(
     tmp_path: Path, tiny_sd_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What the base model never has can be left out by a command; text encoders are in another file."""
+    """Modules that the base model never has can be left out by a command; text encoders are in another file."""
     adapter, out = write_adapter(tmp_path / "a.safetensors", tiny_sd_file, 77), tmp_path / "m.safetensors"
     tensors, pair = load_state_dict(adapter), ("lora_down.weight", "lora_up.weight")
     for name, said in (
@@ -438,7 +438,7 @@ def test_paths_that_other_programs_start_show_the_help_with_examples(script: str
 def test_a_file_that_cannot_be_merged_is_named_with_its_key_and_nothing_is_written(
     damage: str, tiny_sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of two files the second is at fault."""
+    """The second of two files is at fault."""
     name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
     width = load_state_dict(tiny_sd_folder / "unet" / "diffusion_pytorch_model.safetensors")[
         "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"

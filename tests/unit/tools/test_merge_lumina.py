@@ -26,7 +26,7 @@ SEED = 33
 
 
 def predictions(base: str, lora: Path | None = None, **arguments: str) -> list[Tensor]:
-    """Of the denoiser and of Gemma; where `lora` is given with a random adapter, which is saved there."""
+    """Return the outputs of the denoiser and of Gemma; with a random adapter, saved as `lora`, if that is given."""
     loader = opened(["--pretrained_model_name_or_path", base])
     denoiser, encoders = loader.denoiser(), loader.text_encoders()
     if lora is not None:

@@ -27,7 +27,7 @@ SEED = 33
 
 
 def predictions(base: Path, lora: Path | None = None, **arguments: str) -> list[Tensor]:
-    """Of the denoiser and both CLIPs; where `lora` is given with a random adapter, which is saved there."""
+    """Return the outputs of the denoiser and both CLIPs; with a random adapter, saved as `lora`, if that is given."""
     loader = open_loader(options_of(base))
     denoiser, encoders = loader.denoiser(), loader.text_encoders()
     if lora is not None:

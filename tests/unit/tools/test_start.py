@@ -26,7 +26,7 @@ def requirements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def installs(requirements: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """What would be given to pip: every installation is recorded in this list and succeeds."""
+    """Record what would be given to pip: every installation is added to this list and succeeds."""
     recorded: list[list[str]] = []
     monkeypatch.setattr(start, "version_of", lambda python: (3, 11, 7))
     monkeypatch.setattr(start, "run", lambda command, **how: 0)

@@ -1,4 +1,4 @@
-"""What is refused, and what is warned about, before anything is loaded."""
+"""Errors and warnings before anything is loaded."""
 
 import logging
 from argparse import Namespace

@@ -1,4 +1,4 @@
-"""Which file is suggested: a null experiment, files with true differences, and intervals."""
+"""The suggested file: a null experiment, files with true differences, and intervals."""
 
 from math import nan
 from pathlib import Path
@@ -191,7 +191,7 @@ def test_what_is_learned_by_heart_is_the_difference_of_two_falls() -> None:
 
 @pytest.mark.parametrize(("kind", "seed"), [("equal", 8), ("walk", 9)])
 def test_a_level_loss_seldom_looks_worse_twice_in_a_row(kind: str, seed: int) -> None:
-    """What docs/validation.md says of --early_stop_patience, on 300 runs of 20 validations without a difference."""
+    """docs/validation.md has the figure: 300 runs of 20 validations without a difference."""
     longest = []
     for losses_FG in torch.tensor(runs_without_differences(20, 12, kind, seed)[:300]):
         best, in_a_row, most = 0, 0, 0

@@ -1,4 +1,4 @@
-"""What cannot be had of forms and places is said before anything is read."""
+"""Weight formats and offloading that cannot be had are refused before anything is read."""
 
 import importlib.util
 from concurrent.futures import ThreadPoolExecutor

@@ -16,7 +16,7 @@ def parser_of(script: str) -> argparse.ArgumentParser:
 
 
 def shown(script: str, word: str, capsys: pytest.CaptureFixture[str]) -> str:
-    """What a script prints for one word, which must end it with status 0."""
+    """Return what a script prints for one word, which must end it with status 0."""
     with pytest.raises(SystemExit) as ended:
         parse(parser_of(script), [word])
     assert ended.value.code == 0

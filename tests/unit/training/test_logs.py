@@ -1,4 +1,4 @@
-"""What the trackers get."""
+"""The values that trackers get."""
 
 import sys
 from pathlib import Path

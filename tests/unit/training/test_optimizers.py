@@ -384,7 +384,7 @@ def test_schedule_free_weights_differ_between_training_and_saving(name: str) -> 
 
 @pytest.mark.parametrize("name", ["AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree"])
 def test_bf16_weights_rounded_at_random_are_shown_averaged_and_return_bit_for_bit(name: str) -> None:
-    """What is shown is the average of the float32 memory rounded to nearest: y + (z - y) * (1 - 1 / beta)."""
+    """The weights shown are the average of the float32 memory rounded to nearest: y + (z - y) * (1 - 1 / beta)."""
     weight, bias, inputs, wanted = tensors(seed=28)
     weight, bias = (nn.Parameter(one.detach().bfloat16()) for one in (weight, bias))
     options = OptimizerOptions(name, learning_rate=0.05, stochastic_rounding=True)

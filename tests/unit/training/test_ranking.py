@@ -1,4 +1,4 @@
-"""Which adapters of a sweep are called significantly worse, whatever was looked at before."""
+"""The adapters of a sweep that are called significantly worse, whatever was looked at before."""
 
 from math import nan
 

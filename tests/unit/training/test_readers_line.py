@@ -1,4 +1,4 @@
-"""What is said about a file after it has been saved."""
+"""The line about a file after it has been saved."""
 
 import logging
 from concurrent.futures import Future

@@ -1,4 +1,4 @@
-"""Which checkpoints are written and which go."""
+"""The schedule of checkpoints: which are written and which go."""
 
 from dataclasses import replace
 from pathlib import Path

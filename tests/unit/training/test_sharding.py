@@ -1,4 +1,4 @@
-"""What --shard_base does not go with, and what accelerate's configuration asks for."""
+"""Options that --shard_base excludes, and what accelerate's configuration asks for."""
 
 import logging
 from dataclasses import replace

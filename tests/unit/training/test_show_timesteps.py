@@ -27,7 +27,7 @@ def run(model: str, *words: str) -> int:
 
 
 def normal_behind(mean: float, deviation: float, shift: float = 1.0) -> Cdf:
-    """Of the sigmoid of a normal value, pushed by a shift, which adds its logarithm to the logit."""
+    """Return the distribution function of the sigmoid of a normal value; a shift adds its logarithm to the logit."""
 
     def cdf(level: float) -> float:
         if not 0 < level < 1:
@@ -54,7 +54,7 @@ LUMINA_512_256 = math.exp(0.5 + (512 - 256) * (1.15 - 0.5) / (4096 - 256))  # at
 
 
 def evenly_pushed(level: float) -> float:
-    """Of a uniform value pushed by the shift of an image of 512 x 256 pixels."""
+    """Return the distribution function of a uniform value pushed by the shift of an image of 512 x 256 pixels."""
     return min(max(level / (LUMINA_512_256 - (LUMINA_512_256 - 1) * level), 0.0), 1.0)
 
 

@@ -1,4 +1,4 @@
-"""What is in a state, which folder is one, and where a run begins."""
+"""The content of a state, which folder is one, and where a run begins."""
 
 import json
 import logging
@@ -309,7 +309,7 @@ def test_a_dry_run_leaves_the_state_that_another_run_is_writing(tmp_path: Path) 
 
 
 def find_in_two(main: TrainOptions, other: TrainOptions) -> list[StateManifest | None]:
-    """What each of two processes goes on from."""
+    """Return what each of two processes goes on from."""
     board = Board()
     with ThreadPoolExecutor(2) as pool:
         found = [pool.submit(find_state, o, Processes(r, 2, store=board)) for r, o in enumerate((main, other))]

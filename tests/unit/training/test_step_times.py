@@ -115,7 +115,7 @@ def test_several_batches_of_a_step_add_up_and_each_shape_is_counted_once():
 
 @pytest.mark.parametrize("runner", [plain, recompute])
 def test_arithmetic_is_that_of_the_formula_with_and_without_recomputing(runner):
-    """Of frozen layers only the gradient of the input is computed; the first one's input has none."""
+    """Frozen layers compute only the gradient of their input; the first one's input has none."""
     first, second, third = nn.Linear(40, 24), nn.Linear(24, 56), nn.Linear(56, 8)
     for layer in (first, third):
         layer.requires_grad_(False)

@@ -55,7 +55,7 @@ class Board:
 
 
 def prepare(folder: Path, to_disk: bool, processes: Processes, encoded: list[str]) -> tuple[RunText, list[Any]]:
-    """What one process has: its text encoders, and the captions and features of its batches."""
+    """Return what one process has: its text encoders, and the captions and features of its batches."""
     options = options_of("--resolution 64 --caption_extension .txt", "--train_data_dir", str(folder))
     plan = plan_of(options)
     plan = plan.with_fixed_captions(8)

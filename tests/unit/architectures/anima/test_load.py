@@ -1,4 +1,4 @@
-"""What is read off Anima's files before anything is loaded, and what is said of files that do not fit."""
+"""Settings read from Anima's files before anything is loaded, and errors for files that do not fit."""
 
 import re
 from pathlib import Path

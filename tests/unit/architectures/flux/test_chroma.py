@@ -1,4 +1,4 @@
-"""What --model_type chroma makes of files and options."""
+"""Files and options with --model_type chroma."""
 
 import logging
 import re

@@ -1,4 +1,4 @@
-"""What the tests of this package share."""
+"""Fixtures of this package."""
 
 from collections.abc import Callable
 from pathlib import Path

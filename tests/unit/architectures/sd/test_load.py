@@ -18,7 +18,7 @@ from tests.tolerances import FLOAT32_DEEP
 
 
 def outputs(arch: Architecture) -> dict[str, Tensor]:
-    """What each of the three models says to fixed inputs."""
+    """Return the outputs of each of the three models for fixed inputs."""
     generator = torch.Generator().manual_seed(31)
     pixels_BCHW = torch.rand(2, 3, 64, 64, generator=generator) * 2 - 1
     latents_BCHW = torch.randn(2, 4, 8, 8, generator=generator)
@@ -187,7 +187,7 @@ class Allocations(TorchDispatchMode):
 
 @pytest.mark.parametrize(("mixed_precision", "bytes_made"), [("no", 4), ("bf16", 4 + 2)])
 def test_loading_makes_each_weight_once_and_initialises_none(open_sd, tiny_sd_file, mixed_precision, bytes_made):
-    """Of a float32 file: each weight is read into place, or read and cast; kernels get their layout with the cast."""
+    """From a float32 file each weight is read into place, or read and cast; kernels get their layout with the cast."""
     load = open_sd(tiny_sd_file, mixed_precision).load
     for get in (load.denoiser, load.vae, lambda: load.text_encoders()[0]):
         with Allocations() as made:

@@ -1,4 +1,4 @@
-"""What is no SD 1.x checkpoint is refused with what it is and what to do."""
+"""Files that are no SD 1.x checkpoint are refused with what they are and what to do."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What network modules see of SD 1.x: names as in files, layers that are the real ones."""
+"""SD 1.x as network modules see it: names as in files, layers that are the real ones."""
 
 import torch
 

@@ -15,5 +15,5 @@ def sd3_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def sd3_without_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same weights, without the text encoders in the single file."""
+    """Write the weights without the text encoders in the single file."""
     return build_tiny_sd3(tmp_path_factory.mktemp("tiny_sd3_bare"), seed=21, with_text=False)

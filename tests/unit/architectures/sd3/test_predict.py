@@ -1,4 +1,4 @@
-"""What Stable Diffusion 3's denoiser is given and how its answer is compared."""
+"""Inputs of Stable Diffusion 3's denoiser, and how its output is compared."""
 
 from types import SimpleNamespace
 from typing import Any

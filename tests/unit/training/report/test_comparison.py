@@ -1,4 +1,4 @@
-"""What differs between runs, and which runs are meant."""
+"""Differences between runs, and which runs are meant."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is kept of long runs."""
+"""The values that are kept of long runs."""
 
 import json
 import random
