@@ -30,15 +30,7 @@ from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds import lora
 from networks.core.targets.targets import TargetModule
 from tools.base_models import find_adapter_targets, open_base_model, spec_for
-from tools.command import (
-    add_device,
-    add_save_precision,
-    check_output,
-    device_of,
-    dtype_of,
-    make_parser,
-    run,
-)
+from tools.command import add_device, add_save_precision, check_output, device_of, dtype_of, make_parser, run
 
 logger = logging.getLogger(__name__)
 

@@ -39,12 +39,7 @@ from library.checkpoints.files import (
 from library.errors import UserError
 from library.memory.devices import SAVE_DTYPES
 from library.randomness import generator_for
-from networks.core.files.adapter_file import (
-    COMPUTED,
-    AdapterFile,
-    require_layouts,
-    save_adapter_file,
-)
+from networks.core.files.adapter_file import COMPUTED, AdapterFile, require_layouts, save_adapter_file
 from networks.core.files.module_weights import ModuleWeights, named_twice
 from networks.core.files.renaming import rename
 from networks.core.kinds import norm

@@ -9,14 +9,7 @@ from torch import Tensor
 
 from library.architectures.anima.model import Anima
 from tests.parity.denoisers import assert_recomputing_changes_no_gradient
-from tests.tiny.anima import (
-    CONFIG,
-    NUM_T5_WORDS,
-    conditioner_config,
-    diffusers_state,
-    tiny_anima,
-    transformer_config,
-)
+from tests.tiny.anima import CONFIG, NUM_T5_WORDS, conditioner_config, diffusers_state, tiny_anima, transformer_config
 from tests.tolerances import FLOAT32_DEEP
 
 SIZES = [(8, 8), (4, 14), (18, 6)]  # of the latent

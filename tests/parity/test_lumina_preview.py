@@ -33,12 +33,7 @@ def run_of(arguments: list[str], system_prompt: str = SYSTEM) -> Any:
 
 
 def pipeline_of(folder: Path) -> Any:
-    from diffusers import (
-        AutoencoderKL,
-        FlowMatchEulerDiscreteScheduler,
-        Lumina2Pipeline,
-        Lumina2Transformer2DModel,
-    )
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
     from tokenizers.processors import TemplateProcessing
     from transformers import Gemma2Model, GemmaTokenizer
 

@@ -10,10 +10,7 @@ from library.diffusion.flow import FlowMatching
 from library.errors import UserError
 from library.options.train import TrainOptions
 from library.protocols import Architecture, LatentSpec
-from library.training.command_line.checks import (
-    check,
-    check_values,
-)
+from library.training.command_line.checks import check, check_values
 from library.training.command_line.cli import from_program, parse
 from library.training.command_line.console import forgive_write_errors
 from library.training.command_line.replaced import refuse_replaced

@@ -10,14 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from library.training.evaluation.choice import (
-    CONFIDENCE,
-    MIN_IMAGES,
-    Choice,
-    choose,
-    estimate,
-    estimate_of_difference,
-)
+from library.training.evaluation.choice import CONFIDENCE, MIN_IMAGES, Choice, choose, estimate, estimate_of_difference
 from library.training.evaluation.validation_record import ValidationRecord
 from library.training.reporting import events
 from library.training.saving.saved_files import steps_of, without_copies

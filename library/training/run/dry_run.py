@@ -14,13 +14,7 @@ from library.formatting import format_bytes
 from library.memory.devices import bytes_of
 from library.options.training.averaging import FILES
 from library.training.evaluation.without_side_effects import shown_weights
-from library.training.failures.out_of_memory import (
-    Sizes,
-    explain_out_of_memory,
-    memory_figures,
-    reset_peak,
-    sizes_of,
-)
+from library.training.failures.out_of_memory import Sizes, explain_out_of_memory, memory_figures, reset_peak, sizes_of
 from library.training.loop.stacked_step import backward_stacked
 from library.training.loop.update import rounding_of
 from library.training.planning.advice import memory_hints

@@ -13,13 +13,7 @@ from library.options.train import TrainOptions
 from library.processes import Processes
 from library.training.saving.checkpoints import Names
 from library.training.saving.resume import clear_up, find_state
-from library.training.saving.state import (
-    STATE_NAME,
-    StateManifest,
-    is_state_name,
-    read_facts,
-    require_undamaged,
-)
+from library.training.saving.state import STATE_NAME, StateManifest, is_state_name, read_facts, require_undamaged
 from library.training.sweep_record import PART, Ended, SweepRecord
 
 logger = logging.getLogger(__name__)

@@ -30,14 +30,7 @@ from tests.unit.data.builders import (
     write_config,
     write_image,
 )
-from tests.unit.data.shard_builders import (
-    DATASET,
-    CountedReads,
-    open_subset,
-    shards_of,
-    write_parquet,
-    write_tar,
-)
+from tests.unit.data.shard_builders import DATASET, CountedReads, open_subset, shards_of, write_parquet, write_tar
 
 RANDOM = "shuffle_caption = true\nflip_aug = true\nrandom_crop = true\ncolor_aug = true\n"
 

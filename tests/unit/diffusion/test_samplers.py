@@ -4,14 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.diffusion.samplers import (
-    FlowSampler,
-    Sampler,
-    adams_bashforth,
-    betas_of,
-    build_ddpm_sampler,
-    even_sigmas,
-)
+from library.diffusion.samplers import FlowSampler, Sampler, adams_bashforth, betas_of, build_ddpm_sampler, even_sigmas
 from library.diffusion.schedules import abar_of, ddpm_abar, scaled_linear_betas
 from library.options.output.samplers import ALIASES, SAMPLERS
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64

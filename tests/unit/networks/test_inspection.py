@@ -7,12 +7,7 @@ import torch
 from torch import Tensor
 
 from networks.core.files.adapter_file import sort_tensors
-from networks.core.files.inspection import (
-    by_block,
-    module_facts,
-    place_of,
-    structure_problem,
-)
+from networks.core.files.inspection import by_block, module_facts, place_of, structure_problem
 from networks.core.files.module_weights import value_problems
 
 NAME = "lora_unet_down_blocks_0_attentions_0_proj_in"

@@ -5,11 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from library.data.description.image_extensions import image_extensions
-from library.data.sources.folders.image_index import (
-    FolderIndex,
-    Stamps,
-    look_at,
-)
+from library.data.sources.folders.image_index import FolderIndex, Stamps, look_at
 from library.errors import UserError
 
 OTHER_IMAGES = frozenset(("gif", "tif", "tiff", "heic", "heif", "avif", "jxl", "tga", "psd"))

@@ -9,10 +9,7 @@ from library.data.description.captions import CaptionRules
 from library.data.description.schema import SubsetConfig
 from library.data.scanned.columns import Texts
 from library.data.scanned.subsets import Listing
-from library.data.sources.folders.image_index import (
-    open_index,
-    renewed,
-)
+from library.data.sources.folders.image_index import open_index, renewed
 from library.data.sources.folders.listing import look_into
 from library.data.sources.folders.metadata_file import MetadataEntry, read_metadata
 from library.data.sources.folders.reading import size_of

@@ -9,11 +9,7 @@ from library.data.description.buckets import Size
 from library.data.description.captions import CaptionRules
 from library.data.scanned.columns import Texts
 from library.data.sources.folders.image_headers import HEAD_BYTES, plain_size
-from library.data.sources.folders.image_index import (
-    UNSETTLED,
-    read_stamped,
-    stamp_of,
-)
+from library.data.sources.folders.image_index import UNSETTLED, read_stamped, stamp_of
 from library.errors import UserError, few
 from library.options.encodings import NotUtf8, likely_encoding, not_utf8
 

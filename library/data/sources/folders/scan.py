@@ -10,21 +10,9 @@ from library.data.description.schema import SubsetConfig, not_a_folder
 from library.data.scanned.columns import Texts
 from library.data.scanned.subsets import Listing
 from library.data.sources.folders.folder_cache import CacheRow, FolderCache, fingerprint
-from library.data.sources.folders.image_index import (
-    FolderIndex,
-    Table,
-    open_index,
-    own_captions,
-    renewed,
-)
+from library.data.sources.folders.image_index import FolderIndex, Table, open_index, own_captions, renewed
 from library.data.sources.folders.listing import Folder, look_again, look_into
-from library.data.sources.folders.reading import (
-    caption_of,
-    captions_of,
-    check_encodings,
-    read_caption,
-    size_of,
-)
+from library.data.sources.folders.reading import caption_of, captions_of, check_encodings, read_caption, size_of
 from library.errors import UserError, few
 from library.options.config_file import BACKSLASH_HINT
 from library.options.encodings import NotUtf8
