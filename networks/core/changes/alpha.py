@@ -219,3 +219,55 @@ class ScaledDelta(nn.Module):
         """Follow the alpha that was loaded."""
         if not self.alpha.is_meta:
             self.alpha_value = float(self.alpha)
+
+
+class DeltaWrapper(nn.Module):
+    """The common part of changes around a `ScaledDelta`. They have its tensors: names in files have no level for it."""
+
+    changed_parameters = ("weight",)
+
+    def __init__(self, inner: ScaledDelta) -> None:
+        super().__init__()
+        self._parameters, self._buffers, self._modules = inner._parameters, inner._buffers, inner._modules
+        object.__setattr__(self, "inner", inner)  # no child module, whose tensors would be there twice
+        self.inner: ScaledDelta
+        self.register_load_state_dict_post_hook(lambda change, _: change.inner.read_alpha())  # type: ignore[no-untyped-call]
+
+    @property
+    def delta(self) -> Delta:
+        return self.inner.delta
+
+    @property
+    def layer(self) -> nn.Module | None:
+        return self.inner.layer
+
+    @property
+    def fast_keys(self) -> frozenset[str]:
+        return self.inner.fast_keys
+
+    @property
+    def size(self) -> ChangeSize:
+        return self.inner.size
+
+    def train(self, mode: bool = True) -> "DeltaWrapper":
+        self.inner.train(mode)
+        return super().train(mode)
+
+    def weight(self) -> Tensor:
+        """Return the change alone, before magnitudes and without noise."""
+        return self.inner.weight()
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.inner.factors()
+
+    def norm(self) -> Tensor:
+        return self.inner.norm()
+
+    def scale_(self, ratio: Tensor) -> None:
+        self.inner.scale_(ratio)
+
+    def stored_tensors(self) -> Mapping[str, Tensor]:
+        return self.inner.stored_tensors()
+
+    def in_memory(self, tensors: Mapping[str, Tensor], name: str, source: str) -> Mapping[str, Tensor]:
+        return self.inner.in_memory(tensors, name, source)

@@ -255,11 +255,6 @@ def delta_of(change: Change) -> Delta | None:
     return change.delta if isinstance(change, HasDelta) else None
 
 
-def share_tensors(wrapper: nn.Module, inner: nn.Module) -> None:
-    """Let a wrapper have the tensors of the change inside it, so that names in files have no level for it."""
-    wrapper._parameters, wrapper._buffers, wrapper._modules = inner._parameters, inner._buffers, inner._modules
-
-
 MakeDelta = Callable[[nn.Module, int], Delta]
 """(the layer, its rank) -> fresh numbers for the change of its weight."""
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from networks.core.arguments.network_arguments import NetworkArguments, Requirement, argument
 from networks.core.arguments.values import parse_bool
-from networks.core.changes.alpha import SCALAR, ScaledDelta
-from networks.core.changes.change import ChangeSize, Delta, Forward, share_tensors
+from networks.core.changes.alpha import SCALAR, DeltaWrapper, ScaledDelta
+from networks.core.changes.change import ChangeSize, Forward
 from networks.core.changes.parameter_keys import DORA_SCALE
 
 EPS = 1.1920929e-07  # of float32: what readers of dora_scale add to the norm of columns
@@ -46,7 +46,7 @@ class DoraArguments:
     )  # fmt: skip
 
 
-class DoRA(nn.Module):
+class DoRA(DeltaWrapper):
     """A change whose weight W0 + dW is brought to trained magnitudes (`Decompose` has the formulas).
 
     `dora_scale` are the magnitudes: (1, I) or (1, I, 1, 1) of the columns, which multiply the layer's input instead, so
@@ -54,21 +54,16 @@ class DoRA(nn.Module):
     """
 
     dora_scale: nn.Parameter
-    changed_parameters = ("weight",)
     adds_to_output = False
 
     def __init__(self, inner: ScaledDelta, join: "Decompose", magnitudes: Tensor | None = None) -> None:
         """`magnitudes` are those of a file; new ones are the norms of W0."""
-        super().__init__()
-        share_tensors(self, inner)
-        object.__setattr__(self, "inner", inner)
-        self.inner: ScaledDelta
+        super().__init__(inner)
         self.join = join
         scalar = self._parameters.pop(SCALAR)  # the optimizer has magnitudes before it
         found = join.magnitudes() if magnitudes is None else magnitudes
         self.register_parameter(DORA_SCALE, nn.Parameter(found, requires_grad=magnitudes is None))
         self.register_parameter(SCALAR, scalar)
-        self.register_load_state_dict_post_hook(lambda change, _: change.inner.read_alpha())  # type: ignore[no-untyped-call]
 
     @classmethod
     def of_file(cls, inner: ScaledDelta, magnitudes: Tensor) -> "DoRA":
@@ -77,20 +72,8 @@ class DoRA(nn.Module):
         return cls(inner, Decompose(weight, is_per_output=are_per_output(magnitudes)), magnitudes)
 
     @property
-    def delta(self) -> Delta:
-        return self.inner.delta
-
-    @property
-    def layer(self) -> nn.Module | None:
-        return self.inner.layer
-
-    @property
     def scale(self) -> float:
         return self.inner.scale
-
-    @property
-    def fast_keys(self) -> frozenset[str]:
-        return self.inner.fast_keys
 
     @property
     def size(self) -> ChangeSize:
@@ -105,10 +88,6 @@ class DoRA(nn.Module):
 
     def columns(self) -> Tensor | None:
         return self.scales()
-
-    def train(self, mode: bool = True) -> "DoRA":
-        self.inner.train(mode)
-        return super().train(mode)
 
     def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
         """Return what the layer computes with the change; shapes and dtype are those of the layer alone."""
@@ -127,29 +106,10 @@ class DoRA(nn.Module):
         """Return what every column, or row, of the changed weight is multiplied by."""
         return self._scales(self.dora_scale)
 
-    def weight(self) -> Tensor:
-        """Return the change before magnitudes."""
-        return self.inner.weight()
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        return self.inner.factors()
-
     def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
         change = self.inner.weight_for(base)
         base = base.to(torch.promote_types(base.dtype, change.dtype))
         return self.join.merge(base, change, strength, self.dora_scale)
-
-    def norm(self) -> Tensor:
-        return self.inner.norm()
-
-    def scale_(self, ratio: Tensor) -> None:
-        self.inner.scale_(ratio)
-
-    def stored_tensors(self) -> Mapping[str, Tensor]:
-        return self.inner.stored_tensors()  # the two share their tensors
-
-    def in_memory(self, tensors: Mapping[str, Tensor], name: str, source: str) -> Mapping[str, Tensor]:
-        return self.inner.in_memory(tensors, name, source)
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:

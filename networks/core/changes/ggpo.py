@@ -15,8 +15,8 @@ from torch.nn.grad import conv2d_input
 
 from networks.core.arguments.network_arguments import Requirement, argument
 from networks.core.arguments.values import parse_number
-from networks.core.changes.alpha import ScaledDelta
-from networks.core.changes.change import ChangeSize, Delta, Forward, share_tensors
+from networks.core.changes.alpha import DeltaWrapper, ScaledDelta
+from networks.core.changes.change import Forward
 from networks.core.changes.dora import base_weight, squared_rows
 from networks.core.changes.parameter_keys import DOWN, UP
 
@@ -51,41 +51,19 @@ class GgpoArguments:
         return is_given and bool(self.ggpo_sigma or self.ggpo_beta)
 
 
-class Perturbed(nn.Module):
+class Perturbed(DeltaWrapper):
     """A LoRA beside which the layer computes with noise on its weight, in training and from the first gradient on."""
 
-    changed_parameters = ("weight",)
     adds_to_output = True
 
     def __init__(self, inner: ScaledDelta, arguments: GgpoArguments) -> None:
-        super().__init__()
-        share_tensors(self, inner)
-        object.__setattr__(self, "inner", inner)
-        self.inner: ScaledDelta
+        super().__init__(inner)
         assert inner.layer is not None
-        self.layer: nn.Module
-        object.__setattr__(self, "layer", inner.layer)
         weight = base_weight(inner.layer)
         self.perturbation = Perturbation.of(arguments.ggpo_sigma or 0.0, arguments.ggpo_beta or 0.0, weight)
         self.is_perturbed = False
         self.register_buffer(DEVIATION, torch.zeros(len(self.get_parameter(UP))))
-        self.register_load_state_dict_post_hook(_follow_what_was_loaded)  # type: ignore[no-untyped-call]
-
-    @property
-    def delta(self) -> Delta:
-        return self.inner.delta
-
-    @property
-    def fast_keys(self) -> frozenset[str]:
-        return self.inner.fast_keys
-
-    @property
-    def size(self) -> ChangeSize:
-        return self.inner.size
-
-    def train(self, mode: bool = True) -> "Perturbed":
-        self.inner.train(mode)
-        return super().train(mode)
+        self.register_load_state_dict_post_hook(_go_on_with_noise)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
         """Return what the layer computes with the change; shapes and dtype are those of the layer alone."""
@@ -93,6 +71,7 @@ class Perturbed(nn.Module):
             return base(x)
         out = base(x)
         if self.is_perturbed and self.training:
+            assert self.layer is not None
             out = add_noise(out, x, self.layer, self.get_buffer(DEVIATION))
         return self.inner.add_to(out, x, strength)
 
@@ -106,36 +85,20 @@ class Perturbed(nn.Module):
         self.get_buffer(DEVIATION).copy_(deviations_O)
         self.is_perturbed = True
 
-    def weight(self) -> Tensor:
-        return self.inner.weight()
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        return self.inner.factors()
-
     def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
         return self.inner.merged(base, strength, parameter)
 
-    def norm(self) -> Tensor:
-        return self.inner.norm()
-
-    def scale_(self, ratio: Tensor) -> None:
-        self.inner.scale_(ratio)
-
     def stored_tensors(self) -> Mapping[str, Tensor]:
         return {key: tensor for key, tensor in self.inner.stored_tensors().items() if key != DEVIATION}
-
-    def in_memory(self, tensors: Mapping[str, Tensor], name: str, source: str) -> Mapping[str, Tensor]:
-        return self.inner.in_memory(tensors, name, source)
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         self.load_state_dict({DEVIATION: self.get_buffer(DEVIATION)} | self.inner.completed(tensors))
 
 
-def _follow_what_was_loaded(change: nn.Module, _: object) -> None:
-    """Follow the alpha that was loaded, and let noise go on if there was some."""
+def _go_on_with_noise(change: nn.Module, _: object) -> None:
+    """Let noise go on if some was loaded."""
     assert isinstance(change, Perturbed)
-    change.inner.read_alpha()
     if not (deviations_O := change.get_buffer(DEVIATION)).is_meta:
         change.is_perturbed = bool(deviations_O.any())
 
