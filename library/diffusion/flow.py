@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from library.diffusion.noise import draw_normal, draw_strength
-from library.diffusion.timesteps import LevelSampler, check_timestep_range, sampled, scheme_weights, takes_offset
+from library.diffusion.timesteps import LevelSampler, resolve_timestep_range, sampled, scheme_weights, takes_offset
 from library.diffusion.weighting import check_huber, huber_threshold, pointwise_error
 from library.memory.devices import send
 from library.options.training.flow import FlowSamplingOptions, FlowWeightingOptions
@@ -152,11 +152,8 @@ def build_flow(
 
     Raises UserError for timesteps outside 0..1000 and for invalid Huber thresholds.
     """
-    min_timestep = 0 if noise.min_timestep is None else noise.min_timestep
-    max_timestep = NUM_TIMESTEPS if noise.max_timestep is None else noise.max_timestep
-    check_timestep_range(min_timestep, max_timestep, NUM_TIMESTEPS)
-    if weighting.loss_type in ("huber", "smooth_l1"):
-        check_huber(weighting)
+    min_timestep, max_timestep = resolve_timestep_range(noise, NUM_TIMESTEPS)
+    check_huber(weighting)
     return FlowMatching(
         draw_levels=draw_levels,
         target_kind=target_kind,

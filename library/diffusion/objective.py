@@ -11,7 +11,7 @@ from torch import Tensor
 
 from library.diffusion.noise import add_coarse_noise, add_offset, draw_normal, draw_strength
 from library.diffusion.schedules import NUM_TIMESTEPS, ddpm_abar, sigmas_of, snr_of
-from library.diffusion.timesteps import check_timestep_range, draw_timesteps
+from library.diffusion.timesteps import draw_timesteps, resolve_timestep_range
 from library.diffusion.weighting import check_huber, huber_threshold, pointwise_error, snr_weights
 from library.memory.devices import send
 from library.options.training.loss import LossOptions
@@ -142,15 +142,10 @@ def build_ddpm(noise: NoiseOptions, weighting: LossOptions, predicts_velocity: b
     at 0, where min-SNR and debiased weights would be 0 / 0 and 1 / 0.
     Raises UserError for timesteps outside the schedule and for thresholds that make no loss.
     """
-    min_timestep = 0 if noise.min_timestep is None else noise.min_timestep
-    max_timestep = NUM_TIMESTEPS if noise.max_timestep is None else noise.max_timestep
-    check_timestep_range(min_timestep, max_timestep, NUM_TIMESTEPS)
-    if weighting.loss_type in ("huber", "smooth_l1"):
-        check_huber(weighting)
+    min_timestep, max_timestep = resolve_timestep_range(noise, NUM_TIMESTEPS)
+    check_huber(weighting)
     return DDPM(
         abar_T=ddpm_abar(noise.zero_terminal_snr),
-        # The unchanged schedule even with `zero_terminal_snr`, whose last ratio is 0: min-SNR and debiased weights
-        # would be 0 / 0 and 1 / 0 there.
         snr_T=snr_of(ddpm_abar(zero_terminal_snr=False)),
         predicts_velocity=predicts_velocity,
         min_timestep=min_timestep,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.options.training.flow import FlowSamplingOptions, FlowWeightingOptions
+from library.options.training.noise import NoiseOptions
 
 
 class LevelSampler(Protocol):
@@ -149,6 +150,14 @@ def draw_timesteps(
     if min_timestep >= max_timestep:
         return torch.full((num_samples,), max_timestep, dtype=torch.int64)
     return torch.randint(min_timestep, max_timestep, (num_samples,), generator=generator)
+
+
+def resolve_timestep_range(noise: NoiseOptions, num_timesteps: int) -> tuple[int, int]:
+    """Return the lowest and the highest timestep of a run. Raises UserError for limits outside the schedule."""
+    min_timestep = 0 if noise.min_timestep is None else noise.min_timestep
+    max_timestep = num_timesteps if noise.max_timestep is None else noise.max_timestep
+    check_timestep_range(min_timestep, max_timestep, num_timesteps)
+    return min_timestep, max_timestep
 
 
 def check_timestep_range(min_timestep: int, max_timestep: int, num_timesteps: int) -> None:

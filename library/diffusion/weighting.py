@@ -49,7 +49,9 @@ def huber_threshold(options: LossOptions, sigmas_B: Tensor, timesteps_B: Tensor,
 
 
 def check_huber(options: LossOptions) -> None:
-    """Raise UserError for invalid thresholds and for an unknown schedule."""
+    """Raise UserError for thresholds that make no loss, if the loss has one."""
+    if options.loss_type not in ("huber", "smooth_l1"):
+        return
     for flag, value in (("--huber_c", options.huber_c), ("--huber_scale", options.huber_scale)):
         if value <= 0:
             raise UserError(f"{flag} is {value}; with --loss_type {options.loss_type} it must be above 0")
