@@ -36,6 +36,8 @@ class Facts:
     unless: str | None = None
     # Why the option never has an effect.
     ignored: str | None = None
+    # Why a run with the option is refused; of one that `needs` another, where both are given.
+    unsupported: str | None = None
 
     # Without images (LECO) the option has no effect, for this reason where it is not plain, or is refused for this one.
     needs_images: bool = False

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from library.architectures.specs import list_network_arguments
-from library.options.support import UNSUPPORTED, unsupported
+from library.options.support import unsupported
 from library.options.train import TrainOptions
 from library.training.config_file import read_config
 from library.training.evaluation.prompts import LINE_OPTIONS
@@ -254,4 +254,5 @@ def test_the_page_of_adapter_kinds_lists_every_network_module() -> None:
 def test_options_that_the_page_calls_unsupported_are_refused() -> None:
     page = (ROOT / "docs" / "train_network.md").read_text(encoding="utf-8")
     named = set(FLAG.findall(page.split("## Not supported yet")[1]))
-    assert named == {f"--{name}" for name in UNSUPPORTED}
+    facts_of = TrainOptions.facts()
+    assert named == {f"--{name}" for name, facts in facts_of.items() if facts.unsupported and not facts.needs}

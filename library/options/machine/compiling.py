@@ -69,7 +69,13 @@ class CompileOptions(Options):
         ),
     )
 
-    cuda_graphs: bool = option(False, own=True, help="Not supported: use --compile.")
+    cuda_graphs: bool = option(
+        False,
+        own=True,
+        unsupported="training steps are not recorded as CUDA graphs. Use --compile instead, which is available for "
+        "every base model.",
+        help="Not supported: use --compile.",
+    )
 
     @property
     def is_on(self) -> bool:

@@ -48,47 +48,63 @@ class DistributedOptions(Options, affects_training=False):
     )
     deepspeed: bool = option(
         False,
+        unsupported="it spreads weights that are trained, and here they are an adapter's, a hundredth of the base "
+        "model. Several processes share the batches without it (accelerate launch --num_processes 2); a base model "
+        "that does not fit a card is stored smaller with --base_format int8 or nf4, waits in main memory with "
+        "--blocks_to_swap or --fit, or is spread over the cards with --shard_base",
         help="Train through DeepSpeed, which spreads optimizer, gradients and weights over devices.",
     )
     zero_stage: int = option(
         2,
         takes_other_values=True,
         needs="deepspeed",
+        unsupported="optimizer states and gradients are those of the adapter alone",
         help="What DeepSpeed spreads over devices: 1 optimizer states, 2 gradients too, 3 weights too, 0 nothing.",
         choices=(0, 1, 2, 3),
     )
     offload_optimizer_device: str | None = option(
         None,
         needs="deepspeed",
+        unsupported="the optimizer's states are small; --optimizer_type AdamW8bit takes a quarter",
         help="Where DeepSpeed keeps the optimizer's states, cpu or nvme. Unset leaves them on the device.",
         choices=(None, "cpu", "nvme"),
     )
     offload_optimizer_nvme_path: str | None = option(
         None,
         needs="deepspeed",
+        unsupported="the optimizer's states are small",
         help="Folder on a fast disk for the optimizer's states that DeepSpeed moves to nvme.",
     )
     offload_param_device: str | None = option(
         None,
         needs="deepspeed",
+        unsupported="--blocks_to_swap keeps blocks of the base model in main memory, --shard_base spreads them over "
+        "cards",
         help="Where DeepSpeed keeps the weights, cpu or nvme. Unset leaves them on the device.",
         choices=(None, "cpu", "nvme"),
     )
     offload_param_nvme_path: str | None = option(
         None,
         needs="deepspeed",
+        unsupported="--blocks_to_swap keeps blocks of the base model in main memory",
         help="Folder on a fast disk for the weights that DeepSpeed moves to nvme.",
     )
     zero3_init_flag: bool = option(
-        False, needs="deepspeed", help="Build models already spread over devices, for DeepSpeed stage 3."
+        False,
+        needs="deepspeed",
+        unsupported="weights are read one by one straight into their place already, with --shard_base into that of "
+        "the process that keeps them",
+        help="Build models already spread over devices, for DeepSpeed stage 3.",
     )
     zero3_save_16bit_model: bool = option(
         False,
         needs="deepspeed",
+        unsupported="--save_precision says how the adapter is saved",
         help="Collect 16-bit weights from all devices when saving, for DeepSpeed stage 3.",
     )
     fp16_master_weights_and_gradients: bool = option(
         False,
         needs="deepspeed",
+        unsupported="--mixed_precision fp16 keeps the adapter in float32; --full_fp16 does not",
         help="Keep DeepSpeed's master weights and gradients in fp16, for stage 2 with the optimizer on the CPU.",
     )

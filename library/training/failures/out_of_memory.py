@@ -12,7 +12,6 @@ from library.errors import UserError
 from library.formatting import format_bytes
 from library.memory.devices import bytes_of
 from library.options.leco import ignored_by_leco
-from library.options.support import UNSUPPORTED
 from library.options.train import TrainOptions
 from library.training.reporting.step_events import peak_of_main_memory
 from library.training.run_parts import Run
@@ -186,7 +185,7 @@ def weight_savings(values: Mapping[str, Any], sizes: Sizes, is_predicted: bool) 
 
 def can_have(values: Mapping[str, Any], name: str) -> bool:
     """Return True if this base model has an option that is not used yet."""
-    return name in values and name not in UNSUPPORTED and not values[name]
+    return name in values and not values[name]
 
 
 def wants(values: Mapping[str, Any], name: str, least: int) -> bool:
