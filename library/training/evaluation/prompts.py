@@ -17,6 +17,7 @@ from library.options.config_file import read_toml
 from library.options.encodings import decoded
 from library.options.output.samplers import ALIASES, SAMPLERS
 from library.options.ranges import is_number
+from library.options.training.run import MAX_SEED
 from library.protocols import PromptDefaults
 from library.suggestions import did_you_mean
 from library.types import Prompt
@@ -27,7 +28,6 @@ FLAG = "--sample_prompts"
 NEAR = 0.5  # share of letters from which on a misspelt name is recognised
 SMALLEST_SIDE = 64
 MAX_STEPS = 1000
-MAX_SEED = 2**63 - 1
 OPTION = re.compile(r"(?:^|\s+)--")
 
 LINE_OPTIONS: Mapping[str, str] = {

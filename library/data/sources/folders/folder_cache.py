@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from library.checkpoints.files import atomic_path
 from library.data.description.buckets import Size
 from library.data.description.schema import SubsetConfig
 
@@ -55,8 +56,7 @@ class FolderCache:
     ) -> tuple[str, Size] | None:
         """Return (caption, size) if both files are unchanged since the entry was written."""
         entry = self.entries.get(image)
-        source = {"picture": image_print, "caption": caption_print, "is_multiline": self.is_multiline}
-        if not isinstance(entry, dict) or entry.get("read_from") != source:
+        if not isinstance(entry, dict) or entry.get("read_from") != self._source(image_print, caption_print):
             return None
         try:
             width, height = entry["resolution"]
@@ -70,17 +70,18 @@ class FolderCache:
             path: {
                 "caption": caption,
                 "resolution": list(size),
-                "read_from": {"picture": image_print, "caption": caption_print, "is_multiline": self.is_multiline},
+                "read_from": self._source(image_print, caption_print),
             }
             for path, caption, size, image_print, caption_print in found
         }
         if entries == self.entries:
             return
-        temporary = self.path.with_name(f".{FILE_NAME}.{os.getpid()}.tmp")
         try:
-            temporary.write_text(json.dumps(entries, indent=2), encoding="utf-8")
-            os.replace(temporary, self.path)
+            with atomic_path(self.path) as temporary:
+                temporary.write_text(json.dumps(entries, indent=2), encoding="utf-8")
         except OSError as error:
             logger.warning("%s cannot be written: %s", self.path, error.strerror)
-        finally:
-            temporary.unlink(missing_ok=True)
+
+    def _source(self, image_print: Fingerprint, caption_print: Fingerprint | None) -> dict[str, Any]:
+        """Return what an entry was read from."""
+        return {"picture": image_print, "caption": caption_print, "is_multiline": self.is_multiline}

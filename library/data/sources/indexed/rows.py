@@ -9,13 +9,13 @@ from library.data.description.buckets import Size
 from library.data.description.image_extensions import image_extensions
 from library.data.scanned.images import END_BYTES, digest_of, digest_of_ends
 from library.data.sources.folders.image_headers import HEAD_BYTES, plain_size
+from library.data.sources.folders.reading import MOST_CAPTION_BYTES
 from library.data.sources.indexed.tar_files import Member, members_of
 from library.data.sources.storage.ranges import RangeFile, Window
 from library.errors import UserError
 from library.json_text import parse_json
 
 CAPTION_FIELDS = ("caption", "text", "prompt")  # of a .json member without caption_column
-MOST_CAPTION_BYTES = 1 << 20
 
 
 class Row(NamedTuple):
