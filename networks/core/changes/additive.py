@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from networks.core.changes.alpha import ScaledDelta
+from networks.core.changes.alpha import ScaledDelta, alpha_in
 from networks.core.changes.change import Change, Delta, MakeDelta, ModuleTensors, fill, stand_in
 from networks.core.changes.dora import DoRA, decomposed
 from networks.core.changes.ggpo import GgpoArguments, Perturbed
@@ -35,7 +35,9 @@ def read_delta(delta: Delta, tensors: ModuleTensors, layer: nn.Module | None) ->
     """Make the change of a module in a file, to be merged, of a delta on the meta device."""
     assert isinstance(delta, nn.Module)
     fill(delta, tensors)
-    change = ScaledDelta.from_tensors(delta, tensors, layer)
+    alpha = alpha_in(tensors, delta)
+    change = ScaledDelta(layer, delta, alpha)
+    change.alpha_value = alpha  # 0 in a file is 0
     return DoRA.of_file(change, tensors[DORA_SCALE]) if DORA_SCALE in tensors else change
 
 

@@ -82,13 +82,6 @@ class ScaledDelta(nn.Module):
             delta.start_moving()
         self.register_load_state_dict_post_hook(lambda change, _: change.read_alpha())  # type: ignore[no-untyped-call]
 
-    @classmethod
-    def from_tensors(cls, delta: Delta, tensors: Mapping[str, Tensor], layer: nn.Module | None) -> "ScaledDelta":
-        """Give a delta of a file the alpha that the file has."""
-        change = cls(layer, delta, alpha_in(tensors, delta))
-        change.alpha_value = alpha_in(tensors, delta)  # an alpha of 0 in a file is 0
-        return change
-
     @property
     def fast_keys(self) -> frozenset[str]:
         return frozenset((self.delta.fast_key,))
