@@ -29,6 +29,7 @@ OLDEST_PYTHON = (3, 10)
 NEWEST_PYTHON = (3, 13)
 RUN_REQUIREMENTS = ("requirements.txt",)
 TEST_REQUIREMENTS = ("requirements.txt", "requirements-dev.txt")
+LOCK = ("requirements.lock",)
 STAMP_NAME = "start-stamp.json"
 SMALLEST_INSTALL_BYTES = 3 * 1024**3  # torch's CPU build and the rest; CUDA builds take about three times as much
 MAX_QUICKSTART_THREADS = 8  # the toy model is too small to feed more
@@ -145,12 +146,27 @@ def write_stamp(venv: Path, python_version: "tuple[int, int, int]", requirements
     os.replace(str(unfinished), str(venv / STAMP_NAME))
 
 
-def pip_command(python: Path, requirement_names: "list[str]") -> "list[str]":
-    """Return the command that installs requirement files."""
-    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
+def install_command(python: Path, requirement_names: "list[str]") -> "list[str]":
+    """Return the command that installs requirement files: uv's where it is installed, else pip's."""
+    uv = shutil.which("uv")
+    if uv is None:
+        command = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
+    else:
+        command = [uv, "pip", "install", "--python", str(python), *uv_indexes()]
     for name in requirement_names:
         command += ["-r", str(ROOT / name)]
     return command
+
+
+def uv_indexes() -> "list[str]":
+    """Return pip's variables as uv's options; uv does not read them."""
+    options = {
+        "PIP_INDEX_URL": "--index-url", "PIP_EXTRA_INDEX_URL": "--extra-index-url", "PIP_FIND_LINKS": "--find-links",
+    }  # fmt: skip
+    words = [
+        word for name, option in options.items() for url in os.environ.get(name, "").split() for word in (option, url)
+    ]
+    return [*words, "--index-strategy", "unsafe-best-match"] if "--extra-index-url" in words else words
 
 
 def check_disk(venv: Path) -> None:
@@ -164,7 +180,7 @@ def check_disk(venv: Path) -> None:
 
 
 def install(venv: Path, python: Path, requirement_names: "list[str]") -> None:
-    """Install the requirement files with pip, its progress on the terminal. Raises StartError with pip's last lines."""
+    """Install the requirement files, with the progress on the terminal. Raises StartError with the last lines."""
     check_disk(venv)
     print("Installing " + " and ".join(requirement_names) + f" into {venv}", flush=True)
     if sys.platform == "linux" and shutil.which("nvidia-smi") is None:
@@ -174,10 +190,10 @@ def install(venv: Path, python: Path, requirement_names: "list[str]") -> None:
             flush=True,
         )
     last_lines = deque(maxlen=15)
-    exit_code = run(pip_command(python, requirement_names), keep_errors_in=last_lines)
+    exit_code = run(install_command(python, requirement_names), keep_errors_in=last_lines)
     if exit_code != 0:
         full = any("No space left" in line or "not enough space" in line.lower() for line in last_lines)
-        cause = "the disk is full" if full else f"pip ended with status {exit_code}"
+        cause = "the disk is full" if full else f"the installer ended with status {exit_code}"
         raise StartError(
             f"installing the packages failed: {cause}. Its last lines:\n\n"
             + "".join("    " + line for line in last_lines)
@@ -189,7 +205,8 @@ def install(venv: Path, python: Path, requirement_names: "list[str]") -> None:
 def ready_python(venv: Path, requirement_names: "tuple[str, ...]") -> Path:
     """Return the environment's Python once everything in the requirement files is installed.
 
-    The stamp is removed before pip starts and written after it ends, so an interrupted installation is repeated.
+    The stamp is removed before the installer starts and written after it ends, so an interrupted installation is
+    repeated.
     """
     python = interpreter_of(venv)
     version = version_of(python)
@@ -207,9 +224,8 @@ def ready_python(venv: Path, requirement_names: "tuple[str, ...]") -> Path:
         stamp_path = venv / STAMP_NAME
         if stamp_path.exists():
             stamp_path.unlink()
-        if (
-            run([str(python), "-m", "pip", "--version"], quiet=True) != 0
-        ):  # venvs of uv and interrupted ones have no pip
+        # Environments of uv and interrupted ones have no pip.
+        if shutil.which("uv") is None and run([str(python), "-m", "pip", "--version"], quiet=True) != 0:
             run([str(python), "-m", "ensurepip", "--default-pip"])
         install(venv, python, list(requirement_names))
         write_stamp(venv, version, requirements)
@@ -374,7 +390,12 @@ def setup_parser() -> argparse.ArgumentParser:
     add_version(parser)
     commands = parser.add_subparsers(dest="command", metavar="quickstart | test | setup | doctor")
     commands.required = True
-    commands.add_parser("setup", parents=[common], help="only make the environment, with all that the tests need")
+    setup = commands.add_parser(
+        "setup", parents=[common], help="only make the environment, with all that the tests need"
+    )
+    setup.add_argument(
+        "--locked", action="store_true", help="the versions in requirements.lock, without what only tests need"
+    )
     commands.add_parser("doctor", parents=[common], help="say what of this machine is wrong, for you or a bug report")
     commands.add_parser(
         "quickstart", parents=[common], help="train a LoRA on the bundled toy model, draw before | after"
@@ -412,7 +433,7 @@ def main(arguments: "list[str]") -> int:
         if args.command == "doctor":
             return examine(venv)
         if args.command == "setup":
-            print(f"Ready: {ready_python(venv, TEST_REQUIREMENTS)}")
+            print(f"Ready: {ready_python(venv, LOCK if args.locked else TEST_REQUIREMENTS)}")
             return 0
         return quickstart(venv)
     except StartError as error:

@@ -174,13 +174,47 @@ def test_arguments_after_two_dashes_are_for_pytest() -> None:
     )
 
 
-def test_pip_gets_every_requirement_file_by_its_full_path(requirements: Path) -> None:
-    command = start.pip_command(PYTHON, ["requirements.txt", "requirements-dev.txt"])
+def test_pip_gets_every_requirement_file_by_its_full_path(requirements: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start.shutil, "which", lambda name: None)
+    command = start.install_command(PYTHON, ["requirements.txt", "requirements-dev.txt"])
     assert command[1:4] == ["-m", "pip", "install"]
     assert [command[i + 1] for i, word in enumerate(command) if word == "-r"] == [
         str(requirements / "requirements.txt"),
         str(requirements / "requirements-dev.txt"),
     ]
+
+
+def test_uv_installs_where_it_is_there_from_the_indexes_that_pip_has(
+    requirements: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start.shutil, "which", lambda name: f"/usr/bin/{name}")
+    for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS"):
+        monkeypatch.delenv(name, raising=False)
+    command = start.install_command(PYTHON, ["requirements.lock"])
+    assert command[:5] == ["/usr/bin/uv", "pip", "install", "--python", str(PYTHON)]
+    assert command[5:] == ["-r", str(requirements / "requirements.lock")]
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "https://a.example https://b.example")
+    assert start.uv_indexes() == [
+        "--extra-index-url", "https://a.example", "--extra-index-url", "https://b.example",
+        "--index-strategy", "unsafe-best-match",  # as pip: the newest of all indexes
+    ]  # fmt: skip
+
+
+def test_the_lock_pins_everything_that_is_required() -> None:
+    from packaging.requirements import Requirement
+
+    def lines(name: str) -> list[Requirement]:
+        text = (start.ROOT / name).read_text(encoding="utf-8")
+        return [Requirement(line) for line in text.splitlines() if line and not line.lstrip().startswith("#")]
+
+    locked: dict[str, list[Requirement]] = {}
+    for one in lines("requirements.lock"):
+        locked.setdefault(one.name.lower().replace("_", "-"), []).append(one)
+    for wanted in lines("requirements.txt"):
+        pins = locked[wanted.name.lower().replace("_", "-")]
+        for pin in pins:
+            (version,) = (part.version for part in pin.specifier)
+            assert str(pin.specifier) == f"=={version}" and wanted.specifier.contains(version), pin
 
 
 def test_environment_comes_from_the_option_then_the_variable_then_the_repository(
@@ -249,7 +283,7 @@ def test_full_disk_is_said_before_pip_starts(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("complaint", "cause"),
     [
-        ("No matching distribution found for torch>=99", "pip ended with status 1"),
+        ("No matching distribution found for torch>=99", "the installer ended with status 1"),
         ("No space left on device", "the disk is full"),
     ],
 )
@@ -257,7 +291,7 @@ def test_failing_pip_shows_its_last_lines_and_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, complaint: str, cause: str
 ) -> None:
     pip = [sys.executable, "-c", f"import sys; sys.stderr.write('ERROR: {complaint}\\n'); sys.exit(1)"]
-    monkeypatch.setattr(start, "pip_command", lambda python, names: pip)
+    monkeypatch.setattr(start, "install_command", lambda python, names: pip)
     monkeypatch.setattr(start, "check_disk", lambda venv: None)
     with pytest.raises(start.StartError) as error:
         start.install(tmp_path, PYTHON, ["requirements.txt"])
