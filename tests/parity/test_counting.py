@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from library.memory.blocks import plain, recompute
-from library.memory.planner.gpus import typical_gpu
+from library.memory.planner.gpus import TYPICAL
 from library.memory.planner.prediction import Way, predict
 from library.memory.planner.steps import peak_of
 from library.memory.planner.weights import StorageCost
@@ -134,7 +134,7 @@ def test_what_products_in_8_bits_take_is_counted(recomputes: bool, tmp_path: Pat
     torch.manual_seed(97)
     real = allocated_peak(real_step(options, arch, SHAPE, recomputes))
     assert 0.9 * real < planned_peak(counted, recomputes) < 1.01 * real
-    assert predict(counted.step, Way("int8_rotated"), typical_gpu(0)).seconds > 0
+    assert predict(counted.step, Way("int8_rotated"), TYPICAL[0]).seconds > 0
 
 
 def test_weights_that_the_file_has_in_8_bits_are_counted_as_they_stay(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_a_run_with_much_room_keeps_all_it_computes(train: Train, tmp_path: Path
     told = ["--log_events", str(tmp_path / "events.jsonl"), "--no_report"]
     done = train(flux_arguments(tmp_path, "--fit", "12GB", *told), script="flux_train_network")
     assert done.status == 0, done.stderr
-    assert "12.0 GiB (counted as this processor" in done.stderr
+    assert "11.2 GiB free of 12 GB (counted as this processor" in done.stderr
     assert "selected: ->. To pin this choice, add: --vae_batch_size 8 --text_encoder_batch_size 8" in done.stderr
     assert metadata_of(tmp_path / "out" / "mine.safetensors")["ss_gradient_checkpointing"] == "False"
     lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]

@@ -1,9 +1,10 @@
 """Memory, arithmetic and bus speeds of GPUs."""
 
+import platform
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -11,7 +12,15 @@ from library.errors import UserError
 
 GIB = 2**30
 UNITS = {"": GIB, "g": GIB, "gb": GIB, "gib": GIB, "m": 2**20, "mb": 2**20, "mib": 2**20}
+NAMES_A_GPU = ("", "g", "gb")  # with a whole number, as in "12GB"; other sizes mean exactly that much
 LARGEST_GPU = 1024 * GIB  # "4090" is the name of a card
+
+# What the driver reports of a GPU named after this many GiB. [published]
+REPORTED = {8 * GIB: 7.8 * GIB, 12 * GIB: 11.76 * GIB, 24 * GIB: 23.6 * GIB}
+REPORTED_SHARE = 0.98  # of all others
+
+# What a desktop and a browser take of a GPU; Windows composes its windows there as well.
+DESKTOP_BYTES, WINDOWS_DESKTOP_BYTES = 6 * GIB // 10, GIB
 REACHED = 0.6  # share of one large product's speed that a whole step reaches [derived]
 
 
@@ -23,6 +32,7 @@ class Gpu:
     memory_bytes: int  # available to a run
     flops: float  # per second, as reached in training
     bus: float  # bytes per second from pinned main memory
+    nominal_bytes: int | None = None  # of the size in its name, if that is what the user gave
 
 
 # Speeds of a step by published figures: 60 % of the vendors' dense bfloat16 peak with float32 accumulation, and the bus
@@ -61,22 +71,54 @@ def peak_of(device: torch.device, dtype: torch.dtype) -> float | None:
     return measured_gpu(device, 0, dtype).flops / REACHED
 
 
-def parse_size(flag: str, text: str) -> int:
-    """Parse "12GB", "12" or "11500MB" into bytes; a gigabyte is 2**30 bytes, as in the names of GPUs."""
+@dataclass(frozen=True)
+class MemorySize:
+    """A size that a user gave: that of a GPU's name, or exactly so much memory."""
+
+    num_bytes: int
+    names_gpu: bool = False
+
+    @property
+    def free_bytes(self) -> int:
+        """Return what a run may use."""
+        return free_on_gpu(self.num_bytes) if self.names_gpu else self.num_bytes
+
+
+def free_on_gpu(nominal_bytes: int) -> int:
+    """Return what a run may use of a GPU whose name has this size: what the driver reports, less a desktop."""
+    desktop = WINDOWS_DESKTOP_BYTES if drives_windows() else DESKTOP_BYTES
+    return max(0, reported_bytes(nominal_bytes) - desktop)
+
+
+def reported_bytes(nominal_bytes: int) -> int:
+    """Return the memory that the driver reports of a GPU whose name has this size."""
+    return int(REPORTED.get(nominal_bytes, REPORTED_SHARE * nominal_bytes))
+
+
+def drives_windows() -> bool:
+    """Return True if the GPU belongs to Windows, which is so under WSL2 too."""
+    return platform.system() == "Windows" or "microsoft" in platform.release().lower()
+
+
+def parse_size(flag: str, text: str) -> MemorySize:
+    """Parse a size; a gigabyte is 2**30 bytes, as in the names of GPUs.
+
+    A whole number of gigabytes, such as "12GB" or "12", names a GPU. "11500MB", "12GiB" and "11.5GB" mean exactly that.
+    """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
     if found is None or found[2] not in UNITS or float(found[1]) <= 0:
         raise UserError(f"{flag}: {text!r} is not a memory size; use e.g. 12GB or 11500MB")
     num_bytes = round(float(found[1]) * UNITS[found[2]])
     if num_bytes > LARGEST_GPU:
         raise UserError(f"{flag}: {text!r} is {num_bytes / GIB:g} GiB, more than any GPU has; use e.g. 24GB")
-    return num_bytes
+    return MemorySize(num_bytes, "." not in found[1] and found[2] in NAMES_A_GPU)
 
 
-def typical_gpu(memory_bytes: int) -> Gpu:
+def typical_gpu(size: MemorySize) -> Gpu:
     """Return a common GPU of about this memory: the largest that does not have more, or the smallest."""
-    smaller = [card for card in TYPICAL if card.memory_bytes <= memory_bytes]
+    smaller = [card for card in TYPICAL if reported_bytes(card.memory_bytes) <= size.num_bytes]
     like = smaller[-1] if smaller else TYPICAL[0]
-    return Gpu(like.name, memory_bytes, like.flops, like.bus)
+    return replace(like, memory_bytes=size.free_bytes, nominal_bytes=size.num_bytes if size.names_gpu else None)
 
 
 def measured_gpu(device: torch.device, memory_bytes: int, dtype: torch.dtype, side: int = 4096) -> Gpu:

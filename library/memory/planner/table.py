@@ -7,7 +7,7 @@ from library.memory.planner.choice import Choice
 from library.memory.planner.gpus import GIB
 from library.memory.planner.prediction import Predicted, Way
 
-HEADINGS = ("", "way", "memory", "of it tensors", "main memory", "a pass")
+HEADINGS = ("", "way", "memory", "spare", "of it tensors", "main memory", "a pass")
 
 
 def in_gib(num_bytes: int) -> str:
@@ -33,6 +33,7 @@ def rows_of(choice: Choice, describe: Callable[[Way], str]) -> list[tuple[str, .
             mark(found),
             describe(found.way),
             in_gib(found.device_bytes),
+            in_gib(max(0, choice.card.memory_bytes - found.device_bytes)),
             in_gib(found.tensor_bytes),
             in_gib(found.host_bytes) if found.host_bytes else "",
             f"{found.seconds:.2f} s",

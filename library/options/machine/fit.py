@@ -18,7 +18,8 @@ class FitOptions(Options, affects_training=False):
         excludes={"dataset_class": "the sizes of its batches are not known before they are drawn"},
         refused_by_leco="how often a step asks the denoiser is drawn, and is not counted; leave it out",
         help="Count before the run what it needs, and choose the fastest way of training that fits into this much of "
-        "the card's memory, such as 12GB; auto is what is free. Prints the candidates; what you set yourself stays.",
+        "the card's memory. 12GB is what a card of that size has free beside a desktop, 11500MB or 12GiB exactly that, "
+        "auto what is free now. Prints the candidates; what you set yourself stays.",
     )
     fit_formats: list[str] | None = option(
         None,

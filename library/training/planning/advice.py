@@ -8,7 +8,7 @@ import torch
 
 from library.errors import NotThere
 from library.memory.planner.choice import Allowed
-from library.memory.planner.gpus import Gpu, typical_gpu
+from library.memory.planner.gpus import Gpu, MemorySize, typical_gpu
 from library.memory.planner.prediction import CountedStep, Predicted, Way, predict
 from library.memory.planner.table import in_gib
 from library.training.planning.counting import BatchShape, count_run
@@ -45,7 +45,8 @@ def memory_hints(runs: Sequence[Run], batch: Batch) -> list[str]:
 
 def gpu_like(device: torch.device) -> Gpu:
     """Return a common card of this one's size; only how much longer one way takes than another is said."""
-    return typical_gpu(torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0)
+    is_gpu = device.type == "cuda"
+    return typical_gpu(MemorySize(torch.cuda.get_device_properties(device).total_memory if is_gpu else 0))
 
 
 def lines(step: CountedStep, used: Way, allowed: Allowed, card: Gpu) -> Iterator[str]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from library.memory.planner.choice import Allowed, Choice, choose
-from library.memory.planner.gpus import Gpu
+from library.memory.planner.gpus import GIB, Gpu
 from library.memory.planner.prediction import CONTEXT_BYTES, predict
 from library.memory.planner.stages import Stage
 from library.memory.planner.table import in_gib, table_of
@@ -44,8 +44,9 @@ class Fit:
     def lines(self) -> Iterator[str]:
         """Yield the table, and what fixes its marked line."""
         card = self.choice.card
+        of = "" if card.nominal_bytes is None else f" free of {card.nominal_bytes / GIB:g} GB"
         yield (
-            f"{in_gib(card.memory_bytes)} (counted as {card.name}: {card.flops / 1e12:.1f} TFLOP/s, "
+            f"{in_gib(card.memory_bytes)}{of} (counted as {card.name}: {card.flops / 1e12:.1f} TFLOP/s, "
             f"{card.bus / 1e9:.1f} GB/s from main memory), predicted:"
         )
         yield from table_of(self.choice, describe)

@@ -9,8 +9,7 @@ import torch
 from library.data.plan.data_plan import DataPlan
 from library.errors import UserError, needing
 from library.memory.devices import DTYPES
-from library.memory.planner.gpus import Gpu, measured_gpu, parse_size
-from library.memory.planner.prediction import CONTEXT_BYTES
+from library.memory.planner.gpus import GIB, Gpu, measured_gpu, parse_size
 from library.options.train import TrainOptions
 from library.processes import Processes
 from library.protocols import Architecture
@@ -19,6 +18,11 @@ from library.training.planning.fit import Fit, Sweep, fit_to
 from networks.core.protocol import OURS
 
 logger = logging.getLogger(__name__)
+
+# CUDA loads most of its kernels when they are first used, so a context takes less at this point than
+# CONTEXT_BYTES. [derived]
+BARE_CONTEXT_BYTES = 7 * GIB // 20
+MARGIN_BYTES = 3 * GIB // 10  # for what a desktop takes while the run goes on
 
 
 def largest_batch(plan: DataPlan) -> BatchShape:
@@ -31,7 +35,7 @@ def free_memory(device: torch.device) -> int:
     """Return what a run may take of a GPU by now, with the context that this process has there already."""
     if device.type != "cuda":
         raise UserError("--fit auto asks the card what is free on it, and there is none; give a size such as 12GB")
-    return torch.cuda.mem_get_info(device)[0] + CONTEXT_BYTES
+    return torch.cuda.mem_get_info(device)[0] + BARE_CONTEXT_BYTES - MARGIN_BYTES
 
 
 def measure_gpu(wanted: str, mixed_precision: str, processes: Processes) -> Gpu:
@@ -39,11 +43,13 @@ def measure_gpu(wanted: str, mixed_precision: str, processes: Processes) -> Gpu:
 
     Several processes choose alike: they take the least memory that one of them has, and the main process's speed.
     """
-    room = free_memory(processes.device) if wanted == "auto" else parse_size("--fit", wanted)
+    size = None if wanted == "auto" else parse_size("--fit", wanted)
+    room = free_memory(processes.device) if size is None else size.free_bytes
     room = min(map(int, processes.merged("room", {processes.rank: str(room)}).values()))
     card = measured_gpu(processes.device, room, DTYPES[mixed_precision])
     flops, bus = map(float, processes.share("speed", f"{card.flops} {card.bus}").split())
-    return replace(card, flops=flops, bus=bus)
+    nominal = size.num_bytes if size is not None and size.names_gpu else None
+    return replace(card, flops=flops, bus=bus, nominal_bytes=nominal)
 
 
 def counted_run(

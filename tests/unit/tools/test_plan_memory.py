@@ -37,12 +37,13 @@ def test_it_prints_a_table_for_each_card(tmp_path: Path, capsys: pytest.CaptureF
     assert main([*arguments, "--train_batch_size", "3"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("flux, 3 x 256x192, networks.lora_flux\n")
-    assert "8.0 GiB (counted as RTX 4060" in printed and "24.0 GiB (counted as RTX 3090" in printed
+    assert "7.2 GiB free of 8 GB (counted as RTX 4060" in printed
+    assert "23.0 GiB free of 24 GB (counted as RTX 3090" in printed
     assert printed.count("encoding captions: 0.7 GiB with --text_encoder_batch_size 8") == 2
 
 
 def test_how_many_adapters_of_a_sweep_fit_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = arguments_for(tmp_path / "model", "--cards", "1GB,8GB", "--resolution", "256", "--sweep")
+    arguments = arguments_for(tmp_path / "model", "--cards", "1GiB,8GiB", "--resolution", "256", "--sweep")
     assert main([*arguments, "network_dim=2,4,8"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("3 adapters share the step")]
     one, more = (int(line.partition("about ")[2].split()[0]) for line in lines)

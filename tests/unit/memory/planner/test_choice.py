@@ -10,7 +10,7 @@ from torch import nn
 
 from library.memory.devices import bytes_of
 from library.memory.planner.choice import Allowed, choose
-from library.memory.planner.gpus import GIB, Gpu, measured_gpu, parse_size, typical_gpu
+from library.memory.planner.gpus import GIB, Gpu, MemorySize, measured_gpu, parse_size, typical_gpu
 from library.memory.planner.prediction import ALLOCATOR_SHARE, CONTEXT_BYTES, CountedStep, Way, predict
 from library.memory.planner.stages import Stage
 from library.memory.planner.steps import CountedOptimizer, CountedPass, Segment, Timeline
@@ -161,18 +161,34 @@ def test_the_table_marks_what_is_chosen_and_counts_what_does_not_fit() -> None:
     allowed = Allowed(recompute_every=(None, 1), inputs_wait=(False,), num_offloaded=0)
     choice = choose(counted_step(), allowed, card(2 * GIB))
     first, recomputed, last = table_of(choice, lambda way: f"every {way.recompute_every}")
-    assert first.split() == ["way", "memory", "of", "it", "tensors", "main", "memory", "a", "pass"]
-    assert recomputed.split() == ["->", "every", "1", "1.5", "GiB", "0.8", "GiB", "128.00", "s"]
+    assert first.split() == ["way", "memory", "spare", "of", "it", "tensors", "main", "memory", "a", "pass"]
+    assert recomputed.split() == ["->", "every", "1", "1.5", "GiB", "0.5", "GiB", "0.8", "GiB", "128.00", "s"]
     assert last == "too large: 1 other configuration; the smallest needs 3.6 GiB"
     nothing = table_of(choose(counted_step(), allowed, card(GIB)), lambda way: f"every {way.recompute_every}")
     assert [line.split()[:3] for line in nothing[1:]] == [["x", "every", "None"], ["x", "every", "1"]]
 
 
 @pytest.mark.parametrize(
-    ("text", "num_bytes"), [("12GB", 12 * GIB), ("8", 8 * GIB), ("7.5 gib", 15 * GIB // 2), ("11500MB", 11500 * MIB)]
+    ("text", "gib"),
+    [("12GiB", 12), ("12.0GB", 12), ("7.5 gib", 7.5), ("11500MB", 11500 / 1024), ("0.5g", 0.5), ("300mib", 300 / 1024)],
 )
-def test_sizes_are_those_of_cards(text: str, num_bytes: int) -> None:
-    assert parse_size("--fit", text) == num_bytes
+def test_sizes_other_than_whole_gigabytes_are_exact(text: str, gib: float) -> None:
+    assert parse_size("--fit", text).free_bytes == gib * GIB
+
+
+@pytest.mark.parametrize(("text", "reported"), [("24GB", 23.6), ("12", 11.76), ("8g", 7.8), ("16 gb", 15.68)])
+def test_a_size_in_the_name_of_a_gpu_is_what_such_a_gpu_has_free(
+    text: str, reported: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Less 0.6 GiB for the desktop; on Windows, which also owns the GPU under WSL2, 1 GiB."""
+    size = parse_size("--fit", text)
+    for system, kernel, desktop in (("Linux", "6.8.0-45-generic", 0.6), ("Windows", "11", 1.0)):
+        monkeypatch.setattr("platform.system", lambda system=system: system)
+        monkeypatch.setattr("platform.release", lambda kernel=kernel: kernel)
+        assert size.free_bytes / GIB == pytest.approx(reported - desktop)
+    monkeypatch.setattr("platform.system", lambda: "Linux")
+    monkeypatch.setattr("platform.release", lambda: "6.6.87.2-microsoft-standard-WSL2")
+    assert size.free_bytes / GIB == pytest.approx(reported - 1)
 
 
 @pytest.mark.parametrize("text", ["", "big", "0GB", "-3GB", "12TB"])
@@ -187,9 +203,12 @@ def test_the_name_of_a_card_is_no_size() -> None:
 
 
 def test_a_typical_card_has_at_most_the_memory() -> None:
-    names = {size: typical_gpu(size * GIB).name for size in (6, 8, 11, 12, 24, 48)}
-    assert names == {6: "RTX 4060", 8: "RTX 4060", 11: "RTX 4060", 12: "RTX 4070", 24: "RTX 3090", 48: "RTX 5090"}
-    assert typical_gpu(6 * GIB).memory_bytes == 6 * GIB
+    sizes = (6, 8, 11, 11.76, 12, 23.6, 24, 48)
+    names = [typical_gpu(MemorySize(int(size * GIB))).name for size in sizes]
+    assert names == ["RTX 4060"] * 3 + ["RTX 4070"] * 2 + ["RTX 3090"] * 2 + ["RTX 5090"]
+    assert typical_gpu(MemorySize(6 * GIB)).memory_bytes == 6 * GIB
+    named = typical_gpu(MemorySize(12 * GIB, names_gpu=True))
+    assert named.memory_bytes < 11.2 * GIB and named.nominal_bytes == 12 * GIB
 
 
 def test_a_device_is_measured() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from library.memory.planner.choice import Allowed
-from library.memory.planner.gpus import typical_gpu
+from library.memory.planner.gpus import TYPICAL
 from library.memory.planner.prediction import Way
 from library.training.planning import advice
 from library.training.planning.advice import few, lines, memory_hints
@@ -18,7 +18,7 @@ LINE = re.compile(r"(--.*) needs ([\d.]+) GiB less and takes (?:(\d+) % longer|n
 
 
 def hints(used: Way, **allowed: Any) -> list[tuple[str, float, int]]:
-    found = [LINE.fullmatch(line) for line in lines(counted_step(), used, Allowed(**allowed), typical_gpu(0))]
+    found = [LINE.fullmatch(line) for line in lines(counted_step(), used, Allowed(**allowed), TYPICAL[0])]
     return [(m[1], float(m[2]), int(m[3] or 0)) for m in found if m is not None]
 
 

@@ -5,8 +5,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from library.memory.planner.gpus import GIB, Gpu
+from library.memory.planner.prediction import CONTEXT_BYTES
 from library.processes import Processes
 from library.training.planning import fit_run
 from library.training.planning.counting import BatchShape
@@ -37,6 +39,13 @@ def test_processes_choose_by_the_least_room_and_the_main_process_speed(monkeypat
         found = list(pool.map(card, (0, 1, 2)))
     assert {one.memory_bytes for one in found} == {7 * GIB}
     assert len({(one.flops, one.bus) for one in found}) == 1
+
+
+def test_auto_leaves_a_margin_beside_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bare context, which is there when it is asked, takes about 0.35 GiB of the 0.7 that are planned for one."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * GIB, 12 * GIB))
+    room = fit_run.free_memory(torch.device("cuda"))
+    assert room + 0.25 * GIB < 10 * GIB + 0.35 * GIB < 10 * GIB + CONTEXT_BYTES
 
 
 def test_a_module_of_others_that_needs_values_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
