@@ -1,10 +1,12 @@
-"""Choice of the fastest configuration that fits into GPU memory."""
+"""Choice of the configuration that fits into GPU memory: the fastest, unless a simpler one is almost as fast."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from library.memory.planner.gpus import Gpu
 from library.memory.planner.prediction import CountedStep, Predicted, Way, predict
+
+WORTH = 0.1  # of its time a way must save to be chosen before a simpler one: predicted times are not more exact
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,12 @@ class Choice:
 
 
 def choose(step: CountedStep, allowed: Allowed, card: Gpu, correction: float = 1.0) -> Choice:
-    """Choose the candidate with the least predicted time, or of equals the one with the least memory."""
+    """Choose the simplest candidate that none beats by `WORTH` of its time; of equals the faster, then the smaller."""
     candidates = tuple(fitted(step, way, allowed, card, correction) for way in allowed.ways())
     fitting = [found for found in candidates if found.device_bytes <= card.memory_bytes]
-    chosen = min(fitting, key=lambda found: (found.seconds, found.device_bytes)) if fitting else None
+    least_s = min((found.seconds for found in fitting), default=0.0)
+    near = [found for found in fitting if (1 - WORTH) * found.seconds <= least_s]
+    chosen = min(near, key=lambda found: (found.way.complexity, found.seconds, found.device_bytes), default=None)
     return Choice(card, candidates, chosen)
 
 

@@ -26,6 +26,11 @@ class Way:
     num_offloaded: int = 0  # --blocks_to_swap
     shared_by: int = 1  # processes over which the denoiser is sharded, --shard_base
 
+    @property
+    def complexity(self) -> int:
+        """Count what the way adds to a plain step; what needs main memory counts twice, as pinning can fail."""
+        return (self.recompute_every is not None) + 2 * self.inputs_wait + 2 * (self.num_offloaded > 0)
+
     def recomputes(self, place: int) -> bool:
         return self.recompute_every is not None and place % self.recompute_every == 0
 

@@ -106,7 +106,7 @@ def test_inputs_that_wait_are_counted_out_and_over_the_bus() -> None:
 
 
 @pytest.mark.parametrize("memory_mib", range(1500, 3800, 230))
-def test_the_choice_is_the_fastest_of_all_that_fit(memory_mib: int) -> None:
+def test_none_that_fits_is_a_tenth_faster_than_the_choice_and_no_simpler_one_as_near(memory_mib: int) -> None:
     step, on = counted_step(adapter=3 * MIB), card(memory_mib * MIB, 2e8)
     allowed = Allowed(weight_formats=(None, "nf4"))
     every_way = [
@@ -120,7 +120,21 @@ def test_the_choice_is_the_fastest_of_all_that_fit(memory_mib: int) -> None:
         assert choice.least.device_bytes == min(found.device_bytes for found in every_way)
     else:
         assert choice.chosen is not None and choice.chosen.device_bytes <= on.memory_bytes
-        assert choice.chosen.seconds == min(found.seconds for found in fitting)
+        least_s = min(found.seconds for found in fitting)
+        assert 0.9 * choice.chosen.seconds <= least_s
+        near = [found.way.complexity for found in fitting if 0.9 * found.seconds <= least_s]
+        assert choice.chosen.way.complexity == min(near)
+
+
+@pytest.mark.parametrize(("bus", "offloads"), [(1e12, True), (3e6, False)])
+def test_offloading_is_chosen_only_where_it_saves_a_tenth(bus: float, offloads: bool) -> None:
+    """Recomputing takes a third longer. Offloading takes 4 % longer on a fast bus, and on a slow one a quarter, which
+    is less than a tenth faster than recomputing."""
+    step, allowed = counted_step(), Allowed(recompute_every=(None, 1), inputs_wait=(False,))
+    choice = choose(step, allowed, card(predict(step, Way(num_offloaded=4), card(0)).device_bytes, bus))
+    times = {found.way.recompute_every: found.seconds for found in choice.candidates}
+    assert times[None] < times[1] and (times[None] < 0.9 * times[1]) == offloads
+    assert choice.chosen is not None and (choice.chosen.way.num_offloaded > 0) == offloads
 
 
 def test_what_is_fixed_is_the_only_candidate() -> None:
