@@ -15,6 +15,8 @@ ALLOCATOR_SHARE = 0.05
 # Published for 47 of 48 offloaded blocks on an H100: 5 %. The same is assumed for offloaded block inputs.
 COST_OF_WAITING = 0.05
 
+FORWARD_BACKWARD, OPTIMIZER_STEP = "forward and backward pass", "optimizer step"
+
 
 @dataclass(frozen=True)
 class Way:
@@ -64,6 +66,7 @@ class Predicted:
     device_bytes: int  # including CUDA context and allocator overhead
     seconds: float  # per forward and backward pass
     host_bytes: int  # of main memory, for offloaded blocks and inputs
+    peak: str = FORWARD_BACKWARD  # the part of a step that needs most
 
 
 def predict(step: CountedStep, way: Way, card: Gpu, correction: float = 1.0) -> Predicted:
@@ -91,7 +94,8 @@ def predict(step: CountedStep, way: Way, card: Gpu, correction: float = 1.0) -> 
     seconds = seconds_of(moves, cost.slowdown, streamed, inputs, card)
     seconds *= 1 + COST_OF_WAITING * (len(waiting) / max(1, len(sizes)) + (inputs > 0))
     device = weights + round((1 + ALLOCATOR_SHARE) * changing) + CONTEXT_BYTES
-    return Predicted(way, weights, weights + changing, device, seconds, streamed + inputs)
+    peak = FORWARD_BACKWARD if within >= stepping else OPTIMIZER_STEP
+    return Predicted(way, weights, weights + changing, device, seconds, streamed + inputs, peak)
 
 
 def moves_of(step: CountedStep, way: Way) -> list[Move]:

@@ -2,12 +2,18 @@
 
 from dataclasses import dataclass
 
+from library.memory.planner.prediction import ALLOCATOR_SHARE
+
 MOST_AT_ONCE = 8  # larger batches are hardly faster
+
+# An image of 1024 x 1024 keeps a GPU busy by itself: the VAE's first and last layers have 128 channels at full size, 134
+# million values. [derived]
+PIXELS_AT_ONCE = 1024 * 1024
 
 
 @dataclass(frozen=True)
 class Stage:
-    """The memory needs of a stage, in bytes of tensors."""
+    """The memory needs of a stage, in bytes."""
 
     name: str
     option: str  # the flag that sets the batch size
@@ -15,22 +21,32 @@ class Stage:
     rise_of_one: int  # peak above the weights
     rise_of_each_more: int
     streamed_weights: int | None = None  # with layers in main memory, where the weights do not fit; None if they stay
+    most: int = MOST_AT_ONCE  # the largest batch that is worth choosing, a power of two
 
     def peak(self, count: int, is_streamed: bool = False) -> int:
-        """Return the peak bytes with this batch size."""
+        """Return the peak bytes with this batch size, those of the allocator included."""
         weights = self.streamed_weights if is_streamed and self.streamed_weights is not None else self.weights
-        return weights + self.rise_of_one + (count - 1) * self.rise_of_each_more
+        rise = self.rise_of_one + (count - 1) * self.rise_of_each_more
+        return weights + round((1 + ALLOCATOR_SHARE) * rise)
 
     def is_streamed(self, count: int, num_bytes: int) -> bool:
         """Return True if this batch size fits only with layers in main memory."""
         return self.peak(count) > num_bytes >= self.peak(count, is_streamed=True)
 
     def most_that_fits(self, num_bytes: int) -> int:
-        """Return the largest batch size that fits, a power of two up to 8; 0 if not even one does."""
+        """Return the largest batch size that fits, a power of two up to `most`; 0 if not even one does."""
         for is_streamed in (False, True):
-            count = MOST_AT_ONCE
+            count = self.most
             while count and self.peak(count, is_streamed) > num_bytes:
                 count //= 2
             if count:
                 return count
         return 0
+
+
+def most_images(num_pixels: int) -> int:
+    """Return how many images of this size are worth encoding at once: a power of two, together about a megapixel."""
+    count = MOST_AT_ONCE
+    while count > 1 and count * num_pixels > PIXELS_AT_ONCE:
+        count //= 2
+    return count

@@ -26,7 +26,7 @@ from library.memory.planner.counter import OperationCounter
 from library.memory.planner.fakes import give_fakes, norms_as_on_cards
 from library.memory.planner.prediction import CountedStep
 from library.memory.planner.repeats import shortened
-from library.memory.planner.stages import Stage
+from library.memory.planner.stages import Stage, most_images
 from library.memory.planner.steps import CountedOptimizer, CountedPass, Timeline, count_optimizer, count_pass
 from library.memory.planner.weights import ModelWeights
 from library.options.machine.memory import PrecisionOptions
@@ -245,7 +245,8 @@ def count_images(arch: Architecture, vae: nn.Module, shape: BatchShape) -> Stage
     pixels_BCHW = torch.empty(1, 3, shape.height, shape.width)
     generators = [generator_for(0, "planned")]
     one, _ = rise_of(arch, [vae], lambda: arch.codec.encode(vae, pixels_BCHW, generators))
-    return Stage("encoding images", "vae_batch_size", bytes_of(vae), one, one)
+    most = most_images(shape.width * shape.height)
+    return Stage("encoding images", "vae_batch_size", bytes_of(vae), one, one, most=most)
 
 
 def count_captions(

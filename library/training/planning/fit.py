@@ -6,7 +6,7 @@ from typing import Any
 
 from library.memory.planner.choice import Allowed, Choice, choose
 from library.memory.planner.gpus import GIB, Gpu
-from library.memory.planner.prediction import CONTEXT_BYTES, predict
+from library.memory.planner.prediction import CONTEXT_BYTES, Predicted, predict
 from library.memory.planner.stages import Stage
 from library.memory.planner.table import in_gib, table_of
 from library.options.train import TrainOptions
@@ -59,6 +59,7 @@ class Fit:
         if self.choice.chosen is None:
             yield self.shortage()
         else:
+            yield self.peak_line(self.choice.chosen)
             fixed = format_options(self.values(), type(self.options).defaults())
             yield (
                 f"selected: ->. To pin this choice, add: {fixed}"
@@ -77,16 +78,30 @@ class Fit:
             f"{in_gib(alone.device_bytes)} and each more {in_gib(round(each))}; about {most} fit"
         )
 
-    def stage_line(self, stage: Stage) -> str:
+    def peak_line(self, chosen: Predicted) -> str:
+        """Name the stage of the run that needs most of the GPU; stages give their memory back."""
+        needs = {f"training ({chosen.peak})": chosen.device_bytes}
+        needs |= {
+            stage.name: self.stage_bytes(stage) for stage in self.counted.stages if self.stage_sizes[stage.option]
+        }
+        name = max(needs, key=lambda stage: needs[stage])
+        return f"peak of the run: {name}, {in_gib(needs[name])}"
+
+    def stage_bytes(self, stage: Stage) -> int:
+        """Return what a stage needs with the batch size that is chosen, or with one at a time where none fits."""
+        size = self.stage_sizes[stage.option] or 1
+        return stage.peak(size, self.is_streamed(stage)) + CONTEXT_BYTES
+
+    def is_streamed(self, stage: Stage) -> bool:
         size = self.stage_sizes[stage.option]
-        room = self.choice.card.memory_bytes - CONTEXT_BYTES
-        if size and stage.is_streamed(size, room):
-            need = in_gib(stage.peak(size, is_streamed=True) + CONTEXT_BYTES)
-            return f"{stage.name}: {need} with --{stage.option} {size}, layers streamed from main memory"
-        if size:
-            return f"{stage.name}: {in_gib(stage.peak(size) + CONTEXT_BYTES)} with --{stage.option} {size}"
-        need = in_gib(stage.peak(1) + CONTEXT_BYTES)
-        return f"{stage.name} needs {need} by itself, more than there is: {WITHOUT_CARD[stage.option]}"
+        return size > 0 and stage.is_streamed(size, self.choice.card.memory_bytes - CONTEXT_BYTES)
+
+    def stage_line(self, stage: Stage) -> str:
+        size, need = self.stage_sizes[stage.option], in_gib(self.stage_bytes(stage))
+        if not size:
+            return f"{stage.name} needs {need} by itself, more than there is: {WITHOUT_CARD[stage.option]}"
+        streamed = ", layers streamed from main memory" if self.is_streamed(stage) else ""
+        return f"{stage.name}: {need} with --{stage.option} {size}{streamed}"
 
     def shortage(self) -> str:
         """Describe the least memory, what it is made of, and what would have to give."""

@@ -40,6 +40,7 @@ def test_it_prints_a_table_for_each_card(tmp_path: Path, capsys: pytest.CaptureF
     assert "7.2 GiB free of 8 GB (counted as RTX 4060" in printed
     assert "23.0 GiB free of 24 GB (counted as RTX 3090" in printed
     assert printed.count("encoding captions: 0.7 GiB with --text_encoder_batch_size 8") == 2
+    assert printed.count("peak of the run: encoding images, 0.7 GiB") == 2
 
 
 def test_how_many_adapters_of_a_sweep_fit_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from library.memory.devices import bytes_of
 from library.memory.planner.choice import Allowed, choose
 from library.memory.planner.gpus import GIB, Gpu, MemorySize, measured_gpu, parse_size, typical_gpu
 from library.memory.planner.prediction import ALLOCATOR_SHARE, CONTEXT_BYTES, CountedStep, Way, predict
-from library.memory.planner.stages import Stage
+from library.memory.planner.stages import Stage, most_images
 from library.memory.planner.steps import CountedOptimizer, CountedPass, Segment, Timeline
 from library.memory.planner.table import table_of
 from library.memory.planner.weights import Matrix, ModelWeights, StorageCost
@@ -231,7 +231,13 @@ def test_a_device_is_measured() -> None:
 
 
 def test_a_stage_encodes_as_many_at_a_time_as_fit() -> None:
-    stage = Stage("encoding images", "vae_batch_size", 100, 30, 20)
-    assert [stage.peak(count) for count in (1, 2, 8)] == [130, 150, 270]
-    assert [stage.most_that_fits(room) for room in (129, 130, 150, 189, 190, 269, 1000)] == [0, 1, 2, 2, 4, 4, 8]
-    assert replace(stage, rise_of_each_more=0).most_that_fits(130) == 8
+    """The allocator takes 5 % of what comes and goes."""
+    stage = Stage("encoding images", "vae_batch_size", 100, 40, 20)
+    assert [stage.peak(count) for count in (1, 2, 8)] == [142, 163, 289]
+    assert [stage.most_that_fits(room) for room in (141, 142, 163, 204, 205, 288, 1000)] == [0, 1, 2, 2, 4, 4, 8]
+    assert replace(stage, rise_of_each_more=0).most_that_fits(142) == 8
+    assert [replace(stage, most=most).most_that_fits(1000) for most in (1, 2)] == [1, 2]
+
+
+def test_large_images_are_encoded_alone() -> None:
+    assert [most_images(side**2) for side in (256, 512, 640, 768, 1024, 2048)] == [8, 4, 2, 1, 1, 1]

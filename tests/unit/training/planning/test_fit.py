@@ -1,0 +1,47 @@
+"""What is said of a choice."""
+
+from typing import Any
+
+from library.memory.planner.choice import Allowed, choose
+from library.memory.planner.gpus import GIB, Gpu
+from library.memory.planner.prediction import CONTEXT_BYTES, OPTIMIZER_STEP, Way, predict
+from library.memory.planner.stages import Stage
+from library.training.planning.counting import BatchShape, CountedRun
+from library.training.planning.fit import Fit, fit_to
+from tests.unit.memory.planner.test_choice import counted_step
+from tests.unit.training.test_checks import made
+
+IMAGES = Stage("encoding images", "vae_batch_size", 5 * GIB, GIB, GIB, streamed_weights=GIB)
+
+
+def fitted(gib: float, *stages: Stage, adapter: int = 0) -> Fit:
+    options: Any = made(network_module="networks.lora")
+    counted = CountedRun(BatchShape(1, 64, 64), counted_step(adapter), stages)
+    return fit_to(counted, options, Gpu("made up", int(gib * GIB), 1e12, 1e9))
+
+
+def test_the_stage_that_needs_most_is_named() -> None:
+    training = predict(counted_step(), Way(), Gpu("made up", 0, 1e12, 1e9)).device_bytes / GIB
+    lines = list(fitted(7.5, IMAGES).lines())
+    # 5 GiB of weights and 2.1 of two images and a context of 0.7 do not fit, so one is encoded.
+    assert "encoding images: 6.7 GiB with --vae_batch_size 1" in lines
+    assert "peak of the run: encoding images, 6.7 GiB" in lines
+    assert f"peak of the run: training (forward and backward pass), {training:.1f} GiB" in fitted(4).lines()
+
+
+def test_an_optimizer_that_needs_more_than_the_pass_is_named() -> None:
+    step = predict(counted_step(adapter=4 * GIB), Way(), Gpu("made up", 0, 1e12, 1e9))
+    assert step.peak == OPTIMIZER_STEP  # state and gradients are three adapters, a pass keeps 2.4 GiB
+    found = fitted(60, adapter=4 * GIB)
+    assert found.choice.chosen is not None and found.choice.chosen.device_bytes > CONTEXT_BYTES
+    assert any(line.startswith("peak of the run: training (optimizer step), ") for line in found.lines())
+
+
+def test_encoders_that_are_streamed_need_less() -> None:
+    lines = list(fitted(4, IMAGES).lines())
+    assert "encoding images: 3.8 GiB with --vae_batch_size 2, layers streamed from main memory" in lines
+
+
+def test_the_search_space_is_that_of_the_options() -> None:
+    assert fitted(8).allowed == Allowed(inputs_wait=(False, True))
+    assert choose(counted_step(), fitted(8).allowed, fitted(8).choice.card).chosen == fitted(8).choice.chosen
