@@ -45,6 +45,7 @@ from library.training.models.step_context import step_context
 from library.training.models.text_caching import cached_text, live_text
 from library.training.models.weight_formats import format_while_counting
 from library.training.optimization.optimizers import build_optimizer
+from library.training.planning.previews import CountedPreview, count_preview
 from library.training.planning.waiting import OffloadedBlocks
 from library.training.step.context import Models
 from library.training.step.losses import loss_of
@@ -76,6 +77,7 @@ class CountedRun:
     batch: BatchShape  # the largest
     step: CountedStep
     stages: tuple[Stage, ...]  # before training, one after the other: what they need is given back
+    preview: CountedPreview | None = None  # while training
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ def count_run(
                 )
                 fake = fake_batch(arch, batch, conditioning, caches_latents)
                 timeline = count_step(options, arch, meta, fake, stands_for)
+                preview = count_preview(options.preview, arch, meta.vae, not caches_latents, counter_for(arch))
                 optimizer = together(
                     [
                         count_update(own.optimizer, own.network, bool(own.averaging.ema_decay), arch, one)
@@ -139,7 +142,7 @@ def count_run(
         most_offloaded=waiting.most,
         multiplies_codes=options.precision.multiplies_codes,
     )
-    return CountedRun(batch, step, tuple(stage for stage in (images, captions) if stage is not None))
+    return CountedRun(batch, step, tuple(stage for stage in (images, captions) if stage is not None), preview)
 
 
 def storable_layers(model: nn.Module) -> list[nn.Module]:

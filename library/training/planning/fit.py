@@ -11,6 +11,7 @@ from library.memory.planner.stages import Stage
 from library.memory.planner.table import in_gib, table_of
 from library.options.train import TrainOptions
 from library.training.planning.counting import CountedRun
+from library.training.planning.previews import CountedPreview
 from library.training.planning.settings import allowed_by, changes, describe, format_options
 
 
@@ -54,6 +55,8 @@ class Fit:
             yield "times are those of products in 16 bits: what --base_arithmetic 8bit makes of them is not predicted"
         for stage in self.counted.stages:
             yield self.stage_line(stage)
+        if self.counted.preview is not None:
+            yield self.preview_line(self.counted.preview)
         if self.sweep is not None:
             yield self.sweep_line(self.sweep)
         if self.choice.chosen is None:
@@ -84,8 +87,17 @@ class Fit:
         needs |= {
             stage.name: self.stage_bytes(stage) for stage in self.counted.stages if self.stage_sizes[stage.option]
         }
+        if (preview := self.counted.preview) is not None:
+            needs["previews"] = preview.peak(self.counted.step, chosen)
         name = max(needs, key=lambda stage: needs[stage])
         return f"peak of the run: {name}, {in_gib(needs[name])}"
+
+    def preview_line(self, preview: CountedPreview) -> str:
+        need = preview.peak(self.counted.step, self.choice.chosen or self.choice.least)
+        line = f"previews of {preview.width}x{preview.height}: {in_gib(need)}"
+        if need <= self.choice.card.memory_bytes:
+            return line
+        return f"{line}, more than there is: the VAE decodes them in tiles, or on the processor"
 
     def stage_bytes(self, stage: Stage) -> int:
         """Return what a stage needs with the batch size that is chosen, or with one at a time where none fits."""

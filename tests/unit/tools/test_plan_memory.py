@@ -3,12 +3,15 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+from library.memory.devices import bytes_of
 from library.memory.planner.gpus import GIB
 from library.memory.planner.steps import peak_of
 from library.memory.planner.weights import StorageCost
 from tests.contracts.header_only import FULL_SIZE
 from tests.runs.bases import BASES
+from tests.unit.memory.planner.made_up import allocated_peak
 from tools.plan_memory import count, main
 
 pytestmark = pytest.mark.usefixtures("fresh_process")  # reading options sets logging up
@@ -41,6 +44,25 @@ def test_it_prints_a_table_for_each_card(tmp_path: Path, capsys: pytest.CaptureF
     assert "23.0 GiB free of 24 GB (counted as RTX 3090" in printed
     assert printed.count("encoding captions: 0.7 GiB with --text_encoder_batch_size 8") == 2
     assert printed.count("peak of the run: encoding images, 0.7 GiB") == 2
+
+
+def test_previews_are_planned_at_the_size_of_the_largest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Decoding is counted as the VAE does it in a pass of its own."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat --w 128 --h 192\na dog --w 64 --h 64\n")
+    arguments = arguments_for(tmp_path / "model", "--resolution", "64")
+    previews = ["--sample_prompts", str(prompts), "--sample_every_n_steps", "5"]
+    assert main(arguments) == 0 and "previews" not in capsys.readouterr().out
+    assert main([*arguments, *previews]) == 0
+    assert "previews of 128x192: 0.7 GiB\n" in capsys.readouterr().out
+    _, arch, _, counted = count("flux_train_network", [*arguments[2:], *previews])
+    assert counted.preview is not None
+    vae = arch.load.vae()
+    latents_BCHW = torch.randn(1, 16, 192 // 8, 128 // 8)
+    with torch.no_grad():
+        real = allocated_peak(lambda: arch.codec.decode(vae, latents_BCHW))
+    assert counted.preview.decoding_bytes == pytest.approx(real, rel=0.1)
+    assert counted.preview.vae_bytes == bytes_of(vae)
 
 
 def test_how_many_adapters_of_a_sweep_fit_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

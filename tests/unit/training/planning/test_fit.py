@@ -8,6 +8,7 @@ from library.memory.planner.prediction import CONTEXT_BYTES, OPTIMIZER_STEP, Way
 from library.memory.planner.stages import Stage
 from library.training.planning.counting import BatchShape, CountedRun
 from library.training.planning.fit import Fit, fit_to
+from library.training.planning.previews import CountedPreview
 from tests.unit.memory.planner.test_choice import counted_step
 from tests.unit.training.test_checks import made
 
@@ -35,6 +36,19 @@ def test_an_optimizer_that_needs_more_than_the_pass_is_named() -> None:
     found = fitted(60, adapter=4 * GIB)
     assert found.choice.chosen is not None and found.choice.chosen.device_bytes > CONTEXT_BYTES
     assert any(line.startswith("peak of the run: training (optimizer step), ") for line in found.lines())
+
+
+def test_previews_stand_beside_what_training_keeps() -> None:
+    """Weights, adapter and optimizer state, and the VAE; the made-up step has 0.4 GiB of weights."""
+    step, preview = counted_step(), CountedPreview(1024, 768, GIB, 2 * GIB)
+    roomy, tight = (
+        fit_to(CountedRun(BatchShape(1, 64, 64), step, (), preview), fitted(8).options, Gpu("made up", gib * GIB, 1, 1))
+        for gib in (8, 3)
+    )
+    assert "previews of 1024x768: 4.2 GiB" in roomy.lines()
+    assert "peak of the run: previews, 4.2 GiB" in roomy.lines()
+    more = "more than there is: the VAE decodes them in tiles, or on the processor"
+    assert any(line.startswith("previews of 1024x768: 4.") and line.endswith(more) for line in tight.lines())
 
 
 def test_encoders_that_are_streamed_need_less() -> None:

@@ -1,0 +1,62 @@
+"""The memory of drawing previews, which happens beside everything that training keeps."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from library.memory.devices import bytes_of, tensors_of
+from library.memory.planner.counter import OperationCounter
+from library.memory.planner.prediction import ALLOCATOR_SHARE, CONTEXT_BYTES, CountedStep, Predicted
+from library.options.output.preview import PreviewOptions
+from library.protocols import Architecture
+from library.training.evaluation.preview import Timetable
+from library.training.evaluation.prompts import read_prompts, resolve
+
+
+@dataclass(frozen=True)
+class CountedPreview:
+    """Decoding the largest preview, in bytes of tensors.
+
+    The denoiser needs less for it: without gradients it keeps the values of one block at a time.
+    """
+
+    width: int
+    height: int
+    vae_bytes: int  # 0 if the VAE stays in memory while training
+    decoding_bytes: int
+
+    def peak(self, step: CountedStep, chosen: Predicted) -> int:
+        """Return what the GPU needs for it in a run that steps as `chosen`."""
+        kept = chosen.weight_bytes + step.adapter_bytes + step.optimizer.state + self.vae_bytes
+        return kept + round((1 + ALLOCATOR_SHARE) * self.decoding_bytes) + CONTEXT_BYTES
+
+
+def largest_preview(options: PreviewOptions, arch: Architecture) -> tuple[int, int] | None:
+    """Return width and height of the largest image that the options draw; None without previews.
+
+    Prompts whose file does not exist yet are taken to have the base model's usual size.
+    """
+    if Timetable.build(options).is_empty or not options.sample_prompts:
+        return None
+    path, defaults = Path(options.sample_prompts), arch.preview.defaults
+    if not path.is_file():
+        return defaults.width, defaults.height
+    sizes = [(p.width, p.height) for p in (resolve(spec, defaults, arch.inpaints) for spec in read_prompts(path))]
+    return max(sizes, key=lambda size: size[0] * size[1], default=None)
+
+
+def count_preview(
+    options: PreviewOptions, arch: Architecture, vae: nn.Module | None, stays: bool, counter: OperationCounter
+) -> CountedPreview | None:
+    """Count decoding in the fake mode that is on; None without previews or without the VAE's files."""
+    size = largest_preview(options, arch)
+    if size is None or vae is None:
+        return None
+    (width, height), spec = size, arch.codec.spec
+    latents_BCHW = torch.empty(1, spec.channels, height // spec.downscale, width // spec.downscale)
+    counter.leave_out(tensors_of(vae))
+    with counter, torch.no_grad():
+        arch.codec.decode(vae, latents_BCHW)
+    return CountedPreview(width, height, 0 if stays else bytes_of(vae), counter.peak)
