@@ -6,8 +6,8 @@ from library.memory.planner.prediction import ALLOCATOR_SHARE
 
 MOST_AT_ONCE = 8  # larger batches are hardly faster
 
-# An image of 1024 x 1024 keeps a GPU busy by itself: the VAE's first and last layers have 128 channels at full size, 134
-# million values. [derived]
+# An image of 1024 x 1024 keeps a GPU busy by itself: the VAE's first and last layers have 128 channels at full size,
+# 134 million values. [derived]
 PIXELS_AT_ONCE = 1024 * 1024
 
 

@@ -25,6 +25,7 @@ from library.training.evaluation.painted import prompt_conditioning
 from library.training.evaluation.prompts import read_prompts, resolve
 from library.training.evaluation.without_side_effects import evaluating
 from library.training.failures.interruption import Interrupted, Interruption
+from library.training.failures.vae_memory import VaeFallback
 from library.training.reporting.console_lines import announce
 from library.training.reporting.sample_images import (
     Drawn,
@@ -153,6 +154,7 @@ class Previews:
         self._shared_base = sharded if is_drawing and sharded is not None and sharded.has_main else None
         self._encoded, self._cached = encoded, cached
         self._timetable = Timetable.build(run.options.preview)
+        self._vae_fallback = VaeFallback()
 
     @classmethod
     def build(
@@ -251,7 +253,7 @@ class Previews:
             latents_BCHW = draw_latents(run.context, prompt, encoded, generator, goes_on)
             if latents_BCHW is None:
                 return []
-            drawn = Drawn(index, prompt, decode(run.context, vae, latents_BCHW))
+            drawn = Drawn(index, prompt, decode(run.context, vae, latents_BCHW, self._vae_fallback))
             path = image_path(run.options.saving, event, index, prompt.seed)
             write_image(path, drawn)
             with tqdm.external_write_mode():
@@ -325,9 +327,9 @@ def draw_latents(
     return latents_BCHW
 
 
-def decode(context: StepContext, vae: nn.Module, latents_BCHW: Tensor) -> Image.Image:
+def decode(context: StepContext, vae: nn.Module, latents_BCHW: Tensor, fallback: VaeFallback) -> Image.Image:
     """Return the image of the latents. Raises UserError where the VAE gives what is not a number."""
-    pixels_BCHW = context.arch.codec.decode(vae, latents_BCHW)
+    pixels_BCHW = fallback.run(vae, lambda: context.arch.codec.decode(vae, latents_BCHW))
     if not pixels_BCHW.isfinite().all():
         raise UserError("the VAE gives NaN; add --no_half_vae, or use a VAE made for fp16")
     return to_image(pixels_BCHW[0])

@@ -17,6 +17,7 @@ from library.options.caching import CachingOptions
 from library.options.train import TrainOptions
 from library.processes import Processes
 from library.protocols import Architecture, LatentCodec, LiveText
+from library.training.failures.vae_memory import VaeFallback
 from library.training.models.compute import Compute
 from library.training.models.frozen_base import open_sharded
 from library.training.models.frozen_models import load_frozen
@@ -95,9 +96,18 @@ def encode_images(
     def vae() -> nn.Module:
         return place(load_vae(), processes.device)
 
+    fallback = VaeFallback()
+
     def encode(pixels_BCHW: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        with torch.no_grad():
+        states = [generator.get_state() for generator in generators]
+
+        def compute() -> Tensor:
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
             return codec.encode(vae(), pixels_BCHW.to(processes.device), generators).float().cpu()
+
+        with torch.no_grad():
+            return fallback.run(vae(), compute)
 
     return cache_latents(plan, encode, cache(lambda: identity_of(vae())), caching, seed, processes, vae)
 

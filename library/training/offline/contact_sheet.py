@@ -14,6 +14,7 @@ from library.memory.devices import place, release_memory
 from library.options.train import TrainOptions
 from library.protocols import Architecture
 from library.training.evaluation.preview import decode, draw_latents, encode_prompts, generator_of
+from library.training.failures.vae_memory import VaeFallback
 from library.training.models.compute import Compute
 from library.training.models.frozen_models import load_frozen
 from library.training.offline.adapter_files import READER, Stack, installed, resolve_models
@@ -99,7 +100,7 @@ def draw(context: StepContext, vae: nn.Module, prompt: Prompt, encoded: Mapping[
     """One image."""
     latents_BCHW = draw_latents(context, prompt, encoded, generator_of(prompt, context.seed, 0))
     assert latents_BCHW is not None, "nobody breaks it off"
-    return decode(context, vae, latents_BCHW)
+    return decode(context, vae, latents_BCHW, VaeFallback())
 
 
 def arrange(

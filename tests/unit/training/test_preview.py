@@ -28,6 +28,7 @@ from library.training.evaluation.preview import (
 )
 from library.training.evaluation.without_side_effects import evaluating
 from library.training.failures.interruption import Interrupted, Interruption
+from library.training.failures.vae_memory import VaeFallback
 from library.training.reporting.event_stream import Events
 from library.training.reporting.sample_images import Drawn, image_path, parameters_of, write_grid, write_image
 from library.types import Prompt
@@ -220,7 +221,7 @@ def test_an_image_that_is_no_number_is_an_error_naming_the_way_out(run: Any) -> 
     vae: Any = run.context.arch.load.vae()
     nn.init.constant_(vae.decoder.conv_out.bias, torch.nan)
     with torch.no_grad(), pytest.raises(ValueError, match="--no_half_vae"):
-        decode(run.context, vae, torch.zeros(1, 4, 8, 8))
+        decode(run.context, vae, torch.zeros(1, 4, 8, 8), VaeFallback())
 
 
 def test_a_prompt_without_a_seed_has_the_same_noise_at_every_event(run: Any) -> None:

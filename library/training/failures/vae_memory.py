@@ -1,0 +1,89 @@
+"""A VAE for which the GPU's memory does not suffice: it works in tiles, then on the CPU."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from library.memory.devices import release_memory
+from library.training.failures.out_of_memory import is_out_of_memory
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# Pixels of a tile's side where diffusers leaves it to the configuration, which single files lack. Tiles overlap by a
+# quarter and are blended; each sees no more than itself, so colours can differ a little between them.
+TILE = 512
+
+
+class VaeFallback:
+    """Runs a VAE, and where the GPU's memory runs out runs it again: in tiles, then on the CPU.
+
+    What was necessary once is done at once the next time.
+    """
+
+    def __init__(self) -> None:
+        self._ways = [whole, in_tiles, on_cpu]
+
+    def run(self, vae: nn.Module, compute: Callable[[], T]) -> T:
+        """Return `compute()`, which uses the VAE where it is; the VAE is as before afterwards.
+
+        Raises the error of the last attempt.
+        """
+        is_on_gpu = next(vae.parameters()).device.type == "cuda"
+        while True:
+            try:
+                with self._ways[0](vae):
+                    return compute()
+            except (RuntimeError, MemoryError) as error:
+                if not (is_on_gpu and len(self._ways) > 1 and is_out_of_memory(error)):
+                    raise
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            # Outside of the handler, because the error's traceback keeps the tensors of the attempt.
+            self._ways.pop(0)
+            logger.warning("the GPU has too little memory for the VAE: it works %s (%s)", WORDS[self._ways[0]], reason)
+            release_memory()
+
+
+@contextmanager
+def whole(vae: nn.Module) -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def in_tiles(vae: nn.Module) -> Iterator[None]:
+    """Let one of diffusers' VAEs compute in overlapping tiles."""
+    from diffusers import AutoencoderKL
+
+    model: Any = vae
+    changed: dict[str, int] = {}
+    if isinstance(model, AutoencoderKL):
+        downscale = 2 ** (len(model.config.block_out_channels) - 1)
+        changed = {"tile_sample_min_size": TILE, "tile_latent_min_size": TILE // downscale}
+    before = {name: getattr(model, name) for name in changed}
+    vars(model).update(changed)
+    model.enable_tiling()
+    try:
+        yield
+    finally:
+        model.disable_tiling()
+        vars(model).update(before)
+
+
+@contextmanager
+def on_cpu(vae: nn.Module) -> Iterator[None]:
+    device = next(vae.parameters()).device
+    vae.to("cpu")
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    try:
+        yield
+    finally:
+        vae.to(device)
+
+
+WORDS = {in_tiles: "in tiles of the image", on_cpu: "on the CPU, which is slow"}
