@@ -40,6 +40,29 @@ MORE_FORMULAS = {
 }
 
 
+# They launch no kernel, beside those whose schema says that their output is a view.
+NO_KERNEL = {
+    aten._unsafe_view,
+    aten.detach,
+    aten.empty,
+    aten.empty_like,
+    aten.empty_strided,
+    aten.lift_fresh,
+    aten.new_empty,
+    torch.ops.prim.device,
+}
+
+
+def launches_kernel(func: Any) -> bool:
+    """Return True if a GPU does something for a call of `func`."""
+    return not func.is_view and func._overloadpacket not in NO_KERNEL
+
+
+def bytes_touched(*values: Any) -> int:
+    """Return the bytes of all tensors among the arguments or outputs of a call."""
+    return sum(value.numel() * value.element_size() for value in tree_leaves(values) if isinstance(value, Tensor))
+
+
 def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     """Return the floating-point operations of a call with output `out`; 0 unless it is a matrix product or
     attention."""
@@ -76,10 +99,13 @@ class Segment:
     delta: int  # bytes alive at its end minus those at its start
     rise: int  # peak bytes within it minus those at its start
     flops: int
+    moved: int = 0  # bytes that kernels read and write
+    launches: int = 0  # of kernels
 
 
 class OperationCounter(TorchDispatchMode):
-    """Adds up floating-point operations and the bytes of the storages that operations allocate, until they are freed.
+    """Adds up floating-point operations, bytes that are read and written, launches of kernels, and the bytes of the
+    storages that operations allocate, until they are freed.
 
     `answers` are the values that reading a fake tensor returns, by kind of dtype: "bool", "int" and "float". Without
     them values are read from the tensors themselves.
@@ -87,11 +113,11 @@ class OperationCounter(TorchDispatchMode):
 
     def __init__(self, answers: Mapping[str, Any] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.live = self.peak = self.flops = 0
+        self.live = self.peak = self.flops = self.moved = self.launches = 0
         self.segments: list[Segment] = []
         self._answers = answers
         self._sizes: dict[int, int] = {}
-        self._live_at_cut = self._flops_at_cut = 0
+        self._live_at_cut = self._flops_at_cut = self._moved_at_cut = self._launches_at_cut = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -101,6 +127,9 @@ class OperationCounter(TorchDispatchMode):
             args = args[0], [all_places(index) for index in args[1]], *args[2:]
         out = func(*args, **kwargs)
         self.flops += flops_of(func, args, kwargs, out)
+        if launches_kernel(func):
+            self.launches += 1
+            self.moved += bytes_touched(args, out)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.device.type != "meta":
                 self._note(tensor.untyped_storage())
@@ -113,16 +142,25 @@ class OperationCounter(TorchDispatchMode):
 
     def cut(self, label: tuple[str, int] | None = None) -> None:
         """End a segment here with this label and begin the next."""
-        rise = self.peak - self._live_at_cut
-        self.segments.append(Segment(label, self.live - self._live_at_cut, rise, self.flops - self._flops_at_cut))
-        self._live_at_cut = self.peak = self.live
-        self._flops_at_cut = self.flops
+        segment = Segment(
+            label,
+            delta=self.live - self._live_at_cut,
+            rise=self.peak - self._live_at_cut,
+            flops=self.flops - self._flops_at_cut,
+            moved=self.moved - self._moved_at_cut,
+            launches=self.launches - self._launches_at_cut,
+        )
+        self.segments.append(segment)
+        self._begin_segment()
 
     def restart(self) -> None:
         """Discard the segments and begin the first one here."""
         self.segments.clear()
+        self._begin_segment()
+
+    def _begin_segment(self) -> None:
         self._live_at_cut = self.peak = self.live
-        self._flops_at_cut = self.flops
+        self._flops_at_cut, self._moved_at_cut, self._launches_at_cut = self.flops, self.moved, self.launches
 
     def _note(self, storage: Any) -> None:
         key = storage._cdata

@@ -23,6 +23,10 @@ REPORTED_SHARE = 0.98  # of all others
 DESKTOP_BYTES, WINDOWS_DESKTOP_BYTES = 6 * GIB // 10, GIB
 REACHED = 0.6  # share of one large product's speed that a whole step reaches [derived]
 
+# Between the starts of two kernels in a step of small ones: Python, autocast, autograd and the driver. Steps of tiny
+# models take 23 to 32 microseconds a kernel on a server's CPU; docs/memory.md compares with published times.
+LAUNCH_S = 20e-6
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -32,18 +36,19 @@ class Gpu:
     memory_bytes: int  # available to a run
     flops: float  # per second, as reached in training
     bus: float  # bytes per second from pinned main memory
+    bandwidth: float  # bytes per second of its own memory
     nominal_bytes: int | None = None  # of the size in its name, if that is what the user gave
 
 
-# Speeds of a step by published figures: 60 % of the vendors' dense bfloat16 peak with float32 accumulation, and the bus
-# as measured in practice. Not measured on a GPU here.
+# Speeds of a step by published figures: 60 % of the vendors' dense bfloat16 peak with float32 accumulation, 80 % of
+# their memory's bandwidth, and the bus as measured in practice. Not measured on a GPU here.
 TYPICAL = (
-    Gpu("RTX 4060", 8 * GIB, 18e12, 12.5e9),
-    Gpu("RTX 4070", 12 * GIB, 35e12, 24e9),
-    Gpu("RTX 4060 Ti 16 GB", 16 * GIB, 26e12, 12.5e9),
-    Gpu("RTX 3090", 24 * GIB, 43e12, 24e9),
-    Gpu("RTX 5090", 32 * GIB, 125e12, 50e9),
-    Gpu("H100", 80 * GIB, 593e12, 50e9),
+    Gpu("RTX 4060", 8 * GIB, 18e12, 12.5e9, 218e9),
+    Gpu("RTX 4070", 12 * GIB, 35e12, 24e9, 403e9),
+    Gpu("RTX 4060 Ti 16 GB", 16 * GIB, 26e12, 12.5e9, 230e9),
+    Gpu("RTX 3090", 24 * GIB, 43e12, 24e9, 749e9),
+    Gpu("RTX 5090", 32 * GIB, 125e12, 50e9, 1434e9),
+    Gpu("H100", 80 * GIB, 593e12, 50e9, 2680e9),
 )
 
 
@@ -122,7 +127,8 @@ def typical_gpu(size: MemorySize) -> Gpu:
 
 
 def measured_gpu(device: torch.device, memory_bytes: int, dtype: torch.dtype, side: int = 4096) -> Gpu:
-    """Measure this device with one large product and one copy of as many bytes from main memory; takes about 0.1 s."""
+    """Measure this device with one large product, a copy of as many bytes from main memory and one within the device;
+    takes about 0.1 s."""
     on_card = device.type == "cuda"
 
     def seconds(run: Callable[[], object]) -> float:
@@ -139,6 +145,8 @@ def measured_gpu(device: torch.device, memory_bytes: int, dtype: torch.dtype, si
     matrix = torch.randn(side, side, dtype=dtype, device=device)
     host = torch.empty(side, side, dtype=dtype, pin_memory=on_card)
     product = seconds(lambda: matrix @ matrix)
+    num_bytes = host.numel() * host.element_size()
     copy = seconds(lambda: matrix.copy_(host, non_blocking=True))
+    within = seconds(lambda: matrix.clone())  # read and written
     name = torch.cuda.get_device_name(device) if on_card else "this processor"
-    return Gpu(name, memory_bytes, REACHED * 2 * side**3 / product, host.numel() * host.element_size() / copy)
+    return Gpu(name, memory_bytes, REACHED * 2 * side**3 / product, num_bytes / copy, 2 * num_bytes / within)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from library.memory.planner.gpus import GIB, Gpu
+from library.memory.planner.gpus import GIB, LAUNCH_S, Gpu
 from library.memory.planner.steps import CountedOptimizer, Move, Timeline, peak_of
 from library.memory.planner.weights import ModelWeights, StorageCost
 
@@ -123,10 +123,16 @@ def waiting_inputs(step: CountedStep, way: Way) -> int:
 
 
 def seconds_of(moves: list[Move], slowdown: float, streamed: int, inputs: int, card: Gpu) -> float:
-    """Return the seconds of arithmetic and copies in parallel, the longer of both in each pass: streamed weights are
-    copied in both passes, inputs to main memory in the first and back in the second."""
+    """Return the seconds of computing and copies in parallel, the longer of both in each pass: streamed weights are
+    copied in both passes, inputs to main memory in the first and back in the second.
+
+    Computing is arithmetic, the GPU's own memory traffic and the launches of kernels, one after the other. Large models
+    hide part of the last two, small ones do not.
+    """
     computing = {False: 0.0, True: 0.0}
     for move in moves:
-        computing[move.is_backward] += slowdown * move.segment.flops / card.flops
+        segment = move.segment
+        seconds = slowdown * segment.flops / card.flops + segment.moved / card.bandwidth + segment.launches * LAUNCH_S
+        computing[move.is_backward] += seconds
     forward = max(computing[False], streamed / card.bus, inputs / card.bus)
     return forward + max(computing[True], (streamed + inputs) / card.bus)

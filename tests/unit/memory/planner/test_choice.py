@@ -51,7 +51,7 @@ def counted_step(adapter: int = 0, held: int = 0) -> CountedStep:
 
 
 def card(memory: int, bus: float = 1e9) -> Gpu:
-    return Gpu("made up", memory, 1e12, bus)
+    return Gpu("made up", memory, 1e12, bus, 1e12)
 
 
 def test_what_a_way_needs_is_the_sum_of_its_parts() -> None:
@@ -61,6 +61,17 @@ def test_what_a_way_needs_is_the_sum_of_its_parts() -> None:
     assert (plain.weight_bytes, plain.tensor_bytes) == (weights, weights + changing)
     assert plain.device_bytes == pytest.approx(weights + (1 + ALLOCATOR_SHARE) * changing + CONTEXT_BYTES)
     assert plain.seconds == pytest.approx(NUM_BLOCKS * 3 * 4)
+
+
+def test_memory_traffic_and_launches_take_time_beside_arithmetic() -> None:
+    """8 blocks with 12 TFLOP in all, on a GPU of 1 TFLOP/s and 1 TB/s."""
+    step = counted_step()
+    quick = predict(step, Way(), card(0)).seconds
+    segments = [replace(segment, moved=5 * 10**11, launches=1000) for segment in step.timeline.plain.segments]
+    plain = replace(step.timeline.plain, segments=tuple(segments))
+    busy = predict(replace(step, timeline=replace(step.timeline, plain=plain)), Way(), card(0)).seconds
+    assert quick == pytest.approx(96)
+    assert busy - quick == pytest.approx(16 * (0.5 + 1000 * 20e-6))
 
 
 def test_every_second_block_saves_half_and_costs_half() -> None:
@@ -227,7 +238,7 @@ def test_a_typical_card_has_at_most_the_memory() -> None:
 
 def test_a_device_is_measured() -> None:
     found = measured_gpu(torch.device("cpu"), GIB, torch.float32, side=128)
-    assert found.flops > 0 and found.bus > 0 and found.memory_bytes == GIB
+    assert found.flops > 0 and found.bus > 0 and found.bandwidth > 0 and found.memory_bytes == GIB
 
 
 def test_a_stage_encodes_as_many_at_a_time_as_fit() -> None:

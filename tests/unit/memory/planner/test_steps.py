@@ -111,6 +111,21 @@ def test_arithmetic_is_that_of_torchs_own_counter(way: str) -> None:
     assert planned == counter.get_total_flops() + attention
 
 
+def test_kernels_and_the_bytes_they_move_are_counted() -> None:
+    """Views and new tensors without values launch nothing."""
+    counter = OperationCounter(ANSWERS)
+    x, y = torch.ones(8, 4), torch.ones(4, 2)
+    with counter:
+        out = (x @ y).t().add(1)
+        torch.empty(100)
+        out.t().view(-1).detach()
+        counter.cut()
+    (segment,) = counter.segments
+    assert segment.launches == 2
+    assert segment.moved == 4 * (32 + 8 + 16) + 4 * (16 + 16)
+    assert segment.flops == 2 * 8 * 4 * 2
+
+
 def test_inputs_that_wait_in_main_memory_leave_and_come_back() -> None:
     timeline = counted()
     kept = peak_of(timeline.moves(lambda place: True, lambda place: True))

@@ -18,11 +18,11 @@ IMAGES = Stage("encoding images", "vae_batch_size", 5 * GIB, GIB, GIB, streamed_
 def fitted(gib: float, *stages: Stage, adapter: int = 0) -> Fit:
     options: Any = made(network_module="networks.lora")
     counted = CountedRun(BatchShape(1, 64, 64), counted_step(adapter), stages)
-    return fit_to(counted, options, Gpu("made up", int(gib * GIB), 1e12, 1e9))
+    return fit_to(counted, options, Gpu("made up", int(gib * GIB), 1e12, 1e9, 1e12))
 
 
 def test_the_stage_that_needs_most_is_named() -> None:
-    training = predict(counted_step(), Way(), Gpu("made up", 0, 1e12, 1e9)).device_bytes / GIB
+    training = predict(counted_step(), Way(), Gpu("made up", 0, 1e12, 1e9, 1e12)).device_bytes / GIB
     lines = list(fitted(7.5, IMAGES).lines())
     # 5 GiB of weights and 2.1 of two images and a context of 0.7 do not fit, so one is encoded.
     assert "encoding images: 6.7 GiB with --vae_batch_size 1" in lines
@@ -31,7 +31,7 @@ def test_the_stage_that_needs_most_is_named() -> None:
 
 
 def test_an_optimizer_that_needs_more_than_the_pass_is_named() -> None:
-    step = predict(counted_step(adapter=4 * GIB), Way(), Gpu("made up", 0, 1e12, 1e9))
+    step = predict(counted_step(adapter=4 * GIB), Way(), Gpu("made up", 0, 1e12, 1e9, 1e12))
     assert step.peak == OPTIMIZER_STEP  # state and gradients are three adapters, a pass keeps 2.4 GiB
     found = fitted(60, adapter=4 * GIB)
     assert found.choice.chosen is not None and found.choice.chosen.device_bytes > CONTEXT_BYTES
@@ -42,7 +42,9 @@ def test_previews_stand_beside_what_training_keeps() -> None:
     """Weights, adapter and optimizer state, and the VAE; the made-up step has 0.4 GiB of weights."""
     step, preview = counted_step(), CountedPreview(1024, 768, GIB, 2 * GIB)
     roomy, tight = (
-        fit_to(CountedRun(BatchShape(1, 64, 64), step, (), preview), fitted(8).options, Gpu("made up", gib * GIB, 1, 1))
+        fit_to(
+            CountedRun(BatchShape(1, 64, 64), step, (), preview), fitted(8).options, Gpu("made up", gib * GIB, 1, 1, 1)
+        )
         for gib in (8, 3)
     )
     assert "previews of 1024x768: 4.2 GiB" in roomy.lines()

@@ -33,7 +33,9 @@ def test_processes_choose_by_the_least_room_and_the_main_process_speed(monkeypat
         return measure_gpu("auto", "bf16", processes)
 
     ranks = iter(range(100, 200))
-    monkeypatch.setattr(fit_run, "measured_gpu", lambda device, room, dtype: Gpu("x", room, next(ranks), next(ranks)))
+    monkeypatch.setattr(
+        fit_run, "measured_gpu", lambda device, room, dtype: Gpu("x", room, next(ranks), next(ranks), next(ranks))
+    )
     with ThreadPoolExecutor(3) as pool, monkeypatch.context() as patch:
         patch.setattr(fit_run, "free_memory", lambda device: free.popitem()[1])
         found = list(pool.map(card, (0, 1, 2)))
