@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from library.memory.codecs.codec import Parts  # noqa: E402
+from library.memory.codecs.codec import Codec, Parts  # noqa: E402
 from library.memory.codecs.weight_format import load_format  # noqa: E402
 from library.options.machine.base_formats import BASE_FORMATS  # noqa: E402
 
@@ -43,28 +43,34 @@ def num_bytes(parts: Parts) -> int:
     return sum(part.numel() * part.element_size() for part in parts.values())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", type=int, default=3072, help="rows and columns; the default is FLUX.1's attention")
-    side = parser.parse_args().side
+def errors_of(codec: Codec, side: int) -> list[float]:
+    """Return the errors of y and dx without and with outliers."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(TOKENS, side, generator=generator)
     gradient = torch.randn(TOKENS, side, generator=generator)
     weight = torch.randn(side, side, generator=generator) / side**0.5
     outliers = torch.ones(side)
     outliers[torch.randperm(side, generator=generator)[: side // 500]] = 30
+    errors: list[float] = []
+    for exact in (weight, weight * outliers):
+        stored = codec.decode(codec.encode(exact.bfloat16()), exact.shape, torch.float32)
+        errors.append(error(x @ stored.T, x.double() @ exact.double().T))
+        errors.append(error(gradient @ stored, gradient.double() @ exact.double()))
+    return errors
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--side", type=int, default=3072, help="rows and columns; the default is FLUX.1's attention")
+    side = parser.parse_args().side
+    x, weight = torch.randn(TOKENS, side).bfloat16(), (torch.randn(side, side) / side**0.5).bfloat16()
     print(f"| {' | '.join(HEADINGS)} |\n{'|---' * len(HEADINGS)}|")
-    product = seconds(lambda: x.bfloat16() @ weight.bfloat16().T)
+    product = seconds(lambda: x @ weight.T)
     for name in BASE_FORMATS:
         codec = load_format(name).codec
-        errors: list[float] = []
-        for exact in (weight, weight * outliers):
-            parts = codec.encode(exact.bfloat16())
-            stored = codec.decode(parts, exact.shape, torch.float32)
-            errors.append(error(x @ stored.T, x.double() @ exact.double().T))
-            errors.append(error(gradient @ stored, gradient.double() @ exact.double()))
+        parts = codec.encode(weight)
         ratio = seconds(lambda: codec.decode(parts, weight.shape, torch.bfloat16)) / product  # noqa: B023
-        shares = " | ".join(f"{100 * value:.2f} %" for value in errors)
+        shares = " | ".join(f"{100 * value:.2f} %" for value in errors_of(codec, side))
         print(f"| `{name}` | {num_bytes(parts) / weight.numel():.3f} | {shares} | {ratio:.2f} |")
 
 

@@ -98,9 +98,10 @@ def plan(args: argparse.Namespace, training: Sequence[str]) -> None:
         _, adapters = shared_and_own(options)
         sweep = sweep_of(options, arch, batch, CARD, list(adapters.values()))
     print(f"{arch.name}, {batch.count} x {batch.width}x{batch.height}, {options.network.network_module}")
+    num_steps = options.run.max_train_steps if options.run.max_train_epochs is None else None
     for size in sizes:
         print()
-        for line in fit_to(counted, options, typical_gpu(size), sweep).lines():
+        for line in fit_to(counted, options, typical_gpu(size), sweep, num_steps).lines():
             print(line)
 
 

@@ -17,6 +17,9 @@ class WeightFormat:
     slowdown: float  # factor on the arithmetic due to decoding [derived, see docs/memory.md; not measured on a GPU]
     supports_8bit_matmul: bool = False  # `codes` can be multiplied without decoding (--base_arithmetic 8bit)
     required_package: str | None = None
+    error: float | None = (
+        None  # relative, of a layer's output with outliers among its weights (benchmarks/format_errors.py)
+    )
 
 
 def load_format(name: str) -> WeightFormat:

@@ -82,4 +82,4 @@ def num_bytes(num_rows: int, num_columns: int, itemsize: int) -> int:
     return num_rows * num_columns + 4 * num_rows
 
 
-FORMAT = WeightFormat(Int8Rows(), num_bytes, num_copies=2, slowdown=1.05, supports_8bit_matmul=True)
+FORMAT = WeightFormat(Int8Rows(), num_bytes, num_copies=2, slowdown=1.05, supports_8bit_matmul=True, error=0.0721)

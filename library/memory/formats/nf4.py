@@ -100,4 +100,4 @@ def num_bytes(num_rows: int, num_columns: int, itemsize: int) -> int:
     return ceil(num_values / 2) + 4 * ceil(num_values / GROUP)
 
 
-FORMAT = WeightFormat(Nf4(), num_bytes, num_copies=1, slowdown=1.15, required_package=PACKAGE)
+FORMAT = WeightFormat(Nf4(), num_bytes, num_copies=1, slowdown=1.15, required_package=PACKAGE, error=0.1373)

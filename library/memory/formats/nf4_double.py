@@ -13,4 +13,6 @@ def num_bytes(num_rows: int, num_columns: int, itemsize: int) -> int:
     return ceil(num_values / 2) + num_factors + 4 * ceil(num_factors / FACTOR_GROUP) + 4
 
 
-FORMAT = WeightFormat(Nf4(is_double=True), num_bytes, num_copies=1, slowdown=1.15, required_package=PACKAGE)
+FORMAT = WeightFormat(
+    Nf4(is_double=True), num_bytes, num_copies=1, slowdown=1.15, required_package=PACKAGE, error=0.138
+)

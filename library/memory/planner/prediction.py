@@ -66,7 +66,8 @@ class Predicted:
     device_bytes: int  # including CUDA context and allocator overhead
     seconds: float  # per forward and backward pass
     host_bytes: int  # of main memory, for offloaded blocks and inputs
-    peak: str = FORWARD_BACKWARD  # the part of a step that needs most
+    peak: str  # the part of a step that needs most
+    error: float | None  # of the weight format, relative to a layer's output; None if weights are not stored in one
 
 
 def predict(step: CountedStep, way: Way, card: Gpu, correction: float = 1.0) -> Predicted:
@@ -95,7 +96,7 @@ def predict(step: CountedStep, way: Way, card: Gpu, correction: float = 1.0) -> 
     seconds *= 1 + COST_OF_WAITING * (len(waiting) / max(1, len(sizes)) + (inputs > 0))
     device = weights + round((1 + ALLOCATOR_SHARE) * changing) + CONTEXT_BYTES
     peak = FORWARD_BACKWARD if within >= stepping else OPTIMIZER_STEP
-    return Predicted(way, weights, weights + changing, device, seconds, streamed + inputs, peak)
+    return Predicted(way, weights, weights + changing, device, seconds, streamed + inputs, peak, cost.error)
 
 
 def moves_of(step: CountedStep, way: Way) -> list[Move]:

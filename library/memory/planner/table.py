@@ -1,13 +1,11 @@
 """The table of candidates that users read."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from library.formatting import format_count
 from library.memory.planner.choice import Choice
 from library.memory.planner.gpus import GIB
 from library.memory.planner.prediction import Predicted, Way
-
-HEADINGS = ("", "way", "memory", "spare", "of it tensors", "main memory", "a pass")
 
 
 def in_gib(num_bytes: int) -> str:
@@ -20,31 +18,36 @@ def shown(choice: Choice) -> tuple[Predicted, ...]:
     return fitting or choice.candidates
 
 
-def rows_of(choice: Choice, describe: Callable[[Way], str]) -> list[tuple[str, ...]]:
-    """Return a row for each shown candidate; `describe` turns a way into its options."""
+def rows_of(choice: Choice, describe: Callable[[Way], str], num_passes: int | None = None) -> Iterator[tuple[str, ...]]:
+    """Yield the headings and a row for each shown candidate; `describe` turns a way into its options.
 
-    def mark(found: Predicted) -> str:
-        if found is choice.chosen:
-            return "->"
-        return "" if found.device_bytes <= choice.card.memory_bytes else "x"
-
-    return [
-        (
-            mark(found),
+    Formats have a column for their error, and runs of a known length one for their hours.
+    """
+    rounds = any(found.error is not None for found in choice.candidates)
+    yield (
+        *("", "way", "memory", "spare", "of it tensors", "main memory"),
+        *(["error"] if rounds else []),
+        "a pass",
+        *(["the run"] if num_passes else []),
+    )
+    for found in shown(choice):
+        fits = found.device_bytes <= choice.card.memory_bytes
+        yield (
+            "->" if found is choice.chosen else "" if fits else "x",
             describe(found.way),
             in_gib(found.device_bytes),
             in_gib(max(0, choice.card.memory_bytes - found.device_bytes)),
             in_gib(found.tensor_bytes),
             in_gib(found.host_bytes) if found.host_bytes else "",
+            *(["" if found.error is None else f"{100 * found.error:.1f} %"] if rounds else []),
             f"{found.seconds:.2f} s",
+            *([f"{found.seconds * num_passes / 3600:.1f} h"] if num_passes else []),
         )
-        for found in shown(choice)
-    ]
 
 
-def table_of(choice: Choice, describe: Callable[[Way], str]) -> list[str]:
+def table_of(choice: Choice, describe: Callable[[Way], str], num_passes: int | None = None) -> list[str]:
     """Format the candidates that fit as lines of equal columns, the chosen one marked, and count the others."""
-    lines = columns([HEADINGS, *rows_of(choice, describe)])
+    lines = columns([*rows_of(choice, describe, num_passes)])
     others = [found.device_bytes for found in choice.candidates if found not in shown(choice)]
     if others:
         count = format_count(len(others), "other configuration")

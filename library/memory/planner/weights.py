@@ -55,6 +55,7 @@ class StorageCost:
     num_bytes: Callable[[Matrix], int]
     num_copies: float
     slowdown: float
+    error: float | None = None
 
     @classmethod
     def of(cls, name: str | None) -> "StorageCost":
@@ -69,6 +70,7 @@ class StorageCost:
             lambda matrix: found.num_bytes(matrix.rows, matrix.columns, matrix.itemsize),
             found.num_copies,
             found.slowdown,
+            found.error,
         )
 
     def of_8bit_matmul(self) -> "StorageCost":

@@ -33,6 +33,7 @@ class Fit:
     choice: Choice
     stage_sizes: Mapping[str, int]  # how many are encoded at a time, by the option that says it; 0 where none fits
     sweep: Sweep | None = None  # where several adapters share the step
+    num_passes: int | None = None  # of the run; None where its length is not known
 
     def values(self) -> dict[str, Any]:
         """Return the options that were chosen, where they are other than the user's; none where nothing fits."""
@@ -50,7 +51,7 @@ class Fit:
             f"{in_gib(card.memory_bytes)}{of} (counted as {card.name}: {card.flops / 1e12:.1f} TFLOP/s, "
             f"{card.bus / 1e9:.1f} GB/s from main memory), predicted:"
         )
-        yield from table_of(self.choice, describe)
+        yield from table_of(self.choice, describe, self.num_passes)
         if self.options.precision.multiplies_codes:
             yield "times are those of products in 16 bits: what --base_arithmetic 8bit makes of them is not predicted"
         for stage in self.counted.stages:
@@ -136,8 +137,13 @@ WITHOUT_CARD = {
 SMALLER_WEIGHTS = "--base_format or --fit_formats int8 nf4 store them in fewer bits"
 
 
-def fit_to(counted: CountedRun, options: TrainOptions, card: Gpu, sweep: Sweep | None = None) -> Fit:
-    """Return the choice for a card; whatever the user has set stays as it is."""
+def fit_to(
+    counted: CountedRun, options: TrainOptions, card: Gpu, sweep: Sweep | None = None, num_steps: int | None = None
+) -> Fit:
+    """Return the choice for a card; whatever the user has set stays as it is.
+
+    `num_steps` are the optimizer steps of the run, None where they are not known.
+    """
     values, defaults = options.flat(), type(options).defaults()
     room = card.memory_bytes - CONTEXT_BYTES
     sizes = {}
@@ -146,4 +152,5 @@ def fit_to(counted: CountedRun, options: TrainOptions, card: Gpu, sweep: Sweep |
         is_free = wanted == defaults[stage.option]
         sizes[stage.option] = stage.most_that_fits(room) if is_free else wanted
     allowed = allowed_by(options)
-    return Fit(options, counted, allowed, choose(counted.step, allowed, card), sizes, sweep)
+    num_passes = None if num_steps is None else num_steps * options.run.gradient_accumulation_steps
+    return Fit(options, counted, allowed, choose(counted.step, allowed, card), sizes, sweep, num_passes)

@@ -109,7 +109,8 @@ def fit_run(
     card = measure_gpu(options.fit.fit, options.precision.mixed_precision, processes)
     batch = largest_batch(plan)
     counted = counted_run(options, arch, batch, processes.device, adapters)
-    found = fit_to(counted, options, card, sweep_of(options, arch, batch, processes.device, adapters))
+    sweep = sweep_of(options, arch, batch, processes.device, adapters)
+    found = fit_to(counted, options, card, sweep, plan.max_train_steps)
     if found.choice.chosen is None:
         raise UserError("\n  ".join([f"--fit {options.fit.fit}", *found.lines()]))
     for line in found.lines() if processes.is_main else ():

@@ -193,6 +193,16 @@ def test_the_table_marks_what_is_chosen_and_counts_what_does_not_fit() -> None:
     assert [line.split()[:3] for line in nothing[1:]] == [["x", "every", "None"], ["x", "every", "1"]]
 
 
+def test_the_table_shows_what_formats_round_and_the_hours_of_a_run() -> None:
+    allowed = Allowed(weight_formats=("bf16", "nf4"), recompute_every=(None,), num_offloaded=0)
+    choice = choose(counted_step(), allowed, card(8 * GIB))
+    lines = table_of(choice, lambda way: str(way.weight_format), num_passes=75)
+    assert lines[0].split()[-5:] == ["error", "a", "pass", "the", "run"]
+    cells = {line.replace("->", "").split()[0]: line.split()[-6:] for line in lines[1:]}
+    assert cells["bf16"] == ["0.2", "%", "96.00", "s", "2.0", "h"]
+    assert cells["nf4"][:2] == ["13.7", "%"]
+
+
 @pytest.mark.parametrize(
     ("text", "gib"),
     [("12GiB", 12), ("12.0GB", 12), ("7.5 gib", 7.5), ("11500MB", 11500 / 1024), ("0.5g", 0.5), ("300mib", 300 / 1024)],

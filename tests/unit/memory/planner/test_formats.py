@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.format_errors import errors_of
+from library.memory.codecs.weight_format import load_format
 from library.memory.frozen import store_in
 from library.memory.planner.weights import Matrix, StorageCost
 from tests.unit.memory.planner.made_up import allocated_peak
@@ -30,3 +32,12 @@ def test_decoding_takes_as_many_copies_as_its_entry_says(name: str) -> None:
     taken = allocated_peak(lambda: layer(x).sum().backward()) / matrix.plain_bytes
     # Kernels of CPUs take up to a fifth of this small weight for themselves, more with more threads.
     assert taken == pytest.approx(StorageCost.of(name).num_copies, abs=0.25)
+
+
+@pytest.mark.slow
+def test_the_error_of_a_format_is_that_of_a_product_with_outliers() -> None:
+    """As benchmarks/format_errors.py measures it, whose weight is larger."""
+    found = {name: errors_of(load_format(name).codec, 2048)[2] for name in CODECS}
+    for name, value in found.items():
+        declared = load_format(name).error
+        assert declared is not None and value == pytest.approx(declared, rel=0.1), name
