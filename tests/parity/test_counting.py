@@ -1,5 +1,6 @@
 """A run counted from headers alone against the allocator's events of the same step on real weights."""
 
+import gc
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from library.memory.planner.prediction import Way, predict
 from library.memory.planner.steps import peak_of
 from library.memory.planner.weights import StorageCost
 from library.options.train import TrainOptions
+from library.progress import listening
 from library.protocols import Architecture
 from library.training.models.base_model import LoadedModels
 from library.training.models.compute import Compute
@@ -166,3 +168,13 @@ def test_a_moving_average_takes_four_bytes_for_each_trained_value_all_the_time(t
     for part in ("state", "rise"):
         more = getattr(averaged.optimizer, part) - getattr(plain.optimizer, part)
         assert more == plain.gradient_bytes > 0  # float32 as they are
+
+
+def test_progress_is_shown_while_counting(tmp_path: Path) -> None:
+    options, arch = opened("sd", tmp_path / "model", "--mixed_precision", "no")
+    seen: list[tuple[str, str, int, int]] = []
+    with listening(lambda *told: seen.append(told)):
+        count_run(options, arch, SHAPE, CPU)
+    assert [done for _, state, done, _ in seen if state == "progress"] == [1, 2, 3, 4, 5]
+    assert {(title, total) for title, _, _, total in seen} == {("counting memory", 5)}
+    assert gc.isenabled()

@@ -4,8 +4,9 @@ The models, the adapter, the optimizer and the loss are those of the run, built 
 have shapes only.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -33,6 +34,7 @@ from library.options.machine.memory import PrecisionOptions
 from library.options.train import TrainOptions
 from library.options.training.network import NetworkOptions
 from library.options.training.optimizer import OptimizerOptions
+from library.progress import progress_bar
 from library.protocols import Architecture, TextCacheSpec
 from library.randomness import generator_for
 from library.training.loop.stacked_step import repeat_batch, stacked_losses
@@ -53,6 +55,8 @@ from library.types import Batch, Conditioning
 from networks.core.protocol import AdoptedNetwork, adopt, multiplex, open_network_module
 
 T = TypeVar("T")
+
+NUM_COUNTS = 5  # models, encoding, a pass, a recomputed pass, the optimizer
 
 CPU = torch.device("cpu")  # fakes of a card cannot compute gradients where torch is built without CUDA
 
@@ -102,25 +106,35 @@ def count_run(
     `adapters` are the options of each where several share the base model, without the dropout that they may have.
     """
     adapters = adapters or (options,)
-    with mute_logging(), torch.random.fork_rng(devices=[]), matrices_forgotten():
-        with FakeTensorMode(allow_non_fake_inputs=True), nullcontext() if device.type == "cpu" else norms_as_on_cards():
-            meta = run_on_meta_device(options, arch, adapters)
-            denoiser, networks = meta.models.denoiser, meta.networks
-            with shortened(arch.chains(denoiser)) as stands_for:
-                caches_latents = options.caching.cache_latents
-                images = count_images(arch, meta.vae, batch) if caches_latents and meta.vae is not None else None
-                captions, conditioning = count_captions(
-                    cached_text(options.network, arch.text_cache), options.precision, arch, meta.encoders, batch.count
-                )
-                fake = fake_batch(arch, batch, conditioning, caches_latents)
-                timeline = count_step(options, arch, meta, fake, stands_for)
-                preview = count_preview(options.preview, arch, meta.vae, not caches_latents, counter_for(arch))
-                optimizer = together(
-                    [
-                        count_update(own.optimizer, own.network, bool(own.averaging.ema_decay), arch, one)
-                        for own, one in zip(adapters, networks, strict=True)
-                    ]
-                )
+    with (
+        progress_bar("counting memory…", NUM_COUNTS, leave=False) as bar,
+        mute_logging(),
+        without_garbage_collection(),
+        torch.random.fork_rng(devices=[]),
+        matrices_forgotten(),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        nullcontext() if device.type == "cpu" else norms_as_on_cards(),
+    ):
+        meta = run_on_meta_device(options, arch, adapters)
+        bar.update(1)
+        denoiser, networks = meta.models.denoiser, meta.networks
+        with shortened(arch.chains(denoiser)) as stands_for:
+            caches_latents = options.caching.cache_latents
+            images = count_images(arch, meta.vae, batch) if caches_latents and meta.vae is not None else None
+            preview = count_preview(options.preview, arch, meta.vae, not caches_latents, counter_for(arch))
+            captions, conditioning = count_captions(
+                cached_text(options.network, arch.text_cache), options.precision, arch, meta.encoders, batch.count
+            )
+            bar.update(1)
+            fake = fake_batch(arch, batch, conditioning, caches_latents)
+            timeline = count_step(options, arch, meta, fake, stands_for, partial(bar.update, 1))
+            optimizer = together(
+                [
+                    count_update(own.optimizer, own.network, bool(own.averaging.ema_decay), arch, one)
+                    for own, one in zip(adapters, networks, strict=True)
+                ]
+            )
+            bar.update(1)
     vae = [] if meta.models.vae is None else [meta.models.vae]
     own = set(denoiser.modules())
     places = [place for place, block in enumerate(timeline.blocks) if block in own]
@@ -143,6 +157,18 @@ def count_run(
         multiplies_codes=options.precision.multiplies_codes,
     )
     return CountedRun(batch, step, tuple(stage for stage in (images, captions) if stage is not None), preview)
+
+
+@contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Leave reference cycles alone: looking for them is an eighth of the time, and counts depend on when it happens."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def storable_layers(model: nn.Module) -> list[nn.Module]:
@@ -288,9 +314,10 @@ def count_step(
     meta: MetaRun,
     batch: Batch,
     stands_for: Mapping[nn.Module, Sequence[nn.Module]],
+    advance: Callable[[], None],
 ) -> Timeline:
     """Forward and backward pass, with all blocks recomputed and with none; gradients are there already where a step
-    has several passes."""
+    has several passes. `advance` is called after each of the two."""
     models, networks = meta.models, meta.networks
     loaded = LoadedModels(models, live_text(options.network, arch.text_cache), None)
     compute = Compute.build(options.precision, CPU)
@@ -324,7 +351,9 @@ def count_step(
             one.start_step(*models.network_view)
             one.start_optimizer_step(0, 0)
         with nullcontext() if turns is None else turns.together(seeds, CPU, draws=False):
-            return count_pass(loss, give_runner, runner, counter, num_passes)
+            counted = count_pass(loss, give_runner, runner, counter, num_passes)
+        advance()
+        return counted
 
     return Timeline.build(count(plain), count(recompute), stands_for)
 
