@@ -4,6 +4,7 @@ Nothing is measured and no weight is read: the base models are files with nothin
 
     python benchmarks/plan_models.py
     python benchmarks/plan_models.py --models FLUX.1 --formats bf16 int8 nf4
+    python benchmarks/plan_models.py --write docs/memory.md
 """
 
 import argparse
@@ -11,7 +12,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -19,11 +21,14 @@ sys.path.insert(0, str(ROOT))
 
 from library.memory.planner.gpus import parse_size, typical_gpu  # noqa: E402
 from library.memory.planner.table import in_gib  # noqa: E402
+from library.options.train import TrainOptions  # noqa: E402
+from library.training.planning.counting import CountedRun  # noqa: E402
 from library.training.planning.fit import Fit, fit_to  # noqa: E402
 from library.training.planning.settings import describe  # noqa: E402
 from tests.contracts.header_only import FULL_SIZE, FullSize  # noqa: E402
 from tools.plan_memory import count  # noqa: E402
 
+CARDS = ("8GB", "12GB", "16GB", "24GB")
 RANK = 16
 CACHES_TEXT = {"train_network"}  # that cannot
 
@@ -46,32 +51,71 @@ def cell(found: Fit) -> str:
     return f"{in_gib(chosen.device_bytes)}, {chosen.seconds:.2f} s: `{way}`"
 
 
-def rows(names: Sequence[str], formats: Sequence[str], cards: Sequence[str]) -> Iterator[str]:
-    """A table of markdown: a line for each model and format of its weights, a column for each card."""
-    yield f"| base model | {' | '.join(cards)} |"
-    yield f"|---|{'---|' * len(cards)}"
-    for name in names:
-        model = FULL_SIZE[name]
-        with tempfile.TemporaryDirectory() as folder:
-            began = time.perf_counter()
-            options, _, _, counted = count(model.script, arguments_for(model, Path(folder) / "model"))
-            seconds = time.perf_counter() - began
-        sizes = [parse_size("--cards", card) for card in cards]
-        for form in formats:
-            wanted = options.with_values({"fit_formats": [form]})
-            cells = [cell(fit_to(counted, wanted, typical_gpu(size))) for size in sizes]
-            yield f"| {name}, {model.side} px, {form} | {' | '.join(cells)} |"
-        print(f"{name}: counted in {seconds:.1f} s", file=sys.stderr)
+@dataclass(frozen=True)
+class Table:
+    """A table of docs/memory.md, which stands between comments that name it."""
+
+    name: str
+    models: Sequence[str]
+    formats: Sequence[str]
+
+    def rows(self, cards: Sequence[str]) -> Iterator[str]:
+        """Yield a line of markdown for each model and format of its weights, with a column for each card."""
+        yield f"| base model | {' | '.join(cards)} |"
+        yield f"|---|{'---|' * len(cards)}"
+        for name in self.models:
+            yield from rows_of(name, self.formats, cards)
+
+    def put_into(self, page: str, lines: Sequence[str]) -> str:
+        """Return the page with these lines as the table."""
+        begin, end = f"<!-- plan_models: {self.name} -->\n", f"<!-- end: {self.name} -->"
+        before, rest = page.split(begin)
+        return before + begin + "".join(f"{line}\n" for line in lines) + end + rest.split(end)[1]
+
+
+TABLES = (
+    Table("all models", tuple(FULL_SIZE), ("bf16",)),
+    Table("fewer bits", ("FLUX.1", "HunyuanImage 2.1"), ("int8", "nf4")),
+)
+
+
+@cache
+def counted(name: str) -> tuple[TrainOptions, CountedRun]:
+    """Count a usual training of a base model."""
+    model = FULL_SIZE[name]
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.process_time()
+        options, _, _, found = count(model.script, arguments_for(model, Path(folder) / "model"))
+        print(f"{name}: {time.process_time() - began:.1f} CPU seconds", file=sys.stderr)
+    return options, found
+
+
+def rows_of(name: str, formats: Sequence[str], cards: Sequence[str]) -> Iterator[str]:
+    """Yield the lines of a base model."""
+    options, found = counted(name)
+    sizes = [parse_size("--cards", card) for card in cards]
+    for form in formats:
+        wanted = options.with_values({"fit_formats": [form]})
+        cells = [cell(fit_to(found, wanted, typical_gpu(size))) for size in sizes]
+        yield f"| {name}, {FULL_SIZE[name].side} px, {form} | {' | '.join(cells)} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(FULL_SIZE), choices=list(FULL_SIZE))
-    parser.add_argument("--cards", nargs="+", default=["8GB", "12GB", "16GB", "24GB"])
+    parser.add_argument("--cards", nargs="+", default=CARDS)
     parser.add_argument("--formats", nargs="+", default=["bf16"], help="values of --base_format, a line for each")
+    parser.add_argument("--write", metavar="PAGE", help="replace the tables of docs/memory.md by new ones")
     args = parser.parse_args()
-    for line in rows(args.models, args.formats, args.cards):
-        print(line, flush=True)
+    if args.write is None:
+        for line in Table("asked for", args.models, args.formats).rows(args.cards):
+            print(line, flush=True)
+        return
+    path = Path(args.write)
+    page = path.read_text(encoding="utf-8")
+    for table in TABLES:
+        page = table.put_into(page, list(table.rows(CARDS)))
+    path.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":
