@@ -19,7 +19,7 @@ from library.training.config_file import read_config
 from library.training.evaluation.prompts import LINE_OPTIONS
 from library.training.sweep.combinations import combinations_of
 from networks.core.registry.parsing import parse_arguments
-from tools import choose_checkpoint, contact_sheet, make_shards, plan_memory, start
+from tools import choose_checkpoint, contact_sheet, make_shards, plan_memory, start, verify
 
 pytestmark = pytest.mark.slow
 
@@ -92,8 +92,8 @@ def check_command(command: str) -> None:
             assert importlib.util.find_spec(module) is not None, f"the requirements bring no module {module}"
         case ["python3" | "python", "tools/start.py", *arguments]:
             parse(start.setup_parser(), start.split_at_dashes(arguments)[0])
-        case ["python3" | "python", "tools/plan_memory.py", *arguments]:
-            own, training = plan_memory.setup_parser().parse_known_args(arguments)
+        case ["python3" | "python", "tools/plan_memory.py" | "tools/verify.py" as tool, *arguments]:
+            own, training = (plan_memory if "plan" in tool else verify).setup_parser().parse_known_args(arguments)
             check_script(own.script, training)
         case ["python3" | "python", "tools/contact_sheet.py" | "tools/choose_checkpoint.py" as tool, *arguments]:
             module = contact_sheet if "sheet" in tool else choose_checkpoint

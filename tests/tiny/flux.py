@@ -8,9 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from library.architectures.flux.checkpoint_keys import SWAPPED, source_keys
+from library.architectures.flux import reference
 from library.architectures.flux.model import Flux, FluxConfig
-from library.checkpoints.fused_tensors import swap_halves
 from library.models.vae.checkpoint_keys import vae_to_ldm
 from tests.tiny.init import fixed_init
 from tests.tiny.sd import CLIP, write_tokenizer
@@ -181,15 +180,7 @@ def tiny_flux(seed: int, has_guidance: bool = True) -> Flux:
 
 def diffusers_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights of the denoiser under diffusers' names."""
-    found = {}
-    for key, tensor in state.items():
-        names = source_keys(key)
-        tensor = swap_halves(tensor) if key.startswith(SWAPPED) else tensor
-        width = tensor.shape[1] if tensor.ndim > 1 else CONFIG.width
-        rows = [width, width, width, tensor.shape[0] - 3 * width][: len(names)]
-        parts = torch.split(tensor, rows) if len(names) > 1 else (tensor,)
-        found |= {name: part.clone() for name, part in zip(names, parts, strict=True)}
-    return found
+    return reference.diffusers_state(state, CONFIG.width)
 
 
 def diffusers_config(config: FluxConfig = CONFIG) -> dict[str, Any]:

@@ -1,0 +1,82 @@
+"""tools/verify.py on tiny models: real trainings in processes of their own."""
+
+import re
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.running import make_images
+from tests.runs.bases import BASES
+from tools import verify
+
+pytestmark = pytest.mark.usefixtures("fresh_process")  # reading options sets logging up
+
+
+def arguments_for(name: str, folder: Path, *more: str) -> list[str]:
+    base = BASES[name]
+    make_images(folder / "data" / "2_secretname", 4)
+    return [
+        "--script", f"{base.script}.py", *base.build(folder / "model"), "--train_data_dir", str(folder / "data"),
+        "--caption_extension", ".txt", "--resolution", "64", "--network_module", base.module, "--network_dim", "4",
+        "--learning_rate", "1e-3", "--max_data_loader_n_workers", "0", "--cache_latents", *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "denoiser"),
+    [
+        ("flux", "first and last blocks off diffusers' class by "),
+        pytest.param("sd", "diffusers' own UNet2DConditionModel", marks=pytest.mark.nightly),
+        pytest.param("sd3", "first and last blocks off diffusers' class by ", marks=pytest.mark.nightly),
+        pytest.param("anima", "not compared: no class of diffusers is known", marks=pytest.mark.nightly),
+    ],
+)
+def test_a_training_that_is_right_is_said_to_be(
+    name: str, denoiser: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Epochs, previews, trackers and names of the user's are put aside."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n")
+    asked = ["--gradient_checkpointing", "--max_train_epochs", "99", "--output_name", "mine", "--output_dir", "nowhere"]
+    asked += ["--sample_prompts", str(prompts), "--sample_every_n_steps", "1"]
+    assert verify.main(arguments_for(name, tmp_path, *asked)) == 0
+    block = capfd.readouterr().out.partition("paste from here")[2]
+    assert f"ok    denoiser                {denoiser}" in block
+    assert re.search(r"ok    way of saving memory    \d+ gradients in \d+ blocks are those of the plain mode", block)
+    assert "ok    20 steps                20 of 20 losses are finite" in block
+    assert re.search(r"ok    resumed from step 10    equal byte for byte \(\d+ tensors\)", block)
+    assert re.search(r"ok    time of a step          [\d.]+ s \(median of 15\), [\d.]+ s a pass planned", block)
+    assert "--gradient_checkpointing" in block and "WRONG" not in block
+    for private in (str(tmp_path), "secretname", "mine", "nowhere", "prompts"):
+        assert private not in block
+    assert not (tmp_path / "nowhere").exists() and not Path("nowhere").exists()
+
+
+def test_a_run_that_does_not_continue_as_it_would_have_is_wrong(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = verify.Trial.train
+
+    def train_and_spoil(self: verify.Trial) -> str:
+        log = train(self)
+        if self.folder.name == "again":
+            tensors = load_file(self.adapter)
+            save_file({name: tensor + 1e-4 for name, tensor in tensors.items()}, self.adapter)
+        return log
+
+    monkeypatch.setattr(verify.Trial, "train", train_and_spoil)
+    assert verify.main(arguments_for("sd", tmp_path, "--fit", "12GB")) == 1
+    said = capfd.readouterr().out
+    assert re.search(r"WRONG resumed from step 10    \d+ of \d+ tensors differ by up to", said)
+    assert "chosen by --fit" in said
+
+
+def test_a_training_that_fails_is_wrong_and_its_error_is_shown(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = arguments_for("sd", tmp_path, "--network_weights", str(tmp_path / "missing.safetensors"))
+    assert verify.main(arguments) == 1
+    printed = capfd.readouterr()
+    assert "WRONG 20 steps                failed: " in printed.out
+    assert "missing.safetensors" in printed.err and "missing.safetensors" not in printed.out

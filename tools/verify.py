@@ -1,0 +1,325 @@
+"""Check a training on this machine with your own base model and options: the denoiser beside diffusers' class, the way
+of saving memory beside the plain one, 20 steps, resuming from the tenth, time and memory beside the plan.
+
+Ends with a block of text to paste into an issue, without paths, names or captions. Adapters, states and events go into
+a temporary folder.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import json
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from library.checkpoints.base_model_spec import BaseModelSpec  # noqa: E402
+from library.errors import UserError  # noqa: E402
+from library.installed import version_of  # noqa: E402
+from library.memory.devices import DTYPES  # noqa: E402
+from library.memory.planner.gpus import measured_gpu  # noqa: E402
+from library.memory.planner.prediction import Predicted, predict  # noqa: E402
+from library.memory.planner.table import in_gib  # noqa: E402
+from library.options.train import TrainOptions  # noqa: E402
+from library.training.command_line.cli import parse  # noqa: E402
+from library.training.models.check_batches import mute_logging  # noqa: E402
+from library.training.planning.settings import describe, way_of  # noqa: E402
+from networks.core.protocol import OURS  # noqa: E402
+from tools.command import make_parser, run  # noqa: E402
+from tools.plan_memory import count, spec_of_script  # noqa: E402
+
+NUM_STEPS, RESUMED_AT = 20, 10
+WARM_UP = 5  # steps that are left out of the time
+MOST = 1e-3  # difference to diffusers as a share of the output's largest value; float32, two blocks of each kind
+NAME = "verify"
+EXAMPLES = """\
+  python3 tools/verify.py --script flux_train_network.py --fit auto \\
+    --pretrained_model_name_or_path flux1-dev.safetensors --clip_l clip_l.safetensors --t5xxl t5xxl.safetensors \\
+    --ae ae.safetensors --train_data_dir my_images --network_module networks.lora_flux --network_dim 16 \\
+    --mixed_precision bf16 --cache_latents --cache_text_encoder_outputs --network_train_unet_only"""
+
+# What the trial decides itself: its length, its files, and that nothing is uploaded, drawn or tracked.
+DECIDED: Mapping[str, Any] = {
+    "max_train_steps": NUM_STEPS,
+    "max_train_epochs": None,
+    "output_name": NAME,
+    "save_model_as": "safetensors",
+    "save_state": True,
+    "save_every_n_steps": RESUMED_AT,
+    "save_every_n_epochs": None,
+    "save_n_epoch_ratio": None,
+    "save_last_n_steps": None,
+    "save_last_n_steps_state": None,
+    "save_last_n_epochs": None,
+    "save_last_n_epochs_state": None,
+    "sample_every_n_steps": None,
+    "sample_every_n_epochs": None,
+    "sample_at_first": False,
+    "log_with": None,
+    "logging_dir": None,
+    "huggingface_repo_id": None,
+    "autoresume": False,
+    "no_report": True,
+    "quiet": False,  # the result of the self-test is in the log
+}
+# Options that say how a training is run, without a name or a path in them.
+SHOWN = (
+    "network_module", "network_dim", "network_alpha", "optimizer_type", "mixed_precision", "full_bf16", "full_fp16",
+    "train_batch_size", "resolution", "gradient_accumulation_steps", "base_format", "base_arithmetic", "fit",
+    "gradient_checkpointing", "gradient_checkpointing_every", "cpu_offload_checkpointing", "blocks_to_swap", "compile",
+    "network_train_unet_only", "network_train_text_encoder_only", "cache_latents", "cache_text_encoder_outputs",
+    "deterministic",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """One check: what was compared, what came of it, and whether it is as it should be."""
+
+    what: str
+    found: str
+    is_wrong: bool = False
+
+    def __str__(self) -> str:
+        return f"{'WRONG' if self.is_wrong else 'ok':<6}{self.what:<24}{self.found}"
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__, EXAMPLES)
+    parser.allow_abbrev = False  # abbreviations refer to training options
+    parser.add_argument("--script", required=True, help="training script, such as flux_train_network.py")
+    parser.epilog = f"all other options are those of the training.\n\n{parser.epilog}"
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = setup_parser()
+    own, training = parser.parse_known_args(argv)
+    results: list[Result] = []
+    status = run(parser, partial(verify, training=training, results=results), ["--script", own.script])
+    return status or int(any(result.is_wrong for result in results))
+
+
+def verify(args: argparse.Namespace, training: Sequence[str], results: list[Result]) -> None:
+    """Run every check and print the block."""
+    spec = spec_of_script(args.script)
+    script = importlib.import_module(spec.script.removesuffix(".py"))
+    options = spec.options.from_args(parse(script.setup_parser(), training))
+    if options.sweep.sweep:
+        raise UserError("--sweep is not verified; leave it out, the adapters of a sweep train as one does")
+    with tempfile.TemporaryDirectory(prefix="verify-") as folder:
+        for result in checks(spec, options, training, Path(folder)):
+            print(result, flush=True)
+            results.append(result)
+    print("\npaste from here " + "-" * 40)
+    for line in (*machine_lines(), *option_lines(spec, options), *map(str, results)):
+        print(line)
+    print("to here " + "-" * 48)
+
+
+def checks(spec: BaseModelSpec, options: TrainOptions, training: Sequence[str], folder: Path) -> Iterator[Result]:
+    """Yield the results; the first run that fails ends the list."""
+    yield compare_with_diffusers(spec, options)
+    whole = trial(spec, options, folder / "whole", {"selftest": True})
+    print(f"training {NUM_STEPS} steps ...", file=sys.stderr, flush=True)
+    log = whole.train()
+    yield from whole.results(log)
+    if whole.failed(log):
+        return
+    state = folder / "whole" / f"{NAME}-step{RESUMED_AT:08d}-state"
+    again = trial(spec, options, folder / "again", {"resume": str(state)})
+    print(f"resuming from step {RESUMED_AT} ...", file=sys.stderr, flush=True)
+    log = again.train()
+    if again.failed(log):
+        yield Result("resuming", f"failed: {last_error(log)}", is_wrong=True)
+        return
+    yield compare_files(whole.adapter, again.adapter)
+    with mute_logging():
+        planned = plan_of(spec, options, training)
+    yield from compare_with_plan(whole.steps(), planned)
+
+
+# The denoiser
+
+
+def compare_with_diffusers(spec: BaseModelSpec, options: TrainOptions) -> Result:
+    """Compute the same with our class and diffusers', on the CPU in float32, with two blocks of each kind."""
+    what = "denoiser"
+    with mute_logging():
+        denoiser = spec.build(options).load.denoiser()
+    if type(denoiser).__module__.startswith("diffusers."):
+        return Result(what, f"diffusers' own {type(denoiser).__name__}")
+    name = f"{spec.build.__module__.rpartition('.')[0]}.reference"
+    if importlib.util.find_spec(name) is None:
+        return Result(what, "not compared: no class of diffusers is known for this base model")
+    reference: Any = importlib.import_module(name)
+    with torch.no_grad():
+        found, expected = reference.outputs(denoiser, torch.Generator().manual_seed(0))
+    error = float((found - expected).abs().max() / expected.abs().max())
+    is_wrong = not error <= MOST  # NaN is wrong too
+    return Result(what, f"first and last blocks off diffusers' class by {error:.1e} of the largest value", is_wrong)
+
+
+# Training
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A short training in a process of its own."""
+
+    script: Path
+    folder: Path
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / f"{NAME}.safetensors"
+
+    @property
+    def events(self) -> Path:
+        return self.folder / "events.jsonl"
+
+    def train(self) -> str:
+        """Run it and return what it logged."""
+        command = [sys.executable, str(self.script), "--config_file", str(self.folder / "options.toml")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace")
+        (self.folder / "status").write_text(str(done.returncode))
+        if done.returncode != 0:
+            print(done.stderr, file=sys.stderr)
+        return done.stderr
+
+    def failed(self, log: str) -> bool:
+        return (self.folder / "status").read_text() != "0"
+
+    def steps(self) -> list[dict[str, Any]]:
+        """Return the events of the steps."""
+        lines = map(json.loads, self.events.read_text(encoding="utf-8").splitlines())
+        return [line for line in lines if line["event"] == "step"]
+
+    def results(self, log: str) -> Iterator[Result]:
+        found = re.search(r"self-test: (\d+ gradients in \d+ blocks .*)", log)
+        wrong = "--selftest:" in log
+        if found is not None or wrong:
+            text = found[1] if found is not None else "gradients are not those of the plain mode, see above"
+            yield Result("way of saving memory", text, wrong)
+        if self.failed(log):
+            yield Result(f"{NUM_STEPS} steps", f"failed: {last_error(log)}", is_wrong=True)
+            return
+        losses = [step["loss"] for step in self.steps()]
+        finite = [loss for loss in losses if loss is not None]
+        first, last = (f"{loss:.4f}" for loss in (finite[0], finite[-1])) if finite else ("-", "-")
+        text = f"{len(finite)} of {len(losses)} losses are finite; the first is {first}, the last {last}"
+        yield Result(f"{NUM_STEPS} steps", text, len(finite) < NUM_STEPS)
+
+
+def trial(spec: BaseModelSpec, options: TrainOptions, folder: Path, changes: Mapping[str, Any]) -> Trial:
+    """Write the options of a short training, those that are decided here in place of the user's."""
+    import toml
+
+    folder.mkdir()
+    own = {"output_dir": str(folder), "log_events": str(folder / "events.jsonl"), "seed": options.run.seed or 1}
+    values = {**options.flat(), **DECIDED, **own, **changes}
+    defaults = type(options).defaults()
+    given = {
+        name: [str(item) for item in value] if isinstance(value, list | tuple) else toml_value(value)
+        for name, value in values.items()
+        if name in defaults and value is not None and value != defaults[name]
+    }
+    (folder / "options.toml").write_text(toml.dumps(given), encoding="utf-8")
+    return Trial(ROOT / spec.script, folder)
+
+
+def toml_value(value: Any) -> Any:
+    return value if isinstance(value, bool | int | float) else str(value)
+
+
+def last_error(log: str) -> str:
+    """Return the kind of error that ended a run; its text may name files."""
+    kinds = re.findall(r"^(?:\w+\.)*(\w*(?:Error|Exception|Interrupt))\b", log, re.MULTILINE)
+    if "out of memory" in log.lower():
+        return "out of memory, see above"
+    return f"{kinds[-1]}, see above" if kinds else "see above"
+
+
+def compare_files(whole: Path, again: Path) -> Result:
+    """Compare the adapters' tensors byte for byte."""
+    from safetensors.torch import load_file
+
+    expected, found = load_file(whole), load_file(again)
+    what = f"resumed from step {RESUMED_AT}"
+    if expected.keys() != found.keys():
+        return Result(what, "the files have other tensors", is_wrong=True)
+    other = [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])]
+    if not other:
+        return Result(what, f"equal byte for byte ({len(expected)} tensors)")
+    size = max(float(tensor.float().abs().max()) for tensor in expected.values())
+    most = max(float((expected[name].float() - found[name].float()).abs().max()) for name in other)
+    hint = "kernels that add in any order do that on GPUs; --deterministic decides whether it is more"
+    return Result(what, f"{len(other)} of {len(expected)} tensors differ by up to {most / size:.1e} ({hint})", True)
+
+
+# The plan
+
+
+def plan_of(spec: BaseModelSpec, options: TrainOptions, training: Sequence[str]) -> Predicted | None:
+    """Predict a step as the options run it; None with --fit, which chooses and checks by itself."""
+    if options.fit.fit is not None:
+        return None
+    *_, counted = count(spec.script, training)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return predict(counted.step, way_of(options), measured_gpu(device, 0, DTYPES[options.precision.mixed_precision]))
+
+
+def compare_with_plan(steps: Sequence[Mapping[str, Any]], planned: Predicted | None) -> Iterator[Result]:
+    """Yield time and memory of a step, and what was planned."""
+    times = [step["timing"]["seconds"] for step in steps[WARM_UP:] if step["timing"] is not None]
+    peaks = [step["memory"]["card_peak"] for step in steps if step["memory"] and step["memory"]["card_peak"]]
+    plan = "chosen by --fit" if planned is None else f"{planned.seconds:.2f} s a pass planned"
+    if times:
+        yield Result("time of a step", f"{statistics.median(times):.2f} s (median of {len(times)}), {plan}")
+    if peaks:
+        plan = "" if planned is None else f", {in_gib(planned.tensor_bytes)} planned"
+        yield Result("memory of a step", f"{in_gib(max(peaks))} in tensors at the peak{plan}")
+    else:
+        plan = "" if planned is None else f": {in_gib(planned.tensor_bytes)} in tensors planned"
+        yield Result("memory of a step", f"not measured without a GPU{plan}")
+
+
+# What the block says of machine and options
+
+
+def machine_lines() -> Iterator[str]:
+    packages = ", ".join(f"{name} {version_of(name)}" for name in ("torch", "diffusers", "transformers", "accelerate"))
+    yield f"python {platform.python_version()}, {platform.system()} {platform.machine()}, {packages}"
+    if not torch.cuda.is_available():
+        yield "no GPU: everything ran on the CPU"
+        return
+    free, total = torch.cuda.mem_get_info()
+    major, minor = torch.cuda.get_device_capability()
+    name = torch.cuda.get_device_name()
+    yield f"{name}, sm_{major}{minor}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, CUDA {torch.version.cuda}"
+
+
+def option_lines(spec: BaseModelSpec, options: TrainOptions) -> Iterator[str]:
+    values, defaults = options.flat(), type(options).defaults()
+    if not str(values["network_module"]).startswith(OURS):
+        values["network_module"] = "of others"
+    given = [(name, values[name]) for name in SHOWN if name in values and values[name] != defaults[name]]
+    shown = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in given)
+    yield f"{spec.script} {shown}; {describe(way_of(options))}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
