@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from library.memory.offload import streamed
+from library.memory.offload.pinning import Pinned
 from library.memory.offload.streams import CudaStreams, StagedStreams
 from tests.gpu.card import CARD_ONLY, DEVICE, ON_CARD
 from tests.parity.modes import Mode, gradients
@@ -51,7 +52,7 @@ def test_both_ways_to_the_card_are_taken_and_give_the_same(streams: type, monkey
     opened: list[object] = []
     open_streams: Callable[..., object] = streamed.open_streams
     if streams is StagedStreams:
-        monkeypatch.setattr(streamed, "pin", lambda masters: "it is not wanted")
+        monkeypatch.setattr(streamed, "pin", lambda masters, reserve: Pinned(frozenset(), "it is not wanted"))
     monkeypatch.setattr(streamed, "open_streams", lambda *given: opened.append(open_streams(*given)) or opened[-1])
     for _ in range(20):  # a wait that is missing shows now and then
         assert agree(gradients(Mode("flux", place="streamed", adapter="lora"), device=DEVICE), stay)

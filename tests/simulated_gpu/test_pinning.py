@@ -1,24 +1,62 @@
 """A system that refuses to pin memory, as WSL2 does beyond about a gigabyte."""
 
+import logging
+
 import pytest
 import torch
 
 from library.memory.offload.pinning import pin
 from library.memory.offload.ring import Ring
-from library.memory.offload.streams import StagedStreams
+from library.memory.offload.streams import StagedStreams, staging_bytes
 from tests.simulated_gpu.device import Simulation
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("simulated_gpu")]
 NUM_BLOCKS, NUM_BYTES = 6, 4096
 
 
-def test_a_refusal_is_named_and_ends_no_later_kernel(simulated_gpu: Simulation) -> None:
+def masters_of(count: int = NUM_BLOCKS) -> list[torch.Tensor]:
+    return [torch.full((NUM_BYTES,), number, dtype=torch.uint8) for number in range(count)]
+
+
+def assert_streams(masters: list[torch.Tensor], streams: StagedStreams) -> None:
+    """Two passes forward and backward give every block, and no later kernel raises what a refusal left."""
+    ring = Ring(masters, streams)
+    order = [*range(len(masters)), *reversed(range(len(masters)))] * 2
+    found = [ring.need(number).float().mean() for number in order]
+    assert torch.stack(found).tolist() == order
+
+
+def test_blocks_that_are_refused_are_staged_beside_pinned_ones(simulated_gpu: Simulation) -> None:
     """CUDA keeps the error of a refused call, and the next kernel that is launched would raise it."""
-    masters = [torch.full((NUM_BYTES,), number, dtype=torch.uint8) for number in range(NUM_BLOCKS)]
-    before = simulated_gpu.stats()["pinned"]
+    masters, before = masters_of(), simulated_gpu.stats()["pinned"]
     with simulated_gpu.configured(pin_limit_bytes=before + 4 * NUM_BYTES):
-        assert pin(masters) == "cudaHostRegister failed: out of memory"
-        assert simulated_gpu.stats()["pinned"] == before and not any(master.is_pinned() for master in masters)
-        ring = Ring(masters, StagedStreams(2, NUM_BYTES, torch.device("cuda")))
-        found = [ring.need(number).float().mean() for number in range(NUM_BLOCKS)]
-        assert torch.stack(found).tolist() == [0, 1, 2, 3, 4, 5]
+        pinned = pin(masters, reserve=2 * NUM_BYTES)
+        assert pinned.reason == "cudaHostRegister failed: out of memory"
+        assert [master.is_pinned() for master in masters] == [True, False, False, False, True, False]
+        streams = StagedStreams(2, NUM_BYTES, torch.device("cuda"), pinned.addresses)
+        assert len(streams.staging) == 2
+        assert_streams(masters, streams)
+
+
+def test_a_block_is_staged_in_pieces(simulated_gpu: Simulation) -> None:
+    assert_streams(masters_of(), StagedStreams(2, NUM_BYTES, torch.device("cuda"), piece=1000))
+
+
+def test_blocks_come_from_pageable_memory_where_nothing_can_be_pinned(
+    simulated_gpu: Simulation, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on WSL2 once other programs have pinned the gigabyte that there is."""
+    masters = masters_of()
+    torch.cuda.synchronize()
+    with simulated_gpu.configured(pin_limit_bytes=0), caplog.at_level(logging.WARNING):
+        pinned = pin(masters)
+        assert pinned.addresses == frozenset()
+        streams = StagedStreams(2, NUM_BYTES, torch.device("cuda"), pinned.addresses)
+        assert streams.staging == [] and "no staging buffers of 0 MB can be pinned" in caplog.text
+        assert_streams(masters, streams)
+
+
+def test_staging_takes_128_mib_whatever_the_size_of_a_block() -> None:
+    """FLUX.1's largest block has 680 MB; two buffers of that size were 2 GiB, which WSL2 refuses."""
+    assert staging_bytes(680_000_000) == 128 << 20
+    assert staging_bytes(3 << 20) == 2 * (4 << 20), "torch rounds up to a power of two"

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from library.memory.offload.pinning import Pinned
 from library.options.machine.base_formats import BASE_FORMATS
 from library.training.loop import loop
 from library.training.loop.adapter_run import AdapterRun
@@ -168,9 +169,10 @@ def test_blocks_that_cannot_be_pinned(run: Run, simulated_gpu: Simulation, tmp_p
     """Nothing more than the buffers can be: a thread stages the blocks, and waits for its buffers itself."""
     of_thread = frozenset({"synchronize event at library/memory/offload/streams.py (stage)"})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("library.memory.offload.streamed.pin", lambda masters: "it is not wanted")
+        nothing = Pinned(frozenset(), "it is not wanted")
+        patch.setattr("library.memory.offload.streamed.pin", lambda masters, reserve: nothing)
         done = run("flux", "--blocks_to_swap", SWAPPED["flux"], *OFFLOADED, allowed=of_thread)
-    assert "which cannot be pinned: it is not wanted" in done.stderr
+    assert re.search(r"of which \d+ \([\d.]+ GB\) cannot be pinned: it is not wanted", done.stderr)
     run("flux", folder="plain")
     assert_same(tmp_path / "out", tmp_path / "plain")
 

@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 import psutil
 import torch
@@ -11,25 +12,49 @@ from torch import Tensor
 MOST = 0.4  # of main memory: Windows pins at most about half, and nothing else can use pinned memory
 
 
-def pin(masters: Sequence[Tensor]) -> str | None:
-    """Pin buffers in place for as long as they live; return None, or the reason why none of them is pinned."""
+@dataclass(frozen=True)
+class Pinned:
+    """What could be pinned of some buffers."""
+
+    addresses: frozenset[int]  # of the pinned ones
+    reason: str | None = None  # why others are not
+
+
+def pin(masters: Sequence[Tensor], reserve: int = 0) -> Pinned:
+    """Pin buffers in place for as long as they live, until the system refuses or 40 % of main memory are pinned.
+
+    Some are pinned anywhere in the sequence, so that those that are not do not follow each other. Where the system
+    refuses, so many are left that `reserve` bytes can be pinned beside them.
+    """
     # torch's own pinned memory is allocated in powers of two, up to twice the requested size. Each buffer is unpinned
     # before it is freed: memory freed while pinned stays registered, and a later buffer at its address cannot be
     # pinned, as when --fit makes several rings.
-    num_bytes, limit = sum(map(len, masters)), int(MOST * psutil.virtual_memory().total)
-    if num_bytes > limit:
-        return f"{num_bytes / 1e9:.1f} GB is more than {MOST:.0%} of main memory"
+    limit, taken, reason = int(MOST * psutil.virtual_memory().total), 0, None
+    pinned: list[Tensor] = []
     runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    for i, master in enumerate(masters):
+    for master in (masters[i] for i in spread_order(len(masters))):
+        if taken + len(master) > limit:
+            reason = f"{sum(map(len, masters)) / 1e9:.1f} GB is more than {MOST:.0%} of main memory"
+            break
         status = runtime.cudaHostRegister(master.data_ptr(), len(master), 0)
         if int(status) != 0:
-            for pinned in masters[:i]:
-                runtime.cudaHostUnregister(pinned.data_ptr())
             clear_last_error()
-            return f"cudaHostRegister failed: {runtime.cudaGetErrorString(status)}"
-    for master in masters:
+            reason = f"cudaHostRegister failed: {runtime.cudaGetErrorString(status)}"
+            while pinned and reserve > 0:
+                reserve -= len(pinned[-1])
+                runtime.cudaHostUnregister(pinned.pop().data_ptr())
+            break
+        taken += len(master)
+        pinned.append(master)
+    for master in pinned:
         weakref.finalize(master, unpin, master.data_ptr()).atexit = False
-    return None
+    return Pinned(frozenset(master.data_ptr() for master in pinned), reason)
+
+
+def spread_order(count: int) -> list[int]:
+    """Return the numbers below `count` in an order whose beginnings are spread evenly: 0, 4, 2, 6, 1, 5, 3, 7."""
+    num_bits = max(1, (count - 1).bit_length())
+    return [n for n in (int(f"{i:0{num_bits}b}"[::-1], 2) for i in range(2**num_bits)) if n < count]
 
 
 def clear_last_error() -> None:

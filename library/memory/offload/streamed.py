@@ -13,7 +13,7 @@ from library.memory.frozen import frozen_layers
 from library.memory.offload.pinning import pin
 from library.memory.offload.ring import NUM_SLOTS, Ring
 from library.memory.offload.spans import Span, parts_in, spans
-from library.memory.offload.streams import CudaStreams, HostStreams, StagedStreams, Streams
+from library.memory.offload.streams import CudaStreams, HostStreams, StagedStreams, Streams, staging_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -91,13 +91,17 @@ def open_streams(masters: Sequence[Tensor], device: torch.device) -> Streams[Ten
     if device.type != "cuda":
         logger.info("%s; without a GPU this saves nothing and copies each block in every pass", what)
         return HostStreams(NUM_SLOTS, largest, device)
-    reason = pin(masters)
-    if reason is None:
+    pinned = pin(masters, reserve=staging_bytes(largest))
+    if pinned.reason is None:
         logger.info("%s (pinned): they are copied while others compute", what)
         return CudaStreams(NUM_SLOTS, largest, device)
+    left = [len(master) for master in masters if master.data_ptr() not in pinned.addresses]
     logger.warning(
-        "%s, which cannot be pinned: %s. Each is copied twice, which can take longer than computing the others",
+        "%s, of which %d (%.2f GB) cannot be pinned: %s. These are copied twice, which can take longer than computing "
+        "the others",
         what,
-        reason,
+        len(left),
+        sum(left) / 1e9,
+        pinned.reason,
     )
-    return StagedStreams(NUM_SLOTS, largest, device)
+    return StagedStreams(NUM_SLOTS, largest, device, pinned.addresses)

@@ -4,13 +4,20 @@ Every implementation keeps two promises. `start(slot, master)` fills a slot only
 far is done, including reads of the slot's old bytes. Work queued after `ready(slot)` sees the slot filled.
 """
 
+import logging
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from library.memory.offload.pinning import clear_last_error
+
+logger = logging.getLogger(__name__)
+
 NUM_STAGING = 2
+PIECE = 64 << 20  # bytes of a staging buffer: WSL2 pins 0.5 to 1 GiB in all, and torch rounds up to powers of two
 NAN_BYTE = 0xFF  # repeated, it is NaN in every floating-point format
 
 
@@ -61,10 +68,11 @@ class CudaStreams:
         self.copies.wait_stream(torch.cuda.current_stream(self.slots[slot].device))
         self.copy(slot, master)
 
-    def copy(self, slot: int, master: Tensor) -> None:
-        """Queue the copy on its stream; the allocator need not know, because the slots live as long as the ring."""
+    def copy(self, slot: int, master: Tensor, first: int = 0) -> None:
+        """Queue the copy to this place of a slot; the allocator need not know, as the slots live as long as the
+        ring."""
         with torch.cuda.stream(self.copies):
-            self.slots[slot][: len(master)].copy_(master, non_blocking=True)
+            self.slots[slot][first : first + len(master)].copy_(master, non_blocking=True)
             self.filled[slot].record(self.copies)
 
     def ready(self, slot: int) -> None:
@@ -72,14 +80,19 @@ class CudaStreams:
 
 
 class StagedStreams(CudaStreams):
-    """Copies from memory that could not be pinned: a thread first moves the bytes into a pinned buffer.
+    """Copies from memory of which some or all could not be pinned: a thread moves those bytes through pinned buffers.
 
-    The processor copies every byte once more, so the speed of main memory limits a block.
+    The processor copies them once more, so the speed of main memory limits such a block. Where not even the buffers can
+    be pinned, the driver stages the bytes itself and the thread waits for it.
     """
 
-    def __init__(self, num_slots: int, num_bytes: int, device: torch.device) -> None:
+    def __init__(
+        self, num_slots: int, num_bytes: int, device: torch.device, pinned: Collection[int] = (), piece: int = PIECE
+    ) -> None:
+        """`pinned` are the addresses of the masters that are copied directly."""
         super().__init__(num_slots, num_bytes, device)
-        self.staging = [torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(NUM_STAGING)]
+        self.pinned, self.piece = pinned, piece
+        self.staging = staging_buffers(min(piece, num_bytes))
         # Recorded when the GPU has read the buffer.
         self.left = [torch.cuda.Event() for _ in self.staging]  # type: ignore[no-untyped-call]
         self.turn = 0
@@ -89,17 +102,42 @@ class StagedStreams(CudaStreams):
     def start(self, slot: int, master: Tensor) -> None:
         free = torch.cuda.Event()  # type: ignore[no-untyped-call]
         free.record(torch.cuda.current_stream(self.slots[slot].device))
+        # Pinned masters go the same way: a slot's copies must be queued in the order of the requests.
         self.given[slot] = self.worker.submit(self.stage, slot, master, free)
 
     def stage(self, slot: int, master: Tensor, free: torch.cuda.Event) -> None:
         """Copy one block; a single thread runs these in the order of the requests."""
-        i, self.turn = self.turn, (self.turn + 1) % NUM_STAGING
-        self.left[i].synchronize()  # the only wait, and it blocks only this thread
-        staged = self.staging[i][: len(master)].copy_(master)
         self.copies.wait_event(free)
-        self.copy(slot, staged)
-        self.left[i].record(self.copies)
+        if not self.staging or master.data_ptr() in self.pinned:
+            self.copy(slot, master)
+            return
+        for first in range(0, len(master), self.piece):
+            i, self.turn = self.turn, (self.turn + 1) % NUM_STAGING
+            self.left[i].synchronize()  # the only wait, and it blocks only this thread
+            part = master[first : first + self.piece]
+            staged = self.staging[i][: len(part)].copy_(part)
+            self.copy(slot, staged, first)
+            self.left[i].record(self.copies)
 
     def ready(self, slot: int) -> None:
         self.given[slot].result()
         super().ready(slot)
+
+
+def staging_bytes(num_bytes: int) -> int:
+    """Return what the staging buffers for blocks of up to so many bytes take: torch rounds each to a power of two."""
+    return NUM_STAGING << (min(PIECE, num_bytes) - 1).bit_length()
+
+
+def staging_buffers(num_bytes: int) -> list[Tensor]:
+    """Return pinned buffers, or none where the system refuses them."""
+    try:
+        return [torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(NUM_STAGING)]
+    except RuntimeError as error:
+        clear_last_error()
+        logger.warning(
+            "no staging buffers of %.0f MB can be pinned (%s): blocks are copied from pageable memory, which is slower",
+            num_bytes / 1e6,
+            str(error).splitlines()[0],
+        )
+        return []

@@ -93,16 +93,49 @@ class Runtime:
         return 0
 
 
-def test_pinning_is_all_or_nothing_and_leaves_most_memory_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime = Runtime(most=1)
-    num_cleared: list[None] = []
+def buffers(count: int) -> list[torch.Tensor]:
+    return [torch.zeros(100, dtype=torch.uint8) for _ in range(count)]
+
+
+@pytest.fixture
+def refusing(monkeypatch: pytest.MonkeyPatch) -> Runtime:
+    runtime = Runtime(most=5)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    monkeypatch.setattr(pinning, "clear_last_error", lambda: num_cleared.append(None))
-    masters = [torch.zeros(100, dtype=torch.uint8) for _ in range(2)]
-    assert pinning.pin(masters) == "cudaHostRegister failed: out of memory" and runtime.pinned == []
-    assert len(num_cleared) == 1
-    monkeypatch.setattr(pinning.psutil, "virtual_memory", lambda: type("Memory", (), {"total": 400}))
-    assert "more than 40% of main memory" in str(pinning.pin(masters))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(pinning, "clear_last_error", lambda: None)
+    return runtime
+
+
+def test_blocks_are_pinned_until_the_system_refuses(refusing: Runtime) -> None:
+    """Spread evenly, so that the others do not follow each other."""
+    masters = buffers(8)
+    found = pinning.pin(masters)
+    assert found.reason == "cudaHostRegister failed: out of memory"
+    assert found.addresses == {masters[i].data_ptr() for i in (0, 4, 2, 6, 1)} == set(refusing.pinned)
+    del masters
+    assert refusing.pinned == []
+
+
+@pytest.mark.parametrize(("reserve", "left"), [(0, 5), (1, 4), (200, 3), (201, 2), (9999, 0)])
+def test_room_for_the_staging_buffers_is_left(reserve: int, left: int, refusing: Runtime) -> None:
+    masters = buffers(8)
+    assert len(pinning.pin(masters, reserve).addresses) == len(refusing.pinned) == left
+
+
+def test_most_memory_is_left_alone(refusing: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pinning.psutil, "virtual_memory", lambda: type("Memory", (), {"total": 1000}))
+    masters = buffers(5)
+    found = pinning.pin(masters)
+    assert len(found.addresses) == 4 and "0.0 GB is more than 40% of main memory" in str(found.reason)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 13])
+def test_every_beginning_of_the_order_is_spread(count: int) -> None:
+    order = pinning.spread_order(count)
+    assert sorted(order) == list(range(count))
+    for num in range(1, count + 1):
+        first = sorted(order[:num])
+        assert max(b - a for a, b in pairwise([*first, count])) <= 2 ** ((count - 1) // num).bit_length()
 
 
 def test_what_is_pinned_is_so_as_long_as_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,10 +145,10 @@ def test_what_is_pinned_is_so_as_long_as_it_is_there(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits_for_copies.append(None))
     masters = [torch.zeros(100, dtype=torch.uint8) for _ in range(3)]
     addresses = [master.data_ptr() for master in masters]
-    assert pinning.pin(masters) is None and runtime.pinned == addresses
+    assert pinning.pin(masters).reason is None and sorted(runtime.pinned) == sorted(addresses)
     part = masters[0][10:20]
     del masters
-    assert runtime.pinned == addresses[:1]
+    assert runtime.pinned == [addresses[0]]
     assert len(waits_for_copies) == 2
     del part
     assert runtime.pinned == [] and len(waits_for_copies) == 3
@@ -181,12 +214,30 @@ def test_memory_that_is_not_pinned_goes_through_buffers_that_are(monkeypatch: py
     streams = StagedStreams(2, 8, CPU)
     streams.start(0, torch.full((4,), 7, dtype=torch.uint8))
     streams.ready(0)
-    staged = ["host waits", "copies waits for an event", *FILL, "record on copies"]
+    staged = ["copies waits for an event", "host waits", *FILL, "record on copies"]
     assert cuda.told == [*["kept for copies"] * 2, "record on compute", *staged, "compute waits for an event"]
     streams.start(1, torch.full((5,), 8, dtype=torch.uint8))
     streams.ready(1)
     assert [slot[0].item() for slot in streams.slots] == [7, 8]
     assert streams.staging[0] is not streams.staging[1] and streams.turn == 0
+
+
+def test_a_block_larger_than_a_buffer_goes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+    streams = StagedStreams(2, 8, CPU, piece=3)
+    assert [len(buffer) for buffer in streams.staging] == [3, 3]
+    streams.start(0, torch.arange(8, dtype=torch.uint8))
+    streams.ready(0)
+    assert streams.slots[0].tolist() == [*range(8)] and cuda.told.count("host waits") == 3
+
+
+def test_pinned_blocks_are_copied_directly(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+    master = torch.arange(8, dtype=torch.uint8)
+    streams = StagedStreams(2, 8, CPU, {master.data_ptr()})
+    streams.start(1, master)
+    streams.ready(1)
+    assert streams.slots[1].tolist() == [*range(8)] and "host waits" not in cuda.told
 
 
 def test_a_slot_on_the_host_is_nan_until_it_is_waited_for() -> None:
