@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import psutil
 import torch
 
 from library.errors import UserError
+from library.memory.offload.pinning import MOST
 
 GIB = 2**30
 UNITS = {"": GIB, "g": GIB, "gb": GIB, "gib": GIB, "m": 2**20, "mb": 2**20, "mib": 2**20}
@@ -27,6 +29,9 @@ REACHED = 0.6  # share of one large product's speed that a whole step reaches [d
 # models take 23 to 32 microseconds a kernel on a server's CPU; docs/memory.md compares with published times.
 LAUNCH_S = 20e-6
 
+STAGING = 10e9  # bytes per second of one thread that copies from main memory to main memory [derived]
+WSL_PINNABLE_BYTES = GIB // 2  # 0.5 to 1 GiB are published, whatever the machine has
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -38,6 +43,13 @@ class Gpu:
     bus: float  # bytes per second from pinned main memory
     bandwidth: float  # bytes per second of its own memory
     nominal_bytes: int | None = None  # of the size in its name, if that is what the user gave
+    pinnable_bytes: int | None = None  # of main memory; None for as much as is needed
+    staging: float = STAGING  # bytes per second through buffers, of what cannot be pinned
+
+    def copy_seconds(self, num_bytes: int) -> float:
+        """Return how long a copy of offloaded weights to the GPU takes, part of it from memory that is not pinned."""
+        pinned = num_bytes if self.pinnable_bytes is None else min(num_bytes, self.pinnable_bytes)
+        return pinned / self.bus + (num_bytes - pinned) / min(self.bus, self.staging)
 
 
 # Speeds of a step by published figures: 60 % of the vendors' dense bfloat16 peak with float32 accumulation, 80 % of
@@ -127,8 +139,8 @@ def typical_gpu(size: MemorySize) -> Gpu:
 
 
 def measured_gpu(device: torch.device, memory_bytes: int, dtype: torch.dtype, side: int = 4096) -> Gpu:
-    """Measure this device with one large product, a copy of as many bytes from main memory and one within the device;
-    takes about 0.1 s."""
+    """Measure this device with one large product and copies of as many bytes from main memory, within it and within the
+    device; takes about 0.1 s."""
     on_card = device.type == "cuda"
 
     def seconds(run: Callable[[], object]) -> float:
@@ -148,5 +160,22 @@ def measured_gpu(device: torch.device, memory_bytes: int, dtype: torch.dtype, si
     num_bytes = host.numel() * host.element_size()
     copy = seconds(lambda: matrix.copy_(host, non_blocking=True))
     within = seconds(lambda: matrix.clone())  # read and written
+    pageable = torch.empty_like(host, pin_memory=False)
+    staged = seconds(lambda: pageable.copy_(host))
     name = torch.cuda.get_device_name(device) if on_card else "this processor"
-    return Gpu(name, memory_bytes, REACHED * 2 * side**3 / product, num_bytes / copy, 2 * num_bytes / within)
+    return Gpu(
+        name,
+        memory_bytes,
+        flops=REACHED * 2 * side**3 / product,
+        bus=num_bytes / copy,
+        bandwidth=2 * num_bytes / within,
+        pinnable_bytes=most_pinned(),
+        staging=num_bytes / staged,
+    )
+
+
+def most_pinned() -> int:
+    """Return how much of this machine's main memory can be pinned."""
+    if "microsoft" in platform.release().lower():
+        return WSL_PINNABLE_BYTES
+    return int(MOST * psutil.virtual_memory().total)

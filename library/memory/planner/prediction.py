@@ -12,7 +12,7 @@ from library.memory.planner.weights import ModelWeights, StorageCost
 CONTEXT_BYTES = 7 * GIB // 10
 ALLOCATOR_SHARE = 0.05
 
-# Published for 47 of 48 offloaded blocks on an H100: 5 %. The same is assumed for offloaded block inputs.
+# Published for 47 of 48 offloaded blocks on an H100: 5 %.
 COST_OF_WAITING = 0.05
 
 FORWARD_BACKWARD, OPTIMIZER_STEP = "forward and backward pass", "optimizer step"
@@ -93,7 +93,7 @@ def predict(step: CountedStep, way: Way, card: Gpu, correction: float = 1.0) -> 
     streamed = sum(sizes[place] for place in waiting)
     inputs = waiting_inputs(step, way)
     seconds = seconds_of(moves, cost.slowdown, streamed, inputs, card)
-    seconds *= 1 + COST_OF_WAITING * (len(waiting) / max(1, len(sizes)) + (inputs > 0))
+    seconds *= 1 + COST_OF_WAITING * len(waiting) / max(1, len(sizes))
     device = weights + round((1 + ALLOCATOR_SHARE) * changing) + CONTEXT_BYTES
     peak = FORWARD_BACKWARD if within >= stepping else OPTIMIZER_STEP
     return Predicted(way, weights, weights + changing, device, seconds, streamed + inputs, peak, cost.error)
@@ -124,9 +124,9 @@ def waiting_inputs(step: CountedStep, way: Way) -> int:
 
 
 def seconds_of(moves: list[Move], slowdown: float, streamed: int, inputs: int, card: Gpu) -> float:
-    """Return the seconds of computing and copies in parallel, the longer of both in each pass: streamed weights are
-    copied in both passes, inputs to main memory in the first and back in the second.
+    """Return the seconds of computing and of copying streamed weights in parallel, the longer of both in each pass.
 
+    Block inputs are copied on the stream that computes, to main memory in the first pass and back in the second.
     Computing is arithmetic, the GPU's own memory traffic and the launches of kernels, one after the other. Large models
     hide part of the last two, small ones do not.
     """
@@ -135,5 +135,5 @@ def seconds_of(moves: list[Move], slowdown: float, streamed: int, inputs: int, c
         segment = move.segment
         seconds = slowdown * segment.flops / card.flops + segment.moved / card.bandwidth + segment.launches * LAUNCH_S
         computing[move.is_backward] += seconds
-    forward = max(computing[False], streamed / card.bus, inputs / card.bus)
-    return forward + max(computing[True], (streamed + inputs) / card.bus)
+    waited = inputs / card.bus
+    return sum(max(seconds + waited, card.copy_seconds(streamed)) for seconds in computing.values())

@@ -47,10 +47,10 @@ def measure_gpu(wanted: str, mixed_precision: str, processes: Processes) -> Gpu:
     room = free_memory(processes.device) if size is None else size.free_bytes
     room = min(map(int, processes.merged("room", {processes.rank: str(room)}).values()))
     card = measured_gpu(processes.device, room, DTYPES[mixed_precision])
-    speeds = processes.share("speed", f"{card.flops} {card.bus} {card.bandwidth}").split()
-    flops, bus, bandwidth = map(float, speeds)
+    speeds = processes.share("speed", f"{card.flops} {card.bus} {card.bandwidth} {card.staging}").split()
+    flops, bus, bandwidth, staging = map(float, speeds)
     nominal = size.num_bytes if size is not None and size.names_gpu else None
-    return replace(card, flops=flops, bus=bus, bandwidth=bandwidth, nominal_bytes=nominal)
+    return replace(card, flops=flops, bus=bus, bandwidth=bandwidth, staging=staging, nominal_bytes=nominal)
 
 
 def counted_run(

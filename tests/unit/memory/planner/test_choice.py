@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from library.memory.devices import bytes_of
 from library.memory.planner.choice import Allowed, choose
-from library.memory.planner.gpus import GIB, Gpu, MemorySize, measured_gpu, parse_size, typical_gpu
+from library.memory.planner.gpus import GIB, Gpu, MemorySize, measured_gpu, most_pinned, parse_size, typical_gpu
 from library.memory.planner.prediction import ALLOCATOR_SHARE, CONTEXT_BYTES, CountedStep, Way, predict
 from library.memory.planner.stages import Stage, most_images
 from library.memory.planner.steps import CountedOptimizer, CountedPass, Segment, Timeline
@@ -146,6 +147,29 @@ def test_offloading_is_chosen_only_where_it_saves_a_tenth(bus: float, offloads: 
     times = {found.way.recompute_every: found.seconds for found in choice.candidates}
     assert times[None] < times[1] and (times[None] < 0.9 * times[1]) == offloads
     assert choice.chosen is not None and (choice.chosen.way.num_offloaded > 0) == offloads
+
+
+def test_blocks_that_cannot_be_pinned_are_copied_at_the_speed_of_staging() -> None:
+    """Three blocks of 40 MiB wait, and 100 MiB can be pinned; both passes copy, and nothing is computed."""
+    step, way = counted_step(), Way(num_offloaded=3)
+    gpu = replace(card(0, bus=100 * MIB), flops=float("inf"), pinnable_bytes=100 * MIB)
+    for staging, seconds in ((10 * MIB, 1 + 2), (1000 * MIB, 1.2)):  # no faster than the bus
+        found = predict(step, way, replace(gpu, staging=staging)).seconds
+        assert found == pytest.approx(2 * seconds * (1 + 0.05 * 3 / 8))
+    assert predict(step, way, replace(gpu, pinnable_bytes=None)).seconds == pytest.approx(2.4 * (1 + 0.05 * 3 / 8))
+
+
+def test_inputs_that_wait_are_copied_on_the_stream_that_computes() -> None:
+    """80 MiB over a bus of 40 MiB/s in each pass, beside 32 and 96 s of arithmetic."""
+    found = predict(counted_step(), Way(recompute_every=1, inputs_wait=True), card(0, bus=40 * MIB))
+    assert found.seconds == pytest.approx(32 + 96 + 2 * 2)
+
+
+@pytest.mark.parametrize(("release", "gib"), [("6.6.87.2-microsoft-standard-WSL2", 0.5), ("6.8.0-45-generic", 25.6)])
+def test_wsl_pins_half_a_gibibyte_whatever_there_is(release: str, gib: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.release", lambda: release)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=64 * GIB))
+    assert most_pinned() == pytest.approx(gib * GIB)
 
 
 def test_what_is_fixed_is_the_only_candidate() -> None:
