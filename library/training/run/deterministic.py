@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -24,12 +25,17 @@ def deterministic(wanted: bool) -> Iterator[None]:
         return
     os.environ.setdefault(WORKSPACE, FIXED_WORKSPACES)
     was_on, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    benchmarks = torch.backends.cudnn.benchmark
+    memory: Any = torch.utils.deterministic
+    benchmarks, fills = torch.backends.cudnn.benchmark, memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False
+    # It finds reads of memory that nobody wrote, and writes NaN into every buffer for that: gigabytes of slots, staging
+    # and activations in each step.
+    memory.fill_uninitialized_memory = False
     logger.info("--deterministic: kernels whose sums have one order; on a card steps may take longer")
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(was_on, warn_only=warned)
         torch.backends.cudnn.benchmark = benchmarks
+        memory.fill_uninitialized_memory = fills

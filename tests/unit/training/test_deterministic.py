@@ -23,6 +23,18 @@ def test_torch_is_asked_while_it_is_wanted_and_not_after(monkeypatch: pytest.Mon
     assert not torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.benchmark
 
 
+def test_memory_is_not_filled_before_it_is_used() -> None:
+    """torch would write NaN into every new tensor."""
+    with deterministic(True):
+        kept = torch.zeros(1 << 16)
+        address = kept.data_ptr()
+        del kept
+        again = [torch.empty(1 << 16) for _ in range(4)]
+        assert not any(tensor.isnan().all() for tensor in again if tensor.data_ptr() == address)
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.utils.deterministic.fill_uninitialized_memory
+
+
 def test_a_run_asks_for_it(train: Callable[..., Finished], base_arguments: list[str], tmp_path: Path) -> None:
     done = train([*base_arguments, "--deterministic", "--max_train_steps", "1"])
     assert done.status == 0 and "--deterministic: kernels whose sums have one order" in done.stderr
