@@ -123,6 +123,14 @@ def test_a_missing_wait_is_found(simulated_gpu: Simulation, module: str, stateme
     assert kinds(simulated_gpu) & expected
 
 
+def test_the_wait_of_a_step_leaves_its_core_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    event = torch.cuda.Event
+    monkeypatch.setattr(torch.cuda, "Event", lambda **given: asked.append(given) or event(**given))
+    assert readback.Readback(torch.arange(3.0, device=GPU)).read() == [0, 1, 2]
+    assert asked == [{"blocking": True}]
+
+
 def test_every_wait_has_its_mutant() -> None:
     lines = {
         (name, line.strip().partition("  #")[0])

@@ -93,8 +93,8 @@ class StagedStreams(CudaStreams):
         super().__init__(num_slots, num_bytes, device)
         self.pinned, self.piece = pinned, piece
         self.staging = staging_buffers(min(piece, num_bytes))
-        # Recorded when the GPU has read the buffer.
-        self.left = [torch.cuda.Event() for _ in self.staging]  # type: ignore[no-untyped-call]
+        # Recorded when the GPU has read the buffer. Blocking, or the thread would spin on a core while it waits.
+        self.left = [torch.cuda.Event(blocking=True) for _ in self.staging]  # type: ignore[no-untyped-call]
         self.turn = 0
         self.worker = ThreadPoolExecutor(1, "weights")
         self.given: dict[int, Future[None]] = {}
