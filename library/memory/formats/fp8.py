@@ -23,7 +23,7 @@ class Fp8Rows:
         return encode_in_chunks(weight, encode_rows)
 
     def decode(self, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        return (parts["codes"].to(dtype) * parts["scales"].to(dtype)).reshape(shape)
+        return parts["codes"].to(dtype).mul_(parts["scales"].to(dtype)).reshape(shape)
 
     def codes(self, parts: Parts) -> Codes:
         return Codes(parts["codes"], parts["scales"])
@@ -41,4 +41,4 @@ def num_bytes(num_rows: int, num_columns: int, itemsize: int) -> int:
     return num_rows * num_columns + itemsize * num_rows
 
 
-FORMAT = WeightFormat(Fp8Rows(), num_bytes, num_copies=2, slowdown=1.05, supports_8bit_matmul=True, error=0.0267)
+FORMAT = WeightFormat(Fp8Rows(), num_bytes, num_copies=1, slowdown=1.05, supports_8bit_matmul=True, error=0.0267)

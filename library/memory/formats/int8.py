@@ -38,7 +38,9 @@ class Int8Rows:
         return {"codes": (values_OI / scales_O1).round().to(torch.int8), "scales": scales_O1}
 
     def decode(self, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        weight_OI = parts["codes"].to(dtype) * parts["scales"].to(dtype)
+        # One kernel on GPUs, which reads the codes and writes the weight; casting first would write and read it once
+        # more. CPUs cast into a copy either way.
+        weight_OI = torch.mul(parts["codes"], parts["scales"].to(dtype))
         return (turn(weight_OI) if self.is_rotated else weight_OI).reshape(shape)
 
     def codes(self, parts: Parts) -> Codes:

@@ -16,6 +16,7 @@ from library.memory.codecs.plain import Plain
 from library.memory.formats.fp8 import Fp8Rows
 from library.memory.formats.int8 import Int8Rows, group_size, hadamard
 from library.memory.frozen import FrozenLinear, layers_in_blocks, store_all_in, store_in
+from library.memory.planner.counter import OperationCounter
 from library.memory.planner.weights import Matrix, StorageCost
 from networks import lora
 from tests.running import ROOT
@@ -291,3 +292,23 @@ def test_only_layers_with_a_frozen_twin_are_frozen() -> None:
     odd = [Scaled(3, 3), nn.Conv2d(3, 3, 3, padding="same"), nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular")]
     layers = [*odd, nn.Conv1d(3, 3, 1), nn.LayerNorm(3), nn.Linear(3, 3)]
     assert store_all_in(Plain(), layers) == 1 and type(odd[0]) is Scaled
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_decoding_in_one_kernel_gives_the_bits_of_casting_first(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(98)
+    weight = torch.randn(33, 65).bfloat16()
+    parts = CODECS[name].encode(weight)
+    assert torch.equal(
+        CODECS[name].decode(parts, weight.shape, dtype), parts["codes"].to(dtype) * parts["scales"].to(dtype)
+    )
+
+
+def test_int8_weights_are_decoded_without_a_copy_of_the_codes() -> None:
+    """A GPU casts within the kernel; a cast of its own would write and read twice as many bytes as the codes have."""
+    parts = {"codes": torch.ones(4, 4, dtype=torch.int8), "scales": torch.ones(4, 1)}
+    with OperationCounter() as counter:
+        Int8Rows().decode(parts, torch.Size((4, 4)), torch.bfloat16)
+        counter.cut()
+    assert counter.segments[0].launches == 2  # the cast of four scales, and the product
