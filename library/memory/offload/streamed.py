@@ -1,6 +1,8 @@
 """Offloading of a frozen model's blocks to main memory until they compute."""
 
 import logging
+import mmap
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,8 +24,14 @@ MakeMaster = Callable[[int, int], tuple[Tensor, bool]]
 
 
 def own_master(block: int, num_bytes: int) -> tuple[Tensor, bool]:
-    """Allocate memory of this process alone."""
-    return torch.empty(num_bytes, dtype=torch.uint8), False
+    """Allocate memory of this process alone, which forked processes do not get."""
+    # Linux copies pages that are pinned for a device at a fork instead of sharing them: eight workers of a data loader
+    # would need eight copies of all offloaded blocks.
+    if num_bytes == 0 or sys.platform != "linux":
+        return torch.empty(num_bytes, dtype=torch.uint8), False
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_DONTFORK)
+    return torch.frombuffer(pages, dtype=torch.uint8), False
 
 
 def stream(

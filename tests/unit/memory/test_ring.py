@@ -1,5 +1,7 @@
 """Weights in main memory, how they are pinned, and how they are copied; tests/parity/test_ring.py has whole models."""
 
+import os
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from library.memory.codecs.plain import Plain
 from library.memory.frozen import layers_in_blocks, store_all_in
 from library.memory.offload import pinning, shared
 from library.memory.offload.shared import shared_masters
-from library.memory.offload.streamed import chosen, stream
+from library.memory.offload.streamed import chosen, own_master, stream
 from library.memory.offload.streams import CudaStreams, HostStreams, StagedStreams
 from library.training.models.frozen_base import offloaded_blocks
 from tests.parity.deep import DEEP
@@ -66,6 +68,26 @@ def test_blocks_are_counted_as_sd_scripts_counts_them(num_blocks: int, stacks: A
 def test_more_blocks_than_there_are_is_an_error_that_names_the_most(num_blocks: int, stacks: Any, most: int) -> None:
     with pytest.raises(UserError, match=f"--blocks_to_swap {num_blocks}: .* at most {most} can be swapped$"):
         offloaded_blocks(num_blocks, stacks)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not copy pinned pages at a fork")
+def test_forked_workers_do_not_get_the_masters() -> None:
+    """Pages that are pinned would be copied for each of them."""
+    master, is_filled = own_master(0, 3 * 4096 + 5)
+    assert len(master) == 3 * 4096 + 5 and not is_filled and master.is_contiguous()
+    master.fill_(7)
+    kept = torch.full((1 << 22,), 7, dtype=torch.uint8)  # of the ordinary kind
+    found, given = os.pipe()
+    if os.fork() == 0:
+        os.write(given, bytes([is_mapped(master.data_ptr()), is_mapped(kept.data_ptr())]))
+        os._exit(0)
+    assert list(os.read(found, 2)) == [False, True]
+    assert is_mapped(master.data_ptr()) and int(master.sum()) == 7 * len(master)
+
+
+def is_mapped(address: int) -> bool:
+    ranges = (line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines())
+    return any(int(begin, 16) <= address < int(end, 16) for begin, end in ranges)
 
 
 def test_no_block_that_waits_is_no_ring() -> None:
