@@ -46,10 +46,9 @@ WARM_UP = 5  # steps that are left out of the time
 MOST = 1e-3  # difference to diffusers as a share of the output's largest value; float32, two blocks of each kind
 NAME = "verify"
 EXAMPLES = """\
-  python3 tools/verify.py --script flux_train_network.py --fit auto \\
-    --pretrained_model_name_or_path flux1-dev.safetensors --clip_l clip_l.safetensors --t5xxl t5xxl.safetensors \\
-    --ae ae.safetensors --train_data_dir my_images --network_module networks.lora_flux --network_dim 16 \\
-    --mixed_precision bf16 --cache_latents --cache_text_encoder_outputs --network_train_unet_only"""
+  python3 tools/verify.py --script train_network.py --fit auto \\
+    --pretrained_model_name_or_path model.safetensors --train_data_dir my_images \\
+    --network_module networks.lora --network_dim 16 --mixed_precision bf16 --cache_latents"""
 
 # What the trial decides itself: its length, its files, and that nothing is uploaded, drawn or tracked.
 DECIDED: Mapping[str, Any] = {
@@ -100,7 +99,7 @@ class Result:
 def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EXAMPLES)
     parser.allow_abbrev = False  # abbreviations refer to training options
-    parser.add_argument("--script", required=True, help="training script, such as flux_train_network.py")
+    parser.add_argument("--script", required=True, help="training script, such as train_network.py")
     parser.epilog = f"all other options are those of the training.\n\n{parser.epilog}"
     return parser
 

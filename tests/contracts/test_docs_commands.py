@@ -28,7 +28,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE_CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
-FLAGS_OF_OTHERS = {"--venv", "--slow", "--locked", "--help_all"}  # of tools/start.py; a word that the parsers do not list
+FLAGS_OF_OTHERS = {"--venv", "--slow", "--locked", "--help_all"}  # tools/start.py; a word of no parser
 TOOLS = (
     "convert_lora",
     "check_lora_weights",
