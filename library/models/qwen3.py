@@ -1,10 +1,11 @@
-"""The text encoder of Anima: transformers' Qwen3Model, from a file in its layout or a folder, and its tokenizer.
+"""The text encoder Qwen3: transformers' Qwen3Model, from a file in its layout or a folder, and its tokenizer.
 
 Letters: B captions, S tokens, E width.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,6 @@ from library.models.tokenizer_files import BYTE_PAIR_FILES, TokenizerFiles, chec
 
 logger = logging.getLogger(__name__)
 
-FLAG = "--qwen3"
-HUB_NAME = "Qwen/Qwen3-0.6B"
-PREFIXES = ("text_encoders.qwen3_06b.transformer.model.", "model.", "")  # possible prefixes in files
 PARTS = ("embed_tokens.", "layers.", "norm.")  # the rest of a file is the head that predicts words
 WORDS = "embed_tokens.weight"
 ROPE_BASE = 1_000_000.0
@@ -31,18 +29,33 @@ EPS = 1e-6
 FOLDER = "text_encoder"  # in a diffusers folder
 
 
-def open_qwen3(name: str | None) -> Component:
+@dataclass(frozen=True)
+class Qwen3Release:
+    """One size of Qwen3, as a base model has it."""
+
+    flag: str  # that names its file
+    hub_name: str  # "Qwen/Qwen3-0.6B"
+    prefix: str  # of its names in a file with several models
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """The possible prefixes in files."""
+        return (self.prefix, "model.", "")
+
+
+def open_qwen3(name: str | None, release: Qwen3Release) -> Component:
     """Open the encoder from a file or a folder. Raises UserError naming the flag if it is something else."""
     if not name:
-        raise NotThere(f"{FLAG} is missing: use the file or folder of {HUB_NAME}")
-    return qwen3_component(model_lookup.open_model(FLAG, name, FOLDER)[1])
+        raise NotThere(f"{release.flag} is missing: use the file or folder of {release.hub_name}")
+    return qwen3_component(model_lookup.open_model(release.flag, name, FOLDER)[1], release)
 
 
-def qwen3_component(weights: Weights) -> Component:
+def qwen3_component(weights: Weights, release: Qwen3Release) -> Component:
     """Build the encoder from shapes. Raises UserError if the weights are of something else."""
-    prefix = next((p for p in PREFIXES if f"{p}{WORDS}" in weights.shapes), None)
+    prefix = next((p for p in release.prefixes if f"{p}{WORDS}" in weights.shapes), None)
     if prefix is None or f"{prefix}layers.0.self_attn.q_norm.weight" not in weights.shapes:
-        raise UserError(f"{FLAG} {weights.origin} is not a Qwen3 text encoder (first names: {first_names(weights)})")
+        first = first_names(weights)
+        raise UserError(f"{release.flag} {weights.origin} is not a Qwen3 text encoder (first names: {first})")
     bare = with_prefix(weights, prefix)
     weights = selected(bare, {key: key for key in bare.shapes if key.startswith(PARTS)})
     return Component(configure(weights, qwen3_config), weights)
@@ -88,7 +101,9 @@ def encode_qwen3(encoder: nn.Module, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
     return torch.where(send(mask_BS, device)[..., None].bool(), states_BSE, 0)
 
 
-def load_qwen3_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_words: int | None) -> Any:
+def load_qwen3_tokenizer(
+    release: Qwen3Release, folders: Sequence[Path], cache_dir: str | None, num_words: int | None
+) -> Any:
     """Load Qwen3's tokenizer for an encoder with `num_words` embeddings; it pads on the right.
 
     It is searched in `folders`, then in --tokenizer_cache_dir, then on the hub, from where it is saved into
@@ -96,7 +111,8 @@ def load_qwen3_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_wor
     """
     from transformers import Qwen2Tokenizer
 
-    folder = TOKENIZER.find_or_explain("Qwen3", "tokenizer.json (or vocab.json and merges.txt)", folders, cache_dir)
+    files = TokenizerFiles(release.hub_name, BYTE_PAIR_FILES, holds_qwen3_tokenizer)
+    folder = files.find_or_explain("Qwen3", "tokenizer.json (or vocab.json and merges.txt)", folders, cache_dir)
     logger.info("Qwen3 tokenizer: %s", folder)
     tokenizer = read_tokenizer(
         lambda: Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True, padding_side="right"), folder
@@ -108,6 +124,3 @@ def load_qwen3_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_wor
 def holds_qwen3_tokenizer(folder: Path) -> bool:
     """Return True if a folder has the files of Qwen3's tokenizer; T5's do not qualify."""
     return holds_byte_pairs(folder) and not (folder / "spiece.model").exists()
-
-
-TOKENIZER = TokenizerFiles(HUB_NAME, BYTE_PAIR_FILES, holds_qwen3_tokenizer)

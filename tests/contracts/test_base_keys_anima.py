@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from library.architectures.anima.load import PREFIXES, denoiser_of
+from library.architectures.anima.load import PREFIXES, QWEN3, denoiser_of
 from library.architectures.anima.model import Anima, read_config
-from library.architectures.anima.qwen3 import PREFIXES as QWEN3_PREFIXES
-from library.architectures.anima.qwen3 import empty_qwen3, qwen3_component
 from library.architectures.anima.vae import empty_vae, from_original, vae_component
 from library.checkpoints.weights import Weights
+from library.models.qwen3 import empty_qwen3, qwen3_component
 from tests.tiny.anima import diffusers_key
 
 FACTS: Mapping[str, Any] = json.loads(gzip.decompress((Path(__file__).parent / "data" / "anima.json.gz").read_bytes()))
@@ -57,6 +56,15 @@ def test_pruned_models_load() -> None:
     assert anima_shapes(shapes) == shapes
 
 
+def test_anima_with_40_blocks_loads() -> None:
+    """Anima 2.9B has 40 blocks instead of 28."""
+    shapes = shapes_of("dit")
+    block = {name.removeprefix("blocks.0."): shape for name, shape in shapes.items() if name.startswith("blocks.0.")}
+    shapes |= {f"blocks.{number}.{name}": shape for number in range(40) for name, shape in block.items()}
+    assert anima_shapes(shapes) == shapes
+    assert sum(torch.Size(shape).numel() for shape in shapes.values()) == 2_921_547_264
+
+
 def test_diffusers_has_every_weight_under_the_name_of_the_map() -> None:
     from diffusers import AnimaTextConditioner, CosmosTransformer3DModel
 
@@ -75,11 +83,12 @@ def test_diffusers_has_every_weight_under_the_name_of_the_map() -> None:
     assert {diffusers_key(name): shape for name, shape in shapes_of("dit").items()} == theirs
 
 
-@pytest.mark.parametrize("prefix", QWEN3_PREFIXES)
+@pytest.mark.parametrize("prefix", QWEN3.prefixes)
 @pytest.mark.parametrize("extra", [{}, {"lm_head.weight": (151936, 1024)}], ids=["bare", "with head"])
 def test_qwen3_loads_with_every_prefix(prefix: str, extra: dict[str, tuple[int, ...]]) -> None:
     expected = shapes_of("qwen3_0.6b")
-    component = qwen3_component(opened({**{prefix + name: shape for name, shape in expected.items()}, **extra}))
+    names = {**{prefix + name: shape for name, shape in expected.items()}, **extra}
+    component = qwen3_component(opened(names), QWEN3)
     model = empty_qwen3(component.config)
     assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == expected
     assert dict(component.weights.shapes) == expected

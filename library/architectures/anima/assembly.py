@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 
-from library.architectures.anima.load import AnimaLoader, open_loader
+from library.architectures.anima.load import QWEN3, AnimaLoader, open_loader
 from library.architectures.anima.options import AnimaOptions
 from library.architectures.anima.predict import predict
-from library.architectures.anima.qwen3 import load_qwen3_tokenizer
 from library.architectures.anima.targets import view
 from library.architectures.anima.text import AnimaText
 from library.architectures.anima.vae import QwenImageLatents
@@ -19,6 +18,7 @@ from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
 from library.diffusion.samplers import shifted_sampler
 from library.errors import UserError
+from library.models.qwen3 import load_qwen3_tokenizer
 from library.models.recipe import OTHER_ATTENTION, Recipe, folders_beside, ignored_attention
 from library.models.t5 import holds_t5_tokenizer, load_t5_tokenizer
 from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
@@ -92,7 +92,7 @@ def build_text(options: AnimaOptions, loader: AnimaLoader) -> AnimaText:
         if not holds_t5_tokenizer(t5_folders[0]):
             raise UserError(f"--t5_tokenizer_path {text.t5_tokenizer_path} lacks tokenizer.json and spiece.model")
     return AnimaText(
-        qwen3_tokenizer=load_qwen3_tokenizer(qwen3_folders, cache_dir, loader.num_qwen3_words),
+        qwen3_tokenizer=load_qwen3_tokenizer(QWEN3, qwen3_folders, cache_dir, loader.num_qwen3_words),
         t5_tokenizer=load_t5_tokenizer(t5_folders, cache_dir, loader.config.adapter.num_words),
         num_qwen3_tokens=text.qwen3_max_token_length,
         num_t5_tokens=text.t5_max_token_length,

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from library.architectures.anima import qwen3
 from library.architectures.anima.checkpoint_keys import ADAPTER
 from library.architectures.anima.model import Anima, AnimaConfig, read_config
 from library.architectures.anima.options import AnimaOptions
@@ -23,6 +22,7 @@ from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
 from library.models.identify import open_single_file, refuse_transformer
 from library.models.loading import Absent, MaybeComponent, first_side, materialise, on_meta_device, open_if_there
+from library.models.qwen3 import WORDS, Qwen3Release, load_qwen3, open_qwen3
 from library.models.vae.vae import vae_dtype_of
 from library.options.model import BASE_FLAG
 from library.suggestions import nearby
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 ADAPTER_FLAG = "--llm_adapter_path"
 MARK = "blocks.0.adaln_modulation_self_attn.1.weight"
 ADAPTER_MARK = "blocks.0.norm_self_attn.weight"
+QWEN3 = Qwen3Release("--qwen3", "Qwen/Qwen3-0.6B", "text_encoders.qwen3_06b.transformer.model.")
 PREFIXES = ("net.", "model.diffusion_model.", "")
 
 
@@ -51,10 +52,10 @@ class AnimaLoader:
     @property
     def num_qwen3_words(self) -> int | None:
         """The size of Qwen3's vocabulary, or None if its files are missing."""
-        return first_side(self.text, qwen3.WORDS)
+        return first_side(self.text, WORDS)
 
     def text_encoders(self) -> list[nn.Module]:
-        return [qwen3.load_qwen3(self.text, self.dtype)]
+        return [load_qwen3(self.text, self.dtype)]
 
     def vae(self) -> nn.Module:
         vae = materialise(empty_vae(self.vae_component.config), self.vae_component.weights, self.vae_dtype)
@@ -82,7 +83,7 @@ def open_loader(options: AnimaOptions) -> AnimaLoader:
         config=configure(weights, read_config),
         denoiser_weights=weights,
         text=open_if_there(
-            options.text_caching.cache_text_encoder_outputs_to_disk, lambda: qwen3.open_qwen3(options.text.qwen3)
+            options.text_caching.cache_text_encoder_outputs_to_disk, lambda: open_qwen3(options.text.qwen3, QWEN3)
         ),
         vae_component=open_if_there(options.caching.cache_latents_to_disk, lambda: open_vae(options.model.vae)),
         dtype=DTYPES[options.precision.mixed_precision],
@@ -152,6 +153,6 @@ def check_fit(loader: AnimaLoader) -> None:
     width = loader.text.config["hidden_size"]
     if width != config.adapter.source_width:
         raise UserError(
-            f"{qwen3.FLAG} {loader.text.weights.origin} has width {width}, but Anima's text adapter expects "
-            f"{config.adapter.source_width}; use {qwen3.HUB_NAME}"
+            f"{QWEN3.flag} {loader.text.weights.origin} has width {width}, but Anima's text adapter expects "
+            f"{config.adapter.source_width}; use {QWEN3.hub_name}"
         )

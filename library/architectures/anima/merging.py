@@ -7,9 +7,8 @@ from torch import nn
 
 from library.architectures.anima.adapter_names import ADAPTER_BLOCK, TEXT_LAYER, denoiser_module, qwen3_module
 from library.architectures.anima.checkpoint_keys import BLOCK, TOP
-from library.architectures.anima.load import ADAPTER_MARK, MARK, PREFIXES
+from library.architectures.anima.load import ADAPTER_MARK, MARK, PREFIXES, QWEN3
 from library.architectures.anima.model import Anima, read_config
-from library.architectures.anima.qwen3 import PREFIXES as QWEN3_PREFIXES
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import ModuleNames
 from library.checkpoints.base_model import BaseModel, of_single_file
@@ -35,9 +34,8 @@ def open_base_model(flag: str, path: Path) -> BaseModel:
 
 def names_of(stem: str, prefix: str) -> ModuleNames | None:
     """Return the names of the layer that a weight of the file belongs to; None if adapters do not target it."""
-    qwen3 = QWEN3_PREFIXES[0]
-    if stem.startswith(qwen3):
-        return qwen3_module(stem.removeprefix(qwen3)) if stem.endswith(TEXT_LAYER) else None
+    if stem.startswith(QWEN3.prefix):
+        return qwen3_module(stem.removeprefix(QWEN3.prefix)) if stem.endswith(TEXT_LAYER) else None
     path = stem.removeprefix(prefix)
     stack, _, rest = path.rpartition("blocks.")
     layers = {"": tuple(BLOCK), "llm_adapter.": ADAPTER_BLOCK}.get(stack, ())

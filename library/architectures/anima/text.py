@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from library.architectures.anima.qwen3 import encode_qwen3
 from library.memory.devices import send
+from library.models.qwen3 import encode_qwen3
 from library.models.t5 import count_t5_tokens, tokenize_t5
 from library.types import Conditioning, Tokens
 

@@ -51,15 +51,15 @@ def mapped_latents(cache_suffix: str) -> MappedLatents:
     )
 
 
-def open_ae(model: str, name: str | None, base: BaseFiles) -> Component:
-    """Open the VAE from --ae, or from the base model, in the original layout or diffusers'.
+def open_ae(model: str, name: str | None, base: BaseFiles, flag: str = "--ae") -> Component:
+    """Open the VAE from the file or folder of `flag`, or from the base model, in the original layout or diffusers'.
 
     `model` is the base model's name in messages.
     """
     if name is not None:
-        config, weights = model_lookup.open_model("--ae", name, FOLDER)
+        config, weights = model_lookup.open_model(flag, name, FOLDER)
         if config is not None:
-            return checked_ae(model, "--ae", vae_of_folder(config, weights))
+            return checked_ae(model, flag, vae_of_folder(config, weights))
     elif base.whole is None:
         return checked_ae(model, base.flag, vae_of_folder(*base.open_folder(FOLDER)))
     else:
@@ -68,10 +68,10 @@ def open_ae(model: str, name: str | None, base: BaseFiles) -> Component:
     prefix = next((p for p in prefixes if f"{p}decoder.conv_in.weight" in weights.shapes), None)
     if prefix is None:
         if name is None:
-            raise NotThere(f"--ae is missing: {base.path} contains no VAE; use --ae ae.safetensors")
+            raise NotThere(f"{flag} is missing: {base.path} contains no VAE; use {flag} ae.safetensors")
         first = first_names(weights)
-        raise UserError(f"--ae {name} is not a VAE: it has no decoder.conv_in.weight (first names: {first})")
-    return checked_ae(model, "--ae", single_vae(with_prefix(weights, prefix)))
+        raise UserError(f"{flag} {name} is not a VAE: it has no decoder.conv_in.weight (first names: {first})")
+    return checked_ae(model, flag, single_vae(with_prefix(weights, prefix)))
 
 
 def checked_ae(model: str, flag: str, component: Component) -> Component:
