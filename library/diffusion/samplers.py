@@ -19,6 +19,9 @@ from library.diffusion.timesteps import shift_sigmas
 from library.options.output.samplers import ALIASES, SAMPLERS
 from library.types import Prompt
 
+Velocity = Literal["noise - latent", "latent - noise"]
+"""A denoiser's sign convention of the velocity."""
+
 
 class Level(NamedTuple):
     """The noise level of one call of the denoiser."""
@@ -196,9 +199,7 @@ class FlowSampler:
     `predicts` is the denoiser's sign convention of the velocity.
     """
 
-    def __init__(
-        self, sigmas_N: Tensor, predicts: Literal["noise - latent", "latent - noise"] = "noise - latent"
-    ) -> None:
+    def __init__(self, sigmas_N: Tensor, predicts: Velocity = "noise - latent") -> None:
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         self.scheduler: Any = FlowMatchEulerDiscreteScheduler(num_train_timesteps=NUM_TIMESTEPS, shift=1.0)
@@ -225,7 +226,7 @@ def even_sigmas(num_steps: int) -> Tensor:
     return torch.linspace(1.0, 1.0 / num_steps, num_steps, dtype=torch.float64)
 
 
-def shifted_sampler(prompt: Prompt) -> FlowSampler:
+def shifted_sampler(prompt: Prompt, predicts: Velocity = "noise - latent") -> FlowSampler:
     """Build an Euler sampler on even noise levels, shifted toward noise by the prompt's --fs."""
     assert prompt.flow_shift is not None
-    return FlowSampler(shift_sigmas(even_sigmas(prompt.num_steps), prompt.flow_shift))
+    return FlowSampler(shift_sigmas(even_sigmas(prompt.num_steps), prompt.flow_shift), predicts)

@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 
 from library.models.rotary import Rope, turn
 from library.models.sinusoids import FREQUENCIES, sinusoids
+from library.types import Batch, Conditioning, Noised
 
 EPS, FINAL_EPS = 1e-5, 1e-6
 
@@ -29,6 +30,15 @@ class BlockSizes(Protocol):
     def num_kv_heads(self) -> int: ...
     @property
     def mlp_width(self) -> int: ...
+
+
+def predict(denoiser: nn.Module, noised: Noised, conditioning: Conditioning, batch: Batch) -> Tensor:
+    """Return the velocity in the shape of the latents; for these models it is latent - noise, and time runs that way
+    too."""
+    velocity_BCHW: Tensor = denoiser(
+        noised.latents_BCHW, 1 - noised.sigmas_B, conditioning["hidden_state"], conditioning["attention_mask"]
+    )
+    return velocity_BCHW
 
 
 def key_mask(is_text_BL: Tensor, num_patches: int) -> Tensor:

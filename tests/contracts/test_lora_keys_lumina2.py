@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from library.architectures.lumina.adapter_names import NAMES
-from library.architectures.lumina.checkpoint_keys import from_diffusers, source_keys
+from library.architectures.lumina.checkpoint_keys import KEYS
 from library.architectures.lumina.gemma import GEMMA_PREFIXES, empty_gemma, gemma_component
 from library.architectures.lumina.load import denoiser_of
 from library.architectures.lumina.model import NextDiT, read_config
@@ -81,10 +81,10 @@ def test_the_diffusers_layout_gives_our_shapes_and_names() -> None:
         theirs = Lumina2Transformer2DModel(cap_feat_dim=2304)
     expected = part("dit")
     del expected["norm_final.weight"]
-    assert dict(from_diffusers(opened(shapes_of_model(theirs))).shapes) == expected
+    assert dict(KEYS.from_diffusers(opened(shapes_of_model(theirs))).shapes) == expected
     for key, shape in expected.items():
         found = list(convert_lumina2_to_diffusers({key: torch.empty(shape, device="meta")}))
-        assert found == list(source_keys(key)), key
+        assert found == list(KEYS.source_keys(key)), key
 
 
 @pytest.mark.parametrize("prefix", GEMMA_PREFIXES)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from library.architectures.lumina.checkpoint_keys import source_keys
+from library.architectures.lumina.checkpoint_keys import KEYS
 from library.architectures.lumina.model import LuminaConfig, NextDiT
 from tests.tiny.flux import VAE, ldm_vae
 from tests.tiny.init import fixed_init
@@ -130,7 +130,7 @@ def diffusers_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     found = {}
     kv_width = CONFIG.num_kv_heads * CONFIG.head_width
     for key, tensor in state.items():
-        names = source_keys(key)
+        names = KEYS.source_keys(key)
         parts = tensor.split([CONFIG.width, kv_width, kv_width]) if len(names) > 1 else (tensor,)
         found |= {name: part.clone() for name, part in zip(names, parts, strict=True)}
     return found

@@ -3,9 +3,7 @@
 Module paths are those of the original checkpoint.
 """
 
-from collections.abc import Iterator
-
-from library.architectures.lumina.checkpoint_keys import BLOCK, TOP, sources
+from library.architectures.lumina.checkpoint_keys import KEYS
 from library.checkpoints.adapter_names import BaseNames, ModuleNames, Piece, text_module
 
 NUM_BLOCKS = {"context_refiner": 2, "noise_refiner": 2, "layers": 26}
@@ -19,17 +17,8 @@ GEMMA_LAYER = (
 )
 
 
-def denoiser_paths() -> Iterator[str]:
-    """Yield the path of every Linear layer."""
-    yield from (path for path in TOP if path != "cap_embedder.0")
-    layers = [layer for layer in BLOCK if "norm" not in layer]
-    for stack, num_blocks in NUM_BLOCKS.items():
-        own = [layer for layer in layers if stack != "context_refiner" or not layer.startswith("adaLN")]
-        yield from (f"{stack}.{number}.{layer}" for number in range(num_blocks) for layer in own)
-
-
 def denoiser_module(path: str) -> ModuleNames:
-    found = sources(path)
+    found = KEYS.sources(path)
     pieces = tuple(Piece(f"transformer.{name}", share) for name, share in zip(found, QKV_SHARES, strict=False))
     return ModuleNames(
         kohya=f"lora_unet_{path.replace('.', '_')}",
@@ -45,7 +34,7 @@ def gemma_module(path: str) -> ModuleNames:
 NAMES = BaseNames(
     "lumina",
     (
-        *map(denoiser_module, denoiser_paths()),
+        *map(denoiser_module, KEYS.linear_paths(NUM_BLOCKS)),
         *(gemma_module(f"layers.{n}.{name}") for n in range(NUM_GEMMA_LAYERS) for name in GEMMA_LAYER),
     ),
 )

@@ -4,17 +4,19 @@ Start here to read this package.
 """
 
 from dataclasses import replace
+from functools import partial
 
 from library.architectures.lumina.gemma import load_gemma_tokenizer
 from library.architectures.lumina.load import LuminaLoader, open_loader
 from library.architectures.lumina.options import LuminaOptions
-from library.architectures.lumina.predict import predict, preview_sampler
 from library.architectures.lumina.targets import view
 from library.architectures.lumina.text import LuminaText
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
+from library.diffusion.samplers import shifted_sampler
 from library.errors import UserError
+from library.models.next_dit import predict
 from library.models.recipe import OTHER_ATTENTION, Recipe, folders_beside
 from library.models.vae.flux import mapped_latents
 from library.protocols import Architecture, LiveText, Preview, PromptDefaults, TextCacheSpec
@@ -129,6 +131,6 @@ def build_preview(text: LuminaText) -> Preview:
         ),
         text=replace(text, system_prompt=""),
         predict=lambda prompt: predict,
-        sampler=preview_sampler,
+        sampler=partial(shifted_sampler, predicts="latent - noise"),
         worded=text.worded,
     )

@@ -1,14 +1,9 @@
-"""Names of the denoiser's weights in the original layout, which is ours, and in diffusers'.
+"""Names of the denoiser's weights in the original layout, which is ours, and in diffusers'."""
 
-A weight of ours stacks several of diffusers'; `sources` lists them.
-"""
+from collections.abc import Mapping
 
-from collections.abc import Iterator, Mapping
+from library.models.next_dit_keys import NextDitKeys
 
-from library.checkpoints.fused_tensors import joined
-from library.checkpoints.weights import Weights
-
-STACKS = ("context_refiner", "noise_refiner", "layers")
 DIFFUSERS_MARK = "time_caption_embed.caption_embedder.1.weight"
 
 TOP = {
@@ -34,37 +29,4 @@ BLOCK: Mapping[str, tuple[str, ...]] = {
     "ffn_norm2": ("ffn_norm2",),
     "adaLN_modulation.1": ("norm1.linear",),
 }
-UNMODULATED = {**BLOCK, "attention_norm1": ("norm1",)}  # where diffusers has a plain norm
-
-
-def sources(path: str) -> tuple[str, ...]:
-    """Return diffusers' paths of the layers that make up one of ours; raises KeyError for other paths."""
-    stack, _, rest = path.partition(".")
-    if stack not in STACKS:
-        return (TOP[path],)
-    number, _, layer = rest.partition(".")
-    names = (UNMODULATED if stack == "context_refiner" else BLOCK)[layer]
-    return tuple(f"{stack}.{number}.{name}" for name in names)
-
-
-def source_keys(key: str) -> tuple[str, ...]:
-    """Return diffusers' names of the weights that make up one of ours."""
-    path, _, leaf = key.rpartition(".")
-    return tuple(f"{name}.{leaf}" for name in sources(path))
-
-
-def candidates(names: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
-    """Yield our names of the weights that a model in diffusers' layout may have."""
-    paths = list(TOP)
-    for stack in STACKS:
-        numbers = sorted({int(name.split(".")[1]) for name in names if name.startswith(f"{stack}.")})
-        paths += [f"{stack}.{number}.{layer}" for number in numbers for layer in BLOCK]
-    yield from (f"{path}.{leaf}" for path in paths for leaf in ("weight", "bias"))
-
-
-def from_diffusers(weights: Weights) -> Weights:
-    """Rename a model in diffusers' layout to our names, joining each tensor when it is read.
-
-    Raises UserError naming missing parts of an incomplete layer.
-    """
-    return joined(weights, {key: source_keys(key) for key in candidates(weights.shapes)})
+KEYS = NextDitKeys(TOP, BLOCK, {**BLOCK, "attention_norm1": ("norm1",)})  # a plain norm in diffusers

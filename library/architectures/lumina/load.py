@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from library.architectures.lumina.checkpoint_keys import DIFFUSERS_MARK, from_diffusers
+from library.architectures.lumina.checkpoint_keys import DIFFUSERS_MARK, KEYS
 from library.architectures.lumina.gemma import gemma_component, gemma_of_folder, load_gemma
 from library.architectures.lumina.model import PATCH, LuminaConfig, NextDiT, read_config
 from library.architectures.lumina.options import LuminaOptions
@@ -96,7 +96,7 @@ def denoiser_of(base: BaseFiles) -> Weights:
     """Return the denoiser's weights under our names. Raises UserError for another model, naming it."""
     weights = open_transformer(list_specs(), base, "lumina")
     if DIFFUSERS_MARK in weights.shapes:
-        weights = from_diffusers(weights)
+        weights = KEYS.from_diffusers(weights)
     if MARK not in weights.shapes:
         why = f"it has no {MARK}, so it is not a {MODEL} transformer"
         refuse_transformer(list_specs(), base, base.whole or weights, "lumina", why)

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from library.architectures.lumina.adapter_names import GEMMA_LAYER, denoiser_module, gemma_module
-from library.architectures.lumina.checkpoint_keys import BLOCK, DIFFUSERS_MARK, STACKS, TOP
+from library.architectures.lumina.checkpoint_keys import DIFFUSERS_MARK, KEYS
 from library.architectures.lumina.gemma import GEMMA_PREFIXES
 from library.architectures.lumina.load import MARK
 from library.architectures.lumina.model import NextDiT, read_config
@@ -36,8 +36,7 @@ def names_of(stem: str, prefix: str) -> ModuleNames | None:
     if stem.startswith(gemma):
         return gemma_module(stem.removeprefix(gemma)) if stem.endswith(GEMMA_LAYER) else None
     path = stem.removeprefix(prefix)
-    is_layer = path.startswith(STACKS) and path.endswith(tuple(layer for layer in BLOCK if "norm" not in layer))
-    return denoiser_module(path) if stem.startswith(prefix) and (is_layer or path in TOP) else None
+    return denoiser_module(path) if stem.startswith(prefix) and KEYS.is_linear(path) else None
 
 
 def seen_by_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
