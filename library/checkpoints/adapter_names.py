@@ -23,6 +23,7 @@ class Piece:
 
     diffusers: str
     share: int  # of the rows, in a unit common to all pieces of the module
+    aliases: tuple[str, ...] = ()  # used by other trainers
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,9 @@ class ModuleNames:
         return (self.kohya, self.generic, *whole, *of_pieces, *self.aliases)
 
     @property
-    def names_of_pieces(self) -> tuple[tuple[str, str], ...]:
-        """The names of each piece in files: diffusers' name, or its number in the whole, as in OMI's format."""
-        return tuple((piece.diffusers, f"{self.generic}.{i}") for i, piece in enumerate(self.pieces))
+    def names_of_pieces(self) -> tuple[tuple[str, ...], ...]:
+        """The names of each piece in files: diffusers' name, its number in the whole, as in OMI's format, aliases."""
+        return tuple((p.diffusers, f"{self.generic}.{i}", *p.aliases) for i, p in enumerate(self.pieces))
 
     def piece_of(self, name: str) -> int | None:
         """Return the index of the piece called `name` in a file, or None for a name of the whole module."""
@@ -75,7 +76,7 @@ class ModuleNames:
             generic=moved(self.generic),
             diffusers=moved(whole)
             if isinstance(whole, str)
-            else tuple(replace(piece, diffusers=moved(piece.diffusers)) for piece in whole),
+            else tuple(replace(piece, diffusers=moved(piece.diffusers), aliases=()) for piece in whole),
             aliases=(),
         )
 

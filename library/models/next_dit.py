@@ -74,11 +74,13 @@ class JointAttention(nn.Module):
 
     def forward(self, x_BTM: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
         q, k, v = self.qkv(x_BTM).unflatten(-1, (-1, self.head_width)).transpose(1, 2).split(self.heads, dim=1)
-        # The norm saves its input for the backward pass; a view would keep queries, keys and values alive.
+        # Norms and attention save inputs for the backward pass; a view would keep queries, keys and values alive.
         norms = ((self.q_norm, q.contiguous()), (self.k_norm, k.contiguous()))
         q, k = (turn(norm(part), rope).to(v.dtype) for norm, part in norms)
         if (repeats := self.heads[0] // self.heads[1]) > 1:
             k, v = (part.repeat_interleave(repeats, dim=1) for part in (k, v))
+        else:
+            v = v.contiguous()
         attended = scaled_dot_product_attention(q, k, v, attn_mask=mask)
         y_BTM: Tensor = self.out(attended.transpose(1, 2).flatten(2))
         return y_BTM

@@ -101,6 +101,13 @@ def encode_qwen3(encoder: nn.Module, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
     return torch.where(send(mask_BS, device)[..., None].bool(), states_BSE, 0)
 
 
+def encode_before_last_layer(encoder: nn.Module, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
+    """Return the states before the last layer, BSE, zero where the mask is 0. Gradients flow."""
+    device = next(encoder.parameters()).device
+    states_BSE: Tensor = encoder(send(ids_BS, device), output_hidden_states=True).hidden_states[-2]
+    return torch.where(send(mask_BS, device)[..., None].bool(), states_BSE, 0)
+
+
 def load_qwen3_tokenizer(
     release: Qwen3Release, folders: Sequence[Path], cache_dir: str | None, num_words: int | None
 ) -> Any:

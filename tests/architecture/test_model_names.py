@@ -30,6 +30,7 @@ MAY_NAME_MODELS = {
     "networks/lora_hunyuan_image.py": DOORS,
     "networks/lora_lumina.py": DOORS,
     "networks/lora_sd3.py": DOORS,
+    "networks/lora_zimage.py": DOORS,
     "networks/oft_flux.py": DOORS,
     "networks/convert_flux_lora.py": DOORS,
     "networks/convert_anima_lora_to_comfy.py": DOORS,

@@ -89,7 +89,7 @@ def test_a_file_for_what_is_short_for_a_number_is_told(words: list[str], capsys:
         with pytest.raises(SystemExit):
             parse(parser_of(script), [*words, "--seed", "3"])
         said = capsys.readouterr().err
-        assert f"unrecognized arguments: {words[0]} (an option of hunyuan_image_train_network.py; " in said
+        assert f"unrecognized arguments: {words[0]} (an option of hunyuan_image_train_network.py" in said
         assert parse(parser_of(script), ["--text_encoder", "1e-5"]).text_encoder_lr in (1e-5, [1e-5])
 
 

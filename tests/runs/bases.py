@@ -12,6 +12,7 @@ from tests.tiny.lumina import build_tiny_lumina
 from tests.tiny.sd import build_tiny_sd
 from tests.tiny.sd3 import build_tiny_sd3
 from tests.tiny.sdxl import build_tiny_sdxl
+from tests.tiny.zimage import build_tiny_zimage
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,12 @@ BASES: Mapping[str, Base] = {
         "hunyuan_image_train_network",
         "networks.lora_hunyuan_image",
         lambda folder: build_tiny_hunyuan_image(folder, 58),
+        adapts_text_encoders=False,
+    ),
+    "zimage": Base(
+        "zimage_train_network",
+        "networks.lora_zimage",
+        lambda folder: build_tiny_zimage(folder, 60),
         adapts_text_encoders=False,
     ),
 }

@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from library.architectures.specs import list_specs
 from library.checkpoints.files import load_state_dict, read_metadata
+from library.checkpoints.recognition import recognise_adapter
+from networks.core.files.adapter_file import read_adapter_file
 from tests.running import ROOT, Finished, make_images
 from tests.runs.bases import BASES, Base
 
 Train = Callable[..., Finished]
 
+DOWNS, UPS = ("lora_down.weight", "lora_A.weight"), ("lora_up.weight", "lora_B.weight")
 EVERYTHING = [
     "--shuffle_caption", "--caption_dropout_rate", "0.2", "--caption_tag_dropout_rate", "0.2", "--random_crop",
     "--flip_aug", "--network_dropout", "0.1", "--gradient_accumulation_steps", "2", "--validation_split", "0.3",
@@ -64,7 +68,7 @@ def test_a_run_with_everything_on_that_is_cut_and_goes_on_is_the_uninterrupted_o
     one, other = (load_state_dict(tmp_path / name / "mine.safetensors") for name in ("whole", "rest"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
-    assert any(float(tensor.abs().max()) > 0 for key, tensor in one.items() if "lora_up" in key)
+    assert any(float(tensor.abs().max()) > 0 for key, tensor in one.items() if key.endswith(UPS))
     lines = [[line.split("validation after")[1] for line in done.stderr.splitlines() if "validation after" in line]
              for done in (whole, rest)]  # fmt: skip
     assert len(lines[0]) > 1 and lines[1] == lines[0][-len(lines[1]) :]
@@ -80,6 +84,15 @@ def tool(name: str, *words: str) -> str:
     return done.stdout.decode()
 
 
+def modules_of(path: str) -> set[str]:
+    """kohya's names of the modules in a file of any naming."""
+    file = read_adapter_file(path)
+    shapes = {key: tensor.shape for key, tensor in load_state_dict(path).items()}
+    spec = recognise_adapter(list_specs(), shapes, file.metadata)
+    assert spec is not None
+    return {found.kohya if (found := spec.names.find(name)) else name for name in file.modules}
+
+
 @pytest.mark.nightly
 def test_the_tools_work_on_its_files(run: Callable[..., Finished], tmp_path: Path) -> None:
     run("one", "--max_train_steps", "2")
@@ -90,9 +103,9 @@ def test_the_tools_work_on_its_files(run: Callable[..., Finished], tmp_path: Pat
     small, merged = str(tmp_path / "small.safetensors"), str(tmp_path / "merged.safetensors")
     tool("resize_lora", "--model", one, "--save_to", small, "--new_rank", "2", "--save_precision", "float")
     tool("merge_lora", "--models", one, two, "--ratios", "0.5", "0.5", "--save_to", merged, "--save_precision", "float")
-    ranks = {t.shape[0] for key, t in load_state_dict(small).items() if "lora_down" in key}
+    ranks = {t.shape[0] for key, t in load_state_dict(small).items() if key.endswith(DOWNS)}
     assert ranks == {2}
-    assert {key.split(".")[0] for key in load_state_dict(merged)} == {key.split(".")[0] for key in load_state_dict(one)}
+    assert modules_of(merged) == modules_of(one)
     assert read_metadata(small)["sshs_model_hash"] != read_metadata(one)["sshs_model_hash"]
 
 
@@ -107,7 +120,7 @@ def test_a_rank_cut_out_of_a_dylora_file_is_a_lora_file(run: Callable[..., Finis
     cut = load_state_dict(tmp_path / "cut-0002.safetensors")
     assert whole.keys() == cut.keys()
     for key, tensor in cut.items():
-        if "lora_down" in key:
+        if key.endswith(DOWNS):
             assert torch.equal(tensor, whole[key][:2])
 
 
@@ -145,14 +158,14 @@ def test_every_kind_of_adapter_trains_and_its_file_is_trained_further(
     run("one", *words, "--max_train_steps", "2")
     first = load_state_dict(tmp_path / "one" / "mine.safetensors")
     from_zero = (
-        "lora_up.weight",
+        *UPS,
         "hada_w2_a",
         "lokr_w1",
         "oft_R.weight",
         "boft_R",
     )  # the last two hold a strength that starts at 0
     moved = [key for key, tensor in first.items() if key.endswith(from_zero) and float(tensor.abs().max()) > 0]
-    assert any(key.startswith("lora_unet") for key in moved)
+    assert any(key.startswith(("lora_unet", "diffusion_model")) for key in moved)
     assert any(key.startswith("lora_te") for key in moved) == base.adapts_text_encoders
     path = str(tmp_path / "one" / "mine.safetensors")
     run("two", *words, "--max_train_steps", "1", "--network_weights", path, "--dim_from_weights")

@@ -9,7 +9,7 @@ from library.architectures.lumina.merging import open_base_model, seen_by_networ
 from library.architectures.lumina.options import LuminaOptions
 from library.architectures.lumina.targets import TARGETS
 from library.checkpoints.adapter_names import FileNaming
-from library.checkpoints.base_model_spec import DIFFUSERS, GENERIC, KOHYA, NONE, BaseModelSpec, Reader, Sign
+from library.checkpoints.base_model_spec import DIFFUSERS, GENERIC, KOHYA, NONE, BaseModelSpec, Certainty, Reader, Sign
 
 BLOCK = frozenset(("attention_qkv", "attention_out", *(f"feed_forward_w{n}" for n in (1, 2, 3)), "adaLN_modulation_1"))
 
@@ -40,8 +40,10 @@ SPECS = (
         script="lumina_train_network.py",
         options=LuminaOptions,
         build=build,
-        checkpoint=(Sign(r"cap_embedder\.|context_refiner\."),),
-        adapter=(Sign(r"_(noise_refiner|context_refiner)_|(unet|diffusion_model|transformer)_layers_\d+_"),),
+        checkpoint=(Sign(r"cap_embedder\.|context_refiner\.", Certainty.SHARED),),
+        adapter=(
+            Sign(r"_(noise_refiner|context_refiner)_|(unet|diffusion_model|transformer)_layers_\d+_", Certainty.SHARED),
+        ),
         version=r"lumina",
         architecture=r"lumina-2",
         pipelines=("Lumina",),

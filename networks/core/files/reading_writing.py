@@ -12,15 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from library.checkpoints.adapter_keys import naming_of
+from library.checkpoints.adapter_names import BaseNames, FileNaming
 from library.errors import UserError
 from networks.core.changes.adapter import Adapter
 from networks.core.changes.change import ChangeSize, Converted
 from networks.core.changes.dora import are_per_output
 from networks.core.changes.parameter_keys import ALPHA, DORA_SCALE
 from networks.core.changes.qkv_pieces import by_rows, is_in_rows
-from networks.core.files.adapter_file import WITHOUT_THEM, AdapterFile
+from networks.core.files.adapter_file import WITHOUT_THEM, AdapterFile, adapter_tensors, sort_tensors
 from networks.core.files.module_weights import ModuleWeights
-from networks.core.kinds import norm
+from networks.core.files.renaming import rename
+from networks.core.kinds import lora, norm
 from networks.core.registry.key_layout import KeyLayout
 from networks.core.registry.layouts import PIECES, SHARED, layout_of, list_layouts
 
@@ -269,6 +271,20 @@ def network_tensors(adapters: Mapping[str, Adapter], dtype: torch.dtype | None) 
             wanted = tensor.dtype if dtype is None or key in exact else dtype
             tensors[f"{name}.{key}"] = tensor.detach().to("cpu", wanted).contiguous()
     return tensors
+
+
+def saved_tensors(
+    adapters: Mapping[str, Adapter], dtype: torch.dtype | None, names: BaseNames | None, naming: FileNaming
+) -> Mapping[str, Tensor]:
+    """Return the weights as `network_tensors` does, in another naming where they all are plain LoRA of known modules;
+    their strength is multiplied in before they are rounded to `dtype`."""
+    if naming != "kohya" and names is not None:
+        file = sort_tensors(network_tensors(adapters, None), {}, "the adapter")
+        plain = [m for m in file.modules.values() if m.layout is lora.LAYOUT and not m.is_dora and names.find(m.name)]
+        if len(plain) == len(file.modules):
+            found = adapter_tensors(rename(file, names, naming).file)
+            return found if dtype is None else {key: tensor.to(dtype) for key, tensor in found.items()}
+    return network_tensors(adapters, dtype)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -21,7 +21,7 @@ from networks.core.changes.tlora import NoiseLevels
 from networks.core.files.adapter_file import open_adapter, save_network, sort_tensors
 from networks.core.files.file_spelling import FileSpelling
 from networks.core.files.foreign_names import in_own_names
-from networks.core.files.reading_writing import load_into, network_tensors
+from networks.core.files.reading_writing import load_into, network_tensors, saved_tensors
 from networks.core.network.multiplexer import AdapterMultiplexer, Beside
 from networks.core.network.summary import describe_part, describe_rates
 from networks.core.protocol import Merging
@@ -174,8 +174,11 @@ class AdapterNetwork(nn.Module):
 
     def save_weights(self, file: str, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
         """Write the adapters whole or not at all: .safetensors with metadata and hashes, else a pickled table."""
-        tensors = network_tensors(self.adapters, dtype)
-        save_network(file, tensors if self.spelling is None else self.spelling.restore(tensors), metadata)
+        if self.spelling is None:
+            tensors = saved_tensors(self.adapters, dtype, self.targets.names, self.targets.saved_naming)
+        else:
+            tensors = self.spelling.restore(network_tensors(self.adapters, dtype))
+        save_network(file, tensors, metadata)
 
     def set_multiplier(self, multiplier: float) -> None:
         """Set how strongly the changes act: 0 is the base model."""

@@ -324,6 +324,7 @@ HEADERS = {
     "sdxl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"), "sd3": ("5-medium", "stable-diffusion-3-5-medium"),
     "flux": ("flux1", "flux-1-dev"), "chroma": ("chroma", "chroma"), "lumina": ("lumina2", "lumina-2"),
     "hunyuan_image": ("hunyuan-image-2.1", "hunyuan-image-2.1"), "anima": ("anima", "anima-preview"),
+    "zimage": ("zimage", "Z-Image"),
 }  # fmt: skip
 
 

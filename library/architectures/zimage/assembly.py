@@ -1,0 +1,136 @@
+"""Assembly of Z-Image: a transformer of one stream, Qwen3 4B as text encoder, 16-channel latents.
+
+Start here to read this package.
+"""
+
+import logging
+from functools import partial
+
+from library.architectures.specs import list_specs
+from library.architectures.zimage.load import QWEN3, ZImageLoader, is_turbo, open_loader
+from library.architectures.zimage.options import ZImageOptions
+from library.architectures.zimage.targets import view
+from library.architectures.zimage.text import ZImageText, check_tokenizer
+from library.checkpoints.weights import fingerprint
+from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
+from library.diffusion.samplers import shifted_sampler
+from library.models.next_dit import predict
+from library.models.qwen3 import load_qwen3_tokenizer
+from library.models.recipe import OTHER_ATTENTION, Recipe, folders_beside
+from library.models.vae.flux import mapped_latents
+from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
+
+logger = logging.getLogger(__name__)
+
+SAMPLING_SHIFT = 3.0  # used by the model to sample images
+RECIPE = Recipe(
+    title="Z-Image",
+    metadata={
+        "ss_base_model_version": "zimage",
+        "modelspec.architecture": "Z-Image/lora",
+        "modelspec.implementation": "https://github.com/Tongyi-MAI/Z-Image",
+        "modelspec.resolution": "1024x1024",
+    },
+    refuses={
+        "weighted_captions": "Qwen3 has no prompt weighting",
+        "network_train_text_encoder_only": "its text encoder cannot be trained",
+    },
+    ignores={
+        **IGNORES,
+        "v2": "it is for Stable Diffusion 2",
+        "v_parameterization": "Z-Image predicts the velocity of a flow",
+        "clip_skip": "Z-Image uses Qwen3's states before its last layer",
+        "max_token_length": "its text encoder reads 512 tokens",
+        **OTHER_ATTENTION,
+    },
+    records=(
+        "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "timestep_sampling", "sigmoid_scale",
+        "model_prediction_type", "discrete_flow_shift",
+    ),
+    needs={"diffusers": ">=0.36"},  # ZImageTransformer2DModel, whose adapters' names the files have
+)  # fmt: skip
+CODEC = mapped_latents("_zimage.npz")
+LATENTS = CODEC.spec
+
+
+def build(options: ZImageOptions) -> Architecture:
+    """Assemble the model that the options name; nothing is loaded yet.
+
+    Raises UserError naming the flag for a file or a setting that does not fit Z-Image.
+    """
+    RECIPE.check(options)
+    loader = open_loader(options)
+    turbo = is_turbo(options.zimage.model_version, loader.path)
+    if turbo and not options.network.base_weights:
+        logger.warning(
+            "%s is Z-Image Turbo, which is distilled: training undoes the distillation, and previews blur. Add "
+            "--base_weights with a training adapter for Turbo, or train on Z-Image or Z-Image-De-Turbo; "
+            "--model_version says which it is",
+            loader.path,
+        )
+    text = build_text(options, loader)
+    return Architecture(
+        name="zimage",
+        load=loader,
+        text=text,
+        codec=CODEC,
+        objective=build_objective(options),
+        predict=predict,
+        view=view,
+        preview=build_preview(text, turbo),
+        metadata=RECIPE.describe(options),
+        specs=list_specs(),
+        ignores=RECIPE.ignores,
+        text_cache=build_text_cache(options, loader, text),
+    )
+
+
+def build_objective(options: ZImageOptions) -> FlowMatching:
+    return build_sampled_flow(
+        options.noise,
+        options.loss,
+        options.flow_sampling,
+        options.flow_weighting,
+        prediction_type=options.flow_prediction.model_prediction_type,
+        target_kind="latent - noise",
+    )
+
+
+def build_text(options: ZImageOptions, loader: ZImageLoader) -> ZImageText:
+    """Build the tokenizer, searched beside the base model and the encoder."""
+    beside = folders_beside(loader.path, options.zimage.text_encoder)
+    folders = [folder / "tokenizer" for folder in beside] + beside[1:]
+    tokenizer = load_qwen3_tokenizer(QWEN3, folders, options.model.tokenizer_cache_dir, loader.num_words)
+    check_tokenizer(tokenizer)
+    return ZImageText(tokenizer)
+
+
+def build_text_cache(options: ZImageOptions, loader: ZImageLoader, text: ZImageText) -> TextCacheSpec:
+    return TextCacheSpec(
+        options=options.text_caching,
+        suffix="_zimage_te.npz",
+        keys=("hidden_state", "attention_mask"),
+        encoders=lambda: fingerprint(loader.qwen3.weights),
+        settings=f"{loader.text_dtype} {loader.shrinks_text}",
+        tokenizers=(text.tokenizer,),
+        padding={"hidden_state": 0.0, "attention_mask": 0.0},
+        on_host=("attention_mask",),
+        can_train=False,
+    )
+
+
+def build_preview(text: ZImageText, turbo: bool) -> Preview:
+    """Build previews with plain classifier-free guidance, or for Turbo in few steps without."""
+    return Preview(
+        defaults=PromptDefaults(
+            num_steps=8 if turbo else 50,
+            width=1024,
+            height=1024,
+            scale=1.0 if turbo else 5.0,
+            size_step=16,
+            flow_shift=SAMPLING_SHIFT,
+        ),
+        text=text,
+        predict=lambda prompt: predict,
+        sampler=partial(shifted_sampler, predicts="latent - noise"),
+    )

@@ -1,0 +1,39 @@
+"""The public facts of Z-Image."""
+
+from library.architectures.zimage.adapter_names import NAMES
+from library.architectures.zimage.assembly import RECIPE, build
+from library.architectures.zimage.merging import open_base_model, seen_by_networks
+from library.architectures.zimage.options import ZImageOptions
+from library.architectures.zimage.targets import TARGETS
+from library.checkpoints.base_model_spec import DIFFUSERS, GENERIC, KOHYA, NONE, BaseModelSpec, Reader, Sign
+
+WIDTH = 3840
+
+SPECS = (
+    BaseModelSpec(
+        name="zimage",
+        title="Z-Image",
+        called="a Z-Image",
+        script="zimage_train_network.py",
+        options=ZImageOptions,
+        build=build,
+        checkpoint=(Sign(r"(^|\.)(cap|x)_pad_token$"),),
+        adapter=(
+            Sign(r"_attention_to_(q|k|v|out)_|_adaLN_modulation_0_|_all_(x_embedder|final_layer)_"),
+            Sign(r"_layers_\d+_(attention|feed_forward)_", width=WIDTH),
+        ),
+        version=r"zimage",
+        architecture=r"(?i)z-image",
+        pipelines=("ZImage",),
+        readers={
+            "ComfyUI": Reader(KOHYA | GENERIC | DIFFUSERS, NONE),
+            "diffusers": Reader(KOHYA | GENERIC | DIFFUSERS, NONE),
+        },
+        names=NAMES,
+        network_arguments=TARGETS.arguments,
+        open_for_merging=open_base_model,
+        seen_by_networks=seen_by_networks,
+        adapter_metadata=RECIPE.of_checkpoint,
+        variants={r"siglip_embedder\.": "Z-Image Omni, which cannot be trained"},
+    ),
+)

@@ -1,0 +1,33 @@
+"""The layers of Z-Image that adapters target, and the models as network modules see them."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from library.architectures.specs import list_network_arguments
+from library.architectures.zimage.adapter_names import NAMES
+from networks.core.targets.targets import AdapterTargets, Embedders, Part, thirds
+
+LEFT_OUT = (r".*(_modulation|_refiner).*",)  # unless include_patterns includes it again, as in musubi-tuner
+
+TARGETS = AdapterTargets(
+    denoiser=Part("lora_unet", blocks=("JointTransformerBlock",), exclude=LEFT_OUT),
+    ranks={
+        "attn_dim": r"\.attention\.",
+        "mod_dim": r"\.adaLN_modulation\.",
+        "refiner_dim": r"_refiner\.",
+        "mlp_dim": r"\.feed_forward\.",
+    },
+    embedders=Embedders("embedder_dims", (r"x_embedder", r"t_embedder", r"cap_embedder")),
+    block_choices={"train_block_indices": r"^layers\.(\d+)\."},
+    fused={r"\.attention\.qkv$": thirds},
+    names=NAMES,
+    saved_naming="diffusers",
+    expressions="path",
+    elsewhere=list_network_arguments,
+)
+
+
+def view(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[list[nn.Module], nn.Module]:
+    """Return ([], denoiser) for `create_network` and `apply_to`: the text encoder has no adapters."""
+    return [], denoiser

@@ -1,0 +1,108 @@
+"""Z-Image from text to latents against diffusers' ZImagePipeline: the same folder, prompts and seed."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from library.architectures.zimage.assembly import build
+from library.architectures.zimage.options import ZImageOptions
+from library.types import Prompt
+from tests.parity.test_preview import ours
+from tests.tiny.zimage import build_tiny_zimage
+from tests.tolerances import FLOAT32_DEEP, FLOAT32_SAMPLED
+from zimage_train_network import setup_parser
+
+PROMPT = Prompt(
+    text="a red cat", negative="a dog", width=64, height=96, seed=7, num_steps=5, scale=5.0, sampler=None,
+    guidance_scale=None, cfg_trunc_ratio=None, renorm_cfg=None, flow_shift=3.0,
+)  # fmt: skip
+
+
+def run_of(folder: Path) -> Any:
+    given = ["--pretrained_model_name_or_path", str(folder)]
+    arch = build(ZImageOptions.from_args(setup_parser().parse_args(given)))
+    models = SimpleNamespace(denoiser=arch.load.denoiser(), text_encoders=arch.load.text_encoders())
+    return SimpleNamespace(arch=arch, models=models, device=torch.device("cpu"), autocast=nullcontext)
+
+
+def pipeline_of(folder: Path) -> Any:
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+    from transformers import Qwen2Tokenizer, Qwen3Model
+
+    pipeline = ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=AutoencoderKL.from_pretrained(folder / "vae"),
+        text_encoder=Qwen3Model.from_pretrained(folder / "text_encoder"),
+        tokenizer=Qwen2Tokenizer.from_pretrained(folder / "tokenizer"),
+        transformer=ZImageTransformer2DModel.from_pretrained(folder / "transformer"),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("zimage")
+    build_tiny_zimage(path, 9, "diffusers")
+    return path
+
+
+@pytest.mark.parametrize("changes", [{}, {"scale": 1.0, "num_steps": 8}], ids=["base", "turbo"])
+def test_latents_equal_those_of_the_pipeline(folder: Path, changes: dict[str, Any]) -> None:
+    """Its guidance scale counts from 0, ours from 1."""
+    prompt = replace(PROMPT, **changes)
+    expected = pipeline_of(folder)(
+        prompt.text, negative_prompt=prompt.negative, width=prompt.width, height=prompt.height,
+        num_inference_steps=prompt.num_steps, guidance_scale=prompt.scale - 1,
+        generator=torch.Generator().manual_seed(7), output_type="latent",
+    ).images  # fmt: skip
+    torch.testing.assert_close(ours(run_of(folder), prompt), expected, **FLOAT32_SAMPLED)
+
+
+def test_every_setting_of_a_prompt_reaches_the_image(folder: Path) -> None:
+    run = run_of(folder)
+    plain = ours(run, PROMPT)
+    for changes in ({"flow_shift": 2.0}, {"negative": "a cat"}, {"text": "a dog"}, {"scale": 2.0}):
+        assert not torch.allclose(ours(run, replace(PROMPT, **changes)), plain, rtol=1e-2), changes
+
+
+def test_features_of_captions_equal_those_of_the_pipeline(folder: Path) -> None:
+    run = run_of(folder)
+    captions = ["a red cat, sitting", "", "dog " * 600]
+    found = run.arch.text.encode(run.models.text_encoders, run.arch.text.tokenize(captions))
+    theirs = pipeline_of(folder)._encode_prompt(list(captions), device=torch.device("cpu"))
+    lengths = found["attention_mask"].sum(1).tolist()
+    assert lengths == [len(states) for states in theirs] and lengths[2] == 512
+    for states, mask, expected in zip(found["hidden_state"], found["attention_mask"], theirs, strict=True):
+        torch.testing.assert_close(states[mask.bool()], expected, **FLOAT32_DEEP)
+        assert not states[~mask.bool()].any()
+
+
+def test_tokens_of_a_caption_are_counted_without_its_template(folder: Path) -> None:
+    text = run_of(folder).arch.text
+    count = text.count_tokens("a red cat")
+    assert int(text.tokenize(["a red cat"]).ids_BLT[1].sum()) == count + 512 - text.max_tokens
+
+
+def test_training_learns_the_velocity_that_previews_follow(folder: Path) -> None:
+    """target = latent - noise at time 1 - sigma; the pipeline's direction is the negative of the raw prediction."""
+    run = run_of(folder)
+    arch = run.arch
+    clean = torch.randn(2, 16, 8, 12, generator=torch.Generator().manual_seed(1))
+    noised = arch.objective.corrupt(clean, torch.Generator().manual_seed(2))
+    conditioning = arch.text.encode(run.models.text_encoders, arch.text.tokenize(["a cat", "red dog"]))
+    batch: Any = None
+    captions = [
+        s[m.bool()] for s, m in zip(*(conditioning[k] for k in ("hidden_state", "attention_mask")), strict=True)
+    ]
+    with torch.no_grad():
+        prediction = arch.predict(run.models.denoiser, noised, conditioning, batch)
+        frames = list(noised.latents_BCHW[:, :, None])
+        theirs = pipeline_of(folder).transformer(frames, 1 - noised.sigmas_B, captions, return_dict=False)[0]
+    torch.testing.assert_close(prediction, torch.stack(theirs)[:, :, 0], **FLOAT32_DEEP)
+    torch.testing.assert_close(arch.objective.target(noised), noised.clean_BCHW - noised.noise_BCHW, rtol=0, atol=0)

@@ -1,0 +1,152 @@
+"""A tiny but complete Z-Image model: three files, one file of all, or a diffusers folder."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from library.architectures.zimage.checkpoint_keys import KEYS
+from library.architectures.zimage.model import ZImage, ZImageConfig
+from tests.tiny.flux import VAE, ldm_vae
+from tests.tiny.init import fixed_init
+
+Layout = Literal["files", "whole", "diffusers"]
+
+CONFIG = ZImageConfig(
+    in_features=64,
+    width=48,
+    head_width=16,
+    mlp_width=128,
+    text_width=40,
+    time_width=48,
+    time_mlp_width=1024,
+    num_context_refiners=2,
+    num_noise_refiners=2,
+    num_layers=3,
+)
+QWEN3 = {
+    "hidden_size": CONFIG.text_width,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "rope_theta": 1_000_000.0,
+    "rms_norm_eps": 1e-6,
+}
+MERGES = [("c", "a"), ("ca", "t"), ("d", "o"), ("do", "g"), ("r", "e"), ("re", "d"), ("\u0120", "a")]
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CHAT_TEMPLATE = (  # what Qwen3's does with one message of a user
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{% endif %}"
+)
+
+Parts = dict[str, tuple[dict[str, Any], dict[str, Tensor]]]
+
+
+def build_tiny_zimage(folder: Path, seed: int, layout: Layout = "files", flag: str = "") -> list[str]:
+    """Write a tiny model into `folder` and return the arguments that name it, the base model as `flag`. One seed has
+    the same weights in every layout."""
+    from safetensors.torch import save_file
+
+    base = flag or "--pretrained_model_name_or_path"
+    parts = tiny_parts(seed, write_qwen3_tokenizer(folder / "tokenizer"))
+    if layout == "diffusers":
+        return [base, str(write_folder(folder, parts))]
+    denoiser = {**parts["transformer"][1], "norm_final.weight": torch.ones(CONFIG.width)}
+    qwen3, vae = parts["text_encoder"][1], ldm_vae(parts["vae"][1])
+    if layout == "whole":
+        everything = {f"model.diffusion_model.{key}": tensor for key, tensor in denoiser.items()}
+        everything |= {f"vae.{key}": tensor for key, tensor in vae.items()}
+        everything |= {f"text_encoders.qwen3_4b.transformer.model.{key}": tensor for key, tensor in qwen3.items()}
+        save_file(everything, folder / "z_image.safetensors")
+        return [base, str(folder / "z_image.safetensors")]
+    arguments = []
+    for name, stem, state in (
+        (base, "z_image_bf16", denoiser),
+        ("--vae", "ae", vae),
+        ("--text_encoder", "qwen_3_4b", {f"model.{key}": tensor for key, tensor in qwen3.items()}),
+    ):
+        save_file(state, folder / f"{stem}.safetensors")
+        arguments += [name, str(folder / f"{stem}.safetensors")]
+    return arguments
+
+
+def tiny_parts(seed: int, num_words: int) -> Parts:
+    """(config.json, weights) by diffusers' folder names; the denoiser's names are ours."""
+    from diffusers import AutoencoderKL
+    from transformers import Qwen3Config, Qwen3Model
+
+    with torch.device("meta"):
+        vae = AutoencoderKL(**VAE)
+        qwen3 = Qwen3Model(Qwen3Config(**QWEN3, vocab_size=num_words))
+    config = {**QWEN3, "vocab_size": num_words, "model_type": "qwen3", "architectures": ["Qwen3Model"]}
+    return {
+        "transformer": (diffusers_config(), tiny_zimage(seed).state_dict()),
+        "vae": (json.loads(vae.to_json_string()), fixed_init(vae, seed + 1)),
+        "text_encoder": (config, fixed_init(qwen3, seed + 2)),
+    }
+
+
+def write_folder(folder: Path, parts: Parts) -> Path:
+    from safetensors.torch import save_file
+
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "ZImagePipeline"}))
+    for name, (config, state) in parts.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(config))
+        stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
+        weights = diffusers_state(state) if name == "transformer" else state
+        save_file(weights, folder / name / f"{stem}.safetensors", {"format": "pt"})
+    return folder
+
+
+def write_qwen3_tokenizer(folder: Path) -> int:
+    """Qwen3's tokenizer with all bytes, a few words and the marks of a chat; returns the size of its vocabulary."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
+
+    words = [*sorted(ByteLevel.alphabet()), *("".join(pair) for pair in MERGES), *SPECIAL]
+    tokenizer = Qwen2Tokenizer(
+        vocab={word: i for i, word in enumerate(words)}, merges=MERGES, additional_special_tokens=list(SPECIAL[1:])
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(str(folder))
+    return len(words)
+
+
+def tiny_zimage(seed: int, config: ZImageConfig = CONFIG) -> ZImage:
+    """The denoiser alone, its weights random."""
+    with torch.device("meta"):
+        model = ZImage(config)
+    model.load_state_dict(fixed_init(model, seed), assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def diffusers_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the denoiser under diffusers' names."""
+    found = {}
+    for key, tensor in state.items():
+        names = KEYS.source_keys(key)
+        found |= {name: part.clone() for name, part in zip(names, tensor.chunk(len(names)), strict=True)}
+    return found
+
+
+def diffusers_config(config: ZImageConfig = CONFIG) -> dict[str, Any]:
+    """Arguments of diffusers' ZImageTransformer2DModel."""
+    assert config.mlp_width == config.width * 8 // 3 and config.time_width == min(config.width, 256)
+    return {
+        "in_channels": config.in_features // 4,
+        "dim": config.width,
+        "n_layers": config.num_layers,
+        "n_refiner_layers": config.num_noise_refiners,
+        "n_heads": config.num_heads,
+        "n_kv_heads": config.num_kv_heads,
+        "cap_feat_dim": config.text_width,
+        "axes_dims": list(config.rope_axes),
+    }
