@@ -1,6 +1,7 @@
 """A checkpoint to load a model from: names and shapes are known, values are read one by one on request."""
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from library.checkpoints.files import (
     read_header,
     refuse_stranger,
 )
-from library.errors import UserError
+from library.errors import UserError, few
 from library.json_text import parse_json
 
 ConfigT = TypeVar("ConfigT")
@@ -101,6 +102,7 @@ class FromFiles:
 
 
 LoaderT = TypeVar("LoaderT")
+FIRST_FILE = re.compile(r"(.*)00001-of-(\d{5})(\.\w+)")  # of a checkpoint in several files without index
 
 
 def on_meta_device(loader: LoaderT) -> LoaderT:
@@ -135,13 +137,20 @@ def codes_on_meta_device(quantised: Quantised, shape: tuple[int, ...]) -> Quanti
 
 
 def open_weights(path: Path) -> Weights:
-    """Open a weight file, or the `*.index.json` of a checkpoint in several files, without decoding.
+    """Open a weight file, or a checkpoint in several files by its `*.index.json` or its first file, without decoding.
 
     Safetensors and torch's pickles are distinguished by content, not by name. Raises UserError naming the file if it is
     truncated, something else, or a pickle with more than tensors.
     """
     if path.name.endswith(".index.json"):
         return open_sharded(path)
+    if (first := FIRST_FILE.fullmatch(path.name)) is not None:
+        return open_numbered(path, first[1], int(first[2]), first[3])
+    return open_one(path)
+
+
+def open_one(path: Path) -> Weights:
+    """Open one weight file, whatever it is called. Raises UserError as `open_weights` does."""
     refuse_stranger(path)
     if holds_safetensors(path):
         return open_safetensors(path)
@@ -198,10 +207,25 @@ def open_sharded(index: Path) -> Weights:
     missing = sorted(name for name in set(weight_map.values()) if not (index.parent / name).is_file())
     if missing:
         raise UserError(f"{index} lists files that are not beside it: {', '.join(missing)}; download them too")
-    files = {name: open_weights(index.parent / name) for name in sorted(set(weight_map.values()))}
+    files = {name: open_one(index.parent / name) for name in sorted(set(weight_map.values()))}
     absent = sorted(name for name, file in weight_map.items() if name not in files[file].shapes)
     if absent:
         raise UserError(f"{index} lists weights missing from its files: {', '.join(absent[:3])}; download it again")
+    return as_one(index, files, weight_map)
+
+
+def open_numbered(first: Path, stem: str, count: int, suffix: str) -> Weights:
+    """Open the checkpoint in `count` files whose first one is named. Raises UserError for missing files."""
+    names = [f"{stem}{number:05}-of-{count:05}{suffix}" for number in range(1, count + 1)]
+    missing = [name for name in names if not (first.parent / name).is_file()]
+    if missing:
+        raise UserError(f"{first} is the first of {count} files, but these are not beside it: {few(missing)}")
+    files = {name: open_one(first.parent / name) for name in names}
+    return as_one(first, files, {key: name for name in names for key in files[name].shapes})
+
+
+def as_one(origin: Path, files: Mapping[str, Weights], weight_map: Mapping[str, str]) -> Weights:
+    """Return the tensors of several files as one checkpoint, each from the file that `weight_map` names."""
     shapes = {name: files[file].shapes[name] for name, file in weight_map.items()}
     metadata = {key: value for file in files.values() for key, value in file.metadata.items()}
     places = {}
@@ -210,7 +234,7 @@ def open_sharded(index: Path) -> Weights:
             places[name] = reader.places[name]
     are_all = len(places) == len(weight_map)
     read = FromFiles(places) if are_all else lambda name: files[weight_map[name]].read(name)
-    return Weights(str(index), shapes, read, metadata=metadata)
+    return Weights(str(origin), shapes, read, metadata=metadata)
 
 
 def read_weight_map(index: Path) -> dict[str, str]:

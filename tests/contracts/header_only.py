@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from library.architectures.zimage.model import ZImage
+from library.models.loading import on_meta_device
 from tests.contracts.full_size import facts
+from tests.tiny import zimage
 from tests.tiny.anima import write_qwen3_tokenizer
 from tests.tiny.flux import write_t5_tokenizer
 from tests.tiny.hunyuan_image import write_qwen_tokenizer
@@ -116,6 +119,17 @@ def build_hunyuan_image(folder: Path) -> list[str]:
     return write_files(folder, {**shapes, "byt5": {**shapes["byt5"], **BYT5_WORDS}})
 
 
+def build_zimage(folder: Path) -> list[str]:
+    tables = {
+        "pretrained_model_name_or_path": on_meta_device(ZImage, zimage.FULL_SIZE).state_dict(),
+        "text_encoder": zimage.full_size_qwen3().state_dict(),
+    }
+    zimage.write_qwen3_tokenizer(folder / "tokenizer")
+    shapes = {flag: {name: tuple(t.shape) for name, t in table.items()} for flag, table in tables.items()}
+    ae = facts("flux1")["components"]["ae"]  # the same VAE
+    return write_files(folder, {**shapes, "vae": shapes_of(ae)})
+
+
 FULL_SIZE: Mapping[str, FullSize] = {
     "SD 1.5": FullSize("train_network", "networks.lora", 512, lambda folder: build_unet_model(folder, "sd15")),
     "SDXL": FullSize("sdxl_train_network", "networks.lora", 1024, lambda folder: build_unet_model(folder, "sdxl")),
@@ -130,4 +144,5 @@ FULL_SIZE: Mapping[str, FullSize] = {
     "HunyuanImage 2.1": FullSize(
         "hunyuan_image_train_network", "networks.lora_hunyuan_image", 2048, build_hunyuan_image
     ),
+    "Z-Image": FullSize("zimage_train_network", "networks.lora_zimage", 1024, build_zimage),
 }

@@ -27,6 +27,18 @@ CONFIG = ZImageConfig(
     num_noise_refiners=2,
     num_layers=3,
 )
+FULL_SIZE = ZImageConfig(
+    in_features=64,
+    width=3840,
+    head_width=128,
+    mlp_width=10240,
+    text_width=2560,
+    time_width=256,
+    time_mlp_width=1024,
+    num_context_refiners=2,
+    num_noise_refiners=2,
+    num_layers=30,
+)
 QWEN3 = {
     "hidden_size": CONFIG.text_width,
     "intermediate_size": 48,
@@ -91,6 +103,15 @@ def tiny_parts(seed: int, num_words: int) -> Parts:
         "vae": (json.loads(vae.to_json_string()), fixed_init(vae, seed + 1)),
         "text_encoder": (config, fixed_init(qwen3, seed + 2)),
     }
+
+
+def full_size_qwen3() -> Any:
+    """Qwen3 4B on the meta device."""
+    from transformers import Qwen3Config, Qwen3Model
+
+    sizes = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32}
+    with torch.device("meta"):
+        return Qwen3Model(Qwen3Config(**sizes, num_key_value_heads=8, head_dim=128, vocab_size=151936))
 
 
 def write_folder(folder: Path, parts: Parts) -> Path:

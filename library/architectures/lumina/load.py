@@ -16,7 +16,7 @@ from library.checkpoints.weights import Weights, configure, selected
 from library.errors import UserError
 from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
-from library.models.identify import open_transformer, refuse_transformer
+from library.models.identify import open_transformer, refuse_other_model, refuse_transformer
 from library.models.loading import (
     Component,
     MaybeComponent,
@@ -95,6 +95,7 @@ def open_loader(options: LuminaOptions) -> LuminaLoader:
 def denoiser_of(base: BaseFiles) -> Weights:
     """Return the denoiser's weights under our names. Raises UserError for another model, naming it."""
     weights = open_transformer(list_specs(), base, "lumina")
+    refuse_other_model(list_specs(), base.flag, str(base.path), (base.whole or weights).shapes, "lumina")
     if DIFFUSERS_MARK in weights.shapes:
         weights = KEYS.from_diffusers(weights)
     if MARK not in weights.shapes:

@@ -19,7 +19,7 @@ from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
 from library.memory.formats.fp8 import Fp8Rows
 from library.memory.frozen import layers_in_blocks, store_all_in
-from library.models.identify import open_transformer, refuse_transformer
+from library.models.identify import open_transformer, refuse_transformer, refuse_variants
 from library.models.loading import (
     Component,
     MaybeComponent,
@@ -107,6 +107,7 @@ def open_loader(options: ZImageOptions) -> ZImageLoader:
 def denoiser_of(base: BaseFiles) -> Weights:
     """Return the denoiser's weights under our names. Raises UserError for another model, naming it."""
     weights = open_transformer(list_specs(), base, "zimage")
+    refuse_variants(list_specs(), base.flag, str(base.path), weights.shapes)
     if DIFFUSERS_MARK in weights.shapes:
         weights = KEYS.from_diffusers(weights)
     if MARK not in weights.shapes:

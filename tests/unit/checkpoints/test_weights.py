@@ -66,9 +66,12 @@ def test_files_of_an_index_are_one_checkpoint(tmp_path):
     index = tmp_path / "m.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {key: file for file, keys in halves.items() for key in keys}}))
     assert_holds_all(open_weights(index))
+    assert_holds_all(open_weights(tmp_path / "m-00001-of-00002.safetensors"))
     (tmp_path / "m-00002-of-00002.safetensors").unlink()
     with pytest.raises(ValueError, match=r"lists files that are not beside it: m-00002-of-00002.safetensors"):
         open_weights(index)
+    with pytest.raises(ValueError, match=r"first of 2 files, but these are not beside it: m-00002-of-00002"):
+        open_weights(tmp_path / "m-00001-of-00002.safetensors")
 
 
 @pytest.mark.parametrize("name", ["a.sft", "a.ckpt", "a.bin", "a.SFT", "a.model", "a"])
