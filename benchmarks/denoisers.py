@@ -32,6 +32,7 @@ from library.architectures.flux.model import Flux  # noqa: E402
 from library.architectures.hunyuan_image.model import HunyuanImage, HunyuanImageConfig  # noqa: E402
 from library.architectures.lumina.model import LuminaConfig, NextDiT  # noqa: E402
 from library.architectures.sd3.model import MMDiT, MMDiTConfig  # noqa: E402
+from library.architectures.zimage.model import ZImage  # noqa: E402
 from library.memory.devices import place  # noqa: E402
 from library.memory.planner.counter import OperationCounter  # noqa: E402
 from tests.parity import (  # noqa: E402  # noqa: E402
@@ -41,8 +42,9 @@ from tests.parity import (  # noqa: E402  # noqa: E402
     test_hunyuan_image_model,
     test_lumina_model,
     test_sd3_model,
+    test_zimage_model,
 )
-from tests.tiny import anima, chroma, flux, hunyuan_image, lumina, sd3  # noqa: E402
+from tests.tiny import anima, chroma, flux, hunyuan_image, lumina, sd3, zimage  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 NUM_TEXT = 128
@@ -52,6 +54,7 @@ SD3 = MMDiTConfig(1536, 2, 64, 6144, 2, 16, 4096, 2048, 192, False, frozenset())
 SD35 = replace(SD3, width=2432, mlp_width=9728, norms_queries=True)
 LUMINA = LuminaConfig(64, 2304, 96, 8, 9216, 2304, 1024, 1, 1, 1)
 ANIMA = AnimaConfig(16, 2048, 128, 8192, 1024, 256, 2, AdapterConfig(32128, 1024, 1024, 64, 4096, 1))
+ZIMAGE = replace(zimage.FULL_SIZE, num_context_refiners=1, num_noise_refiners=1, num_layers=1)
 HUNYUAN_IMAGE = HunyuanImageConfig(64, 3584, 128, 14336, 3584, 1472, 2048, 1, 1, 1, 14336)
 
 Run = Callable[..., Tensor]
@@ -199,6 +202,20 @@ def hunyuan_image_pair(side: int, dtype: torch.dtype) -> Pair:
     )
 
 
+def zimage_pair(side: int, dtype: torch.dtype) -> Pair:
+    ours = ours_of(ZImage, ZIMAGE, dtype)
+    arguments = zimage.diffusers_config(ZIMAGE)
+    theirs = theirs_of("ZImageTransformer2DModel", arguments, zimage.diffusers_state(ours.state_dict()))
+    values = given((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, ZIMAGE.text_width), dtype=dtype)
+    times, mask = torch.tensor([0.5]), torch.ones(1, NUM_TEXT, dtype=torch.long)
+    return Pair(
+        lambda x, text: ours(x, times, text, mask),
+        lambda x, text: test_zimage_model.oracle_output(theirs, x, times.to(dtype), text, mask),
+        values,
+        (ours, theirs),
+    )
+
+
 PAIRS: Mapping[str, Callable[[int, torch.dtype], Pair]] = {
     "flux": flux_pair,
     "chroma": chroma_pair,
@@ -207,6 +224,7 @@ PAIRS: Mapping[str, Callable[[int, torch.dtype], Pair]] = {
     "lumina": lumina_pair,
     "anima": anima_pair,
     "hunyuan_image": hunyuan_image_pair,
+    "zimage": zimage_pair,
 }
 
 

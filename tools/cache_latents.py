@@ -22,18 +22,14 @@ from library.architectures.flux.options import FluxOptions
 from library.architectures.sd import assembly as sd
 from library.architectures.sdxl import assembly as sdxl
 from library.architectures.sdxl.options import SdxlOptions
-from library.data.plan.data_plan import DataPlan, build_plan
+from library.data.plan.data_plan import DataPlan
 from library.data.sources.folders.metadata_file import MetadataEntry
 from library.errors import UserError
 from library.options.train import TrainOptions
-from library.processes import from_accelerator
 from library.protocols import Architecture, LatentCodec
+from library.training.command_line import caching
 from library.training.command_line.checks import check_data
-from library.training.command_line.cli import add_missing, build_parser, from_program, parse
-from library.training.command_line.main import report_error
-from library.training.failures.interruption import Interrupted, Interruption
-from library.training.models.base_model import encode_images
-from library.training.models.opening import open_accelerator
+from library.training.command_line.cli import add_missing, build_parser, from_program
 
 
 def setup_parser() -> argparse.ArgumentParser:
@@ -85,35 +81,12 @@ def cache_to_disk(args: argparse.Namespace) -> None:
 def cache_images(args: argparse.Namespace, entries: Sequence[tuple[str, MetadataEntry]] | None = None) -> DataPlan:
     """Encode the images and return them with their buckets; `entries` are the metadata file if already read."""
     options = read_options(args, cache_latents=True, cache_latents_to_disk=True)
-    processes = from_accelerator(open_accelerator(options.precision.mixed_precision))
-    codec, load_vae = open_vae(options)
-    seed = options.run.seed or 0
-    plan = build_plan(options, codec.spec, seed, None, None, processes.count, entries)
-    encode_images(load_vae, codec, options.caching, seed, plan, processes)
-    return plan
-
-
-def run(action: Callable[[argparse.Namespace], None], argv: Sequence[str] | None) -> int:
-    """Parse, act, and return the exit status: 0 success, 1 error."""
-    interruption = Interruption()
-    interruption.install()
-    args = parse(setup_parser(), argv)
-    try:
-        action(args)
-    except Interrupted as error:
-        print(f"{error} received; complete files are kept", file=sys.stderr)
-        return interruption.exit_status
-    except Exception as error:
-        report_error(error)
-        return 1
-    finally:
-        interruption.disarm()
-    return 0
+    return caching.cache_images(options, *open_vae(options), entries)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    return run(cache_to_disk, argv)
+    return caching.run_command(setup_parser(), cache_to_disk, argv)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,8 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library import train_util as train_util
 from library.errors import UserError
-from library.processes import from_accelerator
-from library.training.models.compute import Compute
-from library.training.models.opening import open_accelerator, open_data_plan
-from library.training.models.text_caching import prepare_text
-from tools.cache_latents import build, read_options, run, setup_parser
+from library.training.command_line.caching import cache_captions, run_command
+from tools.cache_latents import build, read_options, setup_parser
 
 __all__ = ["cache_to_disk", "main", "setup_parser", "train_util"]
 
@@ -33,15 +30,12 @@ def cache_to_disk(args: argparse.Namespace) -> None:
             "use --sdxl or --flux: the text encoder outputs of Stable Diffusion 1.x and 2.x are not cached, because "
             "their encoder is fast"
         )
-    processes = from_accelerator(open_accelerator(options.precision.mixed_precision))
-    compute = Compute.build(options.precision, processes.device)
-    plan = open_data_plan(options, arch, options.run.seed or 0, processes.count)
-    prepare_text(options, arch, plan, compute.device, compute.autocast, [], processes)
+    cache_captions(options, arch)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    return run(cache_to_disk, argv)
+    return run_command(setup_parser(), cache_to_disk, argv)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import logging
 from functools import partial
 
 from library.architectures.specs import list_specs
-from library.architectures.zimage.load import QWEN3, ZImageLoader, is_turbo, open_loader
+from library.architectures.zimage.load import QWEN3, ZImageLoader, is_turbo, open_encoders, open_loader
 from library.architectures.zimage.options import ZImageOptions
 from library.architectures.zimage.targets import view
 from library.architectures.zimage.text import ZImageText, check_tokenizer
@@ -68,6 +68,16 @@ def build(options: ZImageOptions) -> Architecture:
             "--model_version says which it is",
             loader.path,
         )
+    return assemble(options, loader, turbo)
+
+
+def build_for_caching(options: ZImageOptions) -> Architecture:
+    """Assemble what the caching commands use, which take no base model. Raises UserError as `build` does."""
+    RECIPE.check(options)
+    return assemble(options, open_encoders(options), turbo=False)
+
+
+def assemble(options: ZImageOptions, loader: ZImageLoader, turbo: bool) -> Architecture:
     text = build_text(options, loader)
     return Architecture(
         name="zimage",

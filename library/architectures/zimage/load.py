@@ -47,7 +47,7 @@ class ZImageLoader:
     """The three models, each loaded on request; frozen, on the CPU."""
 
     path: Path  # the folder or file of the denoiser
-    config: ZImageConfig
+    config: ZImageConfig | None  # None without a denoiser, for the caching commands
     denoiser_weights: Weights
     qwen3: MaybeComponent
     ae: MaybeComponent
@@ -71,6 +71,7 @@ class ZImageLoader:
         return load_vae(self.ae, self.vae_dtype)
 
     def denoiser(self, weight_format: RequestedFormat | None = None) -> nn.Module:
+        assert self.config is not None
         return materialise(on_meta_device(ZImage, self.config), self.denoiser_weights, self.dtype, weight_format)
 
 
@@ -79,29 +80,45 @@ def open_loader(options: ZImageOptions) -> ZImageLoader:
 
     Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
     """
-    encoder, ae = options.zimage.text_encoder, options.model.vae
-    given = {"text_encoder": encoder, "vae": ae}
+    given = {"text_encoder": options.zimage.text_encoder, "vae": options.model.vae}
     base = open_base(
         options.model.pretrained_model_name_or_path,
         "the file of Z-Image's transformer, or a diffusers folder",
         [folder for folder in ("transformer", "text_encoder", "vae") if given.get(folder) is None],
     )
     weights = denoiser_of(base)
-    texts_are_cached = options.text_caching.cache_text_encoder_outputs_to_disk
+    config = configure(weights, read_config)
+    loader = loader_of(options, base, config, weights)
+    check_fit(loader, config)
+    return loader
+
+
+def open_encoders(options: ZImageOptions) -> ZImageLoader:
+    """Open what encodes images and captions: from the base model if it is named, else from --vae and --text_encoder,
+    of which one may be missing. Raises UserError as `open_loader` does."""
+    if options.model.pretrained_model_name_or_path:
+        return open_loader(options)
+    path = Path(options.zimage.text_encoder or options.model.vae or "").expanduser()
+    nothing = Weights(str(path), {}, lambda name: torch.empty(0))
+    return loader_of(options, BaseFiles(path, nothing), None, nothing)
+
+
+def loader_of(options: ZImageOptions, base: BaseFiles, config: ZImageConfig | None, weights: Weights) -> ZImageLoader:
+    encoder, ae = options.zimage.text_encoder, options.model.vae
+    texts_are_cached = config is None or options.text_caching.cache_text_encoder_outputs_to_disk
+    latents_are_cached = config is None or options.caching.cache_latents_to_disk
     dtype = DTYPES[options.precision.mixed_precision]
-    loader = ZImageLoader(
+    return ZImageLoader(
         path=base.path,
-        config=configure(weights, read_config),
+        config=config,
         denoiser_weights=weights,
         qwen3=open_if_there(texts_are_cached, lambda: open_qwen3(encoder, base)),
-        ae=open_if_there(options.caching.cache_latents_to_disk, lambda: open_ae(MODEL, ae, base, "--vae")),
+        ae=open_if_there(latents_are_cached, lambda: open_ae(MODEL, ae, base, "--vae")),
         dtype=dtype,
         text_dtype=torch.bfloat16 if dtype == torch.float16 else dtype,  # Qwen3's states overflow float16
         vae_dtype=vae_dtype_of(options.model, options.precision.mixed_precision),
         shrinks_text=options.zimage.fp8_llm,
     )
-    check_fit(loader)
-    return loader
 
 
 def denoiser_of(base: BaseFiles) -> Weights:
@@ -122,9 +139,8 @@ def open_qwen3(name: str | None, base: BaseFiles) -> Component:
     return qwen3_component(weights, QWEN3)
 
 
-def check_fit(loader: ZImageLoader) -> None:
+def check_fit(loader: ZImageLoader, config: ZImageConfig) -> None:
     """Raise UserError if the parts do not fit together."""
-    config = loader.config
     if config.in_features != CHANNELS * PATCH**2:
         raise UserError(
             f"{BASE_FLAG} {loader.path}: the transformer takes {config.in_features} values per patch, but only "

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from library.data.description.captions import CaptionRules
+from library.data.description.flat_datasets import with_subsets
 from library.data.description.keys import (
     ALL_KEYS,
     DATASET_KEYS,
@@ -150,7 +151,7 @@ def load_dataset_config(options: TrainOptions) -> RunDataConfig:
         if getattr(data, flag):
             logger.warning("--%s is ignored: --dataset_config describes the data", flag)
     path = str(data.dataset_config)
-    content = read_description(path)
+    content = with_subsets(read_description(path), path)
     problems = find_problems(content, data.masked_loss)
     if problems:
         raise UserError(f"{path}: " + "\n  ".join(["invalid dataset description", *problems]))

@@ -1,0 +1,40 @@
+"""Dataset files in which each [[datasets]] is one folder or one metadata file, as musubi-tuner has them."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+SOURCES = {"image_directory": "image_dir", "image_jsonl_file": "metadata_file"}  # key there -> key of a subset
+CACHES = "cache_directory"
+BUCKET_STEP, MAX_BUCKET = 16, 1024
+
+
+def with_subsets(content: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Return the content of a dataset file with a subset in each dataset that names its images itself.
+
+    Such a dataset has buckets in steps of 16 pixels, of any length. Others are unchanged.
+    """
+    datasets = content.get("datasets")
+    if not isinstance(datasets, list):
+        return dict(content)
+    general = content.get("general")
+    tables = [general] if isinstance(general, dict) else []
+    return {**content, "datasets": [with_subset(dataset, tables, path) for dataset in datasets]}
+
+
+def with_subset(dataset: Any, outer: Sequence[Mapping[str, Any]], path: str) -> Any:
+    """Return one dataset with its subset; `outer` are the tables whose keys it inherits."""
+    if not isinstance(dataset, dict) or "subsets" in dataset or not dataset.keys() & SOURCES.keys():
+        return dataset
+    if CACHES in dataset:
+        logger.warning("%s: cache_directory has no effect: caches are kept beside the images", path)
+    resolution = next((table["resolution"] for table in (dataset, *outer) if "resolution" in table), MAX_BUCKET)
+    sides = resolution if isinstance(resolution, list) else [resolution]
+    longest = max((side for side in sides if isinstance(side, int)), default=MAX_BUCKET)
+    usual = {"bucket_reso_steps": BUCKET_STEP, "min_bucket_reso": BUCKET_STEP, "max_bucket_reso": 4 * longest}
+    given = {key for table in (dataset, *outer) for key in table}
+    own = {key: value for key, value in dataset.items() if key not in SOURCES and key != CACHES}
+    subset = {name: dataset[key] for key, name in SOURCES.items() if key in dataset}
+    return {**{key: value for key, value in usual.items() if key not in given}, **own, "subsets": [subset]}

@@ -1,0 +1,89 @@
+"""Commands that encode a data set for later runs and train nothing."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from library.data.plan.data_plan import DataPlan, build_plan
+from library.data.sources.folders.metadata_file import MetadataEntry
+from library.errors import UserError
+from library.options.train import TrainOptions
+from library.processes import from_accelerator
+from library.protocols import Architecture, LatentCodec
+from library.training.command_line.cli import parse
+from library.training.command_line.main import report_error
+from library.training.failures.interruption import Interrupted, Interruption
+from library.training.models.base_model import encode_images
+from library.training.models.compute import Compute
+from library.training.models.opening import open_accelerator, open_data_plan
+from library.training.models.text_caching import prepare_text
+
+NEVER_DELETED = "Has no effect: cache files are never deleted."
+
+
+def cache_images(
+    options: TrainOptions,
+    codec: LatentCodec,
+    load_vae: Callable[[], nn.Module],
+    entries: Sequence[tuple[str, MetadataEntry]] | None = None,
+) -> DataPlan:
+    """Encode every image whose cache file is missing or outdated, and return the images with their buckets; `entries`
+    are the metadata file if already read. Raises UserError."""
+    processes = from_accelerator(open_accelerator(options.precision.mixed_precision))
+    seed = options.run.seed or 0
+    plan = build_plan(options, codec.spec, seed, None, None, processes.count, entries)
+    encode_images(load_vae, codec, options.caching, seed, plan, processes)
+    return plan
+
+
+def cache_captions(options: TrainOptions, arch: Architecture) -> None:
+    """Encode every caption whose cache file is missing or outdated. Raises UserError."""
+    processes = from_accelerator(open_accelerator(options.precision.mixed_precision))
+    compute = Compute.build(options.precision, processes.device)
+    plan = open_data_plan(options, arch, options.run.seed or 0, processes.count)
+    prepare_text(options, arch, plan, compute.device, compute.autocast, [], processes)
+
+
+def add_command_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add musubi-tuner's names of the options of its caching commands; models run in bf16 there unless told
+    otherwise."""
+    parser.add_argument("--batch_size", type=int, help="Images or captions that are encoded at a time.")
+    parser.add_argument("--num_workers", type=int, help="Threads that read images: --max_data_loader_n_workers.")
+    parser.add_argument("--skip_existing", action="store_true", help="Trust files by name: --skip_cache_check.")
+    parser.add_argument("--keep_cache", action="store_true", help=NEVER_DELETED)
+    parser.set_defaults(mixed_precision="bf16", max_data_loader_n_workers=0)
+    return parser
+
+
+def with_command_options(args: argparse.Namespace, batch_size: str, **values: object) -> argparse.Namespace:
+    """Return the options that those of `add_command_options` stand for; `batch_size` is the name of that one."""
+    given = {"skip_cache_check": args.skip_existing or args.skip_cache_check}
+    if args.batch_size is not None:
+        if args.batch_size < 1:
+            raise UserError(f"--batch_size is {args.batch_size}, but must be at least 1")
+        given[batch_size] = args.batch_size
+    if args.num_workers is not None:
+        given["max_data_loader_n_workers"] = args.num_workers
+    return argparse.Namespace(**{**vars(args), **given, **values})
+
+
+def run_command(
+    parser: argparse.ArgumentParser, action: Callable[[argparse.Namespace], object], argv: Sequence[str] | None
+) -> int:
+    """Parse, act, and return the exit status: 0 success, 1 error."""
+    interruption = Interruption()
+    interruption.install()
+    args = parse(parser, argv)
+    try:
+        action(args)
+    except Interrupted as error:
+        print(f"{error} received; complete files are kept", file=sys.stderr)
+        return interruption.exit_status
+    except Exception as error:
+        report_error(error)
+        return 1
+    finally:
+        interruption.disarm()
+    return 0

@@ -1,0 +1,191 @@
+"""zimage_train_network.py on a tiny Z-Image model: with musubi-tuner's commands, previews, and files of others."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from tests.running import ROOT, Finished, make_images
+from tests.tiny.zimage import CONFIG, build_tiny_zimage
+
+Train = Callable[..., Finished]
+
+# The three commands of musubi-tuner's page, without the folder of its scripts and accelerate's launcher.
+LATENTS = "--dataset_config {data} --vae {vae}"
+TEXTS = "--dataset_config {data} --text_encoder {text} --batch_size 16"
+TRAINING = (
+    "--dit {dit} --vae {vae} --text_encoder {text} --dataset_config {data} --sdpa --mixed_precision bf16 "
+    "--timestep_sampling shift --weighting_scheme none --discrete_flow_shift 2.0 --optimizer_type {optimizer} "
+    "--learning_rate 1e-4 --gradient_checkpointing --max_data_loader_n_workers 2 --persistent_data_loader_workers "
+    "--network_module networks.lora_zimage --network_dim 32 --max_train_epochs {epochs} --save_every_n_epochs 1 "
+    "--seed 42 --output_dir {out} --output_name name-of-lora"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return build_tiny_zimage(tmp_path_factory.mktemp("tiny_zimage"), seed=31)
+
+
+@pytest.fixture
+def train_zimage(train: Train) -> Train:
+    return partial(train, script="zimage_train_network")
+
+
+@pytest.fixture
+def arguments(tiny_arguments: list[str], images: Path, tmp_path: Path) -> list[str]:
+    """A command line that trains two steps."""
+    return [
+        *tiny_arguments, "--train_data_dir", str(images), "--caption_extension", ".txt", "--resolution", "64",
+        "--train_batch_size", "2", "--output_dir", str(tmp_path / "out"), "--output_name", "mine", "--network_module",
+        "networks.lora_zimage", "--network_dim", "4", "--learning_rate", "1e-3", "--max_train_steps", "2", "--seed",
+        "5", "--max_data_loader_n_workers", "0",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def names(tiny_arguments: list[str], tmp_path: Path) -> dict[str, str]:
+    """What stands for the paths of the page's commands."""
+    make_images(tmp_path / "images", 3)
+    (tmp_path / "data.toml").write_text(
+        '[general]\nresolution = [80, 64]\ncaption_extension = ".txt"\nbatch_size = 1\nenable_bucket = true\n'
+        "bucket_no_upscale = false\n\n[[datasets]]\n"
+        f'image_directory = "{tmp_path / "images"}"\ncache_directory = "{tmp_path / "cache"}"\nnum_repeats = 1\n'
+    )
+    dit, vae, text = tiny_arguments[1], tiny_arguments[3], tiny_arguments[5]
+    return {
+        "dit": dit, "vae": vae, "text": text, "data": str(tmp_path / "data.toml"), "optimizer": "AdamW", "epochs": "1",
+        "out": str(tmp_path / "out"),
+    }  # fmt: skip
+
+
+def command(script: str, words: str, names: dict[str, str]) -> Finished:
+    line = [sys.executable, str(ROOT / f"{script}.py"), *words.format(**names).split()]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def test_the_commands_of_musubi_tuner_cache_and_train(
+    train_zimage: Train, names: dict[str, str], tmp_path: Path
+) -> None:
+    first = command("zimage_cache_latents", LATENTS, names)
+    assert "latent cache: 0 entries reused, 3 to encode" in first.stderr
+    again = command("zimage_cache_latents", f"{LATENTS} --skip_existing --keep_cache --num_workers 1", names)
+    assert "3 entries reused unchecked (--skip_cache_check), 0 to encode" in again.stderr
+    texts = command("zimage_cache_text_encoder_outputs", TEXTS, names)
+    assert "text cache: 0 files reused, 4 to encode" in texts.stderr  # and the empty caption
+    assert len(list((tmp_path / "images").glob("*_zimage.npz"))) == 3
+    done = train_zimage(TRAINING.format(**names).split())
+    assert done.status == 0, done.stderr
+    assert "latent cache: 3 entries reused, 0 to encode" in done.stderr
+    assert "text cache: 4 files reused, 0 to encode" in done.stderr
+    file = tmp_path / "out" / "name-of-lora.safetensors"
+    tensors = load_file(file)
+    assert len(tensors) == 2 * 7 * CONFIG.num_layers
+    assert tensors["diffusion_model.layers.0.attention.to_q.lora_A.weight"].shape == (32, CONFIG.width)
+    assert any(float(t.abs().max()) > 0 for key, t in tensors.items() if key.endswith("lora_B.weight"))
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    assert metadata["ss_base_model_version"] == "zimage"
+    assert metadata["modelspec.architecture"] == "Z-Image/lora"
+
+
+def test_musubi_tuners_8_bits_and_offloading_train_too(train_zimage: Train, names: dict[str, str]) -> None:
+    done = train_zimage([*TRAINING.format(**names).split(), "--fp8_base", "--fp8_scaled", "--fp8_llm"])
+    assert done.status == 0, done.stderr
+    assert "layers in 8 bits" in done.stderr
+    done = train_zimage([*TRAINING.format(**names).split(), "--blocks_to_swap", str(CONFIG.num_layers - 2)])
+    assert done.status == 0, done.stderr
+    done = train_zimage([*TRAINING.format(**names).split(), "--blocks_to_swap", str(CONFIG.num_layers)])
+    assert (done.status == 1 and f"Use at most {CONFIG.num_layers - 2}" in done.stderr) or "at most" in done.stderr
+
+
+def test_a_jsonl_file_is_a_dataset_too(train_zimage: Train, names: dict[str, str], tmp_path: Path) -> None:
+    lines = [f'{{"image_path": "{path}", "caption": "a cat"}}' for path in (tmp_path / "images").glob("*.png")]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    text = f'[general]\nresolution = 64\nbatch_size = 2\n[[datasets]]\nimage_jsonl_file = "{tmp_path / "data.jsonl"}"\n'
+    (tmp_path / "data.toml").write_text(text)
+    done = train_zimage(TRAINING.format(**names).split())
+    assert done.status == 0, done.stderr
+    assert "3 images x 1 repeats" in done.stderr
+
+
+@pytest.mark.parametrize("version", ["turbo", "base"])
+def test_a_preview_is_drawn_in_the_steps_of_its_version(
+    train_zimage: Train, arguments: list[str], tmp_path: Path, version: str
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat --w 64 --h 64 --d 1\n")
+    shown = [
+        "--sample_prompts",
+        str(prompts),
+        "--sample_at_first",
+        "--max_train_steps",
+        "1",
+        "--model_version",
+        version,
+    ]
+    done = train_zimage([*arguments, *shown])
+    assert done.status == 0, done.stderr
+    assert len(list((tmp_path / "out" / "sample").glob("*.png"))) == 1
+    assert ("which is distilled" in done.stderr) == (version == "turbo")
+
+
+def test_a_training_adapter_is_merged_and_not_saved(train_zimage: Train, arguments: list[str], tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    adapter = {}
+    for number in range(CONFIG.num_layers):
+        for part in ("to_q", "to_k", "to_v", "to_out.0"):
+            stem = f"diffusion_model.layers.{number}.attention.{part}"
+            adapter[f"{stem}.lora_A.weight"] = torch.randn(2, CONFIG.width, generator=generator)
+            adapter[f"{stem}.lora_B.weight"] = torch.randn(CONFIG.width, 2, generator=generator)
+    save_file(adapter, tmp_path / "zimage_turbo_training_adapter.safetensors")
+    plain = train_zimage([*arguments, "--model_version", "turbo"])
+    merged = ["--base_weights", str(tmp_path / "zimage_turbo_training_adapter.safetensors")]
+    done = train_zimage([*arguments, "--model_version", "turbo", *merged])
+    assert done.status == 0, done.stderr
+    assert "which is distilled" in plain.stderr and "which is distilled" not in done.stderr
+    assert plain.losses != done.losses
+    assert load_file(tmp_path / "out" / "mine.safetensors")[
+        "diffusion_model.layers.0.attention.to_q.lora_A.weight"
+    ].shape == (4, CONFIG.width)
+
+
+def test_a_file_of_musubi_tuner_is_trained_further(train_zimage: Train, arguments: list[str], tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    theirs = {}
+    for part in ("to_q", "to_k", "to_v", "to_out_0"):
+        stem = f"lora_unet_layers_0_attention_{part}"
+        theirs[f"{stem}.lora_down.weight"] = torch.randn(2, CONFIG.width, generator=generator)
+        theirs[f"{stem}.lora_up.weight"] = 0.01 * torch.randn(CONFIG.width, 2, generator=generator)
+        theirs[f"{stem}.alpha"] = torch.tensor(1.0)
+    save_file(theirs, tmp_path / "musubi.safetensors")
+    done = train_zimage([*arguments, "--network_weights", str(tmp_path / "musubi.safetensors"), "--dim_from_weights"])
+    assert done.status == 0, done.stderr
+    saved = load_file(tmp_path / "out" / "mine.safetensors")
+    ranks = {key.split(".")[4]: t.shape[0] for key, t in saved.items() if key.endswith("lora_A.weight")}
+    assert ranks == {"to_q": 6, "to_k": 6, "to_v": 6, "to_out": 2}
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--text_encoder", "missing.safetensors"], "--text_encoder missing.safetensors does not exist"),
+        (["--network_train_text_encoder_only"], "its text encoder cannot be trained"),
+        (["--timestep_sampling", "qinglong_flux"], "invalid choice: 'qinglong_flux'"),
+        (["--qwen3", "x.safetensors"], "use --text_encoder"),
+    ],
+    ids=str,
+)
+def test_bad_values_end_before_anything_is_loaded(
+    train_zimage: Train, arguments: list[str], extra: list[str], message: str
+) -> None:
+    done = train_zimage([*arguments, *extra])
+    assert done.status != 0 and message in done.stderr

@@ -1,0 +1,81 @@
+"""Dataset files of musubi-tuner, whose datasets are folders or JSONL files themselves."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from library.data.description.schema import RunDataConfig, load_dataset_config
+from library.errors import UserError
+from library.options.train import TrainOptions
+
+
+def read(path: Path, text: str) -> RunDataConfig:
+    path.write_text(text)
+    return load_dataset_config(TrainOptions().with_values({"dataset_config": str(path)}))
+
+
+GENERAL = """
+[general]
+resolution = [960, 544]
+caption_extension = ".txt"
+batch_size = 2
+enable_bucket = true
+bucket_no_upscale = false
+"""
+
+
+def test_a_dataset_that_is_a_folder_has_one_subset(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    found = read(
+        tmp_path / "data.toml",
+        f"""{GENERAL}
+[[datasets]]
+image_directory = "images"
+cache_directory = "cache"
+num_repeats = 3
+
+[[datasets]]
+image_jsonl_file = "more.jsonl"
+resolution = 512
+bucket_no_upscale = true
+""",
+    )
+    first, second = found.datasets
+    assert (first.resolution, first.batch_size, first.enable_bucket) == ((960, 544), 2, True)
+    assert (first.min_bucket_reso, first.max_bucket_reso, first.bucket_reso_steps) == (16, 3840, 16)
+    (subset,) = first.subsets
+    assert (subset.image_dir, subset.num_repeats, subset.caption_extension) == ("images", 3, ".txt")
+    (subset,) = second.subsets
+    assert (subset.metadata_file, subset.num_repeats, subset.style) == ("more.jsonl", 1, "metadata")
+    assert second.bucket_no_upscale and second.resolution == (512, 512)
+    assert caplog.text.count("cache_directory has no effect: caches are kept beside the images") == 1
+
+
+def test_it_is_the_same_as_a_subset_written_out(tmp_path: Path) -> None:
+    flat = read(tmp_path / "a.toml", f'{GENERAL}[[datasets]]\nimage_directory = "images"\nflip_aug = true\n')
+    steps = "bucket_reso_steps = 16\nmin_bucket_reso = 16\nmax_bucket_reso = 3840\nflip_aug = true\n"
+    nested = f'{GENERAL}[[datasets]]\n{steps}[[datasets.subsets]]\nimage_dir = "images"\n'
+    assert flat == read(tmp_path / "b.toml", nested)
+
+
+def test_json_files_too(tmp_path: Path) -> None:
+    content = {"datasets": [{"image_directory": "images", "resolution": 256}]}
+    found = read(tmp_path / "data.json", json.dumps(content))
+    assert found.datasets[0].subsets[0].image_dir == "images"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[[datasets]]\nvideo_directory = "v"\n', r"\['subsets'\] must be an array of tables"),
+        ('[[datasets]]\nimage_directory = "a"\ncontrol_directory = "c"\n', r"\['control_directory'\] is not a key"),
+        ("[[datasets]]\nimage_directory = 3\n", r"\['image_dir'\] is 3, but must be a string"),
+        (
+            '[[datasets]]\nimage_directory = "a"\n[[datasets.subsets]]\nimage_dir = "b"\n',
+            r"\['image_directory'\] is not a key",
+        ),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / "data.toml", text)

@@ -1,0 +1,34 @@
+"""Encode the images of a data set for zimage_train_network.py; musubi-tuner has a command of this name."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import zimage_train_network
+from library.architectures.zimage.assembly import CODEC
+from library.architectures.zimage.load import open_encoders
+from library.architectures.zimage.options import ZImageOptions
+from library.training.command_line.caching import add_command_options, cache_images, run_command, with_command_options
+from library.training.command_line.checks import check_data
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    """Return the options of zimage_train_network.py and those of musubi-tuner's command."""
+    return add_command_options(zimage_train_network.setup_parser())
+
+
+def cache_to_disk(args: argparse.Namespace) -> None:
+    """Encode every image whose cache file is missing or outdated. Raises UserError."""
+    caches = {"cache_latents": True, "cache_latents_to_disk": True}
+    options = ZImageOptions.from_args(with_command_options(args, "vae_batch_size", **caches))
+    check_data(options)
+    cache_images(options, CODEC, open_encoders(options).vae)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    return run_command(setup_parser(), cache_to_disk, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
