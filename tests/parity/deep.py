@@ -20,6 +20,8 @@ from library.architectures.lumina.model import NextDiT
 from library.architectures.sd import assembly as sd
 from library.architectures.sd3 import assembly as sd3
 from library.architectures.sd3.model import MMDiT
+from library.architectures.zimage import assembly as zimage
+from library.architectures.zimage.model import ZImage
 from library.memory.blocks import BlockRunner, Stacks, run_blocks_with, stacks_of
 from library.models.unet.unet import run_unet_blocks_with, unet_stacks
 from library.protocols import AdapterView
@@ -28,6 +30,7 @@ from tests.tiny import flux as tiny_flux
 from tests.tiny import hunyuan_image as tiny_hunyuan_image
 from tests.tiny import lumina as tiny_lumina
 from tests.tiny import sd3 as tiny_sd3
+from tests.tiny import zimage as tiny_zimage
 from tests.tiny.init import fixed_init
 from tests.tiny.sd import CLIP, UNET
 
@@ -97,6 +100,12 @@ def hunyuan_image_values() -> tuple[Any, ...]:
     return tuple(value.detach() for value in inputs(4, 6, seed=46).values())
 
 
+def zimage_values() -> tuple[Any, ...]:
+    from tests.parity.test_zimage_model import inputs
+
+    return tuple(value.detach() for value in inputs(8, 6, (5, 40)))
+
+
 DEEP: Mapping[str, Deep] = {
     "sd": Deep(lambda: UNet2DConditionModel(**UNET), unet_values, sd.view, unet_stacks, run_unet_blocks_with),
     "flux": Deep(lambda: Flux(replace(tiny_flux.CONFIG, num_double=4, num_single=6)), flux_values, flux.view),
@@ -107,5 +116,6 @@ DEEP: Mapping[str, Deep] = {
         hunyuan_image_values,
         hunyuan_image.view,
     ),
+    "zimage": Deep(lambda: ZImage(replace(tiny_zimage.CONFIG, num_layers=6)), zimage_values, zimage.view),
     "anima": Deep(lambda: Anima(replace(tiny_anima.CONFIG, num_blocks=6)), anima_values, anima.view),
 }

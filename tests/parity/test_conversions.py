@@ -26,6 +26,7 @@ from library.architectures.sd3 import adapter_names as sd3_names
 from library.architectures.sdxl import adapter_names as sdxl_names
 from library.architectures.sdxl import targets as sdxl_targets
 from library.architectures.specs import list_specs
+from library.architectures.zimage import adapter_names as zimage_names
 from library.checkpoints.adapter_names import BaseNames, FileNaming
 from library.checkpoints.files import load_state_dict, save_safetensors
 from library.checkpoints.recognition import recognise_adapter
@@ -35,7 +36,14 @@ from networks import lora
 from networks.core.files.adapter_file import adapter_tensors, parse_adapter
 from networks.core.files.foreign_names import in_a_model
 from networks.core.files.renaming import rename
-from tests.parity import test_anima_model, test_flux_model, test_hunyuan_image_model, test_lumina_model, test_sd3_model
+from tests.parity import (
+    test_anima_model,
+    test_flux_model,
+    test_hunyuan_image_model,
+    test_lumina_model,
+    test_sd3_model,
+    test_zimage_model,
+)
 from tests.tiny import sd, sdxl
 from tests.tiny.anima import tiny_anima
 from tests.tiny.flux import build_tiny_flux, tiny_flux
@@ -43,6 +51,7 @@ from tests.tiny.hunyuan_image import tiny_hunyuan_image
 from tests.tiny.init import fixed_init
 from tests.tiny.lumina import tiny_lumina
 from tests.tiny.sd3 import CONFIGS, diffusers_mmdit, mmdit_weights, tiny_mmdit
+from tests.tiny.zimage import tiny_zimage
 from tests.tolerances import FLOAT32_DEEP
 from tools import convert_lora, merge_lora
 
@@ -132,6 +141,18 @@ def hunyuan_image() -> Pair:
     )
 
 
+def zimage() -> Pair:
+    ours = tiny_zimage(SEED)
+    theirs, values = test_zimage_model.oracle(ours), [v.detach() for v in test_zimage_model.inputs(6, 10, (5, 40))]
+    return Pair(
+        zimage_names.NAMES,
+        ours,
+        {"transformer": theirs},
+        lambda: ours(*values),
+        lambda: test_zimage_model.oracle_output(theirs, *values),
+    )
+
+
 def anima() -> Pair:
     ours = tiny_anima(SEED)
     transformer, conditioner = test_anima_model.oracle_models(ours)
@@ -182,6 +203,7 @@ PAIRS: Mapping[str, Callable[[], Pair]] = {
     "lumina": lumina,
     "hunyuan_image": hunyuan_image,
     "anima": anima,
+    "zimage": zimage,
 }
 UNNAMED = {  # of layers that no argument adapts; files that have them are refused
     "hunyuan_image": r"(?!double_blocks|single_blocks)",
@@ -246,7 +268,8 @@ def added(layers: Mapping[str, nn.Module], tensors: Tensors) -> None:
 
 
 def loaded_by_diffusers(pair: Pair, tensors: Tensors) -> Tensor:
-    """Return the predictions of diffusers' models once its own loader has applied the file."""
+    """Return the predictions of diffusers' models once its own loader, without ComfyUI's prefix, has applied the file."""
+    tensors = {re.sub(r"^diffusion_model\.", "transformer.", key): tensor for key, tensor in tensors.items()}
     for prefix, part in pair.theirs.items():
         own = {key: tensor for key, tensor in tensors.items() if key.startswith(f"{prefix}.")}
         part.load_lora_adapter(own, prefix=prefix)
@@ -460,7 +483,7 @@ def file_of_kind(pair: Pair, kind: str) -> tuple[Tensors, dict[str, Tensor]]:
     return tensors, after
 
 
-@pytest.mark.parametrize("base", ["flux", "sd3", "lumina"])
+@pytest.mark.parametrize("base", ["flux", "sd3", "lumina", "zimage"])
 def test_magnitudes_per_output_of_all_parts_of_a_fused_layer_are_those_of_the_whole(base: str, tmp_path: Path) -> None:
     """So such a file is trained further, and saved under kohya's names."""
     pair = PAIRS[base if base != "sd3" else next(name for name in PAIRS if name in CONFIGS)]()
@@ -480,7 +503,7 @@ def test_magnitudes_per_output_of_all_parts_of_a_fused_layer_are_those_of_the_wh
 
 
 @pytest.mark.parametrize("kind", ["LoKr", "LoHa"])
-@pytest.mark.parametrize("base", ["flux", "sd3", "lumina", "hunyuan_image"])
+@pytest.mark.parametrize("base", ["flux", "sd3", "lumina", "hunyuan_image", "zimage"])
 def test_what_is_no_lora_of_parts_of_a_fused_layer_is_trained_further(base: str, kind: str, tmp_path: Path) -> None:
     """It is saved under the names that it had."""
     pair = PAIRS[base if base != "sd3" else next(name for name in PAIRS if name in CONFIGS)]()
@@ -525,7 +548,7 @@ def test_what_is_no_lora_of_parts_of_a_fused_layer_is_trained_further(base: str,
 
 
 @pytest.mark.parametrize("kind", ["LoKr", "LoHa"])
-@pytest.mark.parametrize("base", ["flux", "sd3", "lumina"])
+@pytest.mark.parametrize("base", ["flux", "sd3", "lumina", "zimage"])
 def test_what_is_no_lora_of_parts_of_a_fused_layer_is_merged(base: str, kind: str, tmp_path: Path) -> None:
     """Also where diffusers has the halves of a layer's rows the other way round."""
     pair = PAIRS[base if base != "sd3" else next(name for name in PAIRS if name in CONFIGS)]()

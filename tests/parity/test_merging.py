@@ -28,6 +28,7 @@ KINDS = {  # network module -> arguments, for one base model each: all of what a
     "lumina": ("networks.boft", {}),
     "anima": ("networks.lora_anima", {"train_llm_adapter": "True"}),
     "hunyuan_image": ("networks.dylora", {}),
+    "zimage": ("networks.lora_zimage", {"include_patterns": "['.*']"}),
 }
 FAST = ("sd", "flux")
 

@@ -20,12 +20,16 @@ from library.architectures.flux import adapter_names as flux
 from library.architectures.lumina import adapter_names as lumina
 from library.architectures.sd3 import adapter_names as sd3
 from library.architectures.specs import list_specs
+from library.architectures.zimage import adapter_names as zimage
+from library.architectures.zimage.model import ZImage
 from library.checkpoints.adapter_names import NAMINGS, FileNaming
 from library.checkpoints.compatibility import Reading, readings
+from library.models.loading import on_meta_device
 from networks.core.files.adapter_file import AdapterFile, adapter_tensors, sort_tensors
 from networks.core.files.renaming import rename
 from tests.contracts.saved import listed_shapes
 from tests.tiny.sd3 import full_size_keys
+from tests.tiny.zimage import FULL_SIZE
 
 DATA = Path(__file__).parents[1] / "contracts" / "data"
 Shapes = dict[str, list[int]]
@@ -44,6 +48,8 @@ def lora_facts(base: str) -> Mapping[str, Any]:
     if base == "lumina":
         lora: Mapping[str, Any] = facts("lumina2")["lora"]
         return lora
+    if base == "zimage":
+        return zimage_lora()
     return facts(
         {
             "flux": "lora_keys_flux1",
@@ -93,12 +99,30 @@ def anima_models() -> dict[str, nn.Module]:
     }
 
 
+def zimage_models() -> dict[str, nn.Module]:
+    from diffusers import ZImageTransformer2DModel
+
+    return {"transformer": ZImageTransformer2DModel()}
+
+
+def zimage_lora() -> dict[str, Any]:
+    """A LoRA of rank 1 on every layer of the full-size model, under kohya's names."""
+    model = on_meta_device(ZImage, FULL_SIZE)
+    shapes: Shapes = {}
+    for path in zimage.KEYS.linear_paths(zimage.NUM_BLOCKS):
+        rows, columns = model.get_submodule(path).weight.shape
+        stem = f"lora_unet_{path.replace('.', '_')}"
+        shapes |= {f"{stem}.lora_down.weight": [1, columns], f"{stem}.lora_up.weight": [rows, 1], f"{stem}.alpha": []}
+    return {"default": shapes}
+
+
 BASES: dict[str, tuple[Any, Callable[[], dict[str, nn.Module]], str]] = {
     "flux": (flux.NAMES, flux_models, "FluxLoraLoaderMixin"),
     "chroma": (flux.CHROMA_NAMES, chroma_models, "FluxLoraLoaderMixin"),
     "sd3": (sd3.NAMES, sd3_models, "SD3LoraLoaderMixin"),
     "lumina": (lumina.NAMES, lumina_models, "Lumina2LoraLoaderMixin"),
     "anima": (anima.NAMES, anima_models, "AnimaLoraLoaderMixin"),
+    "zimage": (zimage.NAMES, zimage_models, "ZImageLoraLoaderMixin"),
 }
 
 
@@ -179,7 +203,7 @@ def file_of(base: str, variant: str, naming: FileNaming) -> tuple[dict[str, Tens
     known = lora_facts(base)
     shapes: Shapes = known["default"] if variant == "default" else listed_shapes(known, variant)
     tensors = {key: torch.ones(()).expand(of_rank_one(key, shape)) for key, shape in shapes.items()}
-    version = {"flux": "flux1", "chroma": "chroma", "sd3": "medium", "lumina": "lumina2", "anima": "anima"}[base]
+    version = {"flux": "flux1", "chroma": "chroma", "sd3": "medium", "lumina": "lumina2"}.get(base, base)
     file = AdapterFile("x", sort_tensors(tensors, {}, "").modules, {"ss_base_model_version": version}, {})
     return adapter_tensors(rename(file, BASES[base][0], naming).file), dict(file.metadata)
 
@@ -192,6 +216,7 @@ VARIANTS = {
     "sd3": ("default", "emb_dims=[5,6,7,8,9,10]", "train_t5xxl=True", TEXT_ONLY),
     "lumina": ("default", "embedder_dims=[5,6,7]", "attn_dim=0", "network_train_unet_only", TEXT_ONLY),
     "anima": ("default", "train_llm_adapter=true", EVERYTHING, "network_train_unet_only", TEXT_ONLY),
+    "zimage": ("default",),
 }
 CASES = [(base, variant, naming) for base, variants in VARIANTS.items() for variant in variants for naming in NAMINGS]
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.running import ROOT, Finished, make_images
 from tests.runs.bases import BASES
-from tests.tiny import anima, chroma, flux, hunyuan_image, lumina
+from tests.tiny import anima, chroma, flux, hunyuan_image, lumina, zimage
 
 Train = Callable[..., Finished]
 
@@ -27,10 +27,21 @@ DEEPER = {  # enough blocks that some can wait, without losing the two that have
     "lumina": (lumina, replace(lumina.CONFIG, num_layers=4)),
     "anima": (anima, replace(anima.CONFIG, num_blocks=4)),
     "hunyuan_image": (hunyuan_image, replace(hunyuan_image.CONFIG, num_double=4, num_single=6)),
+    "zimage": (zimage, replace(zimage.CONFIG, num_layers=4)),
 }
-WAITING = {"flux": "2", "chroma": "2", "lumina": "2", "anima": "2", "hunyuan_image": "3", "sd": "9", "sdxl": "9"}
+WAITING = {
+    "flux": "2",
+    "chroma": "2",
+    "lumina": "2",
+    "anima": "2",
+    "hunyuan_image": "3",
+    "zimage": "2",
+    "sd": "9",
+    "sdxl": "9",
+}
 NIGHTLY = [
-    pytest.param(name, marks=pytest.mark.nightly) for name in ("chroma", "lumina", "anima", "hunyuan_image", "sdxl")
+    pytest.param(name, marks=pytest.mark.nightly)
+    for name in ("chroma", "lumina", "anima", "hunyuan_image", "zimage", "sdxl")
 ]
 OFFLOADED = ("--gradient_checkpointing", "--cpu_offload_checkpointing", "--gradient_checkpointing_every", "2")
 

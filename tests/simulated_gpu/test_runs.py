@@ -129,7 +129,7 @@ def assert_same(a: Path, b: Path) -> None:
     """Assert that two runs gave the same adapter, bit for bit, and that something was learned."""
     ours, theirs = (load_file(folder / "mine.safetensors") for folder in (a, b))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert any(weight.any() for key, weight in ours.items() if "lora_up" in key)
+    assert any(weight.any() for key, weight in ours.items() if "lora_up" in key or "lora_B" in key)
 
 
 FAST = ("flux-nf4", "flux-none")

@@ -141,10 +141,10 @@ def write_qwen3_tokenizer(folder: Path) -> int:
     return len(words)
 
 
-def tiny_zimage(seed: int, config: ZImageConfig = CONFIG) -> ZImage:
+def tiny_zimage(seed: int) -> ZImage:
     """The denoiser alone, its weights random."""
     with torch.device("meta"):
-        model = ZImage(config)
+        model = ZImage(CONFIG)
     model.load_state_dict(fixed_init(model, seed), assign=True)
     return model.requires_grad_(False).eval()
 
@@ -158,8 +158,9 @@ def diffusers_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def diffusers_config(config: ZImageConfig = CONFIG) -> dict[str, Any]:
+def diffusers_config(config: ZImageConfig | None = None) -> dict[str, Any]:
     """Arguments of diffusers' ZImageTransformer2DModel."""
+    config = config or CONFIG
     assert config.mlp_width == config.width * 8 // 3 and config.time_width == min(config.width, 256)
     return {
         "in_channels": config.in_features // 4,

@@ -5,9 +5,21 @@ from library.architectures.zimage.assembly import RECIPE, build
 from library.architectures.zimage.merging import open_base_model, seen_by_networks
 from library.architectures.zimage.options import ZImageOptions
 from library.architectures.zimage.targets import TARGETS
-from library.checkpoints.base_model_spec import DIFFUSERS, GENERIC, KOHYA, NONE, BaseModelSpec, Reader, Sign
+from library.checkpoints.base_model_spec import ALL, GENERIC, KOHYA, NONE, BaseModelSpec, Gap, Reader, Sign
 
 WIDTH = 3840
+
+SPLIT_NAMES = Gap(
+    KOHYA,
+    r"lora_unet_(.*_attention_to_(q|k|v|out_0)|all_.*)",
+    "under kohya's names it finds the layers of the original checkpoint, not diffusers' to_q, to_k, to_v, to_out",
+)
+ORIGINAL_NAMES = Gap(
+    GENERIC,
+    r"diffusion_model_(.*_attention_(qkv|out)|x_embedder|final_layer_.*)",
+    "of the generic names it finds those that its own layers have too, not qkv, out, x_embedder and final_layer",
+)
+OUTER_NAMES = Gap(KOHYA, r"lora_unet_(x_embedder|final_layer_.*)", "it finds no x_embedder and final_layer there")
 
 SPECS = (
     BaseModelSpec(
@@ -26,8 +38,8 @@ SPECS = (
         architecture=r"(?i)z-image",
         pipelines=("ZImage",),
         readers={
-            "ComfyUI": Reader(KOHYA | GENERIC | DIFFUSERS, NONE),
-            "diffusers": Reader(KOHYA | GENERIC | DIFFUSERS, NONE),
+            "ComfyUI": Reader(ALL, NONE, gaps=(SPLIT_NAMES,)),
+            "diffusers": Reader(ALL, NONE, gaps=(ORIGINAL_NAMES, OUTER_NAMES)),
         },
         names=NAMES,
         network_arguments=TARGETS.arguments,

@@ -16,6 +16,7 @@ from tests.tiny.flux import build_tiny_flux
 from tests.tiny.hunyuan_image import build_tiny_hunyuan_image
 from tests.tiny.lumina import build_tiny_lumina
 from tests.tiny.sd3 import build_tiny_sd3
+from tests.tiny.zimage import build_tiny_zimage
 from tests.tolerances import FLOAT32_DEEP
 from tools import extract_lora_from_models, merge_lora
 from tools.base_models import find_adapter_targets, open_base_model
@@ -30,6 +31,7 @@ BASES: dict[str, tuple[Callable[[Path], str], str]] = {
     "lumina": (lambda folder: build_tiny_lumina(folder, SEED + 3)[1], "lumina2"),
     "hunyuan_image": (lambda folder: build_tiny_hunyuan_image(folder, SEED + 4)[1], "hunyuan-image-2.1"),
     "anima": (lambda folder: build_tiny_anima(folder, SEED + 5)[1], "anima"),
+    "zimage": (lambda folder: build_tiny_zimage(folder, SEED + 8)[1], "zimage"),
 }
 
 
