@@ -75,7 +75,7 @@ class Table:
 
 TABLES = (
     Table("all models", tuple(FULL_SIZE), ("bf16",)),
-    Table("fewer bits", ("FLUX.1", "HunyuanImage 2.1"), ("int8", "nf4")),
+    Table("fewer bits", ("FLUX.1", "Z-Image", "HunyuanImage 2.1"), ("int8", "nf4")),
 )
 
 

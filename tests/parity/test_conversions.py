@@ -268,7 +268,7 @@ def added(layers: Mapping[str, nn.Module], tensors: Tensors) -> None:
 
 
 def loaded_by_diffusers(pair: Pair, tensors: Tensors) -> Tensor:
-    """Return the predictions of diffusers' models once its own loader, without ComfyUI's prefix, has applied the file."""
+    """Return the predictions of diffusers' models once its own loader, which drops the prefix, has applied the file."""
     tensors = {re.sub(r"^diffusion_model\.", "transformer.", key): tensor for key, tensor in tensors.items()}
     for prefix, part in pair.theirs.items():
         own = {key: tensor for key, tensor in tensors.items() if key.startswith(f"{prefix}.")}
