@@ -17,7 +17,10 @@ SCRIPTS = list_scripts()
 FLAG = re.compile(r"--([a-z_0-9]+)(?: ([a-z_]+))?")
 ALL = {name for script in SCRIPTS for name in script.options.defaults()}
 IN_PROMPTS = {"l"}
-OF_OTHER_PROGRAMS = {"dit", "dit_path", "timestep_sample_method"}  # musubi-tuner, sd-scripts before Anima was released
+OF_OTHER_PROGRAMS = {  # musubi-tuner, sd-scripts before Anima was released
+    "dit", "dit_path", "timestep_sample_method", "gradient_checkpointing_cpu_offload", "block_swap_h2d_only",
+    "use_pinned_memory_for_block_swap", "dit_dtype", "vae_dtype", "use_32bit_attention", "disable_numpy_memmap",
+}  # fmt: skip
 
 
 def parser_of(script: Script):  # type: ignore[no-untyped-def]

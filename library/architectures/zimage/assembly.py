@@ -60,7 +60,7 @@ def build(options: ZImageOptions) -> Architecture:
     """
     RECIPE.check(options)
     loader = open_loader(options)
-    turbo = is_turbo(options.zimage.model_version, loader.path)
+    turbo = is_turbo(options.zimage.model_version, options.model.pretrained_model_name_or_path or "")
     if turbo and not options.network.base_weights:
         logger.warning(
             "%s is Z-Image Turbo, which is distilled: training undoes the distillation, and previews blur. Add "

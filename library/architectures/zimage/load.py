@@ -149,10 +149,11 @@ def check_fit(loader: ZImageLoader, config: ZImageConfig) -> None:
     check_text_width(QWEN3.flag, loader.qwen3, WORDS, config.text_width, QWEN3.hub_name)
 
 
-def is_turbo(version: str | None, path: Path) -> bool:
+def is_turbo(version: str | None, given: str) -> bool:
     """Return True for a distilled checkpoint. Turbo and Base have the same names and shapes, so --model_version says
-    which it is, or else the word "turbo" in the path does, without "de" before it."""
+    which it is, or else the word "turbo" in the name that was `given` or that of its folder, without "de" before it."""
     if version is not None:
         return version == "turbo"
+    path = Path(given).expanduser().absolute()
     name = f"{path.parent.name}/{path.name}".lower()
     return re.search(r"(?<![a-z])turbo", name) is not None and re.search(r"de[-_ ]?turbo", name) is None

@@ -91,6 +91,13 @@ INSTEAD: Mapping[str, str] = {
     "byt5": "use --text_encoder",
     "fp8_vl": "use --fp8_llm",
     "split_mode": "use --blocks_to_swap",
+    "gradient_checkpointing_cpu_offload": "use --cpu_offload_checkpointing",
+    "use_pinned_memory_for_block_swap": "blocks are pinned where the system allows it",
+    "block_swap_h2d_only": "frozen weights are never copied back",
+    "dit_dtype": "use --mixed_precision",
+    "vae_dtype": "use --no_half_vae for 32 bits",
+    "use_32bit_attention": "use --mixed_precision no for 32 bits",
+    "disable_numpy_memmap": "files are never mapped into memory",
 }
 """Alternatives to options of other scripts and programs; they end the error for such an option."""
 

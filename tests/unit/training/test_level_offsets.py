@@ -19,12 +19,20 @@ from library.training.step.losses import noised_of
 from tests.unit.data.builders import write_config
 
 OFFSETS = [0.0, 0.5, -0.25]
-FACTOR = {"anima": 0.7, "flux": 0.7, "hunyuan_image": 0.7, "lumina": 0.7, "sd3": 1.4}  # on the normal value
+FACTOR = {
+    "anima": 0.7,
+    "flux": 0.7,
+    "hunyuan_image": 0.7,
+    "lumina": 0.7,
+    "sd3": 1.4,
+    "zimage": 0.7,
+}  # on the normal value
 WORDS = {
     "anima": ["--sigmoid_scale", "0.7"],
     "flux": ["--timestep_sampling", "flux_shift", "--sigmoid_scale", "0.7"],
     "hunyuan_image": ["--timestep_sampling", "shift", "--sigmoid_scale", "0.7"],
     "lumina": ["--sigmoid_scale", "0.7"],
+    "zimage": ["--sigmoid_scale", "0.7"],
     "sd3": ["--weighting_scheme", "logit_normal", "--logit_std", "1.4", "--training_shift", "2"],
 }
 

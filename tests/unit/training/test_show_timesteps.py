@@ -14,7 +14,7 @@ from library.training.command_line.main import main
 from library.training.command_line.show_timesteps import BAR_WIDTH, MARGIN, NUM_BINS, NUM_DRAWS, PLOT_HEIGHT
 
 Cdf = Callable[[float], float]
-MODELS = ["anima", "flux", "hunyuan_image", "lumina", "sd3"]
+MODELS = ["anima", "flux", "hunyuan_image", "lumina", "sd3", "zimage"]
 
 
 def run(model: str, *words: str) -> int:
@@ -62,6 +62,7 @@ def evenly_pushed(level: float) -> float:
     ("model", "words", "cdf"),
     [
         ("anima", [], normal_behind(0, 1)),
+        ("zimage", [], normal_behind(0, 1, 2.0)),
         ("flux", ["--timestep_sampling", "flux_shift"], normal_behind(0, 1, FLUX_1024)),
         (
             "flux",

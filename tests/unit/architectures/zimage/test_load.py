@@ -199,7 +199,7 @@ def parsed(spec: BaseModelSpec, arguments: list[str]) -> Any:
     ],
 )
 def test_turbo_is_told_by_option_or_name(version: str | None, path: str, expected: bool) -> None:
-    assert is_turbo(version, Path(path)) is expected
+    assert is_turbo(version, path) is expected
 
 
 def test_turbo_without_a_training_adapter_is_warned_of_once(tiny: list[str], caplog: pytest.LogCaptureFixture) -> None:
