@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import zimage_train_network
 from library.architectures.zimage.assembly import CODEC
-from library.architectures.zimage.load import open_encoders
+from library.architectures.zimage.load import open_encoder
 from library.architectures.zimage.options import ZImageOptions
 from library.training.command_line.caching import add_command_options, cache_images, run_command, with_command_options
 from library.training.command_line.checks import check_data
@@ -22,7 +22,7 @@ def cache_to_disk(args: argparse.Namespace) -> None:
     caches = {"cache_latents": True, "cache_latents_to_disk": True}
     options = ZImageOptions.from_args(with_command_options(args, "vae_batch_size", **caches))
     check_data(options)
-    cache_images(options, CODEC, open_encoders(options).vae)
+    cache_images(options, CODEC, open_encoder(options, "--vae").vae)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -97,6 +97,21 @@ def test_the_commands_of_musubi_tuner_cache_and_train(
     assert metadata["modelspec.architecture"] == "Z-Image/lora"
 
 
+@pytest.mark.parametrize(
+    ("script", "flag"), [("zimage_cache_latents", "--vae"), ("zimage_cache_text_encoder_outputs", "--text_encoder")]
+)
+def test_a_caching_command_names_the_file_that_it_lacks(names: dict[str, str], script: str, flag: str) -> None:
+    line = [sys.executable, str(ROOT / f"{script}.py"), "--dataset_config", names["data"]]
+    for more, message in (
+        ([], f"{flag} is missing: name its file or folder, or the whole model with --dit"),
+        ([flag, names["dit"]], f"{flag} {names['dit']} is not a"),
+        ([flag, names["vae"], "--batch_size", "0"], "--batch_size is 0, but must be at least 1"),
+    ):
+        done = subprocess.run([*line, *more], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 1 and message in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr
+
+
 def test_musubi_tuners_8_bits_and_offloading_train_too(train_zimage: Train, names: dict[str, str]) -> None:
     done = train_zimage([*TRAINING.format(**names).split(), "--fp8_base", "--fp8_scaled", "--fp8_llm"])
     assert done.status == 0, done.stderr

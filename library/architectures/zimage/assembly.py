@@ -7,7 +7,7 @@ import logging
 from functools import partial
 
 from library.architectures.specs import list_specs
-from library.architectures.zimage.load import QWEN3, ZImageLoader, is_turbo, open_encoders, open_loader
+from library.architectures.zimage.load import QWEN3, ZImageLoader, is_turbo, open_encoder, open_loader
 from library.architectures.zimage.options import ZImageOptions
 from library.architectures.zimage.targets import view
 from library.architectures.zimage.text import ZImageText, check_tokenizer
@@ -72,9 +72,9 @@ def build(options: ZImageOptions) -> Architecture:
 
 
 def build_for_caching(options: ZImageOptions) -> Architecture:
-    """Assemble what the caching commands use, which take no base model. Raises UserError as `build` does."""
+    """Assemble what encodes captions, for which no denoiser is needed. Raises UserError as `build` does."""
     RECIPE.check(options)
-    return assemble(options, open_encoders(options), turbo=False)
+    return assemble(options, open_encoder(options, QWEN3.flag), turbo=False)
 
 
 def assemble(options: ZImageOptions, loader: ZImageLoader, turbo: bool) -> Architecture:

@@ -93,12 +93,15 @@ def open_loader(options: ZImageOptions) -> ZImageLoader:
     return loader
 
 
-def open_encoders(options: ZImageOptions) -> ZImageLoader:
-    """Open what encodes images and captions: from the base model if it is named, else from --vae and --text_encoder,
-    of which one may be missing. Raises UserError as `open_loader` does."""
+def open_encoder(options: ZImageOptions, flag: str) -> ZImageLoader:
+    """Open what encodes images or captions, which `flag` names if the base model is not named. Raises UserError as
+    `open_loader` does, and without either."""
     if options.model.pretrained_model_name_or_path:
         return open_loader(options)
-    path = Path(options.zimage.text_encoder or options.model.vae or "").expanduser()
+    name = options.model.vae if flag == "--vae" else options.zimage.text_encoder
+    if name is None:
+        raise UserError(f"{flag} is missing: name its file or folder, or the whole model with --dit")
+    path = Path(name).expanduser()
     nothing = Weights(str(path), {}, lambda name: torch.empty(0))
     return loader_of(options, BaseFiles(path, nothing), None, nothing)
 
