@@ -47,7 +47,6 @@ RECIPE = Recipe(
         "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "timestep_sampling", "sigmoid_scale",
         "model_prediction_type", "discrete_flow_shift",
     ),
-    needs={"diffusers": ">=0.36"},  # ZImageTransformer2DModel, whose adapters' names the files have
 )  # fmt: skip
 CODEC = mapped_latents("_zimage.npz")
 LATENTS = CODEC.spec
