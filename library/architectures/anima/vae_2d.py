@@ -49,7 +49,7 @@ class StripedNorm(nn.Module):
 
 
 def replace_layers_for_images(vae: Any) -> Any:
-    """Replace the convolutions of diffusers' AutoencoderKLQwenImage by `PictureConv` and its norms by `StripedNorm`, in
+    """Replace the convolutions of diffusers' AutoencoderKLQwenImage by `ImageConv` and its norms by `StripedNorm`, in
     place; weights and their names stay. Convolutions that join frames are kept: images do not pass them."""
     from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d, QwenImageRMS_norm
 
