@@ -114,11 +114,9 @@ def waiting_inputs(step: CountedStep, way: Way) -> int:
     """Return the bytes that are offloaded in the forward pass and fetched in the backward pass."""
     if not way.inputs_wait:
         return 0
-    sizes = step.timeline.recomputed.input_bytes
-    numbers = [number for number, places in enumerate(step.timeline.places) for _ in places]
     return sum(
-        sizes[number]
-        for place, number in enumerate(numbers)
+        step.timeline.input_bytes(place)
+        for place in range(len(step.timeline.blocks))
         if way.recomputes(place if place < step.first_place else place - step.first_place)
     )
 

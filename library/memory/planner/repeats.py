@@ -6,6 +6,7 @@ form a run; two of each run are counted, and the second stands for those left ou
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -36,21 +37,46 @@ def runs_of(stack: Iterable[nn.Module]) -> list[list[nn.Module]]:
     return [list(run) for _, run in groupby(stack, build_of)]
 
 
+@dataclass(frozen=True)
+class Repeats:
+    """The blocks that counted ones stand for."""
+
+    own: Mapping[nn.Module, Sequence[nn.Module]]  # by counted block, itself included
+    # By the only counted block of a run: a block of an earlier run that is built alike, and the blocks after the first
+    # one, for which it stands.
+    alike: Mapping[nn.Module, tuple[nn.Module, Sequence[nn.Module]]]
+
+
 @contextmanager
-def shortened(stacks: Sequence[nn.ModuleList]) -> Iterator[Mapping[nn.Module, Sequence[nn.Module]]]:
-    """Leave two blocks of each run in the stacks within the context; yield the blocks that each remaining one stands
-    for."""
+def shortened(stacks: Sequence[nn.ModuleList], shares: bool = True) -> Iterator[Repeats]:
+    """Leave two blocks of each run in the stacks within the context, and yield what they stand for.
+
+    With `shares` one block is left of a run that is built like an earlier one, whose second block stands for the others
+    too: of SDXL's 70 blocks 13 are counted in place of 22. It can only be told from a pass whether both get inputs of
+    the same sizes, see `Timeline.build`.
+    """
     whole = [list(stack) for stack in stacks]
-    stands_for: dict[nn.Module, Sequence[nn.Module]] = {}
+    own: dict[nn.Module, Sequence[nn.Module]] = {}
+    alike: dict[nn.Module, tuple[nn.Module, Sequence[nn.Module]]] = {}
+    seconds: dict[tuple[Any, ...], nn.Module] = {}  # of the runs before, by their build
     try:
         for stack in stacks:
             kept: list[nn.Module] = []
             for run in runs_of(stack):
+                build = build_of(run[0])
+                earlier = seconds.get(build) if shares else None
+                if earlier is not None and len(run) > 1:
+                    kept.append(run[0])
+                    own[run[0]] = run[:1]
+                    alike[run[0]] = earlier, run[1:]
+                    continue
                 kept += run[:NUM_COUNTED]
-                stands_for |= {block: [block] for block in run[: NUM_COUNTED - 1]}
-                stands_for[kept[-1]] = run[NUM_COUNTED - 1 :] or [kept[-1]]
+                own |= {block: [block] for block in run[: NUM_COUNTED - 1]}
+                own[kept[-1]] = run[NUM_COUNTED - 1 :] or [kept[-1]]
+                if len(run) > 1:
+                    seconds[build] = run[1]
             replace_blocks(stack, kept)
-        yield stands_for
+        yield Repeats(own, alike)
     finally:
         for stack, blocks in zip(stacks, whole, strict=True):
             replace_blocks(stack, blocks)

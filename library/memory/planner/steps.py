@@ -3,6 +3,7 @@ blocks."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from library.memory.blocks import BlockBody, BlockRunner
 from library.memory.planner.counter import OperationCounter, Segment
+from library.memory.planner.repeats import Repeats
 
 FORWARD, BACKWARD = "forward", "backward"
 
@@ -25,6 +27,7 @@ class MarkedRunner:
     def __init__(self, runner: BlockRunner, counter: OperationCounter) -> None:
         self.blocks: list[nn.Module] = []  # in the order of their first call
         self.input_bytes: list[int] = []  # by block number: of inputs with a gradient that no earlier block had
+        self.input_shapes: list[tuple[torch.Size, ...]] = []  # by block number
         self._runner, self._counter = runner, counter
         self._seen: set[int] = set()
         self._backward: tuple[str, int] | None = None
@@ -34,6 +37,7 @@ class MarkedRunner:
         if body not in self.blocks:
             self.blocks.append(body)
             self.input_bytes.append(self._new_bytes((inputs, named)))
+            self.input_shapes.append(tuple(t.shape for t in tree_leaves((inputs, named)) if is_tensor(t)))
         number = self.blocks.index(body)
         outputs = self._runner(block, *inputs, **named)
         self._counter.cut((FORWARD, number))
@@ -77,6 +81,7 @@ class CountedPass:
     segments: tuple[Segment, ...]
     blocks: tuple[nn.Module, ...]
     input_bytes: tuple[int, ...]
+    input_shapes: tuple[tuple[torch.Size, ...], ...] = ()
 
 
 def count_pass(
@@ -99,7 +104,9 @@ def count_pass(
             torch.autograd.backward(value)
             del value
         marked.finish_pass()
-    return CountedPass(tuple(counter.segments), tuple(marked.blocks), tuple(marked.input_bytes))
+    return CountedPass(
+        tuple(counter.segments), tuple(marked.blocks), tuple(marked.input_bytes), tuple(marked.input_shapes)
+    )
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,10 @@ class Move:
     place: int | None
 
 
+class DifferentInputs(Exception):
+    """Blocks that are built alike get inputs of different sizes, so that none can stand for the other."""
+
+
 @dataclass(frozen=True)
 class Timeline:
     """A counted step of the whole model, with each block both plain and recomputed."""
@@ -118,38 +129,56 @@ class Timeline:
     plain: CountedPass
     recomputed: CountedPass
     blocks: tuple[nn.Module, ...]  # of the whole model, by place
-    places: tuple[range, ...]  # by number: the places that a counted block stands for
+    places: tuple[range, ...]  # by number: the places that run when a counted block runs
+    stands: tuple[int, ...]  # by place: the number of the counted block that stands for it
 
     @classmethod
-    def build(
-        cls, plain: CountedPass, recomputed: CountedPass, stands_for: Mapping[nn.Module, Sequence[nn.Module]]
-    ) -> "Timeline":
-        """Expand a counted step; `stands_for` lists the blocks that a counted one represents, if more than itself."""
+    def build(cls, plain: CountedPass, recomputed: CountedPass, repeats: Repeats) -> "Timeline":
+        """Expand a counted step. Raises DifferentInputs for a block that cannot stand for those of another run."""
         assert [s.label for s in plain.segments] == [s.label for s in recomputed.segments], "the passes differ"
         blocks: list[nn.Module] = []
-        places = []
-        for block in plain.blocks:
+        places, stands = [], []
+        for number, block in enumerate(plain.blocks):
             first = len(blocks)
-            blocks += stands_for.get(block, [block])
+            own = repeats.own.get(block, [block])
+            blocks += own
+            stands += [number] * len(own)
+            if block in repeats.alike:
+                earlier, others = repeats.alike[block]
+                place = plain.blocks.index(earlier)
+                if plain.input_shapes[place] != plain.input_shapes[number]:
+                    raise DifferentInputs
+                blocks += others
+                stands += [place] * len(others)
             places.append(range(first, len(blocks)))
-        return cls(plain, recomputed, tuple(blocks), tuple(places))
+        return cls(plain, recomputed, tuple(blocks), tuple(places), tuple(stands))
+
+    @cached_property
+    def by_label(self) -> Mapping[tuple[str, int], tuple[Segment, Segment]]:
+        """Return the plain and the recomputed segment of each pass of each counted block."""
+        pairs = zip(self.plain.segments, self.recomputed.segments, strict=True)
+        return {plain.label: (plain, recomputed) for plain, recomputed in pairs if plain.label is not None}
+
+    def input_bytes(self, place: int) -> int:
+        """Return the bytes of a block's inputs that no earlier block had."""
+        return self.recomputed.input_bytes[self.stands[place]]
 
     def moves(self, recomputes: Callable[[int], bool], keeps_inputs: Callable[[int], bool]) -> Iterator[Move]:
         """Yield the step with the blocks at some places recomputed, and with their inputs kept on the device or not.
 
         Inputs that are not kept leave when their block is done and return when its backward pass begins.
         """
-        for plain, recomputed in zip(self.plain.segments, self.recomputed.segments, strict=True):
-            if plain.label is None:
-                yield Move(plain, False, None)
+        for counted in self.plain.segments:
+            if counted.label is None:
+                yield Move(counted, False, None)
                 continue
-            name, number = plain.label
+            name, number = counted.label
             is_backward = name == BACKWARD
             places = self.places[number]
             for place in reversed(places) if is_backward else places:
-                segment = recomputed if recomputes(place) else plain
+                segment = self.by_label[name, self.stands[place]][recomputes(place)]
                 if recomputes(place) and not keeps_inputs(place):
-                    segment = without_input(segment, self.recomputed.input_bytes[number], is_backward)
+                    segment = without_input(segment, self.input_bytes(place), is_backward)
                 yield Move(segment, is_backward, place)
 
 

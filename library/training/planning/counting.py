@@ -5,7 +5,7 @@ have shapes only.
 """
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -26,9 +26,16 @@ from library.memory.offload.encoders import least_bytes
 from library.memory.planner.counter import OperationCounter
 from library.memory.planner.fakes import give_fakes, norms_as_on_cards
 from library.memory.planner.prediction import CountedStep
-from library.memory.planner.repeats import shortened
+from library.memory.planner.repeats import Repeats, shortened
 from library.memory.planner.stages import Stage, most_images
-from library.memory.planner.steps import CountedOptimizer, CountedPass, Timeline, count_optimizer, count_pass
+from library.memory.planner.steps import (
+    CountedOptimizer,
+    CountedPass,
+    DifferentInputs,
+    Timeline,
+    count_optimizer,
+    count_pass,
+)
 from library.memory.planner.weights import ModelWeights
 from library.options.machine.memory import PrecisionOptions
 from library.options.train import TrainOptions
@@ -118,23 +125,25 @@ def count_run(
         meta = run_on_meta_device(options, arch, adapters)
         bar.update(1)
         denoiser, networks = meta.models.denoiser, meta.networks
-        with shortened(arch.chains(denoiser)) as stands_for:
-            caches_latents = options.caching.cache_latents
-            images = count_images(arch, meta.vae, batch) if caches_latents and meta.vae is not None else None
-            preview = count_preview(options.preview, arch, meta.vae, not caches_latents, counter_for(arch))
-            captions, conditioning = count_captions(
-                cached_text(options.network, arch.text_cache), options.precision, arch, meta.encoders, batch.count
-            )
-            bar.update(1)
-            fake = fake_batch(arch, batch, conditioning, caches_latents)
-            timeline = count_step(options, arch, meta, fake, stands_for, partial(bar.update, 1))
-            optimizer = together(
-                [
-                    count_update(own.optimizer, own.network, bool(own.averaging.ema_decay), arch, one)
-                    for own, one in zip(adapters, networks, strict=True)
-                ]
-            )
-            bar.update(1)
+        caches_latents = options.caching.cache_latents
+        images = count_images(arch, meta.vae, batch) if caches_latents and meta.vae is not None else None
+        preview = count_preview(options.preview, arch, meta.vae, not caches_latents, counter_for(arch))
+        captions, conditioning = count_captions(
+            cached_text(options.network, arch.text_cache), options.precision, arch, meta.encoders, batch.count
+        )
+        bar.update(1)
+        fake = fake_batch(arch, batch, conditioning, caches_latents)
+        timeline = count_some_blocks(
+            arch.chains(denoiser),
+            lambda repeats: count_step(options, arch, meta, fake, repeats, partial(bar.update, 1)),
+        )
+        optimizer = together(
+            [
+                count_update(own.optimizer, own.network, bool(own.averaging.ema_decay), arch, one)
+                for own, one in zip(adapters, networks, strict=True)
+            ]
+        )
+        bar.update(1)
     vae = [] if meta.models.vae is None else [meta.models.vae]
     own = set(denoiser.modules())
     places = [place for place, block in enumerate(timeline.blocks) if block in own]
@@ -157,6 +166,16 @@ def count_run(
         multiplies_codes=options.precision.multiplies_codes,
     )
     return CountedRun(batch, step, tuple(stage for stage in (images, captions) if stage is not None), preview)
+
+
+def count_some_blocks(chains: Sequence[nn.ModuleList], count: Callable[[Repeats], Timeline]) -> Timeline:
+    """Count with as few blocks as stand for all: fewer where stacks that are built alike get inputs of one size."""
+    try:
+        with shortened(chains) as repeats:
+            return count(repeats)
+    except DifferentInputs:
+        with shortened(chains, shares=False) as repeats:
+            return count(repeats)
 
 
 @contextmanager
@@ -313,7 +332,7 @@ def count_step(
     arch: Architecture,
     meta: MetaRun,
     batch: Batch,
-    stands_for: Mapping[nn.Module, Sequence[nn.Module]],
+    repeats: Repeats,
     advance: Callable[[], None],
 ) -> Timeline:
     """Forward and backward pass, with all blocks recomputed and with none; gradients are there already where a step
@@ -355,7 +374,7 @@ def count_step(
         advance()
         return counted
 
-    return Timeline.build(count(plain), count(recompute), stands_for)
+    return Timeline.build(count(plain), count(recompute), repeats)
 
 
 def together(optimizers: Sequence[CountedOptimizer]) -> CountedOptimizer:

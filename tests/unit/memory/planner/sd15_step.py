@@ -51,7 +51,7 @@ def planned_bytes(side: int, recomputes: bool) -> int:
     """Counted from at most two transformer blocks of each kind."""
     unet, network = built({})
     fixed = bytes_of(unet, network)
-    with shortened(unet_chains(unet)) as stands_for, FakeTensorMode(allow_non_fake_inputs=True):
+    with shortened(unet_chains(unet)) as repeats, FakeTensorMode(allow_non_fake_inputs=True):
         give_fakes(unet)
         give_fakes(network)
         passes = []
@@ -63,7 +63,7 @@ def planned_bytes(side: int, recomputes: bool) -> int:
             passes.append(
                 count_pass(lambda: loss_of(unet, side), lambda r: run_unet_blocks_with(unet, r), runner, counter)
             )
-    moves = Timeline.build(passes[0], passes[1], stands_for).moves(lambda place: recomputes, lambda place: True)
+    moves = Timeline.build(passes[0], passes[1], repeats).moves(lambda place: recomputes, lambda place: True)
     return fixed + peak_of(list(moves))
 
 

@@ -13,6 +13,7 @@ from library.memory.devices import bytes_of
 from library.memory.planner.choice import Allowed, choose
 from library.memory.planner.gpus import GIB, Gpu, MemorySize, measured_gpu, most_pinned, parse_size, typical_gpu
 from library.memory.planner.prediction import ALLOCATOR_SHARE, CONTEXT_BYTES, CountedStep, Way, predict
+from library.memory.planner.repeats import Repeats
 from library.memory.planner.stages import Stage, most_images
 from library.memory.planner.steps import CountedOptimizer, CountedPass, Segment, Timeline
 from library.memory.planner.table import table_of
@@ -43,7 +44,7 @@ def counted_step(adapter: int = 0, held: int = 0) -> CountedStep:
     plain, recomputed = passes(KEPT, 2 * BLOCK_FLOPS), passes(KEPT_WHEN_RECOMPUTED, 3 * BLOCK_FLOPS)
     weights = ModelWeights(50 * MIB, (WEIGHT,), ((WEIGHT, WEIGHT),) * NUM_BLOCKS)
     optimizer = CountedOptimizer(2 * adapter, 2 * adapter)
-    timeline = Timeline.build(plain, recomputed, {})
+    timeline = Timeline.build(plain, recomputed, Repeats({}, {}))
     encoder = ModelWeights(3 * MIB, (WEIGHT,), ())
     return CountedStep(
         timeline, 0, weights, (encoder,), (None, None), 7 * MIB, adapter, adapter, held, optimizer, evenly,

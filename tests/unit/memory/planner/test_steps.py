@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from library.memory.blocks import BlockRunner, plain, recompute
 from library.memory.devices import tensors_of
 from library.memory.planner.counter import OperationCounter
 from library.memory.planner.fakes import give_fakes, norms_as_on_cards
-from library.memory.planner.repeats import shortened
-from library.memory.planner.steps import Timeline, count_optimizer, count_pass, peak_of
+from library.memory.planner.repeats import Repeats, shortened
+from library.memory.planner.steps import CountedPass, DifferentInputs, Timeline, count_optimizer, count_pass, peak_of
+from library.training.planning.counting import count_some_blocks
 from tests.unit.memory.planner.made_up import MadeUp, allocated_peak
 
 pytestmark = pytest.mark.slow
@@ -64,7 +66,7 @@ def counted(dtype: torch.dtype | None = None, num_passes: int = 1) -> Timeline:
     def give_runner(runner: BlockRunner) -> None:
         model.runner = runner
 
-    with shortened([model.attending, model.widening]) as stands_for, FakeTensorMode(allow_non_fake_inputs=True):
+    with shortened([model.attending, model.widening]) as repeats, FakeTensorMode(allow_non_fake_inputs=True):
         assert len(model.attending) == len(model.widening) == 2
         give_fakes(model)
         passes = []
@@ -75,7 +77,7 @@ def counted(dtype: torch.dtype | None = None, num_passes: int = 1) -> Timeline:
             counter.leave_out(tensors_of(model))
             passes.append(count_pass(lambda: loss_of(model, dtype), give_runner, runner, counter, num_passes))
     assert len(model.attending) == NUM_BLOCKS, "the model is whole again"
-    return Timeline.build(passes[0], passes[1], stands_for)
+    return Timeline.build(passes[0], passes[1], repeats)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -143,9 +145,76 @@ def test_blocks_with_other_adapters_are_not_alike() -> None:
         layer = model.widening[3].up
         del layer.__dict__["forward"]
         model.adapters.append(type(model.adapters[0])(layer, RANK + 1))
-    with shortened([model.attending, model.widening]) as stands_for:
+    with shortened([model.attending, model.widening], shares=False) as repeats:
         assert len(model.attending) == 2
-        assert [len(stands_for[block]) for block in model.widening] == [1, 2, 1, 1, 1]
+        assert [len(repeats.own[block]) for block in model.widening] == [1, 2, 1, 1, 1]
+
+
+def three_stacks() -> tuple[MadeUp, list[nn.ModuleList]]:
+    """A model whose attending blocks are three stacks in the order of their calls."""
+    model = model_of(device="meta")
+    blocks = list(model.attending)
+    return model, [nn.ModuleList(blocks[:2]), nn.ModuleList(blocks[2:5]), nn.ModuleList(blocks[5:])]
+
+
+def count_stacks(shares: bool) -> Timeline:
+    model, stacks = three_stacks()
+
+    def give_runner(runner: BlockRunner) -> None:
+        model.runner = runner
+
+    with shortened([*stacks, model.widening], shares) as repeats, FakeTensorMode(allow_non_fake_inputs=True):
+        model.attending = nn.ModuleList(block for stack in stacks for block in stack)
+        assert len(model.attending) == (4 if shares else 5)
+        give_fakes(model)
+        passes = []
+        for runner in (plain, recompute):
+            for parameter in model.parameters():
+                parameter.grad = None
+            counter = OperationCounter(ANSWERS)
+            counter.leave_out(tensors_of(model))
+            passes.append(count_pass(lambda: loss_of(model), give_runner, runner, counter))
+        return Timeline.build(passes[0], passes[1], repeats)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_one_block_of_a_stack_is_enough_where_another_stack_is_alike(way: str) -> None:
+    few, more = (count_stacks(shares) for shares in (True, False))
+    assert len(few.blocks) == len(more.blocks) == 2 * NUM_BLOCKS
+    for keeps_inputs in (lambda place: True, lambda place: False):
+        found, expected = (list(one.moves(WAYS[way], keeps_inputs)) for one in (few, more))
+        assert peak_of(found) == peak_of(expected)
+        for value in ("flops", "moved", "launches"):
+            totals = [sum(getattr(move.segment, value) for move in moves) for moves in (found, expected)]
+            assert totals[0] == totals[1]
+
+
+def test_a_block_does_not_stand_for_one_with_other_inputs() -> None:
+    first, earlier, other, last = (nn.Identity() for _ in range(4))
+    shapes = ((torch.Size((4,)),), (torch.Size((4,)),), (torch.Size((8,)),))
+    counted = CountedPass((), (first, earlier, other), (1, 1, 1), shapes)
+    repeats = Repeats({}, {other: (earlier, [last])})
+    with pytest.raises(DifferentInputs):
+        Timeline.build(counted, counted, repeats)
+    alike = replace(counted, input_shapes=shapes[:2] * 2)
+    timeline = Timeline.build(alike, alike, repeats)
+    assert timeline.blocks == (first, earlier, other, last) and timeline.stands == (0, 1, 2, 1)
+
+
+def test_without_equal_inputs_two_blocks_of_each_stack_are_counted() -> None:
+    asked: list[int] = []
+
+    def count(repeats: Repeats) -> Timeline:
+        asked.append(len(repeats.alike))
+        if repeats.alike:
+            raise DifferentInputs
+        return Timeline(NOTHING, NOTHING, (), (), ())
+
+    count_some_blocks(three_stacks()[1], count)
+    assert asked == [1, 0]
+
+
+NOTHING = CountedPass((), (), ())
 
 
 def test_an_optimizer_is_counted_on_its_own() -> None:
