@@ -52,7 +52,7 @@ def shortened(stacks: Sequence[nn.ModuleList], shares: bool = True) -> Iterator[
     """Leave two blocks of each run in the stacks within the context, and yield what they stand for.
 
     With `shares` one block is left of a run that is built like an earlier one, whose second block stands for the others
-    too: of SDXL's 70 blocks 13 are counted in place of 22. It can only be told from a pass whether both get inputs of
+    too: of the 70 blocks of a large U-Net 13 are counted in place of 22. Only a pass tells whether both get inputs of
     the same sizes, see `Timeline.build`.
     """
     whole = [list(stack) for stack in stacks]
