@@ -346,7 +346,7 @@ def quickstart(venv: Path) -> int:
     print(
         f"\nDone in {time.monotonic() - started:.0f} s.\n"
         f"  the adapter:             {ROOT / ADAPTER}\n"
-        f"  an image, before|after: {ROOT / IMAGE}\n"
+        f"  an image, before|after:  {ROOT / IMAGE}\n"
         f"  how the training went:   {ROOT / REPORT} (opens in any browser)\n"
         "Training on your own images: README.md",
         flush=True,
