@@ -140,7 +140,7 @@ def run_command(command: str, place: Path, train: Train) -> None:
     script, arguments = Path(words[0]), words[1:]
     if script.parent == Path("tools"):
         arguments = [word.removeprefix("path/to/") for word in arguments]
-        if "--prompt" in arguments and "--w" not in " ".join(arguments):  # images of 512 pixels in 30 steps take minutes
+        if "--prompt" in arguments and "--w" not in " ".join(arguments):  # 512 pixels in 30 steps take minutes
             arguments[arguments.index("--prompt") + 1] += " --s 2 --w 64 --h 64"
         assert importlib.import_module(f"tools.{script.stem}").main(arguments) == 0, command
         return

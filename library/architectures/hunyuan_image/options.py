@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from library.options.base import Options, group, option, redeclared
 from library.options.caching import TextCachingOptions
-from library.options.machine.memory import ATTENTION_MODES, ONE_FORMAT, PrecisionOptions
+from library.options.machine.memory import ATTENTION_MODES, ScaledPrecisionOptions
 from library.options.model import ReadingOptions
 from library.options.train import TrainOptions
 from library.options.training.flow import (
@@ -60,22 +60,6 @@ class HunyuanImageSamplingOptions(FlowSamplingOptions):
     discrete_flow_shift: float = redeclared(FlowSamplingOptions, "discrete_flow_shift", 5.0)
 
 
-@dataclass(frozen=True)
-class HunyuanImagePrecisionOptions(PrecisionOptions):
-    """Number formats of weights and arithmetic."""
-
-    fp8_scaled: bool = option(
-        False,
-        excludes=ONE_FORMAT,
-        usual=True,
-        help="Keep the frozen denoiser in 8 bits with a scale for each row, in any --mixed_precision.",
-    )
-
-    @property
-    def denoiser_format(self) -> str | None:
-        return super().denoiser_format or ("fp8" if self.fp8_scaled else None)
-
-
 INSTEAD: Mapping[str, str] = {
     **dict.fromkeys(("dit", "dit_path"), "use --pretrained_model_name_or_path"),
     "training_shift": "use --discrete_flow_shift with --timestep_sampling shift",
@@ -92,7 +76,7 @@ INSTEAD: Mapping[str, str] = {
 class HunyuanImageOptions(TrainOptions):
     """All options of hunyuan_image_train_network.py."""
 
-    precision: HunyuanImagePrecisionOptions = group(HunyuanImagePrecisionOptions)
+    precision: ScaledPrecisionOptions = group(ScaledPrecisionOptions)
     hunyuan_image: HunyuanImageModelOptions = group(HunyuanImageModelOptions)
     text_caching: TextCachingOptions = group(TextCachingOptions)
     flow_sampling: HunyuanImageSamplingOptions = group(HunyuanImageSamplingOptions)

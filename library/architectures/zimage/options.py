@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from library.options.base import Options, group, option, redeclared
 from library.options.caching import TextCachingOptions
-from library.options.machine.memory import ONE_FORMAT, PrecisionOptions
+from library.options.machine.memory import ScaledPrecisionOptions
 from library.options.model import ReadingOptions
 from library.options.train import TrainOptions
 from library.options.training.flow import (
@@ -63,22 +63,6 @@ class ZImageSamplingOptions(FlowSamplingOptions):
     discrete_flow_shift: float = redeclared(FlowSamplingOptions, "discrete_flow_shift", 2.0)
 
 
-@dataclass(frozen=True)
-class ZImagePrecisionOptions(PrecisionOptions):
-    """Number formats of weights and arithmetic."""
-
-    fp8_scaled: bool = option(
-        False,
-        excludes=ONE_FORMAT,
-        usual=True,
-        help="Keep the frozen denoiser in 8 bits with a scale for each row; --fp8_base alone does so too.",
-    )
-
-    @property
-    def denoiser_format(self) -> str | None:
-        return super().denoiser_format or ("fp8" if self.fp8_scaled else None)
-
-
 INSTEAD: Mapping[str, str] = {
     "dit_path": "use --pretrained_model_name_or_path",
     "training_shift": "use --discrete_flow_shift with --timestep_sampling shift",
@@ -106,7 +90,7 @@ INSTEAD: Mapping[str, str] = {
 class ZImageOptions(TrainOptions):
     """All options of zimage_train_network.py."""
 
-    precision: ZImagePrecisionOptions = group(ZImagePrecisionOptions)
+    precision: ScaledPrecisionOptions = group(ScaledPrecisionOptions)
     zimage: ZImageModelOptions = group(ZImageModelOptions)
     text_caching: TextCachingOptions = group(TextCachingOptions)
     flow_sampling: ZImageSamplingOptions = group(ZImageSamplingOptions)

@@ -154,3 +154,19 @@ class PrecisionOptions(Options):
     def text_encoder_format(self) -> str | None:
         """The weight format of the text encoders that stay; None for that of --mixed_precision."""
         return self.base_format or ("fp8" if self.fp8_base else None)
+
+
+@dataclass(frozen=True)
+class ScaledPrecisionOptions(PrecisionOptions):
+    """Number formats of weights and arithmetic."""
+
+    fp8_scaled: bool = option(
+        False,
+        excludes=ONE_FORMAT,
+        usual=True,
+        help="Keep the frozen denoiser in 8 bits with a scale for each row, in any --mixed_precision.",
+    )
+
+    @property
+    def denoiser_format(self) -> str | None:
+        return super().denoiser_format or ("fp8" if self.fp8_scaled else None)
