@@ -52,7 +52,7 @@ NUM_TEXT = 128
 CHROMA = replace(FLUX, pooled_width=0, approximator=ApproximatorConfig(64, 5120, 5))
 SD3 = MMDiTConfig(1536, 2, 64, 6144, 2, 16, 4096, 2048, 192, False, frozenset())
 SD35 = replace(SD3, width=2432, mlp_width=9728, norms_queries=True)
-LUMINA = LuminaConfig(64, 2304, 96, 8, 9216, 2304, 1024, 1, 1, 1)
+LUMINA = LuminaConfig(64, 2304, 96, 8, 9216, 2304, 1024, 1024, 1, 1, 1)
 ANIMA = AnimaConfig(16, 2048, 128, 8192, 1024, 256, 2, AdapterConfig(32128, 1024, 1024, 64, 4096, 1))
 ZIMAGE = replace(zimage.FULL_SIZE, num_context_refiners=1, num_noise_refiners=1, num_layers=1)
 HUNYUAN_IMAGE = HunyuanImageConfig(64, 3584, 128, 14336, 3584, 1472, 2048, 1, 1, 1, 14336)

@@ -1,35 +1,84 @@
-"""The layers of NextDiT (Qin et al. 2025), in the layout of the original checkpoints.
+"""NextDiT (Qin et al. 2025) in the layout of the original checkpoints: its layers, and what its models share.
 
 Letters: B samples, L text tokens, I image tokens, T tokens, N heads, M model width, V width of the noise level's
 embedding, F features of a patch.
 """
 
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from library.models.rotary import Rope, turn
+from library.errors import UserError
+from library.memory.blocks import BlockRunner, Stacks, plain
+from library.models.rotary import Rope, Rotary, turn
+from library.models.shapes import ShapeReader
 from library.models.sinusoids import FREQUENCIES, sinusoids
 from library.types import Batch, Conditioning, Noised
 
 EPS, FINAL_EPS = 1e-5, 1e-6
 
 
-class BlockSizes(Protocol):
-    """The hyper-parameters of a block."""
+@dataclass(frozen=True)
+class NextDiTConfig:
+    """The hyper-parameters, inferred from the shapes of a checkpoint."""
+
+    in_features: int  # of a patch: four times the channels of the latent
+    width: int
+    head_width: int
+    num_kv_heads: int
+    mlp_width: int
+    text_width: int
+    time_width: int
+    time_hidden: int  # width of the hidden layer that embeds the noise level
+    num_context_refiners: int
+    num_noise_refiners: int
+    num_layers: int
 
     @property
-    def width(self) -> int: ...
-    @property
-    def head_width(self) -> int: ...
-    @property
-    def num_heads(self) -> int: ...
-    @property
-    def num_kv_heads(self) -> int: ...
-    @property
-    def mlp_width(self) -> int: ...
+    def num_heads(self) -> int:
+        return self.width // self.head_width
+
+
+ConfigT = TypeVar("ConfigT", bound=NextDiTConfig)
+
+
+def read_sizes(
+    kind: type[ConfigT], title: str, shapes: Mapping[str, tuple[int, ...]], head_step: int, is_grouped: bool
+) -> ConfigT:
+    """Read the hyper-parameters from names and shapes, names without prefix.
+
+    Head widths must be multiples of `head_step`; without `is_grouped` there are as many heads of keys as of queries.
+    Raises UserError for a missing name and for invalid sizes.
+    """
+    read = ShapeReader(title, shapes)
+    shape, count = read.shape, read.count
+    width, in_features = shape("x_embedder.weight")
+    (head_width,) = shape("layers.0.attention.q_norm.weight")
+    num_outputs = shape("layers.0.attention.qkv.weight")[0]
+    num_kv_heads, rest = divmod(num_outputs - width, 2 * head_width)
+    num_heads = width // head_width
+    is_even = num_kv_heads >= 1 and (num_heads % num_kv_heads == 0 if is_grouped else num_heads == num_kv_heads)
+    if width % head_width or head_width % head_step or rest or not is_even:
+        raise UserError(
+            f"not a {title} model: width {width}, heads of {head_width}, {num_outputs} outputs of q, k and v"
+        )
+    return kind(
+        in_features=in_features,
+        width=width,
+        head_width=head_width,
+        num_kv_heads=num_kv_heads,
+        mlp_width=shape("layers.0.feed_forward.w1.weight")[0],
+        text_width=shape("cap_embedder.1.weight")[1],
+        time_width=shape("t_embedder.mlp.2.weight")[0],
+        time_hidden=shape("t_embedder.mlp.0.weight")[0],
+        num_context_refiners=count("context_refiner"),
+        num_noise_refiners=count("noise_refiner"),
+        num_layers=count("layers"),
+    )
 
 
 def predict(denoiser: nn.Module, noised: Noised, conditioning: Conditioning, batch: Batch) -> Tensor:
@@ -50,9 +99,8 @@ def key_mask(is_text_BL: Tensor, num_patches: int) -> Tensor:
 class TimestepEmbedder(nn.Module):
     """An embedding of the time as cosines and sines of decreasing frequencies, then two layers."""
 
-    def __init__(self, width: int, hidden: int | None = None) -> None:
+    def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        hidden = hidden or width
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, hidden), nn.SiLU(), nn.Linear(hidden, width))
 
     def forward(self, times_B: Tensor, dtype: torch.dtype) -> Tensor:
@@ -63,7 +111,7 @@ class TimestepEmbedder(nn.Module):
 class JointAttention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023)."""
 
-    def __init__(self, config: BlockSizes) -> None:
+    def __init__(self, config: NextDiTConfig) -> None:
         super().__init__()
         self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         self.head_width = config.head_width
@@ -104,7 +152,7 @@ class JointTransformerBlock(nn.Module):
     With a `modulation`, from V to four times M, the noise level scales the inputs and gates the outputs.
     """
 
-    def __init__(self, config: BlockSizes, modulation: nn.Sequential | None = None) -> None:
+    def __init__(self, config: NextDiTConfig, modulation: nn.Sequential | None = None) -> None:
         super().__init__()
         self.attention = JointAttention(config)
         self.feed_forward = FeedForward(config.width, config.mlp_width)
@@ -144,3 +192,49 @@ class FinalLayer(nn.Module):
         scale_B1M = self.adaLN_modulation(time_BV)[:, None]
         patches_BIF: Tensor = self.linear(self.norm_final(x_BIM) * (1 + scale_B1M))
         return patches_BIF
+
+
+class JointTransformer(nn.Module):
+    """The layers of a denoiser, and what runs its blocks. A model adds how tokens are filled, placed and masked."""
+
+    def __init__(self, config: NextDiTConfig, rotary: Rotary, build_modulation: Callable[[], nn.Sequential]) -> None:
+        super().__init__()
+        self.config = config
+        self.runner: BlockRunner = plain
+        self.rotary = rotary
+        c = config
+        self.t_embedder = TimestepEmbedder(c.time_width, c.time_hidden)
+        self.cap_embedder = nn.Sequential(nn.RMSNorm(c.text_width, eps=EPS), nn.Linear(c.text_width, c.width))
+        self.context_refiner = nn.ModuleList(JointTransformerBlock(c) for _ in range(c.num_context_refiners))
+        self.x_embedder = nn.Linear(c.in_features, c.width)
+        self.noise_refiner, self.layers = (
+            nn.ModuleList(JointTransformerBlock(c, build_modulation()) for _ in range(count))
+            for count in (c.num_noise_refiners, c.num_layers)
+        )
+        self.final_layer = FinalLayer(c.width, c.time_width, c.in_features)
+
+    def stacks(self) -> Stacks:
+        """Return the blocks of the transformer itself; the few that refine text and noise before it are not
+        offloaded."""
+        return [[*self.layers]]
+
+    def run_blocks(
+        self,
+        txt_BLM: Tensor,
+        img_BIM: Tensor,
+        time_BV: Tensor,
+        rope: Rope,
+        text_mask: Tensor | None,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """Refine text and image tokens apart, run all together, and return the image's, shape (B, I, M)."""
+        L = txt_BLM.shape[1]
+        text_rope, image_rope = rope[:, :, :L], rope[:, :, L:]
+        for block in self.context_refiner:
+            txt_BLM = self.runner(block, txt_BLM, None, text_rope, text_mask)
+        for block in self.noise_refiner:
+            img_BIM = self.runner(block, img_BIM, time_BV, image_rope, None)
+        x_BTM = torch.cat([txt_BLM, img_BIM], dim=1)
+        for block in self.layers:
+            x_BTM = self.runner(block, x_BTM, time_BV, rope, mask)
+        return x_BTM[:, L:]

@@ -22,6 +22,7 @@ CONFIG = LuminaConfig(
     mlp_width=288,
     text_width=32,
     time_width=72,
+    time_hidden=72,
     num_context_refiners=2,
     num_noise_refiners=2,
     num_layers=2,

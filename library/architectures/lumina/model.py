@@ -6,42 +6,22 @@ head width, M model width, E text width, V width of the noise level's embedding,
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from library.architectures.lumina.targets import TARGETS
-from library.errors import UserError
-from library.memory.blocks import BlockRunner, Stacks, plain
 from library.memory.devices import send
-from library.models.next_dit import EPS, FinalLayer, JointTransformerBlock, TimestepEmbedder, key_mask
+from library.models.next_dit import JointTransformer, NextDiTConfig, key_mask, read_sizes
 from library.models.patches import patchify, unpatchify
 from library.models.rotary import Rotary
-from library.models.shapes import ShapeReader
 
 PATCH = 2
 ROPE_STEP = 6  # head widths are multiples: three axes share the pairs of a head
 
 
-@dataclass(frozen=True)
-class LuminaConfig:
+class LuminaConfig(NextDiTConfig):
     """The hyper-parameters, inferred from the shapes of a checkpoint."""
-
-    in_features: int  # of a patch: four times the channels of the latent
-    width: int
-    head_width: int
-    num_kv_heads: int
-    mlp_width: int
-    text_width: int
-    time_width: int
-    num_context_refiners: int
-    num_noise_refiners: int
-    num_layers: int
-
-    @property
-    def num_heads(self) -> int:
-        return self.width // self.head_width
 
     @property
     def rope_axes(self) -> tuple[int, int, int]:
@@ -52,55 +32,21 @@ class LuminaConfig:
 def read_config(shapes: Mapping[str, tuple[int, ...]]) -> LuminaConfig:
     """Read the configuration of a checkpoint from names and shapes, names without prefix. Raises UserError for a
     missing name and for invalid sizes."""
-    read = ShapeReader("Lumina Image 2.0", shapes)
-    shape, count = read.shape, read.count
-    width, in_features = shape("x_embedder.weight")
-    (head_width,) = shape("layers.0.attention.q_norm.weight")
-    num_outputs = shape("layers.0.attention.qkv.weight")[0]
-    num_kv_heads, rest = divmod(num_outputs - width, 2 * head_width)
-    num_heads = width // head_width
-    if width % head_width or head_width % ROPE_STEP or rest or num_kv_heads < 1 or num_heads % num_kv_heads:
-        raise UserError(
-            f"not a Lumina Image 2.0 model: width {width}, heads of {head_width}, {num_outputs} outputs of q, k and v"
-        )
-    return LuminaConfig(
-        in_features=in_features,
-        width=width,
-        head_width=head_width,
-        num_kv_heads=num_kv_heads,
-        mlp_width=shape("layers.0.feed_forward.w1.weight")[0],
-        text_width=shape("cap_embedder.1.weight")[1],
-        time_width=shape("t_embedder.mlp.2.weight")[0],
-        num_context_refiners=count("context_refiner"),
-        num_noise_refiners=count("noise_refiner"),
-        num_layers=count("layers"),
-    )
+    return read_sizes(LuminaConfig, "Lumina Image 2.0", shapes, ROPE_STEP, is_grouped=True)
 
 
-class NextDiT(nn.Module):
+class NextDiT(JointTransformer):
     """The network from noisy latents, noise level and text to the velocity latent - noise: time runs from noise to
     image."""
 
     adapter_targets = TARGETS
 
     def __init__(self, config: LuminaConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.runner: BlockRunner = plain
-        self.rotary = Rotary(config.rope_axes)
-        c = config
-        self.t_embedder = TimestepEmbedder(c.time_width)
-        self.cap_embedder = nn.Sequential(nn.RMSNorm(c.text_width, eps=EPS), nn.Linear(c.text_width, c.width))
-        self.context_refiner = nn.ModuleList(JointTransformerBlock(c) for _ in range(c.num_context_refiners))
-        self.x_embedder = nn.Linear(c.in_features, c.width)
-        self.noise_refiner = nn.ModuleList(modulated_block(c) for _ in range(c.num_noise_refiners))
-        self.layers = nn.ModuleList(modulated_block(c) for _ in range(c.num_layers))
-        self.final_layer = FinalLayer(c.width, c.time_width, c.in_features)
-
-    def stacks(self) -> Stacks:
-        """Return the blocks of the transformer itself; the few that refine text and noise before it are not
-        offloaded."""
-        return [[*self.layers]]
+        super().__init__(
+            config,
+            Rotary(config.rope_axes),
+            lambda: nn.Sequential(nn.SiLU(), nn.Linear(config.time_width, 4 * config.width)),
+        )
 
     def forward(self, latents_BCHW: Tensor, times_B: Tensor, text_BLE: Tensor, text_mask_BL: Tensor) -> Tensor:
         """Return the velocity, shape BCHW.
@@ -118,18 +64,11 @@ class NextDiT(nn.Module):
         txt_BLM = self.cap_embedder(text_BLE[:, :L].to(dtype))
         time_BV = self.t_embedder(times_B, dtype)
         rope = self.rotary(positions(is_text_BL, h, w)[:, None], (L + 1, h, w))
-        text_rope, image_rope = rope[:, :, :L], rope[:, :, L:]
         text_mask = mask = None  # attention has faster kernels without a mask
         if min(num_text_B) < L:
             text_mask, mask = is_text_BL[:, None, None], key_mask(is_text_BL, h * w)
-        for block in self.context_refiner:
-            txt_BLM = self.runner(block, txt_BLM, None, text_rope, text_mask)
-        for block in self.noise_refiner:
-            img_BIM = self.runner(block, img_BIM, time_BV, image_rope, None)
-        x_BTM = torch.cat([txt_BLM, img_BIM], dim=1)
-        for block in self.layers:
-            x_BTM = self.runner(block, x_BTM, time_BV, rope, mask)
-        return unpatchify(self.final_layer(x_BTM[:, L:], time_BV), h, w, PATCH, channels_last=True)
+        img_BIM = self.run_blocks(txt_BLM, img_BIM, time_BV, rope, text_mask, mask)
+        return unpatchify(self.final_layer(img_BIM, time_BV), h, w, PATCH, channels_last=True)
 
 
 def positions(is_text_BL: Tensor, h: int, w: int) -> Tensor:
@@ -144,8 +83,3 @@ def positions(is_text_BL: Tensor, h: int, w: int) -> Tensor:
     image_BI3[..., 1] = torch.arange(h, device=device).repeat_interleave(w)
     image_BI3[..., 2] = torch.arange(w, device=device).repeat(h)
     return torch.cat([text_BL3, image_BI3], dim=1)
-
-
-def modulated_block(config: LuminaConfig) -> JointTransformerBlock:
-    modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.time_width, 4 * config.width))
-    return JointTransformerBlock(config, modulation)

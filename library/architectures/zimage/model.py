@@ -7,20 +7,16 @@ level's embedding.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from library.architectures.zimage.targets import TARGETS
-from library.errors import UserError
-from library.memory.blocks import BlockRunner, Stacks, plain
 from library.memory.devices import send
-from library.models.next_dit import EPS, FinalLayer, JointTransformerBlock, TimestepEmbedder, key_mask
+from library.models.next_dit import JointTransformer, NextDiTConfig, key_mask, read_sizes
 from library.models.patches import patchify, unpatchify
 from library.models.rotary import Rotary
-from library.models.shapes import ShapeReader
 
 PATCH = 2
 MULTIPLE = 32  # of tokens of a caption, and of an image
@@ -30,28 +26,8 @@ ROPE_STEP = 16  # head widths are multiples: every share is an even number of va
 TIME_SCALE = 1000
 
 
-@dataclass(frozen=True)
-class ZImageConfig:
+class ZImageConfig(NextDiTConfig):
     """The hyper-parameters, inferred from the shapes of a checkpoint."""
-
-    in_features: int  # of a patch: four times the channels of the latent
-    width: int
-    head_width: int
-    mlp_width: int
-    text_width: int
-    time_width: int
-    time_mlp_width: int
-    num_context_refiners: int
-    num_noise_refiners: int
-    num_layers: int
-
-    @property
-    def num_heads(self) -> int:
-        return self.width // self.head_width
-
-    @property
-    def num_kv_heads(self) -> int:
-        return self.num_heads
 
     @property
     def rope_axes(self) -> tuple[int, ...]:
@@ -62,55 +38,23 @@ class ZImageConfig:
 def read_config(shapes: Mapping[str, tuple[int, ...]]) -> ZImageConfig:
     """Read the configuration of a checkpoint from names and shapes, names without prefix. Raises UserError for a
     missing name and for invalid sizes."""
-    read = ShapeReader("Z-Image", shapes)
-    shape, count = read.shape, read.count
-    width, in_features = shape("x_embedder.weight")
-    (head_width,) = shape("layers.0.attention.q_norm.weight")
-    num_outputs = shape("layers.0.attention.qkv.weight")[0]
-    if width % head_width or head_width % ROPE_STEP or num_outputs != 3 * width:
-        raise UserError(
-            f"not a Z-Image model: width {width}, heads of {head_width}, {num_outputs} outputs of q, k and v"
-        )
-    return ZImageConfig(
-        in_features=in_features,
-        width=width,
-        head_width=head_width,
-        mlp_width=shape("layers.0.feed_forward.w1.weight")[0],
-        text_width=shape("cap_embedder.1.weight")[1],
-        time_width=shape("t_embedder.mlp.2.weight")[0],
-        time_mlp_width=shape("t_embedder.mlp.0.weight")[0],
-        num_context_refiners=count("context_refiner"),
-        num_noise_refiners=count("noise_refiner"),
-        num_layers=count("layers"),
-    )
+    return read_sizes(ZImageConfig, "Z-Image", shapes, ROPE_STEP, is_grouped=False)
 
 
-class ZImage(nn.Module):
+class ZImage(JointTransformer):
     """The network from noisy latents, noise level and text to the velocity latent - noise: time runs from noise to
     image."""
 
     adapter_targets = TARGETS
 
     def __init__(self, config: ZImageConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.runner: BlockRunner = plain
-        self.rotary = Rotary(config.rope_axes, ROPE_BASE)
-        c = config
-        self.t_embedder = TimestepEmbedder(c.time_width, c.time_mlp_width)
-        self.cap_embedder = nn.Sequential(nn.RMSNorm(c.text_width, eps=EPS), nn.Linear(c.text_width, c.width))
-        self.context_refiner = nn.ModuleList(JointTransformerBlock(c) for _ in range(c.num_context_refiners))
-        self.x_embedder = nn.Linear(c.in_features, c.width)
-        self.noise_refiner = nn.ModuleList(modulated_block(c) for _ in range(c.num_noise_refiners))
-        self.layers = nn.ModuleList(modulated_block(c) for _ in range(c.num_layers))
-        self.final_layer = FinalLayer(c.width, c.time_width, c.in_features)
-        self.cap_pad_token = nn.Parameter(torch.empty(1, c.width))
-        self.x_pad_token = nn.Parameter(torch.empty(1, c.width))
-
-    def stacks(self) -> Stacks:
-        """Return the blocks of the transformer itself; the few that refine text and noise before it are not
-        offloaded."""
-        return [[*self.layers]]
+        super().__init__(
+            config,
+            Rotary(config.rope_axes, ROPE_BASE),
+            lambda: nn.Sequential(nn.Linear(config.time_width, 4 * config.width)),
+        )
+        self.cap_pad_token = nn.Parameter(torch.empty(1, config.width))
+        self.x_pad_token = nn.Parameter(torch.empty(1, config.width))
 
     def forward(self, latents_BCHW: Tensor, times_B: Tensor, text_BLE: Tensor, text_mask_BL: Tensor) -> Tensor:
         """Return the velocity, shape BCHW.
@@ -131,24 +75,12 @@ class ZImage(nn.Module):
         time_BV = self.t_embedder(times_B * TIME_SCALE, dtype)
         positions_BT3 = send(torch.stack([positions(n, L, h, w, num_image) for n in filled]), device)
         rope = self.rotary(positions_BT3[:, None], (L + 2, h, w))
-        text_rope, image_rope = rope[:, :, :L], rope[:, :, L:]
         text_mask = mask = None  # attention has faster kernels without a mask
         if min(filled) < L:
             is_text_BL = send(~filler_mask(filled, L), device)
             text_mask, mask = is_text_BL[:, None, None], key_mask(is_text_BL, num_image)
-        for block in self.context_refiner:
-            txt_BLM = self.runner(block, txt_BLM, None, text_rope, text_mask)
-        for block in self.noise_refiner:
-            img_BIM = self.runner(block, img_BIM, time_BV, image_rope, None)
-        x_BTM = torch.cat([txt_BLM, img_BIM], dim=1)
-        for block in self.layers:
-            x_BTM = self.runner(block, x_BTM, time_BV, rope, mask)
-        patches_BIF = self.final_layer(x_BTM[:, L : L + h * w], time_BV)
-        return unpatchify(patches_BIF, h, w, PATCH, channels_last=True)
-
-
-def modulated_block(config: ZImageConfig) -> JointTransformerBlock:
-    return JointTransformerBlock(config, nn.Sequential(nn.Linear(config.time_width, 4 * config.width)))
+        img_BIM = self.run_blocks(txt_BLM, img_BIM, time_BV, rope, text_mask, mask)[:, : h * w]
+        return unpatchify(self.final_layer(img_BIM, time_BV), h, w, PATCH, channels_last=True)
 
 
 def up_to_multiple(num_tokens: int) -> int:
