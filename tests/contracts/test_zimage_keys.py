@@ -109,7 +109,7 @@ def test_every_module_of_a_saved_file_is_one_of_diffusers(door: Any, arguments: 
 
 
 @pytest.mark.parametrize("path", ["layers.29.attention.qkv", "layers.0.feed_forward.w1", "layers.3.attention.out"])
-def test_files_under_original_names_are_told_from_lumina_by_their_width(path: str) -> None:
+def test_files_under_original_names_are_recognised_beside_lumina_by_their_width(path: str) -> None:
     for stem in (f"lora_unet_{path.replace('.', '_')}", f"diffusion_model.{path}"):
         for width, name in ((3840, "zimage"), (2304, "lumina")):
             assert base_of({f"{stem}.lora_down.weight": (4, width), f"{stem}.lora_up.weight": (8, 4)}) == name

@@ -14,7 +14,7 @@ MOST = 0.4  # of main memory: Windows pins at most about half, and nothing else 
 
 @dataclass(frozen=True)
 class Pinned:
-    """What could be pinned of some buffers."""
+    """The outcome of pinning some buffers."""
 
     addresses: frozenset[int]  # of the pinned ones
     reason: str | None = None  # why others are not

@@ -18,7 +18,7 @@ HEAD = "recipe"  # the table that says what the recipe is for
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a recipe is for."""
+    """The head of a recipe: its name, the script that takes it, and a title for lists."""
 
     name: str  # "knots_character"
     script: str  # "knots_train_network.py"

@@ -25,7 +25,7 @@ NUM_LEVELS = 4
 NUM_TIMESTEPS = 1000
 
 Name = tuple[str | int, ...]
-"""What identifies an image."""
+"""The identity of an image."""
 
 
 def noise_levels(options: NoiseOptions) -> tuple[int, ...]:

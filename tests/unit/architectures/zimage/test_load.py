@@ -198,7 +198,7 @@ def parsed(spec: BaseModelSpec, arguments: list[str]) -> Any:
         ("de-turbo", "z_image_turbo.safetensors", False),
     ],
 )
-def test_turbo_is_told_by_option_or_name(version: str | None, path: str, expected: bool) -> None:
+def test_turbo_is_recognised_by_option_or_name(version: str | None, path: str, expected: bool) -> None:
     assert is_turbo(version, path) is expected
 
 
