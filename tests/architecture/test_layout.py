@@ -67,7 +67,8 @@ LAYER = {part: number for number, layer in enumerate(LAYERS) for part in layer}
 
 # Modules by which other programs import sd-scripts, and what --network_module and front ends name: they hold nothing of
 # their own, import anything, and nothing imports them.
-ENTRY_POINTS = {"library.train_util", "library.flux_train_utils", "library.huggingface_util", "library.utils"} | {
+IMPORTED = ("train_util", "model_util", "sdxl_model_util", "flux_train_utils", "huggingface_util", "utils")
+ENTRY_POINTS = {f"library.{name}" for name in IMPORTED} | {
     module for module in MODULES if module.startswith("networks.") and not module.startswith("networks.core")
 }
 PACKAGES = ("library", "networks", "networks.core", "library.data", "library.training")  # their __init__ is empty

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import logging
+import shutil
 import sys
 import threading
 from pathlib import Path
@@ -20,7 +21,7 @@ import lumina_train_network
 import sd3_train_network
 import sdxl_train_network
 import train_network
-from library import flux_train_utils, huggingface_util, train_util, utils
+from library import flux_train_utils, huggingface_util, model_util, sdxl_model_util, train_util, utils
 from library.architectures.flux.options import FluxOptions
 from library.checkpoints.files import read_metadata
 from library.errors import UserError
@@ -226,3 +227,49 @@ def test_logging_is_set_up_once_and_again_on_request(tmp_path: Path, fresh_proce
     utils.setup_logging(argparse.Namespace(console_log_file=str(tmp_path / "log.txt")), log_level="DEBUG", reset=True)
     logging.getLogger("library").debug("seen")
     assert "seen" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_lycoris_extracts_from_models_that_the_library_loads(
+    name: str, tmp_path: Path, tiny_sd_folder: Path, tiny_sdxl_folder: Path
+) -> None:
+    """As kohya_ss' tools/lycoris_locon_extract.py does it."""
+    from lycoris.utils import extract_diff
+
+    folder = tiny_sd_folder if name == "sd" else tiny_sdxl_folder
+    changed, component, layer, key = tmp_path / "changed", *CHANGED[name]
+    shutil.copytree(folder, changed)
+    (file,) = (changed / component).glob("*.safetensors")
+    weights = load_file(file)
+    change = torch.randn(weights[layer].shape[0], 1) @ torch.randn(1, weights[layer].shape[1])
+    save_file({**weights, layer: weights[layer] + change}, file)
+
+    base, tuned = load(name, folder), load(name, changed)
+    found = extract_diff(*base[:1], *tuned[:1], *base[1:], *tuned[1:], "fixed", 1, 1, "cpu", small_conv=False)
+    product = found[f"{key}.lora_up.weight"].float() @ found[f"{key}.lora_down.weight"].float()
+    torch.testing.assert_close(product, change, atol=2e-3, rtol=2e-2)  # LyCORIS stores half precision
+
+
+CHANGED = {
+    "sd": (
+        "text_encoder",
+        "text_model.encoder.layers.1.mlp.fc1.weight",
+        "lora_te_text_model_encoder_layers_1_mlp_fc1",
+    ),
+    "sdxl": (
+        "unet",
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight",
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q",
+    ),
+}
+
+
+def load(name: str, folder: Path) -> tuple[list[torch.nn.Module], torch.nn.Module]:
+    if name == "sd":
+        text_encoder, vae, unet = model_util.load_models_from_stable_diffusion_checkpoint(False, str(folder))
+        encoders = [text_encoder]
+    else:
+        clip_l, clip_g, vae, unet, *_ = sdxl_model_util.load_models_from_sdxl_checkpoint(None, str(folder), "cpu")
+        encoders = [clip_l, clip_g]
+    assert next(vae.parameters()).dtype == torch.float32
+    return encoders, unet

@@ -1,0 +1,35 @@
+"""Functions of sd-scripts' library.model_util for programs that import it; nothing here calls them."""
+
+import argparse
+
+import torch
+from torch import nn
+
+from library.architectures.sd.load import open_loader
+from library.architectures.sd.targets import view
+from library.checkpoints.files import is_safetensors
+from library.options.train import TrainOptions
+
+__all__ = ["is_safetensors", "load_models_from_stable_diffusion_checkpoint"]
+
+
+def load_models_from_stable_diffusion_checkpoint(
+    v2: bool,
+    ckpt_path: str,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    unet_use_linear_projection_in_v2: bool = True,
+) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Return (text encoder, VAE, U-Net) of an SD 1.x or 2.x checkpoint; None as `dtype` is float32.
+
+    Text encoder and U-Net list their layers under the paths of adapter files. The projections of SD 2.x are of the
+    kind that the checkpoint has, whatever `unet_use_linear_projection_in_v2`. Raises UserError for another model.
+    """
+    values = TrainOptions.defaults() | {"pretrained_model_name_or_path": ckpt_path, "v2": v2}
+    loader = open_loader(TrainOptions.from_args(argparse.Namespace(**values)))
+    text_encoder, unet = view(loader.text_encoders(), loader.denoiser())
+    assert isinstance(text_encoder, nn.Module)  # a list only without encoders
+    return text_encoder.to(device, dtype), loader.vae().to(device, dtype), unet.to(device, dtype)
+
+
+AS_IMPORTED = dict(globals())  # to notice names that a program patches in without effect

@@ -1,0 +1,34 @@
+"""Functions of sd-scripts' library.sdxl_model_util for programs that import it; nothing here calls them."""
+
+import argparse
+
+import torch
+from torch import nn
+
+from library.architectures.sdxl.load import open_loader, unet_layout_of
+from library.architectures.sdxl.options import SdxlOptions
+from library.architectures.sdxl.targets import build_view
+
+
+def load_models_from_sdxl_checkpoint(
+    model_version: str | None,
+    ckpt_path: str,
+    map_location: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    disable_mmap: bool = False,
+) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module, None, None]:
+    """Return (CLIP-L, CLIP-G, VAE, U-Net, None, None) of an SDXL checkpoint; None as `dtype` is float32.
+
+    Text encoders and U-Net list their layers under the paths of adapter files. The last two values, CLIP's logit scale
+    and the steps that the checkpoint was trained for, have no use in training. `model_version` and `disable_mmap` have
+    no effect. Raises UserError for another model.
+    """
+    values = SdxlOptions.defaults() | {"pretrained_model_name_or_path": ckpt_path}
+    loader = open_loader(SdxlOptions.from_args(argparse.Namespace(**values)))
+    encoders, unet = build_view(unet_layout_of(loader.parts.unet))(loader.text_encoders(), loader.denoiser())
+    assert isinstance(encoders, list)
+    clip_l, clip_g, vae, unet = (model.to(map_location, dtype) for model in (*encoders, loader.vae(), unet))
+    return clip_l, clip_g, vae, unet, None, None
+
+
+AS_IMPORTED = dict(globals())  # to notice names that a program patches in without effect
