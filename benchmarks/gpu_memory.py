@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from library.memory.activations import recompute_from_main_memory  # noqa: E402
+from library.memory.activations import RecomputeFromMainMemory  # noqa: E402
 from library.memory.blocks import BlockRunner, Every, Stacks, plain, recompute, run_blocks_with, stacks_of  # noqa: E402
 from library.memory.codecs.plain import Plain  # noqa: E402
 from library.memory.codecs.weight_format import load_format  # noqa: E402
@@ -71,7 +71,7 @@ RUNNERS: Mapping[str, Callable[[], BlockRunner]] = {
     "plain": lambda: plain,
     "recompute": lambda: recompute,
     "every_2": lambda: Every(2, recompute),
-    "from_main_memory": lambda: recompute_from_main_memory,
+    "from_main_memory": RecomputeFromMainMemory,
 }
 
 

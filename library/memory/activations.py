@@ -1,5 +1,7 @@
 """Recomputation from block inputs that are kept in main memory."""
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,24 +10,42 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from library.memory.blocks import recompute
 
-Waiting = tuple[Tensor, torch.device | None]
-"""A saved tensor and the device to return it to; None if it never left its device."""
+CopyStreams = dict[torch.device, torch.cuda.Stream]
 
 
-def recompute_from_main_memory(block: nn.Module, *inputs: Any, **named: Any) -> Any:
-    """Run a block again in the backward pass, from inputs kept in main memory until then."""
-    # Only inputs that carry a gradient are moved: frozen ones, such as positions and masks, are shared by all blocks
-    # and would be copied once per block.
-    if not torch.is_grad_enabled():
-        return block(*inputs, **named)
-    own = {id(value) for value in (*inputs, *named.values()) if isinstance(value, Tensor) and value.requires_grad}
-    places = {place_of(value) for value in (*inputs, *named.values()) if id(value) in own}
+class RecomputeFromMainMemory:
+    """Runs a block again in the backward pass, from inputs kept in main memory until then.
 
-    def pack(tensor: Tensor) -> Waiting:
-        return to_main_memory(tensor) if place_of(tensor) in places else (tensor, None)
+    A GPU copies them beside the computation, and fetches the inputs of a block while the block after it is recomputed.
+    """
 
-    with saved_tensors_hooks(pack, bring_back):
-        return recompute(block, *inputs, **named)
+    def __init__(self) -> None:
+        self.streams: CopyStreams = {}
+        self.last: Callable[[], BlockInputs | None] = lambda: None
+
+    def __call__(self, block: nn.Module, *inputs: Any, **named: Any) -> Any:
+        # Only inputs that carry a gradient are moved: frozen ones, such as positions and masks, are shared by all
+        # blocks and would be copied once per block.
+        if not torch.is_grad_enabled():
+            return block(*inputs, **named)
+        own = {id(value) for value in (*inputs, *named.values()) if isinstance(value, Tensor) and value.requires_grad}
+        places = {place_of(value) for value in (*inputs, *named.values()) if id(value) in own}
+        # Autograd's graph keeps the inputs alive; a strong reference here would keep those of a graph that was dropped.
+        kept = BlockInputs(self.last, self.streams)
+        self.last = weakref.ref(kept)
+
+        def pack(tensor: Tensor) -> Tensor | tuple[BlockInputs, int]:
+            return (kept, kept.add(tensor)) if place_of(tensor) in places else tensor
+
+        with saved_tensors_hooks(pack, unpack):
+            return recompute(block, *inputs, **named)
+
+
+def unpack(packed: Tensor | tuple["BlockInputs", int]) -> Tensor:
+    if isinstance(packed, Tensor):
+        return packed
+    kept, i = packed
+    return kept.take(i)
 
 
 def place_of(tensor: Tensor) -> tuple[int, torch.Size]:
@@ -33,15 +53,58 @@ def place_of(tensor: Tensor) -> tuple[int, torch.Size]:
     return tensor.data_ptr(), tensor.shape
 
 
-def to_main_memory(tensor: Tensor) -> Waiting:
-    """Copy a tensor to main memory without blocking the host if it is on a GPU."""
-    # The GPU frees and computes in stream order, so the tensor may be dropped before the copy is done, and everything
-    # that reads the copy on the same stream runs after it.
-    on_card = tensor.device.type == "cuda"
-    waiting = torch.empty_like(tensor, device="cpu", pin_memory=on_card)
-    return waiting.copy_(tensor, non_blocking=on_card), tensor.device
+class BlockInputs:
+    """The inputs of one block in main memory; `before` returns those of the block that ran before it, if they live."""
 
+    def __init__(self, before: Callable[[], "BlockInputs | None"], streams: CopyStreams) -> None:
+        self.before, self.streams = before, streams
+        self.waiting: list[tuple[Tensor, torch.device]] = []
+        self.fetched: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}
 
-def bring_back(waiting: Waiting) -> Tensor:
-    tensor, device = waiting
-    return tensor if device is None else tensor.to(device, non_blocking=True)
+    def add(self, tensor: Tensor) -> int:
+        """Copy a tensor to main memory and return its number; the host does not wait for a GPU."""
+        on_gpu = tensor.device.type == "cuda"
+        copy = torch.empty_like(tensor, device="cpu", pin_memory=on_gpu)
+        if on_gpu:
+            stream = self.stream(tensor.device)
+            stream.wait_stream(torch.cuda.current_stream(tensor.device))
+            with torch.cuda.stream(stream):
+                copy.copy_(tensor, non_blocking=True)
+            tensor.record_stream(stream)  # the block's caller drops it before it is copied
+        else:
+            copy.copy_(tensor)
+        self.waiting.append((copy, tensor.device))
+        return len(self.waiting) - 1
+
+    def take(self, i: int) -> Tensor:
+        """Return a tensor on its device, and start fetching the inputs of the block that is recomputed next."""
+        if i not in self.fetched:
+            self.fetch()
+        before = self.before()
+        if before is not None and not before.fetched:
+            before.fetch()
+        tensor, arrived = self.fetched.pop(i)
+        if arrived is not None:
+            torch.cuda.current_stream(tensor.device).wait_event(arrived)
+        return tensor
+
+    def fetch(self) -> None:
+        """Start copying all tensors to their devices."""
+        for i, (waiting, device) in enumerate(self.waiting):
+            self.fetched[i] = self.start(waiting, device) if device.type == "cuda" else (waiting.to(device), None)
+
+    def start(self, waiting: Tensor, device: torch.device) -> tuple[Tensor, torch.cuda.Event]:
+        stream = self.stream(device)
+        fetched = torch.empty_like(waiting, device=device)
+        stream.wait_stream(torch.cuda.current_stream(device))  # which may still use the memory of `fetched`
+        with torch.cuda.stream(stream):
+            fetched.copy_(waiting, non_blocking=True)
+        fetched.record_stream(stream)  # it is dropped in mid-copy if the backward pass ends early
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record(stream)
+        return fetched, arrived
+
+    def stream(self, device: torch.device) -> torch.cuda.Stream:
+        if device not in self.streams:
+            self.streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        return self.streams[device]

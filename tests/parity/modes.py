@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from library.memory.activations import recompute_from_main_memory
+from library.memory.activations import RecomputeFromMainMemory
 from library.memory.blocks import BlockRunner, Every, Stacks, plain, recompute
 from library.memory.codecs.codec import Codec
 from library.memory.codecs.plain import Plain
@@ -28,7 +28,7 @@ RUNNERS: Mapping[str, Callable[[], BlockRunner]] = {
     "plain": lambda: plain,
     "recompute": lambda: recompute,
     "recompute_every_2": lambda: Every(2, recompute),
-    "recompute_from_main_memory": lambda: recompute_from_main_memory,
+    "recompute_from_main_memory": RecomputeFromMainMemory,
 }
 ADAPTERS: Mapping[str, tuple[str, dict[str, str]]] = {
     "lora": ("networks.lora", {}),

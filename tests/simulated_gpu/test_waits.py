@@ -1,4 +1,4 @@
-"""Each wait of the ring's streams, of the batches ahead and of readback is taken out in turn, and that is noticed."""
+"""Each wait of the copy streams (ring, offloaded inputs, batches ahead, readback) is removed in turn and noticed."""
 
 import gc
 import re
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from library.memory import activations
 from library.memory.offload import pinning, readback, streamed, streams
 from library.memory.offload.ring import Ring
 from library.training.loop import ahead
@@ -79,10 +80,29 @@ def run_readback(readback: ModuleType) -> None:
     readback.Readback(torch.arange(3.0, device=GPU)).read()
 
 
+def run_inputs(activations: ModuleType) -> None:
+    """Blocks forward and backward, and another forward pass whose graph is dropped."""
+    run, layers = activations.RecomputeFromMainMemory(), [torch.nn.Linear(64, 64).to(GPU) for _ in range(4)]
+
+    def forward() -> torch.Tensor:
+        x = torch.ones(8, 64, device=GPU).requires_grad_() * 2
+        for layer in layers:
+            x = run(layer, x)
+        return x
+
+    forward().square().sum().backward()
+    dropped = forward()
+    inputs = run.last()
+    inputs.fetch()
+    del dropped, inputs
+    torch.zeros(8, 64, device=GPU).sum()
+
+
 RUNS: dict[str, Callable[..., None]] = {
     "pinned": lambda **m: run_ring("CudaStreams", m.get("streams", streams), m.get("pinning", pinning)),
     "staged": lambda **m: run_ring("StagedStreams", m.get("streams", streams), m.get("pinning", pinning)),
     "ahead": lambda **m: run_batches(m.get("ahead", ahead)),
+    "inputs": lambda **m: run_inputs(m.get("activations", activations)),
     "readback": lambda **m: run_readback(m.get("readback", readback)),
 }
 MUTANTS: dict[tuple[str, str], tuple[str, set[str]]] = {
@@ -101,13 +121,19 @@ MUTANTS: dict[tuple[str, str], tuple[str, set[str]]] = {
     ("streams", "self.given[slot].result()"): ("staged", {"unordered event", "race"}),
     ("streams", "super().ready(slot)"): ("staged", {"race"}),
     ("pinning", "torch.cuda.synchronize()"): ("pinned", {"unpinned in use"}),
+    ("activations", "stream.wait_stream(torch.cuda.current_stream(tensor.device))"): ("inputs", {"race"}),
+    ("activations", "tensor.record_stream(stream)"): ("inputs", {"freed in use"}),
+    ("activations", "stream.wait_stream(torch.cuda.current_stream(device))"): ("inputs", {"race"}),
+    ("activations", "fetched.record_stream(stream)"): ("inputs", {"freed in use"}),
+    ("activations", "arrived.record(stream)"): ("inputs", {"unordered event", "race"}),
+    ("activations", "torch.cuda.current_stream(tensor.device).wait_event(arrived)"): ("inputs", {"race"}),
     ("ahead", "self._done.record(self._stream)"): ("ahead", {"race"}),
     ("ahead", "computes.wait_event(self._done)"): ("ahead", {"race"}),
     ("ahead", "tensor.record_stream(computes)"): ("ahead", {"freed in use"}),
     ("readback", "self._arrived.record(torch.cuda.current_stream(values.device))"): ("readback", {"race"}),
     ("readback", "self._arrived.synchronize()"): ("readback", {"race"}),
 }
-MODULES = {"streams": streams, "pinning": pinning, "ahead": ahead, "readback": readback}
+MODULES = {"activations": activations, "streams": streams, "pinning": pinning, "ahead": ahead, "readback": readback}
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -86,12 +86,13 @@ def predict(step: CountedStep, way: Way, card: Gpu, correction: float = 1.0) -> 
         own = step.weights.resident_bytes(cost, waiting)
     weights = own + encoders + step.other_bytes
     held = step.optimizer.state + step.held_gradient_bytes
-    within = held + peak_of(moves) + step.weights.decoded_bytes(cost)
+    ahead = max(waiting_inputs(step, way), default=0)  # a block's inputs are fetched while the next is recomputed
+    within = held + peak_of(moves) + ahead + step.weights.decoded_bytes(cost)
     stepping = step.gradient_bytes + max(step.optimizer.rise, step.optimizer.state)
     changing = step.adapter_bytes + round(correction * max(within, stepping))
     sizes = step.weights.block_bytes(cost)
     streamed = sum(sizes[place] for place in waiting)
-    inputs = waiting_inputs(step, way)
+    inputs = sum(waiting_inputs(step, way))
     seconds = seconds_of(moves, cost.slowdown, streamed, inputs, card)
     seconds *= 1 + COST_OF_WAITING * len(waiting) / max(1, len(sizes))
     device = weights + round((1 + ALLOCATOR_SHARE) * changing) + CONTEXT_BYTES
@@ -110,28 +111,28 @@ def moves_of(step: CountedStep, way: Way) -> list[Move]:
     return list(step.timeline.moves(recomputes, lambda place: not way.inputs_wait))
 
 
-def waiting_inputs(step: CountedStep, way: Way) -> int:
-    """Return the bytes that are offloaded in the forward pass and fetched in the backward pass."""
+def waiting_inputs(step: CountedStep, way: Way) -> list[int]:
+    """Return the bytes of each block that are offloaded in the forward pass and fetched in the backward pass."""
     if not way.inputs_wait:
-        return 0
-    return sum(
+        return []
+    return [
         step.timeline.input_bytes(place)
         for place in range(len(step.timeline.blocks))
         if way.recomputes(place if place < step.first_place else place - step.first_place)
-    )
+    ]
 
 
 def seconds_of(moves: list[Move], slowdown: float, streamed: int, inputs: int, card: Gpu) -> float:
-    """Return the seconds of computing and of copying streamed weights in parallel, the longer of both in each pass.
+    """Return the seconds of computing and of copying in parallel, the longer of both in each pass.
 
-    Block inputs are copied on the stream that computes, to main memory in the first pass and back in the second.
-    Computing is arithmetic, the GPU's own memory traffic and the launches of kernels, one after the other. Large models
-    hide part of the last two, small ones do not.
+    Streamed weights are copied to the GPU in both passes, block inputs to main memory in the first and back in the
+    second; they share the bus. Computing is arithmetic, the GPU's own memory traffic and the launches of kernels, one
+    after the other. Large models hide part of the last two, small ones do not.
     """
     computing = {False: 0.0, True: 0.0}
     for move in moves:
         segment = move.segment
         seconds = slowdown * segment.flops / card.flops + segment.moved / card.bandwidth + segment.launches * LAUNCH_S
         computing[move.is_backward] += seconds
-    waited = inputs / card.bus
-    return sum(max(seconds + waited, card.copy_seconds(streamed)) for seconds in computing.values())
+    copying = card.copy_seconds(streamed) + inputs / card.bus
+    return sum(max(seconds, copying) for seconds in computing.values())

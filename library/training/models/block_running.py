@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from library.memory.activations import recompute_from_main_memory
+from library.memory.activations import RecomputeFromMainMemory
 from library.memory.blocks import BlockRunner, Every, plain, recompute, run_encoder_layers_with
 from library.memory.compiled import Compiled, CompileSettings
 from library.options.machine.compiling import CompileOptions
@@ -95,5 +95,5 @@ def block_runner(memory: MemoryOptions) -> BlockRunner:
     """Return how one model's blocks run: each has its own, since every n-th block is counted."""
     if not memory.recomputes:
         return plain
-    runner = recompute_from_main_memory if memory.offloads_inputs else recompute
+    runner = RecomputeFromMainMemory() if memory.offloads_inputs else recompute
     return Every(memory.gradient_checkpointing_every, runner) if memory.gradient_checkpointing_every > 1 else runner

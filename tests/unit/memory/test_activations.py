@@ -1,5 +1,6 @@
 """Inputs of recomputed blocks in main memory: which tensors move, and that nothing changes."""
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -7,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from library.memory import activations
-from library.memory.activations import bring_back, recompute_from_main_memory, to_main_memory
+from library.memory.activations import BlockInputs, RecomputeFromMainMemory
 from library.memory.blocks import BlockRunner, Every, plain, recompute, run_encoder_layers_with
 from tests.tiny.init import fixed_init
 from tests.tiny.sd import CLIP
@@ -28,12 +28,13 @@ class Block(nn.Module):
 def moved(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The tensors that went to main memory."""
     seen: list[Tensor] = []
+    add = BlockInputs.add
 
-    def noting(tensor: Tensor) -> activations.Waiting:
+    def noting(inputs: BlockInputs, tensor: Tensor) -> int:
         seen.append(tensor)
-        return to_main_memory(tensor)
+        return add(inputs, tensor)
 
-    monkeypatch.setattr(activations, "to_main_memory", noting)
+    monkeypatch.setattr(BlockInputs, "add", noting)
     return seen
 
 
@@ -42,7 +43,7 @@ def test_only_inputs_with_a_gradient_move_and_the_gradients_are_the_same(moved: 
     block = Block()
     x, positions, other, mask = (torch.randn(3, 6) for _ in range(4))
     results = []
-    for runner in (plain, recompute_from_main_memory):
+    for runner in (plain, RecomputeFromMainMemory()):
         leaf = x.clone().requires_grad_()
         y = runner(block, leaf * 2, positions, (other, other), mask=mask)
         y.square().sum().backward()
@@ -54,22 +55,34 @@ def test_only_inputs_with_a_gradient_move_and_the_gradients_are_the_same(moved: 
 
 def test_without_gradients_nothing_moves(moved: list[Tensor]) -> None:
     with torch.no_grad():
-        recompute_from_main_memory(Block(), torch.ones(2, 6), torch.ones(6), (torch.ones(6), torch.ones(6)), mask=None)
+        RecomputeFromMainMemory()(Block(), torch.ones(2, 6), torch.ones(6), (torch.ones(6), torch.ones(6)), mask=None)
     assert moved == []
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_what_waits_comes_back_as_it_was(memory_format: torch.memory_format) -> None:
     tensor = torch.randn(2, 3, 4, 5).to(memory_format=memory_format)
-    waiting, device = to_main_memory(tensor)
-    assert waiting.data_ptr() != tensor.data_ptr() and device == tensor.device
-    back = bring_back((waiting, device))
-    assert torch.equal(back, tensor) and back.stride() == tensor.stride()
+    inputs = BlockInputs(lambda: None, {})
+    assert inputs.add(tensor) == 0 and inputs.add(tensor + 1) == 1
+    for i in (0, 1, 0):  # the third as in a second backward pass
+        back = inputs.take(i)
+        assert back.data_ptr() != tensor.data_ptr()
+        assert torch.equal(back, tensor + i) and back.stride() == tensor.stride()
+
+
+def test_inputs_of_a_graph_that_is_dropped_are_freed() -> None:
+    run = RecomputeFromMainMemory()
+    y = run(nn.Linear(6, 6), torch.randn(2, 6).requires_grad_() * 2)
+    kept = run.last()
+    assert kept is not None and len(kept.waiting) == 1
+    found = weakref.ref(kept)
+    del kept, y
+    assert found() is None and run.last() is None
 
 
 RUNNERS: dict[str, Callable[[], BlockRunner]] = {
-    "from main memory": lambda: recompute_from_main_memory,
-    "every second, from main memory": lambda: Every(2, recompute_from_main_memory),
+    "from main memory": RecomputeFromMainMemory,
+    "every second, from main memory": lambda: Every(2, RecomputeFromMainMemory()),
 }
 
 
@@ -89,7 +102,7 @@ def test_layers_of_a_text_encoder_wait_too(build: Callable[[], BlockRunner], mov
     found = gradients()
     assert len(found) == len(alone) > 10 and all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
     num_layers = CLIP["num_hidden_layers"]
-    assert len(moved) == (num_layers if build() is recompute_from_main_memory else -(-num_layers // 2))
+    assert len(moved) == (num_layers if build is RecomputeFromMainMemory else -(-num_layers // 2))
 
 
 @pytest.mark.parametrize(("n", "again"), [(1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (3, [0, 3])])
