@@ -18,7 +18,13 @@ from library.errors import NotThere, UserError
 from library.memory.devices import send
 from library.models.loading import Component, MaybeComponent, materialise
 from library.models.shapes import Shapes, count, shape_of
-from library.models.tokenizer_files import BYTE_PAIR_FILES, TokenizerFiles, check_ids, holds_byte_pairs, read_tokenizer
+from library.models.tokenizer_files import (
+    BYTE_PAIR_FILES,
+    TokenizerFiles,
+    check_ids,
+    holds_byte_pairs,
+    read_tokenizer_folder,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -116,14 +122,10 @@ def load_qwen3_tokenizer(
     It is searched in `folders`, then in --tokenizer_cache_dir, then on the hub, from where it is saved into
     --tokenizer_cache_dir. Raises UserError saying which files to put where.
     """
-    from transformers import Qwen2Tokenizer
-
     files = TokenizerFiles(release.hub_name, BYTE_PAIR_FILES, holds_qwen3_tokenizer)
     folder = files.find_or_explain("Qwen3", "tokenizer.json (or vocab.json and merges.txt)", folders, cache_dir)
     logger.info("Qwen3 tokenizer: %s", folder)
-    tokenizer = read_tokenizer(
-        lambda: Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True, padding_side="right"), folder
-    )
+    tokenizer = read_tokenizer_folder("Qwen2TokenizerFast", folder, padding_side="right")
     check_ids("Qwen3", tokenizer, folder, num_words)
     return tokenizer
 

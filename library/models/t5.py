@@ -19,7 +19,7 @@ from library.errors import UserError
 from library.memory.devices import send
 from library.models.loading import Component, MaybeComponent, materialise
 from library.models.shapes import Shapes, count, shape_of
-from library.models.tokenizer_files import TokenizerFiles, check_ids, read_tokenizer
+from library.models.tokenizer_files import TokenizerFiles, check_ids, read_tokenizer_folder
 
 logger = logging.getLogger(__name__)
 
@@ -135,11 +135,9 @@ def load_t5_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_words:
     It is searched in `folders`, then in --tokenizer_cache_dir, then on the hub, from where it is saved into
     --tokenizer_cache_dir. Raises UserError saying which files to put where.
     """
-    from transformers import T5TokenizerFast
-
     folder = TOKENIZER.find_or_explain("T5", "tokenizer.json (or spiece.model)", folders, cache_dir)
     logger.info("T5 tokenizer: %s", folder)
-    tokenizer = read_tokenizer(lambda: T5TokenizerFast.from_pretrained(str(folder), local_files_only=True), folder)
+    tokenizer = read_tokenizer_folder("T5TokenizerFast", folder)
     check_ids("T5", tokenizer, folder, num_words)
     return tokenizer
 

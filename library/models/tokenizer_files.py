@@ -1,5 +1,6 @@
 """Location of a tokenizer's files: beside a model, in --tokenizer_cache_dir, or on the hub."""
 
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -72,6 +73,28 @@ def read_tokenizer(read: Callable[[], Any], place: Path) -> Any:
     except Exception as error:  # transformers and tokenizers raise whatever they meet in a file, also bare Exception
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"the tokenizer {place} cannot be read ({reason}); download its files again") from error
+
+
+def read_tokenizer_folder(kind: str, folder: Path, **options: Any) -> Any:
+    """Read a tokenizer of a class of transformers, whose name ends in "Fast".
+
+    Those read tokenizer.json alone too; transformers 4 has others beside them, which do not. Raises UserError naming
+    the folder if a file in it is damaged.
+    """
+    import transformers
+
+    def read() -> Any:
+        more = {} if transformers.__version__.split(".")[0] >= "5" else tokens_for_transformers_4(folder)
+        return getattr(transformers, kind).from_pretrained(str(folder), local_files_only=True, **more, **options)
+
+    return read_tokenizer(read, folder)
+
+
+def tokens_for_transformers_4(folder: Path) -> dict[str, Any]:
+    """Return the extra special tokens of a folder that transformers 5 saved: a list, where 4 expects names."""
+    config = folder / "tokenizer_config.json"
+    extra = json.loads(config.read_text("utf-8")).get("extra_special_tokens") if config.is_file() else None
+    return {"additional_special_tokens": extra, "extra_special_tokens": {}} if isinstance(extra, list) else {}
 
 
 def check_ids(owner: str, tokenizer: Any, folder: Path, num_words: int | None) -> None:

@@ -17,7 +17,7 @@ from library.errors import UserError
 from library.memory.devices import send
 from library.models.loading import Component, MaybeComponent, materialise
 from library.models.shapes import Shapes, count, shape_of
-from library.models.tokenizer_files import BYTE_PAIR_FILES, TokenizerFiles, holds_byte_pairs, read_tokenizer
+from library.models.tokenizer_files import BYTE_PAIR_FILES, TokenizerFiles, holds_byte_pairs, read_tokenizer_folder
 
 logger = logging.getLogger(__name__)
 
@@ -126,14 +126,10 @@ def load_qwen_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_word
     It is searched in `folders`, then in `tokenizer_cache_dir`, then on the hub, from where it is saved into
     `tokenizer_cache_dir`. Raises UserError saying which files to put where.
     """
-    from transformers import Qwen2Tokenizer
-
     needed = "tokenizer.json and tokenizer_config.json"
     folder = TOKENIZER.find_or_explain("Qwen2.5-VL", needed, folders, cache_dir)
     logger.info("Qwen tokenizer: %s", folder)
-    tokenizer = read_tokenizer(
-        lambda: Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True, padding_side="right"), folder
-    )
+    tokenizer = read_tokenizer_folder("Qwen2TokenizerFast", folder, padding_side="right")
     num_tokens = len(tokenizer(TEMPLATE.partition("{}")[0])["input_ids"])
     largest = max(tokenizer.get_vocab().values())
     if num_tokens != NUM_TEMPLATE_TOKENS or (num_words is not None and largest >= num_words):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
-from library.models.tokenizer_files import BYTE_PAIR_FILES, TokenizerFiles, holds_byte_pairs, read_tokenizer
+from library.models.tokenizer_files import BYTE_PAIR_FILES, TokenizerFiles, holds_byte_pairs, read_tokenizer_folder
 
 logger = logging.getLogger(__name__)
 
@@ -20,11 +20,9 @@ def load_tokenizer(model: Path, cache_dir: str | None, num_words: int | None) ->
     It is searched in tokenizer/ of the folder or beside the file, then in --tokenizer_cache_dir, then on the hub, from
     where it is saved into --tokenizer_cache_dir. Raises UserError saying which files to put where.
     """
-    from transformers import CLIPTokenizer
-
     folder = find_tokenizer(model, cache_dir)
     logger.info("tokenizer: %s", folder)
-    tokenizer = read_tokenizer(lambda: CLIPTokenizer.from_pretrained(str(folder), local_files_only=True), folder)
+    tokenizer = read_tokenizer_folder("CLIPTokenizerFast", folder)
     largest = max(tokenizer.get_vocab().values())
     if num_words is not None and largest >= num_words:
         raise UserError(

@@ -6,6 +6,7 @@ A wrong network argument or a missing optimizer would otherwise show after minut
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 
 import torch
 from torch import nn
@@ -41,6 +42,7 @@ def check_batches(
         module = open_network_module(name)
         groups = [{"params": [], "lr": optimizer.learning_rate}]
         if name.startswith(OURS):  # modules of others may compute with weights while they are made
+            import_module("torch._dynamo")  # transformers' models do so too, but torch 2.7 cannot under a device
             with torch.device("meta"):
                 network = adopt(create(network_options, module, models_on_meta_device(arch)))
             groups, _ = network.parameter_groups(

@@ -145,7 +145,7 @@ def build_optimizer(options: OptimizerOptions, groups: Sequence[Mapping[str, Any
 
     def build(groups: Sequence[Mapping[str, Any]]) -> BuiltOptimizer:
         optimizer = call_with_keywords(
-            MuonWithAdamW if cls is torch.optim.Muon else cls,
+            MuonWithAdamW if cls is getattr(torch.optim, "Muon", None) else cls,  # since torch 2.9
             [groups],
             keywords,
             flag=FLAG,
