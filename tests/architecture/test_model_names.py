@@ -25,6 +25,7 @@ DOORS = "programs start or import it by this name"
 OPTIONS = "an option of sd-scripts that has a model in its name or is for one alone"
 MAY_NAME_MODELS = {
     "library/flux_train_utils.py": DOORS,
+    "library/model_util.py": DOORS,
     "library/sdxl_model_util.py": DOORS,
     "networks/lora_anima.py": DOORS,
     "networks/lora_flux.py": DOORS,

@@ -1,0 +1,70 @@
+"""Base models train in the environment of kohya_ss, with the packages that it pins."""
+
+import hashlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.running import Finished, make_images
+from tests.runs.bases import BASES
+
+PINS = Path(__file__).with_name("kohya_ss.txt")
+ROOT = Path(__file__).parents[2]
+NEED_NEWER = {"anima", "hunyuan_image"}  # tests/runs/test_old_packages.py has what they say
+
+pytestmark = pytest.mark.nightly
+
+
+@pytest.fixture(scope="session")
+def python_of_kohya_ss() -> Path:
+    """Python of an environment with the pins, made once: 4 GB to download."""
+    digest = hashlib.sha256(PINS.read_bytes() + sys.version.encode()).hexdigest()[:12]
+    folder = Path.home() / ".cache" / "lora-tests" / f"kohya_ss-{digest}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "complete").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+            install = [folder / "bin/python", "-m", "pip", "install", "-q", "-r", PINS]
+            subprocess.run(install, check=True)
+            (folder / "complete").touch()
+    return folder / "bin" / "python"
+
+
+@pytest.mark.parametrize("name", sorted(BASES.keys() - NEED_NEWER))
+def test_a_base_model_trains_there_as_here(
+    tmp_path: Path, train: Callable[..., Finished], python_of_kohya_ss: Path, name: str
+) -> None:
+    base = BASES[name]
+    make_images(tmp_path / "data" / "1_thing", 2)
+
+    def words(output_name: str) -> list[str]:
+        return [
+            *model, "--train_data_dir", str(tmp_path / "data"), "--output_dir", str(tmp_path), "--resolution", "64",
+            "--output_name", output_name, "--network_module", "networks.lora", "--network_dim", "2", "--seed", "1",
+            "--max_train_steps", "4", "--learning_rate", "1e-3", "--max_data_loader_n_workers", "0",
+            "--gradient_checkpointing",
+        ]  # fmt: skip
+
+    model = base.build(tmp_path / "model")
+    command = [python_of_kohya_ss, f"{base.script}.py", *words("there")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert train(words("here"), base.script).status == 0
+    there, here = (load_file(tmp_path / f"{output_name}.safetensors") for output_name in ("there", "here"))
+    assert there.keys() == here.keys()
+    # Of all weights together: AdamW moves single ones by the sign of gradients that are next to nothing.
+    difference, size = (norm([f(key) for key in here]) for f in (lambda key: there[key] - here[key], here.__getitem__))
+    assert difference < 0.01 * size
+
+
+def norm(tensors: list[Tensor]) -> float:
+    return float(torch.linalg.vector_norm(torch.cat([tensor.flatten() for tensor in tensors])))
