@@ -89,6 +89,10 @@ def copy_to(place: Path) -> None:
         else:
             place.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, place / source.name)
+    requirements = place / "requirements.txt"
+    # Front ends install torch for the user's GPU before these, and `pip install -U` would replace it.
+    lines = [line for line in requirements.read_text("utf-8").splitlines(True) if not line.startswith("torch>=")]
+    requirements.write_text("".join(lines), encoding="utf-8")
     for name, sentence in ABSENT.items():
         text = f'"""Written by tools/front_end.py."""\n\nraise SystemExit({f"{name} {sentence}"!r})\n'
         (place / name).write_text(text, encoding="utf-8")
