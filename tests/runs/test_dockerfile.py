@@ -1,0 +1,71 @@
+"""The Dockerfile, its instructions carried out in order in an environment of their own, without Docker."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.running import make_images
+from tests.runs.bases import BASES
+
+ROOT = Path(__file__).parents[2]
+ONLY_FOR_DOCKER = ("FROM", "ARG", "WORKDIR")
+
+
+def instructions() -> Iterator[tuple[str, str]]:
+    text = re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text("utf-8"), flags=re.MULTILINE)
+    for line in filter(None, text.splitlines()):
+        name, _, rest = line.partition(" ")
+        yield name, rest
+
+
+def tracked_files() -> list[Path]:
+    found = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=True)
+    return [Path(name) for name in found.stdout.splitlines()]
+
+
+def test_files_that_it_copies_exist_and_the_sources_come_last() -> None:
+    """Else every change of the sources would download torch again."""
+    copied = [rest.split()[:-1] for name, rest in instructions() if name == "COPY"]
+    assert copied[-1] == ["."] and all((ROOT / name).is_file() for names in copied[:-1] for name in names)
+    names = [name for name, _ in instructions()]
+    assert names.index("FROM") == 0 and names[-2:] == ["COPY", "CMD"]
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(getattr(os, "getuid", lambda: 1)() != 0, reason="its commands install packages of the system")
+def test_its_commands_make_an_environment_that_trains(tmp_path: Path) -> None:
+    app, venv = tmp_path / "app", tmp_path / "venv"
+    app.mkdir()
+    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+    path = f"{venv / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": "", "ACCELERATE_USE_CPU": "true"}
+
+    def run(*command: str) -> None:
+        subprocess.run(command, cwd=app, env=environment, check=True)
+
+    for name, rest in instructions():
+        if name == "RUN":
+            run("bash", "-ec", rest.replace("rm -rf /var/lib/apt/lists/*", "true"))
+        elif name == "COPY":
+            wanted = rest.split()[:-1]
+            for file in tracked_files() if wanted == ["."] else map(Path, wanted):
+                (app / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / file, app / file)
+        elif name == "CMD":
+            run(*json.loads(rest))
+        else:
+            assert name in ONLY_FOR_DOCKER, f"{name} is not carried out here"
+    make_images(tmp_path / "data" / "1_thing", 2)
+    run(
+        "python", "train_network.py", *BASES["sd"].build(tmp_path / "model"), "--train_data_dir",
+        str(tmp_path / "data"), "--resolution", "64", "--network_module", "networks.lora", "--max_train_steps", "1",
+        "--output_dir", str(tmp_path / "out"), "--output_name", "mine",
+    )  # fmt: skip
+    assert (tmp_path / "out" / "mine.safetensors").is_file()
