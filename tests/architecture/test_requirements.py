@@ -21,7 +21,7 @@ MODULE_OF = {
 NAMED_WHEN_MISSING = {
     "dadaptation", "fsspec", "lion_pytorch", "prodigyopt", "pyarrow", "pynvml", "schedulefree", "wandb", "xformers",
 }  # fmt: skip
-COMMANDS = {"mypy", "pre_commit", "pytest-xdist", "ruff"}  # used from the command line
+COMMANDS = {"ipykernel", "mypy", "pre_commit", "pytest-xdist", "ruff"}  # used by a name that is not imported
 FOR_PIP = {"aiobotocore"}  # named so that pip settles on versions sooner
 
 
