@@ -6,9 +6,10 @@ Takes the options of train_network.py; with --sdxl and --flux those of the scrip
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -57,11 +58,9 @@ def read_options(args: argparse.Namespace, **values: bool) -> TrainOptions:
     return options
 
 
-def build(options: TrainOptions) -> Architecture:
-    """Assemble the base model of the options."""
-    if isinstance(options, FluxOptions):
-        return flux.build(options)
-    return sdxl.build(options) if isinstance(options, SdxlOptions) else sd.build(options)
+BUILD: Mapping[type[TrainOptions], Callable[[Any], Architecture]] = {
+    TrainOptions: sd.build, SdxlOptions: sdxl.build, FluxOptions: flux.build,
+}  # fmt: skip
 
 
 def open_vae(options: TrainOptions) -> tuple[LatentCodec, Callable[[], nn.Module]]:
@@ -69,7 +68,7 @@ def open_vae(options: TrainOptions) -> tuple[LatentCodec, Callable[[], nn.Module
     possible."""
     if isinstance(options, FluxOptions) and options.flux.ae:
         return flux.CODEC, partial(load_ae, options.flux.ae, options)
-    arch = build(options)
+    arch = BUILD[type(options)](options)
     return arch.codec, arch.load.vae
 
 

@@ -15,7 +15,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 from library import train_util as train_util
 from library.errors import UserError
 from library.training.command_line.caching import cache_captions, run_command
-from tools.cache_latents import build, read_options, setup_parser
+from tools.cache_latents import BUILD, read_options, setup_parser
 
 __all__ = ["cache_to_disk", "main", "setup_parser", "train_util"]
 
@@ -24,7 +24,7 @@ def cache_to_disk(args: argparse.Namespace) -> None:
     """Encode every caption whose cache file is missing or outdated. Raises UserError."""
     wanted = {"cache_text_encoder_outputs": True, "cache_text_encoder_outputs_to_disk": True}
     options = read_options(args, network_train_unet_only=True, **wanted)
-    arch = build(options)
+    arch = BUILD[type(options)](options)
     if arch.text_cache is None:
         raise UserError(
             "use --sdxl or --flux: the text encoder outputs of Stable Diffusion 1.x and 2.x are not cached, because "

@@ -16,7 +16,8 @@ import torch  # noqa: E402
 
 from library.checkpoints.files import display_path, read_metadata  # noqa: E402
 from library.errors import UserError  # noqa: E402
-from library.options.train import TrainOptions  # noqa: E402
+from library.options.output.reports import ReportOptions  # noqa: E402
+from library.options.output.saving import SavingOptions  # noqa: E402
 from library.options.training.validation import ValidationOptions  # noqa: E402
 from library.training.command_line.checks import check_precision, check_values  # noqa: E402
 from library.training.command_line.cli import parse  # noqa: E402
@@ -118,15 +119,15 @@ def measured_files(sides: Sides, found: Sequence[FileLosses]) -> list[Measured]:
     return measured
 
 
-def keep(choice: events.Choice, options: TrainOptions) -> None:
+def keep(choice: events.Choice, reports: ReportOptions, saving: SavingOptions) -> None:
     """Add the choice to the run's events and report, if they exist."""
     line = plain(choice.as_line(time.time()))
-    if (path := options.reports.log_events) and path != "-":
+    if (path := reports.log_events) and path != "-":
         file = open_event_file(Path(path), goes_on=True)
         file.take([line])
         file.close()
-    if options.saving.output_dir and (report := Names.build(options.saving).of_report()).is_file():
-        with run_lock(options.saving):
+    if saving.output_dir and (report := Names.build(saving).of_report()).is_file():
+        with run_lock(saving):
             add_event(report, line)
         logger.info("updated %s", report)
 
@@ -156,7 +157,7 @@ def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
     print(format_choice(choice))
     if (text := memory_line(choice)) is not None:
         print(text)
-    keep(choice, options)
+    keep(choice, options.reports, options.saving)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,13 +25,14 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from torch import nn  # noqa: E402
 
 from library.checkpoints.base_model_spec import BaseModelSpec  # noqa: E402
 from library.errors import UserError  # noqa: E402
 from library.installed import version_of  # noqa: E402
 from library.memory.devices import DTYPES  # noqa: E402
 from library.memory.planner.gpus import measured_gpu  # noqa: E402
-from library.memory.planner.prediction import Predicted, predict  # noqa: E402
+from library.memory.planner.prediction import Predicted, Way, predict  # noqa: E402
 from library.memory.planner.table import in_gib  # noqa: E402
 from library.options.train import TrainOptions  # noqa: E402
 from library.training.command_line.cli import parse  # noqa: E402
@@ -124,14 +125,19 @@ def verify(args: argparse.Namespace, training: Sequence[str], results: list[Resu
             print(result, flush=True)
             results.append(result)
     print("\npaste from here " + "-" * 40)
-    for line in (*machine_lines(), *option_lines(spec, options), *map(str, results)):
+    way = way_of(options.memory, options.precision, options.distributed)
+    described = option_lines(spec, options.flat(), type(options).defaults(), way)
+    for line in (*machine_lines(), *described, *map(str, results)):
         print(line)
     print("to here " + "-" * 48)
 
 
 def checks(spec: BaseModelSpec, options: TrainOptions, training: Sequence[str], folder: Path) -> Iterator[Result]:
     """Yield the results; the first run that fails ends the list."""
-    yield compare_with_diffusers(spec, options)
+    with mute_logging():
+        denoiser = spec.build(options).load.denoiser()
+    yield compare_with_diffusers(denoiser, spec.build.__module__.rpartition(".")[0])
+    del denoiser
     whole = trial(spec, options, folder / "whole", {"selftest": True})
     print(f"training {NUM_STEPS} steps ...", file=sys.stderr, flush=True)
     log = whole.train()
@@ -154,14 +160,13 @@ def checks(spec: BaseModelSpec, options: TrainOptions, training: Sequence[str], 
 # The denoiser
 
 
-def compare_with_diffusers(spec: BaseModelSpec, options: TrainOptions) -> Result:
-    """Compute the same with our class and diffusers', on the CPU in float32, with two blocks of each kind."""
+def compare_with_diffusers(denoiser: nn.Module, package: str) -> Result:
+    """Compute the same with our class and diffusers', on the CPU in float32, with two blocks of each kind; `package` is
+    the base model's."""
     what = "denoiser"
-    with mute_logging():
-        denoiser = spec.build(options).load.denoiser()
     if type(denoiser).__module__.startswith("diffusers."):
         return Result(what, f"diffusers' own {type(denoiser).__name__}")
-    name = f"{spec.build.__module__.rpartition('.')[0]}.reference"
+    name = f"{package}.reference"
     if importlib.util.find_spec(name) is None:
         return Result(what, "not compared: no class of diffusers is known for this base model")
     reference: Any = importlib.import_module(name)
@@ -278,7 +283,8 @@ def plan_of(spec: BaseModelSpec, options: TrainOptions, training: Sequence[str])
         return None
     *_, counted = count(spec.script, training)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return predict(counted.step, way_of(options), measured_gpu(device, 0, DTYPES[options.precision.mixed_precision]))
+    way = way_of(options.memory, options.precision, options.distributed)
+    return predict(counted.step, way, measured_gpu(device, 0, DTYPES[options.precision.mixed_precision]))
 
 
 def compare_with_plan(steps: Sequence[Mapping[str, Any]], planned: Predicted | None) -> Iterator[Result]:
@@ -311,13 +317,12 @@ def machine_lines() -> Iterator[str]:
     yield f"{name}, sm_{major}{minor}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, CUDA {torch.version.cuda}"
 
 
-def option_lines(spec: BaseModelSpec, options: TrainOptions) -> Iterator[str]:
-    values, defaults = options.flat(), type(options).defaults()
+def option_lines(spec: BaseModelSpec, values: dict[str, Any], defaults: Mapping[str, Any], way: Way) -> Iterator[str]:
     if not str(values["network_module"]).startswith(OURS):
         values["network_module"] = "of others"
     given = [(name, values[name]) for name in SHOWN if name in values and values[name] != defaults[name]]
     shown = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in given)
-    yield f"{spec.script} {shown}; {describe(way_of(options))}"
+    yield f"{spec.script} {shown}; {describe(way)}"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from library.data.plan.data_plan import DataPlan
 from library.diffusion.flow import FlowMatching
 from library.errors import UserError
 from library.options.train import TrainOptions
@@ -108,18 +109,19 @@ def train_as_asked(
             audit_only(options, latents, warnings)
             return True
         if latents is not None and options.dataset.debug_dataset and not options.model.pretrained_model_name_or_path:
-            show_dataset(options, latents)
+            from library.training.command_line.audit_only import audit_images
+
+            show_dataset(audit_images(options, latents))
             return True
         return train_alone(options, build, interruption, command, warnings)
 
 
-def show_dataset(options: TrainOptions, latents: LatentSpec) -> None:
+def show_dataset(plan: DataPlan) -> None:
     """Show the batches of the first epoch where no base model is named."""
     from library.data.debug_dataset import show_batches
-    from library.training.command_line.audit_only import audit_images
 
     logger.info("no base model is named, so captions are not counted in tokens: --pretrained_model_name_or_path does")
-    show_batches(audit_images(options, latents))
+    show_batches(plan)
 
 
 OUR_FAULT = (

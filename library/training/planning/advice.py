@@ -40,7 +40,8 @@ def memory_hints(runs: Sequence[Run], batch: Batch) -> list[str]:
         return []
     fewer = ["fewer adapters in one --sweep need about that much less"] if len(runs) > 1 else []
     allowed = allowed_ever(run.options.precision, run.options.distributed)
-    return fewer + few(list(lines(step, way_of(run.options), allowed, gpu_like(device))))
+    way = way_of(run.options.memory, run.options.precision, run.options.distributed)
+    return fewer + few(list(lines(step, way, allowed, gpu_like(device))))
 
 
 def gpu_like(device: torch.device) -> Gpu:

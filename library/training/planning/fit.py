@@ -12,7 +12,7 @@ from library.memory.planner.table import in_gib, table_of
 from library.options.train import TrainOptions
 from library.training.planning.counting import CountedRun
 from library.training.planning.previews import CountedPreview
-from library.training.planning.settings import allowed_by, changes, describe, format_options
+from library.training.planning.settings import allowed_by, changes, describe, format_options, way_of
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,6 @@ def fit_to(
         wanted = values[stage.option]
         is_free = wanted == defaults[stage.option]
         sizes[stage.option] = stage.most_that_fits(room) if is_free else wanted
-    allowed = allowed_by(options)
+    allowed = allowed_by(options.fit, options.memory, way_of(options.memory, options.precision, options.distributed))
     num_passes = None if num_steps is None else num_steps * options.run.gradient_accumulation_steps
     return Fit(options, counted, allowed, choose(counted.step, allowed, card), sizes, sweep, num_passes)

@@ -8,7 +8,8 @@ from library.memory.planner.choice import Allowed
 from library.memory.planner.prediction import Way
 from library.memory.planner.weights import Matrix, StorageCost
 from library.options.machine.distributed import DistributedOptions
-from library.options.machine.memory import PrecisionOptions
+from library.options.machine.fit import FitOptions
+from library.options.machine.memory import MemoryOptions, PrecisionOptions
 from library.options.train import TrainOptions
 
 SMALLER = ("int8", "nf4")  # weight formats that are suggested
@@ -16,15 +17,14 @@ TYPICAL_WEIGHT = Matrix(3072, 3072, itemsize=2)
 EVERY = (None, 3, 2, 1)  # blocks of which one is recomputed; fewer save hardly anything
 
 
-def way_of(options: TrainOptions) -> Way:
+def way_of(memory: MemoryOptions, precision: PrecisionOptions, distributed: DistributedOptions) -> Way:
     """Return how the options run a step."""
-    memory = options.memory
     return Way(
-        weight_format=options.precision.denoiser_format,
+        weight_format=precision.denoiser_format,
         recompute_every=memory.gradient_checkpointing_every if memory.recomputes else None,
         inputs_wait=memory.offloads_inputs,
         num_offloaded=memory.num_offloaded,
-        shared_by=num_shares(options.distributed),
+        shared_by=num_shares(distributed),
     )
 
 
@@ -69,11 +69,10 @@ def describe(way: Way) -> str:
     return format_options(values_of(way), TrainOptions.defaults()) or "plain"
 
 
-def allowed_by(options: TrainOptions) -> Allowed:
-    """Return what is left to choose: what the user has set stays."""
-    way, memory = way_of(options), options.memory
+def allowed_by(fit: FitOptions, memory: MemoryOptions, way: Way) -> Allowed:
+    """Return what is left to choose beside `way`, which the options name: what the user has set stays."""
     return Allowed(
-        weight_formats=tuple(options.fit.fit_formats or (way.weight_format,)),
+        weight_formats=tuple(fit.fit_formats or (way.weight_format,)),
         recompute_every=(way.recompute_every,) if memory.recomputes else EVERY,
         inputs_wait=(True,) if way.inputs_wait or memory.cpu_offload_checkpointing else (False, True),
         num_offloaded=memory.blocks_to_swap,

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -87,17 +88,18 @@ class MadeUp(nn.Module):
         return y_BT3
 
 
-def allocated_peak(step: Callable[[], object]) -> int:
+def allocated_peak(step: Callable[[], object], multiplies_bf16: bool = False) -> int:
     """The most bytes that torch's allocator held for tensors made in `step`, by the profiler's events.
+
+    With `multiplies_bf16` without oneDNN, which on processors without instructions for it allocates copies in float32.
 
     What earlier tests left is collected before: freed meanwhile, it would count as memory that the step gives back.
     """
     gc.collect()
     gc.disable()
+    matmul = torch.backends.mkldnn.flags(enabled=False, allow_tf32=None) if multiplies_bf16 else nullcontext()
     try:
-        # oneDNN multiplies bf16 on processors without instructions for it in float32, and allocates those copies.
-        without = torch.backends.mkldnn.flags(enabled=False, allow_tf32=None)
-        with without, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with matmul, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             step()
     finally:
         gc.enable()
