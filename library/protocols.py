@@ -24,6 +24,7 @@ class LatentSpec:
     bucket_step: int  # bucket sides are multiples of this many pixels
     cache_suffix: str  # "_sd.npz"
     had_keys_without_size: bool  # older cache files have keys without the image size
+    max_references: int = 0  # images that the denoiser can be given beside the caption, as edit models are
 
 
 class Loader(Protocol):
@@ -92,8 +93,8 @@ class LatentCodec(Protocol):
     @property
     def spec(self) -> LatentSpec: ...
 
-    def encode(self, vae: nn.Module, pixels_BCHW: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """Sample the posterior of each image with its own generator (CPU)."""
+    def encode(self, vae: nn.Module, pixels_BCHW: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
+        """Sample the posterior of each image with its own generator (CPU); without generators return its mode."""
         ...
 
     def normalize(self, latents_BCHW: Tensor) -> Tensor: ...

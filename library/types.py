@@ -56,6 +56,10 @@ class Batch:
     attributes: list[Mapping[str, Any]]  # custom_attributes of the subset
     crops_B2: Tensor | None = None  # actual crop positions in the resized images: top and left
     concept: Concept | None = None  # set if there are no images; all captions are then equal
+    # The images that an edit model is given beside the caption, BCHW each, in order: as pixels or as cached, as the
+    # images themselves are.
+    reference_pixels: tuple[Tensor, ...] = ()
+    reference_latents: tuple[Tensor, ...] = ()
 
     @property
     def height_width(self) -> tuple[int, int]:
@@ -92,3 +96,4 @@ class Prompt:
     renorm_cfg: float | None  # limit of the guided prediction's norm, relative to the unguided one; 0: none
     flow_shift: float | None  # shift of a flow model's noise levels toward pure noise
     image_path: Path | None = None  # the image that an inpainting model repaints in part
+    reference_paths: tuple[Path, ...] = ()  # the images that an edit model is given beside the text

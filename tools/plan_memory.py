@@ -79,14 +79,18 @@ def count(name: str, arguments: Sequence[str]) -> tuple[TrainOptions, Architectu
 
 def described_batch(options: TrainOptions) -> BatchShape:
     """Return the largest batch by `resolution` and `train_batch_size`, or by `dataset_config`; the images need not
-    exist. Buckets have as many pixels or slightly fewer."""
+    exist. Buckets have as many pixels or slightly fewer; each folder of `control_dirs` counts as one reference."""
     data = options.dataset
     if data.dataset_config is None:
         if not data.resolution:
             raise UserError("--resolution is not set; set the training size, such as 512 or 512,768")
         sides = parse_numbers("--resolution", data.resolution, int, (1, 2), "512 or 768,512")
         return BatchShape(data.train_batch_size, sides[0], sides[-1])
-    shapes = [BatchShape(d.batch_size, *d.resolution) for d in load_dataset_config(options).datasets]
+    shapes = [
+        BatchShape(d.batch_size, *d.resolution, (s.control_resolution or d.resolution,) * len(s.control_dirs))
+        for d in load_dataset_config(options).datasets
+        for s in d.subsets
+    ]
     return max(shapes, key=lambda shape: shape.num_pixels)
 
 

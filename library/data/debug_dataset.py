@@ -18,6 +18,8 @@ def show_batches(data: TrainingData) -> None:
     samples: defaultdict[str, list[str]] = defaultdict(list)  # by image, as they are drawn
     for batch in open_batches(data).of_epoch(1, range(data.num_batches), lambda index: index, 0, False):
         tensors = {"pixels": batch.pixels_BCHW, "latents": batch.latents_BCHW, "masks": batch.masks_B1HW}
+        tensors |= {f"reference {r} pixels": tensor for r, tensor in enumerate(batch.reference_pixels)}
+        tensors |= {f"reference {r} latents": tensor for r, tensor in enumerate(batch.reference_latents)}
         shapes[
             ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items() if tensor is not None)
         ] += 1
@@ -25,12 +27,20 @@ def show_batches(data: TrainingData) -> None:
             samples[key].append(describe_sample(batch, place))
     for shape, count in shapes.items():
         logger.info("%d x %s", count, shape)
+    references = references_by_key(data)
     for key, lines in islice(samples.items(), MOST_IMAGES):
         others = len(set(lines)) - 1
         varied = f"; {others} more with another caption or crop" if others else ""
-        logger.info("  %s: %s%s%s", key, lines[0], f", {len(lines)} times" if len(lines) > 1 else "", varied)
+        shown = " <- ".join([key, *references.get(key, ())])
+        logger.info("  %s: %s%s%s", shown, lines[0], f", {len(lines)} times" if len(lines) > 1 else "", varied)
     if len(samples) > MOST_IMAGES:
         logger.info("  and %d more images", len(samples) - MOST_IMAGES)
+
+
+def references_by_key(data: TrainingData) -> dict[str, tuple[str, ...]]:
+    """Return the files of the reference images of each image that has any."""
+    samples = () if data.image_plan is None else data.image_plan.samples
+    return {one.image.key: tuple(r.key for r in one.image.references) for one in samples if one.image.references}
 
 
 def describe_sample(batch: Batch, place: int) -> str:

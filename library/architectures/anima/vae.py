@@ -45,7 +45,7 @@ class QwenImageLatents:
 
     spec: LatentSpec = SPEC
 
-    def encode(self, vae: nn.Module, pixels_BCHW: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    def encode(self, vae: nn.Module, pixels_BCHW: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
         """Return the posterior's mean, normalized by each channel's mean and deviation, float32; nothing is sampled.
         The VAE's parts are called one by one: called as a whole it caches every layer's input for a next frame, which
         an image does not have."""

@@ -68,7 +68,8 @@ CHROMA_RECIPE = replace(
 )
 # Settings Chroma was trained with, besides raw predictions.
 CHROMA_USUAL = {"guidance_scale": 0.0, "timestep_sampling": "sigmoid"}
-CODEC = mapped_latents("_flux.npz")
+CODEC = mapped_latents("_flux.npz", max_references=1)  # Kontext, which has the layout of dev, was trained with one
+CODEC_WITHOUT_REFERENCES = mapped_latents("_flux.npz")  # of schnell and Chroma
 LATENTS = CODEC.spec
 
 
@@ -91,7 +92,7 @@ def build_flux(options: FluxOptions) -> Architecture:
         name="flux",
         load=loader,
         text=text,
-        codec=CODEC,
+        codec=CODEC_WITHOUT_REFERENCES if loader.is_schnell else CODEC,
         objective=build_objective(options),
         predict=partial(predict, guidance=options.flux.guidance_scale, masks_text=masks_text),
         view=view,
@@ -113,7 +114,7 @@ def build_chroma(options: FluxOptions) -> Architecture:
         name="chroma",
         load=loader,
         text=text,
-        codec=CODEC,
+        codec=CODEC_WITHOUT_REFERENCES,
         objective=build_objective(options),
         predict=partial(predict_chroma, guidance=options.flux.guidance_scale),
         view=view_chroma,

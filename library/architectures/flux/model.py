@@ -1,11 +1,11 @@
 """The denoiser of FLUX.1 (Black Forest Labs 2024) and Chroma, in the layout of the original checkpoints.
 
 Module paths are the keys of the checkpoint and the names of adapters. Letters: B samples, C channels, H and W sides of
-the latent, h and w sides in patches, L text tokens, T all tokens (text first, then the image in row order), N heads, D
+the latent, h and w sides in patches, L text tokens, T all tokens (text first, then the images in row order), N heads, D
 head width, M model width, F features of a patch, V rows of modulation.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 
@@ -120,26 +120,32 @@ class Flux(nn.Module):
         pooled_BE: Tensor | None,
         guidance_B: Tensor | None = None,
         text_mask_BL: Tensor | None = None,
+        references: Sequence[Tensor] = (),
     ) -> Tensor:
         """Return the velocity, shape BCHW.
 
         `sigmas_B` are shares of noise, 0..1. `pooled_BE` is CLIP-L's, None for Chroma. `guidance_B` is the guidance
         strength that a distilled model imitates; a model without that input ignores it. `text_mask_BL` is true for
-        tokens that may be attended to, None for all.
+        tokens that may be attended to, None for all. `references` are the latents of reference images, BCHW each, whose
+        tokens follow those of the noisy latents, as in FLUX.1 Kontext (Labs et al. 2025).
         """
-        h, w = (side // PATCH for side in latents_BCHW.shape[-2:])
+        images = (latents_BCHW, *references)
+        sides = [(image.shape[-2] // PATCH, image.shape[-1] // PATCH) for image in images]
         dtype = self.img_in.weight.dtype
-        img_BTM = self.img_in(patchify(latents_BCHW, PATCH).to(dtype))
+        img_BTM = self.img_in(torch.cat([patchify(image, PATCH).to(dtype) for image in images], dim=1))
         txt_BLM = self.txt_in(text_BLE.to(dtype))
         vecs = self.modulation(sigmas_B, pooled_BE, guidance_B, dtype)
-        rope = self.rotary(positions(txt_BLM.shape[1], h, w, img_BTM.device), (1, h, w))
-        mask = None if text_mask_BL is None else key_mask(text_mask_BL, h * w)
+        extents = (len(sides), *map(max, zip(*sides, strict=True)))
+        rope = self.rotary(positions(txt_BLM.shape[1], sides, img_BTM.device), extents)
+        mask = None if text_mask_BL is None else key_mask(text_mask_BL, img_BTM.shape[1])
         for block in self.double_blocks:
             img_BTM, txt_BLM = self.runner(block, img_BTM, txt_BLM, next(vecs), rope, mask)
         x_BTM = torch.cat([txt_BLM, img_BTM], dim=1)
         for block in self.single_blocks:
             x_BTM = self.runner(block, x_BTM, next(vecs), rope, mask)
-        return unpatchify(self.final_layer(x_BTM[:, txt_BLM.shape[1] :], next(vecs)), h, w, PATCH)
+        h, w = sides[0]
+        first = txt_BLM.shape[1]
+        return unpatchify(self.final_layer(x_BTM[:, first : first + h * w], next(vecs)), h, w, PATCH)
 
     def modulation(
         self, sigmas_B: Tensor, pooled_BE: Tensor | None, guidance_B: Tensor | None, dtype: torch.dtype
@@ -174,12 +180,18 @@ class Flux(nn.Module):
         yield last
 
 
-def positions(num_text: int, h: int, w: int, device: torch.device) -> Tensor:
-    """Return positions of tokens, shape (T, 3): text at (0, 0, 0), row y and column x of the image at (0, y, x)."""
-    ids_T3 = torch.zeros(num_text + h * w, 3, dtype=torch.long, device=device)
-    ids_T3[num_text:, 1] = torch.arange(h, device=device).repeat_interleave(w)
-    ids_T3[num_text:, 2] = torch.arange(w, device=device).repeat(h)
-    return ids_T3
+def positions(num_text: int, sides: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+    """Return positions of tokens, shape (T, 3): text at (0, 0, 0), row y and column x of image i at (i, y, x).
+
+    `sides` are height and width of each image in patches; image 0 is the noisy one.
+    """
+    parts = [torch.zeros(num_text, 3, dtype=torch.long, device=device)]
+    for i, (h, w) in enumerate(sides):
+        ids_T3 = torch.full((h * w, 3), i, dtype=torch.long, device=device)
+        ids_T3[:, 1] = torch.arange(h, device=device).repeat_interleave(w)
+        ids_T3[:, 2] = torch.arange(w, device=device).repeat(h)
+        parts.append(ids_T3)
+    return torch.cat(parts)
 
 
 def key_mask(text_mask_BL: Tensor, num_patches: int) -> Tensor:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from library.diffusion.references import references_in
 from library.diffusion.samplers import FlowSampler, Sampler, even_sigmas
 from library.diffusion.timesteps import resolution_shift, shift_sigmas
 from library.types import Batch, Conditioning, Noised, Prompt
@@ -28,6 +29,7 @@ def predict(
         conditioning["l_pooled"],
         torch.full_like(noised.sigmas_B, guidance),
         conditioning["t5_attn_mask"] if masks_text else None,
+        references_in(conditioning),
     )
     return velocity_BCHW
 

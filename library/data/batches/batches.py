@@ -60,6 +60,7 @@ class PartialBatch:
     latents: list[Tensor | None]  # CHW each
     masks: list[Tensor | None]  # HW each, 0..1
     texts: list[Row | None]
+    references: list[tuple[Tensor, ...]]  # latents of the references of each sample, CHW
     skipped: list[str] = field(default_factory=list)  # messages about damaged images that were replaced by others
 
 
@@ -71,6 +72,7 @@ class Taken(NamedTuple):
     image: Pixels | None
     latent: Tensor | None  # CHW
     mask: Tensor | None  # HW
+    references: tuple[Tensor, ...] = ()  # CHW each: pixels if the image has pixels, else latents
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
             latents=latents,
             masks=[one.mask for one in taken],
             texts=[self.text_row(one.number, caption) for one, caption in zip(taken, batch.captions, strict=True)],
+            references=[one.references if one.image is None else () for one in taken],
             skipped=skipped,
         )
 
@@ -171,6 +174,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
             sizes_B6=torch.tensor([sizes_of(sample, flip) for sample, _, flip in drawn], dtype=torch.float32),
             attributes=[subset.custom_attributes for subset in subsets],
             crops_B2=torch.tensor(corners, dtype=torch.float32),
+            reference_pixels=stack_references([one.references for one in taken if one.image is not None]),
         )
 
     def text_row(self, number: int, caption: str) -> Row | None:
@@ -198,8 +202,8 @@ class BatchMaker(Dataset[PartialBatch | str]):
         is_flipped = self.is_mirrored or (subset.flip_aug and random_for(self.seed, "flip", epoch, draw).random() < 0.5)
         if number in self.in_memory or number in self.files:
             return Taken(number, is_flipped, None, *self.cached(number, is_flipped))
-        image, mask = self.drawn(number, epoch, draw, is_flipped)
-        return Taken(number, is_flipped, image, None, mask)
+        image, mask, references = self.drawn(number, epoch, draw, is_flipped)
+        return Taken(number, is_flipped, image, None, mask, references)
 
     def caption(self, sample: Sample, order: BatchOrder, draw: int) -> str:
         """Compose the prompt of one draw."""
@@ -211,21 +215,26 @@ class BatchMaker(Dataset[PartialBatch | str]):
             return ""
         return caption_variant(sample.image.key, text, rules, rng.randrange(self.num_variants))
 
-    def drawn(self, number: int, epoch: int, draw: int, is_flipped: bool) -> tuple[Pixels, Tensor | None]:
-        """Return (RGB, mask) of one draw of an image."""
+    def drawn(
+        self, number: int, epoch: int, draw: int, is_flipped: bool
+    ) -> tuple[Pixels, Tensor | None, tuple[Tensor, ...]]:
+        """Return (RGB, mask, pixels of the references) of one draw of an image."""
         sample = self.samples[number]
         subset = self.subsets[sample.subset]
         rgb, alpha = read_pixels(sample.image.key, self.storage.content(sample.image))
-        check_size(sample, rgb)
+        check_size(sample.image, rgb)
         placement = self.placement(sample, epoch, draw, is_flipped)
         image = place(rgb, placement, subset.resize_interpolation)
-        if subset.color_aug:
-            image = change_colour(image, random_for(self.seed, "colour", epoch, draw))
+        shown = placed_references(sample, placement, subset.resize_interpolation)
+        if subset.color_aug:  # all alike, so that a pair keeps its difference
+            rngs = [random_for(self.seed, "colour", epoch, draw) for _ in range(1 + len(shown))]
+            image, *shown = map(change_colour, [image, *shown], rngs)
+        references = tuple(map(to_pixels, shown))
         if sample.image.mask_path is not None:
-            return image, file_mask(sample, placement, subset.resize_interpolation)
+            return image, file_mask(sample, placement, subset.resize_interpolation), references
         if subset.alpha_mask and alpha is not None:
-            return image, to_mask(place(alpha, placement, subset.resize_interpolation))
-        return image, None
+            return image, to_mask(place(alpha, placement, subset.resize_interpolation)), references
+        return image, None, references
 
     def placement(self, sample: Sample, epoch: int, draw: int, is_flipped: bool) -> Placement:
         """Return the crop of one draw."""
@@ -239,26 +248,28 @@ class BatchMaker(Dataset[PartialBatch | str]):
             return cropped_at_random(sample.shape, random_for(self.seed, "crop", epoch, draw), is_flipped)
         return centred(sample.shape, is_flipped)
 
-    def cached(self, number: int, is_flipped: bool) -> tuple[Tensor | None, Tensor | None]:
-        """Return (latents, mask) of one draw; latents kept in memory are None here."""
+    def cached(self, number: int, is_flipped: bool) -> tuple[Tensor | None, Tensor | None, tuple[Tensor, ...]]:
+        """Return (latents, mask, latents of the references) of one draw; those kept in memory are missing here."""
         sample = self.samples[number]
         subset = self.subsets[sample.subset]
         latent = mask = None
+        references: tuple[Tensor, ...] = ()
         if number in self.files:
             stored = self.files.file(number, sample, self.storage).read(subset.flip_aug, subset.alpha_mask)
-            latent, mask = pick(stored, is_flipped)
+            latent, mask, references = pick(stored, is_flipped)
         if sample.image.mask_path is not None:
             mask = file_mask(sample, centred(sample.shape, is_flipped), subset.resize_interpolation)
-        return latent, mask
+        return latent, mask, references
 
 
-def pick(stored: Latents, is_flipped: bool) -> tuple[Tensor, Tensor | None]:
-    """Return (latents, mask) as drawn: the mirrored encoding and the mirrored mask, or the plain ones."""
+def pick(stored: Latents, is_flipped: bool) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+    """Return (latents, mask, latents of the references) as drawn: the mirrored encodings and the mirrored mask, or the
+    plain ones."""
     mask = None if stored.alpha_HW is None else stored.alpha_HW.float() / 255
     if not is_flipped:
-        return stored.latents_CHW, mask
+        return stored.latents_CHW, mask, stored.references
     assert stored.flipped_CHW is not None
-    return stored.flipped_CHW, None if mask is None else mask.flip(-1)
+    return stored.flipped_CHW, None if mask is None else mask.flip(-1), stored.flipped_references
 
 
 def finish_batch(
@@ -268,10 +279,10 @@ def finish_batch(
 
     If text features are cached, `texts` contains every caption that was not read from a file.
     """
-    latents, masks = list(draft.latents), list(draft.masks)
+    latents, masks, references = list(draft.latents), list(draft.masks), list(draft.references)
     for place_, (number, is_flipped) in enumerate(zip(draft.samples, draft.flips, strict=True)):
         if number in memory:
-            latents[place_], mask = pick(memory[number], is_flipped)
+            latents[place_], mask, references[place_] = pick(memory[number], is_flipped)
             masks[place_] = masks[place_] if masks[place_] is not None else mask
     present = [latent for latent in latents if latent is not None]
     rows = (
@@ -284,7 +295,13 @@ def finish_batch(
         latents_BCHW=torch.stack(present) if present else None,
         conditioning=stack_rows(rows, text_padding) if rows else None,
         masks_B1HW=stack_masks(masks),
+        reference_latents=stack_references(references),
     )
+
+
+def stack_references(references: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Stack the references of samples, CHW each and of one size by number, to one BCHW for each number."""
+    return tuple(torch.stack(same) for same in zip(*references, strict=True))
 
 
 def stack_masks(masks: Sequence[Tensor | None]) -> Tensor | None:
@@ -308,6 +325,18 @@ def corner_of(placement: Placement) -> tuple[int, int]:
     if not placement.is_flipped:
         return placement.top, placement.left
     return placement.top, placement.resized[0] - placement.target[0] - placement.left
+
+
+def placed_references(sample: Sample, placement: Placement, interpolation: str | None) -> list[Pixels]:
+    """Read the references of a sample; one that has its image's shape is cropped where the image is, others at the
+    centre, and all are mirrored or none."""
+    own, found = replace(sample.shape, references=()), []
+    for reference, shape in zip(sample.image.references, sample.shape.references, strict=True):
+        rgb, _ = read_pixels(reference.key)
+        check_size(reference, rgb)
+        is_alike = shape == own and reference.size == sample.image.size
+        found.append(place(rgb, placement if is_alike else centred(shape, placement.is_flipped), interpolation))
+    return found
 
 
 def file_mask(sample: Sample, placement: Placement, interpolation: str | None) -> Tensor:

@@ -7,6 +7,8 @@ each training size; keys end in `_<height>x<width>` of the latents:
   original_size              int64 (2,), width and height of the image
   crop_ltrb                  float64 (4,)
   alpha_mask                 float32 (H, W), 0..1, of the bucket in pixels
+  reference_0, _1, ...       ours: float32 (C, h, w) of each reference image, in the order of the data set
+  reference_0_flipped, ...   ours: those of the mirrored references
   origin                     ours: JSON as bytes, see `Origin`; other programs ignore it
 
 Older files of some base models (`LatentSpec.had_keys_without_size`) have a single entry whose keys have no suffix. It
@@ -15,9 +17,10 @@ is valid only for its own size.
 
 import json
 import os
+import re
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -27,7 +30,7 @@ from torch import Tensor
 
 from library.data.decoding.npz import DAMAGE, CacheWords, EntryError, Verdict, fault_of, open_npz, reading, writing
 from library.data.description.buckets import Shape, Size, crop_ltrb
-from library.data.scanned.images import ScannedImage
+from library.data.scanned.images import ScannedImage, Version
 from library.data.sources.storage.storage import Storage
 from library.protocols import LatentSpec
 
@@ -43,6 +46,8 @@ class Latents:
     latents_CHW: Tensor
     flipped_CHW: Tensor | None
     alpha_HW: Tensor | None  # uint8
+    references: tuple[Tensor, ...] = ()  # CHW each, of their own sizes
+    flipped_references: tuple[Tensor, ...] = ()  # empty if flipped_CHW is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,7 @@ class LatentFile:
     may_lack_tail: bool  # an entry without suffix is valid if its size is right
     latent_shape: tuple[int, int, int]  # C, h, w
     bucket: Size
+    reference_shapes: tuple[tuple[int, int, int], ...] = ()
 
     def read(self, needs_flipped: bool, needs_alpha: bool) -> Latents:
         """Read the latents that the options require, and nothing else in the file.
@@ -77,14 +83,16 @@ class Origin:
     interpolation: str | None
     vae: str
     checksums: dict[str, int]  # of the arrays; another program that rewrites the entry does not update them
+    references: list[list[Any]] = field(default_factory=list)  # of each, see `mark_of_reference`
 
 
 def latent_file(stem: str, size: Size, shape: Shape, spec: LatentSpec) -> LatentFile:
     """Return the file and keys of an image's entry; `stem` is the image's `Storage.cache_stem`."""
-    width, height = (side // spec.downscale for side in shape.bucket)
+    shapes = [(spec.channels, height // spec.downscale, width // spec.downscale) for width, height in shape.sizes]
+    _, height, width = shapes[0]
     path = f"{stem}_{size[0]:04d}x{size[1]:04d}{spec.cache_suffix}"
     return LatentFile(
-        path, f"_{height}x{width}", spec.had_keys_without_size, (spec.channels, height, width), shape.bucket
+        path, f"_{height}x{width}", spec.had_keys_without_size, shapes[0], shape.bucket, tuple(shapes[1:])
     )
 
 
@@ -101,10 +109,13 @@ def has_older_entry(archive: Mapping[str, Any], file: LatentFile) -> bool:
 
 def latents_in(archive: Mapping[str, Any], file: LatentFile, needs_flipped: bool, needs_alpha: bool) -> Latents:
     """Return the arrays of an entry as tensors. Raises EntryError with what does not fit."""
-    latents = _encoding(archive, f"latents{file.tail}", file, "without latents of this size")
+    latents = _encoding(archive, f"latents{file.tail}", file.latent_shape, "without latents of this size")
+    references = _references(archive, file, "")
     flipped = alpha = None
+    flipped_references: tuple[Tensor, ...] = ()
     if needs_flipped:
-        flipped = _encoding(archive, f"latents_flipped{file.tail}", file, "without a mirrored copy")
+        flipped = _encoding(archive, f"latents_flipped{file.tail}", file.latent_shape, "without a mirrored copy")
+        flipped_references = _references(archive, file, "_flipped")
     if needs_alpha:
         key = f"alpha_mask{file.tail}"
         if key not in archive:
@@ -117,17 +128,25 @@ def latents_in(archive: Mapping[str, Any], file: LatentFile, needs_flipped: bool
         if values.dtype.kind != "f":
             raise EntryError(f"holding a mask of the type {values.dtype}")
         alpha = torch.from_numpy(np.rint(values * 255).astype(np.uint8))
-    return Latents(latents, flipped, alpha)
+    return Latents(latents, flipped, alpha, references, flipped_references)
 
 
-def _encoding(archive: Mapping[str, Any], key: str, file: LatentFile, absent: str) -> Tensor:
+def _references(archive: Mapping[str, Any], file: LatentFile, flipped: str) -> tuple[Tensor, ...]:
+    absent = "without the latents of its reference images"
+    return tuple(
+        _encoding(archive, f"reference_{r}{flipped}{file.tail}", shape, absent)
+        for r, shape in enumerate(file.reference_shapes)
+    )
+
+
+def _encoding(archive: Mapping[str, Any], key: str, shape: tuple[int, int, int], absent: str) -> Tensor:
     if key not in archive:
         raise EntryError(absent)
     values = np.asarray(archive[key])
     if values.ndim == 4 and values.shape[1] == 1:
         values = values[:, 0]  # files of video VAEs have an axis with one frame
-    if values.shape != file.latent_shape:
-        raise EntryError(f"holding latents of shape {values.shape} where {file.latent_shape} is needed")
+    if values.shape != shape:
+        raise EntryError(f"holding latents of shape {values.shape} where {shape} is needed")
     if values.dtype.kind != "f":
         raise EntryError(f"holding latents of the type {values.dtype}, which no VAE gives")
     if not np.isfinite(values).all():
@@ -138,7 +157,13 @@ def _encoding(archive: Mapping[str, Any], key: str, file: LatentFile, absent: st
 def checksums_of(archive: Mapping[str, Any], tail: str) -> dict[str, int]:
     """Return a checksum of every latent array in an entry."""
     names = [name for name in ("latents", "latents_flipped") if f"{name}{tail}" in archive]
+    names += sorted(key.removesuffix(tail) for key in archive if is_reference(key, tail))
     return {name: zlib.crc32(np.ascontiguousarray(archive[f"{name}{tail}"]).tobytes()) for name in names}
+
+
+def is_reference(key: str, tail: str) -> bool:
+    """Return True for the key of a reference image in the entry with this suffix."""
+    return re.fullmatch(rf"reference_\d+(_flipped)?{re.escape(tail)}", key) is not None
 
 
 def origin_in(archive: Mapping[str, Any], tail: str) -> Origin | None:
@@ -183,7 +208,8 @@ def judge(file: LatentFile, image: ScannedImage, expected: Expected, storage: St
 
     An entry with our note must come from this image (same name, and same size and time, or same content), the same crop
     and filter, and the same VAE. One without is sd-scripts': it is accepted if its shape fits the bucket, its crop and
-    original size are those of the image, and the file is not older than the image; its VAE is unknown.
+    original size are those of the image, and the file is not older than the image; its VAE is unknown. It is never
+    accepted for an image with references.
     """
     try:
         with open_npz(file.path) as archive:
@@ -192,6 +218,8 @@ def judge(file: LatentFile, image: ScannedImage, expected: Expected, storage: St
             origin = origin_in(archive, file.tail)
             if origin is not None:
                 return Verdict(origin_fault(origin, image, expected, storage))
+            if image.references:  # of which only a note tells
+                return Verdict("made from unknown reference images")
             return Verdict(foreign_fault(archive, file, image), is_foreign=True)
     except DAMAGE as error:
         return Verdict(fault_of(error))
@@ -210,7 +238,27 @@ def origin_fault(origin: Origin, image: ScannedImage, expected: Expected, storag
         return "made from another image"
     if origin.picture_mtime_ns != version.stamp and content_hash(storage.whole(image)[1]) != origin.picture_hash:
         return "made from another image"
+    return references_fault(origin, image, expected.shape, storage) if image.references else None
+
+
+def references_fault(origin: Origin, image: ScannedImage, shape: Shape, storage: Storage) -> str | None:
+    """Return what has changed about the reference images since an entry was written, or None."""
+    if len(origin.references) != len(image.references):
+        return "made with another number of reference images"
+    for noted, reference, its_shape in zip(origin.references, image.references, shape.references, strict=True):
+        digest, num_bytes, stamp, *sizes = noted
+        version = storage.version(reference)
+        if sizes != [list(its_shape.bucket), list(its_shape.resized)]:
+            return "made for another size of its reference images"
+        is_same_file = (num_bytes, stamp) == version
+        if not is_same_file and content_hash(storage.whole(reference)[1]) != digest:
+            return "made from other reference images"
     return None
+
+
+def mark_of_reference(digest: str, version: Version, shape: Shape) -> list[Any]:
+    """Return what an entry notes of a reference image: digest of its file, bytes, stamp, and its sizes."""
+    return [digest, version.num_bytes, version.stamp, list(shape.bucket), list(shape.resized)]
 
 
 def foreign_fault(archive: Mapping[str, Any], file: LatentFile, image: ScannedImage) -> str | None:
@@ -239,6 +287,8 @@ def write_entry(file: LatentFile, latents: Latents, size: Size, origin: Origin) 
     }
     if latents.flipped_CHW is not None:
         values["latents_flipped"] = latents.flipped_CHW.float().numpy()
+    for flipped, references in (("", latents.references), ("_flipped", latents.flipped_references)):
+        values |= {f"reference_{r}{flipped}": one.float().numpy() for r, one in enumerate(references)}
     if latents.alpha_HW is not None:
         values["alpha_mask"] = latents.alpha_HW.numpy().astype(np.float32) / 255
     note = asdict(origin) | {"checksums": checksums_of(values, "")}
@@ -259,6 +309,6 @@ def other_entries(file: LatentFile) -> dict[str, Any]:
         with open_npz(file.path) as archive:
             if has_older_entry(archive, file):
                 own |= set(names)
-            return {key: archive[key] for key in archive if key not in own}
+            return {key: archive[key] for key in archive if key not in own and not is_reference(key, file.tail)}
     except DAMAGE:
         return {}

@@ -8,7 +8,7 @@ missing or damaged index only costs time.
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -52,18 +52,15 @@ class VerifiedEntries:
         """Return `judge`'s verdict, from the index if the file is unchanged."""
         folder, name = os.path.split(file.path)
         now_ns = time.time_ns()
-        if image.place is None:
-            image_stamp = stamp_of(os.stat(image.key), now_ns)
-        else:
-            image_stamp = hash(self.storage.version(image))
-        mark = mark_of(file, image, image_stamp, expected)
-        if image_stamp != UNSETTLED:
+        image_stamps = [self.stamp_of_image(one, now_ns) for one in (image, *image.references)]
+        mark = mark_of(file, image, image_stamps, expected)
+        if UNSETTLED not in image_stamps:
             self.marks[file.path, file.tail] = mark
         try:
             stamp = stamp_of(os.stat(file.path), now_ns)
         except OSError:
             return Verdict(MISSING)
-        is_resolved = UNSETTLED not in (stamp, image_stamp)
+        is_resolved = UNSETTLED not in (stamp, *image_stamps)
         row = self.known.get(folder, {}).get(name + file.tail)
         if is_resolved and row is not None and row[0] == stamp and row[1] | FOREIGN == mark | FOREIGN:
             found = Verdict(None, is_foreign=bool(row[1] & FOREIGN))
@@ -72,6 +69,10 @@ class VerifiedEntries:
         if is_resolved and found.fault is None:
             self.sure.setdefault(folder, {})[name + file.tail] = stamp, mark | FOREIGN if found.is_foreign else mark
         return found
+
+    def stamp_of_image(self, image: ScannedImage, now_ns: float) -> int:
+        """Return one number that changes when an image is replaced."""
+        return stamp_of(os.stat(image.key), now_ns) if image.place is None else hash(self.storage.version(image))
 
     def note_written(self, file: LatentFile) -> None:
         """Remember that this run has just written an entry."""
@@ -90,9 +91,15 @@ class VerifiedEntries:
                 write_rows(folder, known | rows)
 
 
-def mark_of(file: LatentFile, image: ScannedImage, image_stamp: int, expected: Expected) -> int:
+def mark_of(file: LatentFile, image: ScannedImage, image_stamps: Sequence[int], expected: Expected) -> int:
     """Return 63 bits, the last one 0, of everything that an entry is checked against."""
-    facts = (os.path.basename(image.key), image.size, image_stamp, file.tail, file.latent_shape, file.bucket)
+    own_stamp, *reference_stamps = image_stamps
+    facts: tuple[object, ...] = (
+        os.path.basename(image.key), image.size, own_stamp, file.tail, file.latent_shape, file.bucket,
+    )  # fmt: skip
+    if image.references:
+        names = [os.path.basename(one.key) for one in image.references]
+        facts += (names, reference_stamps, file.reference_shapes, expected.shape.references)
     digest = blake2b(repr((VERSION, facts, expected)).encode(errors="surrogatepass"), digest_size=8)
     return (int.from_bytes(digest.digest(), "little") >> 1) & ~FOREIGN
 

@@ -1,6 +1,7 @@
 """Latents that are encoded once: kept in memory (`cache_latents`) or in files (`cache_latents_to_disk`)."""
 
 import logging
+import math
 import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from library.data.caching.latent_files import (
     Latents,
     Origin,
     content_hash,
+    mark_of_reference,
     origin_of_file,
     write_entry,
 )
@@ -31,7 +33,7 @@ from library.data.decoding.tensors import to_pixels
 from library.data.description.buckets import Shape
 from library.data.plan.data_plan import DataPlan
 from library.data.plan.samples import Sample, check_size, stand_in
-from library.data.scanned.images import Version
+from library.data.scanned.images import ScannedImage, Version
 from library.data.sources.storage.storage import Storage
 from library.errors import NotThere, UserError, few, needing
 from library.options.caching import CachingOptions
@@ -43,8 +45,8 @@ logger = logging.getLogger(__name__)
 
 MAX_WAITING_WRITES = 64
 
-Encode = Callable[[Tensor, Sequence[Generator]], Tensor]
-"""Encodes pixels_BCHW from -1 to 1, with one generator per image, to latents_BCHW."""
+Encode = Callable[[Tensor, Sequence[Generator] | None], Tensor]
+"""Encodes pixels_BCHW from -1 to 1, with one generator per image, to latents_BCHW; without, to the posterior's mode."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Decoded:
     alpha: Pixels | None
     version: Version
     file_hash: str
+    references: tuple["Decoded", ...] = ()
 
 
 def cache_latents(
@@ -159,13 +162,14 @@ def plan_jobs(plan: DataPlan, to_disk: bool) -> list[Job]:
     Two images whose names differ only in the extension claim the same entry of the same file, and so do two crops or
     filters of one image for one bucket. The first one gets it, the others stay in memory.
     """
-    groups: dict[tuple[str, Shape, str | None], list[int]] = defaultdict(list)
+    groups: dict[tuple[str, tuple[ScannedImage, ...], Shape, str | None], list[int]] = defaultdict(list)
     for number, sample in enumerate(plan.samples):
         if sample.num_draws:
             interpolation = plan.subset_of(sample).resize_interpolation
-            groups[os.path.abspath(sample.image.key), sample.shape, interpolation].append(number)
+            path, references = os.path.abspath(sample.image.key), sample.image.references
+            groups[path, references, sample.shape, interpolation].append(number)
     jobs, claimed, left_out = [], set(), []
-    for (_, _, interpolation), users in groups.items():
+    for (*_, interpolation), users in groups.items():
         subsets = [plan.subset_of(plan.samples[user]) for user in users]
         sample = plan.samples[users[0]]
         file = file_of(sample, plan) if to_disk else None
@@ -183,9 +187,7 @@ def plan_jobs(plan: DataPlan, to_disk: bool) -> list[Job]:
             len(left_out),
             few(left_out),
         )
-    return sorted(
-        jobs, key=lambda job: (job.sample.shape.bucket[0] * job.sample.shape.bucket[1], job.sample.shape.bucket)
-    )
+    return sorted(jobs, key=lambda job: (math.prod(job.sample.shape.bucket), job.sample.shape.sizes))
 
 
 def file_of(sample: Sample, plan: DataPlan) -> LatentFile:
@@ -304,8 +306,8 @@ def equal_batches(jobs: Sequence[Job], count: int) -> Iterator[list[Job]]:
     """Group neighbouring jobs with the same bucket and the same need of mirrored copies, up to `count` at a time."""
     batch: list[Job] = []
     for job in jobs:
-        alike = (job.sample.shape.bucket, job.needs_flipped)
-        if batch and (len(batch) == count or (batch[0].sample.shape.bucket, batch[0].needs_flipped) != alike):
+        alike = (job.sample.shape.sizes, job.needs_flipped)
+        if batch and (len(batch) == count or (batch[0].sample.shape.sizes, batch[0].needs_flipped) != alike):
             yield batch
             batch = []
         batch.append(job)
@@ -344,27 +346,41 @@ def decode_or_damage(job: Job, storage: Storage) -> Decoded | DamagedImage:
 
 
 def decode(job: Job, storage: Storage) -> Decoded:
-    """Read, resize and crop the image of a job, reading its file once."""
-    version, content = storage.whole(job.sample.image)
-    rgb, alpha = read_pixels(job.sample.image.key, content)
-    check_size(job.sample, rgb)
-    placement = centred(job.sample.shape)
+    """Read, resize and crop the image of a job and its references, reading each file once."""
+    own, shape = job.sample.image, job.sample.shape
+    references = tuple(
+        decode_image(image, its_shape, job.interpolation, storage, needs_alpha=False)
+        for image, its_shape in zip(own.references, shape.references, strict=True)
+    )
+    return replace(decode_image(own, shape, job.interpolation, storage, job.needs_alpha), references=references)
+
+
+def decode_image(
+    image: ScannedImage, shape: Shape, interpolation: str | None, storage: Storage, needs_alpha: bool
+) -> Decoded:
+    """Read, resize and crop an image, reading its file once."""
+    version, content = storage.whole(image)
+    rgb, alpha = read_pixels(image.key, content)
+    check_size(image, rgb)
+    placement = centred(shape)
     placed_alpha = None
-    if job.needs_alpha:
+    if needs_alpha:
         opaque = np.full(rgb.shape[:2], 255, dtype=np.uint8)
-        placed_alpha = place(opaque if alpha is None else alpha, placement, job.interpolation)
-    image = place(rgb, placement, job.interpolation)
-    return Decoded(image, placed_alpha, version, content_hash(content))
+        placed_alpha = place(opaque if alpha is None else alpha, placement, interpolation)
+    return Decoded(place(rgb, placement, interpolation), placed_alpha, version, content_hash(content))
 
 
 def encode_batch(jobs: Sequence[Job], decoded: Sequence[Decoded], encode: Encode, seed: int) -> list[Latents]:
-    """Encode images of one bucket, and their mirrored copies if needed."""
+    """Encode images of one bucket with their references, and the mirrored copies of all if needed."""
     if not jobs:
         return []
     pixels_BCHW = torch.stack([to_pixels(one.image) for one in decoded])
     plain_BCHW = encode(pixels_BCHW, [generator_of(*pair, seed, 0) for pair in zip(jobs, decoded, strict=True)])
-    flipped_BCHW = None
+    references = encode_references(decoded, encode, is_flipped=False)
+    flipped_BCHW: Tensor | None = None
+    flipped_references: list[tuple[Tensor, ...]] = [()] * len(jobs)
     if jobs[0].needs_flipped:
+        flipped_references = encode_references(decoded, encode, is_flipped=True)
         flipped_BCHW = encode(
             pixels_BCHW.flip(-1), [generator_of(*pair, seed, 1) for pair in zip(jobs, decoded, strict=True)]
         )
@@ -373,9 +389,20 @@ def encode_batch(jobs: Sequence[Job], decoded: Sequence[Decoded], encode: Encode
             plain_BCHW[i].clone(),
             None if flipped_BCHW is None else flipped_BCHW[i].clone(),
             None if alpha is None else torch.from_numpy(alpha),
+            references[i],
+            flipped_references[i],
         )
         for i, alpha in enumerate(one.alpha for one in decoded)
     ]
+
+
+def encode_references(decoded: Sequence[Decoded], encode: Encode, is_flipped: bool) -> list[tuple[Tensor, ...]]:
+    """Return the latents of the references of each image, CHW each; images have references of one size by number."""
+    encoded = []
+    for same in zip(*(one.references for one in decoded), strict=True):
+        pixels_BCHW = torch.stack([to_pixels(one.image) for one in same])
+        encoded.append(encode(pixels_BCHW.flip(-1) if is_flipped else pixels_BCHW, None))
+    return [tuple(latents_BCHW[i].clone() for latents_BCHW in encoded) for i in range(len(decoded))]
 
 
 def generator_of(job: Job, decoded: Decoded, seed: int, is_flipped: int) -> Generator:
@@ -386,6 +413,9 @@ def generator_of(job: Job, decoded: Decoded, seed: int, is_flipped: int) -> Gene
 
 def check_latents(job: Job, latents: Latents, plan: DataPlan) -> None:
     """Raise UserError naming the image if the VAE gave NaN or a shape other than the base model's."""
+    for reference, one in zip(job.sample.image.references, latents.references, strict=True):
+        if not torch.isfinite(one).all():
+            raise UserError(f"the VAE gives NaN for {reference.key}; add --no_half_vae, or use a VAE made for fp16")
     path = job.sample.image.key
     for tensor in (latents.latents_CHW, latents.flipped_CHW):
         if tensor is None:
@@ -409,4 +439,8 @@ def origin_of(job: Job, decoded: Decoded, vae_identity: str) -> Origin:
         interpolation=job.interpolation,
         vae=vae_identity,
         checksums={},
+        references=[
+            mark_of_reference(one.file_hash, one.version, shape)
+            for one, shape in zip(decoded.references, job.sample.shape.references, strict=True)
+        ],
     )

@@ -88,13 +88,17 @@ def read_pixels(path: str, content: bytes | None = None) -> tuple[Pixels, Pixels
         orientation = orientation_of(image)
         decode_all(image, path)
         upright = image.transpose(TRANSPOSITIONS[orientation]) if orientation in TRANSPOSITIONS else image
-        has_alpha = upright.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in upright.info
         if upright.mode.startswith("I"):
             return _from_16_bits(upright), None
-        if has_alpha:
+        if has_alpha(upright):
             rgba = np.asarray(upright.convert("RGBA"))
             return np.ascontiguousarray(rgba[..., :3]), np.ascontiguousarray(rgba[..., 3])
         return np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB")), None
+
+
+def has_alpha(image: Image.Image) -> bool:
+    """Return True if an image has an alpha channel or a transparent colour."""
+    return image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
 
 
 def _from_16_bits(image: Image.Image) -> Pixels:

@@ -3,7 +3,8 @@
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from library.errors import UserError
 
@@ -19,6 +20,12 @@ class Shape:
 
     bucket: Size
     resized: Size
+    references: tuple["Shape", ...] = field(default=(), repr=False)
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """The bucket and the sizes of the references, which the images of one batch share."""
+        return self.bucket, *(reference.bucket for reference in self.references)
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,7 @@ class BucketRules:
     max_reso: int
     step: int
     no_upscale: bool
+    needed_step: int = 64  # the multiple of sides that the base model requires, to which references are cropped
 
     @classmethod
     def build(
@@ -56,14 +64,14 @@ class BucketRules:
                 "trained, such as 4096x4096, and base models work best far below"
             )
         if not enable_bucket:
-            return cls(resolution, False, min_reso, max_reso, step, no_upscale)
+            return cls(resolution, False, min_reso, max_reso, step, no_upscale, needed_step)
         if step <= 0 or step % needed_step:
             raise UserError(
                 f"bucket_reso_steps is {step}, but this model needs a multiple of {needed_step}; set {needed_step}"
             )
         if no_upscale:
             logger.warning("bucket_no_upscale: min_bucket_reso and max_bucket_reso have no effect")
-            return cls(resolution, True, min_reso, max_reso, step, True)
+            return cls(resolution, True, min_reso, max_reso, step, True, needed_step)
         if step > min(resolution):
             raise UserError(
                 f"bucket_reso_steps is {step}, more than the shorter side of the resolution {resolution}: no bucket "
@@ -91,7 +99,7 @@ class BucketRules:
             raise UserError(f"min_bucket_reso is {low}, more than the shorter side of the resolution {resolution}")
         if high < max(resolution):
             raise UserError(f"max_bucket_reso is {high}, less than the longer side of the resolution {resolution}")
-        return cls(resolution, True, max(low, step), high, step, False)
+        return cls(resolution, True, max(low, step), high, step, False, needed_step)
 
 
 def bucket_sizes(resolution: Size, low: int, high: int, step: int) -> list[Size]:
@@ -169,6 +177,29 @@ def assign_shapes(images: Sequence[Size], rules: BucketRules) -> list[Shape]:
             bucket = nearest_bucket(image, buckets)
             known[image] = Shape(bucket, cover(image, bucket))
     return [known[image] for image in images]
+
+
+@dataclass(frozen=True)
+class ReferenceRules:
+    """How reference images are resized: to their target's bucket unless one of these says otherwise."""
+
+    resolution: Size | None  # to buckets of this area
+    no_resize: bool  # only cropped to multiples of the step, and shrunk if larger than `resolution`
+    step: int
+
+    @cached_property
+    def buckets(self) -> list[Size]:
+        assert self.resolution is not None
+        return bucket_sizes(self.resolution, self.step, 4 * max(self.resolution), self.step)
+
+    def shape(self, image: Size, target_image: Size, target: Shape) -> Shape:
+        """Return the shape of a reference of size `image`; one like its target has the target's shape by default."""
+        if self.no_resize:
+            return shape_without_upscale(image, self.resolution or image, self.step)
+        if self.resolution is None and image == target_image:
+            return target
+        bucket = target.bucket if self.resolution is None else nearest_bucket(image, self.buckets)
+        return Shape(bucket, cover(image, bucket))
 
 
 def crop_ltrb(bucket: Size, image: Size) -> tuple[float, float, float, float]:

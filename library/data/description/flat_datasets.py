@@ -7,6 +7,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 SOURCES = {"image_directory": "image_dir", "image_jsonl_file": "metadata_file"}  # key there -> key of a subset
+REFERENCES = {"control_directory": "control_dirs", "no_resize_control": "control_no_resize"}
 CACHES = "cache_directory"
 BUCKET_STEP, MAX_BUCKET = 16, 1024
 
@@ -35,6 +36,7 @@ def with_subset(dataset: Any, outer: Sequence[Mapping[str, Any]], path: str) -> 
     longest = max((side for side in sides if isinstance(side, int)), default=MAX_BUCKET)
     usual = {"bucket_reso_steps": BUCKET_STEP, "min_bucket_reso": BUCKET_STEP, "max_bucket_reso": 4 * longest}
     given = {key for table in (dataset, *outer) for key in table}
-    own = {key: value for key, value in dataset.items() if key not in SOURCES and key != CACHES}
-    subset = {name: dataset[key] for key, name in SOURCES.items() if key in dataset}
+    names = SOURCES | REFERENCES
+    own = {key: value for key, value in dataset.items() if key not in names and key != CACHES}
+    subset = {name: dataset[key] for key, name in names.items() if key in dataset}
     return {**{key: value for key, value in usual.items() if key not in given}, **own, "subsets": [subset]}

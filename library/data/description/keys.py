@@ -125,6 +125,9 @@ SUBSET_KEYS = (
     Key("cache_info", BOOL, False, GDS, ("dreambooth", "masked"), "cache_info"),
     Key("metadata_file", TEXT, None, ONLY_S, ("metadata",)),
     Key("conditioning_data_dir", TEXT, None, ONLY_S, ("masked",)),
+    Key("control_dirs", TEXTS, (), ONLY_S),
+    Key("control_resolution", SIZE, None, GDS),
+    Key("control_no_resize", BOOL, False, GDS),
 )
 
 ALL_KEYS = {key.name: key for key in (*DATASET_KEYS, *SUBSET_KEYS)}

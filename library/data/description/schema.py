@@ -65,6 +65,9 @@ class SubsetConfig:
     caption_column: str | None
     metadata_file: str | None
     conditioning_data_dir: str | None
+    control_dirs: tuple[str, ...]  # folders of reference images, in the order that the model gets them
+    control_resolution: tuple[int, int] | None  # width, height
+    control_no_resize: bool
     num_repeats: int
     class_tokens: str | None
     is_reg: bool
@@ -417,6 +420,9 @@ def check_subset(values: Table, rules: CaptionRules, place: str) -> None:
         raise UserError(
             f"{place}: random_crop does not work with conditioning_data_dir: masks are cropped at the centre"
         )
+    size = values["control_resolution"]
+    if size is not None and min(size) < 1:
+        raise UserError(f"{place}: control_resolution is {list(size)}; use sizes in pixels, such as 1024")
 
 
 def limit_of(value: Any) -> str:

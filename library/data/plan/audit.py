@@ -13,9 +13,10 @@ from itertools import chain, compress
 import numpy as np
 from numpy.typing import NDArray
 
-from library.data.description.buckets import BucketRules
+from library.data.description.buckets import BucketRules, Size
 from library.data.description.captions import fullest_captions, has_nested_wildcard
 from library.data.plan.folder_audit import folder_lines
+from library.data.plan.references import reference_lines
 from library.data.plan.samples import Draws, Samples, duplicated_stems
 from library.data.scanned.images import ScannedImages
 from library.data.scanned.subsets import ScannedDataset, ScannedSubset
@@ -59,14 +60,17 @@ def audit_lines(
     for number, (dataset, rule) in enumerate(zip(datasets, rules, strict=True)):
         yield logging.INFO, f"dataset {number + 1}: {describe_size(rule)}, batch size {dataset.config.batch_size}"
         for index, subset in enumerate(dataset.subsets, first_subset):
-            for level, text in chain(subset_lines(subset, num_draws[index], unused[index]), folder_lines(subset)):
+            own_lines = subset_lines(subset, num_draws[index], unused[index])
+            for level, text in chain(own_lines, folder_lines(subset), reference_lines(subset)):
                 if level == logging.INFO or text not in warned:
                     yield level, text
                     warned.add(text)
         first_subset += len(dataset.subsets)
         for bucket in draws.buckets:
             if bucket.dataset == number:
-                size = f"{bucket.size[0]}x{bucket.size[1]}"
+                size = " with references of ".join(
+                    filter(None, [format_sizes([bucket.size]), format_sizes(bucket.reference_sizes)])
+                )
                 yield logging.INFO, f"  bucket {size}: {len(bucket.draws)} draws, {bucket.num_batches} batches"
         yield from enlarged_lines(samples, number)
         if not rule.enable_bucket:
@@ -74,6 +78,11 @@ def audit_lines(
     yield from pair_lines(datasets)
     if limit is not None:
         yield from length_lines(datasets, limit)
+
+
+def format_sizes(sizes: Sequence[Size]) -> str:
+    """Return sizes as text."""
+    return ", ".join(f"{width}x{height}" for width, height in sizes)
 
 
 def describe_size(rule: BucketRules) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from library.collector import without_collection
-from library.data.description.buckets import BucketRules, Shape
+from library.data.description.buckets import BucketRules, Shape, Size
 from library.data.description.captions import caption_variant
 from library.data.description.schema import DatasetConfig, RunDataConfig, SubsetConfig, load_dataset_config
 from library.data.plan.audit import MOST_COUNTED_AT_START, TokenLimit, audit_lines, log_lengths_later
@@ -19,6 +19,7 @@ from library.data.plan.audit_values import dataset_facts
 from library.data.plan.collect import collect
 from library.data.plan.dataset_digest import dataset_identity, image_digests
 from library.data.plan.order import epoch_batches
+from library.data.plan.references import check_references
 from library.data.plan.samples import Draws, Sample, Samples, build_draws, build_samples, check_images, fixed_shape
 from library.data.plan.summary import TagFrequency, dataset_metadata, tag_frequency
 from library.data.plan.validation_split import Split, split_datasets, unchanging
@@ -74,8 +75,11 @@ class DataPlan:
 
     @property
     def image_paths(self) -> list[str]:
-        """The files of all images, one for each sample."""
-        return [key for images in self.samples.subsets for key in images.each_key()]
+        """The files of all images, one for each sample, then those of reference images."""
+        return [
+            *(key for images in self.samples.subsets for key in images.each_key()),
+            *self.samples.reference_paths,
+        ]
 
     @property
     def image_plan(self) -> "DataPlan":
@@ -109,11 +113,10 @@ class DataPlan:
         """The batch size of each dataset."""
         return [dataset.config.batch_size for dataset in self.datasets]
 
-    def batch_shapes(self) -> Iterator[tuple[int, tuple[int, int]]]:
-        """Yield the number of images and their size (width, height) of each bucket's full batches."""
+    def batch_shapes(self) -> Iterator[tuple[int, tuple[Size, ...]]]:
+        """Yield the number of images of each bucket's full batches, their size and those of their references."""
         for bucket in self.draws.buckets:
-            first = self.samples[int(self.draws.sample_of_draw[int(bucket.draws[0])])]
-            yield min(bucket.batch_size, len(bucket.draws)), first.shape.bucket
+            yield min(bucket.batch_size, len(bucket.draws)), (bucket.size, *bucket.reference_sizes)
 
     def subset_of(self, sample: Sample) -> SubsetConfig:
         """Return the settings of a sample's subset."""
@@ -180,7 +183,7 @@ class DataPlan:
         The numbers of batches and images stay. The largest batch is the one with the most pixels.
         """
         batches = epoch_batches(self.draws.buckets, self.seed, 1)
-        pixels_M = [math.prod(shape.bucket) for shape in self.samples.shapes]
+        pixels_M = [sum(map(math.prod, shape.sizes)) for shape in self.samples.shapes]
 
         def numbers_at(place: int) -> list[int]:
             return [int(number) for number in self.draws.sample_of_draw[list(batches[place])]]
@@ -207,7 +210,9 @@ class DataPlan:
             sample = self.samples[number]
             subset = self.subset_of(sample)
             if subset.random_crop and not self.rules[sample.dataset].enable_bucket:
-                shapes[number] = fixed_shape(sample.image.size, sample.shape.bucket, unchanging(subset))
+                shape = fixed_shape(sample.image.size, sample.shape.bucket, unchanging(subset))
+                # References of random crops have their image's shape, see `check_references`.
+                shapes[number] = replace(shape, references=(shape,) * len(sample.image.references))
         limited = self._limited_to([*chosen, *aside], shapes, draws_once=chosen)
         return replace(limited, subsets=tuple(unchanging(subset) for subset in self.subsets)), chosen
 
@@ -255,6 +260,8 @@ def build_plan(
     num_trained = len(split.trained)
     rules = tuple(bucket_rules(dataset.config, spec) for dataset in datasets)
     samples = build_samples(datasets, rules)
+    subset_configs = tuple(subset.config for dataset in datasets for subset in dataset.subsets)
+    check_references(subset_configs, samples, spec)
     configs = [dataset.config for dataset in datasets]
     draws = build_draws(samples, configs, range(num_trained))
     validation_seed = options.validation.validation_seed
@@ -265,7 +272,7 @@ def build_plan(
         samples=samples,
         draws=draws,
         draws_aside=build_draws(samples, configs, range(num_trained, len(datasets))),
-        subsets=tuple(subset.config for dataset in datasets for subset in dataset.subsets),
+        subsets=subset_configs,
         seed=seed,
         validation_seed=seed if validation_seed is None else validation_seed,
         prior_loss_weight=options.dataset.prior_loss_weight,

@@ -19,12 +19,14 @@ AT_ONCE = 4096  # images digested together
 
 WHERE = (
     "keeps_index", "entries", "image_dir", "metadata_file", "conditioning_data_dir", "cache_info", "source_key",
+    "control_dirs", "control_resolution", "control_no_resize",  # references are in the digest of the images
     "patterns", "image_column", "caption_column",
 )  # fmt: skip
 
 
 def image_digests(samples: Samples, num_threads: int) -> list[str]:
     """Return the digests of all image files; for images in larger files those of the index; none for very large sets.
+    Those of reference images follow.
 
     See `content_digests`.
     """
@@ -38,7 +40,7 @@ def image_digests(samples: Samples, num_threads: int) -> list[str]:
             if images.places is None
             else [digest.tobytes().hex()[:8] for digest in images.places.digest_N16]
         )
-    ]
+    ] + content_digests(samples.reference_paths, num_threads)
 
 
 def content_digests(paths: Sequence[str], num_threads: int) -> list[str]:
@@ -95,6 +97,9 @@ def dataset_identity(config: RunDataConfig, samples: Samples, num_batches: int) 
                 images.update("".join(parts).encode())
                 parts.clear()
         images.update("".join(parts).encode())
+        for shape, references in zip(samples.shape_N[rows].tolist(), own.references or (), strict=False):
+            named = [(basename(one.key), one.size) for one in references]
+            images.update(f"{named!a}{samples.shapes[shape].references}".encode())
         remaining = iter(own.captions)
         while block := list(islice(remaining, AT_ONCE)):
             captions.update("".join([f"{caption!a}\0" for caption in block]).encode())

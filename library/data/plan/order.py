@@ -14,12 +14,13 @@ from library.randomness import random_for
 
 @dataclass(frozen=True, eq=False)
 class Bucket:
-    """The draws that share a size and a dataset; a draw is a number, one for each repeat of each image."""
+    """The draws that share sizes and a dataset; a draw is a number, one for each repeat of each image."""
 
     dataset: int
     size: tuple[int, int]  # width, height
     batch_size: int
     draws: Sequence[int] | NDArray[np.int32]
+    reference_sizes: tuple[tuple[int, int], ...] = ()  # of each reference image
 
     @property
     def num_batches(self) -> int:

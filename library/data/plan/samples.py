@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from library.data.decoding.images import Pixels, read_size
-from library.data.description.buckets import BucketRules, Shape, Size, assign_shapes, cover
+from library.data.description.buckets import BucketRules, ReferenceRules, Shape, Size, assign_shapes, cover
 from library.data.description.schema import DatasetConfig, NoDataFound, SubsetConfig
 from library.data.plan.folder_audit import images_below
 from library.data.plan.order import Bucket, regularisation_repeats
@@ -106,6 +106,11 @@ class Samples(Sequence[Sample]):
             first += len(images)
         return found
 
+    @property
+    def reference_paths(self) -> list[str]:
+        """The files of all reference images."""
+        return [one.key for images in self.subsets for row in images.references or () for one in row]
+
     def sizes(self) -> NDArray[np.int32]:
         """Width and height of each image, shape (N, 2)."""
         return np.concatenate([images.sizes_N2 for images in self.subsets]) if self.subsets else _NO_SIZES
@@ -179,12 +184,14 @@ def build_samples(datasets: Sequence[ScannedDataset], rules: Sequence[BucketRule
     for dataset, rule in zip(datasets, rules, strict=True):
         draws.append(draws_of_dataset(dataset))
         for subset in dataset.subsets:
-            sizes_N2, size_N = unique_sizes(subset.images.sizes_N2)
-            sizes = [(width, height) for width, height in sizes_N2.tolist()]
+            sizes_M, size_N = unique_sizes(subset.images)
+            sizes = [first for first, *_ in sizes_M]
             if rule.enable_bucket:
                 found = assign_shapes(sizes, rule)
             else:
                 found = [fixed_shape(size, rule.resolution, subset.config) for size in sizes]
+            if subset.images.references is not None:
+                found = with_references(found, sizes_M, subset.config, rule.needed_step)
             places = [shapes.setdefault(shape, len(shapes)) for shape in found]
             columns.append(np.array(places, dtype=np.int32)[size_N])
     subsets = tuple(subset.images for dataset in datasets for subset in dataset.subsets)
@@ -192,11 +199,27 @@ def build_samples(datasets: Sequence[ScannedDataset], rules: Sequence[BucketRule
     return Samples(subsets, dataset_of_subset, tuple(shapes), joined(columns), joined(draws))
 
 
-def unique_sizes(sizes_N2: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return (the distinct sizes, shape (M, 2); the index of each image's size)."""
-    codes_N = sizes_N2[:, 0].astype(np.int64) << 32 | sizes_N2[:, 1]
-    codes_M, place_N = np.unique(codes_N, return_inverse=True)
-    return np.stack([codes_M >> 32, codes_M & 0xFFFFFFFF], axis=1), place_N
+def unique_sizes(images: ScannedImages) -> tuple[list[tuple[Size, ...]], NDArray[np.int64]]:
+    """Return (the distinct sizes of images and their references; the index of each image's sizes)."""
+    own_N12 = images.sizes_N2[:, None]
+    sizes_NK2 = own_N12 if images.references is None else np.hstack([own_N12, images.references.sizes_NR2])
+    codes_NK = sizes_NK2[..., 0].astype(np.int64) << 32 | sizes_NK2[..., 1]
+    # A single column is compared as numbers, many times faster than rows of several.
+    codes: Any = codes_NK[:, 0] if codes_NK.shape[1] == 1 else codes_NK
+    codes_M, place_N = np.unique(codes, axis=0, return_inverse=True)
+    rows = codes_M.reshape(len(codes_M), -1).tolist()
+    return [tuple((code >> 32, code & 0xFFFFFFFF) for code in row if code) for row in rows], place_N.reshape(-1)
+
+
+def with_references(
+    shapes: Sequence[Shape], sizes: Sequence[tuple[Size, ...]], subset: SubsetConfig, step: int
+) -> list[Shape]:
+    """Return the shapes of images with those of their references, whose sizes follow each image's own."""
+    rules = ReferenceRules(subset.control_resolution, subset.control_no_resize, step)
+    return [
+        replace(shape, references=tuple(rules.shape(size, own, shape) for size in references))
+        for shape, (own, *references) in zip(shapes, sizes, strict=True)
+    ]
 
 
 def joined(columns: Sequence[NDArray[np.int32]]) -> NDArray[np.int32]:
@@ -250,14 +273,14 @@ def build_draws(samples: Samples, configs: Sequence[DatasetConfig], chosen: Cont
     sample_of_draw = np.repeat(np.arange(len(samples), dtype=np.int32), counts_N)
     # Number the few pairs of dataset and shape that occur first, then the buckets.
     pairs, pair_N = np.unique(dataset_N.astype(np.int64) << 32 | samples.shape_N, return_inverse=True)
-    keys = [(int(pair >> 32), samples.shapes[pair & 0xFFFFFFFF].bucket) for pair in pairs]
+    keys = [(int(pair >> 32), samples.shapes[pair & 0xFFFFFFFF].sizes) for pair in pairs]
     places = {key: place for place, key in enumerate(sorted(set(keys)))}
     place_of_pair = np.array([places[key] for key in keys], dtype=np.int32)
     place_of_draw = np.repeat(place_of_pair[pair_N], counts_N) if len(pairs) else np.empty(0, dtype=np.int32)
     members = np.split(np.argsort(place_of_draw, kind="stable").astype(np.int32), np.cumsum(np.bincount(place_of_draw)))
     buckets = tuple(
-        Bucket(dataset, size, configs[dataset].batch_size, draws)
-        for (dataset, size), draws in zip(places, members, strict=False)
+        Bucket(dataset, size, configs[dataset].batch_size, draws, tuple(references))
+        for (dataset, (size, *references)), draws in zip(places, members, strict=False)
         if len(draws)
     )
     return Draws(sample_of_draw, buckets)
@@ -271,7 +294,7 @@ def stand_in(
     So every batch keeps its size and the run its length. Raises UserError if no other is left.
     """
     damaged = samples[number]
-    fits = np.array([shape.bucket == damaged.shape.bucket for shape in samples.shapes])
+    fits = np.array([shape.sizes == damaged.shape.sizes for shape in samples.shapes])
     is_reg = np.array([subset.is_reg for subset in subsets])
     is_alike_N = (samples.draws_N > 0) & (samples.dataset_of_each() == damaged.dataset) & fits[samples.shape_N]
     is_alike_N &= is_reg[samples.subset_of_each()] == is_reg[damaged.subset]
@@ -310,10 +333,8 @@ def may_share_stems(images: ScannedImages) -> bool:
     return bool((hashes_N[1:] == hashes_N[:-1]).any())
 
 
-def check_size(sample: Sample, rgb: Pixels) -> None:
+def check_size(image: ScannedImage, rgb: Pixels) -> None:
     """Raise UserError for an image whose size changed since the start of the run."""
     size = (rgb.shape[1], rgb.shape[0])
-    if size != sample.image.size:
-        raise UserError(
-            f"{sample.image.key} is {size[0]}x{size[1]}, but was {sample.image.size} at the start; restart the run"
-        )
+    if size != image.size:
+        raise UserError(f"{image.key} is {size[0]}x{size[1]}, but was {image.size} at the start; restart the run")

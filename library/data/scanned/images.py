@@ -95,6 +95,7 @@ class ScannedImage(NamedTuple):
     mask_path: str | None = None
     tags: str | None = None  # the tags field of a metadata file, for statistics
     place: Place | None = None  # None: the image is the file `key`
+    references: tuple["ScannedImage", ...] = ()  # what an edit model is given beside the caption, in order
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +135,35 @@ class Places:
 
 
 @dataclass(frozen=True, eq=False)
+class References:
+    """The reference images of N images, at most R of each; those that an image lacks are "" of size 0."""
+
+    paths: tuple[Texts, ...]
+    sizes_NR2: NDArray[np.int32]
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[tuple[str, Size]]]) -> "References":
+        """Build the columns from path and size of the references of each image."""
+        count = max(map(len, rows), default=0)
+        filled = [[*row, *[("", (0, 0))] * (count - len(row))] for row in rows]
+        sizes_NR2 = np.array([[size for _, size in row] for row in filled], dtype=np.int32)
+        paths = tuple(Texts.of(row[r][0] for row in filled) for r in range(count))
+        return cls(paths, sizes_NR2.reshape(len(rows), count, 2))
+
+    def __iter__(self) -> Iterator[tuple[ScannedImage, ...]]:
+        for paths, sizes in zip(zip(*self.paths, strict=True), in_blocks(self.sizes_NR2), strict=True):
+            yield tuple(ScannedImage(path, "", tuple(size)) for path, size in zip(paths, sizes, strict=True) if path)
+
+    def of_image(self, number: int) -> tuple[ScannedImage, ...]:
+        """Return the references of one image."""
+        return next(iter(self.take(np.array([number]))))
+
+    def take(self, rows: NDArray[Any]) -> "References":
+        """Return the references of the images at `rows`."""
+        return References(tuple(paths.take(rows) for paths in self.paths), self.sizes_NR2[rows])
+
+
+@dataclass(frozen=True, eq=False)
 class ScannedImages(Sequence[ScannedImage]):
     """N images; objects are created on access."""
 
@@ -144,6 +174,7 @@ class ScannedImages(Sequence[ScannedImage]):
     masks: Texts | None = None
     tags: Texts | None = None
     places: Places | None = None
+    references: References | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -164,6 +195,7 @@ class ScannedImages(Sequence[ScannedImage]):
             None if self.masks is None else self.masks[number],
             None if self.tags is None else self.tags[number],
             None if places is None else places.of(number, name),
+            () if self.references is None else self.references.of_image(number),
         )
 
     def __iter__(self) -> Iterator[ScannedImage]:
@@ -171,7 +203,8 @@ class ScannedImages(Sequence[ScannedImage]):
         places = nothing if self.places is None else map(self.places.of, range(len(self)), self.names)
         sizes = map(tuple, in_blocks(self.sizes_N2))
         masks, tags = self.masks or nothing, self.tags or nothing
-        rows: Any = zip(self.each_key(), self.captions, sizes, masks, tags, places, strict=False)
+        references: Any = self.references or repeat(())
+        rows: Any = zip(self.each_key(), self.captions, sizes, masks, tags, places, references, strict=False)
         return map(ScannedImage._make, rows)
 
     def __eq__(self, other: object) -> bool:
@@ -204,6 +237,7 @@ class ScannedImages(Sequence[ScannedImage]):
             masks=None if self.masks is None else self.masks.take(rows),
             tags=None if self.tags is None else self.tags.take(rows),
             places=None if self.places is None else self.places.take(rows),
+            references=None if self.references is None else self.references.take(rows),
         )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from library.data.description.buckets import Size
 from library.data.description.schema import DatasetConfig, SubsetConfig
 from library.data.scanned.columns import Sizes, Texts
-from library.data.scanned.images import ScannedImages
+from library.data.scanned.images import References, ScannedImages
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class ScannedSubset:
     small: Sequence[str] = ()  # skipped by skip_image_resolution
     aside: Sequence[str] = ()  # names in image_dir with image or caption extensions that are not read
     alone: Sequence[str] = ()  # names of captions in image_dir without an image
+    surplus: Sequence[str] = ()  # paths of reference images that belong to no image
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,13 @@ class Listing:
     sizes: Sequence[Size | str] = ()  # for an image that cannot be read, the reason
     masks: list[str] | None = None
     tags: list[str] | None = None
+    references: list[list[tuple[str, Size]]] | None = None  # path and size of those of each image
     dropped: list[tuple[str, str]] = field(default_factory=list)
     without_caption: list[str] = field(default_factory=list)
     empty_caption: list[str] = field(default_factory=list)
     aside: list[str] = field(default_factory=list)
     alone: list[str] = field(default_factory=list)
+    surplus: list[str] = field(default_factory=list)
 
     @property
     def prefix(self) -> str:
@@ -69,7 +72,10 @@ class Listing:
             sizes = Sizes.of([(0, 0) if isinstance(size, str) else size for size in self.sizes])
             whys = zip(self.names, self.sizes, strict=True)
             dropped = [(self.prefix + name, why) for name, why in whys if isinstance(why, str)]
-        images = ScannedImages(Texts.of(self.names), self.captions, sizes.array_N2, self.prefix, masks, tags)
+        references = None if self.references is None else References.of(self.references)
+        images = ScannedImages(
+            Texts.of(self.names), self.captions, sizes.array_N2, self.prefix, masks, tags, references=references
+        )
         if dropped:
             images = images.take(np.flatnonzero(sizes.array_N2.any(axis=1)))
         return ScannedSubset(
@@ -80,4 +86,5 @@ class Listing:
             tuple(self.empty_caption),
             aside=tuple(self.aside),
             alone=tuple(self.alone),
+            surplus=tuple(self.surplus),
         )

@@ -1,8 +1,10 @@
-"""The source image_dir: a folder of images with caption files beside them, and masks in another folder."""
+"""The source image_dir: a folder of images with caption files beside them, and masks and
+reference images in other folders."""
 
 from library.data.description.schema import SubsetConfig
 from library.data.scanned.subsets import ScannedSubset
-from library.data.sources.folders.scan import add_masks, list_folder
+from library.data.sources.folders.pairing import add_masks, add_references
+from library.data.sources.folders.scan import list_folder
 from library.data.sources.storage.source import Source
 from library.data.sources.storage.storage import Storage
 
@@ -12,7 +14,8 @@ def scan(config: SubsetConfig, storage: Storage, num_threads: int) -> ScannedSub
     listing = list_folder(config, num_threads)
     if config.style == "masked":
         add_masks(listing)
+    add_references(listing, num_threads)
     return listing.found()
 
 
-SOURCE = Source(("caption_extension", "cache_info"), scan)
+SOURCE = Source(("caption_extension", "cache_info", "control_dirs"), scan)

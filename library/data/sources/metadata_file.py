@@ -3,13 +3,16 @@
 from library.data.description.schema import SubsetConfig
 from library.data.scanned.subsets import ScannedSubset
 from library.data.sources.folders.metadata_listing import list_metadata
+from library.data.sources.folders.pairing import add_references
 from library.data.sources.storage.source import Source
 from library.data.sources.storage.storage import Storage
 
 
 def scan(config: SubsetConfig, storage: Storage, num_threads: int) -> ScannedSubset:
     """List the images in the order of their paths."""
-    return list_metadata(config, num_threads).found()
+    listing = list_metadata(config, num_threads)
+    add_references(listing, num_threads)
+    return listing.found()
 
 
-SOURCE = Source((), scan)
+SOURCE = Source(("control_dirs",), scan)

@@ -31,8 +31,8 @@ class MappedLatents:
 
     spec: LatentSpec
 
-    def encode(self, vae: nn.Module, pixels_BCHW: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """Sample the posterior, subtract 0.1159 and multiply by 0.3611, float32."""
+    def encode(self, vae: nn.Module, pixels_BCHW: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
+        """Sample the posterior (without generators take its mean), subtract 0.1159 and multiply by 0.3611, float32."""
         latents = KlLatents(self.spec, SCALE, SHIFT)
         return latents.normalize(latents.encode(vae, pixels_BCHW, generators))
 
@@ -44,11 +44,9 @@ class MappedLatents:
         return KlLatents(self.spec, SCALE, SHIFT).decode(vae, latents_BCHW)
 
 
-def mapped_latents(cache_suffix: str) -> MappedLatents:
+def mapped_latents(cache_suffix: str, max_references: int = 0) -> MappedLatents:
     """Return the latents of a base model whose tokens are 2 x 2 latents."""
-    return MappedLatents(
-        LatentSpec(CHANNELS, 8, bucket_step=16, cache_suffix=cache_suffix, had_keys_without_size=False)
-    )
+    return MappedLatents(LatentSpec(CHANNELS, 8, 16, cache_suffix, False, max_references))
 
 
 def open_ae(model: str, name: str | None, base: BaseFiles, flag: str = "--ae") -> Component:

@@ -19,11 +19,14 @@ class KlLatents:
     scale: float  # scales latents to about unit variance
     shift: float = 0.0  # subtracted before scaling
 
-    def encode(self, vae: nn.Module, pixels_BCHW: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """Sample the posterior, float32, unscaled: mean + std * noise, with each sample's own generator."""
+    def encode(self, vae: nn.Module, pixels_BCHW: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
+        """Sample the posterior, float32, unscaled: mean + std * noise, with each sample's own generator; without
+        generators return the mean."""
         model: Any = vae
         posterior = model.encode(pixels_BCHW.to(model.device, model.dtype)).latent_dist
         mean_BCHW: Tensor = posterior.mean.float()
+        if generators is None:
+            return mean_BCHW
         std_BCHW: Tensor = posterior.std.float()
         assert len(generators) == len(pixels_BCHW)
         noise_BCHW = torch.stack([torch.randn(mean_BCHW.shape[1:], generator=g) for g in generators])

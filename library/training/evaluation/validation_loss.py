@@ -16,7 +16,7 @@ from library.options.training.noise import NoiseOptions
 from library.protocols import Objective
 from library.randomness import generator_for, stream_seed
 from library.training.step.context import StepContext
-from library.training.step.latents import inpainting_of, latents_of
+from library.training.step.latents import image_features_of, latents_of
 from library.training.step.losses import losses_of
 from library.training.step.text_features import conditioning_of
 from library.types import Batch, Noised
@@ -50,7 +50,7 @@ def batch_losses(context: StepContext, batch: Batch, names: Sequence[Name], leve
     random.seed(place)
     latents_BCHW = latents_of(context, batch, lambda i: generator_for(seed, "validation vae", *names[i]))
     clean_BCHW = context.arch.codec.normalize(latents_BCHW)
-    extra = inpainting_of(context, batch, seed, lambda i: ("validation", *names[i]))
+    extra = image_features_of(context, batch, seed, lambda i: ("validation", *names[i]))
     columns = []
     for level in levels:
         objective = context.arch.objective.at_timestep(level)

@@ -15,7 +15,7 @@ from library.memory.devices import send
 from library.randomness import stream_seed
 from library.training.run_parts import Run
 from library.training.step.context import StepContext
-from library.training.step.latents import inpainting_of
+from library.training.step.latents import image_features_of
 from library.training.step.losses import losses_of, noised_of, start_batch, varied_conditioning_of, vary
 from library.training.step.text_features import conditioning_of
 from library.types import Batch, Conditioning, Noised
@@ -71,7 +71,7 @@ def stacked_losses(contexts: Sequence[StepContext], batch: Batch, many: Batch, b
     noised = of_each_seed(contexts, lambda context: noised_of(context, batch, batch_number, is_checked=False))
     extra = of_each_seed(
         contexts,
-        lambda context: inpainting_of(context, batch, context.seed, lambda place: ("batch", batch_number, place)),
+        lambda context: image_features_of(context, batch, context.seed, lambda place: ("batch", batch_number, place)),
     )
     joined = Noised(**{f.name: torch.cat([getattr(one, f.name) for one in noised]) for f in fields(Noised)})
     condition = partial(stacked_conditioning, contexts, batch, many, batch_number, extra)
@@ -132,6 +132,8 @@ def repeat_batch(batch: Batch, count: int) -> Batch:
         captions=batch.captions * count,
         pixels_BCHW=None,
         latents_BCHW=None,
+        reference_pixels=(),
+        reference_latents=(),
         conditioning=None if features is None else {name: torch.cat([t] * count) for name, t in features.items()},
         loss_weights_B=torch.cat([batch.loss_weights_B] * count),
         masks_B1HW=times(batch.masks_B1HW),

@@ -98,11 +98,11 @@ def encode_images(
 
     fallback = VaeFallback()
 
-    def encode(pixels_BCHW: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        states = [generator.get_state() for generator in generators]
+    def encode(pixels_BCHW: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
+        states = [generator.get_state() for generator in generators or ()]
 
         def compute() -> Tensor:
-            for generator, state in zip(generators, states, strict=True):
+            for generator, state in zip(generators or (), states, strict=True):
                 generator.set_state(state)
             return codec.encode(vae(), pixels_BCHW.to(processes.device), generators).float().cpu()
 

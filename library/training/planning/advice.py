@@ -11,7 +11,7 @@ from library.memory.planner.choice import Allowed
 from library.memory.planner.gpus import Gpu, MemorySize, typical_gpu
 from library.memory.planner.prediction import CountedStep, Predicted, Way, predict
 from library.memory.planner.table import in_gib
-from library.training.planning.counting import BatchShape, count_run
+from library.training.planning.counting import count_run, shape_of_batch
 from library.training.planning.settings import allowed_ever, describe, way_of
 from library.training.run_parts import Run
 from library.types import Batch
@@ -32,8 +32,7 @@ def memory_hints(runs: Sequence[Run], batch: Batch) -> list[str]:
     name, device = run.options.network.network_module, run.context.device
     if name is None or not name.startswith(OURS) or batch.concept is not None:
         return []
-    height, width = batch.height_width
-    shape = BatchShape(len(batch.keys), width, height)
+    shape = shape_of_batch(batch, run.context.arch.codec.spec.downscale)
     try:
         step = count_run(run.options, run.context.arch, shape, device, [one.options for one in runs]).step
     except NotThere:  # a run whose features are cached may lack text encoders, with which captions are counted

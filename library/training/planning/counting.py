@@ -75,10 +75,19 @@ class BatchShape:
     count: int
     width: int
     height: int
+    reference_sizes: tuple[tuple[int, int], ...] = ()  # width and height of the reference images of each
 
     @property
     def num_pixels(self) -> int:
-        return self.count * self.width * self.height
+        return self.count * sum(width * height for width, height in ((self.width, self.height), *self.reference_sizes))
+
+
+def shape_of_batch(batch: Batch, downscale: int) -> BatchShape:
+    """Return the sizes of a batch's images; `downscale` is the pixels per latent."""
+    height, width = batch.height_width
+    scaled = [(one, 1) for one in batch.reference_pixels] + [(one, downscale) for one in batch.reference_latents]
+    references = tuple((one.shape[-1] * scale, one.shape[-2] * scale) for one, scale in scaled)
+    return BatchShape(len(batch.keys), width, height, references)
 
 
 @dataclass(frozen=True)
@@ -265,7 +274,10 @@ def longest_caption(arch: Architecture) -> str:
 def fake_batch(arch: Architecture, shape: BatchShape, conditioning: Conditioning | None, has_latents: bool) -> Batch:
     """Make a batch without values, in the fake mode that is on."""
     spec = arch.codec.spec
-    latents = shape.count, spec.channels, shape.height // spec.downscale, shape.width // spec.downscale
+    latents, *references = (
+        (shape.count, spec.channels, height // spec.downscale, width // spec.downscale)
+        for width, height in ((shape.width, shape.height), *shape.reference_sizes)
+    )
     return Batch(
         keys=[f"image {i}" for i in range(shape.count)],
         captions=[longest_caption(arch)] * shape.count,
@@ -276,6 +288,10 @@ def fake_batch(arch: Architecture, shape: BatchShape, conditioning: Conditioning
         masks_B1HW=None,
         sizes_B6=torch.ones(shape.count, 6),
         attributes=[{}] * shape.count,
+        reference_pixels=()
+        if has_latents
+        else tuple(torch.empty(shape.count, 3, height, width) for width, height in shape.reference_sizes),
+        reference_latents=tuple(map(torch.empty, references)) if has_latents else (),
     )
 
 

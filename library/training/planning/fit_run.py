@@ -27,7 +27,7 @@ MARGIN_BYTES = 3 * GIB // 10  # for what a desktop takes while the run goes on
 
 def largest_batch(plan: DataPlan) -> BatchShape:
     """Return the batch with the most pixels."""
-    shapes = [BatchShape(count, *size) for count, size in plan.batch_shapes()]
+    shapes = [BatchShape(count, *size, tuple(references)) for count, (size, *references) in plan.batch_shapes()]
     return max(shapes, key=lambda shape: shape.num_pixels)
 
 

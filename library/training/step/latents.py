@@ -1,6 +1,6 @@
-"""The latents of a batch's images, and for inpainting models of what is left of them under a mask."""
+"""The latents of a batch's images, of their references, and for inpainting models of what is left under a mask."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from library.diffusion.inpainting import FEATURE, blank, draw_mask, mask_channels
+from library.diffusion.references import reference_features
 from library.errors import UserError
 from library.memory.devices import send
 from library.randomness import generator_for, stream_seed
@@ -28,20 +29,37 @@ def latents_of(
     """
     if batch.latents_BCHW is not None:
         return send(batch.latents_BCHW, context.device).float()
-    assert batch.pixels_BCHW is not None and context.models.vae is not None
-    count = context.vae_batch_size
-    parts = []
-    with torch.no_grad():
-        for first in range(0, len(batch.keys), count):
-            pixels_BCHW = batch.pixels_BCHW[first : first + count]
-            places = range(first, first + len(pixels_BCHW))
-            generators = [generator_of(place) for place in places]
-            parts.append(context.arch.codec.encode(context.models.vae, send(pixels_BCHW, context.device), generators))
-    latents_BCHW = torch.cat(parts).float()
+    assert batch.pixels_BCHW is not None
+    generators = [generator_of(place) for place in range(len(batch.keys))]
+    latents_BCHW = encode(context, batch.pixels_BCHW, generators)
     if is_checked and not latents_BCHW.isfinite().all():
         broken = [key for key, one in zip(batch.keys, latents_BCHW, strict=True) if not one.isfinite().all()]
         raise UserError(f"the VAE gives NaN for {', '.join(broken)}; add --no_half_vae, or use a VAE made for fp16")
     return latents_BCHW
+
+
+def encode(context: StepContext, pixels_BCHW: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
+    """Return what `LatentCodec.encode` gives, float32 on the device without gradient, a few images at a time."""
+    vae, count, parts = context.models.vae, context.vae_batch_size, []
+    assert vae is not None
+    with torch.no_grad():
+        for first in range(0, len(pixels_BCHW), count):
+            some = slice(first, first + count)
+            pixels = send(pixels_BCHW[some], context.device)
+            parts.append(context.arch.codec.encode(vae, pixels, None if generators is None else generators[some]))
+    return torch.cat(parts).float()
+
+
+def image_features_of(context: StepContext, batch: Batch, seed: int, place_of: Callable[[int], Place]) -> Conditioning:
+    """Return the features of images beside the noisy ones: reference images, and what `inpainting_of` gives."""
+    return {**references_of(context, batch), **inpainting_of(context, batch, seed, place_of)}
+
+
+def references_of(context: StepContext, batch: Batch) -> Conditioning:
+    """Return the latents of the batch's reference images, normalized, on the device; nothing about them is random."""
+    latents = [send(one, context.device).float() for one in batch.reference_latents]
+    latents += [encode(context, one, None) for one in batch.reference_pixels]
+    return reference_features([context.arch.codec.normalize(one) for one in latents])
 
 
 def inpainting_of(context: StepContext, batch: Batch, seed: int, place_of: Callable[[int], Place]) -> Conditioning:

@@ -17,7 +17,7 @@ from library.protocols import Objective
 from library.randomness import generator_for, stream_seed
 from library.training.step.concepts import concept_target, partly_drawn
 from library.training.step.context import StepContext
-from library.training.step.latents import inpainting_of, latents_of
+from library.training.step.latents import image_features_of, latents_of
 from library.training.step.text_features import conditioning_of
 from library.types import Batch, Conditioning, Noised
 
@@ -74,7 +74,7 @@ def loss_of(context: StepContext, batch: Batch, batch_number: int) -> Tensor:
     Latents that are NaN make the loss NaN: who then asks `noised_of` hears of the VAE.
     """
     noised = noised_of(context, batch, batch_number, is_checked=False)
-    extra = inpainting_of(context, batch, context.seed, lambda place: ("batch", batch_number, place))
+    extra = image_features_of(context, batch, context.seed, lambda place: ("batch", batch_number, place))
     condition = partial(varied_conditioning_of, context, batch, batch_number, extra)
     losses_B = losses_of(context, context.arch.objective, batch, noised, condition)
     return (losses_B * send(batch.loss_weights_B, losses_B.device)).mean()

@@ -78,14 +78,16 @@ def content_of(batch: Batch) -> tuple[object, ...]:
     return (batch.keys, batch.captions, batch.attributes, *(None if t is None else t.tolist() for t in tensors))
 
 
-def averaging_vae(calls: list[int] | None = None) -> Callable[[Tensor, Sequence[Generator]], Tensor]:
+def averaging_vae(calls: list[int] | None = None) -> Callable[[Tensor, Sequence[Generator] | None], Tensor]:
     """Eight by eight means as latents, with a little posterior noise from each image's generator."""
 
-    def encode(pixels_BCHW: Tensor, generators: Sequence[Generator]) -> Tensor:
+    def encode(pixels_BCHW: Tensor, generators: Sequence[Generator] | None) -> Tensor:
         if calls is not None:
             calls.append(len(pixels_BCHW))
         means_BCHW = torch.nn.functional.avg_pool2d(pixels_BCHW, 8)
         latents_BCHW = torch.cat([means_BCHW, means_BCHW[:, :1]], 1)
+        if generators is None:
+            return latents_BCHW
         noise = [torch.randn(latents_BCHW.shape[1:], generator=g) for g in generators]
         return latents_BCHW + 0.01 * torch.stack(noise)
 

@@ -68,7 +68,7 @@ def test_json_files_too(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ('[[datasets]]\nvideo_directory = "v"\n', r"\['subsets'\] must be an array of tables"),
-        ('[[datasets]]\nimage_directory = "a"\ncontrol_directory = "c"\n', r"\['control_directory'\] is not a key"),
+        ('[[datasets]]\nimage_directory = "a"\nmultiple_target = true\n', r"\['multiple_target'\] is not a key"),
         ("[[datasets]]\nimage_directory = 3\n", r"\['image_dir'\] is 3, but must be a string"),
         (
             '[[datasets]]\nimage_directory = "a"\n[[datasets.subsets]]\nimage_dir = "b"\n',

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ from library.errors import UserError
 from library.json_text import InvalidJson, parse_json
 from library.options.encodings import decoded
 
+REFERENCE = re.compile(r"control_path_(\d+)")
+
 
 @dataclass(frozen=True, slots=True)
 class MetadataEntry:
@@ -17,6 +20,7 @@ class MetadataEntry:
 
     caption: str | None
     tags: str | None
+    references: tuple[str, ...] = ()  # control_path, or control_path_0, control_path_1, ...
 
 
 def read_metadata(path: str) -> Iterator[tuple[str, MetadataEntry]]:
@@ -78,8 +82,28 @@ def _checked(value: Any, place: str) -> dict[str, Any]:
     for name in ("caption", "tags"):
         if value.get(name) is not None and not isinstance(value[name], str):
             raise UserError(f"metadata_file {place}: {name} is {value[name]!r}, but must be a string")
+    _references(value, place)
     return value
 
 
+def _references(value: Mapping[str, Any], place: str = "") -> tuple[str, ...]:
+    """Return the reference images in their order. Raises UserError for numbers with a gap, and for other values."""
+    numbered = sorted((int(found[1]), name) for name in value if (found := REFERENCE.fullmatch(name)))
+    names = [name for _, name in numbered]
+    if "control_path" in value:
+        names = ["control_path", *names]
+    first = numbered[0][0] if numbered else 0
+    has_gap = [number for number, _ in numbered] != list(range(first, first + len(numbered)))
+    if has_gap or (numbered and len(names) > len(numbered)):
+        raise UserError(
+            f"metadata_file {place} has {', '.join(names)}; name one reference image as control_path, or several as "
+            "control_path_0, control_path_1 and so on without a gap"
+        )
+    for name in names:
+        if not isinstance(value[name], str):
+            raise UserError(f"metadata_file {place}: {name} is {value[name]!r}, but must be a string")
+    return tuple(value[name] for name in names)
+
+
 def _entry(value: Mapping[str, Any]) -> MetadataEntry:
-    return MetadataEntry(value.get("caption"), value.get("tags"))
+    return MetadataEntry(value.get("caption"), value.get("tags"), _references(value))

@@ -1,18 +1,16 @@
 """The images of metadata files: paths, captions, sizes."""
 
 import os
-from collections import defaultdict
-from collections.abc import Sequence
 
-from library.data.description.buckets import Size
 from library.data.description.captions import CaptionRules
 from library.data.description.schema import SubsetConfig
 from library.data.scanned.columns import Texts
 from library.data.scanned.subsets import Listing
-from library.data.sources.folders.image_index import open_index, renewed
 from library.data.sources.folders.listing import look_into
 from library.data.sources.folders.metadata_file import MetadataEntry, read_metadata
-from library.data.sources.folders.reading import size_of
+from library.data.sources.folders.pairing import add_reference_paths
+from library.data.sources.folders.reading import sizes_anywhere
+from library.errors import UserError, few
 
 
 def list_metadata(config: SubsetConfig, num_threads: int) -> Listing:
@@ -21,6 +19,8 @@ def list_metadata(config: SubsetConfig, num_threads: int) -> Listing:
     listings: dict[str, dict[str, str]] = {}
     captions: list[str] = []
     tags: list[str] = []
+    references: list[tuple[str, ...]] = []
+    missing: list[str] = []
     for key, entry in read_metadata(config.metadata_file or "") if config.entries is None else config.entries:
         path = find_image(key, config.image_dir, listings)
         if path is None:
@@ -36,27 +36,26 @@ def list_metadata(config: SubsetConfig, num_threads: int) -> Listing:
         listing.names.append(path)
         captions.append(caption)
         tags.append(entry.tags or "")
+        found = [(one, find_image(one, config.image_dir, listings)) for one in entry.references]
+        missing += [one for one, file in found if file is None]
+        references.append(tuple(file for _, file in found if file is not None))
     listing.captions, listing.tags = Texts.of(captions), tags
     listing.sizes = sizes_anywhere(
         listing.names, num_threads, f"reading sizes of {config.base_name}", config.keeps_index
     )
+    if missing:
+        raise UserError(
+            f"metadata_file {config.metadata_file}: there are no such reference images: {few(missing)}; correct their "
+            "control_path, which is relative to image_dir or to the working folder"
+        )
+    if any(references):
+        if config.control_dirs:
+            raise UserError(
+                f"metadata_file {config.metadata_file} names reference images with control_path, and the subset has "
+                "control_dirs; keep one of them"
+            )
+        add_reference_paths(listing, references, num_threads)
     return listing
-
-
-def sizes_anywhere(paths: Sequence[str], num_threads: int, title: str, keeps_index: bool) -> list[Size | str]:
-    """Read the sizes of images that may be in several folders, using the indices of large folders."""
-    by_folder: dict[str, list[str]] = defaultdict(list)
-    for path in dict.fromkeys(paths):
-        by_folder[os.path.dirname(path)].append(os.path.basename(path))
-    sizes: dict[str, Size | str] = {}
-    for folder, names in by_folder.items():
-        names.sort()
-        index = open_index(folder or ".")
-        table = renewed(index.sizes, folder or ".", names, size_of, num_threads, title)
-        if keeps_index:
-            index.replace_with(table, index.captions)
-        sizes.update((os.path.join(folder, name), size) for name, size in zip(names, table.values, strict=True))
-    return [sizes[os.path.join(*os.path.split(path))] for path in paths]
 
 
 def find_image(key: str, image_dir: str | None, listings: dict[str, dict[str, str]]) -> str | None:

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from library.data.decoding.images import read_size
@@ -9,7 +10,7 @@ from library.data.description.buckets import Size
 from library.data.description.captions import CaptionRules
 from library.data.scanned.columns import Texts
 from library.data.sources.folders.image_headers import HEAD_BYTES, plain_size
-from library.data.sources.folders.image_index import UNSETTLED, read_stamped, stamp_of
+from library.data.sources.folders.image_index import UNSETTLED, open_index, read_stamped, renewed, stamp_of
 from library.errors import UserError, few
 from library.options.encodings import NotUtf8, likely_encoding, not_utf8
 
@@ -60,6 +61,22 @@ def size_of(path: str) -> tuple[int, Size | str]:
     except (ValueError, OSError) as error:
         return UNSETTLED, str(error).removeprefix(path).strip() or "unknown"
     return stamp_of(status, time.time_ns()), size
+
+
+def sizes_anywhere(paths: Sequence[str], num_threads: int, title: str, keeps_index: bool) -> list[Size | str]:
+    """Read the sizes of images that may be in several folders, using the indices of large folders."""
+    by_folder: dict[str, list[str]] = defaultdict(list)
+    for path in dict.fromkeys(paths):
+        by_folder[os.path.dirname(path)].append(os.path.basename(path))
+    sizes: dict[str, Size | str] = {}
+    for folder, names in by_folder.items():
+        names.sort()
+        index = open_index(folder or ".")
+        table = renewed(index.sizes, folder or ".", names, size_of, num_threads, title)
+        if keeps_index:
+            index.replace_with(table, index.captions)
+        sizes.update((os.path.join(folder, name), size) for name, size in zip(names, table.values, strict=True))
+    return [sizes[os.path.join(*os.path.split(path))] for path in paths]
 
 
 def caption_of(text: str, rules: CaptionRules) -> str:

@@ -13,7 +13,6 @@ from library.data.sources.folders.folder_cache import CacheRow, FolderCache, fin
 from library.data.sources.folders.image_index import FolderIndex, Table, open_index, own_captions, renewed
 from library.data.sources.folders.listing import Folder, look_again, look_into
 from library.data.sources.folders.reading import caption_of, captions_of, check_encodings, read_caption, size_of
-from library.errors import UserError, few
 from library.options.config_file import BACKSLASH_HINT
 from library.options.encodings import NotUtf8
 
@@ -127,23 +126,3 @@ def cached_or_read(cache: FolderCache, config: SubsetConfig, path: str, file: st
     else:
         text, size = known
     return path, config.class_tokens or "" if file is None else text, size, image_print, caption_print
-
-
-def add_masks(listing: Listing) -> None:
-    """Find the mask of every image. Raises UserError naming images without mask and masks without image."""
-    folder = listing.config.conditioning_data_dir or ""
-    if not os.path.isdir(folder):
-        raise UserError(f"conditioning_data_dir {folder} is not a folder")
-    masks: dict[str, str] = {}
-    for name in look_into(folder).images:
-        masks.setdefault(os.path.splitext(name)[0], os.path.join(folder, name))
-    stems = [os.path.splitext(os.path.basename(path))[0] for path in listing.paths]
-    missing = [path for path, stem in zip(listing.paths, stems, strict=True) if stem not in masks]
-    if missing:
-        raise UserError(f"{len(missing)} images have no mask in {folder}: {few(missing)}")
-    surplus = [masks[stem] for stem in sorted(masks.keys() - set(stems))]
-    if surplus:
-        raise UserError(
-            f"{len(surplus)} masks in {folder} belong to no image in {listing.config.image_dir}: {few(surplus)}"
-        )
-    listing.masks = [masks[stem] for stem in stems]

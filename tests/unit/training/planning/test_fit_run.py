@@ -18,9 +18,11 @@ from tests.unit.training.test_text_caching import Board
 
 
 def test_the_largest_batch_has_the_most_pixels() -> None:
-    shapes = [(4, (512, 512)), (1, (1024, 1152)), (2, (768, 768)), (1, (1024, 1024))]
+    shapes = [(4, ((512, 512),)), (1, ((1024, 1152),)), (2, ((768, 768),)), (1, ((1024, 1024),))]
     plan: Any = SimpleNamespace(batch_shapes=lambda: iter(shapes))
     assert largest_batch(plan) == BatchShape(1, 1024, 1152)
+    shapes.append((1, ((1024, 1024), (512, 512))))  # with a reference image
+    assert largest_batch(plan) == BatchShape(1, 1024, 1024, ((512, 512),))
 
 
 def test_processes_choose_by_the_least_room_and_the_main_process_speed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,144 @@
+"""Checks and report of reference images before anything is encoded."""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from library.data.decoding.images import has_alpha, open_image
+from library.data.decoding.threads import in_blocks
+from library.data.description.buckets import Shape
+from library.data.description.schema import SubsetConfig
+from library.data.plan.dataset_digest import content_digest
+from library.data.plan.folder_audit import MOST_COMPARED
+from library.data.plan.samples import Samples
+from library.data.scanned.images import ScannedImage, ScannedImages
+from library.data.scanned.subsets import ScannedSubset
+from library.errors import UserError, few
+from library.formatting import format_count
+from library.protocols import LatentSpec
+
+Line = tuple[int, str]
+
+RATIO_TOLERANCE = 0.02  # relative difference of aspect ratios: less is the rounding of a resized copy
+NUM_THREADS = 16
+
+
+def check_references(subsets: Sequence[SubsetConfig], samples: Samples, spec: LatentSpec) -> None:
+    """Raise UserError for more references than the base model takes, and for crops that they cannot follow."""
+    ends = samples.ends
+    for subset, images, end in zip(subsets, samples.subsets, ends, strict=True):
+        if images.references is None:
+            continue
+        count = len(images.references.paths)
+        if count > spec.max_references:
+            most = f"takes at most {spec.max_references}" if spec.max_references else "takes none"
+            raise UserError(
+                f"{subset.source} has {format_count(count, 'reference image')} for each image (control_dirs, "
+                f"control_directory or control_path), but this base model {most}; remove them, or train an edit model"
+            )
+        for name in ("random_crop", "face_crop_aug_range"):
+            if getattr(subset, name):
+                check_crops(name, subset, samples, range(end - len(images), end))
+
+
+def check_crops(name: str, subset: SubsetConfig, samples: Samples, numbers: range) -> None:
+    """Raise UserError for references that are not cropped alike with their image."""
+    shapes = {number: shape for number, shape in enumerate(samples.shapes) if not is_cropped_alike(shape)}
+    other = [number for number in numbers if samples.shape_N[number] in shapes]
+    if other:
+        raise UserError(
+            f"{subset.source}: {name} crops images where reference images of another size cannot follow: "
+            f"{few(samples.keys_at(np.array(other[:3])), count=len(other))}; remove {name}, control_resolution and "
+            "control_no_resize, or give the references the sizes of their images"
+        )
+
+
+def is_cropped_alike(shape: Shape) -> bool:
+    """Return True if all references have their image's shape."""
+    return all((one.bucket, one.resized) == (shape.bucket, shape.resized) for one in shape.references)
+
+
+def reference_lines(subset: ScannedSubset) -> Iterator[Line]:
+    """Yield a line on the reference images of a subset, and one for each kind of problem."""
+    config, references = subset.config, subset.images.references
+    source = f"  {config.source}:"
+    if references is None:
+        for name in ("control_resolution", "control_no_resize"):
+            if getattr(config, name):
+                yield logging.WARNING, f"{source} {name} has no effect: the subset has no reference images"
+        return
+    counts = sorted({len(row) for row in references})
+    count = format_count(counts[-1], "reference image")
+    number = f"{counts[0]} to {count}" if counts[0] < counts[-1] else count
+    yield logging.INFO, f"{source} {number} for each image, {describe_sizes(config)}"
+    if subset.surplus:
+        effect = "without an image of its name, not used"
+        yield (
+            logging.WARNING,
+            f"{source} {format_count(len(subset.surplus), 'reference image')} {effect}: "
+            + few([os.path.basename(path) for path in subset.surplus]),
+        )
+    if config.control_resolution is None and not config.control_no_resize:
+        yield from ratio_lines(subset.images, source)
+    if len(subset.images) <= MOST_COMPARED:
+        yield from content_lines(subset.images, source)
+
+
+def describe_sizes(config: SubsetConfig) -> str:
+    """Describe how the references of a subset are resized."""
+    area = "" if config.control_resolution is None else "{}x{}".format(*config.control_resolution)
+    if config.control_no_resize:
+        return f"not resized unless larger than {area}" if area else "not resized"
+    return f"resized to the area of {area}" if area else "resized to the size of their image"
+
+
+def ratio_lines(images: ScannedImages, source: str) -> Iterator[Line]:
+    """Yield a warning for references whose aspect ratio is not their image's: they are cropped to it."""
+    assert images.references is not None
+    sizes_NR2 = images.references.sizes_NR2
+    ratios_NR = sizes_NR2[..., 0] / np.maximum(sizes_NR2[..., 1], 1)
+    ratios_N1 = images.sizes_N2[:, :1] / images.sizes_N2[:, 1:]
+    is_other_NR = (np.abs(ratios_NR / ratios_N1 - 1) > RATIO_TOLERANCE) & (sizes_NR2[..., 0] > 0)
+    rows = np.flatnonzero(is_other_NR.any(axis=1))
+    if len(rows):
+        shown = few([os.path.basename(key) for key in images.keys_at(rows[:3])], 3, len(rows))
+        yield (
+            logging.WARNING,
+            (
+                f"{source} {format_count(len(rows), 'image')} with a reference image of another aspect ratio, which is "
+                f"cropped to theirs; set control_resolution to keep it whole: {shown}"
+            ),
+        )
+
+
+def content_lines(images: ScannedImages, source: str) -> Iterator[Line]:
+    """Yield warnings for references that are the image itself, and for those with transparency."""
+    pairs = [(image, reference) for image in images for reference in image.references]
+
+    def examine(block: Sequence[tuple[ScannedImage, ScannedImage]]) -> list[tuple[bool, bool]]:
+        return [(is_same_file(image, reference), is_transparent(reference.key)) for image, reference in block]
+
+    found = in_blocks(examine, pairs, NUM_THREADS)
+    same = [os.path.basename(image.key) for (image, _), (is_same, _) in zip(pairs, found, strict=True) if is_same]
+    if same:
+        effect = "equal to its reference image, which teaches to change nothing"
+        yield logging.WARNING, f"{source} {format_count(len(same), 'image')} {effect}: {few(same)}"
+    alpha = [os.path.basename(one.key) for (_, one), (_, has) in zip(pairs, found, strict=True) if has]
+    if alpha:
+        effect = "with an alpha channel, which is dropped: transparent parts show the colours stored under them"
+        yield logging.WARNING, f"{source} {format_count(len(alpha), 'reference image')} {effect}: {few(alpha)}"
+
+
+def is_same_file(image: ScannedImage, reference: ScannedImage) -> bool:
+    """Return True if both files have the same content."""
+    if image.size != reference.size or os.path.getsize(image.key) != os.path.getsize(reference.key):
+        return False
+    return content_digest(image.key) == content_digest(reference.key)
+
+
+def is_transparent(path: str) -> bool:
+    """Return True if an image has an alpha channel, by its header."""
+    with open_image(path) as image:
+        return has_alpha(image)

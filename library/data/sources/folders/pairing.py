@@ -1,0 +1,119 @@
+"""Images in other folders that belong to those of a subset by their names: masks and reference images."""
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from library.data.description.buckets import Size
+from library.data.scanned.subsets import Listing
+from library.data.sources.folders.listing import look_into
+from library.data.sources.folders.reading import sizes_anywhere
+from library.errors import UserError, few
+
+NUMBERED = re.compile(r"(.+)_(\d+)")  # the name of one of several references
+
+
+def names_by_stem(key: str, folder: str) -> dict[str, list[str]]:
+    """List the images of a folder by name without extension. Raises UserError naming the key of a missing folder."""
+    if not os.path.isdir(folder):
+        raise UserError(f"{key} {folder} is not a folder")
+    names: dict[str, list[str]] = defaultdict(list)
+    for name in look_into(folder).images:
+        names[os.path.splitext(name)[0]].append(name)
+    return names
+
+
+def stems_of(listing: Listing) -> list[str]:
+    """Return the file name of each image without extension."""
+    return [os.path.splitext(os.path.basename(path))[0] for path in listing.paths]
+
+
+def add_masks(listing: Listing) -> None:
+    """Find the mask of every image. Raises UserError naming images without mask and masks without image."""
+    folder = listing.config.conditioning_data_dir or ""
+    found = names_by_stem("conditioning_data_dir", folder)
+    masks = {stem: os.path.join(folder, names[0]) for stem, names in found.items()}
+    stems = stems_of(listing)
+    missing = [path for path, stem in zip(listing.paths, stems, strict=True) if stem not in masks]
+    if missing:
+        raise UserError(f"{len(missing)} images have no mask in {folder}: {few(missing)}")
+    surplus = [masks[stem] for stem in sorted(masks.keys() - set(stems))]
+    if surplus:
+        raise UserError(
+            f"{len(surplus)} masks in {folder} belong to no image in {listing.config.image_dir}: {few(surplus)}"
+        )
+    listing.masks = [masks[stem] for stem in stems]
+
+
+def add_references(listing: Listing, num_threads: int) -> None:
+    """Find the reference images of every image in the folders of `control_dirs`, and their sizes.
+
+    In each folder an image has the one of its own name, or several called <name>_0, <name>_1 and so on. Raises
+    UserError naming images without a reference or with an ambiguous one, and references that cannot be read.
+    """
+    config, stems = listing.config, stems_of(listing)
+    if config.control_dirs:
+        of_folders = [references_in(folder, listing.paths, stems, listing.surplus) for folder in config.control_dirs]
+        add_reference_paths(listing, [sum(row, ()) for row in zip(*of_folders, strict=True)], num_threads)
+
+
+def add_reference_paths(listing: Listing, paths: Sequence[tuple[str, ...]], num_threads: int) -> None:
+    """Set the references of each image, and read their sizes. Raises UserError for those that cannot be read."""
+    config = listing.config
+    every = [path for row in paths for path in row]
+    sizes = sizes_anywhere(every, num_threads, f"reading sizes of {config.base_name}'s references", config.keeps_index)
+    found: dict[str, Size | str] = dict(zip(every, sizes, strict=True))
+    broken = [f"{path} {size}" for path, size in found.items() if isinstance(size, str)]
+    if broken:
+        raise UserError(
+            f"{len(broken)} reference images cannot be read: {few(broken)}; re-save them, or remove them together with "
+            "their images"
+        )
+    known = {path: size for path, size in found.items() if not isinstance(size, str)}
+    listing.references = [[(path, known[path]) for path in row] for row in paths]
+
+
+def references_in(folder: str, paths: Sequence[str], stems: Sequence[str], surplus: list[str]) -> list[tuple[str, ...]]:
+    """Return each image's references in one folder, in order; those of no image are added to `surplus`."""
+    found = names_by_stem("control_dirs", folder)
+    matches, surplus_names = matches_by_stem(found, set(stems))
+    surplus += [os.path.join(folder, name) for name in surplus_names]
+    missing = [path for path, stem in zip(paths, stems, strict=True) if stem not in matches]
+    if missing:
+        raise UserError(
+            f"control_dirs {folder}: {len(missing)} of {len(paths)} images have no reference image there: "
+            f"{few(missing)}; add images of the same names, or train these images in a subset without control_dirs"
+        )
+    unclear = [f"{stem} ({', '.join(names)})" for stem, names in matches.items() if not is_in_order(stem, names)]
+    if unclear:
+        raise UserError(
+            f"control_dirs {folder}: the reference images of {len(unclear)} images are not clear: {few(unclear)}; keep "
+            "one of the image's own name, or several numbered _0, _1 and so on without a gap"
+        )
+    return [tuple(os.path.join(folder, name) for name in matches[stem]) for stem in stems]
+
+
+def matches_by_stem(found: dict[str, list[str]], stems: set[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Return (the references of each image's name, by number; names of references that belong to no image)."""
+    matches: dict[str, list[str]] = defaultdict(list)
+    surplus: list[str] = []
+    for stem, names in sorted(found.items(), key=lambda item: (len(item[0]), item[0])):
+        numbered = NUMBERED.fullmatch(stem)
+        if stem in stems:  # also where it ends in a number
+            matches[stem] += names
+        elif numbered is not None and numbered[1] in stems:
+            matches[numbered[1]] += names
+        else:
+            surplus += names
+    return matches, surplus
+
+
+def is_in_order(stem: str, names: Iterable[str]) -> bool:
+    """Return True if the references are one of the image's own name, or are numbered one by one."""
+    numbers = [os.path.splitext(name)[0].removeprefix(stem).removeprefix("_") for name in names]
+    if numbers == [""]:
+        return True
+    if "" in numbers:
+        return False
+    return [int(number) for number in numbers] == list(range(int(numbers[0]), int(numbers[0]) + len(numbers)))

@@ -1,0 +1,105 @@
+"""FLUX.1 Kontext's reference tokens against diffusers: its pipeline packs them, its transformer runs on them."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from library.architectures.flux.model import PATCH, Flux
+from library.architectures.flux.predict import predict
+from library.diffusion.references import reference_features, references_in
+from library.models.patches import patchify
+from library.models.vae.flux import mapped_latents
+from library.types import Noised
+from tests.parity.test_flux_model import inputs, oracle
+from tests.tiny.flux import tiny_flux, tiny_vae
+from tests.tolerances import FLOAT32_DEEP, FLOAT32_SAME_MATH
+
+SIZES = [((8, 8), (8, 8)), ((4, 14), (10, 6)), ((12, 6), (4, 20))]  # of the latent and of its reference
+
+
+def kontext_output(
+    theirs: Any, latents: Tensor, sigmas: Tensor, text: Tensor, pooled: Tensor, guidance: Tensor, reference: Tensor
+) -> Tensor:
+    """diffusers' velocity as patches: FluxKontextPipeline concatenates the sequence and cuts the prediction."""
+    from diffusers import FluxKontextPipeline as Kontext
+
+    def pack(image: Tensor) -> Tensor:
+        return Kontext._pack_latents(image, *image.shape)
+
+    def ids(image: Tensor) -> Tensor:
+        h, w = (side // 2 for side in image.shape[-2:])
+        return Kontext._prepare_latent_image_ids(len(image), h, w, image.device, torch.float32)
+
+    reference_ids = ids(reference)
+    reference_ids[..., 0] = 1
+    output = theirs(
+        torch.cat([pack(latents), pack(reference)], dim=1),
+        encoder_hidden_states=text,
+        pooled_projections=pooled,
+        timestep=sigmas,
+        guidance=guidance,
+        img_ids=torch.cat([ids(latents), reference_ids]),
+        txt_ids=torch.zeros(text.shape[1], 3),
+    ).sample
+    return output[:, : pack(latents).shape[1]]
+
+
+def our_output(
+    ours: Flux, latents: Tensor, sigmas: Tensor, text: Tensor, pooled: Tensor, guidance: Tensor, reference: Tensor
+) -> Tensor:
+    """The velocity of `predict`, which gets the reference in the conditioning, as patches."""
+    noised = Noised(latents, latents, latents, sigmas, sigmas)
+    conditioning = {"t5_out": text, "l_pooled": pooled, **reference_features([reference])}
+    batch: Any = None
+    return patchify(predict(ours, noised, conditioning, batch, guidance=float(guidance[0]), masks_text=False), PATCH)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_outputs_and_gradients_are_those_of_diffusers(size: tuple[tuple[int, int], tuple[int, int]]) -> None:
+    ours = tiny_flux(11)
+    theirs = oracle(ours)
+    results = []
+    for run, model in ((our_output, ours), (kontext_output, theirs)):
+        latents, sigmas, text, pooled, _ = inputs(*size[0], seed=4)
+        reference = torch.randn(2, 16, *size[1], generator=torch.Generator().manual_seed(8)).requires_grad_()
+        output = run(model, latents, sigmas, text, pooled, torch.full((2,), 2.5), reference)
+        weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(5))
+        gradients = torch.autograd.grad((output * weights).sum(), (latents, text, pooled, reference))
+        results.append((output, *gradients))
+    for ours_value, theirs_value in zip(*results, strict=True):
+        assert theirs_value.abs().max() > 0.01
+        torch.testing.assert_close(ours_value, theirs_value, **FLOAT32_DEEP)
+
+
+def test_masked_text_leaves_all_image_tokens_visible() -> None:
+    ours = tiny_flux(12)
+    latents, sigmas, text, pooled, guidance = (value.detach() for value in inputs(8, 6))
+    reference = torch.randn(2, 16, 4, 6, generator=torch.Generator().manual_seed(9))
+    mask = torch.ones(2, text.shape[1])
+    mask[:, 4:] = 0
+    masked = ours(latents, sigmas, text, pooled, guidance, mask, [reference])
+    short = kontext_output(oracle(ours), latents, sigmas, text[:, :4], pooled, guidance, reference)
+    torch.testing.assert_close(patchify(masked, PATCH), short, **FLOAT32_DEEP)
+
+
+def test_references_keep_their_order_among_other_features() -> None:
+    latents = [torch.full((1,), float(r)) for r in range(12)]
+    found = references_in({"t5_out": torch.zeros(1), **reference_features(latents), "l_pooled": torch.zeros(1)})
+    assert [int(one) for one in found] == list(range(12))
+
+
+def test_a_reference_is_the_mode_of_the_posterior_as_in_the_pipeline() -> None:
+    from diffusers import AutoencoderKL
+    from diffusers.pipelines.flux.pipeline_flux_kontext import retrieve_latents
+
+    config, state = tiny_vae(3)
+    vae = AutoencoderKL.from_config(config)
+    vae.load_state_dict(state)
+    pixels = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    with torch.no_grad():
+        latents = retrieve_latents(vae.encode(pixels), sample_mode="argmax")
+        expected = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+        found = mapped_latents("_x.npz").encode(vae.eval(), pixels, None)
+    torch.testing.assert_close(found, expected, **FLOAT32_SAME_MATH)

@@ -1,0 +1,419 @@
+"""Reference images of edit training: found, resized, drawn with their image, and checked before anything loads."""
+
+import json
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from library.data.batches.planned import PlannedBatches
+from library.data.caching.latents import cache_latents
+from library.data.decoding.images import read_pixels
+from library.data.decoding.tensors import to_pixels
+from library.data.description.buckets import ReferenceRules, Shape, cover
+from library.data.plan.data_plan import DataPlan
+from library.data.scanned.images import References, ScannedImage
+from library.data.training_data import open_batches
+from library.errors import UserError
+from library.options.caching import CachingOptions
+from tests.unit.data import builders
+from tests.unit.data.builders import averaging_vae, batches_of, plan_of, write_config, write_folder, write_image
+
+SPEC = replace(builders.SPEC, max_references=3, bucket_step=16)
+HEAD = "[[datasets]]\nresolution = 64\nbatch_size = 2\ncaption_extension = '.txt'\n"
+SUBSET = "[[datasets.subsets]]\nimage_dir = '{here}/after'\n"
+
+
+def plan(folder: Path, subset: str = "control_dirs = ['{here}/before']", dataset: str = "", spec=SPEC) -> DataPlan:
+    return plan_of(write_config(folder / "data.toml", f"{HEAD}{dataset}\n{SUBSET}{subset}\n"), spec=spec)
+
+
+def references_of(found: DataPlan) -> dict[str, list[str]]:
+    """The names of the references by that of their image."""
+    folder_and_name = [[Path(one.key).relative_to(Path(one.key).parents[1]).as_posix() for one in s.image.references]
+                       for s in found.samples]  # fmt: skip
+    return dict(zip([Path(sample.image.key).name for sample in found.samples], folder_and_name, strict=True))
+
+
+def test_each_folder_gives_a_reference_in_its_order(tmp_path: Path) -> None:
+    write_folder(tmp_path / "after", 2)
+    for folder in ("style", "before"):
+        write_image(tmp_path / folder / "p0.png", (32, 48))
+        write_image(tmp_path / folder / "p1.jpg", (64, 64))
+    found = plan(tmp_path, "control_dirs = ['{here}/style', '{here}/before']")
+    assert references_of(found) == {
+        "p0.png": ["style/p0.png", "before/p0.png"],
+        "p1.png": ["style/p1.jpg", "before/p1.jpg"],
+    }
+    assert [one.size for one in found.samples[0].image.references] == [(32, 48)] * 2
+
+
+def test_several_references_in_a_folder_are_numbered(tmp_path: Path) -> None:
+    for name in ("a", "a_1", "b"):
+        write_image(tmp_path / "after" / f"{name}.png")
+    for name in ("a_0000.png", "a_1.png", "b_2.png", "b_10.jpg", "c.png"):
+        write_image(tmp_path / "before" / name)
+    with pytest.raises(UserError, match=r"references? images of 1 images are not clear: b \(b_2.png, b_10.jpg\)"):
+        plan(tmp_path)
+    (tmp_path / "before" / "b_10.jpg").rename(tmp_path / "before" / "b_3.jpg")
+    found = plan(tmp_path)
+    assert references_of(found) == {
+        "a.png": ["before/a_0000.png"],
+        "a_1.png": ["before/a_1.png"],  # which is not the second one of a.png
+        "b.png": ["before/b_2.png", "before/b_3.jpg"],
+    }
+    assert [Path(path).name for path in found.datasets[0].subsets[0].surplus] == ["c.png"]
+    buckets = [(bucket.size, bucket.reference_sizes, len(bucket.draws)) for bucket in found.draws.buckets]
+    assert buckets == [((64, 64), ((64, 64),), 2), ((64, 64), ((64, 64),) * 2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["p0.png"], r"control_dirs .*before: 1 of 2 images have no reference image there: .*p1.png"),
+        (["p0.png", "p0.jpg", "p1.png"], r"not clear: p0 \(p0.jpg, p0.png\)"),
+        (["p0.png", "p0_0.png", "p1.png"], r"not clear: p0 \(p0.png, p0_0.png\)"),
+        (["p0_0.png", "p0_2.png", "p1.png"], r"not clear: p0 \(p0_0.png, p0_2.png\); keep one of the image's own name"),
+    ],
+    ids=["missing", "twice", "two names", "gap"],
+)
+def test_references_that_do_not_match_are_named(tmp_path: Path, names: list[str], message: str) -> None:
+    write_folder(tmp_path / "after", 2)
+    for name in names:
+        write_image(tmp_path / "before" / name)
+    with pytest.raises(UserError, match=message):
+        plan(tmp_path)
+
+
+def test_a_folder_that_is_missing_a_damaged_file_and_other_sources_are_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path / "after", 1)
+    with pytest.raises(UserError, match=r"control_dirs .*/before is not a folder"):
+        plan(tmp_path)
+    (tmp_path / "before").mkdir()
+    (tmp_path / "before" / "p0.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"1 reference images cannot be read: .*p0.png is not an image"):
+        plan(tmp_path)
+    shards = f"{HEAD}[[datasets.subsets]]\nshards = 'a.tar'\ncontrol_dirs = 'b'\n"
+    with pytest.raises(UserError, match=r"\['control_dirs'\] has no effect with shards; it is for image_dir and metad"):
+        plan_of(write_config(tmp_path / "shards.toml", shards))
+
+
+def test_metadata_files_name_references(tmp_path: Path) -> None:
+    write_folder(tmp_path / "after", 3)
+    write_folder(tmp_path / "before", 3)
+    lines = [
+        {"image_path": "after/p0.png", "caption": "x", "control_path": "before/p0.png"},
+        {
+            "image_path": "after/p1.png",
+            "caption": "x",
+            "control_path_1": "before/p1.png",
+            "control_path_0": "before/p2",
+        },
+        {"image_path": "after/p2.png", "caption": "x"},
+    ]
+    (tmp_path / "meta.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    text = f"{HEAD}[[datasets.subsets]]\nmetadata_file = '{{here}}/meta.jsonl'\nimage_dir = '{{here}}'\n"
+    text = text.replace("caption_extension = '.txt'\n", "")
+    found = plan_of(write_config(tmp_path / "data.toml", text), spec=SPEC)
+    expected = {"p0.png": ["before/p0.png"], "p1.png": ["before/p2.png", "before/p1.png"], "p2.png": []}
+    assert references_of(found) == expected
+    with pytest.raises(UserError, match=r"names reference images with control_path, and the subset has control_dirs"):
+        plan_of(write_config(tmp_path / "both.toml", f"{text}control_dirs = '{{here}}/before'\n"), spec=SPEC)
+    table = {"after/p0": {"caption": "x", "control_path": "before/nowhere.png"}}
+    (tmp_path / "meta.json").write_text(json.dumps(table))
+    with pytest.raises(UserError, match=r"there are no such reference images: before/nowhere.png"):
+        plan_of(write_config(tmp_path / "data.toml", text.replace(".jsonl", ".json")), spec=SPEC)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (
+            {"control_path_0": "a", "control_path_2": "b"},
+            "has control_path_0, control_path_2; name one reference image",
+        ),
+        ({"control_path": "a", "control_path_0": "b"}, "has control_path, control_path_0; name one reference image"),
+        ({"control_path": 3}, "control_path is 3, but must be a string"),
+    ],
+)
+def test_references_of_metadata_are_checked(tmp_path: Path, entry: dict[str, object], message: str) -> None:
+    (tmp_path / "meta.jsonl").write_text(json.dumps({"image_path": "p0.png", **entry}))
+    text = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nmetadata_file = '{here}/meta.jsonl'\n"
+    with pytest.raises(UserError, match=f"line 1:? {message}"):
+        plan_of(write_config(tmp_path / "data.toml", text))
+
+
+def test_files_of_musubi_tuner_are_read(tmp_path: Path) -> None:
+    write_folder(tmp_path / "after", 2)
+    write_folder(tmp_path / "before", 2, (96, 128))
+    flat = f"{HEAD}image_directory = '{{here}}/after'\ncontrol_directory = '{{here}}/before'\n"
+    flat += "control_resolution = [96, 96]\nno_resize_control = true\n"
+    found = plan_of(write_config(tmp_path / "flat.toml", flat), spec=SPEC)
+    keys = "control_dirs = ['{here}/before']\ncontrol_resolution = 96\ncontrol_no_resize = true\n"
+    steps = "bucket_reso_steps = 16\nmin_bucket_reso = 16\nmax_bucket_reso = 256"
+    own = plan(tmp_path, keys, dataset=steps)
+    assert found.config == own.config and list(found.samples) == list(own.samples)
+
+
+# Sizes
+
+
+def test_references_have_the_size_of_their_image_unless_told_otherwise() -> None:
+    target = Shape((64, 64), (96, 64))
+    default, area = ReferenceRules(None, False, 16), ReferenceRules((96, 96), False, 16)
+    assert default.shape((300, 200), (300, 200), target) == target
+    assert default.shape((100, 200), (300, 200), target) == Shape((64, 64), (64, 128))
+    # 16:9 of 9216 pixels is 128 x 72: the nearest ratio in steps of 16 is 128 x 64
+    assert area.shape((1600, 900), (64, 64), target) == Shape((128, 64), cover((1600, 900), (128, 64)))
+    kept, limited = ReferenceRules(None, True, 16), ReferenceRules((96, 96), True, 16)
+    assert kept.shape((333, 65), (64, 64), target) == Shape((320, 64), (333, 65))
+    assert limited.shape((90, 50), (64, 64), target) == Shape((80, 48), (90, 50))
+    width, height = limited.shape((900, 900), (64, 64), target).bucket
+    assert (width, height) == (96, 96)
+
+
+def test_columns_give_the_references_one_by_one_and_taken_out() -> None:
+    rows = [[("a/0.png", (3, 4)), ("b/0.png", (5, 6))], [], [("a/2.png", (7, 8))]]
+    columns = References.of(rows)
+    expected = [tuple(ScannedImage(path, "", size) for path, size in row) for row in rows]
+    assert list(columns) == expected
+    assert [columns.of_image(i) for i in range(3)] == expected
+    assert list(columns.take(np.array([2, 0, 2]))) == [expected[2], expected[0], expected[2]]
+
+
+def test_batches_hold_references_of_one_size(tmp_path: Path) -> None:
+    write_folder(tmp_path / "after", 6)
+    for i in range(6):
+        write_image(tmp_path / "before" / f"p{i}.png", (64, 64) if i % 2 else (128, 64), seed=50 + i)
+    found = plan(tmp_path, "control_dirs = ['{here}/before']\ncontrol_no_resize = true", "enable_bucket = true\n"
+                 "bucket_reso_steps = 16\nmin_bucket_reso = 16")  # fmt: skip
+    seen = {}
+    for batch in batches_of(found):
+        (pixels_BCHW,) = batch.reference_pixels
+        for key, pixels in zip(batch.keys, pixels_BCHW, strict=True):
+            seen[Path(key).name] = pixels
+    for i in range(6):
+        expected = to_pixels(read_pixels(str(tmp_path / "before" / f"p{i}.png"))[0])
+        assert torch.equal(seen[f"p{i}.png"], expected)
+
+
+# Draws
+
+
+def write_same(folder: Path, count: int, size: tuple[int, int] = (64, 64)) -> None:
+    """Images with references of the same pixels in other files."""
+    write_folder(folder / "after", count, size)
+    (folder / "before").mkdir()
+    for i in range(count):
+        Image.open(folder / "after" / f"p{i}.png").save(folder / "before" / f"p{i}.bmp")
+
+
+@pytest.mark.parametrize("keys", ["flip_aug = true", "random_crop = true\nflip_aug = true", "color_aug = true"])
+def test_random_changes_are_those_of_the_image(tmp_path: Path, keys: str) -> None:
+    write_same(tmp_path, 8, (96, 80))
+    found = plan(tmp_path, f"control_dirs = '{{here}}/before'\n{keys}")
+    plain = {
+        key: pixels
+        for batch in batches_of(plan(tmp_path))
+        for key, pixels in zip(batch.keys, batch.pixels_BCHW, strict=True)
+    }
+    num_changed = 0
+    for batch in batches_of(found, epoch=3):
+        assert torch.equal(batch.reference_pixels[0], batch.pixels_BCHW)
+        num_changed += sum(
+            not torch.equal(plain[key], one) for key, one in zip(batch.keys, batch.pixels_BCHW, strict=True)
+        )
+    assert num_changed > 0
+
+
+def test_crops_that_references_cannot_follow_are_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path / "after", 2, (96, 80))
+    write_folder(tmp_path / "before", 2, (96, 81))
+    with pytest.raises(UserError, match="random_crop crops images where reference images of another size cannot"):
+        plan(tmp_path, "control_dirs = '{here}/before'\nrandom_crop = true")
+    found = plan(tmp_path, "control_dirs = '{here}/before'")
+    assert [tuple(batch.reference_pixels[0].shape) for batch in batches_of(found)] == [(2, 3, 64, 64)]
+
+
+def test_held_out_pairs_stay_together(tmp_path: Path) -> None:
+    write_folder(tmp_path / "after", 4)
+    write_folder(tmp_path / "before", 4, seed=3)
+    found = plan(tmp_path, "control_dirs = '{here}/before'\nvalidation_split = 0.5\nflip_aug = true")
+    assert len(found.draws_aside.sample_of_draw) == 2
+    for sample in found.samples:
+        (reference,) = sample.image.references
+        assert Path(reference.key).name == Path(sample.image.key).name
+
+
+# Checks
+
+
+def test_a_model_without_references_and_one_with_fewer_say_so(tmp_path: Path) -> None:
+    write_folder(tmp_path / "after", 1)
+    write_folder(tmp_path / "before", 1)
+    with pytest.raises(UserError, match=r"has 1 reference image for each image .* this base model takes none; remove"):
+        plan(tmp_path, spec=builders.SPEC)
+    two = "control_dirs = ['{here}/before', '{here}/before']"
+    with pytest.raises(UserError, match=r"has 2 reference images for each image .* this base model takes at most 1;"):
+        plan(tmp_path, two, spec=replace(SPEC, max_references=1))
+
+
+def audited(found: DataPlan, caplog: pytest.LogCaptureFixture) -> str:
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        found.audit(logging.getLogger("audit"))
+    return caplog.text
+
+
+def test_the_audit_names_what_is_odd_about_pairs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_folder(tmp_path / "after", 4)
+    (tmp_path / "before").mkdir()
+    (tmp_path / "before" / "p0.png").write_bytes((tmp_path / "after" / "p0.png").read_bytes())
+    write_image(tmp_path / "before" / "p1.png", (128, 64))
+    write_image(tmp_path / "before" / "p2.png", seed=9, mode="RGBA")
+    write_image(tmp_path / "before" / "p3.png", (128, 128), seed=9)
+    write_image(tmp_path / "before" / "other.png")
+    text = audited(plan(tmp_path), caplog)
+    assert "1 reference image for each image, resized to the size of their image" in text
+    assert "1 reference image without an image of its name, not used: other.png" in text
+    assert "1 image with a reference image of another aspect ratio, which is cropped to theirs" in text
+    assert "1 image equal to its reference image, which teaches to change nothing: p0.png" in text
+    assert "1 reference image with an alpha channel, which is dropped" in text and "stored under them: p2.png" in text
+    assert "bucket 64x64 with references of 64x64: 4 draws, 2 batches" in text
+    text = audited(plan(tmp_path, "control_dirs = '{here}/before'\ncontrol_resolution = 64"), caplog)
+    assert "resized to the area of 64x64" in text and "another aspect ratio" not in text
+    text = audited(plan(tmp_path, "control_resolution = 64"), caplog)
+    assert "control_resolution has no effect: the subset has no reference images" in text
+
+
+def test_another_reference_is_another_data_set(tmp_path: Path) -> None:
+    write_folder(tmp_path / "after", 2)
+    write_folder(tmp_path / "before", 2, seed=1)
+    write_folder(tmp_path / "more", 2, (48, 64), seed=2)
+    alone, first = plan(tmp_path, "").identity, plan(tmp_path).identity
+    assert plan(tmp_path).identity == first and alone != first
+    assert plan(tmp_path, "control_dirs = '{here}/more'").identity != first
+    assert plan(tmp_path, "control_dirs = '{here}/before'\ncontrol_resolution = 96").identity != first
+    contents = plan(tmp_path).identity_with_contents["contents"]
+    write_image(tmp_path / "before" / "p1.png", seed=77)
+    changed = plan(tmp_path).identity_with_contents["contents"]
+    paths = plan(tmp_path).image_paths
+    assert [path for path, a, b in zip(paths, contents, changed, strict=True) if a != b] == [
+        str(tmp_path / "before" / "p1.png")
+    ]
+
+
+# Caches
+
+
+DISK = CachingOptions(cache_latents=True, cache_latents_to_disk=True, vae_batch_size=2)
+MEMORY = CachingOptions(cache_latents=True, vae_batch_size=2)
+FLIPPED = "control_dirs = ['{here}/before', '{here}/more']\nflip_aug = true\ncontrol_resolution = [48, 32]"
+
+
+def write_two(folder: Path) -> None:
+    write_folder(folder / "after", 3)
+    write_folder(folder / "before", 3, (96, 64), seed=1)
+    write_folder(folder / "more", 3, (64, 96), seed=2)
+
+
+def cached(found: DataPlan, options: CachingOptions) -> tuple[PlannedBatches, int]:
+    """Batches with cached latents, and how many images, references and mirrored copies were encoded."""
+    calls: list[int] = []
+    encode = averaging_vae()
+
+    def counting(pixels_BCHW, generators):
+        calls.append(len(pixels_BCHW))
+        return encode(pixels_BCHW, generators)
+
+    return open_batches(found, cache_latents(found, counting, lambda: "vae", options, 1)), sum(calls)
+
+
+@pytest.mark.parametrize("options", [MEMORY, DISK], ids=["memory", "disk"])
+def test_caches_give_the_references_that_the_batch_would_encode(tmp_path: Path, options: CachingOptions) -> None:
+    write_two(tmp_path)
+    found = plan(tmp_path, FLIPPED)
+    batches, count = cached(found, options)
+    assert count == 3 * 3 * 2  # an image and two references, and all mirrored
+    encode, num_flipped = averaging_vae(), 0
+    for epoch in (1, 2):
+        for plain, stored in zip(batches_of(found, epoch), batches_of(batches, epoch), strict=True):
+            assert stored.keys == plain.keys and stored.pixels_BCHW is None and stored.reference_pixels == ()
+            for pixels, latents in zip(plain.reference_pixels, stored.reference_latents, strict=True):
+                torch.testing.assert_close(latents, encode(pixels, None))
+            assert [tuple(one.shape[1:]) for one in stored.reference_latents] == [(4, 4, 6), (4, 6, 4)]
+            first = [to_pixels(read_pixels(key)[0]) for key in plain.keys]
+            num_flipped += sum(not torch.equal(a, b) for a, b in zip(first, plain.pixels_BCHW, strict=True))
+    assert 0 < num_flipped < 6
+
+
+def test_a_reference_that_changed_makes_its_entry_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_two(tmp_path)
+    assert cached(plan(tmp_path, FLIPPED), DISK)[1] == 18
+    assert cached(plan(tmp_path, FLIPPED), DISK)[1] == 0
+    os.utime(tmp_path / "more" / "p0.png")  # with the same content
+    assert cached(plan(tmp_path, FLIPPED), DISK)[1] == 0
+    write_image(tmp_path / "more" / "p0.png", (64, 96), seed=900)
+    with caplog.at_level(logging.INFO):
+        assert cached(plan(tmp_path, FLIPPED), DISK)[1] == 6
+    assert "1 stale (1 made from other reference images" in caplog.text
+    swapped = FLIPPED.replace("'{here}/before', '{here}/more'", "'{here}/more', '{here}/before'")
+    assert cached(plan(tmp_path, swapped), DISK)[1] == 18
+    other_size = swapped.replace("[48, 32]", "64")
+    assert cached(plan(tmp_path, other_size), DISK)[1] == 18
+    one = "control_dirs = '{here}/more'\ncontrol_resolution = 64"
+    assert cached(plan(tmp_path, one), DISK)[1] == 6
+    with np.load(tmp_path / "after" / "p0_0064x0064_sd.npz") as archive:
+        assert sorted(key for key in archive if key.startswith("reference")) == ["reference_0_8x8"]
+    assert cached(plan(tmp_path, ""), DISK)[1] == 0  # the image itself has not changed
+    assert cached(plan(tmp_path, one), DISK)[1] == 0
+
+
+def test_an_entry_without_references_is_not_used_for_a_pair(tmp_path: Path) -> None:
+    write_two(tmp_path)
+    assert cached(plan(tmp_path, ""), DISK)[1] == 3
+    assert cached(plan(tmp_path), DISK)[1] == 6
+    path = tmp_path / "after" / "p0_0064x0064_sd.npz"
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    np.savez(path, **{key: value for key, value in arrays.items() if not key.startswith(("reference", "origin"))})
+    assert cached(plan(tmp_path), DISK)[1] == 2
+    arrays["reference_0_8x8"] = arrays["reference_0_8x8"] + 1
+    np.savez(path, **arrays)  # rewritten by another program: no note vouches for it
+    assert cached(plan(tmp_path), DISK)[1] == 2
+
+
+def test_one_image_with_other_references_is_encoded_apart(tmp_path: Path) -> None:
+    write_two(tmp_path)
+    again = f"control_dirs = '{{here}}/before'\n{HEAD}{SUBSET}control_dirs = '{{here}}/more'"
+    found = plan(tmp_path, again)
+    batches, count = cached(found, DISK)
+    assert count == 12
+    encode = averaging_vae()
+    for plain, stored in zip(batches_of(found), batches_of(batches), strict=True):
+        torch.testing.assert_close(stored.reference_latents[0], encode(plain.reference_pixels[0], None))
+
+
+def test_trained_pairs_can_be_measured(tmp_path: Path) -> None:
+    write_same(tmp_path, 4, (96, 80))
+    found = plan(tmp_path, "control_dirs = '{here}/before'\nrandom_crop = true\nflip_aug = true")
+    limited, numbers = found.limited_to_measured(2, [])
+    for batch in open_batches(limited).measured(numbers).batches([0], 0):
+        assert torch.equal(batch.reference_pixels[0], batch.pixels_BCHW)
+        assert batch.pixels_BCHW.shape == (2, 3, 64, 64)
+
+
+def test_a_damaged_reference_is_replaced_with_its_image(tmp_path: Path) -> None:
+    write_folder(tmp_path / "after", 4)
+    write_folder(tmp_path / "before", 4, seed=6)
+    whole = (tmp_path / "before" / "p2.png").read_bytes()
+    (tmp_path / "before" / "p2.png").write_bytes(whole[: len(whole) // 2])
+    found = plan(tmp_path)
+    batches = open_batches(found)
+    keys = [Path(key).name for batch in batches_of(batches) for key in batch.keys]
+    assert len(keys) == 4 and "p2.png" not in keys
