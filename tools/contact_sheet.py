@@ -21,7 +21,8 @@ from library.options.output.saving import SavingOptions  # noqa: E402
 from library.training.command_line.checks import check_precision, check_values  # noqa: E402
 from library.training.command_line.cli import parse  # noqa: E402
 from library.training.command_line.run_lock import run_lock  # noqa: E402
-from library.training.evaluation.prompts import read_prompts, resolve  # noqa: E402
+from library.training.evaluation.prompt_images import show_with_references  # noqa: E402
+from library.training.evaluation.prompts import read_prompts, resolve_all  # noqa: E402
 from library.training.offline.contact_sheet import arrange, draw_rows  # noqa: E402
 from library.training.report_page.writer import add_sheet  # noqa: E402
 from library.training.reporting.sample_images import data_url_of  # noqa: E402
@@ -102,8 +103,10 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     check_overwrite("--sheet", target, PNG, [*files, Path(options.preview.sample_prompts)])
     arch = card.build(options)
     specs = read_prompts(Path(options.preview.sample_prompts))
-    columns = columns_of([resolve(spec, arch.preview.defaults, arch.inpaints) for spec in specs], args.seeds)
+    columns = columns_of(resolve_all(specs, arch), args.seeds)
     images = list(draw_rows(options, arch, [[], *([(file, 1.0)] for file in files)], columns, own_device()))
+    step = arch.codec.spec.bucket_step
+    images = [[show_with_references(p, one, step) for p, one in zip(columns, row, strict=True)] for row in images]
     labels = labels_of(files)
     sheet = arrange(images, labels, [f"{prompt.seed}: {prompt.text}" for prompt in columns], args.side)
     with atomic_path(target) as temporary:

@@ -66,6 +66,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "min_bucket_reso = 256", "min_bucket_reso = 64"
     )
     (tmp_path / "configs" / "examples" / "dataset.toml").write_text(example, encoding="utf-8")
+    pairs = (ROOT / "configs" / "examples" / "pairs.toml").read_text(encoding="utf-8")
+    pairs = pairs.replace("resolution = 1024", "resolution = 64\nmin_bucket_reso = 64")
+    (tmp_path / "configs" / "examples" / "pairs.toml").write_text(pairs, encoding="utf-8")
+    for number, folder in enumerate(("before", "after")):
+        make_images(tmp_path / "pictures" / folder, 2, seed=number)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -14,6 +14,7 @@ from library.data.plan.data_plan import DataPlan, build_plan
 from library.errors import UserError
 from library.options.train import TrainOptions
 from library.protocols import LatentSpec
+from library.training.command_line.pairs import show_pairs
 from library.training.report_page.page import REPORT
 from library.training.report_page.record import Record
 from library.training.report_page.writer import report_of, write_page
@@ -46,7 +47,7 @@ def audit_only(options: TrainOptions, latents: LatentSpec, warnings: WarningEven
         events = [
             Start(None, changed_options(options), versions()),
             *warned,
-            Audit(**plan.facts()),
+            Audit(**plan.facts(), pairs=show_pairs(plan)),
             *(StepResult(finding.text, show_images(finding, plan), len(finding.images)) for finding in findings),
             End("finished", None, time.time() - began, None, None, None),
         ]

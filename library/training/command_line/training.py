@@ -91,6 +91,7 @@ def train_network(
     from library.memory.offload.shared import IN_MEMORY
     from library.processes import from_accelerator
     from library.temporary_folders import delete_abandoned_folders
+    from library.training.command_line.pairs import show_pairs
     from library.training.models.opening import open_accelerator
     from library.training.reporting.events import Audit
     from library.training.run.dry_run import dry_run_values
@@ -111,7 +112,7 @@ def train_network(
             show_batches(run.data)
             return True
         if events.is_on:
-            events.emit(Audit(**run.data.facts()))
+            events.emit(Audit(**run.data.facts(), pairs=show_pairs(run.data.image_plan)))
         return train_resolved(fit_to_memory(run, processes, events), accelerator, processes, interruption, events)
 
 

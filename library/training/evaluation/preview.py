@@ -21,8 +21,8 @@ from library.options.training.averaging import PREVIEWS
 from library.progress import progress_bar
 from library.protocols import Architecture, LiveText
 from library.randomness import generator_for
-from library.training.evaluation.painted import prompt_conditioning
-from library.training.evaluation.prompts import read_prompts, resolve
+from library.training.evaluation.prompt_images import prompt_conditioning, show_with_references
+from library.training.evaluation.prompts import read_prompts, resolve_all
 from library.training.evaluation.without_side_effects import evaluating
 from library.training.failures.interruption import Interrupted, Interruption
 from library.training.failures.vae_memory import VaeFallback
@@ -86,7 +86,7 @@ def wanted_prompts(options: PreviewOptions, arch: Architecture) -> list[Prompt]:
             "%d of %d preview prompts leave their size to the default, %d x %d; --w and --h in the prompt file set it",
             num_unsized, len(specs), defaults.width, defaults.height,
         )  # fmt: skip
-    prompts = [resolve(spec, defaults, arch.inpaints) for spec in specs]
+    prompts = resolve_all(specs, arch)
     for text in texts_of(prompts, arch.preview.worded):
         if (num_tokens := arch.preview.text.count_tokens(text)) > arch.preview.text.max_tokens:
             logger.warning(
@@ -250,10 +250,11 @@ class Previews:
             if encoded is None:
                 encoded = encoded_now(run.context, [prompt], self._cached)
             generator = generator_of(prompt, run.context.seed, index)
-            latents_BCHW = draw_latents(run.context, prompt, encoded, generator, goes_on)
+            latents_BCHW = draw_latents(run.context, prompt, encoded, generator, goes_on, vae)
             if latents_BCHW is None:
                 return []
-            drawn = Drawn(index, prompt, decode(run.context, vae, latents_BCHW, self._vae_fallback))
+            image = decode(run.context, vae, latents_BCHW, self._vae_fallback)
+            drawn = Drawn(index, prompt, show_with_references(prompt, image, run.context.arch.codec.spec.bucket_step))
             path = image_path(run.options.saving, event, index, prompt.seed)
             write_image(path, drawn)
             with tqdm.external_write_mode():
@@ -298,11 +299,12 @@ def draw_latents(
     encoded: Mapping[str, Conditioning],
     generator: torch.Generator,
     goes_on: Callable[[], bool] = lambda: True,
+    vae: nn.Module | None = None,
 ) -> Tensor | None:
     """Latents of one image as `LatentCodec.decode` takes them, float32; None where `goes_on` broke off.
 
     `goes_on` is asked after every call of the denoiser. The first draw of `generator` is the initial noise, so that
-    images compare to those of other programs.
+    images compare to those of other programs. `vae` encodes reference images, which a prompt may name.
     Raises UserError where the denoiser gives what is not a number.
     """
     spec, preview = context.arch.codec.spec, context.arch.preview
@@ -311,7 +313,7 @@ def draw_latents(
     texts = (preview.worded(prompt.text), prompt.negative)
     positive, negative = (on_device(encoded.get(text), context.device) for text in texts)
     assert positive is not None
-    extra = prompt_conditioning(context, prompt, batch, generator.initial_seed())
+    extra = prompt_conditioning(context, vae, prompt, batch, generator.initial_seed())
 
     def say(noised: Noised, progress: float) -> Tensor:
         def ask(conditioning: Conditioning) -> Tensor:

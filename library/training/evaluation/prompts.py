@@ -5,7 +5,7 @@
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from math import isfinite
 from pathlib import Path
@@ -18,7 +18,7 @@ from library.options.encodings import decoded
 from library.options.output.samplers import ALIASES, SAMPLERS
 from library.options.ranges import is_number
 from library.options.training.run import MAX_SEED
-from library.protocols import PromptDefaults
+from library.protocols import Architecture, PromptDefaults
 from library.suggestions import did_you_mean
 from library.types import Prompt
 
@@ -44,6 +44,7 @@ LINE_OPTIONS: Mapping[str, str] = {
     "rcfg": "renorm_cfg",
     "fs": "flow_shift",
     "i": "image_path",
+    "ci": "control_image_path",
 }
 """What stands behind `--` in a line of text -> the same setting in TOML and JSON."""
 
@@ -67,11 +68,14 @@ class PromptSpec:
     flow_shift: float | None = None
     image_path: str | None = None
     controlnet_image: str | None = None
+    control_image_path: tuple[str, ...] | None = None  # reference images; several `--ci` in a line
 
 
 KEYS = [f.name for f in fields(PromptSpec) if f.name != "place"]
 WHOLE = {"width": (1, 1 << 16), "height": (1, 1 << 16), "sample_steps": (1, MAX_STEPS), "seed": (0, MAX_SEED)}
-WORDS = ("negative_prompt", "image_path", "controlnet_image")  # in a line they take all up to the next option
+REFERENCES = "control_image_path"
+# In a line they take all up to the next option.
+WORDS = ("negative_prompt", "image_path", "controlnet_image", REFERENCES)
 REAL = {
     "scale": (-100.0, 1000.0),
     "guidance_scale": (0.0, 1000.0),
@@ -162,10 +166,13 @@ def parse_line(line: str, place: str) -> PromptSpec:
                 f"There are {', '.join(f'--{name}' for name in LINE_OPTIONS)}, each with a space before its value; "
                 'a prompt that itself has " --" in it can stand in a .toml or .json file'
             )
-        if key in table:
+        if key in table and key != REFERENCES:
             raise UserError(f"{FLAG} {place}: --{letters} is given twice; keep one")
         value, rest = (text.strip(), "") if key in WORDS else first_word(text)
-        table[key] = number_in(value, key, place) if key in WHOLE or key in REAL else value
+        if key == REFERENCES:
+            table[key] = [*table.get(key, []), value]
+        else:
+            table[key] = number_in(value, key, place) if key in WHOLE or key in REAL else value
         words.append(rest)
     return spec_of({"prompt": " ".join(filter(None, words)), **table}, place)
 
@@ -205,6 +212,11 @@ def checked(key: str, value: Any, place: str) -> Any:
     if key == "sample_sampler":
         check_sampler(value, f"{FLAG} {place}: {named(key)}")
         return value
+    if key == REFERENCES:
+        paths = [value] if isinstance(value, str) else value
+        if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+            raise UserError(f"{FLAG} {place}: {key} is {value!r}; give the path of an image, or a list of them")
+        return tuple(paths)
     if key not in WHOLE and key not in REAL:
         if not isinstance(value, str):
             raise UserError(f"{FLAG} {place}: {key} is {value!r}; give text in quotes")
@@ -234,10 +246,17 @@ def named(key: str) -> str:
     return f"{key} (--{next(letters for letters, name in LINE_OPTIONS.items() if name == key)})"
 
 
-def resolve(spec: PromptSpec, defaults: PromptDefaults, inpaints: bool = False) -> Prompt:
+def resolve_all(specs: Iterable[PromptSpec], arch: Architecture) -> list[Prompt]:
+    """Return the prompts as this base model draws them, as `resolve` does."""
+    defaults, max_references = arch.preview.defaults, arch.codec.spec.max_references
+    return [resolve(spec, defaults, arch.inpaints, max_references) for spec in specs]
+
+
+def resolve(spec: PromptSpec, defaults: PromptDefaults, inpaints: bool = False, max_references: int = 0) -> Prompt:
     """Return the prompt with everything filled in; warns of settings that the base model does not have.
 
-    Raises UserError where a model that inpaints is given no image, or one that is not there.
+    Raises UserError where a model that inpaints is given no image, for images that are not there, and for more than
+    `max_references` reference images.
     """
     if spec.controlnet_image is not None:
         logger.warning(
@@ -258,6 +277,7 @@ def resolve(spec: PromptSpec, defaults: PromptDefaults, inpaints: bool = False) 
         renorm_cfg=own(spec, "renorm_cfg", defaults.renorm_cfg),
         flow_shift=own(spec, "flow_shift", defaults.flow_shift),
         image_path=image_of(spec) if inpaints else own(spec, "image_path", None),
+        reference_paths=references_of(spec, max_references),
     )
 
 
@@ -268,10 +288,28 @@ def image_of(spec: PromptSpec) -> Path:
             f"{FLAG} {spec.place} names no image to paint in; give one with {named('image_path')}, whose transparent "
             "part is painted anew, or a random part where nothing is transparent"
         )
-    path = Path(spec.image_path)
+    return existing(Path(spec.image_path), "image_path", spec.place)
+
+
+def existing(path: Path, key: str, place: str) -> Path:
+    """Return the path. Raises UserError if there is no file."""
     if not path.is_file():
-        raise UserError(f"{FLAG} {spec.place}: {named('image_path')} is {path}, but there is no such file")
+        raise UserError(f"{FLAG} {place}: {named(key)} is {path}, but there is no such file")
     return path
+
+
+def references_of(spec: PromptSpec, max_references: int) -> tuple[Path, ...]:
+    """Return the reference images of a prompt; none, with a warning, on a model that takes none."""
+    given = spec.control_image_path or ()
+    if given and not max_references:
+        own(spec, REFERENCES, None)
+        return ()
+    if len(given) > max_references:
+        raise UserError(
+            f"{FLAG} {spec.place}: {named(REFERENCES)} names {len(given)} images, but this base model takes at most "
+            f"{max_references}"
+        )
+    return tuple(existing(Path(path), REFERENCES, spec.place) for path in given)
 
 
 def side(wanted: int, step: int, place: str) -> int:

@@ -98,7 +98,7 @@ def context_of(loaded: Loaded, network: AdoptedNetwork) -> StepContext:
 
 def draw(context: StepContext, vae: nn.Module, prompt: Prompt, encoded: Mapping[str, Conditioning]) -> Image.Image:
     """One image."""
-    latents_BCHW = draw_latents(context, prompt, encoded, generator_of(prompt, context.seed, 0))
+    latents_BCHW = draw_latents(context, prompt, encoded, generator_of(prompt, context.seed, 0), vae=vae)
     assert latents_BCHW is not None, "nobody breaks it off"
     return decode(context, vae, latents_BCHW, VaeFallback())
 

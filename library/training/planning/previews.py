@@ -12,7 +12,7 @@ from library.memory.planner.prediction import ALLOCATOR_SHARE, CONTEXT_BYTES, Co
 from library.options.output.preview import PreviewOptions
 from library.protocols import Architecture
 from library.training.evaluation.preview import Timetable
-from library.training.evaluation.prompts import read_prompts, resolve
+from library.training.evaluation.prompts import read_prompts, resolve_all
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def largest_preview(options: PreviewOptions, arch: Architecture) -> tuple[int, i
     path, defaults = Path(options.sample_prompts), arch.preview.defaults
     if not path.is_file():
         return defaults.width, defaults.height
-    sizes = [(p.width, p.height) for p in (resolve(spec, defaults, arch.inpaints) for spec in read_prompts(path))]
+    sizes = [(prompt.width, prompt.height) for prompt in resolve_all(read_prompts(path), arch)]
     return max(sizes, key=lambda size: size[0] * size[1], default=None)
 
 

@@ -118,15 +118,12 @@ class Record:
         self.audit, self.findings, self.stages, self.began = None, [], {}, {}
 
     def _audit(self, line: Line) -> None:
-        self.audit = values_of(line)
+        self.audit = values_of(line) | {"pairs": shown_images(line.get("pairs", []))}
 
     def _finding(self, line: Line) -> None:
         if len(self.findings) >= MOST_FINDINGS:
             return
-        images = [
-            image if image["thumbnail"] and THUMBNAIL.fullmatch(image["thumbnail"]) else {**image, "thumbnail": None}
-            for image in line["pictures"]
-        ]
+        images = shown_images(line["pictures"])
         self.findings.append({"text": line["text"], "pictures": images, "num_pictures": line["num_pictures"]})
 
     def _stage(self, line: Line) -> None:
@@ -257,6 +254,14 @@ class Record:
 SAVED_AS = {  # fields of Record that have other types as plain values
     "plan": Plan | None, "audit": Audit | None, "curves": SavedCurves, "validations": SavedKept, "previews": SavedKept,
 }  # fmt: skip
+
+
+def shown_images(images: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return images without what is no small copy of one: lines may come from anywhere."""
+    return [
+        image if image["thumbnail"] and THUMBNAIL.fullmatch(image["thumbnail"]) else {**image, "thumbnail": None}
+        for image in images
+    ]
 
 
 def values_of(line: Line) -> dict[str, Any]:

@@ -183,22 +183,26 @@ function data() {
     const tags = audit.tags.map(([tag, count]) => make("span", {}, `${tag} ${count}`));
     page.append(make("h3", {}, "Commonest tags"), make("div", {class: "tags"}, tags));
   }
+  if (audit.pairs && audit.pairs.length) page.append(make("h3", {}, "Pairs, the reference on the left"), figures(audit.pairs));
   if (audit.num_dropped) {
     const rows = audit.dropped.map((one) => [one.file, one.reason]);
     page.append(make("h3", {}, `${audit.num_dropped} pictures are left out`), table(["file", "why"], rows));
   }
 }
 
+function figures(pictures) {
+  return make("div", {class: "shown"}, pictures.map(({file, note, thumbnail}) => {
+    const picture = thumbnail ? make("img", {src: thumbnail, alt: "", loading: "lazy"}) : null;
+    return make("figure", {}, picture, make("figcaption", {}, note ? `${file}: ${note}` : file));
+  }));
+}
+
 function findings() {
   if (!record.findings.length) return;
   section("Problems found in the images");
   for (const {text, pictures, num_pictures} of record.findings) {
-    const figures = pictures.map(({file, note, thumbnail}) => {
-      const picture = thumbnail ? make("img", {src: thumbnail, alt: "", loading: "lazy"}) : null;
-      return make("figure", {}, picture, make("figcaption", {}, note ? `${file}: ${note}` : file));
-    });
     const more = num_pictures - pictures.length;
-    page.append(make("h3", {}, text), make("div", {class: "shown"}, figures));
+    page.append(make("h3", {}, text), figures(pictures));
     if (more) page.append(make("p", {class: "dim"}, `${more} more are in the log.`));
   }
 }

@@ -76,6 +76,15 @@ class CaptionLengths(TypedDict):
 
 
 @dataclass(frozen=True)
+class FoundImage:
+    """An image of a finding; `thumbnail` is a data: URL of a smaller copy, None where there is none."""
+
+    file: str
+    note: str
+    thumbnail: str | None
+
+
+@dataclass(frozen=True)
 class Audit(Event):
     """The findings of the dataset audit, as library/data/plan/audit_values.py collects them."""
 
@@ -85,15 +94,7 @@ class Audit(Event):
     num_dropped: int
     caption_lengths: CaptionLengths
     tags: Sequence[Sequence[Any]]
-
-
-@dataclass(frozen=True)
-class FoundImage:
-    """An image of a finding; `thumbnail` is a data: URL of a smaller copy, None where there is none."""
-
-    file: str
-    note: str
-    thumbnail: str | None
+    pairs: Sequence[FoundImage] = ()  # the first images with references, which are on their left
 
 
 @dataclass(frozen=True)

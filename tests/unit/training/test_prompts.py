@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from library.errors import UserError
 from library.protocols import PromptDefaults
 from library.training.evaluation.prompts import LINE_OPTIONS, PromptSpec, parse_line, read_prompts, resolve
 
@@ -199,12 +200,13 @@ def test_an_image_for_a_controlnet_is_ignored_with_a_warning(caplog: pytest.LogC
 def test_every_option_of_a_line_is_a_key_too(tmp_path: Path) -> None:
     values: dict[str, Any] = {
         "negative_prompt": "x", "sample_sampler": "ddim", "cfg_trunc_ratio": 0.5, "image_path": "my cat.png",
-        "controlnet_image": "my pose.png",
+        "controlnet_image": "my pose.png", "control_image_path": ["before.png", "style.png"],
     }  # fmt: skip
     keys = list(LINE_OPTIONS.values())
     path = written(tmp_path, "p.json", json.dumps([{"prompt": "a", **{key: values.get(key, 8) for key in keys}}]))
     (spec,) = read_prompts(path)
-    assert all(getattr(spec, key) == values.get(key, 8) for key in keys)
+    assert all(getattr(spec, key) == values.get(key, 8) for key in keys if key != "control_image_path")
+    assert spec.control_image_path == ("before.png", "style.png")
 
 
 @pytest.mark.parametrize(
@@ -224,3 +226,29 @@ def test_a_negative_prompt_and_a_path_take_all_words_up_to_the_next_option() -> 
     spec = parse_line("a cat --n dark and blurry --w 256 --i my pictures/cat.png", "here")
     assert (spec.prompt, spec.negative_prompt) == ("a cat", "dark and blurry")
     assert spec.image_path == "my pictures/cat.png"
+
+
+def test_reference_images_stand_in_a_line_and_in_a_table(tmp_path: Path) -> None:
+    first, second = tmp_path / "a b.png", tmp_path / "c.png"
+    for path in (first, second):
+        path.write_bytes(b"x")
+    spec = parse_line(f"make it red --ci {first} --w 64 --ci {second} --s 3", "p.txt, line 1")
+    assert spec.control_image_path == (str(first), str(second)) and spec.sample_steps == 3
+    assert resolve(spec, FLOW, max_references=2).reference_paths == (first, second)
+    (table,) = read_prompts(
+        written(tmp_path, "p.json", json.dumps([{"prompt": "a", "control_image_path": str(first)}]))
+    )
+    assert resolve(table, FLOW, max_references=1).reference_paths == (first,)
+
+
+def test_reference_images_that_do_not_fit_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    spec = parse_line(f"a --ci {tmp_path / 'nowhere.png'}", "p.txt, line 1")
+    with pytest.raises(UserError, match=r"control_image_path \(--ci\) is .*nowhere.png, but there is no such file"):
+        resolve(spec, FLOW, max_references=1)
+    with pytest.raises(UserError, match=r"\(--ci\) names 2 images, but this base model takes at most 1"):
+        resolve(parse_line("a --ci x.png --ci y.png", "p"), FLOW, max_references=1)
+    assert resolve(spec, FLOW).reference_paths == ()
+    assert "control_image_path (--ci) has no effect on this base model" in caplog.text
+    for value in (3, ["a.png", 3]):
+        with pytest.raises(UserError, match=r"control_image_path is .*; give the path of an image, or a list of them"):
+            read_prompts(written(tmp_path, "p.json", json.dumps([{"prompt": "a", "control_image_path": value}])))

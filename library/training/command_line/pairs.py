@@ -1,0 +1,48 @@
+"""Small copies of images beside their reference images, for the report."""
+
+from collections.abc import Iterator
+from itertools import islice
+
+from PIL import Image
+
+from library.data.decoding.images import Pixels, centred, place, read_pixels
+from library.data.plan.data_plan import DataPlan
+from library.data.plan.samples import Sample
+from library.errors import UserError
+from library.training.evaluation.prompt_images import show_beside
+from library.training.reporting.events import FoundImage
+from library.training.reporting.sample_images import THUMBNAIL_SIDE, data_url_of
+
+MOST_SHOWN = 12  # pairs
+
+
+def show_pairs(plan: DataPlan | None) -> list[FoundImage]:
+    """Return the first images that have references, as they are trained, with the references on their left."""
+    return [] if plan is None else list(islice(found_pairs(plan), MOST_SHOWN))
+
+
+def found_pairs(plan: DataPlan) -> Iterator[FoundImage]:
+    """Yield images with references, as far as they can be decoded; subsets without any are not read."""
+    first = 0
+    for images in plan.samples.subsets:
+        numbers = range(first, first + len(images))
+        first += len(images)
+        for number in numbers if images.references is not None else ():
+            sample = plan.samples[number]
+            if not sample.image.references:
+                continue
+            try:
+                image, *references = [Image.fromarray(one) for one in placed(sample, plan)]
+            except UserError:
+                continue
+            shown = show_beside(references, image)
+            num_images = 1 + len(references)
+            thumbnail = data_url_of(shown, num_images * THUMBNAIL_SIDE, THUMBNAIL_SIDE)
+            yield FoundImage(sample.image.key, sample.image.caption, thumbnail)
+
+
+def placed(sample: Sample, plan: DataPlan) -> Iterator[Pixels]:
+    """Yield an image and its references, resized and cropped."""
+    images, shapes = (sample.image, *sample.image.references), (sample.shape, *sample.shape.references)
+    for image, shape in zip(images, shapes, strict=True):
+        yield place(read_pixels(image.key, plan.storage.content(image))[0], centred(shape), None)

@@ -1,0 +1,83 @@
+"""The images that a preview's prompt names: one to repaint in part, and reference images of an edit model."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from library.data.decoding.images import Pixels, centred, place, read_pixels
+from library.data.decoding.tensors import to_pixels
+from library.data.description.buckets import ReferenceRules, Shape, cover
+from library.diffusion.inpainting import draw_mask
+from library.training.step.context import StepContext
+from library.training.step.latents import masked_feature, references_of
+from library.types import Batch, Conditioning, Prompt
+
+OPAQUE = 128  # of an alpha channel, and above; what is below is painted anew
+GAP = 4  # pixels between images shown side by side
+
+
+def prompt_conditioning(
+    context: StepContext, vae: nn.Module | None, prompt: Prompt, batch: Batch, seed: int
+) -> Conditioning:
+    """Return the features of a prompt's images; empty without images.
+
+    `batch` holds the prompt; `vae` encodes reference images, since a run with cached latents has none in its context.
+    Raises UserError for an image that cannot be read.
+    """
+    if not prompt.reference_paths:
+        return inpainting_feature(context, prompt, batch, seed)
+    pixels = tuple(to_pixels(one)[None] for one in placed_references(prompt, context.arch.codec.spec.bucket_step))
+    with_vae = replace(context, models=replace(context.models, vae=vae))
+    references = references_of(with_vae, replace(batch, reference_pixels=pixels))
+    return {**references, **inpainting_feature(context, prompt, batch, seed)}
+
+
+def placed_references(prompt: Prompt, step: int) -> list[Pixels]:
+    """Read the reference images of a prompt at about its area, in their own aspect ratios; sides are multiples of
+    `step`."""
+    rules, found = ReferenceRules((prompt.width, prompt.height), False, step), []
+    for path in prompt.reference_paths:
+        rgb, _ = read_pixels(str(path))
+        size = rgb.shape[1], rgb.shape[0]
+        found.append(place(rgb, centred(rules.shape(size, size, Shape(size, size))), None))
+    return found
+
+
+def show_beside(references: Sequence[Image.Image], image: Image.Image) -> Image.Image:
+    """Return an image with reference images on its left, at its height."""
+    scaled = [one.resize((max(1, round(one.width * image.height / one.height)), image.height)) for one in references]
+    row = Image.new("RGB", (sum(one.width + GAP for one in scaled) + image.width, image.height))
+    left = 0
+    for one in (*scaled, image):
+        row.paste(one, (left, 0))
+        left += one.width + GAP
+    return row
+
+
+def show_with_references(prompt: Prompt, image: Image.Image, step: int) -> Image.Image:
+    """Return the image of a prompt with its reference images on the left; alone if it has none."""
+    references = [Image.fromarray(one) for one in placed_references(prompt, step)]
+    return show_beside(references, image) if references else image
+
+
+def inpainting_feature(context: StepContext, prompt: Prompt, batch: Batch, seed: int) -> Conditioning:
+    """Return the conditioning of an inpainting model for a prompt's image, cut to its size; empty for other models.
+
+    What is transparent is painted anew; where nothing is, a random part that follows from `seed`.
+    """
+    if prompt.image_path is None:
+        return {}
+    rgb, alpha = read_pixels(str(prompt.image_path))
+    size = prompt.width, prompt.height
+    placement = centred(Shape(size, cover((rgb.shape[1], rgb.shape[0]), size)))
+    if alpha is None or alpha.min() >= OPAQUE:
+        mask_HW = draw_mask(*size, np.random.default_rng(seed))
+    else:
+        mask_HW = (place(alpha, placement, None) < OPAQUE).astype(np.float32)
+    shown = replace(batch, pixels_BCHW=to_pixels(place(rgb, placement, None))[None])
+    masks_B1HW = torch.from_numpy(mask_HW)[None, None]
+    return masked_feature(context, shown, masks_B1HW, lambda _: torch.Generator().manual_seed(seed))

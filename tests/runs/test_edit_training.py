@@ -1,0 +1,182 @@
+"""flux_train_network.py on pairs: an image and the reference that it is made from (FLUX.1 Kontext)."""
+
+import re
+from base64 import b64decode
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from library.training.evaluation.prompt_images import GAP
+from library.training.report_page.page import data_of
+from tests.running import Finished, make_images
+from tests.tiny.flux import build_tiny_flux
+from tools import contact_sheet
+
+Train = Callable[..., Finished]
+
+
+@pytest.fixture(scope="session")
+def kontext_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return build_tiny_flux(tmp_path_factory.mktemp("tiny_kontext"), seed=23)
+
+
+@pytest.fixture
+def arguments(kontext_arguments: list[str], tmp_path: Path) -> list[str]:
+    """A command line that trains four steps on six pairs."""
+    make_images(tmp_path / "after", 6)
+    make_images(tmp_path / "before", 6, side=96, seed=1)
+    write_config(tmp_path, "")
+    return [
+        *kontext_arguments, "--dataset_config", str(tmp_path / "data.toml"), "--output_dir", str(tmp_path / "out"),
+        "--output_name", "mine", "--network_module", "networks.lora_flux", "--network_dim", "4", "--learning_rate",
+        "1e-3", "--max_train_steps", "4", "--seed", "5", "--max_data_loader_n_workers", "0",
+        "--t5xxl_max_token_length", "32", "--model_prediction_type", "raw", "--guidance_scale", "1",
+        "--network_train_unet_only",
+    ]  # fmt: skip
+
+
+def write_config(folder: Path, keys: str) -> None:
+    (folder / "data.toml").write_text(
+        f"""
+[[datasets]]
+resolution = 64
+batch_size = 2
+caption_extension = ".txt"
+{keys}
+
+[[datasets.subsets]]
+image_dir = "{(folder / "after").as_posix()}"
+control_dirs = ["{(folder / "before").as_posix()}"]
+flip_aug = true
+"""
+    )
+
+
+def saved(tmp_path: Path, name: str = "mine") -> dict[str, torch.Tensor]:
+    return load_file(tmp_path / "out" / f"{name}.safetensors")
+
+
+def are_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(weight, b[key]) for key, weight in a.items())
+
+
+@pytest.mark.parametrize("keys", ["", "control_resolution = [96, 48]"], ids=["size of the image", "own size"])
+@pytest.mark.parametrize("cache", [[], ["--cache_latents_to_disk"]], ids=["encoded in the step", "cached on disk"])
+def test_a_resumed_run_on_pairs_is_the_uninterrupted_one(
+    train: Train, arguments: list[str], tmp_path: Path, cache: list[str], keys: str
+) -> None:
+    write_config(tmp_path, keys)
+    whole = [*arguments, *cache, "--save_every_n_steps", "2", "--save_state"]
+    done = train(whole, "flux_train_network")
+    assert done.status == 0, done.stderr
+    assert "1 reference image for each image" in done.stderr
+    state = str(tmp_path / "out" / "mine-step00000002-state")
+    done = train([*whole, "--output_name", "resumed", "--resume", state], "flux_train_network")
+    assert done.status == 0, done.stderr
+    assert "dataset is not the one of the state" not in done.stderr
+    assert are_equal(saved(tmp_path), saved(tmp_path, "resumed"))
+
+
+def test_the_reference_is_what_the_adapter_learns_from(train: Train, arguments: list[str], tmp_path: Path) -> None:
+    assert train(arguments, "flux_train_network").status == 0
+    make_images(tmp_path / "others", 6, side=96, seed=2)
+    text = (tmp_path / "data.toml").read_text()
+    (tmp_path / "data.toml").write_text(text.replace("/before", "/others"))
+    assert train([*arguments, "--output_name", "other"], "flux_train_network").status == 0
+    first, other = saved(tmp_path), saved(tmp_path, "other")
+    assert first.keys() == other.keys() and not are_equal(first, other)
+    assert all(weight.isfinite().all() for weight in first.values())
+
+
+def test_held_out_pairs_are_measured_and_accumulated_batches_of_other_sizes_train(
+    train: Train, arguments: list[str], tmp_path: Path
+) -> None:
+    write_config(tmp_path, "validation_split = 0.34\ncontrol_no_resize = true")
+    make_images(tmp_path / "wide", 1, side=128, seed=3)
+    (tmp_path / "wide" / "00.png").rename(tmp_path / "before" / "00.png")
+    extra = ["--gradient_accumulation_steps", "2", "--gradient_checkpointing", "--save_every_n_epochs", "1"]
+    done = train([*arguments, *extra], "flux_train_network")
+    assert done.status == 0, done.stderr
+    assert "2 of 6 images are held out for validation" in done.stderr and "validation" in done.stdout + done.stderr
+
+
+def test_adapters_of_a_sweep_share_the_references(train: Train, arguments: list[str], tmp_path: Path) -> None:
+    assert train([*arguments, "--cache_latents"], "flux_train_network").status == 0
+    done = train([*arguments, "--cache_latents", "--sweep", "learning_rate=1e-3,1e-4"], "flux_train_network")
+    assert done.status == 0, done.stderr
+    alone, shared = saved(tmp_path), saved(tmp_path, "mine-lr1e-3")
+    assert alone.keys() == shared.keys()
+    assert all(float((weight - shared[key]).abs().max()) < 1e-4 for key, weight in alone.items())
+
+
+def test_models_that_take_no_references_say_so_before_loading(
+    train: Train, arguments: list[str], tiny_sd_folder: Path, tmp_path: Path
+) -> None:
+    own = arguments[8 : arguments.index("--t5xxl_max_token_length")]
+    done = train(["--pretrained_model_name_or_path", str(tiny_sd_folder), *own])
+    assert done.status == 1
+    assert "has 1 reference image for each image" in done.stderr and "this base model takes none" in done.stderr
+    schnell = build_tiny_flux(tmp_path / "schnell", seed=22, has_guidance=False)
+    done = train([*schnell, *arguments[8:]], "flux_train_network")
+    assert done.status == 1 and "this base model takes none" in done.stderr
+
+
+def test_batches_are_shown_with_their_references(train: Train, arguments: list[str]) -> None:
+    done = train([*arguments, "--debug_dataset"], "flux_train_network")
+    assert done.status == 0, done.stderr
+    assert "3 x pixels (2, 3, 64, 64), reference 0 pixels (2, 3, 64, 64)" in done.stderr
+    assert re.search(r"after/00.png <- \S*before/00.png: ", done.stderr)
+
+
+def test_the_audit_and_the_report_show_pairs_side_by_side(train: Train, arguments: list[str], tmp_path: Path) -> None:
+    done = train([*arguments, "--audit_only"], "flux_train_network")
+    assert done.status == 0, done.stderr
+    assert train(arguments, "flux_train_network").status == 0
+    for name in ("mine-audit.html", "mine-report.html"):
+        pairs = data_of((tmp_path / "out" / name).read_text(encoding="utf-8"))["audit"]["pairs"]
+        assert [Path(pair["file"]).name for pair in pairs] == [f"{i:02}.png" for i in range(6)]
+        with Image.open(BytesIO(b64decode(pairs[0]["thumbnail"].partition(",")[2]))) as shown:
+            assert shown.size == (64 + GAP + 64, 64)
+            right = np.asarray(shown)[:, 64 + GAP :].astype(int)
+        with Image.open(tmp_path / "after" / "00.png") as image:
+            assert abs(right - np.asarray(image).astype(int)).mean() < 10
+
+
+def test_previews_and_contact_sheets_show_the_reference_beside_the_image(
+    train: Train, arguments: list[str], tmp_path: Path
+) -> None:
+    make_images(tmp_path / "wide", 1, side=96, seed=7)
+    before = tmp_path / "wide" / "00.png"
+    Image.open(before).resize((96, 48)).save(before)
+    (tmp_path / "prompts.txt").write_text(
+        f"a red cat --ci {before} --w 64 --h 64 --s 2 --d 1\na red cat --w 64 --h 64 --s 2 --d 1\n"
+    )
+    extra = ["--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "4", "--cache_latents"]
+    done = train([*arguments, *extra], "flux_train_network")
+    assert done.status == 0, done.stderr
+    assert "failed" not in done.stderr
+    sizes = [Image.open(path).size for path in sorted((tmp_path / "out" / "sample").glob("*.png"))]
+    beside = round(80 * 64 / 48)  # the bucket nearest to 2:1 of 64 x 64 pixels is 80 x 48, shown at the image's height
+    assert sizes == [(beside + GAP + 64, 64), (64, 64)]
+    words = [*arguments, "--sample_prompts", str(tmp_path / "prompts.txt"), "--side", "200"]
+    assert contact_sheet.main(["--script", "flux_train_network.py", *words]) == 0
+    with Image.open(tmp_path / "out" / "mine-sheet.png") as sheet:
+        assert sheet.width > 2 * (beside + 64)
+
+
+def test_a_preview_depends_on_its_reference(train: Train, arguments: list[str], tmp_path: Path) -> None:
+    make_images(tmp_path / "refs", 2, seed=7)
+    lines = [f"a red cat --ci {tmp_path / 'refs' / f'{i:02}.png'} --w 64 --h 64 --s 2 --d 1\n" for i in (0, 1, 0)]
+    (tmp_path / "prompts.txt").write_text("".join(lines))
+    extra = ["--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_at_first", "--max_train_steps", "1"]
+    assert train([*arguments, *extra], "flux_train_network").status == 0
+    first, second, third = (
+        np.asarray(Image.open(path))[:, 64 + GAP :] for path in sorted((tmp_path / "out" / "sample").glob("*.png"))
+    )
+    assert (first == third).all() and (first != second).any()
