@@ -204,9 +204,9 @@ def unique_sizes(images: ScannedImages) -> tuple[list[tuple[Size, ...]], NDArray
     own_N12 = images.sizes_N2[:, None]
     sizes_NK2 = own_N12 if images.references is None else np.hstack([own_N12, images.references.sizes_NR2])
     codes_NK = sizes_NK2[..., 0].astype(np.int64) << 32 | sizes_NK2[..., 1]
-    # A single column is compared as numbers, many times faster than rows of several.
-    codes: Any = codes_NK[:, 0] if codes_NK.shape[1] == 1 else codes_NK
-    codes_M, place_N = np.unique(codes, axis=0, return_inverse=True)
+    # Without references the codes are compared as plain numbers, many times faster than as rows.
+    axis = None if codes_NK.shape[1] == 1 else 0
+    codes_M, place_N = np.unique(codes_NK, axis=axis, return_inverse=True)
     rows = codes_M.reshape(len(codes_M), -1).tolist()
     return [tuple((code >> 32, code & 0xFFFFFFFF) for code in row if code) for row in rows], place_N.reshape(-1)
 

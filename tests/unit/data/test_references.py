@@ -417,3 +417,19 @@ def test_a_damaged_reference_is_replaced_with_its_image(tmp_path: Path) -> None:
     batches = open_batches(found)
     keys = [Path(key).name for batch in batches_of(batches) for key in batch.keys]
     assert len(keys) == 4 and "p2.png" not in keys
+
+
+def test_masks_and_references_stand_beside_each_other(tmp_path: Path) -> None:
+    write_same(tmp_path, 4)
+    for i in range(4):
+        write_image(tmp_path / "masks" / f"p{i}.png", seed=30 + i)
+    keys = "control_dirs = '{here}/before'\nconditioning_data_dir = '{here}/masks'\nflip_aug = true"
+    options = write_config(tmp_path / "data.toml", f"{HEAD}{SUBSET}{keys}\n").with_values({"masked_loss": True})
+    found = plan_of(options, spec=SPEC)
+    assert {sample.image.mask_path is not None for sample in found.samples} == {True}
+    for batch in batches_of(found):
+        assert torch.equal(batch.reference_pixels[0], batch.pixels_BCHW)
+        for key, pixels, mask in zip(batch.keys, batch.pixels_BCHW, batch.masks_B1HW, strict=True):
+            red = torch.from_numpy(np.array(Image.open(tmp_path / "masks" / Path(key).name))[..., 0]) / 255
+            is_flipped = not torch.equal(pixels, to_pixels(np.array(Image.open(key))))
+            torch.testing.assert_close(mask[0], red.flip(-1) if is_flipped else red)
