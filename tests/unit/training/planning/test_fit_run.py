@@ -1,6 +1,7 @@
 """What --fit takes for the card, and for the largest batch."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +12,9 @@ from library.memory.planner.gpus import GIB, Gpu
 from library.memory.planner.prediction import CONTEXT_BYTES
 from library.processes import Processes
 from library.training.planning import fit_run
-from library.training.planning.counting import BatchShape
+from library.training.planning.counting import BatchShape, fake_batch, shape_of_batch
 from library.training.planning.fit_run import counted_run, largest_batch, measure_gpu
+from tests.unit.data.builders import SPEC
 from tests.unit.training.test_checks import made
 from tests.unit.training.test_text_caching import Board
 
@@ -64,3 +66,15 @@ def test_a_module_of_others_that_needs_values_is_named(monkeypatch: pytest.Monke
         counted_run(made(network_module="lycoris.kohya"), arch, shape, device)
     with pytest.raises(RuntimeError, match=r"^shape is invalid$"):
         counted_run(made(network_module="networks.lora"), arch, shape, device)
+
+
+@pytest.mark.parametrize("has_latents", [True, False])
+def test_a_counted_batch_has_the_reference_images_of_the_described_one(has_latents: bool) -> None:
+    shape = BatchShape(2, 64, 32, ((48, 16), (64, 64)))
+    arch: Any = SimpleNamespace(codec=SimpleNamespace(spec=SPEC), text=SimpleNamespace(max_tokens=3))
+    batch = fake_batch(arch, shape, None, has_latents)
+    pixels, latents = ([tuple(one.shape) for one in part] for part in (batch.reference_pixels, batch.reference_latents))
+    assert pixels == ([] if has_latents else [(2, 3, 16, 48), (2, 3, 64, 64)])
+    assert latents == ([(2, 4, 2, 6), (2, 4, 8, 8)] if has_latents else [])
+    sized = replace(batch, sizes_B6=torch.tensor([[32.0, 64, 0, 0, 32, 64]] * 2))
+    assert shape_of_batch(sized, SPEC.downscale) == shape
