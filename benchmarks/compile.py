@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
-from library.architectures.flux.model import DoubleStreamBlock, FluxConfig, SingleStreamBlock, positions  # noqa: E402
+from library.architectures.flux.model import FluxConfig, make_modulation, positions  # noqa: E402
 from library.architectures.sd3.model import JointBlock, MMDiTConfig  # noqa: E402
 from library.memory.compiled import CompiledBlock, CompileSettings  # noqa: E402
+from library.models.double_stream import DoubleStreamBlock, SingleStreamBlock  # noqa: E402
 from library.models.rotary import Rotary  # noqa: E402
 from networks.core.changes.adapter import Adapter  # noqa: E402
 from networks.core.changes.alpha import ScaledDelta  # noqa: E402
@@ -31,7 +33,8 @@ from networks.core.changes.low_rank import LowRank  # noqa: E402
 from networks.core.targets.targets import TargetModule  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-FLUX = FluxConfig(64, 3072, 128, 12288, 4096, 768, 19, 38, True)
+FLUX = FluxConfig(64, 3072, 128, 12288, 4096, 19, 38, True, pooled_width=768)
+MODULATION = partial(make_modulation, FLUX)
 SD3 = MMDiTConfig(1536, 24, 64, 6144, 2, 16, 4096, 2048, 192, False, frozenset())
 NUM_TEXT = 77
 
@@ -44,16 +47,17 @@ def tokens_of(count: int, width: int, dtype: torch.dtype) -> Tensor:
 
 def flux_double(num_tokens: int, dtype: torch.dtype) -> Built:
     side = int(num_tokens**0.5)
-    rope = Rotary(FLUX.rope_axes)(positions(NUM_TEXT, side, side, torch.device("cpu")), (1, side, side))
+    rope = Rotary(FLUX.rope_axes)(positions(NUM_TEXT, [(side, side)], torch.device("cpu")), (1, side, side))
     vec = torch.randn(1, 3072, dtype=dtype)
-    return DoubleStreamBlock(FLUX), (tokens_of(side**2, 3072, dtype), tokens_of(NUM_TEXT, 3072, dtype), vec, rope, None)
+    inputs = (tokens_of(side**2, 3072, dtype), tokens_of(NUM_TEXT, 3072, dtype), vec, rope, None)
+    return DoubleStreamBlock(FLUX, MODULATION), inputs
 
 
 def flux_single(num_tokens: int, dtype: torch.dtype) -> Built:
     side = int(num_tokens**0.5)
-    rope = Rotary(FLUX.rope_axes)(positions(NUM_TEXT, side, side, torch.device("cpu")), (1, side, side))
+    rope = Rotary(FLUX.rope_axes)(positions(NUM_TEXT, [(side, side)], torch.device("cpu")), (1, side, side))
     x = tokens_of(side**2 + NUM_TEXT, 3072, dtype)
-    return SingleStreamBlock(FLUX), (x, torch.randn(1, 3072, dtype=dtype), rope, None)
+    return SingleStreamBlock(FLUX, MODULATION), (x, torch.randn(1, 3072, dtype=dtype), rope, None)
 
 
 def sd3(num_tokens: int, dtype: torch.dtype) -> Built:

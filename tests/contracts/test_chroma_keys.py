@@ -35,7 +35,7 @@ BASE: Mapping[str, tuple[int, ...]] = {
     name: tuple(shape) for name, shape in facts("chroma")["components"]["dit"].items()
 }
 LORA = facts("lora_keys_chroma")
-FULL = FluxConfig(64, 3072, 128, 12288, 4096, 0, 19, 38, True, ApproximatorConfig(64, 5120, 5))
+FULL = FluxConfig(64, 3072, 128, 12288, 4096, 19, 38, True, 0, ApproximatorConfig(64, 5120, 5))
 
 
 def opened(shapes: Mapping[str, tuple[int, ...]]) -> Weights:

@@ -27,7 +27,7 @@ shapes_of = partial(saved_shapes, create_network)
 FACTS: Mapping[str, Any] = json.loads(
     gzip.decompress((Path(__file__).parent / "data" / "lora_keys_flux1.json.gz").read_bytes())
 )
-DEV = FluxConfig(64, 3072, 128, 12288, 4096, 768, 19, 38, has_guidance=True)
+DEV = FluxConfig(64, 3072, 128, 12288, 4096, 19, 38, has_guidance=True, pooled_width=768)
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 T5_XXL = {
     "vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,

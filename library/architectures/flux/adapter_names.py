@@ -6,9 +6,10 @@ Module paths are those of the original checkpoint.
 from collections.abc import Iterator
 from dataclasses import replace
 
-from library.architectures.flux.checkpoint_keys import APPROXIMATOR, STACKS, SWAPPED, TOP, sources
+from library.architectures.flux.checkpoint_keys import APPROXIMATOR, KEYS, sources
 from library.checkpoints.adapter_names import BaseNames, ModuleNames, Piece, text_module
 from library.models.clip import names as clip_names
+from library.models.double_stream_keys import SWAPPED
 from library.models.t5 import T5_LINEAR
 
 NUM_BLOCKS = {"double_blocks": 19, "single_blocks": 38}
@@ -23,17 +24,11 @@ PROCESSORS = {  # names of XLabs's trainer -> the layers whose outputs they chan
 }  # fmt: skip
 
 
-def denoiser_paths() -> Iterator[str]:
-    """Yield the path of every Linear layer, in the order of the checkpoint."""
-    yield from TOP
-    for stack, _, layers in STACKS:
-        for number in range(NUM_BLOCKS[stack]):
-            yield from (f"{stack}.{number}.{layer}" for layer in layers if not layer.endswith("_norm"))
-
-
 def chroma_paths() -> Iterator[str]:
     """Yield the path of every Linear layer of Chroma, whose approximator replaces all modulation layers."""
-    yield from (path for path in denoiser_paths() if not path.startswith(VECTORS) and not path.endswith(MODULATION))
+    yield from (
+        path for path in KEYS.linear_paths(NUM_BLOCKS) if not path.startswith(VECTORS) and not path.endswith(MODULATION)
+    )
     yield from (f"{APPROXIMATOR}{side}_proj" for side in ("in", "out"))
     layers = [f"{APPROXIMATOR}layers.{number}" for number in range(NUM_APPROXIMATOR_LAYERS)]
     yield from (f"{layer}.{side}_layer" for layer in layers for side in ("in", "out"))
@@ -51,7 +46,7 @@ def denoiser_module(path: str) -> ModuleNames:
         generic=f"diffusion_model.{path}",
         diffusers=whole if len(found) == 1 else pieces,
         aliases=tuple(own),
-        swaps_pair=f"{path}." == SWAPPED,
+        swaps_pair=path == SWAPPED,
     )
 
 
@@ -73,7 +68,7 @@ def chroma_t5_module(path: str) -> ModuleNames:
 NAMES = BaseNames(
     "flux",
     (
-        *map(denoiser_module, denoiser_paths()),
+        *map(denoiser_module, KEYS.linear_paths(NUM_BLOCKS)),
         *(clip_module(f"encoder.layers.{n}.{name}") for n in range(NUM_CLIP_LAYERS) for name in clip_names.CLIP_LINEAR),
         *(t5_module(f"encoder.block.{n}.{name}") for n in range(NUM_T5_BLOCKS) for name in T5_LINEAR),
     ),

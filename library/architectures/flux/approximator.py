@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.flux.checkpoint_keys import APPROXIMATOR
-from library.architectures.flux.layers import MLPEmbedder, RMSNorm
+from library.models.double_stream import MLPEmbedder, RMSNorm
 from library.models.shapes import ShapeReader
 from library.models.sinusoids import sinusoids
 
@@ -65,15 +65,3 @@ class Approximator(nn.Module):
             x_BVA = x_BVA + layer(norm(x_BVA))
         rows_BVM: Tensor = self.out_proj(x_BVA)
         return rows_BVM
-
-
-class GivenModulation(nn.Module):
-    """A weightless layer in place of FLUX.1's modulation layers that passes on rows of the approximator."""
-
-    def __init__(self, first_row: int, num_rows: int) -> None:
-        super().__init__()
-        self.rows = slice(first_row, first_row + num_rows)
-
-    def forward(self, rows_BVM: Tensor) -> tuple[Tensor, ...]:
-        """Return each row as (B, 1, M)."""
-        return torch.split(rows_BVM[:, self.rows], 1, dim=1)

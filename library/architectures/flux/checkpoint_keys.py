@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 
 from library.checkpoints.fused_tensors import joined
 from library.checkpoints.weights import Weights
+from library.models.double_stream_keys import SWAPPED, StreamKeys, leaf_names
 
 DIFFUSERS_MARK = "x_embedder.weight"
-SWAPPED = "final_layer.adaLN_modulation.1."  # diffusers has shift and scale in reverse order
 APPROXIMATOR = "distilled_guidance_layer."  # of Chroma; diffusers uses these names except for two parts
 APPROXIMATOR_PARTS = {"in_layer": "linear_1", "out_layer": "linear_2"}
 
@@ -49,40 +49,27 @@ SINGLE: Mapping[str, tuple[str, ...]] = {
     "norm.query_norm": ("attn.norm_q",),
     "norm.key_norm": ("attn.norm_k",),
 }
-STACKS = (("double_blocks", "transformer_blocks", DOUBLE), ("single_blocks", "single_transformer_blocks", SINGLE))
+KEYS = StreamKeys(TOP, DOUBLE, SINGLE)
 
 
 def sources(path: str) -> tuple[str, ...]:
     """Return diffusers' paths of the layers that make up one of ours; raises KeyError for other paths."""
-    for ours, theirs, layers in STACKS:
-        if path.startswith(f"{ours}."):
-            _, number, layer = path.split(".", 2)
-            return tuple(f"{theirs}.{number}.{name}" for name in layers[layer])
     if path.startswith(APPROXIMATOR):
         stem, _, part = path.rpartition(".")
         return (f"{stem}.{APPROXIMATOR_PARTS.get(part, part)}",)
-    return (TOP[path],)
+    return KEYS.sources(path)
 
 
 def source_keys(key: str) -> tuple[str, ...]:
     """Return diffusers' names of the weights that make up one of ours."""
     path, _, leaf = key.rpartition(".")
-    return tuple(f"{name}.{'weight' if leaf == 'scale' else leaf}" for name in sources(path))
+    return leaf_names(sources(path), leaf)
 
 
 def our_keys(names: Iterable[str]) -> list[str]:
     """Return our names of the weights of a model in diffusers' layout."""
     names = list(names)
-    has = set(names)
-    keys = [f"{path}.{leaf}" for path in TOP for leaf in ("weight", "bias")]
-    for ours, theirs, layers in STACKS:
-        numbers = sorted({int(name.split(".")[1]) for name in names if name.startswith(f"{theirs}.")})
-        for number in numbers:
-            for layer in layers:
-                leaves = ("scale",) if layer.endswith("_norm") else ("weight", "bias")
-                keys += [f"{ours}.{number}.{layer}.{leaf}" for leaf in leaves]
-    keys += [our_approximator_key(name) for name in names if name.startswith(APPROXIMATOR)]
-    return [key for key in keys if any(source in has for source in source_keys(key))]
+    return [*KEYS.our_keys(names), *(our_approximator_key(name) for name in names if name.startswith(APPROXIMATOR))]
 
 
 def our_approximator_key(name: str) -> str:
@@ -97,4 +84,4 @@ def from_diffusers(weights: Weights) -> Weights:
 
     Raises UserError naming missing parts of an incomplete layer.
     """
-    return joined(weights, {key: source_keys(key) for key in our_keys(weights.shapes)}, SWAPPED)
+    return joined(weights, {key: source_keys(key) for key in our_keys(weights.shapes)}, f"{SWAPPED}.")

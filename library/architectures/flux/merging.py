@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from library.architectures.flux.adapter_names import clip_module, denoiser_module, t5_module
-from library.architectures.flux.checkpoint_keys import APPROXIMATOR, DIFFUSERS_MARK, STACKS, TOP
+from library.architectures.flux.checkpoint_keys import APPROXIMATOR, DIFFUSERS_MARK, KEYS
 from library.architectures.flux.load import CLIP_PREFIXES, T5_MARK, title_of
 from library.architectures.flux.model import Flux, read_config
 from library.architectures.flux.targets import view
@@ -21,9 +21,6 @@ from library.models.clip.names import CLIP_LINEAR
 from library.models.identify import DENOISER_PREFIXES
 from library.models.loading import on_meta_device
 from library.models.t5 import T5_LINEAR
-
-LAYERS = tuple((f"{stack}.", tuple(f".{layer}" for layer in layers)) for stack, _, layers in STACKS)
-
 
 APPROXIMATOR_LAYERS = ("_proj", "_layer")  # endings of its layers' names
 
@@ -53,8 +50,7 @@ def names_of(stem: str, prefix: str) -> ModuleNames | None:
     if stem.startswith(t5) and stem.endswith(T5_LINEAR):
         return t5_module(stem.removeprefix(t5))
     path = stem.removeprefix(prefix)
-    stacks = (*LAYERS, (APPROXIMATOR, APPROXIMATOR_LAYERS))
-    is_layer = path in TOP or any(path.startswith(stack) and path.endswith(layers) for stack, layers in stacks)
+    is_layer = KEYS.is_linear(path) or (path.startswith(APPROXIMATOR) and path.endswith(APPROXIMATOR_LAYERS))
     return denoiser_module(path) if stem.startswith(prefix) and is_layer else None
 
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.architectures.flux.checkpoint_keys import SWAPPED, source_keys
+from library.architectures.flux.checkpoint_keys import source_keys
 from library.architectures.flux.model import PATCH, Flux, FluxConfig
 from library.checkpoints.fused_tensors import swap_halves
+from library.models.double_stream_keys import SWAPPED
 from library.models.patches import patchify
 from library.models.reference import first_and_last
 

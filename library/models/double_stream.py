@@ -1,0 +1,304 @@
+"""Transformers of double and single streams (Black Forest Labs 2024), in the layout of the original checkpoints: their
+layers, and what their models share.
+
+Module paths are the keys of the checkpoint and the names of adapters. Letters: B samples, L text tokens, T all tokens
+(text first, then the image), N heads, D head width, M model width, F features of a patch, V rows of modulation.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+
+from library.memory.blocks import BlockRunner, Stacks, plain
+from library.models.rotary import Rope, Rotary, turn
+from library.models.sinusoids import sinusoids
+
+EPS = 1e-6
+LEVEL_SCALE = 1000
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """The hyper-parameters, inferred from the shapes of a checkpoint."""
+
+    in_features: int  # of a token of the image
+    width: int
+    head_width: int
+    mlp_width: int  # of the values between its two layers
+    text_width: int
+    num_double: int
+    num_single: int
+    has_guidance: bool  # true for a model distilled with guidance, which has an input for its strength
+
+    has_biases: ClassVar[bool] = True
+    is_gated: ClassVar[bool] = False  # the MLP is SwiGLU (Shazeer 2020) instead of GELU
+
+
+MakeModulation = Callable[[int, int], nn.Module]
+"""(number of parts of a block, the first of its rows) -> module that returns shift, scale and gate of each part, each
+(B, 1, M), from a block's modulation."""
+
+
+class StreamTransformer(nn.Module):
+    """The layers of a denoiser, and what runs its blocks. A model adds embeddings of numbers, modulation and
+    positions."""
+
+    def __init__(self, config: StreamConfig, rotary: Rotary) -> None:
+        super().__init__()
+        self.runner: BlockRunner = plain
+        self.rotary = rotary
+        self.img_in = nn.Linear(config.in_features, config.width, bias=config.has_biases)
+
+    def add_streams(self, config: StreamConfig, make_modulation: MakeModulation, last: nn.Module) -> None:
+        """Add the layers after the embeddings of numbers; `last` returns shift and scale of the last layer."""
+        c = config
+        self.txt_in = nn.Linear(c.text_width, c.width, bias=c.has_biases)
+        self.double_blocks = nn.ModuleList(DoubleStreamBlock(c, make_modulation) for _ in range(c.num_double))
+        self.single_blocks = nn.ModuleList(SingleStreamBlock(c, make_modulation) for _ in range(c.num_single))
+        self.final_layer = LastLayer(c, last)
+
+    def stacks(self) -> Stacks:
+        """Return the blocks that run through the runner: the double ones, then the single ones."""
+        return [[*self.double_blocks], [*self.single_blocks]]
+
+    def run_blocks(
+        self,
+        img_BTM: Tensor,
+        txt_BLM: Tensor,
+        vecs: Iterator[Tensor],
+        rope: Rope,
+        mask: Tensor | None,
+        num_tokens: int,
+    ) -> Tensor:
+        """Run all blocks and the last layer; `vecs` yields the modulation of each in this order. Return the first
+        `num_tokens` of the image's tokens, after which others may follow, shape (B, `num_tokens`, F)."""
+        for block in self.double_blocks:
+            img_BTM, txt_BLM = self.runner(block, img_BTM, txt_BLM, next(vecs), rope, mask)
+        x_BTM = torch.cat([txt_BLM, img_BTM], dim=1)
+        for block in self.single_blocks:
+            x_BTM = self.runner(block, x_BTM, next(vecs), rope, mask)
+        first = txt_BLM.shape[1]
+        patches_BTF: Tensor = self.final_layer(x_BTM[:, first : first + num_tokens], next(vecs))
+        return patches_BTF
+
+
+class MLPEmbedder(nn.Module):
+    """Two linear layers with SiLU in between."""
+
+    def __init__(self, in_features: int, width: int, bias: bool = True) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(in_features, width, bias=bias)
+        self.out_layer = nn.Linear(width, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.out_layer(silu(self.in_layer(x)))
+        return y
+
+
+def embed_level(embedder: nn.Module, values_B: Tensor, dtype: torch.dtype) -> Tensor:
+    """Embed a number for each sample, such as the share of noise or the strength of guidance, shape BM."""
+    vec_BM: Tensor = embedder(sinusoids(LEVEL_SCALE * values_B.float()).to(dtype))
+    return vec_BM
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm over the last axis, computed in float32."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous()  # autograd saves it, and with a view the whole base tensor
+        return rms_norm(x.float(), x.shape[-1:], eps=EPS).to(x.dtype) * self.scale.to(x.dtype)
+
+
+def attend(q_BNTD: Tensor, k_BNTD: Tensor, v_BNTD: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
+    """Return attention, shape BTM."""
+    attended = scaled_dot_product_attention(turn(q_BNTD, rope), turn(k_BNTD, rope), v_BNTD, attn_mask=mask)
+    return attended.transpose(1, 2).flatten(2)
+
+
+class QKNorm(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query_norm = RMSNorm(width)
+        self.key_norm = RMSNorm(width)
+
+
+def heads(qkv_BTM: Tensor, norm: QKNorm, head_width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Split queries, keys and values that are concatenated on the last axis, and normalize the first two; each BNTD."""
+    q, k, v = qkv_BTM.unflatten(-1, (3, -1, head_width)).permute(2, 0, 3, 1, 4)  # type: ignore[no-untyped-call]
+    return norm.query_norm(q), norm.key_norm(k), v
+
+
+class SelfAttention(nn.Module):
+    """The projections of one stream; attention itself spans both streams."""
+
+    def __init__(self, config: StreamConfig) -> None:
+        super().__init__()
+        self.head_width = config.head_width
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.has_biases)
+        self.norm = QKNorm(config.head_width)
+        self.proj = nn.Linear(config.width, config.width, bias=config.has_biases)
+
+    def queries_keys_values(self, x_BTM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return heads(self.qkv(x_BTM), self.norm, self.head_width)
+
+
+class Modulation(nn.Module):
+    """Shift, scale and gate for each of several parts of a block."""
+
+    def __init__(self, width: int, num_parts: int, bias: bool = True) -> None:
+        super().__init__()
+        self.num_rows = 3 * num_parts
+        self.lin = nn.Linear(width, self.num_rows * width, bias=bias)
+
+    def rows(self, vec_BM: Tensor) -> Tensor:
+        """Return all of them, shape BVM."""
+        rows_BVM: Tensor = self.lin(silu(vec_BM)).unflatten(-1, (self.num_rows, -1))
+        return rows_BVM
+
+    def forward(self, vec_BM: Tensor) -> tuple[Tensor, ...]:
+        """Return each as (B, 1, M)."""
+        return torch.split(self.rows(vec_BM), 1, dim=1)
+
+
+class GivenModulation(nn.Module):
+    """A weightless layer in place of `Modulation` that passes on rows which are computed elsewhere."""
+
+    def __init__(self, first_row: int, num_rows: int) -> None:
+        super().__init__()
+        self.rows = slice(first_row, first_row + num_rows)
+
+    def forward(self, rows_BVM: Tensor) -> tuple[Tensor, ...]:
+        """Return each row as (B, 1, M)."""
+        return torch.split(rows_BVM[:, self.rows], 1, dim=1)
+
+
+def modulate(x_BTM: Tensor, shift_B1M: Tensor, scale_B1M: Tensor) -> Tensor:
+    return x_BTM * (1 + scale_B1M) + shift_B1M
+
+
+class SwiGLU(nn.Module):
+    """The second half of the values, gated by the first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = x.chunk(2, dim=-1)
+        return silu(gate) * value
+
+
+def num_mlp_inputs(config: StreamConfig) -> int:
+    """Return the number of values that the MLP's activation takes."""
+    return config.mlp_width * (2 if config.is_gated else 1)
+
+
+def make_activation(config: StreamConfig) -> nn.Module:
+    return SwiGLU() if config.is_gated else nn.GELU(approximate="tanh")
+
+
+def make_mlp(config: StreamConfig) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(config.width, num_mlp_inputs(config), bias=config.has_biases),
+        make_activation(config),
+        nn.Linear(config.mlp_width, config.width, bias=config.has_biases),
+    )
+
+
+def make_norm(width: int) -> nn.LayerNorm:
+    return nn.LayerNorm(width, elementwise_affine=False, eps=EPS)
+
+
+class DoubleStreamBlock(nn.Module):
+    """Image and text streams with their own weights, attending to both. Network modules find the layers by this class
+    name."""
+
+    def __init__(self, config: StreamConfig, make_modulation: MakeModulation) -> None:
+        super().__init__()
+        width = config.width
+        self.img_mod = make_modulation(2, 0)
+        self.img_norm1 = make_norm(width)
+        self.img_attn = SelfAttention(config)
+        self.img_norm2 = make_norm(width)
+        self.img_mlp = make_mlp(config)
+        self.txt_mod = make_modulation(2, 6)
+        self.txt_norm1 = make_norm(width)
+        self.txt_attn = SelfAttention(config)
+        self.txt_norm2 = make_norm(width)
+        self.txt_mlp = make_mlp(config)
+
+    def forward(
+        self, img_BTM: Tensor, txt_BLM: Tensor, vec: Tensor, rope: Rope, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        img_mod, txt_mod = self.img_mod(vec), self.txt_mod(vec)
+        img_qkv = self.img_attn.queries_keys_values(modulate(self.img_norm1(img_BTM), *img_mod[:2]))
+        txt_qkv = self.txt_attn.queries_keys_values(modulate(self.txt_norm1(txt_BLM), *txt_mod[:2]))
+        q, k, v = (torch.cat(both, dim=2) for both in zip(txt_qkv, img_qkv, strict=True))
+        attended_BTM = attend(q, k, v, rope, mask)
+        num_text = txt_BLM.shape[1]
+        img_BTM = img_BTM + img_mod[2] * self.img_attn.proj(attended_BTM[:, num_text:])
+        img_BTM = img_BTM + img_mod[5] * self.img_mlp(modulate(self.img_norm2(img_BTM), *img_mod[3:5]))
+        txt_BLM = txt_BLM + txt_mod[2] * self.txt_attn.proj(attended_BTM[:, :num_text])
+        txt_BLM = txt_BLM + txt_mod[5] * self.txt_mlp(modulate(self.txt_norm2(txt_BLM), *txt_mod[3:5]))
+        return img_BTM, txt_BLM
+
+
+class SingleStreamBlock(nn.Module):
+    """Parallel attention and MLP over all tokens. Network modules find the layers by this class name."""
+
+    def __init__(self, config: StreamConfig, make_modulation: MakeModulation) -> None:
+        super().__init__()
+        self.widths = [3 * config.width, num_mlp_inputs(config)]
+        self.head_width = config.head_width
+        self.linear1 = nn.Linear(config.width, sum(self.widths), bias=config.has_biases)
+        self.linear2 = nn.Linear(config.width + config.mlp_width, config.width, bias=config.has_biases)
+        self.norm = QKNorm(config.head_width)
+        self.pre_norm = make_norm(config.width)
+        self.activation = make_activation(config)
+        self.modulation = make_modulation(1, 0)
+
+    def forward(self, x_BTM: Tensor, vec: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
+        shift, scale, gate = self.modulation(vec)
+        mlp, q, k, v = self.parts(modulate(self.pre_norm(x_BTM), shift, scale))
+        attended_BTM = attend(q, k, v, rope, mask)
+        del q, k, v  # their rotated copies are kept
+        y_BTM: Tensor = self.linear2(torch.cat([attended_BTM, self.activation(mlp)], dim=-1))
+        after_BTM: Tensor = x_BTM + gate * y_BTM
+        return after_BTM
+
+    def parts(self, x_BTM: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the MLP's input, queries, keys and values, as copies: a view would keep the whole tensor alive."""
+        qkv, mlp = self.linear1(x_BTM).split(self.widths, dim=-1)
+        q, k, v = heads(qkv, self.norm, self.head_width)
+        return mlp.contiguous(), q, k, v.contiguous()
+
+
+class LastModulation(nn.Sequential):
+    """Shift and scale of the last layer."""
+
+    def __init__(self, width: int, bias: bool = True) -> None:
+        super().__init__(nn.SiLU(), nn.Linear(width, 2 * width, bias=bias))
+
+    def forward(self, vec_BM: Tensor) -> tuple[Tensor, ...]:
+        """Return both, each (B, 1, M)."""
+        parts: tuple[Tensor, ...] = self[1](self[0](vec_BM))[:, None].chunk(2, dim=-1)
+        return parts
+
+
+class LastLayer(nn.Module):
+    """The last layer, from tokens to patches of the velocity."""
+
+    def __init__(self, config: StreamConfig, modulation: nn.Module) -> None:
+        super().__init__()
+        self.norm_final = make_norm(config.width)
+        self.linear = nn.Linear(config.width, config.in_features, bias=config.has_biases)
+        self.adaLN_modulation = modulation
+
+    def forward(self, x_BTM: Tensor, vec: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(vec)
+        patches_BTF: Tensor = self.linear(modulate(self.norm_final(x_BTM), shift, scale))
+        return patches_BTF
