@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from library.diffusion.noise import draw_normal, draw_strength
-from library.diffusion.timesteps import LevelSampler, resolve_timestep_range, sampled, scheme_weights, takes_offset
+from library.diffusion.timesteps import (
+    PATCH,
+    LevelSampler,
+    resolve_timestep_range,
+    sampled,
+    scheme_weights,
+    takes_offset,
+)
 from library.diffusion.weighting import check_huber, huber_threshold, pointwise_error
 from library.memory.devices import send
 from library.options.training.flow import FlowSamplingOptions, FlowWeightingOptions
@@ -179,8 +186,9 @@ def build_sampled_flow(
     target_kind: Target = "noise - latent",
     always_weights_loss: bool = False,
     tells_whole_timesteps: bool = False,
+    patch: int = PATCH,
 ) -> FlowMatching:
-    """Build the objective of the models whose timestep sampling is an option.
+    """Build the objective of the models whose timestep sampling is an option; their tokens are `patch` latents a side.
 
     The weighting scheme weights the loss where the prediction is an estimate of the latent (sigma_scaled), or always.
     Raises UserError for a setting that makes no levels; settings without effect are warned of.
@@ -191,7 +199,7 @@ def build_sampled_flow(
     return build_flow(
         noise,
         loss,
-        sampled(sampling, weighting),
+        sampled(sampling, weighting, patch),
         target_kind,
         prediction_type,
         weighting.weighting_scheme if weights_loss else "none",

@@ -31,8 +31,14 @@ class LevelSampler(Protocol):
 
 
 TABLE_SIZE = 1000
-PATCH = 2  # latents a side that transformers read as one token
-FLUX_SHIFT_ENDS = ((256, 0.5), (4096, 1.15))  # (tokens, m): FLUX.1 was trained between these two sizes
+PATCH = 2  # latents a side that most transformers read as one token
+Ends = tuple[tuple[int, float], tuple[int, float]]
+FLUX_SHIFT_ENDS: Ends = ((256, 0.5), (4096, 1.15))  # (tokens, m): FLUX.1 was trained between these two sizes
+QWEN_SHIFT_ENDS: Ends = ((256, 0.5), (8192, 0.9))
+# Names of musubi-tuner: share of shifted draws, share of those and of draws by the option's log-SNR; the rest is fine
+# detail.
+HYBRID_SHARES = {"qinglong_flux": (0.79, 0.9), "qinglong_qwen": (0.95, 0.95)}
+DETAIL_LOGSNR = (5.36, 1.0)  # mean and standard deviation
 SMALLEST_DRAW = 1e-7  # NextDiT's draws stay this far above no noise
 FINEST_LEVEL = 1 / TABLE_SIZE  # levels below it weigh as it does: sigma ** -2 has no value at 0
 
@@ -42,10 +48,10 @@ def shift_sigmas(sigmas_B: Tensor, shift: float) -> Tensor:
     return shift * sigmas_B / (1 + (shift - 1) * sigmas_B)
 
 
-def resolution_shift(latent_height: int, latent_width: int) -> float:
-    """Return FLUX's shift e^m, with m linear in the number of tokens: larger images need more noise."""
-    (few, low), (many, high) = FLUX_SHIFT_ENDS
-    num_tokens = (latent_height // PATCH) * (latent_width // PATCH)
+def resolution_shift(latent_height: int, latent_width: int, ends: Ends = FLUX_SHIFT_ENDS, patch: int = PATCH) -> float:
+    """Return a shift e^m with m linear in the number of tokens, FLUX's by default: larger images need more noise."""
+    (few, low), (many, high) = ends
+    num_tokens = (latent_height // patch) * (latent_width // patch)
     return math.exp(low + (high - low) * (num_tokens - few) / (many - few))
 
 
@@ -59,7 +65,7 @@ def takes_offset(weighting: FlowWeightingOptions, sampling: FlowSamplingOptions 
     """Return True if levels are computed from a normal value, which an offset can move; SD3 has no
     `timestep_sampling`."""
     if sampling is not None and sampling.timestep_sampling != "sigma":
-        return sampling.timestep_sampling in ("sigmoid", "shift", "flux_shift")
+        return sampling.timestep_sampling not in ("uniform", "nextdit_shift", *HYBRID_SHARES)
     return weighting.weighting_scheme == "logit_normal"
 
 
@@ -102,14 +108,26 @@ def shifted_scheme(options: FlowWeightingOptions, shift: float) -> LevelSampler:
     return draw
 
 
-def sampled(sampling: FlowSamplingOptions, weighting: FlowWeightingOptions) -> LevelSampler:
-    """Return the sampler of levels that the options name.
+def draw_logsnr(
+    mean: float, deviation: float, num_samples: int, generator: torch.Generator, offsets_B: Tensor | None = None
+) -> Tensor:
+    """Draw levels whose log-SNR, 2 log((1 - sigma) / sigma), is normal (Choi et al. 2024, arXiv:2411.14793). Offsets
+    move a level toward noise."""
+    away_B = None if offsets_B is None else -offsets_B
+    return torch.sigmoid(-(mean + deviation * draw_moved_normal(num_samples, generator, away_B)) / 2)
+
+
+def sampled(sampling: FlowSamplingOptions, weighting: FlowWeightingOptions, patch: int = PATCH) -> LevelSampler:
+    """Return the sampler of levels that the options name, for a denoiser whose tokens are `patch` latents a side.
 
     `sigma` takes entry int(1000 u) of a table that descends from pure noise, u drawn by the weighting scheme; `uniform`
-    is uniform; `sigmoid` is q = sigmoid(k (z + offset)), k its scale; `shift` pushes q by a fixed shift, `flux_shift`
-    by one that grows with the image, `nextdit_shift` does so with a uniform q.
+    is uniform; `sigmoid` is q = sigmoid(k (z + offset)), k its scale; `shift` pushes q by a fixed shift, `flux_shift`,
+    which FLUX.2's is too, and `qwen_shift` by one that grows with the image, `nextdit_shift` does so with a uniform q;
+    `logsnr` has a normal log-SNR; the two hybrids mix a shift with two of those.
     """
-    k, shift = sampling.sigmoid_scale, sampling.discrete_flow_shift
+    kind, k, shift = sampling.timestep_sampling, sampling.sigmoid_scale, sampling.discrete_flow_shift
+    style = weighting.logit_mean, weighting.logit_std
+    ends = QWEN_SHIFT_ENDS if "qwen" in kind else FLUX_SHIFT_ENDS
 
     def draw(
         num_samples: int,
@@ -118,22 +136,31 @@ def sampled(sampling: FlowSamplingOptions, weighting: FlowWeightingOptions) -> L
         generator: torch.Generator,
         offsets_B: Tensor | None = None,
     ) -> Tensor:
-        kind = sampling.timestep_sampling
         if kind == "sigma":
             # The table descends, so a draw near 1 means little noise.
             away_B = None if offsets_B is None else -offsets_B
             u_B = draw_scheme(weighting, num_samples, generator, away_B)
             places_B = (u_B * TABLE_SIZE).long().clamp(max=TABLE_SIZE - 1)
             return shift_sigmas((TABLE_SIZE - places_B) / TABLE_SIZE, shift)
+        if kind == "logsnr":
+            return draw_logsnr(*style, num_samples, generator, offsets_B)
         if kind in ("uniform", "nextdit_shift"):
             q_B = torch.rand(num_samples, generator=generator)
         else:
             q_B = torch.sigmoid(k * draw_moved_normal(num_samples, generator, offsets_B))
+        if kind in ("uniform", "sigmoid"):
+            return q_B
         if kind == "shift":
             return shift_sigmas(q_B, shift)
         if kind == "nextdit_shift":
             q_B = q_B.clamp(min=SMALLEST_DRAW)
-        return shift_sigmas(q_B, resolution_shift(latent_height, latent_width)) if kind.endswith("_shift") else q_B
+        q_B = shift_sigmas(q_B, resolution_shift(latent_height, latent_width, ends, patch))
+        if kind not in HYBRID_SHARES:
+            return q_B
+        first, second = HYBRID_SHARES[kind]
+        u_B = torch.rand(num_samples, generator=generator)
+        style_B, detail_B = (draw_logsnr(*of, num_samples, generator) for of in (style, DETAIL_LOGSNR))
+        return torch.where(u_B < first, q_B, torch.where(u_B < second, style_B, detail_B))
 
     return draw
 

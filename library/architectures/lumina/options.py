@@ -8,13 +8,12 @@ from library.options.caching import TextCachingOptions
 from library.options.model import ReadingOptions
 from library.options.train import TrainOptions
 from library.options.training.flow import (
+    TIMESTEP_SAMPLINGS,
     FlowPredictionOptions,
     FlowSamplingOptions,
     FlowWeightingOptions,
     TimestepPreviewOptions,
 )
-
-TIMESTEP_SAMPLINGS = ("sigma", "uniform", "sigmoid", "shift", "nextdit_shift", "flux_shift")
 
 
 @dataclass(frozen=True)
@@ -58,10 +57,11 @@ class LuminaSamplingOptions(FlowSamplingOptions):
         FlowSamplingOptions,
         "timestep_sampling",
         "shift",
-        choices=TIMESTEP_SAMPLINGS,
+        choices=(*TIMESTEP_SAMPLINGS, "nextdit_shift"),
         help="Sampling of noise levels: sigma from a table by --weighting_scheme, uniform, sigmoid of a normal value, "
-        "shift as sigmoid with --discrete_flow_shift, flux_shift with a shift that grows with the image size, "
-        "nextdit_shift as flux_shift of uniform values.",
+        "shift as sigmoid with --discrete_flow_shift, flux_shift (or flux2_shift) and qwen_shift with a shift that "
+        "grows with the image size, nextdit_shift as flux_shift of uniform values, logsnr with a normal log-SNR, "
+        "qinglong_flux and qinglong_qwen as a mixture.",
     )
     discrete_flow_shift: float = redeclared(FlowSamplingOptions, "discrete_flow_shift", 6.0)
 

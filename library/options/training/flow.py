@@ -5,7 +5,11 @@ from dataclasses import dataclass
 from library.options.base import Options, option
 
 WEIGHTING_SCHEMES = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform")
-TIMESTEP_SAMPLINGS = ("sigma", "uniform", "sigmoid", "shift", "flux_shift")
+HYBRIDS = ("qinglong_flux", "qinglong_qwen")
+TIMESTEP_SAMPLINGS = (
+    "sigma", "uniform", "sigmoid", "shift", "flux_shift", "flux2_shift", "qwen_shift", "logsnr", *HYBRIDS,
+)  # fmt: skip
+LOGSNR = "timestep_sampling=logsnr|qinglong_flux"
 PREDICTION_TYPES = ("raw", "additive", "sigma_scaled")
 
 
@@ -22,14 +26,16 @@ class FlowWeightingOptions(Options):
     )
     logit_mean: float = option(
         0.0,
-        needs="weighting_scheme=logit_normal",
-        help="Mean of the normal distribution behind --weighting_scheme logit_normal.",
+        needs=("weighting_scheme=logit_normal", LOGSNR),
+        help="Mean of the normal distribution behind --weighting_scheme logit_normal, and of the log-SNR of "
+        "--timestep_sampling logsnr.",
     )
     logit_std: float = option(
         1.0,
         at_least=0,
-        needs="weighting_scheme=logit_normal",
-        help="Standard deviation of the normal distribution behind --weighting_scheme logit_normal.",
+        needs=("weighting_scheme=logit_normal", LOGSNR),
+        help="Standard deviation of the normal distribution behind --weighting_scheme logit_normal, and of the log-SNR "
+        "of --timestep_sampling logsnr.",
     )
     mode_scale: float = option(
         1.29,
@@ -48,15 +54,16 @@ class FlowSamplingOptions(Options):
         "sigma",
         usual=True,
         help="How noise levels are drawn: sigma from a table by --weighting_scheme, uniform, sigmoid of a normal draw, "
-        "shift as sigmoid with --discrete_flow_shift, flux_shift with a shift that grows with the image.",
+        "shift as sigmoid with --discrete_flow_shift, flux_shift (or flux2_shift) and qwen_shift with a shift that "
+        "grows with the image, logsnr with a normal log-SNR, qinglong_flux and qinglong_qwen as a mixture.",
         choices=TIMESTEP_SAMPLINGS,
     )
     sigmoid_scale: float = option(
         1.0,
         at_least=0,
-        needs="timestep_sampling=sigmoid|shift|flux_shift",
-        help="Factor on the normal draw of --timestep_sampling sigmoid, shift and flux_shift. Above 1 trains more very "
-        "clean and very noisy levels.",
+        needs="timestep_sampling=sigmoid|shift|flux_shift|flux2_shift|qwen_shift|qinglong_flux|qinglong_qwen",
+        help="Factor on the normal draw of --timestep_sampling sigmoid and of those that shift it. Above 1 trains more "
+        "very clean and very noisy levels.",
     )
     discrete_flow_shift: float = option(
         3.0,

@@ -37,8 +37,8 @@ def generator() -> torch.Generator:
 
 def sampling(**settings: Any) -> Tensor:
     weighting = {k: settings.pop(k) for k in list(settings) if k in vars(FlowWeightingOptions())}
-    size = settings.pop("size", (64, 64))
-    draw = sampled(FlowSamplingOptions(**settings), FlowWeightingOptions(**weighting))
+    size, patch = settings.pop("size", (64, 64)), settings.pop("patch", 2)
+    draw = sampled(FlowSamplingOptions(**settings), FlowWeightingOptions(**weighting), patch)
     return draw(N, *size, generator())
 
 
@@ -80,6 +80,49 @@ def test_flux_shift_grows_with_the_image(size: tuple[int, int], m: float) -> Non
     assert resolution_shift(*size) == pytest.approx(math.exp(m))
     assert resolution_shift(size[0] + 1, size[1] + 1) == pytest.approx(math.exp(m)), "half a token does not count"
     assert distance(sampling(timestep_sampling="flux_shift", size=size), logit_normal(m, 1)) < KS_LIMIT
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "m"),
+    [
+        ("flux2_shift", (16, 16), 0.5),
+        ("flux2_shift", (64, 64), 1.15),
+        ("flux_shift", (64, 64), 1.15),  # the same formula: tokens are counted as the denoiser has them
+        ("qwen_shift", (16, 16), 0.5),
+        ("qwen_shift", (64, 128), 0.9),
+    ],
+)
+def test_shifts_count_the_tokens_of_the_denoiser(kind: str, size: tuple[int, int], m: float) -> None:
+    assert distance(sampling(timestep_sampling=kind, size=size, patch=1), logit_normal(m, 1)) < KS_LIMIT
+    twice = (2 * size[0], 2 * size[1])
+    assert distance(sampling(timestep_sampling=kind, size=twice), logit_normal(m, 1)) < KS_LIMIT
+
+
+@pytest.mark.parametrize(("mean", "deviation"), [(0.0, 1.0), (-6.0, 2.0)])
+def test_logsnr_has_a_normal_log_snr(mean: float, deviation: float) -> None:
+    """log((1 - sigma) / sigma) is half of the log-SNR, so the logit of the level is normal too."""
+    drawn = sampling(timestep_sampling="logsnr", logit_mean=mean, logit_std=deviation)
+    assert distance(drawn, logit_normal(-mean / 2, deviation / 2)) < KS_LIMIT
+
+
+def mixture(*parts: tuple[float, Cdf]) -> Cdf:
+    return lambda x: torch.stack([share * cdf(x) for share, cdf in parts]).sum(0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (
+            "qinglong_flux",
+            mixture((0.79, logit_normal(1.15, 1)), (0.11, logit_normal(3, 1)), (0.1, logit_normal(-2.68, 0.5))),
+        ),
+        ("qinglong_qwen", mixture((0.95, logit_normal(0.9, 1)), (0.05, logit_normal(-2.68, 0.5)))),
+    ],
+)
+def test_hybrids_mix_a_shift_with_two_log_snrs(kind: str, expected: Cdf) -> None:
+    size = (64, 64) if kind == "qinglong_flux" else (64, 128)
+    settings = {"logit_mean": -6.0, "logit_std": 2.0, "size": size, "patch": 1}
+    assert distance(sampling(timestep_sampling=kind, **settings), expected) < KS_LIMIT
 
 
 def test_nextdit_shift_pushes_uniform_draws() -> None:
