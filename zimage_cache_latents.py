@@ -8,8 +8,7 @@ import zimage_train_network
 from library.architectures.zimage.assembly import CODEC
 from library.architectures.zimage.load import open_encoder
 from library.architectures.zimage.options import ZImageOptions
-from library.training.command_line.caching import add_command_options, cache_images, run_command, with_command_options
-from library.training.command_line.checks import check_data
+from library.training.command_line.caching import add_command_options, cache_images_to_disk, run_command
 
 
 def setup_parser() -> argparse.ArgumentParser:
@@ -19,10 +18,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 def cache_to_disk(args: argparse.Namespace) -> None:
     """Encode every image whose cache file is missing or outdated. Raises UserError."""
-    caches = {"cache_latents": True, "cache_latents_to_disk": True}
-    options = ZImageOptions.from_args(with_command_options(args, "vae_batch_size", **caches))
-    check_data(options)
-    cache_images(options, CODEC, open_encoder(options, "--vae").vae)
+    cache_images_to_disk(args, ZImageOptions, CODEC, lambda options: open_encoder(options, "--vae").vae)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

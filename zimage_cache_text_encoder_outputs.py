@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from library.architectures.zimage.assembly import build_for_caching
 from library.architectures.zimage.options import ZImageOptions
-from library.training.command_line.caching import cache_captions, run_command, with_command_options
-from library.training.command_line.checks import check_data
+from library.training.command_line.caching import cache_captions_to_disk, run_command
 from zimage_cache_latents import setup_parser
 
 __all__ = ["cache_to_disk", "main", "setup_parser"]
@@ -15,10 +14,7 @@ __all__ = ["cache_to_disk", "main", "setup_parser"]
 
 def cache_to_disk(args: argparse.Namespace) -> None:
     """Encode every caption whose cache file is missing or outdated. Raises UserError."""
-    caches = {"cache_text_encoder_outputs": True, "cache_text_encoder_outputs_to_disk": True}
-    options = ZImageOptions.from_args(with_command_options(args, "text_encoder_batch_size", **caches))
-    check_data(options)
-    cache_captions(options, build_for_caching(options))
+    cache_captions_to_disk(args, ZImageOptions, build_for_caching)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

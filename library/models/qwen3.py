@@ -16,8 +16,9 @@ from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, first_names, selected, with_prefix
 from library.errors import NotThere, UserError
 from library.memory.devices import send
+from library.models.language_models import PARTS, WORDS, decoder_config
 from library.models.loading import Component, MaybeComponent, materialise
-from library.models.shapes import Shapes, count, shape_of
+from library.models.shapes import Shapes, shape_of
 from library.models.tokenizer_files import (
     BYTE_PAIR_FILES,
     TokenizerFiles,
@@ -28,8 +29,6 @@ from library.models.tokenizer_files import (
 
 logger = logging.getLogger(__name__)
 
-PARTS = ("embed_tokens.", "layers.", "norm.")  # the rest of a file is the head that predicts words
-WORDS = "embed_tokens.weight"
 ROPE_BASE = 1_000_000.0
 EPS = 1e-6
 FOLDER = "text_encoder"  # in a diffusers folder
@@ -69,19 +68,8 @@ def qwen3_component(weights: Weights, release: Qwen3Release) -> Component:
 
 def qwen3_config(shapes: Shapes) -> dict[str, Any]:
     """Return the arguments of transformers' Qwen3Config."""
-    vocab, width = shape_of(shapes, WORDS)
     head_width = shape_of(shapes, "layers.0.self_attn.q_norm.weight")[0]
-    return {
-        "vocab_size": vocab,
-        "hidden_size": width,
-        "intermediate_size": shape_of(shapes, "layers.0.mlp.gate_proj.weight")[0],
-        "num_hidden_layers": count(shapes, r"layers\.(\d+)\."),
-        "num_attention_heads": shape_of(shapes, "layers.0.self_attn.q_proj.weight")[0] // head_width,
-        "num_key_value_heads": shape_of(shapes, "layers.0.self_attn.k_proj.weight")[0] // head_width,
-        "head_dim": head_width,
-        "rope_theta": ROPE_BASE,
-        "rms_norm_eps": EPS,
-    }
+    return decoder_config(shapes, head_width, ROPE_BASE, EPS)
 
 
 def empty_qwen3(config: Mapping[str, Any]) -> Any:

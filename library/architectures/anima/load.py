@@ -21,8 +21,9 @@ from library.errors import UserError
 from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
 from library.models.identify import open_single_file, refuse_transformer
+from library.models.language_models import WORDS
 from library.models.loading import Absent, MaybeComponent, first_side, materialise, on_meta_device, open_if_there
-from library.models.qwen3 import WORDS, Qwen3Release, load_qwen3, open_qwen3
+from library.models.qwen3 import Qwen3Release, load_qwen3, open_qwen3
 from library.models.vae.vae import vae_dtype_of
 from library.options.model import BASE_FLAG
 from library.suggestions import nearby

@@ -20,6 +20,7 @@ from library.memory.devices import DTYPES
 from library.memory.formats.fp8 import Fp8Rows
 from library.memory.frozen import layers_in_blocks, store_all_in
 from library.models.identify import open_transformer, refuse_transformer, refuse_variants
+from library.models.language_models import WORDS
 from library.models.loading import (
     Component,
     MaybeComponent,
@@ -29,7 +30,7 @@ from library.models.loading import (
     on_meta_device,
     open_if_there,
 )
-from library.models.qwen3 import FOLDER, WORDS, Qwen3Release, load_qwen3, qwen3_component
+from library.models.qwen3 import FOLDER, Qwen3Release, load_qwen3, qwen3_component
 from library.models.vae.flux import CHANNELS, open_ae
 from library.models.vae.vae import load_vae, vae_dtype_of
 from library.options.model import BASE_FLAG

@@ -3,13 +3,14 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from library.checkpoints import model_lookup
 from library.checkpoints.base_files import BaseFiles
-from library.checkpoints.weights import first_names, with_prefix
+from library.checkpoints.weights import Weights, first_names, with_prefix
 from library.errors import NotThere, UserError
 from library.models.loading import Component
 from library.models.shapes import shape_of
@@ -54,12 +55,27 @@ def open_ae(model: str, name: str | None, base: BaseFiles, flag: str = "--ae") -
 
     `model` is the base model's name in messages.
     """
+    flag, config, weights = find_vae(name, base, flag)
+    component = single_vae(weights) if config is None else vae_of_folder(config, weights)
+    check_channels(model, flag, component, CHANNELS)
+    scale, shift = component.config.get("scaling_factor"), component.config.get("shift_factor")
+    if (scale or SCALE, shift or SHIFT) != (SCALE, SHIFT):
+        logger.warning(
+            "%s %s has shift %s and scale %s, but %s uses %s and %s",
+            flag, component.weights.origin, shift, scale, model, SHIFT, SCALE,
+        )  # fmt: skip
+    return component
+
+
+def find_vae(name: str | None, base: BaseFiles, flag: str) -> tuple[str, Mapping[str, Any] | None, Weights]:
+    """Open what `flag` names, or the base model; return the flag that named it, the configuration of a folder, and the
+    VAE's weights without prefix. Raises UserError for a file of something else."""
     if name is not None:
         config, weights = model_lookup.open_model(flag, name, FOLDER)
         if config is not None:
-            return checked_ae(model, flag, vae_of_folder(config, weights))
+            return flag, config, weights
     elif base.whole is None:
-        return checked_ae(model, base.flag, vae_of_folder(*base.open_folder(FOLDER)))
+        return base.flag, *base.open_folder(FOLDER)
     else:
         weights = base.whole
     prefixes = VAE_PREFIXES if name is not None else VAE_PREFIXES[:-1]
@@ -69,22 +85,14 @@ def open_ae(model: str, name: str | None, base: BaseFiles, flag: str = "--ae") -
             raise NotThere(f"{flag} is missing: {base.path} contains no VAE; use {flag} ae.safetensors")
         first = first_names(weights)
         raise UserError(f"{flag} {name} is not a VAE: it has no decoder.conv_in.weight (first names: {first})")
-    return checked_ae(model, flag, single_vae(with_prefix(weights, prefix)))
+    return flag, None, with_prefix(weights, prefix)
 
 
-def checked_ae(model: str, flag: str, component: Component) -> Component:
-    """Raise UserError if a VAE has another number of latent channels than the base model's; warn of other factors."""
-    channels = shape_of(component.weights.shapes, "decoder.conv_in.weight")[1]
-    if channels != CHANNELS:
+def check_channels(model: str, flag: str, component: Component, num_channels: int) -> None:
+    """Raise UserError if a VAE has another number of latent channels than the base model's."""
+    found = shape_of(component.weights.shapes, "decoder.conv_in.weight")[1]
+    if found != num_channels:
         raise UserError(
-            f"{flag} {component.weights.origin} has {channels} latent channels, but {model} needs {CHANNELS}; use its "
+            f"{flag} {component.weights.origin} has {found} latent channels, but {model} needs {num_channels}; use its "
             "ae.safetensors"
         )
-    config: Mapping[str, object] = component.config
-    scale, shift = config.get("scaling_factor"), config.get("shift_factor")
-    if (scale or SCALE, shift or SHIFT) != (SCALE, SHIFT):
-        logger.warning(
-            "%s %s has shift %s and scale %s, but %s uses %s and %s",
-            flag, component.weights.origin, shift, scale, model, SHIFT, SCALE,
-        )  # fmt: skip
-    return component

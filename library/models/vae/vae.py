@@ -115,9 +115,10 @@ def refuse_no_vae(name: str, weights: Weights) -> None:
         raise UserError(f"--vae {name} is not such a VAE: it has no decoder.conv_in.weight (first names: {first})")
 
 
-def single_vae(weights: Weights) -> Component:
-    """Build a VAE from one file without prefix, in Stability's or diffusers' layout; training leftovers are dropped."""
-    parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+def single_vae(weights: Weights, more: tuple[str, ...] = ()) -> Component:
+    """Build a VAE from one file without prefix, in Stability's or diffusers' layout; training leftovers are dropped,
+    but not what begins with one of `more`."""
+    parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", *more)
     weights = selected(weights, {key: key for key in weights.shapes if key.startswith(parts)})
     if any(key.startswith("encoder.down_blocks.") for key in weights.shapes):
         weights = renamed(weights, vae_from_old_diffusers)

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from torch import nn
 
@@ -12,6 +13,7 @@ from library.errors import UserError
 from library.options.train import TrainOptions
 from library.processes import from_accelerator
 from library.protocols import Architecture, LatentCodec
+from library.training.command_line.checks import check_data
 from library.training.command_line.cli import parse
 from library.training.command_line.main import report_error
 from library.training.failures.interruption import Interrupted, Interruption
@@ -20,6 +22,7 @@ from library.training.models.compute import Compute
 from library.training.models.opening import open_accelerator, open_data_plan
 from library.training.models.text_caching import prepare_text
 
+OptionsT = TypeVar("OptionsT", bound=TrainOptions)
 NEVER_DELETED = "Has no effect: cache files are never deleted."
 
 
@@ -67,6 +70,31 @@ def with_command_options(args: argparse.Namespace, batch_size: str, **values: ob
     if args.num_workers is not None:
         given["max_data_loader_n_workers"] = args.num_workers
     return argparse.Namespace(**{**vars(args), **given, **values})
+
+
+def cache_images_to_disk(
+    args: argparse.Namespace,
+    kind: type[OptionsT],
+    codec: LatentCodec,
+    open_vae: Callable[[OptionsT], Callable[[], nn.Module]],
+) -> None:
+    """Act as musubi-tuner's command that encodes images, with the options of a script; `open_vae` returns what loads
+    the VAE. Raises UserError."""
+    caches = {"cache_latents": True, "cache_latents_to_disk": True}
+    options = kind.from_args(with_command_options(args, "vae_batch_size", **caches))
+    check_data(options)
+    cache_images(options, codec, open_vae(options))
+
+
+def cache_captions_to_disk(
+    args: argparse.Namespace, kind: type[OptionsT], build: Callable[[OptionsT], Architecture]
+) -> None:
+    """Act as musubi-tuner's command that encodes captions, with the options of a script; `build` assembles what encodes
+    them. Raises UserError."""
+    caches = {"cache_text_encoder_outputs": True, "cache_text_encoder_outputs_to_disk": True}
+    options = kind.from_args(with_command_options(args, "text_encoder_batch_size", **caches))
+    check_data(options)
+    cache_captions(options, build(options))
 
 
 def run_command(

@@ -1,0 +1,62 @@
+"""Language models of transformers as text encoders: their sizes, and the states of some of their layers.
+
+Letters: B captions, S tokens, E width.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.checkpoints.weights import selected
+from library.errors import UserError
+from library.memory.devices import send
+from library.models.loading import Component
+from library.models.shapes import Shapes, count, shape_of
+
+PARTS = ("embed_tokens.", "layers.", "norm.")  # the rest of a file is the head that predicts words
+WORDS = "embed_tokens.weight"
+
+
+def decoder_config(shapes: Shapes, head_width: int, rope_base: float, eps: float) -> dict[str, Any]:
+    """Return the arguments that the configurations of transformers' decoders have in common."""
+    vocab, width = shape_of(shapes, WORDS)
+    return {
+        "vocab_size": vocab,
+        "hidden_size": width,
+        "intermediate_size": shape_of(shapes, "layers.0.mlp.gate_proj.weight")[0],
+        "num_hidden_layers": count(shapes, r"layers\.(\d+)\."),
+        "num_attention_heads": shape_of(shapes, "layers.0.self_attn.q_proj.weight")[0] // head_width,
+        "num_key_value_heads": shape_of(shapes, "layers.0.self_attn.k_proj.weight")[0] // head_width,
+        "head_dim": head_width,
+        "rope_theta": rope_base,
+        "rms_norm_eps": eps,
+    }
+
+
+def with_first_layers(component: Component, num_layers: int, what: str) -> Component:
+    """Return an encoder without the layers after the first ones. Raises UserError if it has fewer; `what` is its name
+    in the message."""
+    found = component.config["num_hidden_layers"]
+    if found < num_layers:
+        raise UserError(f"{what} {component.weights.origin} has {found} layers, but the first {num_layers} are used")
+    names = component.weights.shapes
+    kept = {key: key for key in names if not key.startswith("layers.") or int(key.split(".")[1]) < num_layers}
+    return Component({**component.config, "num_hidden_layers": num_layers}, selected(component.weights, kept))
+
+
+def encode_layers(encoder: nn.Module, ids_BS: Tensor, mask_BS: Tensor, layers: Sequence[int]) -> Tensor:
+    """Return the states after some layers side by side, (B, S, E times their number), of padding too.
+
+    The last of them may be the encoder's last, before its norm, if it has none (`without_norm`).
+    """
+    device = next(encoder.parameters()).device
+    found = encoder(send(ids_BS, device), attention_mask=send(mask_BS, device), output_hidden_states=True)
+    return torch.cat([found.hidden_states[layer] for layer in layers], dim=-1)
+
+
+def without_norm(encoder: nn.Module) -> nn.Module:
+    """Remove the last norm of an encoder, so that its last states are those of its last layer; in place."""
+    encoder.norm = nn.Identity()
+    return encoder

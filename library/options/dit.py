@@ -1,0 +1,62 @@
+"""musubi-tuner's names of options, for the base models that it trains too."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from library.options.base import Options, option
+from library.options.train import TrainOptions
+
+OWN_ATTENTION = "attention is torch's scaled dot product, which has flash attention of its own"
+OptionsT = TypeVar("OptionsT", bound=TrainOptions)
+
+
+@dataclass(frozen=True)
+class DitOptions(Options):
+    """The base model and attention in musubi-tuner's words."""
+
+    dit: str | None = option(
+        None,
+        logged=False,
+        help="The base model, as --pretrained_model_name_or_path, in musubi-tuner's words. As there, latents and text "
+        "features are then cached in files.",
+    )
+    flash_attn: bool = option(False, ignored=OWN_ATTENTION, help=f"Has no effect: {OWN_ATTENTION}.")
+    sage_attn: bool = option(
+        False,
+        ignored="SageAttention cannot train; attention is torch's scaled dot product",
+        help="Has no effect: SageAttention cannot train. Attention is PyTorch's scaled dot product.",
+    )
+    split_attn: bool = option(
+        False,
+        ignored="the samples of a batch share one call of attention",
+        help="Has no effect: the samples of a batch share one call of attention.",
+    )
+
+
+ALTERNATIVES: Mapping[str, str] = {
+    "dit_path": "use --pretrained_model_name_or_path",
+    "training_shift": "use --discrete_flow_shift with --timestep_sampling shift",
+    "ae": "use --vae",
+    **dict.fromkeys(("t5xxl", "clip_l", "qwen3", "gemma2", "byt5"), "use --text_encoder"),
+    "split_mode": "use --blocks_to_swap",
+    "gradient_checkpointing_cpu_offload": "use --cpu_offload_checkpointing",
+    "use_pinned_memory_for_block_swap": "blocks are pinned where the system allows it",
+    "block_swap_h2d_only": "frozen weights are never copied back",
+    "dit_dtype": "use --mixed_precision",
+    "vae_dtype": "use --no_half_vae for 32 bits",
+    "use_32bit_attention": "use --mixed_precision no for 32 bits",
+    "disable_numpy_memmap": "files are never mapped into memory",
+}
+"""Alternatives to options of other scripts and programs; they end the error for such an option."""
+
+
+def resolve_dit(options: OptionsT, dit: str | None) -> OptionsT:
+    """Return the options with what --dit stands for. The text encoders of these models have no adapters, so only the
+    denoiser is trained."""
+    values: dict[str, object] = {"network_train_unet_only": not options.network.network_train_text_encoder_only}
+    if dit is not None:
+        caches = ("cache_latents", "cache_text_encoder_outputs")
+        values["pretrained_model_name_or_path"] = options.model.pretrained_model_name_or_path or dit
+        values |= {f"{name}{ending}": True for name in caches for ending in ("", "_to_disk")}
+    return options.with_values(values)
