@@ -50,7 +50,8 @@ class MemoryOptions(Options):
         affects_training=False,
         help="Number of the denoiser's blocks whose weights wait in main memory until they are needed. Saves the "
         "card's memory; what it costs in time depends on how long a block computes. Of models with two kinds of blocks "
-        "half of the number are of the first, and two of the second stand for one of the first.",
+        "half of the number are of the first, and two of the second stand for one of the first; if one kind has too "
+        "few, the other has more.",
     )
     lowram: bool = option(
         False, affects_training=False, help="Load models straight to the card, for machines with little main memory."

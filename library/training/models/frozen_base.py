@@ -65,16 +65,21 @@ def check_main_memory(format_name: str | None, num_offloaded: int, denoiser: nn.
 def offloaded_blocks(num_blocks: int, stacks: Stacks) -> list[int]:
     """Return how many blocks of each stack are offloaded, counted as sd-scripts counts them.
 
-    Of two kinds half of the number is of the first, and the rest stands for two of the second each. Two blocks of each
-    kind have to stay. Raises UserError where there are not so many.
+    Of two kinds half of the number is of the first, and the rest stands for two of the second each; if one kind has too
+    few, the other has more. Two blocks of each kind have to stay. Raises UserError where there are not so many.
     """
     sizes = [len(stack) for stack in stacks]
+    room = [max(size - NUM_STAYING, 0) for size in sizes]
 
     def split(n: int) -> list[int]:
-        return [n] if len(sizes) == 1 else [n // 2, 2 * (n - n // 2)]
+        if len(sizes) == 1:
+            return [n]
+        # Where there are many more of the second kind, half of the number would leave most of these on the GPU.
+        first = max(min(n // 2, room[0]), n - room[1] // 2)
+        return [first, 2 * (n - first)]
 
     def fits(n: int) -> bool:
-        return all(count <= size - NUM_STAYING for count, size in zip(split(n), sizes, strict=True))
+        return all(0 <= count <= most for count, most in zip(split(n), room, strict=True))
 
     if not fits(num_blocks):
         most = max((n for n in range(num_blocks) if fits(n)), default=0)

@@ -53,6 +53,8 @@ def test_waiting_blocks_are_spread_and_the_last_stays(num_blocks: int, count: in
 
 
 BLOCKS_19_38 = [[nn.Identity()] * 19, [nn.Identity()] * 38]
+BLOCKS_8_48 = [[nn.Identity()] * 8, [nn.Identity()] * 48]
+BLOCKS_20_8 = [[nn.Identity()] * 20, [nn.Identity()] * 8]
 BLOCKS_30 = [[nn.Identity()] * 30]
 
 
@@ -64,7 +66,25 @@ def test_blocks_are_counted_as_sd_scripts_counts_them(num_blocks: int, stacks: A
     assert offloaded_blocks(num_blocks, stacks) == wanted
 
 
-@pytest.mark.parametrize(("num_blocks", "stacks", "most"), [(36, BLOCKS_19_38, 35), (29, BLOCKS_30, 28)])
+@pytest.mark.parametrize(
+    ("num_blocks", "stacks", "wanted"),
+    [
+        (12, BLOCKS_8_48, [6, 12]),
+        (13, BLOCKS_8_48, [6, 14]),
+        (29, BLOCKS_8_48, [6, 46]),
+        (6, BLOCKS_20_8, [3, 6]),
+        (7, BLOCKS_20_8, [4, 6]),
+        (21, BLOCKS_20_8, [18, 6]),
+    ],
+)
+def test_where_one_kind_has_too_few_blocks_the_other_has_more(num_blocks: int, stacks: Any, wanted: list[int]) -> None:
+    assert offloaded_blocks(num_blocks, stacks) == wanted
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "stacks", "most"),
+    [(36, BLOCKS_19_38, 35), (30, BLOCKS_8_48, 29), (22, BLOCKS_20_8, 21), (29, BLOCKS_30, 28)],
+)
 def test_more_blocks_than_there_are_is_an_error_that_names_the_most(num_blocks: int, stacks: Any, most: int) -> None:
     with pytest.raises(UserError, match=f"--blocks_to_swap {num_blocks}: .* at most {most} can be swapped$"):
         offloaded_blocks(num_blocks, stacks)
