@@ -29,6 +29,7 @@ from library.architectures.anima.llm_adapter import AdapterConfig  # noqa: E402
 from library.architectures.anima.model import Anima, AnimaConfig  # noqa: E402
 from library.architectures.flux.approximator import ApproximatorConfig  # noqa: E402
 from library.architectures.flux.model import Flux  # noqa: E402
+from library.architectures.flux_2.model import Flux2  # noqa: E402
 from library.architectures.hunyuan_image.model import HunyuanImage, HunyuanImageConfig  # noqa: E402
 from library.architectures.lumina.model import LuminaConfig, NextDiT  # noqa: E402
 from library.architectures.sd3.model import MMDiT, MMDiTConfig  # noqa: E402
@@ -38,13 +39,14 @@ from library.memory.planner.counter import OperationCounter  # noqa: E402
 from tests.parity import (  # noqa: E402  # noqa: E402
     test_anima_model,
     test_chroma_model,
+    test_flux_2_model,
     test_flux_model,
     test_hunyuan_image_model,
     test_lumina_model,
     test_sd3_model,
     test_zimage_model,
 )
-from tests.tiny import anima, chroma, flux, hunyuan_image, lumina, sd3, zimage  # noqa: E402
+from tests.tiny import anima, chroma, flux, flux_2, hunyuan_image, lumina, sd3, zimage  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 NUM_TEXT = 128
@@ -54,6 +56,7 @@ SD3 = MMDiTConfig(1536, 2, 64, 6144, 2, 16, 4096, 2048, 192, False, frozenset())
 SD35 = replace(SD3, width=2432, mlp_width=9728, norms_queries=True)
 LUMINA = LuminaConfig(64, 2304, 96, 8, 9216, 2304, 1024, 1024, 1, 1, 1)
 ANIMA = AnimaConfig(16, 2048, 128, 8192, 1024, 256, 2, AdapterConfig(32128, 1024, 1024, 64, 4096, 1))
+FLUX_2 = replace(flux_2.KLEIN_4B, num_double=1, num_single=1)
 ZIMAGE = replace(zimage.FULL_SIZE, num_context_refiners=1, num_noise_refiners=1, num_layers=1)
 HUNYUAN_IMAGE = HunyuanImageConfig(64, 3584, 128, 14336, 3584, 1472, 2048, 1, 1, 1, 14336)
 
@@ -202,6 +205,20 @@ def hunyuan_image_pair(side: int, dtype: torch.dtype) -> Pair:
     )
 
 
+def flux_2_pair(side: int, dtype: torch.dtype) -> Pair:
+    ours = ours_of(Flux2, FLUX_2, dtype)
+    arguments = flux_2.diffusers_config(FLUX_2)
+    theirs = theirs_of("Flux2Transformer2DModel", arguments, flux_2.diffusers_state(ours.state_dict()))
+    values = given((1, FLUX_2.in_features, side, side), (1, NUM_TEXT, FLUX_2.text_width), dtype=dtype)
+    sigmas, guidance = torch.tensor([0.5]), torch.tensor([1.0])
+    return Pair(
+        lambda x, text: ours(x, sigmas, text),
+        lambda x, text: test_flux_2_model.oracle_output(theirs, x, sigmas.to(dtype), text, guidance),
+        values,
+        (ours, theirs),
+    )
+
+
 def zimage_pair(side: int, dtype: torch.dtype) -> Pair:
     ours = ours_of(ZImage, ZIMAGE, dtype)
     arguments = zimage.diffusers_config(ZIMAGE)
@@ -224,6 +241,7 @@ PAIRS: Mapping[str, Callable[[int, torch.dtype], Pair]] = {
     "lumina": lumina_pair,
     "anima": anima_pair,
     "hunyuan_image": hunyuan_image_pair,
+    "flux_2": flux_2_pair,
     "zimage": zimage_pair,
 }
 

@@ -29,6 +29,7 @@ MAY_NAME_MODELS = {
     "library/sdxl_model_util.py": DOORS,
     "networks/lora_anima.py": DOORS,
     "networks/lora_flux.py": DOORS,
+    "networks/lora_flux_2.py": DOORS,
     "networks/lora_hunyuan_image.py": DOORS,
     "networks/lora_lumina.py": DOORS,
     "networks/lora_sd3.py": DOORS,

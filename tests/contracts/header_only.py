@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from library.architectures.flux_2.model import Flux2
 from library.architectures.zimage.model import ZImage
 from library.models.loading import on_meta_device
 from tests.contracts.full_size import facts
-from tests.tiny import zimage
+from tests.tiny import flux_2, zimage
 from tests.tiny.anima import write_qwen3_tokenizer
 from tests.tiny.flux import write_t5_tokenizer
 from tests.tiny.hunyuan_image import write_qwen_tokenizer
@@ -130,6 +131,27 @@ def build_zimage(folder: Path) -> list[str]:
     return write_files(folder, {**shapes, "vae": shapes_of(ae)})
 
 
+def build_flux_2(folder: Path, release: str) -> list[str]:
+    config = {"dev": flux_2.DEV, "klein-4b": flux_2.KLEIN_4B, "klein-9b": flux_2.KLEIN_9B}[release]
+    models = {
+        "pretrained_model_name_or_path": on_meta_device(Flux2, config),
+        "text_encoder": flux_2.full_size_encoder(release),
+        "vae": flux_2.full_size_vae(),
+    }
+    if release == "dev":
+        flux_2.write_mistral_tokenizer(folder / "tokenizer")
+    else:
+        zimage.write_qwen3_tokenizer(folder / "tokenizer", flux_2.QWEN3_SPECIAL)
+    return write_files(
+        folder,
+        {flag: {name: tuple(t.shape) for name, t in model.state_dict().items()} for flag, model in models.items()},
+    )
+
+
+def flux_2_of(release: str) -> FullSize:
+    return FullSize("flux_2_train_network", "networks.lora_flux_2", 1024, lambda folder: build_flux_2(folder, release))
+
+
 FULL_SIZE: Mapping[str, FullSize] = {
     "SD 1.5": FullSize("train_network", "networks.lora", 512, lambda folder: build_unet_model(folder, "sd15")),
     "SDXL": FullSize("sdxl_train_network", "networks.lora", 1024, lambda folder: build_unet_model(folder, "sdxl")),
@@ -144,5 +166,8 @@ FULL_SIZE: Mapping[str, FullSize] = {
     "HunyuanImage 2.1": FullSize(
         "hunyuan_image_train_network", "networks.lora_hunyuan_image", 2048, build_hunyuan_image
     ),
+    "FLUX.2 klein 4B": flux_2_of("klein-4b"),
+    "FLUX.2 klein 9B": flux_2_of("klein-9b"),
+    "FLUX.2 dev": flux_2_of("dev"),
     "Z-Image": FullSize("zimage_train_network", "networks.lora_zimage", 1024, build_zimage),
 }

@@ -79,6 +79,9 @@ def actions_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     return [action for action in parser._actions if action.dest != "help"]
 
 
+CHOICES_OF_OTHERS = {"flux2_shift", "qwen_shift", "logsnr", "qinglong_flux", "qinglong_qwen"}  # musubi-tuner's
+
+
 def described(action: argparse.Action) -> dict[str, Any]:
     is_flag = isinstance(action, argparse._StoreTrueAction)
     return {
@@ -88,7 +91,7 @@ def described(action: argparse.Action) -> dict[str, Any]:
         "type": "bool" if is_flag else action.type.__name__,
         "default": action.default,
         "nargs": action.nargs,
-        "choices": None if action.choices is None else list(action.choices),
+        "choices": None if action.choices is None else [c for c in action.choices if c not in CHOICES_OF_OTHERS],
     }
 
 

@@ -13,6 +13,8 @@ from library.architectures.anima import assembly as anima
 from library.architectures.anima.model import Anima
 from library.architectures.flux import assembly as flux
 from library.architectures.flux.model import Flux
+from library.architectures.flux_2 import assembly as flux_2
+from library.architectures.flux_2.model import Flux2
 from library.architectures.hunyuan_image import assembly as hunyuan_image
 from library.architectures.hunyuan_image.model import HunyuanImage
 from library.architectures.lumina import assembly as lumina
@@ -27,6 +29,7 @@ from library.models.unet.unet import run_unet_blocks_with, unet_stacks
 from library.protocols import AdapterView
 from tests.tiny import anima as tiny_anima
 from tests.tiny import flux as tiny_flux
+from tests.tiny import flux_2 as tiny_flux_2
 from tests.tiny import hunyuan_image as tiny_hunyuan_image
 from tests.tiny import lumina as tiny_lumina
 from tests.tiny import sd3 as tiny_sd3
@@ -100,6 +103,12 @@ def hunyuan_image_values() -> tuple[Any, ...]:
     return tuple(value.detach() for value in inputs(4, 6, seed=46).values())
 
 
+def flux_2_values() -> tuple[Any, ...]:
+    from tests.parity.test_flux_2_model import inputs
+
+    return tuple(value.detach() for value in inputs(4, 6))
+
+
 def zimage_values() -> tuple[Any, ...]:
     from tests.parity.test_zimage_model import inputs
 
@@ -116,6 +125,7 @@ DEEP: Mapping[str, Deep] = {
         hunyuan_image_values,
         hunyuan_image.view,
     ),
+    "flux_2": Deep(lambda: Flux2(replace(tiny_flux_2.CONFIG, num_double=4, num_single=6)), flux_2_values, flux_2.view),
     "zimage": Deep(lambda: ZImage(replace(tiny_zimage.CONFIG, num_layers=6)), zimage_values, zimage.view),
     "anima": Deep(lambda: Anima(replace(tiny_anima.CONFIG, num_blocks=6)), anima_values, anima.view),
 }

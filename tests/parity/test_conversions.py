@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from library.architectures.anima import adapter_names as anima_names
 from library.architectures.flux import adapter_names as flux_names
+from library.architectures.flux_2 import adapter_names as flux_2_names
 from library.architectures.hunyuan_image import adapter_names as hunyuan_image_names
 from library.architectures.hunyuan_image import targets as hunyuan_image_targets
 from library.architectures.lumina import adapter_names as lumina_names
@@ -38,6 +39,7 @@ from networks.core.files.foreign_names import in_a_model
 from networks.core.files.renaming import rename
 from tests.parity import (
     test_anima_model,
+    test_flux_2_model,
     test_flux_model,
     test_hunyuan_image_model,
     test_lumina_model,
@@ -47,6 +49,7 @@ from tests.parity import (
 from tests.tiny import sd, sdxl
 from tests.tiny.anima import tiny_anima
 from tests.tiny.flux import build_tiny_flux, tiny_flux
+from tests.tiny.flux_2 import tiny_flux_2
 from tests.tiny.hunyuan_image import tiny_hunyuan_image
 from tests.tiny.init import fixed_init
 from tests.tiny.lumina import tiny_lumina
@@ -153,6 +156,18 @@ def zimage() -> Pair:
     )
 
 
+def flux_2() -> Pair:
+    ours = tiny_flux_2(SEED, is_dev=True)
+    theirs, values = test_flux_2_model.oracle(ours), [v.detach() for v in test_flux_2_model.inputs(3, 5)]
+    return Pair(
+        flux_2_names.NAMES,
+        ours,
+        {"transformer": theirs},
+        lambda: ours(*values),
+        lambda: test_flux_2_model.oracle_output(theirs, *values),
+    )
+
+
 def anima() -> Pair:
     ours = tiny_anima(SEED)
     transformer, conditioner = test_anima_model.oracle_models(ours)
@@ -204,6 +219,7 @@ PAIRS: Mapping[str, Callable[[], Pair]] = {
     "hunyuan_image": hunyuan_image,
     "anima": anima,
     "zimage": zimage,
+    "flux_2": flux_2,
 }
 UNNAMED = {  # of layers that no argument adapts; files that have them are refused
     "hunyuan_image": r"(?!double_blocks|single_blocks)",
@@ -483,7 +499,7 @@ def file_of_kind(pair: Pair, kind: str) -> tuple[Tensors, dict[str, Tensor]]:
     return tensors, after
 
 
-@pytest.mark.parametrize("base", ["flux", "sd3", "lumina", "zimage"])
+@pytest.mark.parametrize("base", ["flux", "sd3", "lumina", "zimage", "flux_2"])
 def test_magnitudes_per_output_of_all_parts_of_a_fused_layer_are_those_of_the_whole(base: str, tmp_path: Path) -> None:
     """So such a file is trained further, and saved under kohya's names."""
     pair = PAIRS[base if base != "sd3" else next(name for name in PAIRS if name in CONFIGS)]()
@@ -503,7 +519,7 @@ def test_magnitudes_per_output_of_all_parts_of_a_fused_layer_are_those_of_the_wh
 
 
 @pytest.mark.parametrize("kind", ["LoKr", "LoHa"])
-@pytest.mark.parametrize("base", ["flux", "sd3", "lumina", "hunyuan_image", "zimage"])
+@pytest.mark.parametrize("base", ["flux", "sd3", "lumina", "hunyuan_image", "zimage", "flux_2"])
 def test_what_is_no_lora_of_parts_of_a_fused_layer_is_trained_further(base: str, kind: str, tmp_path: Path) -> None:
     """It is saved under the names that it had."""
     pair = PAIRS[base if base != "sd3" else next(name for name in PAIRS if name in CONFIGS)]()
@@ -548,7 +564,7 @@ def test_what_is_no_lora_of_parts_of_a_fused_layer_is_trained_further(base: str,
 
 
 @pytest.mark.parametrize("kind", ["LoKr", "LoHa"])
-@pytest.mark.parametrize("base", ["flux", "sd3", "lumina", "zimage"])
+@pytest.mark.parametrize("base", ["flux", "sd3", "lumina", "zimage", "flux_2"])
 def test_what_is_no_lora_of_parts_of_a_fused_layer_is_merged(base: str, kind: str, tmp_path: Path) -> None:
     """Also where diffusers has the halves of a layer's rows the other way round."""
     pair = PAIRS[base if base != "sd3" else next(name for name in PAIRS if name in CONFIGS)]()

@@ -6,7 +6,7 @@ Each tensor is filled with a number of its own, so that its way through diffuser
 import gzip
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from library.architectures.anima import adapter_names as anima
 from library.architectures.flux import adapter_names as flux
+from library.architectures.flux_2 import adapter_names as flux_2
+from library.architectures.flux_2.model import Flux2
 from library.architectures.lumina import adapter_names as lumina
 from library.architectures.sd3 import adapter_names as sd3
 from library.architectures.specs import list_specs
@@ -28,6 +30,7 @@ from library.models.loading import on_meta_device
 from networks.core.files.adapter_file import AdapterFile, adapter_tensors, sort_tensors
 from networks.core.files.renaming import rename
 from tests.contracts.saved import listed_shapes
+from tests.tiny.flux_2 import DEV, diffusers_config
 from tests.tiny.sd3 import full_size_keys
 from tests.tiny.zimage import FULL_SIZE
 
@@ -49,7 +52,9 @@ def lora_facts(base: str) -> Mapping[str, Any]:
         lora: Mapping[str, Any] = facts("lumina2")["lora"]
         return lora
     if base == "zimage":
-        return zimage_lora()
+        return lora_of(on_meta_device(ZImage, FULL_SIZE), zimage.KEYS.linear_paths(zimage.NUM_BLOCKS))
+    if base == "flux_2":
+        return lora_of(on_meta_device(Flux2, DEV), flux_2.KEYS.linear_paths(flux_2.NUM_BLOCKS))
     return facts(
         {
             "flux": "lora_keys_flux1",
@@ -105,11 +110,16 @@ def zimage_models() -> dict[str, nn.Module]:
     return {"transformer": ZImageTransformer2DModel()}
 
 
-def zimage_lora() -> dict[str, Any]:
-    """A LoRA of rank 1 on every layer of the full-size model, under kohya's names."""
-    model = on_meta_device(ZImage, FULL_SIZE)
+def flux_2_models() -> dict[str, nn.Module]:
+    from diffusers import Flux2Transformer2DModel
+
+    return {"transformer": Flux2Transformer2DModel(**diffusers_config(DEV))}
+
+
+def lora_of(model: nn.Module, paths: Iterable[str]) -> dict[str, Any]:
+    """A LoRA of rank 1 on these layers of a full-size model, under kohya's names."""
     shapes: Shapes = {}
-    for path in zimage.KEYS.linear_paths(zimage.NUM_BLOCKS):
+    for path in paths:
         rows, columns = model.get_submodule(path).weight.shape
         stem = f"lora_unet_{path.replace('.', '_')}"
         shapes |= {f"{stem}.lora_down.weight": [1, columns], f"{stem}.lora_up.weight": [rows, 1], f"{stem}.alpha": []}
@@ -123,6 +133,7 @@ BASES: dict[str, tuple[Any, Callable[[], dict[str, nn.Module]], str]] = {
     "lumina": (lumina.NAMES, lumina_models, "Lumina2LoraLoaderMixin"),
     "anima": (anima.NAMES, anima_models, "AnimaLoraLoaderMixin"),
     "zimage": (zimage.NAMES, zimage_models, "ZImageLoraLoaderMixin"),
+    "flux_2": (flux_2.NAMES, flux_2_models, "Flux2LoraLoaderMixin"),
 }
 
 
@@ -217,6 +228,7 @@ VARIANTS = {
     "lumina": ("default", "embedder_dims=[5,6,7]", "attn_dim=0", "network_train_unet_only", TEXT_ONLY),
     "anima": ("default", "train_llm_adapter=true", EVERYTHING, "network_train_unet_only", TEXT_ONLY),
     "zimage": ("default",),
+    "flux_2": ("default",),
 }
 CASES = [(base, variant, naming) for base, variants in VARIANTS.items() for variant in variants for naming in NAMINGS]
 

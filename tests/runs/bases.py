@@ -7,6 +7,7 @@ from pathlib import Path
 from tests.tiny.anima import build_tiny_anima
 from tests.tiny.chroma import build_tiny_chroma
 from tests.tiny.flux import build_tiny_flux
+from tests.tiny.flux_2 import build_tiny_flux_2
 from tests.tiny.hunyuan_image import build_tiny_hunyuan_image
 from tests.tiny.lumina import build_tiny_lumina
 from tests.tiny.sd import build_tiny_sd
@@ -69,6 +70,12 @@ BASES: Mapping[str, Base] = {
         "zimage_train_network",
         "networks.lora_zimage",
         lambda folder: build_tiny_zimage(folder, 60),
+        adapts_text_encoders=False,
+    ),
+    "flux_2": Base(
+        "flux_2_train_network",
+        "networks.lora_flux_2",
+        lambda folder: build_tiny_flux_2(folder, 61),
         adapts_text_encoders=False,
     ),
 }

@@ -16,7 +16,8 @@ from tools.recipes import main
 
 Train = Callable[..., Finished]
 NAMES = [recipe.name for recipe in list_recipes()]
-BASE_OF = {"sd15": "sd", "sd35": "sd3", "hunyuan": "hunyuan_image"}  # first word of a recipe's name -> tests' name
+# First word of a recipe's name -> tests' name.
+BASE_OF = {"sd15": "sd", "sd35": "sd3", "flux2": "flux_2", "hunyuan": "hunyuan_image"}
 
 
 def base_of(name: str) -> str:

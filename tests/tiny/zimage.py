@@ -129,14 +129,14 @@ def write_folder(folder: Path, parts: Parts) -> Path:
     return folder
 
 
-def write_qwen3_tokenizer(folder: Path) -> int:
+def write_qwen3_tokenizer(folder: Path, special: tuple[str, ...] = SPECIAL) -> int:
     """Qwen3's tokenizer with all bytes, a few words and the marks of a chat; returns the size of its vocabulary."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import Qwen2Tokenizer
 
-    words = [*sorted(ByteLevel.alphabet()), *("".join(pair) for pair in MERGES), *SPECIAL]
+    words = [*sorted(ByteLevel.alphabet()), *("".join(pair) for pair in MERGES), *special]
     tokenizer = Qwen2Tokenizer(
-        vocab={word: i for i, word in enumerate(words)}, merges=MERGES, additional_special_tokens=list(SPECIAL[1:])
+        vocab={word: i for i, word in enumerate(words)}, merges=MERGES, additional_special_tokens=list(special[1:])
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(str(folder))

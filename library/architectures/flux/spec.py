@@ -84,7 +84,7 @@ SPECS = (
             Sign(r"^transformer_transformer_blocks_.*_attn_to_q_", width=WIDTH, unless=CHROMA_ONLY),
             Sign(r"_((double|single)_blocks|single_transformer_blocks)_\d+_", Certainty.SHARED),
         ),
-        version=r"flux",
+        version=r"flux(?!_2)",
         architecture=r"flux-1",
         pipelines=("Flux",),
         readers={

@@ -57,7 +57,7 @@ class LuminaSamplingOptions(FlowSamplingOptions):
         FlowSamplingOptions,
         "timestep_sampling",
         "shift",
-        choices=(*TIMESTEP_SAMPLINGS, "nextdit_shift"),
+        choices=(*TIMESTEP_SAMPLINGS[:4], "nextdit_shift", *TIMESTEP_SAMPLINGS[4:]),
         help="Sampling of noise levels: sigma from a table by --weighting_scheme, uniform, sigmoid of a normal value, "
         "shift as sigmoid with --discrete_flow_shift, flux_shift (or flux2_shift) and qwen_shift with a shift that "
         "grows with the image size, nextdit_shift as flux_shift of uniform values, logsnr with a normal log-SNR, "

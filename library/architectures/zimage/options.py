@@ -50,6 +50,7 @@ INSTEAD: Mapping[str, str] = {
     **ALTERNATIVES,
     "guidance_scale": "the model is trained without guidance; use --l in a prompt line to guide a preview",
     "fp8_vl": "use --fp8_llm",
+    "fp8_text_encoder": "use --fp8_llm",
 }
 """Alternatives to options of other scripts and programs; they end the error for such an option."""
 

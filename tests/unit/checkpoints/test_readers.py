@@ -87,6 +87,12 @@ NAMINGS = [  # ComfyUI, Forge, A1111-style, diffusers, stable-diffusion.cpp
     ("zimage kohya, by musubi-tuner", "NNNAN", kohya("unet.layers.0.attention.to_q", 3840)),
     ("zimage generic", "ANNNN", ab("diffusion_model.layers.0.attention.qkv", 3840)),
     ("zimage generic, feed-forward", "ANNAN", ab("diffusion_model.layers.0.feed_forward.w1", 3840)),
+    ("flux.2, as it is saved", "ANNAN", ab("diffusion_model.double_blocks.0.img_attn.qkv", 4096)),
+    ("flux.2 klein 4B", "ANNAN", ab("diffusion_model.single_blocks.0.linear2", 12288)),
+    ("flux.2 diffusers", "ANNAN", ab("transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj", 3072)),
+    ("flux.2 kohya", "ANNAN", kohya("unet.double_blocks.0.txt_mlp.2", 9216)),
+    ("flux.2 kohya, modulation", "ANNNN", kohya("unet.single_stream_modulation.lin", 3072)),
+    ("flux.2 diffusers, modulation", "NNNAN", ab("transformer.single_stream_modulation.linear", 3072)),
     ("hunyuan, the module paths", "NNNNN", kohya("unet.double_blocks.0.img_mlp.fc1", 3584)),
     ("hunyuan, ComfyUI's names", "ANNNN", kohya("unet.double_blocks.0.img_mlp.0", 3584)),
     ("hunyuan diffusers", "NNNNN", ab("transformer.single_transformer_blocks.0.attn.to_q", 3584)),
@@ -331,7 +337,7 @@ HEADERS = {
     "sdxl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"), "sd3": ("5-medium", "stable-diffusion-3-5-medium"),
     "flux": ("flux1", "flux-1-dev"), "chroma": ("chroma", "chroma"), "lumina": ("lumina2", "lumina-2"),
     "hunyuan_image": ("hunyuan-image-2.1", "hunyuan-image-2.1"), "anima": ("anima", "anima-preview"),
-    "zimage": ("zimage", "Z-Image"),
+    "zimage": ("zimage", "Z-Image"), "flux_2": ("flux_2_klein_4b", "Flux.2-klein-4b"),
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from networks.core.targets.targets import TargetModule
 from tests.tiny.anima import build_tiny_anima
 from tests.tiny.chroma import build_tiny_chroma
 from tests.tiny.flux import build_tiny_flux
+from tests.tiny.flux_2 import build_tiny_flux_2
 from tests.tiny.hunyuan_image import build_tiny_hunyuan_image
 from tests.tiny.lumina import build_tiny_lumina
 from tests.tiny.sd3 import build_tiny_sd3
@@ -32,6 +33,7 @@ BASES: dict[str, tuple[Callable[[Path], str], str]] = {
     "hunyuan_image": (lambda folder: build_tiny_hunyuan_image(folder, SEED + 4)[1], "hunyuan-image-2.1"),
     "anima": (lambda folder: build_tiny_anima(folder, SEED + 5)[1], "anima"),
     "zimage": (lambda folder: build_tiny_zimage(folder, SEED + 8)[1], "zimage"),
+    "flux_2": (lambda folder: build_tiny_flux_2(folder, SEED + 9)[1], "flux_2"),
 }
 
 

@@ -22,6 +22,7 @@ OFFSETS = [0.0, 0.5, -0.25]
 FACTOR = {
     "anima": 0.7,
     "flux": 0.7,
+    "flux_2": 0.7,
     "hunyuan_image": 0.7,
     "lumina": 0.7,
     "sd3": 1.4,
@@ -30,6 +31,7 @@ FACTOR = {
 WORDS = {
     "anima": ["--sigmoid_scale", "0.7"],
     "flux": ["--timestep_sampling", "flux_shift", "--sigmoid_scale", "0.7"],
+    "flux_2": ["--sigmoid_scale", "0.7"],
     "hunyuan_image": ["--timestep_sampling", "shift", "--sigmoid_scale", "0.7"],
     "lumina": ["--sigmoid_scale", "0.7"],
     "zimage": ["--sigmoid_scale", "0.7"],

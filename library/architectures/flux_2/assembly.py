@@ -1,0 +1,157 @@
+"""Assembly of FLUX.2: a transformer of double and single streams, Qwen3 or Mistral 3 as text encoder, 128-channel
+latents of 16 pixels.
+
+Start here to read this package.
+"""
+
+import logging
+from functools import partial
+
+from library.architectures.flux_2.load import Flux2Loader, open_encoder, open_loader
+from library.architectures.flux_2.options import Flux2Options
+from library.architectures.flux_2.predict import predict, preview_sampler
+from library.architectures.flux_2.releases import DEV, FLAG, Release, is_distilled
+from library.architectures.flux_2.targets import view
+from library.architectures.flux_2.text import Flux2Text, check_tokenizer
+from library.architectures.flux_2.vae import PackedLatents
+from library.architectures.specs import list_specs
+from library.checkpoints.weights import fingerprint
+from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
+from library.models.recipe import OTHER_ATTENTION, Recipe, folders_beside
+from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
+
+logger = logging.getLogger(__name__)
+
+RECIPE = Recipe(
+    title="FLUX.2",
+    metadata={
+        "ss_base_model_version": "flux_2",
+        "modelspec.implementation": "https://github.com/black-forest-labs/flux2",
+        "modelspec.resolution": "1024x1024",
+    },
+    refuses={
+        "weighted_captions": "its text encoders have no prompt weighting",
+        "network_train_text_encoder_only": "its text encoder cannot be trained",
+    },
+    ignores={
+        **IGNORES,
+        "v2": "it is for Stable Diffusion 2",
+        "v_parameterization": "FLUX.2 predicts the velocity of a flow",
+        "clip_skip": "FLUX.2 uses fixed layers of its text encoder",
+        "max_token_length": "its text encoder reads 512 tokens",
+        **OTHER_ATTENTION,
+    },
+    records=(
+        "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "timestep_sampling", "sigmoid_scale",
+        "model_prediction_type", "discrete_flow_shift",
+    ),
+    needs={"diffusers": ">=0.36"},  # AutoencoderKLFlux2
+)  # fmt: skip
+CODEC = PackedLatents()
+LATENTS = CODEC.spec
+GUIDANCE = 4.0  # of dev by its input, of klein base by the difference of two predictions
+
+
+def build(options: Flux2Options) -> Architecture:
+    """Assemble the model that the options name; nothing is loaded yet.
+
+    Raises UserError naming the flag for a file or a setting that does not fit FLUX.2.
+    """
+    RECIPE.check(options)
+    loader, release = open_loader(options)
+    given = options.model.pretrained_model_name_or_path or ""
+    distilled = is_distilled(release, options.flux_2.model_version, given, loader.path)
+    if distilled and not options.network.base_weights:
+        logger.warning(
+            "%s is %s, which is distilled: training undoes the distillation. Train on FLUX.2 klein base, whose "
+            "adapters work with the distilled klein too, or add --base_weights with a training adapter; "
+            "--model_version says which it is",
+            loader.path,
+            release.title,
+        )
+    text = build_text(options, loader)
+    return assemble(options, loader, text, build_preview(text, release, distilled), architecture_of(release.name))
+
+
+def build_for_caching(options: Flux2Options) -> Architecture:
+    """Assemble what encodes captions, for which no denoiser is needed. Raises UserError as `build` does."""
+    RECIPE.check(options)
+    loader = open_encoder(options, FLAG)
+    text = build_text(options, loader)
+    return assemble(options, loader, text, build_preview(text, DEV, distilled=True), architecture_of(DEV.name))
+
+
+def architecture_of(release: str) -> str:
+    """Return modelspec.architecture of a release."""
+    return f"Flux.2-{release}"
+
+
+def assemble(
+    options: Flux2Options, loader: Flux2Loader, text: Flux2Text, preview: Preview, architecture: str
+) -> Architecture:
+    return Architecture(
+        name="flux_2",
+        load=loader,
+        text=text,
+        codec=CODEC,
+        objective=build_objective(options),
+        predict=predict,
+        view=view,
+        preview=preview,
+        metadata=RECIPE.describe(options, architecture=f"{architecture}/lora"),
+        specs=list_specs(),
+        ignores=RECIPE.ignores,
+        text_cache=build_text_cache(options, loader, text),
+    )
+
+
+def build_objective(options: Flux2Options) -> FlowMatching:
+    return build_sampled_flow(
+        options.noise,
+        options.loss,
+        options.flow_sampling,
+        options.flow_weighting,
+        prediction_type=options.flow_prediction.model_prediction_type,
+        patch=1,
+    )
+
+
+def build_text(options: Flux2Options, loader: Flux2Loader) -> Flux2Text:
+    """Build the tokenizer, searched beside the base model and the encoder."""
+    beside = folders_beside(loader.path, options.flux_2.text_encoder)
+    folders = [folder / "tokenizer" for folder in beside] + beside[1:]
+    encoder = loader.encoder
+    tokenizer = encoder.load_tokenizer(folders, options.model.tokenizer_cache_dir, loader.num_words)
+    check_tokenizer(tokenizer, encoder)
+    return Flux2Text(encoder, tokenizer)
+
+
+def build_text_cache(options: Flux2Options, loader: Flux2Loader, text: Flux2Text) -> TextCacheSpec:
+    return TextCacheSpec(
+        options=options.text_caching,
+        suffix="_flux_2_te.npz",
+        keys=("hidden_state",),
+        encoders=lambda: fingerprint(loader.encoder_component.weights),
+        settings=f"{loader.text_dtype} {loader.shrinks_text}",
+        tokenizers=(text.tokenizer,),
+        can_train=False,
+    )
+
+
+def build_preview(text: Flux2Text, release: Release, distilled: bool) -> Preview:
+    """Build previews as the release was made for: dev with the guidance it imitates, klein in 4 steps without, klein
+    base with classifier-free guidance."""
+    has_input = release is DEV
+    return Preview(
+        defaults=PromptDefaults(
+            num_steps=4 if distilled and not has_input else 50,
+            width=1024,
+            height=1024,
+            scale=1.0 if distilled else GUIDANCE,
+            size_step=LATENTS.bucket_step,
+            guidance_scale=GUIDANCE if has_input else None,
+        ),
+        text=text,
+        predict=lambda prompt: partial(predict, guidance=prompt.guidance_scale or 0.0),
+        sampler=preview_sampler,
+    )

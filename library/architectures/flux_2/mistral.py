@@ -1,0 +1,70 @@
+"""The text encoder of FLUX.2 dev: transformers' MistralModel, the language model of Mistral Small 3, from a file or a
+folder, and its tokenizer."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from library.checkpoints.weights import Weights, configure, first_names, selected, with_prefix
+from library.errors import UserError
+from library.models.language_models import PARTS, WORDS, decoder_config
+from library.models.loading import Component
+from library.models.shapes import Shapes
+from library.models.tokenizer_files import TokenizerFiles, check_ids, read_tokenizer
+
+logger = logging.getLogger(__name__)
+
+HUB_NAME = "mistralai/Mistral-Small-3.1-24B-Instruct-2503"
+PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
+HEAD_WIDTH = 128
+ROPE_BASE = 1_000_000_000.0
+EPS = 1e-5
+PADDING = "<pad>"
+FILES = TokenizerFiles(
+    HUB_NAME, ("tokenizer.json", "tokenizer_config.json"), lambda folder: (folder / "tokenizer.json").is_file()
+)
+
+
+def mistral_component(weights: Weights, flag: str, prefix: str) -> Component:
+    """Build the encoder from shapes; `prefix` is that of files with several models. Raises UserError if the weights are
+    of something else."""
+    found = next((p for p in (prefix, *PREFIXES) if f"{p}{WORDS}" in weights.shapes), None)
+    if found is None or f"{found}layers.0.self_attn.q_norm.weight" in weights.shapes:
+        first = first_names(weights)
+        raise UserError(f"{flag} {weights.origin} is not a Mistral 3 text encoder (first names: {first})")
+    bare = with_prefix(weights, found)
+    weights = selected(bare, {key: key for key in bare.shapes if key.startswith(PARTS)})
+    return Component(configure(weights, mistral_config), weights)
+
+
+def mistral_config(shapes: Shapes) -> dict[str, Any]:
+    """Return the arguments of transformers' MistralConfig."""
+    return decoder_config(shapes, HEAD_WIDTH, ROPE_BASE, EPS)
+
+
+def empty_mistral(config: Mapping[str, Any]) -> Any:
+    """Build transformers' MistralModel with weights on the meta device; tensors that are in no file, such as positions,
+    are real."""
+    from accelerate import init_empty_weights
+    from transformers import MistralConfig, MistralModel
+
+    with init_empty_weights(include_buffers=False):
+        return MistralModel(MistralConfig.from_dict({**config, "sliding_window": None, "use_cache": False}))
+
+
+def load_mistral_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_words: int | None) -> Any:
+    """Load Mistral 3's tokenizer for an encoder with `num_words` embeddings; it pads on the left.
+
+    It is searched as Qwen3's. Raises UserError saying which files to put where.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    folder = FILES.find_or_explain("Mistral 3", "tokenizer.json", folders, cache_dir)
+    logger.info("Mistral 3 tokenizer: %s", folder)
+    tokenizer = read_tokenizer(
+        lambda: PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, padding_side="left"), folder
+    )
+    tokenizer.pad_token = tokenizer.pad_token or PADDING
+    check_ids("Mistral 3", tokenizer, folder, num_words)
+    return tokenizer

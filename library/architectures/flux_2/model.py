@@ -1,0 +1,138 @@
+"""The denoiser of FLUX.2 (Black Forest Labs 2025), in the layout of the original checkpoints.
+
+It has FLUX.1's streams without biases, with SwiGLU, and with modulation that all blocks of a kind share. Letters: B
+samples, C channels, h and w sides of the latent, each of whose pixels is a token, L text tokens, T all tokens (text
+first), M model width, E text width, V rows of modulation.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import repeat
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from library.architectures.flux_2.targets import TARGETS
+from library.errors import UserError
+from library.models.double_stream import (
+    GivenModulation,
+    LastModulation,
+    MLPEmbedder,
+    Modulation,
+    StreamConfig,
+    StreamTransformer,
+    embed_level,
+)
+from library.models.patches import patchify, unpatchify
+from library.models.rotary import Rotary
+from library.models.shapes import ShapeReader
+from library.models.sinusoids import FREQUENCIES
+
+ROPE_BASE = 2000
+NUM_AXES = 4  # image, row, column, text token
+
+
+@dataclass(frozen=True)
+class Flux2Config(StreamConfig):
+    """The hyper-parameters; dev has an input for guidance, klein has not."""
+
+    has_biases: ClassVar[bool] = False
+    is_gated: ClassVar[bool] = True
+
+    @property
+    def rope_axes(self) -> tuple[int, ...]:
+        """The number of values of a head that rotate along each axis: 32 of 128."""
+        return (self.head_width // NUM_AXES,) * NUM_AXES
+
+
+def read_config(shapes: Mapping[str, tuple[int, ...]]) -> Flux2Config:
+    """Read the configuration of a checkpoint from names and shapes, names without prefix. Raises UserError for a
+    missing name and for invalid sizes."""
+    read = ShapeReader("FLUX.2", shapes)
+    shape, count = read.shape, read.count
+    width, in_features = shape("img_in.weight")
+    head_width = shape("double_blocks.0.img_attn.norm.query_norm.scale")[0]
+    if width % head_width or head_width % (2 * NUM_AXES):
+        raise UserError(
+            f"not a FLUX.2 model: width {width}, heads of {head_width}, which must be multiples of {2 * NUM_AXES}"
+        )
+    return Flux2Config(
+        in_features=in_features,
+        width=width,
+        head_width=head_width,
+        mlp_width=shape("double_blocks.0.img_mlp.2.weight")[1],
+        text_width=shape("txt_in.weight")[1],
+        num_double=count("double_blocks"),
+        num_single=count("single_blocks"),
+        has_guidance="guidance_in.in_layer.weight" in shapes,
+    )
+
+
+def given_modulation(num_parts: int, first_row: int) -> GivenModulation:
+    return GivenModulation(first_row, 3 * num_parts)
+
+
+class Flux2(StreamTransformer):
+    """The network from noisy latents, noise level and text to the velocity noise - latent."""
+
+    adapter_targets = TARGETS
+
+    def __init__(self, config: Flux2Config) -> None:
+        super().__init__(config, Rotary(config.rope_axes, ROPE_BASE))
+        self.config = config
+        width = config.width
+        self.time_in = MLPEmbedder(FREQUENCIES, width, bias=False)
+        if config.has_guidance:
+            self.guidance_in = MLPEmbedder(FREQUENCIES, width, bias=False)
+        self.double_stream_modulation_img = Modulation(width, 2, bias=False)
+        self.double_stream_modulation_txt = Modulation(width, 2, bias=False)
+        self.single_stream_modulation = Modulation(width, 1, bias=False)
+        self.add_streams(config, given_modulation, LastModulation(width, bias=False))
+
+    def forward(
+        self, latents_BChw: Tensor, sigmas_B: Tensor, text_BLE: Tensor, guidance_B: Tensor | None = None
+    ) -> Tensor:
+        """Return the velocity, shape BChw.
+
+        `sigmas_B` are shares of noise, 0..1. All text tokens are attended to. `guidance_B` is the guidance strength
+        that dev imitates; klein ignores it.
+        """
+        h, w = latents_BChw.shape[-2:]
+        L, device, dtype = text_BLE.shape[1], latents_BChw.device, self.img_in.weight.dtype
+        img_BTM = self.img_in(patchify(latents_BChw, 1).to(dtype))
+        txt_BLM = self.txt_in(text_BLE.to(dtype))
+        positions_T4 = torch.cat([text_positions(L, device), image_positions(h, w, device)])
+        rope = self.rotary(positions_T4, (1, h, w, L))
+        vecs = self.modulation(sigmas_B, guidance_B, dtype)
+        velocity_BTC = self.run_blocks(img_BTM, txt_BLM, vecs, rope, None, h * w)
+        return unpatchify(velocity_BTC, h, w, 1)
+
+    def modulation(self, sigmas_B: Tensor, guidance_B: Tensor | None, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Yield the rows BVM of each double block (image, then text) and each single block, and the vector BM of the
+        last layer."""
+        vec_BM = embed_level(self.time_in, sigmas_B, dtype)
+        if self.config.has_guidance:
+            assert guidance_B is not None
+            vec_BM = vec_BM + embed_level(self.guidance_in, guidance_B, dtype)
+        double = (self.double_stream_modulation_img, self.double_stream_modulation_txt)
+        yield from repeat(torch.cat([layer.rows(vec_BM) for layer in double], dim=1), len(self.double_blocks))
+        yield from repeat(self.single_stream_modulation.rows(vec_BM), len(self.single_blocks))
+        yield vec_BM
+
+
+def text_positions(num_tokens: int, device: torch.device) -> Tensor:
+    """Return positions of text tokens, shape (L, 4): token i at (0, 0, 0, i)."""
+    ids_L4 = torch.zeros(num_tokens, NUM_AXES, dtype=torch.long, device=device)
+    ids_L4[:, 3] = torch.arange(num_tokens, device=device)
+    return ids_L4
+
+
+def image_positions(h: int, w: int, device: torch.device, t: int = 0) -> Tensor:
+    """Return positions of the tokens of an image, shape (h w, 4): row y and column x at (t, y, x, 0). The image that is
+    denoised has t = 0."""
+    ids_T4 = torch.zeros(h * w, NUM_AXES, dtype=torch.long, device=device)
+    ids_T4[:, 0] = t
+    ids_T4[:, 1] = torch.arange(h, device=device).repeat_interleave(w)
+    ids_T4[:, 2] = torch.arange(w, device=device).repeat(h)
+    return ids_T4

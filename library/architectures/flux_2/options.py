@@ -1,0 +1,79 @@
+"""The options of FLUX.2 only, and musubi-tuner's names for them."""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from library.options.base import Options, group, option, redeclared
+from library.options.caching import TextCachingOptions
+from library.options.dit import ALTERNATIVES, DitOptions, resolve_dit
+from library.options.machine.memory import ScaledPrecisionOptions
+from library.options.model import ReadingOptions
+from library.options.train import TrainOptions
+from library.options.training.flow import (
+    FlowPredictionOptions,
+    FlowSamplingOptions,
+    FlowWeightingOptions,
+    TimestepPreviewOptions,
+)
+
+OptionsT = TypeVar("OptionsT", bound="Flux2Options")
+VERSIONS = ("dev", "klein-4b", "klein-base-4b", "klein-9b", "klein-base-9b")
+
+
+@dataclass(frozen=True)
+class Flux2ModelOptions(Options):
+    """The parts of the base model."""
+
+    text_encoder: str | None = option(
+        None,
+        usual=True,
+        help="File or folder of the text encoder: Qwen3 4B for klein 4B, Qwen3 8B for klein 9B, Mistral Small 3 for "
+        "dev. Unset takes it from the base.",
+    )
+    fp8_text_encoder: bool = option(False, help="Keep the text encoder in 8 bits.")
+    model_version: str | None = option(
+        None,
+        usual=True,
+        choices=VERSIONS,
+        help="Which FLUX.2 the base is. Unset recognises it from the file; whether a klein is distilled or base is "
+        "then told by its name or folder.",
+    )
+
+
+@dataclass(frozen=True)
+class Flux2SamplingOptions(FlowSamplingOptions):
+    """Sampling of noise levels."""
+
+    timestep_sampling: str = redeclared(FlowSamplingOptions, "timestep_sampling", "flux2_shift")
+
+
+INSTEAD: Mapping[str, str] = {
+    **ALTERNATIVES,
+    "guidance_scale": "dev is trained with a guidance of 1; use --g or --l in a prompt line to guide a preview",
+    "fp8_vl": "use --fp8_text_encoder",
+    "fp8_llm": "use --fp8_text_encoder",
+}
+"""Alternatives to options of other scripts and programs; they end the error for such an option."""
+
+
+@dataclass(frozen=True)
+class Flux2Options(TrainOptions):
+    """All options of flux_2_train_network.py."""
+
+    precision: ScaledPrecisionOptions = group(ScaledPrecisionOptions)
+    dit: DitOptions = group(DitOptions)
+    flux_2: Flux2ModelOptions = group(Flux2ModelOptions)
+    text_caching: TextCachingOptions = group(TextCachingOptions)
+    flow_sampling: Flux2SamplingOptions = group(Flux2SamplingOptions)
+    flow_weighting: FlowWeightingOptions = group(FlowWeightingOptions)
+    flow_prediction: FlowPredictionOptions = group(FlowPredictionOptions)
+    timestep_preview: TimestepPreviewOptions = group(TimestepPreviewOptions)
+    reading: ReadingOptions = group(ReadingOptions)
+
+    @classmethod
+    def from_args(cls: type[OptionsT], args: argparse.Namespace) -> OptionsT:
+        """Collect the parsed values and resolve `dit`."""
+        options = super().from_args(args)
+        return resolve_dit(options, options.dit.dit)

@@ -1,0 +1,174 @@
+"""The releases of FLUX.2: their text encoders, and how files and --model_version tell which one it is."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from library.architectures.flux_2 import mistral
+from library.architectures.flux_2.model import Flux2Config
+from library.checkpoints.model_lookup import read_json
+from library.checkpoints.weights import Weights
+from library.errors import UserError
+from library.models.language_models import WORDS, with_first_layers, without_norm
+from library.models.loading import Component, MaybeComponent, materialise
+from library.models.qwen3 import Qwen3Release, empty_qwen3, load_qwen3_tokenizer, qwen3_component
+from library.models.shapes import shape_of
+
+FLAG = "--text_encoder"
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """A language model that reads captions, and which of its states the denoiser gets, side by side."""
+
+    name: str
+    hub_name: str
+    prefix: str  # of its names in a file with several models
+    layers: tuple[int, ...]  # whose states are used; later ones are not loaded
+    template: tuple[str, str]  # before and after a caption
+    marks: tuple[str, ...]  # tokens of the template
+    component: Callable[[Weights], Component]
+    empty: Callable[[Mapping[str, Any]], Any]
+    load_tokenizer: Callable[[Sequence[Path], str | None, int | None], Any]
+    removed: str = ""  # from captions
+
+    def open(self, weights: Weights) -> Component:
+        """Build it from shapes, without the layers that are not used. Raises UserError for another model."""
+        return with_first_layers(self.component(weights), self.layers[-1], FLAG)
+
+    def load(self, component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
+        """Load it in `dtype`, frozen, on the CPU."""
+        return without_norm(materialise(self.empty(component.config), component.weights, dtype))
+
+
+def qwen3_encoder(size: str) -> TextEncoder:
+    prefix = f"text_encoders.qwen3_{size.lower()}.transformer.model."
+    release = Qwen3Release(FLAG, f"Qwen/Qwen3-{size}", prefix)
+    begin, end, think = "<|im_start|>", "<|im_end|>", "<think>"
+    return TextEncoder(
+        name="Qwen3",
+        hub_name=release.hub_name,
+        prefix=prefix,
+        layers=(9, 18, 27),
+        # Qwen3's chat template with thinking disabled.
+        template=(f"{begin}user\n", f"{end}\n{begin}assistant\n{think}\n\n</think>\n\n"),
+        marks=(begin, end, think),
+        component=lambda weights: qwen3_component(weights, release),
+        empty=empty_qwen3,
+        load_tokenizer=lambda *places: load_qwen3_tokenizer(release, *places),
+    )
+
+
+SYSTEM_MESSAGE = (
+    "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
+    "relationships, object\nattribution and actions without speculation."
+)
+MISTRAL_PREFIX = "text_encoders.mistral3_24b.transformer.model."
+MISTRAL = TextEncoder(
+    name="Mistral 3",
+    hub_name=mistral.HUB_NAME,
+    prefix=MISTRAL_PREFIX,
+    layers=(10, 20, 30),
+    template=(f"<s>[SYSTEM_PROMPT]{SYSTEM_MESSAGE}[/SYSTEM_PROMPT][INST]", "[/INST]"),
+    marks=("<s>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]"),
+    component=lambda weights: mistral.mistral_component(weights, FLAG, MISTRAL_PREFIX),
+    empty=mistral.empty_mistral,
+    load_tokenizer=mistral.load_mistral_tokenizer,
+    removed="[IMG]",
+)
+
+
+@dataclass(frozen=True)
+class Release:
+    """A size of FLUX.2; of klein's two sizes there is a distilled model and a base."""
+
+    name: str  # as in --model_version, without "base-"
+    title: str
+    text_width: int  # of the features of captions
+    encoder: TextEncoder
+
+    @property
+    def encoder_width(self) -> int:
+        return self.text_width // len(self.encoder.layers)
+
+
+DEV = Release("dev", "FLUX.2 dev", 15360, MISTRAL)
+KLEIN_4B = Release("klein-4b", "FLUX.2 klein 4B", 7680, qwen3_encoder("4B"))
+KLEIN_9B = Release("klein-9b", "FLUX.2 klein 9B", 12288, qwen3_encoder("8B"))
+RELEASES = (DEV, KLEIN_4B, KLEIN_9B)
+
+
+def release_named(version: str) -> Release:
+    """Return the release of a value of --model_version."""
+    name = version.replace("base-", "")
+    return next(release for release in RELEASES if release.name == name)
+
+
+def release_of(config: Flux2Config, version: str | None, origin: str) -> Release:
+    """Return the release that a denoiser belongs to: dev has an input for guidance, the kleins differ in size, and for
+    other sizes --model_version says it. Raises UserError if that contradicts the file."""
+    klein = next((release for release in RELEASES if release.text_width == config.text_width), KLEIN_4B)
+    found = DEV if config.has_guidance else KLEIN_4B if klein is DEV else klein
+    if version is None:
+        return found
+    named = release_named(version)
+    is_of_known_size = config.text_width in (release.text_width for release in RELEASES)
+    if (named is DEV) != config.has_guidance or (named is not found and is_of_known_size):
+        raise UserError(
+            f"--model_version is {version}, but {origin} is the transformer of {found.title}, with text features of "
+            f"width {config.text_width}; use --model_version {found.name}, or the file of {named.title}"
+        )
+    return named
+
+
+def encoder_of(weights: Weights, version: str | None) -> TextEncoder:
+    """Return which text encoder a file holds, where no denoiser is named: that of --model_version, else by its names
+    and width. Raises UserError if its width belongs to another release than --model_version names."""
+    width = next((shape[1] for name, shape in weights.shapes.items() if name.endswith(WORDS)), None)
+    if version is not None:
+        named = release_named(version)
+        others = [release.title for release in RELEASES if release is not named and release.encoder_width == width]
+        if others:
+            raise UserError(
+                f"{FLAG} {weights.origin} has width {width}, which is for {others[0]}, but --model_version {version} "
+                f"needs width {named.encoder_width}; use {named.encoder.hub_name}"
+            )
+        return named.encoder
+    if not any(name.endswith("q_norm.weight") for name in weights.shapes):
+        return MISTRAL
+    return KLEIN_9B.encoder if width == KLEIN_9B.encoder_width else KLEIN_4B.encoder
+
+
+def check_encoder(release: Release, encoder: MaybeComponent, config: Flux2Config) -> None:
+    """Raise UserError if a text encoder that is there has another width than the denoiser expects."""
+    if not isinstance(encoder, Component):
+        return
+    width = shape_of(encoder.weights.shapes, WORDS)[1]
+    states = len(release.encoder.layers)
+    if states * width != config.text_width:
+        raise UserError(
+            f"{FLAG} {encoder.weights.origin} has width {width}, but the transformer expects {states} states of width "
+            f"{config.text_width / states:g}; use {release.encoder.hub_name}"
+        )
+
+
+def is_distilled(release: Release, version: str | None, given: str, path: Path) -> bool:
+    """Return True for a distilled model: dev, and klein without base.
+
+    Distilled and base klein have the same names and shapes, so --model_version says which it is, or else the folder's
+    `is_distilled`, or else the name that was `given` or that of its folder: klein without base.
+    """
+    if release is DEV:
+        return True
+    if version is not None:
+        return "base" not in version
+    recorded = read_json(path / "model_index.json").get("is_distilled") if path.is_dir() else None
+    if recorded is not None:
+        return bool(recorded)
+    full = Path(given).expanduser().absolute()
+    name = f"{full.parent.name}/{full.name}".lower()
+    return "klein" in name and "base" not in name

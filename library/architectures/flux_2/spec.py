@@ -1,0 +1,53 @@
+"""The public facts of FLUX.2."""
+
+from library.architectures.flux_2.adapter_names import NAMES
+from library.architectures.flux_2.assembly import RECIPE, build
+from library.architectures.flux_2.merging import open_base_model, seen_by_networks
+from library.architectures.flux_2.options import Flux2Options
+from library.architectures.flux_2.targets import TARGETS
+from library.checkpoints.base_model_spec import ALL, DIFFUSERS, KOHYA, NONE, BaseModelSpec, Gap, Reader, Sign
+
+WIDTHS = (4096, 6144)  # of klein 9B and dev; klein 4B is as wide as FLUX.1
+KLEIN_4B_MLP, KLEIN_4B_SINGLE = 9216, 12288  # inputs of the second layers of its MLP and of its single blocks
+
+NO_NUMBERS = Gap(
+    DIFFUSERS,
+    r"transformer_(time_guidance_embed|(double|single)_stream_modulation)_.*",
+    "it does not find the embeddings of noise level and guidance and the modulation under diffusers' names",
+)
+NO_MODULATION = Gap(
+    KOHYA,
+    r"lora_unet_(guidance_in|(double|single)_stream_modulation|final_layer_adaLN_modulation)_.*",
+    "under kohya's names it does not find the embedding of guidance and the modulation",
+)
+
+SPECS = (
+    BaseModelSpec(
+        name="flux_2",
+        title="FLUX.2",
+        called="a FLUX.2",
+        script="flux_2_train_network.py",
+        options=Flux2Options,
+        build=build,
+        checkpoint=(Sign(r"(^|\.)(single|double)_stream_modulation(_img|_txt)?\.lin"),),
+        adapter=(
+            Sign(r"_(single|double)_stream_modulation_|_attn_to_qkv_mlp_proj|_ff(_context)?_linear_(in|out)_"),
+            *(Sign(r"_((double|single)_blocks|(single_)?transformer_blocks)_\d+_", width=width) for width in WIDTHS),
+            Sign(r"_double_blocks_\d+_(img|txt)_mlp_2_", width=KLEIN_4B_MLP),
+            Sign(r"_single_blocks_\d+_linear2_", width=KLEIN_4B_SINGLE),
+            Sign(r"_single_transformer_blocks_\d+_attn_to_out_"),
+        ),
+        version=r"flux_2",
+        architecture=r"(?i)flux\.2",
+        pipelines=("Flux2",),
+        readers={
+            "ComfyUI": Reader(ALL, NONE, gaps=(NO_NUMBERS,)),
+            "diffusers": Reader(ALL, NONE, gaps=(NO_MODULATION,)),
+        },
+        names=NAMES,
+        network_arguments=TARGETS.arguments,
+        open_for_merging=open_base_model,
+        seen_by_networks=seen_by_networks,
+        adapter_metadata=RECIPE.of_checkpoint,
+    ),
+)

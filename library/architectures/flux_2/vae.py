@@ -1,0 +1,128 @@
+"""The VAE of FLUX.2: diffusers' AutoencoderKLFlux2, from the original single file or from diffusers' layout.
+
+Its latents of 32 channels are packed 2 x 2 into 128 and normalized by the statistics of its batch norm. Letters: B
+samples, C channels, H and W sides.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+from library.checkpoints.base_files import BaseFiles
+from library.checkpoints.weights import renamed, selected
+from library.errors import UserError
+from library.memory.devices import send
+from library.models.loading import Component, MaybeComponent, materialise
+from library.models.shapes import count, shape_of
+from library.models.vae.flux import check_channels, find_vae
+from library.models.vae.vae import single_vae, vae_of_folder
+from library.protocols import LatentSpec
+
+CHANNELS = 32
+PATCH = 2
+BATCH_NORM = "bn."
+STATISTICS = ("running_mean", "running_var")
+COUNTER = f"{BATCH_NORM}num_batches_tracked"  # of the VAE's own training, which some files lack
+ORIGINAL = {"encoder.quant_conv.": "quant_conv.", "decoder.post_quant_conv.": "post_quant_conv."}  # -> diffusers
+SPEC = LatentSpec(CHANNELS * PATCH**2, 16, bucket_step=16, cache_suffix="_flux_2.npz", had_keys_without_size=False)
+
+
+@dataclass(frozen=True)
+class PackedLatents:
+    """Latents of 128 channels, 16 pixels a side; cached as the denoiser gets them."""
+
+    spec: LatentSpec = SPEC
+
+    def encode(self, vae: nn.Module, pixels_BCHW: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
+        """Return the mean of the posterior, packed and normalized, float32. Nothing is sampled, as in the reference
+        implementation, whose encoder has no noise."""
+        model: Any = vae
+        posterior = model.encode(pixels_BCHW.to(model.device, model.dtype)).latent_dist
+        mean_C11, deviation_C11 = statistics(vae, posterior.mean.device)
+        return (pixel_unshuffle(posterior.mean.float(), PATCH) - mean_C11) / deviation_C11
+
+    def normalize(self, latents_BCHW: Tensor) -> Tensor:
+        return latents_BCHW
+
+    def decode(self, vae: nn.Module, latents_BCHW: Tensor) -> Tensor:
+        """Decode latents as the denoiser sees them to images, float32, about -1..1."""
+        model: Any = vae
+        mean_C11, deviation_C11 = statistics(vae, latents_BCHW.device)
+        latents_BCHW = pixel_shuffle(latents_BCHW.float() * deviation_C11 + mean_C11, PATCH)
+        pixels_BCHW: Tensor = model.decode(latents_BCHW.to(model.device, model.dtype)).sample
+        return pixels_BCHW.float()
+
+
+def statistics(vae: nn.Module, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of the packed latents, each (C, 1, 1), float32."""
+    norm: Any = vae.get_submodule("bn")
+    mean_C, variance_C = (send(getattr(norm, name), device).float() for name in STATISTICS)
+    return mean_C[:, None, None], (variance_C + norm.eps).sqrt()[:, None, None]
+
+
+def open_vae(model: str, name: str | None, base: BaseFiles) -> Component:
+    """Open the VAE from --vae or from the base model. Raises UserError for another kind of VAE."""
+    flag, config, weights = find_vae(name, base, "--vae")
+    if config is None:
+        weights = renamed(weights, original_to_diffusers)
+        component = single_vae(weights, (BATCH_NORM,))
+        component = Component({**component.config, **decoder_config(component.weights.shapes)}, component.weights)
+    else:
+        component = vae_of_folder(config, weights)
+    check_channels(model, flag, component, CHANNELS)
+    missing = [name for name in STATISTICS if f"{BATCH_NORM}{name}" not in component.weights.shapes]
+    if missing:
+        raise UserError(
+            f"{flag} {component.weights.origin} has no {BATCH_NORM}{missing[0]}, by which latents are normalized; use "
+            f"the VAE of {model}"
+        )
+    kept = {key: key for key in component.weights.shapes if key != COUNTER}
+    return Component(component.config, selected(component.weights, kept))
+
+
+def original_to_diffusers(key: str) -> str:
+    """Return diffusers' name of one of the four weights that have another place in the original layout; others are
+    unchanged."""
+    for ours, theirs in ORIGINAL.items():
+        if key.startswith(ours):
+            return theirs + key.removeprefix(ours)
+    return key
+
+
+def decoder_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Return the widths of the decoder, which smaller ones have of their own."""
+    levels = range(count(shapes, r"decoder\.up_blocks\.(\d+)\."))
+    widths = [shape_of(shapes, f"decoder.up_blocks.{level}.resnets.0.conv1.weight")[0] for level in reversed(levels)]
+    return {"decoder_block_out_channels": widths}
+
+
+def empty_vae(config: Mapping[str, Any]) -> Any:
+    """Build diffusers' AutoencoderKLFlux2 on the meta device, with the statistics alone of its batch norm."""
+    from diffusers import AutoencoderKLFlux2
+
+    with torch.device("meta"):
+        vae: Any = AutoencoderKLFlux2.from_config(dict(config))
+        vae.bn = BatchStatistics(vae.bn.num_features, vae.bn.eps)
+    return vae
+
+
+class BatchStatistics(nn.Module):
+    """What is used of the VAE's batch norm."""
+
+    def __init__(self, num_channels: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        for name in STATISTICS:
+            self.register_buffer(name, torch.empty(num_channels))
+
+
+def load_flux_2_vae(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
+    """Load the VAE in `dtype`, its statistics in float32, frozen, on the CPU."""
+    vae = materialise(empty_vae(component.config), component.weights, dtype)
+    for name in STATISTICS:
+        setattr(vae.get_submodule("bn"), name, component.weights.read(f"{BATCH_NORM}{name}").float())
+    return vae

@@ -1,0 +1,85 @@
+"""FLUX.2's denoiser against diffusers' Flux2Transformer2DModel with the same weights."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from library.architectures.flux_2.model import Flux2
+from tests.parity.denoisers import assert_recomputing_changes_no_gradient
+from tests.tiny.flux_2 import CONFIG, diffusers_config, diffusers_state, tiny_flux_2
+from tests.tolerances import FLOAT32_DEEP
+
+SIZES = [(8, 8), (3, 7), (9, 2)]  # of the latent, each of whose pixels is a token
+NUM_TEXT = 24
+
+
+def inputs(h: int, w: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Latents, noise levels, text, guidance."""
+    g = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, CONFIG.in_features, h, w, generator=g).requires_grad_()
+    text = torch.randn(2, NUM_TEXT, CONFIG.text_width, generator=g).requires_grad_()
+    return latents, torch.tensor([0.125, 0.875]), text, torch.tensor([1.0, 4.0])
+
+
+def oracle(model: Flux2) -> Any:
+    from diffusers import Flux2Transformer2DModel
+
+    theirs = Flux2Transformer2DModel(**diffusers_config(model.config))
+    theirs.load_state_dict(diffusers_state(model.state_dict()))
+    return theirs.requires_grad_(False).eval()
+
+
+def oracle_output(theirs: Any, latents: Tensor, sigmas: Tensor, text: Tensor, guidance: Tensor) -> Tensor:
+    """Tokens and their positions are made as its pipeline makes them."""
+    from diffusers import Flux2KleinPipeline as Pipeline
+
+    tokens = theirs(
+        Pipeline._pack_latents(latents),
+        encoder_hidden_states=text,
+        timestep=sigmas,
+        img_ids=Pipeline._prepare_latent_ids(latents),
+        txt_ids=Pipeline._prepare_text_ids(text),
+        guidance=guidance if theirs.config.guidance_embeds else None,
+        return_dict=False,
+    )[0]
+    return tokens.transpose(1, 2).reshape(latents.shape)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("is_dev", [False, True], ids=["klein", "dev"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_outputs_and_input_gradients_are_those_of_diffusers(size: tuple[int, int], is_dev: bool) -> None:
+    ours = tiny_flux_2(1, is_dev)
+    theirs = oracle(ours)
+    results = []
+    for run in (ours, lambda *values: oracle_output(theirs, *values)):
+        values = inputs(*size)
+        output = run(*values)
+        weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(5))
+        gradients = torch.autograd.grad((output * weights).sum(), (values[0], values[2]))
+        results.append((output, *gradients))
+    for ours_value, theirs_value in zip(*results, strict=True):
+        assert theirs_value.abs().max() > 0.1
+        torch.testing.assert_close(ours_value, theirs_value, **FLOAT32_DEEP)
+
+
+def test_guidance_reaches_dev_alone() -> None:
+    latents, sigmas, text, guidance = (value.detach() for value in inputs(4, 6))
+    for is_dev in (False, True):
+        model = tiny_flux_2(2, is_dev)
+        is_same = torch.equal(model(latents, sigmas, text, guidance), model(latents, sigmas, text, 2 * guidance))
+        assert is_same != is_dev
+
+
+def test_recomputing_blocks_changes_no_gradient() -> None:
+    assert_recomputing_changes_no_gradient(tiny_flux_2(3), lambda: inputs(4, 6))
+
+
+def test_blocks_compile_without_a_break_in_the_graph() -> None:
+    torch.compiler.reset()  # what other tests compiled counts toward its limit
+    model = tiny_flux_2(4)
+    expected = model(*inputs(4, 6))
+    for block in (*model.double_blocks, *model.single_blocks):
+        block.compile(fullgraph=True, backend="eager")
+    torch.testing.assert_close(model(*inputs(4, 6)), expected, **FLOAT32_DEEP)

@@ -1,0 +1,183 @@
+"""FLUX.2 from text to latents and images against diffusers' pipelines: the same folder, prompts and seed."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import pixel_shuffle
+
+from flux_2_train_network import setup_parser
+from library.architectures.flux_2.assembly import build
+from library.architectures.flux_2.options import Flux2Options
+from library.architectures.flux_2.predict import sampling_shift
+from library.architectures.flux_2.vae import statistics
+from library.types import Prompt
+from tests.parity.test_flux_2_model import oracle_output
+from tests.parity.test_preview import ours
+from tests.tiny.flux_2 import MISTRAL, build_tiny_flux_2
+from tests.tolerances import FLOAT32_DEEP, FLOAT32_SAMPLED
+
+PROMPT = Prompt(
+    text="a red cat", negative="", width=64, height=96, seed=7, num_steps=5, scale=4.0, sampler=None,
+    guidance_scale=None, cfg_trunc_ratio=None, renorm_cfg=None, flow_shift=None,
+)  # fmt: skip
+CAPTIONS = ["a red cat, sitting", "", "dog " * 600]
+
+
+def run_of(folder: Path) -> Any:
+    given = ["--pretrained_model_name_or_path", str(folder)]
+    arch = build(Flux2Options.from_args(setup_parser().parse_args(given)))
+    models = SimpleNamespace(denoiser=arch.load.denoiser(), text_encoders=arch.load.text_encoders())
+    return SimpleNamespace(arch=arch, models=models, device=torch.device("cpu"), autocast=nullcontext)
+
+
+def pipeline_of(folder: Path, is_dev: bool) -> Any:
+    """The pipeline of a folder; dev's text encoder is the language model inside a model that sees too."""
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Pipeline,
+        Flux2Transformer2DModel,
+    )
+    from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer, Qwen3Model
+
+    tokenizer = (PreTrainedTokenizerFast if is_dev else Qwen2Tokenizer).from_pretrained(folder / "tokenizer")
+    pipeline = (Flux2Pipeline if is_dev else Flux2KleinPipeline)(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, time_shift_type="exponential", base_shift=0.5, max_shift=1.15
+        ),
+        vae=AutoencoderKLFlux2.from_pretrained(folder / "vae"),
+        text_encoder=mistral3(folder) if is_dev else Qwen3Model.from_pretrained(folder / "text_encoder"),
+        tokenizer=tokenizer,
+        transformer=Flux2Transformer2DModel.from_pretrained(folder / "transformer"),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def mistral3(folder: Path) -> Any:
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    state = load_file(folder / "text_encoder" / "model.safetensors")
+    sight = {"model_type": "pixtral", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    words = {**MISTRAL, "model_type": "mistral", "vocab_size": len(state["embed_tokens.weight"])}
+    config = Mistral3Config(text_config=words, vision_config={**sight, "num_attention_heads": 1, "head_dim": 8})
+    model = Mistral3ForConditionalGeneration(config).eval()
+    model.model.language_model.load_state_dict(state)
+    return model
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["klein", "dev"])
+def is_dev(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, is_dev: bool) -> Path:
+    path = tmp_path_factory.mktemp("flux_2")
+    build_tiny_flux_2(path, 9, "diffusers", is_dev)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> Any:
+    return run_of(folder)
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder: Path, is_dev: bool) -> Any:
+    return pipeline_of(folder, is_dev)
+
+
+@pytest.mark.parametrize("changes", [{}, {"scale": 1.0, "num_steps": 4}], ids=["guided", "distilled"])
+def test_latents_equal_those_of_the_pipeline(run: Any, pipeline: Any, is_dev: bool, changes: dict[str, Any]) -> None:
+    prompt = replace(PROMPT, **changes)
+    if is_dev:  # its guidance is an input
+        prompt = replace(prompt, guidance_scale=prompt.scale, scale=1.0)
+    expected = pipeline(
+        prompt=prompt.text, width=prompt.width, height=prompt.height, num_inference_steps=prompt.num_steps,
+        guidance_scale=prompt.guidance_scale or prompt.scale, generator=torch.Generator().manual_seed(7),
+        output_type="latent",
+    ).images  # fmt: skip
+    found = ours(run, prompt)
+    if is_dev:  # its latents are those of the denoiser, as tokens
+        found = pipeline._pack_latents(found)
+    else:
+        mean, deviation = statistics(run.arch.load.vae(), run.device)
+        found = pixel_shuffle(found * deviation + mean, 2)
+    torch.testing.assert_close(found, expected, **FLOAT32_SAMPLED)
+
+
+def test_every_setting_of_a_prompt_reaches_the_image(run: Any, is_dev: bool) -> None:
+    base = replace(PROMPT, guidance_scale=4.0, scale=1.0) if is_dev else PROMPT
+    plain = ours(run, base)
+    others = ({"guidance_scale": 2.0},) if is_dev else ({"scale": 2.0}, {"negative": "a dog"})
+    for changes in ({"text": "a dog"}, {"num_steps": 4}, *others):
+        assert not torch.allclose(ours(run, replace(base, **changes)), plain, rtol=1e-2), changes
+
+
+@pytest.mark.parametrize("num_tokens", [256, 4096, 4300, 4301, 9000])
+@pytest.mark.parametrize("num_steps", [4, 28, 50])
+def test_noise_levels_are_shifted_as_by_the_pipeline(num_tokens: int, num_steps: int) -> None:
+    from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+    expected = torch.tensor(compute_empirical_mu(num_tokens, num_steps)).exp()
+    assert sampling_shift(num_tokens, num_steps) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_features_of_captions_equal_those_of_the_pipeline(run: Any, pipeline: Any) -> None:
+    """At all 512 places, whatever else is in the batch."""
+    text, encoders = run.arch.text, run.models.text_encoders
+    found = text.encode(encoders, text.tokenize(CAPTIONS))["hidden_state"]
+    theirs = pipeline.encode_prompt(list(CAPTIONS), device=torch.device("cpu"))[0]
+    assert found.shape[1] == 512
+    torch.testing.assert_close(found, theirs, **FLOAT32_DEEP)
+    alone = text.encode(encoders, text.tokenize(CAPTIONS[:1]))["hidden_state"]
+    torch.testing.assert_close(alone, found[:1], **FLOAT32_DEEP)
+
+
+def test_layers_whose_states_are_not_used_are_not_loaded(run: Any, is_dev: bool) -> None:
+    (encoder,) = run.models.text_encoders
+    assert len(encoder.layers) == (30 if is_dev else 27)
+
+
+def test_tokens_of_a_caption_are_counted_without_its_template(run: Any) -> None:
+    text = run.arch.text
+    count = text.count_tokens("a red cat")
+    ids, mask = text.tokenize(["a red cat"]).ids_BLT
+    assert int(mask.sum()) == count + 512 - text.max_tokens and ids.shape == (1, 1, 512)
+
+
+def test_latents_of_images_are_those_of_the_pipeline(run: Any, pipeline: Any) -> None:
+    pixels = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    vae, codec = run.arch.load.vae(), run.arch.codec
+    found = codec.encode(vae, pixels, [torch.Generator()] * 2)
+    expected = pipeline._encode_vae_image(pixels, generator=torch.Generator())
+    assert found.shape == (2, 128, 4, 6) == (2, codec.spec.channels, 64 // 16, 96 // 16)
+    torch.testing.assert_close(found, expected, **FLOAT32_DEEP)
+    decoded = codec.decode(vae, codec.normalize(found))
+    mean, deviation = statistics(vae, run.device)
+    latents = pixel_shuffle(found * deviation + mean, 2)
+    torch.testing.assert_close(decoded, pipeline.vae.decode(latents).sample, **FLOAT32_DEEP)
+
+
+def test_training_learns_the_velocity_that_previews_follow(run: Any, pipeline: Any) -> None:
+    """target = noise - latent at sigma; dev is trained with a guidance of 1."""
+    arch = run.arch
+    clean = torch.randn(2, 128, 4, 6, generator=torch.Generator().manual_seed(1))
+    noised = arch.objective.corrupt(clean, torch.Generator().manual_seed(2))
+    conditioning = arch.text.encode(run.models.text_encoders, arch.text.tokenize(["a cat", "red dog"]))
+    batch: Any = None
+    with torch.no_grad():
+        prediction = arch.predict(run.models.denoiser, noised, conditioning, batch)
+        values: tuple[Tensor, ...] = (noised.latents_BCHW, noised.sigmas_B, conditioning["hidden_state"], torch.ones(2))
+        theirs = oracle_output(pipeline.transformer, *values)
+    torch.testing.assert_close(prediction, theirs, **FLOAT32_DEEP)
+    torch.testing.assert_close(arch.objective.target(noised), noised.noise_BCHW - noised.clean_BCHW, rtol=0, atol=0)

@@ -1,0 +1,230 @@
+"""A tiny but complete FLUX.2 model, klein or dev: three files, one file of all, or a diffusers folder."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from library.architectures.flux_2.checkpoint_keys import KEYS
+from library.architectures.flux_2.model import Flux2, Flux2Config
+from library.architectures.flux_2.vae import ORIGINAL
+from library.checkpoints.fused_tensors import swap_halves
+from library.models.double_stream_keys import SWAPPED
+from tests.tiny import zimage
+from tests.tiny.flux import ldm_vae
+from tests.tiny.init import fixed_init
+from tests.tiny.sd import VAE as SD_VAE
+from tests.tiny.zimage import MERGES, write_qwen3_tokenizer
+
+Layout = Literal["files", "whole", "diffusers"]
+
+CONFIG = Flux2Config(
+    in_features=128,
+    width=48,
+    head_width=16,
+    mlp_width=144,
+    text_width=48,
+    num_double=2,
+    num_single=2,
+    has_guidance=False,
+)
+KLEIN_4B = Flux2Config(
+    in_features=128,
+    width=3072,
+    head_width=128,
+    mlp_width=9216,
+    text_width=7680,
+    num_double=5,
+    num_single=20,
+    has_guidance=False,
+)
+KLEIN_9B = replace(KLEIN_4B, width=4096, mlp_width=12288, text_width=12288, num_double=8, num_single=24)
+DEV = replace(KLEIN_4B, width=6144, mlp_width=18432, text_width=15360, num_double=8, num_single=48, has_guidance=True)
+QWEN3 = {
+    **zimage.QWEN3,
+    "hidden_size": CONFIG.text_width // 3,
+    "intermediate_size": 24,
+    "num_hidden_layers": 29,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+MISTRAL = {
+    "hidden_size": CONFIG.text_width // 3,
+    "intermediate_size": 24,
+    "num_hidden_layers": 31,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 128,
+    "rope_theta": 1_000_000_000.0,
+    "rms_norm_eps": 1e-5,
+    "sliding_window": None,
+}
+VAE = {key: value for key, value in SD_VAE.items() if key != "scaling_factor"} | {"latent_channels": 32}
+QWEN3_SPECIAL = (*zimage.SPECIAL, "<think>", "</think>")
+MISTRAL_SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]", "[IMG]")
+MISTRAL_TEMPLATE = (  # what Mistral's does with a system message and one of a user
+    "{{ bos_token }}{% for message in messages %}{% set mark = 'SYSTEM_PROMPT' if message.role == 'system' else 'INST' "
+    "%}{{ '[' + mark + ']' + message.content[0].text + '[/' + mark + ']' }}{% endfor %}"
+)
+
+Parts = dict[str, tuple[dict[str, Any], dict[str, Tensor]]]
+
+
+def build_tiny_flux_2(
+    folder: Path, seed: int, layout: Layout = "files", is_dev: bool = False, flag: str = ""
+) -> list[str]:
+    """Write a tiny model into `folder` and return the arguments that name it, the base model as `flag`. One seed has
+    the same weights in every layout."""
+    from safetensors.torch import save_file
+
+    base = flag or "--pretrained_model_name_or_path"
+    write = write_mistral_tokenizer if is_dev else lambda path: write_qwen3_tokenizer(path, QWEN3_SPECIAL)
+    parts = tiny_parts(seed, write(folder / "tokenizer"), is_dev)
+    if layout == "diffusers":
+        return [base, str(write_folder(folder, parts, is_dev))]
+    denoiser, encoder, vae = parts["transformer"][1], parts["text_encoder"][1], original_vae(parts["vae"][1])
+    if layout == "whole":
+        name = "mistral3_24b" if is_dev else "qwen3_4b"
+        everything = {f"model.diffusion_model.{key}": tensor for key, tensor in denoiser.items()}
+        everything |= {f"vae.{key}": tensor for key, tensor in vae.items()}
+        everything |= {f"text_encoders.{name}.transformer.model.{key}": tensor for key, tensor in encoder.items()}
+        save_file(everything, folder / "flux2.safetensors")
+        return [base, str(folder / "flux2.safetensors")]
+    arguments = []
+    prefix = "language_model.model." if is_dev else "model."
+    for name, stem, state in (
+        (base, "flux2-tiny", denoiser),
+        ("--vae", "ae", vae),
+        ("--text_encoder", "encoder", {f"{prefix}{key}": tensor for key, tensor in encoder.items()}),
+    ):
+        save_file(state, folder / f"{stem}.safetensors")
+        arguments += [name, str(folder / f"{stem}.safetensors")]
+    return arguments
+
+
+def tiny_parts(seed: int, num_words: int, is_dev: bool) -> Parts:
+    """(config.json, weights) by diffusers' folder names; the denoiser's names are ours."""
+    from transformers import MistralConfig, MistralModel, Qwen3Config, Qwen3Model
+
+    sizes = {**(MISTRAL if is_dev else QWEN3), "vocab_size": num_words}
+    with torch.device("meta"):
+        encoder = MistralModel(MistralConfig(**sizes)) if is_dev else Qwen3Model(Qwen3Config(**sizes))
+    denoiser = tiny_flux_2(seed, is_dev)
+    kind = {"model_type": "mistral", "architectures": ["MistralModel"]} if is_dev else {"model_type": "qwen3"}
+    return {
+        "transformer": (diffusers_config(denoiser.config), denoiser.state_dict()),
+        "vae": tiny_vae(seed + 1),
+        "text_encoder": ({**sizes, "architectures": ["Qwen3Model"], **kind}, fixed_init(encoder, seed + 2)),
+    }
+
+
+def tiny_vae(seed: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(config.json, weights); its statistics are those of a trained batch norm, with positive variances."""
+    from diffusers import AutoencoderKLFlux2
+
+    with torch.device("meta"):
+        vae = AutoencoderKLFlux2(**VAE)
+    state = fixed_init(vae, seed)
+    state["bn.running_var"] = 0.5 + 5 * state["bn.running_var"].abs()
+    state["bn.num_batches_tracked"] = torch.tensor(7)
+    return json.loads(vae.to_json_string()), state
+
+
+def full_size_encoder(release: str) -> Any:
+    """The whole text encoder of a release on the meta device."""
+    from transformers import MistralConfig, MistralModel, Qwen3Config, Qwen3Model
+
+    sizes: dict[str, Any] = {
+        "dev": {"hidden_size": 5120, "intermediate_size": 32768, "num_hidden_layers": 40, "vocab_size": 131072},
+        "klein-4b": {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "vocab_size": 151936},
+        "klein-9b": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "vocab_size": 151936},
+    }[release]
+    config, model = (MistralConfig, MistralModel) if release == "dev" else (Qwen3Config, Qwen3Model)
+    with torch.device("meta"):
+        return model(config(**sizes, num_attention_heads=32, num_key_value_heads=8, head_dim=128))
+
+
+def full_size_vae() -> Any:
+    from diffusers import AutoencoderKLFlux2
+
+    with torch.device("meta"):
+        return AutoencoderKLFlux2()
+
+
+def original_vae(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The VAE in the layout of ae.safetensors."""
+    found = ldm_vae(state)
+    for ours, theirs in ORIGINAL.items():
+        for key in [key for key in found if key.startswith(theirs)]:
+            found[ours + key.removeprefix(theirs)] = found.pop(key)
+    return found
+
+
+def write_folder(folder: Path, parts: Parts, is_dev: bool) -> Path:
+    from safetensors.torch import save_file
+
+    index = {"_class_name": "Flux2Pipeline"} if is_dev else {"_class_name": "Flux2KleinPipeline", "is_distilled": False}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    for name, (config, state) in parts.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(config))
+        stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
+        weights = diffusers_state(state) if name == "transformer" else state
+        save_file(weights, folder / name / f"{stem}.safetensors", {"format": "pt"})
+    return folder
+
+
+def write_mistral_tokenizer(folder: Path) -> int:
+    """Mistral's tokenizer with all bytes, a few words and the marks of a chat; returns the size of its vocabulary."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    words = [*MISTRAL_SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in MERGES)]
+    tokenizer = Tokenizer(BPE({word: i for i, word in enumerate(words)}, MERGES))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, padding_side="left", additional_special_tokens=list(MISTRAL_SPECIAL[4:]), **special
+    )
+    fast.chat_template = MISTRAL_TEMPLATE
+    fast.save_pretrained(str(folder))
+    return len(words)
+
+
+def tiny_flux_2(seed: int, is_dev: bool = False) -> Flux2:
+    """The denoiser alone, its weights random."""
+    with torch.device("meta"):
+        model = Flux2(replace(CONFIG, has_guidance=is_dev))
+    model.load_state_dict(fixed_init(model, seed), assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def diffusers_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the denoiser under diffusers' names."""
+    found = {}
+    for key, tensor in state.items():
+        names = KEYS.source_keys(key)
+        tensor = swap_halves(tensor) if key.startswith(f"{SWAPPED}.") else tensor
+        found |= {name: part.clone() for name, part in zip(names, tensor.chunk(len(names)), strict=True)}
+    return found
+
+
+def diffusers_config(config: Flux2Config = CONFIG) -> dict[str, Any]:
+    """Arguments of diffusers' Flux2Transformer2DModel."""
+    return {
+        "in_channels": config.in_features,
+        "num_layers": config.num_double,
+        "num_single_layers": config.num_single,
+        "attention_head_dim": config.head_width,
+        "num_attention_heads": config.width // config.head_width,
+        "joint_attention_dim": config.text_width,
+        "mlp_ratio": config.mlp_width / config.width,
+        "guidance_embeds": config.has_guidance,
+        "axes_dims_rope": list(config.rope_axes),
+    }

@@ -1,0 +1,350 @@
+"""Every form of a FLUX.2 model loads alike, and files that make none are refused with what they are."""
+
+import importlib
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from flux_2_train_network import setup_parser
+from library.architectures.flux_2.assembly import build
+from library.architectures.flux_2.load import Flux2Loader, open_loader
+from library.architectures.flux_2.options import VERSIONS, Flux2Options
+from library.architectures.flux_2.releases import DEV, KLEIN_4B, KLEIN_9B, encoder_of, is_distilled, release_of
+from library.architectures.flux_2.vae import COUNTER, statistics
+from library.architectures.specs import list_specs
+from library.checkpoints.base_model_spec import BaseModelSpec
+from library.checkpoints.weights import Weights
+from library.errors import UserError
+from tests.runs.bases import BASES
+from tests.tiny import flux_2 as tiny_flux_2
+from tests.tiny.changes import with_changes, without
+from tests.tiny.flux_2 import build_tiny_flux_2, diffusers_state
+
+BASE = "--pretrained_model_name_or_path"
+SCRIPT_OF_OTHERS = {name: base.script for name, base in BASES.items() if name != "flux_2"}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return build_tiny_flux_2(tmp_path_factory.mktemp("flux_2"), 3)
+
+
+@pytest.fixture(scope="module")
+def tiny_dev(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return build_tiny_flux_2(tmp_path_factory.mktemp("flux_2_dev"), 3, is_dev=True)
+
+
+def options_of(arguments: list[str]) -> Flux2Options:
+    return Flux2Options.from_args(setup_parser().parse_args(arguments))
+
+
+def opened(arguments: list[str]) -> Flux2Loader:
+    return open_loader(options_of(arguments))[0]
+
+
+def assert_same_models(found: Flux2Loader, expected: Flux2Loader) -> None:
+    for theirs, ours in (
+        (expected.denoiser(), found.denoiser()),
+        (expected.vae(), found.vae()),
+        *zip(expected.text_encoders(), found.text_encoders(), strict=True),
+    ):
+        state = ours.state_dict()
+        assert all(torch.equal(state[name], tensor) for name, tensor in theirs.state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["whole", "diffusers"])
+@pytest.mark.parametrize("is_dev", [False, True], ids=["klein", "dev"])
+def test_every_layout_gives_the_same_models(
+    request: pytest.FixtureRequest, tmp_path: Path, layout: Any, is_dev: bool
+) -> None:
+    expected = request.getfixturevalue("tiny_dev" if is_dev else "tiny")
+    assert_same_models(opened(build_tiny_flux_2(tmp_path, 3, layout, is_dev)), opened(expected))
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("is_diffusers", [False, True], ids=["original", "diffusers"])
+def test_a_single_file_has_either_layout_and_either_prefix(
+    tiny: list[str], tmp_path: Path, prefix: str, is_diffusers: bool
+) -> None:
+    state = load_file(tiny[1])
+    state = diffusers_state(state) if is_diffusers else state
+    save_file({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "other.safetensors")
+    assert_same_models(opened([BASE, str(tmp_path / "other.safetensors"), *tiny[2:]]), opened(tiny))
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model.", "model.", ""])
+def test_mistral_is_read_under_every_prefix_and_without_its_last_layers(
+    tiny_dev: list[str], tmp_path: Path, prefix: str
+) -> None:
+    """Some files have the 30 layers alone that are used, and the words of its tokenizer beside them."""
+    state = {name.removeprefix("language_model.model."): tensor for name, tensor in load_file(tiny_dev[5]).items()}
+    state = {prefix + name: tensor for name, tensor in state.items() if not name.startswith("layers.30.")}
+    others = {"tekken_model": torch.zeros(4, dtype=torch.uint8), "vision_tower.ln_pre.weight": torch.ones(2)}
+    save_file({**state, **others}, tmp_path / "mistral.safetensors")
+    shutil.copytree(Path(tiny_dev[1]).parent / "tokenizer", tmp_path / "tokenizer")
+    assert_same_models(opened([*tiny_dev[:5], str(tmp_path / "mistral.safetensors")]), opened(tiny_dev))
+
+
+def test_numbered_files_are_named_by_their_first(tiny: list[str], tmp_path: Path) -> None:
+    arguments = list(tiny)
+    for flag in (BASE, "--text_encoder"):
+        place = arguments.index(flag) + 1
+        state, stem = load_file(arguments[place]), Path(arguments[place]).stem
+        for number in (1, 2):
+            part = {name: tensor for i, (name, tensor) in enumerate(sorted(state.items())) if i % 2 == number - 1}
+            save_file(part, tmp_path / f"{stem}-{number:05}-of-00002.safetensors")
+        arguments[place] = str(tmp_path / f"{stem}-00001-of-00002.safetensors")
+    assert_same_models(opened(arguments), opened(tiny))
+
+
+def test_8_bit_files_load_with_their_scales(tiny: list[str], tmp_path: Path) -> None:
+    state = load_file(tiny[1])
+    name = "double_blocks.0.img_attn.qkv"
+    scale = state[f"{name}.weight"].abs().max() / 448
+    codes = (state[f"{name}.weight"] / scale).to(torch.float8_e4m3fn)
+    other = {**state, f"{name}.weight": codes, f"{name}.scale_weight": scale, "scaled_fp8": torch.zeros(2)}
+    save_file(other, tmp_path / "fp8.safetensors")
+    denoiser: Any = opened([BASE, str(tmp_path / "fp8.safetensors"), *tiny[2:]]).denoiser()
+    torch.testing.assert_close(denoiser.double_blocks[0].img_attn.qkv.weight, codes.float() * scale, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+def test_the_statistics_of_the_vae_stay_in_32_bits(tiny: list[str], tmp_path: Path, layout: str) -> None:
+    _, state = tiny_flux_2.tiny_vae(4)
+    if layout == "original":
+        state = {name: tensor for name, tensor in tiny_flux_2.original_vae(state).items() if name != COUNTER}
+    save_file(state, tmp_path / "vae.safetensors")
+    arguments = [*without(tiny, "--vae"), "--vae", str(tmp_path / "vae.safetensors"), "--mixed_precision", "bf16"]
+    vae = opened(arguments).vae()
+    mean, deviation = statistics(vae, torch.device("cpu"))
+    assert next(vae.parameters()).dtype == torch.bfloat16 and mean.shape == (128, 1, 1)
+    torch.testing.assert_close(mean.flatten(), state["bn.running_mean"], rtol=0, atol=0)
+    torch.testing.assert_close(deviation.flatten(), (state["bn.running_var"] + 1e-4).sqrt(), rtol=0, atol=0)
+
+
+def test_parts_of_a_folder_can_be_replaced_by_files(tiny: list[str], tmp_path: Path) -> None:
+    folder = build_tiny_flux_2(tmp_path / "folder", 4, "diffusers")
+    for name in ("vae", "text_encoder"):
+        shutil.rmtree(tmp_path / "folder" / name)
+    found = opened([*folder, *tiny[tiny.index("--vae") :]]).text_encoders()[0].state_dict()
+    expected = opened(tiny).text_encoders()[0].state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize(
+    ("flag", "changes", "message"),
+    [
+        (BASE, {"img_in.weight": torch.ones(48, 64)}, "takes 64 values per token, but only 128"),
+        (
+            BASE,
+            {"txt_in.weight": torch.ones(48, 96)},
+            "has width 16, but the transformer expects 3 states of width 32; use Qwen/Qwen3-4B",
+        ),
+        (
+            BASE,
+            {"txt_in.weight": torch.ones(48, KLEIN_9B.text_width)},
+            "has width 16, but the transformer expects 3 states of width 4096; use Qwen/Qwen3-8B",
+        ),
+        (BASE, {"txt_in.weight": None}, "not a FLUX.2 model: txt_in.weight is missing"),
+        (
+            BASE,
+            {"double_blocks.0.img_attn.norm.query_norm.scale": torch.ones(20)},
+            "width 48, heads of 20, which must be multiples of 8",
+        ),
+        ("--vae", {"decoder.conv_in.weight": torch.ones(16, 16, 3, 3)}, "has 16 latent channels, but FLUX.2 needs 32"),
+        ("--vae", {"decoder.conv_in.weight": None}, "is not a VAE: it has no decoder.conv_in.weight"),
+        ("--vae", {"bn.running_var": None}, "has no bn.running_var, by which latents are normalized; use the VAE of"),
+        ("--text_encoder", {"model.embed_tokens.weight": None}, "encoder.safetensors is not a Qwen3 text encoder"),
+        ("--text_encoder", {"model.layers.26.mlp.up_proj.weight": None}, "layers.26.mlp.up_proj.weight"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_file_that_does_not_fit_is_named(
+    tiny: list[str], tmp_path: Path, flag: str, changes: dict[str, torch.Tensor | None], message: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        opened(with_changes(tiny, flag, tmp_path, changes)).text_encoders()
+
+
+def test_a_shallow_text_encoder_is_refused(tiny: list[str], tmp_path: Path) -> None:
+    state = {k: v for k, v in load_file(tiny[5]).items() if not re.match(r"model\.layers\.(2[3-9])\.", k)}
+    save_file(state, tmp_path / "shallow.safetensors")
+    with pytest.raises(UserError, match=r"shallow\.safetensors has 23 layers, but the first 27 are"):
+        opened([*tiny[:5], str(tmp_path / "shallow.safetensors")])
+
+
+def test_the_text_encoder_of_the_other_kind_is_refused(tiny: list[str], tiny_dev: list[str]) -> None:
+    with pytest.raises(UserError, match=r"--text_encoder .* is not a Qwen3 text encoder"):
+        opened([*tiny[:5], tiny_dev[5]])
+    with pytest.raises(UserError, match=r"--text_encoder .* is not a Mistral 3 text encoder"):
+        opened([*tiny_dev[:5], tiny[5]])
+
+
+@pytest.mark.parametrize("flag", ["--vae", "--text_encoder"])
+def test_a_missing_part_is_asked_for_by_its_flag(tiny: list[str], flag: str) -> None:
+    with pytest.raises(UserError, match=f"{flag} is missing"):
+        opened(without(tiny, flag))
+
+
+@pytest.mark.parametrize(
+    ("is_dev", "mark", "hub"),
+    [(False, "<think>", "Qwen/Qwen3-4B"), (True, "[SYSTEM_PROMPT]", "mistralai/Mistral-Small-3.1-24B-Instruct-2503")],
+)
+def test_a_tokenizer_without_the_marks_of_a_chat_is_refused(tmp_path: Path, is_dev: bool, mark: str, hub: str) -> None:
+    arguments = build_tiny_flux_2(tmp_path, 3, is_dev=is_dev)
+    file = tmp_path / "tokenizer" / "tokenizer.json"
+    file.write_text(file.read_text().replace(mark, "<other>"))
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        (tmp_path / "tokenizer" / name).unlink(missing_ok=True)
+    with pytest.raises(UserError, match=re.escape(f"has no {mark}: it belongs to another model; use that of {hub}")):
+        build(options_of(arguments))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_dev", [False, True], ids=["klein", "dev"])
+def test_the_text_encoder_may_be_kept_in_8_bits(request: pytest.FixtureRequest, is_dev: bool) -> None:
+    arguments = request.getfixturevalue("tiny_dev" if is_dev else "tiny")
+    (whole,), (small,) = (opened([*arguments, *more]).text_encoders() for more in ([], ["--fp8_text_encoder"]))
+    ids = torch.arange(8)[None]
+    expected, found = whole(ids).last_hidden_state, small(ids).last_hidden_state
+    assert not torch.equal(found, expected)
+    assert torch.nn.functional.cosine_similarity(found, expected, dim=-1).min() > 0.95
+
+
+# Other models' files
+
+
+@pytest.fixture(scope="module")
+def flux_2_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return build_tiny_flux_2(tmp_path_factory.mktemp("whole"), 5, "whole")[1]
+
+
+@pytest.mark.parametrize("name", SCRIPT_OF_OTHERS)
+def test_every_other_script_names_this_one(name: str, tmp_path: Path, flux_2_file: str) -> None:
+    spec = next(s for s in list_specs() if s.script == f"{BASES[name].script}.py")
+    arguments = BASES[name].build(tmp_path)
+    arguments[arguments.index(BASE) + 1] = flux_2_file
+    with pytest.raises(UserError, match=r"this is a FLUX.2 (model|checkpoint); use flux_2_train_network\.py"):
+        spec.build(parsed(spec, arguments))
+
+
+@pytest.mark.parametrize("name", SCRIPT_OF_OTHERS)
+def test_this_script_names_every_other(name: str, tmp_path: Path, tiny: list[str]) -> None:
+    arguments = BASES[name].build(tmp_path)
+    path = arguments[arguments.index(BASE) + 1]
+    with pytest.raises(UserError, match=rf"use {SCRIPT_OF_OTHERS[name]}\.py"):
+        opened([BASE, path, *tiny[2:]])
+
+
+@pytest.mark.parametrize(("is_dev", "pipeline"), [(False, "Flux2KleinPipeline"), (True, "Flux2Pipeline")])
+def test_a_folder_is_recognised_by_its_pipeline(tmp_path: Path, is_dev: bool, pipeline: str) -> None:
+    (folder,) = build_tiny_flux_2(tmp_path, 3, "diffusers", is_dev)[1:]
+    assert json.loads((Path(folder) / "model_index.json").read_text())["_class_name"] == pipeline
+    flux = next(spec for spec in list_specs() if spec.script == "flux_train_network.py")
+    with pytest.raises(UserError, match=r"this is a FLUX.2 model; use flux_2_train_network\.py"):
+        flux.build(parsed(flux, [BASE, folder]))
+
+
+def parsed(spec: BaseModelSpec, arguments: list[str]) -> Any:
+    parser = importlib.import_module(spec.script.removesuffix(".py")).setup_parser()
+    return spec.options.from_args(parser.parse_args(arguments))
+
+
+# Which FLUX.2 it is
+
+
+@pytest.mark.parametrize("config", [tiny_flux_2.DEV, tiny_flux_2.KLEIN_4B, tiny_flux_2.KLEIN_9B])
+def test_a_release_is_recognised_by_its_sizes_and_checked_against_the_option(config: Any) -> None:
+    found = release_of(config, None, "a.safetensors")
+    sizes = [tiny_flux_2.DEV, tiny_flux_2.KLEIN_4B, tiny_flux_2.KLEIN_9B]
+    assert found is (DEV, KLEIN_4B, KLEIN_9B)[sizes.index(config)] and found.text_width == config.text_width
+    for version in VERSIONS:
+        if version.replace("base-", "") == found.name:
+            assert release_of(config, version, "a.safetensors") is found
+            continue
+        message = f"--model_version is {version}, but a.safetensors is the transformer of {found.title}, with text feat"
+        with pytest.raises(UserError, match=message):
+            release_of(config, version, "a.safetensors")
+
+
+def test_a_klein_of_another_size_is_what_the_option_says() -> None:
+    assert release_of(tiny_flux_2.CONFIG, "klein-base-9b", "a") is KLEIN_9B
+    with pytest.raises(UserError, match=r"--model_version is dev, but a is the transformer of FLUX\.2 klein 4B"):
+        release_of(tiny_flux_2.CONFIG, "dev", "a")
+
+
+@pytest.mark.parametrize(
+    ("width", "is_qwen3", "version", "expected"),
+    [
+        (2560, True, None, KLEIN_4B),
+        (4096, True, None, KLEIN_9B),
+        (5120, False, None, DEV),
+        (2560, True, "klein-base-4b", KLEIN_4B),
+        (16, True, "klein-9b", KLEIN_9B),
+        (2560, True, "klein-9b", "has width 2560, which is for FLUX.2 klein 4B, but --model_version klein-9b needs "
+         "width 4096; use Qwen/Qwen3-8B"),
+        (4096, True, "dev", "has width 4096, which is for FLUX.2 klein 9B, but --model_version dev needs width 5120"),
+    ],
+)  # fmt: skip
+def test_a_text_encoder_without_a_denoiser_is_told_by_its_names_and_width(
+    width: int, is_qwen3: bool, version: str | None, expected: Any
+) -> None:
+    shapes = {"model.embed_tokens.weight": (9, width)} | (
+        {"model.layers.0.self_attn.q_norm.weight": (128,)} if is_qwen3 else {}
+    )
+    weights = Weights("a.safetensors", shapes, lambda name: torch.empty(shapes[name]))
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=re.escape(expected)):
+            encoder_of(weights, version)
+    else:
+        assert encoder_of(weights, version) is expected.encoder
+
+
+@pytest.mark.parametrize(
+    ("version", "path", "expected"),
+    [
+        (None, "flux-2-klein-4b-fp8.safetensors", True),
+        (None, "flux2-klein-base-4b.safetensors", False),
+        (None, "FLUX.2-klein-9B/model.safetensors", True),
+        (None, "black-forest-labs/FLUX.2-klein-base-9B", False),
+        (None, "mine.safetensors", False),
+        ("klein-4b", "mine.safetensors", True),
+        ("klein-base-4b", "flux-2-klein-4b.safetensors", False),
+    ],
+)
+def test_a_distilled_klein_is_recognised_by_option_or_name(version: str | None, path: str, expected: bool) -> None:
+    assert is_distilled(KLEIN_4B, version, path, Path(path)) is expected
+    assert is_distilled(DEV, version, path, Path(path)) is True
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_a_folder_says_whether_it_is_distilled(tmp_path: Path, distilled: bool) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"is_distilled": distilled}))
+    assert is_distilled(KLEIN_9B, None, "klein", tmp_path) is distilled
+    assert is_distilled(KLEIN_9B, "klein-9b", "klein", tmp_path) is True
+
+
+@pytest.mark.parametrize(
+    ("version", "steps", "scale", "guidance", "warns"),
+    [("klein-4b", 4, 1.0, None, True), ("klein-base-4b", 50, 4.0, None, False), ("dev", 50, 1.0, 4.0, True)],
+)
+def test_a_distilled_model_without_a_training_adapter_is_warned_of_once(
+    request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture, version: str, steps: int, scale: float,
+    guidance: float | None, warns: bool,
+) -> None:  # fmt: skip
+    arguments = [*request.getfixturevalue("tiny_dev" if version == "dev" else "tiny"), "--model_version", version]
+    arch = build(options_of(arguments))
+    assert caplog.text.count("which is distilled") == warns
+    defaults = arch.preview.defaults
+    assert (defaults.num_steps, defaults.scale, defaults.guidance_scale) == (steps, scale, guidance)
+    assert arch.metadata["modelspec.architecture"] == f"Flux.2-{version.replace('base-', '')}/lora"
+    caplog.clear()
+    build(options_of([*arguments, "--base_weights", "adapter.safetensors"]))
+    assert "distilled" not in caplog.text
