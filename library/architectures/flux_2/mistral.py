@@ -11,7 +11,7 @@ from library.errors import UserError
 from library.models.language_models import PARTS, WORDS, decoder_config
 from library.models.loading import Component
 from library.models.shapes import Shapes
-from library.models.tokenizer_files import TokenizerFiles, check_ids, read_tokenizer
+from library.models.tokenizer_files import TokenizerFiles, check_ids, read_tokenizer_folder
 
 logger = logging.getLogger(__name__)
 
@@ -58,13 +58,9 @@ def load_mistral_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_w
 
     It is searched as Qwen3's. Raises UserError saying which files to put where.
     """
-    from transformers import PreTrainedTokenizerFast
-
     folder = FILES.find_or_explain("Mistral 3", "tokenizer.json", folders, cache_dir)
     logger.info("Mistral 3 tokenizer: %s", folder)
-    tokenizer = read_tokenizer(
-        lambda: PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, padding_side="left"), folder
-    )
+    tokenizer = read_tokenizer_folder("PreTrainedTokenizerFast", folder, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or PADDING
     check_ids("Mistral 3", tokenizer, folder, num_words)
     return tokenizer
