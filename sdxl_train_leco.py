@@ -1,18 +1,19 @@
-"""Change concepts of Stable Diffusion XL by prompts alone (LECO)."""
+"""Change concepts of Stable Diffusion XL by prompts alone (LECO); train_leco.py does so too."""
 
 import argparse
 
 from library import train_util as train_util
 from library.architectures.scripts import OtherScripts
-from library.architectures.sdxl.leco import SdxlLecoOptions
+from library.architectures.sdxl.options import SdxlOptions
 from library.collector import importing
 from library.launcher import prepare_for_torch
+from library.options.leco import leco_options
 from library.training.command_line.cli import build_parser_of_prompts
 
 
 def setup_parser() -> argparse.ArgumentParser:
     """Every option of this script; front ends read it."""
-    return build_parser_of_prompts(SdxlLecoOptions, OtherScripts("sdxl_train_leco.py"))
+    return build_parser_of_prompts(leco_options(SdxlOptions), OtherScripts("sdxl_train_leco.py"))
 
 
 if __name__ == "__main__":
@@ -21,4 +22,4 @@ if __name__ == "__main__":
         from library.architectures.sdxl.assembly import LATENTS, build
         from library.training.command_line.main import main
 
-    raise SystemExit(main(setup_parser(), SdxlLecoOptions, build, latents=LATENTS))
+    raise SystemExit(main(setup_parser(), leco_options(SdxlOptions), build, latents=LATENTS))

@@ -1,24 +1,28 @@
-"""Change concepts of Stable Diffusion 1.x and 2.x by prompts alone (LECO)."""
+"""Change concepts of any base model by prompts alone (LECO); its file says which model it is."""
 
 import argparse
+from functools import partial
 
 from library import train_util as train_util
 from library.architectures.scripts import OtherScripts
 from library.collector import importing
 from library.launcher import prepare_for_torch
 from library.options.leco import LecoOptions
+from library.options.model import BASE_FLAG
 from library.training.command_line.cli import build_parser_of_prompts
+
+ELSEWHERE = OtherScripts("train_leco.py")
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """Every option of this script; front ends read it."""
-    return build_parser_of_prompts(LecoOptions, OtherScripts("train_leco.py"))
+    """The options for Stable Diffusion 1.x and 2.x; front ends read it. Other models have options of their own too."""
+    return build_parser_of_prompts(LecoOptions, ELSEWHERE)
 
 
 if __name__ == "__main__":
     prepare_for_torch()
     with importing("scripts"):
-        from library.architectures.sd.assembly import LATENTS, build
-        from library.training.command_line.main import main
+        from library.architectures.specs import recognise_base_model
+        from library.training.command_line.prompt_training import main_by_prompts
 
-    raise SystemExit(main(setup_parser(), LecoOptions, build, latents=LATENTS))
+    raise SystemExit(main_by_prompts(partial(recognise_base_model, BASE_FLAG), ELSEWHERE))

@@ -11,24 +11,29 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from library.architectures.sdxl.leco import SdxlLecoOptions
+from library.architectures.scripts import OtherScripts
 from library.architectures.specs import list_specs
 from library.checkpoints.base_model_spec import BaseModelSpec
-from library.options.leco import LecoOptions
+from library.options.leco import LecoOptions, leco_options
+from library.options.model import BASE_FLAG
 from library.training.failures.interruption import STOP_SIGNALS
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS: Mapping[str, BaseModelSpec] = {spec.script.removesuffix(".py"): spec for spec in list_specs()}
+SDXL = SCRIPTS["sdxl_train_network"]
 STARTED: Mapping[str, BaseModelSpec] = {  # those that train on prompts alone too
     **SCRIPTS,
     "train_leco": replace(SCRIPTS["train_network"], options=LecoOptions),
-    "sdxl_train_leco": replace(SCRIPTS["sdxl_train_network"], options=SdxlLecoOptions),
+    "sdxl_train_leco": replace(
+        SCRIPTS["sdxl_train_network"], options=leco_options(SCRIPTS["sdxl_train_network"].options)
+    ),
 }
 
 
@@ -106,10 +111,13 @@ def train(fresh_process: None, capfd: pytest.CaptureFixture[str]) -> Callable[..
         AcceleratorState._reset_state()
         PartialState._reset_state()
         capfd.readouterr()
+        if script == "train_leco":
+            status = exit_status(lambda: train_by_prompts(arguments))
+            return Finished(status, *capfd.readouterr())
         assembly = importlib.import_module(STARTED[script].build.__module__)
         parser = importlib.import_module(script).setup_parser()
-        try:
-            status = main(
+        status = exit_status(
+            lambda: main(
                 parser,
                 STARTED[script].options,
                 assembly.build,
@@ -117,12 +125,26 @@ def train(fresh_process: None, capfd: pytest.CaptureFixture[str]) -> Callable[..
                 latents=assembly.LATENTS,
                 objective=vars(assembly).get("build_objective"),  # of flow models
             )
-        except SystemExit as end:
-            status = int(end.code or 0)
-        out, err = capfd.readouterr()
-        return Finished(status, out, err)
+        )
+        return Finished(status, *capfd.readouterr())
 
     return run
+
+
+def train_by_prompts(arguments: list[str]) -> int:
+    """Run train_leco.py, which recognises the base model."""
+    from library.architectures.specs import recognise_base_model
+    from library.training.command_line.prompt_training import main_by_prompts
+
+    return main_by_prompts(partial(recognise_base_model, BASE_FLAG), OtherScripts("train_leco.py"), arguments)
+
+
+def exit_status(run: Callable[[], int]) -> int:
+    """Return the status that a script ends with, argparse's own included."""
+    try:
+        return run()
+    except SystemExit as end:
+        return int(end.code or 0)
 
 
 @pytest.fixture

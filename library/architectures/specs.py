@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from library.checkpoints.base_model_spec import ArgumentForm, BaseModelSpec
+from library.checkpoints.model_lookup import find_model
+from library.models.identify import base_of_checkpoint
 
 
 def list_specs() -> tuple[BaseModelSpec, ...]:
@@ -17,3 +19,12 @@ def list_specs() -> tuple[BaseModelSpec, ...]:
 def list_network_arguments() -> Mapping[str, ArgumentForm]:
     """List every `network_args` key specific to some base model, with the form of its value."""
     return {name: form for spec in list_specs() for name, form in spec.network_arguments.items()}
+
+
+def recognise_base_model(flag: str, name: str) -> BaseModelSpec:
+    """Return the base model of a file, a diffusers folder or a hub repository, of which the denoiser is downloaded.
+
+    Raises UserError naming `flag` if it is missing, or of no supported model.
+    """
+    path = find_model(flag, name, (("unet", "transformer"),))
+    return base_of_checkpoint(list_specs(), flag, path)

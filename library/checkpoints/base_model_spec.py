@@ -129,7 +129,7 @@ class BaseModelSpec:
     velocity."""
     block_weights: BlockWeights | None = None  # None if no program uses such lists for it
     script_flag: str = ""  # with which the script trains it
-    prompts_script: str = ""  # that trains concepts from prompts alone
+    prompts_script: str = "train_leco.py"  # that trains concepts from prompts alone
     folders: tuple[str, ...] = ()  # in a diffusers folder with a U-Net that names no pipeline
     variants: Mapping[str, str] = field(default_factory=dict)  # pattern of names -> unsupported model that has them
 

@@ -37,6 +37,16 @@ class TrainingBatches(Protocol):
         """End worker processes, also within an epoch."""
 
 
+class BatchSizes(Protocol):
+    """The batches of a run whose sizes are known before it."""
+
+    @property
+    def max_train_steps(self) -> int: ...
+    def batch_shapes(self) -> Iterator[tuple[int, tuple[tuple[int, int], ...]]]:
+        """Yield samples per batch and their size in pixels (width, height), then those of their references."""
+        ...
+
+
 class TrainingData(Protocol):
     """The facts of the data before any of it is drawn."""
 
@@ -72,6 +82,10 @@ class TrainingData(Protocol):
     @property
     def image_plan(self) -> DataPlan | None:
         """The plan of images that can be cached and counted; None for a user's class and for prompts."""
+
+    @property
+    def sizes(self) -> BatchSizes | None:
+        """The sizes of the batches; None for a user's class, which does not tell them."""
 
     @property
     def prompts(self) -> Sequence[str] | None:

@@ -25,10 +25,19 @@ def guided(
     needed than for one image. `negative` may be None unless `needs_negative`.
     """
     positive_BCHW = predict(positive).float()
-    if not needs_negative(prompt) or progress > (1.0 if prompt.cfg_trunc_ratio is None else prompt.cfg_trunc_ratio):
+    if not needs_negative(prompt) or not is_guided_at(prompt, progress):
         return positive_BCHW
     assert negative is not None
-    negative_BCHW = predict(negative).float()
+    return guide(predict(negative).float(), positive_BCHW, prompt)
+
+
+def is_guided_at(prompt: Prompt, progress: float) -> bool:
+    """Return True if the step at `progress` is among those that a prompt guides."""
+    return progress <= (1.0 if prompt.cfg_trunc_ratio is None else prompt.cfg_trunc_ratio)
+
+
+def guide(negative_BCHW: Tensor, positive_BCHW: Tensor, prompt: Prompt) -> Tensor:
+    """Return the guided prediction from those for the negative prompt and the prompt."""
     guided_BCHW = away_from(negative_BCHW, positive_BCHW, prompt.scale)
     return limit_length(guided_BCHW, positive_BCHW, prompt.renorm_cfg) if prompt.renorm_cfg else guided_BCHW
 

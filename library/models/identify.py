@@ -102,8 +102,7 @@ def suggest_fix(found: BaseModelSpec, wanted: BaseModelSpec) -> str:
     if found.script == wanted.script:
         return f"add {found.script_flag}" if found.script_flag else f"remove {wanted.script_flag}"
     flag = f" with {found.script_flag}" if found.script_flag else ""
-    prompts = f", or {found.prompts_script}{flag} to train from prompts alone" if found.prompts_script else ""
-    return f"use {found.script}{flag}{prompts}"
+    return f"use {found.script}{flag}, or {found.prompts_script} to train from prompts alone"
 
 
 def refuse_other_file(specs: Sequence[BaseModelSpec], flag: str, weights: Weights, wanted: str) -> None:
@@ -146,8 +145,7 @@ def refuse_unknown_file(flag: str, weights: Weights) -> NoReturn:
             f"{', '.join(of_denoiser[:3])})"
         )
     raise UserError(
-        f"{flag} {weights.origin}: nothing in it begins with {UNET_PREFIX!r}, so it is not a Stable Diffusion "
-        f"checkpoint (first names: {first_names(weights)})"
+        f"{flag} {weights.origin} is not a checkpoint of a supported base model (first names: {first_names(weights)})"
     )
 
 

@@ -2,14 +2,15 @@
 
 import argparse
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from library.options.base import Options, group, redeclared
 from library.options.train import TrainOptions
 from library.options.training.concepts import ConceptOptions
+from library.options.training.flow import FlowPredictionOptions
 from library.options.training.network import NetworkOptions
 
-OptionsT = TypeVar("OptionsT", bound="LecoOptions")
+OptionsT = TypeVar("OptionsT", bound="PromptTraining")
 
 WITHOUT_IMAGES = "prompts are trained alone, without images"
 
@@ -23,8 +24,8 @@ class LecoNetworkOptions(NetworkOptions):
 
 
 @dataclass(frozen=True)
-class LecoOptions(TrainOptions):
-    """All options of train_leco.py."""
+class PromptTraining(Options):
+    """The options that training by prompts adds to those of a base model, or declares with other defaults."""
 
     network: LecoNetworkOptions = group(LecoNetworkOptions)
     leco: ConceptOptions = group(ConceptOptions)
@@ -42,6 +43,33 @@ class LecoOptions(TrainOptions):
         options = super().from_args(args)
         trains_denoiser = not options.network.network_train_text_encoder_only
         return options.with_values({"network_train_unet_only": trains_denoiser, "skip_until_initial_step": True})
+
+
+@dataclass(frozen=True)
+class LecoOptions(PromptTraining, TrainOptions):
+    """All options of train_leco.py for the base model whose script has only the common options."""
+
+
+def leco_options(kind: type[TrainOptions]) -> type[TrainOptions]:
+    """Return the options of training a base model by prompts, from those of its script for images.
+
+    Where the form of the prediction is an option, it is the denoiser's own output, which is what LECO trains.
+    """
+    if kind is TrainOptions:
+        return LecoOptions
+    forms = [name for name, hint in get_type_hints(kind).items() if is_prediction(hint)]
+    namespace = {
+        "__doc__": "All options of training by prompts for one base model.",
+        "__module__": kind.__module__,
+        "__annotations__": dict.fromkeys(forms, FlowPredictionOptions),
+        **{name: group(FlowPredictionOptions) for name in forms},
+    }
+    made = type(kind.__name__.replace("Options", "LecoOptions"), (PromptTraining, kind), namespace)
+    return dataclass(frozen=True)(made)
+
+
+def is_prediction(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, FlowPredictionOptions)
 
 
 def refused_by_leco(kind: type[Options]) -> dict[str, str]:

@@ -60,7 +60,6 @@ MAY_NAME_MODELS = {
     "library/memory/planner/counter.py": "a measurement says what it was made on",
     "library/memory/planner/fakes.py": "a measurement says what it was made on",
     "library/models/vae/flux.py": "a VAE that several models share is called after the one that it came with",
-    "library/models/identify.py": "tells a user that a file is of no model of a family that two packages share",
     "library/models/unet/unet.py": "constants of a U-Net that two packages share, by generation",
 }
 

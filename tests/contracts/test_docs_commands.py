@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from library.architectures.specs import list_network_arguments
+from library.architectures.scripts import OtherScripts
+from library.architectures.specs import list_network_arguments, list_specs
+from library.options.leco import leco_options
 from library.options.support import unsupported
 from library.options.train import TrainOptions
+from library.training.command_line.cli import build_parser_of_prompts
 from library.training.config_file import read_config
 from library.training.evaluation.prompts import LINE_OPTIONS
 from library.training.sweep.combinations import combinations_of
@@ -117,6 +120,17 @@ def check_launch(arguments: list[str]) -> None:
     check_script(launch.training_script, launch.training_script_args)
 
 
+def parser_of(script: str, arguments: list[str]) -> argparse.ArgumentParser:
+    """The script's own; of train_leco.py, which recognises the base model, that of the first model with all options."""
+    own: argparse.ArgumentParser = importlib.import_module(Path(script).stem).setup_parser()
+    if script != "train_leco.py":
+        return own
+    flags = {word.split("=")[0] for word in arguments if word.startswith("--")}
+    kinds = [leco_options(spec.options) for spec in list_specs()]
+    others = (build_parser_of_prompts(kind, OtherScripts(script)) for kind in kinds)
+    return next((one for one in (own, *others) if flags <= one._option_string_actions.keys()), own)
+
+
 def check_script(script: str, arguments: list[str]) -> None:
     """A training script, by its own parser. Prefixes of options do not count: a page shows the whole name.
 
@@ -125,7 +139,7 @@ def check_script(script: str, arguments: list[str]) -> None:
     assert (ROOT / script).exists(), f"{script} is not there"
     if arguments in (["--help"], ["--help_all"]):
         return
-    parser = importlib.import_module(Path(script).stem).setup_parser()
+    parser = parser_of(script, arguments)
     for word in arguments:
         flag = word.split("=")[0]
         assert not word.startswith("--") or flag in parser._option_string_actions, f"{script} has no option {flag}"

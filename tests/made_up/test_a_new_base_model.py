@@ -77,7 +77,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     root = folder / "project"
     for name in ("library", "networks", "tools"):
         shutil.copytree(ROOT / name, root / name)
-    shutil.copy(ROOT / "train_network.py", root)
+    for script in ("train_network.py", "train_leco.py"):
+        shutil.copy(ROOT / script, root)
     # These two are all that is added.
     shutil.copytree(HERE / "knots", root / "library" / "architectures" / "knots")
     shutil.copy(HERE / "knots_train_network.py", root)
@@ -150,3 +151,17 @@ def test_the_other_scripts_send_it_to_its_own(project: Project, tmp_path: Path) 
     )
     assert done.returncode == 1
     assert "this is a Knots checkpoint; use knots_train_network.py" in done.stderr
+
+
+def test_it_is_trained_by_prompts_with_its_own_options(project: Project, tmp_path: Path) -> None:
+    (tmp_path / "prompts.toml").write_text('[[prompts]]\ntarget = "cat"\nresolution = 64\n')
+    words = [
+        "--pretrained_model_name_or_path", str(project.model), "--prompts_file", str(tmp_path / "prompts.toml"),
+        "--output_dir", str(tmp_path / "out"), "--output_name", "mine", "--max_train_steps", "2", "--max_bytes", "16",
+        "--max_denoising_steps", "3", "--learning_rate", "1e-2", "--seed", "7",
+    ]  # fmt: skip
+    done = subprocess.run([sys.executable, "train_leco.py", *words], cwd=project.root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    tensors = load_state_dict(tmp_path / "out" / "mine.safetensors")
+    ups = [tensor for key, tensor in tensors.items() if "lora_up" in key]
+    assert len(ups) == 4 and all(float(up.abs().max()) > 0 for up in ups)

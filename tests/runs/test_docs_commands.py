@@ -125,6 +125,7 @@ def with_tiny_models(words: list[str], folder: Path, script: str) -> list[str]:
             kept.append(word)
     if names_model:
         kind = kept[kept.index("--model_type") + 1] if "--model_type" in kept else BASE_OF_SCRIPT[script]
+        kind = "flux" if script == "train_leco" and "--clip_l" in words else kind
         kept += BASES[kind].build(folder)
     if "--resolution" in kept:
         kept += ["--min_bucket_reso", "64"]

@@ -290,3 +290,25 @@ def test_it_is_started_as_users_do(launch: Callable[..., Finished], tiny_sd_fold
     )  # fmt: skip
     assert done.status == 0, done.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"last.safetensors", "last-report.html"}
+
+
+def test_a_file_of_no_base_model_is_refused_with_what_it_is(leco: Leco, tmp_path: Path) -> None:
+    save_file({"decoder.conv_in.weight": torch.zeros(2)}, tmp_path / "vae.safetensors")
+    done = leco("--pretrained_model_name_or_path", str(tmp_path / "vae.safetensors"), status=1)
+    (line,) = [line for line in done.stderr.splitlines() if "ERROR" in line]
+    assert "vae.safetensors: this is a VAE, not a base model; use it with --vae" in line
+
+
+def test_the_model_and_the_prompts_may_stand_in_a_config_file(train: Train, tmp_path: Path) -> None:
+    """The flag that sets the second generation apart is given by its weights."""
+    (tmp_path / "pairs.toml").write_text(PAIRS)
+    values = {
+        "pretrained_model_name_or_path": BASES["sd2"].build(tmp_path / "model")[1],
+        "prompts_file": str(tmp_path / "pairs.toml"),
+        "output_dir": str(tmp_path / "out"),
+    }
+    (tmp_path / "train.toml").write_text("".join(f"{name} = '{value}'\n" for name, value in values.items()))
+    words = ["--config_file", str(tmp_path / "train"), "--v_parameterization", "--max_train_steps", "1", "--no_report"]
+    done = train([*words, "--max_denoising_steps", "2", "--output_name", "mine"], script="train_leco")
+    assert done.status == 0, done.stderr
+    assert read_metadata(tmp_path / "out" / "mine.safetensors")["ss_v2"] == "True"

@@ -52,13 +52,22 @@ class Sd3TextOptions(Options):
     apply_lg_attn_mask: bool = option(False, help="Keep both CLIP encoders from attending to caption padding.")
     apply_t5_attn_mask: bool = option(False, help="Keep T5 from attending to caption padding.")
     clip_l_dropout_rate: float = option(
-        0.0, is_share=True, help="Share of samples trained with zeros instead of CLIP-L's features, 0 to 1."
+        0.0,
+        is_share=True,
+        needs_images=True,
+        help="Share of samples trained with zeros instead of CLIP-L's features, 0 to 1.",
     )
     clip_g_dropout_rate: float = option(
-        0.0, is_share=True, help="Share of samples trained with zeros instead of CLIP-G's features, 0 to 1."
+        0.0,
+        is_share=True,
+        needs_images=True,
+        help="Share of samples trained with zeros instead of CLIP-G's features, 0 to 1.",
     )
     t5_dropout_rate: float = option(
-        0.0, is_share=True, help="Share of samples trained with zeros instead of T5's features, 0 to 1."
+        0.0,
+        is_share=True,
+        needs_images=True,
+        help="Share of samples trained with zeros instead of T5's features, 0 to 1.",
     )
 
 
@@ -69,17 +78,20 @@ class Sd3TrainingOptions(Options):
     pos_emb_random_crop_rate: float = option(
         0.0,
         is_share=True,
+        needs_images=True,
         help="Share of batches whose images are placed at random in the table of positions instead of its centre, "
         "0 to 1. For SD3.5 medium.",
     )
     enable_scaled_pos_embed: bool = option(
         False,
+        refused_by_leco="there is no data set whose resolutions it could follow; leave it out",
         help="Scale the table of positions to each resolution of the data set, for SD3.5 medium.",
     )
     training_shift: float = option(
         1.0,
         usual=True,
         above=0,
+        needs_images=True,
         help="How far the drawn noise levels are pushed toward pure noise. 1 leaves them alone, 3 is what SD3 draws "
         "images with.",
     )

@@ -78,7 +78,7 @@ class OwnDataset:
     def image_paths(self) -> list[str]:
         return []
 
-    image_plan = prompts = None  # its images are not known before they are drawn
+    image_plan = sizes = prompts = None  # its images are not known before they are drawn
 
     @property
     def own_batches(self) -> "OwnDataset":

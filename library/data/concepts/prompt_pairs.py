@@ -18,9 +18,9 @@ from library.data.description.schema import RunDataConfig
 from library.data.plan.audit_values import nothing_known
 from library.errors import UserError
 from library.options.dataset import DatasetOptions
-from library.options.training.concepts import ConceptOptions
+from library.options.training.concepts import USUAL_GUIDANCE, ConceptOptions
 from library.options.training.run import RunOptions
-from library.protocols import Architecture
+from library.protocols import Architecture, PromptDefaults
 from library.randomness import random_for
 from library.types import Batch, Concept
 
@@ -53,11 +53,19 @@ class PromptPairs:
     """
 
     def __init__(
-        self, pairs: Sequence[PromptPair], concepts: ConceptOptions, file: str, seed: int, num_batches: int
+        self,
+        pairs: Sequence[PromptPair],
+        num_steps: int,
+        guidance: float,
+        file: str,
+        seed: int,
+        num_batches: int,
+        max_train_steps: int,
     ) -> None:
-        self.pairs, self.num_batches = list(pairs), num_batches
+        """`num_steps` and `guidance` are those of denoising whole images, of which each batch takes a part."""
+        self.pairs, self.num_batches, self.max_train_steps = list(pairs), num_batches, max_train_steps
         self.config = RunDataConfig((), is_from_file=False)
-        self._concepts, self._file, self._seed = concepts, file, seed
+        self._num_steps, self._guidance, self._file, self._seed = num_steps, guidance, file, seed
 
     @property
     def prompts(self) -> list[str]:
@@ -73,6 +81,10 @@ class PromptPairs:
 
     @property
     def own_batches(self) -> "PromptPairs":
+        return self
+
+    @property
+    def sizes(self) -> "PromptPairs":
         return self
 
     @property
@@ -135,9 +147,14 @@ class PromptPairs:
             "ss_leco_prompt_count": len(self.pairs),
             "ss_leco_prompts_file": Path(self._file).name,
             "ss_leco_preview": json.dumps(preview, ensure_ascii=False),
-            "ss_leco_max_denoising_steps": self._concepts.max_denoising_steps,
-            "ss_leco_denoise_guidance_scale": self._concepts.leco_denoise_guidance_scale,
+            "ss_leco_max_denoising_steps": self._num_steps,
+            "ss_leco_denoise_guidance_scale": self._guidance,
         }
+
+    def batch_shapes(self) -> Iterator[tuple[int, tuple[tuple[int, int], ...]]]:
+        """Yield the number of latents and their size in pixels (width, height) of each pair's largest batch."""
+        for pair in self.pairs:
+            yield pair.batch_size, ((pair.width, pair.height),)
 
     def limited_to_largest_batch(self) -> tuple["PromptPairs", int]:
         """Return self and the index of a batch that needs the most memory, and among those the most time."""
@@ -160,7 +177,7 @@ class PromptPairs:
         random_for(self._seed, "concept order", turn).shuffle(order)
         pair = self.pairs[order[place]]
         rng = random_for(self._seed, "concept", number)
-        num_denoised = rng.randint(1, self._concepts.max_denoising_steps - 1)
+        num_denoised = rng.randint(1, self._num_steps - 1)
         height, width = drawn_size(pair.height, rng) if pair.has_drawn_size else (pair.height, pair.width)
         sizes = format_sizes(height, width, rng if pair.dynamic_crops else None)
         return Drawn(pair, num_denoised, height, width, sizes)
@@ -184,9 +201,9 @@ class PromptPairs:
                 neutral=pair.neutral,
                 push=pair.push,
                 multiplier=pair.multiplier,
-                num_steps=self._concepts.max_denoising_steps,
+                num_steps=self._num_steps,
                 num_denoised=drawn.num_denoised,
-                guidance=self._concepts.leco_denoise_guidance_scale,
+                guidance=self._guidance,
             ),
         )
 
@@ -223,7 +240,15 @@ def open_prompt_pairs(
     if idle := [pair for pair in pairs if pair.dynamic_crops and not arch.tells_sizes]:
         logger.warning("%s %s: dynamic_crops has no effect: the base model has no size input", FLAG, idle[0].place)
     num_batches = run.max_train_steps * run.gradient_accumulation_steps * num_processes
-    found = PromptPairs(pairs, concepts, concepts.prompts_file, seed, num_batches)
+    found = PromptPairs(
+        pairs,
+        concepts.max_denoising_steps,
+        guidance_of(concepts, arch.preview.defaults),
+        concepts.prompts_file,
+        seed,
+        num_batches,
+        run.max_train_steps,
+    )
     for text in found.prompts:
         if (num_tokens := arch.text.count_tokens(text)) > arch.text.max_tokens:
             logger.warning(
@@ -232,6 +257,13 @@ def open_prompt_pairs(
             )  # fmt: skip
     found.audit(logger)
     return found
+
+
+def guidance_of(concepts: ConceptOptions, defaults: PromptDefaults) -> float:
+    """Return the scale of classifier-free guidance while denoising: none where the model draws without it."""
+    if concepts.leco_denoise_guidance_scale is not None:
+        return concepts.leco_denoise_guidance_scale
+    return USUAL_GUIDANCE if defaults.scale > 1 else 1.0
 
 
 def check_size(pair: PromptPair, step: int) -> None:

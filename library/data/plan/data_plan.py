@@ -85,6 +85,10 @@ class DataPlan:
     def image_plan(self) -> "DataPlan":
         return self
 
+    @property
+    def sizes(self) -> "DataPlan":
+        return self
+
     prompts = own_batches = None  # batches are built of the plan and of what is cached
 
     # Counts

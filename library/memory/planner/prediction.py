@@ -38,6 +38,15 @@ class Way:
 
 
 @dataclass(frozen=True)
+class GradientlessPasses:
+    """The passes of a step without gradients, before its own forward pass."""
+
+    num_passes: float  # on average
+    num_batches: float  # that they compute together, in batches of the step
+    peak_bytes: int  # of the largest of them
+
+
+@dataclass(frozen=True)
 class CountedStep:
     """A counted training step; bytes are those of tensors."""
 
@@ -54,6 +63,7 @@ class CountedStep:
     offloaded_indices: Callable[[int], Collection[int]]  # the blocks offloaded for a value of --blocks_to_swap
     most_offloaded: int
     multiplies_codes: bool = False  # the step was counted with --base_arithmetic 8bit
+    gradientless: GradientlessPasses | None = None  # None where a step has its forward and backward pass alone
 
 
 @dataclass(frozen=True)
@@ -86,14 +96,16 @@ def predict(step: CountedStep, way: Way, card: Gpu, correction: float = 1.0) -> 
         own = step.weights.resident_bytes(cost, waiting)
     weights = own + encoders + step.other_bytes
     held = step.optimizer.state + step.held_gradient_bytes
+    passes = step.gradientless
     ahead = max(waiting_inputs(step, way), default=0)  # a block's inputs are fetched while the next is recomputed
-    within = held + peak_of(moves) + ahead + step.weights.decoded_bytes(cost)
+    highest = max(peak_of(moves) + ahead, 0 if passes is None else passes.peak_bytes)
+    within = held + highest + step.weights.decoded_bytes(cost)
     stepping = step.gradient_bytes + max(step.optimizer.rise, step.optimizer.state)
     changing = step.adapter_bytes + round(correction * max(within, stepping))
     sizes = step.weights.block_bytes(cost)
     streamed = sum(sizes[place] for place in waiting)
     inputs = sum(waiting_inputs(step, way))
-    seconds = seconds_of(moves, cost.slowdown, streamed, inputs, card)
+    seconds = seconds_of(moves, cost.slowdown, streamed, inputs, card, passes)
     seconds *= 1 + COST_OF_WAITING * len(waiting) / max(1, len(sizes))
     device = weights + round((1 + ALLOCATOR_SHARE) * changing) + CONTEXT_BYTES
     peak = FORWARD_BACKWARD if within >= stepping else OPTIMIZER_STEP
@@ -122,7 +134,14 @@ def waiting_inputs(step: CountedStep, way: Way) -> list[int]:
     ]
 
 
-def seconds_of(moves: list[Move], slowdown: float, streamed: int, inputs: int, card: Gpu) -> float:
+def seconds_of(
+    moves: list[Move],
+    slowdown: float,
+    streamed: int,
+    inputs: int,
+    card: Gpu,
+    gradientless: GradientlessPasses | None = None,
+) -> float:
     """Return the seconds of computing and of copying in parallel, the longer of both in each pass.
 
     Streamed weights are copied to the GPU in both passes, block inputs to main memory in the first and back in the
@@ -135,4 +154,8 @@ def seconds_of(moves: list[Move], slowdown: float, streamed: int, inputs: int, c
         seconds = slowdown * segment.flops / card.flops + segment.moved / card.bandwidth + segment.launches * LAUNCH_S
         computing[move.is_backward] += seconds
     copying = card.copy_seconds(streamed) + inputs / card.bus
-    return sum(max(seconds, copying) for seconds in computing.values())
+    total = sum(max(seconds, copying) for seconds in computing.values())
+    if gradientless is None:
+        return total
+    streaming = gradientless.num_passes * card.copy_seconds(streamed)
+    return total + max(gradientless.num_batches * computing[False], streaming)

@@ -16,7 +16,6 @@ class FitOptions(Options, affects_training=False):
         usual=True,
         metavar="SIZE",
         excludes={"dataset_class": "the sizes of its batches are not known before they are drawn"},
-        refused_by_leco="how often a step asks the denoiser is drawn, and is not counted; leave it out",
         help="Count before the run what it needs, and choose the fastest way of training that fits into this much of "
         "the card's memory. 12GB is what a card of that size has free beside a desktop, 11500MB or 12GiB exactly that, "
         "auto what is free now. Prints the candidates; what you set yourself stays.",

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from library.options.base import Options, option
 
 MOST_DENOISING_STEPS = 1000  # as many as the schedule has
+USUAL_GUIDANCE = 3.0  # of sd-scripts
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,10 @@ class ConceptOptions(Options):
         help="Steps from noise to an image. Each training step draws how many of them it takes, 1 to one less than "
         "this, before it learns from what is there by then.",
     )
-    leco_denoise_guidance_scale: float = option(
-        3.0,
+    leco_denoise_guidance_scale: float | None = option(
+        None,
         usual=True,
         at_least=0,
         help="Strength of classifier-free guidance on that way; guidance_scale in the file is how far the concept is "
-        "moved.",
+        f"moved. Unset is {USUAL_GUIDANCE:g}, or 1, which is none, for models that draw without it.",
     )

@@ -26,6 +26,7 @@ class FlowWeightingOptions(Options):
     )
     logit_mean: float = option(
         0.0,
+        needs_images=True,
         needs=("weighting_scheme=logit_normal", LOGSNR),
         help="Mean of the normal distribution behind --weighting_scheme logit_normal, and of the log-SNR of "
         "--timestep_sampling logsnr.",
@@ -33,6 +34,7 @@ class FlowWeightingOptions(Options):
     logit_std: float = option(
         1.0,
         at_least=0,
+        needs_images=True,
         needs=("weighting_scheme=logit_normal", LOGSNR),
         help="Standard deviation of the normal distribution behind --weighting_scheme logit_normal, and of the log-SNR "
         "of --timestep_sampling logsnr.",
@@ -41,13 +43,14 @@ class FlowWeightingOptions(Options):
         1.29,
         at_least=-1,
         at_most=1.75,  # 2 / (pi - 2) is the most; outside, the scheme leaves 0..1
+        needs_images=True,
         needs="weighting_scheme=mode",
         help="How strongly --weighting_scheme mode prefers middle noise levels, -1 to 1.75. 0 treats all alike.",
     )
 
 
 @dataclass(frozen=True)
-class FlowSamplingOptions(Options):
+class FlowSamplingOptions(Options, needs_images=True):
     """How noise levels are drawn; a base model with other defaults declares them with `redeclared`."""
 
     timestep_sampling: str = option(
@@ -81,6 +84,7 @@ class FlowPredictionOptions(Options):
     model_prediction_type: str = option(
         "raw",
         usual=True,
+        ignored_by_leco="the denoiser's own output is trained",
         help="What is compared with the target: raw is the output itself, additive adds the noisy latent to it, "
         "sigma_scaled estimates the clean latent from it. Only raw fits what the model was made for.",
         choices=PREDICTION_TYPES,
@@ -88,7 +92,7 @@ class FlowPredictionOptions(Options):
 
 
 @dataclass(frozen=True)
-class TimestepPreviewOptions(Options, affects_training=False):
+class TimestepPreviewOptions(Options, affects_training=False, needs_images=True):
     """Look at the noise levels that would be drawn, without a model or images."""
 
     show_timesteps: str | None = option(

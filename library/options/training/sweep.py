@@ -22,8 +22,6 @@ class SweepOptions(Options):
             "log_events=-": "the events of all adapters would be mixed; name a file, each gets its own",
             "resume_from_huggingface": "it fetches the state of one adapter; fetch all, and name one with --resume",
         },
-        refused_by_leco="each adapter would draw other latents, and they share those of a batch; train one after the "
-        "other",
         help="Train an adapter for every combination of these values over one loaded base model, such as "
         "learning_rate=1e-4,2e-4 network_dim=8,16. Each has files of its own, <output_name>-lr1e-4-dim8. Words that "
         "are no option are keys of --network_args; optimizer_args.weight_decay=0,0.01 is a key of --optimizer_args.",

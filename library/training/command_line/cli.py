@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from library.options.base import Options
-from library.options.leco import LecoOptions, ignored_by_leco, refused_by_leco
+from library.options.leco import ignored_by_leco, refused_by_leco
 from library.options.output.console import ConsoleOptions
 from library.options.train import TrainOptions
 from library.training.command_line.console import setup_logging
@@ -51,7 +51,7 @@ def build_parser(
     return parser
 
 
-def build_parser_of_prompts(kind: type[LecoOptions], elsewhere: Callable[[str], str]) -> argparse.ArgumentParser:
+def build_parser_of_prompts(kind: type[TrainOptions], elsewhere: Callable[[str], str]) -> argparse.ArgumentParser:
     """Return the parser of a script that trains on prompts alone; what has no effect then is parsed and not shown."""
     left_out = {*ignored_by_leco(kind), *refused_by_leco(kind)}
     return build_parser(kind, elsewhere=elsewhere, examples=EXAMPLES_OF_PROMPTS, left_out=left_out)

@@ -173,9 +173,9 @@ def fit_to_memory(run: ResolvedRun[OptionsT], processes: "Processes", events: Ev
         return run
     from library.training.planning.fit_run import fit_run
 
-    plan = run.data.image_plan
-    assert plan is not None, "options refuse to plan the memory of a user's class and of prompts"
-    fit = fit_run(run.options.shared, run.arch, plan, processes, [*run.options.adapters.values()])
+    sizes = run.data.sizes
+    assert sizes is not None, "options refuse to plan the memory of a user's class"
+    fit = fit_run(run.options.shared, run.arch, sizes, processes, [*run.options.adapters.values()])
     chosen = fit.choice.chosen
     assert chosen is not None, "fit_run raises where nothing fits"
     for each in events.each:

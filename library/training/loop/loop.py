@@ -195,8 +195,8 @@ def accumulate_gradients(
         shape, predicted = describe_shape(batch), partial(memory_hints, runs, batch)
         with explain_out_of_memory(doing, run.options, run.context.device, shape, lambda: sizes_of(run), predicted):
             batch_number = run.plan.batch_number(window.epoch, place)
-            if len(runs) == 1:
-                found = [backward(run, batch, batch_number, size, window.step)]
+            if len(runs) == 1 or batch.concept is not None:  # each adapter draws latents of its own from prompts
+                found = [backward(own, batch, batch_number, size, window.step) for own in runs]
             else:
                 found = backward_stacked(runs, batch, batch_number, size, window.step)
         for own, loss in zip(losses, found, strict=True):

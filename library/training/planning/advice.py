@@ -25,12 +25,11 @@ def memory_hints(runs: Sequence[Run], batch: Batch) -> list[str]:
     """Describe ways of running this step that need less than the one in use, each saving more than a faster one.
 
     `runs` are those of all adapters that share the step. Nothing is computed or loaded; it takes some seconds. None for
-    network modules of third parties, which may need real weights to be counted, for concepts, whose steps are not
-    counted, and where nothing saves much.
+    network modules of third parties, which may need real weights to be counted, and where nothing saves much.
     """
     run = runs[0]
     name, device = run.options.network.network_module, run.context.device
-    if name is None or not name.startswith(OURS) or batch.concept is not None:
+    if name is None or not name.startswith(OURS):
         return []
     shape = shape_of_batch(batch, run.context.arch.codec.spec.downscale)
     try:

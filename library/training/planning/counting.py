@@ -6,8 +6,8 @@ have shapes only.
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from library.checkpoints.weights import on_meta_device
+from library.data.concepts.prompt_pairs import guidance_of
 from library.errors import NotThere
 from library.memory.blocks import BlockRunner, plain, recompute, run_encoder_layers_with
 from library.memory.codecs.codec import RequestedFormat
@@ -25,7 +26,7 @@ from library.memory.frozen import frozen_layers, layers_in_blocks, multiply_code
 from library.memory.offload.encoders import least_bytes
 from library.memory.planner.counter import OperationCounter
 from library.memory.planner.fakes import give_fakes, norms_as_on_cards
-from library.memory.planner.prediction import CountedStep
+from library.memory.planner.prediction import CountedStep, GradientlessPasses
 from library.memory.planner.repeats import Repeats, shortened
 from library.memory.planner.stages import Stage, most_images
 from library.memory.planner.steps import (
@@ -39,6 +40,7 @@ from library.memory.planner.steps import (
 from library.memory.planner.weights import ModelWeights
 from library.options.machine.memory import PrecisionOptions
 from library.options.train import TrainOptions
+from library.options.training.concepts import ConceptOptions
 from library.options.training.network import NetworkOptions
 from library.options.training.optimizer import OptimizerOptions
 from library.progress import progress_bar
@@ -63,6 +65,7 @@ from networks.core.protocol import AdoptedNetwork, adopt, multiplex, open_networ
 
 T = TypeVar("T")
 
+NUM_ASKED = 3  # prompts of a training target by prompts
 NUM_COUNTS = 5  # models, encoding, a pass, a recomputed pass, the optimizer
 
 CPU = torch.device("cpu")  # fakes of a card cannot compute gradients where torch is built without CUDA
@@ -134,12 +137,17 @@ def count_run(
         meta = run_on_meta_device(options, arch, adapters)
         bar.update(1)
         denoiser, networks = meta.models.denoiser, meta.networks
-        caches_latents = options.caching.cache_latents
-        images = count_images(arch, meta.vae, batch) if caches_latents and meta.vae is not None else None
+        caches_latents, concepts = has_latents(options), options.concepts
+        encodes = caches_latents and concepts is None and meta.vae is not None
+        images = count_images(arch, meta.vae, batch) if encodes and meta.vae is not None else None
         preview = count_preview(options.preview, arch, meta.vae, not caches_latents, counter_for(arch))
-        captions, conditioning = count_captions(
-            cached_text(options.network, arch.text_cache), options.precision, arch, meta.encoders, batch.count
-        )
+        captions, conditioning, gradientless = None, None, None
+        if concepts is None:
+            captions, conditioning = count_captions(
+                cached_text(options.network, arch.text_cache), options.precision, arch, meta.encoders, batch.count
+            )
+        else:
+            conditioning, gradientless = count_prompts(concepts, options.precision, arch, meta, batch)
         bar.update(1)
         fake = fake_batch(arch, batch, conditioning, caches_latents)
         timeline = count_some_blocks(
@@ -173,6 +181,7 @@ def count_run(
         offloaded_indices=waiting.places,
         most_offloaded=waiting.most,
         multiplies_codes=options.precision.multiplies_codes,
+        gradientless=gradientless,
     )
     return CountedRun(batch, step, tuple(stage for stage in (images, captions) if stage is not None), preview)
 
@@ -212,12 +221,19 @@ def run_on_meta_device(options: TrainOptions, arch: Architecture, adapters: Sequ
     if options.precision.multiplies_codes:
         multiply_codes(frozen_layers(denoiser))
     staying = encoders
-    if cached_text(options.network, arch.text_cache) is not None:
+    if options.concepts is not None:
+        staying = []
+    elif cached_text(options.network, arch.text_cache) is not None:
         live = live_text(options.network, arch.text_cache)
         staying = encoders[: 0 if live is None else live.num_encoders]
-    models = Models(denoiser, staying, None if options.caching.cache_latents else vae, arch.view(staying, denoiser))
+    models = Models(denoiser, staying, None if has_latents(options) else vae, arch.view(staying, denoiser))
     networks = [network_on_meta_device(own.network, own.precision, arch, models) for own in adapters]
     return MetaRun(models, encoders, vae, networks)
+
+
+def has_latents(options: TrainOptions) -> bool:
+    """Return True if no step needs the VAE: latents are cached, or drawn from prompts."""
+    return options.caching.cache_latents or options.concepts is not None
 
 
 def network_on_meta_device(
@@ -345,6 +361,33 @@ def count_captions(
     return Stage("encoding captions", "text_encoder_batch_size", weights, one, each_more, streamed), features
 
 
+def count_prompts(
+    concepts: ConceptOptions, precision: PrecisionOptions, arch: Architecture, meta: MetaRun, shape: BatchShape
+) -> tuple[Conditioning, GradientlessPasses]:
+    """Count what a step by prompts does before its forward and backward pass: the latents are drawn, half of the steps
+    on average, and the base model is asked about three prompts. Gives the text features of a batch too.
+    """
+    autocast = Compute.build(precision, CPU).autocast
+    num_guided = 1 if guidance_of(concepts, arch.preview.defaults) == 1 else 2
+    rows = replace(shape, count=NUM_ASKED * shape.count)
+    with counter_for(arch), torch.no_grad(), autocast():
+        tokens = arch.text.tokenize([longest_caption(arch)] * rows.count)
+        features = arch.text.encode(meta.encoders, tokens)
+    asked = fake_batch(arch, rows, features, True)
+    assert asked.latents_BCHW is not None
+    clean_BCHW = asked.latents_BCHW
+
+    def ask() -> Tensor:
+        with autocast():
+            noised = arch.objective.corrupt(clean_BCHW, generator_for(0, "planned"))
+            return arch.predict(meta.models.denoiser, noised, features, asked)
+
+    peak, _ = rise_of(arch, [meta.models.denoiser, *(one.module for one in meta.networks)], ask)
+    num_steps = concepts.max_denoising_steps / 2
+    passes = GradientlessPasses(num_steps + 1, num_guided * num_steps + NUM_ASKED, peak)
+    return {name: tensor[: shape.count] for name, tensor in features.items()}, passes
+
+
 def count_step(
     options: TrainOptions,
     arch: Architecture,
@@ -362,9 +405,12 @@ def count_step(
     trains_text = trains_text_encoders(options.network, options.optimizer.learning_rate)
     contexts = []
     for i, one in enumerate(networks):
-        alone = nullcontext if turns is None else partial(turns.only, i)
-        contexts.append(step_context(trains_text, options.caching.vae_batch_size, arch, 0, loaded, one, compute, alone))
+        only = nullcontext if turns is None else partial(turns.only, i)
+        contexts.append(step_context(trains_text, options.caching.vae_batch_size, arch, 0, loaded, one, compute, only))
     seeds = dict.fromkeys(range(len(networks)), 0)
+    sizes = [sum(p.numel() for p in one.trainable_parameters()) for one in networks]
+    # By prompts each adapter draws its own latents, so they run one after another; the largest is counted.
+    alone = None if options.concepts is None else sizes.index(max(sizes))
     num_passes = 1 if options.run.gradient_accumulation_steps == 1 else 2
 
     def give_runner(runner: BlockRunner) -> None:
@@ -372,9 +418,14 @@ def count_step(
         for encoder in models.text_encoders if trains_text else []:
             run_encoder_layers_with(encoder, runner)
 
-    def loss() -> Tensor:
+    def acting() -> AbstractContextManager[None]:
         if turns is None:
-            return loss_of(contexts[0], batch, 0)
+            return nullcontext()
+        return turns.together(seeds, CPU, draws=False) if alone is None else turns.only(alone)
+
+    def loss() -> Tensor:
+        if turns is None or alone is not None:
+            return loss_of(contexts[alone or 0], batch, 0)
         losses = stacked_losses(contexts, batch, repeat_batch(batch, len(contexts)), 0)
         return torch.stack(list(losses)).sum()
 
@@ -387,7 +438,7 @@ def count_step(
         for one in networks:
             one.start_step(*models.network_view)
             one.start_optimizer_step(0, 0)
-        with nullcontext() if turns is None else turns.together(seeds, CPU, draws=False):
+        with acting():
             counted = count_pass(loss, give_runner, runner, counter, num_passes)
         advance()
         return counted

@@ -122,11 +122,12 @@ class Fit:
         training = step.adapter_bytes + step.gradient_bytes + step.optimizer.state
         activations = least.tensor_bytes - least.weight_bytes - training
         missing = in_gib(least.device_bytes - self.choice.card.memory_bytes)
+        smaller = "--train_batch_size or --resolution" if self.options.concepts is None else IN_PROMPTS
         return (
             f"nothing fits: the least is {in_gib(least.device_bytes)} with {describe(least.way)}, {missing} too much. "
             f"Of it {in_gib(least.weight_bytes)} are frozen weights ({SMALLER_WEIGHTS}), {in_gib(training)} the "
             "adapter, its gradients and its optimizer (a smaller --network_dim, or --optimizer_type AdamW8bit), "
-            f"{in_gib(activations)} activations (a smaller --train_batch_size or --resolution)"
+            f"{in_gib(activations)} activations (a smaller {smaller})"
         )
 
 
@@ -134,6 +135,7 @@ WITHOUT_CARD = {
     "vae_batch_size": "use smaller images, or cache latents on another machine with --cache_latents_to_disk",
     "text_encoder_batch_size": "--text_encoder_cpu does it on the processor",
 }
+IN_PROMPTS = "batch_size or resolution in the --prompts_file"
 SMALLER_WEIGHTS = "--base_format or --fit_formats int8 nf4 store them in fewer bits"
 
 

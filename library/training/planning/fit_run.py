@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from library.data.plan.data_plan import DataPlan
+from library.data.training_data import BatchSizes
 from library.errors import UserError, needing
 from library.memory.devices import DTYPES
 from library.memory.planner.gpus import GIB, Gpu, measured_gpu, parse_size
@@ -25,9 +25,9 @@ BARE_CONTEXT_BYTES = 7 * GIB // 20
 MARGIN_BYTES = 3 * GIB // 10  # for what a desktop takes while the run goes on
 
 
-def largest_batch(plan: DataPlan) -> BatchShape:
+def largest_batch(sizes: BatchSizes) -> BatchShape:
     """Return the batch with the most pixels."""
-    shapes = [BatchShape(count, *size, tuple(references)) for count, (size, *references) in plan.batch_shapes()]
+    shapes = [BatchShape(count, *size, tuple(references)) for count, (size, *references) in sizes.batch_shapes()]
     return max(shapes, key=lambda shape: shape.num_pixels)
 
 
@@ -94,7 +94,7 @@ def sweep_of(
 def fit_run(
     options: TrainOptions,
     arch: Architecture,
-    plan: DataPlan,
+    sizes: BatchSizes,
     processes: Processes,
     adapters: Sequence[TrainOptions] = (),
 ) -> Fit:
@@ -107,10 +107,10 @@ def fit_run(
     """
     assert options.fit.fit is not None
     card = measure_gpu(options.fit.fit, options.precision.mixed_precision, processes)
-    batch = largest_batch(plan)
+    batch = largest_batch(sizes)
     counted = counted_run(options, arch, batch, processes.device, adapters)
     sweep = sweep_of(options, arch, batch, processes.device, adapters)
-    found = fit_to(counted, options, card, sweep, plan.max_train_steps)
+    found = fit_to(counted, options, card, sweep, sizes.max_train_steps)
     if found.choice.chosen is None:
         raise UserError("\n  ".join([f"--fit {options.fit.fit}", *found.lines()]))
     for line in found.lines() if processes.is_main else ():

@@ -79,7 +79,8 @@ def prepare(
     turns = None
     if len(networks) > 1:
         turns = multiplex(networks, options.network.network_module or "")
-        logger.info("%s", format_sharing(len(networks), turns.share_stacked(range(len(networks)))))
+        share = None if data.prompts is not None else turns.share_stacked(range(len(networks)))
+        logger.info("%s", format_sharing(len(networks), share))
     is_text_trained = trains_text_encoders(options.network, options.optimizer.learning_rate)
     # After all adapters are attached: blocks are compiled with them.
     choose_block_runner(options.memory, options.compiling, is_text_trained, arch, loaded.models, networks)
@@ -102,8 +103,11 @@ def prepare(
     return prepared
 
 
-def format_sharing(count: int, share: float) -> str:
-    """Return how `count` adapters compute, where a `share` of the layers has them in one product."""
+def format_sharing(count: int, share: float | None) -> str:
+    """Return how `count` adapters compute, where a `share` of the layers has them in one product; None where each draws
+    its own latents from prompts."""
+    if share is None:
+        return f"{count} adapters share the base model and train one after another, each on latents that it draws"
     if share == 1:
         return f"{count} adapters share each pass of the base model; every layer computes them in one product"
     return (

@@ -10,9 +10,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from library.diffusion.guidance import away_from
+from library.diffusion.guidance import guide, is_guided_at
+from library.diffusion.leco import concept_target
 from library.diffusion.samplers import DDPM_SAMPLER
-from library.protocols import Objective
 from library.randomness import generator_for
 from library.training.step.context import StepContext
 from library.training.step.denoising import denoise, noised_at
@@ -30,12 +30,14 @@ def partly_drawn(context: StepContext, batch: Batch, concept: Concept, batch_num
     The network acts at the concept's multiplier from here on: the backward pass may compute its layers again.
     """
     (caption,) = set(batch.captions)
-    sampler = context.arch.preview.sampler(way_of(context, batch, concept))
-    ask = asked(context, batch, [caption] if concept.guidance == 1 else [concept.unconditional, caption])
+    prompt = way_of(context, batch, concept)
+    sampler = context.arch.preview.sampler(prompt)
+    ask = asked(context, batch, [caption])
+    ask_both = ask if concept.guidance == 1 else asked(context, batch, [concept.unconditional, caption])
 
     def say(noised: Noised, progress: float) -> Tensor:
-        said = ask(noised)
-        return away_from(said.get(concept.unconditional, said[caption]), said[caption], concept.guidance)
+        said = (ask_both if is_guided_at(prompt, progress) else ask)(noised)
+        return guide(said[concept.unconditional], said[caption], prompt) if len(said) > 1 else said[caption]
 
     generator = generator_for(context.seed, "concept", batch_number)
     noise_BCHW = context.arch.objective.draw_noise(blank_latents(context, batch), generator)
@@ -48,20 +50,15 @@ def partly_drawn(context: StepContext, batch: Batch, concept: Concept, batch_num
     return noised_at(sampler.levels[place], sampler.denoiser_input(latents_BCHW, place))
 
 
-def concept_target(
-    context: StepContext, objective: Objective, batch: Batch, concept: Concept, noised: Noised
-) -> Tensor:
-    """Compute the target of the adapted model's prediction, float32, from the base model's for three prompts."""
+def target_of(context: StepContext, batch: Batch, concept: Concept, noised: Noised) -> Tensor:
+    """Compute the target of the denoiser's output, float32, from the base model's outputs for three prompts."""
     context.network.set_multiplier(0.0)
     try:
         with torch.no_grad():
             said = asked(context, batch, [concept.neutral, concept.positive, concept.unconditional])(noised)
     finally:
         context.network.set_multiplier(concept.multiplier)
-    neutral_BCHW, positive_BCHW, unconditional_BCHW = (
-        objective.estimate(said[text], noised) for text in (concept.neutral, concept.positive, concept.unconditional)
-    )
-    return neutral_BCHW + concept.push * (positive_BCHW - unconditional_BCHW)
+    return concept_target(said[concept.neutral], said[concept.positive], said[concept.unconditional], concept.push)
 
 
 def asked(context: StepContext, batch: Batch, texts: Sequence[str]) -> Callable[[Noised], Answers]:

@@ -15,7 +15,7 @@ from library.errors import UserError
 from library.memory.devices import send
 from library.protocols import Objective
 from library.randomness import generator_for, stream_seed
-from library.training.step.concepts import concept_target, partly_drawn
+from library.training.step.concepts import partly_drawn, target_of
 from library.training.step.context import StepContext
 from library.training.step.latents import image_features_of, latents_of
 from library.training.step.text_features import conditioning_of
@@ -94,12 +94,12 @@ def losses_of(
     """
     acting = context.network if acting is None else acting
     if batch.concept is not None:  # first, while nothing is kept for the backward pass
-        target_BCHW = concept_target(context, objective, batch, batch.concept, noised)
+        target_BCHW = target_of(context, batch, batch.concept, noised)
     with context.autocast():
         conditioning = condition()
         acting.set_noise_levels(objective.noise_levels(noised))
         output_BCHW = context.arch.predict(context.models.denoiser, noised, conditioning, batch)
-        prediction_BCHW = objective.estimate(output_BCHW, noised)
+        prediction_BCHW = output_BCHW if batch.concept is not None else objective.estimate(output_BCHW, noised)
     if batch.concept is None:
         target_BCHW = preserve_output(context, objective, batch, noised, condition, conditioning, acting)
     loss_BCHW = objective.loss(prediction_BCHW, target_BCHW, noised)
@@ -116,7 +116,12 @@ def describe_shape(batch: Batch) -> str:
 
 
 def varied_conditioning_of(context: StepContext, batch: Batch, batch_number: int, extra: Conditioning) -> Conditioning:
-    """Encode with what the base model varies from step to step in training, such as a text encoder left out."""
+    """Encode with what the base model varies from step to step in training, such as a text encoder left out.
+
+    Prompts that are trained alone are not varied: their targets come from the same features.
+    """
+    if batch.concept is not None:
+        return conditioning_of(context, batch, extra)
     return vary(context, conditioning_of(context, batch, extra), batch_number)
 
 

@@ -27,7 +27,7 @@ PAIR = PromptPair(
 
 
 def pairs_of(*pairs: PromptPair, seed: int = 7, num_batches: int = 400, steps: int = 10) -> PromptPairs:
-    return PromptPairs(pairs, ConceptOptions("a/prompts.toml", steps, 2.5), "a/prompts.toml", seed, num_batches)
+    return PromptPairs(pairs, steps, 2.5, "a/prompts.toml", seed, num_batches, num_batches)
 
 
 def batches_of(data: PromptPairs, count: int | None = None) -> Iterator[Batch]:

@@ -67,9 +67,9 @@ def test_the_way_out_is_a_flag_between_generations_and_a_script_between_models()
     sd1, sd2, sdxl, flux = (spec_of(SPECS, name) for name in ("sd1", "sd2", "sdxl", "flux"))
     assert suggest_fix(sd2, sd1) == "add --v2"
     assert suggest_fix(sd1, sd2) == "remove --v2"
-    prompts = "train_leco.py with --v2 to train from prompts alone"
-    assert suggest_fix(sd2, sdxl) == f"use train_network.py with --v2, or {prompts}"
-    assert suggest_fix(flux, sdxl) == "use flux_train_network.py"
+    prompts = "or train_leco.py to train from prompts alone"
+    assert suggest_fix(sd2, sdxl) == f"use train_network.py with --v2, {prompts}"
+    assert suggest_fix(flux, sdxl) == f"use flux_train_network.py, {prompts}"
 
 
 def test_the_refiner_is_called_by_its_name():

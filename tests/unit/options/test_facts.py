@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from library.architectures.sdxl.leco import SdxlLecoOptions
+from library.architectures.sdxl.options import SdxlOptions
 from library.errors import UserError
 from library.options.base import FACTS, scalar_type
-from library.options.leco import ignored_by_leco
+from library.options.leco import ignored_by_leco, leco_options
 from library.options.no_effect import unused
 from library.options.train import TrainOptions
 from library.training.command_line.checks import check_choices, find_input_files
@@ -25,6 +25,7 @@ from library.training.saving.state import StateManifest
 from library.training.sweep.combinations import sweep_names, word_of
 from tests.running import STARTED
 
+SDXL_LECO = leco_options(SdxlOptions)
 KINDS = {script: spec.options for script, spec in STARTED.items()}
 by_script = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
@@ -89,8 +90,8 @@ def test_what_has_a_name_in_sweeps_can_be_swept_and_nothing_else() -> None:
 
 
 def test_what_leco_ignores_is_warned_of_with_the_reason() -> None:
-    options = with_all_changed(SdxlLecoOptions)
-    ignored = ignored_by_leco(SdxlLecoOptions)
+    options = with_all_changed(SDXL_LECO)
+    ignored = ignored_by_leco(SDXL_LECO)
     lines = list(unused(options, ignored_for_concepts(type(options), draws_previews=False)))
     assert {f"--{name} has no effect: {why}" for name, why in ignored.items()} <= set(lines)
     assert {"train_data_dir", "cache_latents", "validation_split", "text_cache_variants"} <= ignored.keys()

@@ -8,23 +8,24 @@ from typing import Any
 
 import pytest
 
-from library.architectures.sdxl.leco import SdxlLecoOptions
-from library.options.leco import LecoOptions, ignored_by_leco, refused_by_leco
+from library.architectures.sdxl.options import SdxlOptions
+from library.options.leco import LecoOptions, ignored_by_leco, leco_options, refused_by_leco
 from library.training.command_line.checks import check, report_unused
 from library.training.command_line.cli import parse
 from library.training.failures.out_of_memory import Sizes, find_savings
 from library.training.run.shard_base_checks import sharding_values
 
-IGNORED, REFUSED = ignored_by_leco(SdxlLecoOptions), refused_by_leco(SdxlLecoOptions)
-SCRIPTS = {"train_leco": LecoOptions, "sdxl_train_leco": SdxlLecoOptions}
+SDXL_LECO = leco_options(SdxlOptions)
+IGNORED, REFUSED = ignored_by_leco(SDXL_LECO), refused_by_leco(SDXL_LECO)
+SCRIPTS = {"train_leco": LecoOptions, "sdxl_train_leco": SDXL_LECO}
 VALUES = {"max_train_epochs": 3, "fit": "8GB", "sweep": ["network_dim=4,8"]}
 DEFAULTS = {
-    "prompts_file": None, "max_denoising_steps": 40, "leco_denoise_guidance_scale": 3.0, "network_module":
+    "prompts_file": None, "max_denoising_steps": 40, "leco_denoise_guidance_scale": None, "network_module":
     "networks.lora", "network_dim": 4, "network_alpha": 1.0, "network_dropout": None, "network_args": None,
     "network_weights": None, "dim_from_weights": False, "unet_lr": None, "save_model_as": "safetensors",
     "no_metadata": False, "training_comment": None, "max_train_steps": 1600, "learning_rate": 2e-6,
 }  # fmt: skip
-"""Options of the scripts in sd-scripts 0.11, with their defaults."""
+"""Options of the scripts in sd-scripts 0.11, with their defaults; where the guidance is unset it is 3 too."""
 
 
 @pytest.fixture
@@ -34,12 +35,12 @@ def prompts(tmp_path: Path) -> Path:
     return path
 
 
-def made(prompts: Path | None, **values: Any) -> SdxlLecoOptions:
+def made(prompts: Path | None, **values: Any) -> Any:
     words = ["--pretrained_model_name_or_path", "model", "--output_dir", "out", "--learning_rate", "1e-4"]
     args = importlib.import_module("sdxl_train_leco").setup_parser().parse_args(words)
     for name, value in {"prompts_file": None if prompts is None else str(prompts), **values}.items():
         setattr(args, name, value)
-    return SdxlLecoOptions.from_args(args)
+    return SDXL_LECO.from_args(args)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -55,7 +56,7 @@ def test_only_the_denoiser_is_trained_whatever_is_asked(prompts: Path) -> None:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_needs_images_or_epochs_is_refused_with_the_way_out(prompts: Path, name: str) -> None:
-    value = VALUES.get(name, True if SdxlLecoOptions.defaults()[name] is False else 2)
+    value = VALUES.get(name, True if SDXL_LECO.defaults()[name] is False else 2)
     with pytest.raises(
         ValueError, match=f"^--{name} does not work with --prompts_file: .*; (leave it out|use --|train)"
     ):
@@ -74,7 +75,7 @@ def test_a_way_without_a_part_is_refused(prompts: Path, steps: int) -> None:
 
 
 def test_every_option_without_effect_is_one_and_is_warned_of(prompts: Path, caplog: pytest.LogCaptureFixture) -> None:
-    defaults = SdxlLecoOptions.defaults()
+    defaults = SDXL_LECO.defaults()
     numbers = {name: (value or 0) + 1 for name, value in defaults.items()
                if name in IGNORED.keys() - REFUSED.keys() and isinstance(value, bool | int | float)}  # fmt: skip
     with caplog.at_level(logging.WARNING):

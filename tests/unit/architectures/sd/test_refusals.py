@@ -26,7 +26,7 @@ OTHER_FILES = {
     "unet": (["down_blocks.0.resnets.0.conv1.weight"], "only the U-Net of a diffusers folder"),
     "text": (["text_model.encoder.layers.0.mlp.fc1.weight"], "only a text encoder"),
     "embedding": (["emb_params"], "a textual inversion embedding"),
-    "none": (["thing.weight"], "not a Stable Diffusion checkpoint (first names: thing.weight)"),
+    "none": (["thing.weight"], "not a checkpoint of a supported base model (first names: thing.weight)"),
 }  # fmt: skip
 
 

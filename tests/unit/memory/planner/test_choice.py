@@ -12,7 +12,14 @@ from torch import nn
 from library.memory.devices import bytes_of
 from library.memory.planner.choice import Allowed, choose
 from library.memory.planner.gpus import GIB, Gpu, MemorySize, measured_gpu, most_pinned, parse_size, typical_gpu
-from library.memory.planner.prediction import ALLOCATOR_SHARE, CONTEXT_BYTES, CountedStep, Way, predict
+from library.memory.planner.prediction import (
+    ALLOCATOR_SHARE,
+    CONTEXT_BYTES,
+    CountedStep,
+    GradientlessPasses,
+    Way,
+    predict,
+)
 from library.memory.planner.repeats import Repeats
 from library.memory.planner.stages import Stage, most_images
 from library.memory.planner.steps import CountedOptimizer, CountedPass, Segment, Timeline
@@ -290,3 +297,22 @@ def test_a_stage_encodes_as_many_at_a_time_as_fit() -> None:
 
 def test_large_images_are_encoded_alone() -> None:
     assert [most_images(side**2) for side in (256, 512, 640, 768, 1024, 2048)] == [8, 4, 2, 1, 1, 1]
+
+
+@pytest.mark.parametrize("peak", [0, 9 * GIB])
+def test_passes_without_gradients_take_time_and_count_where_they_need_more_than_the_step(peak: int) -> None:
+    """Forward passes take a third of the 24 blocks' arithmetic of a plain step; copied blocks are copied each time."""
+    gpu = replace(card(0), flops=1e13)
+    plain, more = (
+        predict(replace(counted_step(), gradientless=passes), Way(), gpu)
+        for passes in (None, GradientlessPasses(21, 43.0, peak))
+    )
+    assert more.seconds - plain.seconds == pytest.approx(43 * NUM_BLOCKS * BLOCK_FLOPS / 1e13, rel=1e-6)
+    assert more.tensor_bytes - plain.tensor_bytes == max(0, peak - NUM_BLOCKS * KEPT)
+    slow = replace(gpu, bus=1e6)
+    way = Way(num_offloaded=2)
+    alone, drawn = (
+        predict(replace(counted_step(), gradientless=passes), way, slow)
+        for passes in (None, GradientlessPasses(21, 43.0, peak))
+    )
+    assert drawn.seconds / alone.seconds == pytest.approx(1 + 21 / 2)

@@ -1,0 +1,77 @@
+"""Starts a training by prompts alone (LECO): the base model decides which options there are."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from library.checkpoints.base_model_spec import BaseModelSpec
+from library.data.concepts.prompts_file import read_prompt_pairs
+from library.errors import UserError
+from library.options.leco import LecoOptions, leco_options
+from library.options.output.console import ConsoleOptions
+from library.options.train import TrainOptions
+from library.training.command_line.cli import build_parser_of_prompts
+from library.training.command_line.concept_checks import ignore_message
+from library.training.command_line.console import setup_logging
+from library.training.command_line.main import main, report_error
+from library.training.config_file import config_path, flatten, load_toml
+
+logger = logging.getLogger(__name__)
+
+BASE, PROMPTS, CONFIG = "pretrained_model_name_or_path", "prompts_file", "config_file"
+
+Recognise = Callable[[str], BaseModelSpec]
+"""A function from a model's file, folder or hub name to its spec; raises UserError if it is of no supported model."""
+
+
+def main_by_prompts(recognise: Recognise, elsewhere: Callable[[str], str], argv: Sequence[str] | None = None) -> int:
+    """Recognise the base model that the command line or its config file names, and train it by prompts with the
+    options of its own script. Return the exit status, as `main` does.
+
+    Without a base model the options are the common ones, whose checks say what is missing.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    kind: type[TrainOptions] = LecoOptions
+    build: Callable[[Any], Any] = no_model
+    try:
+        spec = recognise_requested(recognise, words)
+    except UserError as error:
+        setup_logging(ConsoleOptions())
+        report_error(error)
+        return 1
+    if spec is not None:
+        kind, build = leco_options(spec.options), spec.build
+        words = [*spec.script_flag.split(), *words]
+    return main(build_parser_of_prompts(kind, elsewhere), kind, build, words)
+
+
+def recognise_requested(recognise: Recognise, words: Sequence[str]) -> BaseModelSpec | None:
+    """Return the spec of the base model in a command line; None if none is named.
+
+    Mistakes in the prompts come first: a hub name may have to be downloaded. Raises UserError.
+    """
+    base, prompts = read_requested(words)
+    if base and prompts:
+        read_prompt_pairs(Path(prompts), warn=ignore_message)
+    return recognise(base) if base else None
+
+
+def read_requested(words: Sequence[str]) -> tuple[str, str]:
+    """Return the base model and the prompts file that a command line names, itself or in its config file; "" if it
+    does not."""
+    parser = argparse.ArgumentParser(add_help=False)
+    for name in (BASE, PROMPTS, CONFIG):
+        parser.add_argument(f"--{name}", nargs="?")  # a missing value is an error of the whole parser
+    asked = vars(parser.parse_known_args(words)[0])
+    kept = {}
+    if asked[CONFIG] and config_path(asked[CONFIG]).is_file():
+        kept = flatten(load_toml(config_path(asked[CONFIG])), config_path(asked[CONFIG]), [])
+    base, prompts = (str(asked[name] or kept.get(name) or "") for name in (BASE, PROMPTS))
+    return base, prompts
+
+
+def no_model(options: LecoOptions) -> Any:
+    raise AssertionError("checks refuse a run without --pretrained_model_name_or_path")
