@@ -97,3 +97,4 @@ class Prompt:
     flow_shift: float | None  # shift of a flow model's noise levels toward pure noise
     image_path: Path | None = None  # the image that an inpainting model repaints in part
     reference_paths: tuple[Path, ...] = ()  # the images that an edit model is given beside the text
+    strength: float = 1.0  # of the adapter that is trained

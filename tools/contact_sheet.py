@@ -7,22 +7,29 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
+from statistics import mean
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 from library.checkpoints.files import atomic_path, display_path, file_in_folder  # noqa: E402
 from library.checkpoints.overwriting import PNG, check_overwrite  # noqa: E402
 from library.errors import UserError  # noqa: E402
 from library.options.output.saving import SavingOptions  # noqa: E402
+from library.options.train import TrainOptions  # noqa: E402
+from library.protocols import Architecture  # noqa: E402
 from library.training.command_line.checks import check_precision, check_values  # noqa: E402
 from library.training.command_line.cli import parse  # noqa: E402
 from library.training.command_line.run_lock import run_lock  # noqa: E402
 from library.training.evaluation.prompt_images import show_with_references  # noqa: E402
-from library.training.evaluation.prompts import read_prompts, resolve_all  # noqa: E402
+from library.training.evaluation.prompts import read_prompts, refuse_strengths, resolve_all  # noqa: E402
+from library.training.evaluation.strength_response import FEWEST, measure_response  # noqa: E402
+from library.training.offline.adapter_files import Stack  # noqa: E402
 from library.training.offline.contact_sheet import arrange, draw_rows  # noqa: E402
 from library.training.report_page.writer import add_sheet  # noqa: E402
 from library.training.reporting.sample_images import data_url_of  # noqa: E402
@@ -45,9 +52,27 @@ def setup_parser() -> argparse.ArgumentParser:
     parser = make_training_parser(__doc__, EXAMPLES, "train_network.py")
     parser.add_argument("--files", type=Path, nargs="+", help="adapter files; unset: all of the run in --output_dir")
     parser.add_argument("--seeds", type=int, nargs="+", help="seeds of each prompt; unset: its own, else 1")
+    parser.add_argument(
+        "--multipliers",
+        type=numbers,
+        metavar="A,B,...",
+        help="draw every file at these strengths, side by side, and print how far the images follow them; write the "
+        "list behind =, as in --multipliers=-2,-1,0,1,2",
+    )
     parser.add_argument("--sheet", type=Path, help="PNG to write; unset: <output_name>-sheet.png in --output_dir")
     parser.add_argument("--side", type=int, default=256, help="largest side of an image, in pixels (default: 256)")
     return parser
+
+
+def numbers(text: str) -> list[float]:
+    """Read numbers between commas. Raises argparse.ArgumentTypeError for anything else."""
+    try:
+        found = [float(word) for word in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(map(isfinite, found)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers, such as -2,-1,0,1,2")
+    return found
 
 
 def labels_of(files: Sequence[Path]) -> list[str]:
@@ -85,6 +110,47 @@ def columns_of(prompts: Sequence[Prompt], seeds: Sequence[int] | None) -> list[P
     return [replace(p, seed=seed) for p in prompts for seed in seeds or [1 if p.seed is None else p.seed]]
 
 
+def strips(
+    options: TrainOptions,
+    arch: Architecture,
+    files: Sequence[Path],
+    prompts: Sequence[Prompt],
+    multipliers: Sequence[float],
+    side: int,
+) -> Image.Image:
+    """Return a row for each file and prompt, with an image for each strength; print their rank correlations.
+
+    The base model alone stands for strength 0.
+    """
+    stacks: list[Stack] = [[(file, strength)] if strength else [] for file in files for strength in multipliers]
+    drawn = list(draw_rows(options, arch, stacks, prompts, own_device()))
+    rows, labels = [], []
+    for number, name in enumerate(labels_of(files)[1:]):
+        of_file = drawn[number * len(multipliers) : (number + 1) * len(multipliers)]
+        found = []
+        for column, prompt in enumerate(prompts):
+            row = [images[column] for images in of_file]
+            label = f"{name}, {prompt.seed}: {prompt.text}"
+            if len(set(multipliers)) >= FEWEST:
+                found.append(measure_response(multipliers, row).correlation)
+                label = f"{found[-1]:.2f} {label}"
+            rows.append(row)
+            labels.append(label)
+        if found:
+            known = [one for one in found if isfinite(one)]
+            logger.info("%s: rank correlation of strength and change %s", name, format_correlations(known, len(found)))
+    return arrange(rows, labels, [f"strength {strength:g}" for strength in multipliers], side)
+
+
+def format_correlations(known: Sequence[float], num_images: int) -> str:
+    """Return mean and lowest of the correlations that are numbers, of `num_images` prompts."""
+    if not known:
+        return "unknown: all images are equal"
+    rest = num_images - len(known)
+    equal = f"; {rest} do not change" if rest else ""
+    return f"{mean(known):.2f} on average, lowest {min(known):.2f}, {len(known)} prompts and seeds{equal}"
+
+
 def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     """Generate the sheet. Raises UserError for invalid options, and for files of another base model."""
     card = spec_of_script(args.script)
@@ -103,12 +169,15 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     check_overwrite("--sheet", target, PNG, [*files, Path(options.preview.sample_prompts)])
     arch = card.build(options)
     specs = read_prompts(Path(options.preview.sample_prompts))
+    refuse_strengths(specs, "--multipliers")
     columns = columns_of(resolve_all(specs, arch), args.seeds)
-    images = list(draw_rows(options, arch, [[], *([(file, 1.0)] for file in files)], columns, own_device()))
-    step = arch.codec.spec.bucket_step
-    images = [[show_with_references(p, one, step) for p, one in zip(columns, row, strict=True)] for row in images]
-    labels = labels_of(files)
-    sheet = arrange(images, labels, [f"{prompt.seed}: {prompt.text}" for prompt in columns], args.side)
+    if args.multipliers is not None:
+        sheet = strips(options, arch, files, columns, args.multipliers, args.side)
+    else:
+        images = list(draw_rows(options, arch, [[], *([(file, 1.0)] for file in files)], columns, own_device()))
+        step = arch.codec.spec.bucket_step
+        images = [[show_with_references(p, one, step) for p, one in zip(columns, row, strict=True)] for row in images]
+        sheet = arrange(images, labels_of(files), [f"{prompt.seed}: {prompt.text}" for prompt in columns], args.side)
     with atomic_path(target) as temporary:
         sheet.save(temporary, format="PNG")
     logger.info("wrote %s", target)

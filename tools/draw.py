@@ -24,7 +24,7 @@ from library.errors import UserError
 from library.models.identify import base_of_checkpoint
 from library.training.command_line.checks import check_precision
 from library.training.command_line.cli import parse
-from library.training.evaluation.prompts import parse_line, read_prompts, resolve_all
+from library.training.evaluation.prompts import parse_line, read_prompts, refuse_strengths, resolve_all
 from library.training.offline.adapter_files import Stack
 from library.training.offline.contact_sheet import arrange, draw_rows
 from library.training.reporting.sample_images import Drawn, write_image
@@ -95,6 +95,7 @@ def draw(args: argparse.Namespace, words: Sequence[str]) -> None:
     arch = spec.build(options)
     specs = [parse_line(line, f"--prompt {number}") for number, line in enumerate(args.prompt, 1)]
     specs += read_prompts(args.prompts) if args.prompts else []
+    refuse_strengths(specs, "--strengths")
     prompts = resolve_all(specs, arch)
     prompts = [replace(prompt, seed=args.seed) if prompt.seed is None else prompt for prompt in prompts]
     factors = [1.0] if args.strengths is None else args.strengths

@@ -1,6 +1,7 @@
 """Contact sheets against the previews that runs draw of the same weights, prompts and seeds."""
 
 import base64
+import json
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -71,6 +72,38 @@ def test_a_sheet_shows_what_the_run_drew(train: Train, tmp_path: Path, name: str
         for column in range(2):
             assert np.abs(rows[row][column] - preview(out, event, column)).max() <= 1
     assert np.abs(rows[0][0] - rows[1][0]).max() > 3 and np.abs(rows[1][0] - rows[2][0]).max() > 3
+
+
+def test_strengths_side_by_side_are_the_previews_of_a_line_with_several(
+    train: Train, base_arguments: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The text encoder's adapter has the strength too; both say the same rank correlation."""
+    out, line, strengths = tmp_path / "out", "a red cat --w 64 --h 64 --s 2 --d 3", "-2,-1,0,1,2"
+    (tmp_path / "strip.txt").write_text(f"{line} --am {strengths}\n")
+    (tmp_path / "plain.txt").write_text(line)
+    words = [*without(base_arguments, "--learning_rate"), "--learning_rate", "3e-2"]
+    events = ["--log_events", str(tmp_path / "events.jsonl"), "--sample_every_n_steps", "4"]
+    done = train([*words, *events, "--sample_prompts", str(tmp_path / "strip.txt")])
+    assert done.status == 0, done.stderr
+    lines = [json.loads(text) for text in (tmp_path / "events.jsonl").read_text().splitlines()]
+    (found,) = (one for one in lines if one["event"] == "strengths")
+    assert found["strengths"] == [-2.0, -1.0, 0.0, 1.0, 2.0] and found["seed"] == 3
+    assert found["changes"][0] == 0.0 and found["changes"][-1] == pytest.approx(1.0)
+    assert f"a red cat: rank correlation of strength and change {found['correlation']:.2f}" in done.stderr
+    assert [one["strength"] for one in lines if one["event"] == "preview"] == found["strengths"]
+
+    sheet = ["--script", "train_network.py", f"--multipliers={strengths}", "--sample_prompts"]
+    assert contact_sheet.main([*sheet, str(tmp_path / "plain.txt"), *words]) == 0
+    (row,) = cells(out / "mine-sheet.png", 1, 5)
+    for column, drawn in enumerate(row):
+        assert np.abs(drawn - preview(out, "000004", column)).max() <= 1
+    assert np.abs(row[0] - row[1]).max() > 3 and np.abs(row[3] - row[4]).max() > 3
+    said = capfd.readouterr().err
+    assert f"mine: rank correlation of strength and change {found['correlation']:.2f} on average" in said
+
+    assert contact_sheet.main([*sheet, str(tmp_path / "strip.txt"), *words]) == 1
+    said = capfd.readouterr().err
+    assert "strip.txt, line 1: strength (--am) is for the previews of a training; remove it, and use --multipl" in said
 
 
 def test_files_and_seeds_can_be_chosen(train: Train, base_arguments: list[str], tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def name_layers(pipeline: Any) -> dict[str, nn.Module]:
 
 
 @torch.no_grad()
-def merge_lora(pipeline: Any, weights: dict[str, Tensor]) -> None:
+def merge_lora(pipeline: Any, weights: dict[str, Tensor], strength: float = 1.0) -> None:
     """Merge an adapter file of any kind, in kohya's names, into the pipeline's weights.
 
     Raises UserError for tensors that are no adapter of this base model.
@@ -109,4 +109,4 @@ def merge_lora(pipeline: Any, weights: dict[str, Tensor]) -> None:
     for name, module in file.modules.items():
         for parameter, base in layers[name].named_parameters(recurse=False):
             if module.changes(parameter):
-                base.copy_(module.merged(base, 1.0, torch.float32, parameter))
+                base.copy_(module.merged(base, strength, torch.float32, parameter))

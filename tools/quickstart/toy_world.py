@@ -6,7 +6,7 @@ checker `look_at` measures only pixels and knows nothing of the models.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import product
 from typing import Literal
@@ -208,6 +208,7 @@ class Seen:
     background: str = ""
     size: str = ""
     style: str = ""
+    radius: float = field(default=0.0, compare=False)  # half the longer side in pixels; 0 where no shape stands out
 
     def shows(self, scene: Scene) -> bool:
         """Return True if shape, colour, background and style are the scene's, regardless of the size."""
@@ -254,6 +255,7 @@ def look_at(image: ImageArray) -> Seen:
         background=background_name,
         size="small" if radius < SMALL_IF_RADIUS_BELOW else "large",
         style="outlined" if is_outlined else "solid",
+        radius=float(radius),
     )
 
 

@@ -1,10 +1,12 @@
 """Images drawn while training: when, of what, and what becomes of them. How is the base model's `Preview`."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,12 @@ from library.protocols import Architecture, LiveText
 from library.randomness import generator_for
 from library.training.evaluation.prompt_images import prompt_conditioning, show_with_references
 from library.training.evaluation.prompts import read_prompts, resolve_all
+from library.training.evaluation.strength_response import FEWEST, measure_response
 from library.training.evaluation.without_side_effects import evaluating
 from library.training.failures.interruption import Interrupted, Interruption
 from library.training.failures.vae_memory import VaeFallback
 from library.training.reporting.console_lines import announce
+from library.training.reporting.events import Strengths
 from library.training.reporting.sample_images import (
     Drawn,
     build_preview_event,
@@ -233,6 +237,7 @@ class Previews:
                 del vae
             if len(drawn) > 1:
                 write_grid(grid_path(run.options.saving, event), drawn)
+            self._report_strengths(drawn, step, epoch)
             self._charts.log_images(drawn, step, epoch)
         except Exception as error:
             give_up("the previews", error)
@@ -240,11 +245,30 @@ class Previews:
             release_memory(run.options.memory.highvram)
         return not interruption.is_requested
 
+    def _report_strengths(self, drawn: Sequence[Drawn], step: int, epoch: int) -> None:
+        """Log how far the images of each prompt follow its strengths, where it has several."""
+        for strip in strips_of(drawn):
+            found = measure_response([one.prompt.strength for one in strip], [one.image for one in strip])
+            logger.info(
+                "%s: rank correlation of strength and change %.2f, strengths %s",
+                strip[0].prompt.text, found.correlation, ", ".join(f"{strength:g}" for strength in found.strengths),
+            )  # fmt: skip
+            if self._run.events.is_on:
+                prompt, correlation = strip[0].prompt, found.correlation
+                self._run.events.emit(
+                    Strengths(
+                        step, epoch, prompt.text, prompt.seed, found.strengths, found.changes,
+                        correlation if isfinite(correlation) else None,
+                    )
+                )  # fmt: skip
+
     def _draw_one(
         self, event: str, step: int, epoch: int, index: int, vae: nn.Module, goes_on: Callable[[], bool]
     ) -> list[Drawn]:
         """Draw and write one image; gives nothing where that fails or the run is to end."""
         run, prompt = self._run, self._prompts[index]
+        if prompt.strength != 1:
+            run.context.network.set_multiplier(prompt.strength)
         try:
             encoded = self._encoded
             if encoded is None:
@@ -265,6 +289,19 @@ class Previews:
         except Exception as error:
             give_up(f"preview {index} ({prompt.text})", error)
             return []
+        finally:
+            if prompt.strength != 1:
+                run.context.network.set_multiplier(1.0)
+
+
+def strips_of(drawn: Sequence[Drawn]) -> Iterator[list[Drawn]]:
+    """Yield the images that differ in strength alone, where there are enough of them to compare."""
+    groups = defaultdict[Prompt, list[Drawn]](list)
+    for one in drawn:
+        groups[replace(one.prompt, strength=1.0)].append(one)
+    for group in groups.values():
+        if len({one.prompt.strength for one in group}) >= FEWEST:
+            yield group
 
 
 def step_event(step: int) -> str:

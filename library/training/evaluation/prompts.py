@@ -5,8 +5,8 @@
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ FLAG = "--sample_prompts"
 NEAR = 0.5  # share of letters from which on a misspelt name is recognised
 SMALLEST_SIDE = 64
 MAX_STEPS = 1000
+SEED_OF_STRIP = 1  # of several strengths without --d: images are compared, so they start from the same noise
+STRIP = re.compile(r"(\s--am\s+)([^\s,]*(?:,[^\s,]*)+)(?=\s|$)", re.IGNORECASE)
 OPTION = re.compile(r"(?:^|\s+)--")
 
 LINE_OPTIONS: Mapping[str, str] = {
@@ -45,6 +47,7 @@ LINE_OPTIONS: Mapping[str, str] = {
     "fs": "flow_shift",
     "i": "image_path",
     "ci": "control_image_path",
+    "am": "strength",
 }
 """What stands behind `--` in a line of text -> the same setting in TOML and JSON."""
 
@@ -69,6 +72,7 @@ class PromptSpec:
     image_path: str | None = None
     controlnet_image: str | None = None
     control_image_path: tuple[str, ...] | None = None  # reference images; several `--ci` in a line
+    strength: float | None = None
 
 
 KEYS = [f.name for f in fields(PromptSpec) if f.name != "place"]
@@ -82,6 +86,7 @@ REAL = {
     "cfg_trunc_ratio": (0.0, 1.0),
     "renorm_cfg": (0.0, 1000.0),
     "flow_shift": (1e-3, 1000.0),
+    "strength": (-100.0, 100.0),
 }
 """Setting -> the smallest and the largest value that means something"""
 
@@ -110,7 +115,7 @@ def specs_in_text(path: Path, text: str) -> Iterator[PromptSpec]:
     """Yield a prompt a line; blank lines and comments, which start with `#`, are skipped."""
     for number, line in enumerate(text.splitlines(), start=1):
         if line.strip() and not line.lstrip().startswith("#"):
-            yield parse_line(line, f"{path}, line {number}")
+            yield from parse_strip(line, f"{path}, line {number}")
 
 
 def specs_in_toml(path: Path) -> Iterator[PromptSpec]:
@@ -147,6 +152,17 @@ def specs_in_json(path: Path, text: str) -> Iterator[PromptSpec]:
             yield spec_of(entry, place)
         else:
             raise UserError(f"{FLAG} {place} is {entry!r}; it must be a string or an object")
+
+
+def parse_strip(line: str, place: str) -> Iterator[PromptSpec]:
+    """Yield the prompt of a line; with several strengths (`--am -2,-1,0,1,2`) once for each, all with one seed."""
+    found = STRIP.search(line)
+    if found is None:
+        yield parse_line(line, place)
+        return
+    for strength in found[2].split(","):
+        spec = parse_line(f"{line[: found.start(2)]}{strength}{line[found.end(2) :]}", place)
+        yield replace(spec, seed=SEED_OF_STRIP if spec.seed is None else spec.seed)
 
 
 def parse_line(line: str, place: str) -> PromptSpec:
@@ -278,7 +294,17 @@ def resolve(spec: PromptSpec, defaults: PromptDefaults, inpaints: bool = False, 
         flow_shift=own(spec, "flow_shift", defaults.flow_shift),
         image_path=image_of(spec) if inpaints else own(spec, "image_path", None),
         reference_paths=references_of(spec, max_references),
+        strength=1.0 if spec.strength is None else spec.strength,
     )
+
+
+def refuse_strengths(specs: Sequence[PromptSpec], flag: str) -> None:
+    """Raise UserError for a prompt with a strength where a tool's `flag` sets the strengths of all."""
+    for spec in specs:
+        if spec.strength is not None:
+            raise UserError(
+                f"{FLAG} {spec.place}: {named('strength')} is for the previews of a training; remove it, and use {flag}"
+            )
 
 
 def image_of(spec: PromptSpec) -> Path:

@@ -18,6 +18,8 @@ VERSION = 1
 MOST_FINDINGS = 20
 MOST_VALIDATIONS = 300
 MOST_TIMES = 40  # of previews
+KEPT = {"validations": MOST_VALIDATIONS, "previews": MOST_TIMES, "strengths": MOST_TIMES}
+LATER = ("strengths",)  # fields that reports of earlier versions lack
 MOST_PROMPTS = 16
 MOST_GROUPS = 12  # of the optimizer
 MOST_WARNINGS = 100
@@ -77,6 +79,7 @@ class Record:
     choice: dict[str, Any] | None = None  # between the saved files
     prompts: dict[str, dict[str, Any]] = field(default_factory=dict)  # by number
     previews: Kept = field(default_factory=lambda: Kept(MOST_TIMES))
+    strengths: Kept = field(default_factory=lambda: Kept(MOST_TIMES))  # images that differ in strength, compared
     files: list[dict[str, Any]] = field(default_factory=list)
     num_removed: int = 0
     warnings: list[dict[str, Any]] = field(default_factory=list)
@@ -94,7 +97,7 @@ class Record:
         take = {
             "start": self._start, "audit": self._audit, "finding": self._finding, "stage": self._stage,
             "plan": self._plan, "step": self._step, "validation": self._validation, "choice": self._choice,
-            "preview": self._preview,
+            "preview": self._preview, "strengths": self._strengths,
             "saved": self._saved, "removed": self._removed, "warning": self._warning, "end": self._end,
         }.get(line["event"])  # fmt: skip
         if take is not None:
@@ -141,6 +144,7 @@ class Record:
         self.curves.cut(first_step)
         self.validations.keep_up_to(first_step)
         self.previews.keep_up_to(first_step)
+        self.strengths.keep_up_to(first_step)
         self.step, self.choice = first_step, None
         self.plan = values_of(line)
         steps = line["max_train_steps"] // SMOOTHED_OVER
@@ -187,10 +191,18 @@ class Record:
         if line["index"] >= MOST_PROMPTS or not THUMBNAIL.fullmatch(line["thumbnail"]):
             return
         self.prompts[number] = {name: line[name] for name in ("prompt", "seed", "width", "height")}
+        self.prompts[number]["strength"] = line.get("strength", 1.0)
         last = self.previews.items[-1] if self.previews.items else None
         if last is None or last["step"] != line["step"]:
             self.previews.add({"step": line["step"], "epoch": line["epoch"], "pictures": {}})
         self.previews.items[-1]["pictures"][number] = line["thumbnail"]
+
+    def _strengths(self, line: Line) -> None:
+        last = self.strengths.items[-1] if self.strengths.items else None
+        if last is None or last["step"] != line["step"]:
+            self.strengths.add({"step": line["step"], "prompts": []})
+        found = {name: line[name] for name in ("prompt", "seed", "strengths", "correlation")}
+        self.strengths.items[-1]["prompts"].append(found)
 
     def _saved(self, line: Line) -> None:
         self._drop_file(line["file"])
@@ -233,7 +245,7 @@ class Record:
         """Plain values, which hold everything: `from_json` of them goes on as this one does."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         parts = {"curves": self.curves.as_json(), "smoothed": vars(self.smoothed)}
-        lists = {"validations": self.validations.as_json(), "previews": self.previews.as_json()}
+        lists = {name: getattr(self, name).as_json() for name in KEPT}
         return {"version": VERSION, "name": self.name, **values, **parts, **lists}
 
     @classmethod
@@ -242,18 +254,22 @@ class Record:
         if values.get("version") != VERSION:
             raise ValueError(f"its data have version {str(values.get('version'))[:20]}, not {VERSION}")
         given: dict[str, Any] = {f.name: values.get(f.name) for f in fields(cls)}
+        for name in LATER:  # what reports of earlier versions lack
+            given[name] = given[name] or Kept(KEPT[name]).as_json()
         for name, annotation in {**get_type_hints(cls), **SAVED_AS}.items():
             check_value(given[name], annotation, name)
         given["curves"] = Curves.from_json(given["curves"])
         given["smoothed"] = Smoothed(**given["smoothed"])
-        given["validations"] = Kept.from_json(MOST_VALIDATIONS, given["validations"])
-        given["previews"] = Kept.from_json(MOST_TIMES, given["previews"])
+        given |= {name: Kept.from_json(limit, given[name]) for name, limit in KEPT.items()}
         return cls(**given)
 
 
 SAVED_AS = {  # fields of Record that have other types as plain values
-    "plan": Plan | None, "audit": Audit | None, "curves": SavedCurves, "validations": SavedKept, "previews": SavedKept,
-}  # fmt: skip
+    "plan": Plan | None,
+    "audit": Audit | None,
+    "curves": SavedCurves,
+    **dict.fromkeys(KEPT, SavedKept),
+}
 
 
 def shown_images(images: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -103,12 +103,21 @@ function previews() {
   const times = record.previews.items, numbers = Object.keys(record.prompts);
   if (!times.length) return;
   const label = (time) => (time.step ? `step ${time.step}` : "before training");
-  const figures = (time) => numbers.map((n) => ({picture: time.pictures[n], caption: record.prompts[n].prompt}));
+  const strength = (n) => (record.prompts[n].strength === undefined || record.prompts[n].strength === 1 ? "" : `, strength ${record.prompts[n].strength}`);
+  const figures = (time) => numbers.map((n) => ({picture: time.pictures[n], caption: record.prompts[n].prompt + strength(n)}));
   const cell = (time, n) => make("td", {}, time.pictures[n] ? make("img", {src: time.pictures[n], alt: label(time), loading: "lazy"}) : null);
-  const rows = numbers.map((n) => make("tr", {}, make("th", {}, record.prompts[n].prompt), times.map((time) => cell(time, n))));
+  const rows = numbers.map((n) => make("tr", {}, make("th", {}, record.prompts[n].prompt + strength(n)), times.map((time) => cell(time, n))));
   const grid = make("table", {class: "times"}, make("tr", {}, make("th"), times.map((time) => make("th", {}, label(time)))), rows);
   const all = make("details", {}, make("summary", {}, "All prompts and times"), make("div", {class: "scroll"}, grid));
   section("Previews", ...slider(times.map((time) => ({label: label(time), figures: figures(time)})), "time"), all);
+}
+
+function strengths() {
+  const items = record.strengths.items;
+  if (!items.length) return;
+  const rows = items.flatMap(({step, prompts}) => prompts.map((one) => [one.prompt, one.seed, one.strengths.join(", "), step, short(one.correlation)]));
+  const how = "The rank correlation of strength and change (Spearman): 1 where each higher strength moves the image further along the line between the first and the last.";
+  section("Strength", table(["prompt", "seed", "strengths", "step", "rank correlation"], rows, [1, 3, 4]), make("p", {class: "dim"}, how));
 }
 
 function sheet() {
@@ -233,6 +242,6 @@ function run() {
   page.append(make("details", {}, make("summary", {}, "Stages"), table(["stage", "took", ""], stages)));
 }
 
-for (const part of [head, losses, validations, previews, sheet, choice, files, optimization, speed, warnings, findings, data, run]) {
+for (const part of [head, losses, validations, previews, strengths, sheet, choice, files, optimization, speed, warnings, findings, data, run]) {
   part();
 }

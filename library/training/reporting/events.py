@@ -283,6 +283,21 @@ class Preview(Event):
     height: int
     file: str
     thumbnail: str  # a data: URL of a smaller copy
+    strength: float = 1.0  # of the adapter
+
+
+@dataclass(frozen=True)
+class Strengths(Event):
+    """The images of one prompt were compared that differ in the adapter's strength."""
+
+    event = "strengths"
+    step: int
+    epoch: int
+    prompt: str
+    seed: int | None
+    strengths: Sequence[float]  # the lowest first
+    changes: Sequence[float]  # from the first image, 0, to the last, 1
+    correlation: float | None  # of the ranks of both; null where all images are equal
 
 
 @dataclass(frozen=True)

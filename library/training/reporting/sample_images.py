@@ -101,8 +101,9 @@ def build_preview_event(drawn: Drawn, path: Path, step: int, epoch: int) -> Prev
     """Return the event of an image that was written to `path`."""
     prompt, (width, height) = drawn.prompt, drawn.image.size
     return Preview(
-        step, epoch, drawn.index, prompt.text, prompt.seed, width, height, str(path), data_url_of(drawn.image)
-    )
+        step, epoch, drawn.index, prompt.text, prompt.seed, width, height, str(path), data_url_of(drawn.image),
+        prompt.strength,
+    )  # fmt: skip
 
 
 def data_url_of(image: Image.Image, width: int = THUMBNAIL_SIDE, height: int = THUMBNAIL_SIDE) -> str:

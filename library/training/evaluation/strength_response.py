@@ -1,0 +1,61 @@
+"""How images follow the strength of an adapter: one prompt and seed drawn at several strengths.
+
+The change of an image is its place on the straight line, in pixels, from the image of the lowest strength (0) to that
+of the highest (1): the projection (image - first) . (last - first) / |last - first|^2. Its rank correlation with the
+strength (Spearman 1904) is 1 where every higher strength goes further, however unevenly.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import nan
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+FEWEST = 3  # strengths; of two images the ends of the line have every correlation
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class StrengthResponse:
+    """The changes of the images of one prompt, the lowest strength first."""
+
+    strengths: Sequence[float]
+    changes: Sequence[float]
+
+    @property
+    def correlation(self) -> float:
+        """The rank correlation of strength and change; NaN where all images are equal."""
+        return rank_correlation(self.strengths, self.changes)
+
+
+def measure_response(strengths: Sequence[float], images: Sequence[Image.Image]) -> StrengthResponse:
+    """Return the change of each image; at least `FEWEST` different strengths."""
+    assert len(set(strengths)) >= FEWEST
+    ordered = sorted(zip(strengths, images, strict=True), key=lambda pair: pair[0])
+    pixels = [np.asarray(image.convert("RGB"), dtype=np.float64).ravel() / 255 for _, image in ordered]
+    line = pixels[-1] - pixels[0]
+    length = float(line @ line)
+    changes = [float((one - pixels[0]) @ line) / length if length else nan for one in pixels]
+    return StrengthResponse([strength for strength, _ in ordered], changes)
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Return Spearman's rank correlation, equal values sharing their mean rank; NaN where one side is constant."""
+    x, y = (average_ranks(values) for values in (first, second))
+    x, y = x - x.mean(), y - y.mean()
+    scale = float(np.sqrt((x @ x) * (y @ y)))
+    return float(x @ y) / scale if scale else nan
+
+
+def average_ranks(values: Sequence[float]) -> Values:
+    """Return ranks from 1; equal values share the mean of theirs. All are NaN if one value is."""
+    array = np.asarray(values, dtype=np.float64)
+    if np.isnan(array).any():
+        return np.full(len(array), np.nan)
+    _, inverse, counts = np.unique(array, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    ranks: Values = (last - (counts - 1) / 2)[inverse]
+    return ranks

@@ -1,0 +1,82 @@
+"""Measure an adapter on the quickstart's base model: what its images show at several strengths, judged by their pixels.
+
+For each caption and strength: the share of images with the caption's shape and colour, and the mean radius of what they
+show. Over all images of a caption, the rank correlation (Spearman) of strength and radius.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from library.checkpoints.files import load_state_dict
+from library.training.evaluation.strength_response import rank_correlation
+from tools.command import make_parser, run
+from tools.quickstart.sampling import Prompt, load_pipeline, merge_lora, sample
+from tools.quickstart.toy_world import Seen, look_at, parse_caption
+
+BASE = Path(__file__).resolve().parents[2] / "configs" / "quickstart" / "toy_base"
+EXAMPLES = """\
+  python3 tools/quickstart/check_adapter.py output/toy_slider/toy_slider.safetensors \\
+    --captions "a red circle on a white background" --strengths=-2,-1,0,1,2"""
+
+
+def numbers(text: str) -> list[float]:
+    return [float(word) for word in text.split(",")]
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__, EXAMPLES)
+    parser.add_argument("adapter", type=Path, help="adapter file that was trained on the base model")
+    parser.add_argument("--base", type=Path, default=BASE, help="diffusers folder (default: the quickstart's)")
+    parser.add_argument("--captions", nargs="+", required=True, help="captions of the toy world")
+    parser.add_argument("--strengths", type=numbers, default=[0.0, 1.0], help="between commas (default: 0,1)")
+    parser.add_argument("--count", type=int, default=32, help="images of each caption and strength (default: 32)")
+    return parser
+
+
+def draw_at(base: Path, adapter: Path, strength: float, captions: Sequence[str], count: int) -> list[list[Seen]]:
+    """Return what the images of each caption show; their seeds are 0, 1, ... at every strength."""
+    pipeline: Any = load_pipeline(base)
+    if strength:
+        merge_lora(pipeline, load_state_dict(adapter), strength)
+    return [
+        [look_at(image) for image in sample(pipeline, [Prompt(caption, seed) for seed in range(count)])]
+        for caption in captions
+    ]
+
+
+def describe(caption: str, strengths: Sequence[float], seen: Sequence[Sequence[Seen]]) -> Iterator[str]:
+    """Yield the lines of one caption, whose images are in `seen` by strength."""
+    wanted = parse_caption(caption)
+    yield caption
+    for strength, images in zip(strengths, seen, strict=True):
+        shape = sum(one.shape == wanted.shape for one in images) / len(images)
+        colour = sum(one.colour == wanted.colour for one in images) / len(images)
+        radii = [one.radius for one in images if one.radius]
+        radius = f"{mean(radii):.1f} px" if radii else "unknown"
+        yield f"  strength {strength:4g}: shape {shape:.1%}, colour {colour:.1%}, radius {radius}"
+    if len(strengths) > 1:
+        points = [(s, one.radius) for s, images in zip(strengths, seen, strict=True) for one in images if one.radius]
+        correlation = rank_correlation([s for s, _ in points], [radius for _, radius in points])
+        yield f"  rank correlation of strength and radius: {correlation:.2f}, {len(points)} images"
+
+
+def check(args: argparse.Namespace) -> None:
+    """Draw, judge and print."""
+    drawn = [draw_at(args.base, args.adapter, strength, args.captions, args.count) for strength in args.strengths]
+    for number, caption in enumerate(args.captions):
+        print("\n".join(describe(caption, args.strengths, [one[number] for one in drawn])))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run(setup_parser(), check, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
