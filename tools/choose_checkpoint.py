@@ -26,6 +26,7 @@ from library.training.evaluation.choice import by_image  # noqa: E402
 from library.training.evaluation.choosing import (  # noqa: E402
     Measured,
     choice_of,
+    forgotten,
     format_choice,
     memorised,
     memory_line,
@@ -115,8 +116,16 @@ def measured_files(sides: Sides, found: Sequence[FileLosses]) -> list[Measured]:
             memory = memorised(unseen_pair, trained_pair, "held-out" if is_held_out else "mirrored")
         losses_G = by_its_images(one, of_trained=not is_held_out)
         file, step = (None, 0) if one.row is None else (display_path(one.row), steps_of(one.row))
-        measured.append(Measured(file, step, losses_G, memory))
+        measured.append(Measured(file, step, losses_G, memory, forgotten_by(one, base, sides.probe)))
     return measured
+
+
+def forgotten_by(one: FileLosses, base: FileLosses, probe: Measurement | None) -> events.Forgotten | None:
+    """Return how much the loss of the forgetting probe rose; None without one, and for the base model itself."""
+    if probe is None or one.row is None or one.probe_NL is None or base.probe_NL is None:
+        return None
+    before_G, after_G = (by_image(losses_NL.mean(1), probe.rows) for losses_NL in (base.probe_NL, one.probe_NL))
+    return forgotten(before_G, after_G)
 
 
 def keep(choice: events.Choice, reports: ReportOptions, saving: SavingOptions) -> None:

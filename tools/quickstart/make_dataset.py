@@ -1,4 +1,4 @@
-"""Draw the quickstart's dataset: images and captions of a shape that the toy base model has never seen.
+"""Draw the quickstart's dataset: images and captions of a shape, by default one that the base model has never seen.
 
 Three quarters of the shape's scenes are in the dataset; the prompts cover these and the rest, so that the LoRA is
 tested on the shape and not on the images.
@@ -16,7 +16,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from library.version import add_version
-from tools.quickstart.toy_world import HELD_OUT_SHAPES, draw_scene, list_scenes
+from tools.quickstart.toy_world import HELD_OUT_SHAPES, KNOWN_SHAPES, draw_scene, list_scenes
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,9 @@ def setup_parser() -> argparse.ArgumentParser:
     quickstart = ROOT / "configs/quickstart"
     parser.add_argument("--out", type=Path, default=quickstart / "dataset", help="folder of images and captions")
     parser.add_argument("--prompts", type=Path, default=quickstart / "prompts.txt", help="file of prompts to write")
-    parser.add_argument("--shape", choices=HELD_OUT_SHAPES, default="heart", help="what the images show")
+    parser.add_argument(
+        "--shape", choices=(*HELD_OUT_SHAPES, *KNOWN_SHAPES), default="heart", help="what the images show"
+    )
     parser.add_argument("--num_images", type=int, default=32, help="of the shape's 42 scenes, one image each")
     parser.add_argument("--seed", type=int, default=1, help="of the choice of scenes and of the drawing")
     return parser

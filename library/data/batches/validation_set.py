@@ -52,6 +52,14 @@ class ValidationSet:
         # Escaped, because a file name may contain bytes that are not text.
         return [ascii(os.path.join(*os.path.abspath(path).split(os.sep)[-2:])) for path in paths]
 
+    def of_probe(self, is_probe: bool) -> "ValidationSet":
+        """Return the images of subsets with `is_forgetting_probe`, or the others; batches keep their order."""
+        parts = (tuple(draw for draw in draws if self._is_probe(draw) == is_probe) for draws in self.draws)
+        return replace(self, draws=tuple(part for part in parts if part))
+
+    def _is_probe(self, draw: int) -> bool:
+        return self.maker.subsets[self._sample(draw).subset].is_forgetting_probe
+
     def _sample(self, draw: int) -> Sample:
         return self.maker.samples[int(self.maker.sample_of_draw[draw])]
 

@@ -114,6 +114,7 @@ SUBSET_KEYS = (
     # The documentation of sd-scripts shows these two in subsets, so they are allowed there.
     _with_option("validation_split", SHARE, 0.0, GDS),
     _with_option("validation_seed", INT, None, GDS),
+    Key("is_forgetting_probe", BOOL, False, ("dataset", "subset")),
     Key("image_dir", TEXT, None, ONLY_S),
     *(Key(name, TEXTS, None, ONLY_S, ("dreambooth",)) for name in FILE_SOURCES),
     Key("image_column", TEXT, None, GDS, ("dreambooth",)),

@@ -82,6 +82,7 @@ class SubsetConfig:
     custom_attributes: Mapping[str, Any]
     validation_split: float
     validation_seed: int | None
+    is_forgetting_probe: bool  # its images are never trained, and show what the adapter makes the model forget
     captions: CaptionRules
     keeps_index: bool = True  # an index of the images may be written for the next start
     entries: Sequence[tuple[str, Any]] | None = field(default=None, repr=False, compare=False)  # already read, by key
@@ -411,6 +412,10 @@ def check_subset(values: Table, rules: CaptionRules, place: str) -> None:
     for name in ("keep_tokens", "caption_dropout_every_n_epochs", "token_warmup_min", "token_warmup_step"):
         if getattr(rules, name) < 0:
             raise UserError(f"{place}: {name} is {getattr(rules, name)}, but must not be negative")
+    if values["is_forgetting_probe"] and values["is_reg"]:
+        raise UserError(
+            f"{place}: is_forgetting_probe keeps images out of training, and is_reg trains them; remove one of the two"
+        )
     face_range = values["face_crop_aug_range"]
     if face_range is not None and not 0 < face_range[0] <= face_range[1]:
         raise UserError(

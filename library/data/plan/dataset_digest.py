@@ -78,6 +78,7 @@ def dataset_identity(config: RunDataConfig, samples: Samples, num_batches: int) 
         for subset in dataset["subsets"]:
             for name in WHERE:
                 subset.pop(name)
+            subset.pop("is_forgetting_probe")  # its effect shows in the list of images too
     images, captions = blake2b(digest_size=16), blake2b(digest_size=16)
     first = 0
     for subset, own in enumerate(samples.subsets):

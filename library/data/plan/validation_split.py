@@ -77,7 +77,10 @@ def split_datasets(datasets: Sequence[ScannedDataset], seed: int) -> Split:
         for dataset in datasets
     )
     if not any(not subset.config.is_reg for dataset in trained for subset in dataset.subsets):
-        raise UserError("validation_split holds out every image, so nothing is left to train on; use less than 1.0")
+        raise UserError(
+            "validation_split and is_forgetting_probe hold out every image, so nothing is left to train on; use less "
+            "than 1.0, and leave some subset without is_forgetting_probe"
+        )
     measured = without_empty(
         replace(
             dataset,
@@ -123,7 +126,9 @@ def rank_of(identity: str, seed: int) -> tuple[int, str]:
 
 
 def share_of(config: SubsetConfig) -> float:
-    """Return the share that a subset holds out; regularisation images are always trained."""
+    """Return the share that a subset holds out; regularisation images are always trained, a probe's never."""
+    if config.is_forgetting_probe:
+        return 1.0
     return 0.0 if config.is_reg else config.validation_split
 
 
@@ -162,7 +167,9 @@ def split_lines(subset: ScannedSubset, num_aside: int) -> Iterator[Line]:
     """Yield the log lines about one subset."""
     config, num_images = subset.config, len(subset.images)
     share = share_of(config)
-    if share and num_aside:
+    if config.is_forgetting_probe and num_aside:
+        yield logging.INFO, f"  {config.source}: {num_aside} of {num_images} images are a forgetting probe, not trained"
+    elif share and num_aside:
         yield logging.INFO, f"  {config.source}: {num_aside} of {num_images} images are held out for validation"
     elif share:
         reason = f"{share:g} of {num_images} images rounds to none"

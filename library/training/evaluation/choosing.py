@@ -32,6 +32,7 @@ class Measured:
     step: int
     losses_G: Tensor
     memorised: events.Memorised | None = None
+    forgotten: events.Forgotten | None = None
 
     @property
     def name(self) -> str:
@@ -79,6 +80,7 @@ def choice_of(measured: Sequence[Measured], is_held_out: bool = True) -> events.
             difference_high=compared.to_best.high,
             is_worse=compared.is_worse,
             memorised=one.memorised,
+            forgotten=one.forgotten,
         )
         for one, compared in zip(measured, found.files, strict=True)
     ]
@@ -138,9 +140,17 @@ def memorised(
     return events.Memorised(found.mean, found.low, found.high, kind)
 
 
+def forgotten(before_G: Tensor, after_G: Tensor) -> events.Forgotten:
+    """Estimate how much the loss of each image of the forgetting probe rose."""
+    found = estimate(after_G - before_G)
+    return events.Forgotten(found.mean, found.low, found.high)
+
+
 def table_of(choice: events.Choice) -> list[str]:
     """Return all files, in lines of columns."""
-    rows = [("file", "step", "loss", "difference from best", "significant", "memorization gap")]
+    has_probe = any(one.forgotten is not None for one in choice.candidates)
+    heads = ("file", "step", "loss", "difference from best", "significant", "memorization gap")
+    rows: list[tuple[str, ...]] = [(*heads, *(("forgetting",) if has_probe else ()))]
     for one in choice.candidates:
         rows.append(
             (
@@ -150,14 +160,15 @@ def table_of(choice: events.Choice) -> list[str]:
                 f"{one.difference:.5f}{interval(one.difference_low, one.difference_high)}" if one.difference else "-",
                 "yes" if one.is_worse else "no" if one.difference else "-",
                 format_memory(one.memorised),
+                *((format_memory(one.forgotten),) if has_probe else ()),
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def format_memory(memory: events.Memorised | None) -> str:
-    """Return how much more the loss fell on trained images."""
+def format_memory(memory: events.Memorised | events.Forgotten | None) -> str:
+    """Return how much more the loss fell on trained images, or rose on those of the forgetting probe."""
     return "" if memory is None else f"{memory.more:.5f}{interval(memory.low, memory.high)}"
 
 

@@ -17,7 +17,12 @@ from library.training.evaluation.choosing import choose_saved
 from library.training.evaluation.measurement import Measurement
 from library.training.evaluation.validation_loss import noise_levels
 from library.training.evaluation.validation_record import Evaluation, ValidationRecord
-from library.training.evaluation.validation_report import build_event, detail_values, log_evaluation
+from library.training.evaluation.validation_report import (
+    build_event,
+    build_forgetting_event,
+    detail_values,
+    log_evaluation,
+)
 from library.training.evaluation.without_side_effects import evaluating
 from library.training.reporting import events
 from library.training.reporting.progress import Progress
@@ -84,16 +89,26 @@ class Validation:
         options = run.options.validation
         self._run, self._charts = run, charts
         self._timetable = Timetable.build(options, run.plan.max_train_steps)
-        self._measurement = measurement_of(options, run.options.noise, run.batches.validation, run.context.seed)
+        aside = run.batches.validation
+        self._measurement, self._probe = (
+            measurement_of(options, run.options.noise, aside.of_probe(is_probe), run.context.seed)
+            for is_probe in (False, True)
+        )
         self._schedule = Schedule.build(run.options.saving, run.plan.num_epochs)
         self._patience = options.early_stop_patience or None
         self.record = ValidationRecord(self._measurement.rows, self._measurement.fingerprint)
-        if not self.is_on and run.options.concepts is None:
+        self.forgetting = ValidationRecord(self._probe.rows, self._probe.fingerprint)
+        if not self.is_on and not self.has_probe and run.options.concepts is None:
             warn_of_idle_options(options)
 
     @property
     def is_on(self) -> bool:
         return bool(self._measurement.rows)
+
+    @property
+    def has_probe(self) -> bool:
+        """Return True if there are images that show what the adapter makes the model forget."""
+        return bool(self._probe.rows)
 
     @property
     def num_images(self) -> int:
@@ -105,6 +120,8 @@ class Validation:
 
         Gives whether the loss is the lowest so far, as `after_step` does.
         """
+        if progress.step == 0 and self.has_probe and self._timetable.at_first:
+            self._measure_probe("step", 0)
         if not self.is_on:
             return False
         if progress.step == 0 and self._timetable.at_first:
@@ -118,7 +135,7 @@ class Validation:
 
     def is_due(self, step: int) -> bool:
         """Return True if there is something to measure after `step`, its epoch left aside."""
-        return self.is_on and any(self._timetable.due(step, None))
+        return (self.is_on or self.has_probe) and any(self._timetable.due(step, None))
 
     def after_step(self, step: int, epoch: int, ends_epoch: bool, training_average: float) -> bool:
         """Measure if it is due after `step`, in `epoch`; gives whether the loss is the lowest so far.
@@ -127,6 +144,8 @@ class Validation:
         the state of this step knows of it; with several processes by all of them.
         """
         is_best = False
+        for kind in self._timetable.due(step, epoch if ends_epoch else None) if self.has_probe else ():
+            self._measure_probe(kind, step)
         for kind in self._timetable.due(step, epoch if ends_epoch else None) if self.is_on else ():
             best_before = self.record.best_loss
             evaluation = self._evaluate(kind, step)
@@ -168,6 +187,22 @@ class Validation:
         record.keep_steps(self._is_kept)
         run.events.emit(build_event(evaluation, record, levels))
         return evaluation
+
+    def _measure_probe(self, kind: Kind, step: int) -> None:
+        """Measure the forgetting probe after `step`, once; log and emit its loss."""
+        run, record, levels = self._run, self.forgetting, self._probe.levels
+        if record.measured_step == step:
+            return
+        num_threads = run.options.dataset.max_data_loader_n_workers
+        shown = evaluating(run, VALIDATION)
+        losses_NL = self._probe.losses(run.context, run.processes, num_threads, BARS[kind], shown)
+        evaluation = Evaluation(step, losses_NL)
+        log_evaluation(evaluation, record, levels, self._probe.labels, "forgetting probe")
+        record.add(evaluation)
+        record.keep_steps(lambda kept: kept in (0, step))
+        run.events.emit(build_forgetting_event(evaluation, record))
+        if self._charts.are_on:
+            self._charts.log_step({"loss/forgetting_probe": evaluation.mean}, step, run.plan.epoch_of(max(0, step - 1)))
 
     def _is_kept(self, step: int) -> bool:
         """Return True if the losses after `step` are used later: those of files, the start, the best and the last."""

@@ -15,16 +15,20 @@ logger = logging.getLogger(__name__)
 
 
 def log_evaluation(
-    evaluation: Evaluation, before: ValidationRecord, levels: Sequence[int], labels: Sequence[str]
+    evaluation: Evaluation,
+    before: ValidationRecord,
+    levels: Sequence[int],
+    labels: Sequence[str],
+    title: str = "validation",
 ) -> None:
     """Log an evaluation in one line, compared with those `before`, and name images whose loss is not a number."""
     broken_N = ~evaluation.losses_NL.isfinite().all(1)
     if broken_N.any():
         names = few(labels[i] for i in broken_N.nonzero().flatten().tolist())
-        logger.error("validation after step %d: the loss is not a number for %s", evaluation.step, names)
+        logger.error("%s after step %d: the loss is not a number for %s", title, evaluation.step, names)
     at_levels = ", ".join(f"{t}: {x:.4f}" for t, x in zip(levels, evaluation.level_means, strict=True))
     place = f"after step {evaluation.step}" if evaluation.step else "before the first step"
-    text = f"validation {place}: loss {evaluation.mean:.4f} on {len(before.images)} images (noise level {at_levels})"
+    text = f"{title} {place}: loss {evaluation.mean:.4f} on {len(before.images)} images (noise level {at_levels})"
     logger.info("%s%s", text, "" if before.first is None else format_comparison(evaluation, before.first, before))
 
 
@@ -60,20 +64,32 @@ def build_event(evaluation: Evaluation, record: ValidationRecord, levels: Sequen
         for one in (evaluation.losses_NL, *evaluation.losses_NL.T[:, :, None])
     ]
     by_level = zip(levels, evaluation.level_means, errors[1:], strict=True)
-    compared = None
-    if (difference := record.difference) is not None and record.first is not None:
-        error = finite(difference.standard_error)
-        compared = events.Compared(record.first.step, difference.mean, error, difference.is_clear)
     return events.Validation(
         step=evaluation.step,
         loss=evaluation.mean,
         error=errors[0],
         levels=[events.Level(*level) for level in by_level],
         num_pictures=len(record.images),
-        compared=compared,
+        compared=compared_with_first(record),
         best_step=record.best_step,
         best_loss=finite(record.best_loss),
     )
+
+
+def build_forgetting_event(evaluation: Evaluation, record: ValidationRecord) -> events.Forgetting:
+    """Build the event of the last evaluation of the forgetting probe."""
+    zeros_N1 = torch.zeros_like(evaluation.losses_NL)[:, :1]
+    error = paired_difference(evaluation.losses_NL, zeros_N1, record.images).standard_error
+    compared = compared_with_first(record)
+    return events.Forgetting(evaluation.step, evaluation.mean, finite(error), len(record.images), compared)
+
+
+def compared_with_first(record: ValidationRecord) -> events.Compared | None:
+    """Return how far the last evaluation lies above the first; None where it is the first."""
+    if (difference := record.difference) is None or record.first is None:
+        return None
+    error = finite(difference.standard_error)
+    return events.Compared(record.first.step, difference.mean, error, difference.is_clear)
 
 
 def finite(value: float) -> float | None:

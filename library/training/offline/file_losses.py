@@ -42,6 +42,7 @@ class Sides:
     held_out: Measurement | None
     trained: Measurement | None
     mirrored: Measurement | None  # the trained images, where none is set aside
+    probe: Measurement | None = None  # the images of subsets with is_forgetting_probe
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class FileLosses:
     held_out_NL: Tensor | None
     trained_NL: Tensor | None
     mirrored_NL: Tensor | None
+    probe_NL: Tensor | None
 
 
 def for_measuring(options: OptionsT) -> OptionsT:
@@ -78,11 +80,9 @@ def losses_of_files(
 
     Raises UserError for a file that does not fit.
     """
-    aside = measurement_of(
-        options.validation, options.noise, PlannedBatches(plan, NO_LATENTS, NO_TEXTS).validation, seed
-    )
+    aside, probe = both_aside(options, PlannedBatches(plan, NO_LATENTS, NO_TEXTS), seed)
     has_flips = any(s.config.flip_aug for dataset in plan.datasets for s in dataset.subsets)
-    kept_aside = set(aside.images.samples_of(aside.places))
+    kept_aside = {sample for one in (aside, probe) for sample in one.images.samples_of(one.places)}
     plan, numbers = plan.limited_to_measured(len(aside.rows) or MOST_MIRRORED, kept_aside)
     if not aside.rows:  # mirrored images have no latents of their own in a cache
         options = options.with_values({"cache_latents": False, "cache_latents_to_disk": False})
@@ -92,7 +92,7 @@ def losses_of_files(
         check_text_parts(rows)
     resolve_models(options.precision, options.memory.num_offloaded, arch, loaded.models, compute)
     batches = PlannedBatches(plan, loaded.latents, loaded.texts)
-    aside = measurement_of(options.validation, options.noise, batches.validation, seed)  # with what is cached
+    aside, probe = both_aside(options, batches, seed)  # with what is cached
     trained = all_of(batches.measured(numbers), aside)
     if aside.rows:
         sides = Sides(aside, replace(trained, noise=aside.rows), None)
@@ -101,6 +101,7 @@ def losses_of_files(
         sides = Sides(None, trained, None)
     else:
         sides = Sides(None, trained, all_of(batches.measured(numbers, is_mirrored=True), aside))
+    sides = replace(sides, probe=probe if probe.rows else None)
     num_threads = options.dataset.max_data_loader_n_workers
     trains_text = trains_text_encoders(options.network, options.optimizer.learning_rate)
     vae_batch_size = options.caching.vae_batch_size
@@ -112,11 +113,20 @@ def losses_of_files(
                 context = step_context(trains_text, vae_batch_size, arch, seed, loaded, network, compute)
                 found = [
                     None if side is None else side.losses(context, processes, num_threads, f"measuring {name}")
-                    for side in (sides.held_out, sides.trained, sides.mirrored)
+                    for side in (sides.held_out, sides.trained, sides.mirrored, sides.probe)
                 ]
             yield FileLosses(row, *found)
 
     return sides, measured()
+
+
+def both_aside(options: TrainOptions, batches: PlannedBatches, seed: int) -> tuple[Measurement, Measurement]:
+    """Return the measurements of the images held out for validation, and of the forgetting probe."""
+    aside, probe = (
+        measurement_of(options.validation, options.noise, batches.validation.of_probe(is_probe), seed)
+        for is_probe in (False, True)
+    )
+    return aside, probe
 
 
 def all_of(images: ValidationSet, like: Measurement) -> Measurement:

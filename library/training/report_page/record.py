@@ -18,8 +18,13 @@ VERSION = 1
 MOST_FINDINGS = 20
 MOST_VALIDATIONS = 300
 MOST_TIMES = 40  # of previews
-KEPT = {"validations": MOST_VALIDATIONS, "previews": MOST_TIMES, "strengths": MOST_TIMES}
-LATER = ("strengths",)  # fields that reports of earlier versions lack
+KEPT = {
+    "validations": MOST_VALIDATIONS,
+    "previews": MOST_TIMES,
+    "strengths": MOST_TIMES,
+    "forgetting": MOST_VALIDATIONS,
+}
+LATER = ("strengths", "forgetting")  # fields that reports of earlier versions lack
 MOST_PROMPTS = 16
 MOST_GROUPS = 12  # of the optimizer
 MOST_WARNINGS = 100
@@ -75,6 +80,7 @@ class Record:
     smoothed: Smoothed = field(default_factory=Smoothed)
     curves: Curves = field(default_factory=Curves)
     validations: Kept = field(default_factory=lambda: Kept(MOST_VALIDATIONS))
+    forgetting: Kept = field(default_factory=lambda: Kept(MOST_VALIDATIONS))
     best: dict[str, Any] | None = None  # step, loss
     choice: dict[str, Any] | None = None  # between the saved files
     prompts: dict[str, dict[str, Any]] = field(default_factory=dict)  # by number
@@ -97,6 +103,7 @@ class Record:
         take = {
             "start": self._start, "audit": self._audit, "finding": self._finding, "stage": self._stage,
             "plan": self._plan, "step": self._step, "validation": self._validation, "choice": self._choice,
+            "forgetting": self._forgetting,
             "preview": self._preview, "strengths": self._strengths,
             "saved": self._saved, "removed": self._removed, "warning": self._warning, "end": self._end,
         }.get(line["event"])  # fmt: skip
@@ -143,6 +150,7 @@ class Record:
             self._forget_earlier_sessions()
         self.curves.cut(first_step)
         self.validations.keep_up_to(first_step)
+        self.forgetting.keep_up_to(first_step)
         self.previews.keep_up_to(first_step)
         self.strengths.keep_up_to(first_step)
         self.step, self.choice = first_step, None
@@ -182,6 +190,9 @@ class Record:
         self.validations.add({name: line[name] for name in ("step", "loss", "error", "levels", "compared")})
         if line["best_loss"] is not None:
             self.best = {"step": line["best_step"], "loss": line["best_loss"]}
+
+    def _forgetting(self, line: Line) -> None:
+        self.forgetting.add({name: line[name] for name in ("step", "loss", "error", "compared")})
 
     def _choice(self, line: Line) -> None:
         self.choice = values_of(line)

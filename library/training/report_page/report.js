@@ -62,8 +62,8 @@ function thinned() {
 }
 
 function validations() {
-  const items = record.validations.items;
-  if (!items.length) return;
+  const items = record.validations.items, probe = record.forgetting.items;
+  if (!items.length && !probe.length) return;
   const x = items.map((item) => item.step);
   const line = (label, values) => ({
     label,
@@ -72,11 +72,16 @@ function validations() {
     low: values.map((one) => (one.error === null ? one.loss : one.loss - one.error)),
     high: values.map((one) => (one.error === null ? one.loss : one.loss + one.error)),
   });
+  const forgotten = (values) => values.map((one) => (one.compared ? {loss: one.compared.mean, error: one.compared.error} : {loss: 0, error: 0}));
+  const probes = probe.length ? [chart("Forgetting probe, never trained", probe.map((one) => one.step), [line("loss", probe)])] : [];
+  if (probe.length > 1) probes.push(chart(`Forgetting: difference to step ${probe[0].step}, picture by picture`, probe.map((one) => one.step), [line("difference", forgotten(probe))]));
+  const shades = make("p", {class: "dim"}, "Shades are one standard error over pictures.");
+  if (!items.length) return charts("Validation", probes, shades);
   const levels = items[0].levels.map(({level}, i) => line(`level ${level}`, items.map((item) => item.levels[i] ?? {loss: null, error: null})));
-  const compared = items.map((item) => (item.compared ? {loss: item.compared.mean, error: item.compared.error} : {loss: 0, error: 0}));
+  const compared = forgotten(items);
   const list = [chart("All noise levels", x, [line("loss", items)]), chart("By noise level", x, levels)];
   if (items.length > 1) list.push(chart(`Difference to step ${x[0]}, picture by picture`, x, [line("difference", compared)]));
-  charts("Validation", list, make("p", {class: "dim"}, "Shades are one standard error over pictures."));
+  charts("Validation", [...list, ...probes], shades);
 }
 
 function optimization() {
@@ -154,12 +159,13 @@ function choice() {
     short(one.loss) + range(one.low, one.high),
     one.difference ? short(one.difference, 3) + range(one.difference_low, one.difference_high) : "–",
     one.is_worse ? "significantly worse" : "",
+    one.forgotten ? short(one.forgotten.more, 3) + range(one.forgotten.low, one.forgotten.high) : "",
     one.memorised ? short(one.memorised.more, 3) + range(one.memorised.low, one.memorised.high) : "",
     suggested !== null && one.file === suggested ? make("span", {class: "mark"}, "suggested") : "",
   ]);
   const text = suggested === null ? `No file is suggested: ${reason}.` : `${name(suggested)}, step ${step}: ${reason}.`;
   const how = `${num_pictures} images; brackets: ${100 * confidence} % confidence intervals, simultaneous for the differences.`;
-  const heads = ["file", "step", "validation loss", "difference from best", "", candidates.some((one) => one.memorised) ? "memorization gap" : "", ""];
+  const heads = ["file", "step", "validation loss", "difference from best", "", candidates.some((one) => one.forgotten) ? "forgetting" : "", candidates.some((one) => one.memorised) ? "memorization gap" : "", ""];
   section("Which file to keep", make("p", {}, text), table(heads, rows, [1]), make("p", {class: "dim"}, how));
 }
 

@@ -230,6 +230,18 @@ class Validation(Event):
 
 
 @dataclass(frozen=True)
+class Forgetting(Event):
+    """The images of subsets with `is_forgetting_probe` were measured, as in validation."""
+
+    event = "forgetting"
+    step: int
+    loss: float
+    error: float | None
+    num_pictures: int
+    compared: Compared | None  # None for the first evaluation
+
+
+@dataclass(frozen=True)
 class Memorised:
     """How much more the loss fell on trained images than on unseen ones, with its interval."""
 
@@ -237,6 +249,15 @@ class Memorised:
     low: float | None
     high: float | None
     unseen: Literal["held-out", "mirrored"]  # images that were set aside, or the trained ones mirrored
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """How much the loss of the forgetting probe rose since before training, with its interval."""
+
+    more: float
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True)
@@ -253,6 +274,7 @@ class Candidate:
     difference_high: float | None
     is_worse: bool  # than the best, by more than chance
     memorised: Memorised | None = None  # None where trained images were not measured
+    forgotten: Forgotten | None = None  # None without a forgetting probe
 
 
 @dataclass(frozen=True)
