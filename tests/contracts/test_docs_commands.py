@@ -159,7 +159,8 @@ def check_script(script: str, arguments: list[str]) -> None:
 def check_tool(script: str, arguments: list[str]) -> None:
     options = options_of_tool(script)
     for word in arguments:
-        assert not word.startswith("--") or word in options, f"{script} has no option {word}"
+        flag = word.split("=")[0]
+        assert not word.startswith("--") or flag in options, f"{script} has no option {flag}"
 
 
 @cache

@@ -1,5 +1,6 @@
 """LECO on the toy base model of the quickstart, judged by the pixels of what it draws."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.running import ROOT, Finished
+from tools.quickstart import check_adapter
 from tools.quickstart.sampling import Prompt, load_pipeline, merge_lora, sample
 from tools.quickstart.toy_world import Scene, look_at
 
@@ -52,8 +54,11 @@ def test_an_erased_concept_is_gone(train: Callable[..., Finished], tmp_path: Pat
 
 
 @pytest.mark.nightly
-def test_a_slider_goes_both_ways(train: Callable[..., Finished], tmp_path: Path) -> None:
-    """The file of the documentation: at -1 more circles are small than without, at 1 no fewer are large."""
+def test_a_slider_goes_both_ways(
+    train: Callable[..., Finished], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The file of the documentation: at -1 more circles are small than without, at 1 no fewer are large; the radius
+    follows the strength."""
     prompts = ROOT / "configs" / "leco" / "toy_slider.toml"
     file = trained(train, prompts, tmp_path, "--learning_rate", "3e-4", "--max_train_steps", "80")
     caption = "a red circle on a white background"
@@ -64,3 +69,7 @@ def test_a_slider_goes_both_ways(train: Callable[..., Finished], tmp_path: Path)
 
     assert count(up, "large") >= count(plain, "large") > NUM_IMAGES / 2
     assert count(down, "small") > NUM_IMAGES / 2 > count(plain, "small")
+    words = [str(file), "--captions", caption, "--strengths=-2,-1,0,1,2", "--count", str(NUM_IMAGES)]
+    assert check_adapter.main(words) == 0
+    (correlation,) = re.findall(r"rank correlation of strength and radius: (\S+), 80 images", capfd.readouterr().out)
+    assert float(correlation) >= 0.9
