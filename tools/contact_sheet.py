@@ -21,8 +21,6 @@ from library.checkpoints.files import atomic_path, display_path, file_in_folder 
 from library.checkpoints.overwriting import PNG, check_overwrite  # noqa: E402
 from library.errors import UserError  # noqa: E402
 from library.options.output.saving import SavingOptions  # noqa: E402
-from library.options.train import TrainOptions  # noqa: E402
-from library.protocols import Architecture  # noqa: E402
 from library.training.command_line.checks import check_precision, check_values  # noqa: E402
 from library.training.command_line.cli import parse  # noqa: E402
 from library.training.command_line.run_lock import run_lock  # noqa: E402
@@ -110,9 +108,8 @@ def columns_of(prompts: Sequence[Prompt], seeds: Sequence[int] | None) -> list[P
     return [replace(p, seed=seed) for p in prompts for seed in seeds or [1 if p.seed is None else p.seed]]
 
 
-def strips(
-    options: TrainOptions,
-    arch: Architecture,
+def arrange_strips(
+    drawn: Sequence[Sequence[Image.Image]],
     files: Sequence[Path],
     prompts: Sequence[Prompt],
     multipliers: Sequence[float],
@@ -122,8 +119,6 @@ def strips(
 
     The base model alone stands for strength 0.
     """
-    stacks: list[Stack] = [[(file, strength)] if strength else [] for file in files for strength in multipliers]
-    drawn = list(draw_rows(options, arch, stacks, prompts, own_device()))
     rows, labels = [], []
     for number, name in enumerate(labels_of(files)[1:]):
         of_file = drawn[number * len(multipliers) : (number + 1) * len(multipliers)]
@@ -172,7 +167,9 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     refuse_strengths(specs, "--multipliers")
     columns = columns_of(resolve_all(specs, arch), args.seeds)
     if args.multipliers is not None:
-        sheet = strips(options, arch, files, columns, args.multipliers, args.side)
+        stacks: list[Stack] = [[(file, s)] if s else [] for file in files for s in args.multipliers]
+        drawn = list(draw_rows(options, arch, stacks, columns, own_device()))
+        sheet = arrange_strips(drawn, files, columns, args.multipliers, args.side)
     else:
         images = list(draw_rows(options, arch, [[], *([(file, 1.0)] for file in files)], columns, own_device()))
         step = arch.codec.spec.bucket_step

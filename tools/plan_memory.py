@@ -15,9 +15,10 @@ import torch  # noqa: E402
 
 from library.architectures.specs import list_specs  # noqa: E402
 from library.checkpoints.base_model_spec import BaseModelSpec  # noqa: E402
-from library.data.description.schema import load_dataset_config, parse_numbers  # noqa: E402
+from library.data.description.schema import RunDataConfig, load_dataset_config, parse_numbers  # noqa: E402
 from library.errors import UserError  # noqa: E402
 from library.memory.planner.gpus import parse_size, typical_gpu  # noqa: E402
+from library.options.dataset import DatasetOptions  # noqa: E402
 from library.options.requirements import check_requirements  # noqa: E402
 from library.options.train import TrainOptions  # noqa: E402
 from library.protocols import Architecture  # noqa: E402
@@ -70,25 +71,30 @@ def count(name: str, arguments: Sequence[str]) -> tuple[TrainOptions, Architectu
     check_requirements(options)
     check_precision(options)
     check_network(options.network)
-    batch = described_batch(options)
+    data = options.dataset
+    batch = largest_batch(load_dataset_config(options)) if data.dataset_config else batch_of_options(data)
     with mute_logging():  # the run itself will say it
         options, adapters = shared_and_own(options)
         arch = card.build(options)
         return options, arch, batch, count_run(options, arch, batch, CARD, list(adapters.values()))
 
 
-def described_batch(options: TrainOptions) -> BatchShape:
-    """Return the largest batch by `resolution` and `train_batch_size`, or by `dataset_config`; the images need not
-    exist. Buckets have as many pixels or slightly fewer; each folder of `control_dirs` counts as one reference."""
-    data = options.dataset
-    if data.dataset_config is None:
-        if not data.resolution:
-            raise UserError("--resolution is not set; set the training size, such as 512 or 512,768")
-        sides = parse_numbers("--resolution", data.resolution, int, (1, 2), "512 or 768,512")
-        return BatchShape(data.train_batch_size, sides[0], sides[-1])
+def batch_of_options(data: DatasetOptions) -> BatchShape:
+    """Return the batch of `resolution` and `train_batch_size`. Raises UserError where no resolution is set."""
+    if not data.resolution:
+        raise UserError("--resolution is not set; set the training size, such as 512 or 512,768")
+    sides = parse_numbers("--resolution", data.resolution, int, (1, 2), "512 or 768,512")
+    return BatchShape(data.train_batch_size, sides[0], sides[-1])
+
+
+def largest_batch(config: RunDataConfig) -> BatchShape:
+    """Return the largest batch of a data set, whose images need not exist.
+
+    Buckets have as many pixels or slightly fewer; each folder of `control_dirs` counts as one reference.
+    """
     shapes = [
         BatchShape(d.batch_size, *d.resolution, (s.control_resolution or d.resolution,) * len(s.control_dirs))
-        for d in load_dataset_config(options).datasets
+        for d in config.datasets
         for s in d.subsets
     ]
     return max(shapes, key=lambda shape: shape.num_pixels)

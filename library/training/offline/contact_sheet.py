@@ -11,7 +11,9 @@ from torch import nn
 
 from library.checkpoints.recognition import keys_of_text_encoders
 from library.memory.devices import place, release_memory
+from library.options.machine.memory import MemoryOptions, PrecisionOptions
 from library.options.train import TrainOptions
+from library.options.training.network import NetworkOptions
 from library.protocols import Architecture
 from library.training.evaluation.preview import decode, draw_latents, encode_prompts, generator_of
 from library.training.failures.vae_memory import VaeFallback
@@ -50,7 +52,7 @@ def draw_rows(
     one that a run draws as preview of the same weights, prompt and seed. Raises UserError for a file that does not fit.
     """
     compute = Compute.build(options.precision, device)
-    loaded = load(options, arch, rows, prompts, compute)
+    loaded = load(options.network, options.precision, options.memory, arch, rows, prompts, compute)
     for row in rows:
         with torch.no_grad(), installed(row, loaded.models, compute) as network:
             context = context_of(loaded, network)
@@ -61,20 +63,26 @@ def draw_rows(
 
 
 def load(
-    options: TrainOptions, arch: Architecture, rows: Sequence[Stack], prompts: Sequence[Prompt], compute: Compute
+    network: NetworkOptions,
+    precision: PrecisionOptions,
+    memory: MemoryOptions,
+    arch: Architecture,
+    rows: Sequence[Stack],
+    prompts: Sequence[Prompt],
+    compute: Compute,
 ) -> Loaded:
     """Return the models on the device; text encoders leave before the denoiser comes where no file changes them."""
     encoders = [encoder.to(compute.device).eval() for encoder in arch.load.text_encoders()]
-    files = [*map(Path, options.network.base_weights or ()), *(file for row in rows for file, _ in row)]
+    files = [*map(Path, network.base_weights or ()), *(file for row in rows for file, _ in row)]
     encoded = None
     if not any(keys_of_text_encoders(file) for file in files):
         encoded = encode_prompts(arch, encoders, compute.autocast, prompts)
         encoders = []
-        release_memory(options.memory.highvram)
+        release_memory(memory.highvram)
     vae = place(arch.load.vae(), compute.device)
-    models = load_frozen(options.network, options.precision.denoiser_format, arch, encoders, vae, compute, READER)
+    models = load_frozen(network, precision.denoiser_format, arch, encoders, vae, compute, READER)
     arch.fit_to_sizes(models.denoiser, [(prompt.width, prompt.height) for prompt in prompts])
-    resolve_models(options.precision, options.memory.num_offloaded, arch, models, compute)
+    resolve_models(precision, memory.num_offloaded, arch, models, compute)
     return Loaded(arch, models, vae, compute, encoded)
 
 

@@ -18,6 +18,8 @@ from library.data.caching.stores import NO_LATENTS, NO_TEXTS
 from library.data.plan.data_plan import DataPlan
 from library.errors import UserError
 from library.options.train import TrainOptions
+from library.options.training.noise import NoiseOptions
+from library.options.training.validation import ValidationOptions
 from library.processes import ALONE
 from library.protocols import Architecture
 from library.training.evaluation.measurement import Measurement
@@ -80,7 +82,7 @@ def losses_of_files(
 
     Raises UserError for a file that does not fit.
     """
-    aside, probe = both_aside(options, PlannedBatches(plan, NO_LATENTS, NO_TEXTS), seed)
+    aside, probe = both_aside(options.validation, options.noise, PlannedBatches(plan, NO_LATENTS, NO_TEXTS), seed)
     has_flips = any(s.config.flip_aug for dataset in plan.datasets for s in dataset.subsets)
     kept_aside = {sample for one in (aside, probe) for sample in one.images.samples_of(one.places)}
     plan, numbers = plan.limited_to_measured(len(aside.rows) or MOST_MIRRORED, kept_aside)
@@ -92,7 +94,7 @@ def losses_of_files(
         check_text_parts(rows)
     resolve_models(options.precision, options.memory.num_offloaded, arch, loaded.models, compute)
     batches = PlannedBatches(plan, loaded.latents, loaded.texts)
-    aside, probe = both_aside(options, batches, seed)  # with what is cached
+    aside, probe = both_aside(options.validation, options.noise, batches, seed)  # with what is cached
     trained = all_of(batches.measured(numbers), aside)
     if aside.rows:
         sides = Sides(aside, replace(trained, noise=aside.rows), None)
@@ -120,11 +122,12 @@ def losses_of_files(
     return sides, measured()
 
 
-def both_aside(options: TrainOptions, batches: PlannedBatches, seed: int) -> tuple[Measurement, Measurement]:
+def both_aside(
+    validation: ValidationOptions, noise: NoiseOptions, batches: PlannedBatches, seed: int
+) -> tuple[Measurement, Measurement]:
     """Return the measurements of the images held out for validation, and of the forgetting probe."""
     aside, probe = (
-        measurement_of(options.validation, options.noise, batches.validation.of_probe(is_probe), seed)
-        for is_probe in (False, True)
+        measurement_of(validation, noise, batches.validation.of_probe(is_probe), seed) for is_probe in (False, True)
     )
     return aside, probe
 

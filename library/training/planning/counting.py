@@ -38,6 +38,7 @@ from library.memory.planner.steps import (
     count_pass,
 )
 from library.memory.planner.weights import ModelWeights
+from library.options.caching import CachingOptions
 from library.options.machine.memory import PrecisionOptions
 from library.options.train import TrainOptions
 from library.options.training.concepts import ConceptOptions
@@ -137,7 +138,7 @@ def count_run(
         meta = run_on_meta_device(options, arch, adapters)
         bar.update(1)
         denoiser, networks = meta.models.denoiser, meta.networks
-        caches_latents, concepts = has_latents(options), options.concepts
+        caches_latents, concepts = has_latents(options.caching, options.concepts), options.concepts
         encodes = caches_latents and concepts is None and meta.vae is not None
         images = count_images(arch, meta.vae, batch) if encodes and meta.vae is not None else None
         preview = count_preview(options.preview, arch, meta.vae, not caches_latents, counter_for(arch))
@@ -226,14 +227,15 @@ def run_on_meta_device(options: TrainOptions, arch: Architecture, adapters: Sequ
     elif cached_text(options.network, arch.text_cache) is not None:
         live = live_text(options.network, arch.text_cache)
         staying = encoders[: 0 if live is None else live.num_encoders]
-    models = Models(denoiser, staying, None if has_latents(options) else vae, arch.view(staying, denoiser))
+    needs_vae = not has_latents(options.caching, options.concepts)
+    models = Models(denoiser, staying, vae if needs_vae else None, arch.view(staying, denoiser))
     networks = [network_on_meta_device(own.network, own.precision, arch, models) for own in adapters]
     return MetaRun(models, encoders, vae, networks)
 
 
-def has_latents(options: TrainOptions) -> bool:
+def has_latents(caching: CachingOptions, concepts: ConceptOptions | None) -> bool:
     """Return True if no step needs the VAE: latents are cached, or drawn from prompts."""
-    return options.caching.cache_latents or options.concepts is not None
+    return caching.cache_latents or concepts is not None
 
 
 def network_on_meta_device(
