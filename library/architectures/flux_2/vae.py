@@ -111,7 +111,7 @@ def empty_vae(config: Mapping[str, Any]) -> Any:
 
 
 class BatchStatistics(nn.Module):
-    """What is used of the VAE's batch norm."""
+    """The statistics of the VAE's batch norm that normalise latents."""
 
     def __init__(self, num_channels: int, eps: float) -> None:
         super().__init__()

@@ -49,7 +49,7 @@ LINE_OPTIONS: Mapping[str, str] = {
     "ci": "control_image_path",
     "am": "strength",
 }
-"""What stands behind `--` in a line of text -> the same setting in TOML and JSON."""
+"""The name of a setting in a line of text, behind `--` -> its name in TOML and JSON."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from math import fsum, isfinite, nan
 from typing import Any, Literal
 
 Part = Literal["step", "step previews", "epoch", "epoch previews", "end"]
-"""What may be due after a step: files and state of the step, images, the same of the epoch, and the last file."""
+"""Actions that may be due after a step: saving and previews of the step and of the epoch, and the last file."""
 
 
 @dataclass

@@ -21,7 +21,7 @@ from library.training.step.text_features import conditioning_of
 from library.types import Batch, Concept, Noised, Prompt
 
 Answers = Mapping[str, Tensor]
-"""What the denoiser says of each text, float32."""
+"""The denoiser's output for each text, float32."""
 
 
 def partly_drawn(context: StepContext, batch: Batch, concept: Concept, batch_number: int) -> Noised:
