@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 
 from library.architectures.flux_2.model import Flux2
+from library.architectures.flux_2.predict import predict
+from library.diffusion.references import reference_features
+from library.types import Noised
 from tests.parity.denoisers import assert_recomputing_changes_no_gradient
 from tests.tiny.flux_2 import CONFIG, diffusers_config, diffusers_state, tiny_flux_2
 from tests.tolerances import FLOAT32_DEEP
@@ -61,6 +64,45 @@ def test_outputs_and_input_gradients_are_those_of_diffusers(size: tuple[int, int
         results.append((output, *gradients))
     for ours_value, theirs_value in zip(*results, strict=True):
         assert theirs_value.abs().max() > 0.1
+        torch.testing.assert_close(ours_value, theirs_value, **FLOAT32_DEEP)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_references_are_placed_and_attended_to_as_in_diffusers(size: tuple[int, int]) -> None:
+    """Two references of other sizes follow the noisy tokens in `predict`, as its pipeline appends them."""
+    from diffusers import Flux2Pipeline as Pipeline
+
+    ours = tiny_flux_2(6, True)
+    theirs = oracle(ours)
+    g = torch.Generator().manual_seed(8)
+    references = [torch.randn(2, CONFIG.in_features, *side, generator=g).requires_grad_() for side in ((4, 3), (2, 9))]
+
+    def our_output(latents: Tensor, sigmas: Tensor, text: Tensor) -> Tensor:
+        conditioning = {"hidden_state": text, **reference_features(references)}
+        batch: Any = None
+        return predict(ours, Noised(latents, latents, latents, sigmas, sigmas), conditioning, batch, guidance=4.0)
+
+    def their_output(latents: Tensor, sigmas: Tensor, text: Tensor) -> Tensor:
+        placed = Pipeline._prepare_image_ids([reference[:1] for reference in references]).expand(2, -1, -1)
+        tokens = theirs(
+            torch.cat([Pipeline._pack_latents(image) for image in (latents, *references)], dim=1),
+            encoder_hidden_states=text,
+            timestep=sigmas,
+            img_ids=torch.cat([Pipeline._prepare_latent_ids(latents), placed], dim=1),
+            txt_ids=Pipeline._prepare_text_ids(text),
+            guidance=torch.full((2,), 4.0),
+            return_dict=False,
+        )[0]
+        return tokens[:, : latents.shape[-2] * latents.shape[-1]].transpose(1, 2).reshape(latents.shape)  # type: ignore[no-any-return]
+
+    results = []
+    for run in (our_output, their_output):
+        latents, sigmas, text, _ = inputs(*size)
+        output = run(latents, sigmas, text)
+        weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(5))
+        results.append((output, *torch.autograd.grad((output * weights).sum(), (latents, text, *references))))
+    for ours_value, theirs_value in zip(*results, strict=True):
+        assert theirs_value.abs().max() > 0.01
         torch.testing.assert_close(ours_value, theirs_value, **FLOAT32_DEEP)
 
 

@@ -16,6 +16,7 @@ from library.training.evaluation.prompt_images import GAP
 from library.training.report_page.page import data_of
 from tests.running import Finished, make_images
 from tests.tiny.flux import build_tiny_flux
+from tests.tiny.flux_2 import build_tiny_flux_2
 from tools import contact_sheet
 
 Train = Callable[..., Finished]
@@ -180,3 +181,45 @@ def test_a_preview_depends_on_its_reference(train: Train, arguments: list[str], 
         np.asarray(Image.open(path))[:, 64 + GAP :] for path in sorted((tmp_path / "out" / "sample").glob("*.png"))
     )
     assert (first == third).all() and (first != second).any()
+
+
+def test_flux_2_trains_on_two_references_of_a_musubi_dataset(train: Train, tmp_path: Path) -> None:
+    """Stems with numbers, references of other sizes, a preview of both, and a resumed run that is the uninterrupted
+    one."""
+    make_images(tmp_path / "after", 4)
+    for number, side in enumerate((96, 64)):
+        found = make_images(tmp_path / f"before{number}", 4, side=side, seed=1 + number)
+        for path in found.glob("*.png"):
+            (tmp_path / "before").mkdir(exist_ok=True)
+            path.rename(tmp_path / "before" / f"{path.stem}_{number}.png")
+    (tmp_path / "data.toml").write_text(
+        f"""
+[general]
+resolution = [64, 64]
+caption_extension = ".txt"
+batch_size = 2
+
+[[datasets]]
+image_directory = "{(tmp_path / "after").as_posix()}"
+control_directory = "{(tmp_path / "before").as_posix()}"
+no_resize_control = true
+"""
+    )
+    shown = " ".join(f"--ci {(tmp_path / 'before' / f'00_{number}.png').as_posix()}" for number in (0, 1))
+    (tmp_path / "prompts.txt").write_text(f"make it red --w 64 --h 48 --s 2 --d 3 {shown}\n")
+    whole = [
+        *build_tiny_flux_2(tmp_path / "model", 64), "--dataset_config", str(tmp_path / "data.toml"), "--output_dir",
+        str(tmp_path / "out"), "--output_name", "mine", "--network_module", "networks.lora_flux_2", "--network_dim",
+        "4", "--learning_rate", "1e-3", "--max_train_steps", "4", "--seed", "5", "--max_data_loader_n_workers", "0",
+        "--cache_latents_to_disk", "--cache_text_encoder_outputs", "--save_every_n_steps", "2", "--save_state",
+        "--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "4",
+    ]  # fmt: skip
+    done = train(whole, "flux_2_train_network")
+    assert done.status == 0, done.stderr
+    assert "2 reference images for each image" in done.stderr
+    state = str(tmp_path / "out" / "mine-step00000002-state")
+    assert train([*whole, "--output_name", "resumed", "--resume", state], "flux_2_train_network").status == 0
+    assert are_equal(saved(tmp_path), saved(tmp_path, "resumed"))
+    (preview,) = (tmp_path / "out" / "sample").glob("mine*.png")
+    with Image.open(preview) as image:
+        assert image.width > 3 * 64  # both references stand to the left

@@ -5,7 +5,7 @@ samples, C channels, h and w sides of the latent, each of whose pixels is a toke
 first), M model width, E text width, V rows of modulation.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from typing import ClassVar
@@ -30,6 +30,7 @@ from library.models.shapes import ShapeReader
 from library.models.sinusoids import FREQUENCIES
 
 ROPE_BASE = 2000
+REFERENCE_STEP = 10  # between reference images on the first axis of positions
 NUM_AXES = 4  # image, row, column, text token
 
 
@@ -91,20 +92,30 @@ class Flux2(StreamTransformer):
         self.add_streams(config, given_modulation, LastModulation(width, bias=False))
 
     def forward(
-        self, latents_BChw: Tensor, sigmas_B: Tensor, text_BLE: Tensor, guidance_B: Tensor | None = None
+        self,
+        latents_BChw: Tensor,
+        sigmas_B: Tensor,
+        text_BLE: Tensor,
+        guidance_B: Tensor | None = None,
+        references: Sequence[Tensor] = (),
     ) -> Tensor:
         """Return the velocity, shape BChw.
 
         `sigmas_B` are shares of noise, 0..1. All text tokens are attended to. `guidance_B` is the guidance strength
-        that dev imitates; klein ignores it.
+        that dev imitates; klein ignores it. `references` are the latents of reference images, BChw each, whose tokens
+        follow those of the noisy latents.
         """
-        h, w = latents_BChw.shape[-2:]
+        images = (latents_BChw, *references)
+        sides = [image.shape[-2:] for image in images]
         L, device, dtype = text_BLE.shape[1], latents_BChw.device, self.img_in.weight.dtype
-        img_BTM = self.img_in(patchify(latents_BChw, 1).to(dtype))
+        img_BTM = self.img_in(torch.cat([patchify(image, 1).to(dtype) for image in images], dim=1))
         txt_BLM = self.txt_in(text_BLE.to(dtype))
-        positions_T4 = torch.cat([text_positions(L, device), image_positions(h, w, device)])
-        rope = self.rotary(positions_T4, (1, h, w, L))
+        placed = [image_positions(h, w, device, REFERENCE_STEP * i) for i, (h, w) in enumerate(sides)]
+        positions_T4 = torch.cat([text_positions(L, device), *placed])
+        num_times = REFERENCE_STEP * len(references) + 1
+        rope = self.rotary(positions_T4, (num_times, *map(max, zip(*sides, strict=True)), L))
         vecs = self.modulation(sigmas_B, guidance_B, dtype)
+        h, w = sides[0]
         velocity_BTC = self.run_blocks(img_BTM, txt_BLM, vecs, rope, None, h * w)
         return unpatchify(velocity_BTC, h, w, 1)
 
@@ -130,7 +141,7 @@ def text_positions(num_tokens: int, device: torch.device) -> Tensor:
 
 def image_positions(h: int, w: int, device: torch.device, t: int = 0) -> Tensor:
     """Return positions of the tokens of an image, shape (h w, 4): row y and column x at (t, y, x, 0). The image that is
-    denoised has t = 0."""
+    denoised has t = 0, reference i from 1 has `REFERENCE_STEP` i."""
     ids_T4 = torch.zeros(h * w, NUM_AXES, dtype=torch.long, device=device)
     ids_T4[:, 0] = t
     ids_T4[:, 1] = torch.arange(h, device=device).repeat_interleave(w)

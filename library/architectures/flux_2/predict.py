@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from library.diffusion.references import references_in
 from library.diffusion.samplers import FlowSampler, Sampler, even_sigmas
 from library.diffusion.timesteps import shift_sigmas
 from library.types import Batch, Conditioning, Noised, Prompt
@@ -33,6 +34,7 @@ def predict(
         noised.sigmas_B,
         conditioning["hidden_state"],
         torch.full_like(noised.sigmas_B, guidance),
+        references_in(conditioning),
     )
     return velocity_BCHW
 

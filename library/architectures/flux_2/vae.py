@@ -28,7 +28,15 @@ BATCH_NORM = "bn."
 STATISTICS = ("running_mean", "running_var")
 COUNTER = f"{BATCH_NORM}num_batches_tracked"  # of the VAE's own training, which some files lack
 ORIGINAL = {"encoder.quant_conv.": "quant_conv.", "decoder.post_quant_conv.": "post_quant_conv."}  # -> diffusers
-SPEC = LatentSpec(CHANNELS * PATCH**2, 16, bucket_step=16, cache_suffix="_flux_2.npz", had_keys_without_size=False)
+MAX_REFERENCES = 10  # that the model's makers name
+SPEC = LatentSpec(
+    channels=CHANNELS * PATCH**2,
+    downscale=16,
+    bucket_step=16,
+    cache_suffix="_flux_2.npz",
+    had_keys_without_size=False,
+    max_references=MAX_REFERENCES,
+)
 
 
 @dataclass(frozen=True)
