@@ -47,7 +47,8 @@ def test_a_run_tells_everything_that_happens(train: Train, base_arguments: list[
     )  # fmt: skip
     assert done.status == 0, done.stderr
     events = events_of(file)
-    assert set(Counter(event["event"] for event in events)) == {*SCHEMA["properties"]["event"]["enum"]} - {"finding"}
+    elsewhere = {"finding", "forgetting", "strengths"}  # of audits, probes and prompts with --am
+    assert set(Counter(event["event"] for event in events)) == {*SCHEMA["properties"]["event"]["enum"]} - elsewhere
     assert "hf_secret" not in file.read_text()
 
     start = events[0]

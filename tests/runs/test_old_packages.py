@@ -9,7 +9,11 @@ from tests.running import SCRIPTS, Finished
 
 KOHYA_SS = {"transformers": "4.54.1", "diffusers": "0.32.2"}
 LORA_SCRIPTS = {"transformers": "4.44.0", "diffusers": "0.25.0"}
-REFUSED = {"anima_train_network": "diffusers 0.32.2", "hunyuan_image_train_network": "transformers 4.54.1"}
+REFUSED = {
+    "anima_train_network": "diffusers 0.32.2",
+    "flux_2_train_network": "diffusers 0.32.2",
+    "hunyuan_image_train_network": "transformers 4.54.1",
+}
 
 
 def error_of(
