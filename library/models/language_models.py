@@ -3,6 +3,7 @@
 Letters: B captions, S tokens, E width.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,11 +13,20 @@ from torch import Tensor, nn
 from library.checkpoints.weights import selected
 from library.errors import UserError
 from library.memory.devices import send
+from library.memory.formats.fp8 import Fp8Rows
+from library.memory.frozen import layers_in_blocks, store_all_in
 from library.models.loading import Component
 from library.models.shapes import Shapes, count, shape_of
 
+logger = logging.getLogger(__name__)
+
 PARTS = ("embed_tokens.", "layers.", "norm.")  # the rest of a file is the head that predicts words
 WORDS = "embed_tokens.weight"
+
+
+def store_in_8_bits(encoder: nn.Module, name: str) -> None:
+    """Keep the weights of a text encoder's blocks as fp8 with a scale for each row; `name` is that of the log."""
+    logger.info("%s: %d layers in 8 bits", name, store_all_in(Fp8Rows(), layers_in_blocks(encoder).values()))
 
 
 def decoder_config(shapes: Shapes, head_width: int, rope_base: float, eps: float) -> dict[str, Any]:

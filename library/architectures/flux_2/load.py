@@ -1,6 +1,5 @@
 """Loading of FLUX.2 checkpoints: three files, one file with everything, or a diffusers folder."""
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,16 +26,12 @@ from library.checkpoints.weights import Weights, configure
 from library.errors import UserError
 from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
-from library.memory.formats.fp8 import Fp8Rows
-from library.memory.frozen import layers_in_blocks, store_all_in
 from library.models.identify import open_transformer, refuse_transformer, refuse_variants
-from library.models.language_models import WORDS
+from library.models.language_models import WORDS, store_in_8_bits
 from library.models.loading import Component, MaybeComponent, first_side, materialise, on_meta_device, open_if_there
 from library.models.qwen3 import FOLDER
 from library.models.vae.vae import vae_dtype_of
 from library.options.model import BASE_FLAG
-
-logger = logging.getLogger(__name__)
 
 MODEL = "FLUX.2"
 MARK = "single_stream_modulation.lin.weight"
@@ -65,8 +60,7 @@ class Flux2Loader:
     def text_encoders(self) -> list[nn.Module]:
         encoder = self.encoder.load(self.encoder_component, self.text_dtype)
         if self.shrinks_text:
-            num_layers = store_all_in(Fp8Rows(), layers_in_blocks(encoder).values())
-            logger.info("%s: %d layers in 8 bits", self.encoder.name, num_layers)
+            store_in_8_bits(encoder, self.encoder.name)
         return [encoder]
 
     def vae(self) -> nn.Module:

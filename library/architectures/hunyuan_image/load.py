@@ -20,9 +20,8 @@ from library.checkpoints.weights import Weights, configure, renamed
 from library.errors import NotThere, UserError
 from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
-from library.memory.formats.fp8 import Fp8Rows
-from library.memory.frozen import layers_in_blocks, store_all_in
 from library.models.identify import open_transformer, refuse_transformer
+from library.models.language_models import store_in_8_bits
 from library.models.loading import (
     Component,
     MaybeComponent,
@@ -69,8 +68,7 @@ class HunyuanImageLoader:
     def text_encoders(self) -> list[nn.Module]:
         qwen = load_qwen(self.qwen, self.text_dtype)
         if self.shrinks_qwen:
-            layers = layers_in_blocks(qwen).values()
-            logger.info("Qwen2.5-VL: %d layers in 8 bits", store_all_in(Fp8Rows(), layers))
+            store_in_8_bits(qwen, "Qwen2.5-VL")
         return [qwen, load_t5(self.byt5, self.text_dtype)]
 
     def vae(self) -> nn.Module:

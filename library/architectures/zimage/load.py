@@ -1,6 +1,5 @@
 """Loading of Z-Image checkpoints: three files, one file with everything, or a diffusers folder."""
 
-import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,8 @@ from library.checkpoints.weights import Weights, configure, selected
 from library.errors import UserError
 from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
-from library.memory.formats.fp8 import Fp8Rows
-from library.memory.frozen import layers_in_blocks, store_all_in
 from library.models.identify import open_transformer, refuse_transformer, refuse_variants
-from library.models.language_models import WORDS
+from library.models.language_models import WORDS, store_in_8_bits
 from library.models.loading import (
     Component,
     MaybeComponent,
@@ -34,8 +31,6 @@ from library.models.qwen3 import FOLDER, Qwen3Release, load_qwen3, qwen3_compone
 from library.models.vae.flux import CHANNELS, open_ae
 from library.models.vae.vae import load_vae, vae_dtype_of
 from library.options.model import BASE_FLAG
-
-logger = logging.getLogger(__name__)
 
 MODEL = "Z-Image"
 QWEN3 = Qwen3Release("--text_encoder", "Qwen/Qwen3-4B", "text_encoders.qwen3_4b.transformer.model.")
@@ -65,7 +60,7 @@ class ZImageLoader:
     def text_encoders(self) -> list[nn.Module]:
         encoder = load_qwen3(self.qwen3, self.text_dtype)
         if self.shrinks_text:
-            logger.info("Qwen3: %d layers in 8 bits", store_all_in(Fp8Rows(), layers_in_blocks(encoder).values()))
+            store_in_8_bits(encoder, "Qwen3")
         return [encoder]
 
     def vae(self) -> nn.Module:
