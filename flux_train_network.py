@@ -20,7 +20,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 class FluxNetworkTrainer:
-    """What programs that import this script train with."""
+    """The trainer for programs that import this script."""
 
     def train(self, args: argparse.Namespace) -> None:
         """Train as `args` asks. Raises UserError for what the user can put right."""

@@ -121,7 +121,7 @@ def saved_shapes(door: Any, size: str, **arguments: str) -> dict[str, tuple[int,
 def test_every_module_of_a_saved_file_is_a_layer_that_diffusers_finds(
     size: str, door: Any, arguments: dict[str, str]
 ) -> None:
-    """Those of musubi-tuner: everything in the blocks but norms."""
+    """The modules are those of musubi-tuner: everything in the blocks but norms."""
     from diffusers.loaders.lora_pipeline import Flux2LoraLoaderMixin
 
     shapes = saved_shapes(door, size, **arguments)

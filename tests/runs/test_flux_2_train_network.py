@@ -46,7 +46,7 @@ def train_flux_2(train: Train) -> Train:
 
 @pytest.fixture
 def settings(images: Path, tmp_path: Path) -> list[str]:
-    """Of a command line that trains two steps."""
+    """Arguments that train two steps, the base model aside."""
     return [
         "--train_data_dir", str(images), "--caption_extension", ".txt", "--resolution", "64", "--train_batch_size",
         "2", "--output_dir", str(tmp_path / "out"), "--output_name", "mine", "--network_module",
@@ -61,7 +61,7 @@ def arguments(tiny_arguments: list[str], settings: list[str]) -> list[str]:
 
 
 def names_of(model: list[str], version: str, tmp_path: Path) -> dict[str, str]:
-    """What stands for the paths of the page's commands."""
+    """Replacements of the paths in the page's commands."""
     make_images(tmp_path / "images", 3)
     (tmp_path / "data.toml").write_text(
         '[general]\nresolution = [80, 64]\ncaption_extension = ".txt"\nbatch_size = 1\nenable_bucket = true\n'

@@ -51,7 +51,7 @@ def arguments(tiny_arguments: list[str], images: Path, tmp_path: Path) -> list[s
 
 @pytest.fixture
 def names(tiny_arguments: list[str], tmp_path: Path) -> dict[str, str]:
-    """What stands for the paths of the page's commands."""
+    """Replacements of the paths in the page's commands."""
     make_images(tmp_path / "images", 3)
     (tmp_path / "data.toml").write_text(
         '[general]\nresolution = [80, 64]\ncaption_extension = ".txt"\nbatch_size = 1\nenable_bucket = true\n'
