@@ -33,6 +33,7 @@ def checkout(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_an_editable_installation_is_imported_from_another_folder(checkout: Path, tmp_path: Path) -> None:
     venv.create(tmp_path / "fresh", with_pip=False)
     python = interpreter_of(tmp_path / "fresh")
@@ -46,6 +47,7 @@ def test_an_editable_installation_is_imported_from_another_folder(checkout: Path
     assert done.stdout.splitlines() == [*files, f"{VERSION} None"]
 
 
+@pytest.mark.slow
 def test_a_wheel_holds_every_file_of_the_four_packages_and_nothing_else(checkout: Path, tmp_path: Path) -> None:
     subprocess.run([*PIP, "wheel", *OFFLINE, "--wheel-dir", str(tmp_path), str(checkout)], check=True)
     (wheel,) = tmp_path.glob("*.whl")

@@ -1,14 +1,15 @@
 """Folders are layers: imports point down, and no two folders import each other, however indirectly."""
 
-import ast
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-PATHS = [path.relative_to(ROOT) for top in ("library", "networks") for path in sorted((ROOT / top).rglob("*.py"))]
+from tests.architecture.sources import python_files, source_of
+
+PATHS = python_files("library", "networks")
 MODULES = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for path in PATHS}
 
 # Every folder, and every module that lies beside folders, from the bottom up. What stands in one line is one layer,
@@ -90,17 +91,16 @@ EXCEPT = ("networks.core.protocol", "networks.core.targets.targets")
 def imports_of(path: Path) -> set[str]:
     """Return the modules of the project that a file imports, inside functions and for type checking too."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: write the full path instead of a relative import"
-            whole = {f"{node.module}.{alias.name}" for alias in node.names}
-            names |= {name if name in MODULES else str(node.module) for name in whole}
+    for module, taken in source_of(path).imports:
+        whole = {f"{module}.{name}" for name in taken}
+        names |= {name if name in MODULES else module for name in whole} if taken else {module}
     return {name for name in names if name in MODULES}
 
 
-IMPORTS = {module: imports_of(path) for module, path in MODULES.items()}
+@cache
+def imports() -> dict[str, set[str]]:
+    """Return what each module imports."""
+    return {module: imports_of(path) for module, path in MODULES.items()}
 
 
 def layer_of(module: str) -> str:
@@ -131,7 +131,7 @@ def layered() -> Iterator[str]:
 def test_no_folders_import_each_other_in_a_cycle() -> None:
     folder = folders()
     graph: dict[str, set[str]] = {name: set() for name in folder.values()}
-    for module, imported in IMPORTS.items():
+    for module, imported in imports().items():
         graph[folder[module]] |= {folder[other] for other in imported} - {folder[module]}
     try:
         list(TopologicalSorter(graph).static_order())
@@ -139,37 +139,40 @@ def test_no_folders_import_each_other_in_a_cycle() -> None:
         cycle = error.args[1]
         lines = [
             f"{module} imports {other}"
-            for module, imported in IMPORTS.items()
+            for module, imported in imports().items()
             for other in imported
             if folder[module] != folder[other] and folder[module] in cycle and folder[other] in cycle
         ]
         pytest.fail("\n".join([" <- ".join(cycle), *sorted(lines)]))
 
 
-@pytest.mark.parametrize("module", layered())
-def test_imports_point_down(module: str) -> None:
-    here = layer_of(module)
-    for other in IMPORTS[module] - set(PACKAGES):
-        assert other not in ENTRY_POINTS, f"{module} imports {other}, which is for other programs"
-        there = layer_of(other)
-        assert LAYER[there] <= LAYER[here], f"{module} ({here}) imports {other} from the layer above it ({there})"
+def test_imports_point_down() -> None:
+    for module in layered():
+        here = layer_of(module)
+        for other in imports()[module] - set(PACKAGES):
+            assert other not in ENTRY_POINTS, f"{module} imports {other}, which is for other programs"
+            there = layer_of(other)
+            assert LAYER[there] <= LAYER[here], f"{module} ({here}) imports {other} from the layer above it ({there})"
 
 
-@pytest.mark.parametrize("module", layered())
-def test_layers_know_only_what_they_may(module: str) -> None:
-    for part, forbidden in FORBIDDEN.items():
+@pytest.mark.parametrize("part", FORBIDDEN)
+def test_layers_know_only_what_they_may(part: str) -> None:
+    for module in layered():
         if inside(module, (part,)):
             found = {
-                other for other in IMPORTS[module] if inside(other, forbidden) and not inside(other, (part, *EXCEPT))
+                other
+                for other in imports()[module]
+                if inside(other, FORBIDDEN[part]) and not inside(other, (part, *EXCEPT))
             }
-            assert not found, f"{module} imports {sorted(found)}; {part} must not know {forbidden}"
+            assert not found, f"{module} imports {sorted(found)}; {part} must not know {FORBIDDEN[part]}"
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("library.architectures.") and m.count(".") > 2])
-def test_no_base_model_imports_another(module: str) -> None:
-    own = ".".join(module.split(".")[:3])
-    others = {other for other in IMPORTS[module] if other.startswith("library.architectures.") and other.count(".") > 2}
-    assert all(inside(other, (own,)) for other in others), f"{module} imports {others}"
+def test_no_base_model_imports_another() -> None:
+    for module in MODULES:
+        if module.startswith("library.architectures.") and module.count(".") > 2:
+            own = ".".join(module.split(".")[:3])
+            others = {o for o in imports()[module] if o.startswith("library.architectures.") and o.count(".") > 2}
+            assert all(inside(other, (own,)) for other in others), f"{module} imports {others}"
 
 
 def test_every_layer_exists() -> None:

@@ -2,13 +2,12 @@
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-FILES = [p for room in ("library", "networks", "tools", "benchmarks") for p in sorted((ROOT / room).rglob("*.py"))]
-TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in FILES}
+from tests.architecture.sources import python_files, text_of
+
+TEXTS = {path.as_posix(): text_of(path) for path in python_files("library", "networks", "tools", "benchmarks")}
 
 GONE = (
     "split_key", "flat_name", "OTHER_LEAVES", "NormAdapter", "AnyAdapter", "file_tensors",
@@ -51,11 +50,15 @@ def test_it_is_defined_once(pattern: str) -> None:
     assert found == [ONCE[pattern]]
 
 
-@pytest.mark.parametrize("path", [p for p in TEXTS if not p.startswith(MAY_NAME_FACTORS)])
-def test_nobody_else_reaches_for_factors(path: str) -> None:
-    """Neither as attributes nor as ends of keys; texts for people may name them."""
-    tree = ast.parse(TEXTS[path])
+def factors_in(text: str) -> list[str]:
+    """Return the attributes and ends of keys that name factors; texts for people may name them."""
+    tree = ast.parse(text)
     texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     keys = [text for text in texts if " " not in text.strip() and FACTOR.search(text)]
-    attributes = [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and FACTOR.search(node.attr)]
-    assert not keys + attributes, f"{path} reaches for {keys + attributes}; ask the change in networks/core/kinds"
+    return keys + [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and FACTOR.search(node.attr)]
+
+
+def test_nobody_else_reaches_for_factors() -> None:
+    others = {path: text for path, text in TEXTS.items() if not path.startswith(MAY_NAME_FACTORS)}
+    found = {path: factors_in(text) for path, text in others.items() if FACTOR.search(text)}
+    assert {path: names for path, names in found.items() if names} == {}, "ask the change in networks/core/kinds"

@@ -1,14 +1,13 @@
 """Private words that the field's terms have replaced do not come back, neither in identifiers nor in file names."""
 
-import ast
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-FILES = [path for top in ("library", "networks", "tools") for path in sorted((ROOT / top).rglob("*.py"))]
+from tests.architecture.sources import python_files, source_of
+
+FILES = python_files("library", "networks", "tools")
 REPLACED = {  # word of an identifier -> the field's word
     "allotment": "TargetSettings",
     "door": "network module, AdapterKind",
@@ -64,40 +63,26 @@ IN_FILES = {  # fields of events, of the origin of latents and of the journals o
 MAY_HAVE = {("networks/core/targets", "rules.py")}  # a rule is a pattern with its rank, as --network_args says
 
 
-def identifiers(tree: ast.AST) -> Iterator[str]:
-    """Every name that the code of a module defines or uses."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name):
-            yield node.id
-        elif isinstance(node, ast.Attribute):
-            yield node.attr
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            yield node.name
-        elif isinstance(node, ast.arg):
-            yield node.arg
-        elif isinstance(node, ast.alias):
-            yield node.asname or node.name
-
-
 def words_of(identifier: str) -> str:
     """The words of an identifier, in lower case, between underscores."""
     split = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", identifier)
     return f"_{split.strip('_').lower()}_"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_identifiers_use_the_field_s_words(path: Path) -> None:
-    found = {}
-    for identifier in set(identifiers(ast.parse(path.read_text(encoding="utf-8")))) - IN_FILES:
-        words = words_of(identifier)
-        for old, new in {**REPLACED, **PHRASES}.items():
-            if f"_{old}_" in words:
-                found[identifier] = f"say {new}"
-    assert not found
+def private_words_in(path: Path) -> dict[str, str]:
+    """Return the identifiers of a file that have a replaced word, with what to say instead."""
+    words = {identifier: words_of(identifier) for identifier in source_of(path).identifiers - IN_FILES}
+    terms = (REPLACED | PHRASES).items()
+    return {name: f"say {new}" for name, split in words.items() for old, new in terms if f"_{old}_" in split}
+
+
+def test_identifiers_use_the_field_s_words() -> None:
+    found = {path.as_posix(): private_words_in(path) for path in FILES}
+    assert {path: words for path, words in found.items() if words} == {}
 
 
 @pytest.mark.parametrize("name", FILE_NAMES)
 def test_files_use_the_field_s_words(name: str) -> None:
-    paths = [path.relative_to(ROOT) for path in FILES if name in path.relative_to(ROOT).parts]
+    paths = [path for path in FILES if name in path.parts]
     left = [path for path in paths if (path.parent.as_posix(), path.name) not in MAY_HAVE]
     assert not left, f"say {FILE_NAMES[name]}"

@@ -77,6 +77,7 @@ def test_a_trainer_trains_what_its_script_trains(
     assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
 
 
+@pytest.mark.slow
 def test_coppylora_trains_in_a_thread(
     tmp_path: Path, fresh_process: None, monkeypatch: pytest.MonkeyPatch, tiny_sdxl_folder: Path
 ) -> None:
@@ -112,6 +113,7 @@ def test_coppylora_trains_in_a_thread(
     assert len(list((tmp_path / "data/1_thing").glob("0*.npz"))) == 4
 
 
+@pytest.mark.slow
 def test_a_second_run_in_one_process_may_have_another_precision(
     tmp_path: Path, fresh_process: None, tiny_sd_folder: Path
 ) -> None:

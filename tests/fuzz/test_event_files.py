@@ -37,6 +37,7 @@ def changed(value: Any, rng: random.Random, junk: Any) -> Any:
     return copy
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 2**32), junk=st.sampled_from(JUNK), number=st.integers(0, len(LINES) - 1))
 @any_input(150)
 def test_any_change_of_an_event_works_or_is_named(seed: int, junk: Any, number: int, tmp_path: Path) -> None:

@@ -177,6 +177,7 @@ def private_bytes() -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_Dirty:"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="only Linux tells")
 def test_a_forked_worker_copies_nothing_of_the_images_it_looks_at() -> None:
     """Objects would be copied with their pages, for looking at one changes its count of references."""

@@ -39,6 +39,7 @@ def bits_between(a: Look, b: Look) -> int:
     return (a.hash ^ b.hash).bit_count()
 
 
+@pytest.mark.slow
 def test_copies_are_near_and_other_images_far(tmp_path: Path) -> None:
     scenes = [scene(seed) for seed in range(610, 618)]
     looks = [looked_at(image, tmp_path / f"{n}.png") for n, image in enumerate(scenes)]

@@ -63,6 +63,7 @@ def starting_afresh() -> Iterator[None]:
     multiprocessing.set_start_method(usual, force=True)
 
 
+@pytest.mark.slow
 def test_workers_that_start_afresh_give_the_batches_of_this_process(
     tmp_path: Path, starting_afresh: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,6 +52,7 @@ WISHES = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(WISHES, st.sets(st.sampled_from("abcdefghijklmnop"), max_size=3))
 def test_whatever_is_asked_for_no_image_is_on_both_sides(wishes, always_trained):

@@ -28,7 +28,7 @@ def test_another_name_of_a_sampler_means_the_same_scheduler(name: str) -> None:
     assert made[0].levels == made[1].levels and type(made[0]) is type(made[1])
 
 
-@pytest.mark.parametrize("num_steps", [2, 3, 5, 20])
+@pytest.mark.parametrize("num_steps", [3, 20])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_perfect_denoiser_is_followed_to_the_clean_latents(name: str, num_steps: int) -> None:
     """The noise of the level that a method ends on stays: sigma is 0.04 at timestep 1, 0.03 at 0."""

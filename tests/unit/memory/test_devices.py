@@ -49,6 +49,7 @@ print(float(layers[1].weight.grad.abs().sum()) > 0)
 """
 
 
+@pytest.mark.slow
 def test_a_group_norm_of_a_frozen_model_can_be_trained_on_the_cpu() -> None:
     """In a process of its own, which torch would end with a segmentation fault."""
     done = subprocess.run([sys.executable, "-c", CRASH], cwd=ROOT, capture_output=True, text=True, timeout=120)

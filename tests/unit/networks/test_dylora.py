@@ -421,6 +421,7 @@ def test_ranks_of_a_file_must_be_multiples_of_the_unit_too() -> None:
         dylora.create_network_from_weights(1.0, "x", None, *toy_models(56), weights, unit="4")
 
 
+@pytest.mark.slow
 def test_every_rank_comes_near_the_best_of_its_size_where_a_plain_adapter_cut_later_does_not() -> None:
     """A 32x32 change with singular values 0.7^n: cut at rank r the best approximation leaves 0.7^r of its norm."""
     torch.manual_seed(71)

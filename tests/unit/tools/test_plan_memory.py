@@ -46,6 +46,7 @@ def test_it_prints_a_table_for_each_card(tmp_path: Path, capsys: pytest.CaptureF
     assert printed.count("peak of the run: encoding images, 0.7 GiB") == 2
 
 
+@pytest.mark.slow
 def test_previews_are_planned_at_the_size_of_the_largest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Decoding is counted as the VAE does it in a pass of its own."""
     prompts = tmp_path / "prompts.txt"
@@ -65,6 +66,7 @@ def test_previews_are_planned_at_the_size_of_the_largest(tmp_path: Path, capsys:
     assert counted.preview.vae_bytes == bytes_of(vae)
 
 
+@pytest.mark.slow
 def test_how_many_adapters_of_a_sweep_fit_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = arguments_for(tmp_path / "model", "--cards", "1GiB,8GiB", "--resolution", "256", "--sweep")
     assert main([*arguments, "network_dim=2,4,8"]) == 0
@@ -73,6 +75,7 @@ def test_how_many_adapters_of_a_sweep_fit_is_said(tmp_path: Path, capsys: pytest
     assert 3 < one < more
 
 
+@pytest.mark.slow
 def test_the_data_set_says_how_large_the_largest_batch_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "data.toml"
     config.write_text(

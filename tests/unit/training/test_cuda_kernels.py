@@ -69,6 +69,7 @@ def test_a_machine_without_a_card_is_told(monkeypatch: pytest.MonkeyPatch, caplo
         assert caplog.messages == ["--cuda_allow_tf32: no effect, as torch finds no CUDA card"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("full_precision")
 def test_a_run_computes_with_them(
     train: Callable[..., Finished], base_arguments: list[str], monkeypatch: pytest.MonkeyPatch

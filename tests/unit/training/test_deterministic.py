@@ -35,6 +35,7 @@ def test_memory_is_not_filled_before_it_is_used() -> None:
     assert torch.utils.deterministic.fill_uninitialized_memory
 
 
+@pytest.mark.slow
 def test_a_run_asks_for_it(train: Callable[..., Finished], base_arguments: list[str], tmp_path: Path) -> None:
     done = train([*base_arguments, "--deterministic", "--max_train_steps", "1"])
     assert done.status == 0 and "--deterministic: kernels whose sums have one order" in done.stderr

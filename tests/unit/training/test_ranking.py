@@ -45,6 +45,7 @@ def test_what_is_said_of_them(losses: list[list[float] | None], verdict: str) ->
     assert rank([measured(f"a{i}", one) for i, one in enumerate(losses)]).verdict.startswith(verdict)
 
 
+@pytest.mark.slow
 def test_adapters_that_are_equally_good_are_seldom_dropped() -> None:
     """Four that differ by chance alone, looked at 15 times: in at most 5 % of sweeps one is dropped."""
     generator, num_sweeps, dropped = torch.Generator().manual_seed(83), 300, 0

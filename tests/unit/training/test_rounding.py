@@ -39,6 +39,7 @@ def problem(seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return inputs, inputs @ torch.randn(12, 5, generator=generator), torch.randn(12, 5, generator=generator)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["AdamW", "SGD"])
 def test_learning_reaches_what_float32_reaches_where_plain_bf16_stalls(name: str) -> None:
     """Linear regression in small steps. Plain bf16 loses updates below 1/512 of a weight; rounded at random they count.

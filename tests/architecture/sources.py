@@ -1,0 +1,59 @@
+"""The project's sources, each parsed once for all tests of this folder that a process runs."""
+
+import ast
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def python_files(*folders: str) -> list[Path]:
+    """Return the sources in these folders of the repository, relative to it."""
+    return [path.relative_to(ROOT) for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def scripts() -> list[Path]:
+    """Return the sources in the repository's first folder."""
+    return [path.relative_to(ROOT) for path in sorted(ROOT.glob("*.py"))]
+
+
+@cache
+def text_of(path: Path) -> str:
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the tests ask of a file: a syntax tree in memory takes a hundred times as much."""
+
+    imports: tuple[tuple[str, Sequence[str]], ...]  # (module, names taken from it; none for a plain import)
+    defined: frozenset[str]  # names that it defines or imports, at any depth
+    identifiers: frozenset[str]  # names that it defines or uses, attributes and arguments included
+
+
+@cache
+def source_of(path: Path) -> Source:
+    """Parse a file. Raises AssertionError for a relative import."""
+    imports: list[tuple[str, Sequence[str]]] = []
+    defined, used = set(), set()
+    for node in ast.walk(ast.parse(text_of(path))):
+        match node:
+            case ast.Import():
+                imports += [(alias.name, ()) for alias in node.names]
+            case ast.ImportFrom():
+                assert node.level == 0 and node.module, f"{path}: write the full path instead of a relative import"
+                imports.append((node.module, [alias.name for alias in node.names]))
+            case ast.alias():
+                defined.add((node.asname or node.name).split(".")[0])
+                used.add(node.asname or node.name)
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                defined.add(node.name)
+            case ast.Name():
+                (defined if isinstance(node.ctx, ast.Store) else used).add(node.id)
+            case ast.Attribute():
+                used.add(node.attr)
+            case ast.arg():
+                used.add(node.arg)
+    return Source(tuple(imports), frozenset(defined), frozenset(defined | used))
