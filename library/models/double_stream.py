@@ -67,23 +67,26 @@ class StreamTransformer(nn.Module):
 
     def run_blocks(
         self,
-        img_BTM: Tensor,
-        txt_BLM: Tensor,
+        patches_BTF: Tensor,
+        text_BLE: Tensor,
         vecs: Iterator[Tensor],
         rope: Rope,
         mask: Tensor | None,
         num_tokens: int,
     ) -> Tensor:
-        """Run all blocks and the last layer; `vecs` yields the modulation of each in this order. Return the first
-        `num_tokens` of the image's tokens, after which others may follow, shape (B, `num_tokens`, F)."""
+        """Embed patches and text, and run all blocks and the last layer; `vecs` yields the modulation of each in this
+        order. Return the first `num_tokens` of the image's tokens, after which others may follow, shape
+        (B, `num_tokens`, F)."""
+        # Not by the caller, whose variables would keep the embeddings in memory until the last block is done.
+        img_BTM, txt_BLM = self.img_in(patches_BTF), self.txt_in(text_BLE)
         for block in self.double_blocks:
             img_BTM, txt_BLM = self.runner(block, img_BTM, txt_BLM, next(vecs), rope, mask)
         x_BTM = torch.cat([txt_BLM, img_BTM], dim=1)
         for block in self.single_blocks:
             x_BTM = self.runner(block, x_BTM, next(vecs), rope, mask)
         first = txt_BLM.shape[1]
-        patches_BTF: Tensor = self.final_layer(x_BTM[:, first : first + num_tokens], next(vecs))
-        return patches_BTF
+        out_BTF: Tensor = self.final_layer(x_BTM[:, first : first + num_tokens], next(vecs))
+        return out_BTF
 
 
 class MLPEmbedder(nn.Module):

@@ -123,14 +123,14 @@ class Flux(StreamTransformer):
         images = (latents_BCHW, *references)
         sides = [(image.shape[-2] // PATCH, image.shape[-1] // PATCH) for image in images]
         dtype = self.img_in.weight.dtype
-        img_BTM = self.img_in(torch.cat([patchify(image, PATCH).to(dtype) for image in images], dim=1))
-        txt_BLM = self.txt_in(text_BLE.to(dtype))
+        patches_BTF = torch.cat([patchify(image, PATCH).to(dtype) for image in images], dim=1)
         vecs = self.modulation(sigmas_B, pooled_BE, guidance_B, dtype)
         extents = (len(sides), *map(max, zip(*sides, strict=True)))
-        rope = self.rotary(positions(txt_BLM.shape[1], sides, img_BTM.device), extents)
-        mask = None if text_mask_BL is None else key_mask(text_mask_BL, img_BTM.shape[1])
+        rope = self.rotary(positions(text_BLE.shape[1], sides, patches_BTF.device), extents)
+        mask = None if text_mask_BL is None else key_mask(text_mask_BL, patches_BTF.shape[1])
         h, w = sides[0]
-        return unpatchify(self.run_blocks(img_BTM, txt_BLM, vecs, rope, mask, h * w), h, w, PATCH)
+        velocity_BTF = self.run_blocks(patches_BTF, text_BLE.to(dtype), vecs, rope, mask, h * w)
+        return unpatchify(velocity_BTF, h, w, PATCH)
 
     def modulation(
         self, sigmas_B: Tensor, pooled_BE: Tensor | None, guidance_B: Tensor | None, dtype: torch.dtype

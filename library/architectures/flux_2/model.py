@@ -108,15 +108,14 @@ class Flux2(StreamTransformer):
         images = (latents_BChw, *references)
         sides = [image.shape[-2:] for image in images]
         L, device, dtype = text_BLE.shape[1], latents_BChw.device, self.img_in.weight.dtype
-        img_BTM = self.img_in(torch.cat([patchify(image, 1).to(dtype) for image in images], dim=1))
-        txt_BLM = self.txt_in(text_BLE.to(dtype))
+        patches_BTC = torch.cat([patchify(image, 1).to(dtype) for image in images], dim=1)
         placed = [image_positions(h, w, device, REFERENCE_STEP * i) for i, (h, w) in enumerate(sides)]
         positions_T4 = torch.cat([text_positions(L, device), *placed])
         num_times = REFERENCE_STEP * len(references) + 1
         rope = self.rotary(positions_T4, (num_times, *map(max, zip(*sides, strict=True)), L))
         vecs = self.modulation(sigmas_B, guidance_B, dtype)
         h, w = sides[0]
-        velocity_BTC = self.run_blocks(img_BTM, txt_BLM, vecs, rope, None, h * w)
+        velocity_BTC = self.run_blocks(patches_BTC, text_BLE.to(dtype), vecs, rope, None, h * w)
         return unpatchify(velocity_BTC, h, w, 1)
 
     def modulation(self, sigmas_B: Tensor, guidance_B: Tensor | None, dtype: torch.dtype) -> Iterator[Tensor]:
