@@ -69,6 +69,7 @@ SHARDS_FILE = FileType("a dataset file of make_shards.py", lambda start: start.s
 SHARD = FileType("a shard of an earlier call", lambda start: False)
 CACHES = ("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk")
 ENDING = ".txt"
+MEMBERS = ("caption_extension", "caption_column", "image_column", "control_dirs", "control_columns")  # keys of sources
 LONGEST_NAME = 90  # bytes, so that names fit into a ustar header
 
 
@@ -177,6 +178,9 @@ def write_shard(
             add_member(archive, f"{one.stem}{ending_of(one.image, content)}", content)
             if text is not None:
                 add_member(archive, f"{one.stem}{ENDING}", text)
+            for number, reference in enumerate(one.image.references):
+                content = storage.whole(reference)[1]
+                add_member(archive, f"{one.stem}.control_{number}{ending_of(reference, content)}", content)
             held.append(one)
             bar.update(1)
             if archive.offset >= shard_bytes:
@@ -257,7 +261,9 @@ def is_kept(shard: Shard, held: Sequence[Packed], path: Path, shard_bytes: float
 def digest_of_inputs(members: Sequence[Packed], shard_bytes: float, storage: Storage) -> str:
     digest = blake2b(f"{shard_bytes}".encode(), digest_size=16)
     for one in members:
-        digest.update(repr((one.stem, one.image.key, tuple(storage.version(one.image)), one.text)).encode())
+        references = [(reference.key, tuple(storage.version(reference))) for reference in one.image.references]
+        own = (one.stem, one.image.key, tuple(storage.version(one.image)), one.text)
+        digest.update(repr((*own, references) if references else own).encode())
     return digest.hexdigest()
 
 
@@ -289,6 +295,7 @@ def pack(config: RunDataConfig, out: Path, shard_bytes: float, storage: Storage)
         for subset in dataset.subsets:
             rules = subset.captions
             key = (subset.source, subset.caption_extension, subset.caption_column, subset.image_column)
+            key = (*key, subset.control_dirs, subset.control_columns)
             key = (*key, rules.enable_wildcard, rules.caption_separator)  # settings that affect how captions are read
             if key not in patterns:
                 found = load_source(subset.source_key).scan(subset, storage, 16)
@@ -312,7 +319,7 @@ def name_of(subset: SubsetConfig, taken: set[str]) -> str:
 
 def described(content: Mapping[str, Any], patterns: Sequence[Sequence[str]]) -> dict[str, Any]:
     """Return the dataset file with shards instead of their sources, without subsets that are never drawn."""
-    gone = (*SOURCES, "caption_extension", "cache_info", "caption_column", "image_column")
+    gone = (*SOURCES, *MEMBERS, "cache_info")
     datasets = []
     for dataset, wanted in zip(content["datasets"], patterns, strict=True):
         subsets = [subset for subset in dataset["subsets"] if is_drawn(subset, dataset, content)]

@@ -225,7 +225,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
         check_size(sample.image, rgb)
         placement = self.placement(sample, epoch, draw, is_flipped)
         image = place(rgb, placement, subset.resize_interpolation)
-        shown = placed_references(sample, placement, subset.resize_interpolation)
+        shown = placed_references(sample, placement, subset.resize_interpolation, self.storage)
         if subset.color_aug:  # all alike, so that a pair keeps its difference
             rngs = [random_for(self.seed, "colour", epoch, draw) for _ in range(1 + len(shown))]
             image, *shown = map(change_colour, [image, *shown], rngs)
@@ -327,12 +327,14 @@ def corner_of(placement: Placement) -> tuple[int, int]:
     return placement.top, placement.resized[0] - placement.target[0] - placement.left
 
 
-def placed_references(sample: Sample, placement: Placement, interpolation: str | None) -> list[Pixels]:
+def placed_references(
+    sample: Sample, placement: Placement, interpolation: str | None, storage: Storage
+) -> list[Pixels]:
     """Read the references of a sample; one that has its image's shape is cropped where the image is, others at the
     centre, and all are mirrored or none."""
     own, found = replace(sample.shape, references=()), []
     for reference, shape in zip(sample.image.references, sample.shape.references, strict=True):
-        rgb, _ = read_pixels(reference.key)
+        rgb, _ = read_pixels(reference.key, storage.content(reference))
         check_size(reference, rgb)
         is_alike = shape == own and reference.size == sample.image.size
         found.append(place(rgb, placement if is_alike else centred(shape, placement.is_flipped), interpolation))

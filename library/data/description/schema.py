@@ -66,6 +66,7 @@ class SubsetConfig:
     metadata_file: str | None
     conditioning_data_dir: str | None
     control_dirs: tuple[str, ...]  # folders of reference images, in the order that the model gets them
+    control_columns: tuple[str, ...]  # of reference images in Parquet files, in this order too
     control_resolution: tuple[int, int] | None  # width, height
     control_no_resize: bool
     num_repeats: int

@@ -20,6 +20,7 @@ from library.data.plan.references import reference_lines
 from library.data.plan.samples import Draws, Samples, duplicated_stems
 from library.data.scanned.images import ScannedImages
 from library.data.scanned.subsets import ScannedDataset, ScannedSubset
+from library.data.sources.storage.storage import Storage
 from library.errors import few
 from library.formatting import format_count
 
@@ -49,6 +50,7 @@ def audit_lines(
     samples: Samples,
     draws: Draws,
     limit: TokenLimit | None,
+    storage: Storage,
 ) -> Iterator[Line]:
     """Yield the report line by line."""
     num_subsets = sum(len(dataset.subsets) for dataset in datasets)
@@ -61,7 +63,7 @@ def audit_lines(
         yield logging.INFO, f"dataset {number + 1}: {describe_size(rule)}, batch size {dataset.config.batch_size}"
         for index, subset in enumerate(dataset.subsets, first_subset):
             own_lines = subset_lines(subset, num_draws[index], unused[index])
-            for level, text in chain(own_lines, folder_lines(subset), reference_lines(subset)):
+            for level, text in chain(own_lines, folder_lines(subset), reference_lines(subset, storage)):
                 if level == logging.INFO or text not in warned:
                     yield level, text
                     warned.add(text)

@@ -142,7 +142,7 @@ class DataPlan:
         """Log the data and its problems; for large sets, overlong captions are logged later."""
         counts_at_once = len(self.samples) <= MOST_COUNTED_AT_START
         limit = self.token_limit if counts_at_once else None
-        for level, line in audit_lines(self.datasets, self.rules, self.samples, self.draws, limit):
+        for level, line in audit_lines(self.datasets, self.rules, self.samples, self.draws, limit, self.storage):
             log.log(level, "%s", line)
         if self.token_limit is not None and not counts_at_once:
             log_lengths_later(self.datasets, self.token_limit, log)

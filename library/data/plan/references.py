@@ -15,6 +15,7 @@ from library.data.plan.folder_audit import MOST_COMPARED
 from library.data.plan.samples import Samples
 from library.data.scanned.images import ScannedImage, ScannedImages
 from library.data.scanned.subsets import ScannedSubset
+from library.data.sources.storage.storage import Storage, is_remote
 from library.errors import UserError, few
 from library.formatting import format_count
 from library.protocols import LatentSpec
@@ -60,7 +61,7 @@ def is_cropped_alike(shape: Shape) -> bool:
     return all((one.bucket, one.resized) == (shape.bucket, shape.resized) for one in shape.references)
 
 
-def reference_lines(subset: ScannedSubset) -> Iterator[Line]:
+def reference_lines(subset: ScannedSubset, storage: Storage) -> Iterator[Line]:
     """Yield a line on the reference images of a subset, and one for each kind of problem."""
     config, references = subset.config, subset.images.references
     source = f"  {config.source}:"
@@ -83,7 +84,7 @@ def reference_lines(subset: ScannedSubset) -> Iterator[Line]:
     if config.control_resolution is None and not config.control_no_resize:
         yield from ratio_lines(subset.images, source)
     if len(subset.images) <= MOST_COMPARED:
-        yield from content_lines(subset.images, source)
+        yield from content_lines(subset.images, source, storage)
 
 
 def describe_sizes(config: SubsetConfig) -> str:
@@ -113,12 +114,13 @@ def ratio_lines(images: ScannedImages, source: str) -> Iterator[Line]:
         )
 
 
-def content_lines(images: ScannedImages, source: str) -> Iterator[Line]:
-    """Yield warnings for references that are the image itself, and for those with transparency."""
+def content_lines(images: ScannedImages, source: str, storage: Storage) -> Iterator[Line]:
+    """Yield warnings for references that are the image itself, and for those with transparency; those behind a URL are
+    not fetched for it."""
     pairs = [(image, reference) for image in images for reference in image.references]
 
     def examine(block: Sequence[tuple[ScannedImage, ScannedImage]]) -> list[tuple[bool, bool]]:
-        return [(is_same_file(image, reference), is_transparent(reference.key)) for image, reference in block]
+        return [(is_same_file(*pair), is_transparent(pair[1], storage)) for pair in block]
 
     found = in_blocks(examine, pairs, NUM_THREADS)
     same = [os.path.basename(image.key) for (image, _), (is_same, _) in zip(pairs, found, strict=True) if is_same]
@@ -133,12 +135,16 @@ def content_lines(images: ScannedImages, source: str) -> Iterator[Line]:
 
 def is_same_file(image: ScannedImage, reference: ScannedImage) -> bool:
     """Return True if both files have the same content."""
+    if image.place is not None and reference.place is not None:
+        return image.place.digest == reference.place.digest
     if image.size != reference.size or os.path.getsize(image.key) != os.path.getsize(reference.key):
         return False
     return content_digest(image.key) == content_digest(reference.key)
 
 
-def is_transparent(path: str) -> bool:
+def is_transparent(reference: ScannedImage, storage: Storage) -> bool:
     """Return True if an image has an alpha channel, by its header."""
-    with open_image(path) as image:
+    if is_remote(reference.key):
+        return False
+    with open_image(reference.key, storage.content(reference)) as image:
         return has_alpha(image)

@@ -140,6 +140,7 @@ class References:
 
     paths: tuple[Texts, ...]
     sizes_NR2: NDArray[np.int32]
+    places: tuple[Places, ...] | None = None  # None: each reference is a file
 
     @classmethod
     def of(cls, rows: Sequence[Sequence[tuple[str, Size]]]) -> "References":
@@ -151,8 +152,12 @@ class References:
         return cls(paths, sizes_NR2.reshape(len(rows), count, 2))
 
     def __iter__(self) -> Iterator[tuple[ScannedImage, ...]]:
-        for paths, sizes in zip(zip(*self.paths, strict=True), in_blocks(self.sizes_NR2), strict=True):
-            yield tuple(ScannedImage(path, "", tuple(size)) for path, size in zip(paths, sizes, strict=True) if path)
+        for n, (paths, sizes) in enumerate(zip(zip(*self.paths, strict=True), in_blocks(self.sizes_NR2), strict=True)):
+            yield tuple(
+                ScannedImage(path, "", tuple(size), place=self.places[r].of(n, path) if self.places else None)
+                for r, (path, size) in enumerate(zip(paths, sizes, strict=True))
+                if path
+            )
 
     def of_image(self, number: int) -> tuple[ScannedImage, ...]:
         """Return the references of one image."""
@@ -160,7 +165,8 @@ class References:
 
     def take(self, rows: NDArray[Any]) -> "References":
         """Return the references of the images at `rows`."""
-        return References(tuple(paths.take(rows) for paths in self.paths), self.sizes_NR2[rows])
+        places = None if self.places is None else tuple(one.take(rows) for one in self.places)
+        return References(tuple(paths.take(rows) for paths in self.paths), self.sizes_NR2[rows], places)
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, repeat
 
 from library.data.description.schema import SubsetConfig, without_secrets
 from library.data.scanned.images import OpenFiles, Place, Reader
@@ -21,7 +22,7 @@ from library.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-KEYS = ("image_column", "caption_column")
+KEYS = ("image_column", "caption_column", "control_columns")
 URLS_AT_ONCE = 16
 MOST_GROUP_BYTES = 64 << 20  # size of a row group above which a warning is logged
 
@@ -50,24 +51,26 @@ def scan(config: SubsetConfig, storage: Storage, num_threads: int) -> ScannedSub
     def read_rows(file: SourceFile) -> Sequence[Row]:
         return rows_of_parquet(file.path, file.shown, config, storage)
 
-    def open_reader(file: SourceFile) -> Reader:
-        return ParquetReader(columns_of_file(file.path, file.shown, config, storage).image)
+    def open_readers(file: SourceFile) -> list[Reader]:
+        columns = columns_in(ParquetRows(storage.file(file.path), file.shown), config)
+        return [ParquetReader(name) for name in (columns.image, *columns.references)]
 
-    return scan_files(config, storage, num_threads, KEYS, read_rows, open_reader)
+    return scan_files(config, storage, num_threads, KEYS, read_rows, open_readers)
 
 
 SOURCE = Source(KEYS, scan)
 
 
-def columns_of_file(file: str, shown: str, config: SubsetConfig, storage: Storage) -> Columns:
-    """Return the image and caption columns of a Parquet file."""
-    return columns_of(ParquetRows(storage.file(file), shown).schema, config.image_column, config.caption_column, shown)
+def columns_in(opened: ParquetRows, config: SubsetConfig) -> Columns:
+    """Return the columns of an open Parquet file."""
+    named = config.image_column, config.caption_column, config.control_columns
+    return columns_of(opened.schema, *named, opened.shown)
 
 
 def rows_of_parquet(file: str, shown: str, config: SubsetConfig, storage: Storage) -> list[Row]:
     """Return the rows of a Parquet file."""
     opened = ParquetRows(storage.file(file), shown)
-    columns = columns_of(opened.schema, config.image_column, config.caption_column, shown)
+    columns = columns_in(opened, config)
     num_rows, num_bytes = opened.largest_group(columns.image)
     if num_bytes > MOST_GROUP_BYTES and not columns.is_url:
         logger.warning(
@@ -80,15 +83,21 @@ def rows_of_parquet(file: str, shown: str, config: SubsetConfig, storage: Storag
     digits, folder = len(str(opened.num_rows)), os.path.dirname(file)
     rows: list[Row] = []
     with ThreadPoolExecutor(URLS_AT_ONCE, thread_name_prefix="look at URLs") as pool:
-        for batch in opened.batches([name for name in (columns.image, columns.caption) if name is not None]):
+        wanted = [name for name in (columns.image, columns.caption, *columns.references) if name is not None]
+        for batch in opened.batches(wanted):
             images = batch[columns.image]
             captions = [None] * len(images) if columns.caption is None else batch[columns.caption]
             lines = [None if caption is None else caption_lines(caption, shown) for caption in captions]
             if columns.is_url:
                 rows += pool.map(partial(row_of_url, folder=folder, storage=storage), images, lines)
             else:
-                for image, caption in zip(images, lines, strict=True):
-                    rows.append(row_of_bytes(f"{len(rows):0{digits}}", len(rows), image, caption, shown))
+                references = zip(*(batch[name] for name in columns.references), strict=True)
+                for image, caption, own in zip(images, lines, chain(references, repeat(())), strict=False):
+                    name, number = f"{len(rows):0{digits}}", len(rows)
+                    row = row_of_bytes(name, number, image, caption, shown)
+                    named = zip(columns.references, own, strict=False)
+                    parts = [row_of_bytes(f"{name}.{column}", number, part, None, shown) for column, part in named]
+                    rows.append(row.with_references(parts))
     return rows
 
 

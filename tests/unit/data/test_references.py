@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from library.errors import UserError
 from library.options.caching import CachingOptions
 from tests.unit.data import builders
 from tests.unit.data.builders import averaging_vae, batches_of, plan_of, write_config, write_folder, write_image
+from tests.unit.data.shard_builders import write_parquet, write_tar
+from tools import make_shards
 
 SPEC = replace(builders.SPEC, max_references=3, bucket_step=16)
 HEAD = "[[datasets]]\nresolution = 64\nbatch_size = 2\ncaption_extension = '.txt'\n"
@@ -433,3 +436,114 @@ def test_masks_and_references_stand_beside_each_other(tmp_path: Path) -> None:
             red = torch.from_numpy(np.array(Image.open(tmp_path / "masks" / Path(key).name))[..., 0]) / 255
             is_flipped = not torch.equal(pixels, to_pixels(np.array(Image.open(key))))
             torch.testing.assert_close(mask[0], red.flip(-1) if is_flipped else red)
+
+
+def pairs_in_folders(folder: Path) -> None:
+    """Write four images with two references each."""
+    write_folder(folder / "after", 4)
+    write_folder(folder / "before", 4, seed=7, caption=None)
+    for n in range(4):
+        write_image(folder / "before" / f"p{n}_1.png", (96, 64), seed=40 + n)
+        (folder / "before" / f"p{n}.png").rename(folder / "before" / f"p{n}_0.png")
+
+
+def in_shards(folder: Path, kind: str) -> str:
+    """Pack the pairs of `pairs_in_folders`, and return the subset that reads them."""
+    files = {path.name: path.read_bytes() for path in sorted((folder / "after").iterdir())}
+    references = {path.stem: path.read_bytes() for path in sorted((folder / "before").glob("*.png"))}
+    stems = sorted({name.partition(".")[0] for name in files})
+    if kind == "tar":
+        members = list(files.items()) + [
+            (name.replace("_", ".control_") + ".png", one) for name, one in references.items()
+        ]
+        write_tar(folder / "a.tar", sorted(members))
+        return "shards = '{here}/a.tar'"
+    columns = {
+        "image": [{"bytes": files[f"{stem}.png"], "path": None} for stem in stems],
+        "caption": [files[f"{stem}.txt"].decode() for stem in stems],
+        "one": [references[f"{stem}_0"] for stem in stems],
+        "two": [{"bytes": references[f"{stem}_1"], "path": None} for stem in stems],
+    }
+    write_parquet(folder / "a.parquet", columns)
+    return "parquet = '{here}/a.parquet'\ncontrol_columns = ['one', 'two']"
+
+
+def subset_of_files(folder: Path, subset: str) -> DataPlan:
+    text = f"{HEAD}[[datasets.subsets]]\ncontrol_resolution = 64\n{subset}\n"
+    return plan_of(write_config(folder / "files.toml", text), spec=SPEC)
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_shards_and_parquet_files_hold_references(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    pairs_in_folders(tmp_path)
+    expected = plan(tmp_path, "control_dirs = ['{here}/before']\ncontrol_resolution = 64")
+    for _ in range(2):  # the second time from the index
+        found = subset_of_files(tmp_path, in_shards(tmp_path, kind))
+        assert [one.shape for one in found.samples] == [one.shape for one in expected.samples]
+        for batch, own in zip(batches_of(found), batches_of(expected), strict=True):
+            assert len(own.reference_pixels) == 2 and own.captions == batch.captions
+            assert all(map(torch.equal, (batch.pixels_BCHW, *batch.reference_pixels),
+                           (own.pixels_BCHW, *own.reference_pixels)))  # fmt: skip
+    options = CachingOptions(cache_latents=True, cache_latents_to_disk=True)
+    assert cached(found, options)[1] == 12 and cached(found, options)[1] == 0  # four images and their references
+    assert "equal to its reference" not in audited(found, caplog)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["p0.png", "p0.control.png", "p1.png"], r"1 of 2 images have no reference image: .*p1\.png"),
+        (["p0.png", "p0.control_0.png", "p0.control_2.png", "p1.png"], "p0.png has references that are not numbered"),
+        (["p1.png", "p1.control.png", "p2.control.png"], "p2.control.png is a reference of no image"),
+    ],
+)
+def test_references_in_shards_that_do_not_match_are_named(
+    tmp_path: Path, names: list[str], message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_image(tmp_path / "one.png", (64, 64), seed=3)
+    write_tar(tmp_path / "a.tar", [(name, (tmp_path / "one.png").read_bytes()) for name in names])
+    try:
+        said = audited(subset_of_files(tmp_path, "shards = '{here}/a.tar'"), caplog)
+    except UserError as error:
+        said = str(error)
+    assert re.search(message, said)
+
+
+def test_an_equal_and_a_damaged_reference_in_a_shard_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_image(tmp_path / "one.png", (64, 64), seed=3)
+    one = (tmp_path / "one.png").read_bytes()
+    members = [("p0.png", one), ("p0.control.png", one), ("p1.png", one), ("p1.control.png", b"no image")]
+    write_tar(tmp_path / "a.tar", members)
+    text = audited(subset_of_files(tmp_path, "shards = '{here}/a.tar'"), caplog)
+    assert "1 image equal to its reference image" in text and "has a reference image, p1.control.png, that" in text
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ("['none']", "control_columns is 'none', but .*a.parquet has no such column; it has image, caption, one, two"),
+        ("['caption']", r"control_columns 'caption' of .*a.parquet has string, but must have image bytes"),
+    ],
+)
+def test_columns_without_references_are_refused(tmp_path: Path, columns: str, message: str) -> None:
+    pairs_in_folders(tmp_path)
+    in_shards(tmp_path, "parquet")
+    with pytest.raises(UserError, match=message):
+        subset_of_files(tmp_path, f"parquet = '{{here}}/a.parquet'\ncontrol_columns = {columns}")
+
+
+def test_pairs_are_packed_and_train_as_from_their_folders(tmp_path: Path) -> None:
+    pairs_in_folders(tmp_path)
+    keys = "control_dirs = ['{here}/before']\ncontrol_resolution = 64"
+    expected = plan(tmp_path, keys)
+    assert make_shards.main(["--dataset_config", str(tmp_path / "data.toml"), "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "dataset.toml").read_text()
+    found = plan_of(write_config(tmp_path / "out" / "again.toml", text), spec=SPEC)
+    for batch, own in zip(batches_of(found), batches_of(expected), strict=True):
+        assert all(map(torch.equal, batch.reference_pixels, own.reference_pixels)) and len(own.reference_pixels) == 2
+    packed = (tmp_path / "out" / "after-00000.tar").read_bytes()
+    write_image(tmp_path / "before" / "p0_0.png", (64, 64), seed=99)
+    assert make_shards.main(["--dataset_config", str(tmp_path / "data.toml"), "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "after-00000.tar").read_bytes() != packed, "another reference, another shard"

@@ -38,13 +38,15 @@ class Columns(NamedTuple):
     image: str  # pyarrow's name: `image.bytes` is a field of the struct `image`
     is_url: bool
     caption: str | None
+    references: tuple[str, ...] = ()
 
 
-def columns_of(schema: Any, image: str | None, caption: str | None, shown: str) -> Columns:
+def columns_of(schema: Any, image: str | None, caption: str | None, references: Sequence[str], shown: str) -> Columns:
     """Return the columns of a file, as named or the first of the usual ones. Raises UserError listing its columns."""
     names = list(schema.names)
     listed = f"it has {', '.join(names) or 'none'}"
-    for key, name in (("image_column", image), ("caption_column", caption)):
+    named = (("image_column", image), ("caption_column", caption), *(("control_columns", one) for one in references))
+    for key, name in named:
         if name is not None and name not in names:
             raise UserError(f"{key} is {name!r}, but {shown} has no such column; {listed}")
     image = image or next((name for name in (*IMAGE_COLUMNS, *URL_COLUMNS) if name in names), None)
@@ -53,16 +55,26 @@ def columns_of(schema: Any, image: str | None, caption: str | None, shown: str) 
     caption = caption or next((name for name in CAPTION_COLUMNS if name in names), None)
     if caption is not None and not is_text(schema.field(caption).type):
         raise UserError(f"caption_column {caption!r} of {shown} has {schema.field(caption).type}, but must be text")
-    kind = schema.field(image).type
-    if is_struct(kind):
-        of_bytes = [field.type for field in kind if field.name == "bytes"]
-        if of_bytes and is_binary(of_bytes[0]):
-            return Columns(f"{image}.bytes", False, caption)
-    if is_text(kind):
-        return Columns(image, True, caption)
-    if not is_binary(kind):
+    found = tuple(bytes_column(schema, one) for one in references)
+    for one, column in zip(references, found, strict=True):
+        if column is None:
+            raise UserError(
+                f"control_columns {one!r} of {shown} has {schema.field(one).type}, but must have image bytes"
+            )
+    column, kind = bytes_column(schema, image), schema.field(image).type
+    if column is None and not is_text(kind):
         raise UserError(f"image_column {image!r} of {shown} has {kind}, but must have image bytes or URLs")
-    return Columns(image, False, caption)
+    if column is None and found:
+        raise UserError(f"control_columns: {shown} has URLs in {image!r}; references require images in the file too")
+    return Columns(column or image, column is None, caption, tuple(filter(None, found)))
+
+
+def bytes_column(schema: Any, name: str) -> str | None:
+    """Return pyarrow's name of the column with the bytes of images; None if there are none."""
+    kind = schema.field(name).type
+    if is_struct(kind):
+        return next((f"{name}.bytes" for field in kind if field.name == "bytes" and is_binary(field.type)), None)
+    return name if is_binary(kind) else None
 
 
 def is_text(kind: Any) -> bool:

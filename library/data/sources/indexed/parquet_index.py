@@ -28,7 +28,7 @@ from library.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 ABOUT = b"about"
 LOCK = FileType("an empty lock file", lambda start: False)
 
@@ -51,10 +51,14 @@ def schema_of_rows() -> Any:
     """Return the columns of an index, as pyarrow describes them."""
     import pyarrow as pa
 
+    reference = {
+        "name": pa.string(), "start": pa.int64(), "num_bytes": pa.int64(), "width": pa.int32(), "height": pa.int32(),
+        "digest": pa.binary(16),
+    }  # fmt: skip
     fields = {
         "file": pa.int32(), "name": pa.string(), "start": pa.int64(), "num_bytes": pa.int64(), "width": pa.int32(),
         "height": pa.int32(), "caption": pa.string(), "digest": pa.binary(16), "problem": pa.string(),
-        "url": pa.string(),
+        "url": pa.string(), "references": pa.list_(pa.struct(reference)),
     }  # fmt: skip
     return pa.schema(list(fields.items()))
 
@@ -63,7 +67,9 @@ def table_of(rows: Sequence[Row], number: int) -> Any:
     """Return the rows of one file."""
     import pyarrow as pa
 
-    columns = [[number] * len(rows), *([row[i] for row in rows] for i in range(len(Row._fields)))]
+    of_rows = [[row[i] for row in rows] for i in range(len(Row._fields) - 1)]
+    references = [[one._asdict() for one in row.references] for row in rows]
+    columns = [[number] * len(rows), *of_rows, references]
     schema = schema_of_rows()
     return pa.table([pa.array(column, kind) for column, kind in zip(columns, schema.types, strict=True)], schema=schema)
 

@@ -1,5 +1,6 @@
 """The index rows of images in tar and Parquet files, read with minimal I/O."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,6 +17,18 @@ from library.errors import UserError
 from library.json_text import parse_json
 
 CAPTION_FIELDS = ("caption", "text", "prompt")  # of a .json member without caption_column
+REFERENCE = re.compile(r"control(?:_([0-9]{1,4}))?\.(\w+)")  # 000001.control.jpg, or 000001.control_0.jpg and so on
+
+
+class ReferenceRow(NamedTuple):
+    """A reference image, in the file of its image."""
+
+    name: str
+    start: int
+    num_bytes: int
+    width: int
+    height: int
+    digest: bytes
 
 
 class Row(NamedTuple):
@@ -30,6 +43,17 @@ class Row(NamedTuple):
     digest: bytes  # 16 bytes, as from `identity_of`
     problem: str | None = None  # why it cannot be used, to follow its name
     url: str | None = None  # its location, if not in the file
+    references: tuple[ReferenceRow, ...] = ()
+
+    @property
+    def as_reference(self) -> ReferenceRow:
+        return ReferenceRow(self.name, self.start, self.num_bytes, self.width, self.height, self.digest)
+
+    def with_references(self, rows: Iterable["Row"]) -> "Row":
+        """Return the image with these references; one that cannot be used is the image's problem."""
+        rows = list(rows)
+        broken = next((f"has a reference image, {row.name}, that {row.problem}" for row in rows if row.problem), None)
+        return self._replace(references=tuple(row.as_reference for row in rows), problem=self.problem or broken)
 
 
 @dataclass(frozen=True)
@@ -46,6 +70,7 @@ def rows_of_tar(window: Window, shown: str, rule: CaptionRule) -> list[Row]:
     wanted = (rule.ending, "txt", "json")
     images: dict[str, Row] = {}
     second: list[Row] = []
+    references: dict[str, dict[int, Row]] = {}  # by number, -1 without
     texts: dict[str, dict[str, str]] = {}
     for member in members_of(window, shown):
         if member.ending in endings:
@@ -54,16 +79,31 @@ def rows_of_tar(window: Window, shown: str, rule: CaptionRule) -> list[Row]:
                 second.append(row._replace(problem=f"is skipped: {images[member.stem].name} has the same name"))
             else:
                 images[member.stem] = row
+        elif (reference := REFERENCE.fullmatch(member.ending)) and reference[2].lower() in endings:
+            number = -1 if reference[1] is None else int(reference[1])
+            references.setdefault(member.stem, {})[number] = row_of(window, member, shown)
         elif member.ending in wanted:
             text = text_of(window, member, shown, rule)
             if text is not None:
                 texts.setdefault(member.stem, {})[member.ending] = text
     found = [
-        row._replace(caption=next((said[ending] for ending in wanted if ending in said), None))
+        with_numbered(row, references.pop(stem, {}))._replace(
+            caption=next((said[ending] for ending in wanted if ending in said), None)
+        )
         for stem, row in images.items()
         for said in (texts.get(stem, {}),)
     ]
-    return sorted([*found, *second], key=lambda row: row.start)
+    unused = [row._replace(problem="is a reference of no image") for own in references.values() for row in own.values()]
+    return sorted([*found, *second, *unused], key=lambda row: row.start)
+
+
+def with_numbered(row: Row, references: Mapping[int, Row]) -> Row:
+    """Return an image with its references in order."""
+    numbers = sorted(references)
+    if numbers not in ([-1], list(range(len(numbers))), list(range(1, len(numbers) + 1))):
+        names = ", ".join(references[number].name for number in numbers)
+        return row._replace(problem=f"has references that are not numbered one by one: {names}")
+    return row.with_references(references[number] for number in numbers)
 
 
 def row_of(window: Window, member: Member, shown: str) -> Row:

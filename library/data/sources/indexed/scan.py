@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from library.data.description.captions import CaptionRules
 from library.data.description.schema import SubsetConfig, without_secrets
 from library.data.scanned.columns import Texts
-from library.data.scanned.images import FileStamp, Places, Reader, ScannedImages
+from library.data.scanned.images import FileStamp, Places, Reader, References, ScannedImages
 from library.data.scanned.names import folder_name, short_digest
 from library.data.scanned.subsets import ScannedSubset
 from library.data.sources.folders.reading import caption_of
@@ -43,13 +43,13 @@ def scan_files(
     num_threads: int,
     keys: Sequence[str],
     read_rows: Callable[[SourceFile], Sequence[Row]],
-    open_reader: Callable[[SourceFile], Reader | None] = lambda file: None,
+    open_readers: Callable[[SourceFile], Sequence[Reader]] = lambda file: (),
 ) -> ScannedSubset:
     """List the images of larger files, in the order of the files and of their places in them.
 
     `read_rows` lists one file that is not indexed, `keys` are keys of the subset that affect its result, and
-    `open_reader` returns the reader of the images of all files, given the first. Raises UserError for files that are
-    missing, damaged or of another kind.
+    `open_readers` returns the reader of the images of all files, given the first, then those of their references; none
+    if they are byte ranges. Raises UserError for files that are missing, damaged or of another kind.
     """
     if config.cache_info:
         logger.warning("cache_info has no effect on %s, whose images have an index", config.source)
@@ -57,7 +57,7 @@ def scan_files(
     files = [SourceFile(*file) for file in zip(paths, shown, (stamp.num_bytes for stamp in known.stamps), strict=True)]
     path, title = index_path(shown, known, storage), f"indexing {config.base_name}"
     table = read_index(path, known, lambda number: read_rows(files[number]), num_threads, title, config.keeps_index)
-    found = found_in(table, config, paths, shown, open_reader(files[0]))
+    found = found_in(table, config, paths, shown, open_readers(files[0]))
     del table
     release_memory()
     return found
@@ -124,9 +124,9 @@ def index_path(shown: Sequence[str], files: IndexedFiles, storage: Storage) -> P
 
 
 def found_in(
-    table: Any, config: SubsetConfig, files: Sequence[str], shown: Sequence[str], reader: Reader | None
+    table: Any, config: SubsetConfig, files: Sequence[str], shown: Sequence[str], readers: Sequence[Reader]
 ) -> ScannedSubset:
-    """Convert the rows of an index to images."""
+    """Convert the rows of an index to images. Raises UserError if only some have references."""
     import pyarrow.compute as compute
 
     is_url = bool(compute.any(compute.is_valid(table["url"])).as_py())
@@ -148,10 +148,11 @@ def found_in(
             numbers(table["start"], np.int64),
             numbers(table["num_bytes"], np.int64),
             digests_of(table["digest"]),
-            None if is_url else reader,
+            None if is_url else next(iter(readers), None),
             texts_of(table["url"]) if is_url else None,
         ),
     )
+    images = replace(images, references=references_in(table["references"], images, config, readers[1:]))
     is_empty = (images.captions.lengths == 0) & ~is_missing
     return ScannedSubset(
         config,
@@ -159,6 +160,47 @@ def found_in(
         dropped,
         images.keys_at(np.flatnonzero(is_missing)) if is_missing.any() else (),
         images.keys_at(np.flatnonzero(is_empty)) if is_empty.any() else (),
+    )
+
+
+def references_in(
+    column: Any, images: ScannedImages, config: SubsetConfig, readers: Sequence[Reader]
+) -> References | None:
+    """Convert the references of images; None if there are none. Raises UserError if only some images have any."""
+    import pyarrow.compute as compute
+
+    counts = compute.list_value_length(column).to_numpy()
+    if not counts.any():
+        return None
+    missing = np.flatnonzero(counts == 0)
+    if len(missing):
+        raise UserError(
+            f"{config.source}: {len(missing)} of {len(images)} images have no reference image: "
+            f"{few(images.keys_at(missing[:3]), count=len(missing))}; add them, or put these "
+            "images into files of their own"
+        )
+    own = images.places
+    assert own is not None
+    prefixes = [own.prefixes[file] for file in own.file_N]
+    rows: list[list[dict[str, Any]]] = column.to_pylist()
+    nothing: dict[str, Any] = {"name": "", "start": 0, "num_bytes": 0, "width": 0, "height": 0, "digest": bytes(16)}
+    columns = [[row[r] if r < len(row) else nothing for row in rows] for r in range(counts.max())]
+    return References(
+        tuple(
+            Texts.of(p + one["name"] if one["name"] else "" for p, one in zip(prefixes, of, strict=True))
+            for of in columns
+        ),
+        np.array([[(one["width"], one["height"]) for one in of] for of in columns], dtype=np.int32).swapaxes(0, 1),
+        tuple(
+            replace(
+                own,
+                start_N=np.array([one["start"] for one in of]),
+                bytes_N=np.array([one["num_bytes"] for one in of]),
+                digest_N16=np.array([list(one["digest"]) for one in of], dtype=np.uint8),
+                reader=readers[r] if readers else None,
+            )
+            for r, of in enumerate(columns)
+        ),
     )
 
 
