@@ -114,10 +114,12 @@ def arrange_strips(
     prompts: Sequence[Prompt],
     multipliers: Sequence[float],
     side: int,
+    step: int,
 ) -> Image.Image:
     """Return a row for each file and prompt, with an image for each strength; print their rank correlations.
 
-    The base model alone stands for strength 0.
+    The base model alone stands for strength 0. References, whose sides are multiples of `step`, are on the left of each
+    image.
     """
     rows, labels = [], []
     for number, name in enumerate(labels_of(files)[1:]):
@@ -129,7 +131,7 @@ def arrange_strips(
             if len(set(multipliers)) >= FEWEST:
                 found.append(measure_response(multipliers, row).correlation)
                 label = f"{found[-1]:.2f} {label}"
-            rows.append(row)
+            rows.append([show_with_references(prompt, image, step) for image in row])
             labels.append(label)
         if found:
             known = [one for one in found if isfinite(one)]
@@ -165,14 +167,13 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     arch = card.build(options)
     specs = read_prompts(Path(options.preview.sample_prompts))
     refuse_strengths(specs, "--multipliers")
-    columns = columns_of(resolve_all(specs, arch), args.seeds)
+    columns, step = columns_of(resolve_all(specs, arch), args.seeds), arch.codec.spec.bucket_step
     if args.multipliers is not None:
         stacks: list[Stack] = [[(file, s)] if s else [] for file in files for s in args.multipliers]
         drawn = list(draw_rows(options, arch, stacks, columns, own_device()))
-        sheet = arrange_strips(drawn, files, columns, args.multipliers, args.side)
+        sheet = arrange_strips(drawn, files, columns, args.multipliers, args.side, step)
     else:
         images = list(draw_rows(options, arch, [[], *([(file, 1.0)] for file in files)], columns, own_device()))
-        step = arch.codec.spec.bucket_step
         images = [[show_with_references(p, one, step) for p, one in zip(columns, row, strict=True)] for row in images]
         sheet = arrange(images, labels_of(files), [f"{prompt.seed}: {prompt.text}" for prompt in columns], args.side)
     with atomic_path(target) as temporary:

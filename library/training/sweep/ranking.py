@@ -57,7 +57,7 @@ class Ranking:
         """Say what is more than chance, in a sentence without its end."""
         known = [row for row in self.rows if row.compared is not None]
         if not known:
-            return "nothing is ranked: no image is set aside; --validation_split does that"
+            return "nothing is ranked: no adapter has validation losses; for training on images, set --validation_split"
         if self.num_images < 2:
             return "a single image tells no difference from chance; set more aside with --validation_split"
         best = known[0].measured.label

@@ -36,7 +36,7 @@ def test_adapters_stand_by_their_loss_and_those_not_measured_last() -> None:
 @pytest.mark.parametrize(
     ("losses", "verdict"),
     [
-        ([None, None], "nothing is ranked: no image is set aside"),
+        ([None, None], "nothing is ranked: no adapter has validation losses"),
         ([[1.0], [2.0]], "a single image tells no difference from chance"),
         ([[1.0, 2.0, 3.0], [2.0, 3.1, 4.0]], "a0 is significantly better than every other adapter"),
     ],

@@ -17,7 +17,7 @@ NUMBERED = re.compile(r"(.+)_(\d+)")  # the name of one of several references
 def names_by_stem(key: str, folder: str) -> dict[str, list[str]]:
     """List the images of a folder by name without extension. Raises UserError naming the key of a missing folder."""
     if not os.path.isdir(folder):
-        raise UserError(f"{key} {folder} is not a folder")
+        raise UserError(f"{key} {folder} is not a folder; correct the path, or create it")
     names: dict[str, list[str]] = defaultdict(list)
     for name in look_into(folder).images:
         names[os.path.splitext(name)[0]].append(name)
