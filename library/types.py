@@ -57,9 +57,13 @@ class Batch:
     crops_B2: Tensor | None = None  # actual crop positions in the resized images: top and left
     concept: Concept | None = None  # set if there are no images; all captions are then equal
     # The images that an edit model is given beside the caption, BCHW each, in order: as pixels or as cached, as the
-    # images themselves are.
+    # images themselves are. Of pairs: the partner of each image, which the denoiser is not given beside it.
     reference_pixels: tuple[Tensor, ...] = ()
     reference_latents: tuple[Tensor, ...] = ()
+
+    @property
+    def has_references(self) -> bool:
+        return bool(self.reference_pixels or self.reference_latents)
 
     @property
     def height_width(self) -> tuple[int, int]:

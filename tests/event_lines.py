@@ -71,7 +71,7 @@ def step(number: int, rng: random.Random, loss: float | None = None) -> events.S
 def validation(number: int, loss: float, best: tuple[int, float]) -> events.Validation:
     levels = [events.Level(level, loss * level / 500, 0.01) for level in (200, 400, 600, 800)]
     compared = events.Compared(0, loss - 0.2, 0.002, True) if number else None
-    return events.Validation(number, loss, 0.015, levels, 3, compared, *best)
+    return events.Validation(number, loss, 0.015, levels, 3, compared, *best, None)
 
 
 def preview(number: int, index: int, prompt: str) -> events.Preview:

@@ -23,6 +23,7 @@ from library.options.training.loss import LossOptions
 from library.options.training.network import NetworkOptions
 from library.options.training.noise import NoiseOptions
 from library.options.training.optimizer import OptimizerOptions, ScheduleOptions
+from library.options.training.pairs import PairOptions
 from library.options.training.run import FaultOptions, RunOptions
 from library.options.training.sweep import SweepOptions
 from library.options.training.validation import ValidationOptions
@@ -50,6 +51,7 @@ class TrainOptions(Options):
     fit: FitOptions = group(FitOptions)
     noise: NoiseOptions = group(NoiseOptions)
     loss: LossOptions = group(LossOptions)
+    pairs: PairOptions = group(PairOptions)
     saving: SavingOptions = group(SavingOptions)
     state: StateOptions = group(StateOptions)
     metadata: MetadataOptions = group(MetadataOptions)

@@ -318,7 +318,8 @@ class AdoptedNetwork:
 
     def set_multiplier(self, multiplier: float) -> None:
         """Set how strongly the network acts: 0 is the base model."""
-        self._needed("set_multiplier", "training on prompts or with differential output preservation")(multiplier)
+        set_it = self._needed("set_multiplier", "training on prompts, pairs or with differential output preservation")
+        set_it(multiplier)
 
     @property
     def can_limit_norms(self) -> bool:

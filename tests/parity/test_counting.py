@@ -3,6 +3,7 @@
 import gc
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from library.training.models.weight_formats import format_while_reading
 from library.training.planning.counting import BatchShape, CountedRun, count_run, longest_caption
 from library.training.step.context import Models
 from library.training.step.losses import loss_of
+from library.training.step.pairs import passes_of
 from library.types import Batch
 from networks.core.protocol import adopt, open_network_module
 from tests.parity.opened import opened_with
@@ -65,22 +67,28 @@ def real_step(options: TrainOptions, arch: Architecture, shape: BatchShape, reco
     network.module.train()
     arch.run_blocks_with(denoiser, recompute if recomputes else plain)
     compute = Compute.build(options.precision, CPU)
-    context = step_context(False, 1, arch, 7, LoadedModels(models, None, None), network, compute)
+    loaded = LoadedModels(models, None, None)
+    context = step_context(False, 1, arch, 7, loaded, network, compute, pairs=options.pairs)
     spec = arch.codec.spec
+    latents = torch.randn(shape.count, spec.channels, shape.height // spec.downscale, shape.width // spec.downscale)
     batch = Batch(
         keys=[str(i) for i in range(shape.count)],
         captions=[longest_caption(arch)] * shape.count,
         pixels_BCHW=None,
-        latents_BCHW=torch.randn(
-            shape.count, spec.channels, shape.height // spec.downscale, shape.width // spec.downscale
-        ),
+        latents_BCHW=latents,
         conditioning=None,
         loss_weights_B=torch.ones(shape.count),
         masks_B1HW=None,
         sizes_B6=torch.ones(shape.count, 6),
         attributes=[{}] * shape.count,
+        reference_latents=tuple(torch.randn_like(latents) for _ in shape.reference_sizes),
     )
-    return lambda: loss_of(context, batch, 0).backward()
+
+    def step() -> None:
+        for one in passes_of(context, batch):
+            loss_of(context, one, 0).backward()
+
+    return step
 
 
 def planned_peak(counted: CountedRun, recomputes: bool) -> int:
@@ -101,6 +109,39 @@ def test_the_step_of_a_base_model_takes_what_is_counted(name: str, recomputes: b
     torch.manual_seed(94)
     real = allocated_peak(real_step(options, arch, shape, recomputes))
     assert planned_peak(counted, recomputes) == pytest.approx(real, rel=SHARES.get(name, SHARE))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "recomputes", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["keeps all", "recomputes all"]
+)
+@pytest.mark.parametrize("words", [("--preference_loss", "dpo"), ("--pair_slider", "1")], ids=["dpo", "slider"])
+@pytest.mark.parametrize("name", ["sd", pytest.param("flux", marks=pytest.mark.nightly)])
+def test_the_step_of_pairs_takes_what_is_counted(
+    name: str, words: tuple[str, str], recomputes: bool, tmp_path: Path
+) -> None:
+    """Preferences: both images in one pass, after the reference's; a slider: a pass for each, gradients kept."""
+    options, arch = opened(name, tmp_path / "model", "--mixed_precision", "no", *words)
+    shape = replace(SHAPE, reference_sizes=((SHAPE.width, SHAPE.height),))
+    step = count_run(options, arch, shape, CPU).step
+    torch.manual_seed(96)
+    real = allocated_peak(real_step(options, arch, shape, recomputes))
+    counted = peak_of(list(step.timeline.moves(lambda place: recomputes, lambda place: True)))
+    assert counted + step.held_gradient_bytes == pytest.approx(real, rel=SHARES.get(name, SHARE))
+    assert (step.held_gradient_bytes > 0) == (words[0] == "--pair_slider")
+    assert (step.gradientless is None) == (words[0] == "--pair_slider")
+
+
+@pytest.mark.nightly
+def test_the_reference_of_preferences_takes_a_forward_pass(tmp_path: Path) -> None:
+    """It adds to the time, and to the peak where more is decoded in it than kept."""
+    options, arch = opened("sd", tmp_path / "model", "--mixed_precision", "no", "--preference_loss", "dpo")
+    step = count_run(options, arch, replace(SHAPE, reference_sizes=((SHAPE.width, SHAPE.height),)), CPU).step
+    card = replace(TYPICAL[0], memory_bytes=1 << 40)
+    alone = replace(step, gradientless=None)
+    assert 1.2 < predict(step, Way(), card).seconds / predict(alone, Way(), card).seconds < 1.5
+    assert step.gradientless is not None and step.gradientless.num_passes == step.gradientless.num_batches == 1
+    assert 0 < step.gradientless.peak_bytes < peak_of(list(step.timeline.moves(lambda _: False, lambda _: True)))
 
 
 def test_what_dora_per_output_keeps_is_counted(tmp_path: Path) -> None:

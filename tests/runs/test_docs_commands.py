@@ -68,10 +68,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "min_bucket_reso = 256", "min_bucket_reso = 64"
     )
     (tmp_path / "configs" / "examples" / "dataset.toml").write_text(example, encoding="utf-8")
-    pairs = (ROOT / "configs" / "examples" / "pairs.toml").read_text(encoding="utf-8")
-    pairs = pairs.replace("resolution = 1024", "resolution = 64\nmin_bucket_reso = 64")
-    (tmp_path / "configs" / "examples" / "pairs.toml").write_text(pairs, encoding="utf-8")
-    for number, folder in enumerate(("before", "after")):
+    for name in ("pairs.toml", "preferences.toml", "toy_preferences.toml", "toy_sizes.toml"):
+        pairs = (ROOT / "configs" / "examples" / name).read_text(encoding="utf-8")
+        pairs = pairs.replace("resolution = 1024", "resolution = 64\nmin_bucket_reso = 64")
+        (tmp_path / "configs" / "examples" / name).write_text(pairs, encoding="utf-8")
+    for number, folder in enumerate(("before", "after", "preferred", "rejected")):
         make_images(tmp_path / "pictures" / folder, 2, seed=number)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -146,11 +147,11 @@ def run_command(command: str, place: Path, train: Train) -> None:
     words = shlex.split(command)
     words = words[2:] if words[0] == "accelerate" else words[1:]
     script, arguments = Path(words[0]), words[1:]
-    if script.parent == Path("tools"):
+    if script.parts[0] == "tools":
         arguments = [word.removeprefix("path/to/") for word in arguments]
         if "--prompt" in arguments and "--w" not in " ".join(arguments):  # 512 pixels in 30 steps take minutes
             arguments[arguments.index("--prompt") + 1] += " --s 2 --w 64 --h 64"
-        assert importlib.import_module(f"tools.{script.stem}").main(arguments) == 0, command
+        assert importlib.import_module(".".join(script.with_suffix("").parts)).main(arguments) == 0, command
         return
     if not {"--help", "--help_all", "--debug_dataset", "--output_config"} & set(arguments):
         arguments = with_tiny_models(arguments, place / f"base_{len(list(place.iterdir()))}", script.stem)

@@ -36,6 +36,7 @@ def setup_parser() -> argparse.ArgumentParser:
     parser.add_argument("--base", type=Path, default=BASE, help="diffusers folder (default: the quickstart's)")
     parser.add_argument("--captions", nargs="+", required=True, help="captions of the toy world")
     parser.add_argument("--strengths", type=numbers, default=[0.0, 1.0], help="between commas (default: 0,1)")
+    parser.add_argument("--colour", default="", help="the colour that is counted, for captions that name none")
     parser.add_argument("--count", type=int, default=32, help="images of each caption and strength (default: 32)")
     return parser
 
@@ -51,9 +52,9 @@ def draw_at(base: Path, adapter: Path, strength: float, captions: Sequence[str],
     ]
 
 
-def describe(caption: str, strengths: Sequence[float], seen: Sequence[Sequence[Seen]]) -> Iterator[str]:
-    """Yield the lines of one caption, whose images are in `seen` by strength."""
-    wanted = parse_caption(caption)
+def describe(caption: str, colour: str, strengths: Sequence[float], seen: Sequence[Sequence[Seen]]) -> Iterator[str]:
+    """Yield the lines of one caption, whose images are in `seen` by strength; `colour` is counted if it names none."""
+    wanted = parse_caption(f"{caption} {colour}")
     yield caption
     for strength, images in zip(strengths, seen, strict=True):
         shape = sum(one.shape == wanted.shape for one in images) / len(images)
@@ -71,7 +72,7 @@ def check(args: argparse.Namespace) -> None:
     """Draw, judge and print."""
     drawn = [draw_at(args.base, args.adapter, strength, args.captions, args.count) for strength in args.strengths]
     for number, caption in enumerate(args.captions):
-        print("\n".join(describe(caption, args.strengths, [one[number] for one in drawn])))
+        print("\n".join(describe(caption, args.colour, args.strengths, [one[number] for one in drawn])))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

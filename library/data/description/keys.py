@@ -128,6 +128,7 @@ SUBSET_KEYS = (
     Key("conditioning_data_dir", TEXT, None, ONLY_S, ("masked",)),
     Key("control_dirs", TEXTS, (), ONLY_S),
     Key("control_columns", TEXTS, (), GDS, ("dreambooth",)),
+    Key("opposite_dir", TEXT, None, ONLY_S),
     Key("control_resolution", SIZE, None, GDS),
     Key("control_no_resize", BOOL, False, GDS),
 )

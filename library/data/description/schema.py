@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 Table = Mapping[str, Any]
 
+PRESERVATION = "diff_output_preservation"  # of a subset's custom_attributes
+
 
 class NoDataFound(UserError):
     """There are no training images. Front ends search for the words at the start of its message."""
@@ -67,6 +69,7 @@ class SubsetConfig:
     conditioning_data_dir: str | None
     control_dirs: tuple[str, ...]  # folders of reference images, in the order that the model gets them
     control_columns: tuple[str, ...]  # of reference images in Parquet files, in this order too
+    opposite_dir: str | None  # the folder of the other images of pairs: rejected ones, or the other end of a slider
     control_resolution: tuple[int, int] | None  # width, height
     control_no_resize: bool
     num_repeats: int
@@ -426,9 +429,26 @@ def check_subset(values: Table, rules: CaptionRules, place: str) -> None:
         raise UserError(
             f"{place}: random_crop does not work with conditioning_data_dir: masks are cropped at the centre"
         )
+    if values["opposite_dir"]:
+        check_opposites(values, place)
     size = values["control_resolution"]
     if size is not None and min(size) < 1:
         raise UserError(f"{place}: control_resolution is {list(size)}; use sizes in pixels, such as 1024")
+
+
+def check_opposites(values: Table, place: str) -> None:
+    """Raise UserError for keys of a subset that do not go with opposite_dir."""
+    for name in ("control_dirs", "control_resolution", "control_no_resize", "is_reg"):
+        if values[name]:
+            raise UserError(
+                f"{place}: {name} does not work with opposite_dir, whose images are trained as pairs with those of the "
+                "subset at equal size; remove one of the two"
+            )
+    if values["custom_attributes"].get(PRESERVATION):
+        raise UserError(
+            f"{place}: {PRESERVATION} trains toward the base model's own predictions, and opposite_dir away from them; "
+            "remove one of the two"
+        )
 
 
 def limit_of(value: Any) -> str:

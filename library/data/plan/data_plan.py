@@ -19,7 +19,7 @@ from library.data.plan.audit_values import dataset_facts
 from library.data.plan.collect import collect
 from library.data.plan.dataset_digest import dataset_identity, image_digests
 from library.data.plan.order import epoch_batches
-from library.data.plan.references import check_references
+from library.data.plan.references import check_pairs, check_references
 from library.data.plan.samples import Draws, Sample, Samples, build_draws, build_samples, check_images, fixed_shape
 from library.data.plan.summary import TagFrequency, dataset_metadata, tag_frequency
 from library.data.plan.validation_split import Split, split_datasets, unchanging
@@ -249,6 +249,7 @@ def build_plan(
         config = config.without_index()
     if entries is not None:
         config = config.with_entries(entries)
+    check_pairs(config, options.pairs.are_trained)
     caches_latents = options.caching.cache_latents or options.caching.cache_latents_to_disk
     if caches_latents:
         check_drawing(config)

@@ -9,7 +9,7 @@ import numpy as np
 from library.data.decoding.images import has_alpha, open_image
 from library.data.decoding.threads import in_blocks
 from library.data.description.buckets import Shape
-from library.data.description.schema import SubsetConfig
+from library.data.description.schema import RunDataConfig, SubsetConfig
 from library.data.plan.dataset_digest import content_digest
 from library.data.plan.folder_audit import MOST_COMPARED
 from library.data.plan.samples import Samples
@@ -24,16 +24,20 @@ Line = tuple[int, str]
 
 RATIO_TOLERANCE = 0.02  # relative difference of aspect ratios: less is the rounding of a resized copy
 NUM_THREADS = 16
+KEEP_WHOLE = "; set control_resolution to keep it whole"
 
 
 def check_references(subsets: Sequence[SubsetConfig], samples: Samples, spec: LatentSpec) -> None:
-    """Raise UserError for more references than the base model takes, and for crops that they cannot follow."""
+    """Raise UserError for more references than the base model takes, for crops that they cannot follow, and for pairs
+    of equal images."""
     ends = samples.ends
     for subset, images, end in zip(subsets, samples.subsets, ends, strict=True):
         if images.references is None:
             continue
+        if subset.opposite_dir:
+            check_differences(subset.opposite_dir, images)
         count = len(images.references.paths)
-        if count > spec.max_references:
+        if not subset.opposite_dir and count > spec.max_references:
             most = f"takes at most {spec.max_references}" if spec.max_references else "takes none"
             raise UserError(
                 f"{subset.source} has {format_count(count, 'reference image')} for each image (control_dirs, "
@@ -42,6 +46,35 @@ def check_references(subsets: Sequence[SubsetConfig], samples: Samples, spec: La
         for name in ("random_crop", "face_crop_aug_range"):
             if getattr(subset, name):
                 check_crops(name, subset, samples, range(end - len(images), end))
+
+
+def check_pairs(config: RunDataConfig, are_trained: bool) -> None:
+    """Raise UserError where only one of the data set and the options, which say if pairs `are_trained`, has pairs."""
+    for subset in (subset for dataset in config.datasets for subset in dataset.subsets):
+        if are_trained and not subset.opposite_dir and not subset.is_forgetting_probe:
+            raise UserError(
+                f"{subset.source} has no pairs, which --preference_loss and --pair_slider train: set opposite_dir in "
+                "this subset of --dataset_config, or remove it"
+            )
+        if subset.opposite_dir and not are_trained:
+            raise UserError(
+                f"{subset.source} has opposite_dir, whose pairs are trained with --preference_loss dpo or "
+                "--pair_slider 1; add one of them, or remove opposite_dir"
+            )
+
+
+def check_differences(opposite_dir: str, images: ScannedImages) -> None:
+    """Raise UserError for pairs of equal files, which teach nothing."""
+
+    def examine(block: Sequence[ScannedImage]) -> list[bool]:
+        return [is_same_file(image, image.references[0]) for image in block]
+
+    found = zip(images, in_blocks(examine, list(images), NUM_THREADS), strict=True)
+    if same := [image.key for image, is_same in found if is_same]:
+        raise UserError(
+            f"opposite_dir {opposite_dir}: {format_count(len(same), 'image')} equal to the partner, which teaches "
+            f"nothing: {few(same)}; replace or remove them"
+        )
 
 
 def check_crops(name: str, subset: SubsetConfig, samples: Samples, numbers: range) -> None:
@@ -73,6 +106,8 @@ def reference_lines(subset: ScannedSubset, storage: Storage) -> Iterator[Line]:
     counts = sorted({len(row) for row in references})
     count = format_count(counts[-1], "reference image")
     number = f"{counts[0]} to {count}" if counts[0] < counts[-1] else count
+    if config.opposite_dir:
+        number = f"one partner in {config.opposite_dir}"
     yield logging.INFO, f"{source} {number} for each image, {describe_sizes(config)}"
     if subset.surplus:
         effect = "without an image of its name, not used"
@@ -82,7 +117,7 @@ def reference_lines(subset: ScannedSubset, storage: Storage) -> Iterator[Line]:
             + few([os.path.basename(path) for path in subset.surplus]),
         )
     if config.control_resolution is None and not config.control_no_resize:
-        yield from ratio_lines(subset.images, source)
+        yield from ratio_lines(subset.images, source, "" if config.opposite_dir else KEEP_WHOLE)
     if len(subset.images) <= MOST_COMPARED:
         yield from content_lines(subset.images, source, storage)
 
@@ -95,7 +130,7 @@ def describe_sizes(config: SubsetConfig) -> str:
     return f"resized to the area of {area}" if area else "resized to the size of their image"
 
 
-def ratio_lines(images: ScannedImages, source: str) -> Iterator[Line]:
+def ratio_lines(images: ScannedImages, source: str, advice: str) -> Iterator[Line]:
     """Yield a warning for references whose aspect ratio is not their image's: they are cropped to it."""
     assert images.references is not None
     sizes_NR2 = images.references.sizes_NR2
@@ -109,7 +144,7 @@ def ratio_lines(images: ScannedImages, source: str) -> Iterator[Line]:
             logging.WARNING,
             (
                 f"{source} {format_count(len(rows), 'image')} with a reference image of another aspect ratio, which is "
-                f"cropped to theirs; set control_resolution to keep it whole: {shown}"
+                f"cropped to theirs{advice}: {shown}"
             ),
         )
 

@@ -18,4 +18,4 @@ def scan(config: SubsetConfig, storage: Storage, num_threads: int) -> ScannedSub
     return listing.found()
 
 
-SOURCE = Source(("caption_extension", "cache_info", "control_dirs"), scan)
+SOURCE = Source(("caption_extension", "cache_info", "control_dirs", "opposite_dir"), scan)

@@ -15,4 +15,10 @@ def scan(config: SubsetConfig, storage: Storage, num_threads: int) -> ScannedSub
     return listing.found()
 
 
-SOURCE = Source(("control_dirs",), scan)
+SOURCE = Source(
+    (
+        "control_dirs",
+        "opposite_dir",
+    ),
+    scan,
+)

@@ -22,6 +22,7 @@ from library.training.evaluation.validation_report import (
     build_forgetting_event,
     detail_values,
     log_evaluation,
+    measure_preference,
 )
 from library.training.evaluation.without_side_effects import evaluating
 from library.training.reporting import events
@@ -182,11 +183,16 @@ class Validation:
         shown = evaluating(run, VALIDATION)
         losses_NL = self._measurement.losses(run.context, run.processes, num_threads, BARS[kind], shown)
         evaluation = Evaluation(step, losses_NL)
-        log_evaluation(evaluation, record, levels, self._measurement.labels)
+        preference = self._preference_of(evaluation)
+        log_evaluation(evaluation, record, levels, self._measurement.labels, preference=preference)
         record.add(evaluation)
         record.keep_steps(self._is_kept)
-        run.events.emit(build_event(evaluation, record, levels))
+        run.events.emit(build_event(evaluation, record, levels, preference))
         return evaluation
+
+    def _preference_of(self, evaluation: Evaluation) -> events.Preference | None:
+        """Return what an evaluation says of held-out pairs; None where pairs are not trained as preferences."""
+        return None if self._run.options.pairs.preference_loss is None else measure_preference(evaluation)
 
     def _measure_probe(self, kind: Kind, step: int) -> None:
         """Measure the forgetting probe after `step`, once; log and emit its loss."""
@@ -216,5 +222,6 @@ class Validation:
     ) -> None:
         if self._charts.are_on:
             (self._charts.log_epoch if on_epochs else self._charts.log_step)(values, evaluation.step, epoch)
-            details = detail_values(evaluation, self.record, self._measurement.levels)
+            levels, preference = self._measurement.levels, self._preference_of(evaluation)
+            details = detail_values(evaluation, self.record, levels, preference)
             self._charts.log_step(details, evaluation.step, epoch)

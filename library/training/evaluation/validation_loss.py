@@ -5,7 +5,7 @@ Letters: N images, L noise levels, B images of one batch, C channels, H height, 
 
 import random
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from math import nan, sqrt
 
@@ -16,8 +16,10 @@ from library.options.training.noise import NoiseOptions
 from library.protocols import Objective
 from library.randomness import generator_for, stream_seed
 from library.training.step.context import StepContext
+from library.training.step.joining import join_noised
 from library.training.step.latents import image_features_of, latents_of
 from library.training.step.losses import losses_of
+from library.training.step.pairs import losses_of_pairs, passes_of, prefers, sides_of
 from library.training.step.text_features import conditioning_of
 from library.types import Batch, Noised
 
@@ -48,22 +50,39 @@ def batch_losses(context: StepContext, batch: Batch, names: Sequence[Name], leve
     place = stream_seed(seed, "validation", *(word for name in names for word in name))
     torch.manual_seed(place)  # for network modules of others that draw even in evaluation
     random.seed(place)
-    latents_BCHW = latents_of(context, batch, lambda i: generator_for(seed, "validation vae", *names[i]))
-    clean_BCHW = context.arch.codec.normalize(latents_BCHW)
-    extra = image_features_of(context, batch, seed, lambda i: ("validation", *names[i]))
+    passes = [losses_at_levels(context, one, names, levels, seed) for one in passes_of(context, batch)]
+    return torch.stack(passes).mean(0)
+
+
+def losses_at_levels(
+    context: StepContext, batch: Batch, names: Sequence[Name], levels: Sequence[int], seed: int
+) -> Tensor:
+    """Return `batch_losses` of one pass; both images of a pair have the same noise."""
+    is_preference = prefers(context, batch)
+    clean_sides = []
+    for side in sides_of(batch) if is_preference else [batch]:
+        latents_BCHW = latents_of(context, side, lambda i: generator_for(seed, "validation vae", *names[i]))
+        clean_sides.append(context.arch.codec.normalize(latents_BCHW))
+    extra = {} if is_preference else image_features_of(context, batch, seed, lambda i: ("validation", *names[i]))
+    condition = partial(conditioning_of, context, batch, extra)
     columns = []
     for level in levels:
         objective = context.arch.objective.at_timestep(level)
-        generators = [generator_for(seed, "validation noise", *name, level) for name in names]
-        noised = corrupt_each(objective, clean_BCHW, generators)
-        columns.append(losses_of(context, objective, batch, noised, partial(conditioning_of, context, batch, extra)))
+        noised = []
+        for clean_BCHW in clean_sides:
+            generators = [generator_for(seed, "validation noise", *name, level) for name in names]
+            noised.append(corrupt_each(objective, clean_BCHW, generators))
+        if is_preference:
+            columns.append(losses_of_pairs(context, objective, batch, noised, condition))
+        else:
+            columns.append(losses_of(context, objective, batch, noised[0], condition))
     return torch.stack(columns, 1).cpu().double()
 
 
 def corrupt_each(objective: Objective, clean_BCHW: Tensor, generators: Sequence[Generator]) -> Noised:
     """`Objective.corrupt` of every image by itself, with its own generator."""
     parts = [objective.corrupt(clean_BCHW[i : i + 1], generator) for i, generator in enumerate(generators)]
-    return Noised(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Noised)})
+    return join_noised(parts)
 
 
 @dataclass(frozen=True)

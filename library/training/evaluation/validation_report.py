@@ -2,10 +2,11 @@
 
 import logging
 from collections.abc import Sequence
-from math import isfinite, isnan
+from math import isfinite, isnan, nan
 
 import torch
 
+from library.diffusion.dpo import implicit_accuracy, margins_of
 from library.errors import few
 from library.training.evaluation.validation_loss import paired_difference
 from library.training.evaluation.validation_record import Evaluation, ValidationRecord
@@ -20,6 +21,7 @@ def log_evaluation(
     levels: Sequence[int],
     labels: Sequence[str],
     title: str = "validation",
+    preference: events.Preference | None = None,
 ) -> None:
     """Log an evaluation in one line, compared with those `before`, and name images whose loss is not a number."""
     broken_N = ~evaluation.losses_NL.isfinite().all(1)
@@ -29,6 +31,9 @@ def log_evaluation(
     at_levels = ", ".join(f"{t}: {x:.4f}" for t, x in zip(levels, evaluation.level_means, strict=True))
     place = f"after step {evaluation.step}" if evaluation.step else "before the first step"
     text = f"{title} {place}: loss {evaluation.mean:.4f} on {len(before.images)} images (noise level {at_levels})"
+    if preference is not None:
+        margin = "not a number" if preference.margin is None else f"{preference.margin:.4g}"
+        text += f"; preferred images ahead in {preference.accuracy:.1%}, mean margin {margin}"
     logger.info("%s%s", text, "" if before.first is None else format_comparison(evaluation, before.first, before))
 
 
@@ -46,17 +51,36 @@ def format_comparison(evaluation: Evaluation, first: Evaluation, before: Validat
     return f"; {abs(difference.mean):.4f}{error} {side} that after step {first.step}{doubt}; {rank}"
 
 
-def detail_values(evaluation: Evaluation, record: ValidationRecord, levels: Sequence[int]) -> dict[str, float]:
+def measure_preference(evaluation: Evaluation) -> events.Preference:
+    """Return how often and by how much preferred images have the higher implicit reward, over pairs and levels."""
+    losses_NL = evaluation.losses_NL
+    return events.Preference(implicit_accuracy(losses_NL), finite(margins_of(losses_NL).mean().item()))
+
+
+def detail_values(
+    evaluation: Evaluation,
+    record: ValidationRecord,
+    levels: Sequence[int],
+    preference: events.Preference | None = None,
+) -> dict[str, float]:
     """Return what charts show of the last evaluation besides its average."""
     means = zip(levels, evaluation.level_means, strict=True)
     values = {f"loss/validation/level_{level}": mean for level, mean in means}
+    if preference is not None:
+        values["preference/accuracy"] = preference.accuracy
+        values["preference/margin"] = nan if preference.margin is None else preference.margin
     if (difference := record.difference) is not None:
         values["loss/validation/difference"] = difference.mean
         values["loss/validation/difference_error"] = difference.standard_error
     return values
 
 
-def build_event(evaluation: Evaluation, record: ValidationRecord, levels: Sequence[int]) -> events.Validation:
+def build_event(
+    evaluation: Evaluation,
+    record: ValidationRecord,
+    levels: Sequence[int],
+    preference: events.Preference | None = None,
+) -> events.Validation:
     """Build the event of the last evaluation."""
     zeros_N1 = torch.zeros_like(evaluation.losses_NL)[:, :1]
     errors = [
@@ -73,6 +97,7 @@ def build_event(evaluation: Evaluation, record: ValidationRecord, levels: Sequen
         compared=compared_with_first(record),
         best_step=record.best_step,
         best_loss=finite(record.best_loss),
+        preference=preference,
     )
 
 

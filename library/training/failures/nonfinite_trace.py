@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from library.training.run_parts import Run
 from library.training.step.losses import loss_of, start_batch
+from library.training.step.pairs import passes_of
 from library.types import Batch
 
 
@@ -74,10 +75,12 @@ def found_damage(run: Run, batch: Batch, batch_number: int, step: int, parameter
     for parameter in parameters:
         parameter.grad = None
     with run.context.alone(), watched(parts_of(run), trace):
-        start_batch(run.context, batch_number, step)
-        loss = loss_of(run.context, batch, batch_number)
-        if trace.damaged_output is None:
-            torch.autograd.backward(loss if run.optimization.scaler is None else run.optimization.scaler.scale(loss))
+        for one in passes_of(run.context, batch):
+            start_batch(run.context, batch_number, step)
+            loss = loss_of(run.context, one, batch_number)
+            if trace.damaged_output is None:
+                scaler = run.optimization.scaler
+                torch.autograd.backward(loss if scaler is None else scaler.scale(loss))
     names = {id(parameter): name for name, parameter in run.context.network.module.named_parameters()}
     damaged = [p for p in parameters if p.grad is not None and not is_finite(p.grad)]
     return trace.sentence(f"adapter.{names[id(damaged[0])]}" if damaged else None)

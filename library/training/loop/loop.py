@@ -16,12 +16,13 @@ from library.training.failures.out_of_memory import explain_out_of_memory, sizes
 from library.training.loop.adapter_run import AdapterRun
 from library.training.loop.ahead import Ahead, copies_to
 from library.training.loop.prepared import PreparedRun
-from library.training.loop.stacked_step import backward_stacked
+from library.training.loop.stacked_step import backward_stacked, is_stacked
 from library.training.reporting.console_lines import StepBar, announce_epoch
 from library.training.reporting.profile import profiled
 from library.training.run_parts import Run
 from library.training.step.accumulation import Window
 from library.training.step.losses import describe_shape, loss_of, start_batch
+from library.training.step.pairs import passes_of
 from library.types import Batch
 
 logger = logging.getLogger(__name__)
@@ -161,7 +162,7 @@ def batches_of(run: Run, epoch: int, first_step: int) -> Ahead:
     """This process's batches of an epoch, in order, from the one after `first_step` on; no other is read."""
     dataset, cache = run.options.dataset, run.context.arch.text_cache
     windows = run.plan.windows(epoch, first_step)
-    places = array("i", (place for window in windows for place in passes_of(run, window)))  # may be a million
+    places = array("i", (place for window in windows for place in places_of(run, window)))  # may be a million
     batches = run.batches.of_epoch(
         epoch,
         places,
@@ -187,7 +188,7 @@ def accumulate_gradients(
     run = runs[0]
     losses: list[list[Tensor]] = [[] for _ in runs]
     num_own = len(window.share(run.processes.rank, run.processes.count))
-    for number, place in enumerate(passes_of(run, window)):
+    for number, place in enumerate(places_of(run, window)):
         batch = next(batches)
         # The gradient of a loss that is divided by infinity is zero.
         size = len(window.places) if number < num_own else math.inf
@@ -195,17 +196,17 @@ def accumulate_gradients(
         shape, predicted = describe_shape(batch), partial(memory_hints, runs, batch)
         with explain_out_of_memory(doing, run.options, run.context.device, shape, lambda: sizes_of(run), predicted):
             batch_number = run.plan.batch_number(window.epoch, place)
-            if len(runs) == 1 or batch.concept is not None:  # each adapter draws latents of its own from prompts
-                found = [backward(own, batch, batch_number, size, window.step) for own in runs]
-            else:
+            if is_stacked(runs, batch):
                 found = backward_stacked(runs, batch, batch_number, size, window.step)
+            else:
+                found = [backward(own, batch, batch_number, size, window.step) for own in runs]
         for own, loss in zip(losses, found, strict=True):
             own.append(loss)
         fetch_next()
     return [torch.stack(own[:num_own]) if num_own else torch.zeros(0) for own in losses]
 
 
-def passes_of(run: Run, window: Window) -> list[int]:
+def places_of(run: Run, window: Window) -> list[int]:
     """Return the places that this process computes for a window: its share, and in step with others a stand-in."""
     processes = run.processes
     share = [*window.share(processes.rank, processes.count)]
@@ -217,14 +218,17 @@ def passes_of(run: Run, window: Window) -> list[int]:
 
 def backward(run: Run, batch: Batch, batch_number: int, window_size: float, step: int) -> Tensor:
     """Add the gradient of one batch; gives its loss."""
-    with run.context.alone(), run.times.counted(batch) as turn_back:
-        with run.times.stage("forward"):
-            start_batch(run.context, batch_number, step)
-            loss = loss_of(run.context, batch, batch_number)
-            scaled = loss / window_size
-        turn_back()
-        with run.times.stage("backward"):
-            torch.autograd.backward(
-                scaled if run.optimization.scaler is None else run.optimization.scaler.scale(scaled)
-            )
-    return loss.detach().float()
+    losses = []
+    with run.context.alone():
+        for one in passes_of(run.context, batch):
+            with run.times.counted(one) as turn_back:
+                with run.times.stage("forward"):
+                    start_batch(run.context, batch_number, step)
+                    loss = loss_of(run.context, one, batch_number)
+                    scaled = loss / window_size
+                turn_back()
+                with run.times.stage("backward"):
+                    scaler = run.optimization.scaler
+                    torch.autograd.backward(scaled if scaler is None else scaler.scale(scaled))
+            losses.append(loss.detach().float())
+    return torch.stack(losses).sum()

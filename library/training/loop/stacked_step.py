@@ -3,8 +3,8 @@
 Letters: M adapters, B samples of the batch, C channels, H height, W width.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -15,10 +15,11 @@ from library.memory.devices import send
 from library.randomness import stream_seed
 from library.training.run_parts import Run
 from library.training.step.context import StepContext
+from library.training.step.joining import join_conditioning, join_noised, repeat_batch, split_conditioning
 from library.training.step.latents import image_features_of
 from library.training.step.losses import losses_of, noised_of, start_batch, varied_conditioning_of, vary
 from library.training.step.text_features import conditioning_of
-from library.types import Batch, Conditioning, Noised
+from library.types import Batch, Conditioning
 
 T = TypeVar("T")
 
@@ -38,6 +39,14 @@ class StackedNetworks:
     def set_multiplier(self, multiplier: float) -> None:
         for context in self.contexts:
             context.network.set_multiplier(multiplier)
+
+
+def is_stacked(runs: Sequence[Run], batch: Batch) -> bool:
+    """Return True if the adapters share a pass.
+
+    From prompts each draws latents of its own, and pairs change the strength of an adapter within a step.
+    """
+    return len(runs) > 1 and batch.concept is None and not runs[0].context.pairs.are_trained
 
 
 def backward_stacked(
@@ -73,7 +82,7 @@ def stacked_losses(contexts: Sequence[StepContext], batch: Batch, many: Batch, b
         contexts,
         lambda context: image_features_of(context, batch, context.seed, lambda place: ("batch", batch_number, place)),
     )
-    joined = Noised(**{f.name: torch.cat([getattr(one, f.name) for one in noised]) for f in fields(Noised)})
+    joined = join_noised(noised)
     condition = partial(stacked_conditioning, contexts, batch, many, batch_number, extra)
     losses_MB = losses_of(first, first.arch.objective, many, joined, condition, StackedNetworks(contexts))
     weights_B = send(batch.loss_weights_B, losses_MB.device)
@@ -106,38 +115,3 @@ def stacked_conditioning(
     else:
         parts = [varied_conditioning_of(c, batch, batch_number, one) for c, one in zip(contexts, extra, strict=True)]
     return join_conditioning(parts)
-
-
-def join_conditioning(parts: Sequence[Conditioning]) -> Conditioning:
-    """Features of all rows from those of each adapter's."""
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def split_conditioning(whole: Conditioning, count: int) -> list[Conditioning]:
-    """Split what `join_conditioning` joined."""
-    chunks: Mapping[str, Sequence[Tensor]] = {name: tensor.chunk(count) for name, tensor in whole.items()}
-    return [{name: tensors[i] for name, tensors in chunks.items()} for i in range(count)]
-
-
-def repeat_batch(batch: Batch, count: int) -> Batch:
-    """Return the batch so many times; images and latents, which are made noise of before, are left out."""
-
-    def times(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else torch.cat([tensor] * count)
-
-    features = batch.conditioning
-    return replace(
-        batch,
-        keys=batch.keys * count,
-        captions=batch.captions * count,
-        pixels_BCHW=None,
-        latents_BCHW=None,
-        reference_pixels=(),
-        reference_latents=(),
-        conditioning=None if features is None else {name: torch.cat([t] * count) for name, t in features.items()},
-        loss_weights_B=torch.cat([batch.loss_weights_B] * count),
-        masks_B1HW=times(batch.masks_B1HW),
-        sizes_B6=torch.cat([batch.sizes_B6] * count),
-        attributes=batch.attributes * count,
-        crops_B2=times(batch.crops_B2),
-    )

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from library.options.training.pairs import NO_PAIRS, PairOptions
 from library.protocols import Architecture
 from library.training.models.base_model import LoadedModels
 from library.training.models.compute import Compute
@@ -25,6 +26,7 @@ def step_context(
     network: AdoptedNetwork,
     compute: Compute,
     alone: Callable[[], AbstractContextManager[None]] = nullcontext,
+    pairs: PairOptions = NO_PAIRS,
 ) -> StepContext:
     """Build what a step computes with; `alone` makes this adapter the only active one while captions are encoded."""
     encoders, live, concepts = loaded.models.text_encoders, loaded.live_text, loaded.concepts
@@ -48,6 +50,7 @@ def step_context(
         captions=CaptionMemo(encode_captions, arch.text_cache.padding if arch.text_cache else {}),
         live_text=live,
         vae_batch_size=vae_batch_size,
+        pairs=pairs,
         alone=alone,
     )
 

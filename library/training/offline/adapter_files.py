@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -44,6 +45,13 @@ def stack_of(row: Row) -> Stack:
     return [] if row is None else [(row, 1.0)]
 
 
+class NoAdapter(nn.Module):
+    """The network of the base model alone."""
+
+    def set_multiplier(self, multiplier: float) -> None:
+        """Do nothing: there is no adapter whose strength could change."""
+
+
 @contextmanager
 def installed(files: Stack, models: Models, compute: Compute) -> Iterator[AdoptedNetwork]:
     """The adapters of files on the models, which lose them afterwards. Raises UserError for one that does not fit.
@@ -51,7 +59,7 @@ def installed(files: Stack, models: Models, compute: Compute) -> Iterator[Adopte
     Yields the last of them: what a network is told while images are drawn or measured means nothing to the others.
     """
     text_encoders, denoiser = models.network_view
-    network = nn.Module()  # without modules
+    network: Any = NoAdapter()
     with ExitStack() as applied:
         for file, strength in files:
             network, _ = open_network_module(READER).create_network_from_weights(

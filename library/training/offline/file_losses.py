@@ -112,7 +112,9 @@ def losses_of_files(
         for row in rows:
             name = "the base model" if row is None else row.name
             with torch.no_grad(), installed(stack_of(row), loaded.models, compute) as network:
-                context = step_context(trains_text, vae_batch_size, arch, seed, loaded, network, compute)
+                context = step_context(
+                    trains_text, vae_batch_size, arch, seed, loaded, network, compute, pairs=options.pairs
+                )
                 found = [
                     None if side is None else side.losses(context, processes, num_threads, f"measuring {name}")
                     for side in (sides.held_out, sides.trained, sides.mirrored, sides.probe)

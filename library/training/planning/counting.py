@@ -44,10 +44,11 @@ from library.options.train import TrainOptions
 from library.options.training.concepts import ConceptOptions
 from library.options.training.network import NetworkOptions
 from library.options.training.optimizer import OptimizerOptions
+from library.options.training.pairs import PairOptions
 from library.progress import progress_bar
 from library.protocols import Architecture, TextCacheSpec
 from library.randomness import generator_for
-from library.training.loop.stacked_step import repeat_batch, stacked_losses
+from library.training.loop.stacked_step import stacked_losses
 from library.training.models.base_model import LoadedModels
 from library.training.models.block_running import trains_text_encoders
 from library.training.models.check_batches import mute_logging
@@ -60,6 +61,7 @@ from library.training.optimization.optimizers import build_optimizer
 from library.training.planning.previews import CountedPreview, count_preview
 from library.training.planning.waiting import OffloadedBlocks
 from library.training.step.context import Models
+from library.training.step.joining import repeat_batch
 from library.training.step.losses import loss_of
 from library.types import Batch, Conditioning
 from networks.core.protocol import AdoptedNetwork, adopt, multiplex, open_network_module
@@ -138,6 +140,7 @@ def count_run(
         meta = run_on_meta_device(options, arch, adapters)
         bar.update(1)
         denoiser, networks = meta.models.denoiser, meta.networks
+        rows = rows_of_pass(options.pairs, batch)
         caches_latents, concepts = has_latents(options.caching, options.concepts), options.concepts
         encodes = caches_latents and concepts is None and meta.vae is not None
         images = count_images(arch, meta.vae, batch) if encodes and meta.vae is not None else None
@@ -145,12 +148,14 @@ def count_run(
         captions, conditioning, gradientless = None, None, None
         if concepts is None:
             captions, conditioning = count_captions(
-                cached_text(options.network, arch.text_cache), options.precision, arch, meta.encoders, batch.count
+                cached_text(options.network, arch.text_cache), options.precision, arch, meta.encoders, rows.count
             )
+            if options.pairs.preference_loss is not None:
+                gradientless = count_reference(options.precision, arch, meta, rows, conditioning)
         else:
             conditioning, gradientless = count_prompts(concepts, options.precision, arch, meta, batch)
         bar.update(1)
-        fake = fake_batch(arch, batch, conditioning, caches_latents)
+        fake = fake_batch(arch, rows, conditioning, caches_latents)
         timeline = count_some_blocks(
             arch.chains(denoiser),
             lambda repeats: count_step(options, arch, meta, fake, repeats, partial(bar.update, 1)),
@@ -177,7 +182,7 @@ def count_run(
         other_bytes=bytes_of(*vae),
         adapter_bytes=bytes_of(*(one.module for one in networks)),
         gradient_bytes=gradients,
-        held_gradient_bytes=gradients if options.run.gradient_accumulation_steps > 1 else 0,
+        held_gradient_bytes=gradients if passes_accumulate(options) else 0,
         optimizer=optimizer,
         offloaded_indices=waiting.places,
         most_offloaded=waiting.most,
@@ -185,6 +190,19 @@ def count_run(
         gradientless=gradientless,
     )
     return CountedRun(batch, step, tuple(stage for stage in (images, captions) if stage is not None), preview)
+
+
+def rows_of_pass(pairs: PairOptions, batch: BatchShape) -> BatchShape:
+    """Return what a pass computes of a batch: both images of preference pairs, or one side of a slider's pairs."""
+    if not pairs.are_trained:
+        return batch
+    count = batch.count if pairs.preference_loss is None else 2 * batch.count
+    return replace(batch, count=count, reference_sizes=())
+
+
+def passes_accumulate(options: TrainOptions) -> bool:
+    """Return True if a step adds up the gradients of several passes."""
+    return options.run.gradient_accumulation_steps > 1 or options.pairs.pair_slider is not None
 
 
 def count_some_blocks(chains: Sequence[nn.ModuleList], count: Callable[[Repeats], Timeline]) -> Timeline:
@@ -369,25 +387,43 @@ def count_prompts(
     """Count what a step by prompts does before its forward and backward pass: the latents are drawn, half of the steps
     on average, and the base model is asked about three prompts. Gives the text features of a batch too.
     """
-    autocast = Compute.build(precision, CPU).autocast
     num_guided = 1 if guidance_of(concepts, arch.preview.defaults) == 1 else 2
     rows = replace(shape, count=NUM_ASKED * shape.count)
-    with counter_for(arch), torch.no_grad(), autocast():
-        tokens = arch.text.tokenize([longest_caption(arch)] * rows.count)
-        features = arch.text.encode(meta.encoders, tokens)
+    features = encode_longest(precision, arch, meta, rows.count)
+    peak = count_prediction(precision, arch, meta, rows, features)
+    num_steps = concepts.max_denoising_steps / 2
+    passes = GradientlessPasses(num_steps + 1, num_guided * num_steps + NUM_ASKED, peak)
+    return {name: tensor[: shape.count] for name, tensor in features.items()}, passes
+
+
+def count_reference(
+    precision: PrecisionOptions, arch: Architecture, meta: MetaRun, rows: BatchShape, conditioning: Conditioning | None
+) -> GradientlessPasses:
+    """Count the predictions of the base model alone, of which a preference loss needs one for each image."""
+    features = encode_longest(precision, arch, meta, rows.count) if conditioning is None else conditioning
+    return GradientlessPasses(1, 1, count_prediction(precision, arch, meta, rows, features))
+
+
+def encode_longest(precision: PrecisionOptions, arch: Architecture, meta: MetaRun, count: int) -> Conditioning:
+    """Return the text features of the longest captions, in the fake mode that is on."""
+    with counter_for(arch), torch.no_grad(), Compute.build(precision, CPU).autocast():
+        return arch.text.encode(meta.encoders, arch.text.tokenize([longest_caption(arch)] * count))
+
+
+def count_prediction(
+    precision: PrecisionOptions, arch: Architecture, meta: MetaRun, rows: BatchShape, features: Conditioning
+) -> int:
+    """Return the most bytes that the denoiser takes for these images without gradients, weights left out."""
     asked = fake_batch(arch, rows, features, True)
     assert asked.latents_BCHW is not None
     clean_BCHW = asked.latents_BCHW
 
     def ask() -> Tensor:
-        with autocast():
+        with Compute.build(precision, CPU).autocast():
             noised = arch.objective.corrupt(clean_BCHW, generator_for(0, "planned"))
             return arch.predict(meta.models.denoiser, noised, features, asked)
 
-    peak, _ = rise_of(arch, [meta.models.denoiser, *(one.module for one in meta.networks)], ask)
-    num_steps = concepts.max_denoising_steps / 2
-    passes = GradientlessPasses(num_steps + 1, num_guided * num_steps + NUM_ASKED, peak)
-    return {name: tensor[: shape.count] for name, tensor in features.items()}, passes
+    return rise_of(arch, [meta.models.denoiser, *(one.module for one in meta.networks)], ask)[0]
 
 
 def count_step(
@@ -411,9 +447,10 @@ def count_step(
         contexts.append(step_context(trains_text, options.caching.vae_batch_size, arch, 0, loaded, one, compute, only))
     seeds = dict.fromkeys(range(len(networks)), 0)
     sizes = [sum(p.numel() for p in one.trainable_parameters()) for one in networks]
-    # By prompts each adapter draws its own latents, so they run one after another; the largest is counted.
-    alone = None if options.concepts is None else sizes.index(max(sizes))
-    num_passes = 1 if options.run.gradient_accumulation_steps == 1 else 2
+    # By prompts and with pairs adapters run one after another; the largest is counted.
+    runs_alone = options.concepts is not None or options.pairs.are_trained
+    alone = sizes.index(max(sizes)) if runs_alone else None
+    num_passes = 2 if passes_accumulate(options) else 1
 
     def give_runner(runner: BlockRunner) -> None:
         arch.run_blocks_with(models.denoiser, runner)

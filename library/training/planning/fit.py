@@ -154,5 +154,6 @@ def fit_to(
         is_free = wanted == defaults[stage.option]
         sizes[stage.option] = stage.most_that_fits(room) if is_free else wanted
     allowed = allowed_by(options.fit, options.memory, way_of(options.memory, options.precision, options.distributed))
-    num_passes = None if num_steps is None else num_steps * options.run.gradient_accumulation_steps
+    num_sides = 1 if options.pairs.pair_slider is None else 2
+    num_passes = None if num_steps is None else num_steps * options.run.gradient_accumulation_steps * num_sides
     return Fit(options, counted, allowed, choose(counted.step, allowed, card), sizes, sweep, num_passes)

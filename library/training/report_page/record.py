@@ -187,7 +187,8 @@ class Record:
         self.curves.add(line["step"], values)
 
     def _validation(self, line: Line) -> None:
-        self.validations.add({name: line[name] for name in ("step", "loss", "error", "levels", "compared")})
+        item = {name: line[name] for name in ("step", "loss", "error", "levels", "compared")}
+        self.validations.add({**item, "preference": line.get("preference")})
         if line["best_loss"] is not None:
             self.best = {"step": line["best_step"], "loss": line["best_loss"]}
 

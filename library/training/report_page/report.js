@@ -81,6 +81,9 @@ function validations() {
   const compared = forgotten(items);
   const list = [chart("All noise levels", x, [line("loss", items)]), chart("By noise level", x, levels)];
   if (items.length > 1) list.push(chart(`Difference to step ${x[0]}, picture by picture`, x, [line("difference", compared)]));
+  const preferences = items.map((item) => item.preference).filter(Boolean);
+  const preferred = (label, name) => chart(label, x, [{label: name, dots: true, y: preferences.map((one) => one[name])}]);
+  if (preferences.length === items.length) list.push(preferred("Held-out pairs: share with the preferred image ahead", "accuracy"), preferred("Held-out pairs: mean margin of implicit rewards", "margin"));
   charts("Validation", [...list, ...probes], shades);
 }
 

@@ -215,6 +215,14 @@ class Compared:
 
 
 @dataclass(frozen=True)
+class Preference:
+    """Implicit rewards of held-out pairs: the share that prefers the right image, and the mean margin."""
+
+    accuracy: float
+    margin: float | None  # None where a loss is not a number
+
+
+@dataclass(frozen=True)
 class Validation(Event):
     """The images that are set aside were measured."""
 
@@ -227,6 +235,7 @@ class Validation(Event):
     compared: Compared | None  # None for the first evaluation
     best_step: int
     best_loss: float | None
+    preference: Preference | None  # None without --preference_loss
 
 
 @dataclass(frozen=True)

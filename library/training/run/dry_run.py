@@ -15,12 +15,13 @@ from library.memory.devices import bytes_of
 from library.options.training.averaging import FILES
 from library.training.evaluation.without_side_effects import shown_weights
 from library.training.failures.out_of_memory import Sizes, explain_out_of_memory, memory_figures, reset_peak, sizes_of
-from library.training.loop.stacked_step import backward_stacked
+from library.training.loop.stacked_step import backward_stacked, is_stacked
 from library.training.loop.update import rounding_of
 from library.training.planning.advice import memory_hints
 from library.training.run_parts import Run
 from library.training.saving.checkpoints import Writer
 from library.training.step.losses import describe_shape, loss_of, noised_of, start_batch
+from library.training.step.pairs import passes_of
 from library.types import Batch
 
 logger = logging.getLogger(__name__)
@@ -67,14 +68,23 @@ def try_largest_batch(runs: Sequence[Run], writer: Writer, place: int) -> None:
 
 def forward_and_backward(runs: Sequence[Run], batch: Batch, place: int) -> float:
     """One pass with gradients; gives the loss; of several adapters that of the first, or one that is not finite."""
-    if len(runs) > 1:
+    if is_stacked(runs, batch):
         losses = [float(loss) for loss in backward_stacked(runs, batch, place, 1, 0)]
-        return next((loss for loss in losses if not math.isfinite(loss)), losses[0])
-    (run,) = runs
-    start_batch(run.context, place, 0)
-    loss = loss_of(run.context, batch, place)
-    torch.autograd.backward(loss)
-    return loss.item()
+    else:
+        losses = [forward_and_backward_alone(run, batch, place) for run in runs]
+    return next((loss for loss in losses if not math.isfinite(loss)), losses[0])
+
+
+def forward_and_backward_alone(run: Run, batch: Batch, place: int) -> float:
+    """`forward_and_backward` of one adapter."""
+    total = 0.0
+    with run.context.alone():
+        for one in passes_of(run.context, batch):
+            start_batch(run.context, place, 0)
+            loss = loss_of(run.context, one, place)
+            torch.autograd.backward(loss)
+            total += loss.item()
+    return total
 
 
 def report(run: Run, writer: Writer, sizes: Sizes, shape: str, loss: float, seconds: float) -> None:

@@ -80,7 +80,9 @@ def build_run(wanted: AdapterRequest, network: AdoptedNetwork, shared: Shared, p
     alone = nullcontext if shared.turns is None else partial(shared.turns.only, place)
     trains_text = trains_text_encoders(options.network, options.optimizer.learning_rate)
     vae_batch_size = options.caching.vae_batch_size
-    context = step_context(trains_text, vae_batch_size, arch, wanted.seed, shared.loaded, network, compute, alone)
+    context = step_context(
+        trains_text, vae_batch_size, arch, wanted.seed, shared.loaded, network, compute, alone, options.pairs
+    )
     context = replace(context, preserves_in_step=preserves_in_step(shared.data, models.sharded))
     return Run(
         options=options,

@@ -25,6 +25,7 @@ from library.training.models.block_running import block_runner
 from library.training.run_parts import Run
 from library.training.step.losses import loss_of, start_batch
 from library.training.step.modes import eval_mode
+from library.training.step.pairs import passes_of
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +93,9 @@ def test_itself(run: Run) -> None:
     recorder = Recorder(block_runner(run.options.memory))
     context.arch.run_blocks_with(context.models.denoiser, recorder)
     with context.alone(), eval_mode([network]):  # nothing is left to chance: the second pass is to see the same network
+        passes = passes_of(context, batch)  # the first of which keeps the adapter at its strength
         start_batch(context, 0, 0)
-        torch.autograd.backward(loss_of(context, batch, 0))
+        torch.autograd.backward(loss_of(context, next(passes), 0))
         found = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
         for parameter in network.parameters():
             parameter.grad = None

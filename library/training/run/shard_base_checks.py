@@ -3,13 +3,13 @@
 import logging
 from typing import Any
 
+from library.data.description.schema import PRESERVATION
 from library.data.training_data import TrainingData
 from library.errors import UserError
 from library.launcher import fsdp_version
 from library.memory.offload.sharded import ShardedModel
 from library.options.train import TrainOptions
 from library.processes import Processes
-from library.training.step.losses import PRESERVATION
 from networks.core.protocol import OURS
 
 logger = logging.getLogger(__name__)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from library.memory.offload.sharded import ShardedModel
+from library.options.training.pairs import NO_PAIRS, PairOptions
 from library.protocols import Architecture, LiveText
 from library.training.step.conditioning import CaptionMemo
 from networks.core.protocol import AdoptedNetwork
@@ -42,5 +43,6 @@ class StepContext:
     live_text: LiveText | None = None  # the text encoders in memory where the outputs of others are cached
     vae_batch_size: int = 1
     preserves_in_step: bool = False  # whether each batch asks the base model too, since those of others may have to
+    pairs: PairOptions = NO_PAIRS
     alone: Callable[[], AbstractContextManager[None]] = nullcontext
     """In the block the models run with this network alone, where others act on the same layers in a sweep."""

@@ -8,9 +8,8 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
-from library.data.description.schema import level_offset
+from library.data.description.schema import PRESERVATION, level_offset
 from library.errors import UserError
 from library.memory.devices import send
 from library.protocols import Objective
@@ -18,10 +17,10 @@ from library.randomness import generator_for, stream_seed
 from library.training.step.concepts import partly_drawn, target_of
 from library.training.step.context import StepContext
 from library.training.step.latents import image_features_of, latents_of
+from library.training.step.masks import masked_means
+from library.training.step.pairs import losses_of_pairs, prefers, sides_of
 from library.training.step.text_features import conditioning_of
 from library.types import Batch, Conditioning, Noised
-
-PRESERVATION = "diff_output_preservation"  # of a subset's custom_attributes
 
 
 class Acting(Protocol):
@@ -73,6 +72,11 @@ def loss_of(context: StepContext, batch: Batch, batch_number: int) -> Tensor:
 
     Latents that are NaN make the loss NaN: who then asks `noised_of` hears of the VAE.
     """
+    if prefers(context, batch):
+        noised_sides = [noised_of(context, side, batch_number, is_checked=False) for side in sides_of(batch)]
+        condition = partial(varied_conditioning_of, context, batch, batch_number, {})
+        losses_B = losses_of_pairs(context, context.arch.objective, batch, noised_sides, condition)
+        return (losses_B * send(batch.loss_weights_B, losses_B.device)).mean()
     noised = noised_of(context, batch, batch_number, is_checked=False)
     extra = image_features_of(context, batch, context.seed, lambda place: ("batch", batch_number, place))
     condition = partial(varied_conditioning_of, context, batch, batch_number, extra)
@@ -103,10 +107,7 @@ def losses_of(
     if batch.concept is None:
         target_BCHW = preserve_output(context, objective, batch, noised, condition, conditioning, acting)
     loss_BCHW = objective.loss(prediction_BCHW, target_BCHW, noised)
-    if batch.masks_B1HW is not None:
-        masks_B1HW = send(batch.masks_B1HW, loss_BCHW.device)
-        loss_BCHW = loss_BCHW * interpolate(masks_B1HW, size=loss_BCHW.shape[-2:], mode="area")
-    return loss_BCHW.flatten(1).mean(1)
+    return masked_means(loss_BCHW, batch.masks_B1HW)
 
 
 def describe_shape(batch: Batch) -> str:

@@ -49,10 +49,10 @@ def list_metadata(config: SubsetConfig, num_threads: int) -> Listing:
             "control_path, which is relative to image_dir or to the working folder"
         )
     if any(references):
-        if config.control_dirs:
+        if config.control_dirs or config.opposite_dir:
             raise UserError(
                 f"metadata_file {config.metadata_file} names reference images with control_path, and the subset has "
-                "control_dirs; keep one of them"
+                f"{'control_dirs' if config.control_dirs else 'opposite_dir'}; keep one of them"
             )
         add_reference_paths(listing, references, num_threads)
     return listing

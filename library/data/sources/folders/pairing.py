@@ -47,7 +47,8 @@ def add_masks(listing: Listing) -> None:
 
 
 def add_references(listing: Listing, num_threads: int) -> None:
-    """Find the reference images of every image in the folders of `control_dirs`, and their sizes.
+    """Find the reference images of every image in the folders of `control_dirs`, or its opposite in `opposite_dir`, and
+    their sizes.
 
     In each folder an image has the one of its own name, or several called <name>_0, <name>_1 and so on. Raises
     UserError naming images without a reference or with an ambiguous one, and references that cannot be read.
@@ -56,6 +57,9 @@ def add_references(listing: Listing, num_threads: int) -> None:
     if config.control_dirs:
         of_folders = [references_in(folder, listing.paths, stems, listing.surplus) for folder in config.control_dirs]
         add_reference_paths(listing, [sum(row, ()) for row in zip(*of_folders, strict=True)], num_threads)
+    elif config.opposite_dir:
+        opposites = opposites_in(config.opposite_dir, listing.paths, stems, listing.surplus)
+        add_reference_paths(listing, [(path,) for path in opposites], num_threads)
 
 
 def add_reference_paths(listing: Listing, paths: Sequence[tuple[str, ...]], num_threads: int) -> None:
@@ -72,6 +76,19 @@ def add_reference_paths(listing: Listing, paths: Sequence[tuple[str, ...]], num_
         )
     known = {path: size for path, size in found.items() if not isinstance(size, str)}
     listing.references = [[(path, known[path]) for path in row] for row in paths]
+
+
+def opposites_in(folder: str, paths: Sequence[str], stems: Sequence[str], surplus: list[str]) -> list[str]:
+    """Return the image of each image's own name in `opposite_dir`; those of no image are added to `surplus`."""
+    found = names_by_stem("opposite_dir", folder)
+    unclear = [path for path, stem in zip(paths, stems, strict=True) if len(found.get(stem, ())) != 1]
+    if unclear:
+        raise UserError(
+            f"opposite_dir {folder}: {len(unclear)} of {len(paths)} images do not have exactly one partner of their "
+            f"name there: {few(unclear)}; add or remove images"
+        )
+    surplus += [os.path.join(folder, name) for stem in sorted(found.keys() - set(stems)) for name in found[stem]]
+    return [os.path.join(folder, found[stem][0]) for stem in stems]
 
 
 def references_in(folder: str, paths: Sequence[str], stems: Sequence[str], surplus: list[str]) -> list[tuple[str, ...]]:

@@ -1,0 +1,49 @@
+"""Batches, latents and conditioning of several rows or passes as one."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+
+from library.types import Batch, Conditioning, Noised
+
+
+def join_noised(parts: Sequence[Noised]) -> Noised:
+    """Concatenate the rows of several."""
+    return Noised(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Noised)})
+
+
+def join_conditioning(parts: Sequence[Conditioning]) -> Conditioning:
+    """Features of all rows from those of each adapter's."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def split_conditioning(whole: Conditioning, count: int) -> list[Conditioning]:
+    """Split what `join_conditioning` joined."""
+    chunks: Mapping[str, Sequence[Tensor]] = {name: tensor.chunk(count) for name, tensor in whole.items()}
+    return [{name: tensors[i] for name, tensors in chunks.items()} for i in range(count)]
+
+
+def repeat_batch(batch: Batch, count: int) -> Batch:
+    """Return the batch so many times; images and latents, which are made noise of before, are left out."""
+
+    def times(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else torch.cat([tensor] * count)
+
+    features = batch.conditioning
+    return replace(
+        batch,
+        keys=batch.keys * count,
+        captions=batch.captions * count,
+        pixels_BCHW=None,
+        latents_BCHW=None,
+        reference_pixels=(),
+        reference_latents=(),
+        conditioning=None if features is None else {name: torch.cat([t] * count) for name, t in features.items()},
+        loss_weights_B=torch.cat([batch.loss_weights_B] * count),
+        masks_B1HW=times(batch.masks_B1HW),
+        sizes_B6=torch.cat([batch.sizes_B6] * count),
+        attributes=batch.attributes * count,
+        crops_B2=times(batch.crops_B2),
+    )

@@ -1,0 +1,82 @@
+"""Batches of pairs: the loss of preferences, and the two ends of a slider (Gandikota et al. 2023, "Concept Sliders").
+
+An image's partner is carried as its reference image and never given to the denoiser beside it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from library.diffusion.dpo import preference_losses
+from library.protocols import Objective
+from library.training.step.context import StepContext
+from library.training.step.joining import join_conditioning, join_noised, repeat_batch
+from library.training.step.masks import masked_means
+from library.types import Batch, Conditioning, Noised
+
+
+def prefers(context: StepContext, batch: Batch) -> bool:
+    """Return True if the images of a batch are trained as preferred to their partners."""
+    return context.pairs.preference_loss is not None and batch.has_references
+
+
+def sides_of(batch: Batch) -> tuple[Batch, Batch]:
+    """Split pairs into their images and the partners, each without the other."""
+    pixels = batch.reference_pixels[0] if batch.reference_pixels else None
+    latents = batch.reference_latents[0] if batch.reference_latents else None
+    images = replace(batch, reference_pixels=(), reference_latents=())
+    return images, replace(images, pixels_BCHW=pixels, latents_BCHW=latents)
+
+
+def passes_of(context: StepContext, batch: Batch) -> Iterator[Batch]:
+    """Yield what gets a forward and backward pass each: the batch, or for a slider each side of its pairs.
+
+    The adapter acts at the strength of the side until the next one is asked for, since the backward pass may compute
+    its layers again. Both sides weigh half as much as an image.
+    """
+    strength = context.pairs.pair_slider
+    if strength is None or not batch.has_references:
+        yield batch
+        return
+    try:
+        for side, multiplier in zip(sides_of(batch), (strength, -strength), strict=True):
+            context.network.set_multiplier(multiplier)
+            yield replace(side, loss_weights_B=batch.loss_weights_B / 2)
+    finally:
+        context.network.set_multiplier(1.0)
+
+
+def losses_of_pairs(
+    context: StepContext,
+    objective: Objective,
+    batch: Batch,
+    noised: Sequence[Noised],
+    condition: Callable[[], Conditioning],
+) -> Tensor:
+    """Return the preference loss of each pair, shape P; `noised` are the images and their partners, with the same
+    noise, and `condition` gives the text features of P captions.
+
+    The reference is the base model, with the adapter switched off, so no second model is in memory; its pass comes
+    first, while nothing is kept for the backward pass.
+    """
+    both, joined = repeat_batch(batch, 2), join_noised(noised)
+
+    def errors() -> Tensor:
+        with context.autocast():
+            conditioning = condition()
+            conditioning = join_conditioning([conditioning, conditioning])
+            output_BCHW = context.arch.predict(context.models.denoiser, joined, conditioning, both)
+            prediction_BCHW = objective.estimate(output_BCHW, joined)
+        loss_BCHW = objective.loss(prediction_BCHW, objective.target(joined), joined)
+        return masked_means(loss_BCHW, both.masks_B1HW)
+
+    context.network.set_noise_levels(objective.noise_levels(joined))
+    context.network.set_multiplier(0.0)
+    try:
+        with torch.no_grad():
+            reference_2P = errors()
+    finally:
+        context.network.set_multiplier(1.0)
+    return preference_losses(errors(), reference_2P, context.pairs.preference_beta)

@@ -1,0 +1,110 @@
+"""Pairs of images by opposite_dir: found, drawn alike, and checked before anything loads."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from library.data.plan.data_plan import DataPlan
+from library.errors import UserError
+from tests.unit.data.builders import batches_of, plan_of, validation_of, write_config, write_folder, write_image
+
+HEAD = "[[datasets]]\nresolution = 64\nbatch_size = 2\ncaption_extension = '.txt'\n"
+SUBSET = "[[datasets.subsets]]\nimage_dir = '{here}/good'\n"
+PAIR = "opposite_dir = '{here}/bad'\n"
+
+
+def plan(folder: Path, keys: str = PAIR, head: str = HEAD, more: str = "", trains: str = "dpo") -> DataPlan:
+    options = write_config(folder / "data.toml", f"{head}{SUBSET}{keys}{more}")
+    return plan_of(options.with_values({"preference_loss": trains or None}))
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    """Two images with partners of other sizes, one of them of another format."""
+    write_folder(tmp_path / "good", 2)
+    write_image(tmp_path / "bad" / "p0.png", (96, 96), seed=7)
+    write_image(tmp_path / "bad" / "p1.webp", (32, 64), seed=8)
+    return tmp_path
+
+
+def test_an_image_is_paired_with_that_of_its_name_at_its_size(pairs: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A base model that takes no references trains pairs too; the order of the model's draws is that of the images."""
+    write_image(pairs / "bad" / "p2.png")
+    found = plan(pairs)
+    with caplog.at_level(logging.INFO):
+        found.audit(logging.getLogger("audit"))
+    (batch,) = batches_of(found)
+    partners = {sample.image.key: [Path(one.key).name for one in sample.image.references] for sample in found.samples}
+    assert [partners[key] for key in batch.keys] == [
+        [Path(key).stem + (".png" if key.endswith("p0.png") else ".webp")] for key in batch.keys
+    ]
+    assert batch.pixels_BCHW is not None and len(batch.reference_pixels) == 1
+    assert batch.reference_pixels[0].shape == batch.pixels_BCHW.shape == (2, 3, 64, 64)
+    assert "one partner in" in caplog.text and "1 reference image without an image of its name" in caplog.text
+    assert "1 image with a reference image of another aspect ratio, which is cropped to theirs: p1.png" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("missing", r"opposite_dir .*bad: 1 of 2 images do not have exactly one partner of their name there: .*p1.png"),
+        ("twice", r"1 of 2 images do not have exactly one partner of their name there: .*p1.png"),
+        ("equal", r"opposite_dir .*bad: 1 image equal to the partner, which teaches nothing: .*p0.png"),
+        ("folder", r"opposite_dir .*bad is not a folder"),
+        ("damaged", r"1 reference images cannot be read: .*p0.png is not an image"),
+    ],
+)
+def test_images_without_a_partner_of_their_own_are_named(pairs: Path, change: str, message: str) -> None:
+    if change == "missing":
+        (pairs / "bad" / "p1.webp").unlink()
+    elif change == "twice":
+        write_image(pairs / "bad" / "p1.png")
+    elif change == "equal":
+        (pairs / "bad" / "p0.png").write_bytes((pairs / "good" / "p0.png").read_bytes())
+    elif change == "folder":
+        (pairs / "bad").rename(pairs / "worse")
+    else:
+        (pairs / "bad" / "p0.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=message):
+        plan(pairs)
+
+
+@pytest.mark.parametrize("keys", ["control_dirs = '{here}/bad'", "control_resolution = 64", "is_reg = true"])
+def test_keys_that_do_not_go_with_pairs_are_refused(pairs: Path, keys: str) -> None:
+    with pytest.raises(UserError, match=rf"{keys.split()[0]} does not work with opposite_dir"):
+        plan(pairs, PAIR + keys)
+
+
+def test_output_preservation_does_not_go_with_pairs(pairs: Path) -> None:
+    with pytest.raises(UserError, match=r"diff_output_preservation trains toward the base model's own predictions"):
+        plan(pairs, PAIR + "custom_attributes = {diff_output_preservation = true}")
+
+
+def test_pairs_and_the_option_that_trains_them_need_each_other(pairs: Path) -> None:
+    with pytest.raises(UserError, match=r"has opposite_dir, whose pairs are trained with --preference_loss dpo or"):
+        plan(pairs, trains="")
+    with pytest.raises(
+        UserError, match=r"good has no pairs, which --preference_loss and --pair_slider train: set oppo"
+    ):
+        plan(pairs, "")
+    write_folder(pairs / "other", 1)
+    more = "\n[[datasets.subsets]]\nimage_dir = '{here}/other'\n"
+    with pytest.raises(UserError, match=r"other has no pairs"):
+        plan(pairs, more=more)
+    found = plan(pairs, more=f"{more}is_forgetting_probe = true\n")
+    assert validation_of(found).of_probe(True).num_images == 1, "a probe is measured as it is"
+
+
+def test_metadata_files_are_paired_by_folder_and_not_by_control_path(pairs: Path) -> None:
+    table = {f"{pairs.as_posix()}/good/p{i}.png": {"caption": "x"} for i in range(2)}
+    (pairs / "meta.json").write_text(json.dumps(table))
+    head = HEAD.replace("caption_extension = '.txt'\n", "")
+    found = plan(pairs, f"metadata_file = '{{here}}/meta.json'\n{PAIR}", head)
+    assert all(len(sample.image.references) == 1 for sample in found.samples)
+    for entry in table.values():
+        entry["control_path"] = f"{pairs.as_posix()}/bad/p0.png"
+    (pairs / "meta.json").write_text(json.dumps(table))
+    with pytest.raises(UserError, match=r"with control_path, and the subset has opposite_dir; keep one of them"):
+        plan(pairs, f"metadata_file = '{{here}}/meta.json'\n{PAIR}", head)

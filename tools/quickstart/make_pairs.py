@@ -1,0 +1,69 @@
+"""Draw pairs of toy images that differ in one word, with captions that leave the word out.
+
+Both images of a pair have the same place, size and turn as far as the word allows. They are data for
+--preference_loss and --pair_slider: `image_dir` is <out>/<first word>, `opposite_dir` <out>/<second word>.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from library.errors import UserError
+from tools.command import make_parser, run
+from tools.quickstart.toy_world import COLOURS, SIZES, Scene, draw_scene, list_scenes
+
+EXAMPLES = "  python3 tools/quickstart/make_pairs.py --out output/toy_pairs --words blue other"
+OTHER = "other"  # another colour in each pair
+WORDS = {"colour": tuple(COLOURS), "size": tuple(SIZES)}
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__, EXAMPLES)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--words", nargs=2, required=True, help="two colours, a colour and other, or two sizes")
+    parser.add_argument("--count", type=int, default=60, help="pairs, of scenes drawn at random (default: 60)")
+    parser.add_argument("--seed", type=int, default=0, help="of the scenes and of what they leave open")
+    return parser
+
+
+def draw_pair(scene: Scene, attribute: str, words: Sequence[str], seed: int) -> list[Image.Image]:
+    """Draw a scene once with each word."""
+    scenes = [replace(scene, **{attribute: word}) for word in words]
+    return [Image.fromarray(draw_scene(one, np.random.default_rng(seed))) for one in scenes]
+
+
+def make_pairs(args: argparse.Namespace) -> None:
+    """Write the images of each word into its folder, and the captions beside those of the first."""
+    attribute = next((name for name, known in WORDS.items() if set(args.words) <= {*known, OTHER}), None)
+    if attribute is None or args.words[0] in (OTHER, args.words[1]):
+        raise UserError(
+            f"--words {' '.join(args.words)}: give two of {', '.join(COLOURS)}, one of them and {OTHER}, or "
+            f"{' '.join(SIZES)}"
+        )
+    rng = np.random.default_rng(args.seed)
+    scenes = [scene for scene in list_scenes() if getattr(scene, attribute) == args.words[0]]
+    for number in range(args.count):
+        scene = scenes[int(rng.integers(len(scenes)))]
+        others = [word for word in WORDS[attribute] if word != args.words[0]]
+        drawn = [args.words[0], others[number % len(others)] if args.words[1] == OTHER else args.words[1]]
+        for word, image in zip(args.words, draw_pair(scene, attribute, drawn, number), strict=True):
+            (args.out / word).mkdir(parents=True, exist_ok=True)
+            image.save(args.out / word / f"{number:03}.png")
+        caption = " ".join(scene.caption().replace(args.words[0], "").split())
+        (args.out / args.words[0] / f"{number:03}.txt").write_text(caption + "\n", encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run(setup_parser(), make_pairs, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
