@@ -24,7 +24,7 @@ Warn = Callable[..., None]
 """A function that takes a message and its arguments, like a logger's method."""
 
 FLAG = "--prompts_file"
-ERASE, ENHANCE = "erase", "enhance"
+ERASE, ENHANCE, PRESERVE = "erase", "enhance", "preserve"
 DEFAULT_SIDE = 512
 LARGEST_SIDE, LARGEST_BATCH, LARGEST_NUMBER = 1 << 14, 1 << 10, 1000.0
 
@@ -50,7 +50,7 @@ class PromptPair:
     positive: str
     unconditional: str
     neutral: str
-    action: str  # ERASE or ENHANCE
+    action: str  # ERASE, ENHANCE or PRESERVE
     guidance_scale: float
     height: int
     width: int
@@ -69,7 +69,7 @@ class PromptPair:
     def push(self) -> float:
         """The factor of the difference from `unconditional` to `positive` that is added to the neutral prediction;
         negative pushes away."""
-        return -self.guidance_scale if self.action == ERASE else self.guidance_scale
+        return {ERASE: -1.0, ENHANCE: 1.0, PRESERVE: 0.0}[self.action] * self.guidance_scale
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -92,6 +92,8 @@ def read_prompt_pairs(path: Path, warn: Warn = logger.warning) -> list[PromptPai
     pairs = [pair for entry in entries for pair in pairs_of(entry, shared, path.parent, warn)]
     for pair in pairs:
         check_teaches(pair)
+    if all(pair.action == PRESERVE for pair in pairs):
+        raise UserError(f"{FLAG} {path}: every entry has action {PRESERVE}, so nothing is changed; add one to {ERASE}")
     return pairs
 
 
@@ -180,8 +182,8 @@ def checked(key: str, value: Any, place: str) -> Any:
     if key in TEXT_KEYS:
         if not isinstance(value, str):
             raise UserError(f"{what}; use text in quotes")
-        if key == "action" and value not in (ERASE, ENHANCE):
-            raise UserError(f'{what}; use "{ERASE}", which is the default, or "{ENHANCE}"')
+        if key == "action" and value not in (ERASE, ENHANCE, PRESERVE):
+            raise UserError(f'{what}; use "{ERASE}", which is the default, "{ENHANCE}" or "{PRESERVE}"')
         return value
     if key in FLAG_KEYS:
         if not isinstance(value, bool):
@@ -212,14 +214,22 @@ def whole(value: Any, least: int, most: int, what: str) -> int:
 def pair_of(place: str, values: Mapping[str, Any], size: Any = None) -> PromptPair:
     """Return the pair of these values, of which only `target` is required."""
     height, width = size_of(values.get("resolution", DEFAULT_SIDE), place) if size is None else size
-    unconditional = values.get("unconditional", "")
+    unconditional, action = values.get("unconditional", ""), values.get("action", ERASE)
+    if action == PRESERVE:
+        for key in ("positive", "neutral"):
+            if key in values:
+                raise UserError(
+                    f"{FLAG} {place}: {key} has no effect with action {PRESERVE}, which keeps what the base model "
+                    "predicts for target; remove it"
+                )
+        values = {**values, "neutral": values["target"]}
     return PromptPair(
         place=place,
         target=values["target"],
         positive=values.get("positive", values["target"]),
         unconditional=unconditional,
         neutral=values.get("neutral", unconditional),
-        action=values.get("action", ERASE),
+        action=action,
         guidance_scale=values.get("guidance_scale", 1.0),
         height=height,
         width=width,
@@ -318,6 +328,8 @@ def lines_of(path: Path, what: str) -> list[str]:
 
 def check_teaches(pair: PromptPair) -> None:
     """Raise UserError for a pair whose training target equals the base model's own prediction."""
+    if pair.action == PRESERVE:
+        return
     if pair.neutral == pair.target and (pair.positive == pair.unconditional or pair.guidance_scale == 0):
         same = f"positive and unconditional are both {pair.positive!r}"
         reason = "guidance_scale is 0" if pair.guidance_scale == 0 else same

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from library.data.concepts.prompts_file import PromptPair, read_prompt_pairs
+from library.errors import UserError
 
 
 def written(folder: Path, text: str, name: str = "prompts.toml") -> Path:
@@ -226,3 +227,16 @@ def test_each_oddity_is_told_once_and_where_it_is_asked_for(tmp_path: Path, capl
     with caplog.at_level(logging.WARNING):
         read_prompt_pairs(written(tmp_path, text), warn=lambda *message: told.append(message))
     assert len(told) == 1 and caplog.records == []
+
+
+def test_a_preserved_prompt_is_trained_toward_its_own_prediction(tmp_path: Path) -> None:
+    text = (
+        '[[prompts]]\ntarget = "a circle"\n[[prompts]]\ntarget = "a square"\naction = "preserve"\nguidance_scale = 2\n'
+    )
+    erased, kept = pairs_in(tmp_path, text)
+    assert erased.push == -1.0 and (kept.push, kept.neutral) == (0.0, "a square")
+    for key in ("positive", "neutral"):
+        with pytest.raises(UserError, match=f"number 2: {key} has no effect with action preserve"):
+            pairs_in(tmp_path, f'{text}{key} = "a"\n')
+    with pytest.raises(UserError, match="every entry has action preserve, so nothing is changed; add one to erase"):
+        pairs_in(tmp_path, '[[prompts]]\ntarget = "a square"\naction = "preserve"\n')
