@@ -39,6 +39,7 @@ NOT_RUN = {  # beginning of a command -> where it is tested, or why it cannot be
 BASE_OF_SCRIPT = {
     **{base.script: name for name, base in reversed(BASES.items())}, "train_leco": "sd", "sdxl_train_leco": "sdxl",
 }  # fmt: skip
+EXAMPLES_OF_PAIRS = ("pairs.toml", "preferences.toml", "toy_preferences.toml", "toy_sizes.toml")
 SLOW = {"networks.md", "train_network.md", "sweep.md"}  # many trainings
 
 
@@ -68,7 +69,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "min_bucket_reso = 256", "min_bucket_reso = 64"
     )
     (tmp_path / "configs" / "examples" / "dataset.toml").write_text(example, encoding="utf-8")
-    for name in ("pairs.toml", "preferences.toml", "toy_preferences.toml", "toy_sizes.toml"):
+    for name in (*EXAMPLES_OF_PAIRS, "toy_preservation.toml"):
         pairs = (ROOT / "configs" / "examples" / name).read_text(encoding="utf-8")
         pairs = pairs.replace("resolution = 1024", "resolution = 64\nmin_bucket_reso = 64")
         (tmp_path / "configs" / "examples" / name).write_text(pairs, encoding="utf-8")

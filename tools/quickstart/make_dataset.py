@@ -7,6 +7,7 @@ tested on the shape and not on the images.
 import argparse
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -60,12 +61,13 @@ def setup_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    args = setup_parser().parse_args()
+    args = setup_parser().parse_args(argv)
     make_dataset(args.out, args.prompts, args.shape, args.num_images, args.seed)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
