@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.checkpoints.weights import selected
+from library.checkpoints.weights import Weights, selected, with_prefix
 from library.errors import UserError
 from library.memory.devices import send
 from library.memory.formats.fp8 import Fp8Rows
@@ -22,11 +22,22 @@ logger = logging.getLogger(__name__)
 
 PARTS = ("embed_tokens.", "layers.", "norm.")  # the rest of a file is the head that predicts words
 WORDS = "embed_tokens.weight"
+PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")  # in files
 
 
 def store_in_8_bits(encoder: nn.Module, name: str) -> None:
     """Keep the weights of a text encoder's blocks as fp8 with a scale for each row; `name` is that of the log."""
     logger.info("%s: %d layers in 8 bits", name, store_all_in(Fp8Rows(), layers_in_blocks(encoder).values()))
+
+
+def decoder_of(weights: Weights, prefixes: Sequence[str]) -> Weights | None:
+    """Return the weights of a file's decoder under the names of transformers, without the head that predicts words and
+    without a vision model; None if the file has none under any of `prefixes`."""
+    prefix = next((p for p in prefixes if f"{p}{WORDS}" in weights.shapes), None)
+    if prefix is None:
+        return None
+    bare = with_prefix(weights, prefix)
+    return selected(bare, {key: key for key in bare.shapes if key.startswith(PARTS)})
 
 
 def decoder_config(shapes: Shapes, head_width: int, rope_base: float, eps: float) -> dict[str, Any]:

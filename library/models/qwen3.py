@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from library.checkpoints import model_lookup
-from library.checkpoints.weights import Weights, configure, first_names, selected, with_prefix
+from library.checkpoints.weights import Weights, configure, first_names
 from library.errors import NotThere, UserError
 from library.memory.devices import send
-from library.models.language_models import PARTS, WORDS, decoder_config
+from library.models.language_models import decoder_config, decoder_of
 from library.models.loading import Component, MaybeComponent, materialise
 from library.models.shapes import Shapes, shape_of
 from library.models.tokenizer_files import (
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 ROPE_BASE = 1_000_000.0
 EPS = 1e-6
+MARK = "layers.0.self_attn.q_norm.weight"  # earlier Qwens and Mistral have no norms of queries
 FOLDER = "text_encoder"  # in a diffusers folder
 
 
@@ -57,18 +58,16 @@ def open_qwen3(name: str | None, release: Qwen3Release) -> Component:
 
 def qwen3_component(weights: Weights, release: Qwen3Release) -> Component:
     """Build the encoder from shapes. Raises UserError if the weights are of something else."""
-    prefix = next((p for p in release.prefixes if f"{p}{WORDS}" in weights.shapes), None)
-    if prefix is None or f"{prefix}layers.0.self_attn.q_norm.weight" not in weights.shapes:
+    found = decoder_of(weights, release.prefixes)
+    if found is None or MARK not in found.shapes:
         first = first_names(weights)
         raise UserError(f"{release.flag} {weights.origin} is not a Qwen3 text encoder (first names: {first})")
-    bare = with_prefix(weights, prefix)
-    weights = selected(bare, {key: key for key in bare.shapes if key.startswith(PARTS)})
-    return Component(configure(weights, qwen3_config), weights)
+    return Component(configure(found, qwen3_config), found)
 
 
 def qwen3_config(shapes: Shapes) -> dict[str, Any]:
     """Return the arguments of transformers' Qwen3Config."""
-    head_width = shape_of(shapes, "layers.0.self_attn.q_norm.weight")[0]
+    head_width = shape_of(shapes, MARK)[0]
     return decoder_config(shapes, head_width, ROPE_BASE, EPS)
 
 

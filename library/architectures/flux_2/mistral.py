@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from library.checkpoints.weights import Weights, configure, first_names, selected, with_prefix
+from library.checkpoints.weights import Weights, configure, first_names
 from library.errors import UserError
-from library.models.language_models import PARTS, WORDS, decoder_config
+from library.models.language_models import PREFIXES, decoder_config, decoder_of
 from library.models.loading import Component
 from library.models.shapes import Shapes
 from library.models.tokenizer_files import TokenizerFiles, check_ids, read_tokenizer_folder
@@ -16,7 +16,6 @@ from library.models.tokenizer_files import TokenizerFiles, check_ids, read_token
 logger = logging.getLogger(__name__)
 
 HUB_NAME = "mistralai/Mistral-Small-3.1-24B-Instruct-2503"
-PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
 HEAD_WIDTH = 128
 ROPE_BASE = 1_000_000_000.0
 EPS = 1e-5
@@ -29,13 +28,11 @@ FILES = TokenizerFiles(
 def mistral_component(weights: Weights, flag: str, prefix: str) -> Component:
     """Build the encoder from shapes; `prefix` is that of files with several models. Raises UserError if the weights are
     of something else."""
-    found = next((p for p in (prefix, *PREFIXES) if f"{p}{WORDS}" in weights.shapes), None)
-    if found is None or f"{found}layers.0.self_attn.q_norm.weight" in weights.shapes:
+    found = decoder_of(weights, (prefix, *PREFIXES))
+    if found is None or "layers.0.self_attn.q_norm.weight" in found.shapes:
         first = first_names(weights)
         raise UserError(f"{flag} {weights.origin} is not a Mistral 3 text encoder (first names: {first})")
-    bare = with_prefix(weights, found)
-    weights = selected(bare, {key: key for key in bare.shapes if key.startswith(PARTS)})
-    return Component(configure(weights, mistral_config), weights)
+    return Component(configure(found, mistral_config), found)
 
 
 def mistral_config(shapes: Shapes) -> dict[str, Any]:

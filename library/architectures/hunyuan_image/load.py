@@ -10,7 +10,6 @@ from torch import nn
 from library.architectures.hunyuan_image.checkpoint_keys import DIFFUSERS_MARK, from_diffusers
 from library.architectures.hunyuan_image.model import HunyuanImage, HunyuanImageConfig, read_config
 from library.architectures.hunyuan_image.options import HunyuanImageOptions
-from library.architectures.hunyuan_image.qwen import WORDS as QWEN_WORDS
 from library.architectures.hunyuan_image.qwen import load_qwen, qwen_component
 from library.architectures.hunyuan_image.vae import MARK, SCALE, compute_in_chunks, empty_vae, vae_component
 from library.architectures.specs import list_specs
@@ -21,7 +20,7 @@ from library.errors import NotThere, UserError
 from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
 from library.models.identify import open_transformer, refuse_transformer
-from library.models.language_models import store_in_8_bits
+from library.models.language_models import WORDS, store_in_8_bits
 from library.models.loading import (
     Component,
     MaybeComponent,
@@ -63,7 +62,7 @@ class HunyuanImageLoader:
     @property
     def num_qwen_words(self) -> int | None:
         """The size of Qwen's vocabulary, or None if its files are missing."""
-        return first_side(self.qwen, QWEN_WORDS)
+        return first_side(self.qwen, WORDS)
 
     def text_encoders(self) -> list[nn.Module]:
         qwen = load_qwen(self.qwen, self.text_dtype)
@@ -174,7 +173,7 @@ def check_fit(loader: HunyuanImageLoader) -> None:
             "are supported"
         )
     whose = "HunyuanImage 2.1's"
-    check_text_width("--text_encoder", loader.qwen, QWEN_WORDS, config.text_width, whose)
+    check_text_width("--text_encoder", loader.qwen, WORDS, config.text_width, whose)
     check_text_width("--byt5", loader.byt5, GLYPH_WORDS, config.glyph_width, whose)
     num_words = first_side(loader.byt5, GLYPH_WORDS)
     if num_words is not None and num_words < NUM_BYTE_IDS:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.checkpoints.weights import Weights, configure, first_names, selected, with_prefix
+from library.checkpoints.weights import Weights, configure, first_names, selected
 from library.errors import UserError
 from library.memory.devices import send
+from library.models.language_models import PREFIXES, WORDS, decoder_of
 from library.models.loading import Component, MaybeComponent, materialise
 from library.models.shapes import Shapes, count, shape_of
 from library.models.tokenizer_files import BYTE_PAIR_FILES, TokenizerFiles, holds_byte_pairs, read_tokenizer_folder
@@ -23,8 +24,6 @@ logger = logging.getLogger(__name__)
 
 HUB_NAME = "Qwen/Qwen2.5-VL-7B-Instruct"
 TOKENIZER = TokenizerFiles(HUB_NAME, BYTE_PAIR_FILES, holds_byte_pairs)
-PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
-WORDS = "embed_tokens.weight"
 HEAD_WIDTH = 128
 ROPE_BASE = 1_000_000
 EPS = 1e-6
@@ -41,10 +40,10 @@ def qwen_component(weights: Weights, config: Mapping[str, Any] | None = None) ->
 
     Raises UserError naming the file if it holds something else.
     """
-    prefix = next((p for p in PREFIXES if f"{p}{WORDS}" in weights.shapes), None)
-    if prefix is None or f"{prefix}layers.0.self_attn.q_proj.bias" not in weights.shapes:
+    found = decoder_of(weights, PREFIXES)
+    if found is None or "layers.0.self_attn.q_proj.bias" not in found.shapes:
         raise UserError(f"{weights.origin} is not a Qwen2.5-VL text encoder (first names: {first_names(weights)})")
-    weights = with_prefix(weights, prefix)
+    weights = found
     num_layers = count(weights.shapes, r"layers\.(\d+)\.") - NUM_UNUSED_LAYERS
     if num_layers < 1:
         raise UserError(f"{weights.origin} has {num_layers + NUM_UNUSED_LAYERS} layers; Qwen2.5-VL 7B has 28")

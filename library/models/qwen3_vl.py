@@ -1,0 +1,77 @@
+"""The language model of Qwen3-VL as a text encoder: transformers' Qwen3VLTextModel, from a file or a folder.
+
+Its names and sizes are those of Qwen3, whose tokenizer it has (`load_qwen3_tokenizer`). The two differ in the base of
+the positions, and a Qwen3-VL file has a vision model too, which is left out.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from library.checkpoints.weights import Weights, configure, first_names
+from library.errors import UserError
+from library.models.language_models import PREFIXES, decoder_config, decoder_of, without_norm
+from library.models.loading import Component, MaybeComponent, materialise
+from library.models.qwen3 import EPS, MARK, Qwen3Release
+from library.models.shapes import Shapes, shape_of
+
+logger = logging.getLogger(__name__)
+
+ROPE_BASE = 5_000_000.0
+VISION = "visual."
+KIND = "qwen3_vl"  # of its folder's configuration
+
+
+def qwen3_vl_component(weights: Weights, given: Mapping[str, Any] | None, release: Qwen3Release) -> Component:
+    """Build the encoder from shapes; `given` is its folder's configuration, None for a file.
+
+    Raises UserError if the weights are of something else; warns of a file that may hold Qwen3, which has the same names
+    and sizes.
+    """
+    kind = str((given or {}).get("model_type", KIND))
+    found = decoder_of(weights, (release.prefix, *PREFIXES)) if kind.startswith(KIND) else None
+    if found is None or MARK not in found.shapes:
+        what = f"{kind}'s" if found is None and kind != KIND else f"first names: {first_names(weights)}"
+        raise UserError(
+            f"{release.flag} {weights.origin} is not a Qwen3-VL text encoder ({what}); use {release.hub_name}"
+        )
+    if given is None and not any(VISION in name for name in weights.shapes):
+        logger.warning(
+            "%s %s has no vision model: if it is Qwen3 and not Qwen3-VL, whose sizes are the same, captions are "
+            "misread; use %s",
+            release.flag,
+            weights.origin,
+            release.hub_name,
+        )
+    return Component(configure(found, qwen3_vl_config), found)
+
+
+def qwen3_vl_config(shapes: Shapes) -> dict[str, Any]:
+    """Return the arguments of transformers' Qwen3VLTextConfig."""
+    head_width = shape_of(shapes, MARK)[0]
+    side = head_width // 2 * 5 // 16  # the frequencies for rows and for columns; the rest is for time
+    config = decoder_config(shapes, head_width, ROPE_BASE, EPS)
+    return {
+        **config,
+        "rope_scaling": {"rope_type": "default", "mrope_section": [head_width // 2 - 2 * side, side, side]},
+    }
+
+
+def empty_qwen3_vl(config: Mapping[str, Any]) -> Any:
+    """Build transformers' Qwen3VLTextModel with weights on the meta device; tensors that are in no file, such as
+    positions, are real."""
+    from accelerate import init_empty_weights
+    from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
+
+    with init_empty_weights(include_buffers=False):
+        return Qwen3VLTextModel(Qwen3VLTextConfig.from_dict({**config, "use_cache": False}))
+
+
+def load_qwen3_vl(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
+    """Load the encoder in `dtype`, frozen, on the CPU, without its last norm: its last states are those of its last
+    layer."""
+    return without_norm(materialise(empty_qwen3_vl(component.config), component.weights, dtype))
