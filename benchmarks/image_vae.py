@@ -24,8 +24,8 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from library.architectures.anima.vae import QwenImageLatents, statistics  # noqa: E402
-from library.architectures.anima.vae_2d import replace_layers_for_images  # noqa: E402
+from library.models.vae.qwen_image import qwen_image_latents, statistics  # noqa: E402
+from library.models.vae.qwen_image_2d import replace_layers_for_images  # noqa: E402
 
 SIZES = {
     "base_dim": 96,
@@ -89,7 +89,7 @@ def measure(way: str, side: int, rounds: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     vae = AutoencoderKLQwenImage(**SIZES).eval().requires_grad_(False)
     vae = replace_layers_for_images(vae) if way == "2d" else vae
-    codec, pixels = QwenImageLatents(), torch.rand(1, 3, side, side) * 2 - 1
+    codec, pixels = qwen_image_latents("_anima.npz"), torch.rand(1, 3, side, side) * 2 - 1
     is_whole = way == "frames"
     with torch.no_grad():
         encode = (lambda: whole_encode(vae, pixels)) if is_whole else (lambda: codec.encode(vae, pixels, []))

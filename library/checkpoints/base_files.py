@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights
 from library.errors import NotThere, UserError
@@ -51,6 +53,17 @@ def open_base(name: str | None, give: str, folders: Iterable[str] = ()) -> BaseF
     Raises UserError saying what to `give` if there is no name.
     """
     return open_files(BASE_FLAG, model_lookup.find_model(BASE_FLAG, named(name, give), [(f,) for f in folders]))
+
+
+def without_base(flag: str, name: str | None) -> tuple[BaseFiles, Weights]:
+    """Return the files, and the weights of no denoiser, of a caching command that is given only the encoder that `flag`
+    names; tokenizers are searched beside it. Raises UserError if there is no name."""
+    if name is None:
+        raise UserError(f"{flag} is missing: name its file or folder, or the whole model with --dit")
+    path = Path(name).expanduser()
+    nothing: dict[str, Tensor] = {}
+    weights = Weights(str(path), {}, nothing.__getitem__)
+    return BaseFiles(path, weights), weights
 
 
 def named(name: str | None, give: str) -> str:

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -185,6 +185,26 @@ def open_transformer(specs: Sequence[BaseModelSpec], base: BaseFiles, wanted: st
         refuse_other_folder(specs, base.flag, base.path, wanted)
         return base.open_folder("transformer")[1]
     return with_prefix(base.whole, find_prefix(base.whole.shapes, DENOISER_PREFIXES))
+
+
+def open_denoiser(
+    specs: Sequence[BaseModelSpec],
+    base: BaseFiles,
+    wanted: str,
+    mark: str,
+    diffusers_mark: str,
+    from_diffusers: Callable[[Weights], Weights],
+) -> Weights:
+    """Open the denoiser of `wanted` under the names of its original layout, which have `mark`; a file with
+    `diffusers_mark` is renamed. Raises UserError for another model, naming it."""
+    weights = open_transformer(specs, base, wanted)
+    refuse_variants(specs, base.flag, str(base.path), weights.shapes)
+    if diffusers_mark in weights.shapes:
+        weights = from_diffusers(weights)
+    if mark not in weights.shapes:
+        why = f"it has no {mark}, so it is not a {spec_of(specs, wanted).title} transformer"
+        refuse_transformer(specs, base, base.whole or weights, wanted, why)
+    return weights
 
 
 def open_single_file(specs: Sequence[BaseModelSpec], flag: str, path: Path, wanted: str, advice: str) -> Weights:

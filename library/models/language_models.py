@@ -22,6 +22,10 @@ logger = logging.getLogger(__name__)
 
 PARTS = ("embed_tokens.", "layers.", "norm.")  # the rest of a file is the head that predicts words
 WORDS = "embed_tokens.weight"
+DESCRIBE = (  # Qwen-Image's message before a caption, which later models have too
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
+    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
+)
 PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")  # in files
 
 

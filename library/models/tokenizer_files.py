@@ -97,6 +97,17 @@ def tokens_for_transformers_4(folder: Path) -> dict[str, Any]:
     return {"additional_special_tokens": extra, "extra_special_tokens": {}} if isinstance(extra, list) else {}
 
 
+def check_marks(tokenizer: Any, marks: Sequence[str], hub_name: str) -> None:
+    """Raise UserError for a tokenizer without the marks of a chat template; `hub_name` has the right one."""
+    words = tokenizer.get_vocab()
+    lacks = [mark for mark in marks if mark not in words]
+    if lacks:
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path} has no {lacks[0]}: it belongs to another model; use that of "
+            f"{hub_name}"
+        )
+
+
 def check_ids(owner: str, tokenizer: Any, folder: Path, num_words: int | None) -> None:
     """Raise UserError if a tokenizer has token IDs beyond the text encoder's `num_words`; None skips the check."""
     largest = max(tokenizer.get_vocab().values())

@@ -11,9 +11,9 @@ import torch
 
 from library.architectures.anima.load import PREFIXES, QWEN3, denoiser_of
 from library.architectures.anima.model import Anima, read_config
-from library.architectures.anima.vae import empty_vae, from_original, vae_component
 from library.checkpoints.weights import Weights
 from library.models.qwen3 import empty_qwen3, qwen3_component
+from library.models.vae.qwen_image import empty_vae, from_original, vae_component
 from tests.tiny.anima import diffusers_key
 
 FACTS: Mapping[str, Any] = json.loads(gzip.decompress((Path(__file__).parent / "data" / "anima.json.gz").read_bytes()))
@@ -99,7 +99,7 @@ def test_qwen3_loads_with_every_prefix(prefix: str, extra: dict[str, tuple[int, 
 
 @pytest.mark.parametrize("part", ["vae", "vae_alternative_naming"])
 def test_the_vae_loads_from_both_layouts(part: str) -> None:
-    component = vae_component(opened(shapes_of(part)))
+    component = vae_component("Anima", opened(shapes_of(part)))
     assert component.config == {
         "base_dim": 96,
         "z_dim": 16,

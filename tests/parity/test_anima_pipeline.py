@@ -13,7 +13,7 @@ from torch import Tensor
 from anima_train_network import setup_parser
 from library.architectures.anima.assembly import build
 from library.architectures.anima.options import AnimaOptions
-from library.architectures.anima.vae import MEAN, STD
+from library.models.vae.qwen_image import MEAN, STD
 from library.types import Prompt
 from tests.parity.test_anima_model import oracle_models, oracle_velocity
 from tests.parity.test_preview import ours

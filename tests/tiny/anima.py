@@ -11,8 +11,8 @@ from torch import Tensor
 from library.architectures.anima.checkpoint_keys import diffusers_path
 from library.architectures.anima.llm_adapter import AdapterConfig
 from library.architectures.anima.model import Anima, AnimaConfig
-from library.architectures.anima.vae import ENDS, MIDDLE, QUANT, RESIDUAL
 from library.models.names import inverse
+from library.models.vae.qwen_image import ENDS, MIDDLE, QUANT, RESIDUAL
 from tests.tiny.flux import write_t5_tokenizer
 from tests.tiny.init import fixed_init
 

@@ -12,7 +12,6 @@ from library.architectures.anima.options import AnimaOptions
 from library.architectures.anima.predict import predict
 from library.architectures.anima.targets import view
 from library.architectures.anima.text import AnimaText
-from library.architectures.anima.vae import QwenImageLatents
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
@@ -21,6 +20,7 @@ from library.errors import UserError
 from library.models.qwen3 import load_qwen3_tokenizer
 from library.models.recipe import OTHER_ATTENTION, Recipe, folders_beside, ignored_attention
 from library.models.t5 import holds_t5_tokenizer, load_t5_tokenizer
+from library.models.vae.qwen_image import qwen_image_latents
 from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
 
 QWEN3_TOKENIZER, T5_TOKENIZER = "tokenizer", "t5_tokenizer"  # folders beside the files, named as in diffusers folders
@@ -47,7 +47,7 @@ RECIPE = Recipe(
     ),
     needs={"diffusers": ">=0.35"},  # AutoencoderKLQwenImage
 )  # fmt: skip
-CODEC = QwenImageLatents()
+CODEC = qwen_image_latents("_anima.npz")
 LATENTS = CODEC.spec
 
 

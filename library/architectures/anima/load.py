@@ -10,8 +10,6 @@ from torch import nn
 from library.architectures.anima.checkpoint_keys import ADAPTER
 from library.architectures.anima.model import Anima, AnimaConfig, read_config
 from library.architectures.anima.options import AnimaOptions
-from library.architectures.anima.vae import SPEC, empty_vae, open_vae
-from library.architectures.anima.vae_2d import replace_layers_for_images
 from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.base_files import BaseFiles, named
@@ -24,6 +22,8 @@ from library.models.identify import open_single_file, refuse_transformer
 from library.models.language_models import WORDS
 from library.models.loading import Absent, MaybeComponent, first_side, materialise, on_meta_device, open_if_there
 from library.models.qwen3 import Qwen3Release, load_qwen3, open_qwen3
+from library.models.vae.qwen_image import CHANNELS, empty_vae, open_vae
+from library.models.vae.qwen_image_2d import replace_layers_for_images
 from library.models.vae.vae import vae_dtype_of
 from library.options.model import BASE_FLAG
 from library.suggestions import nearby
@@ -86,7 +86,9 @@ def open_loader(options: AnimaOptions) -> AnimaLoader:
         text=open_if_there(
             options.text_caching.cache_text_encoder_outputs_to_disk, lambda: open_qwen3(options.text.qwen3, QWEN3)
         ),
-        vae_component=open_if_there(options.caching.cache_latents_to_disk, lambda: open_vae(options.model.vae)),
+        vae_component=open_if_there(
+            options.caching.cache_latents_to_disk, lambda: open_vae("Anima", options.model.vae)
+        ),
         dtype=DTYPES[options.precision.mixed_precision],
         vae_dtype=vae_dtype_of(options.model, options.precision.mixed_precision),
         computes_in_2d=options.computing.qwen_image_vae_2d,
@@ -139,10 +141,10 @@ def with_adapter(base: Weights, adapter: Weights) -> Weights:
 def check_fit(loader: AnimaLoader) -> None:
     """Raise UserError if the parts do not fit together."""
     config = loader.config
-    if config.channels != SPEC.channels:
+    if config.channels != CHANNELS:
         raise UserError(
             f"{BASE_FLAG} {loader.path}: the transformer takes {config.channels} channels, but the VAE has "
-            f"{SPEC.channels}; it is not an Anima model"
+            f"{CHANNELS}; it is not an Anima model"
         )
     if config.adapter.width != config.text_width:
         raise UserError(

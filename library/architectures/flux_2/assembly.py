@@ -12,12 +12,13 @@ from library.architectures.flux_2.options import Flux2Options
 from library.architectures.flux_2.predict import predict, preview_sampler
 from library.architectures.flux_2.releases import DEV, FLAG, Release, is_distilled
 from library.architectures.flux_2.targets import view
-from library.architectures.flux_2.text import Flux2Text, check_tokenizer
+from library.architectures.flux_2.text import Flux2Text
 from library.architectures.flux_2.vae import PackedLatents
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
 from library.models.recipe import OTHER_ATTENTION, Recipe, folders_beside
+from library.models.tokenizer_files import check_marks
 from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
 
 logger = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ def build_text(options: Flux2Options, loader: Flux2Loader) -> Flux2Text:
     folders = [folder / "tokenizer" for folder in beside] + beside[1:]
     encoder = loader.encoder
     tokenizer = encoder.load_tokenizer(folders, options.model.tokenizer_cache_dir, loader.num_words)
-    check_tokenizer(tokenizer, encoder)
+    check_marks(tokenizer, encoder.marks, encoder.hub_name)
     return Flux2Text(encoder, tokenizer)
 
 

@@ -21,12 +21,12 @@ from library.architectures.flux_2.releases import (
 from library.architectures.flux_2.vae import SPEC, load_flux_2_vae, open_vae
 from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
-from library.checkpoints.base_files import BaseFiles, open_base
+from library.checkpoints.base_files import BaseFiles, open_base, without_base
 from library.checkpoints.weights import Weights, configure
 from library.errors import UserError
 from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
-from library.models.identify import open_transformer, refuse_transformer, refuse_variants
+from library.models.identify import open_denoiser
 from library.models.language_models import WORDS, store_in_8_bits
 from library.models.loading import Component, MaybeComponent, first_side, materialise, on_meta_device, open_if_there
 from library.models.qwen3 import FOLDER
@@ -102,14 +102,11 @@ def open_encoder(options: Flux2Options, flag: str) -> Flux2Loader:
         return open_loader(options)[0]
     version = options.flux_2.model_version
     name = options.model.vae if flag == "--vae" else options.flux_2.text_encoder
-    if name is None:
-        raise UserError(f"{flag} is missing: name its file or folder, or the whole model with --dit")
+    base, nothing = without_base(flag, name)
     encoder = release_named(version or "dev").encoder
     if flag == FLAG:
-        encoder = encoder_of(model_lookup.open_model(FLAG, name, FOLDER)[1], version)
-    path = Path(name).expanduser()
-    nothing = Weights(str(path), {}, lambda name: torch.empty(0))
-    return loader_of(options, BaseFiles(path, nothing), None, nothing, encoder)
+        encoder = encoder_of(model_lookup.open_model(FLAG, str(base.path), FOLDER)[1], version)
+    return loader_of(options, base, None, nothing, encoder)
 
 
 def loader_of(
@@ -135,14 +132,7 @@ def loader_of(
 
 def denoiser_of(base: BaseFiles) -> Weights:
     """Return the denoiser's weights under our names. Raises UserError for another model, naming it."""
-    weights = open_transformer(list_specs(), base, "flux_2")
-    refuse_variants(list_specs(), base.flag, str(base.path), weights.shapes)
-    if DIFFUSERS_MARK in weights.shapes:
-        weights = KEYS.from_diffusers(weights)
-    if MARK not in weights.shapes:
-        why = f"it has no {MARK}, so it is not a {MODEL} transformer"
-        refuse_transformer(list_specs(), base, base.whole or weights, "flux_2", why)
-    return weights
+    return open_denoiser(list_specs(), base, "flux_2", MARK, DIFFUSERS_MARK, KEYS.from_diffusers)
 
 
 def open_text_encoder(name: str | None, base: BaseFiles, encoder: TextEncoder) -> Component:

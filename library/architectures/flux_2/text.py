@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from library.architectures.flux_2.releases import TextEncoder
-from library.errors import UserError
 from library.models.language_models import encode_layers
 from library.types import Conditioning, Tokens
 
@@ -55,14 +54,3 @@ class Flux2Text:
         ids_BT, mask_BT = (ids_BLT[:, 0] for ids_BLT in tokens.ids_BLT)
         with torch.autocast(next(encoder.parameters()).device.type, enabled=False):
             return {"hidden_state": encode_layers(encoder, ids_BT, mask_BT, self.encoder.layers)}
-
-
-def check_tokenizer(tokenizer: Any, encoder: TextEncoder) -> None:
-    """Raise UserError for a tokenizer without the marks of the encoder's chat template."""
-    words = tokenizer.get_vocab()
-    lacks = [mark for mark in encoder.marks if mark not in words]
-    if lacks:
-        raise UserError(
-            f"the tokenizer {tokenizer.name_or_path} has no {lacks[0]}: it belongs to another model; use that of "
-            f"{encoder.hub_name}"
-        )

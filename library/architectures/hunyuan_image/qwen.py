@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from library.checkpoints.weights import Weights, configure, first_names, selected
 from library.errors import UserError
 from library.memory.devices import send
-from library.models.language_models import PREFIXES, WORDS, decoder_of
+from library.models.language_models import DESCRIBE, PREFIXES, WORDS, decoder_of
 from library.models.loading import Component, MaybeComponent, materialise
 from library.models.shapes import Shapes, count, shape_of
 from library.models.tokenizer_files import BYTE_PAIR_FILES, TokenizerFiles, holds_byte_pairs, read_tokenizer_folder
@@ -28,10 +28,7 @@ HEAD_WIDTH = 128
 ROPE_BASE = 1_000_000
 EPS = 1e-6
 NUM_UNUSED_LAYERS = 2
-TEMPLATE = (
-    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
-    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>"
-)
+TEMPLATE = f"{DESCRIBE}{{}}<|im_end|>"
 NUM_TEMPLATE_TOKENS = 34  # before the caption
 
 

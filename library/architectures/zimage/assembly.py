@@ -10,13 +10,14 @@ from library.architectures.specs import list_specs
 from library.architectures.zimage.load import QWEN3, ZImageLoader, is_turbo, open_encoder, open_loader
 from library.architectures.zimage.options import ZImageOptions
 from library.architectures.zimage.targets import view
-from library.architectures.zimage.text import ZImageText, check_tokenizer
+from library.architectures.zimage.text import BEGIN, END, ZImageText
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
 from library.diffusion.samplers import shifted_sampler
 from library.models.next_dit import predict
 from library.models.qwen3 import load_qwen3_tokenizer
 from library.models.recipe import OTHER_ATTENTION, Recipe, folders_beside
+from library.models.tokenizer_files import check_marks
 from library.models.vae.flux import mapped_latents
 from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
 
@@ -110,7 +111,7 @@ def build_text(options: ZImageOptions, loader: ZImageLoader) -> ZImageText:
     beside = folders_beside(loader.path, options.zimage.text_encoder)
     folders = [folder / "tokenizer" for folder in beside] + beside[1:]
     tokenizer = load_qwen3_tokenizer(QWEN3, folders, options.model.tokenizer_cache_dir, loader.num_words)
-    check_tokenizer(tokenizer)
+    check_marks(tokenizer, (BEGIN, END), QWEN3.hub_name)
     return ZImageText(tokenizer)
 
 

@@ -11,12 +11,12 @@ from library.architectures.specs import list_specs
 from library.architectures.zimage.checkpoint_keys import DIFFUSERS_MARK, KEYS
 from library.architectures.zimage.model import PATCH, ZImage, ZImageConfig, read_config
 from library.architectures.zimage.options import ZImageOptions
-from library.checkpoints.base_files import BaseFiles, open_base
+from library.checkpoints.base_files import BaseFiles, open_base, without_base
 from library.checkpoints.weights import Weights, configure, selected
 from library.errors import UserError
 from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
-from library.models.identify import open_transformer, refuse_transformer, refuse_variants
+from library.models.identify import open_denoiser
 from library.models.language_models import WORDS, store_in_8_bits
 from library.models.loading import (
     Component,
@@ -95,11 +95,8 @@ def open_encoder(options: ZImageOptions, flag: str) -> ZImageLoader:
     if options.model.pretrained_model_name_or_path:
         return open_loader(options)
     name = options.model.vae if flag == "--vae" else options.zimage.text_encoder
-    if name is None:
-        raise UserError(f"{flag} is missing: name its file or folder, or the whole model with --dit")
-    path = Path(name).expanduser()
-    nothing = Weights(str(path), {}, lambda name: torch.empty(0))
-    return loader_of(options, BaseFiles(path, nothing), None, nothing)
+    base, nothing = without_base(flag, name)
+    return loader_of(options, base, None, nothing)
 
 
 def loader_of(options: ZImageOptions, base: BaseFiles, config: ZImageConfig | None, weights: Weights) -> ZImageLoader:
@@ -122,13 +119,7 @@ def loader_of(options: ZImageOptions, base: BaseFiles, config: ZImageConfig | No
 
 def denoiser_of(base: BaseFiles) -> Weights:
     """Return the denoiser's weights under our names. Raises UserError for another model, naming it."""
-    weights = open_transformer(list_specs(), base, "zimage")
-    refuse_variants(list_specs(), base.flag, str(base.path), weights.shapes)
-    if DIFFUSERS_MARK in weights.shapes:
-        weights = KEYS.from_diffusers(weights)
-    if MARK not in weights.shapes:
-        why = f"it has no {MARK}, so it is not a {MODEL} transformer"
-        refuse_transformer(list_specs(), base, base.whole or weights, "zimage", why)
+    weights = open_denoiser(list_specs(), base, "zimage", MARK, DIFFUSERS_MARK, KEYS.from_diffusers)
     return selected(weights, {key: key for key in weights.shapes if key != UNUSED})
 
 

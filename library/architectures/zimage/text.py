@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from library.errors import UserError
 from library.models.qwen3 import encode_before_last_layer
 from library.types import Conditioning, Tokens
 
@@ -54,14 +53,3 @@ class ZImageText:
         with torch.autocast(next(encoder.parameters()).device.type, enabled=False):
             states_BTE = encode_before_last_layer(encoder, ids_BT, mask_BT)
         return {"hidden_state": states_BTE, "attention_mask": mask_BT}  # the mask is kept on the host
-
-
-def check_tokenizer(tokenizer: Any) -> None:
-    """Raise UserError for a tokenizer without the markers of Qwen3's chat template."""
-    words = tokenizer.get_vocab()
-    lacks = [word for word in (BEGIN, END) if word not in words]
-    if lacks:
-        raise UserError(
-            f"the tokenizer {tokenizer.name_or_path} has no {lacks[0]}: it belongs to another model; use that of "
-            "Qwen/Qwen3-4B"
-        )

@@ -10,7 +10,7 @@ import torch
 from anima_train_network import setup_parser
 from library.architectures.anima.assembly import build
 from library.architectures.anima.options import AnimaOptions
-from library.architectures.anima.vae_2d import ImageConv, StripedNorm
+from library.models.vae.qwen_image_2d import ImageConv, StripedNorm
 from library.training.models.base_model import identity_of
 from library.training.planning.counting import BatchShape, count_run
 from tests.running import Finished

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from library.checkpoints import model_lookup
-from library.checkpoints.weights import Weights, configure, first_names, renamed
+from library.checkpoints.base_files import BaseFiles
+from library.checkpoints.weights import Weights, configure, first_names, renamed, with_prefix
 from library.errors import NotThere, UserError
 from library.memory.devices import send
 from library.models.loading import Component
@@ -19,7 +20,9 @@ from library.protocols import LatentSpec
 
 FLAG = "--vae"
 FOLDER = "vae"
-SPEC = LatentSpec(channels=16, downscale=8, bucket_step=16, cache_suffix="_anima.npz", had_keys_without_size=False)
+FILE = "qwen_image_vae.safetensors"
+CHANNELS, DOWNSCALE = 16, 8
+WHOLE = "vae."  # begins its names in a file with several models
 MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
     0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
@@ -43,7 +46,7 @@ ORIGINAL_MARK, DIFFUSERS_MARK = "decoder.middle.0.residual.0.gamma", "decoder.mi
 class QwenImageLatents:
     """Latents of 16 channels, 8 pixels a side, cached as the denoiser sees them."""
 
-    spec: LatentSpec = SPEC
+    spec: LatentSpec
 
     def encode(self, vae: nn.Module, pixels_BCHW: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
         """Return the posterior's mean, normalized by each channel's mean and deviation, float32; nothing is sampled.
@@ -74,14 +77,28 @@ def statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
-def open_vae(name: str | None) -> Component:
-    """Open the VAE of --vae. Raises UserError naming the flag if it is missing or something else."""
-    if not name:
-        raise NotThere(f"{FLAG} is missing: use qwen_image_vae.safetensors, or a folder in diffusers' layout")
-    return vae_component(model_lookup.open_model(FLAG, name, FOLDER)[1])
+def qwen_image_latents(cache_suffix: str) -> QwenImageLatents:
+    """Return the latents of a base model whose tokens are 2 x 2 latents."""
+    return QwenImageLatents(LatentSpec(CHANNELS, DOWNSCALE, 16, cache_suffix, had_keys_without_size=False))
 
 
-def vae_component(weights: Weights) -> Component:
+def open_vae(model: str, name: str | None, base: BaseFiles | None = None) -> Component:
+    """Open the VAE of --vae, or without a name that of the folder or file of the base model.
+
+    `model` is the base model's name in messages. Raises UserError naming the flag if the VAE is missing or something
+    else.
+    """
+    if name is not None:
+        return vae_component(model, model_lookup.open_model(FLAG, name, FOLDER)[1])
+    if base is not None and base.whole is None:
+        return vae_component(model, base.open_folder(FOLDER)[1])
+    found = with_prefix(base.whole, WHOLE) if base is not None and base.whole is not None else None
+    if found is None or not found.shapes:
+        raise NotThere(f"{FLAG} is missing: use {FILE}, or a folder in diffusers' layout")
+    return vae_component(model, found)
+
+
+def vae_component(model: str, weights: Weights) -> Component:
     """Build the VAE from shapes. Raises UserError if the weights are of something else."""
     if ORIGINAL_MARK in weights.shapes:
         num_blocks = first_resample(weights.shapes)
@@ -90,10 +107,9 @@ def vae_component(weights: Weights) -> Component:
         raise UserError(f"{FLAG} {weights.origin} is not the VAE of Qwen-Image (first names: {first_names(weights)})")
     component = Component(configure(weights, vae_config), weights)
     channels = component.config["z_dim"]
-    if channels != SPEC.channels:
+    if channels != CHANNELS:
         raise UserError(
-            f"{FLAG} {weights.origin} has {channels} latent channels, but Anima needs {SPEC.channels}; use "
-            "qwen_image_vae.safetensors"
+            f"{FLAG} {weights.origin} has {channels} latent channels, but {model} needs {CHANNELS}; use {FILE}"
         )
     return component
 
