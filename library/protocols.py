@@ -85,6 +85,8 @@ class TextCacheSpec:
     on_host: tuple[str, ...] = ()
     live: LiveText | None = None  # None if the encoders are trained with nothing cached, or not at all
     can_train: bool = True  # whether the encoders can have adapters
+    bytes_of: Callable[[str], int] | None = None  # the size of a caption's features, where it is worth a log line
+    keeps_bits: bool = False  # files hold bfloat16 as its bits; else the first caption as float32, as in sd-scripts
 
 
 class LatentCodec(Protocol):

@@ -21,10 +21,11 @@ from torch import Tensor
 from library.checkpoints.files import load_state_dict, save_safetensors
 from library.data.caching.filling import ADD_ENCODERS, Codec, Found, fill
 from library.data.caching.stores import CacheFiles, TextStore, usual_text_file
-from library.data.caching.text_files import WORDS, Identity, Row, TextFile, judge, write_texts
+from library.data.caching.text_files import WORDS, Identity, Row, TextFile, judge, without_padding, write_texts
 from library.data.decoding.npz import MISSING, Verdict
 from library.data.plan.data_plan import DataPlan
 from library.errors import NotThere, UserError, needing
+from library.formatting import format_bytes
 from library.processes import ALONE, Processes
 from library.progress import Bar, progress_bar
 from library.protocols import TextCacheSpec
@@ -134,7 +135,8 @@ def cache_texts(
         store = TextStore(files, {"": empty.file.read("")}, spec.padding)
         return CachedTexts(store, {text: shown.file.read(text) for text in prompts})
     texts = list(dict.fromkeys(["", *(text for texts in plan.caption_texts() for text in texts)]))
-    logger.info("caching text encoder outputs of %d captions in memory", len(texts) + len(prompts))
+    size = describe_size([*texts, *prompts], spec)
+    logger.info("caching text encoder outputs of %d captions in memory%s", len(texts) + len(prompts), size)
     share = texts[processes.local_rank :: processes.local_count]
     with progress_bar(TITLE, len(share) + len(prompts)) as bar:
         rows = encode_rows(share, lambda: open_encoders().captions, spec, bar)
@@ -223,7 +225,8 @@ def write_files(
     """Encode the captions that files lack, and write the files."""
     uses = Counter(text for one in missing for text in lacking(one))
     count = uses.total()
-    logger.info("caching text encoder outputs of %d captions on disk", count)
+    size = describe_size([text for one in missing for text in lacking(one)], spec)
+    logger.info("caching text encoder outputs of %d captions on disk%s", count, size)
     rows: dict[str, Row] = {}
     with progress_bar(TITLE, count) as bar:
         for group in grouped(missing, spec.options.text_encoder_batch_size or 1):
@@ -234,7 +237,7 @@ def write_files(
             for one in group:
                 file, kept = one.asked.file, one.verdict.kept
                 features = {text: file.read(text) if text in kept else rows[text] for text in one.asked.texts}
-                write_texts(file.path, features, spec.keys, spec.constants, identity())
+                write_texts(file.path, features, spec.keys, spec.constants, identity(), spec.keeps_bits)
             rows = dict(islice(((text, row) for text, row in rows.items() if uses[text] > 1), MAX_REPEATED))
 
 
@@ -269,10 +272,16 @@ def encode_rows(texts: Sequence[str], encode: Callable[[], Encode], spec: TextCa
         encoded = {name: tensor.detach().cpu() for name, tensor in encode()(batch).items()}
         assert set(encoded) == set(spec.keys), (set(encoded), spec.keys)
         for place, text in enumerate(batch):
-            rows[text] = {name: encoded[name][place].clone() for name in spec.keys}
+            row = without_padding({name: encoded[name][place] for name in spec.keys}, spec.padding)
+            rows[text] = {name: tensor.clone() for name, tensor in row.items()}
             check_row(text, rows[text])
         bar.update(len(batch))
     return rows
+
+
+def describe_size(texts: Sequence[str], spec: TextCacheSpec) -> str:
+    """Return the estimated size of the features of captions, for a log line; "" where it is small."""
+    return "" if spec.bytes_of is None else f", about {format_bytes(sum(map(spec.bytes_of, texts)))}"
 
 
 def check_row(text: str, row: Row) -> None:

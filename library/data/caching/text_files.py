@@ -165,9 +165,15 @@ def row_in(archive: Mapping[str, Any], note: Note, number: int, keys: Sequence[s
 
 
 def write_texts(
-    path: str, rows: Mapping[str, Row], keys: Sequence[str], constants: Mapping[str, Tensor], identity: Identity
+    path: str,
+    rows: Mapping[str, Row],
+    keys: Sequence[str],
+    constants: Mapping[str, Tensor],
+    identity: Identity,
+    keeps_bits: bool = False,
 ) -> None:
-    """Write encoded captions (caption: features), whole or not at all, replacing the file.
+    """Write encoded captions (caption: features), whole or not at all, replacing the file. Unless `keeps_bits`, the
+    first caption in bfloat16 is written in float32, as sd-scripts reads it.
 
     Raises UserError naming a folder that cannot be written.
     """
@@ -176,7 +182,7 @@ def write_texts(
     for number, row in enumerate(rows.values()):
         for key in keys:
             dtypes[key] = str(row[key].dtype).removeprefix("torch.")
-            arrays[entry_name(key, number)] = as_array(row[key], keeps_bits=number > 0)
+            arrays[entry_name(key, number)] = as_array(row[key], keeps_bits or number > 0)
     contents = {name: npy_bytes(array) for name, array in arrays.items()}
     checksums = {name: zlib.crc32(content) for name, content in contents.items()}
     note = json.dumps(asdict(note_of(rows, dtypes, checksums, identity)))
@@ -223,6 +229,19 @@ def stack_rows(rows: Sequence[Row], padding: Mapping[str, float]) -> Conditionin
             tensors = [filled_up(tensor, length, padding[key]) for tensor in tensors]
         stacked[key] = torch.stack([tensor.to(dtype) for tensor in tensors])
     return stacked
+
+
+def without_padding(row: Row, padding: Mapping[str, float]) -> Row:
+    """Cut off the last entries that are padding for every key of `padding`; `stack_rows` adds them again."""
+    if not padding:
+        return row
+    are_padding_T = [
+        (row[key] == value).flatten(1).all(1) if row[key].ndim > 1 else row[key] == value
+        for key, value in padding.items()
+    ]
+    used_T = ~torch.stack(are_padding_T).all(0)
+    length = int(used_T.nonzero().max()) + 1 if used_T.any() else 1
+    return {key: tensor[:length] if key in padding else tensor for key, tensor in row.items()}
 
 
 def filled_up(tensor: Tensor, length: int, value: float) -> Tensor:

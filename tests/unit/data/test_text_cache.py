@@ -97,6 +97,7 @@ def cache(
     settings: str = "",
     encode: Callable[[Sequence[str]], Conditioning] | None = None,
     processes: Processes = ALONE,
+    **spec_values: Any,
 ) -> Cached:
     line = f"--resolution 64 --train_batch_size 2 --caption_extension .txt {arguments}"
     plan = plan_of(options_of(line, "--train_data_dir", str(folder)), seed=seed)
@@ -117,6 +118,7 @@ def cache(
         settings,
         (Tokenizer(words),),
         constants or {"applies": torch.tensor(True)},
+        **spec_values,
     )
 
     def load() -> Encoders:
@@ -493,3 +495,51 @@ def test_without_encoders_their_settings_still_count(tmp_path: Path, caplog: pyt
     for changed in changes:
         with pytest.raises(UserError, match=r"captions must be encoded \(.* is made with (other settings|another)"):
             cache(tmp_path, **{"identity": None, "settings": "512 tokens", **changed})
+
+
+# Features of different lengths
+
+
+def test_padding_is_not_stored_and_is_added_again_for_a_batch(tmp_path):
+    """A caption has as many entries as tokens, whatever it was encoded with; 0 within a caption stays."""
+    texts = ["one", "one two three", ""]
+    lengths = [max(len(text.split()), 1) for text in texts]
+    for name, text in zip("abc", texts, strict=True):
+        write_image(tmp_path / "1_a" / f"{name}.png", (64, 64))
+        (tmp_path / "1_a" / f"{name}.txt").write_text(text)
+
+    def encode(captions: Sequence[str]) -> Conditioning:
+        counts = [max(len(caption.split()), 1) for caption in captions]
+        mask = torch.arange(7)[None] < torch.tensor(counts)[:, None]  # padded beyond the longest
+        hidden = (torch.arange(7.0)[:, None] * torch.ones(3)).expand(len(captions), 7, 3) * mask[..., None]
+        return {"hidden": hidden.bfloat16(), "pooled": torch.ones(len(captions), 2), "mask": mask.long()}
+
+    batched = TextCachingOptions(True, True, text_encoder_batch_size=3)
+    padding = {"hidden": 0.0, "mask": 0.0}
+    for options in (batched, dataclasses.replace(batched, cache_text_encoder_outputs_to_disk=False)):
+        kept = cache(tmp_path, "--caption_dropout_rate 0.5", options, encode=encode, padding=padding).kept.store
+        rows = (
+            kept.memory
+            if not options.cache_text_encoder_outputs_to_disk
+            else {
+                text: TextFile(str(tmp_path / "1_a" / f"{name}_tiny_te.npz"), KEYS).read(text)
+                for name, text in zip("ab", texts, strict=False)
+            }
+        )
+        for text, length in zip(texts[:2], lengths, strict=False):
+            assert rows[text]["hidden"].shape == (length, 3) and rows[text]["mask"].shape == (length,)
+        stacked = stack_rows([rows[text] for text in texts[:2]], padding)
+        assert stacked["hidden"].shape == (2, 3, 3) and stacked["mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
+
+
+def test_large_features_are_announced_and_stored_as_bits(tmp_path, caplog):
+    data = write_data(tmp_path, count=2)
+    with caplog.at_level(logging.INFO):
+        cache(data, bytes_of=lambda caption: 1_000_000 * len(caption.split()), keeps_bits=True)
+    assert "caching text encoder outputs of 3 captions on disk, about 20.0 MB" in caplog.text  # ten words, twice
+    with np.load(file_of(data)) as archive:
+        assert archive["hidden"].dtype == np.uint16
+    read = cache(data, keeps_bits=True)
+    assert read.encoded == []
+    for _, caption, row in draws_of(read.batches):
+        assert_same(row, features(caption))
