@@ -35,6 +35,8 @@ PATCH = 2  # latents a side that most transformers read as one token
 Ends = tuple[tuple[int, float], tuple[int, float]]
 FLUX_SHIFT_ENDS: Ends = ((256, 0.5), (4096, 1.15))  # (tokens, m): FLUX.1 was trained between these two sizes
 QWEN_SHIFT_ENDS: Ends = ((256, 0.5), (8192, 0.9))
+KREA2_SHIFT_ENDS: Ends = ((256, 0.5), (6400, 1.15))
+ENDS = {"qwen": QWEN_SHIFT_ENDS, "krea2": KREA2_SHIFT_ENDS}  # by what is in the name of a timestep sampling
 # Names of musubi-tuner: share of shifted draws, share of those and of draws by the option's log-SNR; the rest is fine
 # detail.
 HYBRID_SHARES = {"qinglong_flux": (0.79, 0.9), "qinglong_qwen": (0.95, 0.95)}
@@ -122,12 +124,13 @@ def sampled(sampling: FlowSamplingOptions, weighting: FlowWeightingOptions, patc
 
     `sigma` takes entry int(1000 u) of a table that descends from pure noise, u drawn by the weighting scheme; `uniform`
     is uniform; `sigmoid` is q = sigmoid(k (z + offset)), k its scale; `shift` pushes q by a fixed shift, `flux_shift`,
-    which FLUX.2's is too, and `qwen_shift` by one that grows with the image, `nextdit_shift` does so with a uniform q;
+    which FLUX.2's is too, `qwen_shift` and `krea2_shift` by one that grows with the image, `nextdit_shift` does so with
+    a uniform q;
     `logsnr` has a normal log-SNR; the two hybrids mix a shift with two of those.
     """
     kind, k, shift = sampling.timestep_sampling, sampling.sigmoid_scale, sampling.discrete_flow_shift
     style = weighting.logit_mean, weighting.logit_std
-    ends = QWEN_SHIFT_ENDS if "qwen" in kind else FLUX_SHIFT_ENDS
+    ends = next((ends for name, ends in ENDS.items() if name in kind), FLUX_SHIFT_ENDS)
 
     def draw(
         num_samples: int,

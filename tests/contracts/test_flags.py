@@ -82,7 +82,14 @@ def actions_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     return [action for action in parser._actions if action.dest != "help"]
 
 
-CHOICES_OF_OTHERS = {"flux2_shift", "qwen_shift", "logsnr", "qinglong_flux", "qinglong_qwen"}  # musubi-tuner's
+CHOICES_OF_OTHERS = {
+    "flux2_shift",
+    "qwen_shift",
+    "krea2_shift",
+    "logsnr",
+    "qinglong_flux",
+    "qinglong_qwen",
+}  # musubi-tuner's
 
 
 def described(action: argparse.Action) -> dict[str, Any]:

@@ -194,7 +194,7 @@ def test_a_file_of_musubi_tuner_is_trained_further(train_zimage: Train, argument
     [
         (["--text_encoder", "missing.safetensors"], "--text_encoder missing.safetensors does not exist"),
         (["--network_train_text_encoder_only"], "its text encoder cannot be trained"),
-        (["--timestep_sampling", "krea2_shift"], "invalid choice: 'krea2_shift'"),
+        (["--timestep_sampling", "ideogram4_shift"], "invalid choice: 'ideogram4_shift'"),
         (["--qwen3", "x.safetensors"], "use --text_encoder"),
     ],
     ids=str,

@@ -7,7 +7,8 @@ from library.options.base import Options, option
 WEIGHTING_SCHEMES = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform")
 HYBRIDS = ("qinglong_flux", "qinglong_qwen")
 TIMESTEP_SAMPLINGS = (
-    "sigma", "uniform", "sigmoid", "shift", "flux_shift", "flux2_shift", "qwen_shift", "logsnr", *HYBRIDS,
+    "sigma", "uniform", "sigmoid", "shift", "flux_shift", "flux2_shift", "qwen_shift", "krea2_shift", "logsnr",
+    *HYBRIDS,
 )  # fmt: skip
 LOGSNR = "timestep_sampling=logsnr|qinglong_flux"
 PREDICTION_TYPES = ("raw", "additive", "sigma_scaled")
@@ -57,14 +58,15 @@ class FlowSamplingOptions(Options, needs_images=True):
         "sigma",
         usual=True,
         help="How noise levels are drawn: sigma from a table by --weighting_scheme, uniform, sigmoid of a normal draw, "
-        "shift as sigmoid with --discrete_flow_shift, flux_shift (or flux2_shift) and qwen_shift with a shift that "
-        "grows with the image, logsnr with a normal log-SNR, qinglong_flux and qinglong_qwen as a mixture.",
+        "shift as sigmoid with --discrete_flow_shift, flux_shift (or flux2_shift), qwen_shift and krea2_shift with a "
+        "shift that grows with the image, logsnr with a normal log-SNR, qinglong_flux and qinglong_qwen as a mixture.",
         choices=TIMESTEP_SAMPLINGS,
     )
     sigmoid_scale: float = option(
         1.0,
         at_least=0,
-        needs="timestep_sampling=sigmoid|shift|flux_shift|flux2_shift|qwen_shift|qinglong_flux|qinglong_qwen",
+        needs="timestep_sampling=sigmoid|shift|flux_shift|flux2_shift|qwen_shift|krea2_shift|qinglong_flux|"
+        "qinglong_qwen",
         help="Factor on the normal draw of --timestep_sampling sigmoid and of those that shift it. Above 1 trains more "
         "very clean and very noisy levels.",
     )

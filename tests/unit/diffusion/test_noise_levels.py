@@ -90,6 +90,8 @@ def test_flux_shift_grows_with_the_image(size: tuple[int, int], m: float) -> Non
         ("flux_shift", (64, 64), 1.15),  # the same formula: tokens are counted as the denoiser has them
         ("qwen_shift", (16, 16), 0.5),
         ("qwen_shift", (64, 128), 0.9),
+        ("krea2_shift", (16, 16), 0.5),
+        ("krea2_shift", (80, 80), 1.15),
     ],
 )
 def test_shifts_count_the_tokens_of_the_denoiser(kind: str, size: tuple[int, int], m: float) -> None:
