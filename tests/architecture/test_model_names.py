@@ -31,6 +31,7 @@ MAY_NAME_MODELS = {
     "networks/lora_flux.py": DOORS,
     "networks/lora_flux_2.py": DOORS,
     "networks/lora_hunyuan_image.py": DOORS,
+    "networks/lora_krea2.py": DOORS,
     "networks/lora_lumina.py": DOORS,
     "networks/lora_sd3.py": DOORS,
     "networks/lora_zimage.py": DOORS,

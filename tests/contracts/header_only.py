@@ -7,10 +7,11 @@ from math import prod
 from pathlib import Path
 
 from library.architectures.flux_2.model import Flux2
+from library.architectures.krea2.model import SingleStreamDiT
 from library.architectures.zimage.model import ZImage
 from library.models.loading import on_meta_device
 from tests.contracts.full_size import facts
-from tests.tiny import flux_2, zimage
+from tests.tiny import flux_2, krea2, zimage
 from tests.tiny.anima import write_qwen3_tokenizer
 from tests.tiny.flux import write_t5_tokenizer
 from tests.tiny.hunyuan_image import write_qwen_tokenizer
@@ -148,6 +149,19 @@ def build_flux_2(folder: Path, release: str) -> list[str]:
     )
 
 
+def build_krea2(folder: Path) -> list[str]:
+    zimage.write_qwen3_tokenizer(folder / "tokenizer")
+    models = {
+        "pretrained_model_name_or_path": on_meta_device(SingleStreamDiT, krea2.FULL_SIZE),
+        "text_encoder": krea2.full_size_qwen3_vl(),
+        "vae": krea2.full_size_vae(),
+    }
+    return write_files(
+        folder,
+        {flag: {name: tuple(t.shape) for name, t in model.state_dict().items()} for flag, model in models.items()},
+    )
+
+
 def flux_2_of(release: str) -> FullSize:
     return FullSize("flux_2_train_network", "networks.lora_flux_2", 1024, lambda folder: build_flux_2(folder, release))
 
@@ -169,5 +183,6 @@ FULL_SIZE: Mapping[str, FullSize] = {
     "FLUX.2 klein 4B": flux_2_of("klein-4b"),
     "FLUX.2 klein 9B": flux_2_of("klein-9b"),
     "FLUX.2 dev": flux_2_of("dev"),
+    "Krea 2": FullSize("krea2_train_network", "networks.lora_krea2", 1024, build_krea2),
     "Z-Image": FullSize("zimage_train_network", "networks.lora_zimage", 1024, build_zimage),
 }

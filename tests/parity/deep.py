@@ -17,6 +17,8 @@ from library.architectures.flux_2 import assembly as flux_2
 from library.architectures.flux_2.model import Flux2
 from library.architectures.hunyuan_image import assembly as hunyuan_image
 from library.architectures.hunyuan_image.model import HunyuanImage
+from library.architectures.krea2 import assembly as krea2
+from library.architectures.krea2.model import SingleStreamDiT
 from library.architectures.lumina import assembly as lumina
 from library.architectures.lumina.model import NextDiT
 from library.architectures.sd import assembly as sd
@@ -31,6 +33,7 @@ from tests.tiny import anima as tiny_anima
 from tests.tiny import flux as tiny_flux
 from tests.tiny import flux_2 as tiny_flux_2
 from tests.tiny import hunyuan_image as tiny_hunyuan_image
+from tests.tiny import krea2 as tiny_krea2
 from tests.tiny import lumina as tiny_lumina
 from tests.tiny import sd3 as tiny_sd3
 from tests.tiny import zimage as tiny_zimage
@@ -109,6 +112,12 @@ def flux_2_values() -> tuple[Any, ...]:
     return tuple(value.detach() for value in inputs(4, 6))
 
 
+def krea2_values() -> tuple[Any, ...]:
+    from tests.parity.test_krea2_model import inputs
+
+    return tuple(value.detach() for value in inputs(4, 6))
+
+
 def zimage_values() -> tuple[Any, ...]:
     from tests.parity.test_zimage_model import inputs
 
@@ -126,6 +135,7 @@ DEEP: Mapping[str, Deep] = {
         hunyuan_image.view,
     ),
     "flux_2": Deep(lambda: Flux2(replace(tiny_flux_2.CONFIG, num_double=4, num_single=6)), flux_2_values, flux_2.view),
+    "krea2": Deep(lambda: SingleStreamDiT(replace(tiny_krea2.CONFIG, num_blocks=6)), krea2_values, krea2.view),
     "zimage": Deep(lambda: ZImage(replace(tiny_zimage.CONFIG, num_layers=6)), zimage_values, zimage.view),
     "anima": Deep(lambda: Anima(replace(tiny_anima.CONFIG, num_blocks=6)), anima_values, anima.view),
 }

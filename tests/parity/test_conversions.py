@@ -20,6 +20,7 @@ from library.architectures.flux import adapter_names as flux_names
 from library.architectures.flux_2 import adapter_names as flux_2_names
 from library.architectures.hunyuan_image import adapter_names as hunyuan_image_names
 from library.architectures.hunyuan_image import targets as hunyuan_image_targets
+from library.architectures.krea2 import adapter_names as krea2_names
 from library.architectures.lumina import adapter_names as lumina_names
 from library.architectures.sd import adapter_names as sd_names
 from library.architectures.sd import targets as sd_targets
@@ -42,6 +43,7 @@ from tests.parity import (
     test_flux_2_model,
     test_flux_model,
     test_hunyuan_image_model,
+    test_krea2_model,
     test_lumina_model,
     test_sd3_model,
     test_zimage_model,
@@ -52,6 +54,7 @@ from tests.tiny.flux import build_tiny_flux, tiny_flux
 from tests.tiny.flux_2 import tiny_flux_2
 from tests.tiny.hunyuan_image import tiny_hunyuan_image
 from tests.tiny.init import fixed_init
+from tests.tiny.krea2 import tiny_krea2
 from tests.tiny.lumina import tiny_lumina
 from tests.tiny.sd3 import CONFIGS, diffusers_mmdit, mmdit_weights, tiny_mmdit
 from tests.tiny.zimage import tiny_zimage
@@ -168,6 +171,18 @@ def flux_2() -> Pair:
     )
 
 
+def krea2() -> Pair:
+    ours = tiny_krea2(SEED)
+    theirs, values = test_krea2_model.oracle(ours), [v.detach() for v in test_krea2_model.inputs(4, 6)]
+    return Pair(
+        krea2_names.NAMES,
+        ours,
+        {"transformer": theirs},
+        lambda: ours(*values),
+        lambda: test_krea2_model.oracle_output(theirs, *values),
+    )
+
+
 def anima() -> Pair:
     ours = tiny_anima(SEED)
     transformer, conditioner = test_anima_model.oracle_models(ours)
@@ -220,6 +235,7 @@ PAIRS: Mapping[str, Callable[[], Pair]] = {
     "anima": anima,
     "zimage": zimage,
     "flux_2": flux_2,
+    "krea2": krea2,
 }
 UNNAMED = {  # of layers that no argument adapts; files that have them are refused
     "hunyuan_image": r"(?!double_blocks|single_blocks)",

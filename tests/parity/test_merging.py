@@ -29,6 +29,7 @@ KINDS = {  # network module -> arguments, for one base model each: all of what a
     "anima": ("networks.lora_anima", {"train_llm_adapter": "True"}),
     "hunyuan_image": ("networks.dylora", {}),
     "zimage": ("networks.lora_zimage", {"include_patterns": "['.*']"}),
+    "krea2": ("networks.lora_krea2", {}),
     "flux_2": ("networks.lora_flux_2", {"in_dims": "[2,2,2,2,2,2,2]"}),
 }
 FAST = ("sd", "flux")

@@ -19,6 +19,9 @@ from library.architectures.anima import adapter_names as anima
 from library.architectures.flux import adapter_names as flux
 from library.architectures.flux_2 import adapter_names as flux_2
 from library.architectures.flux_2.model import Flux2
+from library.architectures.krea2 import adapter_names as krea2
+from library.architectures.krea2.checkpoint_keys import linear_paths
+from library.architectures.krea2.model import SingleStreamDiT
 from library.architectures.lumina import adapter_names as lumina
 from library.architectures.sd3 import adapter_names as sd3
 from library.architectures.specs import list_specs
@@ -30,6 +33,7 @@ from library.models.loading import on_meta_device
 from networks.core.files.adapter_file import AdapterFile, adapter_tensors, sort_tensors
 from networks.core.files.renaming import rename
 from tests.contracts.saved import listed_shapes
+from tests.tiny import krea2 as tiny_krea2
 from tests.tiny.flux_2 import DEV, diffusers_config
 from tests.tiny.sd3 import full_size_keys
 from tests.tiny.zimage import FULL_SIZE
@@ -55,6 +59,8 @@ def lora_facts(base: str) -> Mapping[str, Any]:
         return lora_of(on_meta_device(ZImage, FULL_SIZE), zimage.KEYS.linear_paths(zimage.NUM_BLOCKS))
     if base == "flux_2":
         return lora_of(on_meta_device(Flux2, DEV), flux_2.KEYS.linear_paths(flux_2.NUM_BLOCKS))
+    if base == "krea2":
+        return lora_of(on_meta_device(SingleStreamDiT, tiny_krea2.FULL_SIZE), linear_paths())
     return facts(
         {
             "flux": "lora_keys_flux1",
@@ -116,6 +122,12 @@ def flux_2_models() -> dict[str, nn.Module]:
     return {"transformer": Flux2Transformer2DModel(**diffusers_config(DEV))}
 
 
+def krea2_models() -> dict[str, nn.Module]:
+    from diffusers import Krea2Transformer2DModel
+
+    return {"transformer": Krea2Transformer2DModel()}
+
+
 def lora_of(model: nn.Module, paths: Iterable[str]) -> dict[str, Any]:
     """A LoRA of rank 1 on these layers of a full-size model, under kohya's names."""
     shapes: Shapes = {}
@@ -134,6 +146,7 @@ BASES: dict[str, tuple[Any, Callable[[], dict[str, nn.Module]], str]] = {
     "anima": (anima.NAMES, anima_models, "AnimaLoraLoaderMixin"),
     "zimage": (zimage.NAMES, zimage_models, "ZImageLoraLoaderMixin"),
     "flux_2": (flux_2.NAMES, flux_2_models, "Flux2LoraLoaderMixin"),
+    "krea2": (krea2.NAMES, krea2_models, "Krea2LoraLoaderMixin"),
 }
 
 
@@ -229,6 +242,7 @@ VARIANTS = {
     "anima": ("default", "train_llm_adapter=true", EVERYTHING, "network_train_unet_only", TEXT_ONLY),
     "zimage": ("default",),
     "flux_2": ("default",),
+    "krea2": ("default",),
 }
 CASES = [(base, variant, naming) for base, variants in VARIANTS.items() for variant in variants for naming in NAMINGS]
 

@@ -9,6 +9,7 @@ from tests.tiny.chroma import build_tiny_chroma
 from tests.tiny.flux import build_tiny_flux
 from tests.tiny.flux_2 import build_tiny_flux_2
 from tests.tiny.hunyuan_image import build_tiny_hunyuan_image
+from tests.tiny.krea2 import build_tiny_krea2
 from tests.tiny.lumina import build_tiny_lumina
 from tests.tiny.sd import build_tiny_sd
 from tests.tiny.sd3 import build_tiny_sd3
@@ -76,6 +77,12 @@ BASES: Mapping[str, Base] = {
         "flux_2_train_network",
         "networks.lora_flux_2",
         lambda folder: build_tiny_flux_2(folder, 61),
+        adapts_text_encoders=False,
+    ),
+    "krea2": Base(
+        "krea2_train_network",
+        "networks.lora_krea2",
+        lambda folder: build_tiny_krea2(folder, 62),
         adapts_text_encoders=False,
     ),
 }

@@ -13,6 +13,7 @@ REFUSED = {
     "anima_train_network": "diffusers 0.32.2",
     "flux_2_train_network": "diffusers 0.32.2",
     "hunyuan_image_train_network": "transformers 4.54.1",
+    "krea2_train_network": "transformers 4.54.1",
 }
 
 

@@ -1,9 +1,13 @@
-"""Changed copies of the files of a tiny model."""
+"""Changed copies of the files of a tiny model, and comparison of the models in them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from library.protocols import Loader
 
 
 def with_changes(arguments: list[str], flag: str, folder: Path, changes: dict[str, Tensor | None]) -> list[str]:
@@ -19,3 +23,27 @@ def without(arguments: list[str], flag: str) -> list[str]:
     """The arguments without a flag and its value."""
     place = arguments.index(flag)
     return arguments[:place] + arguments[place + 2 :]
+
+
+def in_two_files(arguments: list[str], flags: Sequence[str], folder: Path) -> list[str]:
+    """The arguments with the files of some flags in two numbered files each, named by the first."""
+    found = list(arguments)
+    for flag in flags:
+        place = found.index(flag) + 1
+        state, stem = load_file(found[place]), Path(found[place]).stem
+        for number in (1, 2):
+            part = {name: tensor for i, (name, tensor) in enumerate(sorted(state.items())) if i % 2 == number - 1}
+            save_file(part, folder / f"{stem}-{number:05}-of-00002.safetensors")
+        found[place] = str(folder / f"{stem}-00001-of-00002.safetensors")
+    return found
+
+
+def assert_same_models(found: Loader, expected: Loader) -> None:
+    """Assert that two loaders give models with the same weights."""
+    for theirs, ours in (
+        (expected.denoiser(), found.denoiser()),
+        (expected.vae(), found.vae()),
+        *zip(expected.text_encoders(), found.text_encoders(), strict=True),
+    ):
+        state = ours.state_dict()
+        assert all(torch.equal(state[name], tensor) for name, tensor in theirs.state_dict().items())

@@ -23,7 +23,7 @@ SPECS = (
         build=build,
         checkpoint=(Sign(r"llm_adapter\."),),
         adapter=(
-            Sign(r"_llm_adapter_|(unet|diffusion_model)_blocks_\d+_(self_attn|cross_attn|mlp)_"),
+            Sign(r"_llm_adapter_|(unet|diffusion_model)_blocks_\d+_(self_attn|cross_attn|mlp_layer\d)_"),
             Sign(r"^(transformer_transformer_blocks_\d+_attn1_|text_conditioner_)"),
         ),
         version=r"anima",

@@ -59,9 +59,9 @@ class LuminaSamplingOptions(FlowSamplingOptions):
         "shift",
         choices=(*TIMESTEP_SAMPLINGS[:4], "nextdit_shift", *TIMESTEP_SAMPLINGS[4:]),
         help="Sampling of noise levels: sigma from a table by --weighting_scheme, uniform, sigmoid of a normal value, "
-        "shift as sigmoid with --discrete_flow_shift, flux_shift (or flux2_shift) and qwen_shift with a shift that "
-        "grows with the image size, nextdit_shift as flux_shift of uniform values, logsnr with a normal log-SNR, "
-        "qinglong_flux and qinglong_qwen as a mixture.",
+        "shift as sigmoid with --discrete_flow_shift, flux_shift (or flux2_shift), qwen_shift and krea2_shift with a "
+        "shift that grows with the image size, nextdit_shift as flux_shift of uniform values, logsnr with a normal "
+        "log-SNR, qinglong_flux and qinglong_qwen as a mixture.",
     )
     discrete_flow_shift: float = redeclared(FlowSamplingOptions, "discrete_flow_shift", 6.0)
 

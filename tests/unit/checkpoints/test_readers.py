@@ -93,6 +93,11 @@ NAMINGS = [  # ComfyUI, Forge, A1111-style, diffusers, stable-diffusion.cpp
     ("flux.2 kohya", "ANNAN", kohya("unet.double_blocks.0.txt_mlp.2", 9216)),
     ("flux.2 kohya, modulation", "ANNNN", kohya("unet.single_stream_modulation.lin", 3072)),
     ("flux.2 diffusers, modulation", "NNNAN", ab("transformer.single_stream_modulation.linear", 3072)),
+    ("krea 2, as it is saved", "ANNAN", ab("diffusion_model.blocks.0.attn.wq", 6144)),
+    ("krea 2 kohya", "ANNNN", kohya("unet.blocks.0.mlp.gate", 6144)),
+    ("krea 2 kohya, diffusers' paths", "NNNNN", kohya("unet.transformer_blocks.0.attn.to_gate", 6144)),
+    ("krea 2 diffusers", "ANNAN", ab("transformer.transformer_blocks.0.ff.gate", 6144)),
+    ("krea 2, diffusers' paths in ComfyUI's place", "NNNNN", ab("diffusion_model.text_fusion.projector", 12)),
     ("hunyuan, the module paths", "NNNNN", kohya("unet.double_blocks.0.img_mlp.fc1", 3584)),
     ("hunyuan, ComfyUI's names", "ANNNN", kohya("unet.double_blocks.0.img_mlp.0", 3584)),
     ("hunyuan diffusers", "NNNNN", ab("transformer.single_transformer_blocks.0.attn.to_q", 3584)),
@@ -337,7 +342,7 @@ HEADERS = {
     "sdxl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"), "sd3": ("5-medium", "stable-diffusion-3-5-medium"),
     "flux": ("flux1", "flux-1-dev"), "chroma": ("chroma", "chroma"), "lumina": ("lumina2", "lumina-2"),
     "hunyuan_image": ("hunyuan-image-2.1", "hunyuan-image-2.1"), "anima": ("anima", "anima-preview"),
-    "zimage": ("zimage", "Z-Image"), "flux_2": ("flux_2_klein_4b", "Flux.2-klein-4b"),
+    "zimage": ("zimage", "Z-Image"), "flux_2": ("flux_2_klein_4b", "Flux.2-klein-4b"), "krea2": ("krea2", "Krea-2"),
 }  # fmt: skip
 
 

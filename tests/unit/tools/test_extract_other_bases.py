@@ -15,6 +15,7 @@ from tests.tiny.chroma import build_tiny_chroma
 from tests.tiny.flux import build_tiny_flux
 from tests.tiny.flux_2 import build_tiny_flux_2
 from tests.tiny.hunyuan_image import build_tiny_hunyuan_image
+from tests.tiny.krea2 import build_tiny_krea2
 from tests.tiny.lumina import build_tiny_lumina
 from tests.tiny.sd3 import build_tiny_sd3
 from tests.tiny.zimage import build_tiny_zimage
@@ -34,6 +35,7 @@ BASES: dict[str, tuple[Callable[[Path], str], str]] = {
     "anima": (lambda folder: build_tiny_anima(folder, SEED + 5)[1], "anima"),
     "zimage": (lambda folder: build_tiny_zimage(folder, SEED + 8)[1], "zimage"),
     "flux_2": (lambda folder: build_tiny_flux_2(folder, SEED + 9)[1], "flux_2"),
+    "krea2": (lambda folder: build_tiny_krea2(folder, SEED + 10)[1], "krea2"),
 }
 
 

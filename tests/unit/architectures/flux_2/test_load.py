@@ -23,7 +23,7 @@ from library.checkpoints.weights import Weights
 from library.errors import UserError
 from tests.runs.bases import BASES
 from tests.tiny import flux_2 as tiny_flux_2
-from tests.tiny.changes import with_changes, without
+from tests.tiny.changes import assert_same_models, in_two_files, with_changes, without
 from tests.tiny.flux_2 import build_tiny_flux_2, diffusers_state
 
 BASE = "--pretrained_model_name_or_path"
@@ -46,16 +46,6 @@ def options_of(arguments: list[str]) -> Flux2Options:
 
 def opened(arguments: list[str]) -> Flux2Loader:
     return open_loader(options_of(arguments))[0]
-
-
-def assert_same_models(found: Flux2Loader, expected: Flux2Loader) -> None:
-    for theirs, ours in (
-        (expected.denoiser(), found.denoiser()),
-        (expected.vae(), found.vae()),
-        *zip(expected.text_encoders(), found.text_encoders(), strict=True),
-    ):
-        state = ours.state_dict()
-        assert all(torch.equal(state[name], tensor) for name, tensor in theirs.state_dict().items())
 
 
 @pytest.mark.slow
@@ -93,14 +83,7 @@ def test_mistral_is_read_under_every_prefix_and_without_its_last_layers(
 
 
 def test_numbered_files_are_named_by_their_first(tiny: list[str], tmp_path: Path) -> None:
-    arguments = list(tiny)
-    for flag in (BASE, "--text_encoder"):
-        place = arguments.index(flag) + 1
-        state, stem = load_file(arguments[place]), Path(arguments[place]).stem
-        for number in (1, 2):
-            part = {name: tensor for i, (name, tensor) in enumerate(sorted(state.items())) if i % 2 == number - 1}
-            save_file(part, tmp_path / f"{stem}-{number:05}-of-00002.safetensors")
-        arguments[place] = str(tmp_path / f"{stem}-00001-of-00002.safetensors")
+    arguments = in_two_files(tiny, (BASE, "--text_encoder"), tmp_path)
     assert_same_models(opened(arguments), opened(tiny))
 
 

@@ -17,7 +17,7 @@ from library.architectures.zimage.options import ZImageOptions
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.errors import UserError
 from tests.runs.bases import BASES
-from tests.tiny.changes import with_changes, without
+from tests.tiny.changes import assert_same_models, in_two_files, with_changes, without
 from tests.tiny.zimage import build_tiny_zimage, diffusers_state
 from zimage_train_network import setup_parser
 
@@ -36,16 +36,6 @@ def options_of(arguments: list[str]) -> ZImageOptions:
 
 def opened(arguments: list[str]) -> ZImageLoader:
     return open_loader(options_of(arguments))
-
-
-def assert_same_models(found: ZImageLoader, expected: ZImageLoader) -> None:
-    for theirs, ours in (
-        (expected.denoiser(), found.denoiser()),
-        (expected.vae(), found.vae()),
-        *zip(expected.text_encoders(), found.text_encoders(), strict=True),
-    ):
-        state = ours.state_dict()
-        assert all(torch.equal(state[name], tensor) for name, tensor in theirs.state_dict().items())
 
 
 @pytest.mark.parametrize("layout", ["whole", "diffusers"])
@@ -67,15 +57,7 @@ def test_a_single_file_has_either_layout_and_either_prefix(
 
 
 def test_numbered_files_are_named_by_their_first(tiny: list[str], tmp_path: Path) -> None:
-    arguments = list(tiny)
-    for flag in (BASE, "--text_encoder"):
-        place = arguments.index(flag) + 1
-        state = load_file(arguments[place])
-        stem = Path(arguments[place]).stem
-        for number in (1, 2):
-            part = {name: tensor for i, (name, tensor) in enumerate(sorted(state.items())) if i % 2 == number - 1}
-            save_file(part, tmp_path / f"{stem}-{number:05}-of-00002.safetensors")
-        arguments[place] = str(tmp_path / f"{stem}-00001-of-00002.safetensors")
+    arguments = in_two_files(tiny, (BASE, "--text_encoder"), tmp_path)
     assert_same_models(opened(arguments), opened(tiny))
     Path(arguments[1].replace("00001", "00002", 1)).unlink()
     with pytest.raises(UserError, match=r"is the first of 2 files, but these are not beside it: .*00002-of-00002"):

@@ -1,0 +1,153 @@
+"""Assembly of Krea 2: a transformer of one stream, Qwen3-VL 4B as text encoder, Qwen-Image's latents of 16 channels.
+
+Start here to read this package.
+"""
+
+import logging
+from functools import partial
+
+from library.architectures.krea2.load import QWEN3_VL, Krea2Loader, is_turbo, open_encoder, open_loader
+from library.architectures.krea2.options import Krea2Options
+from library.architectures.krea2.predict import predict, preview_sampler
+from library.architectures.krea2.targets import view
+from library.architectures.krea2.text import LAYERS, MARKS, Krea2Text
+from library.architectures.specs import list_specs
+from library.checkpoints.weights import fingerprint
+from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
+from library.models.qwen3 import load_qwen3_tokenizer
+from library.models.recipe import OTHER_ATTENTION, Recipe, folders_beside
+from library.models.tokenizer_files import check_marks
+from library.models.vae.qwen_image import qwen_image_latents
+from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
+
+logger = logging.getLogger(__name__)
+
+RECIPE = Recipe(
+    title="Krea 2",
+    metadata={
+        "ss_base_model_version": "krea2",
+        "modelspec.architecture": "Krea-2/lora",
+        "modelspec.implementation": "https://github.com/krea-ai/krea-2",
+        "modelspec.resolution": "1024x1024",
+    },
+    refuses={
+        "weighted_captions": "Qwen3-VL has no prompt weighting",
+        "network_train_text_encoder_only": "its text encoder cannot be trained",
+    },
+    ignores={
+        **IGNORES,
+        "v2": "it is for Stable Diffusion 2",
+        "v_parameterization": "Krea 2 predicts the velocity of a flow",
+        "clip_skip": "Krea 2 uses fixed layers of its text encoder",
+        "max_token_length": "its text encoder reads 512 tokens",
+        **OTHER_ATTENTION,
+    },
+    records=(
+        "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "timestep_sampling", "sigmoid_scale",
+        "model_prediction_type", "discrete_flow_shift",
+    ),
+    needs={"diffusers": ">=0.35", "transformers": ">=4.57"},  # AutoencoderKLQwenImage, Qwen3VLTextModel
+)  # fmt: skip
+CODEC = qwen_image_latents("_krea2.npz")
+LATENTS = CODEC.spec
+GUIDANCE = 5.5  # of Raw: the 4.5 of diffusers' pipeline, which adds 1
+
+
+def build(options: Krea2Options) -> Architecture:
+    """Assemble the model that the options name; nothing is loaded yet.
+
+    Raises UserError naming the flag for a file or a setting that does not fit Krea 2.
+    """
+    RECIPE.check(options)
+    loader = open_loader(options)
+    turbo = is_turbo(options.krea2.dit_variant, options.model.pretrained_model_name_or_path or "", loader.path)
+    if turbo and not options.network.base_weights:
+        logger.warning(
+            "%s is Krea 2 Turbo, which is distilled: training undoes the distillation, and previews blur. Train on "
+            "Krea 2 Raw, whose adapters work with Turbo too, or add --base_weights with a training adapter; "
+            "--dit_variant says which it is",
+            loader.path,
+        )
+    return assemble(options, loader, turbo)
+
+
+def build_for_caching(options: Krea2Options) -> Architecture:
+    """Assemble what encodes captions, for which no denoiser is needed. Raises UserError as `build` does."""
+    RECIPE.check(options)
+    return assemble(options, open_encoder(options, QWEN3_VL.flag), turbo=False)
+
+
+def assemble(options: Krea2Options, loader: Krea2Loader, turbo: bool) -> Architecture:
+    text = build_text(options, loader)
+    return Architecture(
+        name="krea2",
+        load=loader,
+        text=text,
+        codec=CODEC,
+        objective=build_objective(options),
+        predict=predict,
+        view=view,
+        preview=build_preview(text, turbo),
+        metadata=RECIPE.describe(options),
+        specs=list_specs(),
+        ignores=RECIPE.ignores,
+        text_cache=build_text_cache(options, loader, text),
+    )
+
+
+def build_objective(options: Krea2Options) -> FlowMatching:
+    return build_sampled_flow(
+        options.noise,
+        options.loss,
+        options.flow_sampling,
+        options.flow_weighting,
+        prediction_type=options.flow_prediction.model_prediction_type,
+    )
+
+
+def build_text(options: Krea2Options, loader: Krea2Loader) -> Krea2Text:
+    """Build the tokenizer, searched beside the base model and the encoder."""
+    beside = folders_beside(loader.path, options.krea2.text_encoder)
+    folders = [folder / "tokenizer" for folder in beside] + beside[1:]
+    tokenizer = load_qwen3_tokenizer(QWEN3_VL, folders, options.model.tokenizer_cache_dir, loader.num_words)
+    check_marks(tokenizer, MARKS, QWEN3_VL.hub_name)
+    return Krea2Text(tokenizer)
+
+
+def build_text_cache(options: Krea2Options, loader: Krea2Loader, text: Krea2Text) -> TextCacheSpec:
+    return TextCacheSpec(
+        options=options.text_caching,
+        suffix="_krea2_te.npz",
+        keys=("hidden_state", "attention_mask"),
+        encoders=lambda: fingerprint(loader.qwen3_vl.weights),
+        settings=f"{loader.text_dtype} {loader.shrinks_text}",
+        tokenizers=(text.tokenizer,),
+        padding={"hidden_state": 0.0, "attention_mask": 0.0},
+        on_host=("attention_mask",),
+        can_train=False,
+        bytes_of=lambda caption: feature_bytes(loader, text, caption),
+        keeps_bits=True,
+    )
+
+
+def feature_bytes(loader: Krea2Loader, text: Krea2Text, caption: str) -> int:
+    """Return the size of a caption's features: 61,440 bytes for each token in 16 bits."""
+    num_tokens = min(text.count_tokens(caption), text.max_tokens) + len(text.end)
+    width: int = loader.qwen3_vl.config["hidden_size"]
+    return num_tokens * len(LAYERS) * width * loader.text_dtype.itemsize
+
+
+def build_preview(text: Krea2Text, turbo: bool) -> Preview:
+    """Build previews with plain classifier-free guidance, or for Turbo in few steps without."""
+    return Preview(
+        defaults=PromptDefaults(
+            num_steps=8 if turbo else 28,
+            width=1024,
+            height=1024,
+            scale=1.0 if turbo else GUIDANCE,
+            size_step=LATENTS.bucket_step,
+        ),
+        text=text,
+        predict=lambda prompt: predict,
+        sampler=partial(preview_sampler, is_turbo=turbo),
+    )

@@ -1,0 +1,291 @@
+"""The denoiser of Krea 2 (Krea AI 2026), in the layout of the original checkpoints.
+
+Text and image are one stream. A small transformer first fuses the states of several layers of the text encoder into one
+feature per token. Module paths are the keys of the checkpoint and the names of adapters. Letters: B samples, C
+channels, H and W sides of the latent, h and w sides in patches, L text tokens, S states of a token, E text width, T
+tokens (text first), M model width, N heads, D head width.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+
+from library.architectures.krea2.targets import TARGETS
+from library.errors import UserError
+from library.memory.blocks import BlockRunner, Stacks, plain
+from library.memory.devices import send
+from library.models.next_dit import key_mask
+from library.models.patches import patchify, unpatchify
+from library.models.rotary import Rope, Rotary, turn
+from library.models.shapes import ShapeReader
+from library.models.sinusoids import sinusoids
+
+PATCH = 2
+ROPE_BASE = 1000
+ROPE_SHARES = (2, 3, 3)  # of a head's values, in eighths, that rotate with (time, row, column)
+ROPE_STEP = 16  # head widths are multiples: every share is an even number of values
+EPS = 1e-5
+TIME_SCALE = 1000
+NUM_MODULATIONS = 6  # scale, shift and gate of attention, then of the feed-forward layer
+
+GELU = partial(nn.GELU, approximate="tanh")
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """The sizes of a kind of block."""
+
+    width: int
+    head_width: int
+    num_kv_heads: int
+    mlp_width: int
+
+
+@dataclass(frozen=True)
+class Krea2Config:
+    """The hyper-parameters, inferred from the shapes of a checkpoint."""
+
+    in_features: int  # of a patch: four times the channels of the latent
+    time_features: int  # of a noise level
+    num_states: int  # layers of the text encoder whose states are fused
+    block: AttentionConfig
+    fusion: AttentionConfig
+    num_layerwise: int
+    num_refiners: int
+    num_blocks: int
+
+    @property
+    def rope_axes(self) -> tuple[int, ...]:
+        """The number of values of a head that rotate with (time, row, column): 32, 48 and 48 of 128."""
+        return tuple(self.block.head_width // 8 * share for share in ROPE_SHARES)
+
+
+def read_config(shapes: Mapping[str, tuple[int, ...]]) -> Krea2Config:
+    """Read the configuration of a checkpoint from names and shapes, names without prefix. Raises UserError for a
+    missing name and for invalid sizes."""
+    read = ShapeReader("Krea 2", shapes)
+    block, fusion = read_sizes(read, "blocks.0"), read_sizes(read, "txtfusion.layerwise_blocks.0")
+    if block.head_width % ROPE_STEP:
+        raise UserError(f"not a Krea 2 model: heads of {block.head_width}, which must be multiples of {ROPE_STEP}")
+    return Krea2Config(
+        in_features=read.shape("first.weight")[1],
+        time_features=read.shape("tmlp.0.weight")[1],
+        num_states=read.shape("txtfusion.projector.weight")[1],
+        block=block,
+        fusion=fusion,
+        num_layerwise=read.count("txtfusion.layerwise_blocks"),
+        num_refiners=read.count("txtfusion.refiner_blocks"),
+        num_blocks=read.count("blocks"),
+    )
+
+
+def read_sizes(read: ShapeReader, block: str) -> AttentionConfig:
+    """Read the sizes of a block. Raises UserError for invalid ones."""
+    width, head_width = read.shape(f"{block}.attn.wq.weight")[0], read.shape(f"{block}.attn.qknorm.qnorm.scale")[0]
+    num_kv_heads, rest = divmod(read.shape(f"{block}.attn.wk.weight")[0], head_width)
+    if width % head_width or rest or (width // head_width) % num_kv_heads:
+        raise UserError(
+            f"not a Krea 2 model: {block} has width {width}, heads of {head_width} and {num_kv_heads} heads of keys"
+        )
+    return AttentionConfig(width, head_width, num_kv_heads, read.shape(f"{block}.mlp.gate.weight")[0])
+
+
+class RMSNorm(nn.Module):
+    """A root mean square norm whose factor is 1 + `scale`, in float32."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x.float(), self.scale.shape, self.scale.float() + 1, EPS).to(x.dtype)
+
+
+class QKNorm(nn.Module):
+    def __init__(self, head_width: int) -> None:
+        super().__init__()
+        self.qnorm = RMSNorm(head_width)
+        self.knorm = RMSNorm(head_width)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023), whose output passes a sigmoid gate."""
+
+    def __init__(self, config: AttentionConfig) -> None:
+        super().__init__()
+        self.head_width = config.head_width
+        self.num_repeats = config.width // config.head_width // config.num_kv_heads
+        kv_width = config.num_kv_heads * config.head_width
+        self.wq = nn.Linear(config.width, config.width, bias=False)
+        self.wk = nn.Linear(config.width, kv_width, bias=False)
+        self.wv = nn.Linear(config.width, kv_width, bias=False)
+        self.gate = nn.Linear(config.width, config.width, bias=False)
+        self.wo = nn.Linear(config.width, config.width, bias=False)
+        self.qknorm = QKNorm(config.head_width)
+
+    def forward(self, x_BTM: Tensor, rope: Rope | None, mask: Tensor | None) -> Tensor:
+        q, k, v = (
+            layer(x_BTM).unflatten(-1, (-1, self.head_width)).transpose(1, 2) for layer in (self.wq, self.wk, self.wv)
+        )
+        q, k = self.qknorm.qnorm(q), self.qknorm.knorm(k)
+        if rope is not None:
+            q, k = turn(q, rope), turn(k, rope)
+        if self.num_repeats > 1:
+            k, v = (part.repeat_interleave(self.num_repeats, dim=1) for part in (k, v))
+        attended = scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        y_BTM: Tensor = self.wo(attended * torch.sigmoid(self.gate(x_BTM)))
+        return y_BTM
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, hidden, bias=False)
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x_BTM: Tensor) -> Tensor:
+        y_BTM: Tensor = self.down(silu(self.gate(x_BTM)) * self.up(x_BTM))
+        return y_BTM
+
+
+class TextFusionBlock(nn.Module):
+    """Attention and feed-forward layer without positions and noise level."""
+
+    def __init__(self, config: AttentionConfig) -> None:
+        super().__init__()
+        self.prenorm = RMSNorm(config.width)
+        self.postnorm = RMSNorm(config.width)
+        self.attn = Attention(config)
+        self.mlp = SwiGLU(config.width, config.mlp_width)
+
+    def forward(self, x_BTM: Tensor, mask: Tensor | None) -> Tensor:
+        x_BTM = x_BTM + self.attn(self.prenorm(x_BTM), None, mask)
+        fused_BTM: Tensor = x_BTM + self.mlp(self.postnorm(x_BTM))
+        return fused_BTM
+
+
+class TextFusion(nn.Module):
+    """Fusion of a token's states: blocks among the states of one token, their weighted sum, blocks among tokens."""
+
+    def __init__(self, config: Krea2Config) -> None:
+        super().__init__()
+        self.layerwise_blocks = nn.ModuleList(TextFusionBlock(config.fusion) for _ in range(config.num_layerwise))
+        self.projector = nn.Linear(config.num_states, 1, bias=False)
+        self.refiner_blocks = nn.ModuleList(TextFusionBlock(config.fusion) for _ in range(config.num_refiners))
+
+    def forward(self, states_BLSE: Tensor, mask: Tensor | None, runner: BlockRunner) -> Tensor:
+        """Return features, BLE; `mask` is that of keys."""
+        x = states_BLSE.flatten(0, 1)
+        for block in self.layerwise_blocks:
+            x = runner(block, x, None)
+        x_BLE: Tensor = self.projector(x.view_as(states_BLSE).transpose(-1, -2)).squeeze(-1)
+        for block in self.refiner_blocks:
+            x_BLE = runner(block, x_BLE, mask)
+        return x_BLE
+
+
+class Modulation(nn.Module):
+    """A learned offset of the modulation that the noise level gives."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.lin = nn.Parameter(torch.empty(shape))
+
+
+class SingleStreamBlock(nn.Module):
+    """Attention and feed-forward layer of all tokens. Network modules find the layers by this class name."""
+
+    def __init__(self, config: AttentionConfig) -> None:
+        super().__init__()
+        self.mod = Modulation(NUM_MODULATIONS * config.width)
+        self.prenorm = RMSNorm(config.width)
+        self.postnorm = RMSNorm(config.width)
+        self.attn = Attention(config)
+        self.mlp = SwiGLU(config.width, config.mlp_width)
+
+    def forward(self, x_BTM: Tensor, modulation_BV: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
+        rows = (modulation_BV + self.mod.lin)[:, None].chunk(NUM_MODULATIONS, dim=-1)
+        scale_attn, shift_attn, gate_attn, scale_mlp, shift_mlp, gate_mlp = rows
+        attended = self.attn((1 + scale_attn) * self.prenorm(x_BTM) + shift_attn, rope, mask)
+        x_BTM = x_BTM + gate_attn * attended
+        fed = self.mlp((1 + scale_mlp) * self.postnorm(x_BTM) + shift_mlp)
+        after_BTM: Tensor = x_BTM + gate_mlp * fed
+        return after_BTM
+
+
+class LastLayer(nn.Module):
+    """The last layer, from tokens to patches of the velocity."""
+
+    def __init__(self, width: int, out_features: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(width)
+        self.linear = nn.Linear(width, out_features)
+        self.modulation = Modulation(2, width)
+
+    def forward(self, x_BTM: Tensor, time_BM: Tensor) -> Tensor:
+        scale_B1M, shift_B1M = (time_BM[:, None] + self.modulation.lin).chunk(2, dim=1)
+        patches_BTF: Tensor = self.linear((1 + scale_B1M) * self.norm(x_BTM) + shift_B1M)
+        return patches_BTF
+
+
+class SingleStreamDiT(nn.Module):
+    """The network from noisy latents, noise level and text to the velocity noise - latent."""
+
+    adapter_targets = TARGETS
+
+    def __init__(self, config: Krea2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.runner: BlockRunner = plain
+        self.rotary = Rotary(config.rope_axes, ROPE_BASE)
+        width, text_width = config.block.width, config.fusion.width
+        self.first = nn.Linear(config.in_features, width)
+        self.tmlp = nn.Sequential(nn.Linear(config.time_features, width), GELU(), nn.Linear(width, width))
+        self.tproj = nn.Sequential(GELU(), nn.Linear(width, NUM_MODULATIONS * width))
+        self.txtfusion = TextFusion(config)
+        self.txtmlp = nn.Sequential(RMSNorm(text_width), nn.Linear(text_width, width), GELU(), nn.Linear(width, width))
+        self.blocks = nn.ModuleList(SingleStreamBlock(config.block) for _ in range(config.num_blocks))
+        self.last = LastLayer(width, config.in_features)
+
+    def stacks(self) -> Stacks:
+        """Return the blocks of all tokens; the few that fuse text are not offloaded."""
+        return [[*self.blocks]]
+
+    def forward(self, latents_BCHW: Tensor, sigmas_B: Tensor, text_BLF: Tensor, text_mask_BL: Tensor) -> Tensor:
+        """Return the velocity, shape BCHW.
+
+        `sigmas_B` are shares of noise, 0..1. `text_BLF` has a token's states side by side, F = S E. `text_mask_BL` is 1
+        for the tokens of the caption, which precede its padding. Its lengths are read here, so it should be on the
+        host.
+        """
+        h, w = (side // PATCH for side in latents_BCHW.shape[-2:])
+        device, dtype = latents_BCHW.device, self.first.weight.dtype
+        lengths = [int(length) for length in text_mask_BL.sum(1).tolist()]
+        L = max(lengths)
+        text_mask = mask = None  # attention has faster kernels without a mask
+        if min(lengths) < L:
+            is_text_BL = send(torch.arange(L)[None] < torch.tensor(lengths)[:, None], device)
+            text_mask, mask = is_text_BL[:, None, None], key_mask(is_text_BL, h * w)
+        states_BLSE = text_BLF[:, :L].to(dtype).reshape(len(lengths), L, self.config.num_states, -1)
+        txt_BLM = self.txtmlp(self.txtfusion(states_BLSE, text_mask, self.runner))
+        img_BTM = self.first(patchify(latents_BCHW, PATCH).to(dtype))
+        time_BM = self.tmlp(sinusoids(sigmas_B * TIME_SCALE, self.config.time_features).to(dtype))
+        modulation_BV = self.tproj(time_BM)
+        rope = self.rotary(positions(L, h, w, device), (1, h, w))
+        x_BTM = torch.cat([txt_BLM, img_BTM], dim=1)
+        for block in self.blocks:
+            x_BTM = self.runner(block, x_BTM, modulation_BV, rope, mask)
+        return unpatchify(self.last(x_BTM[:, L:], time_BM), h, w, PATCH)
+
+
+def positions(num_text: int, h: int, w: int, device: torch.device) -> Tensor:
+    """Return positions of the tokens, shape (T, 3): text at (0, 0, 0), row y and column x of the image at (0, y, x)."""
+    found_T3 = torch.zeros(num_text + h * w, 3, dtype=torch.long, device=device)
+    found_T3[num_text:, 1] = torch.arange(h, device=device).repeat_interleave(w)
+    found_T3[num_text:, 2] = torch.arange(w, device=device).repeat(h)
+    return found_T3

@@ -1,0 +1,76 @@
+"""The options of Krea 2 only, and musubi-tuner's names for them."""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from library.options.base import Options, group, option, redeclared
+from library.options.caching import TextCachingOptions
+from library.options.dit import ALTERNATIVES, DitOptions, resolve_dit
+from library.options.machine.memory import ScaledPrecisionOptions
+from library.options.model import ReadingOptions
+from library.options.train import TrainOptions
+from library.options.training.flow import (
+    FlowPredictionOptions,
+    FlowSamplingOptions,
+    FlowWeightingOptions,
+    TimestepPreviewOptions,
+)
+
+OptionsT = TypeVar("OptionsT", bound="Krea2Options")
+
+
+@dataclass(frozen=True)
+class Krea2ModelOptions(Options):
+    """The parts of the base model."""
+
+    text_encoder: str | None = option(
+        None, usual=True, help="File or folder of the text encoder Qwen3-VL 4B. Unset takes it from the base."
+    )
+    fp8_text_encoder: bool = option(False, help="Keep the text encoder in 8 bits.")
+    dit_variant: str | None = option(
+        None,
+        usual=True,
+        choices=("raw", "turbo"),
+        help="Which Krea 2 the base is: turbo is distilled, and previews take 8 steps without guidance. Unset looks "
+        "for the word turbo in the name of the file or folder.",
+    )
+
+
+@dataclass(frozen=True)
+class Krea2SamplingOptions(FlowSamplingOptions):
+    """Sampling of noise levels."""
+
+    timestep_sampling: str = redeclared(FlowSamplingOptions, "timestep_sampling", "krea2_shift")
+
+
+INSTEAD: Mapping[str, str] = {
+    **ALTERNATIVES,
+    "guidance_scale": "the model is trained without guidance; use --l in a prompt line to guide a preview",
+    "model_version": "use --dit_variant",
+    "fp8_vl": "use --fp8_text_encoder",
+    "fp8_llm": "use --fp8_text_encoder",
+}
+"""Alternatives to options of other scripts and programs; they end the error for such an option."""
+
+
+@dataclass(frozen=True)
+class Krea2Options(TrainOptions):
+    """All options of krea2_train_network.py."""
+
+    precision: ScaledPrecisionOptions = group(ScaledPrecisionOptions)
+    dit: DitOptions = group(DitOptions)
+    krea2: Krea2ModelOptions = group(Krea2ModelOptions)
+    text_caching: TextCachingOptions = group(TextCachingOptions)
+    flow_sampling: Krea2SamplingOptions = group(Krea2SamplingOptions)
+    flow_weighting: FlowWeightingOptions = group(FlowWeightingOptions)
+    flow_prediction: FlowPredictionOptions = group(FlowPredictionOptions)
+    timestep_preview: TimestepPreviewOptions = group(TimestepPreviewOptions)
+    reading: ReadingOptions = group(ReadingOptions)
+
+    @classmethod
+    def from_args(cls: type[OptionsT], args: argparse.Namespace) -> OptionsT:
+        """Collect the parsed values and resolve `dit`."""
+        options = super().from_args(args)
+        return resolve_dit(options, options.dit.dit)

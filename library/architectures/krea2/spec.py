@@ -1,0 +1,57 @@
+"""The public facts of Krea 2."""
+
+import re
+from collections.abc import Mapping
+
+from library.architectures.krea2.adapter_names import NAMES
+from library.architectures.krea2.assembly import RECIPE, build
+from library.architectures.krea2.merging import open_base_model, seen_by_networks
+from library.architectures.krea2.options import Krea2Options
+from library.architectures.krea2.targets import TARGETS
+from library.checkpoints.adapter_names import FileNaming
+from library.checkpoints.base_model_spec import ALL, DIFFUSERS, GENERIC, KOHYA, NONE, BaseModelSpec, Gap, Reader, Sign
+
+OTHER_PATHS = r"(transformer_blocks|text_fusion|txt_in|time_embed|time_mod_proj|img_in|final_layer)_.*"  # diffusers'
+NO_OTHER_PATHS = Gap(
+    KOHYA | GENERIC,
+    rf"(lora_unet|diffusion_model)_{OTHER_PATHS}",
+    "under kohya's and generic names it finds the layers of the original checkpoint, not those of diffusers",
+)
+
+
+def refuse_strangers(modules: Mapping[str, FileNaming | None]) -> str | None:
+    """Return why diffusers uses nothing of a file; None if it reads it."""
+    if any(naming == "kohya" for naming in modules.values()):
+        return "it does not read Krea 2 under kohya's names"
+    if any(re.fullmatch(rf"diffusion_model_{OTHER_PATHS}", name) for name in modules):
+        return "it refuses a file with its own paths of Krea 2 below diffusion_model"
+    return None
+
+
+SPECS = (
+    BaseModelSpec(
+        name="krea2",
+        title="Krea 2",
+        called="a Krea 2",
+        script="krea2_train_network.py",
+        options=Krea2Options,
+        build=build,
+        checkpoint=(Sign(r"(^|\.)(txtfusion|text_fusion)\.projector\."),),
+        adapter=(
+            Sign(r"_(txtfusion|text_fusion)_|_attn_to_gate_|_(mlp|ff)_(gate|up|down)_"),
+            Sign(r"_blocks_\d+_attn_(wq|wk|wv|wo|gate)_"),
+        ),
+        version=r"krea2",
+        architecture=r"(?i)krea-2",
+        pipelines=("Krea2",),
+        readers={
+            "ComfyUI": Reader(ALL, NONE, gaps=(NO_OTHER_PATHS,)),
+            "diffusers": Reader(GENERIC | DIFFUSERS, NONE, refuses=refuse_strangers),
+        },
+        names=NAMES,
+        network_arguments=TARGETS.arguments,
+        open_for_merging=open_base_model,
+        seen_by_networks=seen_by_networks,
+        adapter_metadata=RECIPE.of_checkpoint,
+    ),
+)

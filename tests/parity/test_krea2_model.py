@@ -1,0 +1,112 @@
+"""Krea 2's denoiser against diffusers' Krea2Transformer2DModel with the same weights."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from library.architectures.krea2.model import SingleStreamDiT
+from tests.parity.denoisers import assert_recomputing_changes_no_gradient
+from tests.tiny.krea2 import CONFIG, diffusers_config, diffusers_state, tiny_krea2
+from tests.tolerances import FLOAT32_DEEP
+
+SIZES = [(8, 8), (4, 10), (14, 2)]  # of the latent
+LENGTHS = (9, 5)  # tokens of the captions
+
+
+def inputs(h: int, w: int, lengths: tuple[int, ...] = LENGTHS) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Latents, noise levels, text with padding of 0, and its mask."""
+    g = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 16, h, w, generator=g).requires_grad_()
+    mask = (torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]).long()
+    text = torch.randn(2, max(lengths), CONFIG.num_states * CONFIG.fusion.width, generator=g) * mask[..., None]
+    return latents, torch.tensor([0.125, 0.875]), text.requires_grad_(), mask
+
+
+def oracle(model: SingleStreamDiT) -> Any:
+    from diffusers import Krea2Transformer2DModel
+
+    theirs = Krea2Transformer2DModel(**diffusers_config(model.config))
+    theirs.load_state_dict(diffusers_state(model.state_dict()))
+    return theirs.requires_grad_(False).eval()
+
+
+def oracle_output(theirs: Any, latents: Tensor, sigmas: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+    """Tokens and their positions are made as its pipeline makes them."""
+    from types import SimpleNamespace
+
+    from diffusers import Krea2Pipeline
+
+    B, C, H, W = latents.shape
+    pipeline: Any = SimpleNamespace(patch_size=2, vae_scale_factor=8)
+    tokens = theirs(
+        Krea2Pipeline._pack_latents(pipeline, latents, B, C, H, W),
+        encoder_hidden_states=text.unflatten(-1, (theirs.config.num_text_layers, -1)),
+        timestep=sigmas,
+        position_ids=Krea2Pipeline.prepare_position_ids(text.shape[1], H // 2, W // 2, text.device),
+        encoder_attention_mask=mask.bool(),
+        return_dict=False,
+    )[0]
+    return Krea2Pipeline._unpack_latents(pipeline, tokens, 8 * H, 8 * W)[:, :, 0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, (7, 7)], ids=["padded", "equal"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_outputs_and_input_gradients_are_those_of_diffusers(size: tuple[int, int], lengths: tuple[int, ...]) -> None:
+    ours = tiny_krea2(1)
+    theirs = oracle(ours)
+    results = []
+    for run in (ours, lambda *values: oracle_output(theirs, *values)):
+        values = inputs(*size, lengths)
+        output = run(*values)
+        weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(5))
+        gradients = torch.autograd.grad((output * weights).sum(), (values[0], values[2]))
+        results.append((output, *gradients))
+    for ours_value, theirs_value in zip(*results, strict=True):
+        assert theirs_value.abs().max() > 0.1
+        torch.testing.assert_close(ours_value, theirs_value, **FLOAT32_DEEP)
+
+
+def test_weight_gradients_are_those_of_diffusers() -> None:
+    ours = tiny_krea2(2).requires_grad_()
+    theirs = oracle(ours).requires_grad_()
+    for model, run in ((ours, ours), (theirs, lambda *values: oracle_output(theirs, *values))):
+        output = run(*inputs(4, 6))
+        (output * torch.randn(output.shape, generator=torch.Generator().manual_seed(5))).sum().backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+    found = diffusers_state({name: parameter.grad for name, parameter in ours.named_parameters()})  # type: ignore[misc]
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, **FLOAT32_DEEP)
+
+
+def test_longer_padding_changes_nothing() -> None:
+    """Text has no positions of its own, so padding is only masked."""
+    model = tiny_krea2(3)
+    latents, sigmas, text, mask = (value.detach() for value in inputs(4, 6))
+    padded = torch.nn.functional.pad(text, (0, 0, 0, 4)), torch.nn.functional.pad(mask, (0, 4))
+    torch.testing.assert_close(model(latents, sigmas, *padded), model(latents, sigmas, text, mask), **FLOAT32_DEEP)
+
+
+def test_norms_keep_small_scales_in_bf16() -> None:
+    """1 + scale is computed in float32: in bf16 it has steps of 1 / 128."""
+    norm = tiny_krea2(4).bfloat16().blocks[0].prenorm
+    norm.scale.copy_(torch.linspace(-0.003, 0.003, CONFIG.block.width))
+    x = torch.randn(3, CONFIG.block.width, generator=torch.Generator().manual_seed(1)).bfloat16()
+    wide = x.double()
+    expected = wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * (1 + norm.scale.double())
+    torch.testing.assert_close(norm(x), expected.bfloat16(), rtol=2**-8, atol=0)
+    assert not torch.equal(norm(x), (wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt()).bfloat16())
+
+
+def test_recomputing_blocks_changes_no_gradient() -> None:
+    assert_recomputing_changes_no_gradient(tiny_krea2(3), lambda: inputs(4, 6))
+
+
+def test_blocks_compile_without_a_break_in_the_graph() -> None:
+    torch.compiler.reset()  # what other tests compiled counts toward its limit
+    model = tiny_krea2(4)
+    expected = model(*inputs(4, 6))
+    for block in (*model.blocks, *model.txtfusion.layerwise_blocks, *model.txtfusion.refiner_blocks):
+        block.compile(fullgraph=True, backend="eager")
+    torch.testing.assert_close(model(*inputs(4, 6)), expected, **FLOAT32_DEEP)

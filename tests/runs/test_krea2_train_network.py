@@ -1,0 +1,181 @@
+"""krea2_train_network.py on a tiny Krea 2 model: with musubi-tuner's commands, previews, resuming, and files of
+others."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from tests.running import ROOT, Finished, make_images
+from tests.tiny.krea2 import CONFIG, build_tiny_krea2
+
+Train = Callable[..., Finished]
+
+# The three commands of musubi-tuner's page, without the folder of its scripts and accelerate's launcher.
+LATENTS = "--dataset_config {data} --vae {vae}"
+TEXTS = "--dataset_config {data} --text_encoder {text} --batch_size 2"
+TRAINING = (
+    "--dit {dit} --vae {vae} --dataset_config {data} --sdpa --mixed_precision bf16 --timestep_sampling shift "
+    "--weighting_scheme none --discrete_flow_shift 2.5 --optimizer_type AdamW --learning_rate 1e-4 "
+    "--gradient_checkpointing --max_data_loader_n_workers 2 --persistent_data_loader_workers "
+    "--network_module networks.lora_krea2 --network_dim 32 --network_alpha 32 --max_train_epochs 1 "
+    "--save_every_n_epochs 1 --seed 42 --output_dir {out} --output_name name-of-lora"
+)
+NUM_LAYERS = 8 * (CONFIG.num_blocks + CONFIG.num_layerwise + CONFIG.num_refiners) + 8
+
+
+@pytest.fixture(scope="session")
+def tiny_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return build_tiny_krea2(tmp_path_factory.mktemp("tiny_krea2"), seed=31)
+
+
+@pytest.fixture
+def train_krea2(train: Train) -> Train:
+    return partial(train, script="krea2_train_network")
+
+
+@pytest.fixture
+def arguments(tiny_arguments: list[str], images: Path, tmp_path: Path) -> list[str]:
+    """Arguments that train two steps."""
+    return [
+        *tiny_arguments, "--train_data_dir", str(images), "--caption_extension", ".txt", "--resolution", "64",
+        "--train_batch_size", "2", "--output_dir", str(tmp_path / "out"), "--output_name", "mine", "--network_module",
+        "networks.lora_krea2", "--network_dim", "4", "--learning_rate", "1e-3", "--max_train_steps", "2", "--seed",
+        "5", "--max_data_loader_n_workers", "0",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def names(tiny_arguments: list[str], tmp_path: Path) -> dict[str, str]:
+    """Replacements of the paths in the page's commands."""
+    make_images(tmp_path / "images", 3)
+    (tmp_path / "data.toml").write_text(
+        '[general]\nresolution = [80, 64]\ncaption_extension = ".txt"\nbatch_size = 1\nenable_bucket = true\n'
+        "bucket_no_upscale = false\n\n[[datasets]]\n"
+        f'image_directory = "{tmp_path / "images"}"\ncache_directory = "{tmp_path / "cache"}"\nnum_repeats = 1\n'
+    )
+    dit, vae, text = tiny_arguments[1::2]
+    return {"dit": dit, "vae": vae, "text": text, "data": str(tmp_path / "data.toml"), "out": str(tmp_path / "out")}
+
+
+def command(script: str, words: str, names: dict[str, str]) -> Finished:
+    line = [sys.executable, str(ROOT / f"{script}.py"), *words.format(**names).split()]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def test_the_commands_of_musubi_tuner_cache_and_train(
+    train_krea2: Train, names: dict[str, str], tmp_path: Path
+) -> None:
+    """Features of captions are stored without padding in 16 bits, and their size is told before they are encoded."""
+    first = command("krea2_cache_latents", LATENTS, names)
+    assert "latent cache: 0 entries reused, 3 to encode" in first.stderr
+    texts = command("krea2_cache_text_encoder_outputs", TEXTS, names)
+    assert "text cache: 0 files reused, 4 to encode" in texts.stderr  # and the empty caption
+    num_tokens = []
+    for file in (tmp_path / "images").glob("*_krea2_te.npz"):
+        with np.load(file) as archive:
+            states, mask = archive["hidden_state"], archive["attention_mask"]
+        assert states.dtype == np.uint16 and states.shape == (len(mask), 12 * CONFIG.fusion.width) and mask.all()
+        num_tokens.append(len(mask))
+    assert len(num_tokens) == 4 and len(set(num_tokens)) > 1
+    size = 2 * 12 * CONFIG.fusion.width * sum(num_tokens) / 1e6
+    assert f"caching text encoder outputs of 4 captions on disk, about {size:.1f} MB" in texts.stderr
+    done = train_krea2(TRAINING.format(**names).split())  # without the text encoder
+    assert done.status == 0, done.stderr
+    assert "latent cache: 3 entries reused, 0 to encode" in done.stderr
+    assert "text cache: 4 files reused, 0 to encode" in done.stderr
+    file = tmp_path / "out" / "name-of-lora.safetensors"
+    tensors = load_file(file)
+    assert len(tensors) == 2 * NUM_LAYERS
+    assert tensors["diffusion_model.blocks.0.attn.wq.lora_A.weight"].shape == (32, CONFIG.block.width)
+    assert any(float(t.abs().max()) > 0 for key, t in tensors.items() if key.endswith("lora_B.weight"))
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    assert metadata["ss_base_model_version"] == "krea2"
+    assert metadata["modelspec.architecture"] == "Krea-2/lora"
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(train_krea2: Train, arguments: list[str], tmp_path: Path) -> None:
+    """With captions of several lengths in a batch, cached in memory, and a preview before the first step."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat --w 64 --h 64 --d 1 --s 2\n")
+    more = ["--cache_text_encoder_outputs", "--sample_prompts", str(prompts), "--sample_at_first", "--save_state"]
+    steps = [*arguments, *more, "--max_train_steps", "4"]
+    whole = train_krea2([*steps, "--save_every_n_steps", "2"])
+    assert whole.status == 0, whole.stderr
+    state = str(tmp_path / "out" / "mine-step00000002-state")
+    rest = train_krea2([*steps, "--output_dir", str(tmp_path / "rest"), "--resume", state])
+    assert rest.status == 0, rest.stderr
+    assert rest.losses == whole.losses[2:] and len(whole.losses) == 4
+    one, other = (load_file(tmp_path / name / "mine.safetensors") for name in ("out", "rest"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert len(list((tmp_path / "out" / "sample").glob("*.png"))) == 1
+
+
+@pytest.mark.nightly
+def test_our_words_train_the_same(train_krea2: Train, names: dict[str, str]) -> None:
+    theirs = train_krea2([*TRAINING.format(**names).split(), "--text_encoder", names["text"]])
+    words = TRAINING.replace("--dit {dit}", "--pretrained_model_name_or_path {dit} --text_encoder {text}") + (
+        " --cache_latents_to_disk --cache_text_encoder_outputs_to_disk"
+    )
+    ours = train_krea2(words.format(**names).split())
+    assert theirs.status == ours.status == 0, ours.stderr
+    assert theirs.losses == ours.losses and len(ours.losses) == 3
+
+
+@pytest.mark.nightly
+def test_musubi_tuners_8_bits_and_offloading_train_too(train_krea2: Train, names: dict[str, str]) -> None:
+    words = [*TRAINING.format(**names).split(), "--text_encoder", names["text"]]
+    done = train_krea2([*words, "--fp8_base", "--fp8_scaled", "--fp8_text_encoder"])
+    assert done.status == 0, done.stderr
+    assert "layers in 8 bits" in done.stderr
+    done = train_krea2([*words, "--blocks_to_swap", "26"])
+    assert done.status == 1 and "at most 0" in done.stderr
+
+
+@pytest.mark.nightly
+def test_a_file_of_musubi_tuner_is_trained_further(train_krea2: Train, arguments: list[str], tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    theirs = {}
+    for part, rows in (("attn_wk", CONFIG.block.width // 2), ("attn_gate", CONFIG.block.width)):
+        stem = f"lora_unet_blocks_0_{part}"
+        theirs[f"{stem}.lora_down.weight"] = torch.randn(2, CONFIG.block.width, generator=generator)
+        theirs[f"{stem}.lora_up.weight"] = 0.01 * torch.randn(rows, 2, generator=generator)
+        theirs[f"{stem}.alpha"] = torch.tensor(1.0)
+    save_file(theirs, tmp_path / "musubi.safetensors")
+    done = train_krea2([*arguments, "--network_weights", str(tmp_path / "musubi.safetensors"), "--dim_from_weights"])
+    assert done.status == 0, done.stderr
+    saved = load_file(tmp_path / "out" / "mine.safetensors")
+    assert {key: t.shape[0] for key, t in saved.items() if key.endswith("lora_A.weight")} == {
+        f"diffusion_model.blocks.0.attn.{part}.lora_A.weight": 2 for part in ("wk", "gate")
+    }
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--text_encoder", "missing.safetensors"], "--text_encoder missing.safetensors does not exist"),
+        (["--network_train_text_encoder_only"], "its text encoder cannot be trained"),
+        (["--model_version", "turbo"], "use --dit_variant"),
+        (["--dit_variant", "base"], "invalid choice: 'base'"),
+        (["--fp8_vl"], "use --fp8_text_encoder"),
+        (["--guidance_scale", "1.0"], "the model is trained without guidance"),
+    ],
+    ids=str,
+)
+def test_bad_values_end_before_anything_is_loaded(
+    train_krea2: Train, arguments: list[str], extra: list[str], message: str
+) -> None:
+    done = train_krea2([*arguments, *extra])
+    assert done.status != 0 and message in done.stderr

@@ -1,0 +1,158 @@
+"""A tiny but complete Krea 2 model: three files, one file of all, or a diffusers folder."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from library.architectures.krea2.model import AttentionConfig, Krea2Config, SingleStreamDiT
+from tests.tiny.anima import VAE, to_original, vae_state
+from tests.tiny.init import fixed_init
+from tests.tiny.qwen3_vl import tiny_qwen3_vl
+from tests.tiny.zimage import write_qwen3_tokenizer
+
+Layout = Literal["files", "whole", "diffusers"]
+
+CONFIG = Krea2Config(
+    in_features=64,
+    time_features=256,
+    num_states=12,
+    block=AttentionConfig(width=64, head_width=16, num_kv_heads=2, mlp_width=96),
+    fusion=AttentionConfig(width=16, head_width=8, num_kv_heads=2, mlp_width=24),
+    num_layerwise=2,
+    num_refiners=2,
+    num_blocks=2,
+)
+FULL_SIZE = Krea2Config(
+    in_features=64,
+    time_features=256,
+    num_states=12,
+    block=AttentionConfig(width=6144, head_width=128, num_kv_heads=12, mlp_width=16384),
+    fusion=AttentionConfig(width=2560, head_width=128, num_kv_heads=20, mlp_width=6912),
+    num_layerwise=2,
+    num_refiners=2,
+    num_blocks=28,
+)
+QWEN3_VL = {
+    "hidden_size": CONFIG.fusion.width,
+    "intermediate_size": 24,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5_000_000.0, "mrope_section": [2, 1, 1]},
+}
+PREFIX = "model."  # of the text encoder's file, which has its vision model too
+
+Parts = dict[str, tuple[dict[str, Any], dict[str, Tensor]]]
+
+
+def build_tiny_krea2(folder: Path, seed: int, layout: Layout = "files", flag: str = "", name: str = "raw") -> list[str]:
+    """Write a tiny model into `folder` and return the arguments that name it, the base model as `flag`, its transformer
+    called `name`. One seed has the same weights in every layout."""
+    from safetensors.torch import save_file
+
+    base = flag or "--pretrained_model_name_or_path"
+    parts = tiny_parts(seed, write_qwen3_tokenizer(folder / "tokenizer"))
+    if layout == "diffusers":
+        return [base, str(write_folder(folder, parts))]
+    denoiser = parts["transformer"][1]
+    encoder = {f"{PREFIX}{key}": tensor for key, tensor in parts["text_encoder"][1].items()}
+    vae = {to_original(key): tensor for key, tensor in parts["vae"][1].items()}
+    if layout == "whole":
+        everything = {f"model.diffusion_model.{key}": tensor for key, tensor in denoiser.items()}
+        everything |= {f"vae.{key}": tensor for key, tensor in vae.items()}
+        whole = {key.removeprefix("language_"): tensor for key, tensor in parts["text_encoder"][1].items()}
+        everything |= {f"text_encoders.qwen3vl_4b.transformer.{key}": tensor for key, tensor in whole.items()}
+        save_file(everything, folder / "krea2.safetensors")
+        return [base, str(folder / "krea2.safetensors")]
+    arguments = []
+    for option, stem, state in (
+        (base, name, denoiser),
+        ("--vae", "qwen_image_vae", vae),
+        ("--text_encoder", "qwen3vl_4b", encoder),
+    ):
+        save_file(state, folder / f"{stem}.safetensors")
+        arguments += [option, str(folder / f"{stem}.safetensors")]
+    return arguments
+
+
+def tiny_parts(seed: int, num_words: int) -> Parts:
+    """(config.json, weights) by diffusers' folder names; the denoiser's names are ours, the VAE's diffusers'."""
+    encoder = tiny_qwen3_vl(seed + 2, num_words, **QWEN3_VL)
+    return {
+        "transformer": (diffusers_config(), tiny_krea2(seed).state_dict()),
+        "vae": ({**VAE, "_class_name": "AutoencoderKLQwenImage"}, vae_state(seed + 1)),
+        "text_encoder": (json.loads(encoder.config.to_json_string()), encoder.state_dict()),
+    }
+
+
+def full_size_qwen3_vl() -> Any:
+    """The language model of Qwen3-VL 4B on the meta device."""
+    from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
+
+    sizes = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32}
+    with torch.device("meta"):
+        return Qwen3VLTextModel(Qwen3VLTextConfig(**sizes, num_key_value_heads=8, head_dim=128))
+
+
+def full_size_vae() -> Any:
+    """Qwen-Image's VAE on the meta device."""
+    from diffusers import AutoencoderKLQwenImage
+
+    with torch.device("meta"):
+        return AutoencoderKLQwenImage()
+
+
+def write_folder(folder: Path, parts: Parts) -> Path:
+    from safetensors.torch import save_file
+
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "Krea2Pipeline", "is_distilled": False}))
+    for name, (config, state) in parts.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(config))
+        stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
+        weights = diffusers_state(state) if name == "transformer" else state
+        save_file(weights, folder / name / f"{stem}.safetensors", {"format": "pt"})
+    return folder
+
+
+def tiny_krea2(seed: int) -> SingleStreamDiT:
+    """The denoiser alone, its weights random."""
+    with torch.device("meta"):
+        model = SingleStreamDiT(CONFIG)
+    model.load_state_dict(fixed_init(model, seed), assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def diffusers_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the denoiser under diffusers' names, by diffusers' own converter."""
+    from diffusers.loaders.single_file_utils import convert_krea2_transformer_checkpoint_to_diffusers
+
+    return dict(convert_krea2_transformer_checkpoint_to_diffusers({k: tensor.clone() for k, tensor in state.items()}))
+
+
+def diffusers_config(config: Krea2Config | None = None) -> dict[str, Any]:
+    """Arguments of diffusers' Krea2Transformer2DModel."""
+    c = config or CONFIG
+    return {
+        "in_channels": c.in_features,
+        "num_layers": c.num_blocks,
+        "attention_head_dim": c.block.head_width,
+        "num_attention_heads": c.block.width // c.block.head_width,
+        "num_key_value_heads": c.block.num_kv_heads,
+        "intermediate_size": c.block.mlp_width,
+        "timestep_embed_dim": c.time_features,
+        "text_hidden_dim": c.fusion.width,
+        "num_text_layers": c.num_states,
+        "text_num_attention_heads": c.fusion.width // c.fusion.head_width,
+        "text_num_key_value_heads": c.fusion.num_kv_heads,
+        "text_intermediate_size": c.fusion.mlp_width,
+        "num_layerwise_text_blocks": c.num_layerwise,
+        "num_refiner_text_blocks": c.num_refiners,
+        "axes_dims_rope": list(c.rope_axes),
+    }

@@ -1,0 +1,198 @@
+"""Every form of a Krea 2 model loads alike, and files that make none are refused with what they are."""
+
+import importlib
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from krea2_train_network import setup_parser
+from library.architectures.krea2.assembly import build
+from library.architectures.krea2.load import Krea2Loader, is_turbo, open_loader
+from library.architectures.krea2.options import Krea2Options
+from library.architectures.krea2.text import LAYERS
+from library.architectures.specs import list_specs
+from library.checkpoints.base_model_spec import BaseModelSpec
+from library.errors import UserError
+from library.models.language_models import encode_layers
+from tests.runs.bases import BASES
+from tests.tiny.changes import assert_same_models, in_two_files, with_changes, without
+from tests.tiny.krea2 import build_tiny_krea2, diffusers_state
+
+BASE = "--pretrained_model_name_or_path"
+SCRIPT_OF_OTHERS = {name: base.script for name, base in BASES.items() if name != "krea2"}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return build_tiny_krea2(tmp_path_factory.mktemp("krea2"), 3)
+
+
+def options_of(arguments: list[str]) -> Krea2Options:
+    return Krea2Options.from_args(setup_parser().parse_args(arguments))
+
+
+def opened(arguments: list[str]) -> Krea2Loader:
+    return open_loader(options_of(arguments))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["whole", "diffusers"])
+def test_every_layout_gives_the_same_models(tiny: list[str], tmp_path: Path, layout: Any) -> None:
+    assert_same_models(opened(build_tiny_krea2(tmp_path, 3, layout)), opened(tiny))
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("is_diffusers", [False, True], ids=["original", "diffusers"])
+def test_a_single_file_has_either_layout_and_either_prefix(
+    tiny: list[str], tmp_path: Path, prefix: str, is_diffusers: bool
+) -> None:
+    state = load_file(tiny[1])
+    state = diffusers_state(state) if is_diffusers else state
+    save_file({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "other.safetensors")
+    for more in ([], ["--mixed_precision", "bf16"]):  # the modulation is reshaped, and converted too
+        found = opened([BASE, str(tmp_path / "other.safetensors"), *tiny[2:], *more]).denoiser().state_dict()
+        expected = opened([*tiny, *more]).denoiser().state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_numbered_files_are_named_by_their_first(tiny: list[str], tmp_path: Path) -> None:
+    assert_same_models(opened(in_two_files(tiny, (BASE, "--text_encoder"), tmp_path)), opened(tiny))
+
+
+def test_8_bit_files_load_with_their_scales(tiny: list[str], tmp_path: Path) -> None:
+    state = load_file(tiny[1])
+    name = "blocks.0.attn.wq"
+    scale = state[f"{name}.weight"].abs().max() / 448
+    codes = (state[f"{name}.weight"] / scale).to(torch.float8_e4m3fn)
+    other = {**state, f"{name}.weight": codes, f"{name}.scale_weight": scale, "scaled_fp8": torch.zeros(2)}
+    save_file(other, tmp_path / "fp8.safetensors")
+    denoiser: Any = opened([BASE, str(tmp_path / "fp8.safetensors"), *tiny[2:]]).denoiser()
+    torch.testing.assert_close(denoiser.blocks[0].attn.wq.weight, codes.float() * scale, rtol=1e-6, atol=0)
+
+
+def test_parts_of_a_folder_can_be_replaced_by_files(tiny: list[str], tmp_path: Path) -> None:
+    folder = build_tiny_krea2(tmp_path / "folder", 4, "diffusers")
+    for name in ("vae", "text_encoder"):
+        shutil.rmtree(tmp_path / "folder" / name)
+    found = opened([*folder, *tiny[tiny.index("--vae") :]]).text_encoders()[0].state_dict()
+    expected = opened(tiny).text_encoders()[0].state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize(
+    ("flag", "changes", "message"),
+    [
+        (BASE, {"first.weight": torch.ones(64, 16)}, "takes 16 values per patch, but only 64"),
+        (BASE, {"txtfusion.projector.weight": torch.ones(1, 8)}, "takes 8 states of the text encoder for each token"),
+        (
+            BASE,
+            {"txtfusion.layerwise_blocks.0.attn.wq.weight": torch.ones(32, 32)},
+            "has width 16, but the transformer expects text features of width 32; use Qwen/Qwen3-VL-4B-Instruct",
+        ),
+        (BASE, {"tmlp.0.weight": None}, "not a Krea 2 model: tmlp.0.weight is missing"),
+        (BASE, {"blocks.0.attn.wk.weight": torch.ones(48, 64)}, "width 64, heads of 16 and 3 heads of keys"),
+        (BASE, {"blocks.0.attn.qknorm.qnorm.scale": torch.ones(8)}, "heads of 8, which must be multiples of 16"),
+        ("--vae", {"decoder.conv1.weight": torch.ones(16, 4, 3, 3, 3)}, "has 4 latent channels, but Krea 2 needs 16"),
+        ("--vae", {"decoder.middle.0.residual.0.gamma": None}, "is not the VAE of Qwen-Image"),
+        ("--text_encoder", {"model.language_model.embed_tokens.weight": None}, "is not a Qwen3-VL text encoder"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_file_that_does_not_fit_is_named(
+    tiny: list[str], tmp_path: Path, flag: str, changes: dict[str, torch.Tensor | None], message: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        opened(with_changes(tiny, flag, tmp_path, changes))
+
+
+def test_a_shallow_text_encoder_is_refused(tiny: list[str], tmp_path: Path) -> None:
+    state = {k: v for k, v in load_file(tiny[5]).items() if not re.search(r"language_model\.layers\.3\d\.", k)}
+    save_file(state, tmp_path / "shallow.safetensors")
+    with pytest.raises(UserError, match=r"shallow\.safetensors has 30 layers, but the first 35 are used"):
+        opened([*tiny[:5], str(tmp_path / "shallow.safetensors")])
+
+
+@pytest.mark.parametrize("flag", ["--vae", "--text_encoder"])
+def test_a_missing_part_is_asked_for_by_its_flag(tiny: list[str], flag: str) -> None:
+    with pytest.raises(UserError, match=f"{flag} is missing"):
+        opened(without(tiny, flag))
+
+
+def test_the_text_encoder_may_be_kept_in_8_bits(tiny: list[str]) -> None:
+    (whole,), (small,) = opened(tiny).text_encoders(), opened([*tiny, "--fp8_text_encoder"]).text_encoders()
+    ids = torch.arange(8)[None]
+    expected, found = (encode_layers(encoder, ids, torch.ones_like(ids), LAYERS[:3]) for encoder in (whole, small))
+    assert not torch.equal(found, expected)  # later layers of a model this narrow multiply what is rounded
+    assert torch.nn.functional.cosine_similarity(found, expected, dim=-1).min() > 0.97
+
+
+# Other models' files
+
+
+@pytest.fixture(scope="module")
+def krea2_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return build_tiny_krea2(tmp_path_factory.mktemp("whole"), 5, "whole")[1]
+
+
+@pytest.mark.parametrize("name", SCRIPT_OF_OTHERS)
+def test_every_other_script_names_this_one(name: str, tmp_path: Path, krea2_file: str) -> None:
+    spec = next(s for s in list_specs() if s.script == f"{BASES[name].script}.py")
+    arguments = BASES[name].build(tmp_path)
+    arguments[arguments.index(BASE) + 1] = krea2_file
+    with pytest.raises(UserError, match=r"this is a Krea 2 (model|checkpoint); use krea2_train_network\.py"):
+        spec.build(parsed(spec, arguments))
+
+
+@pytest.mark.parametrize("name", SCRIPT_OF_OTHERS)
+def test_this_script_names_every_other(name: str, tmp_path: Path, tiny: list[str]) -> None:
+    arguments = BASES[name].build(tmp_path)
+    path = arguments[arguments.index(BASE) + 1]
+    with pytest.raises(UserError, match=rf"use {SCRIPT_OF_OTHERS[name]}\.py"):
+        opened([BASE, path, *tiny[2:]])
+
+
+def parsed(spec: BaseModelSpec, arguments: list[str]) -> Any:
+    parser = importlib.import_module(spec.script.removesuffix(".py")).setup_parser()
+    return spec.options.from_args(parser.parse_args(arguments))
+
+
+# Which Krea 2 it is
+
+
+@pytest.mark.parametrize(
+    ("variant", "path", "expected"),
+    [
+        (None, "turbo.safetensors", True),
+        (None, "krea2_turbo_bf16.safetensors", True),
+        (None, "krea/Krea-2-Turbo", True),
+        (None, "Krea-2-Turbo/transformer.safetensors", True),
+        (None, "raw.safetensors", False),
+        ("turbo", "mine.safetensors", True),
+        ("raw", "krea2_turbo.safetensors", False),
+    ],
+)
+def test_turbo_is_recognised_by_option_or_name(variant: str | None, path: str, expected: bool) -> None:
+    assert is_turbo(variant, path, Path(path)) is expected
+
+
+def test_a_folder_says_whether_it_is_distilled(tmp_path: Path) -> None:
+    (tmp_path / "turbo").mkdir()
+    for is_distilled in (True, False):
+        (tmp_path / "turbo" / "model_index.json").write_text(json.dumps({"is_distilled": is_distilled}))
+        assert is_turbo(None, str(tmp_path / "turbo"), tmp_path / "turbo") is is_distilled
+
+
+def test_turbo_without_a_training_adapter_is_warned_of_once(tiny: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    for variant in ("turbo", "raw"):
+        build(options_of([*tiny, "--dit_variant", variant]))
+    assert caplog.text.count("is Krea 2 Turbo, which is distilled") == 1
+    caplog.clear()
+    build(options_of([*tiny, "--dit_variant", "turbo", "--base_weights", "adapter.safetensors"]))
+    assert "distilled" not in caplog.text
