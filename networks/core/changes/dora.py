@@ -27,8 +27,11 @@ HOST = torch.device("cpu")
 
 
 def are_per_output(magnitudes: Tensor) -> bool:
-    """Return True if magnitudes are of rows, (O,), (O, 1) or (O, 1, 1, 1), not of columns, (1, I) or (1, I, 1, 1)."""
-    return magnitudes.numel() != 1 and magnitudes.shape[0] != 1
+    """Return True if magnitudes are of rows, (O,), (O, 1) or (O, 1, 1, 1), not of columns, (1, I) or (1, I, 1, 1).
+
+    A single one is of a row: there are layers with one output, but none with one input.
+    """
+    return magnitudes.numel() == 1 or magnitudes.shape[0] != 1
 
 
 @dataclass(frozen=True)
