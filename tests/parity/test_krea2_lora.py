@@ -99,7 +99,13 @@ def test_diffusers_reads_nothing_of_other_forms(tmp_path: Path, caplog: pytest.L
 
 
 @pytest.mark.parametrize(
-    ("door", "arguments"), [(lokr, {"factor": "2"}), (lora_krea2, {"dora_wd": "True"})], ids=["lokr", "dora"]
+    ("door", "arguments"),
+    [
+        (lokr, {"factor": "2"}),
+        (lora_krea2, {"dora_wd": "True"}),
+        (lora_krea2, {"dora_wd": "True", "wd_on_output": "True"}),  # of the projector's one output too
+    ],
+    ids=["lokr", "dora", "dora per output"],
 )
 def test_other_kinds_have_the_names_of_kohya(door: Any, arguments: dict[str, str], tmp_path: Path) -> None:
     path = tmp_path / "ours.safetensors"

@@ -99,6 +99,17 @@ def test_norms_keep_small_scales_in_bf16() -> None:
     assert not torch.equal(norm(x), (wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt()).bfloat16())
 
 
+def test_every_layer_has_a_row_for_each_sample() -> None:
+    """Adapters that treat samples differently, by noise level or by adapter of a sweep, tell them apart by the first
+    axis."""
+    model, seen = tiny_krea2(3), set()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda _, inputs: seen.add(len(inputs[0])))
+    model(*inputs(4, 6))
+    assert seen == {2}
+
+
 def test_recomputing_blocks_changes_no_gradient() -> None:
     assert_recomputing_changes_no_gradient(tiny_krea2(3), lambda: inputs(4, 6))
 

@@ -104,7 +104,7 @@ def test_the_tools_work_on_its_files(run: Callable[..., Finished], tmp_path: Pat
     tool("resize_lora", "--model", one, "--save_to", small, "--new_rank", "2", "--save_precision", "float")
     tool("merge_lora", "--models", one, two, "--ratios", "0.5", "0.5", "--save_to", merged, "--save_precision", "float")
     ranks = {t.shape[0] for key, t in load_state_dict(small).items() if key.endswith(DOWNS)}
-    assert ranks == {2}
+    assert ranks - {1} == {2}  # a layer with one output has no more than rank 1
     assert modules_of(merged) == modules_of(one)
     assert read_metadata(small)["sshs_model_hash"] != read_metadata(one)["sshs_model_hash"]
 

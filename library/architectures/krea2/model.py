@@ -113,7 +113,7 @@ class QKNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023), whose output passes a sigmoid gate."""
+    """Grouped-query attention (Ainslie et al. 2023), whose output passes a sigmoid gate; T is the last axis but one."""
 
     def __init__(self, config: AttentionConfig) -> None:
         super().__init__()
@@ -127,18 +127,20 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.width, config.width, bias=False)
         self.qknorm = QKNorm(config.head_width)
 
-    def forward(self, x_BTM: Tensor, rope: Rope | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope | None, mask: Tensor | None) -> Tensor:
         q, k, v = (
-            layer(x_BTM).unflatten(-1, (-1, self.head_width)).transpose(1, 2) for layer in (self.wq, self.wk, self.wv)
+            layer(x).unflatten(-1, (-1, self.head_width)).transpose(-3, -2) for layer in (self.wq, self.wk, self.wv)
         )
         q, k = self.qknorm.qnorm(q), self.qknorm.knorm(k)
         if rope is not None:
             q, k = turn(q, rope), turn(k, rope)
         if self.num_repeats > 1:
-            k, v = (part.repeat_interleave(self.num_repeats, dim=1) for part in (k, v))
-        attended = scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-        y_BTM: Tensor = self.wo(attended * torch.sigmoid(self.gate(x_BTM)))
-        return y_BTM
+            k, v = (part.repeat_interleave(self.num_repeats, dim=-3) for part in (k, v))
+        shape = q.shape
+        q, k, v = (part.flatten(0, -4) for part in (q, k, v))  # attention has fast kernels for four axes
+        attended = scaled_dot_product_attention(q, k, v, attn_mask=mask).view(shape).transpose(-3, -2).flatten(-2)
+        y: Tensor = self.wo(attended * torch.sigmoid(self.gate(x)))
+        return y
 
 
 class SwiGLU(nn.Module):
@@ -163,10 +165,10 @@ class TextFusionBlock(nn.Module):
         self.attn = Attention(config)
         self.mlp = SwiGLU(config.width, config.mlp_width)
 
-    def forward(self, x_BTM: Tensor, mask: Tensor | None) -> Tensor:
-        x_BTM = x_BTM + self.attn(self.prenorm(x_BTM), None, mask)
-        fused_BTM: Tensor = x_BTM + self.mlp(self.postnorm(x_BTM))
-        return fused_BTM
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        x = x + self.attn(self.prenorm(x), None, mask)
+        fused: Tensor = x + self.mlp(self.postnorm(x))
+        return fused
 
 
 class TextFusion(nn.Module):
@@ -180,10 +182,10 @@ class TextFusion(nn.Module):
 
     def forward(self, states_BLSE: Tensor, mask: Tensor | None, runner: BlockRunner) -> Tensor:
         """Return features, BLE; `mask` is that of keys."""
-        x = states_BLSE.flatten(0, 1)
+        # Samples stay the first axis, by which adapters tell them apart.
         for block in self.layerwise_blocks:
-            x = runner(block, x, None)
-        x_BLE: Tensor = self.projector(x.view_as(states_BLSE).transpose(-1, -2)).squeeze(-1)
+            states_BLSE = runner(block, states_BLSE, None)
+        x_BLE: Tensor = self.projector(states_BLSE.transpose(-1, -2)).squeeze(-1)
         for block in self.refiner_blocks:
             x_BLE = runner(block, x_BLE, mask)
         return x_BLE
