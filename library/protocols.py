@@ -179,6 +179,8 @@ class Preview:
     predict: Callable[[Prompt], Predict]
     sampler: Callable[[Prompt], Sampler]
     worded: Callable[[str], str] = str  # template of a prompt; negative prompts are used unchanged
+    load_denoiser: Callable[[RequestedFormat | None], nn.Module] | None = None
+    """Loads the denoiser whose weights images are drawn with, on the CPU, where it is not the one that is trained."""
 
 
 Vary = Callable[[Conditioning, torch.Generator], Conditioning]

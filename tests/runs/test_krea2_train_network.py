@@ -28,6 +28,7 @@ TRAINING = (
     "--network_module networks.lora_krea2 --network_dim 32 --network_alpha 32 --max_train_epochs 1 "
     "--save_every_n_epochs 1 --seed 42 --output_dir {out} --output_name name-of-lora"
 )
+SHOWN = ("--sample_prompts", "prompts.txt", "--sample_at_first")
 NUM_LAYERS = 8 * (CONFIG.num_blocks + CONFIG.num_layerwise + CONFIG.num_refiners) + 8
 
 
@@ -171,6 +172,9 @@ def test_a_file_of_musubi_tuner_is_trained_further(train_krea2: Train, arguments
         (["--dit_variant", "base"], "invalid choice: 'base'"),
         (["--fp8_vl"], "use --fp8_text_encoder"),
         (["--guidance_scale", "1.0"], "the model is trained without guidance"),
+        (["--turbo_dit", "missing.safetensors"], "--turbo_dit missing.safetensors does not exist"),
+        (["--turbo_dit", "x.safetensors", *SHOWN, "--blocks_to_swap", "2"], "previews exchange all weights where they"),
+        (["--turbo_dit", "x.safetensors", *SHOWN, "--base_weights", "y"], "previews would lack them"),
     ],
     ids=str,
 )
@@ -179,3 +183,29 @@ def test_bad_values_end_before_anything_is_loaded(
 ) -> None:
     done = train_krea2([*arguments, *extra])
     assert done.status != 0 and message in done.stderr
+
+
+def test_previews_are_drawn_with_turbo_and_training_does_not_notice(
+    train_krea2: Train, arguments: list[str], tmp_path: Path
+) -> None:
+    """An adapter begins at 0, so the first image is that of Turbo; losses are those without previews, bit for bit."""
+    turbo = build_tiny_krea2(tmp_path / "other", seed=77, name="turbo")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat --w 64 --h 64 --d 1\n")
+    shown = ["--sample_prompts", str(prompts), "--sample_at_first", "--sample_every_n_steps", "1"]
+    plain = train_krea2(arguments)
+    for more in ([], ["--base_format", "int8"]):
+        out = tmp_path / f"out{len(more)}"
+        done = train_krea2([*arguments, *shown, *more, "--turbo_dit", turbo[1], "--output_dir", str(out)])
+        assert done.status == 0, done.stderr
+        images = [path.read_bytes() for path in sorted((out / "sample").glob("*.png"))]
+        assert len(images) == 3 and len(set(images)) == 3
+        if not more:
+            assert done.losses == plain.losses and len(done.losses) == 2
+    ended = ["--output_dir", str(tmp_path / "turbo"), "--max_train_steps", "1"]
+    other = train_krea2([arguments[0], turbo[1], *arguments[2:], *shown, *ended])
+    assert other.status == 0 and "is Krea 2 Turbo, which is distilled" in other.stderr
+    before = [next((tmp_path / name / "sample").glob("*_e000000_*.png")).read_bytes() for name in ("out0", "turbo")]
+    assert before[0] == before[1]
+    one, two = (load_file(tmp_path / name / "mine.safetensors") for name in ("out", "out0"))
+    assert all(torch.equal(one[key], two[key]) for key in one)

@@ -87,7 +87,7 @@ def assemble(options: Krea2Options, loader: Krea2Loader, turbo: bool) -> Archite
         objective=build_objective(options),
         predict=predict,
         view=view,
-        preview=build_preview(text, turbo),
+        preview=build_preview(text, loader, turbo),
         metadata=RECIPE.describe(options),
         specs=list_specs(),
         ignores=RECIPE.ignores,
@@ -137,8 +137,10 @@ def feature_bytes(loader: Krea2Loader, text: Krea2Text, caption: str) -> int:
     return num_tokens * len(LAYERS) * width * loader.text_dtype.itemsize
 
 
-def build_preview(text: Krea2Text, turbo: bool) -> Preview:
-    """Build previews with plain classifier-free guidance, or for Turbo in few steps without."""
+def build_preview(text: Krea2Text, loader: Krea2Loader, turbo: bool) -> Preview:
+    """Build previews with plain classifier-free guidance, or for Turbo, and with its weights, in few steps without."""
+    load_turbo = None if loader.turbo_weights is None else loader.turbo
+    turbo = turbo or load_turbo is not None
     return Preview(
         defaults=PromptDefaults(
             num_steps=8 if turbo else 28,
@@ -150,4 +152,5 @@ def build_preview(text: Krea2Text, turbo: bool) -> Preview:
         text=text,
         predict=lambda prompt: predict,
         sampler=partial(preview_sampler, is_turbo=turbo),
+        load_denoiser=load_turbo,
     )

@@ -12,8 +12,8 @@ from library.architectures.krea2.model import PATCH, Krea2Config, SingleStreamDi
 from library.architectures.krea2.options import Krea2Options
 from library.architectures.krea2.text import LAYERS
 from library.architectures.specs import list_specs
-from library.checkpoints.base_files import BaseFiles, open_base, without_base
-from library.checkpoints.model_lookup import read_json
+from library.checkpoints.base_files import BaseFiles, open_base, open_files, without_base
+from library.checkpoints.model_lookup import find_model, read_json
 from library.checkpoints.weights import Weights, configure
 from library.errors import UserError
 from library.memory.codecs.codec import RequestedFormat
@@ -37,6 +37,7 @@ from library.models.vae.vae import vae_dtype_of
 from library.options.model import BASE_FLAG
 
 MODEL = "Krea 2"
+TURBO_FLAG = "--turbo_dit"
 QWEN3_VL = Qwen3Release("--text_encoder", "Qwen/Qwen3-VL-4B-Instruct", "text_encoders.qwen3vl_4b.transformer.model.")
 
 
@@ -47,6 +48,7 @@ class Krea2Loader:
     path: Path  # the folder or file of the denoiser
     config: Krea2Config | None  # None without a denoiser, for the caching commands
     denoiser_weights: Weights
+    turbo_weights: Weights | None  # of the denoiser that previews are drawn with, if it is another one
     qwen3_vl: MaybeComponent
     vae_component: MaybeComponent
     dtype: torch.dtype
@@ -73,9 +75,16 @@ class Krea2Loader:
         return vae
 
     def denoiser(self, weight_format: RequestedFormat | None = None) -> nn.Module:
+        return self.read(self.denoiser_weights, weight_format)
+
+    def turbo(self, weight_format: RequestedFormat | None = None) -> nn.Module:
+        """Load the denoiser that previews are drawn with."""
+        assert self.turbo_weights is not None
+        return self.read(self.turbo_weights, weight_format)
+
+    def read(self, weights: Weights, weight_format: RequestedFormat | None) -> nn.Module:
         assert self.config is not None
-        model = on_meta_device(SingleStreamDiT, self.config)
-        return materialise(model, self.denoiser_weights, self.dtype, weight_format)
+        return materialise(on_meta_device(SingleStreamDiT, self.config), weights, self.dtype, weight_format)
 
 
 def open_loader(options: Krea2Options) -> Krea2Loader:
@@ -115,6 +124,7 @@ def loader_of(options: Krea2Options, base: BaseFiles, config: Krea2Config | None
         path=base.path,
         config=config,
         denoiser_weights=weights,
+        turbo_weights=None if config is None else open_turbo(options, weights),
         qwen3_vl=open_if_there(texts_are_cached, lambda: open_qwen3_vl(encoder, base)),
         vae_component=open_if_there(latents_are_cached, lambda: open_vae(MODEL, vae, base)),
         dtype=dtype,
@@ -127,6 +137,26 @@ def loader_of(options: Krea2Options, base: BaseFiles, config: Krea2Config | None
 def denoiser_of(base: BaseFiles) -> Weights:
     """Return the denoiser's weights under our names. Raises UserError for another model, naming it."""
     return open_denoiser(list_specs(), base, "krea2", MARK, DIFFUSERS_MARK, from_diffusers)
+
+
+def open_turbo(options: Krea2Options, base: Weights) -> Weights | None:
+    """Open the denoiser of --turbo_dit. Raises UserError if it cannot stand in for the base, or for this adapter."""
+    name = options.krea2.turbo_dit
+    if name is None:
+        return None
+    weights = denoiser_of(open_files(TURBO_FLAG, find_model(TURBO_FLAG, name, (("transformer",),))))
+    if configure(weights, read_config) != configure(base, read_config):
+        raise UserError(f"{TURBO_FLAG} {name} has other sizes than the base {base.origin}")
+    if {k: q.kind for k, q in weights.quantised.items()} != {k: q.kind for k, q in base.quantised.items()}:
+        raise UserError(
+            f"{TURBO_FLAG} {name} is stored differently from the base {base.origin}: one has weights in 8 bits that "
+            "the other has not; use two files of one precision"
+        )
+    if any(argument.startswith("dora_wd") for argument in options.network.network_args or ()):
+        raise UserError(
+            f"{TURBO_FLAG} does not work with dora_wd, which keeps the norms of the weights that are trained"
+        )
+    return weights
 
 
 def open_qwen3_vl(name: str | None, base: BaseFiles) -> Component:

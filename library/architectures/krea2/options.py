@@ -19,6 +19,7 @@ from library.options.training.flow import (
 )
 
 OptionsT = TypeVar("OptionsT", bound="Krea2Options")
+IN_PLACE = "previews exchange all weights where they lie on the GPU"
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,21 @@ class Krea2ModelOptions(Options):
         help="Which Krea 2 the base is: turbo is distilled, and previews take 8 steps without guidance. Unset looks "
         "for the word turbo in the name of the file or folder.",
     )
+    turbo_dit: str | None = option(
+        None,
+        usual=True,
+        affects_training=False,
+        needs="sample_prompts",
+        excludes={
+            "blocks_to_swap": IN_PLACE,
+            "shard_base": IN_PLACE,
+            "fit": f"the fastest settings may offload blocks, and {IN_PLACE}",
+            "base_weights": "they are merged into the model that is trained, and previews would lack them",
+        },
+        refused_by_leco="prompts are trained on what the model draws itself",
+        help="File or folder of Krea 2 Turbo, stored as the base is, to draw previews with: 8 steps without guidance. "
+        "It is read for each event of previews and takes as much main memory as the base.",
+    )
 
 
 @dataclass(frozen=True)
@@ -49,6 +65,7 @@ INSTEAD: Mapping[str, str] = {
     **ALTERNATIVES,
     "guidance_scale": "the model is trained without guidance; use --l in a prompt line to guide a preview",
     "model_version": "use --dit_variant",
+    "turbo_dit_cache": "the file is in the system's cache where main memory has room for it",
     "fp8_vl": "use --fp8_text_encoder",
     "fp8_llm": "use --fp8_text_encoder",
 }

@@ -23,6 +23,7 @@ from library.options.training.averaging import PREVIEWS
 from library.progress import progress_bar
 from library.protocols import Architecture, LiveText
 from library.randomness import generator_for
+from library.training.evaluation.preview_weights import with_preview_weights
 from library.training.evaluation.prompt_images import prompt_conditioning, show_with_references
 from library.training.evaluation.prompts import read_prompts, resolve_all
 from library.training.evaluation.strength_response import FEWEST, measure_response
@@ -220,7 +221,8 @@ class Previews:
         announce(f"\ngenerating sample images at step / サンプル画像生成 ステップ: {step}")
         try:
             release_memory(run.options.memory.highvram)
-            with evaluating(run, PREVIEWS):
+            denoiser, precision = context.models.denoiser, run.options.precision
+            with evaluating(run, PREVIEWS), with_preview_weights(context.arch.preview, precision, denoiser):
                 vae = context.models.vae
                 if vae is None:
                     vae = place(context.arch.load.vae(), context.device)

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 from library.checkpoints.recognition import keys_of_text_encoders
+from library.errors import UserError
 from library.memory.devices import place, release_memory
 from library.options.machine.memory import MemoryOptions, PrecisionOptions
 from library.options.train import TrainOptions
@@ -51,6 +52,10 @@ def draw_rows(
     The base model is stored and computes as in a training with these options, merged adapters included. An image is the
     one that a run draws as preview of the same weights, prompt and seed. Raises UserError for a file that does not fit.
     """
+    if arch.preview.load_denoiser is not None:
+        raise UserError(
+            "an option names a second model for the previews of a training; give that one as the base model"
+        )
     compute = Compute.build(options.precision, device)
     loaded = load(options.network, options.precision, options.memory, arch, rows, prompts, compute)
     for row in rows:

@@ -196,3 +196,38 @@ def test_turbo_without_a_training_adapter_is_warned_of_once(tiny: list[str], cap
     caplog.clear()
     build(options_of([*tiny, "--dit_variant", "turbo", "--base_weights", "adapter.safetensors"]))
     assert "distilled" not in caplog.text
+
+
+# Turbo for previews
+
+
+def test_turbo_is_opened_for_previews(tiny: list[str], tmp_path: Path) -> None:
+    turbo = build_tiny_krea2(tmp_path, 8, name="turbo")
+    preview = build(options_of([*tiny, "--turbo_dit", turbo[1]])).preview
+    assert preview.load_denoiser is not None and (preview.defaults.num_steps, preview.defaults.scale) == (8, 1.0)
+    found, expected = preview.load_denoiser(None).state_dict(), opened(turbo).denoiser().state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert build(options_of(tiny)).preview.load_denoiser is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "more", "message"),
+    [
+        ({"first.weight": None}, [], "not a Krea 2 model: first.weight is missing"),
+        ({"txtfusion.projector.weight": None}, [], "--turbo_dit .*turbo.safetensors: it has no txtfusion.projector"),
+        ({"blocks.0.mlp.gate.weight": torch.ones(80, 64)}, [], "has other sizes than the base"),
+        ({"blocks.0.mlp.up.scale_weight": torch.ones(())}, [], "is stored differently from the base"),
+        ({}, ["--network_args", "dora_wd=True"], "--turbo_dit does not work with dora_wd"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_turbo_that_cannot_stand_in_is_refused(
+    tiny: list[str], tmp_path: Path, changes: dict[str, Any], more: list[str], message: str
+) -> None:
+    turbo = build_tiny_krea2(tmp_path, 8, name="turbo")
+    state: dict[str, Any] = {**load_file(turbo[1]), **changes}
+    if "blocks.0.mlp.up.scale_weight" in changes:
+        state["blocks.0.mlp.up.weight"] = state["blocks.0.mlp.up.weight"].to(torch.float8_e4m3fn)
+    save_file({name: tensor for name, tensor in state.items() if tensor is not None}, turbo[1])
+    with pytest.raises(UserError, match=message):
+        opened([*tiny, "--turbo_dit", turbo[1], *more])

@@ -1,0 +1,48 @@
+"""Exchange of the weights of two models that are stored alike."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import UserError
+from library.memory.devices import tensors_of
+
+
+@contextmanager
+def exchanged(model: nn.Module, other: nn.Module) -> Iterator[None]:
+    """Give `model` the weights of `other` inside of the context, and its own back after it, bit for bit."""
+    exchange(model, other)
+    try:
+        yield
+    finally:
+        exchange(model, other)
+
+
+@torch.no_grad()
+def exchange(model: nn.Module, other: nn.Module) -> None:
+    """Give each model the other's weights, one tensor after the other, so that no device holds more than before.
+
+    Tensors keep their memory, which compiled code may refer to. If one cannot be copied, all are as before. Raises
+    UserError, before any is exchanged, if the models are stored differently.
+    """
+    mine, theirs = tensors_of(model), tensors_of(other)
+    if [(t.shape, t.dtype) for t in mine] != [(t.shape, t.dtype) for t in theirs]:
+        raise UserError("the weights are stored differently from those of the model that is trained")
+    done: list[tuple[Tensor, Tensor]] = []
+    try:
+        for pair in zip(mine, theirs, strict=True):
+            swap(*pair)
+            done.append(pair)
+    except BaseException:
+        for pair in done:
+            swap(*pair)
+        raise
+
+
+def swap(first: Tensor, second: Tensor) -> None:
+    """Exchange the values of two tensors in place."""
+    kept = first.to(second.device, copy=True)
+    first.copy_(second)
+    second.copy_(kept)

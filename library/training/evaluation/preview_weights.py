@@ -1,0 +1,39 @@
+"""Weights that previews are drawn with instead of those that are trained, such as a distilled version's."""
+
+import logging
+from contextlib import AbstractContextManager, nullcontext
+
+import psutil
+from torch import nn
+
+from library.errors import UserError
+from library.formatting import format_bytes
+from library.memory.codecs.codec import AS_IN_FILE
+from library.memory.codecs.weight_format import load_format
+from library.memory.devices import bytes_of
+from library.memory.exchange import exchanged
+from library.options.machine.memory import PrecisionOptions
+from library.protocols import Preview
+
+logger = logging.getLogger(__name__)
+
+
+def with_preview_weights(
+    preview: Preview, precision: PrecisionOptions, denoiser: nn.Module
+) -> AbstractContextManager[None]:
+    """Return a context in which the denoiser has the weights of previews; they are read, and leave memory afterwards.
+
+    They wait in main memory where the denoiser's own then go, one weight after the other, so that the GPU holds no more
+    than in training. Raises UserError if main memory has no room for them.
+    """
+    if preview.load_denoiser is None:
+        return nullcontext()
+    needed, free = bytes_of(denoiser), psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(
+            f"the weights that previews are drawn with take {format_bytes(needed)} of main memory, and "
+            f"{format_bytes(free)} are free"
+        )
+    logger.info("reading the weights that previews are drawn with (%s)", format_bytes(needed))
+    name = precision.denoiser_format
+    return exchanged(denoiser, preview.load_denoiser(AS_IN_FILE if name is None else load_format(name).codec))
