@@ -128,10 +128,9 @@ class Attention(nn.Module):
         self.qknorm = QKNorm(config.head_width)
 
     def forward(self, x: Tensor, rope: Rope | None, mask: Tensor | None) -> Tensor:
-        q, k, v = (
-            layer(x).unflatten(-1, (-1, self.head_width)).transpose(-3, -2) for layer in (self.wq, self.wk, self.wv)
-        )
-        q, k = self.qknorm.qnorm(q), self.qknorm.knorm(k)
+        q, k, v = (layer(x).unflatten(-1, (-1, self.head_width)) for layer in (self.wq, self.wk, self.wv))
+        # Before heads and tokens change places: norms copy what is not contiguous.
+        q, k, v = (part.transpose(-3, -2) for part in (self.qknorm.qnorm(q), self.qknorm.knorm(k), v))
         if rope is not None:
             q, k = turn(q, rope), turn(k, rope)
         if self.num_repeats > 1:
