@@ -25,6 +25,7 @@ class LatentSpec:
     cache_suffix: str  # "_sd.npz"
     had_keys_without_size: bool  # older cache files have keys without the image size
     max_references: int = 0  # images that the denoiser can be given beside the caption, as edit models are
+    has_alpha: bool = False  # images are encoded with their alpha channel, opaque ones included
 
 
 class Loader(Protocol):
@@ -87,6 +88,8 @@ class TextCacheSpec:
     can_train: bool = True  # whether the encoders can have adapters
     bytes_of: Callable[[str], int] | None = None  # the size of a caption's features, where it is worth a log line
     keeps_bits: bool = False  # files hold bfloat16 as its bits; else the first caption as float32, as in sd-scripts
+    places_key: str | None = None
+    """The key with the place of each reference image, if the encoders see these: captions are `CaptionWithImages`."""
 
 
 class LatentCodec(Protocol):

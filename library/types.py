@@ -3,7 +3,7 @@
 Shapes: B samples, C channels, H height, W width, T token positions, L 77-token chunks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,27 @@ class Tokens:
 
     ids_BLT: tuple[Tensor, ...]
     weights_BLT: tuple[Tensor, ...] | None = None  # emphasis of `weighted_captions`, 1.0 elsewhere
+    images: tuple[tuple[Tensor, ...], ...] = ()  # that the encoder sees with each caption, CHW, -1..1
+
+
+class CaptionWithImages(str):
+    """A caption for a text encoder that sees the reference images too.
+
+    As text it ends in a digest of these, so that features are cached for both.
+    """
+
+    caption: str  # alone
+    read: Callable[[], tuple[Tensor, ...]]  # reads the images, CHW, -1..1
+
+    def __new__(cls, caption: str, digest: str, read: Callable[[], tuple[Tensor, ...]]) -> "CaptionWithImages":
+        text = super().__new__(cls, f"{caption}\0{digest}")
+        text.caption, text.read = caption, read
+        return text
+
+
+def plain_caption(text: str) -> str:
+    """Return a caption without what an encoder sees beside it."""
+    return text.caption if isinstance(text, CaptionWithImages) else text
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from library.checkpoints.files import atomic_path, display_path, file_in_folder 
 from library.checkpoints.overwriting import PNG, check_overwrite  # noqa: E402
 from library.errors import UserError  # noqa: E402
 from library.options.output.saving import SavingOptions  # noqa: E402
+from library.protocols import LatentSpec  # noqa: E402
 from library.training.command_line.checks import check_precision, check_values  # noqa: E402
 from library.training.command_line.cli import parse  # noqa: E402
 from library.training.command_line.run_lock import run_lock  # noqa: E402
@@ -114,12 +115,11 @@ def arrange_strips(
     prompts: Sequence[Prompt],
     multipliers: Sequence[float],
     side: int,
-    step: int,
+    spec: LatentSpec,
 ) -> Image.Image:
     """Return a row for each file and prompt, with an image for each strength; print their rank correlations.
 
-    The base model alone stands for strength 0. References, whose sides are multiples of `step`, are on the left of each
-    image.
+    The base model alone stands for strength 0. References, placed as `spec` needs, are on the left of each image.
     """
     rows, labels = [], []
     for number, name in enumerate(labels_of(files)[1:]):
@@ -131,7 +131,7 @@ def arrange_strips(
             if len(set(multipliers)) >= FEWEST:
                 found.append(measure_response(multipliers, row).correlation)
                 label = f"{found[-1]:.2f} {label}"
-            rows.append([show_with_references(prompt, image, step) for image in row])
+            rows.append([show_with_references(prompt, image, spec) for image in row])
             labels.append(label)
         if found:
             known = [one for one in found if isfinite(one)]
@@ -167,14 +167,14 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     arch = card.build(options)
     specs = read_prompts(Path(options.preview.sample_prompts))
     refuse_strengths(specs, "--multipliers")
-    columns, step = columns_of(resolve_all(specs, arch), args.seeds), arch.codec.spec.bucket_step
+    columns, spec = columns_of(resolve_all(specs, arch), args.seeds), arch.codec.spec
     if args.multipliers is not None:
         stacks: list[Stack] = [[(file, s)] if s else [] for file in files for s in args.multipliers]
         drawn = list(draw_rows(options, arch, stacks, columns, own_device()))
-        sheet = arrange_strips(drawn, files, columns, args.multipliers, args.side, step)
+        sheet = arrange_strips(drawn, files, columns, args.multipliers, args.side, spec)
     else:
         images = list(draw_rows(options, arch, [[], *([(file, 1.0)] for file in files)], columns, own_device()))
-        images = [[show_with_references(p, one, step) for p, one in zip(columns, row, strict=True)] for row in images]
+        images = [[show_with_references(p, one, spec) for p, one in zip(columns, row, strict=True)] for row in images]
         sheet = arrange(images, labels_of(files), [f"{prompt.seed}: {prompt.text}" for prompt in columns], args.side)
     with atomic_path(target) as temporary:
         sheet.save(temporary, format="PNG")

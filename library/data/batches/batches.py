@@ -29,12 +29,14 @@ from library.data.decoding.images import (
     face_of,
     place,
     read_pixels,
+    with_alpha,
 )
 from library.data.decoding.tensors import to_mask, to_pixels
 from library.data.description.buckets import crop_ltrb
 from library.data.description.captions import caption_variant, compose_caption, is_dropped
 from library.data.description.schema import SubsetConfig
 from library.data.plan.samples import Sample, Samples, check_size, stand_in
+from library.data.plan.seen_references import SeenReferences, placed_references
 from library.data.sources.storage.storage import Storage
 from library.errors import UserError
 from library.randomness import random_for
@@ -61,6 +63,7 @@ class PartialBatch:
     masks: list[Tensor | None]  # HW each, 0..1
     texts: list[Row | None]
     references: list[tuple[Tensor, ...]]  # latents of the references of each sample, CHW
+    text_keys: list[str]  # of text features in memory
     skipped: list[str] = field(default_factory=list)  # messages about damaged images that were replaced by others
 
 
@@ -121,6 +124,8 @@ class BatchMaker(Dataset[PartialBatch | str]):
     damaged: frozenset[int] = frozenset()  # samples found damaged while caching
     storage: Storage = field(default_factory=Storage)
     is_mirrored: bool = False  # mirror every image, regardless of flip_aug
+    has_alpha: bool = False  # images are RGBA, for a base model that encodes their alpha channel
+    seen: SeenReferences | None = None  # what text encoders see beside the captions
 
     def __getitem__(self, order: BatchOrder) -> PartialBatch | str:
         """Make a batch; return the message of a UserError, because exceptions lose theirs between processes."""
@@ -140,13 +145,15 @@ class BatchMaker(Dataset[PartialBatch | str]):
             keys = ", ".join(sample.image.key for sample in samples)
             raise UserError(f"only some of these images have cached latents: {keys}")
         batch = self.plain_batch(order, taken, samples)
+        texts = [self.text_key(one, caption) for one, caption in zip(taken, batch.captions, strict=True)]
         return PartialBatch(
             batch=batch,
             samples=[one.number for one in taken],
             flips=[one.is_flipped for one in taken],
             latents=latents,
             masks=[one.mask for one in taken],
-            texts=[self.text_row(one.number, caption) for one, caption in zip(taken, batch.captions, strict=True)],
+            texts=[self.text_row(one.number, text) for one, text in zip(taken, texts, strict=True)],
+            text_keys=texts,
             references=[one.references if one.image is None else () for one in taken],
             skipped=skipped,
         )
@@ -177,11 +184,15 @@ class BatchMaker(Dataset[PartialBatch | str]):
             reference_pixels=stack_references([one.references for one in taken if one.image is not None]),
         )
 
-    def text_row(self, number: int, caption: str) -> Row | None:
-        """Read the cached text features of a caption; None if no file has them."""
-        if not caption or number not in self.text_files:
+    def text_key(self, taken: Taken, caption: str) -> str:
+        """Return the text whose features a draw has: its caption, with what text encoders see beside it."""
+        return caption if self.seen is None else self.seen.key(taken.number, caption, taken.is_flipped)
+
+    def text_row(self, number: int, text: str) -> Row | None:
+        """Read the cached features of a text; None if no file has them."""
+        if not text or number not in self.text_files:
             return None
-        return self.text_files.file(number, self.samples[number], self.storage).read(caption)
+        return self.text_files.file(number, self.samples[number], self.storage).read(text)
 
     def take_or_replace(self, epoch: int, draw: int, skipped: list[str]) -> Taken:
         """Make a draw; a damaged image, noted in `skipped`, is replaced by another."""
@@ -218,14 +229,17 @@ class BatchMaker(Dataset[PartialBatch | str]):
     def drawn(
         self, number: int, epoch: int, draw: int, is_flipped: bool
     ) -> tuple[Pixels, Tensor | None, tuple[Tensor, ...]]:
-        """Return (RGB, mask, pixels of the references) of one draw of an image."""
+        """Return (RGB or RGBA, mask, pixels of the references) of one draw of an image; alpha that is a mask is not
+        part of the image."""
         sample = self.samples[number]
         subset = self.subsets[sample.subset]
         rgb, alpha = read_pixels(sample.image.key, self.storage.content(sample.image))
         check_size(sample.image, rgb)
         placement = self.placement(sample, epoch, draw, is_flipped)
-        image = place(rgb, placement, subset.resize_interpolation)
-        shown = placed_references(sample, placement, subset.resize_interpolation, self.storage)
+        shown_alpha = None if subset.alpha_mask else alpha
+        whole = with_alpha(rgb, shown_alpha) if self.has_alpha else rgb
+        image = place(whole, placement, subset.resize_interpolation)
+        shown = placed_references(sample, placement, subset.resize_interpolation, self.storage, self.has_alpha)
         if subset.color_aug:  # all alike, so that a pair keeps its difference
             rngs = [random_for(self.seed, "colour", epoch, draw) for _ in range(1 + len(shown))]
             image, *shown = map(change_colour, [image, *shown], rngs)
@@ -277,7 +291,7 @@ def finish_batch(
 ) -> Batch:
     """Add what is kept in memory to a batch; samples without a mask get ones if another sample has one.
 
-    If text features are cached, `texts` contains every caption that was not read from a file.
+    If text features are cached, `texts` contains every text that was not read from a file.
     """
     latents, masks, references = list(draft.latents), list(draft.masks), list(draft.references)
     for place_, (number, is_flipped) in enumerate(zip(draft.samples, draft.flips, strict=True)):
@@ -286,7 +300,7 @@ def finish_batch(
             masks[place_] = masks[place_] if masks[place_] is not None else mask
     present = [latent for latent in latents if latent is not None]
     rows = (
-        [texts[c] if row is None else row for c, row in zip(draft.batch.captions, draft.texts, strict=True)]
+        [texts[key] if row is None else row for key, row in zip(draft.text_keys, draft.texts, strict=True)]
         if texts
         else []
     )
@@ -325,20 +339,6 @@ def corner_of(placement: Placement) -> tuple[int, int]:
     if not placement.is_flipped:
         return placement.top, placement.left
     return placement.top, placement.resized[0] - placement.target[0] - placement.left
-
-
-def placed_references(
-    sample: Sample, placement: Placement, interpolation: str | None, storage: Storage
-) -> list[Pixels]:
-    """Read the references of a sample; one that has its image's shape is cropped where the image is, others at the
-    centre, and all are mirrored or none."""
-    own, found = replace(sample.shape, references=()), []
-    for reference, shape in zip(sample.image.references, sample.shape.references, strict=True):
-        rgb, _ = read_pixels(reference.key, storage.content(reference))
-        check_size(reference, rgb)
-        is_alike = shape == own and reference.size == sample.image.size
-        found.append(place(rgb, placement if is_alike else centred(shape, placement.is_flipped), interpolation))
-    return found
 
 
 def file_mask(sample: Sample, placement: Placement, interpolation: str | None) -> Tensor:

@@ -166,4 +166,6 @@ def maker_of(plan: DataPlan, latents: LatentStore, texts: TextStore) -> BatchMak
         text_files=texts.files,
         damaged=latents.damaged,
         storage=plan.storage,
+        has_alpha=plan.spec.has_alpha,
+        seen=plan.seen,
     )

@@ -27,7 +27,7 @@ from library.data.caching.latent_files import (
 )
 from library.data.caching.latent_index import VerifiedEntries
 from library.data.caching.stores import CacheFiles, LatentStore, usual_latent_file
-from library.data.decoding.images import DamagedImage, Pixels, centred, place, read_pixels
+from library.data.decoding.images import DamagedImage, Pixels, centred, place, read_pixels, with_alpha
 from library.data.decoding.npz import Verdict
 from library.data.decoding.tensors import to_pixels
 from library.data.description.buckets import Shape
@@ -44,6 +44,7 @@ from library.randomness import generator_for
 logger = logging.getLogger(__name__)
 
 MAX_WAITING_WRITES = 64
+OPAQUE = " without alpha"
 
 Encode = Callable[[Tensor, Sequence[Generator] | None], Tensor]
 """Encodes pixels_BCHW from -1 to 1, with one generator per image, to latents_BCHW; without, to the posterior's mode."""
@@ -57,14 +58,19 @@ class Job:
     users: tuple[int, ...]  # indices of the samples
     interpolation: str | None
     needs_flipped: bool
-    needs_alpha: bool
+    needs_alpha: bool  # as a mask, which is not part of the image then
     file: LatentFile | None  # None keeps the latents in memory
+    has_alpha: bool = False  # images are encoded with their alpha channel
 
     @property
     def path(self) -> str:
         """The path of its file, if it has one."""
         assert self.file is not None
         return self.file.path
+
+    def origin_of(self, vae: str) -> str:
+        """Return the VAE that the file names: where images have alpha, a mask makes another image of the same file."""
+        return f"{vae}{OPAQUE}" if self.has_alpha and self.needs_alpha and vae else vae
 
 
 @dataclass(frozen=True)
@@ -162,12 +168,13 @@ def plan_jobs(plan: DataPlan, to_disk: bool) -> list[Job]:
     Two images whose names differ only in the extension claim the same entry of the same file, and so do two crops or
     filters of one image for one bucket. The first one gets it, the others stay in memory.
     """
-    groups: dict[tuple[str, tuple[ScannedImage, ...], Shape, str | None], list[int]] = defaultdict(list)
+    groups: dict[tuple[str, tuple[ScannedImage, ...], Shape, bool, str | None], list[int]] = defaultdict(list)
     for number, sample in enumerate(plan.samples):
         if sample.num_draws:
             interpolation = plan.subset_of(sample).resize_interpolation
+            is_opaque = plan.spec.has_alpha and plan.subset_of(sample).alpha_mask
             path, references = os.path.abspath(sample.image.key), sample.image.references
-            groups[path, references, sample.shape, interpolation].append(number)
+            groups[path, references, sample.shape, is_opaque, interpolation].append(number)
     jobs, claimed, left_out = [], set(), []
     for (*_, interpolation), users in groups.items():
         subsets = [plan.subset_of(plan.samples[user]) for user in users]
@@ -180,7 +187,7 @@ def plan_jobs(plan: DataPlan, to_disk: bool) -> list[Job]:
             else:
                 claimed.add((file.path, file.tail))
         flipped, alpha = any(s.flip_aug for s in subsets), any(s.alpha_mask for s in subsets)
-        jobs.append(Job(sample, tuple(users), interpolation, flipped, alpha, file))
+        jobs.append(Job(sample, tuple(users), interpolation, flipped, alpha, file, plan.spec.has_alpha))
     if left_out:
         logger.warning(
             "latents of %d images stay in memory, because another image, crop or filter uses their cache entry: %s",
@@ -210,7 +217,7 @@ def expected_vae(vae_identity: Callable[[], str], jobs: Sequence[Job]) -> str:
             error,
         )
     origins = (origin_of_file(job.file) for job in jobs if job.file is not None)
-    return next((origin.vae for origin in origins if origin is not None), "")
+    return next((origin.vae.removesuffix(OPAQUE) for origin in origins if origin is not None), "")
 
 
 def named_jobs(plan: DataPlan, job: Job) -> Iterator[Job]:
@@ -225,7 +232,7 @@ def named_jobs(plan: DataPlan, job: Job) -> Iterator[Job]:
 def judge_job(entries: VerifiedEntries, vae: str, job: Job) -> Verdict:
     """Return whether the job's file is valid."""
     assert job.file is not None
-    expected = Expected(job.sample.shape, job.interpolation, vae, job.needs_flipped, job.needs_alpha)
+    expected = Expected(job.sample.shape, job.interpolation, job.origin_of(vae), job.needs_flipped, job.needs_alpha)
     return entries.verdict(job.file, job.sample.image, expected)
 
 
@@ -349,25 +356,24 @@ def decode(job: Job, storage: Storage) -> Decoded:
     """Read, resize and crop the image of a job and its references, reading each file once."""
     own, shape = job.sample.image, job.sample.shape
     references = tuple(
-        decode_image(image, its_shape, job.interpolation, storage, needs_alpha=False)
+        decode_image(job, image, its_shape, storage, is_masked=False)
         for image, its_shape in zip(own.references, shape.references, strict=True)
     )
-    return replace(decode_image(own, shape, job.interpolation, storage, job.needs_alpha), references=references)
+    return replace(decode_image(job, own, shape, storage, job.needs_alpha), references=references)
 
 
-def decode_image(
-    image: ScannedImage, shape: Shape, interpolation: str | None, storage: Storage, needs_alpha: bool
-) -> Decoded:
-    """Read, resize and crop an image, reading its file once."""
+def decode_image(job: Job, image: ScannedImage, shape: Shape, storage: Storage, is_masked: bool) -> Decoded:
+    """Read, resize and crop an image of a job, reading its file once; `is_masked` makes its alpha channel a mask."""
     version, content = storage.whole(image)
     rgb, alpha = read_pixels(image.key, content)
     check_size(image, rgb)
     placement = centred(shape)
     placed_alpha = None
-    if needs_alpha:
+    if is_masked:
         opaque = np.full(rgb.shape[:2], 255, dtype=np.uint8)
-        placed_alpha = place(opaque if alpha is None else alpha, placement, interpolation)
-    return Decoded(place(rgb, placement, interpolation), placed_alpha, version, content_hash(content))
+        placed_alpha = place(opaque if alpha is None else alpha, placement, job.interpolation)
+    whole = with_alpha(rgb, None if is_masked else alpha) if job.has_alpha else rgb
+    return Decoded(place(whole, placement, job.interpolation), placed_alpha, version, content_hash(content))
 
 
 def encode_batch(jobs: Sequence[Job], decoded: Sequence[Decoded], encode: Encode, seed: int) -> list[Latents]:
@@ -437,7 +443,7 @@ def origin_of(job: Job, decoded: Decoded, vae_identity: str) -> Origin:
         bucket=list(job.sample.shape.bucket),
         resized=list(job.sample.shape.resized),
         interpolation=job.interpolation,
-        vae=vae_identity,
+        vae=job.origin_of(vae_identity),
         checksums={},
         references=[
             mark_of_reference(one.file_hash, one.version, shape)

@@ -193,7 +193,7 @@ def write_texts(
 
 
 def note_of(rows: Mapping[str, Row], dtypes: dict[str, str], checksums: dict[str, int], identity: Identity) -> Note:
-    return Note(list(rows), identity.encoders, dtypes, checksums, identity.tokenizers, identity.settings)
+    return Note(list(map(str, rows)), identity.encoders, dtypes, checksums, identity.tokenizers, identity.settings)
 
 
 def as_array(tensor: Tensor, keeps_bits: bool) -> NDArray[Any]:

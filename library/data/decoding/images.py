@@ -96,6 +96,11 @@ def read_pixels(path: str, content: bytes | None = None) -> tuple[Pixels, Pixels
         return np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB")), None
 
 
+def with_alpha(rgb: Pixels, alpha: Pixels | None) -> Pixels:
+    """Return RGBA; opaque without an alpha channel."""
+    return np.dstack([rgb, np.full(rgb.shape[:2], 255, dtype=np.uint8) if alpha is None else alpha])
+
+
 def has_alpha(image: Image.Image) -> bool:
     """Return True if an image has an alpha channel or a transparent colour."""
     return image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
@@ -204,15 +209,24 @@ def chosen_filter(size: Size, target: Size, interpolation: str | None) -> str:
     return "area" if target[0] <= size[0] and target[1] <= size[1] else "lanczos"
 
 
+PILLOW_FILTERS = {
+    "nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR, "linear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC, "cubic": Image.Resampling.BICUBIC, "area": Image.Resampling.BOX,
+    "box": Image.Resampling.BOX, "lanczos": Image.Resampling.LANCZOS,
+}  # fmt: skip
+
+
 def resize(pixels: Pixels, target: Size, interpolation: str | None) -> Pixels:
-    """Resize an array. Lanczos and box are Pillow's, the others OpenCV's, as in sd-scripts."""
+    """Resize an array. Lanczos and box are Pillow's, the others OpenCV's, as in sd-scripts; all are Pillow's for RGBA,
+    which keeps the colors hidden under transparent pixels out of their neighbors."""
     size = (pixels.shape[1], pixels.shape[0])
     if size == target:
         return pixels
     name = chosen_filter(size, target, interpolation)
+    if pixels.shape[2:] == (4,):
+        return np.array(Image.fromarray(pixels).resize(target, PILLOW_FILTERS[name]))
     if name in ("lanczos", "box"):
-        kind = Image.Resampling.LANCZOS if name == "lanczos" else Image.Resampling.BOX
-        return np.array(Image.fromarray(pixels).resize(target, kind))
+        return np.array(Image.fromarray(pixels).resize(target, PILLOW_FILTERS[name]))
     import cv2
 
     kinds: dict[str, int] = {
@@ -228,7 +242,10 @@ def resize(pixels: Pixels, target: Size, interpolation: str | None) -> Pixels:
 
 
 def change_colour(rgb: Pixels, rng: random.Random) -> Pixels:
-    """Change one draw in three: half of these get a hue shift of up to 16 degrees, half a gamma of 0.95 to 1.05."""
+    """Change one draw in three: half of these get a hue shift of up to 16 degrees, half a gamma of 0.95 to 1.05. An
+    alpha channel is unchanged."""
+    if rgb.shape[2] == 4:
+        return with_alpha(change_colour(np.ascontiguousarray(rgb[..., :3]), rng), rgb[..., 3])
     if rng.random() >= 0.33:
         return rgb
     if rng.random() < 0.5:

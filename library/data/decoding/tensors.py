@@ -11,6 +11,6 @@ def to_mask(values_HW: Pixels) -> Tensor:
     return torch.from_numpy(values_HW).float() / 255
 
 
-def to_pixels(rgb_HWC: Pixels) -> Tensor:
+def to_pixels(image_HWC: Pixels) -> Tensor:
     """Turn uint8 HWC, 0..255, into float32 CHW, -1..1."""
-    return torch.from_numpy(rgb_HWC).permute(2, 0, 1).float() / 127.5 - 1
+    return torch.from_numpy(image_HWC).permute(2, 0, 1).float() / 127.5 - 1

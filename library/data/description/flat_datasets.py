@@ -9,13 +9,13 @@ logger = logging.getLogger(__name__)
 SOURCES = {"image_directory": "image_dir", "image_jsonl_file": "metadata_file"}  # key there -> key of a subset
 REFERENCES = {"control_directory": "control_dirs", "no_resize_control": "control_no_resize"}
 CACHES = "cache_directory"
-BUCKET_STEP, MAX_BUCKET = 16, 1024
+BUCKET_STEP, MAX_BUCKET = 0, 1024  # 0 is the step that the base model needs
 
 
 def with_subsets(content: Mapping[str, Any], path: str) -> dict[str, Any]:
     """Return the content of a dataset file with a subset in each dataset that names its images itself.
 
-    Such a dataset has buckets in steps of 16 pixels, of any length. Others are unchanged.
+    Such a dataset has buckets in the steps that the base model needs, of any length. Others are unchanged.
     """
     datasets = content.get("datasets")
     if not isinstance(datasets, list):

@@ -51,8 +51,9 @@ def audit_lines(
     draws: Draws,
     limit: TokenLimit | None,
     storage: Storage,
+    has_alpha: bool = False,
 ) -> Iterator[Line]:
-    """Yield the report line by line."""
+    """Yield the report line by line; `has_alpha` says that the base model encodes alpha channels."""
     num_subsets = sum(len(dataset.subsets) for dataset in datasets)
     subset_N = samples.subset_of_each()
     num_draws = np.bincount(subset_N, samples.draws_N, num_subsets).astype(int).tolist()
@@ -63,7 +64,7 @@ def audit_lines(
         yield logging.INFO, f"dataset {number + 1}: {describe_size(rule)}, batch size {dataset.config.batch_size}"
         for index, subset in enumerate(dataset.subsets, first_subset):
             own_lines = subset_lines(subset, num_draws[index], unused[index])
-            for level, text in chain(own_lines, folder_lines(subset), reference_lines(subset, storage)):
+            for level, text in chain(own_lines, folder_lines(subset), reference_lines(subset, storage, has_alpha)):
                 if level == logging.INFO or text not in warned:
                     yield level, text
                     warned.add(text)

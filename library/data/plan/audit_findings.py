@@ -33,22 +33,28 @@ class Finding:
 
 
 def inspect(
-    samples: Sequence[Sample], subsets: Sequence[SubsetConfig], num_trained: int, storage: Storage, num_threads: int = 0
+    samples: Sequence[Sample],
+    subsets: Sequence[SubsetConfig],
+    num_trained: int,
+    storage: Storage,
+    num_threads: int = 0,
+    has_alpha: bool = False,
 ) -> list[Finding]:
-    """Examine every image once. Those of datasets from `num_trained` on are only used for validation."""
+    """Examine every image once. Those of datasets from `num_trained` on are only used for validation. `has_alpha` says
+    that the base model encodes alpha channels."""
     largest: dict[str, tuple[ScannedImage, Size]] = {}
     for sample in samples:
         key, (bucket_width, bucket_height) = sample.image.key, sample.shape.bucket
         _, (width, height) = largest.get(key, (sample.image, (0, 0)))
         largest[key] = sample.image, (max(width, bucket_width), max(height, bucket_height))
     trained = {sample.image.key for sample in samples if sample.dataset < num_trained}
-    masked = {sample.image.key for sample in samples if subsets[sample.subset].alpha_mask}
+    masked = {sample.image.key for sample in samples if has_alpha or subsets[sample.subset].alpha_mask}
     looks = look_at_all(list(largest.values()), storage, num_threads)
     return [*findings_of(looks, trained), *kinds_of(looks, masked), *crops_of(samples)]
 
 
 def kinds_of(looks: Sequence[Look], masked: set[str]) -> Iterator[Finding]:
-    """Yield findings on kinds of files; transparency is as intended for images of `masked`, whose alpha is a mask."""
+    """Yield findings on kinds of files; transparency is as intended for images of `masked`, whose alpha is used."""
     yield from finding_of(
         [(look.path, f"{look.num_frames} frames") for look in looks if look.num_frames > 1],
         "{} animated; only the first frame is trained",

@@ -21,6 +21,7 @@ from library.data.plan.dataset_digest import dataset_identity, image_digests
 from library.data.plan.order import epoch_batches
 from library.data.plan.references import check_pairs, check_references
 from library.data.plan.samples import Draws, Sample, Samples, build_draws, build_samples, check_images, fixed_shape
+from library.data.plan.seen_references import SeenReferences
 from library.data.plan.summary import TagFrequency, dataset_metadata, tag_frequency
 from library.data.plan.validation_split import Split, split_datasets, unchanging
 from library.data.scanned.subsets import ScannedDataset
@@ -57,6 +58,7 @@ class DataPlan:
     num_workers: int
     token_limit: TokenLimit | None  # None: caption lengths are not checked
     num_variants: int = 0  # variants of a caption to draw from; 0 composes it anew for every draw
+    seen: SeenReferences | None = None  # what text encoders see beside the captions
 
     @property
     def datasets(self) -> tuple[ScannedDataset, ...]:
@@ -127,14 +129,16 @@ class DataPlan:
         return self.subsets[sample.subset]
 
     def caption_texts(self) -> Iterator[tuple[str, ...]]:
-        """Yield the distinct caption variants of each sample; none for one that is not drawn."""
-        for sample in self.samples:
+        """Yield the distinct texts that are encoded of each sample, the variants of its caption; none for one that is
+        not drawn."""
+        for number, sample in enumerate(self.samples):
             if not sample.num_draws:
                 yield ()
                 continue
             image, rules = sample.image, self.subset_of(sample).captions
             variants = range(self.num_variants if rules.varies else 1)
-            yield tuple(dict.fromkeys(caption_variant(image.key, image.caption, rules, v) for v in variants))
+            texts = tuple(dict.fromkeys(caption_variant(image.key, image.caption, rules, v) for v in variants))
+            yield texts if self.seen is None else self.seen.texts(number, sample, texts, self.subset_of(sample))
 
     # Reports
 
@@ -142,7 +146,9 @@ class DataPlan:
         """Log the data and its problems; for large sets, overlong captions are logged later."""
         counts_at_once = len(self.samples) <= MOST_COUNTED_AT_START
         limit = self.token_limit if counts_at_once else None
-        for level, line in audit_lines(self.datasets, self.rules, self.samples, self.draws, limit, self.storage):
+        for level, line in audit_lines(
+            self.datasets, self.rules, self.samples, self.draws, limit, self.storage, self.spec.has_alpha
+        ):
             log.log(level, "%s", line)
         if self.token_limit is not None and not counts_at_once:
             log_lengths_later(self.datasets, self.token_limit, log)
@@ -179,6 +185,16 @@ class DataPlan:
                     "--cache_text_encoder_outputs stores a few per image; remove one of them"
                 )
         return replace(self, num_variants=num_variants)
+
+    def with_seen_references(self) -> "DataPlan":
+        """Return a plan for text encoders that see the reference images beside the captions. Raises UserError as
+        `SeenReferences.of` does."""
+        return replace(self, seen=SeenReferences.of(self.samples, self.subsets, self.storage, self.spec.has_alpha))
+
+    @property
+    def has_references(self) -> bool:
+        """True if some images have reference images."""
+        return any(images.references is not None for images in self.samples.subsets)
 
     def limited_to_largest_batch(self) -> tuple["DataPlan", int]:
         """Return a plan that draws only the images of the largest batch, so that only these are cached, and the batch's
@@ -306,7 +322,7 @@ def bucket_rules(config: DatasetConfig, spec: LatentSpec) -> BucketRules:
         config.enable_bucket,
         config.min_bucket_reso,
         config.max_bucket_reso,
-        config.bucket_reso_steps,
+        config.bucket_reso_steps or spec.bucket_step,
         config.bucket_no_upscale,
         spec.bucket_step,
     )

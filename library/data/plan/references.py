@@ -94,8 +94,9 @@ def is_cropped_alike(shape: Shape) -> bool:
     return all((one.bucket, one.resized) == (shape.bucket, shape.resized) for one in shape.references)
 
 
-def reference_lines(subset: ScannedSubset, storage: Storage) -> Iterator[Line]:
-    """Yield a line on the reference images of a subset, and one for each kind of problem."""
+def reference_lines(subset: ScannedSubset, storage: Storage, has_alpha: bool) -> Iterator[Line]:
+    """Yield a line on the reference images of a subset, and one for each kind of problem; `has_alpha` says that the
+    base model encodes alpha channels."""
     config, references = subset.config, subset.images.references
     source = f"  {config.source}:"
     if references is None:
@@ -119,7 +120,7 @@ def reference_lines(subset: ScannedSubset, storage: Storage) -> Iterator[Line]:
     if config.control_resolution is None and not config.control_no_resize:
         yield from ratio_lines(subset.images, source, "" if config.opposite_dir else KEEP_WHOLE)
     if len(subset.images) <= MOST_COMPARED:
-        yield from content_lines(subset.images, source, storage)
+        yield from content_lines(subset.images, source, storage, has_alpha)
 
 
 def describe_sizes(config: SubsetConfig) -> str:
@@ -149,9 +150,9 @@ def ratio_lines(images: ScannedImages, source: str, advice: str) -> Iterator[Lin
         )
 
 
-def content_lines(images: ScannedImages, source: str, storage: Storage) -> Iterator[Line]:
-    """Yield warnings for references that are the image itself, and for those with transparency; those behind a URL are
-    not fetched for it."""
+def content_lines(images: ScannedImages, source: str, storage: Storage, has_alpha: bool) -> Iterator[Line]:
+    """Yield warnings for references that are the image itself, and without `has_alpha` for those with transparency;
+    those behind a URL are not fetched for it."""
     pairs = [(image, reference) for image in images for reference in image.references]
 
     def examine(block: Sequence[tuple[ScannedImage, ScannedImage]]) -> list[tuple[bool, bool]]:
@@ -163,7 +164,7 @@ def content_lines(images: ScannedImages, source: str, storage: Storage) -> Itera
         effect = "equal to its reference image, which teaches to change nothing"
         yield logging.WARNING, f"{source} {format_count(len(same), 'image')} {effect}: {few(same)}"
     alpha = [os.path.basename(one.key) for (_, one), (_, has) in zip(pairs, found, strict=True) if has]
-    if alpha:
+    if alpha and not has_alpha:
         effect = "with an alpha channel, which is dropped: transparent parts show the colours stored under them"
         yield logging.WARNING, f"{source} {format_count(len(alpha), 'reference image')} {effect}: {few(alpha)}"
 

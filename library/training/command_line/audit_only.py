@@ -38,7 +38,8 @@ def audit_only(options: TrainOptions, latents: LatentSpec, warnings: WarningEven
     began = time.time()
     plan = audit_images(options, latents)
     warned = warnings.kept()  # the findings below have a section of their own
-    findings = inspect(plan.samples, plan.subsets, len(plan.split.trained), plan.storage)
+    has_alpha = plan.spec.has_alpha
+    findings = inspect(plan.samples, plan.subsets, len(plan.split.trained), plan.storage, has_alpha=has_alpha)
     for finding in findings:
         logger.warning("%s", finding.line)
     if not findings:

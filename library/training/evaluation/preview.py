@@ -24,7 +24,7 @@ from library.progress import progress_bar
 from library.protocols import Architecture, LiveText
 from library.randomness import generator_for
 from library.training.evaluation.preview_weights import with_preview_weights
-from library.training.evaluation.prompt_images import prompt_conditioning, show_with_references
+from library.training.evaluation.prompt_images import prompt_conditioning, seen_text, show_with_references
 from library.training.evaluation.prompts import read_prompts, resolve_all
 from library.training.evaluation.strength_response import FEWEST, measure_response
 from library.training.evaluation.without_side_effects import evaluating
@@ -46,7 +46,7 @@ from library.training.reporting.trackers import Charts
 from library.training.run_parts import Run
 from library.training.step.context import Autocast, StepContext
 from library.training.step.denoising import denoise
-from library.types import Batch, Conditioning, Noised, Prompt
+from library.types import Batch, Conditioning, Noised, Prompt, plain_caption
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def wanted_prompts(options: PreviewOptions, arch: Architecture) -> list[Prompt]:
             num_unsized, len(specs), defaults.width, defaults.height,
         )  # fmt: skip
     prompts = resolve_all(specs, arch)
-    for text in texts_of(prompts, arch.preview.worded):
+    for text in map(plain_caption, texts_of(prompts, arch)):
         if (num_tokens := arch.preview.text.count_tokens(text)) > arch.preview.text.max_tokens:
             logger.warning(
                 "preview prompt of %d tokens: only the first %d are used: %s",
@@ -101,10 +101,15 @@ def wanted_prompts(options: PreviewOptions, arch: Architecture) -> list[Prompt]:
     return prompts
 
 
-def texts_of(prompts: Sequence[Prompt], worded: Callable[[str], str] = str) -> list[str]:
-    """Return every text that drawing the prompts takes, each once; `worded` is `Preview.worded`."""
-    texts = [text for p in prompts for text in (worded(p.text), *([p.negative] if needs_negative(p) else []))]
+def texts_of(prompts: Sequence[Prompt], arch: Architecture) -> list[str]:
+    """Return every text that drawing the prompts takes, each once."""
+    texts = [text for p in prompts for text in texts_of_prompt(p, arch)[: 2 if needs_negative(p) else 1]]
     return list(dict.fromkeys(texts))
+
+
+def texts_of_prompt(prompt: Prompt, arch: Architecture) -> tuple[str, str]:
+    """Return the text of a prompt and its negative as they are encoded."""
+    return seen_text(prompt, arch.preview.worded(prompt.text), arch), seen_text(prompt, prompt.negative, arch)
 
 
 def encode_prompts(
@@ -122,7 +127,7 @@ def encode_prompts(
     encode = arch.preview.text.encode if live is None else live.encode
     encoded: dict[str, Conditioning] = {}
     with torch.no_grad(), autocast():
-        for text in texts_of(prompts, arch.preview.worded):
+        for text in texts_of(prompts, arch):
             features = encode(text_encoders, arch.preview.text.tokenize([text]))
             kept = {} if cached is None else cached[text]
             encoded[text] = {**kept, **{name: tensor.cpu() for name, tensor in features.items()}}
@@ -280,7 +285,7 @@ class Previews:
             if latents_BCHW is None:
                 return []
             image = decode(run.context, vae, latents_BCHW, self._vae_fallback)
-            drawn = Drawn(index, prompt, show_with_references(prompt, image, run.context.arch.codec.spec.bucket_step))
+            drawn = Drawn(index, prompt, show_with_references(prompt, image, run.context.arch.codec.spec))
             path = image_path(run.options.saving, event, index, prompt.seed)
             write_image(path, drawn)
             with tqdm.external_write_mode():
@@ -349,7 +354,7 @@ def draw_latents(
     spec, preview = context.arch.codec.spec, context.arch.preview
     shape = (1, spec.channels, prompt.height // spec.downscale, prompt.width // spec.downscale)
     sampler, predict, batch = preview.sampler(prompt), preview.predict(prompt), batch_of(prompt)
-    texts = (preview.worded(prompt.text), prompt.negative)
+    texts = texts_of_prompt(prompt, context.arch)
     positive, negative = (on_device(encoded.get(text), context.device) for text in texts)
     assert positive is not None
     extra = prompt_conditioning(context, vae, prompt, batch, generator.initial_seed())

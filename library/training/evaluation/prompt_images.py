@@ -8,13 +8,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from library.data.decoding.images import Pixels, centred, place, read_pixels
+from library.data.decoding.images import Pixels, centred, place, read_pixels, with_alpha
 from library.data.decoding.tensors import to_pixels
 from library.data.description.buckets import ReferenceRules, Shape, cover
+from library.data.plan.dataset_digest import content_digest
 from library.diffusion.inpainting import draw_mask
+from library.protocols import Architecture, LatentSpec
 from library.training.step.context import StepContext
 from library.training.step.latents import masked_feature, references_of
-from library.types import Batch, Conditioning, Prompt
+from library.types import Batch, CaptionWithImages, Conditioning, Prompt
 
 OPAQUE = 128  # of an alpha channel, and above; what is below is painted anew
 GAP = 4  # pixels between images shown side by side
@@ -30,27 +32,36 @@ def prompt_conditioning(
     """
     if not prompt.reference_paths:
         return inpainting_feature(context, prompt, batch, seed)
-    pixels = tuple(to_pixels(one)[None] for one in placed_references(prompt, context.arch.codec.spec.bucket_step))
+    pixels = tuple(to_pixels(one)[None] for one in placed_references(prompt, context.arch.codec.spec))
     with_vae = replace(context, models=replace(context.models, vae=vae))
     references = references_of(with_vae, replace(batch, reference_pixels=pixels))
     return {**references, **inpainting_feature(context, prompt, batch, seed)}
 
 
-def placed_references(prompt: Prompt, step: int) -> list[Pixels]:
-    """Read the reference images of a prompt at about its area, in their own aspect ratios; sides are multiples of
-    `step`."""
-    rules, found = ReferenceRules((prompt.width, prompt.height), False, step), []
+def placed_references(prompt: Prompt, spec: LatentSpec) -> list[Pixels]:
+    """Read the reference images of a prompt at about its area, in their own aspect ratios; sides are multiples of the
+    bucket step."""
+    rules, found = ReferenceRules((prompt.width, prompt.height), False, spec.bucket_step), []
     for path in prompt.reference_paths:
-        rgb, _ = read_pixels(str(path))
+        rgb, alpha = read_pixels(str(path))
         size = rgb.shape[1], rgb.shape[0]
-        found.append(place(rgb, centred(rules.shape(size, size, Shape(size, size))), None))
+        whole = with_alpha(rgb, alpha) if spec.has_alpha else rgb
+        found.append(place(whole, centred(rules.shape(size, size, Shape(size, size))), None))
     return found
+
+
+def seen_text(prompt: Prompt, text: str, arch: Architecture) -> str:
+    """Return a text of a prompt as the text encoder gets it: with the reference images, if it sees these."""
+    if not prompt.reference_paths or arch.text_cache is None or arch.text_cache.places_key is None:
+        return text
+    digest = f"{[content_digest(str(path)) for path in prompt.reference_paths]} {prompt.width}x{prompt.height}"
+    return CaptionWithImages(text, digest, lambda: tuple(map(to_pixels, placed_references(prompt, arch.codec.spec))))
 
 
 def show_beside(references: Sequence[Image.Image], image: Image.Image) -> Image.Image:
     """Return an image with reference images on its left, at its height."""
     scaled = [one.resize((max(1, round(one.width * image.height / one.height)), image.height)) for one in references]
-    row = Image.new("RGB", (sum(one.width + GAP for one in scaled) + image.width, image.height))
+    row = Image.new(image.mode, (sum(one.width + GAP for one in scaled) + image.width, image.height))
     left = 0
     for one in (*scaled, image):
         row.paste(one, (left, 0))
@@ -58,9 +69,9 @@ def show_beside(references: Sequence[Image.Image], image: Image.Image) -> Image.
     return row
 
 
-def show_with_references(prompt: Prompt, image: Image.Image, step: int) -> Image.Image:
+def show_with_references(prompt: Prompt, image: Image.Image, spec: LatentSpec) -> Image.Image:
     """Return the image of a prompt with its reference images on the left; alone if it has none."""
-    references = [Image.fromarray(one) for one in placed_references(prompt, step)]
+    references = [Image.fromarray(one) for one in placed_references(prompt, spec)]
     return show_beside(references, image) if references else image
 
 

@@ -79,6 +79,13 @@ def open_data_plan(options: TrainOptions, arch: Architecture, seed: int, num_pro
     plan = build_plan(options, arch.codec.spec, seed, text.count_tokens, text.max_tokens, num_processes)
     if cached is not None:
         plan = plan.with_fixed_captions(cached.options.text_cache_variants)
+    if arch.text_cache is not None and arch.text_cache.places_key is not None and plan.has_references:
+        if cached is None:
+            raise UserError(
+                "the text encoder of this base model sees the reference images of the data set, for which its outputs "
+                "must be cached; add --cache_text_encoder_outputs"
+            )
+        plan = plan.with_seen_references()
     plan.audit(logger)
     for line in idle_offsets(plan.config, arch.objective):
         logger.warning("%s", line)

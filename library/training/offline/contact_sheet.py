@@ -21,6 +21,7 @@ from library.training.failures.vae_memory import VaeFallback
 from library.training.models.compute import Compute
 from library.training.models.frozen_models import load_frozen
 from library.training.offline.adapter_files import READER, Stack, installed, resolve_models
+from library.training.reporting.sample_images import over_white
 from library.training.step.conditioning import CaptionMemo
 from library.training.step.context import Models, StepContext
 from library.types import Conditioning, Prompt
@@ -130,7 +131,7 @@ def arrange(
         top = LABEL_HEIGHT + number * height
         write(pen, font, label, (GAP, top), LABEL_WIDTH - 2 * GAP, max(1, height // LINE))
         for column, image in enumerate(row):
-            sheet.paste(image, (LABEL_WIDTH + column * width, top))
+            sheet.paste(over_white(image), (LABEL_WIDTH + column * width, top))
     return sheet
 
 

@@ -147,9 +147,11 @@ def count_run(
         preview = count_preview(options.preview, arch, meta.vae, not caches_latents, counter_for(arch))
         captions, conditioning, gradientless = None, None, None
         if concepts is None:
-            captions, conditioning = count_captions(
-                cached_text(options.network, arch.text_cache), options.precision, arch, meta.encoders, rows.count
-            )
+            spec = cached_text(options.network, arch.text_cache)
+            captions, conditioning = count_captions(spec, options.precision, arch, meta.encoders, rows.count)
+            if spec is not None and spec.places_key is not None and conditioning is not None:
+                no_places = torch.zeros(rows.count, len(rows.reference_sizes), dtype=torch.long)
+                conditioning = {**conditioning, spec.places_key: no_places}
             if options.pairs.preference_loss is not None:
                 gradientless = count_reference(options.precision, arch, meta, rows, conditioning)
         else:

@@ -89,7 +89,7 @@ def to_grid(images: Sequence[Image.Image]) -> Image.Image:
     num_columns = ceil(sqrt(len(images)))
     width, height = (max(image.size[axis] for image in images) + GRID_GAP for axis in (0, 1))
     num_rows = ceil(len(images) / num_columns)
-    grid = Image.new("RGB", (num_columns * width - GRID_GAP, num_rows * height - GRID_GAP))
+    grid = Image.new(images[0].mode, (num_columns * width - GRID_GAP, num_rows * height - GRID_GAP))
     for n, image in enumerate(images):
         row, column = divmod(n, num_columns)
         middle = [(side - GRID_GAP - own) // 2 for side, own in zip((width, height), image.size, strict=True)]
@@ -108,10 +108,19 @@ def build_preview_event(drawn: Drawn, path: Path, step: int, epoch: int) -> Prev
 
 def data_url_of(image: Image.Image, width: int = THUMBNAIL_SIDE, height: int = THUMBNAIL_SIDE) -> str:
     """Return a copy of at most this size as a data: URL, about a kilobyte for each 10,000 pixels."""
-    small, content = image.convert("RGB"), BytesIO()
+    small, content = over_white(image), BytesIO()
     small.thumbnail((width, height))
     small.save(content, format="WEBP", quality=75)
     return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode('ascii')}"
+
+
+def over_white(image: Image.Image) -> Image.Image:
+    """Return an image without its alpha channel: what is transparent is white."""
+    if image.mode != "RGBA":
+        return image.convert("RGB")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image.getchannel("A"))
+    return white
 
 
 def write_grid(path: Path, drawn: Sequence[Drawn]) -> None:

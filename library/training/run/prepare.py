@@ -65,7 +65,7 @@ def prepare(
     if prompts:
         with needing("--sample_prompts draws images; give the VAE, or leave it out"):
             on_meta_device(arch.load).vae()
-    texts = texts_of(prompts, arch.preview.worded)
+    texts = texts_of(prompts, arch)
     reader = options.network.network_module or ""
     loaded = load_models(options, arch, seed, data, compute, texts, processes, reader)
     resolve_base(options.precision, options.memory.num_offloaded, arch, loaded.models, compute, processes)

@@ -42,7 +42,7 @@ bucket_no_upscale = true
     )
     first, second = found.datasets
     assert (first.resolution, first.batch_size, first.enable_bucket) == ((960, 544), 2, True)
-    assert (first.min_bucket_reso, first.max_bucket_reso, first.bucket_reso_steps) == (16, 3840, 16)
+    assert (first.min_bucket_reso, first.max_bucket_reso, first.bucket_reso_steps) == (0, 3840, 0)
     (subset,) = first.subsets
     assert (subset.image_dir, subset.num_repeats, subset.caption_extension) == ("images", 3, ".txt")
     (subset,) = second.subsets
@@ -53,7 +53,7 @@ bucket_no_upscale = true
 
 def test_it_is_the_same_as_a_subset_written_out(tmp_path: Path) -> None:
     flat = read(tmp_path / "a.toml", f'{GENERAL}[[datasets]]\nimage_directory = "images"\nflip_aug = true\n')
-    steps = "bucket_reso_steps = 16\nmin_bucket_reso = 16\nmax_bucket_reso = 3840\nflip_aug = true\n"
+    steps = "bucket_reso_steps = 0\nmin_bucket_reso = 0\nmax_bucket_reso = 3840\nflip_aug = true\n"
     nested = f'{GENERAL}[[datasets]]\n{steps}[[datasets.subsets]]\nimage_dir = "images"\n'
     assert flat == read(tmp_path / "b.toml", nested)
 

@@ -158,7 +158,7 @@ def test_files_of_musubi_tuner_are_read(tmp_path: Path) -> None:
     flat += "control_resolution = [96, 96]\nno_resize_control = true\n"
     found = plan_of(write_config(tmp_path / "flat.toml", flat), spec=SPEC)
     keys = "control_dirs = ['{here}/before']\ncontrol_resolution = 96\ncontrol_no_resize = true\n"
-    steps = "bucket_reso_steps = 16\nmin_bucket_reso = 16\nmax_bucket_reso = 256"
+    steps = "bucket_reso_steps = 0\nmin_bucket_reso = 0\nmax_bucket_reso = 256"
     own = plan(tmp_path, keys, dataset=steps)
     assert found.config == own.config and list(found.samples) == list(own.samples)
 

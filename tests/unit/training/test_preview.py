@@ -95,7 +95,8 @@ def test_a_grid_shows_the_images_row_by_row(tmp_path: Path) -> None:
 
 def test_texts_that_are_needed_are_listed_once() -> None:
     prompts = [prompt_of(), prompt_of(text="b"), prompt_of(text="c", negative="unused", scale=1.0)]
-    assert texts_of(prompts) == ["a red cat", "dog", "b", "c"]
+    arch: Any = SimpleNamespace(preview=SimpleNamespace(worded=str), text_cache=None)
+    assert texts_of(prompts, arch) == ["a red cat", "dog", "b", "c"]
 
 
 class Charts:

@@ -1,0 +1,101 @@
+"""The reference images beside the captions, for text encoders that see them.
+
+Letters: N samples.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from hashlib import blake2b
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from library.data.decoding.images import Pixels, Placement, centred, place, read_pixels, with_alpha
+from library.data.decoding.tensors import to_pixels
+from library.data.description.schema import SubsetConfig
+from library.data.plan.dataset_digest import content_digest
+from library.data.plan.samples import Sample, Samples, check_size
+from library.data.sources.storage.storage import Storage
+from library.errors import UserError
+from library.types import CaptionWithImages
+
+Reader = Callable[[], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class SeenReferences:
+    """What text encoders see of each sample: a digest of the content, size and crop of its references."""
+
+    digests_N: NDArray[np.uint64]  # 0 without references
+    storage: Storage
+    has_alpha: bool  # images are RGBA
+
+    @classmethod
+    def of(
+        cls, samples: Samples, subsets: Sequence[SubsetConfig], storage: Storage, has_alpha: bool
+    ) -> "SeenReferences":
+        """Read the references of samples that are drawn. Raises UserError for subsets whose references change in every
+        draw."""
+        digests_N = np.zeros(len(samples), dtype=np.uint64)
+        for number, sample in enumerate(samples):
+            if sample.image.references and sample.num_draws:
+                config = subsets[sample.subset]
+                for name in ("random_crop", "color_aug", "face_crop_aug_range"):
+                    if getattr(config, name):
+                        raise UserError(
+                            f"{config.source}: {name} changes reference images in every draw, but the text encoder, "
+                            "whose outputs are cached, sees them too; remove it"
+                        )
+                digests_N[number] = digest_of(sample, config.resize_interpolation)
+        return cls(digests_N, storage, has_alpha)
+
+    def key(self, number: int, caption: str, is_flipped: bool) -> str:
+        """Return the text under which the features of a caption of this sample are cached."""
+        return str(self.seen(number, caption, is_flipped, lambda: ())) if self.digests_N[number] else caption
+
+    def texts(self, number: int, sample: Sample, captions: Sequence[str], config: SubsetConfig) -> tuple[str, ...]:
+        """Return what is encoded of this sample: its captions, and the empty one if it is drawn, with its references,
+        and with the mirrored ones if these are drawn."""
+        if not self.digests_N[number]:
+            return tuple(captions)
+        rules = config.captions
+        drops = rules.caption_dropout_rate > 0 or rules.caption_dropout_every_n_epochs > 0
+        return tuple(
+            self.seen(number, caption, is_flipped, partial(self.read, sample, config.resize_interpolation, is_flipped))
+            for is_flipped in ((False, True) if config.flip_aug else (False,))
+            for caption in (*captions, *([""] if drops else []))
+        )
+
+    def seen(self, number: int, caption: str, is_flipped: bool, read: Reader) -> CaptionWithImages:
+        return CaptionWithImages(caption, f"{self.digests_N[number]:016x}{'-' if is_flipped else ''}", read)
+
+    def read(self, sample: Sample, interpolation: str | None, is_flipped: bool) -> tuple[Tensor, ...]:
+        """Read the references of a sample as they are trained, CHW, -1..1."""
+        placement = centred(sample.shape, is_flipped)
+        return tuple(map(to_pixels, placed_references(sample, placement, interpolation, self.storage, self.has_alpha)))
+
+
+def digest_of(sample: Sample, interpolation: str | None) -> int:
+    """Return a digest of the references of a sample; never 0."""
+    shown = [
+        (content_digest(one.key) if one.place is None else one.place.digest, shape.bucket, shape.resized)
+        for one, shape in zip(sample.image.references, sample.shape.references, strict=True)
+    ]
+    return max(1, int.from_bytes(blake2b(f"{shown} {interpolation}".encode(), digest_size=8).digest(), "big"))
+
+
+def placed_references(
+    sample: Sample, placement: Placement, interpolation: str | None, storage: Storage, has_alpha: bool
+) -> list[Pixels]:
+    """Read the references of a sample, RGBA with `has_alpha`; one that has its image's shape is cropped where the image
+    is, others at the centre, and all are mirrored or none."""
+    own, found = replace(sample.shape, references=()), []
+    for reference, shape in zip(sample.image.references, sample.shape.references, strict=True):
+        rgb, alpha = read_pixels(reference.key, storage.content(reference))
+        check_size(reference, rgb)
+        is_alike = shape == own and reference.size == sample.image.size
+        placed = placement if is_alike else centred(shape, placement.is_flipped)
+        found.append(place(with_alpha(rgb, alpha) if has_alpha else rgb, placed, interpolation))
+    return found

@@ -1,0 +1,109 @@
+"""What text encoders see beside the captions: which texts are encoded, and which images each of them has."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from library.data.decoding.images import Pixels, change_colour, read_pixels, resize, with_alpha
+from library.data.plan.data_plan import DataPlan
+from library.errors import UserError
+from library.randomness import random_for
+from library.types import CaptionWithImages, plain_caption
+from tests.unit.data import builders
+from tests.unit.data.builders import plan_of, write_config, write_folder
+
+SPEC = replace(builders.SPEC, max_references=2, has_alpha=True)
+
+
+def plan(folder: Path, keys: str = "", spec: object = SPEC) -> DataPlan:
+    if not (folder / "after").exists():
+        write_folder(folder / "after", 2)
+        write_folder(folder / "before", 2, (64, 64))
+    text = (
+        "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{here}/after'\nclass_tokens = 'cat'\n"
+        f"control_dirs = ['{{here}}/before']\n{keys}\n"
+    )
+    found = plan_of(write_config(folder / "data.toml", text), spec=spec)
+    return found.with_fixed_captions(1).with_seen_references()
+
+
+def texts(found: DataPlan) -> list[list[str]]:
+    return [list(row) for row in found.caption_texts()]
+
+
+def images_of(caption: str) -> Sequence[torch.Tensor]:
+    assert isinstance(caption, CaptionWithImages)
+    return caption.read()
+
+
+def test_a_caption_is_encoded_for_each_set_of_references(tmp_path: Path) -> None:
+    first, second = texts(plan(tmp_path))
+    assert [len(row) for row in (first, second)] == [1, 1]
+    assert plain_caption(first[0]) == plain_caption(second[0]) == "cat" and first[0] != second[0]
+    (image,) = images_of(first[0])
+    rgb, _ = read_pixels(str(sorted((tmp_path / "before").glob("*.png"))[0]))
+    assert torch.equal(((image + 1) * 127.5).round().permute(1, 2, 0), torch.from_numpy(with_alpha(rgb, None)).float())
+
+
+def test_mirrored_references_and_dropped_captions_are_texts_of_their_own(tmp_path: Path) -> None:
+    (row, _) = texts(plan(tmp_path, "flip_aug = true\ncaption_dropout_rate = 0.1"))
+    assert [plain_caption(text) for text in row] == ["cat", "", "cat", ""] and len(set(row)) == 4
+    plain, mirrored = (images_of(row[place])[0] for place in (0, 2))
+    assert torch.equal(plain.flip(-1), mirrored) and not torch.equal(plain, mirrored)
+
+
+@pytest.mark.parametrize("is_flipped", [False, True])
+def test_batches_look_features_up_under_the_texts_that_are_encoded(tmp_path: Path, is_flipped: bool) -> None:
+    found = plan(tmp_path, "flip_aug = true\ncaption_dropout_rate = 0.1")
+    assert found.seen is not None
+    for number, row in enumerate(texts(found)):
+        keys = [found.seen.key(number, caption, is_flipped) for caption in ("cat", "")]
+        assert keys == row[2:] if is_flipped else keys == row[:2]
+
+
+def test_a_text_changes_with_the_content_and_the_crop_of_a_reference(tmp_path: Path) -> None:
+    before = texts(plan(tmp_path))
+    path = sorted((tmp_path / "before").glob("*.png"))[1]
+    pixels, _ = read_pixels(str(path))
+    Image.fromarray(pixels[::-1].copy()).save(path)
+    after = texts(plan(tmp_path))
+    assert before[0] == after[0] and before[1] != after[1]
+    assert all(a != b for a, b in zip(after, texts(plan(tmp_path, "control_resolution = 128")), strict=True))
+
+
+@pytest.mark.parametrize("name", ["color_aug", "random_crop"])
+def test_references_that_change_in_every_draw_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=f"after.*: {name} changes reference images in every draw"):
+        plan(tmp_path, f"{name} = true")
+
+
+def rgba(seed: int) -> Pixels:
+    """Noise whose left half is transparent."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (64, 64, 4), dtype=np.uint8)
+    pixels[:, :32, 3] = 0
+    return pixels
+
+
+@pytest.mark.parametrize("name", ["area", "lanczos", "bicubic", "bilinear", "box", None])
+def test_colors_under_transparent_pixels_do_not_reach_their_neighbors(name: str | None) -> None:
+    first = rgba(1)
+    second = first.copy()
+    second[:, :32, :3] = 255 - second[:, :32, :3]
+    small, other = (resize(pixels, (20, 20), name) for pixels in (first, second))
+    is_seen = small[..., 3] > 0
+    assert is_seen.any() and (small[..., 3] == other[..., 3]).all()
+    assert (small[is_seen] == other[is_seen]).all()
+
+
+def test_changed_colors_leave_the_alpha_channel_alone() -> None:
+    pixels, changed = rgba(2), []
+    for draw in range(12):
+        found = change_colour(pixels, random_for(0, "colour", draw))
+        assert (found[..., 3] == pixels[..., 3]).all()
+        changed.append((found != pixels).any())
+    assert any(changed) and not all(changed)
