@@ -33,6 +33,7 @@ from library.architectures.flux_2.model import Flux2  # noqa: E402
 from library.architectures.hunyuan_image.model import HunyuanImage, HunyuanImageConfig  # noqa: E402
 from library.architectures.krea2.model import SingleStreamDiT  # noqa: E402
 from library.architectures.lumina.model import LuminaConfig, NextDiT  # noqa: E402
+from library.architectures.qwen_image_21.model import QwenImage21  # noqa: E402
 from library.architectures.sd3.model import MMDiT, MMDiTConfig  # noqa: E402
 from library.architectures.zimage.model import ZImage  # noqa: E402
 from library.memory.devices import place  # noqa: E402
@@ -45,10 +46,11 @@ from tests.parity import (  # noqa: E402  # noqa: E402
     test_hunyuan_image_model,
     test_krea2_model,
     test_lumina_model,
+    test_qwen_image_21_model,
     test_sd3_model,
     test_zimage_model,
 )
-from tests.tiny import anima, chroma, flux, flux_2, hunyuan_image, krea2, lumina, sd3, zimage  # noqa: E402
+from tests.tiny import anima, chroma, flux, flux_2, hunyuan_image, krea2, lumina, qwen_image_21, sd3, zimage  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 NUM_TEXT = 128
@@ -60,6 +62,7 @@ LUMINA = LuminaConfig(64, 2304, 96, 8, 9216, 2304, 1024, 1024, 1, 1, 1)
 ANIMA = AnimaConfig(16, 2048, 128, 8192, 1024, 256, 2, AdapterConfig(32128, 1024, 1024, 64, 4096, 1))
 FLUX_2 = replace(flux_2.KLEIN_4B, num_double=1, num_single=1)
 KREA2 = replace(krea2.FULL_SIZE, num_layerwise=1, num_refiners=1, num_blocks=1)
+QWEN_IMAGE_21 = replace(qwen_image_21.FULL_SIZE, num_blocks=1)
 ZIMAGE = replace(zimage.FULL_SIZE, num_context_refiners=1, num_noise_refiners=1, num_layers=1)
 HUNYUAN_IMAGE = HunyuanImageConfig(64, 3584, 128, 14336, 3584, 1472, 2048, 1, 1, 1, 14336)
 
@@ -237,6 +240,20 @@ def krea2_pair(side: int, dtype: torch.dtype) -> Pair:
     )
 
 
+def qwen_image_21_pair(side: int, dtype: torch.dtype) -> Pair:
+    ours = ours_of(QwenImage21, QWEN_IMAGE_21, dtype)
+    arguments = qwen_image_21.diffusers_config(QWEN_IMAGE_21)
+    theirs = theirs_of("QwenImage21Transformer2DModel", arguments, ours.state_dict())
+    values = given((1, QWEN_IMAGE_21.in_features, side, side), (1, NUM_TEXT, QWEN_IMAGE_21.text_width), dtype=dtype)
+    sigmas, mask = torch.tensor([0.5]), torch.ones(1, NUM_TEXT, dtype=torch.long)
+    return Pair(
+        lambda x, text: ours(x, sigmas, text, mask),
+        lambda x, text: test_qwen_image_21_model.oracle_output(theirs, x, sigmas.to(dtype), text, mask),
+        values,
+        (ours, theirs),
+    )
+
+
 def zimage_pair(side: int, dtype: torch.dtype) -> Pair:
     ours = ours_of(ZImage, ZIMAGE, dtype)
     arguments = zimage.diffusers_config(ZIMAGE)
@@ -261,6 +278,7 @@ PAIRS: Mapping[str, Callable[[int, torch.dtype], Pair]] = {
     "hunyuan_image": hunyuan_image_pair,
     "flux_2": flux_2_pair,
     "krea2": krea2_pair,
+    "qwen_image_21": qwen_image_21_pair,
     "zimage": zimage_pair,
 }
 

@@ -76,7 +76,9 @@ class Table:
 FLUX_2 = tuple(name for name in FULL_SIZE if name.startswith("FLUX.2"))
 TABLES = (
     Table("all models", tuple(FULL_SIZE), ("bf16",)),
-    Table("fewer bits", ("FLUX.1", *FLUX_2, "Krea 2", "Z-Image", "HunyuanImage 2.1"), ("int8", "nf4")),
+    Table(
+        "fewer bits", ("FLUX.1", *FLUX_2, "Krea 2", "Qwen-Image 2.1", "Z-Image", "HunyuanImage 2.1"), ("int8", "nf4")
+    ),
 )
 
 

@@ -104,6 +104,7 @@ MORE_RUNS: Mapping[str, Mapping[str, list[str]]] = {  # by base model
     "zimage": {"text_cache": TEXT_CACHE},
     "flux_2": {"text_cache": TEXT_CACHE},
     "krea2": {"text_cache": TEXT_CACHE},
+    "qwen_image_21": {"text_cache": TEXT_CACHE},
 }  # fmt: skip
 TOOLS: Mapping[str, list[str]] = {  # on the adapter of a run: {mine}; what they write goes to {out}
     "show_metadata": ["tools/show_metadata.py", "{mine}"],

@@ -33,6 +33,7 @@ MAY_NAME_MODELS = {
     "networks/lora_hunyuan_image.py": DOORS,
     "networks/lora_krea2.py": DOORS,
     "networks/lora_lumina.py": DOORS,
+    "networks/lora_qwen_image_21.py": DOORS,
     "networks/lora_sd3.py": DOORS,
     "networks/lora_zimage.py": DOORS,
     "networks/oft_flux.py": DOORS,

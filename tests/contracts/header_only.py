@@ -8,10 +8,11 @@ from pathlib import Path
 
 from library.architectures.flux_2.model import Flux2
 from library.architectures.krea2.model import SingleStreamDiT
+from library.architectures.qwen_image_21.model import QwenImage21
 from library.architectures.zimage.model import ZImage
 from library.models.loading import on_meta_device
 from tests.contracts.full_size import facts
-from tests.tiny import flux_2, krea2, zimage
+from tests.tiny import flux_2, krea2, qwen_image_21, zimage
 from tests.tiny.anima import write_qwen3_tokenizer
 from tests.tiny.flux import write_t5_tokenizer
 from tests.tiny.hunyuan_image import write_qwen_tokenizer
@@ -166,6 +167,17 @@ def flux_2_of(release: str) -> FullSize:
     return FullSize("flux_2_train_network", "networks.lora_flux_2", 1024, lambda folder: build_flux_2(folder, release))
 
 
+def build_qwen_image_21(folder: Path) -> list[str]:
+    zimage.write_qwen3_tokenizer(folder / "tokenizer", qwen_image_21.MARKS)
+    models = {
+        "pretrained_model_name_or_path": on_meta_device(QwenImage21, qwen_image_21.FULL_SIZE),
+        "text_encoder": qwen_image_21.full_size_encoder(),
+        "vae": qwen_image_21.full_size_vae(),
+    }
+    shapes = {flag: {name: tuple(t.shape) for name, t in model.state_dict().items()} for flag, model in models.items()}
+    return write_files(folder, shapes)
+
+
 FULL_SIZE: Mapping[str, FullSize] = {
     "SD 1.5": FullSize("train_network", "networks.lora", 512, lambda folder: build_unet_model(folder, "sd15")),
     "SDXL": FullSize("sdxl_train_network", "networks.lora", 1024, lambda folder: build_unet_model(folder, "sdxl")),
@@ -184,5 +196,6 @@ FULL_SIZE: Mapping[str, FullSize] = {
     "FLUX.2 klein 9B": flux_2_of("klein-9b"),
     "FLUX.2 dev": flux_2_of("dev"),
     "Krea 2": FullSize("krea2_train_network", "networks.lora_krea2", 1024, build_krea2),
+    "Qwen-Image 2.1": FullSize("qwen_image_21_train_network", "networks.lora_qwen_image_21", 1024, build_qwen_image_21),
     "Z-Image": FullSize("zimage_train_network", "networks.lora_zimage", 1024, build_zimage),
 }

@@ -21,6 +21,7 @@ OF_OTHER_PROGRAMS = {  # musubi-tuner, sd-scripts before Anima was released
     "dit", "dit_path", "timestep_sample_method", "gradient_checkpointing_cpu_offload", "block_swap_h2d_only",
     "use_pinned_memory_for_block_swap", "dit_dtype", "vae_dtype", "use_32bit_attention", "disable_numpy_memmap",
     "turbo_dit_cache",
+    "dit_config",
 }  # fmt: skip
 
 

@@ -30,7 +30,7 @@ FAST = ("flux-none-plain", "flux-fp8-recompute_from_main_memory")
 MODES = [
     pytest.param(*mode, marks=[] if "-".join(mode) in FAST else pytest.mark.slow, id="-".join(mode))
     for mode in product(
-        ("sd", "flux", "lumina", "sd3", "hunyuan_image", "anima", "zimage", "flux_2", "krea2"),
+        ("sd", "flux", "lumina", "sd3", "hunyuan_image", "anima", "zimage", "flux_2", "krea2", "qwen_image_21"),
         ("none", "fp8", "int8_rotated", "nf4_double"),
         ("plain", "recompute_from_main_memory"),
     )

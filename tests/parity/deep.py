@@ -21,6 +21,8 @@ from library.architectures.krea2 import assembly as krea2
 from library.architectures.krea2.model import SingleStreamDiT
 from library.architectures.lumina import assembly as lumina
 from library.architectures.lumina.model import NextDiT
+from library.architectures.qwen_image_21 import assembly as qwen_image_21
+from library.architectures.qwen_image_21.model import QwenImage21
 from library.architectures.sd import assembly as sd
 from library.architectures.sd3 import assembly as sd3
 from library.architectures.sd3.model import MMDiT
@@ -35,6 +37,7 @@ from tests.tiny import flux_2 as tiny_flux_2
 from tests.tiny import hunyuan_image as tiny_hunyuan_image
 from tests.tiny import krea2 as tiny_krea2
 from tests.tiny import lumina as tiny_lumina
+from tests.tiny import qwen_image_21 as tiny_qwen_image_21
 from tests.tiny import sd3 as tiny_sd3
 from tests.tiny import zimage as tiny_zimage
 from tests.tiny.init import fixed_init
@@ -118,6 +121,12 @@ def krea2_values() -> tuple[Any, ...]:
     return tuple(value.detach() for value in inputs(4, 6))
 
 
+def qwen_image_21_values() -> tuple[Any, ...]:
+    from tests.parity.test_qwen_image_21_model import inputs
+
+    return tuple(value.detach() for value in inputs(4, 6))
+
+
 def zimage_values() -> tuple[Any, ...]:
     from tests.parity.test_zimage_model import inputs
 
@@ -136,6 +145,9 @@ DEEP: Mapping[str, Deep] = {
     ),
     "flux_2": Deep(lambda: Flux2(replace(tiny_flux_2.CONFIG, num_double=4, num_single=6)), flux_2_values, flux_2.view),
     "krea2": Deep(lambda: SingleStreamDiT(replace(tiny_krea2.CONFIG, num_blocks=6)), krea2_values, krea2.view),
+    "qwen_image_21": Deep(
+        lambda: QwenImage21(replace(tiny_qwen_image_21.CONFIG, num_blocks=6)), qwen_image_21_values, qwen_image_21.view
+    ),
     "zimage": Deep(lambda: ZImage(replace(tiny_zimage.CONFIG, num_layers=6)), zimage_values, zimage.view),
     "anima": Deep(lambda: Anima(replace(tiny_anima.CONFIG, num_blocks=6)), anima_values, anima.view),
 }

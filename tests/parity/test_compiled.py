@@ -71,6 +71,7 @@ def gradients(
 
 MOST_GRAPHS = {  # two for each kind of block at most: the first one's input has no gradient; U-Nets have many widths
     "sd": 12, "flux": 4, "sd3": 4, "lumina": 6, "anima": 2, "hunyuan_image": 4, "zimage": 6, "flux_2": 4, "krea2": 6,
+    "qwen_image_21": 2,
 }  # fmt: skip
 CASES = [("anima", "dora", "recompute", "none"), ("flux", "lora", "plain", "int8")]
 SLOW = [

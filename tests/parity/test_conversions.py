@@ -22,6 +22,7 @@ from library.architectures.hunyuan_image import adapter_names as hunyuan_image_n
 from library.architectures.hunyuan_image import targets as hunyuan_image_targets
 from library.architectures.krea2 import adapter_names as krea2_names
 from library.architectures.lumina import adapter_names as lumina_names
+from library.architectures.qwen_image_21 import adapter_names as qwen_image_21_names
 from library.architectures.sd import adapter_names as sd_names
 from library.architectures.sd import targets as sd_targets
 from library.architectures.sd3 import adapter_names as sd3_names
@@ -45,6 +46,7 @@ from tests.parity import (
     test_hunyuan_image_model,
     test_krea2_model,
     test_lumina_model,
+    test_qwen_image_21_model,
     test_sd3_model,
     test_zimage_model,
 )
@@ -56,6 +58,7 @@ from tests.tiny.hunyuan_image import tiny_hunyuan_image
 from tests.tiny.init import fixed_init
 from tests.tiny.krea2 import tiny_krea2
 from tests.tiny.lumina import tiny_lumina
+from tests.tiny.qwen_image_21 import tiny_qwen_image_21
 from tests.tiny.sd3 import CONFIGS, diffusers_mmdit, mmdit_weights, tiny_mmdit
 from tests.tiny.zimage import tiny_zimage
 from tests.tolerances import FLOAT32_DEEP
@@ -183,6 +186,19 @@ def krea2() -> Pair:
     )
 
 
+def qwen_image_21() -> Pair:
+    ours = tiny_qwen_image_21(SEED)
+    theirs = test_qwen_image_21_model.oracle(ours)
+    values = [v.detach() for v in test_qwen_image_21_model.inputs(4, 6)]
+    return Pair(
+        qwen_image_21_names.NAMES,
+        ours,
+        {"transformer": theirs},
+        lambda: ours(*values),
+        lambda: test_qwen_image_21_model.oracle_output(theirs, *values),
+    )
+
+
 def anima() -> Pair:
     ours = tiny_anima(SEED)
     transformer, conditioner = test_anima_model.oracle_models(ours)
@@ -236,6 +252,7 @@ PAIRS: Mapping[str, Callable[[], Pair]] = {
     "zimage": zimage,
     "flux_2": flux_2,
     "krea2": krea2,
+    "qwen_image_21": qwen_image_21,
 }
 UNNAMED = {  # of layers that no argument adapts; files that have them are refused
     "hunyuan_image": r"(?!double_blocks|single_blocks)",

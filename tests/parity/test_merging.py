@@ -31,6 +31,7 @@ KINDS = {  # network module -> arguments, for one base model each: all of what a
     "zimage": ("networks.lora_zimage", {"include_patterns": "['.*']"}),
     "krea2": ("networks.lora_krea2", {}),
     "flux_2": ("networks.lora_flux_2", {"in_dims": "[2,2,2,2,2,2,2]"}),
+    "qwen_image_21": ("networks.lora_qwen_image_21", {"in_dims": "[2,2,2,2]"}),
 }
 FAST = ("sd", "flux")
 

@@ -23,6 +23,8 @@ from library.architectures.krea2 import adapter_names as krea2
 from library.architectures.krea2.checkpoint_keys import linear_paths
 from library.architectures.krea2.model import SingleStreamDiT
 from library.architectures.lumina import adapter_names as lumina
+from library.architectures.qwen_image_21 import adapter_names as qwen_image_21
+from library.architectures.qwen_image_21.model import QwenImage21
 from library.architectures.sd3 import adapter_names as sd3
 from library.architectures.specs import list_specs
 from library.architectures.zimage import adapter_names as zimage
@@ -34,6 +36,7 @@ from networks.core.files.adapter_file import AdapterFile, adapter_tensors, sort_
 from networks.core.files.renaming import rename
 from tests.contracts.saved import listed_shapes
 from tests.tiny import krea2 as tiny_krea2
+from tests.tiny import qwen_image_21 as tiny_qwen_image_21
 from tests.tiny.flux_2 import DEV, diffusers_config
 from tests.tiny.sd3 import full_size_keys
 from tests.tiny.zimage import FULL_SIZE
@@ -61,6 +64,9 @@ def lora_facts(base: str) -> Mapping[str, Any]:
         return lora_of(on_meta_device(Flux2, DEV), flux_2.KEYS.linear_paths(flux_2.NUM_BLOCKS))
     if base == "krea2":
         return lora_of(on_meta_device(SingleStreamDiT, tiny_krea2.FULL_SIZE), linear_paths())
+    if base == "qwen_image_21":
+        model = on_meta_device(QwenImage21, tiny_qwen_image_21.FULL_SIZE)
+        return lora_of(model, qwen_image_21.linear_paths(qwen_image_21.NUM_BLOCKS))
     return facts(
         {
             "flux": "lora_keys_flux1",
@@ -128,6 +134,12 @@ def krea2_models() -> dict[str, nn.Module]:
     return {"transformer": Krea2Transformer2DModel()}
 
 
+def qwen_image_21_models() -> dict[str, nn.Module]:
+    from diffusers import QwenImage21Transformer2DModel
+
+    return {"transformer": QwenImage21Transformer2DModel()}
+
+
 def lora_of(model: nn.Module, paths: Iterable[str]) -> dict[str, Any]:
     """A LoRA of rank 1 on these layers of a full-size model, under kohya's names."""
     shapes: Shapes = {}
@@ -147,6 +159,7 @@ BASES: dict[str, tuple[Any, Callable[[], dict[str, nn.Module]], str]] = {
     "zimage": (zimage.NAMES, zimage_models, "ZImageLoraLoaderMixin"),
     "flux_2": (flux_2.NAMES, flux_2_models, "Flux2LoraLoaderMixin"),
     "krea2": (krea2.NAMES, krea2_models, "Krea2LoraLoaderMixin"),
+    "qwen_image_21": (qwen_image_21.NAMES, qwen_image_21_models, "QwenImageLoraLoaderMixin"),
 }
 
 
@@ -243,6 +256,7 @@ VARIANTS = {
     "zimage": ("default",),
     "flux_2": ("default",),
     "krea2": ("default",),
+    "qwen_image_21": ("default",),
 }
 CASES = [(base, variant, naming) for base, variants in VARIANTS.items() for variant in variants for naming in NAMINGS]
 

@@ -11,6 +11,7 @@ from tests.tiny.flux_2 import build_tiny_flux_2
 from tests.tiny.hunyuan_image import build_tiny_hunyuan_image
 from tests.tiny.krea2 import build_tiny_krea2
 from tests.tiny.lumina import build_tiny_lumina
+from tests.tiny.qwen_image_21 import build_tiny_qwen_image_21
 from tests.tiny.sd import build_tiny_sd
 from tests.tiny.sd3 import build_tiny_sd3
 from tests.tiny.sdxl import build_tiny_sdxl
@@ -83,6 +84,12 @@ BASES: Mapping[str, Base] = {
         "krea2_train_network",
         "networks.lora_krea2",
         lambda folder: build_tiny_krea2(folder, 62),
+        adapts_text_encoders=False,
+    ),
+    "qwen_image_21": Base(
+        "qwen_image_21_train_network",
+        "networks.lora_qwen_image_21",
+        lambda folder: build_tiny_qwen_image_21(folder, 62),
         adapts_text_encoders=False,
     ),
 }

@@ -33,6 +33,7 @@ NOT_RUN = {  # beginning of a command -> where it is tested, or why it cannot be
     "python3 sdxl_train_network.py --recipe": "tests/runs/test_recipes.py",
     "python3 flux_2_cache_": "tests/runs/test_flux_2_train_network.py",
     "python3 krea2_cache_": "tests/runs/test_krea2_train_network.py",
+    "python3 qwen_image_21_cache_": "tests/runs/test_qwen_image_21_train_network.py",
     "python3 zimage_cache_": "tests/runs/test_zimage_train_network.py",
     "accelerate launch --multi_gpu": "tests/runs/test_processes.py",
     "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu": "tests/runs/test_processes.py",

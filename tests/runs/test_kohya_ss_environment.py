@@ -18,7 +18,13 @@ from tests.runs.bases import BASES
 
 PINS = Path(__file__).with_name("kohya_ss.txt")
 ROOT = Path(__file__).parents[2]
-NEED_NEWER = {"anima", "flux_2", "hunyuan_image", "krea2"}  # tests/runs/test_old_packages.py has what they say
+NEED_NEWER = {
+    "anima",
+    "flux_2",
+    "hunyuan_image",
+    "krea2",
+    "qwen_image_21",
+}  # tests/runs/test_old_packages.py has what they say
 
 pytestmark = pytest.mark.nightly
 

@@ -67,7 +67,7 @@ def test_a_run_that_is_cut_goes_on_as_the_uninterrupted_one_whatever_saves_memor
     ups = [tensor for key, tensor in one.items() if "lora_up" in key or "lora_B" in key]
     assert sum(float(tensor.abs().max()) > 0 for tensor in ups) == len(ups) > 3
     metadata = read_metadata(tmp_path / "whole" / "mine.safetensors")
-    assert metadata["ss_leco_denoise_guidance_scale"] == ("1.0" if name == "flux" else "3.0")
+    assert metadata["ss_leco_denoise_guidance_scale"] == ("1.0" if name in ("flux", "qwen_image_21") else "3.0")
     assert metadata["ss_leco_prompt_count"] == "4"
     warnings = [line for line in whole.stderr.splitlines() if "no effect" in line or "converts the output" in line]
     assert not [line for line in warnings if "--vae" not in line], warnings

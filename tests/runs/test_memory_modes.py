@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.running import ROOT, Finished, make_images
 from tests.runs.bases import BASES
-from tests.tiny import anima, chroma, flux, flux_2, hunyuan_image, krea2, lumina, zimage
+from tests.tiny import anima, chroma, flux, flux_2, hunyuan_image, krea2, lumina, qwen_image_21, zimage
 
 Train = Callable[..., Finished]
 
@@ -30,6 +30,7 @@ DEEPER = {  # enough blocks that some can wait, without losing the two that have
     "zimage": (zimage, replace(zimage.CONFIG, num_layers=4)),
     "krea2": (krea2, replace(krea2.CONFIG, num_blocks=4)),
     "flux_2": (flux_2, replace(flux_2.CONFIG, num_double=4, num_single=5)),
+    "qwen_image_21": (qwen_image_21, replace(qwen_image_21.CONFIG, num_blocks=4)),
 }
 WAITING = {
     "flux": "2",
@@ -40,12 +41,13 @@ WAITING = {
     "zimage": "2",
     "flux_2": "2",
     "krea2": "2",
+    "qwen_image_21": "2",
     "sd": "9",
     "sdxl": "9",
 }
 NIGHTLY = [
     pytest.param(name, marks=pytest.mark.nightly)
-    for name in ("chroma", "lumina", "anima", "hunyuan_image", "zimage", "flux_2", "krea2", "sdxl")
+    for name in ("chroma", "lumina", "anima", "hunyuan_image", "zimage", "flux_2", "krea2", "qwen_image_21", "sdxl")
 ]
 OFFLOADED = ("--gradient_checkpointing", "--cpu_offload_checkpointing", "--gradient_checkpointing_every", "2")
 

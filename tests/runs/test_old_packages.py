@@ -14,6 +14,7 @@ REFUSED = {
     "flux_2_train_network": "diffusers 0.32.2",
     "hunyuan_image_train_network": "transformers 4.54.1",
     "krea2_train_network": "transformers 4.54.1",
+    "qwen_image_21_train_network": "diffusers 0.32.2",
 }
 
 

@@ -17,7 +17,7 @@ from tools.recipes import main
 Train = Callable[..., Finished]
 NAMES = [recipe.name for recipe in list_recipes()]
 # First word of a recipe's name -> tests' name.
-BASE_OF = {"sd15": "sd", "sd35": "sd3", "flux2": "flux_2", "hunyuan": "hunyuan_image"}
+BASE_OF = {"sd15": "sd", "sd35": "sd3", "flux2": "flux_2", "hunyuan": "hunyuan_image", "qwen": "qwen_image_21"}
 
 
 def base_of(name: str) -> str:

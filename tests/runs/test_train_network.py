@@ -256,7 +256,8 @@ def test_debug_dataset_needs_no_model(train: Train, script: str, images: Path) -
     words = ["--train_data_dir", str(images), "--caption_extension", ".txt", "--resolution", "64"]
     done = train([*words, "--debug_dataset", "--console_log_simple"], script)
     assert done.status == 0, done.stderr
-    assert "12 x pixels (1, 3, 64, 64)" in done.stdout and "captions are not counted" in done.stdout
+    num_channels = 4 if script == "qwen_image_21_train_network" else 3
+    assert f"12 x pixels (1, {num_channels}, 64, 64)" in done.stdout and "captions are not counted" in done.stdout
 
 
 @pytest.mark.parametrize("more", [[], ["--debug_dataset"], ["--audit_only"]], ids=" ".join)

@@ -8,7 +8,10 @@ from library.architectures.flux_2.targets import TARGETS
 from library.checkpoints.base_model_spec import ALL, DIFFUSERS, KOHYA, NONE, BaseModelSpec, Gap, Reader, Sign
 
 WIDTHS = (4096, 6144)  # of klein 9B and dev; klein 4B is as wide as FLUX.1
-GATED = r"_attn_to_gate_|_ff_(gate|up|down)_"  # names of a transformer as wide as dev, which FLUX.2 lacks
+# Names in transformers as wide, which FLUX.2 lacks: Krea 2's, Qwen-Image 2.1's.
+OTHERS = (
+    r"_attn_to_gate_|_ff_(gate|up|down)_|_img_mlp_(gate_layer|proj|out)_|(?<!single)_transformer_blocks_(8|9|\d\d)_"
+)
 KLEIN_4B_MLP, KLEIN_4B_SINGLE = 9216, 12288  # inputs of the second layers of its MLP and of its single blocks
 
 NO_NUMBERS = Gap(
@@ -34,7 +37,7 @@ SPECS = (
         adapter=(
             Sign(r"_(single|double)_stream_modulation_|_attn_to_qkv_mlp_proj|_ff(_context)?_linear_(in|out)_"),
             *(
-                Sign(r"_((double|single)_blocks|(single_)?transformer_blocks)_\d+_", width=width, unless=GATED)
+                Sign(r"_((double|single)_blocks|(single_)?transformer_blocks)_\d+_", width=width, unless=OTHERS)
                 for width in WIDTHS
             ),
             Sign(r"_double_blocks_\d+_(img|txt)_mlp_2_", width=KLEIN_4B_MLP),

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 CHANNELS = 16
 SCALE, SHIFT = 0.3611, 0.1159
 FOLDER = "vae"  # in a diffusers folder
+MARK = "decoder.conv_in.weight"
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,11 @@ def open_ae(model: str, name: str | None, base: BaseFiles, flag: str = "--ae") -
     return component
 
 
-def find_vae(name: str | None, base: BaseFiles, flag: str) -> tuple[str, Mapping[str, Any] | None, Weights]:
+def find_vae(
+    name: str | None, base: BaseFiles, flag: str, marks: Sequence[str] = (MARK,)
+) -> tuple[str, Mapping[str, Any] | None, Weights]:
     """Open what `flag` names, or the base model; return the flag that named it, the configuration of a folder, and the
-    VAE's weights without prefix. Raises UserError for a file of something else."""
+    VAE's weights without prefix. Raises UserError for a file without any of the weights `marks`."""
     if name is not None:
         config, weights = model_lookup.open_model(flag, name, FOLDER)
         if config is not None:
@@ -79,12 +82,12 @@ def find_vae(name: str | None, base: BaseFiles, flag: str) -> tuple[str, Mapping
     else:
         weights = base.whole
     prefixes = VAE_PREFIXES if name is not None else VAE_PREFIXES[:-1]
-    prefix = next((p for p in prefixes if f"{p}decoder.conv_in.weight" in weights.shapes), None)
+    prefix = next((p for p in prefixes if any(f"{p}{mark}" in weights.shapes for mark in marks)), None)
     if prefix is None:
         if name is None:
-            raise NotThere(f"{flag} is missing: {base.path} contains no VAE; use {flag} ae.safetensors")
+            raise NotThere(f"{flag} is missing: {base.path} contains no VAE; name its file or folder")
         first = first_names(weights)
-        raise UserError(f"{flag} {name} is not a VAE: it has no decoder.conv_in.weight (first names: {first})")
+        raise UserError(f"{flag} {name} is not a VAE: it has no {marks[0]} (first names: {first})")
     return flag, None, with_prefix(weights, prefix)
 
 

@@ -98,6 +98,10 @@ NAMINGS = [  # ComfyUI, Forge, A1111-style, diffusers, stable-diffusion.cpp
     ("krea 2 kohya, diffusers' paths", "NNNNN", kohya("unet.transformer_blocks.0.attn.to_gate", 6144)),
     ("krea 2 diffusers", "ANNAN", ab("transformer.transformer_blocks.0.ff.gate", 6144)),
     ("krea 2, diffusers' paths in ComfyUI's place", "NNNNN", ab("diffusion_model.text_fusion.projector", 12)),
+    ("qwen-image 2.1, as it is saved", "ANNAN", ab("diffusion_model.transformer_blocks.0.img_mlp.gate_layer", 4096)),
+    ("qwen-image 2.1 diffusers", "ANNAN", ab("transformer.transformer_blocks.31.attn.to_q", 4096)),
+    ("qwen-image 2.1 kohya", "ANNAN", kohya("unet.transformer_blocks.0.img_mlp.proj", 4096)),
+    ("qwen-image 2.1 kohya, gates", "ANNNN", kohya("unet.transformer_blocks.0.img_mlp.gate_layer", 4096)),
     ("hunyuan, the module paths", "NNNNN", kohya("unet.double_blocks.0.img_mlp.fc1", 3584)),
     ("hunyuan, ComfyUI's names", "ANNNN", kohya("unet.double_blocks.0.img_mlp.0", 3584)),
     ("hunyuan diffusers", "NNNNN", ab("transformer.single_transformer_blocks.0.attn.to_q", 3584)),
@@ -343,6 +347,7 @@ HEADERS = {
     "flux": ("flux1", "flux-1-dev"), "chroma": ("chroma", "chroma"), "lumina": ("lumina2", "lumina-2"),
     "hunyuan_image": ("hunyuan-image-2.1", "hunyuan-image-2.1"), "anima": ("anima", "anima-preview"),
     "zimage": ("zimage", "Z-Image"), "flux_2": ("flux_2_klein_4b", "Flux.2-klein-4b"), "krea2": ("krea2", "Krea-2"),
+    "qwen_image_21": ("qwen_image_21", "Qwen-Image-2.1"),
 }  # fmt: skip
 
 

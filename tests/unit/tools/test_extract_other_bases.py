@@ -17,6 +17,7 @@ from tests.tiny.flux_2 import build_tiny_flux_2
 from tests.tiny.hunyuan_image import build_tiny_hunyuan_image
 from tests.tiny.krea2 import build_tiny_krea2
 from tests.tiny.lumina import build_tiny_lumina
+from tests.tiny.qwen_image_21 import build_tiny_qwen_image_21
 from tests.tiny.sd3 import build_tiny_sd3
 from tests.tiny.zimage import build_tiny_zimage
 from tests.tolerances import FLOAT32_DEEP
@@ -36,6 +37,7 @@ BASES: dict[str, tuple[Callable[[Path], str], str]] = {
     "zimage": (lambda folder: build_tiny_zimage(folder, SEED + 8)[1], "zimage"),
     "flux_2": (lambda folder: build_tiny_flux_2(folder, SEED + 9)[1], "flux_2"),
     "krea2": (lambda folder: build_tiny_krea2(folder, SEED + 10)[1], "krea2"),
+    "qwen_image_21": (lambda folder: build_tiny_qwen_image_21(folder, SEED + 10)[1], "qwen_image_21"),
 }
 
 

@@ -26,6 +26,7 @@ FACTOR = {
     "hunyuan_image": 0.7,
     "krea2": 0.7,
     "lumina": 0.7,
+    "qwen_image_21": 0.7,
     "sd3": 1.4,
     "zimage": 0.7,
 }  # on the normal value
@@ -36,6 +37,7 @@ WORDS = {
     "hunyuan_image": ["--timestep_sampling", "shift", "--sigmoid_scale", "0.7"],
     "krea2": ["--sigmoid_scale", "0.7"],
     "lumina": ["--sigmoid_scale", "0.7"],
+    "qwen_image_21": ["--sigmoid_scale", "0.7"],
     "zimage": ["--sigmoid_scale", "0.7"],
     "sd3": ["--weighting_scheme", "logit_normal", "--logit_std", "1.4", "--training_shift", "2"],
 }

@@ -14,7 +14,7 @@ from library.training.command_line.main import main
 from library.training.command_line.show_timesteps import BAR_WIDTH, MARGIN, NUM_BINS, NUM_DRAWS, PLOT_HEIGHT
 
 Cdf = Callable[[float], float]
-MODELS = ["anima", "flux", "flux_2", "hunyuan_image", "krea2", "lumina", "sd3", "zimage"]
+MODELS = ["anima", "flux", "flux_2", "hunyuan_image", "krea2", "lumina", "qwen_image_21", "sd3", "zimage"]
 
 
 def run(model: str, *words: str) -> int:
@@ -63,6 +63,7 @@ def evenly_pushed(level: float) -> float:
     [
         ("anima", [], normal_behind(0, 1)),
         ("zimage", [], normal_behind(0, 1, 2.0)),
+        ("qwen_image_21", [], normal_behind(0, 1, 3.0)),
         ("flux_2", [], normal_behind(0, 1, FLUX_1024)),
         ("krea2", [], normal_behind(0, 1, math.exp(0.5 + 0.65 * (4096 - 256) / (6400 - 256)))),
         ("krea2", ["--show_timesteps_resolution", "1280"], normal_behind(0, 1, math.exp(1.15))),

@@ -1,0 +1,127 @@
+"""Assembly of Qwen-Image 2.1: a transformer of one stream, Qwen3-VL 8B as text encoder, 64-channel latents of RGBA
+images of 16 pixels; text to image, and editing of reference images.
+
+Start here to read this package.
+"""
+
+from library.architectures.qwen_image_21.load import QWEN3_VL, QwenImage21Loader, open_encoder, open_loader
+from library.architectures.qwen_image_21.options import QwenImage21Options
+from library.architectures.qwen_image_21.predict import predict, preview_sampler
+from library.architectures.qwen_image_21.targets import view
+from library.architectures.qwen_image_21.text import NO_PLACE, QwenImage21Text, check_tokenizer
+from library.architectures.qwen_image_21.vae import RgbaLatents
+from library.architectures.specs import list_specs
+from library.checkpoints.weights import fingerprint
+from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
+from library.models.qwen3 import load_qwen3_tokenizer
+from library.models.recipe import OTHER_ATTENTION, Recipe, folders_beside
+from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
+
+RECIPE = Recipe(
+    title="Qwen-Image 2.1",
+    metadata={
+        "ss_base_model_version": "qwen_image_21",
+        "modelspec.architecture": "Qwen-Image-2.1/lora",
+        "modelspec.implementation": "https://github.com/QwenLM/Qwen-Image-2.1",
+        "modelspec.resolution": "1024x1024",
+    },
+    refuses={
+        "weighted_captions": "Qwen3-VL has no prompt weighting",
+        "network_train_text_encoder_only": "its text encoder cannot be trained",
+    },
+    ignores={
+        **IGNORES,
+        "v2": "it is for Stable Diffusion 2",
+        "v_parameterization": "Qwen-Image 2.1 predicts the velocity of a flow",
+        "clip_skip": "Qwen-Image 2.1 uses Qwen3-VL's last states",
+        "max_token_length": "its text encoder reads 1024 tokens",
+        **OTHER_ATTENTION,
+    },
+    records=(
+        "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "timestep_sampling", "sigmoid_scale",
+        "model_prediction_type", "discrete_flow_shift",
+    ),
+    needs={"diffusers": ">=0.41", "transformers": ">=4.57"},  # AutoencoderKLQwenImage21, Qwen3-VL
+)  # fmt: skip
+CODEC = RgbaLatents()
+LATENTS = CODEC.spec
+
+
+def build(options: QwenImage21Options) -> Architecture:
+    """Assemble the model that the options name; nothing is loaded yet.
+
+    Raises UserError naming the flag for a file or a setting that does not fit Qwen-Image 2.1.
+    """
+    RECIPE.check(options)
+    return assemble(options, open_loader(options))
+
+
+def build_for_caching(options: QwenImage21Options) -> Architecture:
+    """Assemble what encodes captions, for which no denoiser is needed. Raises UserError as `build` does."""
+    RECIPE.check(options)
+    return assemble(options, open_encoder(options, QWEN3_VL.flag))
+
+
+def assemble(options: QwenImage21Options, loader: QwenImage21Loader) -> Architecture:
+    text = build_text(options, loader)
+    return Architecture(
+        name="qwen_image_21",
+        load=loader,
+        text=text,
+        codec=CODEC,
+        objective=build_objective(options),
+        predict=predict,
+        view=view,
+        preview=build_preview(text),
+        metadata=RECIPE.describe(options),
+        specs=list_specs(),
+        ignores=RECIPE.ignores,
+        text_cache=build_text_cache(options, loader, text),
+    )
+
+
+def build_objective(options: QwenImage21Options) -> FlowMatching:
+    return build_sampled_flow(
+        options.noise,
+        options.loss,
+        options.flow_sampling,
+        options.flow_weighting,
+        prediction_type=options.flow_prediction.model_prediction_type,
+        patch=1,
+    )
+
+
+def build_text(options: QwenImage21Options, loader: QwenImage21Loader) -> QwenImage21Text:
+    """Build the tokenizer, searched beside the base model and the encoder."""
+    beside = folders_beside(loader.path, options.qwen_image_21.text_encoder)
+    folders = [folder / name for folder in beside for name in ("processor", "tokenizer")] + beside[1:]
+    tokenizer = load_qwen3_tokenizer(QWEN3_VL, folders, options.model.tokenizer_cache_dir, loader.num_words)
+    check_tokenizer(tokenizer)
+    return QwenImage21Text(tokenizer, LATENTS.bucket_step)
+
+
+def build_text_cache(options: QwenImage21Options, loader: QwenImage21Loader, text: QwenImage21Text) -> TextCacheSpec:
+    return TextCacheSpec(
+        options=options.text_caching,
+        suffix="_qwen_image_21_te.npz",
+        keys=("hidden_state", "attention_mask", "image_places"),
+        encoders=lambda: fingerprint(*loader.text_weights),
+        settings=f"{loader.text_dtype} {loader.shrinks_text}",
+        tokenizers=(text.tokenizer,),
+        padding={"hidden_state": 0.0, "attention_mask": 0.0, "image_places": NO_PLACE},
+        on_host=("attention_mask", "image_places"),
+        can_train=False,
+        places_key="image_places",
+    )
+
+
+def build_preview(text: QwenImage21Text) -> Preview:
+    """Build previews as the model was made for, without guidance."""
+    return Preview(
+        defaults=PromptDefaults(
+            num_steps=40, width=1024, height=1024, scale=1.0, size_step=LATENTS.bucket_step, flow_shift=0.0
+        ),
+        text=text,
+        predict=lambda prompt: predict,
+        sampler=preview_sampler,
+    )

@@ -1,0 +1,51 @@
+"""The public facts of Qwen-Image 2.1."""
+
+import re
+from collections.abc import Mapping
+
+from library.architectures.qwen_image_21.adapter_names import NAMES
+from library.architectures.qwen_image_21.assembly import RECIPE, build
+from library.architectures.qwen_image_21.merging import open_base_model, seen_by_networks
+from library.architectures.qwen_image_21.options import QwenImage21Options
+from library.architectures.qwen_image_21.targets import TARGETS
+from library.checkpoints.adapter_names import FileNaming
+from library.checkpoints.base_model_spec import ALL, KOHYA, NONE, BaseModelSpec, Gap, Reader, Sign
+
+WIDTH = 4096
+
+SPLIT_GATES = Gap(KOHYA, r"lora_unet_.*_gate_layer", "it takes kohya's gate_layer apart at the underscore")
+
+
+def refuse_outer_names(modules: Mapping[str, FileNaming | None]) -> str | None:
+    """Return why diffusers refuses a file in kohya's naming with modulation or text layers; None if it does not."""
+    outer = [name for name in modules if re.match(r"lora_unet_(modulation|txt_in)_", name)]
+    return f"it takes kohya's {outer[0]} for a layer of a block and stops" if outer else None
+
+
+SPECS = (
+    BaseModelSpec(
+        name="qwen_image_21",
+        title="Qwen-Image 2.1",
+        called="a Qwen-Image 2.1",
+        script="qwen_image_21_train_network.py",
+        options=QwenImage21Options,
+        build=build,
+        checkpoint=(Sign(r"(^|\.)txt_in\.text_norm\.weight$"),),
+        adapter=(
+            Sign(r"_img_mlp_(gate_layer|proj|out)_|_txt_in_(in|out)_layer_"),
+            Sign(r"(?<!single)_transformer_blocks_\d+_attn_to_(q|k|v|out_0)_", width=WIDTH, unless=r"_ff_|_single_"),
+        ),
+        version=r"qwen_image_21",
+        architecture=r"(?i)qwen-image-2\.1",
+        pipelines=("QwenImage21",),
+        readers={
+            "ComfyUI": Reader(ALL, NONE),
+            "diffusers": Reader(ALL, NONE, gaps=(SPLIT_GATES,), refuses=refuse_outer_names),
+        },
+        names=NAMES,
+        network_arguments=TARGETS.arguments,
+        open_for_merging=open_base_model,
+        seen_by_networks=seen_by_networks,
+        adapter_metadata=RECIPE.of_checkpoint,
+    ),
+)

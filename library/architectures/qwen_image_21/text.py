@@ -1,0 +1,147 @@
+"""Encoding of captions for Qwen-Image 2.1: the last states of Qwen3-VL of a caption, with reference images before it.
+
+Letters: B captions, T tokens of the longest, E width of the encoder, R reference images, C channels, H and W sides.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+
+from library.errors import UserError
+from library.memory.devices import send
+from library.models.qwen3_vl_vision import encode_with_images
+from library.types import CaptionWithImages, Conditioning, Tokens, plain_caption
+
+FLAG = "--text_encoder"
+NUM_TOKENS = 1024  # of the text that reaches the denoiser, with its template; longer captions are cut
+BEGIN, END, SLOT = "<|im_start|>", "<|im_end|>", "<|image_pad|>"
+VISION_BEGIN, VISION_END = "<|vision_start|>", "<|vision_end|>"
+SYSTEM = f"{BEGIN}system\nComprehend and analyze the provided prompt.{END}\n"  # its tokens do not reach the denoiser
+TEMPLATE = (f"{BEGIN}user\n", f"{END}\n{BEGIN}assistant\n")
+MARKS = (BEGIN, END, SLOT, VISION_BEGIN, VISION_END)
+NO_PLACE = -1  # fills up the places of a caption with fewer images
+
+
+@dataclass(frozen=True)
+class QwenImage21Text:
+    """Qwen3-VL's reading of a caption inside the template; each reference image stands for its tokens before it."""
+
+    tokenizer: Any  # transformers' Qwen2Tokenizer, padding on the right
+    pixels_per_token: int
+
+    @property
+    def max_tokens(self) -> int:
+        return NUM_TOKENS - self.count_tokens("".join(TEMPLATE))
+
+    def count_tokens(self, caption: str) -> int:
+        return len(self.ids(caption))
+
+    def ids(self, text: str) -> list[int]:
+        found: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
+        return found
+
+    def tokenize(self, captions: Sequence[str]) -> Tokens:
+        """Return IDs and their mask, (B, 1, T), 0 for padding, and the images of each caption."""
+        images = tuple(one.read() if isinstance(one, CaptionWithImages) else () for one in captions)
+        rows = [torch.tensor(self.row(one, seen)) for one, seen in zip(captions, images, strict=True)]
+        ids_BT = pad_sequence(rows, batch_first=True)
+        mask_BT = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        return Tokens((ids_BT[:, None], mask_BT[:, None]), images=images)
+
+    def row(self, caption: str, images: Sequence[Tensor]) -> list[int]:
+        """Return the IDs of one caption; a long one is cut with the end of its template."""
+        text = plain_caption(caption).replace(SLOT, "")
+        begin, end = TEMPLATE
+        shown = [
+            f"<image{number}>{VISION_BEGIN}{SLOT * self.num_slots(image)}{VISION_END}"
+            for number, image in enumerate(images, start=1)
+        ]
+        most = len(self.ids(SYSTEM)) + sum(map(self.num_slots, images)) + NUM_TOKENS
+        return self.ids(f"{SYSTEM}{begin}{' '.join(shown)}{text or ' '}{end}")[:most]
+
+    def num_slots(self, image_CHW: Tensor) -> int:
+        H, W = image_CHW.shape[-2:]
+        return (H // self.pixels_per_token) * (W // self.pixels_per_token)
+
+    def encode(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
+        """Return {"hidden_state": (B, T, E), "attention_mask": (B, T), "image_places": (B, R)}: states of text tokens
+        without the system message, and the number of them before each image.
+
+        The encoder runs in the precision it is stored in: its states overflow float16.
+        """
+        ids_BT, mask_BT = (ids_BLT[:, 0] for ids_BLT in tokens.ids_BLT)
+        first, slot = len(self.ids(SYSTEM)), self.tokenizer.convert_tokens_to_ids(SLOT)
+        with torch.autocast(next(encoders[0].parameters()).device.type, enabled=False):
+            states_BTE = states_of(encoders, ids_BT, mask_BT, slot, tokens.images)
+        if not any(tokens.images):
+            places_BR = torch.empty(len(ids_BT), 0, dtype=torch.long)
+            return {
+                "hidden_state": states_BTE[:, first:],
+                "attention_mask": mask_BT[:, first:],  # kept on the host
+                "image_places": places_BR,
+            }
+        is_text_BT = mask_BT.bool() & (ids_BT != slot)
+        is_text_BT[:, :first] = False
+        rows = [states_TE[is_text_T] for states_TE, is_text_T in zip(states_BTE, is_text_BT, strict=True)]
+        masks = [torch.ones(len(row), dtype=mask_BT.dtype) for row in rows]
+        vision_end = self.tokenizer.convert_tokens_to_ids(VISION_END)
+        places = [
+            torch.nonzero(ids_T[is_text_T] == vision_end)[: len(images), 0]
+            for ids_T, is_text_T, images in zip(ids_BT, is_text_BT, tokens.images, strict=True)
+        ]
+        return {
+            "hidden_state": pad_sequence(rows, batch_first=True),
+            "attention_mask": pad_sequence(masks, batch_first=True),
+            "image_places": pad_sequence(places, batch_first=True, padding_value=NO_PLACE),
+        }
+
+
+def states_of(
+    encoders: Sequence[nn.Module], ids_BT: Tensor, mask_BT: Tensor, slot: int, images: Sequence[Sequence[Tensor]]
+) -> Tensor:
+    """Return the last states, BTE, zero where the mask is 0: of all captions at once, or with images one by one."""
+    language, *vision = encoders
+    device = next(language.parameters()).device
+    if not any(images):
+        # The encoder needs no mask: attention is causal, and padding comes last.
+        states_BTE: Tensor = language(send(ids_BT, device)).last_hidden_state
+        return torch.where(send(mask_BT, device)[..., None].bool(), states_BTE, 0)
+    if not vision:
+        raise UserError(
+            f"{FLAG} has no vision model, which sees reference images; use a file or folder of Qwen3-VL 8B with all "
+            "its weights"
+        )
+    rows = []
+    for ids_T, mask_T, seen in zip(ids_BT, mask_BT, images, strict=True):
+        ids_S = ids_T[mask_T.bool()]
+        if seen:
+            states_SE = encode_with_images(language, vision[0], ids_S, slot, [over_white(one) for one in seen])
+        else:
+            states_SE = language(send(ids_S[None], device)).last_hidden_state[0]
+        rows.append(pad(states_SE, (0, 0, 0, len(ids_T) - len(ids_S))))
+    return torch.stack(rows)
+
+
+def over_white(image_CHW: Tensor) -> Tensor:
+    """Lay an RGBA image of values -1..1 over white, rounded to 8 bits as image files are; RGB is unchanged."""
+    if len(image_CHW) == 3:
+        return image_CHW
+    alpha = (image_CHW[3:] + 1) / 2
+    blended = (image_CHW[:3] * alpha + (1 - alpha) + 1) * 127.5
+    return blended.round() / 127.5 - 1
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise UserError for a tokenizer without the marks of Qwen3-VL's template."""
+    words = tokenizer.get_vocab()
+    lacks = [mark for mark in MARKS if mark not in words]
+    if lacks:
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path} has no {lacks[0]}: it belongs to another model; use that of "
+            "Qwen/Qwen3-VL-8B-Instruct"
+        )

@@ -1,0 +1,163 @@
+"""The VAE of Qwen-Image 2.1: diffusers' AutoencoderKLQwenImage21, from its own layout or ComfyUI's single file.
+
+It encodes RGBA images; those without alpha get an opaque one. Letters: B samples, C channels, H and W sides.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from library.checkpoints.base_files import BaseFiles
+from library.checkpoints.weights import configure, first_names, renamed, selected
+from library.errors import UserError
+from library.memory.devices import send
+from library.models.loading import Component, MaybeComponent, materialise
+from library.models.shapes import Shapes, count, shape_of
+from library.models.vae.flux import find_vae
+from library.protocols import LatentSpec
+
+FLAG = "--vae"
+CHANNELS = 64
+MAX_REFERENCES = 10  # the model has no limit; each adds as many tokens as an image of its size
+SPEC = LatentSpec(
+    channels=CHANNELS,
+    downscale=16,
+    bucket_step=32,
+    cache_suffix="_qwen_image_21.npz",
+    had_keys_without_size=False,
+    max_references=MAX_REFERENCES,
+    has_alpha=True,
+)
+
+MARKS = ("decoder.conv_in.weight", "decoder.conv1.weight")  # of diffusers' layout and of ComfyUI's
+ENDS = {"conv1": "conv_in", "head.0": "norm_out", "head.2": "conv_out"}
+MIDDLE = {"0": "resnets.0", "1": "attentions.0", "2": "resnets.1"}
+RESIDUAL = {
+    "residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2",
+    "shortcut": "conv_shortcut",
+}  # fmt: skip
+QUANT = {"conv1": "quant_conv", "conv2": "post_quant_conv"}
+
+
+@dataclass(frozen=True)
+class RgbaLatents:
+    """Latents of 64 channels, 16 pixels a side, cached as the denoiser gets them."""
+
+    spec: LatentSpec = SPEC
+
+    def encode(self, vae: nn.Module, pixels_BCHW: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
+        """Return the posterior's mean, normalized by each channel's mean and deviation, float32; nothing is sampled.
+
+        Pixels without alpha are opaque. The VAE's parts are called one by one unless it works in tiles: called as a
+        whole it keeps every layer's input for a next frame, which an image does not have."""
+        model: Any = vae
+        if pixels_BCHW.shape[1] == 3:
+            pixels_BCHW = pad(pixels_BCHW, (0, 0, 0, 0, 0, 1), value=1.0)
+        frames = pixels_BCHW[:, :, None].to(model.device, model.dtype)
+        if model.use_tiling:
+            middle = model.encode(frames).latent_dist.mean
+        else:
+            middle, _ = model.quant_conv(model.encoder(frames)).chunk(2, dim=1)
+        latents_BCHW: Tensor = middle[:, :, 0].float()
+        mean_C11, deviation_C11 = statistics(model, latents_BCHW.device)
+        return (latents_BCHW - mean_C11) / deviation_C11
+
+    def normalize(self, latents_BCHW: Tensor) -> Tensor:
+        return latents_BCHW
+
+    def decode(self, vae: nn.Module, latents_BCHW: Tensor) -> Tensor:
+        """Decode latents as the denoiser sees them to RGBA images, float32, -1..1."""
+        model: Any = vae
+        mean_C11, deviation_C11 = statistics(model, latents_BCHW.device)
+        frames = (latents_BCHW.float() * deviation_C11 + mean_C11)[:, :, None].to(model.device, model.dtype)
+        if model.use_tiling:
+            found = model.decode(frames).sample
+        else:
+            found = model.decoder(model.post_quant_conv(frames), first_chunk=True)
+        pixels_BCHW: Tensor = found[:, :, 0].float().clamp(-1, 1)
+        return pixels_BCHW
+
+
+def statistics(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of the latents, each (C, 1, 1), float32."""
+    values = torch.tensor([vae.config.latents_mean, vae.config.latents_std])
+    mean_C, deviation_C = send(values, device)
+    return mean_C[:, None, None], deviation_C[:, None, None]
+
+
+def open_vae(name: str | None, base: BaseFiles) -> Component:
+    """Open the VAE from --vae or from the base model. Raises UserError for another kind of VAE."""
+    flag, config, weights = find_vae(name, base, FLAG, MARKS)
+    if MARKS[1] in weights.shapes:
+        weights = renamed(weights, from_comfy)
+    parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+    weights = selected(weights, {key: key for key in weights.shapes if key.startswith(parts)})
+    if "encoder.down_blocks.0.resnets.0.norm1.gamma" not in weights.shapes:
+        raise UserError(
+            f"{flag} {weights.origin} is not the VAE of Qwen-Image 2.1 (first names: {first_names(weights)})"
+        )
+    component = Component(config or configure(weights, vae_config), weights)
+    found = shape_of(weights.shapes, MARKS[0])[1]
+    if found != CHANNELS:
+        raise UserError(
+            f"{flag} {weights.origin} has {found} latent channels, but Qwen-Image 2.1 needs {CHANNELS}; use its own VAE"
+        )
+    return component
+
+
+def from_comfy(key: str) -> str:
+    """Return diffusers' name of a weight of ComfyUI's file: a level lists its blocks, then the resampling layer."""
+    if match := re.fullmatch(r"(conv[12])\.(\w+)", key):
+        return f"{QUANT[match[1]]}.{match[2]}"
+    if match := re.fullmatch(r"(encoder|decoder)\.(conv1|head\.[02])\.(\w+)", key):
+        return f"{match[1]}.{ENDS[match[2]]}.{match[3]}"
+    if match := re.fullmatch(r"(encoder|decoder)\.middle\.([012])\.(.+)", key):
+        return f"{match[1]}.mid_block.{MIDDLE[match[2]]}.{in_block(match[3])}"
+    if match := re.fullmatch(r"(encoder|decoder)\.(down|up)samples\.(\d+)\.\2samples\.(\d+)\.(.+)", key):
+        part, way, level, place, tail = match.groups()
+        resamples = tail.startswith(("resample.", "time_conv."))
+        inside = f"{way}sampler" if resamples else f"resnets.{place}"
+        return f"{part}.{way}_blocks.{level}.{inside}.{in_block(tail)}"
+    return key
+
+
+def in_block(tail: str) -> str:
+    """Return diffusers' name of a weight inside a residual block; attention and resampling layers have equal names."""
+    stem, _, leaf = tail.rpartition(".")
+    return f"{RESIDUAL.get(stem, stem)}.{leaf}"
+
+
+def vae_config(shapes: Shapes) -> dict[str, Any]:
+    """Return the arguments of diffusers' AutoencoderKLQwenImage21, from names in its layout."""
+    levels = range(count(shapes, r"encoder\.down_blocks\.(\d+)\."))
+    base, in_channels = shape_of(shapes, "encoder.conv_in.weight")[:2]
+    widths = [shape_of(shapes, f"encoder.down_blocks.{level}.resnets.0.conv1.weight")[0] for level in levels]
+    mult = [width // base for width in widths]
+    return {
+        "base_dim": base,
+        "decoder_base_dim": shape_of(shapes, "decoder.conv_out.weight")[1] // mult[0],
+        "z_dim": shape_of(shapes, MARKS[0])[1],
+        "dim_mult": mult,
+        "num_res_blocks": count(shapes, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+        "temperal_downsample": [f"encoder.down_blocks.{n}.downsampler.time_conv.weight" in shapes for n in levels[:-1]],
+        "in_channels": in_channels,
+        "out_channels": shape_of(shapes, "decoder.conv_out.weight")[0],
+    }
+
+
+def empty_vae(config: Mapping[str, Any]) -> Any:
+    """Build diffusers' AutoencoderKLQwenImage21 on the meta device."""
+    from diffusers import AutoencoderKLQwenImage21
+
+    with torch.device("meta"):
+        return AutoencoderKLQwenImage21.from_config(dict(config))
+
+
+def load_qwen_image_21_vae(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
+    """Load the VAE in `dtype`, frozen, on the CPU."""
+    return materialise(empty_vae(component.config), component.weights, dtype)

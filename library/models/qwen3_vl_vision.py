@@ -1,0 +1,122 @@
+"""The vision model of Qwen3-VL 8B beside its language model: transformers' Qwen3VLVisionModel; captions with images.
+
+Letters: C channels, H and W sides of an image in pixels, S tokens of a caption, P patches, E width.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.checkpoints.weights import Weights, configure, find_prefix, with_prefix
+from library.memory.devices import send
+from library.models.loading import Component, materialise
+from library.models.qwen3_vl import VISION
+from library.models.shapes import Shapes, count, shape_of
+
+MERGE = 2  # patches a side that one token stands for
+NUM_HEADS = 16
+DEEPSTACK = (8, 16, 24)  # layers whose states are added to those of the first layers of the language model
+
+
+def vision_component(weights: Weights) -> Component | None:
+    """Build the vision model from the shapes in a text encoder's file; None if it has none."""
+    mark = f"{VISION}patch_embed.proj.weight"
+    prefix = next((name.removesuffix(mark) for name in weights.shapes if name.endswith(mark)), None)
+    if prefix is None:
+        return None
+    found = with_prefix(weights, find_prefix(weights.shapes, (f"{prefix}{VISION}",)))
+    return Component(configure(found, vision_config), found)
+
+
+def vision_config(shapes: Shapes) -> dict[str, Any]:
+    """Return the arguments of transformers' Qwen3VLVisionConfig."""
+    width, channels, num_frames, patch, _ = shape_of(shapes, "patch_embed.proj.weight")
+    return {
+        "depth": count(shapes, r"blocks\.(\d+)\."),
+        "hidden_size": width,
+        "intermediate_size": shape_of(shapes, "blocks.0.mlp.linear_fc1.weight")[0],
+        "num_heads": NUM_HEADS,
+        "in_channels": channels,
+        "patch_size": patch,
+        "spatial_merge_size": MERGE,
+        "temporal_patch_size": num_frames,
+        "out_hidden_size": shape_of(shapes, "merger.linear_fc2.weight")[0],
+        "num_position_embeddings": shape_of(shapes, "pos_embed.weight")[0],
+        "deepstack_visual_indexes": list(DEEPSTACK),
+    }
+
+
+def empty_vision(config: Mapping[str, Any]) -> Any:
+    """Build transformers' Qwen3VLVisionModel with weights on the meta device; tensors that are in no file are real."""
+    from accelerate import init_empty_weights
+    from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+
+    with init_empty_weights(include_buffers=False):
+        return Qwen3VLVisionModel(Qwen3VLVisionConfig(**config))
+
+
+def load_vision(component: Component, dtype: torch.dtype) -> nn.Module:
+    """Load the vision model in `dtype`, frozen, on the CPU."""
+    return materialise(empty_vision(component.config), component.weights, dtype)
+
+
+def encode_with_images(
+    language: nn.Module, vision: nn.Module, ids_S: Tensor, slot: int, images: Sequence[Tensor]
+) -> Tensor:
+    """Return the last states of one caption in which tokens `slot` stand for images, shape SE.
+
+    Images are CHW, -1..1, with sides that are multiples of a token's; they are not resized, as transformers' processor
+    does with small ones.
+    """
+    model: Any = language
+    tower: Any = vision
+    weight = next(vision.parameters())
+    ids_S, patch = send(ids_S, weight.device), tower.config.patch_size
+    grids = [(1, image.shape[-2] // patch, image.shape[-1] // patch) for image in images]
+    patches_P = torch.cat([patches_of(image, patch, tower.config.temporal_patch_size) for image in images])
+    seen = tower(send(patches_P, weight.device).to(weight.dtype), grid_thw=send(torch.tensor(grids), weight.device))
+    is_slot_S = ids_S == slot
+    words_SE = model.embed_tokens(ids_S)
+    words_SE = words_SE.masked_scatter(is_slot_S[:, None], seen.pooler_output.to(words_SE.dtype))
+    sides = [(height // MERGE, width // MERGE) for _, height, width in grids]
+    positions_3S = send(rotary_positions(is_slot_S.tolist(), sides), weight.device)
+    found = model(
+        inputs_embeds=words_SE[None],
+        position_ids=positions_3S[:, None],
+        visual_pos_masks=is_slot_S[None],
+        deepstack_visual_embeds=seen.deepstack_features,
+    )
+    states_SE: Tensor = found.last_hidden_state[0]
+    return states_SE
+
+
+def patches_of(image_CHW: Tensor, patch: int, num_frames: int) -> Tensor:
+    """Cut an image, as a video of equal frames, into patches; those of one token follow each other."""
+    C, H, W = image_CHW.shape
+    step = MERGE * patch
+    grid = image_CHW.view(C, H // step, MERGE, patch, W // step, MERGE, patch).permute(1, 4, 2, 5, 0, 3, 6)
+    frames = grid[..., None, :, :].expand(*grid.shape[:-2], num_frames, patch, patch)
+    return frames.reshape(-1, C * num_frames * patch**2)
+
+
+def rotary_positions(is_slot_S: Sequence[bool], sides: Sequence[tuple[int, int]]) -> Tensor:
+    """Return positions (time, row, column) of tokens, shape (3, S): text advances on all, images on rows and columns
+    from there."""
+    found: list[Tensor] = []
+    place, left = 0, iter(sides)
+    for is_slot, run in groupby(is_slot_S):
+        number = len(list(run))
+        if is_slot:
+            height, width = next(left)
+            grid_S2 = torch.cartesian_prod(torch.arange(height), torch.arange(width)).view(-1, 2)
+            positions_S3 = torch.cat([torch.zeros(number, 1, dtype=torch.long), grid_S2], dim=1)
+            advance = max(height, width)
+        else:
+            positions_S3, advance = torch.arange(number)[:, None].expand(-1, 3), number
+        found.append(place + positions_S3)
+        place += advance
+    return torch.cat(found).T

@@ -1,0 +1,39 @@
+"""Train a LoRA-family adapter for Qwen-Image 2.1."""
+
+import argparse
+
+from library import train_util as train_util
+from library.architectures.qwen_image_21.options import QwenImage21Options
+from library.architectures.scripts import OtherScripts
+from library.collector import importing
+from library.launcher import prepare_for_torch
+from library.training.command_line.cli import build_parser
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    """Every option of this script; front ends read it."""
+    return build_parser(
+        QwenImage21Options,
+        parts="--text_encoder qwen3vl_8b.safetensors --vae qwen_image_2.1_vae.safetensors",
+        elsewhere=OtherScripts("qwen_image_21_train_network.py"),
+    )
+
+
+class QwenImage21NetworkTrainer:
+    """The trainer for programs that import this script."""
+
+    def train(self, args: argparse.Namespace) -> None:
+        """Train as `args` asks. Raises UserError for what the user can put right."""
+        from library.architectures.qwen_image_21.assembly import LATENTS, build, build_objective
+        from library.training.command_line.main import train_for_program
+
+        train_for_program(self, args, setup_parser(), QwenImage21Options, build, LATENTS, build_objective)
+
+
+if __name__ == "__main__":
+    prepare_for_torch()
+    with importing("scripts"):
+        from library.architectures.qwen_image_21.assembly import LATENTS, build, build_objective
+        from library.training.command_line.main import main
+
+    raise SystemExit(main(setup_parser(), QwenImage21Options, build, latents=LATENTS, objective=build_objective))

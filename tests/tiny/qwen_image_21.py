@@ -1,0 +1,183 @@
+"""A tiny but complete Qwen-Image 2.1 model: three files, one file of all, or a diffusers folder."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from library.architectures.qwen_image_21.model import QwenImage21, QwenImage21Config
+from library.architectures.qwen_image_21.vae import ENDS, MIDDLE, QUANT, RESIDUAL
+from library.models.qwen3_vl_vision import DEEPSTACK, NUM_HEADS
+from tests.tiny.init import fixed_init
+from tests.tiny.qwen3_vl import TEXT
+from tests.tiny.zimage import SPECIAL, write_qwen3_tokenizer
+
+Layout = Literal["files", "whole", "diffusers"]
+
+CONFIG = QwenImage21Config(in_features=64, width=64, head_width=32, mlp_width=192, text_width=32, num_blocks=2)
+FULL_SIZE = QwenImage21Config(
+    in_features=64, width=4096, head_width=128, mlp_width=12288, text_width=4096, num_blocks=32
+)
+VISION = {
+    "depth": DEEPSTACK[-1] + 1,
+    "hidden_size": 64,
+    "intermediate_size": 32,
+    "num_heads": NUM_HEADS,
+    "num_position_embeddings": 16,
+    "out_hidden_size": CONFIG.text_width,
+    "deepstack_visual_indexes": list(DEEPSTACK),
+}
+VAE = {"base_dim": 4, "decoder_base_dim": 6, "dim_mult": [1, 1, 2, 4, 4], "num_res_blocks": 1}
+MARKS = (*SPECIAL, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+PREFIX = "text_encoders.qwen3vl_8b.transformer."
+
+Parts = dict[str, tuple[dict[str, Any], dict[str, Tensor]]]
+
+
+def build_tiny_qwen_image_21(folder: Path, seed: int, layout: Layout = "files", flag: str = "") -> list[str]:
+    """Write a tiny model into `folder` and return the arguments that name it, the base model as `flag`. One seed has
+    the same weights in every layout."""
+    from safetensors.torch import save_file
+
+    base = flag or "--pretrained_model_name_or_path"
+    parts = tiny_parts(seed, write_qwen3_tokenizer(folder / "tokenizer", MARKS))
+    if layout == "diffusers":
+        return [base, str(write_folder(folder, parts))]
+    denoiser, encoder, vae = parts["transformer"][1], parts["text_encoder"][1], parts["vae"][1]
+    if layout == "whole":
+        everything = {f"model.diffusion_model.{key}": tensor for key, tensor in with_fused_gates(denoiser).items()}
+        everything |= {f"vae.{key}": tensor for key, tensor in comfy_vae(vae).items()}
+        everything |= {PREFIX + key.replace("language_model.", ""): tensor for key, tensor in encoder.items()}
+        save_file(everything, folder / "qwen_image.safetensors")
+        return [base, str(folder / "qwen_image.safetensors")]
+    arguments = []
+    for name, stem, state in (
+        (base, "qwen_image_21_bf16", denoiser),
+        ("--vae", "qwen_image_21_vae", vae),
+        ("--text_encoder", "qwen3vl_8b", encoder),
+    ):
+        save_file(state, folder / f"{stem}.safetensors")
+        arguments += [name, str(folder / f"{stem}.safetensors")]
+    return arguments
+
+
+def tiny_parts(seed: int, num_words: int) -> Parts:
+    """(config.json, weights) by diffusers' folder names."""
+    encoder = tiny_text_encoder(seed + 2, num_words)
+    config = json.loads(encoder.config.to_json_string())
+    return {
+        "transformer": (diffusers_config(), tiny_qwen_image_21(seed).state_dict()),
+        "vae": tiny_vae(seed + 1),
+        "text_encoder": (config, {f"model.{name}": tensor for name, tensor in encoder.state_dict().items()}),
+    }
+
+
+def tiny_text_encoder(seed: int, num_words: int) -> Any:
+    """transformers' Qwen3VLModel, whose image tokens are those of the tiny tokenizer."""
+    from transformers import Qwen3VLConfig, Qwen3VLModel
+
+    ids = {f"{kind}_token_id": num_words - place for place, kind in ((2, "image"), (1, "video"))}
+    ids |= {f"vision_{kind}_token_id": num_words - place for place, kind in ((4, "start"), (3, "end"))}
+    config = Qwen3VLConfig(text_config={**TEXT, "vocab_size": num_words}, vision_config=VISION, **ids)
+    model = Qwen3VLModel(config).eval().requires_grad_(False)
+    model.load_state_dict(fixed_init(model, seed))
+    return model
+
+
+def tiny_vae(seed: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(config.json, weights)."""
+    from diffusers import AutoencoderKLQwenImage21
+
+    with torch.device("meta"):
+        vae = AutoencoderKLQwenImage21(**VAE)
+    return json.loads(vae.to_json_string()), fixed_init(vae, seed)
+
+
+def comfy_vae(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the VAE under ComfyUI's names."""
+    blocks = {name: place for place, name in MIDDLE.items()}
+
+    def comfy_name(key: str) -> str:
+        stem, _, leaf = key.rpartition(".")
+        for ours, theirs in (*QUANT.items(), *((f"{part}.{a}", f"{part}.{b}") for part in ("encoder", "decoder")
+                                               for a, b in ENDS.items())):  # fmt: skip
+            if stem == theirs:
+                return f"{ours}.{leaf}"
+        for ours, theirs in RESIDUAL.items():
+            stem = re.sub(rf"(resnets\.\d+)\.{theirs}$", rf"\1.{ours}", stem)
+        stem = re.sub(r"mid_block\.(\w+\.\d)", lambda m: f"middle.{blocks[m[1]]}", stem)
+        stem = re.sub(r"(down|up)_blocks\.(\d+)\.resnets\.", r"\1samples.\2.\1samples.", stem)
+        last = {"down": VAE["num_res_blocks"], "up": VAE["num_res_blocks"] + 1}  # type: ignore[operator]
+        stem = re.sub(
+            r"(down|up)_blocks\.(\d+)\.(?:down|up)sampler\.",
+            lambda m: f"{m[1]}samples.{m[2]}.{m[1]}samples.{last[m[1]]}.",
+            stem,
+        )
+        return f"{stem}.{leaf}"
+
+    return {comfy_name(key): tensor for key, tensor in state.items()}
+
+
+def with_fused_gates(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the denoiser with the two layers fused that some of ComfyUI's files fuse: gate, then value."""
+    found = {name: tensor for name, tensor in state.items() if not re.search(r"img_mlp\.(proj|gate_layer)\.", name)}
+    for name, gate in state.items():
+        if "img_mlp.gate_layer." in name:
+            both = torch.cat([gate, state[name.replace("gate_layer", "proj")]])
+            found[name.replace("gate_layer", "gate_up")] = both
+    return found
+
+
+def write_folder(folder: Path, parts: Parts) -> Path:
+    from safetensors.torch import save_file
+
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "QwenImage21Pipeline"}))
+    for name, (config, state) in parts.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(config))
+        stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
+        save_file(state, folder / name / f"{stem}.safetensors", {"format": "pt"})
+    return folder
+
+
+def tiny_qwen_image_21(seed: int) -> QwenImage21:
+    """The denoiser alone, its weights random."""
+    with torch.device("meta"):
+        model = QwenImage21(CONFIG)
+    model.load_state_dict(fixed_init(model, seed), assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def full_size_encoder() -> Any:
+    """Qwen3-VL 8B on the meta device."""
+    from transformers import Qwen3VLConfig, Qwen3VLModel
+
+    text = {**TEXT, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "vocab_size": 151936}
+    text |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+    with torch.device("meta"):
+        return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config={"out_hidden_size": 4096}))
+
+
+def full_size_vae() -> Any:
+    from diffusers import AutoencoderKLQwenImage21
+
+    with torch.device("meta"):
+        return AutoencoderKLQwenImage21()
+
+
+def diffusers_config(config: QwenImage21Config = CONFIG) -> dict[str, Any]:
+    """Arguments of diffusers' QwenImage21Transformer2DModel."""
+    return {
+        "in_channels": config.in_features,
+        "out_channels": config.in_features,
+        "num_layers": config.num_blocks,
+        "attention_head_dim": config.head_width,
+        "num_attention_heads": config.width // config.head_width,
+        "context_in_dim": config.text_width,
+        "mlp_ratio": config.mlp_width // config.width,
+        "axes_dims_rope": list(config.rope_axes),
+    }

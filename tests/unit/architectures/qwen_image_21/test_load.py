@@ -1,0 +1,213 @@
+"""Every form of a Qwen-Image 2.1 model loads alike, and files that make none are refused with what they are."""
+
+import importlib
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from library.architectures.qwen_image_21.assembly import build
+from library.architectures.qwen_image_21.load import QwenImage21Loader, open_loader
+from library.architectures.qwen_image_21.options import QwenImage21Options
+from library.architectures.specs import list_specs
+from library.checkpoints.base_model_spec import BaseModelSpec
+from library.errors import UserError
+from library.types import CaptionWithImages
+from qwen_image_21_train_network import setup_parser
+from tests.runs.bases import BASES
+from tests.tiny.changes import with_changes, without
+from tests.tiny.qwen_image_21 import build_tiny_qwen_image_21, comfy_vae, with_fused_gates
+
+BASE = "--pretrained_model_name_or_path"
+SCRIPT_OF_OTHERS = {name: base.script for name, base in BASES.items() if name != "qwen_image_21"}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return build_tiny_qwen_image_21(tmp_path_factory.mktemp("qwen_image_21"), 3)
+
+
+def options_of(arguments: list[str]) -> QwenImage21Options:
+    return QwenImage21Options.from_args(setup_parser().parse_args(arguments))
+
+
+def opened(arguments: list[str]) -> QwenImage21Loader:
+    return open_loader(options_of(arguments))
+
+
+def assert_same_models(found: QwenImage21Loader, expected: QwenImage21Loader) -> None:
+    for theirs, ours in (
+        (expected.denoiser(), found.denoiser()),
+        (expected.vae(), found.vae()),
+        *zip(expected.text_encoders(), found.text_encoders(), strict=True),
+    ):
+        state = ours.state_dict()
+        assert all(torch.equal(state[name], tensor) for name, tensor in theirs.state_dict().items())
+
+
+@pytest.mark.parametrize("layout", ["whole", "diffusers"])
+def test_every_layout_gives_the_same_models(tiny: list[str], tmp_path: Path, layout: Any) -> None:
+    """In one file the two gate layers are fused and the VAE has ComfyUI's names."""
+    found = opened(build_tiny_qwen_image_21(tmp_path, 3, layout))
+    assert len(found.text_encoders()) == 2  # the vision model too
+    assert_same_models(found, opened(tiny))
+
+
+def test_the_vae_has_the_names_of_comfyui_in_a_file_of_its_own(tiny: list[str], tmp_path: Path) -> None:
+    state = comfy_vae(load_file(tiny[3]))
+    assert "decoder.upsamples.0.upsamples.2.resample.1.weight" in state
+    assert "encoder.downsamples.1.downsamples.1.time_conv.weight" in state
+    assert "encoder.middle.0.residual.0.gamma" in state and "conv2.weight" in state
+    save_file(state, tmp_path / "vae.safetensors")
+    assert_same_models(opened([*without(tiny, "--vae"), "--vae", str(tmp_path / "vae.safetensors")]), opened(tiny))
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_a_single_file_may_have_fused_gates_and_a_prefix(
+    tiny: list[str], tmp_path: Path, prefix: str, is_fused: bool
+) -> None:
+    state = load_file(tiny[1])
+    state = with_fused_gates(state) if is_fused else state
+    save_file({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "other.safetensors")
+    assert_same_models(opened([BASE, str(tmp_path / "other.safetensors"), *tiny[2:]]), opened(tiny))
+
+
+@pytest.mark.parametrize("per_row", [False, True], ids=["one scale", "a scale per row"])
+def test_8_bit_files_with_fused_gates_load_with_their_scales_and_keep_their_codes(
+    tiny: list[str], tmp_path: Path, per_row: bool
+) -> None:
+    state = with_fused_gates(load_file(tiny[1]))
+    name = "transformer_blocks.0.img_mlp.gate_up"
+    weight = state[f"{name}.weight"]
+    scale = (weight.abs().amax(1, keepdim=True) if per_row else weight.abs().max()) / 448
+    codes = (weight / scale).to(torch.float8_e4m3fn)
+    more = {f"{name}.weight": codes, f"{name}.scale_weight": scale, "scaled_fp8": torch.zeros(2)}
+    save_file({**state, **more}, tmp_path / "fp8.safetensors")
+    loader = opened([BASE, str(tmp_path / "fp8.safetensors"), *tiny[2:]])
+    mlp: Any = loader.denoiser().get_submodule("transformer_blocks.0.img_mlp")
+    gate, value = (codes.float() * scale).chunk(2)
+    torch.testing.assert_close(mlp.gate_layer.weight, gate, rtol=1e-6, atol=0)
+    torch.testing.assert_close(mlp.proj.weight, value, rtol=1e-6, atol=0)
+    parts = loader.denoiser_weights.quantised[f"{name.replace('gate_up', 'proj')}.weight"].read()
+    assert parts is not None and torch.equal(parts["codes"].float(), codes.float().chunk(2)[1])
+    assert parts["scales"].shape == ((192, 1) if per_row else ())
+
+
+def test_numbered_files_are_named_by_their_first(tiny: list[str], tmp_path: Path) -> None:
+    arguments = list(tiny)
+    shutil.copytree(Path(tiny[1]).parent / "tokenizer", tmp_path / "tokenizer")
+    for flag in (BASE, "--text_encoder"):
+        place = arguments.index(flag) + 1
+        state, stem = load_file(arguments[place]), Path(arguments[place]).stem
+        for number in (1, 2):
+            part = {name: tensor for i, (name, tensor) in enumerate(sorted(state.items())) if i % 2 == number - 1}
+            save_file(part, tmp_path / f"{stem}-{number:05}-of-00002.safetensors")
+        arguments[place] = str(tmp_path / f"{stem}-00001-of-00002.safetensors")
+    assert_same_models(opened(arguments), opened(tiny))
+
+
+@pytest.mark.parametrize(
+    ("flag", "changes", "message"),
+    [
+        (BASE, {"img_in.weight": torch.ones(64, 16)}, "takes 16 values per token, but only 64"),
+        (
+            BASE,
+            {"txt_in.in_layer.weight": torch.ones(64, 96)},
+            "has width 32, but the transformer expects text features of width 96; use Qwen/Qwen3-VL-8B-Instruct",
+        ),
+        (BASE, {"txt_in.in_layer.weight": None}, "not a Qwen-Image 2.1 model: txt_in.in_layer.weight is missing"),
+        (BASE, {"txt_in.text_norm.weight": None}, "it has no txt_in.text_norm.weight, so it is not a Qwen-Image 2.1"),
+        (
+            BASE,
+            {"transformer_blocks.0.attn.norm_q.weight": torch.ones(20)},
+            "width 64, heads of 20, which must be multiples of 32",
+        ),
+        ("--vae", {"decoder.conv_in.weight": torch.ones(24, 16, 3, 3)}, "has 16 latent channels, but Qwen-Image 2.1"),
+        ("--vae", {"decoder.conv_in.weight": None}, "is not a VAE: it has no decoder.conv_in.weight"),
+        ("--vae", {"encoder.down_blocks.0.resnets.0.norm1.gamma": None}, "is not the VAE of Qwen-Image 2.1"),
+        ("--text_encoder", {"model.language_model.embed_tokens.weight": None}, "is not a Qwen3-VL text encoder"),
+        ("--text_encoder", {"model.visual.merger.norm.weight": None}, "merger.norm.weight"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_file_that_does_not_fit_is_named(
+    tiny: list[str], tmp_path: Path, flag: str, changes: dict[str, torch.Tensor | None], message: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        opened(with_changes(tiny, flag, tmp_path, changes)).text_encoders()
+
+
+@pytest.mark.parametrize("flag", ["--vae", "--text_encoder"])
+def test_a_missing_part_is_asked_for_by_its_flag(tiny: list[str], flag: str) -> None:
+    with pytest.raises(UserError, match=f"{flag} is missing"):
+        opened(without(tiny, flag))
+
+
+def test_a_text_encoder_without_its_vision_model_reads_captions_but_no_references(
+    tiny: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    changes = {name: None for name in load_file(tiny[5]) if ".visual." in name}
+    arguments = with_changes(tiny, "--text_encoder", tmp_path, changes)
+    shutil.copytree(Path(tiny[1]).parent / "tokenizer", tmp_path / "tokenizer", dirs_exist_ok=True)
+    arch = build(options_of(arguments))
+    encoders = arch.load.text_encoders()
+    assert "has no vision model" in caplog.text and len(encoders) == 1
+    arch.text.encode(encoders, arch.text.tokenize(["a cat"]))
+    seen = CaptionWithImages("a cat", "digest", lambda: (torch.zeros(3, 32, 32),))
+    with pytest.raises(UserError, match="--text_encoder has no vision model, which sees reference images; use"):
+        arch.text.encode(encoders, arch.text.tokenize([seen]))
+
+
+def test_a_tokenizer_without_the_marks_of_images_is_refused(tmp_path: Path) -> None:
+    arguments = build_tiny_qwen_image_21(tmp_path, 3)
+    file = tmp_path / "tokenizer" / "tokenizer.json"
+    file.write_text(file.read_text().replace("<|image_pad|>", "<other>"))
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        (tmp_path / "tokenizer" / name).unlink(missing_ok=True)
+    with pytest.raises(UserError, match=re.escape("has no <|image_pad|>: it belongs to another model; use that of")):
+        build(options_of(arguments))
+
+
+def test_the_language_model_may_be_kept_in_8_bits(tiny: list[str]) -> None:
+    (whole, _), (small, _) = (opened([*tiny, *more]).text_encoders() for more in ([], ["--fp8_vl"]))
+    ids = torch.arange(8)[None]
+    expected, found = whole(ids).last_hidden_state, small(ids).last_hidden_state
+    assert not torch.equal(found, expected)
+    assert torch.nn.functional.cosine_similarity(found, expected, dim=-1).min() > 0.95
+
+
+# Other models' files
+
+
+@pytest.mark.parametrize("name", SCRIPT_OF_OTHERS)
+def test_every_other_script_names_this_one(name: str, tmp_path: Path, tiny: list[str]) -> None:
+    spec = next(s for s in list_specs() if s.script == f"{BASES[name].script}.py")
+    arguments = BASES[name].build(tmp_path)
+    arguments[arguments.index(BASE) + 1] = tiny[1]
+    with pytest.raises(UserError, match=r"a Qwen-Image 2.1 (model|checkpoint); use qwen_image_21_train_network\.py"):
+        spec.build(parsed(spec, arguments))
+
+
+@pytest.mark.parametrize("name", SCRIPT_OF_OTHERS)
+def test_this_script_names_every_other(name: str, tmp_path: Path, tiny: list[str]) -> None:
+    arguments = BASES[name].build(tmp_path)
+    path = arguments[arguments.index(BASE) + 1]
+    with pytest.raises(UserError, match=rf"use {SCRIPT_OF_OTHERS[name]}\.py"):
+        opened([BASE, path, *tiny[2:]])
+
+
+def test_a_folder_is_recognised_by_its_pipeline(tmp_path: Path) -> None:
+    (folder,) = build_tiny_qwen_image_21(tmp_path, 3, "diffusers")[1:]
+    flux = next(spec for spec in list_specs() if spec.script == "flux_train_network.py")
+    with pytest.raises(UserError, match=r"this is a Qwen-Image 2.1 model; use qwen_image_21_train_network\.py"):
+        flux.build(parsed(flux, [BASE, folder]))
+
+
+def parsed(spec: BaseModelSpec, arguments: list[str]) -> Any:
+    parser = importlib.import_module(spec.script.removesuffix(".py")).setup_parser()
+    return spec.options.from_args(parser.parse_args(arguments))
