@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 PARTS = ("embed_tokens.", "layers.", "norm.")  # the rest of a file is the head that predicts words
 WORDS = "embed_tokens.weight"
-DESCRIBE = (  # Qwen-Image's message before a caption, which later models have too
+DESCRIBE = (  # the message before a caption in pipelines with a Qwen-VL
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
     "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
 )

@@ -22,6 +22,7 @@ FILES = {
 TOO_SHORT = {"sd"}  # of packages: half the words of this field begin with it
 
 DOORS = "programs start or import it by this name"
+SHARED_VAE = "a VAE that several models share is called after the one that it came with"
 OPTIONS = "an option of sd-scripts that has a model in its name or is for one alone"
 MAY_NAME_MODELS = {
     "library/flux_train_utils.py": DOORS,
@@ -61,7 +62,9 @@ MAY_NAME_MODELS = {
     "library/diffusion/timesteps.py": "schedules are called after the model or paper that they come from",
     "library/memory/planner/counter.py": "a measurement says what it was made on",
     "library/memory/planner/fakes.py": "a measurement says what it was made on",
-    "library/models/vae/flux.py": "a VAE that several models share is called after the one that it came with",
+    "library/models/vae/flux.py": SHARED_VAE,
+    "library/models/vae/qwen_image.py": SHARED_VAE,
+    "library/models/vae/qwen_image_2d.py": SHARED_VAE,
     "library/models/unet/unet.py": "constants of a U-Net that two packages share, by generation",
 }
 
