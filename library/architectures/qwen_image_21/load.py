@@ -68,7 +68,7 @@ class QwenImage21Loader:
 
     @property
     def text_weights(self) -> tuple[Weights, ...]:
-        """What encodes captions and reference images. Raises NotThere without it."""
+        """Return the weights of the models that encode captions and references. Raises NotThere without them."""
         return (self.language.weights, *([] if self.vision is None else [self.vision.weights]))
 
     def text_encoders(self) -> list[nn.Module]:

@@ -26,7 +26,7 @@ Reader = Callable[[], tuple[Tensor, ...]]
 
 @dataclass(frozen=True, eq=False)
 class SeenReferences:
-    """What text encoders see of each sample: a digest of the content, size and crop of its references."""
+    """A digest of the content, size and crop of each sample's references, as text encoders see them."""
 
     digests_N: NDArray[np.uint64]  # 0 without references
     storage: Storage

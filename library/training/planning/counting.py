@@ -45,6 +45,7 @@ from library.options.training.concepts import ConceptOptions
 from library.options.training.network import NetworkOptions
 from library.options.training.optimizer import OptimizerOptions
 from library.options.training.pairs import PairOptions
+from library.options.training.run import RunOptions
 from library.progress import progress_bar
 from library.protocols import Architecture, TextCacheSpec
 from library.randomness import generator_for
@@ -184,7 +185,7 @@ def count_run(
         other_bytes=bytes_of(*vae),
         adapter_bytes=bytes_of(*(one.module for one in networks)),
         gradient_bytes=gradients,
-        held_gradient_bytes=gradients if passes_accumulate(options) else 0,
+        held_gradient_bytes=gradients if passes_accumulate(options.run, options.pairs) else 0,
         optimizer=optimizer,
         offloaded_indices=waiting.places,
         most_offloaded=waiting.most,
@@ -202,9 +203,9 @@ def rows_of_pass(pairs: PairOptions, batch: BatchShape) -> BatchShape:
     return replace(batch, count=count, reference_sizes=())
 
 
-def passes_accumulate(options: TrainOptions) -> bool:
+def passes_accumulate(run: RunOptions, pairs: PairOptions) -> bool:
     """Return True if a step adds up the gradients of several passes."""
-    return options.run.gradient_accumulation_steps > 1 or options.pairs.pair_slider is not None
+    return run.gradient_accumulation_steps > 1 or pairs.pair_slider is not None
 
 
 def count_some_blocks(chains: Sequence[nn.ModuleList], count: Callable[[Repeats], Timeline]) -> Timeline:
@@ -452,7 +453,7 @@ def count_step(
     # By prompts and with pairs adapters run one after another; the largest is counted.
     runs_alone = options.concepts is not None or options.pairs.are_trained
     alone = sizes.index(max(sizes)) if runs_alone else None
-    num_passes = 2 if passes_accumulate(options) else 1
+    num_passes = 2 if passes_accumulate(options.run, options.pairs) else 1
 
     def give_runner(runner: BlockRunner) -> None:
         arch.run_blocks_with(models.denoiser, runner)
