@@ -43,13 +43,14 @@ def scan_files(
     num_threads: int,
     keys: Sequence[str],
     read_rows: Callable[[SourceFile], Sequence[Row]],
-    open_readers: Callable[[SourceFile], Sequence[Reader]] = lambda file: (),
+    open_reader: Callable[[SourceFile], Reader | None] = lambda file: None,
+    open_reference_readers: Callable[[SourceFile], Sequence[Reader]] = lambda file: (),
 ) -> ScannedSubset:
     """List the images of larger files, in the order of the files and of their places in them.
 
     `read_rows` lists one file that is not indexed, `keys` are keys of the subset that affect its result, and
-    `open_readers` returns the reader of the images of all files, given the first, then those of their references; none
-    if they are byte ranges. Raises UserError for files that are missing, damaged or of another kind.
+    `open_reader` returns the reader of the images of all files, given the first, and `open_reference_readers` those of
+    their references by number. Raises UserError for files that are missing, damaged or of another kind.
     """
     if config.cache_info:
         logger.warning("cache_info has no effect on %s, whose images have an index", config.source)
@@ -57,7 +58,8 @@ def scan_files(
     files = [SourceFile(*file) for file in zip(paths, shown, (stamp.num_bytes for stamp in known.stamps), strict=True)]
     path, title = index_path(shown, known, storage), f"indexing {config.base_name}"
     table = read_index(path, known, lambda number: read_rows(files[number]), num_threads, title, config.keeps_index)
-    found = found_in(table, config, paths, shown, open_readers(files[0]))
+    readers = [open_reader(files[0]), *open_reference_readers(files[0])]
+    found = found_in(table, config, paths, shown, readers)
     del table
     release_memory()
     return found
@@ -124,7 +126,7 @@ def index_path(shown: Sequence[str], files: IndexedFiles, storage: Storage) -> P
 
 
 def found_in(
-    table: Any, config: SubsetConfig, files: Sequence[str], shown: Sequence[str], readers: Sequence[Reader]
+    table: Any, config: SubsetConfig, files: Sequence[str], shown: Sequence[str], readers: Sequence[Reader | None]
 ) -> ScannedSubset:
     """Convert the rows of an index to images. Raises UserError if only some have references."""
     import pyarrow.compute as compute
@@ -148,7 +150,7 @@ def found_in(
             numbers(table["start"], np.int64),
             numbers(table["num_bytes"], np.int64),
             digests_of(table["digest"]),
-            None if is_url else next(iter(readers), None),
+            None if is_url else readers[0],
             texts_of(table["url"]) if is_url else None,
         ),
     )
@@ -164,7 +166,7 @@ def found_in(
 
 
 def references_in(
-    column: Any, images: ScannedImages, config: SubsetConfig, readers: Sequence[Reader]
+    column: Any, images: ScannedImages, config: SubsetConfig, readers: Sequence[Reader | None]
 ) -> References | None:
     """Convert the references of images; None if there are none. Raises UserError if only some images have any."""
     import pyarrow.compute as compute
