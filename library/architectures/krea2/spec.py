@@ -38,7 +38,7 @@ SPECS = (
         build=build,
         checkpoint=(Sign(r"(^|\.)(txtfusion|text_fusion)\.projector\."),),
         adapter=(
-            Sign(r"_(txtfusion|text_fusion)_|_attn_to_gate_|(?<!img)_(mlp|ff)_(gate|up|down)_"),
+            Sign(r"_(txtfusion|text_fusion)_|_attn_to_gate_|(?<!img)_(mlp|ff)_(gate|up|down)_(?!proj|layer)"),
             Sign(r"_blocks_\d+_attn_(wq|wk|wv|wo|gate)_"),
         ),
         version=r"krea2",
