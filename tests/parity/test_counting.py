@@ -116,7 +116,11 @@ def test_the_step_of_a_base_model_takes_what_is_counted(name: str, recomputes: b
 @pytest.mark.parametrize(
     "recomputes", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["keeps all", "recomputes all"]
 )
-@pytest.mark.parametrize("words", [("--preference_loss", "dpo"), ("--pair_slider", "1")], ids=["dpo", "slider"])
+@pytest.mark.parametrize(
+    "words",
+    [("--preference_loss", "dpo"), pytest.param(("--pair_slider", "1"), marks=pytest.mark.nightly)],
+    ids=["dpo", "slider"],
+)
 @pytest.mark.parametrize("name", ["sd", pytest.param("flux", marks=pytest.mark.nightly)])
 def test_the_step_of_pairs_takes_what_is_counted(
     name: str, words: tuple[str, str], recomputes: bool, tmp_path: Path
@@ -204,6 +208,7 @@ def opened_again(options: TrainOptions, arch: Architecture) -> tuple[TrainOption
     return options, next(card for card in SCRIPTS.values() if type(options) is card.options).build(options)
 
 
+@pytest.mark.nightly
 def test_a_moving_average_takes_four_bytes_for_each_trained_value_all_the_time(tmp_path: Path) -> None:
     options, arch = opened("sd", tmp_path / "model", "--mixed_precision", "no")
     plain = count_run(options, arch, SHAPE, CPU).step

@@ -93,7 +93,10 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+QUICK = ("dora", "dropouts", "loha", "oft_v2")  # the others are nightly
+
+
+@pytest.mark.parametrize("kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.nightly) for k in KINDS])
 def test_no_kind_of_adapter_makes_the_host_wait(kind: str, tmp_path: Path) -> None:
     module, arguments = KINDS[kind]
     words = ["--network_module", f"networks.{module}", "--network_dropout", "0.2" if kind == "dropouts" else "0"]

@@ -18,7 +18,7 @@ Train = Callable[..., Finished]
 
 
 # the U-Nets compute no angles, and those of the others are one function's: what else a run needs is the same
-SLOW = ("sd", "sd2", "sdxl", "chroma", "sd3", "hunyuan_image", "lumina", "anima")
+SLOW = tuple(name for name in BASES if name not in ("flux", "flux_2"))
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.nightly] if n in SLOW else []) for n in BASES])
