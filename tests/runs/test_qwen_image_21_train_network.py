@@ -220,7 +220,7 @@ def test_the_alpha_channel_is_trained_unless_it_is_a_mask(
     [
         (["--text_encoder", "missing.safetensors"], "--text_encoder missing.safetensors does not exist"),
         (["--network_train_text_encoder_only"], "its text encoder cannot be trained"),
-        (["--timestep_sampling", "krea2_shift"], "invalid choice: 'krea2_shift'"),
+        (["--timestep_sampling", "ideogram4_shift"], "invalid choice: 'ideogram4_shift'"),
         (["--model_version", "edit"], "there is one Qwen-Image 2.1"),
         (["--qwen3", "x.safetensors"], "use --text_encoder"),
         (["--fp8_llm"], "use --fp8_vl"),

@@ -232,16 +232,19 @@ def stack_rows(rows: Sequence[Row], padding: Mapping[str, float]) -> Conditionin
 
 
 def without_padding(row: Row, padding: Mapping[str, float]) -> Row:
-    """Cut off the last entries that are padding for every key of `padding`; `stack_rows` adds them again."""
-    if not padding:
-        return row
-    are_padding_T = [
-        (row[key] == value).flatten(1).all(1) if row[key].ndim > 1 else row[key] == value
-        for key, value in padding.items()
-    ]
-    used_T = ~torch.stack(are_padding_T).all(0)
-    length = int(used_T.nonzero().max()) + 1 if used_T.any() else 1
-    return {key: tensor[:length] if key in padding else tensor for key, tensor in row.items()}
+    """Cut off the last entries that are padding for every key of `padding` of the same length; `stack_rows` adds them
+    again."""
+    trimmed = dict(row)
+    for length in {len(row[key]) for key in padding}:
+        own = [key for key in padding if len(row[key]) == length]
+        are_padding_T = [
+            (row[key] == padding[key]).flatten(1).all(1) if row[key].ndim > 1 else row[key] == padding[key]
+            for key in own
+        ]
+        used_T = ~torch.stack(are_padding_T).all(0)
+        most = int(used_T.nonzero().max()) + 1 if used_T.any() else 1
+        trimmed |= {key: row[key][:most] for key in own}
+    return trimmed
 
 
 def filled_up(tensor: Tensor, length: int, value: float) -> Tensor:
