@@ -1,14 +1,24 @@
 """musubi-tuner's names of options, for the base models that it trains too."""
 
+import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from library.options.base import Options, option
+from library.options.base import Options, group, option
+from library.options.caching import TextCachingOptions
+from library.options.machine.memory import ScaledPrecisionOptions
+from library.options.model import ReadingOptions
 from library.options.train import TrainOptions
+from library.options.training.flow import (
+    FlowPredictionOptions,
+    FlowSamplingOptions,
+    FlowWeightingOptions,
+    TimestepPreviewOptions,
+)
 
 OWN_ATTENTION = "attention is torch's scaled dot product, which has flash attention of its own"
-OptionsT = TypeVar("OptionsT", bound=TrainOptions)
+OptionsT = TypeVar("OptionsT", bound="DitTrainOptions")
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,36 @@ ALTERNATIVES: Mapping[str, str] = {
     "disable_numpy_memmap": "files are never mapped into memory",
 }
 """Alternatives to options of other scripts and programs; they end the error for such an option."""
+
+
+@dataclass(frozen=True)
+class PartOptions(Options):
+    """The parts of the base model."""
+
+    text_encoder: str | None = option(
+        None, usual=True, help="File or folder of the text encoder. Unset takes it from the base."
+    )
+
+
+@dataclass(frozen=True)
+class DitTrainOptions(TrainOptions):
+    """The options of a base model that musubi-tuner trains too; each declares its own `parts` and `flow_sampling`."""
+
+    precision: ScaledPrecisionOptions = group(ScaledPrecisionOptions)
+    dit: DitOptions = group(DitOptions)
+    parts: PartOptions = group(PartOptions)
+    text_caching: TextCachingOptions = group(TextCachingOptions)
+    flow_sampling: FlowSamplingOptions = group(FlowSamplingOptions)
+    flow_weighting: FlowWeightingOptions = group(FlowWeightingOptions)
+    flow_prediction: FlowPredictionOptions = group(FlowPredictionOptions)
+    timestep_preview: TimestepPreviewOptions = group(TimestepPreviewOptions)
+    reading: ReadingOptions = group(ReadingOptions)
+
+    @classmethod
+    def from_args(cls: type[OptionsT], args: argparse.Namespace) -> OptionsT:
+        """Collect the parsed values and resolve `dit`."""
+        options = super().from_args(args)
+        return resolve_dit(options, options.dit.dit)
 
 
 def resolve_dit(options: OptionsT, dit: str | None) -> OptionsT:

@@ -61,7 +61,7 @@ def build(options: Flux2Options) -> Architecture:
     RECIPE.check(options)
     loader, release = open_loader(options)
     given = options.model.pretrained_model_name_or_path or ""
-    distilled = is_distilled(release, options.flux_2.model_version, given, loader.path)
+    distilled = is_distilled(release, options.parts.model_version, given, loader.path)
     if distilled and not options.network.base_weights:
         logger.warning(
             "%s is %s, which is distilled: training undoes the distillation. Train on FLUX.2 klein base, whose "
@@ -119,7 +119,7 @@ def build_objective(options: Flux2Options) -> FlowMatching:
 
 def build_text(options: Flux2Options, loader: Flux2Loader) -> Flux2Text:
     """Build the tokenizer, searched beside the base model and the encoder."""
-    beside = folders_beside(loader.path, options.flux_2.text_encoder)
+    beside = folders_beside(loader.path, options.parts.text_encoder)
     folders = [folder / "tokenizer" for folder in beside] + beside[1:]
     encoder = loader.encoder
     tokenizer = encoder.load_tokenizer(folders, options.model.tokenizer_cache_dir, loader.num_words)

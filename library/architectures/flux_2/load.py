@@ -76,7 +76,7 @@ def open_loader(options: Flux2Options) -> tuple[Flux2Loader, Release]:
 
     Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
     """
-    given = {"text_encoder": options.flux_2.text_encoder, "vae": options.model.vae}
+    given = {"text_encoder": options.parts.text_encoder, "vae": options.model.vae}
     base = open_base(
         options.model.pretrained_model_name_or_path,
         "the file of FLUX.2's transformer, or a diffusers folder",
@@ -84,7 +84,7 @@ def open_loader(options: Flux2Options) -> tuple[Flux2Loader, Release]:
     )
     weights = denoiser_of(base)
     config = configure(weights, read_config)
-    release = release_of(config, options.flux_2.model_version, str(base.path))
+    release = release_of(config, options.parts.model_version, str(base.path))
     loader = loader_of(options, base, config, weights, release.encoder)
     if config.in_features != SPEC.channels:
         raise UserError(
@@ -100,8 +100,8 @@ def open_encoder(options: Flux2Options, flag: str) -> Flux2Loader:
     `open_loader` does, and without either."""
     if options.model.pretrained_model_name_or_path:
         return open_loader(options)[0]
-    version = options.flux_2.model_version
-    name = options.model.vae if flag == "--vae" else options.flux_2.text_encoder
+    version = options.parts.model_version
+    name = options.model.vae if flag == "--vae" else options.parts.text_encoder
     base, nothing = without_base(flag, name)
     encoder = release_named(version or "dev").encoder
     if flag == FLAG:
@@ -115,7 +115,7 @@ def loader_of(
     texts_are_cached = config is None or options.text_caching.cache_text_encoder_outputs_to_disk
     latents_are_cached = config is None or options.caching.cache_latents_to_disk
     dtype = DTYPES[options.precision.mixed_precision]
-    name = options.flux_2.text_encoder
+    name = options.parts.text_encoder
     return Flux2Loader(
         path=base.path,
         config=config,
@@ -126,7 +126,7 @@ def loader_of(
         dtype=dtype,
         text_dtype=torch.bfloat16 if dtype == torch.float16 else dtype,  # the states of both overflow float16
         vae_dtype=vae_dtype_of(options.model, options.precision.mixed_precision),
-        shrinks_text=options.flux_2.fp8_text_encoder,
+        shrinks_text=options.parts.fp8_text_encoder,
     )
 
 

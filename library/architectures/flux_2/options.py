@@ -1,29 +1,17 @@
 """The options of FLUX.2 only, and musubi-tuner's names for them."""
 
-import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
-from library.options.base import Options, group, option, redeclared
-from library.options.caching import TextCachingOptions
-from library.options.dit import ALTERNATIVES, DitOptions, resolve_dit
-from library.options.machine.memory import ScaledPrecisionOptions
-from library.options.model import ReadingOptions
-from library.options.train import TrainOptions
-from library.options.training.flow import (
-    FlowPredictionOptions,
-    FlowSamplingOptions,
-    FlowWeightingOptions,
-    TimestepPreviewOptions,
-)
+from library.options.base import group, option, redeclared
+from library.options.dit import ALTERNATIVES, DitTrainOptions, PartOptions
+from library.options.training.flow import FlowSamplingOptions
 
-OptionsT = TypeVar("OptionsT", bound="Flux2Options")
 VERSIONS = ("dev", "klein-4b", "klein-base-4b", "klein-9b", "klein-base-9b")
 
 
 @dataclass(frozen=True)
-class Flux2ModelOptions(Options):
+class Flux2ModelOptions(PartOptions):
     """The parts of the base model."""
 
     text_encoder: str | None = option(
@@ -59,21 +47,8 @@ INSTEAD: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
-class Flux2Options(TrainOptions):
+class Flux2Options(DitTrainOptions):
     """All options of flux_2_train_network.py."""
 
-    precision: ScaledPrecisionOptions = group(ScaledPrecisionOptions)
-    dit: DitOptions = group(DitOptions)
-    flux_2: Flux2ModelOptions = group(Flux2ModelOptions)
-    text_caching: TextCachingOptions = group(TextCachingOptions)
+    parts: Flux2ModelOptions = group(Flux2ModelOptions)
     flow_sampling: Flux2SamplingOptions = group(Flux2SamplingOptions)
-    flow_weighting: FlowWeightingOptions = group(FlowWeightingOptions)
-    flow_prediction: FlowPredictionOptions = group(FlowPredictionOptions)
-    timestep_preview: TimestepPreviewOptions = group(TimestepPreviewOptions)
-    reading: ReadingOptions = group(ReadingOptions)
-
-    @classmethod
-    def from_args(cls: type[OptionsT], args: argparse.Namespace) -> OptionsT:
-        """Collect the parsed values and resolve `dit`."""
-        options = super().from_args(args)
-        return resolve_dit(options, options.dit.dit)

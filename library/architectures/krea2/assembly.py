@@ -60,7 +60,7 @@ def build(options: Krea2Options) -> Architecture:
     """
     RECIPE.check(options)
     loader = open_loader(options)
-    turbo = is_turbo(options.krea2.dit_variant, options.model.pretrained_model_name_or_path or "", loader.path)
+    turbo = is_turbo(options.parts.dit_variant, options.model.pretrained_model_name_or_path or "", loader.path)
     if turbo and not options.network.base_weights:
         logger.warning(
             "%s is Krea 2 Turbo, which is distilled: training undoes the distillation, and previews blur. Train on "
@@ -107,7 +107,7 @@ def build_objective(options: Krea2Options) -> FlowMatching:
 
 def build_text(options: Krea2Options, loader: Krea2Loader) -> Krea2Text:
     """Build the tokenizer, searched beside the base model and the encoder."""
-    beside = folders_beside(loader.path, options.krea2.text_encoder)
+    beside = folders_beside(loader.path, options.parts.text_encoder)
     folders = [folder / "tokenizer" for folder in beside] + beside[1:]
     tokenizer = load_qwen3_tokenizer(QWEN3_VL, folders, options.model.tokenizer_cache_dir, loader.num_words)
     check_marks(tokenizer, MARKS, QWEN3_VL.hub_name)

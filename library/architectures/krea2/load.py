@@ -92,7 +92,7 @@ def open_loader(options: Krea2Options) -> Krea2Loader:
 
     Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
     """
-    given = {"text_encoder": options.krea2.text_encoder, "vae": options.model.vae}
+    given = {"text_encoder": options.parts.text_encoder, "vae": options.model.vae}
     base = open_base(
         options.model.pretrained_model_name_or_path,
         "the file of Krea 2's transformer, or a diffusers folder",
@@ -110,13 +110,13 @@ def open_encoder(options: Krea2Options, flag: str) -> Krea2Loader:
     `open_loader` does, and without either."""
     if options.model.pretrained_model_name_or_path:
         return open_loader(options)
-    name = options.model.vae if flag == "--vae" else options.krea2.text_encoder
+    name = options.model.vae if flag == "--vae" else options.parts.text_encoder
     base, nothing = without_base(flag, name)
     return loader_of(options, base, None, nothing)
 
 
 def loader_of(options: Krea2Options, base: BaseFiles, config: Krea2Config | None, weights: Weights) -> Krea2Loader:
-    encoder, vae = options.krea2.text_encoder, options.model.vae
+    encoder, vae = options.parts.text_encoder, options.model.vae
     texts_are_cached = config is None or options.text_caching.cache_text_encoder_outputs_to_disk
     latents_are_cached = config is None or options.caching.cache_latents_to_disk
     dtype = DTYPES[options.precision.mixed_precision]
@@ -130,7 +130,7 @@ def loader_of(options: Krea2Options, base: BaseFiles, config: Krea2Config | None
         dtype=dtype,
         text_dtype=torch.bfloat16 if dtype == torch.float16 else dtype,  # Qwen3-VL's states overflow float16
         vae_dtype=vae_dtype_of(options.model, options.precision.mixed_precision),
-        shrinks_text=options.krea2.fp8_text_encoder,
+        shrinks_text=options.parts.fp8_text_encoder,
     )
 
 
@@ -141,7 +141,7 @@ def denoiser_of(base: BaseFiles) -> Weights:
 
 def open_turbo(options: Krea2Options, base: Weights) -> Weights | None:
     """Open the denoiser of --turbo_dit. Raises UserError if it cannot stand in for the base, or for this adapter."""
-    name = options.krea2.turbo_dit
+    name = options.parts.turbo_dit
     if name is None:
         return None
     weights = denoiser_of(open_files(TURBO_FLAG, find_model(TURBO_FLAG, name, (("transformer",),))))

@@ -1,29 +1,17 @@
 """The options of Krea 2 only, and musubi-tuner's names for them."""
 
-import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
-from library.options.base import Options, group, option, redeclared
-from library.options.caching import TextCachingOptions
-from library.options.dit import ALTERNATIVES, DitOptions, resolve_dit
-from library.options.machine.memory import ScaledPrecisionOptions
-from library.options.model import ReadingOptions
-from library.options.train import TrainOptions
-from library.options.training.flow import (
-    FlowPredictionOptions,
-    FlowSamplingOptions,
-    FlowWeightingOptions,
-    TimestepPreviewOptions,
-)
+from library.options.base import group, option, redeclared
+from library.options.dit import ALTERNATIVES, DitTrainOptions, PartOptions
+from library.options.training.flow import FlowSamplingOptions
 
-OptionsT = TypeVar("OptionsT", bound="Krea2Options")
 IN_PLACE = "previews exchange all weights where they lie on the GPU"
 
 
 @dataclass(frozen=True)
-class Krea2ModelOptions(Options):
+class Krea2ModelOptions(PartOptions):
     """The parts of the base model."""
 
     text_encoder: str | None = option(
@@ -73,21 +61,8 @@ INSTEAD: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
-class Krea2Options(TrainOptions):
+class Krea2Options(DitTrainOptions):
     """All options of krea2_train_network.py."""
 
-    precision: ScaledPrecisionOptions = group(ScaledPrecisionOptions)
-    dit: DitOptions = group(DitOptions)
-    krea2: Krea2ModelOptions = group(Krea2ModelOptions)
-    text_caching: TextCachingOptions = group(TextCachingOptions)
+    parts: Krea2ModelOptions = group(Krea2ModelOptions)
     flow_sampling: Krea2SamplingOptions = group(Krea2SamplingOptions)
-    flow_weighting: FlowWeightingOptions = group(FlowWeightingOptions)
-    flow_prediction: FlowPredictionOptions = group(FlowPredictionOptions)
-    timestep_preview: TimestepPreviewOptions = group(TimestepPreviewOptions)
-    reading: ReadingOptions = group(ReadingOptions)
-
-    @classmethod
-    def from_args(cls: type[OptionsT], args: argparse.Namespace) -> OptionsT:
-        """Collect the parsed values and resolve `dit`."""
-        options = super().from_args(args)
-        return resolve_dit(options, options.dit.dit)

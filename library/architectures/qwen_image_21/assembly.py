@@ -93,7 +93,7 @@ def build_objective(options: QwenImage21Options) -> FlowMatching:
 
 def build_text(options: QwenImage21Options, loader: QwenImage21Loader) -> QwenImage21Text:
     """Build the tokenizer, searched beside the base model and the encoder."""
-    beside = folders_beside(loader.path, options.qwen_image_21.text_encoder)
+    beside = folders_beside(loader.path, options.parts.text_encoder)
     folders = [folder / name for folder in beside for name in ("processor", "tokenizer")] + beside[1:]
     tokenizer = load_qwen3_tokenizer(QWEN3_VL, folders, options.model.tokenizer_cache_dir, loader.num_words)
     check_tokenizer(tokenizer)

@@ -91,7 +91,7 @@ def open_loader(options: QwenImage21Options) -> QwenImage21Loader:
 
     Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
     """
-    given = {"text_encoder": options.qwen_image_21.text_encoder, "vae": options.model.vae}
+    given = {"text_encoder": options.parts.text_encoder, "vae": options.model.vae}
     base = open_base(
         options.model.pretrained_model_name_or_path,
         "the file of Qwen-Image 2.1's transformer, or a diffusers folder",
@@ -114,7 +114,7 @@ def open_encoder(options: QwenImage21Options, flag: str) -> QwenImage21Loader:
     `open_loader` does, and without either."""
     if options.model.pretrained_model_name_or_path:
         return open_loader(options)
-    name = options.model.vae if flag == "--vae" else options.qwen_image_21.text_encoder
+    name = options.model.vae if flag == "--vae" else options.parts.text_encoder
     if name is None:
         raise UserError(f"{flag} is missing: name its file or folder, or the whole model with --dit")
     path = Path(name).expanduser()
@@ -127,7 +127,7 @@ def loader_of(
 ) -> QwenImage21Loader:
     texts_are_cached = config is None or options.text_caching.cache_text_encoder_outputs_to_disk
     latents_are_cached = config is None or options.caching.cache_latents_to_disk
-    name, dtype = options.qwen_image_21.text_encoder, DTYPES[options.precision.mixed_precision]
+    name, dtype = options.parts.text_encoder, DTYPES[options.precision.mixed_precision]
     text = open_if_there(texts_are_cached, lambda: open_qwen3_vl(name, base))
     return QwenImage21Loader(
         path=base.path,
@@ -139,7 +139,7 @@ def loader_of(
         dtype=dtype,
         text_dtype=torch.bfloat16 if dtype == torch.float16 else dtype,  # Qwen3-VL's states overflow float16
         vae_dtype=vae_dtype_of(options.model, options.precision.mixed_precision),
-        shrinks_text=options.qwen_image_21.fp8_vl,
+        shrinks_text=options.parts.fp8_vl,
     )
 
 

@@ -60,7 +60,7 @@ def build(options: ZImageOptions) -> Architecture:
     """
     RECIPE.check(options)
     loader = open_loader(options)
-    turbo = is_turbo(options.zimage.model_version, options.model.pretrained_model_name_or_path or "")
+    turbo = is_turbo(options.parts.model_version, options.model.pretrained_model_name_or_path or "")
     if turbo and not options.network.base_weights:
         logger.warning(
             "%s is Z-Image Turbo, which is distilled: training undoes the distillation, and previews blur. Add "
@@ -108,7 +108,7 @@ def build_objective(options: ZImageOptions) -> FlowMatching:
 
 def build_text(options: ZImageOptions, loader: ZImageLoader) -> ZImageText:
     """Build the tokenizer, searched beside the base model and the encoder."""
-    beside = folders_beside(loader.path, options.zimage.text_encoder)
+    beside = folders_beside(loader.path, options.parts.text_encoder)
     folders = [folder / "tokenizer" for folder in beside] + beside[1:]
     tokenizer = load_qwen3_tokenizer(QWEN3, folders, options.model.tokenizer_cache_dir, loader.num_words)
     check_marks(tokenizer, (BEGIN, END), QWEN3.hub_name)

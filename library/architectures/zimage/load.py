@@ -76,7 +76,7 @@ def open_loader(options: ZImageOptions) -> ZImageLoader:
 
     Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
     """
-    given = {"text_encoder": options.zimage.text_encoder, "vae": options.model.vae}
+    given = {"text_encoder": options.parts.text_encoder, "vae": options.model.vae}
     base = open_base(
         options.model.pretrained_model_name_or_path,
         "the file of Z-Image's transformer, or a diffusers folder",
@@ -94,13 +94,13 @@ def open_encoder(options: ZImageOptions, flag: str) -> ZImageLoader:
     `open_loader` does, and without either."""
     if options.model.pretrained_model_name_or_path:
         return open_loader(options)
-    name = options.model.vae if flag == "--vae" else options.zimage.text_encoder
+    name = options.model.vae if flag == "--vae" else options.parts.text_encoder
     base, nothing = without_base(flag, name)
     return loader_of(options, base, None, nothing)
 
 
 def loader_of(options: ZImageOptions, base: BaseFiles, config: ZImageConfig | None, weights: Weights) -> ZImageLoader:
-    encoder, ae = options.zimage.text_encoder, options.model.vae
+    encoder, ae = options.parts.text_encoder, options.model.vae
     texts_are_cached = config is None or options.text_caching.cache_text_encoder_outputs_to_disk
     latents_are_cached = config is None or options.caching.cache_latents_to_disk
     dtype = DTYPES[options.precision.mixed_precision]
@@ -113,7 +113,7 @@ def loader_of(options: ZImageOptions, base: BaseFiles, config: ZImageConfig | No
         dtype=dtype,
         text_dtype=torch.bfloat16 if dtype == torch.float16 else dtype,  # Qwen3's states overflow float16
         vae_dtype=vae_dtype_of(options.model, options.precision.mixed_precision),
-        shrinks_text=options.zimage.fp8_llm,
+        shrinks_text=options.parts.fp8_llm,
     )
 
 

@@ -1,28 +1,15 @@
 """The options of Z-Image only, and musubi-tuner's names for them."""
 
-import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
-from library.options.base import Options, group, option, redeclared
-from library.options.caching import TextCachingOptions
-from library.options.dit import ALTERNATIVES, DitOptions, resolve_dit
-from library.options.machine.memory import ScaledPrecisionOptions
-from library.options.model import ReadingOptions
-from library.options.train import TrainOptions
-from library.options.training.flow import (
-    FlowPredictionOptions,
-    FlowSamplingOptions,
-    FlowWeightingOptions,
-    TimestepPreviewOptions,
-)
-
-OptionsT = TypeVar("OptionsT", bound="ZImageOptions")
+from library.options.base import group, option, redeclared
+from library.options.dit import ALTERNATIVES, DitTrainOptions, PartOptions
+from library.options.training.flow import FlowSamplingOptions
 
 
 @dataclass(frozen=True)
-class ZImageModelOptions(Options):
+class ZImageModelOptions(PartOptions):
     """The parts of the base model."""
 
     text_encoder: str | None = option(
@@ -56,21 +43,8 @@ INSTEAD: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
-class ZImageOptions(TrainOptions):
+class ZImageOptions(DitTrainOptions):
     """All options of zimage_train_network.py."""
 
-    precision: ScaledPrecisionOptions = group(ScaledPrecisionOptions)
-    dit: DitOptions = group(DitOptions)
-    zimage: ZImageModelOptions = group(ZImageModelOptions)
-    text_caching: TextCachingOptions = group(TextCachingOptions)
+    parts: ZImageModelOptions = group(ZImageModelOptions)
     flow_sampling: ZImageSamplingOptions = group(ZImageSamplingOptions)
-    flow_weighting: FlowWeightingOptions = group(FlowWeightingOptions)
-    flow_prediction: FlowPredictionOptions = group(FlowPredictionOptions)
-    timestep_preview: TimestepPreviewOptions = group(TimestepPreviewOptions)
-    reading: ReadingOptions = group(ReadingOptions)
-
-    @classmethod
-    def from_args(cls: type[OptionsT], args: argparse.Namespace) -> OptionsT:
-        """Collect the parsed values and resolve `dit`."""
-        options = super().from_args(args)
-        return resolve_dit(options, options.dit.dit)
