@@ -192,11 +192,11 @@ def open_denoiser(
     base: BaseFiles,
     wanted: str,
     mark: str,
-    diffusers_mark: str,
-    from_diffusers: Callable[[Weights], Weights],
+    diffusers_mark: str | None = None,
+    from_diffusers: Callable[[Weights], Weights] = lambda weights: weights,
 ) -> Weights:
     """Open the denoiser of `wanted` under the names of its original layout, which have `mark`; a file with
-    `diffusers_mark` is renamed. Raises UserError for another model, naming it."""
+    `diffusers_mark`, if there is another layout, is renamed. Raises UserError for another model, naming it."""
     weights = open_transformer(specs, base, wanted)
     refuse_variants(specs, base.flag, str(base.path), weights.shapes)
     if diffusers_mark in weights.shapes:

@@ -21,11 +21,12 @@ from library.architectures.flux_2.releases import (
 from library.architectures.flux_2.vae import SPEC, load_flux_2_vae, open_vae
 from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
-from library.checkpoints.base_files import BaseFiles, open_base, without_base
+from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.weights import Weights, configure
 from library.errors import UserError
 from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
+from library.models.dit import open_dit, open_without_dit, text_dtype_of
 from library.models.identify import open_denoiser
 from library.models.language_models import WORDS, store_in_8_bits
 from library.models.loading import Component, MaybeComponent, first_side, materialise, on_meta_device, open_if_there
@@ -76,12 +77,7 @@ def open_loader(options: Flux2Options) -> tuple[Flux2Loader, Release]:
 
     Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
     """
-    given = {"text_encoder": options.parts.text_encoder, "vae": options.model.vae}
-    base = open_base(
-        options.model.pretrained_model_name_or_path,
-        "the file of FLUX.2's transformer, or a diffusers folder",
-        [folder for folder in ("transformer", "text_encoder", "vae") if given.get(folder) is None],
-    )
+    base = open_dit(options, MODEL)
     weights = denoiser_of(base)
     config = configure(weights, read_config)
     release = release_of(config, options.parts.model_version, str(base.path))
@@ -100,9 +96,8 @@ def open_encoder(options: Flux2Options, flag: str) -> Flux2Loader:
     `open_loader` does, and without either."""
     if options.model.pretrained_model_name_or_path:
         return open_loader(options)[0]
+    base, nothing = open_without_dit(options, flag)
     version = options.parts.model_version
-    name = options.model.vae if flag == "--vae" else options.parts.text_encoder
-    base, nothing = without_base(flag, name)
     encoder = release_named(version or "dev").encoder
     if flag == FLAG:
         encoder = encoder_of(model_lookup.open_model(FLAG, str(base.path), FOLDER)[1], version)
@@ -124,7 +119,7 @@ def loader_of(
         encoder_component=open_if_there(texts_are_cached, lambda: open_text_encoder(name, base, encoder)),
         ae=open_if_there(latents_are_cached, lambda: open_vae(MODEL, options.model.vae, base)),
         dtype=dtype,
-        text_dtype=torch.bfloat16 if dtype == torch.float16 else dtype,  # the states of both overflow float16
+        text_dtype=text_dtype_of(options),
         vae_dtype=vae_dtype_of(options.model, options.precision.mixed_precision),
         shrinks_text=options.parts.fp8_text_encoder,
     )

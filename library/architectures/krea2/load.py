@@ -12,12 +12,13 @@ from library.architectures.krea2.model import PATCH, Krea2Config, SingleStreamDi
 from library.architectures.krea2.options import Krea2Options
 from library.architectures.krea2.text import LAYERS
 from library.architectures.specs import list_specs
-from library.checkpoints.base_files import BaseFiles, open_base, open_files, without_base
+from library.checkpoints.base_files import BaseFiles, open_files
 from library.checkpoints.model_lookup import find_model, read_json
 from library.checkpoints.weights import Weights, configure
 from library.errors import UserError
 from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
+from library.models.dit import open_dit, open_without_dit, text_dtype_of
 from library.models.identify import open_denoiser
 from library.models.language_models import WORDS, store_in_8_bits, with_first_layers
 from library.models.loading import (
@@ -92,12 +93,7 @@ def open_loader(options: Krea2Options) -> Krea2Loader:
 
     Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
     """
-    given = {"text_encoder": options.parts.text_encoder, "vae": options.model.vae}
-    base = open_base(
-        options.model.pretrained_model_name_or_path,
-        "the file of Krea 2's transformer, or a diffusers folder",
-        [folder for folder in ("transformer", "text_encoder", "vae") if given.get(folder) is None],
-    )
+    base = open_dit(options, MODEL)
     weights = denoiser_of(base)
     config = configure(weights, read_config)
     loader = loader_of(options, base, config, weights)
@@ -110,8 +106,7 @@ def open_encoder(options: Krea2Options, flag: str) -> Krea2Loader:
     `open_loader` does, and without either."""
     if options.model.pretrained_model_name_or_path:
         return open_loader(options)
-    name = options.model.vae if flag == "--vae" else options.parts.text_encoder
-    base, nothing = without_base(flag, name)
+    base, nothing = open_without_dit(options, flag)
     return loader_of(options, base, None, nothing)
 
 
@@ -128,7 +123,7 @@ def loader_of(options: Krea2Options, base: BaseFiles, config: Krea2Config | None
         qwen3_vl=open_if_there(texts_are_cached, lambda: open_qwen3_vl(encoder, base)),
         vae_component=open_if_there(latents_are_cached, lambda: open_vae(MODEL, vae, base)),
         dtype=dtype,
-        text_dtype=torch.bfloat16 if dtype == torch.float16 else dtype,  # Qwen3-VL's states overflow float16
+        text_dtype=text_dtype_of(options),
         vae_dtype=vae_dtype_of(options.model, options.precision.mixed_precision),
         shrinks_text=options.parts.fp8_text_encoder,
     )

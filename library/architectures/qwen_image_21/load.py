@@ -11,12 +11,13 @@ from library.architectures.qwen_image_21.model import QwenImage21, QwenImage21Co
 from library.architectures.qwen_image_21.options import QwenImage21Options
 from library.architectures.qwen_image_21.vae import CHANNELS, load_qwen_image_21_vae, open_vae
 from library.architectures.specs import list_specs
-from library.checkpoints.base_files import BaseFiles, open_base
+from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.weights import Weights, configure
 from library.errors import UserError
 from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
-from library.models.identify import open_transformer, refuse_transformer, refuse_variants
+from library.models.dit import open_dit, open_without_dit, text_dtype_of
+from library.models.identify import open_denoiser
 from library.models.language_models import WORDS, store_in_8_bits
 from library.models.loading import (
     Component,
@@ -91,12 +92,7 @@ def open_loader(options: QwenImage21Options) -> QwenImage21Loader:
 
     Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
     """
-    given = {"text_encoder": options.parts.text_encoder, "vae": options.model.vae}
-    base = open_base(
-        options.model.pretrained_model_name_or_path,
-        "the file of Qwen-Image 2.1's transformer, or a diffusers folder",
-        [folder for folder in ("transformer", "text_encoder", "vae") if given.get(folder) is None],
-    )
+    base = open_dit(options, MODEL)
     weights = denoiser_of(base)
     config = configure(weights, read_config)
     loader = loader_of(options, base, config, weights)
@@ -114,12 +110,8 @@ def open_encoder(options: QwenImage21Options, flag: str) -> QwenImage21Loader:
     `open_loader` does, and without either."""
     if options.model.pretrained_model_name_or_path:
         return open_loader(options)
-    name = options.model.vae if flag == "--vae" else options.parts.text_encoder
-    if name is None:
-        raise UserError(f"{flag} is missing: name its file or folder, or the whole model with --dit")
-    path = Path(name).expanduser()
-    nothing = Weights(str(path), {}, lambda name: torch.empty(0))
-    return loader_of(options, BaseFiles(path, nothing), None, nothing)
+    base, nothing = open_without_dit(options, flag)
+    return loader_of(options, base, None, nothing)
 
 
 def loader_of(
@@ -137,7 +129,7 @@ def loader_of(
         vision=text.vision if isinstance(text, TextEncoders) else None,
         rgba_vae=open_if_there(latents_are_cached, lambda: open_vae(options.model.vae, base)),
         dtype=dtype,
-        text_dtype=torch.bfloat16 if dtype == torch.float16 else dtype,  # Qwen3-VL's states overflow float16
+        text_dtype=text_dtype_of(options),
         vae_dtype=vae_dtype_of(options.model, options.precision.mixed_precision),
         shrinks_text=options.parts.fp8_vl,
     )
@@ -145,12 +137,7 @@ def loader_of(
 
 def denoiser_of(base: BaseFiles) -> Weights:
     """Return the denoiser's weights under our names. Raises UserError for another model, naming it."""
-    weights = open_transformer(list_specs(), base, "qwen_image_21")
-    refuse_variants(list_specs(), base.flag, str(base.path), weights.shapes)
-    if MARK not in weights.shapes:
-        why = f"it has no {MARK}, so it is not a {MODEL} transformer"
-        refuse_transformer(list_specs(), base, base.whole or weights, "qwen_image_21", why)
-    return split_gates(weights)
+    return split_gates(open_denoiser(list_specs(), base, "qwen_image_21", MARK))
 
 
 def open_qwen3_vl(name: str | None, base: BaseFiles) -> TextEncoders:

@@ -11,11 +11,12 @@ from library.architectures.specs import list_specs
 from library.architectures.zimage.checkpoint_keys import DIFFUSERS_MARK, KEYS
 from library.architectures.zimage.model import PATCH, ZImage, ZImageConfig, read_config
 from library.architectures.zimage.options import ZImageOptions
-from library.checkpoints.base_files import BaseFiles, open_base, without_base
+from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.weights import Weights, configure, selected
 from library.errors import UserError
 from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
+from library.models.dit import open_dit, open_without_dit, text_dtype_of
 from library.models.identify import open_denoiser
 from library.models.language_models import WORDS, store_in_8_bits
 from library.models.loading import (
@@ -76,12 +77,7 @@ def open_loader(options: ZImageOptions) -> ZImageLoader:
 
     Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
     """
-    given = {"text_encoder": options.parts.text_encoder, "vae": options.model.vae}
-    base = open_base(
-        options.model.pretrained_model_name_or_path,
-        "the file of Z-Image's transformer, or a diffusers folder",
-        [folder for folder in ("transformer", "text_encoder", "vae") if given.get(folder) is None],
-    )
+    base = open_dit(options, MODEL)
     weights = denoiser_of(base)
     config = configure(weights, read_config)
     loader = loader_of(options, base, config, weights)
@@ -94,8 +90,7 @@ def open_encoder(options: ZImageOptions, flag: str) -> ZImageLoader:
     `open_loader` does, and without either."""
     if options.model.pretrained_model_name_or_path:
         return open_loader(options)
-    name = options.model.vae if flag == "--vae" else options.parts.text_encoder
-    base, nothing = without_base(flag, name)
+    base, nothing = open_without_dit(options, flag)
     return loader_of(options, base, None, nothing)
 
 
@@ -111,7 +106,7 @@ def loader_of(options: ZImageOptions, base: BaseFiles, config: ZImageConfig | No
         qwen3=open_if_there(texts_are_cached, lambda: open_qwen3(encoder, base)),
         ae=open_if_there(latents_are_cached, lambda: open_ae(MODEL, ae, base, "--vae")),
         dtype=dtype,
-        text_dtype=torch.bfloat16 if dtype == torch.float16 else dtype,  # Qwen3's states overflow float16
+        text_dtype=text_dtype_of(options),
         vae_dtype=vae_dtype_of(options.model, options.precision.mixed_precision),
         shrinks_text=options.parts.fp8_llm,
     )
