@@ -42,6 +42,10 @@ IGNORES: Mapping[str, str] = dict.fromkeys(  # options without effect on a flow 
     ),
     "it belongs to the DDPM models",
 )  # fmt: skip
+RECORDS = (  # options that files tell of, as ss_<option>
+    "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "timestep_sampling", "sigmoid_scale",
+    "model_prediction_type", "discrete_flow_shift",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

@@ -56,6 +56,13 @@ def folders_beside(*files: str | Path | None) -> list[Path]:
     return [path if path.is_dir() else path.parent for path in paths]
 
 
+def tokenizer_folders(base: str | Path, encoder: str | None, names: Sequence[str] = ("tokenizer",)) -> list[Path]:
+    """Return where a tokenizer is looked for: in folders of these names beside the base model and beside the encoder's
+    file, then beside that itself."""
+    beside = folders_beside(base, encoder)
+    return [folder / name for folder in beside for name in names] + beside[1:]
+
+
 def ignored_attention(attn_mode: str | None) -> dict[str, str]:
     """Return the reason why --attn_mode has no effect, by option; empty if it names torch's own kernel."""
     return {} if attn_mode in (None, "torch", "sdpa") else {"attn_mode": "attention is torch's scaled dot product"}

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from library.architectures.qwen_image_21.model import QwenImage21, QwenImage21Config
-from library.architectures.qwen_image_21.vae import ENDS, MIDDLE, QUANT, RESIDUAL
 from library.models.qwen3_vl_vision import DEEPSTACK, NUM_HEADS
+from library.models.vae.qwen_image import ENDS, MIDDLE, QUANT, RESIDUAL
 from tests.tiny.init import fixed_init
 from tests.tiny.qwen3_vl import TEXT
 from tests.tiny.zimage import SPECIAL, write_qwen3_tokenizer

@@ -16,8 +16,8 @@ from library.architectures.flux_2.text import Flux2Text
 from library.architectures.flux_2.vae import PackedLatents
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
-from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
-from library.models.recipe import OTHER_ATTENTION, Recipe, folders_beside
+from library.diffusion.flow import IGNORES, RECORDS, FlowMatching, build_sampled_flow
+from library.models.recipe import OTHER_ATTENTION, Recipe, tokenizer_folders
 from library.models.tokenizer_files import check_marks
 from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
 
@@ -42,10 +42,7 @@ RECIPE = Recipe(
         "max_token_length": "its text encoder reads 512 tokens",
         **OTHER_ATTENTION,
     },
-    records=(
-        "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "timestep_sampling", "sigmoid_scale",
-        "model_prediction_type", "discrete_flow_shift",
-    ),
+    records=RECORDS,
     needs={"diffusers": ">=0.36"},  # AutoencoderKLFlux2
 )  # fmt: skip
 CODEC = PackedLatents()
@@ -119,8 +116,7 @@ def build_objective(options: Flux2Options) -> FlowMatching:
 
 def build_text(options: Flux2Options, loader: Flux2Loader) -> Flux2Text:
     """Build the tokenizer, searched beside the base model and the encoder."""
-    beside = folders_beside(loader.path, options.parts.text_encoder)
-    folders = [folder / "tokenizer" for folder in beside] + beside[1:]
+    folders = tokenizer_folders(loader.path, options.parts.text_encoder)
     encoder = loader.encoder
     tokenizer = encoder.load_tokenizer(folders, options.model.tokenizer_cache_dir, loader.num_words)
     check_marks(tokenizer, encoder.marks, encoder.hub_name)

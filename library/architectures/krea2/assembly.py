@@ -13,9 +13,9 @@ from library.architectures.krea2.targets import view
 from library.architectures.krea2.text import LAYERS, MARKS, Krea2Text
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
-from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
+from library.diffusion.flow import IGNORES, RECORDS, FlowMatching, build_sampled_flow
 from library.models.qwen3 import load_qwen3_tokenizer
-from library.models.recipe import OTHER_ATTENTION, Recipe, folders_beside
+from library.models.recipe import OTHER_ATTENTION, Recipe, tokenizer_folders
 from library.models.tokenizer_files import check_marks
 from library.models.vae.qwen_image import qwen_image_latents
 from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
@@ -42,10 +42,7 @@ RECIPE = Recipe(
         "max_token_length": "its text encoder reads 512 tokens",
         **OTHER_ATTENTION,
     },
-    records=(
-        "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "timestep_sampling", "sigmoid_scale",
-        "model_prediction_type", "discrete_flow_shift",
-    ),
+    records=RECORDS,
     needs={"diffusers": ">=0.35", "transformers": ">=4.57"},  # AutoencoderKLQwenImage, Qwen3VLTextModel
 )  # fmt: skip
 CODEC = qwen_image_latents("_krea2.npz")
@@ -107,8 +104,7 @@ def build_objective(options: Krea2Options) -> FlowMatching:
 
 def build_text(options: Krea2Options, loader: Krea2Loader) -> Krea2Text:
     """Build the tokenizer, searched beside the base model and the encoder."""
-    beside = folders_beside(loader.path, options.parts.text_encoder)
-    folders = [folder / "tokenizer" for folder in beside] + beside[1:]
+    folders = tokenizer_folders(loader.path, options.parts.text_encoder)
     tokenizer = load_qwen3_tokenizer(QWEN3_VL, folders, options.model.tokenizer_cache_dir, loader.num_words)
     check_marks(tokenizer, MARKS, QWEN3_VL.hub_name)
     return Krea2Text(tokenizer)

@@ -13,11 +13,11 @@ from library.architectures.lumina.targets import view
 from library.architectures.lumina.text import LuminaText
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
-from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
+from library.diffusion.flow import IGNORES, RECORDS, FlowMatching, build_sampled_flow
 from library.diffusion.samplers import shifted_sampler
 from library.errors import UserError
 from library.models.next_dit import predict
-from library.models.recipe import OTHER_ATTENTION, Recipe, folders_beside
+from library.models.recipe import OTHER_ATTENTION, Recipe, tokenizer_folders
 from library.models.vae.flux import mapped_latents
 from library.protocols import Architecture, LiveText, Preview, PromptDefaults, TextCacheSpec
 
@@ -39,10 +39,7 @@ RECIPE = Recipe(
         "vae": "use --ae",
         **OTHER_ATTENTION,
     },
-    records=(
-        "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "timestep_sampling", "sigmoid_scale",
-        "model_prediction_type", "discrete_flow_shift", "text_encoder_lr",
-    ),
+    records=(*RECORDS, "text_encoder_lr"),
 )  # fmt: skip
 CODEC = mapped_latents("_lumina.npz")
 LATENTS = CODEC.spec
@@ -85,8 +82,7 @@ def build_objective(options: LuminaOptions) -> FlowMatching:
 
 def build_text(options: LuminaOptions, loader: LuminaLoader) -> LuminaText:
     """Build the tokenizer, searched beside the base model and the encoder."""
-    beside = folders_beside(loader.path, options.lumina.gemma2)
-    folders = [folder / "tokenizer" for folder in beside] + beside[1:]
+    folders = tokenizer_folders(loader.path, options.lumina.gemma2)
     text = LuminaText(
         load_gemma_tokenizer(folders, options.model.tokenizer_cache_dir, loader.num_words),
         num_tokens=options.lumina.gemma2_max_token_length or GEMMA_TOKENS,

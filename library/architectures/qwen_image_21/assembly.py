@@ -12,9 +12,9 @@ from library.architectures.qwen_image_21.text import NO_PLACE, QwenImage21Text, 
 from library.architectures.qwen_image_21.vae import RgbaLatents
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
-from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
+from library.diffusion.flow import IGNORES, RECORDS, FlowMatching, build_sampled_flow
 from library.models.qwen3 import load_qwen3_tokenizer
-from library.models.recipe import OTHER_ATTENTION, Recipe, folders_beside
+from library.models.recipe import OTHER_ATTENTION, Recipe, tokenizer_folders
 from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
 
 RECIPE = Recipe(
@@ -37,10 +37,7 @@ RECIPE = Recipe(
         "max_token_length": "its text encoder reads 1024 tokens",
         **OTHER_ATTENTION,
     },
-    records=(
-        "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "timestep_sampling", "sigmoid_scale",
-        "model_prediction_type", "discrete_flow_shift",
-    ),
+    records=RECORDS,
     needs={"diffusers": ">=0.41", "transformers": ">=4.57"},  # AutoencoderKLQwenImage21, Qwen3-VL
 )  # fmt: skip
 CODEC = RgbaLatents()
@@ -93,8 +90,7 @@ def build_objective(options: QwenImage21Options) -> FlowMatching:
 
 def build_text(options: QwenImage21Options, loader: QwenImage21Loader) -> QwenImage21Text:
     """Build the tokenizer, searched beside the base model and the encoder."""
-    beside = folders_beside(loader.path, options.parts.text_encoder)
-    folders = [folder / name for folder in beside for name in ("processor", "tokenizer")] + beside[1:]
+    folders = tokenizer_folders(loader.path, options.parts.text_encoder, ("processor", "tokenizer"))
     tokenizer = load_qwen3_tokenizer(QWEN3_VL, folders, options.model.tokenizer_cache_dir, loader.num_words)
     check_tokenizer(tokenizer)
     return QwenImage21Text(tokenizer, LATENTS.bucket_step)

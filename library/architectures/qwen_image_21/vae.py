@@ -19,6 +19,7 @@ from library.memory.devices import send
 from library.models.loading import Component, MaybeComponent, materialise
 from library.models.shapes import Shapes, count, shape_of
 from library.models.vae.flux import find_vae
+from library.models.vae.qwen_image import in_block, outside_levels
 from library.protocols import LatentSpec
 
 FLAG = "--vae"
@@ -35,13 +36,6 @@ SPEC = LatentSpec(
 )
 
 MARKS = ("decoder.conv_in.weight", "decoder.conv1.weight")  # of diffusers' layout and of ComfyUI's
-ENDS = {"conv1": "conv_in", "head.0": "norm_out", "head.2": "conv_out"}
-MIDDLE = {"0": "resnets.0", "1": "attentions.0", "2": "resnets.1"}
-RESIDUAL = {
-    "residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2",
-    "shortcut": "conv_shortcut",
-}  # fmt: skip
-QUANT = {"conv1": "quant_conv", "conv2": "post_quant_conv"}
 
 
 @dataclass(frozen=True)
@@ -112,24 +106,12 @@ def open_vae(name: str | None, base: BaseFiles) -> Component:
 
 def from_comfy(key: str) -> str:
     """Return diffusers' name of a weight of ComfyUI's file: a level lists its blocks, then the resampling layer."""
-    if match := re.fullmatch(r"(conv[12])\.(\w+)", key):
-        return f"{QUANT[match[1]]}.{match[2]}"
-    if match := re.fullmatch(r"(encoder|decoder)\.(conv1|head\.[02])\.(\w+)", key):
-        return f"{match[1]}.{ENDS[match[2]]}.{match[3]}"
-    if match := re.fullmatch(r"(encoder|decoder)\.middle\.([012])\.(.+)", key):
-        return f"{match[1]}.mid_block.{MIDDLE[match[2]]}.{in_block(match[3])}"
     if match := re.fullmatch(r"(encoder|decoder)\.(down|up)samples\.(\d+)\.\2samples\.(\d+)\.(.+)", key):
         part, way, level, place, tail = match.groups()
         resamples = tail.startswith(("resample.", "time_conv."))
         inside = f"{way}sampler" if resamples else f"resnets.{place}"
         return f"{part}.{way}_blocks.{level}.{inside}.{in_block(tail)}"
-    return key
-
-
-def in_block(tail: str) -> str:
-    """Return diffusers' name of a weight inside a residual block; attention and resampling layers have equal names."""
-    stem, _, leaf = tail.rpartition(".")
-    return f"{RESIDUAL.get(stem, stem)}.{leaf}"
+    return outside_levels(key)
 
 
 def vae_config(shapes: Shapes) -> dict[str, Any]:

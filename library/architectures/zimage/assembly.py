@@ -12,11 +12,11 @@ from library.architectures.zimage.options import ZImageOptions
 from library.architectures.zimage.targets import view
 from library.architectures.zimage.text import BEGIN, END, ZImageText
 from library.checkpoints.weights import fingerprint
-from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
+from library.diffusion.flow import IGNORES, RECORDS, FlowMatching, build_sampled_flow
 from library.diffusion.samplers import shifted_sampler
 from library.models.next_dit import predict
 from library.models.qwen3 import load_qwen3_tokenizer
-from library.models.recipe import OTHER_ATTENTION, Recipe, folders_beside
+from library.models.recipe import OTHER_ATTENTION, Recipe, tokenizer_folders
 from library.models.tokenizer_files import check_marks
 from library.models.vae.flux import mapped_latents
 from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
@@ -44,10 +44,7 @@ RECIPE = Recipe(
         "max_token_length": "its text encoder reads 512 tokens",
         **OTHER_ATTENTION,
     },
-    records=(
-        "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "timestep_sampling", "sigmoid_scale",
-        "model_prediction_type", "discrete_flow_shift",
-    ),
+    records=RECORDS,
 )  # fmt: skip
 CODEC = mapped_latents("_zimage.npz")
 LATENTS = CODEC.spec
@@ -108,8 +105,7 @@ def build_objective(options: ZImageOptions) -> FlowMatching:
 
 def build_text(options: ZImageOptions, loader: ZImageLoader) -> ZImageText:
     """Build the tokenizer, searched beside the base model and the encoder."""
-    beside = folders_beside(loader.path, options.parts.text_encoder)
-    folders = [folder / "tokenizer" for folder in beside] + beside[1:]
+    folders = tokenizer_folders(loader.path, options.parts.text_encoder)
     tokenizer = load_qwen3_tokenizer(QWEN3, folders, options.model.tokenizer_cache_dir, loader.num_words)
     check_marks(tokenizer, (BEGIN, END), QWEN3.hub_name)
     return ZImageText(tokenizer)

@@ -126,18 +126,23 @@ def from_original(key: str, num_blocks: int) -> str:
 
     There the layers of all levels are numbered consecutively: blocks, then the resampling layer, then the next level.
     """
-    if match := re.fullmatch(r"(conv[12])\.(\w+)", key):
-        return f"{QUANT[match[1]]}.{match[2]}"
-    if match := re.fullmatch(r"(encoder|decoder)\.(conv1|head\.[02])\.(\w+)", key):
-        return f"{match[1]}.{ENDS[match[2]]}.{match[3]}"
-    if match := re.fullmatch(r"(encoder|decoder)\.middle\.([012])\.(.+)", key):
-        return f"{match[1]}.mid_block.{MIDDLE[match[2]]}.{in_block(match[3])}"
     if match := re.fullmatch(r"encoder\.downsamples\.(\d+)\.(.+)", key):
         return f"encoder.down_blocks.{match[1]}.{in_block(match[2])}"
     if match := re.fullmatch(r"decoder\.upsamples\.(\d+)\.(.+)", key):
         level, place = divmod(int(match[1]), num_blocks + 1)
         inside = "upsamplers.0" if place == num_blocks else f"resnets.{place}"
         return f"decoder.up_blocks.{level}.{inside}.{in_block(match[2])}"
+    return outside_levels(key)
+
+
+def outside_levels(key: str) -> str:
+    """Return diffusers' name of a weight of Wan's layout that is in no level; others are unchanged."""
+    if match := re.fullmatch(r"(conv[12])\.(\w+)", key):
+        return f"{QUANT[match[1]]}.{match[2]}"
+    if match := re.fullmatch(r"(encoder|decoder)\.(conv1|head\.[02])\.(\w+)", key):
+        return f"{match[1]}.{ENDS[match[2]]}.{match[3]}"
+    if match := re.fullmatch(r"(encoder|decoder)\.middle\.([012])\.(.+)", key):
+        return f"{match[1]}.mid_block.{MIDDLE[match[2]]}.{in_block(match[3])}"
     return key
 
 
