@@ -26,7 +26,7 @@ def text_of(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Source:
-    """What the tests ask of a file: a syntax tree in memory takes a hundred times as much."""
+    """The imports and names of a file; its syntax tree would take a hundred times as much memory."""
 
     imports: tuple[tuple[str, Sequence[str]], ...]  # (module, names taken from it; none for a plain import)
     defined: frozenset[str]  # names that it defines or imports, at any depth

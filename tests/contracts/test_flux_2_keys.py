@@ -158,7 +158,7 @@ def test_every_module_of_a_saved_file_is_a_layer_that_diffusers_finds(
         ("transformer.single_transformer_blocks.4.attn.to_out", 12288, "flux_2"),
     ],
 )
-def test_files_are_told_from_those_of_the_older_model_by_width(stem: str, width: int, name: str) -> None:
+def test_files_are_distinguished_from_those_of_the_older_model_by_width(stem: str, width: int, name: str) -> None:
     assert base_of({f"{stem}.lora_down.weight": (4, width), f"{stem}.lora_up.weight": (8, 4)}) == name
 
 

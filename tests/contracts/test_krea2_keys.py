@@ -131,7 +131,7 @@ def test_our_paths_are_those_of_the_layers() -> None:
         ("transformer.transformer_blocks.4.attn.add_q_proj", 6144, "flux_2"),
     ],
 )
-def test_files_are_told_from_those_of_models_with_like_names(stem: str, width: int, name: str) -> None:
+def test_files_are_distinguished_from_those_of_models_with_like_names(stem: str, width: int, name: str) -> None:
     assert base_of({f"{stem}.lora_down.weight": (4, width), f"{stem}.lora_up.weight": (8, 4)}) == name
 
 

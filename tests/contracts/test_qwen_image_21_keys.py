@@ -128,7 +128,7 @@ def test_every_module_of_a_saved_file_is_a_layer_that_diffusers_finds(door: Any,
         ("transformer.single_transformer_blocks.12.attn.to_out", 16384, "flux_2"),
     ],
 )
-def test_files_are_told_from_those_of_a_model_with_the_same_width(stem: str, width: int, name: str) -> None:
+def test_files_are_distinguished_from_those_of_a_model_with_the_same_width(stem: str, width: int, name: str) -> None:
     assert base_of({f"{stem}.lora_down.weight": (4, width), f"{stem}.lora_up.weight": (8, 4)}) == name
 
 

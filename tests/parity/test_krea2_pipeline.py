@@ -103,7 +103,7 @@ def test_previews_have_the_settings_of_the_variant(folder: Path, variant: str, s
 
 
 def test_features_of_captions_equal_those_of_the_pipeline(run: Any, pipeline: Any) -> None:
-    """Of all tokens but padding, which the pipeline has before the end of the template."""
+    """Features are compared at all tokens but padding, which the pipeline has before the end of the template."""
     text, encoders = run.arch.text, run.models.text_encoders
     found = text.encode(encoders, text.tokenize(CAPTIONS))
     theirs, is_token = pipeline.encode_prompt(list(CAPTIONS), device=torch.device("cpu"))

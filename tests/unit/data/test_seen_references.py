@@ -1,4 +1,4 @@
-"""What text encoders see beside the captions: which texts are encoded, and which images each of them has."""
+"""Reference images that text encoders see: which texts are encoded, and which images belong to each."""
 
 from collections.abc import Sequence
 from dataclasses import replace
