@@ -274,14 +274,20 @@ def add_member(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     archive.addfile(info, io.BytesIO(content))
 
 
-def refuse_masks(dataset: DatasetConfig) -> None:
-    """Raise UserError for masks in a separate folder, which shards do not support."""
+def refuse_other_folders(dataset: DatasetConfig) -> None:
+    """Raise UserError for masks and opposite images in a folder of their own, which shards do not support."""
     if dataset.style == "masked":
         source = dataset.subsets[0].conditioning_data_dir
         raise UserError(
             f"conditioning_data_dir {source}: shards do not support mask files; store masks as the images' alpha "
             "channel and set alpha_mask, or train this dataset from its folders"
         )
+    for subset in dataset.subsets:
+        if subset.opposite_dir:
+            raise UserError(
+                f"opposite_dir {subset.opposite_dir}: shards do not support opposite images; train this dataset from "
+                "its folders"
+            )
 
 
 def pack(config: RunDataConfig, out: Path, shard_bytes: float, storage: Storage) -> list[list[str]]:
@@ -290,7 +296,8 @@ def pack(config: RunDataConfig, out: Path, shard_bytes: float, storage: Storage)
     names: set[str] = set()
     wanted: list[list[str]] = []
     for dataset in config.datasets:
-        refuse_masks(dataset)
+        refuse_other_folders(dataset)
+    for dataset in config.datasets:
         wanted.append([])
         for subset in dataset.subsets:
             rules = subset.captions

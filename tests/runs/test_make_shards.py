@@ -233,6 +233,13 @@ def test_masks_are_refused_before_anything_is_written(described: Path, tmp_path:
     assert "shards do not support mask files" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_opposite_images_are_refused_before_anything_is_written(described: Path, tmp_path: Path, capsys) -> None:
+    text = described.read_text().replace("diff_output_preservation", "anything")
+    described.write_text(text.replace('image_dir = "', 'opposite_dir = "nowhere"\nimage_dir = "', 1))
+    assert make_shards.main(["--dataset_config", str(described), "--out", str(tmp_path / "out")]) == 1
+    assert "shards do not support opposite images" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_with_caches_beside_them_neither_vae_nor_text_encoders_are_loaded(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_process: None
 ) -> None:
