@@ -78,7 +78,7 @@ def test_kinds_of_files_crops_and_all_warnings_are_on_the_page(train: Train, tmp
 def test_nothing_is_written_without_a_place_and_good_images_are_said_to_be(
     train: Train, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "inspect", lambda *given: [])
+    monkeypatch.setattr(module, "inspect", lambda *samples, has_alpha: [])
     before = sorted(images.rglob("*"))
     done = train(["--train_data_dir", str(images), "--resolution", "64", "--caption_extension", ".txt", "--audit_only"])
     assert done.status == 0 and "no problems found in the images" in done.stderr
