@@ -90,9 +90,10 @@ def copy_to(place: Path) -> None:
             place.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, place / source.name)
     requirements = place / "requirements.txt"
-    # Front ends install torch for the user's GPU before these, and `pip install -U` would replace it.
+    # Front ends install torch for the user's GPU before these, and `pip install -U` would replace it. LoRA_Easy imports
+    # `library` from its own folder, so these install the suite itself too, as sd-scripts' do.
     lines = [line for line in requirements.read_text("utf-8").splitlines(True) if not line.startswith("torch>=")]
-    requirements.write_text("".join(lines), encoding="utf-8")
+    requirements.write_text("".join([*lines, "-e .\n"]), encoding="utf-8")
     for name, sentence in ABSENT.items():
         text = f'"""Written by tools/front_end.py."""\n\nraise SystemExit({f"{name} {sentence}"!r})\n'
         (place / name).write_text(text, encoding="utf-8")

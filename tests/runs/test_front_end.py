@@ -34,6 +34,7 @@ def test_a_training_runs_from_there_and_the_folder_comes_back(front_end: Path, t
     installed = (front_end / "sd-scripts" / "requirements.txt").read_text("utf-8").splitlines()
     ours = (Path(__file__).parents[2] / "requirements.txt").read_text("utf-8").splitlines()
     assert [line for line in ours if line not in installed] == ["torch>=2.6"]  # the front end's own stays
+    assert [line for line in installed if line not in ours] == ["-e ."]  # LoRA_Easy imports `library` from outside
     make_images(tmp_path / "data" / "1_thing", 2)
     done = start(
         front_end, "train_network.py", *BASES["sd"].build(tmp_path / "model"), "--train_data_dir",
