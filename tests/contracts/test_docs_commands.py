@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -157,18 +158,34 @@ def check_script(script: str, arguments: list[str]) -> None:
 
 
 def check_tool(script: str, arguments: list[str]) -> None:
-    options = options_of_tool(script)
+    options = options_of_tools().get(script)
+    assert options is not None, f"{script} shows no help"
     for word in arguments:
         flag = word.split("=")[0]
         assert not word.startswith("--") or flag in options, f"{script} has no option {flag}"
 
 
+SHOW_HELP = """
+import contextlib, io, json, runpy, sys
+texts = {}
+for script in sys.argv[1:]:
+    sys.path[0], sys.argv = script.rpartition("/")[0], [script, "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+        runpy.run_path(script, run_name="__main__")
+    texts[script] = text.getvalue()
+print(json.dumps(texts))
+"""
+
+
 @cache
-def options_of_tool(script: str) -> frozenset[str]:
-    """As the tool shows them in a process of its own, where its folder comes first among those of modules."""
-    shown = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
+def options_of_tools() -> dict[str, frozenset[str]]:
+    """As the tools that pages name show them, each started as a file, in one process for all."""
+    words = {word for _, command in COMMANDS for word in shlex.split(command)}
+    tools = {word for word in words if re.match("(tools|benchmarks)/.*[.]py$", word)} - {"tools/start.py"}
+    scripts = sorted(word for word in tools if (ROOT / word).exists())
+    shown = subprocess.run([sys.executable, "-c", SHOW_HELP, *scripts], cwd=ROOT, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
-    return frozenset(FLAG.findall(shown.stdout))
+    return {script: frozenset(FLAG.findall(text)) for script, text in json.loads(shown.stdout).items() if text}
 
 
 def parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:

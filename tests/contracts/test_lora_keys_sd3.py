@@ -40,7 +40,9 @@ def encoders() -> list[nn.Module]:
         return [*clips, T5EncoderModel(t5)]
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(
+    scope="module", params=[pytest.param(n, marks=pytest.mark.nightly if n.endswith("large") else ()) for n in MODELS]
+)
 def model(request: pytest.FixtureRequest, encoders: list[nn.Module]) -> tuple[str, Any]:
     """Name and view of a full-size model, without weights."""
     keys = {key: tuple(shape) for key, shape in FACTS["mmdit"][request.param].items()}

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 SCRIPTS = list_scripts()
 FLAG = re.compile(r"--([a-z_0-9]+)(?: ([a-z_]+))?")
+QUICK = ("train_network.py", "flux_train_network.py", "zimage_train_network.py")
 ALL = {name for script in SCRIPTS for name in script.options.defaults()}
 IN_PROMPTS = {"g", "l"}
 OF_OTHER_PROGRAMS = {  # musubi-tuner, sd-scripts before Anima was released
@@ -45,7 +46,10 @@ def test_what_stands_in_for_an_option_is_there(script: Script) -> None:
                 assert value in actions[flag].choices
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param(one, marks=() if one.name in QUICK else pytest.mark.nightly, id=one.name) for one in SCRIPTS],
+)
 def test_every_option_of_others_is_named(script: Script, capsys: pytest.CaptureFixture[str]) -> None:
     """But for one that is short for an option of this script alone, as `--text_encoder` is for --text_encoder_lr."""
     parser = parser_of(script)

@@ -81,6 +81,7 @@ def test_progress_in_one_pipe_is_utf8_and_complete(six_steps: list[str]) -> None
     assert HEADER in text and "6/6" in text
 
 
+@pytest.mark.nightly
 def test_a_console_without_japanese_letters_does_not_end_the_run(six_steps: list[str]) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     command = [sys.executable, str(ROOT / "train_network.py"), *six_steps, "--max_train_steps", "1"]
@@ -116,6 +117,7 @@ def test_a_signal_finishes_the_step_saves_and_ends_with_status_0(
     assert all(tensor.isfinite().all() for tensor in load_file(path).values())
 
 
+@pytest.mark.nightly
 def test_a_run_ends_when_its_launcher_is_gone(base_arguments: list[str], tmp_path: Path) -> None:
     """A front end that kills only the launcher leaves no process behind."""
     arguments = [*base_arguments, "--max_train_steps", "100000"]
@@ -133,6 +135,7 @@ def test_a_run_ends_when_its_launcher_is_gone(base_arguments: list[str], tmp_pat
     assert sorted(path.suffix for path in (tmp_path / "out").iterdir()) == ["", ".safetensors"]
 
 
+@pytest.mark.nightly
 def test_a_full_disk_loses_no_earlier_file(base_arguments: list[str], tmp_path: Path) -> None:
     """A limit on the size of files stands in for the full disk: the second save fails, the first file stays whole."""
     command = [sys.executable, str(ROOT / "train_network.py"), *base_arguments]

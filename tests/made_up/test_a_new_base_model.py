@@ -141,6 +141,7 @@ def test_it_is_recognised_merged_and_checked(project: Project, tmp_path: Path) -
     }
 
 
+@pytest.mark.nightly
 def test_the_other_scripts_send_it_to_its_own(project: Project, tmp_path: Path) -> None:
     words = [
         "--pretrained_model_name_or_path", str(project.model), "--train_data_dir", str(tmp_path), "--resolution", "64",
@@ -153,6 +154,7 @@ def test_the_other_scripts_send_it_to_its_own(project: Project, tmp_path: Path) 
     assert "this is a Knots checkpoint; use knots_train_network.py" in done.stderr
 
 
+@pytest.mark.nightly
 def test_it_is_trained_by_prompts_with_its_own_options(project: Project, tmp_path: Path) -> None:
     (tmp_path / "prompts.toml").write_text('[[prompts]]\ntarget = "cat"\nresolution = 64\n')
     words = [

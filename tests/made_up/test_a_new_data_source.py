@@ -92,6 +92,7 @@ def test_it_trains_as_the_folder_with_caches_that_a_resumed_run_takes(project: P
     assert equal(tmp_path / "zip", tmp_path / "resumed") and project.caches == before
 
 
+@pytest.mark.nightly
 def test_it_is_audited(project: Project, tmp_path: Path) -> None:
     with ZipFile(project.data / "more.zip", "w", ZIP_DEFLATED) as archive:
         archive.write(project.data / "things" / "01.png", "again.png")
@@ -105,6 +106,7 @@ def test_it_is_audited(project: Project, tmp_path: Path) -> None:
     assert (tmp_path / "audit" / "mine-audit.html").is_file()
 
 
+@pytest.mark.nightly
 def test_its_key_is_checked_as_those_of_other_sources(project: Project, tmp_path: Path) -> None:
     subsets = [f"{project.archive}\n{project.folder}", f'{project.archive}\nimage_column = "a"']
     done = project.run("\n[[datasets.subsets]]\n".join(subsets), tmp_path / "wrong")

@@ -58,6 +58,7 @@ def test_its_name_trains_and_the_planner_plans_with_it(project: Path, tiny_sd_fo
     assert any(float(tensor.abs().max()) > 0 for key, tensor in tensors.items() if "lora_up" in key)
 
 
+@pytest.mark.nightly
 def test_help_and_the_table_of_the_docs_list_it(project: Path) -> None:
     said = " ".join(run(project, "train_network.py", "--help").stdout.split())
     assert "--base_format {bf16,fp8,int6,int8,int8_rotated,nf4,nf4_double}" in said

@@ -102,6 +102,7 @@ def test_gradients_are_those_of_plain_blocks_and_graphs_are_few(
         torch.testing.assert_close(one, other, **(FLOAT32_SAME_MATH if is_close else EXACT))
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("base", "form"),
     [("anima", "int8_rotated"), *(pytest.param(base, "fp8", marks=pytest.mark.nightly) for base in ("sd3", "sd"))],
@@ -137,6 +138,7 @@ def test_inductor_gives_the_gradients_too(base: str, adapter: str) -> None:
         assert (one - other).norm() <= 1e-4 * other.norm() + 1e-8
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("runner", [pytest.param("recompute", marks=pytest.mark.nightly), "recompute_every_2"])
 def test_blocks_that_wait_stay_out_of_what_is_compiled(runner: str) -> None:
     """Two blocks of each kind do not wait."""

@@ -260,7 +260,7 @@ UNNAMED = {  # of layers that no argument adapts; files that have them are refus
 }
 
 
-@pytest.fixture(params=PAIRS)
+@pytest.fixture(params=[pytest.param(n, marks=pytest.mark.nightly if n in ("sd2", "sdxl") else ()) for n in PAIRS])
 def pair(request: pytest.FixtureRequest) -> Pair:
     made: Pair = PAIRS[request.param]()
     unnamed = [path for path, layer in layers_of(made.seen) if layer not in made.layers.values()]

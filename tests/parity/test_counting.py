@@ -149,6 +149,7 @@ def test_the_reference_of_preferences_takes_a_forward_pass(tmp_path: Path) -> No
     assert 0 < step.gradientless.peak_bytes < peak_of(list(step.timeline.moves(lambda _: False, lambda _: True)))
 
 
+@pytest.mark.nightly
 def test_what_dora_per_output_keeps_is_counted(tmp_path: Path) -> None:
     words = ["--network_args", "dora_wd=True", "wd_on_output=True"]
     options, arch = opened("flux", tmp_path / "model", "--mixed_precision", "no", *words)
@@ -173,6 +174,7 @@ def test_an_adapter_made_of_a_file_is_counted(tmp_path: Path) -> None:
     assert planned_peak(counted, False) == pytest.approx(real, rel=SHARE)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("recomputes", [False, True], ids=["keeps all", "recomputes all"])
 def test_what_products_in_8_bits_take_is_counted(recomputes: bool, tmp_path: Path) -> None:
     """Rounded activations, and sums in 32 bits before their factors are multiplied out. CPUs cast these in a copy of

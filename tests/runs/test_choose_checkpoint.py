@@ -84,6 +84,7 @@ def early(arguments: list[str], patience: int, *more: str) -> list[str]:
     return [*arguments, *words, "--early_stop_patience", str(patience), *more]
 
 
+@pytest.mark.nightly
 def test_a_run_that_only_gets_worse_ends_early_and_goes_on_counting_when_resumed(
     train: Train, arguments: list[str], tmp_path: Path
 ) -> None:

@@ -42,7 +42,9 @@ BASE_OF_SCRIPT = {
     **{base.script: name for name, base in reversed(BASES.items())}, "train_leco": "sd", "sdxl_train_leco": "sdxl",
 }  # fmt: skip
 EXAMPLES_OF_PAIRS = ("pairs.toml", "preferences.toml", "toy_preferences.toml", "toy_sizes.toml")
-SLOW = {"networks.md", "train_network.md", "sweep.md"}  # many trainings
+MANY_TRAININGS = {
+    f"{name}.md" for name in ("networks", "preferences", "previews", "sweep", "tools", "train_leco", "train_network")
+}
 
 
 def runnable(page: Path) -> list[str]:
@@ -51,7 +53,7 @@ def runnable(page: Path) -> list[str]:
 
 def page_parameters() -> list[object]:
     pages = [page for page in PAGES if runnable(page)]
-    return [pytest.param(p, id=p.stem, marks=pytest.mark.nightly if p.name in SLOW else ()) for p in pages]
+    return [pytest.param(p, id=p.stem, marks=pytest.mark.nightly if p.name in MANY_TRAININGS else ()) for p in pages]
 
 
 @pytest.fixture

@@ -86,7 +86,7 @@ def command(script: str, words: str, names: dict[str, str]) -> Finished:
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
-@pytest.mark.parametrize("version", ["klein-base-4b", "dev"])
+@pytest.mark.parametrize("version", ["klein-base-4b", pytest.param("dev", marks=pytest.mark.nightly)])
 def test_the_commands_of_musubi_tuner_cache_and_train(
     train_flux_2: Train, tiny_arguments: list[str], tiny_dev: list[str], tmp_path: Path, version: str
 ) -> None:

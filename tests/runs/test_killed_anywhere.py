@@ -122,6 +122,7 @@ def sweep_arguments(base_folder: Path) -> list[str]:
     return arguments(base, *words)
 
 
+@pytest.mark.nightly
 def test_a_sweep_killed_between_the_saves_of_its_adapters_loses_nothing(tiny_sd_folder: Path, tmp_path: Path) -> None:
     whole = undisturbed(tmp_path, sweep_arguments(tiny_sd_folder), 4, "")
     points = [
@@ -133,6 +134,7 @@ def test_a_sweep_killed_between_the_saves_of_its_adapters_loses_nothing(tiny_sd_
     assert ["at step 2 of 6" in lines[0], "at step 4 of 6" in lines[1]] == [True, True]
 
 
+@pytest.mark.nightly
 def test_a_sweep_whose_states_share_no_step_ends_with_an_error(tiny_sd_folder: Path, tmp_path: Path) -> None:
     whole = undisturbed(tmp_path, sweep_arguments(tiny_sd_folder), 4, "")
     for folder in (whole.folder / "out").glob("mine-lr2e-3*-state"):

@@ -35,6 +35,7 @@ def test_one_that_dies_while_images_are_encoded_is_named(base_arguments: list[st
     assert main.status == 1 and GONE in main.said and "Traceback" not in main.said
 
 
+@pytest.mark.nightly
 def test_an_error_of_the_main_process_alone_is_told_by_the_other(base_arguments: list[str], tmp_path: Path) -> None:
     """An image that only it was to encode: the other waits, and ends with that error, not with a broken connection."""
     words = [*base_arguments, "--cache_latents_to_disk", "--max_train_steps", "1"]

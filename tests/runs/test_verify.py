@@ -53,6 +53,7 @@ def test_a_training_that_is_right_is_said_to_be(
     assert not (tmp_path / "nowhere").exists() and not Path("nowhere").exists()
 
 
+@pytest.mark.nightly
 def test_a_run_that_does_not_continue_as_it_would_have_is_wrong(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,6 +45,7 @@ from scipy.special import stdtrit
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+@pytest.mark.nightly
 def test_what_diffusers_has_found_already_stays_visible() -> None:
     """A program may import diffusers before it trains; its lazy imports rely on what it found then."""
     code = """

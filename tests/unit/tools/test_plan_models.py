@@ -9,7 +9,10 @@ import pytest
 from benchmarks.plan_models import CARDS, TABLES, Table, rows_of
 
 PAGE = Path(__file__).parents[3] / "docs" / "memory.md"
-QUICK = "Anima"  # of the fast tests; the others take up to 18 CPU seconds each
+MARKS = {  # of rows that take up to 18 CPU seconds each; all others are nightly
+    "Anima": (),
+    **dict.fromkeys(("SD 1.5", "FLUX.1", "Z-Image", "Qwen-Image 2.1"), pytest.mark.slow),
+}
 
 pytestmark = pytest.mark.usefixtures("fresh_process")  # reading options sets logging up
 
@@ -25,7 +28,7 @@ def lines_on_page(table: Table) -> list[str]:
 @pytest.mark.parametrize(
     ("table", "name"),
     [
-        pytest.param(table, name, marks=[] if name == QUICK else pytest.mark.slow, id=f"{table.name}-{name}")
+        pytest.param(table, name, marks=MARKS.get(name, pytest.mark.nightly), id=f"{table.name}-{name}")
         for table in TABLES
         for name in table.models
     ],
