@@ -90,7 +90,7 @@ def test_a_console_without_japanese_letters_does_not_end_the_run(six_steps: list
     assert b"running training / ????" in done.stdout
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.nightly)])
 def test_a_signal_finishes_the_step_saves_and_ends_with_status_0(
     base_arguments: list[str], tmp_path: Path, number: signal.Signals
 ) -> None:

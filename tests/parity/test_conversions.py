@@ -260,7 +260,10 @@ UNNAMED = {  # of layers that no argument adapts; files that have them are refus
 }
 
 
-@pytest.fixture(params=[pytest.param(n, marks=pytest.mark.nightly if n in ("sd2", "sdxl") else ()) for n in PAIRS])
+QUICK = [name for name in PAIRS if name not in ("sd2", "sdxl", *CONFIGS)] + [min(CONFIGS)]
+
+
+@pytest.fixture(params=[pytest.param(n, marks=() if n in QUICK else pytest.mark.nightly) for n in PAIRS])
 def pair(request: pytest.FixtureRequest) -> Pair:
     made: Pair = PAIRS[request.param]()
     unnamed = [path for path, layer in layers_of(made.seen) if layer not in made.layers.values()]

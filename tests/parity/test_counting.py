@@ -112,6 +112,7 @@ def test_the_step_of_a_base_model_takes_what_is_counted(name: str, recomputes: b
     assert planned_peak(counted, recomputes) == pytest.approx(real, rel=SHARES.get(name, SHARE))
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "recomputes", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["keeps all", "recomputes all"]

@@ -25,7 +25,7 @@ def base_of(name: str) -> str:
     return BASE_OF.get(word, word)
 
 
-FIRST = {next(name for name in NAMES if base_of(name) == base) for base in map(base_of, NAMES)}  # of each base model
+QUICK = ("sd15_character", "sdxl_anime_character", "flux_character", "zimage_character")
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in FIRST else pytest.mark.nightly) for name in NAMES]
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in QUICK else pytest.mark.nightly) for name in NAMES]
 )
 def test_a_recipe_is_planned_and_dry_run(name: str, train: Train, data: Path) -> None:
     """At 64 px, on a made-up card: nothing is ignored, and the largest batch of the data set is computed."""

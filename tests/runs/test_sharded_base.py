@@ -63,6 +63,7 @@ def images_of(folder: Path, name: str) -> list[bytes]:
     return [path.read_bytes() for path in sorted((folder / name / "out" / "sample").glob("*.png"))]
 
 
+@pytest.mark.nightly
 def test_two_processes_that_share_the_base_equal_one(arguments: Arguments, tmp_path: Path) -> None:
     words = arguments("flux")
     more = ["--gradient_checkpointing", "--base_format", "int8", "--network_args", "dora_wd=True"]

@@ -97,6 +97,7 @@ def test_the_commands_of_musubi_tuner_cache_and_train(
     assert metadata["modelspec.architecture"] == "Z-Image/lora"
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("script", "flag"), [("zimage_cache_latents", "--vae"), ("zimage_cache_text_encoder_outputs", "--text_encoder")]
 )
