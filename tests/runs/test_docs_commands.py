@@ -27,6 +27,7 @@ NOT_RUN = {  # beginning of a command -> where it is tested, or why it cannot be
     "python3 -m": "programs of others",
     "python3 benchmarks/gpu_": "needs a card; tests/runs/test_memory_modes.py runs both in small",
     "python3 tools/quickstart/check_adapter.py": "tests/runs/test_leco_toy.py",
+    "python3 tools/quickstart/check_edits.py": "tests/runs/test_toy_edits.py",
     "python3 tools/verify.py": "tests/runs/test_verify.py; with --fit auto it needs a GPU",
     "python3 tools/front_end.py": "tests/runs/test_front_end.py",
     "python3 tools/report.py output/quickstart --serve": "tests/unit/training/report/test_server.py",
@@ -41,7 +42,7 @@ NOT_RUN = {  # beginning of a command -> where it is tested, or why it cannot be
 BASE_OF_SCRIPT = {
     **{base.script: name for name, base in reversed(BASES.items())}, "train_leco": "sd", "sdxl_train_leco": "sdxl",
 }  # fmt: skip
-EXAMPLES_OF_PAIRS = ("pairs.toml", "preferences.toml", "toy_preferences.toml", "toy_sizes.toml")
+EXAMPLES_OF_PAIRS = ("pairs.toml", "preferences.toml", "toy_edits.toml", "toy_preferences.toml", "toy_sizes.toml")
 MANY_TRAININGS = {
     f"{name}.md" for name in ("networks", "preferences", "previews", "sweep", "tools", "train_leco", "train_network")
 }

@@ -14,7 +14,8 @@ pytestmark = pytest.mark.nightly
 
 def test_a_few_steps_make_a_folder_that_diffusers_samples_from(tmp_path: Path) -> None:
     out = tmp_path / "base"
-    command = [sys.executable, str(ROOT / "tools" / "make_toy_base.py"), "--out", str(out), "--images_per_scene", "1"]
+    command = [sys.executable, str(ROOT / "tools" / "quickstart" / "make_toy_base.py"), "--out", str(out)]
+    command += ["--images_per_scene", "1"]
     for stage in ("vae", "unet"):
         command += [f"--{stage}_steps", "2"]
     subprocess.run(command, check=True, capture_output=True, timeout=300)

@@ -1,7 +1,8 @@
 """Draw pairs of toy images that differ in one word, with captions that leave the word out.
 
 Both images of a pair have the same place, size and turn as far as the word allows. They are data for
---preference_loss and --pair_slider: `image_dir` is <out>/<first word>, `opposite_dir` <out>/<second word>.
+--preference_loss and --pair_slider: `image_dir` is <out>/<first word>, `opposite_dir` <out>/<second word>. With
+--caption they are data for edit models: `image_dir` is <out>/<first word>, `control_dirs` are [<out>/<second word>].
 """
 
 import argparse
@@ -20,7 +21,9 @@ from library.errors import UserError
 from tools.command import make_parser, run
 from tools.quickstart.toy_world import COLOURS, SIZES, Scene, draw_scene, list_scenes
 
-EXAMPLES = "  python3 tools/quickstart/make_pairs.py --out output/toy_pairs --words blue other"
+EXAMPLES = """\
+  python3 tools/quickstart/make_pairs.py --out output/toy_pairs --words blue other
+  python3 tools/quickstart/make_pairs.py --out output/toy_edits --caption "make the shape red" --words red other"""
 OTHER = "other"  # another colour in each pair
 WORDS = {"colour": tuple(COLOURS), "size": tuple(SIZES)}
 
@@ -29,6 +32,7 @@ def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--words", nargs=2, required=True, help="two colours, a colour and other, or two sizes")
+    parser.add_argument("--caption", help="caption of every pair, such as the instruction of an edit")
     parser.add_argument("--count", type=int, default=60, help="pairs, of scenes drawn at random (default: 60)")
     parser.add_argument("--seed", type=int, default=0, help="of the scenes and of what they leave open")
     return parser
@@ -54,10 +58,10 @@ def make_pairs(args: argparse.Namespace) -> None:
         scene = scenes[int(rng.integers(len(scenes)))]
         others = [word for word in WORDS[attribute] if word != args.words[0]]
         drawn = [args.words[0], others[number % len(others)] if args.words[1] == OTHER else args.words[1]]
-        for word, image in zip(args.words, draw_pair(scene, attribute, drawn, number), strict=True):
+        for word, image in zip(args.words, draw_pair(scene, attribute, drawn, 1000 * args.seed + number), strict=True):
             (args.out / word).mkdir(parents=True, exist_ok=True)
             image.save(args.out / word / f"{number:03}.png")
-        caption = " ".join(scene.caption().replace(args.words[0], "").split())
+        caption = args.caption or " ".join(scene.caption().replace(args.words[0], "").split())
         (args.out / args.words[0] / f"{number:03}.txt").write_text(caption + "\n", encoding="utf-8")
 
 

@@ -228,18 +228,14 @@ def look_at(image: ImageArray) -> Seen:
     and silhouettes unlike every shape get "" for the shape.
     """
     pixels = image.astype(np.float64)
-    border = np.concatenate(
-        [pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, [0, 1, -2, -1]].reshape(-1, 3)]
-    )
+    border = _border_of(pixels)
     background = np.median(border, axis=0)
     if np.linalg.norm(border - background, axis=1).mean() > MAX_BORDER_DEVIATION:
         return Seen()
     background_name = _nearest_name(background, BACKGROUNDS)
-    distance = np.linalg.norm(pixels - background, axis=2)
-    contrast = float(np.quantile(distance, 1 - MIN_SHAPE_PIXELS / distance.size))
-    if contrast < MIN_CONTRAST:
+    foreground = foreground_of(image)
+    if not foreground.any():
         return Seen(background=background_name)
-    foreground = distance > contrast / 2
     blob = _largest_blob(foreground)
     if blob.sum() < MIN_SHAPE_PIXELS or foreground.sum() - blob.sum() > MAX_STRAY_SHARE * blob.sum():
         return Seen(background=background_name)
@@ -256,6 +252,20 @@ def look_at(image: ImageArray) -> Seen:
         size="small" if radius < SMALL_IF_RADIUS_BELOW else "large",
         style="outlined" if is_outlined else "solid",
         radius=float(radius),
+    )
+
+
+def foreground_of(image: ImageArray) -> Mask:
+    """Return the pixels of an image (64, 64, 3) that differ from its background; none if they differ too little."""
+    pixels = image.astype(np.float64)
+    distance = np.linalg.norm(pixels - np.median(_border_of(pixels), axis=0), axis=2)
+    contrast = float(np.quantile(distance, 1 - MIN_SHAPE_PIXELS / distance.size))
+    return distance > (contrast / 2 if contrast >= MIN_CONTRAST else np.inf)
+
+
+def _border_of(pixels: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.concatenate(
+        [pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, [0, 1, -2, -1]].reshape(-1, 3)]
     )
 
 

@@ -1,0 +1,85 @@
+"""Measure an edit model, or a LoRA of it, on pairs of toy images: how many edits are right, judged by the pixels.
+
+Each image of --references is edited as the caption of its partner in --results says. The edit is right if it shows the
+shape, colour and background of the partner, and at least half of the pixels of both shapes together are in both.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from library.errors import UserError
+from tools import draw
+from tools.command import make_parser, run
+from tools.quickstart.toy_world import ImageArray, foreground_of, look_at
+
+BASE = Path(__file__).resolve().parents[2] / "configs" / "quickstart" / "toy_edit_base"
+EXAMPLES = """\
+  python3 tools/quickstart/check_edits.py --references output/toy_asked/other --results output/toy_asked/red \\
+    --output output/toy_asked/drawn --adapter output/toy_recolour/toy_recolour.safetensors"""
+PROMPT_OPTIONS = "--w 64 --h 64 --s 20 --g 1"
+ATTRIBUTES = ("shape", "colour", "background")
+LEAST_OVERLAP = 0.5
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__, EXAMPLES)
+    parser.add_argument("--references", type=Path, required=True, help="folder with the images to edit")
+    parser.add_argument("--results", type=Path, required=True, help="folder with their partners and the captions")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the edited images and the prompts")
+    parser.add_argument("--adapter", type=Path, help="adapter file that was trained on the base model")
+    parser.add_argument("--base", type=Path, default=BASE, help="diffusers folder (default: the toy edit model)")
+    return parser
+
+
+def read_image(path: Path) -> ImageArray:
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def is_right(image: ImageArray, wanted: ImageArray) -> bool:
+    """Return True if an image (64, 64, 3) shows what another one shows, in the same place."""
+    seen, expected = look_at(image), look_at(wanted)
+    if any(getattr(seen, name) != getattr(expected, name) for name in ATTRIBUTES):
+        return False
+    shown, target = foreground_of(image), foreground_of(wanted)
+    return bool((shown & target).sum() >= LEAST_OVERLAP * (shown | target).sum())
+
+
+def check_edits(args: argparse.Namespace) -> None:
+    """Draw, judge and print."""
+    wanted = sorted(args.results.glob("*.png"))
+    if not wanted:
+        raise UserError(f"--results {args.results} has no .png files; make_pairs.py --caption draws pairs")
+    lines = [
+        f"{path.with_suffix('.txt').read_text(encoding='utf-8').strip()} --ci {args.references / path.name} "
+        f"{PROMPT_OPTIONS} --d {number}"
+        for number, path in enumerate(wanted, 1)
+    ]
+    args.output.mkdir(parents=True, exist_ok=True)
+    prompts = args.output / "prompts.txt"
+    prompts.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    adapter = [] if args.adapter is None else ["--adapter", str(args.adapter)]
+    words = [str(args.base), "--prompts", str(prompts), "--output", str(args.output), *adapter]
+    if draw.main([*words, "--t5xxl_max_token_length", "16"]):
+        raise UserError("the images could not be drawn")
+    drawn = [args.output / f"{number:02}_{number}.png" for number in range(1, len(wanted) + 1)]
+    pairs = [(read_image(image), read_image(path)) for image, path in zip(drawn, wanted, strict=True)]
+    num_right = sum(is_right(image, target) for image, target in pairs)
+    seen = [(look_at(image), look_at(target)) for image, target in pairs]
+    parts = [f"{name} {sum(getattr(a, name) == getattr(b, name) for a, b in seen)}" for name in ATTRIBUTES]
+    print(f"{num_right} of {len(pairs)} edits are right ({', '.join(parts)})")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run(setup_parser(), check_edits, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

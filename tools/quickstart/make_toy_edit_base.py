@@ -1,0 +1,296 @@
+"""Train the toy edit model: a very small FLUX.1 Kontext, on edits of the toy world.
+
+The result is a diffusers folder. Its transformer has learned to keep a picture and to paint its background white, gray
+or black; it has never seen a shape change, so a LoRA has something to teach it. The VAE is that of the quickstart's
+base model, each of its four latent channels four times; the text encoders have random weights, which keep words apart.
+Everything follows from the seed, in 20 minutes on one CPU core.
+
+Letters of shapes: B images, C channels, H and W latent cells.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+from tqdm import tqdm
+
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from library.architectures.flux.model import Flux, FluxConfig
+from library.architectures.flux.reference import diffusers_model, diffusers_state
+from library.diffusion.timesteps import shift_sigmas
+from library.models.vae.flux import SCALE, SHIFT, mapped_latents
+from tools.command import make_parser, run
+from tools.quickstart.make_toy_base import SCALING_FACTOR, Average, cosine_schedule, to_tensor
+from tools.quickstart.toy_world import (
+    BACKGROUNDS,
+    COLOURS,
+    KNOWN_SHAPES,
+    SIZES,
+    ImageArray,
+    Scene,
+    draw_scene,
+    list_scenes,
+)
+
+logger = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parents[2]
+TOY_BASE = ROOT / "configs/quickstart/toy_base"
+COPIES = 4  # of each latent channel of the quickstart's VAE
+TEXT_WIDTH, POOLED_WIDTH, NUM_TEXT_TOKENS = 64, 32, 16
+CONFIG = FluxConfig(
+    in_features=64,
+    width=96,
+    head_width=32,
+    mlp_width=384,
+    text_width=TEXT_WIDTH,
+    pooled_width=POOLED_WIDTH,
+    num_double=2,
+    num_single=4,
+    has_guidance=True,
+)
+WORDS = (
+    "a", "on", "background", "make", "the", "shape", "paint", "keep", "picture", ",",
+    *COLOURS, *BACKGROUNDS, *SIZES, *KNOWN_SHAPES,
+)  # fmt: skip
+BATCH_SIZE = 16
+LEARNING_RATE = 2e-3
+SHIFT_OF_LEVELS = 2.0  # toward noise, which four copies of a channel average away
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An instruction, and the scene before and after it; `seed` places both alike."""
+
+    instruction: str
+    before: Scene
+    after: Scene
+    seed: int
+
+    def draw(self, scene: Scene) -> ImageArray:
+        return draw_scene(scene, np.random.default_rng(self.seed))
+
+
+def paint_background(scene: Scene, seed: int, rng: np.random.Generator) -> Edit:
+    """Give the background another colour."""
+    name = str(rng.choice([one for one in BACKGROUNDS if one != scene.background]))
+    return Edit(f"paint the background {name}", scene, replace(scene, background=name), seed)
+
+
+def keep(scene: Scene, seed: int, rng: np.random.Generator) -> Edit:
+    """Change nothing."""
+    return Edit("keep the picture", scene, scene, seed)
+
+
+MakeEdit = Callable[[Scene, int, np.random.Generator], Edit]
+KNOWN_EDITS: tuple[MakeEdit, ...] = (paint_background, paint_background, keep)
+
+
+def draw_edits(make: MakeEdit, count: int, seed: int) -> list[Edit]:
+    """Draw edits of random scenes, each with a place, a size and shades of its own."""
+    rng, scenes = np.random.default_rng(seed), list_scenes()
+    return [make(scenes[int(rng.integers(len(scenes)))], int(rng.integers(1 << 31)), rng) for _ in range(count)]
+
+
+def make_vae() -> Any:
+    """Return the quickstart's VAE with 16 latent channels of FLUX.1's scale and shift."""
+    from diffusers import AutoencoderKL
+
+    toy = AutoencoderKL.from_pretrained(str(TOY_BASE / "vae")).float()
+    vae = AutoencoderKL.from_config({**toy.config, "latent_channels": 4 * COPIES, "scaling_factor": SCALE})
+    state = dict(toy.state_dict())
+    rows = torch.arange(8).repeat_interleave(COPIES)  # of means, then of logarithms of variances
+    ratio = SCALING_FACTOR / SCALE
+    state["encoder.conv_out.weight"] = state["encoder.conv_out.weight"][rows]
+    state["encoder.conv_out.bias"] = state["encoder.conv_out.bias"][rows]
+    before, after = state["quant_conv.weight"], state["post_quant_conv.weight"]
+    state["quant_conv.weight"] = before[rows][:, rows] / COPIES
+    state["quant_conv.bias"] = state["quant_conv.bias"][rows]
+    half = 4 * COPIES
+    state["quant_conv.weight"][:half] *= ratio
+    state["quant_conv.bias"][:half] = state["quant_conv.bias"][:half] * ratio + SHIFT
+    state["quant_conv.bias"][half:] += 2 * np.log(ratio)
+    # The decoder takes the mean of the copies and undoes the scale.
+    copies = rows[:half]
+    state["post_quant_conv.bias"] = (state["post_quant_conv.bias"] - SHIFT / ratio * after[:, :, 0, 0].sum(1))[copies]
+    state["post_quant_conv.weight"] = after[copies][:, copies] / (COPIES * ratio)
+    state["decoder.conv_in.weight"] = state["decoder.conv_in.weight"][:, copies] / COPIES
+    vae.load_state_dict(state)
+    return vae.eval().requires_grad_(False)
+
+
+def make_text_encoders(num_clip_words: int, num_t5_words: int) -> tuple[Any, Any]:
+    """Return CLIP's and T5's encoder, one narrow layer each, with random weights."""
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    ids = {"bos_token_id": num_clip_words - 2, "eos_token_id": num_clip_words - 1, "pad_token_id": num_clip_words - 1}
+    clip = CLIPTextConfig(
+        vocab_size=num_clip_words, hidden_size=POOLED_WIDTH, intermediate_size=2 * POOLED_WIDTH, num_hidden_layers=1,
+        num_attention_heads=1, max_position_embeddings=77, hidden_act="quick_gelu", **ids,
+    )  # fmt: skip
+    t5 = T5Config(
+        vocab_size=num_t5_words, d_model=TEXT_WIDTH, d_kv=16, d_ff=2 * TEXT_WIDTH, num_layers=1, num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    return CLIPTextModel(clip).eval(), T5EncoderModel(t5).eval()
+
+
+def write_t5_tokenizer(folder: Path) -> Any:
+    """Write T5's tokenizer with the words of captions and instructions."""
+    from transformers import T5TokenizerFast
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), ("▁", -3.0), *((f"▁{word}", -2.0) for word in WORDS)]
+    pieces.append((",", -2.0))
+    tokenizer = T5TokenizerFast(vocab=pieces, extra_ids=0)
+    tokenizer.save_pretrained(str(folder))
+    return tokenizer
+
+
+class Text:
+    """Captions as the trainer encodes them."""
+
+    def __init__(self, folder: Path, encoders: tuple[Any, Any]) -> None:
+        from transformers import CLIPTokenizer, T5TokenizerFast
+
+        self.clip, self.t5 = encoders
+        self.clip_tokenizer = CLIPTokenizer.from_pretrained(str(folder / "tokenizer"))
+        self.t5_tokenizer = T5TokenizerFast.from_pretrained(str(folder / "tokenizer_2"))
+        self.known: dict[str, tuple[Tensor, Tensor]] = {}
+
+    @torch.no_grad()
+    def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Return T5's states and CLIP's pooled state."""
+        for caption in captions:
+            if caption not in self.known:
+                ids = {
+                    name: torch.tensor([tokenizer(caption, padding="max_length", max_length=length)["input_ids"]])
+                    for name, tokenizer, length in (
+                        ("clip", self.clip_tokenizer, 77),
+                        ("t5", self.t5_tokenizer, NUM_TEXT_TOKENS),
+                    )
+                }
+                pooled = self.clip(ids["clip"]).pooler_output[0]
+                self.known[caption] = self.t5(ids["t5"]).last_hidden_state[0], pooled
+        rows = [self.known[caption] for caption in captions]
+        return torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
+
+
+Batch = tuple[list[str], Tensor, Tensor]
+"""(instructions, latents of the results BCHW, latents of the references BCHW)."""
+
+
+def encode_images(vae: nn.Module, images: Sequence[ImageArray]) -> Tensor:
+    """Return the latents of images as the transformer gets them."""
+    parts = [to_tensor(images[n : n + BATCH_SIZE]) for n in range(0, len(images), BATCH_SIZE)]
+    with torch.no_grad():
+        return torch.cat([mapped_latents("_toy.npz").encode(vae, part, None) for part in tqdm(parts, desc="encode")])
+
+
+def batches(vae: nn.Module, num_edits: int, seed: int) -> Iterator[Batch]:
+    """Yield known edits without end."""
+    rng = np.random.default_rng(seed)
+    share = num_edits // len(KNOWN_EDITS)
+    edits = [edit for n, make in enumerate(KNOWN_EDITS) for edit in draw_edits(make, share, 10 * seed + n)]
+    results = encode_images(vae, [edit.draw(edit.after) for edit in edits])
+    references = encode_images(vae, [edit.draw(edit.before) for edit in edits])
+    while True:
+        rows = rng.choice(len(edits), BATCH_SIZE, replace=False)
+        yield [edits[n].instruction for n in rows], results[rows], references[rows]
+
+
+def train(text: Text, vae: nn.Module, num_edits: int, num_steps: int, seed: int) -> Flux:
+    """Train the transformer to give the velocity noise - latent."""
+    torch.manual_seed(seed)
+    model = Flux(CONFIG)
+    with torch.no_grad():  # at first the input passes through: most of the velocity is the noise in it
+        nn.init.orthogonal_(model.img_in.weight)
+        model.final_layer.linear.weight.copy_(0.7 * model.img_in.weight.T)
+    average = Average([model])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, fused=True)
+    schedule = cosine_schedule(optimizer, num_steps)
+    progress = tqdm(range(num_steps), desc="train the transformer", mininterval=5)
+    mean_loss = 2.0
+    for (instructions, latents_BCHW, references_BCHW), _ in zip(batches(vae, num_edits, seed), progress, strict=False):
+        noise_BCHW = torch.randn_like(latents_BCHW)
+        sigmas_B = shift_sigmas(torch.randn(BATCH_SIZE).sigmoid(), SHIFT_OF_LEVELS)
+        s = sigmas_B.view(-1, 1, 1, 1)
+        states, pooled = text(instructions)
+        velocity = model(
+            (1 - s) * latents_BCHW + s * noise_BCHW, sigmas_B, states, pooled, torch.ones(BATCH_SIZE), None,
+            [references_BCHW],
+        )  # fmt: skip
+        loss = mse_loss(velocity, noise_BCHW - latents_BCHW)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        average.update()
+        mean_loss += 0.02 * (loss.item() - mean_loss)
+        progress.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
+    averaged: Flux = average.copies[0]
+    return averaged
+
+
+def save_part(folder: Path, config: dict[str, Any], state: dict[str, Tensor], stem: str) -> None:
+    """Write one part of a diffusers folder, weights in fp16."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    halves = {name: tensor.detach().half().contiguous().clone() for name, tensor in state.items()}
+    save_file(halves, folder / f"{stem}.safetensors", {"format": "pt"})
+
+
+def make_toy_edit_base(out: Path, num_edits: int, num_steps: int, seed: int) -> None:
+    """Train the transformer and write the folder."""
+    torch.manual_seed(seed)
+    (out / "tokenizer").mkdir(parents=True, exist_ok=True)
+    for path in (TOY_BASE / "tokenizer").iterdir():
+        (out / "tokenizer" / path.name).write_bytes(path.read_bytes())
+    num_clip_words = len(json.loads((out / "tokenizer" / "vocab.json").read_text(encoding="utf-8")))
+    num_t5_words = len(write_t5_tokenizer(out / "tokenizer_2").get_vocab())
+    vae, encoders = make_vae().half().float(), make_text_encoders(num_clip_words, num_t5_words)
+    clip, t5 = encoders = encoders[0].half().float(), encoders[1].half().float()
+    vae_config = {name: value for name, value in vae.config.items() if name != "_name_or_path"}
+    save_part(out / "vae", vae_config, vae.state_dict(), "diffusion_pytorch_model")
+    clip_config = {**clip.config.to_dict(), "architectures": ["CLIPTextModel"]}
+    t5_config = {**t5.config.to_dict(), "architectures": ["T5EncoderModel"]}
+    save_part(out / "text_encoder", clip_config, clip.state_dict(), "model")
+    t5_state = {name: one for name, one in t5.state_dict().items() if name != "encoder.embed_tokens.weight"}
+    save_part(out / "text_encoder_2", t5_config, t5_state, "model")
+    (out / "model_index.json").write_text(json.dumps({"_class_name": "FluxKontextPipeline"}) + "\n", encoding="utf-8")
+    model = train(Text(out, encoders), vae, num_edits, num_steps, seed)
+    theirs = diffusers_model(CONFIG)
+    state = diffusers_state(model.state_dict(), CONFIG.width)
+    save_part(out / "transformer", json.loads(theirs.to_json_string()), state, "diffusion_pytorch_model")
+    weights = list(out.rglob("*.safetensors"))
+    logger.info("%s: %.1f MB of weights", out, sum(path.stat().st_size for path in weights) / 1e6)
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__, "  python3 tools/quickstart/make_toy_edit_base.py --out output/toy_edit_base")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--num_edits", type=int, default=3000, help="pairs that it sees (default: 3000)")
+    parser.add_argument("--steps", type=int, default=7000, help="training steps of the transformer (default: 7000)")
+    parser.add_argument("--seed", type=int, default=1, help="of the images, the weights and the training (default: 1)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run(setup_parser(), lambda args: make_toy_edit_base(args.out, args.num_edits, args.steps, args.seed), argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
