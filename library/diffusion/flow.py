@@ -8,7 +8,7 @@ Letters: B samples, C channels, H height, W width.
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -180,13 +180,23 @@ def build_flow(
     )
 
 
+class SampledFlowOptions(Protocol):
+    """The options of a model whose timestep sampling is an option."""
+
+    @property
+    def noise(self) -> NoiseOptions: ...
+    @property
+    def loss(self) -> LossOptions: ...
+    @property
+    def flow_sampling(self) -> FlowSamplingOptions: ...
+    @property
+    def flow_weighting(self) -> FlowWeightingOptions: ...
+
+
 def build_sampled_flow(
-    noise: NoiseOptions,
-    loss: LossOptions,
-    sampling: FlowSamplingOptions,
-    weighting: FlowWeightingOptions,
-    *,
+    options: SampledFlowOptions,
     prediction_type: str = "raw",
+    *,
     target_kind: Target = "noise - latent",
     always_weights_loss: bool = False,
     tells_whole_timesteps: bool = False,
@@ -197,12 +207,13 @@ def build_sampled_flow(
     The weighting scheme weights the loss where the prediction is an estimate of the latent (sigma_scaled), or always.
     Raises UserError for a setting that makes no levels; settings without effect are warned of.
     """
+    sampling, weighting = options.flow_sampling, options.flow_weighting
     weights_loss = always_weights_loss or prediction_type == "sigma_scaled"
     for line in (*idle_settings(sampling, weighting, weights_loss), *odd_target(prediction_type, target_kind)):
         logger.warning("%s", line)
     return build_flow(
-        noise,
-        loss,
+        options.noise,
+        options.loss,
         sampled(sampling, weighting, patch),
         target_kind,
         prediction_type,

@@ -1,10 +1,10 @@
 """Opening of base models whose transformer, text encoder and VAE are separate files, by musubi-tuner's options."""
 
-import torch
+from pathlib import Path
 
 from library.checkpoints.base_files import BaseFiles, open_base, without_base
+from library.checkpoints.model_lookup import read_json
 from library.checkpoints.weights import Weights
-from library.memory.devices import DTYPES
 from library.options.dit import DitTrainOptions
 
 
@@ -25,7 +25,13 @@ def open_without_dit(options: DitTrainOptions, flag: str) -> tuple[BaseFiles, We
     return without_base(flag, options.model.vae if flag == "--vae" else options.parts.text_encoder)
 
 
-def text_dtype_of(options: DitTrainOptions) -> torch.dtype:
-    """Return the dtype of the text encoder, whose states overflow float16."""
-    dtype = DTYPES[options.precision.mixed_precision]
-    return torch.bfloat16 if dtype == torch.float16 else dtype
+def recorded_as_distilled(path: Path) -> bool | None:
+    """Return what a diffusers folder says of its denoiser; None for a file, or if it does not say."""
+    recorded = read_json(path / "model_index.json").get("is_distilled") if path.is_dir() else None
+    return None if recorded is None else bool(recorded)
+
+
+def name_in_folder(given: str) -> str:
+    """Return the name of a file or folder after that of the folder around it, in lower case."""
+    path = Path(given).expanduser().absolute()
+    return f"{path.parent.name}/{path.name}".lower()

@@ -4,7 +4,7 @@ Letters: B captions, S tokens, E width.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from library.checkpoints.weights import Weights, selected, with_prefix
 from library.errors import UserError
-from library.memory.devices import send
+from library.memory.devices import DTYPES, send
 from library.memory.formats.fp8 import Fp8Rows
 from library.memory.frozen import layers_in_blocks, store_all_in
-from library.models.loading import Component
+from library.models.loading import Component, MaybeComponent
 from library.models.shapes import Shapes, count, shape_of
 
 logger = logging.getLogger(__name__)
@@ -29,9 +29,24 @@ DESCRIBE = (  # the message before a caption in pipelines with a Qwen-VL
 PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")  # in files
 
 
+def text_dtype_of(mixed_precision: str) -> torch.dtype:
+    """Return the dtype of a text encoder whose states overflow float16."""
+    dtype = DTYPES[mixed_precision]
+    return torch.bfloat16 if dtype == torch.float16 else dtype
+
+
 def store_in_8_bits(encoder: nn.Module, name: str) -> None:
     """Keep the weights of a text encoder's blocks as fp8 with a scale for each row; `name` is that of the log."""
     logger.info("%s: %d layers in 8 bits", name, store_all_in(Fp8Rows(), layers_in_blocks(encoder).values()))
+
+
+def load_in_8_bits(
+    load: Callable[[MaybeComponent, torch.dtype], nn.Module], name: str, component: MaybeComponent, dtype: torch.dtype
+) -> nn.Module:
+    """Call `load`, then `store_in_8_bits`."""
+    encoder = load(component, dtype)
+    store_in_8_bits(encoder, name)
+    return encoder
 
 
 def decoder_of(weights: Weights, prefixes: Sequence[str]) -> Weights | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from library.checkpoints.weights import Weights, configure, find_prefix, with_prefix
 from library.memory.devices import send
-from library.models.loading import Component, materialise
+from library.models.loading import Component, MaybeComponent, materialise
 from library.models.qwen3_vl import VISION
 from library.models.shapes import Shapes, count, shape_of
 
@@ -59,7 +59,7 @@ def empty_vision(config: Mapping[str, Any]) -> Any:
         return Qwen3VLVisionModel(Qwen3VLVisionConfig(**config))
 
 
-def load_vision(component: Component, dtype: torch.dtype) -> nn.Module:
+def load_vision(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
     """Load the vision model in `dtype`, frozen, on the CPU."""
     return materialise(empty_vision(component.config), component.weights, dtype)
 

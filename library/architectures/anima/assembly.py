@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from library.architectures.anima.load import QWEN3, AnimaLoader, open_loader
+from library.architectures.anima.load import QWEN3, open_loader
 from library.architectures.anima.options import AnimaOptions
 from library.architectures.anima.predict import predict
 from library.architectures.anima.targets import view
@@ -17,6 +17,7 @@ from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
 from library.diffusion.samplers import shifted_sampler
 from library.errors import UserError
+from library.models.dit_loader import DitLoader
 from library.models.qwen3 import load_qwen3_tokenizer
 from library.models.recipe import OTHER_ATTENTION, Recipe, folders_beside, ignored_attention
 from library.models.t5 import holds_t5_tokenizer, load_t5_tokenizer
@@ -57,8 +58,8 @@ def build(options: AnimaOptions) -> Architecture:
     Raises UserError naming the flag for a file or a setting that does not fit Anima.
     """
     RECIPE.check(options)
-    loader = open_loader(options)
-    text = build_text(options, loader)
+    loader, config = open_loader(options)
+    text = build_text(options, loader, config.adapter.num_words)
     return Architecture(
         name="anima",
         load=loader,
@@ -76,12 +77,10 @@ def build(options: AnimaOptions) -> Architecture:
 
 
 def build_objective(options: AnimaOptions) -> FlowMatching:
-    return build_sampled_flow(
-        options.noise, options.loss, options.flow_sampling, options.flow_weighting, always_weights_loss=True
-    )
+    return build_sampled_flow(options, always_weights_loss=True)
 
 
-def build_text(options: AnimaOptions, loader: AnimaLoader) -> AnimaText:
+def build_text(options: AnimaOptions, loader: DitLoader, num_t5_words: int) -> AnimaText:
     """Build both tokenizers: Qwen3's is searched beside the text encoder and the base model, T5's beside these too."""
     text, cache_dir = options.text, options.model.tokenizer_cache_dir
     folders = [*folders_beside(text.qwen3 or ""), loader.path.parent]
@@ -92,14 +91,14 @@ def build_text(options: AnimaOptions, loader: AnimaLoader) -> AnimaText:
         if not holds_t5_tokenizer(t5_folders[0]):
             raise UserError(f"--t5_tokenizer_path {text.t5_tokenizer_path} lacks tokenizer.json and spiece.model")
     return AnimaText(
-        qwen3_tokenizer=load_qwen3_tokenizer(QWEN3, qwen3_folders, cache_dir, loader.num_qwen3_words),
-        t5_tokenizer=load_t5_tokenizer(t5_folders, cache_dir, loader.config.adapter.num_words),
+        qwen3_tokenizer=load_qwen3_tokenizer(QWEN3, qwen3_folders, cache_dir, loader.num_words),
+        t5_tokenizer=load_t5_tokenizer(t5_folders, cache_dir, num_t5_words),
         num_qwen3_tokens=text.qwen3_max_token_length,
         num_t5_tokens=text.t5_max_token_length,
     )
 
 
-def build_text_cache(options: AnimaOptions, loader: AnimaLoader, text: AnimaText) -> TextCacheSpec:
+def build_text_cache(options: AnimaOptions, loader: DitLoader, text: AnimaText) -> TextCacheSpec:
     """Return the cache format, which matches sd-scripts'. Its dropout rates are 0: dropped captions are cached
     separately."""
 
@@ -107,7 +106,7 @@ def build_text_cache(options: AnimaOptions, loader: AnimaLoader, text: AnimaText
         options=options.text_caching,
         suffix="_anima_te.npz",
         keys=("prompt_embeds", "attn_mask", "t5_input_ids", "t5_attn_mask"),
-        encoders=lambda: fingerprint(loader.text.weights),
+        encoders=lambda: fingerprint(loader.text.component.weights),
         settings=f"{loader.dtype} {text.identity}",
         tokenizers=(text.qwen3_tokenizer, text.t5_tokenizer),
         constants={"caption_dropout_rate": torch.tensor(0.0)},

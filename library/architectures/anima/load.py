@@ -1,11 +1,10 @@
 """Loading of Anima checkpoints: the three files of its release (transformer with text adapter, Qwen3, VAE)."""
 
 import logging
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from library.architectures.anima.checkpoint_keys import ADAPTER
 from library.architectures.anima.model import Anima, AnimaConfig, read_config
@@ -16,15 +15,13 @@ from library.checkpoints.base_files import BaseFiles, named
 from library.checkpoints.model_lookup import existing
 from library.checkpoints.weights import Weights, configure, first_names, with_prefix
 from library.errors import UserError
-from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
+from library.models.dit_loader import DitLoader, open_dit_loader
 from library.models.identify import open_single_file, refuse_transformer
-from library.models.language_models import WORDS
-from library.models.loading import Absent, MaybeComponent, first_side, materialise, on_meta_device, open_if_there
+from library.models.loading import Absent
 from library.models.qwen3 import Qwen3Release, load_qwen3, open_qwen3
-from library.models.vae.qwen_image import CHANNELS, empty_vae, open_vae
-from library.models.vae.qwen_image_2d import replace_layers_for_images
-from library.models.vae.vae import vae_dtype_of
+from library.models.vae.qwen_image import CHANNELS, load_vae, open_vae
+from library.models.vae.qwen_image_2d import load_vae_for_images
 from library.options.model import BASE_FLAG
 from library.suggestions import nearby
 
@@ -37,37 +34,8 @@ QWEN3 = Qwen3Release("--qwen3", "Qwen/Qwen3-0.6B", "text_encoders.qwen3_06b.tran
 PREFIXES = ("net.", "model.diffusion_model.", "")
 
 
-@dataclass(frozen=True)
-class AnimaLoader:
-    """The three models, each loaded on request; frozen, on the CPU."""
-
-    path: Path  # the file of the denoiser
-    config: AnimaConfig
-    denoiser_weights: Weights
-    text: MaybeComponent
-    vae_component: MaybeComponent
-    dtype: torch.dtype
-    vae_dtype: torch.dtype
-    computes_in_2d: bool  # the VAE computes in two dimensions
-
-    @property
-    def num_qwen3_words(self) -> int | None:
-        """The size of Qwen3's vocabulary, or None if its files are missing."""
-        return first_side(self.text, WORDS)
-
-    def text_encoders(self) -> list[nn.Module]:
-        return [load_qwen3(self.text, self.dtype)]
-
-    def vae(self) -> nn.Module:
-        vae = materialise(empty_vae(self.vae_component.config), self.vae_component.weights, self.vae_dtype)
-        return replace_layers_for_images(vae) if self.computes_in_2d else vae
-
-    def denoiser(self, weight_format: RequestedFormat | None = None) -> nn.Module:
-        return materialise(on_meta_device(Anima, self.config), self.denoiser_weights, self.dtype, weight_format)
-
-
-def open_loader(options: AnimaOptions) -> AnimaLoader:
-    """Open the files that the options name; only headers are read.
+def open_loader(options: AnimaOptions) -> tuple[DitLoader, AnimaConfig]:
+    """Open the files that the options name; only headers are read. Return also the transformer's sizes.
 
     Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
     """
@@ -79,22 +47,20 @@ def open_loader(options: AnimaOptions) -> AnimaLoader:
             f"{BASE_FLAG} {path} has no text adapter (nothing begins with {ADAPTER!r}); it is a Cosmos model or "
             f"only a part of Anima; use anima-preview.safetensors or another complete one, or add {ADAPTER_FLAG}"
         )
-    loader = AnimaLoader(
-        path=path,
-        config=configure(weights, read_config),
-        denoiser_weights=weights,
-        text=open_if_there(
-            options.text_caching.cache_text_encoder_outputs_to_disk, lambda: open_qwen3(options.text.qwen3, QWEN3)
-        ),
-        vae_component=open_if_there(
-            options.caching.cache_latents_to_disk, lambda: open_vae("Anima", options.model.vae)
-        ),
-        dtype=DTYPES[options.precision.mixed_precision],
-        vae_dtype=vae_dtype_of(options.model, options.precision.mixed_precision),
-        computes_in_2d=options.computing.qwen_image_vae_2d,
+    config = configure(weights, read_config)
+    loader = open_dit_loader(
+        options,
+        BaseFiles(path),
+        weights,
+        partial(Anima, config),
+        text=lambda: open_qwen3(options.text.qwen3, QWEN3),
+        load_text=load_qwen3,
+        text_dtype=DTYPES[options.precision.mixed_precision],
+        vae=lambda: open_vae("Anima", options.model.vae),
+        load_vae=load_vae_for_images if options.computing.qwen_image_vae_2d else load_vae,
     )
-    check_fit(loader)
-    return loader
+    check_fit(loader, config)
+    return loader, config
 
 
 def open_base(name: str | None) -> tuple[Path, Weights]:
@@ -138,9 +104,8 @@ def with_adapter(base: Weights, adapter: Weights) -> Weights:
     return Weights(base.origin, {**own, **given}, read)
 
 
-def check_fit(loader: AnimaLoader) -> None:
+def check_fit(loader: DitLoader, config: AnimaConfig) -> None:
     """Raise UserError if the parts do not fit together."""
-    config = loader.config
     if config.channels != CHANNELS:
         raise UserError(
             f"{BASE_FLAG} {loader.path}: the transformer takes {config.channels} channels, but the VAE has "
@@ -151,11 +116,11 @@ def check_fit(loader: AnimaLoader) -> None:
             f"{BASE_FLAG} {loader.path}: its text adapter has width {config.adapter.width}, but the transformer "
             f"expects text features of width {config.text_width}"
         )
-    if isinstance(loader.text, Absent):
+    if isinstance(loader.text.component, Absent):
         return
-    width = loader.text.config["hidden_size"]
+    width = loader.text.component.config["hidden_size"]
     if width != config.adapter.source_width:
         raise UserError(
-            f"{QWEN3.flag} {loader.text.weights.origin} has width {width}, but Anima's text adapter expects "
+            f"{QWEN3.flag} {loader.text.component.weights.origin} has width {width}, but Anima's text adapter expects "
             f"{config.adapter.source_width}; use {QWEN3.hub_name}"
         )

@@ -149,13 +149,7 @@ def warn_of_unusual(options: FluxOptions) -> None:
 
 
 def build_objective(options: FluxOptions) -> FlowMatching:
-    return build_sampled_flow(
-        options.noise,
-        options.loss,
-        options.flow_sampling,
-        options.flow_weighting,
-        prediction_type=options.flow_prediction.model_prediction_type,
-    )
+    return build_sampled_flow(options, options.flow_prediction.model_prediction_type)
 
 
 def build_text(options: FluxOptions, loader: FluxLoader) -> FluxText:

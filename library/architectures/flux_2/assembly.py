@@ -7,16 +7,17 @@ Start here to read this package.
 import logging
 from functools import partial
 
-from library.architectures.flux_2.load import Flux2Loader, open_encoder, open_loader
+from library.architectures.flux_2.load import open_encoder, open_loader
 from library.architectures.flux_2.options import Flux2Options
 from library.architectures.flux_2.predict import predict, preview_sampler
-from library.architectures.flux_2.releases import DEV, FLAG, Release, is_distilled
+from library.architectures.flux_2.releases import DEV, FLAG, Release, TextEncoder, is_distilled
 from library.architectures.flux_2.targets import view
 from library.architectures.flux_2.text import Flux2Text
 from library.architectures.flux_2.vae import PackedLatents
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, RECORDS, FlowMatching, build_sampled_flow
+from library.models.dit_loader import DitLoader
 from library.models.recipe import OTHER_ATTENTION, Recipe, tokenizer_folders
 from library.models.tokenizer_files import check_marks
 from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
@@ -67,15 +68,15 @@ def build(options: Flux2Options) -> Architecture:
             loader.path,
             release.title,
         )
-    text = build_text(options, loader)
+    text = build_text(options, loader, release.encoder)
     return assemble(options, loader, text, build_preview(text, release, distilled), architecture_of(release.name))
 
 
 def build_for_caching(options: Flux2Options) -> Architecture:
     """Assemble what encodes captions, for which no denoiser is needed. Raises UserError as `build` does."""
     RECIPE.check(options)
-    loader = open_encoder(options, FLAG)
-    text = build_text(options, loader)
+    loader, encoder = open_encoder(options, FLAG)
+    text = build_text(options, loader, encoder)
     return assemble(options, loader, text, build_preview(text, DEV, distilled=True), architecture_of(DEV.name))
 
 
@@ -85,7 +86,7 @@ def architecture_of(release: str) -> str:
 
 
 def assemble(
-    options: Flux2Options, loader: Flux2Loader, text: Flux2Text, preview: Preview, architecture: str
+    options: Flux2Options, loader: DitLoader, text: Flux2Text, preview: Preview, architecture: str
 ) -> Architecture:
     return Architecture(
         name="flux_2",
@@ -104,32 +105,24 @@ def assemble(
 
 
 def build_objective(options: Flux2Options) -> FlowMatching:
-    return build_sampled_flow(
-        options.noise,
-        options.loss,
-        options.flow_sampling,
-        options.flow_weighting,
-        prediction_type=options.flow_prediction.model_prediction_type,
-        patch=1,
-    )
+    return build_sampled_flow(options, options.flow_prediction.model_prediction_type, patch=1)
 
 
-def build_text(options: Flux2Options, loader: Flux2Loader) -> Flux2Text:
+def build_text(options: Flux2Options, loader: DitLoader, encoder: TextEncoder) -> Flux2Text:
     """Build the tokenizer, searched beside the base model and the encoder."""
     folders = tokenizer_folders(loader.path, options.parts.text_encoder)
-    encoder = loader.encoder
     tokenizer = encoder.load_tokenizer(folders, options.model.tokenizer_cache_dir, loader.num_words)
     check_marks(tokenizer, encoder.marks, encoder.hub_name)
     return Flux2Text(encoder, tokenizer)
 
 
-def build_text_cache(options: Flux2Options, loader: Flux2Loader, text: Flux2Text) -> TextCacheSpec:
+def build_text_cache(options: Flux2Options, loader: DitLoader, text: Flux2Text) -> TextCacheSpec:
     return TextCacheSpec(
         options=options.text_caching,
         suffix="_flux_2_te.npz",
         keys=("hidden_state",),
-        encoders=lambda: fingerprint(loader.encoder_component.weights),
-        settings=f"{loader.text_dtype} {loader.shrinks_text}",
+        encoders=lambda: fingerprint(loader.text.component.weights),
+        settings=f"{loader.text.dtype} {options.parts.fp8_text_encoder}",
         tokenizers=(text.tokenizer,),
         can_train=False,
     )

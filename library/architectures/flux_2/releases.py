@@ -10,9 +10,9 @@ from torch import nn
 
 from library.architectures.flux_2 import mistral
 from library.architectures.flux_2.model import Flux2Config
-from library.checkpoints.model_lookup import read_json
 from library.checkpoints.weights import Weights
 from library.errors import UserError
+from library.models.dit import name_in_folder, recorded_as_distilled
 from library.models.language_models import WORDS, with_first_layers, without_norm
 from library.models.loading import Component, MaybeComponent, materialise
 from library.models.qwen3 import Qwen3Release, empty_qwen3, load_qwen3_tokenizer, qwen3_component
@@ -166,9 +166,5 @@ def is_distilled(release: Release, version: str | None, given: str, path: Path) 
         return True
     if version is not None:
         return "base" not in version
-    recorded = read_json(path / "model_index.json").get("is_distilled") if path.is_dir() else None
-    if recorded is not None:
-        return bool(recorded)
-    full = Path(given).expanduser().absolute()
-    name = f"{full.parent.name}/{full.name}".lower()
-    return "klein" in name and "base" not in name
+    recorded, name = recorded_as_distilled(path), name_in_folder(given)
+    return "klein" in name and "base" not in name if recorded is None else recorded

@@ -75,14 +75,8 @@ def build(options: HunyuanImageOptions) -> Architecture:
 
 
 def build_objective(options: HunyuanImageOptions) -> FlowMatching:
-    return build_sampled_flow(
-        options.noise,
-        options.loss,
-        options.flow_sampling,
-        options.flow_weighting,
-        prediction_type=options.flow_prediction.model_prediction_type,
-        tells_whole_timesteps=True,  # as in sd-scripts; previews use the exact levels
-    )
+    # sd-scripts tells it whole timesteps too; previews use the exact levels.
+    return build_sampled_flow(options, options.flow_prediction.model_prediction_type, tells_whole_timesteps=True)
 
 
 def build_text(options: HunyuanImageOptions, loader: HunyuanImageLoader) -> HunyuanImageText:

@@ -6,7 +6,7 @@ Start here to read this package.
 import logging
 from functools import partial
 
-from library.architectures.krea2.load import QWEN3_VL, Krea2Loader, is_turbo, open_encoder, open_loader
+from library.architectures.krea2.load import QWEN3_VL, is_turbo, open_encoder, open_loader, open_turbo
 from library.architectures.krea2.options import Krea2Options
 from library.architectures.krea2.predict import predict, preview_sampler
 from library.architectures.krea2.targets import view
@@ -14,6 +14,7 @@ from library.architectures.krea2.text import LAYERS, MARKS, Krea2Text
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, RECORDS, FlowMatching, build_sampled_flow
+from library.models.dit_loader import DitLoader
 from library.models.qwen3 import load_qwen3_tokenizer
 from library.models.recipe import OTHER_ATTENTION, Recipe, tokenizer_folders
 from library.models.tokenizer_files import check_marks
@@ -65,7 +66,7 @@ def build(options: Krea2Options) -> Architecture:
             "--dit_variant says which it is",
             loader.path,
         )
-    return assemble(options, loader, turbo)
+    return assemble(options, loader, turbo, open_turbo(options, loader))
 
 
 def build_for_caching(options: Krea2Options) -> Architecture:
@@ -74,7 +75,9 @@ def build_for_caching(options: Krea2Options) -> Architecture:
     return assemble(options, open_encoder(options, QWEN3_VL.flag), turbo=False)
 
 
-def assemble(options: Krea2Options, loader: Krea2Loader, turbo: bool) -> Architecture:
+def assemble(
+    options: Krea2Options, loader: DitLoader, turbo: bool, turbo_loader: DitLoader | None = None
+) -> Architecture:
     text = build_text(options, loader)
     return Architecture(
         name="krea2",
@@ -84,7 +87,7 @@ def assemble(options: Krea2Options, loader: Krea2Loader, turbo: bool) -> Archite
         objective=build_objective(options),
         predict=predict,
         view=view,
-        preview=build_preview(text, loader, turbo),
+        preview=build_preview(text, turbo, turbo_loader),
         metadata=RECIPE.describe(options),
         specs=list_specs(),
         ignores=RECIPE.ignores,
@@ -93,16 +96,10 @@ def assemble(options: Krea2Options, loader: Krea2Loader, turbo: bool) -> Archite
 
 
 def build_objective(options: Krea2Options) -> FlowMatching:
-    return build_sampled_flow(
-        options.noise,
-        options.loss,
-        options.flow_sampling,
-        options.flow_weighting,
-        prediction_type=options.flow_prediction.model_prediction_type,
-    )
+    return build_sampled_flow(options, options.flow_prediction.model_prediction_type)
 
 
-def build_text(options: Krea2Options, loader: Krea2Loader) -> Krea2Text:
+def build_text(options: Krea2Options, loader: DitLoader) -> Krea2Text:
     """Build the tokenizer, searched beside the base model and the encoder."""
     folders = tokenizer_folders(loader.path, options.parts.text_encoder)
     tokenizer = load_qwen3_tokenizer(QWEN3_VL, folders, options.model.tokenizer_cache_dir, loader.num_words)
@@ -110,13 +107,13 @@ def build_text(options: Krea2Options, loader: Krea2Loader) -> Krea2Text:
     return Krea2Text(tokenizer)
 
 
-def build_text_cache(options: Krea2Options, loader: Krea2Loader, text: Krea2Text) -> TextCacheSpec:
+def build_text_cache(options: Krea2Options, loader: DitLoader, text: Krea2Text) -> TextCacheSpec:
     return TextCacheSpec(
         options=options.text_caching,
         suffix="_krea2_te.npz",
         keys=("hidden_state", "attention_mask"),
-        encoders=lambda: fingerprint(loader.qwen3_vl.weights),
-        settings=f"{loader.text_dtype} {loader.shrinks_text}",
+        encoders=lambda: fingerprint(loader.text.component.weights),
+        settings=f"{loader.text.dtype} {options.parts.fp8_text_encoder}",
         tokenizers=(text.tokenizer,),
         padding={"hidden_state": 0.0, "attention_mask": 0.0},
         on_host=("attention_mask",),
@@ -126,17 +123,16 @@ def build_text_cache(options: Krea2Options, loader: Krea2Loader, text: Krea2Text
     )
 
 
-def feature_bytes(loader: Krea2Loader, text: Krea2Text, caption: str) -> int:
+def feature_bytes(loader: DitLoader, text: Krea2Text, caption: str) -> int:
     """Return the size of a caption's features: 61,440 bytes for each token in 16 bits."""
     num_tokens = min(text.count_tokens(caption), text.max_tokens) + len(text.end)
-    width: int = loader.qwen3_vl.config["hidden_size"]
-    return num_tokens * len(LAYERS) * width * loader.text_dtype.itemsize
+    width: int = loader.text.component.config["hidden_size"]
+    return num_tokens * len(LAYERS) * width * loader.text.dtype.itemsize
 
 
-def build_preview(text: Krea2Text, loader: Krea2Loader, turbo: bool) -> Preview:
+def build_preview(text: Krea2Text, turbo: bool, turbo_loader: DitLoader | None) -> Preview:
     """Build previews with plain classifier-free guidance, or for Turbo, and with its weights, in few steps without."""
-    load_turbo = None if loader.turbo_weights is None else loader.turbo
-    turbo = turbo or load_turbo is not None
+    turbo = turbo or turbo_loader is not None
     return Preview(
         defaults=PromptDefaults(
             num_steps=8 if turbo else 28,
@@ -148,5 +144,5 @@ def build_preview(text: Krea2Text, loader: Krea2Loader, turbo: bool) -> Preview:
         text=text,
         predict=lambda prompt: predict,
         sampler=partial(preview_sampler, is_turbo=turbo),
-        load_denoiser=load_turbo,
+        load_denoiser=None if turbo_loader is None else turbo_loader.denoiser,
     )

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from library.architectures.lumina.gemma import load_gemma_tokenizer
-from library.architectures.lumina.load import LuminaLoader, open_loader
+from library.architectures.lumina.load import open_loader
 from library.architectures.lumina.options import LuminaOptions
 from library.architectures.lumina.targets import view
 from library.architectures.lumina.text import LuminaText
@@ -16,6 +16,7 @@ from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, RECORDS, FlowMatching, build_sampled_flow
 from library.diffusion.samplers import shifted_sampler
 from library.errors import UserError
+from library.models.dit_loader import DitLoader
 from library.models.next_dit import predict
 from library.models.recipe import OTHER_ATTENTION, Recipe, tokenizer_folders
 from library.models.vae.flux import mapped_latents
@@ -70,17 +71,10 @@ def build(options: LuminaOptions) -> Architecture:
 
 
 def build_objective(options: LuminaOptions) -> FlowMatching:
-    return build_sampled_flow(
-        options.noise,
-        options.loss,
-        options.flow_sampling,
-        options.flow_weighting,
-        prediction_type=options.flow_prediction.model_prediction_type,
-        target_kind="latent - noise",
-    )
+    return build_sampled_flow(options, options.flow_prediction.model_prediction_type, target_kind="latent - noise")
 
 
-def build_text(options: LuminaOptions, loader: LuminaLoader) -> LuminaText:
+def build_text(options: LuminaOptions, loader: DitLoader) -> LuminaText:
     """Build the tokenizer, searched beside the base model and the encoder."""
     folders = tokenizer_folders(loader.path, options.lumina.gemma2)
     text = LuminaText(
@@ -97,13 +91,13 @@ def build_text(options: LuminaOptions, loader: LuminaLoader) -> LuminaText:
     return text
 
 
-def build_text_cache(options: LuminaOptions, loader: LuminaLoader, text: LuminaText) -> TextCacheSpec:
+def build_text_cache(options: LuminaOptions, loader: DitLoader, text: LuminaText) -> TextCacheSpec:
     keys = ("hidden_state", "attention_mask", "input_ids")
     return TextCacheSpec(
         options=options.text_caching,
         suffix="_lumina_te.npz",
         keys=keys,
-        encoders=lambda: fingerprint(loader.gemma.weights),
+        encoders=lambda: fingerprint(loader.text.component.weights),
         settings=f"{loader.dtype} {text.num_tokens} {text.system_prompt}",
         tokenizers=(text.tokenizer,),
         on_host=("attention_mask",),

@@ -1,71 +1,31 @@
 """Loading of Lumina Image 2.0 checkpoints: three files, one file with everything, or a diffusers folder."""
 
-from dataclasses import dataclass
-from pathlib import Path
-
-import torch
-from torch import nn
+from functools import partial
 
 from library.architectures.lumina.checkpoint_keys import DIFFUSERS_MARK, KEYS
 from library.architectures.lumina.gemma import gemma_component, gemma_of_folder, load_gemma
-from library.architectures.lumina.model import PATCH, LuminaConfig, NextDiT, read_config
+from library.architectures.lumina.model import PATCH, NextDiT, read_config
 from library.architectures.lumina.options import LuminaOptions
 from library.architectures.specs import list_specs
 from library.checkpoints.base_files import BaseFiles, open_base
 from library.checkpoints.weights import Weights, configure, selected
 from library.errors import UserError
-from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
+from library.models.dit_loader import DitLoader, check_input_width, open_dit_loader
 from library.models.identify import open_transformer, refuse_other_model, refuse_transformer
-from library.models.loading import (
-    Component,
-    MaybeComponent,
-    check_text_width,
-    first_side,
-    materialise,
-    on_meta_device,
-    open_if_there,
-)
+from library.models.language_models import WORDS
+from library.models.loading import Component, check_text_width
 from library.models.vae.flux import CHANNELS, open_ae
-from library.models.vae.vae import load_vae, vae_dtype_of
-from library.options.model import BASE_FLAG
+from library.models.vae.vae import load_vae
 
 MODEL = "Lumina Image 2.0"
 GEMMA_FLAG = "--gemma2"
 GEMMA_MARK = "text_encoders.gemma2_2b."
 MARK = "layers.0.attention.qkv.weight"
 UNUSED = "norm_final.weight"  # in checkpoints, but unused by the model
-WORDS = "embed_tokens.weight"
 
 
-@dataclass(frozen=True)
-class LuminaLoader:
-    """The three models, each loaded on request; frozen, on the CPU."""
-
-    path: Path  # the folder or file of the denoiser
-    config: LuminaConfig
-    denoiser_weights: Weights
-    gemma: MaybeComponent
-    ae: MaybeComponent
-    dtype: torch.dtype
-    vae_dtype: torch.dtype
-
-    @property
-    def num_words(self) -> int | None:
-        """The size of Gemma's vocabulary, or None if its files are missing."""
-        return first_side(self.gemma, WORDS)
-
-    def text_encoders(self) -> list[nn.Module]:
-        return [load_gemma(self.gemma, self.dtype)]
-
-    def vae(self) -> nn.Module:
-        return load_vae(self.ae, self.vae_dtype)
-
-    def denoiser(self, weight_format: RequestedFormat | None = None) -> nn.Module:
-        return materialise(on_meta_device(NextDiT, self.config), self.denoiser_weights, self.dtype, weight_format)
-
-
-def open_loader(options: LuminaOptions) -> LuminaLoader:
+def open_loader(options: LuminaOptions) -> DitLoader:
     """Open the files that the options name; only headers are read.
 
     Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
@@ -78,17 +38,20 @@ def open_loader(options: LuminaOptions) -> LuminaLoader:
         [folder for folder in ("transformer", "text_encoder", "vae") if given.get(folder) is None],
     )
     weights = denoiser_of(base)
-    texts_are_cached = options.text_caching.cache_text_encoder_outputs_to_disk
-    loader = LuminaLoader(
-        path=base.path,
-        config=configure(weights, read_config),
-        denoiser_weights=weights,
-        gemma=open_if_there(texts_are_cached, lambda: open_gemma(gemma, base)),
-        ae=open_if_there(options.caching.cache_latents_to_disk, lambda: open_ae(MODEL, ae, base)),
-        dtype=DTYPES[options.precision.mixed_precision],
-        vae_dtype=vae_dtype_of(options.model, options.precision.mixed_precision),
+    config = configure(weights, read_config)
+    loader = open_dit_loader(
+        options,
+        base,
+        weights,
+        partial(NextDiT, config),
+        text=lambda: open_gemma(gemma, base),
+        load_text=load_gemma,
+        text_dtype=DTYPES[options.precision.mixed_precision],
+        vae=lambda: open_ae(MODEL, ae, base),
+        load_vae=load_vae,
     )
-    check_fit(loader)
+    check_input_width(base.path, config.in_features, CHANNELS * PATCH**2, "patch", MODEL)
+    check_text_width(GEMMA_FLAG, loader.text.component, WORDS, config.text_width, "Gemma 2 2B")
     return loader
 
 
@@ -113,14 +76,3 @@ def open_gemma(name: str | None, base: BaseFiles) -> Component:
         if name is None:
             raise
         raise UserError(f"{GEMMA_FLAG} {error}") from error
-
-
-def check_fit(loader: LuminaLoader) -> None:
-    """Raise UserError if the parts do not fit together."""
-    config = loader.config
-    if config.in_features != CHANNELS * PATCH**2:
-        raise UserError(
-            f"{BASE_FLAG} {loader.path}: the transformer takes {config.in_features} values per patch, but only "
-            f"{CHANNELS * PATCH**2} are supported; use a checkpoint of Lumina Image 2.0"
-        )
-    check_text_width(GEMMA_FLAG, loader.gemma, WORDS, config.text_width, "Gemma 2 2B")

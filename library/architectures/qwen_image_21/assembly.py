@@ -4,7 +4,7 @@ images of 16 pixels; text to image, and editing of reference images.
 Start here to read this package.
 """
 
-from library.architectures.qwen_image_21.load import QWEN3_VL, QwenImage21Loader, open_encoder, open_loader
+from library.architectures.qwen_image_21.load import QWEN3_VL, open_encoder, open_loader
 from library.architectures.qwen_image_21.options import QwenImage21Options
 from library.architectures.qwen_image_21.predict import predict, preview_sampler
 from library.architectures.qwen_image_21.targets import view
@@ -13,6 +13,7 @@ from library.architectures.qwen_image_21.vae import RgbaLatents
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, RECORDS, FlowMatching, build_sampled_flow
+from library.models.dit_loader import DitLoader
 from library.models.qwen3 import load_qwen3_tokenizer
 from library.models.recipe import OTHER_ATTENTION, Recipe, tokenizer_folders
 from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
@@ -59,7 +60,7 @@ def build_for_caching(options: QwenImage21Options) -> Architecture:
     return assemble(options, open_encoder(options, QWEN3_VL.flag))
 
 
-def assemble(options: QwenImage21Options, loader: QwenImage21Loader) -> Architecture:
+def assemble(options: QwenImage21Options, loader: DitLoader) -> Architecture:
     text = build_text(options, loader)
     return Architecture(
         name="qwen_image_21",
@@ -78,17 +79,10 @@ def assemble(options: QwenImage21Options, loader: QwenImage21Loader) -> Architec
 
 
 def build_objective(options: QwenImage21Options) -> FlowMatching:
-    return build_sampled_flow(
-        options.noise,
-        options.loss,
-        options.flow_sampling,
-        options.flow_weighting,
-        prediction_type=options.flow_prediction.model_prediction_type,
-        patch=1,
-    )
+    return build_sampled_flow(options, options.flow_prediction.model_prediction_type, patch=1)
 
 
-def build_text(options: QwenImage21Options, loader: QwenImage21Loader) -> QwenImage21Text:
+def build_text(options: QwenImage21Options, loader: DitLoader) -> QwenImage21Text:
     """Build the tokenizer, searched beside the base model and the encoder."""
     folders = tokenizer_folders(loader.path, options.parts.text_encoder, ("processor", "tokenizer"))
     tokenizer = load_qwen3_tokenizer(QWEN3_VL, folders, options.model.tokenizer_cache_dir, loader.num_words)
@@ -96,13 +90,13 @@ def build_text(options: QwenImage21Options, loader: QwenImage21Loader) -> QwenIm
     return QwenImage21Text(tokenizer, LATENTS.bucket_step)
 
 
-def build_text_cache(options: QwenImage21Options, loader: QwenImage21Loader, text: QwenImage21Text) -> TextCacheSpec:
+def build_text_cache(options: QwenImage21Options, loader: DitLoader, text: QwenImage21Text) -> TextCacheSpec:
     return TextCacheSpec(
         options=options.text_caching,
         suffix="_qwen_image_21_te.npz",
         keys=("hidden_state", "attention_mask", "image_places"),
-        encoders=lambda: fingerprint(*loader.text_weights),
-        settings=f"{loader.text_dtype} {loader.shrinks_text}",
+        encoders=lambda: fingerprint(*(part.component.weights for part in loader.text_parts)),
+        settings=f"{loader.text.dtype} {options.parts.fp8_vl}",
         tokenizers=(text.tokenizer,),
         padding={"hidden_state": 0.0, "attention_mask": 0.0, "image_places": NO_PLACE},
         on_host=("attention_mask", "image_places"),

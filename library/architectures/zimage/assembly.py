@@ -7,13 +7,14 @@ import logging
 from functools import partial
 
 from library.architectures.specs import list_specs
-from library.architectures.zimage.load import QWEN3, ZImageLoader, is_turbo, open_encoder, open_loader
+from library.architectures.zimage.load import QWEN3, is_turbo, open_encoder, open_loader
 from library.architectures.zimage.options import ZImageOptions
 from library.architectures.zimage.targets import view
 from library.architectures.zimage.text import BEGIN, END, ZImageText
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, RECORDS, FlowMatching, build_sampled_flow
 from library.diffusion.samplers import shifted_sampler
+from library.models.dit_loader import DitLoader
 from library.models.next_dit import predict
 from library.models.qwen3 import load_qwen3_tokenizer
 from library.models.recipe import OTHER_ATTENTION, Recipe, tokenizer_folders
@@ -74,7 +75,7 @@ def build_for_caching(options: ZImageOptions) -> Architecture:
     return assemble(options, open_encoder(options, QWEN3.flag), turbo=False)
 
 
-def assemble(options: ZImageOptions, loader: ZImageLoader, turbo: bool) -> Architecture:
+def assemble(options: ZImageOptions, loader: DitLoader, turbo: bool) -> Architecture:
     text = build_text(options, loader)
     return Architecture(
         name="zimage",
@@ -93,17 +94,10 @@ def assemble(options: ZImageOptions, loader: ZImageLoader, turbo: bool) -> Archi
 
 
 def build_objective(options: ZImageOptions) -> FlowMatching:
-    return build_sampled_flow(
-        options.noise,
-        options.loss,
-        options.flow_sampling,
-        options.flow_weighting,
-        prediction_type=options.flow_prediction.model_prediction_type,
-        target_kind="latent - noise",
-    )
+    return build_sampled_flow(options, options.flow_prediction.model_prediction_type, target_kind="latent - noise")
 
 
-def build_text(options: ZImageOptions, loader: ZImageLoader) -> ZImageText:
+def build_text(options: ZImageOptions, loader: DitLoader) -> ZImageText:
     """Build the tokenizer, searched beside the base model and the encoder."""
     folders = tokenizer_folders(loader.path, options.parts.text_encoder)
     tokenizer = load_qwen3_tokenizer(QWEN3, folders, options.model.tokenizer_cache_dir, loader.num_words)
@@ -111,13 +105,13 @@ def build_text(options: ZImageOptions, loader: ZImageLoader) -> ZImageText:
     return ZImageText(tokenizer)
 
 
-def build_text_cache(options: ZImageOptions, loader: ZImageLoader, text: ZImageText) -> TextCacheSpec:
+def build_text_cache(options: ZImageOptions, loader: DitLoader, text: ZImageText) -> TextCacheSpec:
     return TextCacheSpec(
         options=options.text_caching,
         suffix="_zimage_te.npz",
         keys=("hidden_state", "attention_mask"),
-        encoders=lambda: fingerprint(loader.qwen3.weights),
-        settings=f"{loader.text_dtype} {loader.shrinks_text}",
+        encoders=lambda: fingerprint(loader.text.component.weights),
+        settings=f"{loader.text.dtype} {options.parts.fp8_llm}",
         tokenizers=(text.tokenizer,),
         padding={"hidden_state": 0.0, "attention_mask": 0.0},
         on_host=("attention_mask",),

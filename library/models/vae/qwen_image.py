@@ -14,7 +14,7 @@ from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.weights import Weights, configure, first_names, renamed, with_prefix
 from library.errors import NotThere, UserError
 from library.memory.devices import send
-from library.models.loading import Component
+from library.models.loading import Component, MaybeComponent, materialise
 from library.models.shapes import Shapes, shape_of
 from library.protocols import LatentSpec
 
@@ -166,6 +166,11 @@ def vae_config(shapes: Shapes) -> dict[str, Any]:
         "temperal_downsample": [f"encoder.down_blocks.{n}.time_conv.weight" in shapes for n in resampling],
         "input_channels": shape_of(shapes, "encoder.conv_in.weight")[1],
     }
+
+
+def load_vae(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
+    """Load the VAE in `dtype`, frozen, on the CPU."""
+    return materialise(empty_vae(component.config), component.weights, dtype)
 
 
 def empty_vae(config: Mapping[str, Any]) -> Any:

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, normalize
 
+from library.models.loading import MaybeComponent
+from library.models.vae.qwen_image import load_vae
+
 NORM_STRIPES = 16  # a stripe's float32 copies then take an eighth of the image's bf16
 
 
@@ -46,6 +49,12 @@ class StripedNorm(nn.Module):
             wide = stripe.float() if x.dtype.itemsize < 4 else stripe
             part.copy_(normalize(wide, dim=1).to(x.dtype) * self.scale * self.gamma)
         return y
+
+
+def load_vae_for_images(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
+    """Load the VAE in `dtype`, frozen, on the CPU, computing in two dimensions."""
+    vae: nn.Module = replace_layers_for_images(load_vae(component, dtype))
+    return vae
 
 
 def replace_layers_for_images(vae: Any) -> Any:

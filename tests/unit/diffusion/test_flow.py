@@ -3,6 +3,7 @@
 import logging
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -229,11 +230,13 @@ def sampled_flow(
     weighting = {k: settings.pop(k) for k in list(settings) if k in vars(FlowWeightingOptions())}
     with caplog.at_level(logging.WARNING):
         objective = build_sampled_flow(
-            NoiseOptions(),
-            LossOptions(),
-            FlowSamplingOptions(**settings),
-            FlowWeightingOptions(**weighting),
-            prediction_type=prediction,
+            SimpleNamespace(
+                noise=NoiseOptions(),
+                loss=LossOptions(),
+                flow_sampling=FlowSamplingOptions(**settings),
+                flow_weighting=FlowWeightingOptions(**weighting),
+            ),
+            prediction,
         )
     return objective, caplog.text
 

@@ -8,13 +8,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from anima_train_network import setup_parser
-from library.architectures.anima.load import AnimaLoader, open_loader
+from library.architectures.anima.load import open_loader
 from library.architectures.anima.options import AnimaOptions
+from library.models.dit_loader import DitLoader
 from tests.tiny.anima import CONFIG, build_tiny_anima
 
 
-def opened(arguments: list[str]) -> AnimaLoader:
-    return open_loader(AnimaOptions.from_args(setup_parser().parse_args(arguments)))
+def options_of(arguments: list[str]) -> AnimaOptions:
+    return AnimaOptions.from_args(setup_parser().parse_args(arguments))
+
+
+def opened(arguments: list[str]) -> DitLoader:
+    return open_loader(options_of(arguments))[0]
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +44,8 @@ def changed(source: Path, target: Path, drop: str = "", rename: tuple[str, str] 
 
 
 def test_sizes_are_read_off_the_weights(arguments: list[str]) -> None:
-    loader = opened(arguments)
-    assert loader.config == CONFIG
+    loader, config = open_loader(options_of(arguments))
+    assert config == CONFIG
     assert loader.text_encoders()[0].config.rope_parameters["rope_theta"] == 1e6  # type: ignore[union-attr, index]
 
 

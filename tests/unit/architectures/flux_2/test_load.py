@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from flux_2_train_network import setup_parser
 from library.architectures.flux_2.assembly import build
-from library.architectures.flux_2.load import Flux2Loader, open_loader
+from library.architectures.flux_2.load import open_loader
 from library.architectures.flux_2.options import VERSIONS, Flux2Options
 from library.architectures.flux_2.releases import DEV, KLEIN_4B, KLEIN_9B, encoder_of, is_distilled, release_of
 from library.architectures.flux_2.vae import COUNTER, statistics
@@ -21,6 +21,7 @@ from library.architectures.specs import list_specs
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.checkpoints.weights import Weights
 from library.errors import UserError
+from library.models.dit_loader import DitLoader
 from tests.runs.bases import BASES
 from tests.tiny import flux_2 as tiny_flux_2
 from tests.tiny.changes import assert_same_models, in_two_files, with_changes, without
@@ -44,7 +45,7 @@ def options_of(arguments: list[str]) -> Flux2Options:
     return Flux2Options.from_args(setup_parser().parse_args(arguments))
 
 
-def opened(arguments: list[str]) -> Flux2Loader:
+def opened(arguments: list[str]) -> DitLoader:
     return open_loader(options_of(arguments))[0]
 
 

@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from krea2_train_network import setup_parser
 from library.architectures.krea2.assembly import build
-from library.architectures.krea2.load import Krea2Loader, is_turbo, open_loader
+from library.architectures.krea2.load import is_turbo, open_loader
 from library.architectures.krea2.options import Krea2Options
 from library.architectures.krea2.text import LAYERS
 from library.architectures.specs import list_specs
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.errors import UserError
+from library.models.dit_loader import DitLoader
 from library.models.language_models import encode_layers
 from tests.runs.bases import BASES
 from tests.tiny.changes import assert_same_models, in_two_files, with_changes, without
@@ -37,7 +38,7 @@ def options_of(arguments: list[str]) -> Krea2Options:
     return Krea2Options.from_args(setup_parser().parse_args(arguments))
 
 
-def opened(arguments: list[str]) -> Krea2Loader:
+def opened(arguments: list[str]) -> DitLoader:
     return open_loader(options_of(arguments))
 
 
@@ -230,4 +231,4 @@ def test_a_turbo_that_cannot_stand_in_is_refused(
         state["blocks.0.mlp.up.weight"] = state["blocks.0.mlp.up.weight"].to(torch.float8_e4m3fn)
     save_file({name: tensor for name, tensor in state.items() if tensor is not None}, turbo[1])
     with pytest.raises(UserError, match=message):
-        opened([*tiny, "--turbo_dit", turbo[1], *more])
+        build(options_of([*tiny, "--turbo_dit", turbo[1], *more]))

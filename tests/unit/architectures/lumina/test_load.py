@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from library.architectures.lumina.gemma import load_gemma_tokenizer
-from library.architectures.lumina.load import LuminaLoader, open_loader
+from library.architectures.lumina.load import open_loader
 from library.architectures.lumina.options import LuminaOptions
+from library.models.dit_loader import DitLoader
 from lumina_train_network import setup_parser
 from tests.tiny.changes import with_changes
 from tests.tiny.lumina import build_tiny_lumina
@@ -23,7 +24,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return build_tiny_lumina(tmp_path_factory.mktemp("lumina"), 3)
 
 
-def opened(arguments: list[str]) -> LuminaLoader:
+def opened(arguments: list[str]) -> DitLoader:
     return open_loader(LuminaOptions.from_args(setup_parser().parse_args(arguments)))
 
 

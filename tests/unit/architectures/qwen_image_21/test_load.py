@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from library.architectures.qwen_image_21.assembly import build
-from library.architectures.qwen_image_21.load import QwenImage21Loader, open_loader
+from library.architectures.qwen_image_21.load import open_loader
 from library.architectures.qwen_image_21.options import QwenImage21Options
 from library.architectures.specs import list_specs
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.errors import UserError
+from library.models.dit_loader import DitLoader
 from library.types import CaptionWithImages
 from qwen_image_21_train_network import setup_parser
 from tests.runs.bases import BASES
@@ -35,11 +36,11 @@ def options_of(arguments: list[str]) -> QwenImage21Options:
     return QwenImage21Options.from_args(setup_parser().parse_args(arguments))
 
 
-def opened(arguments: list[str]) -> QwenImage21Loader:
+def opened(arguments: list[str]) -> DitLoader:
     return open_loader(options_of(arguments))
 
 
-def assert_same_models(found: QwenImage21Loader, expected: QwenImage21Loader) -> None:
+def assert_same_models(found: DitLoader, expected: DitLoader) -> None:
     for theirs, ours in (
         (expected.denoiser(), found.denoiser()),
         (expected.vae(), found.vae()),

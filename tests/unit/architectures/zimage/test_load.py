@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from library.architectures.specs import list_specs
 from library.architectures.zimage.assembly import build
-from library.architectures.zimage.load import ZImageLoader, is_turbo, open_loader
+from library.architectures.zimage.load import is_turbo, open_loader
 from library.architectures.zimage.options import ZImageOptions
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.errors import UserError
+from library.models.dit_loader import DitLoader
 from tests.runs.bases import BASES
 from tests.tiny.changes import assert_same_models, in_two_files, with_changes, without
 from tests.tiny.zimage import build_tiny_zimage, diffusers_state
@@ -34,7 +35,7 @@ def options_of(arguments: list[str]) -> ZImageOptions:
     return ZImageOptions.from_args(setup_parser().parse_args(arguments))
 
 
-def opened(arguments: list[str]) -> ZImageLoader:
+def opened(arguments: list[str]) -> DitLoader:
     return open_loader(options_of(arguments))
 
 
