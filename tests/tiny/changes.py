@@ -47,3 +47,11 @@ def assert_same_models(found: Loader, expected: Loader) -> None:
     ):
         state = ours.state_dict()
         assert all(torch.equal(state[name], tensor) for name, tensor in theirs.state_dict().items())
+
+
+def rename_token(folder: Path, token: str) -> None:
+    """Rename a token of the tokenizer in a folder."""
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text().replace(token, "<other>"))
+    for other in ("tokenizer_config.json", "special_tokens_map.json"):
+        (folder / other).unlink(missing_ok=True)

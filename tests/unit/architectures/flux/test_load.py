@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from flux_train_network import setup_parser
 from library.architectures.flux.load import FluxLoader, open_loader
 from library.architectures.flux.options import FluxOptions
-from tests.tiny.changes import with_changes, without
+from tests.tiny.changes import assert_same_models, with_changes, without
 from tests.tiny.flux import build_tiny_flux
 
 
@@ -88,13 +88,7 @@ def test_every_layout_gives_the_same_models(tiny: list[str], tmp_path: Path) -> 
     expected = opened(tiny)
     for layout in ("whole", "diffusers"):
         found = opened(build_tiny_flux(tmp_path / layout, 3, layout))  # type: ignore[arg-type]
-        for theirs, ours in (
-            (expected.denoiser(), found.denoiser()),
-            (expected.vae(), found.vae()),
-            *zip(expected.text_encoders(), found.text_encoders(), strict=True),
-        ):
-            state = ours.state_dict()
-            assert all(torch.equal(state[name], tensor) for name, tensor in theirs.state_dict().items())
+        assert_same_models(found, expected)
 
 
 def test_parts_of_a_folder_can_be_replaced_by_files(tiny: list[str], tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Every form of a FLUX.2 model loads alike, and files that make none are refused with what they are."""
 
-import importlib
 import json
 import re
 import shutil
@@ -17,18 +16,14 @@ from library.architectures.flux_2.load import open_loader
 from library.architectures.flux_2.options import VERSIONS, Flux2Options
 from library.architectures.flux_2.releases import DEV, KLEIN_4B, KLEIN_9B, encoder_of, is_distilled, release_of
 from library.architectures.flux_2.vae import COUNTER, statistics
-from library.architectures.specs import list_specs
-from library.checkpoints.base_model_spec import BaseModelSpec
 from library.checkpoints.weights import Weights
 from library.errors import UserError
 from library.models.dit_loader import DitLoader
-from tests.runs.bases import BASES
 from tests.tiny import flux_2 as tiny_flux_2
-from tests.tiny.changes import assert_same_models, in_two_files, with_changes, without
+from tests.tiny.changes import assert_same_models, rename_token, with_changes, without
 from tests.tiny.flux_2 import build_tiny_flux_2, diffusers_state
 
 BASE = "--pretrained_model_name_or_path"
-SCRIPT_OF_OTHERS = {name: base.script for name, base in BASES.items() if name != "flux_2"}
 
 
 @pytest.fixture(scope="module")
@@ -83,22 +78,6 @@ def test_mistral_is_read_under_every_prefix_and_without_its_last_layers(
     assert_same_models(opened([*tiny_dev[:5], str(tmp_path / "mistral.safetensors")]), opened(tiny_dev))
 
 
-def test_numbered_files_are_named_by_their_first(tiny: list[str], tmp_path: Path) -> None:
-    arguments = in_two_files(tiny, (BASE, "--text_encoder"), tmp_path)
-    assert_same_models(opened(arguments), opened(tiny))
-
-
-def test_8_bit_files_load_with_their_scales(tiny: list[str], tmp_path: Path) -> None:
-    state = load_file(tiny[1])
-    name = "double_blocks.0.img_attn.qkv"
-    scale = state[f"{name}.weight"].abs().max() / 448
-    codes = (state[f"{name}.weight"] / scale).to(torch.float8_e4m3fn)
-    other = {**state, f"{name}.weight": codes, f"{name}.scale_weight": scale, "scaled_fp8": torch.zeros(2)}
-    save_file(other, tmp_path / "fp8.safetensors")
-    denoiser: Any = opened([BASE, str(tmp_path / "fp8.safetensors"), *tiny[2:]]).denoiser()
-    torch.testing.assert_close(denoiser.double_blocks[0].img_attn.qkv.weight, codes.float() * scale, rtol=1e-6, atol=0)
-
-
 @pytest.mark.parametrize("layout", ["original", "diffusers"])
 def test_the_statistics_of_the_vae_stay_in_32_bits(tiny: list[str], tmp_path: Path, layout: str) -> None:
     _, state = tiny_flux_2.tiny_vae(4)
@@ -111,15 +90,6 @@ def test_the_statistics_of_the_vae_stay_in_32_bits(tiny: list[str], tmp_path: Pa
     assert next(vae.parameters()).dtype == torch.bfloat16 and mean.shape == (128, 1, 1)
     torch.testing.assert_close(mean.flatten(), state["bn.running_mean"], rtol=0, atol=0)
     torch.testing.assert_close(deviation.flatten(), (state["bn.running_var"] + 1e-4).sqrt(), rtol=0, atol=0)
-
-
-def test_parts_of_a_folder_can_be_replaced_by_files(tiny: list[str], tmp_path: Path) -> None:
-    folder = build_tiny_flux_2(tmp_path / "folder", 4, "diffusers")
-    for name in ("vae", "text_encoder"):
-        shutil.rmtree(tmp_path / "folder" / name)
-    found = opened([*folder, *tiny[tiny.index("--vae") :]]).text_encoders()[0].state_dict()
-    expected = opened(tiny).text_encoders()[0].state_dict()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
 @pytest.mark.parametrize(
@@ -171,23 +141,11 @@ def test_the_text_encoder_of_the_other_kind_is_refused(tiny: list[str], tiny_dev
         opened([*tiny_dev[:5], tiny[5]])
 
 
-@pytest.mark.parametrize("flag", ["--vae", "--text_encoder"])
-def test_a_missing_part_is_asked_for_by_its_flag(tiny: list[str], flag: str) -> None:
-    with pytest.raises(UserError, match=f"{flag} is missing"):
-        opened(without(tiny, flag))
-
-
-@pytest.mark.parametrize(
-    ("is_dev", "mark", "hub"),
-    [(False, "<think>", "Qwen/Qwen3-4B"), (True, "[SYSTEM_PROMPT]", "mistralai/Mistral-Small-3.1-24B-Instruct-2503")],
-)
-def test_a_tokenizer_without_the_marks_of_a_chat_is_refused(tmp_path: Path, is_dev: bool, mark: str, hub: str) -> None:
-    arguments = build_tiny_flux_2(tmp_path, 3, is_dev=is_dev)
-    file = tmp_path / "tokenizer" / "tokenizer.json"
-    file.write_text(file.read_text().replace(mark, "<other>"))
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        (tmp_path / "tokenizer" / name).unlink(missing_ok=True)
-    with pytest.raises(UserError, match=re.escape(f"has no {mark}: it belongs to another model; use that of {hub}")):
+def test_a_tokenizer_without_the_marks_of_devs_template_is_refused(tmp_path: Path) -> None:
+    arguments = build_tiny_flux_2(tmp_path, 3, is_dev=True)
+    rename_token(tmp_path / "tokenizer", "[SYSTEM_PROMPT]")
+    message = r"has no \[SYSTEM_PROMPT\]: it belongs to another model; use that of mistralai/Mistral-Small-3\.1-24B"
+    with pytest.raises(UserError, match=message):
         build(options_of(arguments))
 
 
@@ -200,45 +158,6 @@ def test_the_text_encoder_may_be_kept_in_8_bits(request: pytest.FixtureRequest, 
     expected, found = whole(ids).last_hidden_state, small(ids).last_hidden_state
     assert not torch.equal(found, expected)
     assert torch.nn.functional.cosine_similarity(found, expected, dim=-1).min() > 0.95
-
-
-# Other models' files
-
-
-@pytest.fixture(scope="module")
-def flux_2_file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return build_tiny_flux_2(tmp_path_factory.mktemp("whole"), 5, "whole")[1]
-
-
-@pytest.mark.parametrize("name", SCRIPT_OF_OTHERS)
-def test_every_other_script_names_this_one(name: str, tmp_path: Path, flux_2_file: str) -> None:
-    spec = next(s for s in list_specs() if s.script == f"{BASES[name].script}.py")
-    arguments = BASES[name].build(tmp_path)
-    arguments[arguments.index(BASE) + 1] = flux_2_file
-    with pytest.raises(UserError, match=r"this is a FLUX.2 (model|checkpoint); use flux_2_train_network\.py"):
-        spec.build(parsed(spec, arguments))
-
-
-@pytest.mark.parametrize("name", SCRIPT_OF_OTHERS)
-def test_this_script_names_every_other(name: str, tmp_path: Path, tiny: list[str]) -> None:
-    arguments = BASES[name].build(tmp_path)
-    path = arguments[arguments.index(BASE) + 1]
-    with pytest.raises(UserError, match=rf"use {SCRIPT_OF_OTHERS[name]}\.py"):
-        opened([BASE, path, *tiny[2:]])
-
-
-@pytest.mark.parametrize(("is_dev", "pipeline"), [(False, "Flux2KleinPipeline"), (True, "Flux2Pipeline")])
-def test_a_folder_is_recognised_by_its_pipeline(tmp_path: Path, is_dev: bool, pipeline: str) -> None:
-    (folder,) = build_tiny_flux_2(tmp_path, 3, "diffusers", is_dev)[1:]
-    assert json.loads((Path(folder) / "model_index.json").read_text())["_class_name"] == pipeline
-    flux = next(spec for spec in list_specs() if spec.script == "flux_train_network.py")
-    with pytest.raises(UserError, match=r"this is a FLUX.2 model; use flux_2_train_network\.py"):
-        flux.build(parsed(flux, [BASE, folder]))
-
-
-def parsed(spec: BaseModelSpec, arguments: list[str]) -> Any:
-    parser = importlib.import_module(spec.script.removesuffix(".py")).setup_parser()
-    return spec.options.from_args(parser.parse_args(arguments))
 
 
 # Which FLUX.2 it is

@@ -1,9 +1,7 @@
 """Every form of a Krea 2 model loads alike, and files that make none are refused with what they are."""
 
-import importlib
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +14,13 @@ from library.architectures.krea2.assembly import build
 from library.architectures.krea2.load import is_turbo, open_loader
 from library.architectures.krea2.options import Krea2Options
 from library.architectures.krea2.text import LAYERS
-from library.architectures.specs import list_specs
-from library.checkpoints.base_model_spec import BaseModelSpec
 from library.errors import UserError
 from library.models.dit_loader import DitLoader
 from library.models.language_models import encode_layers
-from tests.runs.bases import BASES
-from tests.tiny.changes import assert_same_models, in_two_files, with_changes, without
+from tests.tiny.changes import assert_same_models, with_changes
 from tests.tiny.krea2 import build_tiny_krea2, diffusers_state
 
 BASE = "--pretrained_model_name_or_path"
-SCRIPT_OF_OTHERS = {name: base.script for name, base in BASES.items() if name != "krea2"}
 
 
 @pytest.fixture(scope="module")
@@ -63,30 +57,6 @@ def test_a_single_file_has_either_layout_and_either_prefix(
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_numbered_files_are_named_by_their_first(tiny: list[str], tmp_path: Path) -> None:
-    assert_same_models(opened(in_two_files(tiny, (BASE, "--text_encoder"), tmp_path)), opened(tiny))
-
-
-def test_8_bit_files_load_with_their_scales(tiny: list[str], tmp_path: Path) -> None:
-    state = load_file(tiny[1])
-    name = "blocks.0.attn.wq"
-    scale = state[f"{name}.weight"].abs().max() / 448
-    codes = (state[f"{name}.weight"] / scale).to(torch.float8_e4m3fn)
-    other = {**state, f"{name}.weight": codes, f"{name}.scale_weight": scale, "scaled_fp8": torch.zeros(2)}
-    save_file(other, tmp_path / "fp8.safetensors")
-    denoiser: Any = opened([BASE, str(tmp_path / "fp8.safetensors"), *tiny[2:]]).denoiser()
-    torch.testing.assert_close(denoiser.blocks[0].attn.wq.weight, codes.float() * scale, rtol=1e-6, atol=0)
-
-
-def test_parts_of_a_folder_can_be_replaced_by_files(tiny: list[str], tmp_path: Path) -> None:
-    folder = build_tiny_krea2(tmp_path / "folder", 4, "diffusers")
-    for name in ("vae", "text_encoder"):
-        shutil.rmtree(tmp_path / "folder" / name)
-    found = opened([*folder, *tiny[tiny.index("--vae") :]]).text_encoders()[0].state_dict()
-    expected = opened(tiny).text_encoders()[0].state_dict()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
-
-
 @pytest.mark.parametrize(
     ("flag", "changes", "message"),
     [
@@ -120,48 +90,12 @@ def test_a_shallow_text_encoder_is_refused(tiny: list[str], tmp_path: Path) -> N
         opened([*tiny[:5], str(tmp_path / "shallow.safetensors")])
 
 
-@pytest.mark.parametrize("flag", ["--vae", "--text_encoder"])
-def test_a_missing_part_is_asked_for_by_its_flag(tiny: list[str], flag: str) -> None:
-    with pytest.raises(UserError, match=f"{flag} is missing"):
-        opened(without(tiny, flag))
-
-
 def test_the_text_encoder_may_be_kept_in_8_bits(tiny: list[str]) -> None:
     (whole,), (small,) = opened(tiny).text_encoders(), opened([*tiny, "--fp8_text_encoder"]).text_encoders()
     ids = torch.arange(8)[None]
     expected, found = (encode_layers(encoder, ids, torch.ones_like(ids), LAYERS[:3]) for encoder in (whole, small))
     assert not torch.equal(found, expected)  # later layers of a model this narrow multiply what is rounded
     assert torch.nn.functional.cosine_similarity(found, expected, dim=-1).min() > 0.97
-
-
-# Other models' files
-
-
-@pytest.fixture(scope="module")
-def krea2_file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return build_tiny_krea2(tmp_path_factory.mktemp("whole"), 5, "whole")[1]
-
-
-@pytest.mark.parametrize("name", SCRIPT_OF_OTHERS)
-def test_every_other_script_names_this_one(name: str, tmp_path: Path, krea2_file: str) -> None:
-    spec = next(s for s in list_specs() if s.script == f"{BASES[name].script}.py")
-    arguments = BASES[name].build(tmp_path)
-    arguments[arguments.index(BASE) + 1] = krea2_file
-    with pytest.raises(UserError, match=r"this is a Krea 2 (model|checkpoint); use krea2_train_network\.py"):
-        spec.build(parsed(spec, arguments))
-
-
-@pytest.mark.parametrize("name", SCRIPT_OF_OTHERS)
-def test_this_script_names_every_other(name: str, tmp_path: Path, tiny: list[str]) -> None:
-    arguments = BASES[name].build(tmp_path)
-    path = arguments[arguments.index(BASE) + 1]
-    with pytest.raises(UserError, match=rf"use {SCRIPT_OF_OTHERS[name]}\.py"):
-        opened([BASE, path, *tiny[2:]])
-
-
-def parsed(spec: BaseModelSpec, arguments: list[str]) -> Any:
-    parser = importlib.import_module(spec.script.removesuffix(".py")).setup_parser()
-    return spec.options.from_args(parser.parse_args(arguments))
 
 
 # Which Krea 2 it is

@@ -1,6 +1,5 @@
 """Every form of a Qwen-Image 2.1 model loads alike, and files that make none are refused with what they are."""
 
-import importlib
 import re
 import shutil
 from pathlib import Path
@@ -13,18 +12,14 @@ from safetensors.torch import load_file, save_file
 from library.architectures.qwen_image_21.assembly import build
 from library.architectures.qwen_image_21.load import open_loader
 from library.architectures.qwen_image_21.options import QwenImage21Options
-from library.architectures.specs import list_specs
-from library.checkpoints.base_model_spec import BaseModelSpec
 from library.errors import UserError
 from library.models.dit_loader import DitLoader
 from library.types import CaptionWithImages
 from qwen_image_21_train_network import setup_parser
-from tests.runs.bases import BASES
-from tests.tiny.changes import with_changes, without
+from tests.tiny.changes import assert_same_models, with_changes, without
 from tests.tiny.qwen_image_21 import build_tiny_qwen_image_21, comfy_vae, with_fused_gates
 
 BASE = "--pretrained_model_name_or_path"
-SCRIPT_OF_OTHERS = {name: base.script for name, base in BASES.items() if name != "qwen_image_21"}
 
 
 @pytest.fixture(scope="module")
@@ -38,16 +33,6 @@ def options_of(arguments: list[str]) -> QwenImage21Options:
 
 def opened(arguments: list[str]) -> DitLoader:
     return open_loader(options_of(arguments))
-
-
-def assert_same_models(found: DitLoader, expected: DitLoader) -> None:
-    for theirs, ours in (
-        (expected.denoiser(), found.denoiser()),
-        (expected.vae(), found.vae()),
-        *zip(expected.text_encoders(), found.text_encoders(), strict=True),
-    ):
-        state = ours.state_dict()
-        assert all(torch.equal(state[name], tensor) for name, tensor in theirs.state_dict().items())
 
 
 @pytest.mark.parametrize("layout", ["whole", "diffusers"])
@@ -99,19 +84,6 @@ def test_8_bit_files_with_fused_gates_load_with_their_scales_and_keep_their_code
     assert parts["scales"].shape == ((192, 1) if per_row else ())
 
 
-def test_numbered_files_are_named_by_their_first(tiny: list[str], tmp_path: Path) -> None:
-    arguments = list(tiny)
-    shutil.copytree(Path(tiny[1]).parent / "tokenizer", tmp_path / "tokenizer")
-    for flag in (BASE, "--text_encoder"):
-        place = arguments.index(flag) + 1
-        state, stem = load_file(arguments[place]), Path(arguments[place]).stem
-        for number in (1, 2):
-            part = {name: tensor for i, (name, tensor) in enumerate(sorted(state.items())) if i % 2 == number - 1}
-            save_file(part, tmp_path / f"{stem}-{number:05}-of-00002.safetensors")
-        arguments[place] = str(tmp_path / f"{stem}-00001-of-00002.safetensors")
-    assert_same_models(opened(arguments), opened(tiny))
-
-
 @pytest.mark.parametrize(
     ("flag", "changes", "message"),
     [
@@ -143,12 +115,6 @@ def test_a_file_that_does_not_fit_is_named(
         opened(with_changes(tiny, flag, tmp_path, changes)).text_encoders()
 
 
-@pytest.mark.parametrize("flag", ["--vae", "--text_encoder"])
-def test_a_missing_part_is_asked_for_by_its_flag(tiny: list[str], flag: str) -> None:
-    with pytest.raises(UserError, match=f"{flag} is missing"):
-        opened(without(tiny, flag))
-
-
 def test_a_text_encoder_without_its_vision_model_reads_captions_but_no_references(
     tiny: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -164,51 +130,9 @@ def test_a_text_encoder_without_its_vision_model_reads_captions_but_no_reference
         arch.text.encode(encoders, arch.text.tokenize([seen]))
 
 
-def test_a_tokenizer_without_the_marks_of_images_is_refused(tmp_path: Path) -> None:
-    arguments = build_tiny_qwen_image_21(tmp_path, 3)
-    file = tmp_path / "tokenizer" / "tokenizer.json"
-    file.write_text(file.read_text().replace("<|image_pad|>", "<other>"))
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        (tmp_path / "tokenizer" / name).unlink(missing_ok=True)
-    with pytest.raises(UserError, match=re.escape("has no <|image_pad|>: it belongs to another model; use that of")):
-        build(options_of(arguments))
-
-
 def test_the_language_model_may_be_kept_in_8_bits(tiny: list[str]) -> None:
     (whole, _), (small, _) = (opened([*tiny, *more]).text_encoders() for more in ([], ["--fp8_vl"]))
     ids = torch.arange(8)[None]
     expected, found = whole(ids).last_hidden_state, small(ids).last_hidden_state
     assert not torch.equal(found, expected)
     assert torch.nn.functional.cosine_similarity(found, expected, dim=-1).min() > 0.95
-
-
-# Other models' files
-
-
-@pytest.mark.parametrize("name", SCRIPT_OF_OTHERS)
-def test_every_other_script_names_this_one(name: str, tmp_path: Path, tiny: list[str]) -> None:
-    spec = next(s for s in list_specs() if s.script == f"{BASES[name].script}.py")
-    arguments = BASES[name].build(tmp_path)
-    arguments[arguments.index(BASE) + 1] = tiny[1]
-    with pytest.raises(UserError, match=r"a Qwen-Image 2.1 (model|checkpoint); use qwen_image_21_train_network\.py"):
-        spec.build(parsed(spec, arguments))
-
-
-@pytest.mark.parametrize("name", SCRIPT_OF_OTHERS)
-def test_this_script_names_every_other(name: str, tmp_path: Path, tiny: list[str]) -> None:
-    arguments = BASES[name].build(tmp_path)
-    path = arguments[arguments.index(BASE) + 1]
-    with pytest.raises(UserError, match=rf"use {SCRIPT_OF_OTHERS[name]}\.py"):
-        opened([BASE, path, *tiny[2:]])
-
-
-def test_a_folder_is_recognised_by_its_pipeline(tmp_path: Path) -> None:
-    (folder,) = build_tiny_qwen_image_21(tmp_path, 3, "diffusers")[1:]
-    flux = next(spec for spec in list_specs() if spec.script == "flux_train_network.py")
-    with pytest.raises(UserError, match=r"this is a Qwen-Image 2.1 model; use qwen_image_21_train_network\.py"):
-        flux.build(parsed(flux, [BASE, folder]))
-
-
-def parsed(spec: BaseModelSpec, arguments: list[str]) -> Any:
-    parser = importlib.import_module(spec.script.removesuffix(".py")).setup_parser()
-    return spec.options.from_args(parser.parse_args(arguments))

@@ -1,0 +1,156 @@
+"""The files of base models with musubi-tuner's options: forms that load alike, and files of other models."""
+
+import importlib
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from library.architectures.specs import list_specs
+from library.checkpoints.base_model_spec import BaseModelSpec
+from library.errors import UserError
+from library.protocols import Loader
+from tests.runs.bases import BASES
+from tests.tiny.changes import assert_same_models, in_two_files, rename_token, without
+from tests.tiny.flux_2 import build_tiny_flux_2
+from tests.tiny.krea2 import build_tiny_krea2
+from tests.tiny.qwen_image_21 import build_tiny_qwen_image_21
+from tests.tiny.zimage import build_tiny_zimage
+
+BASE = "--pretrained_model_name_or_path"
+
+
+@dataclass(frozen=True)
+class Dit:
+    """A tiny model of one of them."""
+
+    build: Callable[..., list[str]]  # folder, seed, layout
+    layer: str  # stored in 8 bits in files that have one scale for each layer
+    mark: str  # a token of the text encoder's template
+    hub_name: str  # of the text encoder
+
+
+DITS: Mapping[str, Dit] = {
+    "zimage": Dit(build_tiny_zimage, "layers.0.attention.qkv", "<|im_end|>", "Qwen/Qwen3-4B"),
+    "flux_2": Dit(build_tiny_flux_2, "double_blocks.0.img_attn.qkv", "<think>", "Qwen/Qwen3-4B"),
+    "krea2": Dit(build_tiny_krea2, "blocks.0.attn.wq", "<|im_end|>", "Qwen/Qwen3-VL-4B-Instruct"),
+    "qwen_image_21": Dit(
+        build_tiny_qwen_image_21, "transformer_blocks.0.attn.to_q", "<|image_pad|>", "Qwen/Qwen3-VL-8B-Instruct"
+    ),
+}
+
+
+def spec_of(name: str) -> BaseModelSpec:
+    return next(spec for spec in list_specs() if spec.script == f"{BASES[name].script}.py")
+
+
+def parsed(spec: BaseModelSpec, arguments: list[str]) -> Any:
+    parser = importlib.import_module(spec.script.removesuffix(".py")).setup_parser()
+    return spec.options.from_args(parser.parse_args(arguments))
+
+
+def opened(name: str, arguments: list[str]) -> Loader:
+    found = importlib.import_module(f"library.architectures.{name}.load").open_loader(parsed(spec_of(name), arguments))
+    return found[0] if isinstance(found, tuple) else found  # type: ignore[no-any-return]  # FLUX.2 adds its release
+
+
+@pytest.fixture(scope="module", params=DITS)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def tiny(name: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return DITS[name].build(tmp_path_factory.mktemp(name), 3)
+
+
+def test_numbered_files_are_named_by_their_first(name: str, tiny: list[str], tmp_path: Path) -> None:
+    arguments = in_two_files(tiny, (BASE, "--text_encoder"), tmp_path)
+    assert_same_models(opened(name, arguments), opened(name, tiny))
+    Path(arguments[1].replace("00001", "00002", 1)).unlink()
+    with pytest.raises(UserError, match=r"is the first of 2 files, but these are not beside it: .*00002-of-00002"):
+        opened(name, arguments)
+
+
+def test_8_bit_files_load_with_their_scales(name: str, tiny: list[str], tmp_path: Path) -> None:
+    state, layer = load_file(tiny[1]), DITS[name].layer
+    scale = state[f"{layer}.weight"].abs().max() / 448
+    codes = (state[f"{layer}.weight"] / scale).to(torch.float8_e4m3fn)
+    other = {**state, f"{layer}.weight": codes, f"{layer}.scale_weight": scale, "scaled_fp8": torch.zeros(2)}
+    save_file(other, tmp_path / "fp8.safetensors")
+    denoiser = opened(name, [BASE, str(tmp_path / "fp8.safetensors"), *tiny[2:]]).denoiser()
+    torch.testing.assert_close(denoiser.get_parameter(f"{layer}.weight"), codes.float() * scale, rtol=1e-6, atol=0)
+
+
+def test_parts_of_a_folder_can_be_replaced_by_files(name: str, tiny: list[str], tmp_path: Path) -> None:
+    folder = DITS[name].build(tmp_path / "folder", 4, "diffusers")
+    for part in ("vae", "text_encoder"):
+        shutil.rmtree(tmp_path / "folder" / part)
+    found = opened(name, [*folder, *tiny[tiny.index("--vae") :]]).text_encoders()[0].state_dict()
+    expected = opened(name, tiny).text_encoders()[0].state_dict()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
+
+
+@pytest.mark.parametrize("flag", ["--vae", "--text_encoder"])
+def test_a_missing_part_is_asked_for_by_its_flag(name: str, tiny: list[str], flag: str) -> None:
+    with pytest.raises(UserError, match=f"{flag} is missing"):
+        opened(name, without(tiny, flag))
+
+
+def test_a_tokenizer_without_the_marks_of_the_template_is_refused(name: str, tmp_path: Path) -> None:
+    dit = DITS[name]
+    arguments = dit.build(tmp_path, 3)
+    rename_token(tmp_path / "tokenizer", dit.mark)
+    message = f"has no {dit.mark}: it belongs to another model; use that of {dit.hub_name}"
+    with pytest.raises(UserError, match=re.escape(message)):
+        spec_of(name).build(parsed(spec_of(name), arguments))
+
+
+# Other models' files
+
+
+@pytest.fixture(scope="module")
+def of_others(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, list[str]]:
+    """The arguments that name a tiny model of each base model, those with musubi-tuner's options in one file."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in BASES}
+    return {
+        name: DITS[name].build(folder, 5, "whole") if name in DITS else BASES[name].build(folder)
+        for name, folder in folders.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("script_of", "file_of"),
+    [
+        pytest.param(one, other, id=f"script of {one}, file of {other}")
+        for one in BASES
+        for other in BASES
+        if (one in DITS or other in DITS) and BASES[one].script != BASES[other].script
+    ],
+)
+def test_a_script_names_the_one_for_a_file_of_another_model(
+    script_of: str, file_of: str, of_others: Mapping[str, list[str]]
+) -> None:
+    arguments, other = list(of_others[script_of]), of_others[file_of]
+    arguments[arguments.index(BASE) + 1] = other[other.index(BASE) + 1]
+    is_called = rf"this is {re.escape(spec_of(file_of).called)} (model|checkpoint); " if file_of in DITS else ""
+    with pytest.raises(UserError, match=rf"{is_called}use {BASES[file_of].script}\.py"):
+        spec_of(script_of).build(parsed(spec_of(script_of), arguments))
+
+
+@pytest.mark.parametrize(
+    ("name", "build"),
+    [*((name, dit.build) for name, dit in DITS.items()), ("flux_2", partial(build_tiny_flux_2, is_dev=True))],
+    ids=[*DITS, "flux_2 dev"],
+)
+def test_a_folder_is_recognised_by_its_pipeline(name: str, build: Callable[..., list[str]], tmp_path: Path) -> None:
+    flux = spec_of("flux")
+    with pytest.raises(UserError, match=rf"this is {re.escape(spec_of(name).called)} model; use {name}_train_network"):
+        flux.build(parsed(flux, build(tmp_path, 3, "diffusers")[:2]))
