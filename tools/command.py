@@ -1,7 +1,6 @@
 """Common options, dtypes, start and error handling of the commands for adapter files."""
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -17,8 +16,6 @@ from library.hidden_libraries import BITSANDBYTES, hidden
 from library.memory.devices import SAVE_DTYPES
 from library.training.command_line.console import LINES, setup_plain_logging
 from library.version import add_version
-
-logger = logging.getLogger(__name__)
 
 FILE_PRECISIONS = {
     **dict.fromkeys(("float32", "fp32", "float"), torch.float32),

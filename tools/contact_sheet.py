@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from statistics import mean
@@ -164,16 +165,17 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     if target is None:
         raise UserError("--sheet is not set; set the PNG to write, or --output_dir")
     check_overwrite("--sheet", target, PNG, [*files, Path(options.preview.sample_prompts)])
-    arch = card.build(options)
+    arch, device = card.build(options), own_device()
+    draw = partial(draw_rows, options.network, options.precision, options.memory, arch)
     specs = read_prompts(Path(options.preview.sample_prompts))
     refuse_strengths(specs, "--multipliers")
     columns, spec = columns_of(resolve_all(specs, arch), args.seeds), arch.codec.spec
     if args.multipliers is not None:
         stacks: list[Stack] = [[(file, s)] if s else [] for file in files for s in args.multipliers]
-        drawn = list(draw_rows(options, arch, stacks, columns, own_device()))
+        drawn = list(draw(stacks, columns, device))
         sheet = arrange_strips(drawn, files, columns, args.multipliers, args.side, spec)
     else:
-        images = list(draw_rows(options, arch, [[], *([(file, 1.0)] for file in files)], columns, own_device()))
+        images = list(draw([[], *([(file, 1.0)] for file in files)], columns, device))
         images = [[show_with_references(p, one, spec) for p, one in zip(columns, row, strict=True)] for row in images]
         sheet = arrange(images, labels_of(files), [f"{prompt.seed}: {prompt.text}" for prompt in columns], args.side)
     with atomic_path(target) as temporary:

@@ -110,9 +110,9 @@ def draw(args: argparse.Namespace, words: Sequence[str]) -> None:
     for target in [*targets.values(), *([] if args.strengths is None else [sheet])]:
         check_overwrite("--output", target, PNG, inputs)
     rows = []
-    for factor, images in zip(
-        factors, draw_rows(options, arch, [scaled(files, f) for f in factors], prompts, own_device()), strict=True
-    ):
+    stacks, device = [scaled(files, factor) for factor in factors], own_device()
+    drawn = draw_rows(options.network, options.precision, options.memory, arch, stacks, prompts, device)
+    for factor, images in zip(factors, drawn, strict=True):
         for number, (prompt, image) in enumerate(zip(prompts, images, strict=True), 1):
             write_image(targets[factor, number], Drawn(number, prompt, image))
             logger.info("wrote %s", targets[factor, number])

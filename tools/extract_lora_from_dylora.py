@@ -9,7 +9,6 @@ unit if the file records one.
 
 import argparse
 import json
-import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,8 +27,6 @@ from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds import lora, norm
 from networks.core.kinds.dylora import nested_rank
 from tools.command import check_output, check_place, make_parser, run, with_comment
-
-logger = logging.getLogger(__name__)
 
 EXAMPLES = """\
   python3 tools/extract_lora_from_dylora.py --model cat.safetensors --save_to cat_cut.safetensors --unit 4

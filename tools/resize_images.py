@@ -6,7 +6,6 @@ by itself: this saves disk space and the time of reading large files.
 """
 
 import argparse
-import logging
 import re
 import shutil
 import sys
@@ -27,8 +26,6 @@ from library.data.description.buckets import Size
 from library.data.description.image_extensions import image_extensions
 from library.errors import UserError
 from tools.command import make_parser, run
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_RESOLUTIONS = "512x512,384x384,256x256,128x128"
 FILTERS = {name: name for name in ("area", "cubic", "nearest", "linear", "box")} | {"lanczos4": "lanczos"}

@@ -5,24 +5,24 @@ from pathlib import Path
 from library.checkpoints.base_files import BaseFiles, open_base, without_base
 from library.checkpoints.model_lookup import read_json
 from library.checkpoints.weights import Weights
-from library.options.dit import DitTrainOptions
+from library.options.model import ModelOptions
 
 
-def open_dit(options: DitTrainOptions, title: str) -> BaseFiles:
+def open_dit(model: ModelOptions, text_encoder: str | None, title: str) -> BaseFiles:
     """Open the transformer's file, or the folder with every part that has no file of its own. Raises UserError naming
     the flag if it is missing or broken."""
-    given = {"text_encoder": options.parts.text_encoder, "vae": options.model.vae}
+    given = {"text_encoder": text_encoder, "vae": model.vae}
     return open_base(
-        options.model.pretrained_model_name_or_path,
+        model.pretrained_model_name_or_path,
         f"the file of {title}'s transformer, or a diffusers folder",
         [folder for folder in ("transformer", "text_encoder", "vae") if given.get(folder) is None],
     )
 
 
-def open_without_dit(options: DitTrainOptions, flag: str) -> tuple[BaseFiles, Weights]:
+def open_without_dit(model: ModelOptions, text_encoder: str | None, flag: str) -> tuple[BaseFiles, Weights]:
     """Return the files, and the weights of no denoiser, of a caching command that is given only the encoder that `flag`
     names. Raises UserError if it is not given."""
-    return without_base(flag, options.model.vae if flag == "--vae" else options.parts.text_encoder)
+    return without_base(flag, model.vae if flag == "--vae" else text_encoder)
 
 
 def recorded_as_distilled(path: Path) -> bool | None:

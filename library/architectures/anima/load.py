@@ -1,6 +1,5 @@
 """Loading of Anima checkpoints: the three files of its release (transformer with text adapter, Qwen3, VAE)."""
 
-import logging
 from functools import partial
 from pathlib import Path
 
@@ -24,8 +23,6 @@ from library.models.vae.qwen_image import CHANNELS, load_vae, open_vae
 from library.models.vae.qwen_image_2d import load_vae_for_images
 from library.options.model import BASE_FLAG
 from library.suggestions import nearby
-
-logger = logging.getLogger(__name__)
 
 ADAPTER_FLAG = "--llm_adapter_path"
 MARK = "blocks.0.adaln_modulation_self_attn.1.weight"

@@ -33,7 +33,7 @@ def open_loader(options: QwenImage21Options) -> DitLoader:
 
     Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
     """
-    base = open_dit(options, MODEL)
+    base = open_dit(options.model, options.parts.text_encoder, MODEL)
     weights = denoiser_of(base)
     config = configure(weights, read_config)
     loader = loader_of(options, base, weights, partial(QwenImage21, config))
@@ -47,7 +47,7 @@ def open_encoder(options: QwenImage21Options, flag: str) -> DitLoader:
     `open_loader` does, and without either."""
     if options.model.pretrained_model_name_or_path:
         return open_loader(options)
-    return loader_of(options, *open_without_dit(options, flag))
+    return loader_of(options, *open_without_dit(options.model, options.parts.text_encoder, flag))
 
 
 def loader_of(

@@ -32,7 +32,7 @@ def open_loader(options: ZImageOptions) -> DitLoader:
 
     Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
     """
-    base = open_dit(options, MODEL)
+    base = open_dit(options.model, options.parts.text_encoder, MODEL)
     weights = denoiser_of(base)
     config = configure(weights, read_config)
     loader = loader_of(options, base, weights, partial(ZImage, config))
@@ -46,7 +46,7 @@ def open_encoder(options: ZImageOptions, flag: str) -> DitLoader:
     `open_loader` does, and without either."""
     if options.model.pretrained_model_name_or_path:
         return open_loader(options)
-    return loader_of(options, *open_without_dit(options, flag))
+    return loader_of(options, *open_without_dit(options.model, options.parts.text_encoder, flag))
 
 
 def loader_of(

@@ -1,7 +1,6 @@
 """Starts a training by prompts alone (LECO): the base model decides which options there are."""
 
 import argparse
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,8 +17,6 @@ from library.training.command_line.concept_checks import ignore_message
 from library.training.command_line.console import setup_logging
 from library.training.command_line.main import main, report_error
 from library.training.config_file import config_path, flatten, load_toml
-
-logger = logging.getLogger(__name__)
 
 BASE, PROMPTS, CONFIG = "pretrained_model_name_or_path", "prompts_file", "config_file"
 

@@ -1,6 +1,5 @@
 """Opens the network module and puts its adapter on the models."""
 
-import logging
 from typing import Any
 
 import torch
@@ -10,8 +9,6 @@ from library.options.training.network import NetworkOptions
 from library.training.reporting.console_lines import announce
 from library.training.step.context import Models
 from networks.core.protocol import AdoptedNetwork, NetworkModule, adopt, open_network_module, parse_network_args
-
-logger = logging.getLogger(__name__)
 
 
 def network_keywords(options: NetworkOptions) -> dict[str, Any]:

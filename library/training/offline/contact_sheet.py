@@ -1,6 +1,5 @@
 """Contact sheets: what adapter files draw of the same prompts with the same noise, from one load of the models."""
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,6 @@ from library.checkpoints.recognition import keys_of_text_encoders
 from library.errors import UserError
 from library.memory.devices import place, release_memory
 from library.options.machine.memory import MemoryOptions, PrecisionOptions
-from library.options.train import TrainOptions
 from library.options.training.network import NetworkOptions
 from library.protocols import Architecture
 from library.training.evaluation.preview import decode, draw_latents, encode_prompts, generator_of
@@ -26,8 +24,6 @@ from library.training.step.conditioning import CaptionMemo
 from library.training.step.context import Models, StepContext
 from library.types import Conditioning, Prompt
 from networks.core.protocol import AdoptedNetwork
-
-logger = logging.getLogger(__name__)
 
 GAP = 6  # pixels between images
 LABEL_WIDTH, LABEL_HEIGHT, LINE = 210, 58, 17
@@ -46,7 +42,13 @@ class Loaded:
 
 
 def draw_rows(
-    options: TrainOptions, arch: Architecture, rows: Sequence[Stack], prompts: Sequence[Prompt], device: torch.device
+    network: NetworkOptions,
+    precision: PrecisionOptions,
+    memory: MemoryOptions,
+    arch: Architecture,
+    rows: Sequence[Stack],
+    prompts: Sequence[Prompt],
+    device: torch.device,
 ) -> Iterator[list[Image.Image]]:
     """Draw the images of all prompts for one row of files after the other.
 
@@ -57,11 +59,11 @@ def draw_rows(
         raise UserError(
             "an option names a second model for the previews of a training; give that one as the base model"
         )
-    compute = Compute.build(options.precision, device)
-    loaded = load(options.network, options.precision, options.memory, arch, rows, prompts, compute)
+    compute = Compute.build(precision, device)
+    loaded = load(network, precision, memory, arch, rows, prompts, compute)
     for row in rows:
-        with torch.no_grad(), installed(row, loaded.models, compute) as network:
-            context = context_of(loaded, network)
+        with torch.no_grad(), installed(row, loaded.models, compute) as adapter:
+            context = context_of(loaded, adapter)
             encoded = loaded.encoded
             if encoded is None:
                 encoded = encode_prompts(arch, loaded.models.text_encoders, compute.autocast, prompts)
