@@ -1,6 +1,6 @@
 """Common parts of the parity tests of our own denoisers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from tests.unit.networks.toy import randomize
 
 
 def save_trained(
-    door: Any, path: Path, arguments: dict[str, str], seen: nn.Module, predict: Callable[[], Tensor]
+    door: Any, path: Path, arguments: Mapping[str, str], seen: nn.Module, predict: Callable[[], Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Save an adapter with random weights on `seen`; gives what `predict` says without and with it."""
     base = predict()

@@ -1,0 +1,88 @@
+"""tools/merge_lora.py and tools/convert_lora.py on four base models: the merged checkpoint computes what the adapter
+did, whatever the names in its file."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from library.checkpoints.files import read_metadata
+from networks.core.files.adapter_file import read_adapter_file, save_adapter_file
+from networks.core.files.renaming import rename
+from tests.parity.denoisers import save_trained
+from tests.parity.test_dit_lora import DITS
+from tests.tiny.flux_2 import build_tiny_flux_2
+from tests.tolerances import FLOAT32_DEEP
+from tests.unit.architectures import test_dit_files
+from tools import convert_lora, merge_lora
+
+KEYS: Mapping[str, tuple[str, str, str]] = {  # of a converted file with the names of kohya, of ComfyUI, of diffusers
+    "zimage": (
+        "lora_unet_layers_0_attention_qkv.lora_down.weight",
+        "diffusion_model.layers.0.attention.qkv.lora_A.weight",
+        "diffusion_model.layers.0.attention.to_q.lora_A.weight",
+    ),
+    "flux_2": (
+        "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight",
+        "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight",
+        "transformer.transformer_blocks.0.attn.to_q.lora_A.weight",
+    ),
+    "krea2": (
+        "lora_unet_blocks_0_attn_wq.lora_down.weight",
+        "diffusion_model.blocks.0.attn.wq.lora_A.weight",
+        "transformer.transformer_blocks.0.attn.to_q.lora_A.weight",
+    ),
+    "qwen_image_21": (
+        "lora_unet_transformer_blocks_0_img_mlp_gate_layer.lora_down.weight",
+        "diffusion_model.transformer_blocks.0.img_mlp.gate_layer.lora_A.weight",
+        "transformer.transformer_blocks.0.img_mlp.gate_layer.lora_A.weight",
+    ),
+}
+ARCHITECTURES: Mapping[tuple[str, str], str] = {  # modelspec.architecture of a merged file
+    ("zimage", "files"): "Z-Image",
+    ("zimage", "whole"): "Z-Image",
+    ("flux_2", "files"): "Flux.2-klein-4b",
+    ("flux_2", "whole"): "Flux.2-dev",
+    ("krea2", "files"): "Krea-2",
+    ("krea2", "whole"): "Krea-2",
+    ("qwen_image_21", "files"): "Qwen-Image-2.1",
+    ("qwen_image_21", "whole"): "Qwen-Image-2.1",  # whose file fuses two of the layers
+}
+
+
+@pytest.mark.parametrize("naming", ["kohya", "generic", "diffusers"])
+@pytest.mark.parametrize(("name", "layout"), ARCHITECTURES)
+def test_the_merged_checkpoint_computes_what_the_adapter_did(
+    tmp_path: Path, name: str, layout: Any, naming: Any
+) -> None:
+    dit = DITS[name]
+    is_dev = ARCHITECTURES[name, layout] == "Flux.2-dev"
+    build = test_dit_files.DITS[name].build
+    arguments = build_tiny_flux_2(tmp_path, 33, layout, is_dev=True) if is_dev else build(tmp_path, 33, layout)
+    denoiser = test_dit_files.opened(name, arguments).denoiser()
+    values, lora = dit.values(), tmp_path / "lora.safetensors"
+    base, expected = save_trained(dit.module, lora, dit.own[-1], denoiser, lambda: denoiser(*values))
+    assert (expected - base).abs().max() > 0.01
+    save_adapter_file(tmp_path / "renamed.safetensors", rename(read_adapter_file(lora), dit.names, naming).file)
+    merged = tmp_path / "merged.safetensors"
+    words = ["--sd_model", arguments[1], "--models", str(tmp_path / "renamed.safetensors"), "--save_to", str(merged)]
+    assert merge_lora.main(words) == 0
+    assert load_file(merged).keys() == load_file(arguments[1]).keys()
+    found = test_dit_files.opened(name, [arguments[0], str(merged), *arguments[2:]]).denoiser()
+    torch.testing.assert_close(found(*values), expected, **FLOAT32_DEEP)
+    assert read_metadata(merged)["modelspec.architecture"] == ARCHITECTURES[name, layout]
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_the_command_converts_into_every_naming(name: str, tmp_path: Path) -> None:
+    lora = tmp_path / "lora.safetensors"
+    DITS[name].trained_file(DITS[name].module, lora, {})
+    if name == "flux_2":
+        save_file(load_file(lora), lora, {"ss_base_model_version": "flux_2"})  # the sizes of a tiny model tell nothing
+    for naming, key in zip(("kohya", "generic", "diffusers"), KEYS[name], strict=True):
+        path = tmp_path / f"{naming}.safetensors"
+        assert convert_lora.main(["--model", str(lora), "--save_to", str(path), "--to", naming]) == 0
+        assert key in {name for module in read_adapter_file(path).modules.values() for name in module.keys.values()}
