@@ -15,6 +15,7 @@ from library.models.names import inverse
 from library.models.vae.qwen_image import ENDS, MIDDLE, QUANT, RESIDUAL
 from tests.tiny.flux import write_t5_tokenizer
 from tests.tiny.init import fixed_init
+from tests.tiny.parts import tiny_denoiser
 
 QWEN_WIDTH = 40
 NUM_T5_WORDS = 24
@@ -132,10 +133,7 @@ def write_qwen3_tokenizer(folder: Path) -> int:
 
 def tiny_anima(seed: int, config: AnimaConfig | None = None) -> Anima:
     """The denoiser alone, its weights random."""
-    with torch.device("meta"):
-        model = Anima(config or CONFIG)
-    model.load_state_dict(fixed_init(model, seed), assign=True)
-    return model.requires_grad_(False).eval()
+    return tiny_denoiser(Anima, config or CONFIG, seed)
 
 
 def diffusers_key(key: str) -> str:

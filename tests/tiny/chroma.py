@@ -4,22 +4,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from library.architectures.flux.approximator import ApproximatorConfig
 from library.architectures.flux.model import Flux, FluxConfig
 from tests.tiny import flux
 from tests.tiny.flux import (
     Layout,
-    Parts,
     diffusers_config,
     ldm_vae,
     tiny_t5,
     tiny_vae,
-    write_folder,
     write_t5_tokenizer,
 )
-from tests.tiny.init import fixed_init
+from tests.tiny.parts import BASE, Parts, prefixed, tiny_denoiser, write_files, write_folder, write_whole
 
 CONFIG = replace(flux.CONFIG, pooled_width=0, approximator=ApproximatorConfig(in_features=16, hidden_width=48, depth=2))
 FLUX_ONLY = ("pooled_projection_dim", "guidance_embeds")  # arguments of diffusers' class
@@ -28,8 +24,6 @@ FLUX_ONLY = ("pooled_projection_dim", "guidance_embeds")  # arguments of diffuse
 def build_tiny_chroma(folder: Path, seed: int, layout: Layout = "files") -> list[str]:
     """Write a tiny model into `folder` and return the arguments that name it. One seed has the same weights in every
     layout."""
-    from safetensors.torch import save_file
-
     num_words = write_t5_tokenizer(folder / ("tokenizer" if layout == "diffusers" else "tokenizer_2"))
     model = tiny_chroma(seed)
     parts: Parts = {
@@ -39,28 +33,18 @@ def build_tiny_chroma(folder: Path, seed: int, layout: Layout = "files") -> list
     }
     kind = ["--model_type", "chroma"]
     if layout == "diffusers":
-        return ["--pretrained_model_name_or_path", str(write_folder(folder, parts, "ChromaPipeline")), *kind]
+        return [*write_folder(folder, {"_class_name": "ChromaPipeline"}, parts, flux.diffusers_state), *kind]
     chroma, vae, t5 = parts["transformer"][1], ldm_vae(parts["vae"][1]), parts["text_encoder"][1]
-    base = folder / "chroma.safetensors"
     if layout == "whole":
-        everything = {f"model.diffusion_model.{key}": tensor for key, tensor in chroma.items()}
-        everything |= {f"vae.{key}": tensor for key, tensor in vae.items()}
-        everything |= {f"text_encoders.t5xxl.transformer.{key}": tensor for key, tensor in t5.items()}
-        save_file(everything, base)
-        return ["--pretrained_model_name_or_path", str(base), *kind]
-    save_file(chroma, base)
-    save_file(vae, folder / "ae.safetensors")
-    save_file(t5, folder / "t5xxl.safetensors")
-    others = ["--ae", str(folder / "ae.safetensors"), "--t5xxl", str(folder / "t5xxl.safetensors")]
-    return ["--pretrained_model_name_or_path", str(base), *others, *kind]
+        text = prefixed("text_encoders.t5xxl.transformer.", t5)
+        return [*write_whole(folder, BASE, "chroma", chroma, vae, text), *kind]
+    files = {BASE: ("chroma", chroma), "--ae": ("ae", vae), "--t5xxl": ("t5xxl", t5)}
+    return [*write_files(folder, files), *kind]
 
 
 def tiny_chroma(seed: int, config: FluxConfig | None = None) -> Flux:
     """The denoiser alone, its weights random."""
-    with torch.device("meta"):
-        model = Flux(config or CONFIG)
-    model.load_state_dict(fixed_init(model, seed), assign=True)
-    return model.requires_grad_(False).eval()
+    return tiny_denoiser(Flux, config or CONFIG, seed)
 
 
 def chroma_diffusers_config(config: FluxConfig = CONFIG) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from library.architectures.flux import reference
 from library.architectures.flux.model import Flux, FluxConfig
 from library.models.vae.checkpoint_keys import vae_to_ldm
 from tests.tiny.init import fixed_init
+from tests.tiny.parts import BASE, Parts, prefixed, tiny_denoiser, write_files, write_folder, write_whole
 from tests.tiny.sd import CLIP, write_tokenizer
 from tests.tiny.sd import VAE as SD_VAE
 
@@ -67,35 +68,18 @@ T5_WORDS = (
 def build_tiny_flux(folder: Path, seed: int, layout: Layout = "files", has_guidance: bool = True) -> list[str]:
     """Write a tiny model into `folder` and return the arguments that name it. One seed has the same weights in every
     layout but for CLIP's activation, which single files have as the exact GELU."""
-    from safetensors.torch import save_file
-
     num_clip_words = write_tokenizer(folder / "tokenizer")
     num_t5_words = write_t5_tokenizer(folder / "tokenizer_2")
     parts = tiny_parts(seed, num_clip_words, num_t5_words, has_guidance)
     if layout == "diffusers":
-        return ["--pretrained_model_name_or_path", str(write_folder(folder, parts))]
+        return write_folder(folder, {"_class_name": "FluxPipeline"}, parts, diffusers_state)
     flux, vae = parts["transformer"][1], ldm_vae(parts["vae"][1])
     clip, t5 = parts["text_encoder"][1], parts["text_encoder_2"][1]
     if layout == "whole":
-        everything = {f"model.diffusion_model.{key}": tensor for key, tensor in flux.items()}
-        everything |= {f"vae.{key}": tensor for key, tensor in vae.items()}
-        everything |= {f"text_encoders.clip_l.transformer.{key}": tensor for key, tensor in clip.items()}
-        everything |= {f"text_encoders.t5xxl.transformer.{key}": tensor for key, tensor in t5.items()}
-        save_file(everything, folder / "flux_all_in_one.safetensors")
-        return ["--pretrained_model_name_or_path", str(folder / "flux_all_in_one.safetensors")]
-    arguments = []
-    for flag, stem, state in (
-        ("pretrained_model_name_or_path", "flux1", flux),
-        ("ae", "ae", vae),
-        ("clip_l", "clip_l", clip),
-        ("t5xxl", "t5xxl", t5),
-    ):
-        save_file(state, folder / f"{stem}.safetensors")
-        arguments += [f"--{flag}", str(folder / f"{stem}.safetensors")]
-    return arguments
-
-
-Parts = dict[str, tuple[dict[str, Any], dict[str, Tensor]]]
+        text = prefixed("text_encoders.clip_l.transformer.", clip) | prefixed("text_encoders.t5xxl.transformer.", t5)
+        return write_whole(folder, BASE, "flux_all_in_one", flux, vae, text)
+    files = {"--ae": ("ae", vae), "--clip_l": ("clip_l", clip), "--t5xxl": ("t5xxl", t5)}
+    return write_files(folder, {BASE: ("flux1", flux), **files})
 
 
 def tiny_parts(seed: int, num_clip_words: int, num_t5_words: int, has_guidance: bool) -> Parts:
@@ -137,19 +121,6 @@ def tiny_t5(seed: int, num_words: int) -> tuple[dict[str, Any], dict[str, Tensor
     return {**config, "architectures": ["T5EncoderModel"]}, state
 
 
-def write_folder(folder: Path, parts: Parts, pipeline: str = "FluxPipeline") -> Path:
-    from safetensors.torch import save_file
-
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
-    for name, (config, state) in parts.items():
-        (folder / name).mkdir()
-        (folder / name / "config.json").write_text(json.dumps(config))
-        stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
-        weights = diffusers_state(state) if name == "transformer" else state
-        save_file(weights, folder / name / f"{stem}.safetensors", {"format": "pt"})
-    return folder
-
-
 def ldm_vae(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The VAE in the layout of ae.safetensors, where attention is made of 1x1 convolutions."""
     found = {}
@@ -172,10 +143,7 @@ def write_t5_tokenizer(folder: Path) -> int:
 
 def tiny_flux(seed: int, has_guidance: bool = True) -> Flux:
     """The denoiser alone, its weights random."""
-    with torch.device("meta"):
-        model = Flux(replace(CONFIG, has_guidance=has_guidance))
-    model.load_state_dict(fixed_init(model, seed), assign=True)
-    return model.requires_grad_(False).eval()
+    return tiny_denoiser(Flux, replace(CONFIG, has_guidance=has_guidance), seed)
 
 
 def diffusers_state(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from library.models.double_stream_keys import SWAPPED
 from tests.tiny import zimage
 from tests.tiny.flux import ldm_vae
 from tests.tiny.init import fixed_init
+from tests.tiny.parts import BASE, Parts, prefixed, tiny_denoiser, write_files, write_folder, write_whole
 from tests.tiny.sd import VAE as SD_VAE
 from tests.tiny.zimage import MERGES, write_qwen3_tokenizer
 
@@ -71,39 +72,25 @@ MISTRAL_TEMPLATE = (  # what Mistral's does with a system message and one of a u
     "%}{{ '[' + mark + ']' + message.content[0].text + '[/' + mark + ']' }}{% endfor %}"
 )
 
-Parts = dict[str, tuple[dict[str, Any], dict[str, Tensor]]]
-
 
 def build_tiny_flux_2(
-    folder: Path, seed: int, layout: Layout = "files", is_dev: bool = False, flag: str = ""
+    folder: Path, seed: int, layout: Layout = "files", is_dev: bool = False, flag: str = BASE
 ) -> list[str]:
     """Write a tiny model into `folder` and return the arguments that name it, the base model as `flag`. One seed has
     the same weights in every layout."""
-    from safetensors.torch import save_file
-
-    base = flag or "--pretrained_model_name_or_path"
     write = write_mistral_tokenizer if is_dev else lambda path: write_qwen3_tokenizer(path, QWEN3_SPECIAL)
     parts = tiny_parts(seed, write(folder / "tokenizer"), is_dev)
     if layout == "diffusers":
-        return [base, str(write_folder(folder, parts, is_dev))]
+        klein = {"_class_name": "Flux2KleinPipeline", "is_distilled": False}
+        return write_folder(folder, {"_class_name": "Flux2Pipeline"} if is_dev else klein, parts, diffusers_state, flag)
     denoiser, encoder, vae = parts["transformer"][1], parts["text_encoder"][1], original_vae(parts["vae"][1])
     if layout == "whole":
         name = "mistral3_24b" if is_dev else "qwen3_4b"
-        everything = {f"model.diffusion_model.{key}": tensor for key, tensor in denoiser.items()}
-        everything |= {f"vae.{key}": tensor for key, tensor in vae.items()}
-        everything |= {f"text_encoders.{name}.transformer.model.{key}": tensor for key, tensor in encoder.items()}
-        save_file(everything, folder / "flux2.safetensors")
-        return [base, str(folder / "flux2.safetensors")]
-    arguments = []
-    prefix = "language_model.model." if is_dev else "model."
-    for name, stem, state in (
-        (base, "flux2-tiny", denoiser),
-        ("--vae", "ae", vae),
-        ("--text_encoder", "encoder", {f"{prefix}{key}": tensor for key, tensor in encoder.items()}),
-    ):
-        save_file(state, folder / f"{stem}.safetensors")
-        arguments += [name, str(folder / f"{stem}.safetensors")]
-    return arguments
+        text = prefixed(f"text_encoders.{name}.transformer.model.", encoder)
+        return write_whole(folder, flag, "flux2", denoiser, vae, text)
+    text = prefixed("language_model.model." if is_dev else "model.", encoder)
+    files = {"--vae": ("ae", vae), "--text_encoder": ("encoder", text)}
+    return write_files(folder, {flag: ("flux2-tiny", denoiser), **files})
 
 
 def tiny_parts(seed: int, num_words: int, is_dev: bool) -> Parts:
@@ -164,20 +151,6 @@ def original_vae(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def write_folder(folder: Path, parts: Parts, is_dev: bool) -> Path:
-    from safetensors.torch import save_file
-
-    index = {"_class_name": "Flux2Pipeline"} if is_dev else {"_class_name": "Flux2KleinPipeline", "is_distilled": False}
-    (folder / "model_index.json").write_text(json.dumps(index))
-    for name, (config, state) in parts.items():
-        (folder / name).mkdir()
-        (folder / name / "config.json").write_text(json.dumps(config))
-        stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
-        weights = diffusers_state(state) if name == "transformer" else state
-        save_file(weights, folder / name / f"{stem}.safetensors", {"format": "pt"})
-    return folder
-
-
 def write_mistral_tokenizer(folder: Path) -> int:
     """Mistral's tokenizer with all bytes, a few words and the marks of a chat; returns the size of its vocabulary."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -199,10 +172,7 @@ def write_mistral_tokenizer(folder: Path) -> int:
 
 def tiny_flux_2(seed: int, is_dev: bool = False) -> Flux2:
     """The denoiser alone, its weights random."""
-    with torch.device("meta"):
-        model = Flux2(replace(CONFIG, has_guidance=is_dev))
-    model.load_state_dict(fixed_init(model, seed), assign=True)
-    return model.requires_grad_(False).eval()
+    return tiny_denoiser(Flux2, replace(CONFIG, has_guidance=is_dev), seed)
 
 
 def diffusers_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from library.architectures.hunyuan_image.model import HunyuanImage, HunyuanImage
 from library.architectures.hunyuan_image.qwen import TEMPLATE, qwen_config
 from library.checkpoints.fused_tensors import swap_halves
 from tests.tiny.init import fixed_init
+from tests.tiny.parts import BASE, Parts, tiny_denoiser, write_files, write_folder
 
 Layout = Literal["files", "diffusers"]
 
@@ -62,33 +63,17 @@ CAPTION_WORDS = "a photo of a red blue cat dog sitting running in the grass, wit
 def build_tiny_hunyuan_image(folder: Path, seed: int, layout: Layout = "files") -> list[str]:
     """Write a tiny model into `folder` and return the arguments that name it. One seed has the same weights in every
     layout."""
-    from safetensors.torch import save_file
-
-    num_words = write_qwen_tokenizer(folder / "tokenizer")
-    parts = tiny_parts(seed, num_words)
+    parts = tiny_parts(seed, write_qwen_tokenizer(folder / "tokenizer"))
     if layout == "diffusers":
-        (folder / "model_index.json").write_text(json.dumps({"_class_name": "HunyuanImagePipeline"}))
-        for name, (config, state) in parts.items():
-            (folder / name).mkdir()
-            (folder / name / "config.json").write_text(json.dumps(config))
-            stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
-            weights = diffusers_state(state) if name == "transformer" else state
-            save_file(weights, folder / name / f"{stem}.safetensors", {"format": "pt"})
-        return ["--pretrained_model_name_or_path", str(folder)]
+        return write_folder(folder, {"_class_name": "HunyuanImagePipeline"}, parts, diffusers_state)
     qwen = {name.replace("model.language_model.", "model."): t for name, t in parts["text_encoder"][1].items()}
-    arguments = []
-    for flag, stem, state in (
-        ("pretrained_model_name_or_path", "hunyuanimage2.1", parts["transformer"][1]),
-        ("vae", "hunyuan_image_2.1_vae", original_vae(parts["vae"][1])),
-        ("text_encoder", "qwen_2.5_vl", qwen),
-        ("byt5", "byt5_small_glyphxl", parts["text_encoder_2"][1]),
-    ):
-        save_file(state, folder / f"{stem}.safetensors")
-        arguments += [f"--{flag}", str(folder / f"{stem}.safetensors")]
-    return arguments
-
-
-Parts = dict[str, tuple[dict[str, Any], dict[str, Tensor]]]
+    files = {
+        BASE: ("hunyuanimage2.1", parts["transformer"][1]),
+        "--vae": ("hunyuan_image_2.1_vae", original_vae(parts["vae"][1])),
+        "--text_encoder": ("qwen_2.5_vl", qwen),
+        "--byt5": ("byt5_small_glyphxl", parts["text_encoder_2"][1]),
+    }
+    return write_files(folder, files)
 
 
 def tiny_parts(seed: int, num_words: int) -> Parts:
@@ -165,10 +150,7 @@ def write_qwen_tokenizer(folder: Path) -> int:
 
 def tiny_hunyuan_image(seed: int) -> HunyuanImage:
     """The denoiser alone, its weights random."""
-    with torch.device("meta"):
-        model = HunyuanImage(CONFIG)
-    model.load_state_dict(fixed_init(model, seed), assign=True)
-    return model.requires_grad_(False).eval()
+    return tiny_denoiser(HunyuanImage, CONFIG, seed)
 
 
 def diffusers_state(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from library.architectures.krea2.model import AttentionConfig, Krea2Config, SingleStreamDiT
 from tests.tiny.anima import VAE, to_original, vae_state
-from tests.tiny.init import fixed_init
+from tests.tiny.parts import BASE, Parts, prefixed, tiny_denoiser, write_files, write_folder, write_whole
 from tests.tiny.qwen3_vl import tiny_qwen3_vl
 from tests.tiny.zimage import write_qwen3_tokenizer
 
@@ -47,37 +47,24 @@ QWEN3_VL = {
 }
 PREFIX = "model."  # of the text encoder's file, which has its vision model too
 
-Parts = dict[str, tuple[dict[str, Any], dict[str, Tensor]]]
 
-
-def build_tiny_krea2(folder: Path, seed: int, layout: Layout = "files", flag: str = "", name: str = "raw") -> list[str]:
+def build_tiny_krea2(
+    folder: Path, seed: int, layout: Layout = "files", flag: str = BASE, name: str = "raw"
+) -> list[str]:
     """Write a tiny model into `folder` and return the arguments that name it, the base model as `flag`, its transformer
     called `name`. One seed has the same weights in every layout."""
-    from safetensors.torch import save_file
-
-    base = flag or "--pretrained_model_name_or_path"
     parts = tiny_parts(seed, write_qwen3_tokenizer(folder / "tokenizer"))
     if layout == "diffusers":
-        return [base, str(write_folder(folder, parts))]
-    denoiser = parts["transformer"][1]
-    encoder = {f"{PREFIX}{key}": tensor for key, tensor in parts["text_encoder"][1].items()}
+        index = {"_class_name": "Krea2Pipeline", "is_distilled": False}
+        return write_folder(folder, index, parts, diffusers_state, flag)
+    denoiser, encoder = parts["transformer"][1], parts["text_encoder"][1]
     vae = {to_original(key): tensor for key, tensor in parts["vae"][1].items()}
     if layout == "whole":
-        everything = {f"model.diffusion_model.{key}": tensor for key, tensor in denoiser.items()}
-        everything |= {f"vae.{key}": tensor for key, tensor in vae.items()}
-        whole = {key.removeprefix("language_"): tensor for key, tensor in parts["text_encoder"][1].items()}
-        everything |= {f"text_encoders.qwen3vl_4b.transformer.{key}": tensor for key, tensor in whole.items()}
-        save_file(everything, folder / "krea2.safetensors")
-        return [base, str(folder / "krea2.safetensors")]
-    arguments = []
-    for option, stem, state in (
-        (base, name, denoiser),
-        ("--vae", "qwen_image_vae", vae),
-        ("--text_encoder", "qwen3vl_4b", encoder),
-    ):
-        save_file(state, folder / f"{stem}.safetensors")
-        arguments += [option, str(folder / f"{stem}.safetensors")]
-    return arguments
+        language = {key.removeprefix("language_"): tensor for key, tensor in encoder.items()}
+        text = prefixed("text_encoders.qwen3vl_4b.transformer.", language)
+        return write_whole(folder, flag, "krea2", denoiser, vae, text)
+    files = {"--vae": ("qwen_image_vae", vae), "--text_encoder": ("qwen3vl_4b", prefixed(PREFIX, encoder))}
+    return write_files(folder, {flag: (name, denoiser), **files})
 
 
 def tiny_parts(seed: int, num_words: int) -> Parts:
@@ -108,25 +95,9 @@ def full_size_vae() -> Any:
         return AutoencoderKLQwenImage()
 
 
-def write_folder(folder: Path, parts: Parts) -> Path:
-    from safetensors.torch import save_file
-
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "Krea2Pipeline", "is_distilled": False}))
-    for name, (config, state) in parts.items():
-        (folder / name).mkdir()
-        (folder / name / "config.json").write_text(json.dumps(config))
-        stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
-        weights = diffusers_state(state) if name == "transformer" else state
-        save_file(weights, folder / name / f"{stem}.safetensors", {"format": "pt"})
-    return folder
-
-
 def tiny_krea2(seed: int) -> SingleStreamDiT:
     """The denoiser alone, its weights random."""
-    with torch.device("meta"):
-        model = SingleStreamDiT(CONFIG)
-    model.load_state_dict(fixed_init(model, seed), assign=True)
-    return model.requires_grad_(False).eval()
+    return tiny_denoiser(SingleStreamDiT, CONFIG, seed)
 
 
 def diffusers_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from library.architectures.lumina.checkpoint_keys import KEYS
 from library.architectures.lumina.model import LuminaConfig, NextDiT
 from tests.tiny.flux import VAE, ldm_vae
 from tests.tiny.init import fixed_init
+from tests.tiny.parts import BASE, Parts, prefixed, tiny_denoiser, write_files, write_folder, write_whole
 
 Layout = Literal["files", "whole", "diffusers"]
 
@@ -44,32 +45,17 @@ MERGES = (("c", "a"), ("ca", "t"), ("d", "o"), ("do", "g"), ("r", "e"), ("re", "
 def build_tiny_lumina(folder: Path, seed: int, layout: Layout = "files") -> list[str]:
     """Write a tiny model into `folder` and return the arguments that name it. One seed has the same weights in every
     layout."""
-    from safetensors.torch import save_file
-
     parts = tiny_parts(seed, write_gemma_tokenizer(folder / "tokenizer"))
     if layout == "diffusers":
-        return ["--pretrained_model_name_or_path", str(write_folder(folder, parts))]
+        return write_folder(folder, {"_class_name": "Lumina2Pipeline"}, parts, diffusers_state)
     lumina = {**parts["transformer"][1], "norm_final.weight": torch.ones(CONFIG.width)}
     gemma, vae = parts["text_encoder"][1], ldm_vae(parts["vae"][1])
     if layout == "whole":
-        everything = {f"model.diffusion_model.{key}": tensor for key, tensor in lumina.items()}
-        everything |= {f"vae.{key}": tensor for key, tensor in vae.items()}
-        everything |= {f"text_encoders.gemma2_2b.transformer.model.{key}": tensor for key, tensor in gemma.items()}
-        everything["text_encoders.gemma2_2b.logit_scale"] = torch.ones(())
-        save_file(everything, folder / "lumina_2.safetensors")
-        return ["--pretrained_model_name_or_path", str(folder / "lumina_2.safetensors")]
-    arguments = []
-    for flag, stem, state in (
-        ("pretrained_model_name_or_path", "lumina-image-2", lumina),
-        ("ae", "ae", vae),
-        ("gemma2", "gemma_2_2b", {f"model.{key}": tensor for key, tensor in gemma.items()}),
-    ):
-        save_file(state, folder / f"{stem}.safetensors")
-        arguments += [f"--{flag}", str(folder / f"{stem}.safetensors")]
-    return arguments
-
-
-Parts = dict[str, tuple[dict[str, Any], dict[str, Tensor]]]
+        text = prefixed("text_encoders.gemma2_2b.transformer.model.", gemma)
+        text["text_encoders.gemma2_2b.logit_scale"] = torch.ones(())
+        return write_whole(folder, BASE, "lumina_2", lumina, vae, text)
+    encoder = ("gemma_2_2b", prefixed("model.", gemma))
+    return write_files(folder, {BASE: ("lumina-image-2", lumina), "--ae": ("ae", vae), "--gemma2": encoder})
 
 
 def tiny_parts(seed: int, num_words: int) -> Parts:
@@ -95,19 +81,6 @@ def tiny_gemma(num_words: int) -> Any:
     return Gemma2Model(Gemma2Config(**GEMMA, vocab_size=num_words)).eval()
 
 
-def write_folder(folder: Path, parts: Parts) -> Path:
-    from safetensors.torch import save_file
-
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "Lumina2Pipeline"}))
-    for name, (config, state) in parts.items():
-        (folder / name).mkdir()
-        (folder / name / "config.json").write_text(json.dumps(config))
-        stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
-        weights = diffusers_state(state) if name == "transformer" else state
-        save_file(weights, folder / name / f"{stem}.safetensors", {"format": "pt"})
-    return folder
-
-
 def write_gemma_tokenizer(folder: Path) -> int:
     """Gemma's tokenizer with letters and a few words; returns the size of its vocabulary."""
     from transformers import GemmaTokenizer
@@ -120,10 +93,7 @@ def write_gemma_tokenizer(folder: Path) -> int:
 
 def tiny_lumina(seed: int) -> NextDiT:
     """The denoiser alone, its weights random."""
-    with torch.device("meta"):
-        model = NextDiT(CONFIG)
-    model.load_state_dict(fixed_init(model, seed), assign=True)
-    return model.requires_grad_(False).eval()
+    return tiny_denoiser(NextDiT, CONFIG, seed)
 
 
 def diffusers_state(state: dict[str, Tensor]) -> dict[str, Tensor]:

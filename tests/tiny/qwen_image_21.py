@@ -13,6 +13,7 @@ from library.architectures.qwen_image_21.model import QwenImage21, QwenImage21Co
 from library.models.qwen3_vl_vision import DEEPSTACK, NUM_HEADS
 from library.models.vae.qwen_image import ENDS, MIDDLE, QUANT, RESIDUAL
 from tests.tiny.init import fixed_init
+from tests.tiny.parts import BASE, Parts, tiny_denoiser, write_files, write_folder, write_whole
 from tests.tiny.qwen3_vl import TEXT
 from tests.tiny.zimage import SPECIAL, write_qwen3_tokenizer
 
@@ -35,34 +36,19 @@ VAE = {"base_dim": 4, "decoder_base_dim": 6, "dim_mult": [1, 1, 2, 4, 4], "num_r
 MARKS = (*SPECIAL, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 PREFIX = "text_encoders.qwen3vl_8b.transformer."
 
-Parts = dict[str, tuple[dict[str, Any], dict[str, Tensor]]]
 
-
-def build_tiny_qwen_image_21(folder: Path, seed: int, layout: Layout = "files", flag: str = "") -> list[str]:
+def build_tiny_qwen_image_21(folder: Path, seed: int, layout: Layout = "files", flag: str = BASE) -> list[str]:
     """Write a tiny model into `folder` and return the arguments that name it, the base model as `flag`. One seed has
     the same weights in every layout."""
-    from safetensors.torch import save_file
-
-    base = flag or "--pretrained_model_name_or_path"
     parts = tiny_parts(seed, write_qwen3_tokenizer(folder / "tokenizer", MARKS))
     if layout == "diffusers":
-        return [base, str(write_folder(folder, parts))]
+        return write_folder(folder, {"_class_name": "QwenImage21Pipeline"}, parts, flag=flag)
     denoiser, encoder, vae = parts["transformer"][1], parts["text_encoder"][1], parts["vae"][1]
     if layout == "whole":
-        everything = {f"model.diffusion_model.{key}": tensor for key, tensor in with_fused_gates(denoiser).items()}
-        everything |= {f"vae.{key}": tensor for key, tensor in comfy_vae(vae).items()}
-        everything |= {PREFIX + key.replace("language_model.", ""): tensor for key, tensor in encoder.items()}
-        save_file(everything, folder / "qwen_image.safetensors")
-        return [base, str(folder / "qwen_image.safetensors")]
-    arguments = []
-    for name, stem, state in (
-        (base, "qwen_image_21_bf16", denoiser),
-        ("--vae", "qwen_image_21_vae", vae),
-        ("--text_encoder", "qwen3vl_8b", encoder),
-    ):
-        save_file(state, folder / f"{stem}.safetensors")
-        arguments += [name, str(folder / f"{stem}.safetensors")]
-    return arguments
+        text = {PREFIX + key.replace("language_model.", ""): tensor for key, tensor in encoder.items()}
+        return write_whole(folder, flag, "qwen_image", with_fused_gates(denoiser), comfy_vae(vae), text)
+    files = {"--vae": ("qwen_image_21_vae", vae), "--text_encoder": ("qwen3vl_8b", encoder)}
+    return write_files(folder, {flag: ("qwen_image_21_bf16", denoiser), **files})
 
 
 def tiny_parts(seed: int, num_words: int) -> Parts:
@@ -132,24 +118,9 @@ def with_fused_gates(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def write_folder(folder: Path, parts: Parts) -> Path:
-    from safetensors.torch import save_file
-
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "QwenImage21Pipeline"}))
-    for name, (config, state) in parts.items():
-        (folder / name).mkdir()
-        (folder / name / "config.json").write_text(json.dumps(config))
-        stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
-        save_file(state, folder / name / f"{stem}.safetensors", {"format": "pt"})
-    return folder
-
-
 def tiny_qwen_image_21(seed: int) -> QwenImage21:
     """The denoiser alone, its weights random."""
-    with torch.device("meta"):
-        model = QwenImage21(CONFIG)
-    model.load_state_dict(fixed_init(model, seed), assign=True)
-    return model.requires_grad_(False).eval()
+    return tiny_denoiser(QwenImage21, CONFIG, seed)
 
 
 def full_size_encoder() -> Any:

@@ -13,6 +13,8 @@ from library.models.unet.checkpoint_keys import UNET_PREFIX, UnetLayout, unet_to
 from library.models.vae.checkpoint_keys import VAE_PREFIX, vae_to_ldm
 from tests.tiny.init import fixed_init
 from tests.tiny.open_clip import to_open_clip
+from tests.tiny.parts import Parts
+from tests.tiny.parts import write_folder as write_parts
 
 Layout = Literal["diffusers", "safetensors", "ckpt"]
 FULL_SIZE = Path(__file__).parents[1] / "contracts" / "data" / "sd15.json.gz"
@@ -110,17 +112,10 @@ def tiny_parts(seed: int, vocab: int, is_v2: bool = False) -> dict[str, tuple[di
     }
 
 
-def write_folder(folder: Path, parts: dict[str, tuple[dict[str, Any], dict[str, Tensor]]]) -> Path:
-    from safetensors.torch import save_file
-
+def write_folder(folder: Path, parts: Parts) -> Path:
     (folder / "scheduler").mkdir()
-    (folder / "model_index.json").write_text(json.dumps(PIPELINE))
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
-    for name, (config, state) in parts.items():
-        (folder / name).mkdir()
-        (folder / name / "config.json").write_text(json.dumps(config))
-        stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
-        save_file(state, folder / name / f"{stem}.safetensors", {"format": "pt"})
+    write_parts(folder, PIPELINE, parts)
     return folder
 
 

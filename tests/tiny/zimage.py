@@ -12,6 +12,7 @@ from library.architectures.zimage.checkpoint_keys import KEYS
 from library.architectures.zimage.model import ZImage, ZImageConfig
 from tests.tiny.flux import VAE, ldm_vae
 from tests.tiny.init import fixed_init
+from tests.tiny.parts import BASE, Parts, prefixed, tiny_denoiser, write_files, write_folder, write_whole
 
 Layout = Literal["files", "whole", "diffusers"]
 
@@ -60,35 +61,20 @@ CHAT_TEMPLATE = (  # what Qwen3's does with one message of a user
     "{% endif %}"
 )
 
-Parts = dict[str, tuple[dict[str, Any], dict[str, Tensor]]]
 
-
-def build_tiny_zimage(folder: Path, seed: int, layout: Layout = "files", flag: str = "") -> list[str]:
+def build_tiny_zimage(folder: Path, seed: int, layout: Layout = "files", flag: str = BASE) -> list[str]:
     """Write a tiny model into `folder` and return the arguments that name it, the base model as `flag`. One seed has
     the same weights in every layout."""
-    from safetensors.torch import save_file
-
-    base = flag or "--pretrained_model_name_or_path"
     parts = tiny_parts(seed, write_qwen3_tokenizer(folder / "tokenizer"))
     if layout == "diffusers":
-        return [base, str(write_folder(folder, parts))]
+        return write_folder(folder, {"_class_name": "ZImagePipeline"}, parts, diffusers_state, flag)
     denoiser = {**parts["transformer"][1], "norm_final.weight": torch.ones(CONFIG.width)}
     qwen3, vae = parts["text_encoder"][1], ldm_vae(parts["vae"][1])
     if layout == "whole":
-        everything = {f"model.diffusion_model.{key}": tensor for key, tensor in denoiser.items()}
-        everything |= {f"vae.{key}": tensor for key, tensor in vae.items()}
-        everything |= {f"text_encoders.qwen3_4b.transformer.model.{key}": tensor for key, tensor in qwen3.items()}
-        save_file(everything, folder / "z_image.safetensors")
-        return [base, str(folder / "z_image.safetensors")]
-    arguments = []
-    for name, stem, state in (
-        (base, "z_image_bf16", denoiser),
-        ("--vae", "ae", vae),
-        ("--text_encoder", "qwen_3_4b", {f"model.{key}": tensor for key, tensor in qwen3.items()}),
-    ):
-        save_file(state, folder / f"{stem}.safetensors")
-        arguments += [name, str(folder / f"{stem}.safetensors")]
-    return arguments
+        text = prefixed("text_encoders.qwen3_4b.transformer.model.", qwen3)
+        return write_whole(folder, flag, "z_image", denoiser, vae, text)
+    encoder = ("qwen_3_4b", prefixed("model.", qwen3))
+    return write_files(folder, {flag: ("z_image_bf16", denoiser), "--vae": ("ae", vae), "--text_encoder": encoder})
 
 
 def tiny_parts(seed: int, num_words: int) -> Parts:
@@ -116,19 +102,6 @@ def full_size_qwen3() -> Any:
         return Qwen3Model(Qwen3Config(**sizes, num_key_value_heads=8, head_dim=128, vocab_size=151936))
 
 
-def write_folder(folder: Path, parts: Parts) -> Path:
-    from safetensors.torch import save_file
-
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "ZImagePipeline"}))
-    for name, (config, state) in parts.items():
-        (folder / name).mkdir()
-        (folder / name / "config.json").write_text(json.dumps(config))
-        stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
-        weights = diffusers_state(state) if name == "transformer" else state
-        save_file(weights, folder / name / f"{stem}.safetensors", {"format": "pt"})
-    return folder
-
-
 def write_qwen3_tokenizer(folder: Path, special: tuple[str, ...] = SPECIAL) -> int:
     """Qwen3's tokenizer with all bytes, a few words and the marks of a chat; returns the size of its vocabulary."""
     from tokenizers.pre_tokenizers import ByteLevel
@@ -145,10 +118,7 @@ def write_qwen3_tokenizer(folder: Path, special: tuple[str, ...] = SPECIAL) -> i
 
 def tiny_zimage(seed: int) -> ZImage:
     """The denoiser alone, its weights random."""
-    with torch.device("meta"):
-        model = ZImage(CONFIG)
-    model.load_state_dict(fixed_init(model, seed), assign=True)
-    return model.requires_grad_(False).eval()
+    return tiny_denoiser(ZImage, CONFIG, seed)
 
 
 def diffusers_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
