@@ -1,14 +1,13 @@
 """A base model's checkpoint for merging and extracting: its files and the module of each weight."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
-from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import BaseNames, ModuleNames
-from library.checkpoints.weights import Weights, find_prefix
+from library.checkpoints.weights import Weights
 from library.errors import UserError
 
 
@@ -73,26 +72,6 @@ class BaseModel:
             if module in file.modules:
                 return file.read(module)
         raise UserError(f"{self.path} has no module {module}")
-
-
-def open_original(
-    flag: str, path: Path, model: str, prefixes: Sequence[str], diffusers_mark: str
-) -> tuple[Weights, str]:
-    """Open a single file; return its weights, of which only the header is read, and the first matching prefix.
-
-    Raises UserError naming `flag` for a folder, an unreadable file, and one in diffusers' layout, which has the weight
-    `diffusers_mark`.
-    """
-    if path.is_dir():
-        raise UserError(f"{flag} {path} is a folder; for {model} merging supports only a file in the original layout")
-    weights = model_lookup.open_file(flag, path)
-    prefix = find_prefix(weights.shapes, prefixes)
-    if prefix + diffusers_mark in weights.shapes:
-        raise UserError(
-            f"{flag} {path}: this is a transformer in diffusers' layout; use a file in the original layout, which "
-            "other programs load"
-        )
-    return weights, prefix
 
 
 def of_single_file(

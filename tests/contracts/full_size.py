@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,8 @@ def facts(name: str) -> dict[str, Any]:
 
 
 def checkpoint(model: str) -> Weights:
-    """The checkpoint as if it had been opened; its values are on the meta device."""
-    sizes = {name: tuple(shape) for name, shape in facts(model)["checkpoint"].items()}
-    return Weights(model, sizes, lambda name: torch.empty(sizes[name], device="meta"))
+    """The checkpoint as if it had been opened."""
+    return opened({name: tuple(shape) for name, shape in facts(model)["checkpoint"].items()}, model)
 
 
 def parts(model: str) -> dict[str, Component]:
@@ -58,3 +58,12 @@ def seen_by_networks(model: str) -> tuple[Any, nn.Module]:
     view = build_view(SDXL_LAYOUT) if model == "sdxl" else sd_view
     with torch.device("meta"):
         return view(empty_encoders(found), empty_unet(found["unet"].config))
+
+
+def opened(shapes: Mapping[str, tuple[int, ...]], origin: str = "file") -> Weights:
+    """A checkpoint as if it had been opened; its values are on the meta device."""
+    return Weights(origin, shapes, lambda name: torch.empty(shapes[name], device="meta"))
+
+
+def shapes_of_model(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

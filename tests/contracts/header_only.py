@@ -11,7 +11,7 @@ from library.architectures.krea2.model import SingleStreamDiT
 from library.architectures.qwen_image_21.model import QwenImage21
 from library.architectures.zimage.model import ZImage
 from library.models.loading import on_meta_device
-from tests.contracts.full_size import facts
+from tests.contracts.full_size import facts, shapes_of_model
 from tests.tiny import flux_2, krea2, qwen_image_21, zimage
 from tests.tiny.anima import write_qwen3_tokenizer
 from tests.tiny.flux import write_t5_tokenizer
@@ -123,12 +123,12 @@ def build_hunyuan_image(folder: Path) -> list[str]:
 
 
 def build_zimage(folder: Path) -> list[str]:
-    tables = {
-        "pretrained_model_name_or_path": on_meta_device(ZImage, zimage.FULL_SIZE).state_dict(),
-        "text_encoder": zimage.full_size_qwen3().state_dict(),
+    models = {
+        "pretrained_model_name_or_path": on_meta_device(ZImage, zimage.FULL_SIZE),
+        "text_encoder": zimage.full_size_qwen3(),
     }
     zimage.write_qwen3_tokenizer(folder / "tokenizer")
-    shapes = {flag: {name: tuple(t.shape) for name, t in table.items()} for flag, table in tables.items()}
+    shapes = {flag: shapes_of_model(model) for flag, model in models.items()}
     ae = facts("flux1")["components"]["ae"]  # the same VAE
     return write_files(folder, {**shapes, "vae": shapes_of(ae)})
 
@@ -144,10 +144,7 @@ def build_flux_2(folder: Path, release: str) -> list[str]:
         flux_2.write_mistral_tokenizer(folder / "tokenizer")
     else:
         zimage.write_qwen3_tokenizer(folder / "tokenizer", flux_2.QWEN3_SPECIAL)
-    return write_files(
-        folder,
-        {flag: {name: tuple(t.shape) for name, t in model.state_dict().items()} for flag, model in models.items()},
-    )
+    return write_files(folder, {flag: shapes_of_model(model) for flag, model in models.items()})
 
 
 def build_krea2(folder: Path) -> list[str]:
@@ -157,10 +154,7 @@ def build_krea2(folder: Path) -> list[str]:
         "text_encoder": krea2.full_size_qwen3_vl(),
         "vae": krea2.full_size_vae(),
     }
-    return write_files(
-        folder,
-        {flag: {name: tuple(t.shape) for name, t in model.state_dict().items()} for flag, model in models.items()},
-    )
+    return write_files(folder, {flag: shapes_of_model(model) for flag, model in models.items()})
 
 
 def flux_2_of(release: str) -> FullSize:
@@ -174,8 +168,7 @@ def build_qwen_image_21(folder: Path) -> list[str]:
         "text_encoder": qwen_image_21.full_size_encoder(),
         "vae": qwen_image_21.full_size_vae(),
     }
-    shapes = {flag: {name: tuple(t.shape) for name, t in model.state_dict().items()} for flag, model in models.items()}
-    return write_files(folder, shapes)
+    return write_files(folder, {flag: shapes_of_model(model) for flag, model in models.items()})
 
 
 FULL_SIZE: Mapping[str, FullSize] = {

@@ -1,9 +1,5 @@
 """The tables of module names of Stable Diffusion 2.x and XL against the models themselves, at full size."""
 
-import gzip
-import json
-from pathlib import Path
-
 import pytest
 
 from library.architectures.sd.adapter_names import SD2_NAMES
@@ -13,7 +9,6 @@ from library.models.unet.checkpoint_keys import UNET_PREFIX
 from tests.contracts.full_size import facts, parts
 from tests.recognising import base_of
 
-DATA = Path(__file__).parent / "data"
 TABLES = {"sd21": SD2_NAMES, "sdxl": NAMES}
 
 
@@ -50,7 +45,7 @@ def test_generic_names_are_the_checkpoints_own(model: str) -> None:
 
 @pytest.mark.parametrize(("model", "base"), [("sd21", "sd2"), ("sdxl", "sdxl")])
 def test_every_key_of_a_kohya_file_is_found_and_tells_its_base(model: str, base: str) -> None:
-    content = json.loads(gzip.decompress((DATA / f"lora_keys_{model}.json.gz").read_bytes()))["networks.lora"]
+    content = facts(f"lora_keys_{model}")["networks.lora"]
     keys = {**content["default"], **content["variants"]["conv_dim=8"]["added"]}
     for key in keys:
         module = key.partition(".")[0]

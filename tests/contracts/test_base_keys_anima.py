@@ -1,7 +1,5 @@
 """Names and shapes of full-size Anima files are a contract: the denoiser with its adapter, Qwen3 and the VAE."""
 
-import gzip
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,22 +9,17 @@ import torch
 
 from library.architectures.anima.load import PREFIXES, QWEN3, denoiser_of
 from library.architectures.anima.model import Anima, read_config
-from library.checkpoints.weights import Weights
 from library.models.qwen3 import empty_qwen3, qwen3_component
 from library.models.vae.qwen_image import empty_vae, from_original, vae_component
+from tests.contracts.full_size import facts, opened
 from tests.tiny.anima import diffusers_key
 
-FACTS: Mapping[str, Any] = json.loads(gzip.decompress((Path(__file__).parent / "data" / "anima.json.gz").read_bytes()))
+FACTS: Mapping[str, Any] = facts("anima")
 COUNTS = {"dit": 685, "qwen3_0.6b": 310, "vae": 194, "vae_alternative_naming": 194}
 
 
 def shapes_of(part: str) -> dict[str, tuple[int, ...]]:
     return {name: tuple(shape) for name, shape in FACTS["components"][part].items()}
-
-
-def opened(shapes: Mapping[str, tuple[int, ...]]) -> Weights:
-    """A checkpoint as if it had been opened; its values are on the meta device."""
-    return Weights("file", shapes, lambda name: torch.empty(shapes[name], device="meta"))
 
 
 def anima_shapes(config_of: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

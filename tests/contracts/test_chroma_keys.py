@@ -1,10 +1,7 @@
 """Names and shapes of full-size Chroma files, of the model and of its adapters, are a contract."""
 
-import gzip
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,30 +14,18 @@ from library.architectures.flux.load import denoiser_of
 from library.architectures.flux.model import Flux, FluxConfig, read_config
 from library.architectures.flux.targets import view_chroma
 from library.checkpoints.base_files import BaseFiles
-from library.checkpoints.weights import Weights
 from library.models.loading import on_meta_device
 from library.models.t5 import empty_t5
 from networks.lora_flux import create_network, create_network_from_weights
+from tests.contracts.full_size import facts, opened
 from tests.contracts.saved import listed_shapes, saved_shapes, saved_tensors
 from tests.contracts.test_lora_keys_flux1 import T5_XXL
-
-DATA = Path(__file__).parent / "data"
-
-
-def facts(name: str) -> Any:
-    return json.loads(gzip.decompress((DATA / f"{name}.json.gz").read_bytes()))
-
 
 BASE: Mapping[str, tuple[int, ...]] = {
     name: tuple(shape) for name, shape in facts("chroma")["components"]["dit"].items()
 }
 LORA = facts("lora_keys_chroma")
 FULL = FluxConfig(64, 3072, 128, 12288, 4096, 19, 38, True, 0, ApproximatorConfig(64, 5120, 5))
-
-
-def opened(shapes: Mapping[str, tuple[int, ...]]) -> Weights:
-    """A checkpoint as if it had been opened; its values are on the meta device."""
-    return Weights("file", shapes, lambda name: torch.empty(shapes[name], device="meta"))
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])

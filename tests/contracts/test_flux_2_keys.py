@@ -15,14 +15,14 @@ from library.architectures.flux_2.load import denoiser_of
 from library.architectures.flux_2.mistral import empty_mistral
 from library.architectures.flux_2.model import Flux2, Flux2Config, read_config
 from library.architectures.flux_2.releases import DEV, KLEIN_4B, KLEIN_9B, Release
-from library.architectures.flux_2.targets import view
 from library.architectures.specs import list_specs
 from library.checkpoints.base_files import BaseFiles
-from library.checkpoints.weights import Weights
+from library.models.adapter_views import view_denoiser
 from library.models.identify import base_of_file
 from library.models.loading import on_meta_device
 from networks import dylora, lora_flux_2
 from networks.core.files.reading_writing import saved_tensors
+from tests.contracts.full_size import opened, shapes_of_model
 from tests.recognising import base_of
 from tests.tiny import flux_2 as tiny
 from tests.tiny.flux_2 import diffusers_config, full_size_encoder
@@ -32,15 +32,6 @@ NUM_PARAMETERS = {"klein 4B": 3_875_544_576, "klein 9B": 9_078_581_248, "dev": 3
 EMBEDDERS = {"in_dims": "[2,2,2,2,2,2,2]"}
 
 Shapes = Mapping[str, tuple[int, ...]]
-
-
-def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def opened(shapes: Shapes) -> Weights:
-    """A checkpoint as if it had been opened; its values are on the meta device."""
-    return Weights("file", shapes, lambda name: torch.empty(shapes[name], device="meta"))
 
 
 @cache
@@ -63,7 +54,7 @@ def test_diffusers_makes_its_model_of_our_names(size: str) -> None:
     state: dict[str, Tensor] = dict(ours(SIZES[size]).state_dict())
     assert sum(tensor.numel() for tensor in state.values()) == NUM_PARAMETERS[size]
     converted = convert_flux2_transformer_checkpoint_to_diffusers(state)
-    assert {name: tuple(tensor.shape) for name, tensor in converted.items()} == shapes_of(theirs(SIZES[size]))
+    assert {name: tuple(tensor.shape) for name, tensor in converted.items()} == shapes_of_model(theirs(SIZES[size]))
 
 
 def test_the_sizes_of_dev_are_the_defaults_of_diffusers() -> None:
@@ -78,8 +69,8 @@ def test_the_sizes_of_dev_are_the_defaults_of_diffusers() -> None:
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 @pytest.mark.parametrize("size", SIZES)
 def test_the_denoiser_loads_from_the_names_of_either_layout(size: str, prefix: str) -> None:
-    expected = shapes_of(ours(SIZES[size]))
-    for shapes in (expected, shapes_of(theirs(SIZES[size]))):
+    expected = shapes_of_model(ours(SIZES[size]))
+    for shapes in (expected, shapes_of_model(theirs(SIZES[size]))):
         weights = denoiser_of(BaseFiles(Path("file"), opened({prefix + name: s for name, s in shapes.items()})))
         assert dict(weights.shapes) == expected
         assert read_config(weights.shapes) == SIZES[size]
@@ -93,11 +84,11 @@ def test_the_denoiser_loads_from_the_names_of_either_layout(size: str, prefix: s
     ids=lambda value: value.name if isinstance(value, Release) else value,
 )
 def test_the_layers_that_are_used_of_a_text_encoder_load_with_every_prefix(release: Release, prefix: str) -> None:
-    whole = shapes_of(full_size_encoder(release.name))
+    whole = shapes_of_model(full_size_encoder(release.name))
     num_layers = release.encoder.layers[-1]
     expected = {k: s for k, s in whole.items() if not k.startswith("layers.") or int(k.split(".")[1]) < num_layers}
     component = release.encoder.open(opened({prefix + name: shape for name, shape in whole.items()}))
-    assert shapes_of(release.encoder.empty(component.config)) == expected
+    assert shapes_of_model(release.encoder.empty(component.config)) == expected
     assert component.config["hidden_size"] * len(release.encoder.layers) == release.text_width
     heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": num_layers}
     assert heads.items() <= component.config.items()
@@ -109,7 +100,7 @@ def test_mistral_attends_to_all_tokens_before_one() -> None:
 
 
 def saved_shapes(door: Any, size: str, **arguments: str) -> dict[str, tuple[int, ...]]:
-    network = door.create_network(1.0, 4, 4, None, *view([], ours(SIZES[size])), **arguments)
+    network = door.create_network(1.0, 4, 4, None, *view_denoiser([], ours(SIZES[size])), **arguments)
     for name in network.adapters:
         assert NAMES.find(name) is not None and NAMES.find(name).kohya == name  # type: ignore[union-attr]
     found = saved_tensors(network.adapters, None, NAMES, network.targets.saved_naming)

@@ -1,7 +1,5 @@
 """Names and shapes of full-size FLUX.1 files are a contract: the four files, in every layout they come in."""
 
-import gzip
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,24 +11,20 @@ from library.architectures.flux.checkpoint_keys import from_diffusers, our_keys,
 from library.architectures.flux.load import CLIP_PREFIXES, denoiser_of
 from library.architectures.flux.model import Flux, read_config
 from library.checkpoints.base_files import BaseFiles
-from library.checkpoints.weights import Weights, with_prefix
+from library.checkpoints.weights import with_prefix
 from library.models.clip.clip import clip_component, empty_clip
 from library.models.loading import on_meta_device
 from library.models.t5 import T5_XXL_NAMES, empty_t5, t5_component
 from library.models.vae.flux import CHANNELS, check_channels
 from library.models.vae.vae import empty_vae, single_vae
+from tests.contracts.full_size import facts, opened
 
-FACTS: Mapping[str, Any] = json.loads(gzip.decompress((Path(__file__).parent / "data" / "flux1.json.gz").read_bytes()))
+FACTS: Mapping[str, Any] = facts("flux1")
 COUNTS = {"dit": 780, "ae": 244, "clip_l": 196, "t5xxl": 220}
 
 
 def shapes_of(part: str) -> dict[str, tuple[int, ...]]:
     return {name: tuple(shape) for name, shape in FACTS["components"][part].items()}
-
-
-def opened(shapes: Mapping[str, tuple[int, ...]]) -> Weights:
-    """A checkpoint as if it had been opened; its values are on the meta device."""
-    return Weights("file", shapes, lambda name: torch.empty(shapes[name], device="meta"))
 
 
 def flux_shapes(config_of: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

@@ -12,9 +12,9 @@ from library.architectures.hunyuan_image.model import read_config
 from library.architectures.hunyuan_image.qwen import empty_qwen, qwen_component
 from library.architectures.hunyuan_image.vae import empty_vae, vae_component
 from library.checkpoints.base_files import BaseFiles
-from library.checkpoints.weights import Weights
 from library.models.loading import Component
 from library.models.t5 import empty_t5
+from tests.contracts.full_size import opened, shapes_of_model
 from tests.contracts.test_lora_keys_hunyuan_image import BASE, DENOISER
 
 
@@ -23,8 +23,7 @@ def test_the_diffusers_layout_gives_our_shapes() -> None:
 
     with torch.device("meta"):
         theirs = HunyuanImageTransformer2DModel(text_embed_2_dim=1472)
-    shapes = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
-    weights = from_diffusers(Weights("file", shapes, lambda name: torch.empty(shapes[name], device="meta")))
+    weights = from_diffusers(opened(shapes_of_model(theirs)))
     assert dict(weights.shapes) == DENOISER
 
 
@@ -34,8 +33,7 @@ def test_distilled_models_of_diffusers_are_recognised(options: dict[str, Any]) -
 
     with torch.device("meta"):
         theirs = HunyuanImageTransformer2DModel(text_embed_2_dim=1472, num_layers=1, num_single_layers=1, **options)
-    shapes = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
-    weights = from_diffusers(Weights("file", shapes, lambda name: torch.empty(shapes[name], device="meta")))
+    weights = from_diffusers(opened(shapes_of_model(theirs)))
     with pytest.raises(ValueError, match=r"this is a distilled HunyuanImage 2.1 .* Train on"):
         read_config(weights.shapes)
 
@@ -63,11 +61,6 @@ def test_pruned_models_load() -> None:
 
 def shapes_of(part: str) -> dict[str, tuple[int, ...]]:
     return {name: tuple(shape) for name, shape in BASE["components"][part].items()}
-
-
-def opened(shapes: dict[str, tuple[int, ...]]) -> Weights:
-    """A checkpoint as if it had been opened; its values are on the meta device."""
-    return Weights("file", shapes, lambda name: torch.empty(shapes[name], device="meta"))
 
 
 def test_the_inventory_is_whole() -> None:

@@ -13,31 +13,22 @@ from library.architectures.krea2.adapter_names import NAMES
 from library.architectures.krea2.checkpoint_keys import diffusers_path, linear_paths
 from library.architectures.krea2.load import QWEN3_VL, denoiser_of
 from library.architectures.krea2.model import SingleStreamDiT, read_config
-from library.architectures.krea2.targets import view
 from library.architectures.krea2.text import LAYERS
 from library.architectures.specs import list_specs
 from library.checkpoints.base_files import BaseFiles
-from library.checkpoints.weights import Weights
+from library.models.adapter_views import view_denoiser
 from library.models.identify import base_of_file
 from library.models.language_models import with_first_layers
 from library.models.loading import on_meta_device
 from library.models.qwen3_vl import empty_qwen3_vl, qwen3_vl_component
 from networks import dylora, lora_krea2
 from networks.core.files.reading_writing import saved_tensors
+from tests.contracts.full_size import opened, shapes_of_model
 from tests.recognising import base_of
 from tests.tiny.krea2 import FULL_SIZE, diffusers_config, full_size_qwen3_vl
 
 NUM_PARAMETERS = 12_820_073_036
 Shapes = Mapping[str, tuple[int, ...]]
-
-
-def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def opened(shapes: Shapes) -> Weights:
-    """A checkpoint as if it had been opened; its values are on the meta device."""
-    return Weights("file", shapes, lambda name: torch.empty(shapes[name], device="meta"))
 
 
 @cache
@@ -59,7 +50,7 @@ def test_diffusers_makes_its_model_of_our_names() -> None:
     state: dict[str, Tensor] = dict(ours().state_dict())
     assert sum(tensor.numel() for tensor in state.values()) == NUM_PARAMETERS
     converted = convert_krea2_transformer_checkpoint_to_diffusers(state)
-    assert {name: tuple(tensor.shape) for name, tensor in converted.items()} == shapes_of(theirs())
+    assert {name: tuple(tensor.shape) for name, tensor in converted.items()} == shapes_of_model(theirs())
 
 
 def test_our_sizes_are_the_defaults_of_diffusers() -> None:
@@ -69,8 +60,8 @@ def test_our_sizes_are_the_defaults_of_diffusers() -> None:
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_the_denoiser_loads_from_the_names_of_either_layout(prefix: str) -> None:
-    expected = shapes_of(ours())
-    for shapes in (expected, shapes_of(theirs())):
+    expected = shapes_of_model(ours())
+    for shapes in (expected, shapes_of_model(theirs())):
         weights = denoiser_of(BaseFiles(Path("file"), opened({prefix + name: s for name, s in shapes.items()})))
         assert dict(weights.shapes) == expected
         assert read_config(weights.shapes) == FULL_SIZE
@@ -78,12 +69,12 @@ def test_the_denoiser_loads_from_the_names_of_either_layout(prefix: str) -> None
 
 
 def test_the_layers_that_are_used_of_the_text_encoder_load() -> None:
-    whole = shapes_of(full_size_qwen3_vl())
+    whole = shapes_of_model(full_size_qwen3_vl())
     expected = {k: s for k, s in whole.items() if not k.startswith("layers.35.")}
     names = {f"model.language_model.{name}": shape for name, shape in whole.items()}
     weights = opened({**names, "model.visual.pos_embed.weight": (2304, 1024)})
     component = with_first_layers(qwen3_vl_component(weights, None, QWEN3_VL), LAYERS[-1], QWEN3_VL.flag)
-    assert shapes_of(empty_qwen3_vl(component.config)) == expected
+    assert shapes_of_model(empty_qwen3_vl(component.config)) == expected
     assert component.config["hidden_size"] == FULL_SIZE.fusion.width and len(LAYERS) == FULL_SIZE.num_states
     heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 35}
     assert heads.items() <= component.config.items()
@@ -94,7 +85,7 @@ def test_every_module_of_a_saved_file_is_a_layer_that_diffusers_finds(door: Any)
     """All 264 Linear layers, as the model's authors and musubi-tuner adapt them."""
     from diffusers.loaders.lora_pipeline import Krea2LoraLoaderMixin
 
-    network = door.create_network(1.0, 4, 4, None, *view([], ours()))
+    network = door.create_network(1.0, 4, 4, None, *view_denoiser([], ours()))
     assert all(NAMES.find(name).kohya == name for name in network.adapters)  # type: ignore[union-attr]
     saved = saved_tensors(network.adapters, None, NAMES, network.targets.saved_naming)
     shapes = {key: tuple(tensor.shape) for key, tensor in saved.items()}

@@ -1,10 +1,7 @@
 """Keys and shapes of Anima adapter files, which other programs rely on, at full size."""
 
-import gzip
-import json
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +11,7 @@ from torch import nn
 from library.architectures.anima.adapter_names import NAMES
 from library.architectures.anima.model import Anima, read_config
 from networks.lora_anima import create_network, create_network_from_weights
+from tests.contracts.full_size import facts
 from tests.contracts.saved import listed_shapes, saved_shapes, saved_tensors
 from tests.recognising import base_of
 
@@ -21,9 +19,8 @@ pytestmark = pytest.mark.slow
 
 shapes_of = partial(saved_shapes, create_network)
 
-DATA = Path(__file__).parent / "data"
-FACTS: Mapping[str, Any] = json.loads(gzip.decompress((DATA / "lora_keys_anima.json.gz").read_bytes()))
-BASE: Mapping[str, Any] = json.loads(gzip.decompress((DATA / "anima.json.gz").read_bytes()))
+FACTS: Mapping[str, Any] = facts("lora_keys_anima")
+BASE: Mapping[str, Any] = facts("anima")
 QWEN3 = {
     "vocab_size": 64, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
     "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,

@@ -1,11 +1,8 @@
 """Keys and shapes of FLUX.1 adapter files, which other programs rely on, at full size."""
 
-import gzip
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,15 +15,14 @@ from library.models.clip.clip import empty_clip
 from library.models.loading import on_meta_device
 from library.models.t5 import empty_t5
 from networks.lora_flux import create_network, create_network_from_weights
+from tests.contracts.full_size import facts
 from tests.contracts.saved import listed_shapes, saved_shapes, saved_tensors
 
 pytestmark = pytest.mark.slow
 
 shapes_of = partial(saved_shapes, create_network)
 
-FACTS: Mapping[str, Any] = json.loads(
-    gzip.decompress((Path(__file__).parent / "data" / "lora_keys_flux1.json.gz").read_bytes())
-)
+FACTS: Mapping[str, Any] = facts("lora_keys_flux1")
 DEV = FluxConfig(64, 3072, 128, 12288, 4096, 19, 38, has_guidance=True, pooled_width=768)
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 T5_XXL = {

@@ -1,7 +1,5 @@
 """Keys and shapes of HunyuanImage 2.1 adapter files at full size: those of sd-scripts, in the names ComfyUI reads."""
 
-import gzip
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,12 +15,12 @@ from library.architectures.specs import list_specs
 from library.checkpoints.compatibility import readings
 from library.checkpoints.files import load_state_dict, save_safetensors
 from networks.lora_hunyuan_image import create_network, create_network_from_weights
+from tests.contracts.full_size import facts
 from tests.contracts.saved import listed_shapes, saved_shapes, saved_tensors
 from tests.tiny.hunyuan_image import tiny_hunyuan_image
 
-DATA = Path(__file__).parent / "data"
-FACTS: Mapping[str, Any] = json.loads(gzip.decompress((DATA / "lora_keys_hunyuan_image.json.gz").read_bytes()))
-BASE: Mapping[str, Any] = json.loads(gzip.decompress((DATA / "hunyuan_image.json.gz").read_bytes()))
+FACTS: Mapping[str, Any] = facts("lora_keys_hunyuan_image")
+BASE: Mapping[str, Any] = facts("hunyuan_image")
 COMFY: Mapping[str, str] = FACTS["comfy_names"]  # sd-scripts' name of a module -> what its converter for ComfyUI says
 DENOISER = {name: tuple(shape) for name, shape in BASE["components"]["dit"].items()}
 

@@ -1,7 +1,5 @@
 """Names and shapes of full-size Lumina Image 2.0 files, which other programs rely on: checkpoints and adapters."""
 
-import gzip
-import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -16,11 +14,11 @@ from library.architectures.lumina.checkpoint_keys import KEYS
 from library.architectures.lumina.gemma import GEMMA_PREFIXES, empty_gemma, gemma_component
 from library.architectures.lumina.load import denoiser_of
 from library.architectures.lumina.model import NextDiT, read_config
-from library.architectures.lumina.targets import view
 from library.checkpoints.base_files import BaseFiles
-from library.checkpoints.weights import Weights
+from library.models.adapter_views import view_both
 from library.models.loading import on_meta_device
 from networks.lora_lumina import create_network, create_network_from_weights
+from tests.contracts.full_size import facts, opened, shapes_of_model
 from tests.contracts.saved import listed_shapes, saved_shapes, saved_tensors
 from tests.recognising import base_of
 
@@ -28,9 +26,7 @@ pytestmark = pytest.mark.slow
 
 shapes_of = partial(saved_shapes, create_network)
 
-FACTS: Mapping[str, Any] = json.loads(
-    gzip.decompress((Path(__file__).parent / "data" / "lumina2.json.gz").read_bytes())
-)
+FACTS: Mapping[str, Any] = facts("lumina2")
 LORA = FACTS["lora"]
 SAME = [name for name in LORA["variants"] if "mlp_dim" not in name and "train_block_indices" not in name]
 Models = tuple[nn.Module | list[nn.Module], nn.Module]
@@ -38,15 +34,6 @@ Models = tuple[nn.Module | list[nn.Module], nn.Module]
 
 def part(name: str, prefix: str = "") -> dict[str, tuple[int, ...]]:
     return {prefix + key: tuple(shape) for key, shape in FACTS["components"][name].items()}
-
-
-def opened(shapes: Mapping[str, tuple[int, ...]]) -> Weights:
-    """A checkpoint as if it had been opened; its values are on the meta device."""
-    return Weights("file", shapes, lambda name: torch.empty(shapes[name], device="meta"))
-
-
-def shapes_of_model(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
@@ -101,7 +88,7 @@ def test_gemma_loads_with_every_prefix_and_beside_what_is_not_it(prefix: str) ->
 def models() -> Models:
     """Gemma and the denoiser as network modules see them, without weights."""
     gemma = empty_gemma(gemma_component(opened(part("gemma2"))).config)
-    return view([gemma], on_meta_device(NextDiT, read_config(part("dit"))))
+    return view_both([gemma], on_meta_device(NextDiT, read_config(part("dit"))))
 
 
 def ranks(shapes: Mapping[str, list[int]]) -> dict[str, int]:

@@ -1,9 +1,6 @@
 """Keys and shapes of Stable Diffusion 1.5 adapter files, which other programs rely on, at full size."""
 
-import gzip
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,11 +10,10 @@ from torch import nn
 from library.architectures.sd.targets import view
 from networks.core.protocol import adopt
 from networks.lora import create_network, create_network_from_weights
+from tests.contracts.full_size import facts
 from tests.contracts.saved import listed_shapes
 
-FACTS: Mapping[str, Any] = json.loads(
-    gzip.decompress((Path(__file__).parent / "data" / "lora_keys_sd15.json.gz").read_bytes())
-)
+FACTS: Mapping[str, Any] = facts("lora_keys_sd15")
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,7 @@
 """Keys and shapes of Stable Diffusion 1.5 files by networks.lora_fa and networks.dylora: those of plain LoRA files."""
 
-import gzip
 import importlib
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,13 +10,12 @@ from torch import nn
 
 from library.architectures.sd.targets import view
 from networks.core.protocol import adopt
+from tests.contracts.full_size import facts
 from tests.contracts.saved import listed_shapes
 
 pytestmark = pytest.mark.slow
 
-FACTS: Mapping[str, Any] = json.loads(
-    gzip.decompress((Path(__file__).parent / "data" / "lora_keys_sd15_other_kinds.json.gz").read_bytes())
-)
+FACTS: Mapping[str, Any] = facts("lora_keys_sd15_other_kinds")
 MODULES = ("networks.lora_fa", "networks.dylora")
 VARIANTS = [(module, name) for module in MODULES for name in FACTS[module]["variants"]]
 

@@ -12,31 +12,22 @@ from library.architectures.qwen_image_21.adapter_names import NAMES, NUM_BLOCKS
 from library.architectures.qwen_image_21.checkpoint_keys import linear_paths
 from library.architectures.qwen_image_21.load import QWEN3_VL, denoiser_of
 from library.architectures.qwen_image_21.model import QwenImage21, read_config
-from library.architectures.qwen_image_21.targets import view
 from library.architectures.qwen_image_21.vae import empty_vae, vae_config
 from library.architectures.specs import list_specs
 from library.checkpoints.base_files import BaseFiles
-from library.checkpoints.weights import Weights
+from library.models.adapter_views import view_denoiser
 from library.models.identify import base_of_file
 from library.models.loading import on_meta_device
 from library.models.qwen3_vl import empty_qwen3_vl, qwen3_vl_component
 from library.models.qwen3_vl_vision import empty_vision, vision_component
 from networks import dylora, lora_qwen_image_21
 from networks.core.files.reading_writing import saved_tensors
+from tests.contracts.full_size import opened, shapes_of_model
 from tests.recognising import base_of
 from tests.tiny.qwen_image_21 import FULL_SIZE, diffusers_config, full_size_encoder, full_size_vae, with_fused_gates
 
 EMBEDDERS = {"in_dims": "[2,2,2,2]"}
 NUM_PARAMETERS, NUM_VAE_PARAMETERS = 7_115_124_736, 337_740_404
-
-
-def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def opened(shapes: dict[str, tuple[int, ...]]) -> Weights:
-    """A checkpoint as if it had been opened; its values are on the meta device."""
-    return Weights("file", shapes, lambda name: torch.empty(shapes[name], device="meta"))
 
 
 @cache
@@ -53,7 +44,7 @@ def theirs() -> Any:
 
 
 def test_names_shapes_and_sizes_are_those_of_diffusers() -> None:
-    assert shapes_of(ours()) == shapes_of(theirs())
+    assert shapes_of_model(ours()) == shapes_of_model(theirs())
     assert sum(tensor.numel() for tensor in ours().state_dict().values()) == NUM_PARAMETERS
     expected = {**diffusers_config(FULL_SIZE), "axes_dims_rope": tuple(FULL_SIZE.rope_axes)}
     assert {name: theirs().config[name] for name in expected} == expected
@@ -65,7 +56,7 @@ def test_the_denoiser_loads_from_fused_and_split_gates(prefix: str, is_fused: bo
     state = dict(ours().state_dict())
     shapes = {prefix + n: tuple(t.shape) for n, t in (with_fused_gates(state) if is_fused else state).items()}
     weights = denoiser_of(BaseFiles(Path("file"), opened(shapes)))
-    assert dict(weights.shapes) == shapes_of(ours())
+    assert dict(weights.shapes) == shapes_of_model(ours())
     assert read_config(weights.shapes) == FULL_SIZE
     assert base_of_file(list_specs(), shapes).name == "qwen_image_21"  # type: ignore[union-attr]
 
@@ -74,12 +65,12 @@ def test_the_denoiser_loads_from_fused_and_split_gates(prefix: str, is_fused: bo
                                                (QWEN3_VL.prefix, "")])  # fmt: skip
 def test_the_text_encoder_loads_with_its_vision_model(prefix: str, level: str) -> None:
     """ComfyUI's files lack a level of the language model's names."""
-    names = shapes_of(full_size_encoder())
+    names = shapes_of_model(full_size_encoder())
     whole = {prefix + name.replace("language_model.", level): shape for name, shape in names.items()}
     language, vision = qwen3_vl_component(opened(whole), None, QWEN3_VL), vision_component(opened(whole))
     assert vision is not None
-    found = {level + name: shape for name, shape in shapes_of(empty_qwen3_vl(language.config)).items()}
-    found |= {f"visual.{name}": shape for name, shape in shapes_of(empty_vision(vision.config)).items()}
+    found = {level + name: shape for name, shape in shapes_of_model(empty_qwen3_vl(language.config)).items()}
+    found |= {f"visual.{name}": shape for name, shape in shapes_of_model(empty_vision(vision.config)).items()}
     assert {prefix + name: shape for name, shape in found.items()} == whole
     sizes = {"depth": 27, "hidden_size": 1152, "num_heads": 16, "patch_size": 16, "out_hidden_size": 4096}
     assert sizes.items() <= vision.config.items()
@@ -88,9 +79,9 @@ def test_the_text_encoder_loads_with_its_vision_model(prefix: str, level: str) -
 def test_the_sizes_of_the_vae_are_read_from_a_file() -> None:
     vae = full_size_vae()
     assert sum(tensor.numel() for tensor in vae.state_dict().values()) == NUM_VAE_PARAMETERS
-    config = vae_config(shapes_of(vae))
+    config = vae_config(shapes_of_model(vae))
     assert {name: vae.config[name] for name in config} == config
-    assert shapes_of(empty_vae(config)) == shapes_of(vae)
+    assert shapes_of_model(empty_vae(config)) == shapes_of_model(vae)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +91,7 @@ def test_every_module_of_a_saved_file_is_a_layer_that_diffusers_finds(door: Any,
     """Everything in the blocks but norms."""
     from diffusers.loaders.lora_pipeline import QwenImageLoraLoaderMixin
 
-    network = door.create_network(1.0, 4, 4, None, *view([], ours()), **arguments)
+    network = door.create_network(1.0, 4, 4, None, *view_denoiser([], ours()), **arguments)
     for name in network.adapters:
         assert NAMES.find(name) is not None and NAMES.find(name).kohya == name  # type: ignore[union-attr]
     found = saved_tensors(network.adapters, None, NAMES, network.targets.saved_naming)

@@ -14,14 +14,14 @@ from library.architectures.zimage.adapter_names import NAMES
 from library.architectures.zimage.checkpoint_keys import KEYS
 from library.architectures.zimage.load import QWEN3, denoiser_of
 from library.architectures.zimage.model import ZImage, read_config
-from library.architectures.zimage.targets import view
 from library.checkpoints.base_files import BaseFiles
-from library.checkpoints.weights import Weights
+from library.models.adapter_views import view_denoiser
 from library.models.identify import base_of_file
 from library.models.loading import on_meta_device
 from library.models.qwen3 import empty_qwen3, qwen3_component
 from networks import dylora, lora_zimage
 from networks.core.files.reading_writing import saved_tensors
+from tests.contracts.full_size import opened, shapes_of_model
 from tests.recognising import base_of
 from tests.tiny.zimage import FULL_SIZE, diffusers_config, full_size_qwen3
 
@@ -29,15 +29,6 @@ NUM_PARAMETERS = 6_154_908_736
 EVERYWHERE = {"embedder_dims": "[2,2,2]", "include_patterns": "['.*']"}
 
 Shapes = Mapping[str, tuple[int, ...]]
-
-
-def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def opened(shapes: Shapes) -> Weights:
-    """A checkpoint as if it had been opened; its values are on the meta device."""
-    return Weights("file", shapes, lambda name: torch.empty(shapes[name], device="meta"))
 
 
 @cache
@@ -61,14 +52,14 @@ def test_diffusers_makes_its_model_of_our_names() -> None:
     state: dict[str, Tensor] = {f"model.diffusion_model.{name}": t for name, t in ours().state_dict().items()}
     state["norm_final.weight"] = torch.empty(3840, device="meta")
     converted = convert_z_image_transformer_checkpoint_to_diffusers(state)
-    assert {name: tuple(tensor.shape) for name, tensor in converted.items()} == shapes_of(theirs())
+    assert {name: tuple(tensor.shape) for name, tensor in converted.items()} == shapes_of_model(theirs())
     assert {**theirs().config, **diffusers_config(FULL_SIZE)} == dict(theirs().config)
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_the_denoiser_loads_from_the_names_of_either_layout(prefix: str) -> None:
-    expected = shapes_of(ours())
-    for shapes in (expected, shapes_of(theirs())):
+    expected = shapes_of_model(ours())
+    for shapes in (expected, shapes_of_model(theirs())):
         weights = denoiser_of(BaseFiles(Path("file"), opened({prefix + name: s for name, s in shapes.items()})))
         assert dict(weights.shapes) == expected
         assert read_config(weights.shapes) == FULL_SIZE
@@ -77,15 +68,15 @@ def test_the_denoiser_loads_from_the_names_of_either_layout(prefix: str) -> None
 
 @pytest.mark.parametrize("prefix", QWEN3.prefixes)
 def test_qwen3_4b_loads_with_every_prefix(prefix: str) -> None:
-    expected = shapes_of(full_size_qwen3())
+    expected = shapes_of_model(full_size_qwen3())
     component = qwen3_component(opened({prefix + name: shape for name, shape in expected.items()}), QWEN3)
-    assert shapes_of(empty_qwen3(component.config)) == expected
+    assert shapes_of_model(empty_qwen3(component.config)) == expected
     heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 36}
     assert heads.items() <= component.config.items()
 
 
 def saved_shapes(door: Any, **arguments: str) -> dict[str, tuple[int, ...]]:
-    network = door.create_network(1.0, 4, 4, None, *view([], ours()), **arguments)
+    network = door.create_network(1.0, 4, 4, None, *view_denoiser([], ours()), **arguments)
     for name in network.adapters:
         assert NAMES.find(name) is not None and NAMES.find(name).kohya == name  # type: ignore[union-attr]
     found = saved_tensors(network.adapters, None, NAMES, "diffusers")

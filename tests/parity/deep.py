@@ -9,26 +9,21 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from library.architectures.anima import assembly as anima
 from library.architectures.anima.model import Anima
 from library.architectures.flux import assembly as flux
 from library.architectures.flux.model import Flux
-from library.architectures.flux_2 import assembly as flux_2
 from library.architectures.flux_2.model import Flux2
 from library.architectures.hunyuan_image import assembly as hunyuan_image
 from library.architectures.hunyuan_image.model import HunyuanImage
-from library.architectures.krea2 import assembly as krea2
 from library.architectures.krea2.model import SingleStreamDiT
-from library.architectures.lumina import assembly as lumina
 from library.architectures.lumina.model import NextDiT
-from library.architectures.qwen_image_21 import assembly as qwen_image_21
 from library.architectures.qwen_image_21.model import QwenImage21
 from library.architectures.sd import assembly as sd
 from library.architectures.sd3 import assembly as sd3
 from library.architectures.sd3.model import MMDiT
-from library.architectures.zimage import assembly as zimage
 from library.architectures.zimage.model import ZImage
 from library.memory.blocks import BlockRunner, Stacks, run_blocks_with, stacks_of
+from library.models.adapter_views import view_both, view_denoiser
 from library.models.unet.unet import run_unet_blocks_with, unet_stacks
 from library.protocols import AdapterView
 from tests.tiny import anima as tiny_anima
@@ -136,18 +131,20 @@ def zimage_values() -> tuple[Any, ...]:
 DEEP: Mapping[str, Deep] = {
     "sd": Deep(lambda: UNet2DConditionModel(**UNET), unet_values, sd.view, unet_stacks, run_unet_blocks_with),
     "flux": Deep(lambda: Flux(replace(tiny_flux.CONFIG, num_double=4, num_single=6)), flux_values, flux.view),
-    "lumina": Deep(lambda: NextDiT(replace(tiny_lumina.CONFIG, num_layers=6)), lumina_values, lumina.view),
+    "lumina": Deep(lambda: NextDiT(replace(tiny_lumina.CONFIG, num_layers=6)), lumina_values, view_both),
     "sd3": Deep(lambda: MMDiT(replace(tiny_sd3.PLAIN, depth=6)), sd3_values, sd3.view),
     "hunyuan_image": Deep(
         lambda: HunyuanImage(replace(tiny_hunyuan_image.CONFIG, num_double=4, num_single=6)),
         hunyuan_image_values,
         hunyuan_image.view,
     ),
-    "flux_2": Deep(lambda: Flux2(replace(tiny_flux_2.CONFIG, num_double=4, num_single=6)), flux_2_values, flux_2.view),
-    "krea2": Deep(lambda: SingleStreamDiT(replace(tiny_krea2.CONFIG, num_blocks=6)), krea2_values, krea2.view),
-    "qwen_image_21": Deep(
-        lambda: QwenImage21(replace(tiny_qwen_image_21.CONFIG, num_blocks=6)), qwen_image_21_values, qwen_image_21.view
+    "flux_2": Deep(
+        lambda: Flux2(replace(tiny_flux_2.CONFIG, num_double=4, num_single=6)), flux_2_values, view_denoiser
     ),
-    "zimage": Deep(lambda: ZImage(replace(tiny_zimage.CONFIG, num_layers=6)), zimage_values, zimage.view),
-    "anima": Deep(lambda: Anima(replace(tiny_anima.CONFIG, num_blocks=6)), anima_values, anima.view),
+    "krea2": Deep(lambda: SingleStreamDiT(replace(tiny_krea2.CONFIG, num_blocks=6)), krea2_values, view_denoiser),
+    "qwen_image_21": Deep(
+        lambda: QwenImage21(replace(tiny_qwen_image_21.CONFIG, num_blocks=6)), qwen_image_21_values, view_denoiser
+    ),
+    "zimage": Deep(lambda: ZImage(replace(tiny_zimage.CONFIG, num_layers=6)), zimage_values, view_denoiser),
+    "anima": Deep(lambda: Anima(replace(tiny_anima.CONFIG, num_blocks=6)), anima_values, view_both),
 }

@@ -3,12 +3,9 @@
 Each tensor is filled with a number of its own, so that its way through diffusers' renaming can be followed.
 """
 
-import gzip
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +31,7 @@ from library.checkpoints.compatibility import Reading, readings
 from library.models.loading import on_meta_device
 from networks.core.files.adapter_file import AdapterFile, adapter_tensors, sort_tensors
 from networks.core.files.renaming import rename
+from tests.contracts.full_size import facts
 from tests.contracts.saved import listed_shapes
 from tests.tiny import krea2 as tiny_krea2
 from tests.tiny import qwen_image_21 as tiny_qwen_image_21
@@ -41,13 +39,7 @@ from tests.tiny.flux_2 import DEV, diffusers_config
 from tests.tiny.sd3 import full_size_keys
 from tests.tiny.zimage import FULL_SIZE
 
-DATA = Path(__file__).parents[1] / "contracts" / "data"
 Shapes = dict[str, list[int]]
-
-
-def facts(name: str) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = json.loads(gzip.decompress((DATA / f"{name}.json.gz").read_bytes()))
-    return found
 
 
 def lora_facts(base: str) -> Mapping[str, Any]:

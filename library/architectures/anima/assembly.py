@@ -10,13 +10,13 @@ import torch
 from library.architectures.anima.load import QWEN3, open_loader
 from library.architectures.anima.options import AnimaOptions
 from library.architectures.anima.predict import predict
-from library.architectures.anima.targets import view
 from library.architectures.anima.text import AnimaText
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
 from library.diffusion.samplers import shifted_sampler
 from library.errors import UserError
+from library.models.adapter_views import view_both
 from library.models.dit_loader import DitLoader
 from library.models.qwen3 import load_qwen3_tokenizer
 from library.models.recipe import OTHER_ATTENTION, Recipe, folders_beside, ignored_attention
@@ -67,7 +67,7 @@ def build(options: AnimaOptions) -> Architecture:
         codec=CODEC,
         objective=build_objective(options),
         predict=predict,
-        view=view,
+        view=view_both,
         preview=build_preview(text),
         metadata=RECIPE.describe(options),
         specs=list_specs(),

@@ -14,13 +14,13 @@ from library.architectures.flux.model import Flux, read_config
 from library.architectures.flux.targets import view
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import ModuleNames
-from library.checkpoints.base_model import BaseModel, of_single_file, open_original
+from library.checkpoints.base_model import BaseModel, of_single_file
 from library.checkpoints.weights import configure, with_prefix
 from library.errors import UserError
 from library.models.clip.names import CLIP_LINEAR
-from library.models.identify import DENOISER_PREFIXES
 from library.models.loading import on_meta_device
 from library.models.t5 import T5_LINEAR
+from library.models.transformer_file import open_transformer_file
 
 APPROXIMATOR_LAYERS = ("_proj", "_layer")  # endings of its layers' names
 
@@ -31,7 +31,7 @@ def open_base_model(kind: str, flag: str, path: Path) -> BaseModel:
     Raises UserError naming `flag` if it is missing, broken or of another kind.
     """
     path = path if path.is_dir() else model_lookup.find_model(flag, str(path), ())
-    weights, prefix = open_original(flag, path, title_of(kind), DENOISER_PREFIXES, DIFFUSERS_MARK)
+    weights, prefix = open_transformer_file(flag, path, title_of(kind), None, DIFFUSERS_MARK)
     architecture = kind
     if kind == "flux":
         is_schnell = f"{prefix}guidance_in.in_layer.weight" not in weights.shapes
@@ -81,5 +81,5 @@ def open_text_encoder(
 
 def seen_by_networks(kind: str, path: Path) -> tuple[list[nn.Module], nn.Module]:
     """Return ([], transformer) of a checkpoint as network modules see it, on the meta device."""
-    weights, prefix = open_original("the checkpoint", path, title_of(kind), DENOISER_PREFIXES, DIFFUSERS_MARK)
+    weights, prefix = open_transformer_file("the checkpoint", path, title_of(kind), None, DIFFUSERS_MARK)
     return view([], on_meta_device(Flux, configure(with_prefix(weights, prefix), read_config)))

@@ -11,12 +11,12 @@ from library.architectures.flux_2.load import open_encoder, open_loader
 from library.architectures.flux_2.options import Flux2Options
 from library.architectures.flux_2.predict import predict, preview_sampler
 from library.architectures.flux_2.releases import DEV, FLAG, Release, TextEncoder, is_distilled
-from library.architectures.flux_2.targets import view
 from library.architectures.flux_2.text import Flux2Text
 from library.architectures.flux_2.vae import PackedLatents
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, RECORDS, FlowMatching, build_sampled_flow
+from library.models.adapter_views import view_denoiser
 from library.models.dit_loader import DitLoader
 from library.models.recipe import OTHER_ATTENTION, Recipe, tokenizer_folders
 from library.models.tokenizer_files import check_marks
@@ -95,7 +95,7 @@ def assemble(
         codec=CODEC,
         objective=build_objective(options),
         predict=predict,
-        view=view,
+        view=view_denoiser,
         preview=preview,
         metadata=RECIPE.describe(options, architecture=f"{architecture}/lora"),
         specs=list_specs(),

@@ -1,9 +1,5 @@
 """The layers of FLUX.2 that adapters target, and the models as network modules see them."""
 
-from collections.abc import Sequence
-
-from torch import nn
-
 from library.architectures.flux_2.adapter_names import NAMES
 from library.architectures.specs import list_network_arguments
 from networks.core.targets.targets import AdapterTargets, Embedders, Part, qkv_and_rest, thirds
@@ -31,8 +27,3 @@ TARGETS = AdapterTargets(
     expressions="path",
     elsewhere=list_network_arguments,
 )
-
-
-def view(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[list[nn.Module], nn.Module]:
-    """Return ([], denoiser) for `create_network` and `apply_to`: the text encoder has no adapters."""
-    return [], denoiser

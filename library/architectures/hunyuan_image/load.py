@@ -36,6 +36,7 @@ from library.protocols import LatentSpec
 
 logger = logging.getLogger(__name__)
 
+MODEL = "HunyuanImage 2.1"
 GLYPH_MARK = "byt5_in.fc1.weight"
 FOLDERS = {"vae": "vae", "text_encoder": "text_encoder", "byt5": "text_encoder_2"}
 GLYPH_WORDS = "shared.weight"
@@ -119,7 +120,7 @@ def denoiser_of(base: BaseFiles) -> Weights:
     if DIFFUSERS_MARK in weights.shapes:
         return from_diffusers(weights)
     if GLYPH_MARK not in weights.shapes:
-        why = f"it has no {GLYPH_MARK}, so it is not a transformer of HunyuanImage 2.1"
+        why = f"it has no {GLYPH_MARK}, so it is not a transformer of {MODEL}"
         refuse_transformer(list_specs(), base, weights, "hunyuan_image", why)
     return weights
 
@@ -156,7 +157,7 @@ def checked_vae(component: Component) -> Component:
     found = (config.get("latent_channels"), config.get("spatial_compression_ratio"))
     if MARK not in component.weights.shapes or found != (SPEC.channels, SPEC.downscale):
         raise UserError(
-            f"--vae {origin} has {found[0]} channels per {found[1]} pixels, but HunyuanImage 2.1 needs "
+            f"--vae {origin} has {found[0]} channels per {found[1]} pixels, but {MODEL} needs "
             f"{SPEC.channels} per {SPEC.downscale}; use hunyuan_image_2.1_vae_fp16.safetensors"
         )
     scale = config.get("scaling_factor") or SCALE
@@ -173,7 +174,7 @@ def check_fit(loader: HunyuanImageLoader) -> None:
             f"{BASE_FLAG} {loader.path}: the transformer takes {config.channels} channels, but only {SPEC.channels} "
             "are supported"
         )
-    whose = "HunyuanImage 2.1's"
+    whose = f"{MODEL}'s"
     check_text_width("--text_encoder", loader.qwen, WORDS, config.text_width, whose)
     check_text_width("--byt5", loader.byt5, GLYPH_WORDS, config.glyph_width, whose)
     num_words = first_side(loader.byt5, GLYPH_WORDS)

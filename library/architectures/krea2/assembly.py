@@ -9,11 +9,11 @@ from functools import partial
 from library.architectures.krea2.load import QWEN3_VL, is_turbo, open_encoder, open_loader, open_turbo
 from library.architectures.krea2.options import Krea2Options
 from library.architectures.krea2.predict import predict, preview_sampler
-from library.architectures.krea2.targets import view
 from library.architectures.krea2.text import LAYERS, MARKS, Krea2Text
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, RECORDS, FlowMatching, build_sampled_flow
+from library.models.adapter_views import view_denoiser
 from library.models.dit_loader import DitLoader
 from library.models.qwen3 import load_qwen3_tokenizer
 from library.models.recipe import OTHER_ATTENTION, Recipe, tokenizer_folders
@@ -86,7 +86,7 @@ def assemble(
         codec=CODEC,
         objective=build_objective(options),
         predict=predict,
-        view=view,
+        view=view_denoiser,
         preview=build_preview(text, turbo, turbo_loader),
         metadata=RECIPE.describe(options),
         specs=list_specs(),

@@ -1,6 +1,5 @@
 """Krea 2 checkpoints for merging and extracting adapters: the transformer's file, or one file with everything."""
 
-from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -9,13 +8,10 @@ from library.architectures.krea2.adapter_names import denoiser_module
 from library.architectures.krea2.checkpoint_keys import DIFFUSERS_MARK, MARK, is_linear
 from library.architectures.krea2.load import MODEL
 from library.architectures.krea2.model import SingleStreamDiT, read_config
-from library.architectures.krea2.targets import view
-from library.checkpoints.adapter_names import ModuleNames
-from library.checkpoints.base_model import BaseModel, of_single_file, open_original
+from library.checkpoints.base_model import BaseModel, of_single_file
 from library.checkpoints.weights import configure, with_prefix
-from library.errors import UserError
-from library.models.identify import DENOISER_PREFIXES
 from library.models.loading import on_meta_device
+from library.models.transformer_file import names_below, open_transformer_file
 
 
 def open_base_model(flag: str, path: Path) -> BaseModel:
@@ -23,19 +19,11 @@ def open_base_model(flag: str, path: Path) -> BaseModel:
 
     Raises UserError naming `flag` if it is missing, broken or of another kind.
     """
-    weights, prefix = open_original(flag, path, MODEL, DENOISER_PREFIXES, DIFFUSERS_MARK)
-    if prefix + MARK not in weights.shapes:
-        raise UserError(f"{flag} {path} has no layers of {MODEL}'s transformer")
-    return of_single_file(path, weights, partial(names_of, prefix=prefix), "krea2", "Krea-2")
-
-
-def names_of(stem: str, prefix: str) -> ModuleNames | None:
-    """Return the names of the layer that a weight of the file belongs to; None if adapters do not target it."""
-    path = stem.removeprefix(prefix)
-    return denoiser_module(path) if stem.startswith(prefix) and is_linear(path) else None
+    weights, prefix = open_transformer_file(flag, path, MODEL, MARK, DIFFUSERS_MARK)
+    return of_single_file(path, weights, names_below(prefix, is_linear, denoiser_module), "krea2", "Krea-2")
 
 
 def seen_by_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
     """Return ([], transformer) of a checkpoint as network modules see it, on the meta device."""
-    weights, prefix = open_original("the checkpoint", path, MODEL, DENOISER_PREFIXES, DIFFUSERS_MARK)
-    return view([], on_meta_device(SingleStreamDiT, configure(with_prefix(weights, prefix), read_config)))
+    weights, prefix = open_transformer_file("the checkpoint", path, MODEL, MARK, DIFFUSERS_MARK)
+    return [], on_meta_device(SingleStreamDiT, configure(with_prefix(weights, prefix), read_config))

@@ -9,13 +9,13 @@ from functools import partial
 from library.architectures.lumina.gemma import load_gemma_tokenizer
 from library.architectures.lumina.load import open_loader
 from library.architectures.lumina.options import LuminaOptions
-from library.architectures.lumina.targets import view
 from library.architectures.lumina.text import LuminaText
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, RECORDS, FlowMatching, build_sampled_flow
 from library.diffusion.samplers import shifted_sampler
 from library.errors import UserError
+from library.models.adapter_views import view_both
 from library.models.dit_loader import DitLoader
 from library.models.next_dit import predict
 from library.models.recipe import OTHER_ATTENTION, Recipe, tokenizer_folders
@@ -61,7 +61,7 @@ def build(options: LuminaOptions) -> Architecture:
         codec=CODEC,
         objective=build_objective(options),
         predict=predict,
-        view=view,
+        view=view_both,
         preview=build_preview(text),
         metadata=RECIPE.describe(options),
         specs=list_specs(),

@@ -9,14 +9,13 @@ from torch import nn
 from library.architectures.lumina.adapter_names import GEMMA_LAYER, denoiser_module, gemma_module
 from library.architectures.lumina.checkpoint_keys import DIFFUSERS_MARK, KEYS
 from library.architectures.lumina.gemma import GEMMA_PREFIXES
-from library.architectures.lumina.load import MARK
+from library.architectures.lumina.load import MARK, MODEL
 from library.architectures.lumina.model import NextDiT, read_config
 from library.checkpoints.adapter_names import ModuleNames
-from library.checkpoints.base_model import BaseModel, of_single_file, open_original
+from library.checkpoints.base_model import BaseModel, of_single_file
 from library.checkpoints.weights import configure, with_prefix
-from library.errors import UserError
-from library.models.identify import DENOISER_PREFIXES
 from library.models.loading import on_meta_device
+from library.models.transformer_file import names_below, open_transformer_file
 
 
 def open_base_model(flag: str, path: Path) -> BaseModel:
@@ -24,9 +23,7 @@ def open_base_model(flag: str, path: Path) -> BaseModel:
 
     Raises UserError naming `flag` if it is missing, broken or of another kind.
     """
-    weights, prefix = open_original(flag, path, "Lumina", DENOISER_PREFIXES, DIFFUSERS_MARK)
-    if prefix + MARK not in weights.shapes:
-        raise UserError(f"{flag} {path} has no layers of Lumina Image 2.0's transformer")
+    weights, prefix = open_transformer_file(flag, path, MODEL, MARK, DIFFUSERS_MARK)
     return of_single_file(path, weights, partial(names_of, prefix=prefix), "lumina", "lumina-2")
 
 
@@ -35,11 +32,10 @@ def names_of(stem: str, prefix: str) -> ModuleNames | None:
     gemma = GEMMA_PREFIXES[0]
     if stem.startswith(gemma):
         return gemma_module(stem.removeprefix(gemma)) if stem.endswith(GEMMA_LAYER) else None
-    path = stem.removeprefix(prefix)
-    return denoiser_module(path) if stem.startswith(prefix) and KEYS.is_linear(path) else None
+    return names_below(prefix, KEYS.is_linear, denoiser_module)(stem)
 
 
 def seen_by_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
     """Return ([], transformer) of a checkpoint as network modules see it, on the meta device."""
-    weights, prefix = open_original("the checkpoint", path, "Lumina", DENOISER_PREFIXES, DIFFUSERS_MARK)
+    weights, prefix = open_transformer_file("the checkpoint", path, MODEL, MARK, DIFFUSERS_MARK)
     return [], on_meta_device(NextDiT, configure(with_prefix(weights, prefix), read_config))

@@ -1,9 +1,5 @@
 """The layers of Lumina-Image 2.0 that adapters target, and the models as network modules see them."""
 
-from collections.abc import Sequence
-
-from torch import nn
-
 from library.architectures.lumina.adapter_names import NAMES
 from library.architectures.specs import list_network_arguments
 from networks.core.targets.targets import AdapterTargets, Embedders, Part
@@ -38,8 +34,3 @@ TARGETS = AdapterTargets(
     names=NAMES,
     elsewhere=list_network_arguments,
 )
-
-
-def view(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[nn.Module | list[nn.Module], nn.Module]:
-    """Return (Gemma 2, denoiser) for `create_network` and `apply_to`; the paths of both are those in files."""
-    return (text_encoders[0] if text_encoders else []), denoiser

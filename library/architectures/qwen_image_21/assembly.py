@@ -7,12 +7,12 @@ Start here to read this package.
 from library.architectures.qwen_image_21.load import QWEN3_VL, open_encoder, open_loader
 from library.architectures.qwen_image_21.options import QwenImage21Options
 from library.architectures.qwen_image_21.predict import predict, preview_sampler
-from library.architectures.qwen_image_21.targets import view
 from library.architectures.qwen_image_21.text import NO_PLACE, QwenImage21Text, check_tokenizer
 from library.architectures.qwen_image_21.vae import RgbaLatents
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, RECORDS, FlowMatching, build_sampled_flow
+from library.models.adapter_views import view_denoiser
 from library.models.dit_loader import DitLoader
 from library.models.qwen3 import load_qwen3_tokenizer
 from library.models.recipe import OTHER_ATTENTION, Recipe, tokenizer_folders
@@ -69,7 +69,7 @@ def assemble(options: QwenImage21Options, loader: DitLoader) -> Architecture:
         codec=CODEC,
         objective=build_objective(options),
         predict=predict,
-        view=view,
+        view=view_denoiser,
         preview=build_preview(text),
         metadata=RECIPE.describe(options),
         specs=list_specs(),

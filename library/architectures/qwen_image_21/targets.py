@@ -1,9 +1,5 @@
 """The layers of Qwen-Image 2.1 that adapters target, and the models as network modules see them."""
 
-from collections.abc import Sequence
-
-from torch import nn
-
 from library.architectures.qwen_image_21.adapter_names import NAMES
 from library.architectures.specs import list_network_arguments
 from networks.core.targets.targets import AdapterTargets, Embedders, Part
@@ -18,8 +14,3 @@ TARGETS = AdapterTargets(
     expressions="path",
     elsewhere=list_network_arguments,
 )
-
-
-def view(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[list[nn.Module], nn.Module]:
-    """Return ([], denoiser) for `create_network` and `apply_to`: the text encoder has no adapters."""
-    return [], denoiser

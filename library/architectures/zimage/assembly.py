@@ -9,11 +9,11 @@ from functools import partial
 from library.architectures.specs import list_specs
 from library.architectures.zimage.load import QWEN3, is_turbo, open_encoder, open_loader
 from library.architectures.zimage.options import ZImageOptions
-from library.architectures.zimage.targets import view
 from library.architectures.zimage.text import BEGIN, END, ZImageText
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, RECORDS, FlowMatching, build_sampled_flow
 from library.diffusion.samplers import shifted_sampler
+from library.models.adapter_views import view_denoiser
 from library.models.dit_loader import DitLoader
 from library.models.next_dit import predict
 from library.models.qwen3 import load_qwen3_tokenizer
@@ -84,7 +84,7 @@ def assemble(options: ZImageOptions, loader: DitLoader, turbo: bool) -> Architec
         codec=CODEC,
         objective=build_objective(options),
         predict=predict,
-        view=view,
+        view=view_denoiser,
         preview=build_preview(text, turbo),
         metadata=RECIPE.describe(options),
         specs=list_specs(),

@@ -1,20 +1,17 @@
 """Z-Image checkpoints for merging and extracting adapters: the transformer's file, or one file with everything."""
 
-from functools import partial
 from pathlib import Path
 
 from torch import nn
 
 from library.architectures.zimage.adapter_names import denoiser_module
 from library.architectures.zimage.checkpoint_keys import DIFFUSERS_MARK, KEYS
-from library.architectures.zimage.load import MARK
+from library.architectures.zimage.load import MARK, MODEL
 from library.architectures.zimage.model import ZImage, read_config
-from library.checkpoints.adapter_names import ModuleNames
-from library.checkpoints.base_model import BaseModel, of_single_file, open_original
+from library.checkpoints.base_model import BaseModel, of_single_file
 from library.checkpoints.weights import configure, with_prefix
-from library.errors import UserError
-from library.models.identify import DENOISER_PREFIXES
 from library.models.loading import on_meta_device
+from library.models.transformer_file import names_below, open_transformer_file
 
 
 def open_base_model(flag: str, path: Path) -> BaseModel:
@@ -22,19 +19,11 @@ def open_base_model(flag: str, path: Path) -> BaseModel:
 
     Raises UserError naming `flag` if it is missing, broken or of another kind.
     """
-    weights, prefix = open_original(flag, path, "Z-Image", DENOISER_PREFIXES, DIFFUSERS_MARK)
-    if prefix + MARK not in weights.shapes:
-        raise UserError(f"{flag} {path} has no layers of Z-Image's transformer")
-    return of_single_file(path, weights, partial(names_of, prefix=prefix), "zimage", "Z-Image")
-
-
-def names_of(stem: str, prefix: str) -> ModuleNames | None:
-    """Return the names of the layer that a weight of the file belongs to; None if adapters do not target it."""
-    path = stem.removeprefix(prefix)
-    return denoiser_module(path) if stem.startswith(prefix) and KEYS.is_linear(path) else None
+    weights, prefix = open_transformer_file(flag, path, MODEL, MARK, DIFFUSERS_MARK)
+    return of_single_file(path, weights, names_below(prefix, KEYS.is_linear, denoiser_module), "zimage", "Z-Image")
 
 
 def seen_by_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
     """Return ([], transformer) of a checkpoint as network modules see it, on the meta device."""
-    weights, prefix = open_original("the checkpoint", path, "Z-Image", DENOISER_PREFIXES, DIFFUSERS_MARK)
+    weights, prefix = open_transformer_file("the checkpoint", path, MODEL, MARK, DIFFUSERS_MARK)
     return [], on_meta_device(ZImage, configure(with_prefix(weights, prefix), read_config))

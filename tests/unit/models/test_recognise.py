@@ -1,7 +1,5 @@
 """Recognition of a checkpoint's base model."""
 
-import gzip
-import json
 from pathlib import Path
 
 import pytest
@@ -23,14 +21,13 @@ from library.models.identify import (
 )
 from library.models.loading import Absent
 from library.models.unet.checkpoint_keys import UNET_PREFIX
-from tests.contracts.full_size import checkpoint
+from tests.contracts.full_size import checkpoint, facts
 
 ATTENTION = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 PROJECTION = "model.diffusion_model.input_blocks.1.1.proj_in.weight"
 
 
 SPECS = list_specs()
-DATA = Path(__file__).parents[2] / "contracts" / "data"
 
 
 def named(spec: BaseModelSpec | None) -> str | None:
@@ -131,7 +128,7 @@ FULL_SIZE = [  # (file of names, where they are in it, the base model)
 def test_one_base_model_has_the_surest_sign_in_each_checkpoint_that_people_have(
     file: str, path: tuple[str, ...], base: str
 ) -> None:
-    content = json.loads(gzip.decompress((DATA / f"{file}.json.gz").read_bytes()))
+    content = facts(file)
     for step in path:
         content = content[step]
     shapes = {key: tuple(shape) for key, shape in content.items()}

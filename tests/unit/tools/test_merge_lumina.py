@@ -10,8 +10,8 @@ from torch import Tensor
 
 from library.architectures.lumina.adapter_names import NAMES
 from library.architectures.lumina.gemma import encode_gemma
-from library.architectures.lumina.targets import view
 from library.checkpoints.files import read_metadata
+from library.models.adapter_views import view_both
 from networks import lora_lumina
 from networks.core.files.adapter_file import read_adapter_file, save_adapter_file
 from networks.core.files.renaming import rename
@@ -30,7 +30,7 @@ def predictions(base: str, lora: Path | None = None, **arguments: str) -> list[T
     loader = opened(["--pretrained_model_name_or_path", base])
     denoiser, encoders = loader.denoiser(), loader.text_encoders()
     if lora is not None:
-        views: Any = view(encoders, denoiser)
+        views: Any = view_both(encoders, denoiser)
         network = lora_lumina.create_network(1.0, 4, 2, None, *views, **arguments)
         randomize(network, 3)
         with torch.no_grad():
@@ -81,7 +81,7 @@ def test_what_nothing_is_merged_into_is_refused(tmp_path: Path, capsys: pytest.C
     transformer = f"{folder}/transformer/diffusion_pytorch_model.safetensors"
     arguments = ["--models", str(tmp_path / "lora.safetensors"), "--save_to", str(tmp_path / "out.safetensors")]
     for model, message in (
-        (folder, "for Lumina merging supports only a file in the original layout"),
+        (folder, "for Lumina Image 2.0 merging supports only a file in the original layout"),
         (transformer, "this is a transformer in diffusers' layout"),
     ):
         assert merge_lora.main(["--sd_model", model, *arguments]) == 1
