@@ -44,6 +44,11 @@ class NextDiTConfig:
 
 
 ConfigT = TypeVar("ConfigT", bound=NextDiTConfig)
+COUNT_FIELDS: Mapping[str, str] = {  # by stack, the field that counts its blocks
+    "context_refiner": "num_context_refiners",
+    "noise_refiner": "num_noise_refiners",
+    "layers": "num_layers",
+}
 
 
 def read_sizes(

@@ -4,9 +4,61 @@ Such a module defines `outputs(denoiser, generator)`, which returns what both co
 float32. Of each stack of blocks two are taken, so that models of any size can be compared in main memory.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from library.checkpoints.fused_tensors import swap_halves
+
+SIDE, LENGTHS = 16, (40, 24)  # pixels of the latent; tokens of the captions
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+class MissingClass(Exception):
+    """The installed version of diffusers has no class of this name, which is the error's text."""
+
+
+class Inputs(NamedTuple):
+    """Random latents, noise levels, text features and the mask of captions of two lengths."""
+
+    latents_BCHW: Tensor
+    sigmas_B: Tensor
+    text_BLE: Tensor
+    mask_BL: Tensor
+
+
+def random_inputs(generator: torch.Generator, channels: int, text_width: int) -> Inputs:
+    latents_BCHW = torch.randn(2, channels, SIDE, SIDE, generator=generator)
+    text_BLE = torch.randn(2, max(LENGTHS), text_width, generator=generator)
+    mask_BL = torch.arange(max(LENGTHS))[None] < torch.tensor(LENGTHS)[:, None]
+    return Inputs(latents_BCHW, torch.tensor([0.125, 0.875]), text_BLE * mask_BL[..., None], mask_BL.long())
+
+
+def diffusers_class(name: str) -> Any:
+    """Return a class of diffusers; raises MissingClass where the installed version has none of that name."""
+    import diffusers
+
+    try:
+        return getattr(diffusers, name)
+    except AttributeError as error:
+        raise MissingClass(name) from error
+
+
+def shortened(denoiser: ModelT, count_fields: Mapping[str, str], **changes: Any) -> ModelT:
+    """Return a copy in float32 with the first and the last block of each stack.
+
+    `count_fields` has, by stack, the field of `denoiser.config` that counts its blocks; `changes` are other fields.
+    """
+    state, counts = first_and_last(denoiser.state_dict(), list(count_fields))
+    model: Any = denoiser
+    config = replace(model.config, **dict(zip(count_fields.values(), counts, strict=True)), **changes)
+    with torch.device("meta"):
+        short: ModelT = type(model)(config)
+    short.load_state_dict(state, assign=True)
+    return short.requires_grad_(False).eval()
 
 
 def first_and_last(state: Mapping[str, Tensor], stacks: Sequence[str]) -> tuple[dict[str, Tensor], list[int]]:
@@ -26,3 +78,27 @@ def first_and_last(state: Mapping[str, Tensor], stacks: Sequence[str]) -> tuple[
             name = f"{stack}.{kept[stack].index(int(number))}.{inner}"
         taken[name] = tensor.float()
     return taken, [len(kept[stack]) for stack in stacks]
+
+
+def split_weights(
+    state: Mapping[str, Tensor], source_keys: Callable[[str], Sequence[str]], rows: Sequence[int], swapped: str = ""
+) -> dict[str, Tensor]:
+    """Return weights under the names that `source_keys` gives for each.
+
+    Those with several names are split: the parts have `rows` rows each, the last one all that are left. Those whose
+    name begins with `swapped` have their halves in reverse order.
+    """
+    found: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        names = source_keys(key)
+        tensor = swap_halves(tensor) if swapped and key.startswith(swapped) else tensor
+        first = rows[: len(names) - 1]
+        parts = torch.split(tensor, [*first, len(tensor) - sum(first)])
+        found |= {name: part.clone() for name, part in zip(names, parts, strict=True)}
+    return found
+
+
+def with_weights(model: Any, state: Mapping[str, Tensor]) -> Any:
+    """Load all weights of a model of another library, frozen, for evaluation."""
+    model.load_state_dict(state)
+    return model.requires_grad_(False).eval()

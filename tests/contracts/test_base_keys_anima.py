@@ -9,10 +9,10 @@ import torch
 
 from library.architectures.anima.load import PREFIXES, QWEN3, denoiser_of
 from library.architectures.anima.model import Anima, read_config
+from library.architectures.anima.reference import diffusers_key
 from library.models.qwen3 import empty_qwen3, qwen3_component
 from library.models.vae.qwen_image import empty_vae, from_original, vae_component
 from tests.contracts.full_size import facts, opened
-from tests.tiny.anima import diffusers_key
 
 FACTS: Mapping[str, Any] = facts("anima")
 COUNTS = {"dit": 685, "qwen3_0.6b": 310, "vae": 194, "vae_alternative_naming": 194}

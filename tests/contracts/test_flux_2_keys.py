@@ -14,6 +14,7 @@ from library.architectures.flux_2.checkpoint_keys import KEYS
 from library.architectures.flux_2.load import denoiser_of
 from library.architectures.flux_2.mistral import empty_mistral
 from library.architectures.flux_2.model import Flux2, Flux2Config, read_config
+from library.architectures.flux_2.reference import diffusers_config
 from library.architectures.flux_2.releases import DEV, KLEIN_4B, KLEIN_9B, Release
 from library.architectures.specs import list_specs
 from library.checkpoints.base_files import BaseFiles
@@ -25,7 +26,7 @@ from networks.core.files.reading_writing import saved_tensors
 from tests.contracts.full_size import opened, shapes_of_model
 from tests.recognising import base_of
 from tests.tiny import flux_2 as tiny
-from tests.tiny.flux_2 import diffusers_config, full_size_encoder
+from tests.tiny.flux_2 import full_size_encoder
 
 SIZES = {"klein 4B": tiny.KLEIN_4B, "klein 9B": tiny.KLEIN_9B, "dev": tiny.DEV}
 NUM_PARAMETERS = {"klein 4B": 3_875_544_576, "klein 9B": 9_078_581_248, "dev": 32_223_281_152}

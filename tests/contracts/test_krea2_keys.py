@@ -13,6 +13,7 @@ from library.architectures.krea2.adapter_names import NAMES
 from library.architectures.krea2.checkpoint_keys import diffusers_path, linear_paths
 from library.architectures.krea2.load import QWEN3_VL, denoiser_of
 from library.architectures.krea2.model import SingleStreamDiT, read_config
+from library.architectures.krea2.reference import diffusers_config
 from library.architectures.krea2.text import LAYERS
 from library.architectures.specs import list_specs
 from library.checkpoints.base_files import BaseFiles
@@ -25,7 +26,7 @@ from networks import dylora, lora_krea2
 from networks.core.files.reading_writing import saved_tensors
 from tests.contracts.full_size import opened, shapes_of_model
 from tests.recognising import base_of
-from tests.tiny.krea2 import FULL_SIZE, diffusers_config, full_size_qwen3_vl
+from tests.tiny.krea2 import FULL_SIZE, full_size_qwen3_vl
 
 NUM_PARAMETERS = 12_820_073_036
 Shapes = Mapping[str, tuple[int, ...]]

@@ -12,6 +12,7 @@ from library.architectures.qwen_image_21.adapter_names import NAMES, NUM_BLOCKS
 from library.architectures.qwen_image_21.checkpoint_keys import linear_paths
 from library.architectures.qwen_image_21.load import QWEN3_VL, denoiser_of
 from library.architectures.qwen_image_21.model import QwenImage21, read_config
+from library.architectures.qwen_image_21.reference import diffusers_config
 from library.architectures.qwen_image_21.vae import empty_vae, vae_config
 from library.architectures.specs import list_specs
 from library.checkpoints.base_files import BaseFiles
@@ -24,7 +25,7 @@ from networks import dylora, lora_qwen_image_21
 from networks.core.files.reading_writing import saved_tensors
 from tests.contracts.full_size import opened, shapes_of_model
 from tests.recognising import base_of
-from tests.tiny.qwen_image_21 import FULL_SIZE, diffusers_config, full_size_encoder, full_size_vae, with_fused_gates
+from tests.tiny.qwen_image_21 import FULL_SIZE, full_size_encoder, full_size_vae, with_fused_gates
 
 EMBEDDERS = {"in_dims": "[2,2,2,2]"}
 NUM_PARAMETERS, NUM_VAE_PARAMETERS = 7_115_124_736, 337_740_404

@@ -14,6 +14,7 @@ from library.architectures.zimage.adapter_names import NAMES
 from library.architectures.zimage.checkpoint_keys import KEYS
 from library.architectures.zimage.load import QWEN3, denoiser_of
 from library.architectures.zimage.model import ZImage, read_config
+from library.architectures.zimage.reference import diffusers_config
 from library.checkpoints.base_files import BaseFiles
 from library.models.adapter_views import view_denoiser
 from library.models.identify import base_of_file
@@ -23,7 +24,7 @@ from networks import dylora, lora_zimage
 from networks.core.files.reading_writing import saved_tensors
 from tests.contracts.full_size import opened, shapes_of_model
 from tests.recognising import base_of
-from tests.tiny.zimage import FULL_SIZE, diffusers_config, full_size_qwen3
+from tests.tiny.zimage import FULL_SIZE, full_size_qwen3
 
 NUM_PARAMETERS = 6_154_908_736
 EVERYWHERE = {"embedder_dims": "[2,2,2]", "include_patterns": "['.*']"}

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from library.architectures.anima.adapter_names import NAMES
 from library.architectures.anima.model import Anima
+from library.architectures.anima.reference import diffusers_models
 from library.checkpoints.adapter_names import FileNaming
 from networks import dylora, lora, lora_anima, lora_fa
 from networks.core.files.adapter_file import adapter_tensors, read_adapter_file, save_adapter_file
 from networks.core.files.renaming import rename
 from tests.parity.denoisers import save_trained
-from tests.parity.test_anima_model import inputs, oracle_models, oracle_of
+from tests.parity.test_anima_model import inputs, oracle_of
 from tests.tiny.anima import tiny_anima
 from tests.tolerances import FLOAT32_DEEP
 
@@ -33,7 +34,7 @@ def loaded_by_diffusers(tensors: dict[str, Tensor], model: Anima | None = None) 
     from diffusers.loaders.lora_pipeline import AnimaLoraLoaderMixin
 
     reader: Any = AnimaLoraLoaderMixin
-    transformer, conditioner = oracle_models(model or tiny_anima(7))
+    transformer, conditioner = diffusers_models(model or tiny_anima(7))
     state = reader.lora_state_dict(tensors)
     assert all("lora" in key for key in state)
     for part, theirs in (("transformer", transformer), ("text_conditioner", conditioner)):

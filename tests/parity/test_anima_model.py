@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from library.architectures.anima.model import Anima
+from library.architectures.anima.reference import diffusers_models
 from tests.parity.denoisers import assert_recomputing_changes_no_gradient
-from tests.tiny.anima import CONFIG, NUM_T5_WORDS, conditioner_config, diffusers_state, tiny_anima, transformer_config
+from tests.tiny.anima import CONFIG, NUM_T5_WORDS, tiny_anima
 from tests.tolerances import FLOAT32_DEEP
 
 SIZES = [(8, 8), (4, 14), (18, 6)]  # of the latent
@@ -30,23 +31,6 @@ def inputs(H: int, W: int, seed: int = 0) -> Values:
     return latents, torch.tensor([0.125, 0.875]), source.requires_grad_(), source_mask, ids, mask
 
 
-def oracle_models(model: Anima) -> tuple[Any, Any]:
-    """diffusers' transformer and text conditioner with the weights of ours."""
-    from diffusers import AnimaTextConditioner, CosmosTransformer3DModel
-
-    state = diffusers_state(model.state_dict())
-    transformer: Any = CosmosTransformer3DModel(**transformer_config(model.config))
-    transformer.load_state_dict(state["transformer"])
-    conditioner: Any = AnimaTextConditioner(**conditioner_config(model.config.adapter))
-    conditioner.load_state_dict(state["text_conditioner"])
-    for part in (transformer, conditioner):
-        part.requires_grad_(False).eval()
-    for block in transformer.transformer_blocks:
-        for attention in (block.attn1, block.attn2):  # NVIDIA's code has 1e-6 here, diffusers 1e-5
-            attention.norm_q.eps = attention.norm_k.eps = 1e-6
-    return transformer, conditioner
-
-
 def oracle_velocity(transformer: Any, latents: Tensor, sigmas: Tensor, text: Tensor) -> Tensor:
     padding = torch.zeros_like(latents[:, :1])  # given as a channel: the model's own way needs torchvision
     frames = torch.cat([latents, padding], dim=1)[:, :, None]
@@ -65,7 +49,7 @@ def oracle_of(transformer: Any, conditioner: Any) -> Callable[..., Tensor]:
 
 
 def oracle(model: Anima) -> Callable[..., Tensor]:
-    return oracle_of(*oracle_models(model))
+    return oracle_of(*diffusers_models(model))
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

@@ -13,9 +13,10 @@ from torch import Tensor
 from anima_train_network import setup_parser
 from library.architectures.anima.assembly import build
 from library.architectures.anima.options import AnimaOptions
+from library.architectures.anima.reference import diffusers_models
 from library.models.vae.qwen_image import MEAN, STD
 from library.types import Prompt
-from tests.parity.test_anima_model import oracle_models, oracle_velocity
+from tests.parity.test_anima_model import oracle_velocity
 from tests.parity.test_preview import ours
 from tests.tiny.anima import build_tiny_anima
 from tests.tolerances import FLOAT32_DEEP, FLOAT32_SAMPLED
@@ -135,7 +136,7 @@ def test_previews_are_what_the_parts_of_diffusers_draw(
         text=CAPTIONS[0], negative="", width=64, height=96, seed=7, num_steps=4, scale=scale, sampler=None,
         guidance_scale=None, cfg_trunc_ratio=None, renorm_cfg=None, flow_shift=shift,
     )  # fmt: skip
-    transformer, conditioner = oracle_models(run.models.denoiser)
+    transformer, conditioner = diffusers_models(run.models.denoiser)
     scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / prompt.num_steps, prompt.num_steps))
     latents = torch.randn(1, 16, 12, 8, generator=torch.Generator().manual_seed(7))

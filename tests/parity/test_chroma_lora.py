@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from library.architectures.flux.adapter_names import CHROMA_NAMES
+from library.architectures.flux.reference import diffusers_model
 from networks import lora, lora_fa, lora_flux
 from networks.core.files.adapter_file import adapter_tensors, read_adapter_file
 from networks.core.files.renaming import rename
 from tests.parity.denoisers import save_trained
-from tests.parity.test_chroma_model import inputs, oracle, oracle_output, velocity
+from tests.parity.test_chroma_model import inputs, oracle_output, velocity
 from tests.tiny.chroma import tiny_chroma
 from tests.tolerances import FLOAT32_DEEP
 
@@ -31,7 +32,7 @@ def test_diffusers_loads_our_file_and_predicts_the_same(door: Any, arguments: di
     model = tiny_chroma(27)
     base, expected = save_trained(door, path, arguments, model, lambda: velocity(model, *values))
     assert (expected - base).abs().max() > 0.01
-    theirs = oracle(tiny_chroma(27))
+    theirs = diffusers_model(tiny_chroma(27))
     renamed = rename(
         read_adapter_file(path), CHROMA_NAMES, "diffusers"
     ).file  # diffusers' own renaming knows 3072 alone

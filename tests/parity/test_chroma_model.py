@@ -9,10 +9,10 @@ from torch import Tensor
 
 from library.architectures.flux.model import PATCH, Flux
 from library.architectures.flux.predict import with_first_padding
+from library.architectures.flux.reference import diffusers_model
 from library.models.patches import patchify
 from tests.parity.denoisers import assert_recomputing_changes_no_gradient
-from tests.tiny.chroma import CONFIG, chroma_diffusers_config, tiny_chroma
-from tests.tiny.flux import diffusers_state
+from tests.tiny.chroma import CONFIG, tiny_chroma
 from tests.tolerances import FLOAT32_DEEP
 
 NUM_TEXT = 9
@@ -29,14 +29,6 @@ def inputs(H: int, W: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 def velocity(model: Flux, latents: Tensor, sigmas: Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:
     """Ours as patches, told the guidance that diffusers' always assumes."""
     return patchify(model(latents, sigmas, text, None, torch.zeros_like(sigmas), mask), PATCH)
-
-
-def oracle(model: Flux) -> Any:
-    from diffusers import ChromaTransformer2DModel
-
-    theirs = ChromaTransformer2DModel(**chroma_diffusers_config(model.config))
-    theirs.load_state_dict(diffusers_state(model.state_dict()))
-    return theirs.requires_grad_(False).eval()
 
 
 def oracle_output(theirs: Any, latents: Tensor, sigmas: Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -63,7 +55,7 @@ def test_outputs_and_input_gradients_are_those_of_diffusers(
 ) -> None:
     """Odd numbers of blocks that differ, so that rows of modulation in another order would show."""
     ours = tiny_chroma(21, replace(CONFIG, num_double=3, num_single=4))
-    theirs = oracle(ours)
+    theirs = diffusers_model(ours)
     mask = None if lengths is None else torch.arange(NUM_TEXT) < torch.tensor(lengths)[:, None]
     mask = None if mask is None else with_first_padding(mask)
     results = []

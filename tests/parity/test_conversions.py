@@ -98,7 +98,7 @@ def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def flux() -> Pair:
     ours = tiny_flux(SEED)
-    theirs, values = test_flux_model.oracle(ours), [v.detach() for v in test_flux_model.inputs(6, 10)]
+    theirs, values = test_flux_model.diffusers_model(ours), [v.detach() for v in test_flux_model.inputs(6, 10)]
 
     def predict() -> Tensor:
         return test_flux_model.patchify(ours(*values), test_flux_model.PATCH)
@@ -127,7 +127,10 @@ def sd3(size: str) -> Pair:
 
 def lumina() -> Pair:
     ours = tiny_lumina(SEED)
-    theirs, values = test_lumina_model.oracle(ours), [v.detach() for v in test_lumina_model.inputs(6, 10, (5, 2))]
+    theirs, values = (
+        test_lumina_model.diffusers_model(ours),
+        [v.detach() for v in test_lumina_model.inputs(6, 10, (5, 2))],
+    )
     return Pair(
         lumina_names.NAMES,
         ours,
@@ -139,7 +142,7 @@ def lumina() -> Pair:
 
 def hunyuan_image() -> Pair:
     ours = tiny_hunyuan_image(SEED)
-    theirs = test_hunyuan_image_model.oracle(ours)
+    theirs = test_hunyuan_image_model.diffusers_model(ours)
     values = {name: value.detach() for name, value in test_hunyuan_image_model.inputs(3, 5).items()}
     return Pair(
         hunyuan_image_names.NAMES,
@@ -152,7 +155,10 @@ def hunyuan_image() -> Pair:
 
 def zimage() -> Pair:
     ours = tiny_zimage(SEED)
-    theirs, values = test_zimage_model.oracle(ours), [v.detach() for v in test_zimage_model.inputs(6, 10, (5, 40))]
+    theirs, values = (
+        test_zimage_model.diffusers_model(ours),
+        [v.detach() for v in test_zimage_model.inputs(6, 10, (5, 40))],
+    )
     return Pair(
         zimage_names.NAMES,
         ours,
@@ -164,7 +170,7 @@ def zimage() -> Pair:
 
 def flux_2() -> Pair:
     ours = tiny_flux_2(SEED, is_dev=True)
-    theirs, values = test_flux_2_model.oracle(ours), [v.detach() for v in test_flux_2_model.inputs(3, 5)]
+    theirs, values = test_flux_2_model.diffusers_model(ours), [v.detach() for v in test_flux_2_model.inputs(3, 5)]
     return Pair(
         flux_2_names.NAMES,
         ours,
@@ -176,7 +182,7 @@ def flux_2() -> Pair:
 
 def krea2() -> Pair:
     ours = tiny_krea2(SEED)
-    theirs, values = test_krea2_model.oracle(ours), [v.detach() for v in test_krea2_model.inputs(4, 6)]
+    theirs, values = test_krea2_model.diffusers_model(ours), [v.detach() for v in test_krea2_model.inputs(4, 6)]
     return Pair(
         krea2_names.NAMES,
         ours,
@@ -188,7 +194,7 @@ def krea2() -> Pair:
 
 def qwen_image_21() -> Pair:
     ours = tiny_qwen_image_21(SEED)
-    theirs = test_qwen_image_21_model.oracle(ours)
+    theirs = test_qwen_image_21_model.diffusers_model(ours)
     values = [v.detach() for v in test_qwen_image_21_model.inputs(4, 6)]
     return Pair(
         qwen_image_21_names.NAMES,
@@ -201,7 +207,7 @@ def qwen_image_21() -> Pair:
 
 def anima() -> Pair:
     ours = tiny_anima(SEED)
-    transformer, conditioner = test_anima_model.oracle_models(ours)
+    transformer, conditioner = test_anima_model.diffusers_models(ours)
     values = [value.detach() for value in test_anima_model.inputs(6, 10)]
     run = test_anima_model.oracle_of(transformer, conditioner)
     theirs = {"transformer": transformer, "text_conditioner": conditioner}

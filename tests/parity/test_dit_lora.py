@@ -93,7 +93,7 @@ class Dit:
 
     def diffusers_prediction(self, path: Path, caplog: pytest.LogCaptureFixture) -> Tensor:
         """diffusers' with a file as it is; it logs what it does not use."""
-        theirs, pipeline = self.parity.oracle(self.model()), getattr(diffusers, self.pipeline)
+        theirs, pipeline = self.parity.diffusers_model(self.model()), getattr(diffusers, self.pipeline)
         with caplog.at_level(logging.WARNING, "diffusers"):
             pipeline.load_lora_into_transformer(pipeline.lora_state_dict(str(path)), theirs)
         assert not any(word in caplog.text for word in ("unexpected", "Unsupported", "No LoRA keys"))
@@ -101,7 +101,7 @@ class Dit:
 
     def foreign_file(self, path: Path, trainer: str, is_diffusers: bool) -> Tensor:
         """Write what a trainer writes, each layer with factors of its own; gives what its model predicts with it."""
-        theirs = self.parity.oracle(self.model()) if is_diffusers else self.model()
+        theirs = self.parity.diffusers_model(self.model()) if is_diffusers else self.model()
         generator = torch.Generator().manual_seed(11)
         tensors: dict[str, Tensor] = {}
         for name, layer in theirs.named_modules():

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.architectures.flux_2.model import Flux2
 from library.architectures.flux_2.predict import predict
+from library.architectures.flux_2.reference import diffusers_model
 from library.diffusion.references import reference_features
 from library.types import Noised
 from tests.parity.denoisers import assert_recomputing_changes_no_gradient
-from tests.tiny.flux_2 import CONFIG, diffusers_config, diffusers_state, tiny_flux_2
+from tests.tiny.flux_2 import CONFIG, tiny_flux_2
 from tests.tolerances import FLOAT32_DEEP
 
 SIZES = [(8, 8), (3, 7), (9, 2)]  # of the latent, each of whose pixels is a token
@@ -24,14 +24,6 @@ def inputs(h: int, w: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     latents = torch.randn(2, CONFIG.in_features, h, w, generator=g).requires_grad_()
     text = torch.randn(2, NUM_TEXT, CONFIG.text_width, generator=g).requires_grad_()
     return latents, torch.tensor([0.125, 0.875]), text, torch.tensor([1.0, 4.0])
-
-
-def oracle(model: Flux2) -> Any:
-    from diffusers import Flux2Transformer2DModel
-
-    theirs = Flux2Transformer2DModel(**diffusers_config(model.config))
-    theirs.load_state_dict(diffusers_state(model.state_dict()))
-    return theirs.requires_grad_(False).eval()
 
 
 def oracle_output(theirs: Any, latents: Tensor, sigmas: Tensor, text: Tensor, guidance: Tensor) -> Tensor:
@@ -54,7 +46,7 @@ def oracle_output(theirs: Any, latents: Tensor, sigmas: Tensor, text: Tensor, gu
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_outputs_and_input_gradients_are_those_of_diffusers(size: tuple[int, int], is_dev: bool) -> None:
     ours = tiny_flux_2(1, is_dev)
-    theirs = oracle(ours)
+    theirs = diffusers_model(ours)
     results = []
     for run in (ours, lambda *values: oracle_output(theirs, *values)):
         values = inputs(*size)
@@ -73,7 +65,7 @@ def test_references_are_placed_and_attended_to_as_in_diffusers(size: tuple[int, 
     from diffusers import Flux2Pipeline as Pipeline
 
     ours = tiny_flux_2(6, True)
-    theirs = oracle(ours)
+    theirs = diffusers_model(ours)
     g = torch.Generator().manual_seed(8)
     references = [torch.randn(2, CONFIG.in_features, *side, generator=g).requires_grad_() for side in ((4, 3), (2, 9))]
 

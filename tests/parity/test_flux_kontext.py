@@ -8,11 +8,12 @@ from torch import Tensor
 
 from library.architectures.flux.model import PATCH, Flux
 from library.architectures.flux.predict import predict
+from library.architectures.flux.reference import diffusers_model
 from library.diffusion.references import reference_features, references_in
 from library.models.patches import patchify
 from library.models.vae.flux import mapped_latents
 from library.types import Noised
-from tests.parity.test_flux_model import inputs, oracle
+from tests.parity.test_flux_model import inputs
 from tests.tiny.flux import tiny_flux, tiny_vae
 from tests.tolerances import FLOAT32_DEEP, FLOAT32_SAME_MATH
 
@@ -59,7 +60,7 @@ def our_output(
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_outputs_and_gradients_are_those_of_diffusers(size: tuple[tuple[int, int], tuple[int, int]]) -> None:
     ours = tiny_flux(11)
-    theirs = oracle(ours)
+    theirs = diffusers_model(ours)
     results = []
     for run, model in ((our_output, ours), (kontext_output, theirs)):
         latents, sigmas, text, pooled, _ = inputs(*size[0], seed=4)
@@ -80,7 +81,7 @@ def test_masked_text_leaves_all_image_tokens_visible() -> None:
     mask = torch.ones(2, text.shape[1])
     mask[:, 4:] = 0
     masked = ours(latents, sigmas, text, pooled, guidance, mask, [reference])
-    short = kontext_output(oracle(ours), latents, sigmas, text[:, :4], pooled, guidance, reference)
+    short = kontext_output(diffusers_model(ours), latents, sigmas, text[:, :4], pooled, guidance, reference)
     torch.testing.assert_close(patchify(masked, PATCH), short, **FLOAT32_DEEP)
 
 

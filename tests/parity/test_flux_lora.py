@@ -9,6 +9,7 @@ from torch import Tensor
 
 from library.architectures.flux.adapter_names import NAMES
 from library.architectures.flux.model import PATCH
+from library.architectures.flux.reference import diffusers_model
 from library.architectures.specs import list_specs
 from library.models.patches import patchify
 from networks import dylora, lora, lora_fa, lora_flux
@@ -17,7 +18,7 @@ from networks.core.files.foreign_names import in_a_model
 from networks.core.files.renaming import rename
 from tests.contracts.test_lora_keys_flux1 import FACTS
 from tests.parity.denoisers import save_trained
-from tests.parity.test_flux_model import inputs, oracle, oracle_output
+from tests.parity.test_flux_model import inputs, oracle_output
 from tests.tiny.flux import tiny_flux
 from tests.tolerances import FLOAT32_DEEP
 from tests.unit.networks.toy import randomize
@@ -48,7 +49,7 @@ def test_diffusers_loads_our_file_and_predicts_the_same(door: str, arguments: di
     path = tmp_path / "ours.safetensors"
     base, expected = trained_file(DOORS[door], path, arguments)
     assert (expected - base).abs().max() > 0.01
-    theirs = oracle(tiny_flux(7))
+    theirs = diffusers_model(tiny_flux(7))
     renamed = rename(read_adapter_file(path), NAMES, "diffusers").file  # diffusers' own renaming knows 3072 alone
     theirs.load_lora_adapter(adapter_tensors(renamed), prefix="transformer")
     values = [value.detach() for value in inputs(6, 10)]

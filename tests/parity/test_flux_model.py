@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.architectures.flux.model import PATCH, Flux
+from library.architectures.flux.model import PATCH
+from library.architectures.flux.reference import diffusers_model
 from library.models.patches import patchify
 from tests.parity.denoisers import assert_recomputing_changes_no_gradient
-from tests.tiny.flux import CONFIG, diffusers_config, diffusers_state, tiny_flux
+from tests.tiny.flux import CONFIG, tiny_flux
 from tests.tolerances import FLOAT32_DEEP
 
 SIZES = [(8, 8), (4, 14), (18, 6)]  # of the latent
@@ -23,14 +24,6 @@ def inputs(H: int, W: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tenso
     text = torch.randn(2, NUM_TEXT, CONFIG.text_width, generator=g).requires_grad_()
     pooled = torch.randn(2, CONFIG.pooled_width, generator=g).requires_grad_()
     return latents, torch.tensor([0.125, 0.875]), text, pooled, torch.tensor([1.0, 3.5])
-
-
-def oracle(model: Flux) -> Any:
-    from diffusers import FluxTransformer2DModel
-
-    theirs = FluxTransformer2DModel(**diffusers_config(model.config))
-    theirs.load_state_dict(diffusers_state(model.state_dict()))
-    return theirs.requires_grad_(False).eval()
 
 
 def oracle_output(
@@ -57,7 +50,7 @@ def oracle_output(
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_outputs_and_input_gradients_are_those_of_diffusers(size: tuple[int, int], has_guidance: bool) -> None:
     ours = tiny_flux(1, has_guidance)
-    theirs = oracle(ours)
+    theirs = diffusers_model(ours)
     results = []
     for run in (
         lambda lat, sig, txt, pool, gui: patchify(ours(lat, sig, txt, pool, gui if has_guidance else None), PATCH),
@@ -76,7 +69,7 @@ def test_outputs_and_input_gradients_are_those_of_diffusers(size: tuple[int, int
 def test_masked_tokens_are_as_if_they_were_not_there() -> None:
     """All text lies at one position, so leaving padding out computes the same; diffusers is given the short text."""
     ours = tiny_flux(2)
-    theirs = oracle(ours)
+    theirs = diffusers_model(ours)
     latents, sigmas, text, pooled, guidance = (value.detach() for value in inputs(8, 6))
     mask = torch.ones(2, NUM_TEXT)
     mask[:, 4:] = 0

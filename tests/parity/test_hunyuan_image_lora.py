@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from library.architectures.hunyuan_image.adapter_names import NAMES
+from library.architectures.hunyuan_image.reference import diffusers_model
 from library.architectures.hunyuan_image.targets import view
 from networks import dylora, lora, lora_fa, lora_hunyuan_image
 from networks.core.files.adapter_file import adapter_tensors, read_adapter_file
 from networks.core.files.renaming import rename
 from tests.parity.denoisers import save_trained
-from tests.parity.test_hunyuan_image_model import inputs, oracle, oracle_output
+from tests.parity.test_hunyuan_image_model import inputs, oracle_output
 from tests.tiny.hunyuan_image import tiny_hunyuan_image
 from tests.tolerances import FLOAT32_DEEP
 from tests.unit.networks.toy import randomize
@@ -47,7 +48,7 @@ def test_diffusers_loads_our_file_and_predicts_the_same(door: str, arguments: di
     path = tmp_path / "ours.safetensors"
     base, expected = trained_file(DOORS[door], path, arguments)
     assert (expected - base).abs().max() > 0.01
-    theirs = oracle(tiny_hunyuan_image(7))
+    theirs = diffusers_model(tiny_hunyuan_image(7))
     renamed = rename(read_adapter_file(path), NAMES, "diffusers").file
     theirs.load_lora_adapter(adapter_tensors(renamed), prefix="transformer")
     torch.testing.assert_close(oracle_output(theirs, detached()), expected, **FLOAT32_DEEP)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.architectures.hunyuan_image.model import HunyuanImage
+from library.architectures.hunyuan_image.reference import diffusers_model
 from library.memory.blocks import recompute, run_blocks_with
-from tests.tiny.hunyuan_image import CONFIG, diffusers_config, diffusers_state, tiny_hunyuan_image
+from tests.tiny.hunyuan_image import CONFIG, tiny_hunyuan_image
 from tests.tolerances import FLOAT32_DEEP
 
 SIZES = [(4, 4), (2, 7), (9, 3)]  # of the latent
@@ -32,14 +32,6 @@ def inputs(H: int, W: int, glyphs: str = "some", seed: int = 0) -> dict[str, Ten
     }
 
 
-def oracle(model: HunyuanImage) -> Any:
-    from diffusers import HunyuanImageTransformer2DModel
-
-    theirs = HunyuanImageTransformer2DModel(**diffusers_config(model.config))
-    theirs.load_state_dict(diffusers_state(model.state_dict()))
-    return theirs.requires_grad_(False).eval()
-
-
 def oracle_output(theirs: Any, values: dict[str, Tensor]) -> Tensor:
     return theirs(  # type: ignore[no-any-return]
         values["latents"],
@@ -56,7 +48,7 @@ def oracle_output(theirs: Any, values: dict[str, Tensor]) -> Tensor:
 def test_outputs_and_input_gradients_are_those_of_diffusers(size: tuple[int, int], glyphs: str) -> None:
     """Gradients of text and glyphs too, where masked tokens have none."""
     ours = tiny_hunyuan_image(1)
-    theirs = oracle(ours)
+    theirs = diffusers_model(ours)
     results = []
     for run in (lambda values: ours(*values.values()), lambda values: oracle_output(theirs, values)):
         values = inputs(*size, glyphs)

@@ -11,6 +11,7 @@ from library.architectures.hunyuan_image.assembly import build
 from library.architectures.hunyuan_image.options import HunyuanImageOptions
 from library.architectures.hunyuan_image.predict import predict
 from library.architectures.hunyuan_image.qwen import TEMPLATE
+from library.architectures.hunyuan_image.reference import diffusers_model
 from library.architectures.hunyuan_image.text import glyph_text
 from library.architectures.hunyuan_image.vae import ChunkedConv2d, compute_in_chunks
 from library.diffusion.guidance import guided
@@ -19,7 +20,6 @@ from library.protocols import Architecture
 from library.training.evaluation.preview import batch_of
 from library.training.step.denoising import noised_at
 from library.types import Prompt
-from tests.parity.test_hunyuan_image_model import oracle
 from tests.tiny.hunyuan_image import VAE, build_tiny_hunyuan_image, tiny_hunyuan_image, tiny_parts, whole_qwen
 from tests.tolerances import FLOAT32_DEEP, FLOAT32_SAMPLED
 
@@ -64,7 +64,7 @@ def pipeline(arch: Architecture, folder: Path) -> Any:
         tokenizer=tokenizer,
         text_encoder_2=byt5.eval(),
         tokenizer_2=ByT5Tokenizer(),
-        transformer=oracle(tiny_hunyuan_image(SEED)),
+        transformer=diffusers_model(tiny_hunyuan_image(SEED)),
     )
 
 

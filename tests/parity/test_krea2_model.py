@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.architectures.krea2.model import SingleStreamDiT
+from library.architectures.krea2.reference import diffusers_model, diffusers_state
 from tests.parity.denoisers import assert_recomputing_changes_no_gradient
-from tests.tiny.krea2 import CONFIG, diffusers_config, diffusers_state, tiny_krea2
+from tests.tiny.krea2 import CONFIG, tiny_krea2
 from tests.tolerances import FLOAT32_DEEP
 
 SIZES = [(8, 8), (4, 10), (14, 2)]  # of the latent
@@ -22,14 +22,6 @@ def inputs(h: int, w: int, lengths: tuple[int, ...] = LENGTHS) -> tuple[Tensor, 
     mask = (torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]).long()
     text = torch.randn(2, max(lengths), CONFIG.num_states * CONFIG.fusion.width, generator=g) * mask[..., None]
     return latents, torch.tensor([0.125, 0.875]), text.requires_grad_(), mask
-
-
-def oracle(model: SingleStreamDiT) -> Any:
-    from diffusers import Krea2Transformer2DModel
-
-    theirs = Krea2Transformer2DModel(**diffusers_config(model.config))
-    theirs.load_state_dict(diffusers_state(model.state_dict()))
-    return theirs.requires_grad_(False).eval()
 
 
 def oracle_output(theirs: Any, latents: Tensor, sigmas: Tensor, text: Tensor, mask: Tensor) -> Tensor:
@@ -55,7 +47,7 @@ def oracle_output(theirs: Any, latents: Tensor, sigmas: Tensor, text: Tensor, ma
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_outputs_and_input_gradients_are_those_of_diffusers(size: tuple[int, int], lengths: tuple[int, ...]) -> None:
     ours = tiny_krea2(1)
-    theirs = oracle(ours)
+    theirs = diffusers_model(ours)
     results = []
     for run in (ours, lambda *values: oracle_output(theirs, *values)):
         values = inputs(*size, lengths)
@@ -70,7 +62,7 @@ def test_outputs_and_input_gradients_are_those_of_diffusers(size: tuple[int, int
 
 def test_weight_gradients_are_those_of_diffusers() -> None:
     ours = tiny_krea2(2).requires_grad_()
-    theirs = oracle(ours).requires_grad_()
+    theirs = diffusers_model(ours).requires_grad_()
     for model, run in ((ours, ours), (theirs, lambda *values: oracle_output(theirs, *values))):
         output = run(*inputs(4, 6))
         (output * torch.randn(output.shape, generator=torch.Generator().manual_seed(5))).sum().backward()

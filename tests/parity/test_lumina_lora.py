@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from library.architectures.lumina.adapter_names import NAMES
+from library.architectures.lumina.reference import diffusers_model
 from networks import dylora, lora, lora_fa, lora_lumina
 from networks.core.files.adapter_file import adapter_tensors, parse_adapter, read_adapter_file
 from networks.core.files.renaming import rename
 from tests.contracts.test_lora_keys_lumina2 import LORA
 from tests.parity.denoisers import save_trained
-from tests.parity.test_lumina_model import inputs, oracle, oracle_output
+from tests.parity.test_lumina_model import inputs, oracle_output
 from tests.tiny.lumina import tiny_lumina
 from tests.tolerances import FLOAT32_DEEP
 from tests.unit.networks.toy import randomize
@@ -46,7 +47,7 @@ def test_diffusers_loads_our_file_and_predicts_the_same(door: str, arguments: di
     path = tmp_path / "ours.safetensors"
     base, expected = trained_file(DOORS[door], path, arguments)
     assert (expected - base).abs().max() > 0.01
-    theirs = oracle(tiny_lumina(7))
+    theirs = diffusers_model(tiny_lumina(7))
     renamed = rename(read_adapter_file(path), NAMES, "diffusers").file  # diffusers' own renaming knows 2304 alone
     Lumina2Pipeline.load_lora_into_transformer(Lumina2Pipeline.lora_state_dict(adapter_tensors(renamed)), theirs)
     values = [value.detach() for value in inputs(6, 10, (5, 2))]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.architectures.lumina.model import NextDiT
+from library.architectures.lumina.reference import diffusers_model
 from tests.parity.denoisers import assert_recomputing_changes_no_gradient
-from tests.tiny.lumina import CONFIG, diffusers_config, diffusers_state, tiny_lumina
+from tests.tiny.lumina import CONFIG, tiny_lumina
 from tests.tolerances import FLOAT32_DEEP
 
 SIZES = [(8, 8), (4, 14), (18, 6)]  # of the latent
@@ -25,14 +25,6 @@ def inputs(H: int, W: int, tokens: tuple[int, int] = MASKS["whole"]) -> tuple[Te
     return latents, torch.tensor([0.125, 0.875]), text, mask
 
 
-def oracle(model: NextDiT) -> Any:
-    from diffusers import Lumina2Transformer2DModel
-
-    theirs = Lumina2Transformer2DModel(**diffusers_config(model.config))
-    theirs.load_state_dict(diffusers_state(model.state_dict()))
-    return theirs.requires_grad_(False).eval()
-
-
 def oracle_output(theirs: Any, latents: Tensor, times: Tensor, text: Tensor, mask: Tensor) -> Tensor:
     return theirs(latents, times, text, mask, return_dict=False)[0]  # type: ignore[no-any-return]
 
@@ -41,7 +33,7 @@ def oracle_output(theirs: Any, latents: Tensor, times: Tensor, text: Tensor, mas
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_outputs_and_input_gradients_are_those_of_diffusers(size: tuple[int, int], tokens: tuple[int, int]) -> None:
     ours = tiny_lumina(1)
-    theirs = oracle(ours)
+    theirs = diffusers_model(ours)
     results = []
     for run in (ours, lambda *values: oracle_output(theirs, *values)):
         values = inputs(*size, tokens)

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from library.architectures.qwen_image_21.model import QwenImage21
 from library.architectures.qwen_image_21.predict import predict
+from library.architectures.qwen_image_21.reference import diffusers_model
 from library.diffusion.references import reference_features
 from library.types import Noised
 from tests.parity.denoisers import assert_recomputing_changes_no_gradient
-from tests.tiny.qwen_image_21 import CONFIG, diffusers_config, tiny_qwen_image_21
+from tests.tiny.qwen_image_21 import CONFIG, tiny_qwen_image_21
 from tests.tolerances import FLOAT32_DEEP
 
 SIZES = [(8, 8), (2, 6), (10, 4)]  # of the latent, each of whose pixels is a token
@@ -33,14 +34,6 @@ def inputs(h: int, w: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def references(count: int) -> list[Tensor]:
     g = torch.Generator().manual_seed(8)
     return [torch.randn(2, CONFIG.in_features, *side, generator=g).requires_grad_() for side in SHOWN[:count]]
-
-
-def oracle(model: QwenImage21) -> Any:
-    from diffusers import QwenImage21Transformer2DModel
-
-    theirs = QwenImage21Transformer2DModel(**diffusers_config(model.config))
-    theirs.load_state_dict(model.state_dict())
-    return theirs.requires_grad_(False).eval()
 
 
 def oracle_output(
@@ -89,7 +82,7 @@ def our_output(
 def test_outputs_and_input_gradients_are_those_of_diffusers(size: tuple[int, int], count: int) -> None:
     """With captions of two lengths in one batch, and references of other sizes in their places."""
     ours = tiny_qwen_image_21(1)
-    theirs, results = oracle(ours), []
+    theirs, results = diffusers_model(ours), []
     for run, model in ((our_output, ours), (oracle_output, theirs)):
         latents, sigmas, text, mask = inputs(*size)
         shown = references(count)

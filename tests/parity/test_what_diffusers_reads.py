@@ -16,6 +16,7 @@ from library.architectures.anima import adapter_names as anima
 from library.architectures.flux import adapter_names as flux
 from library.architectures.flux_2 import adapter_names as flux_2
 from library.architectures.flux_2.model import Flux2
+from library.architectures.flux_2.reference import diffusers_config
 from library.architectures.krea2 import adapter_names as krea2
 from library.architectures.krea2.checkpoint_keys import linear_paths
 from library.architectures.krea2.model import SingleStreamDiT
@@ -35,7 +36,7 @@ from tests.contracts.full_size import facts
 from tests.contracts.saved import listed_shapes
 from tests.tiny import krea2 as tiny_krea2
 from tests.tiny import qwen_image_21 as tiny_qwen_image_21
-from tests.tiny.flux_2 import DEV, diffusers_config
+from tests.tiny.flux_2 import DEV
 from tests.tiny.sd3 import full_size_keys
 from tests.tiny.zimage import FULL_SIZE
 
@@ -98,7 +99,7 @@ def anima_models() -> dict[str, nn.Module]:
     from diffusers import AnimaTextConditioner, CosmosTransformer3DModel
 
     from library.architectures.anima.model import read_config
-    from tests.tiny.anima import conditioner_config, transformer_config
+    from library.architectures.anima.reference import conditioner_config, transformer_config
 
     shapes = {name: tuple(shape) for name, shape in facts("anima")["components"]["dit"].items()}
     config = read_config(shapes)

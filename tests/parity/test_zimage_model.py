@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.architectures.zimage.model import ZImage
+from library.architectures.zimage.reference import diffusers_model
 from tests.parity.denoisers import assert_recomputing_changes_no_gradient
-from tests.tiny.zimage import CONFIG, diffusers_config, diffusers_state, tiny_zimage
+from tests.tiny.zimage import CONFIG, tiny_zimage
 from tests.tolerances import FLOAT32_DEEP
 
 SIZES = [(16, 16), (4, 14), (18, 6)]  # of the latent: 64 tokens, 28 and 27, which are filled up
@@ -25,14 +25,6 @@ def inputs(H: int, W: int, lengths: tuple[int, int] = LENGTHS["whole"]) -> tuple
     return latents, torch.tensor([0.125, 0.875]), text, mask
 
 
-def oracle(model: ZImage) -> Any:
-    from diffusers import ZImageTransformer2DModel
-
-    theirs = ZImageTransformer2DModel(**diffusers_config(model.config))
-    theirs.load_state_dict(diffusers_state(model.state_dict()))
-    return theirs.requires_grad_(False).eval()
-
-
 def oracle_output(theirs: Any, latents: Tensor, times: Tensor, text: Tensor, mask: Tensor) -> Tensor:
     """Captions are a list of their tokens alone, images a list of videos with one frame."""
     captions = [states[: int(own.sum())] for states, own in zip(text, mask, strict=True)]
@@ -44,7 +36,7 @@ def oracle_output(theirs: Any, latents: Tensor, times: Tensor, text: Tensor, mas
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_outputs_and_input_gradients_are_those_of_diffusers(size: tuple[int, int], lengths: tuple[int, int]) -> None:
     ours = tiny_zimage(1)
-    theirs = oracle(ours)
+    theirs = diffusers_model(ours)
     results = []
     for run in (ours, lambda *values: oracle_output(theirs, *values)):
         values = inputs(*size, lengths)

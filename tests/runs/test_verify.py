@@ -29,7 +29,7 @@ def arguments_for(name: str, folder: Path, *more: str) -> list[str]:
         ("flux", "first and last blocks off diffusers' class by "),
         pytest.param("sd", "diffusers' own UNet2DConditionModel", marks=pytest.mark.nightly),
         pytest.param("sd3", "first and last blocks off diffusers' class by ", marks=pytest.mark.nightly),
-        pytest.param("anima", "not compared: no class of diffusers is known", marks=pytest.mark.nightly),
+        pytest.param("anima", "first and last blocks off diffusers' class by ", marks=pytest.mark.nightly),
     ],
 )
 def test_a_training_that_is_right_is_said_to_be(

@@ -3,12 +3,10 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from library.architectures.anima.checkpoint_keys import diffusers_path
 from library.architectures.anima.llm_adapter import AdapterConfig
 from library.architectures.anima.model import Anima, AnimaConfig
 from library.models.names import inverse
@@ -134,50 +132,3 @@ def write_qwen3_tokenizer(folder: Path) -> int:
 def tiny_anima(seed: int, config: AnimaConfig | None = None) -> Anima:
     """The denoiser alone, its weights random."""
     return tiny_denoiser(Anima, config or CONFIG, seed)
-
-
-def diffusers_key(key: str) -> str:
-    """Return the name of a weight in diffusers."""
-    path, _, leaf = key.rpartition(".")
-    return f"{diffusers_path(path)}.{leaf}"
-
-
-def diffusers_state(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The weights of the denoiser under the names of diffusers' two models, by the names of these."""
-    found: dict[str, dict[str, Tensor]] = {"transformer": {}, "text_conditioner": {}}
-    for key, tensor in state.items():
-        if key.startswith("llm_adapter."):
-            found["text_conditioner"][key.removeprefix("llm_adapter.")] = tensor
-        else:
-            found["transformer"][diffusers_key(key).removeprefix("transformer.")] = tensor
-    return found
-
-
-def transformer_config(config: AnimaConfig = CONFIG) -> dict[str, Any]:
-    """Arguments of diffusers' CosmosTransformer3DModel, which is given the mask of padding as a channel."""
-    return {
-        "in_channels": config.channels + 1,
-        "out_channels": config.channels,
-        "num_attention_heads": config.width // config.head_width,
-        "attention_head_dim": config.head_width,
-        "num_layers": config.num_blocks,
-        "mlp_ratio": config.mlp_width / config.width,
-        "text_embed_dim": config.text_width,
-        "adaln_lora_dim": config.modulation_rank,
-        "rope_scale": (1.0, 4.0, 4.0),
-        "concat_padding_mask": False,
-        "extra_pos_embed_type": None,
-    }
-
-
-def conditioner_config(config: AdapterConfig = CONFIG.adapter) -> dict[str, Any]:
-    """Arguments of diffusers' AnimaTextConditioner."""
-    return {
-        "source_dim": config.source_width,
-        "target_dim": config.width,
-        "model_dim": config.width,
-        "num_layers": config.num_blocks,
-        "num_attention_heads": config.width // config.head_width,
-        "mlp_ratio": config.mlp_width / config.width,
-        "target_vocab_size": config.num_words,
-    }

@@ -2,14 +2,13 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from library.architectures.flux.approximator import ApproximatorConfig
 from library.architectures.flux.model import Flux, FluxConfig
+from library.architectures.flux.reference import diffusers_config, diffusers_state
 from tests.tiny import flux
 from tests.tiny.flux import (
     Layout,
-    diffusers_config,
     ldm_vae,
     tiny_t5,
     tiny_vae,
@@ -18,7 +17,6 @@ from tests.tiny.flux import (
 from tests.tiny.parts import BASE, Parts, prefixed, tiny_denoiser, write_files, write_folder, write_whole
 
 CONFIG = replace(flux.CONFIG, pooled_width=0, approximator=ApproximatorConfig(in_features=16, hidden_width=48, depth=2))
-FLUX_ONLY = ("pooled_projection_dim", "guidance_embeds")  # arguments of diffusers' class
 
 
 def build_tiny_chroma(folder: Path, seed: int, layout: Layout = "files") -> list[str]:
@@ -27,13 +25,18 @@ def build_tiny_chroma(folder: Path, seed: int, layout: Layout = "files") -> list
     num_words = write_t5_tokenizer(folder / ("tokenizer" if layout == "diffusers" else "tokenizer_2"))
     model = tiny_chroma(seed)
     parts: Parts = {
-        "transformer": (chroma_diffusers_config(model.config), model.state_dict()),
+        "transformer": (diffusers_config(model.config), model.state_dict()),
         "vae": tiny_vae(seed + 1),
         "text_encoder": tiny_t5(seed + 3, num_words),
     }
     kind = ["--model_type", "chroma"]
     if layout == "diffusers":
-        return [*write_folder(folder, {"_class_name": "ChromaPipeline"}, parts, flux.diffusers_state), *kind]
+        return [
+            *write_folder(
+                folder, {"_class_name": "ChromaPipeline"}, parts, lambda state: diffusers_state(state, CONFIG.width)
+            ),
+            *kind,
+        ]
     chroma, vae, t5 = parts["transformer"][1], ldm_vae(parts["vae"][1]), parts["text_encoder"][1]
     if layout == "whole":
         text = prefixed("text_encoders.t5xxl.transformer.", t5)
@@ -45,15 +48,3 @@ def build_tiny_chroma(folder: Path, seed: int, layout: Layout = "files") -> list
 def tiny_chroma(seed: int, config: FluxConfig | None = None) -> Flux:
     """The denoiser alone, its weights random."""
     return tiny_denoiser(Flux, config or CONFIG, seed)
-
-
-def chroma_diffusers_config(config: FluxConfig = CONFIG) -> dict[str, Any]:
-    """Arguments of diffusers' ChromaTransformer2DModel."""
-    sizes = config.approximator
-    assert sizes is not None
-    return {
-        **{name: value for name, value in diffusers_config(config).items() if name not in FLUX_ONLY},
-        "approximator_num_channels": sizes.in_features,
-        "approximator_hidden_dim": sizes.hidden_width,
-        "approximator_layers": sizes.depth,
-    }

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from library.architectures.flux import reference
 from library.architectures.flux.model import Flux, FluxConfig
+from library.architectures.flux.reference import diffusers_config, diffusers_state
 from library.models.vae.checkpoint_keys import vae_to_ldm
 from tests.tiny.init import fixed_init
 from tests.tiny.parts import BASE, Parts, prefixed, tiny_denoiser, write_files, write_folder, write_whole
@@ -72,7 +72,9 @@ def build_tiny_flux(folder: Path, seed: int, layout: Layout = "files", has_guida
     num_t5_words = write_t5_tokenizer(folder / "tokenizer_2")
     parts = tiny_parts(seed, num_clip_words, num_t5_words, has_guidance)
     if layout == "diffusers":
-        return write_folder(folder, {"_class_name": "FluxPipeline"}, parts, diffusers_state)
+        return write_folder(
+            folder, {"_class_name": "FluxPipeline"}, parts, lambda state: diffusers_state(state, CONFIG.width)
+        )
     flux, vae = parts["transformer"][1], ldm_vae(parts["vae"][1])
     clip, t5 = parts["text_encoder"][1], parts["text_encoder_2"][1]
     if layout == "whole":
@@ -144,23 +146,3 @@ def write_t5_tokenizer(folder: Path) -> int:
 def tiny_flux(seed: int, has_guidance: bool = True) -> Flux:
     """The denoiser alone, its weights random."""
     return tiny_denoiser(Flux, replace(CONFIG, has_guidance=has_guidance), seed)
-
-
-def diffusers_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the denoiser under diffusers' names."""
-    return reference.diffusers_state(state, CONFIG.width)
-
-
-def diffusers_config(config: FluxConfig = CONFIG) -> dict[str, Any]:
-    """Arguments of diffusers' FluxTransformer2DModel, whose MLP is always four times as wide as the model."""
-    return {
-        "in_channels": config.in_features,
-        "num_layers": config.num_double,
-        "num_single_layers": config.num_single,
-        "attention_head_dim": config.head_width,
-        "num_attention_heads": config.width // config.head_width,
-        "joint_attention_dim": config.text_width,
-        "pooled_projection_dim": config.pooled_width,
-        "guidance_embeds": config.has_guidance,
-        "axes_dims_rope": list(config.rope_axes),
-    }

@@ -1,7 +1,6 @@
 """A tiny but complete FLUX.2 model, klein or dev: three files, one file of all, or a diffusers folder."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -9,11 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from library.architectures.flux_2.checkpoint_keys import KEYS
 from library.architectures.flux_2.model import Flux2, Flux2Config
+from library.architectures.flux_2.reference import diffusers_config, diffusers_state
 from library.architectures.flux_2.vae import ORIGINAL
-from library.checkpoints.fused_tensors import swap_halves
-from library.models.double_stream_keys import SWAPPED
 from tests.tiny import zimage
 from tests.tiny.flux import ldm_vae
 from tests.tiny.init import fixed_init
@@ -82,7 +79,13 @@ def build_tiny_flux_2(
     parts = tiny_parts(seed, write(folder / "tokenizer"), is_dev)
     if layout == "diffusers":
         klein = {"_class_name": "Flux2KleinPipeline", "is_distilled": False}
-        return write_folder(folder, {"_class_name": "Flux2Pipeline"} if is_dev else klein, parts, diffusers_state, flag)
+        return write_folder(
+            folder,
+            {"_class_name": "Flux2Pipeline"} if is_dev else klein,
+            parts,
+            lambda state: diffusers_state(state, CONFIG.width),
+            flag,
+        )
     denoiser, encoder, vae = parts["transformer"][1], parts["text_encoder"][1], original_vae(parts["vae"][1])
     if layout == "whole":
         name = "mistral3_24b" if is_dev else "qwen3_4b"
@@ -173,28 +176,3 @@ def write_mistral_tokenizer(folder: Path) -> int:
 def tiny_flux_2(seed: int, is_dev: bool = False) -> Flux2:
     """The denoiser alone, its weights random."""
     return tiny_denoiser(Flux2, replace(CONFIG, has_guidance=is_dev), seed)
-
-
-def diffusers_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the denoiser under diffusers' names."""
-    found = {}
-    for key, tensor in state.items():
-        names = KEYS.source_keys(key)
-        tensor = swap_halves(tensor) if key.startswith(f"{SWAPPED}.") else tensor
-        found |= {name: part.clone() for name, part in zip(names, tensor.chunk(len(names)), strict=True)}
-    return found
-
-
-def diffusers_config(config: Flux2Config = CONFIG) -> dict[str, Any]:
-    """Arguments of diffusers' Flux2Transformer2DModel."""
-    return {
-        "in_channels": config.in_features,
-        "num_layers": config.num_double,
-        "num_single_layers": config.num_single,
-        "attention_head_dim": config.head_width,
-        "num_attention_heads": config.width // config.head_width,
-        "joint_attention_dim": config.text_width,
-        "mlp_ratio": config.mlp_width / config.width,
-        "guidance_embeds": config.has_guidance,
-        "axes_dims_rope": list(config.rope_axes),
-    }

@@ -8,10 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from library.architectures.hunyuan_image.checkpoint_keys import SWAPPED, source_keys
 from library.architectures.hunyuan_image.model import HunyuanImage, HunyuanImageConfig
 from library.architectures.hunyuan_image.qwen import TEMPLATE, qwen_config
-from library.checkpoints.fused_tensors import swap_halves
+from library.architectures.hunyuan_image.reference import diffusers_config, diffusers_state
 from tests.tiny.init import fixed_init
 from tests.tiny.parts import BASE, Parts, tiny_denoiser, write_files, write_folder
 
@@ -65,7 +64,9 @@ def build_tiny_hunyuan_image(folder: Path, seed: int, layout: Layout = "files") 
     layout."""
     parts = tiny_parts(seed, write_qwen_tokenizer(folder / "tokenizer"))
     if layout == "diffusers":
-        return write_folder(folder, {"_class_name": "HunyuanImagePipeline"}, parts, diffusers_state)
+        return write_folder(
+            folder, {"_class_name": "HunyuanImagePipeline"}, parts, lambda state: diffusers_state(state, CONFIG.width)
+        )
     qwen = {name.replace("model.language_model.", "model."): t for name, t in parts["text_encoder"][1].items()}
     files = {
         BASE: ("hunyuanimage2.1", parts["transformer"][1]),
@@ -90,7 +91,7 @@ def tiny_parts(seed: int, num_words: int) -> Parts:
     byt5_state = {k: v for k, v in fixed_init(byt5, seed + 3).items() if k != "encoder.embed_tokens.weight"}
     qwen_folder = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "text_config": {"num_attention_heads": 1}}
     return {
-        "transformer": (diffusers_config(), tiny_hunyuan_image(seed).state_dict()),
+        "transformer": (diffusers_config(CONFIG), tiny_hunyuan_image(seed).state_dict()),
         "vae": (json.loads(vae.to_json_string()), fixed_init(vae, seed + 1)),
         "text_encoder": (qwen_folder, qwen_state),
         "text_encoder_2": ({**BYT5, "architectures": ["T5EncoderModel"]}, byt5_state),
@@ -151,34 +152,3 @@ def write_qwen_tokenizer(folder: Path) -> int:
 def tiny_hunyuan_image(seed: int) -> HunyuanImage:
     """The denoiser alone, its weights random."""
     return tiny_denoiser(HunyuanImage, CONFIG, seed)
-
-
-def diffusers_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the denoiser under diffusers' names."""
-    found = {}
-    for key, tensor in state.items():
-        names = source_keys(key)
-        tensor = swap_halves(tensor) if key.startswith(SWAPPED) else tensor
-        width = CONFIG.width
-        rows = [width, width, width, tensor.shape[0] - 3 * width][: len(names)]
-        parts = torch.split(tensor, rows) if len(names) > 1 else (tensor,)
-        found |= {name: part.clone() for name, part in zip(names, parts, strict=True)}
-    return found
-
-
-def diffusers_config(config: HunyuanImageConfig = CONFIG) -> dict[str, Any]:
-    """Arguments of diffusers' HunyuanImageTransformer2DModel, whose MLPs are all four times as wide as the model."""
-    return {
-        "in_channels": config.channels,
-        "out_channels": config.channels,
-        "num_attention_heads": config.width // config.head_width,
-        "attention_head_dim": config.head_width,
-        "num_layers": config.num_double,
-        "num_single_layers": config.num_single,
-        "num_refiner_layers": config.num_refiners,
-        "text_embed_dim": config.text_width,
-        "text_embed_2_dim": config.glyph_width,
-        "rope_axes_dim": [config.head_width // 2, config.head_width // 2],
-        "guidance_embeds": False,
-        "use_meanflow": False,
-    }

@@ -1,14 +1,13 @@
 """A tiny but complete Krea 2 model: three files, one file of all, or a diffusers folder."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from library.architectures.krea2.model import AttentionConfig, Krea2Config, SingleStreamDiT
+from library.architectures.krea2.reference import diffusers_config, diffusers_state
 from tests.tiny.anima import VAE, to_original, vae_state
 from tests.tiny.parts import BASE, Parts, prefixed, tiny_denoiser, write_files, write_folder, write_whole
 from tests.tiny.qwen3_vl import tiny_qwen3_vl
@@ -71,7 +70,7 @@ def tiny_parts(seed: int, num_words: int) -> Parts:
     """(config.json, weights) by diffusers' folder names; the denoiser's names are ours, the VAE's diffusers'."""
     encoder = tiny_qwen3_vl(seed + 2, num_words, **QWEN3_VL)
     return {
-        "transformer": (diffusers_config(), tiny_krea2(seed).state_dict()),
+        "transformer": (diffusers_config(CONFIG), tiny_krea2(seed).state_dict()),
         "vae": ({**VAE, "_class_name": "AutoencoderKLQwenImage"}, vae_state(seed + 1)),
         "text_encoder": (json.loads(encoder.config.to_json_string()), encoder.state_dict()),
     }
@@ -98,32 +97,3 @@ def full_size_vae() -> Any:
 def tiny_krea2(seed: int) -> SingleStreamDiT:
     """The denoiser alone, its weights random."""
     return tiny_denoiser(SingleStreamDiT, CONFIG, seed)
-
-
-def diffusers_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the denoiser under diffusers' names, by diffusers' own converter."""
-    from diffusers.loaders.single_file_utils import convert_krea2_transformer_checkpoint_to_diffusers
-
-    return dict(convert_krea2_transformer_checkpoint_to_diffusers({k: tensor.clone() for k, tensor in state.items()}))
-
-
-def diffusers_config(config: Krea2Config | None = None) -> dict[str, Any]:
-    """Arguments of diffusers' Krea2Transformer2DModel."""
-    c = config or CONFIG
-    return {
-        "in_channels": c.in_features,
-        "num_layers": c.num_blocks,
-        "attention_head_dim": c.block.head_width,
-        "num_attention_heads": c.block.width // c.block.head_width,
-        "num_key_value_heads": c.block.num_kv_heads,
-        "intermediate_size": c.block.mlp_width,
-        "timestep_embed_dim": c.time_features,
-        "text_hidden_dim": c.fusion.width,
-        "num_text_layers": c.num_states,
-        "text_num_attention_heads": c.fusion.width // c.fusion.head_width,
-        "text_num_key_value_heads": c.fusion.num_kv_heads,
-        "text_intermediate_size": c.fusion.mlp_width,
-        "num_layerwise_text_blocks": c.num_layerwise,
-        "num_refiner_text_blocks": c.num_refiners,
-        "axes_dims_rope": list(c.rope_axes),
-    }

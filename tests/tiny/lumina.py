@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from library.architectures.lumina.checkpoint_keys import KEYS
 from library.architectures.lumina.model import LuminaConfig, NextDiT
+from library.architectures.lumina.reference import diffusers_config, diffusers_state
 from tests.tiny.flux import VAE, ldm_vae
 from tests.tiny.init import fixed_init
 from tests.tiny.parts import BASE, Parts, prefixed, tiny_denoiser, write_files, write_folder, write_whole
@@ -47,7 +46,9 @@ def build_tiny_lumina(folder: Path, seed: int, layout: Layout = "files") -> list
     layout."""
     parts = tiny_parts(seed, write_gemma_tokenizer(folder / "tokenizer"))
     if layout == "diffusers":
-        return write_folder(folder, {"_class_name": "Lumina2Pipeline"}, parts, diffusers_state)
+        return write_folder(
+            folder, {"_class_name": "Lumina2Pipeline"}, parts, lambda state: diffusers_state(state, CONFIG)
+        )
     lumina = {**parts["transformer"][1], "norm_final.weight": torch.ones(CONFIG.width)}
     gemma, vae = parts["text_encoder"][1], ldm_vae(parts["vae"][1])
     if layout == "whole":
@@ -68,7 +69,7 @@ def tiny_parts(seed: int, num_words: int) -> Parts:
         vae = AutoencoderKL(**VAE)
     config = {**GEMMA, "vocab_size": num_words, "model_type": "gemma2", "architectures": ["Gemma2Model"]}
     return {
-        "transformer": (diffusers_config(lumina.config), lumina.state_dict()),
+        "transformer": (diffusers_config(CONFIG), lumina.state_dict()),
         "vae": (json.loads(vae.to_json_string()), fixed_init(vae, seed + 1)),
         "text_encoder": (config, fixed_init(gemma, seed + 2)),
     }
@@ -94,30 +95,3 @@ def write_gemma_tokenizer(folder: Path) -> int:
 def tiny_lumina(seed: int) -> NextDiT:
     """The denoiser alone, its weights random."""
     return tiny_denoiser(NextDiT, CONFIG, seed)
-
-
-def diffusers_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the denoiser under diffusers' names."""
-    found = {}
-    kv_width = CONFIG.num_kv_heads * CONFIG.head_width
-    for key, tensor in state.items():
-        names = KEYS.source_keys(key)
-        parts = tensor.split([CONFIG.width, kv_width, kv_width]) if len(names) > 1 else (tensor,)
-        found |= {name: part.clone() for name, part in zip(names, parts, strict=True)}
-    return found
-
-
-def diffusers_config(config: LuminaConfig = CONFIG) -> dict[str, Any]:
-    """Arguments of diffusers' Lumina2Transformer2DModel, whose noise level is as wide as the model up to 1024."""
-    assert config.mlp_width == 4 * config.width and config.time_width == min(config.width, 1024)
-    return {
-        "in_channels": config.in_features // 4,
-        "hidden_size": config.width,
-        "num_layers": config.num_layers,
-        "num_refiner_layers": config.num_noise_refiners,
-        "num_attention_heads": config.num_heads,
-        "num_kv_heads": config.num_kv_heads,
-        "multiple_of": 1,
-        "axes_dim_rope": list(config.rope_axes),
-        "cap_feat_dim": config.text_width,
-    }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from library.architectures.qwen_image_21.model import QwenImage21, QwenImage21Config
+from library.architectures.qwen_image_21.reference import diffusers_config
 from library.models.qwen3_vl_vision import DEEPSTACK, NUM_HEADS
 from library.models.vae.qwen_image import ENDS, MIDDLE, QUANT, RESIDUAL
 from tests.tiny.init import fixed_init
@@ -56,7 +57,7 @@ def tiny_parts(seed: int, num_words: int) -> Parts:
     encoder = tiny_text_encoder(seed + 2, num_words)
     config = json.loads(encoder.config.to_json_string())
     return {
-        "transformer": (diffusers_config(), tiny_qwen_image_21(seed).state_dict()),
+        "transformer": (diffusers_config(CONFIG), tiny_qwen_image_21(seed).state_dict()),
         "vae": tiny_vae(seed + 1),
         "text_encoder": (config, {f"model.{name}": tensor for name, tensor in encoder.state_dict().items()}),
     }
@@ -138,17 +139,3 @@ def full_size_vae() -> Any:
 
     with torch.device("meta"):
         return AutoencoderKLQwenImage21()
-
-
-def diffusers_config(config: QwenImage21Config = CONFIG) -> dict[str, Any]:
-    """Arguments of diffusers' QwenImage21Transformer2DModel."""
-    return {
-        "in_channels": config.in_features,
-        "out_channels": config.in_features,
-        "num_layers": config.num_blocks,
-        "attention_head_dim": config.head_width,
-        "num_attention_heads": config.width // config.head_width,
-        "context_in_dim": config.text_width,
-        "mlp_ratio": config.mlp_width // config.width,
-        "axes_dims_rope": list(config.rope_axes),
-    }

@@ -1,15 +1,13 @@
 """A tiny but complete Z-Image model: three files, one file of all, or a diffusers folder."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from library.architectures.zimage.checkpoint_keys import KEYS
 from library.architectures.zimage.model import ZImage, ZImageConfig
+from library.architectures.zimage.reference import diffusers_config, diffusers_state
 from tests.tiny.flux import VAE, ldm_vae
 from tests.tiny.init import fixed_init
 from tests.tiny.parts import BASE, Parts, prefixed, tiny_denoiser, write_files, write_folder, write_whole
@@ -67,7 +65,9 @@ def build_tiny_zimage(folder: Path, seed: int, layout: Layout = "files", flag: s
     the same weights in every layout."""
     parts = tiny_parts(seed, write_qwen3_tokenizer(folder / "tokenizer"))
     if layout == "diffusers":
-        return write_folder(folder, {"_class_name": "ZImagePipeline"}, parts, diffusers_state, flag)
+        return write_folder(
+            folder, {"_class_name": "ZImagePipeline"}, parts, lambda state: diffusers_state(state, CONFIG.width), flag
+        )
     denoiser = {**parts["transformer"][1], "norm_final.weight": torch.ones(CONFIG.width)}
     qwen3, vae = parts["text_encoder"][1], ldm_vae(parts["vae"][1])
     if layout == "whole":
@@ -87,7 +87,7 @@ def tiny_parts(seed: int, num_words: int) -> Parts:
         qwen3 = Qwen3Model(Qwen3Config(**QWEN3, vocab_size=num_words))
     config = {**QWEN3, "vocab_size": num_words, "model_type": "qwen3", "architectures": ["Qwen3Model"]}
     return {
-        "transformer": (diffusers_config(), tiny_zimage(seed).state_dict()),
+        "transformer": (diffusers_config(CONFIG), tiny_zimage(seed).state_dict()),
         "vae": (json.loads(vae.to_json_string()), fixed_init(vae, seed + 1)),
         "text_encoder": (config, fixed_init(qwen3, seed + 2)),
     }
@@ -119,28 +119,3 @@ def write_qwen3_tokenizer(folder: Path, special: tuple[str, ...] = SPECIAL) -> i
 def tiny_zimage(seed: int) -> ZImage:
     """The denoiser alone, its weights random."""
     return tiny_denoiser(ZImage, CONFIG, seed)
-
-
-def diffusers_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the denoiser under diffusers' names."""
-    found = {}
-    for key, tensor in state.items():
-        names = KEYS.source_keys(key)
-        found |= {name: part.clone() for name, part in zip(names, tensor.chunk(len(names)), strict=True)}
-    return found
-
-
-def diffusers_config(config: ZImageConfig | None = None) -> dict[str, Any]:
-    """Arguments of diffusers' ZImageTransformer2DModel."""
-    config = config or CONFIG
-    assert config.mlp_width == config.width * 8 // 3 and config.time_width == min(config.width, 256)
-    return {
-        "in_channels": config.in_features // 4,
-        "dim": config.width,
-        "n_layers": config.num_layers,
-        "n_refiner_layers": config.num_noise_refiners,
-        "n_heads": config.num_heads,
-        "n_kv_heads": config.num_kv_heads,
-        "cap_feat_dim": config.text_width,
-        "axes_dims": list(config.rope_axes),
-    }

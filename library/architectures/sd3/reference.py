@@ -1,36 +1,27 @@
 """Stable Diffusion 3's denoiser beside diffusers' class with the same weights."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
 from library.architectures.sd3.model import MMDiT
-from library.models.reference import first_and_last
-
-NUM_TEXT, SIDE = 24, 16  # text tokens; pixels of the latent
+from library.models.reference import SIDE, diffusers_class, random_inputs, shortened, with_weights
 
 
 def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return the velocities of our class and of diffusers' for random inputs, float32, with the first and the last
     block."""
-    from diffusers import SD3Transformer2DModel
     from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 
     assert isinstance(denoiser, MMDiT)
-    state, (depth,) = first_and_last(denoiser.state_dict(), ("joint_blocks",))
     last = denoiser.config.depth - 1
-    kept = {0: 0, last: depth - 1}
+    kept = {0: 0, last: min(last, 1)}
     dual = frozenset(kept[block] for block in denoiser.config.dual_attention if block in kept)
-    config = replace(denoiser.config, depth=depth, dual_attention=dual)
-    with torch.device("meta"):
-        ours = MMDiT(config)
-    ours.load_state_dict(state, assign=True)
-    latents_BCHW = torch.randn(2, config.in_channels, SIDE, SIDE, generator=generator)
-    context_BLC = torch.randn(2, NUM_TEXT, config.context_width, generator=generator)
+    ours = shortened(denoiser, {"joint_blocks": "depth"}, dual_attention=dual)
+    config = ours.config
+    latents_BCHW, _, context_BLC, _ = random_inputs(generator, config.in_channels, config.context_width)
     pooled_BC = torch.randn(2, config.pooled_width, generator=generator)
     timesteps_B = torch.tensor([37.0, 912.0])
-    theirs = SD3Transformer2DModel(
+    model = diffusers_class("SD3Transformer2DModel")(
         sample_size=SIDE,
         patch_size=config.patch,
         in_channels=config.in_channels,
@@ -45,10 +36,10 @@ def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Te
         dual_attention_layers=tuple(config.dual_attention),
         qk_norm="rms_norm" if config.norms_queries else None,
     )
-    prefixed = {f"model.diffusion_model.{name}": tensor for name, tensor in state.items()}
-    theirs.load_state_dict(convert_sd3_transformer_checkpoint_to_diffusers(prefixed))
-    found_BCHW: Tensor = ours.eval()(latents_BCHW, timesteps_B, context_BLC, pooled_BC)
-    expected_BCHW: Tensor = theirs.eval()(
+    prefixed = {f"model.diffusion_model.{name}": tensor for name, tensor in ours.state_dict().items()}
+    theirs = with_weights(model, convert_sd3_transformer_checkpoint_to_diffusers(prefixed))
+    found_BCHW: Tensor = ours(latents_BCHW, timesteps_B, context_BLC, pooled_BC)
+    expected_BCHW: Tensor = theirs(
         hidden_states=latents_BCHW,
         timestep=timesteps_B,
         encoder_hidden_states=context_BLC,

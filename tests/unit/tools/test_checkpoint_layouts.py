@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from library.architectures.flux.reference import diffusers_state
 from library.checkpoints.files import load_state_dict
-from tests.tiny.flux import build_tiny_flux, diffusers_state, tiny_flux
+from tests.tiny.flux import CONFIG, build_tiny_flux, tiny_flux
 from tests.tiny.sd3 import build_tiny_sd3
 from tools import convert_diffusers_to_flux, merge_sd3_safetensors
 
@@ -44,7 +45,7 @@ def test_a_flux_transformer_of_diffusers_gets_the_original_names(tmp_path: Path,
 
 
 def test_pieces_are_read_by_their_index_and_cast(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    state = diffusers_state(tiny_flux(34).state_dict())
+    state = diffusers_state(tiny_flux(34).state_dict(), CONFIG.width)
     names, stem = list(state), "diffusion_pytorch_model"
     pieces = {f"{stem}-0000{n + 1}-of-00003.safetensors": names[n::3] for n in range(3)}
     for piece, keys in pieces.items():

@@ -1,6 +1,10 @@
 """tools/verify.py: what it compares, and what it says of it."""
 
+import importlib
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,66 +13,104 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from library.architectures.flux import reference as flux_reference
-from library.architectures.sd3 import reference as sd3_reference
+from library.architectures.specs import list_specs
 from library.memory.planner.gpus import TYPICAL
 from library.memory.planner.prediction import Way, predict
-from library.models.reference import first_and_last
-from tests.tiny.chroma import CONFIG as CHROMA
+from library.models.reference import first_and_last, with_weights
+from tests.tiny.anima import tiny_anima
 from tests.tiny.chroma import tiny_chroma
-from tests.tiny.flux import CONFIG as FLUX
 from tests.tiny.flux import tiny_flux
+from tests.tiny.flux_2 import tiny_flux_2
+from tests.tiny.hunyuan_image import tiny_hunyuan_image
 from tests.tiny.init import fixed_init
-from tests.tiny.sd3 import CONFIGS, mmdit_weights
+from tests.tiny.krea2 import tiny_krea2
+from tests.tiny.lumina import tiny_lumina
+from tests.tiny.qwen_image_21 import tiny_qwen_image_21
+from tests.tiny.sd3 import CONFIGS, tiny_mmdit
+from tests.tiny.zimage import tiny_zimage
 from tests.unit.memory.planner.test_choice import counted_step
-from tools.verify import compare_files, compare_with_plan, last_error
+from tools.verify import compare_files, compare_with_diffusers, compare_with_plan, last_error
 
 EXACT = 1e-5  # of the largest value, in float32
 
 
-def denoisers() -> dict[str, tuple[Any, nn.Module]]:
-    """Models with more blocks than are compared, and the module that compares them."""
-    from library.architectures.flux.model import Flux
-    from library.architectures.sd3.model import MMDiT
-
+def of_size(model: Any, seed: int, **changes: Any) -> Any:
+    """A model of this kind with random weights and other sizes."""
     with torch.device("meta"):
-        flux, chroma = (Flux(replace(config, num_double=3, num_single=4)) for config in (FLUX, CHROMA))
-    for seed, model in enumerate((flux, chroma)):
-        model.load_state_dict(fixed_init(model, 61 + seed), assign=True)
-    found: dict[str, tuple[Any, nn.Module]] = {
-        "flux": (flux_reference, flux),
-        "schnell": (flux_reference, tiny_flux(63, has_guidance=False)),
-        "chroma": (flux_reference, chroma),
-        "one block": (flux_reference, tiny_chroma(64, replace(CHROMA, num_double=1, num_single=1))),
+        other = type(model)(replace(model.config, **changes))
+    other.load_state_dict(fixed_init(other, seed), assign=True)
+    return other.requires_grad_(False).eval()
+
+
+def denoisers() -> dict[str, Callable[[], nn.Module]]:
+    """Models by name; most have more blocks than are compared."""
+    streams, refined = {"num_double": 3, "num_single": 4}, {"num_layers": 4}
+    found: dict[str, Callable[[], nn.Module]] = {
+        "flux": lambda: of_size(tiny_flux(61), 61, **streams),
+        "flux schnell": lambda: tiny_flux(63, has_guidance=False),
+        "flux chroma": lambda: of_size(tiny_chroma(62), 62, **streams),
+        "flux chroma with one block": lambda: of_size(tiny_chroma(64), 64, num_double=1, num_single=1),
+        "lumina": lambda: of_size(tiny_lumina(66), 66, **refined),
+        "zimage": lambda: of_size(tiny_zimage(67), 67, **refined),
+        "anima": lambda: of_size(tiny_anima(68), 68, num_blocks=4),
+        "hunyuan_image": lambda: of_size(tiny_hunyuan_image(69), 69, **streams),
+        "flux_2 klein": lambda: of_size(tiny_flux_2(70), 70, **streams),
+        "flux_2 dev": lambda: of_size(tiny_flux_2(71, is_dev=True), 71, **streams),
+        "krea2": lambda: of_size(tiny_krea2(72), 72, num_blocks=3),
+        "qwen_image_21": lambda: of_size(tiny_qwen_image_21(73), 73, num_blocks=3),
     }
-    for name, config in CONFIGS.items():
-        with torch.device("meta"):
-            mmdit = MMDiT(config)
-        mmdit.load_state_dict(mmdit_weights(config, 65), assign=True)
-        found[f"sd3 {name}"] = sd3_reference, mmdit
-    return {name: (module, model.requires_grad_(False).eval()) for name, (module, model) in found.items()}
+    return found | {f"sd3 {name}": partial(tiny_mmdit, config, 65) for name, config in CONFIGS.items()}
 
 
-def difference(module: Any, model: nn.Module) -> float:
+def package_of(model: nn.Module) -> str:
+    return type(model).__module__.rpartition(".")[0]
+
+
+def difference(model: nn.Module) -> float:
+    module: Any = importlib.import_module(f"{package_of(model)}.reference")
     with torch.no_grad():
         found, expected = module.outputs(model, torch.Generator().manual_seed(3))
+    assert found.shape == expected.shape and expected.abs().max() > 0.1
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def test_our_denoisers_are_those_of_diffusers_in_their_first_and_last_blocks() -> None:
-    for name, (module, model) in denoisers().items():
-        assert difference(module, model) < EXACT, name
+@pytest.mark.parametrize("name", denoisers())
+def test_our_denoisers_are_those_of_diffusers_in_their_first_and_last_blocks(name: str) -> None:
+    assert difference(denoisers()[name]()) < EXACT
 
 
-def test_a_denoiser_that_computes_something_else_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    module, model = denoisers()["flux"]
-    split = flux_reference.diffusers_state
+def test_every_denoiser_of_ours_is_compared() -> None:
+    """All packages that have a denoiser of their own have a reference."""
+    packages = {Path(spec.build.__code__.co_filename).parent for spec in list_specs()}
+    own = {folder.name for folder in packages if (folder / "model.py").exists()}
+    assert own == {name.split()[0] for name in denoisers()}
+    assert all((folder / "reference.py").exists() for folder in packages if folder.name in own)
 
-    def with_another_weight(state: dict[str, Tensor], width: int) -> dict[str, Tensor]:
-        return {**split(state, width), "single_transformer_blocks.1.norm.linear.bias": torch.ones(3 * width)}
 
-    monkeypatch.setattr(flux_reference, "diffusers_state", with_another_weight)
-    assert difference(module, model) > 100 * EXACT
+@pytest.mark.parametrize("name", {name.split()[0]: name for name in denoisers()}.values())
+def test_a_denoiser_that_computes_something_else_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One matrix of the last block is a tenth larger in diffusers' class."""
+
+    def with_another_weight(model: Any, state: Mapping[str, Tensor]) -> Any:
+        last = [key for key, tensor in state.items() if re.search(r"(blocks|layers)\.\d", key) and tensor.ndim == 2][-1]
+        return with_weights(model, {**state, last: 1.1 * state[last]})
+
+    model = denoisers()[name]()
+    module = importlib.import_module(f"{package_of(model)}.reference")
+    monkeypatch.setattr(module, "with_weights", with_another_weight)
+    assert difference(model) > 100 * EXACT
+
+
+def test_a_class_that_the_installed_diffusers_lacks_is_said_to_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    import diffusers
+
+    model = denoisers()["lumina"]()
+    assert re.fullmatch(r"first and last blocks off .*", compare_with_diffusers(model, package_of(model)).found)
+    monkeypatch.delattr(diffusers, "Lumina2Transformer2DModel")
+    monkeypatch.delitem(diffusers._class_to_module, "Lumina2Transformer2DModel")
+    found = compare_with_diffusers(model, package_of(model))
+    expected = f"not compared: diffusers {diffusers.__version__} has no Lumina2Transformer2DModel"
+    assert not found.is_wrong and found.found == expected
 
 
 def test_the_first_and_the_last_block_are_renumbered() -> None:

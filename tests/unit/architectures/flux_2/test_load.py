@@ -14,6 +14,7 @@ from flux_2_train_network import setup_parser
 from library.architectures.flux_2.assembly import build
 from library.architectures.flux_2.load import open_loader
 from library.architectures.flux_2.options import VERSIONS, Flux2Options
+from library.architectures.flux_2.reference import diffusers_state
 from library.architectures.flux_2.releases import DEV, KLEIN_4B, KLEIN_9B, encoder_of, is_distilled, release_of
 from library.architectures.flux_2.vae import COUNTER, statistics
 from library.checkpoints.weights import Weights
@@ -21,7 +22,7 @@ from library.errors import UserError
 from library.models.dit_loader import DitLoader
 from tests.tiny import flux_2 as tiny_flux_2
 from tests.tiny.changes import assert_same_models, rename_token, with_changes, without
-from tests.tiny.flux_2 import build_tiny_flux_2, diffusers_state
+from tests.tiny.flux_2 import CONFIG, build_tiny_flux_2
 
 BASE = "--pretrained_model_name_or_path"
 
@@ -60,7 +61,7 @@ def test_a_single_file_has_either_layout_and_either_prefix(
     tiny: list[str], tmp_path: Path, prefix: str, is_diffusers: bool
 ) -> None:
     state = load_file(tiny[1])
-    state = diffusers_state(state) if is_diffusers else state
+    state = diffusers_state(state, CONFIG.width) if is_diffusers else state
     save_file({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "other.safetensors")
     assert_same_models(opened([BASE, str(tmp_path / "other.safetensors"), *tiny[2:]]), opened(tiny))
 

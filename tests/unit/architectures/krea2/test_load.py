@@ -13,12 +13,13 @@ from krea2_train_network import setup_parser
 from library.architectures.krea2.assembly import build
 from library.architectures.krea2.load import is_turbo, open_loader
 from library.architectures.krea2.options import Krea2Options
+from library.architectures.krea2.reference import diffusers_state
 from library.architectures.krea2.text import LAYERS
 from library.errors import UserError
 from library.models.dit_loader import DitLoader
 from library.models.language_models import encode_layers
 from tests.tiny.changes import assert_same_models, with_changes
-from tests.tiny.krea2 import build_tiny_krea2, diffusers_state
+from tests.tiny.krea2 import build_tiny_krea2
 
 BASE = "--pretrained_model_name_or_path"
 

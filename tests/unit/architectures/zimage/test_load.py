@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 from library.architectures.zimage.assembly import build
 from library.architectures.zimage.load import is_turbo, open_loader
 from library.architectures.zimage.options import ZImageOptions
+from library.architectures.zimage.reference import diffusers_state
 from library.errors import UserError
 from library.models.dit_loader import DitLoader
 from tests.tiny.changes import assert_same_models, with_changes
-from tests.tiny.zimage import build_tiny_zimage, diffusers_state
+from tests.tiny.zimage import CONFIG, build_tiny_zimage
 from zimage_train_network import setup_parser
 
 BASE = "--pretrained_model_name_or_path"
@@ -46,7 +47,7 @@ def test_a_single_file_has_either_layout_and_either_prefix(
     state = load_file(tiny[1])
     if is_diffusers:
         del state["norm_final.weight"]
-        state = diffusers_state(state)
+        state = diffusers_state(state, CONFIG.width)
     save_file({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "other.safetensors")
     assert_same_models(opened([BASE, str(tmp_path / "other.safetensors"), *tiny[2:]]), opened(tiny))
 

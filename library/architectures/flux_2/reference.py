@@ -1,0 +1,61 @@
+"""FLUX.2's denoiser beside diffusers' class with the same weights."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.architectures.flux_2.checkpoint_keys import KEYS
+from library.architectures.flux_2.model import Flux2, Flux2Config
+from library.models.double_stream_keys import SWAPPED
+from library.models.patches import patchify
+from library.models.reference import SIDE, diffusers_class, random_inputs, shortened, split_weights, with_weights
+
+
+def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return the velocities of our class and of diffusers' for random inputs, float32, with the first and the last
+    block of each kind."""
+    assert isinstance(denoiser, Flux2)
+    ours = shortened(denoiser, {"double_blocks": "num_double", "single_blocks": "num_single"})
+    config = ours.config
+    latents_BChw, sigmas_B, text_BLE, _ = random_inputs(generator, config.in_features, config.text_width)
+    guidance_B = torch.tensor([1.0, 4.0]) if config.has_guidance else None
+    zero = torch.arange(1)
+    expected_BTC: Tensor = diffusers_model(ours)(
+        patchify(latents_BChw, 1),
+        encoder_hidden_states=text_BLE,
+        timestep=sigmas_B,
+        img_ids=torch.cartesian_prod(zero, torch.arange(SIDE), torch.arange(SIDE), zero),
+        txt_ids=torch.cartesian_prod(zero, zero, zero, torch.arange(text_BLE.shape[1])),
+        guidance=guidance_B,
+        return_dict=False,
+    )[0]
+    return patchify(ours(latents_BChw, sigmas_B, text_BLE, guidance_B), 1), expected_BTC
+
+
+def diffusers_model(denoiser: Flux2) -> Any:
+    """Build diffusers' class with the weights of ours."""
+    c = denoiser.config
+    model = diffusers_class("Flux2Transformer2DModel")
+    return with_weights(model(**diffusers_config(c)), diffusers_state(denoiser.state_dict(), c.width))
+
+
+def diffusers_config(config: Flux2Config) -> dict[str, Any]:
+    """Return the arguments of diffusers' class."""
+    return {
+        "in_channels": config.in_features,
+        "num_layers": config.num_double,
+        "num_single_layers": config.num_single,
+        "attention_head_dim": config.head_width,
+        "num_attention_heads": config.width // config.head_width,
+        "joint_attention_dim": config.text_width,
+        "mlp_ratio": config.mlp_width / config.width,
+        "guidance_embeds": config.has_guidance,
+        "axes_dims_rope": list(config.rope_axes),
+    }
+
+
+def diffusers_state(state: Mapping[str, Tensor], model_width: int) -> dict[str, Tensor]:
+    """Return the weights under diffusers' names, stacked ones split."""
+    return split_weights(state, KEYS.source_keys, [model_width] * 2, SWAPPED)

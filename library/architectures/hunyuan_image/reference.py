@@ -1,0 +1,62 @@
+"""HunyuanImage 2.1's denoiser beside diffusers' class with the same weights."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.architectures.hunyuan_image.checkpoint_keys import SWAPPED, source_keys
+from library.architectures.hunyuan_image.model import HunyuanImage, HunyuanImageConfig
+from library.models.reference import diffusers_class, random_inputs, shortened, split_weights, with_weights
+
+
+def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return the velocities of our class and of diffusers' for random inputs, float32, with the first and the last
+    block of each kind."""
+    assert isinstance(denoiser, HunyuanImage)
+    ours = shortened(denoiser, {"double_blocks": "num_double", "single_blocks": "num_single"})
+    latents_BCHW, sigmas_B, text_BLE, mask_BL = random_inputs(generator, ours.config.channels, ours.config.text_width)
+    glyphs_BGE = torch.randn(2, 5, ours.config.glyph_width, generator=generator)
+    glyph_mask_BG = torch.tensor([[0, 0, 0, 0, 0], [1, 1, 1, 0, 0]])
+    timesteps_B = 1000 * sigmas_B
+    found_BCHW: Tensor = ours(latents_BCHW, timesteps_B, text_BLE, mask_BL, glyphs_BGE, glyph_mask_BG)
+    expected_BCHW: Tensor = diffusers_model(ours)(
+        latents_BCHW,
+        timesteps_B,
+        encoder_hidden_states=text_BLE,
+        encoder_attention_mask=mask_BL,
+        encoder_hidden_states_2=glyphs_BGE,
+        encoder_attention_mask_2=glyph_mask_BG,
+    ).sample
+    return found_BCHW, expected_BCHW
+
+
+def diffusers_model(denoiser: HunyuanImage) -> Any:
+    """Build diffusers' class with the weights of ours."""
+    c = denoiser.config
+    model = diffusers_class("HunyuanImageTransformer2DModel")
+    return with_weights(model(**diffusers_config(c)), diffusers_state(denoiser.state_dict(), c.width))
+
+
+def diffusers_config(config: HunyuanImageConfig) -> dict[str, Any]:
+    """Return the arguments of diffusers' class, whose MLPs are all four times as wide as the model."""
+    return {
+        "in_channels": config.channels,
+        "out_channels": config.channels,
+        "num_attention_heads": config.width // config.head_width,
+        "attention_head_dim": config.head_width,
+        "num_layers": config.num_double,
+        "num_single_layers": config.num_single,
+        "num_refiner_layers": config.num_refiners,
+        "text_embed_dim": config.text_width,
+        "text_embed_2_dim": config.glyph_width,
+        "rope_axes_dim": [config.head_width // 2, config.head_width // 2],
+        "guidance_embeds": False,
+        "use_meanflow": False,
+    }
+
+
+def diffusers_state(state: Mapping[str, Tensor], model_width: int) -> dict[str, Tensor]:
+    """Return the weights under diffusers' names, stacked ones split."""
+    return split_weights(state, source_keys, [model_width] * 3, SWAPPED)

@@ -1,0 +1,51 @@
+"""Lumina Image 2.0's denoiser beside diffusers' class with the same weights."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.architectures.lumina.checkpoint_keys import KEYS
+from library.architectures.lumina.model import PATCH, LuminaConfig, NextDiT
+from library.models.next_dit import COUNT_FIELDS
+from library.models.reference import diffusers_class, random_inputs, shortened, split_weights, with_weights
+
+
+def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return the velocities of our class and of diffusers' for random inputs, float32, with the first and the last
+    block of each kind."""
+    assert isinstance(denoiser, NextDiT)
+    ours = shortened(denoiser, COUNT_FIELDS)
+    inputs = random_inputs(generator, ours.config.in_features // PATCH**2, ours.config.text_width)
+    return ours(*inputs), diffusers_model(ours)(*inputs, return_dict=False)[0]
+
+
+def diffusers_model(denoiser: NextDiT) -> Any:
+    """Build diffusers' class with the weights of ours."""
+    model = diffusers_class("Lumina2Transformer2DModel")
+    c = denoiser.config
+    assert isinstance(c, LuminaConfig)
+    return with_weights(model(**diffusers_config(c)), diffusers_state(denoiser.state_dict(), c))
+
+
+def diffusers_config(config: LuminaConfig) -> dict[str, Any]:
+    """Return the arguments of diffusers' class, whose MLP is always four times as wide as the model, and whose noise
+    level is as wide as the model up to 1024."""
+    return {
+        "in_channels": config.in_features // PATCH**2,
+        "hidden_size": config.width,
+        "num_layers": config.num_layers,
+        "num_refiner_layers": config.num_noise_refiners,
+        "num_attention_heads": config.num_heads,
+        "num_kv_heads": config.num_kv_heads,
+        "multiple_of": 1,
+        "axes_dim_rope": list(config.rope_axes),
+        "cap_feat_dim": config.text_width,
+    }
+
+
+def diffusers_state(state: Mapping[str, Tensor], config: LuminaConfig) -> dict[str, Tensor]:
+    """Return the weights under diffusers' names, stacked ones split."""
+    kv_width = config.num_kv_heads * config.head_width
+    return split_weights(state, KEYS.source_keys, [config.width, kv_width])

@@ -1,0 +1,56 @@
+"""Qwen-Image 2.1's denoiser beside diffusers' class with the same weights."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.architectures.qwen_image_21.checkpoint_keys import BLOCKS
+from library.architectures.qwen_image_21.model import QwenImage21, QwenImage21Config
+from library.models.patches import patchify
+from library.models.reference import SIDE, diffusers_class, random_inputs, shortened, with_weights
+
+SLOT_SIDE = 2  # a slot in the text, given by `img_mask`, stands for a square of this many tokens of an image
+
+
+def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return the velocities of our class and of diffusers' for random inputs without reference images, float32, with
+    the first and the last block."""
+    assert isinstance(denoiser, QwenImage21)
+    ours = shortened(denoiser, {BLOCKS: "num_blocks"})
+    c, theirs = ours.config, diffusers_model(ours)
+    latents_BChw, sigmas_B, text_BLE, mask_BL = random_inputs(generator, c.in_features, c.text_width)
+    expected = []
+    # Sample by sample: for a batch diffusers places the image behind the longest caption.
+    for b, length in enumerate(mask_BL.sum(1).tolist()):
+        num_slots = (SIDE // SLOT_SIDE) ** 2
+        tokens_1TC = theirs(
+            patchify(latents_BChw[b : b + 1], 1),
+            encoder_hidden_states=text_BLE[b : b + 1, :length],
+            timestep=sigmas_B[b : b + 1],
+            img_shapes=[[(1, SIDE, SIDE)]],
+            img_mask=(torch.arange(length + num_slots) >= length)[None],
+            return_dict=False,
+        )[0]
+        expected.append(tokens_1TC[:, -(SIDE**2) :])
+    return patchify(ours(latents_BChw, sigmas_B, text_BLE, mask_BL), 1), torch.cat(expected)
+
+
+def diffusers_model(denoiser: QwenImage21) -> Any:
+    """Build diffusers' class with the weights of ours, whose names are the same."""
+    model = diffusers_class("QwenImage21Transformer2DModel")
+    return with_weights(model(**diffusers_config(denoiser.config)), denoiser.state_dict())
+
+
+def diffusers_config(config: QwenImage21Config) -> dict[str, Any]:
+    """Return the arguments of diffusers' class."""
+    return {
+        "in_channels": config.in_features,
+        "out_channels": config.in_features,
+        "num_layers": config.num_blocks,
+        "attention_head_dim": config.head_width,
+        "num_attention_heads": config.width // config.head_width,
+        "context_in_dim": config.text_width,
+        "mlp_ratio": config.mlp_width // config.width,
+        "axes_dims_rope": list(config.rope_axes),
+    }

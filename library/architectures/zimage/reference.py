@@ -1,0 +1,51 @@
+"""Z-Image's denoiser beside diffusers' class with the same weights."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.architectures.zimage.checkpoint_keys import KEYS
+from library.architectures.zimage.model import PATCH, ZImage, ZImageConfig
+from library.models.next_dit import COUNT_FIELDS
+from library.models.reference import LENGTHS, diffusers_class, random_inputs, shortened, split_weights, with_weights
+
+
+def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return the velocities of our class and of diffusers' for random inputs, float32, with the first and the last
+    block of each kind."""
+    assert isinstance(denoiser, ZImage)
+    ours = shortened(denoiser, COUNT_FIELDS)
+    inputs = random_inputs(generator, ours.config.in_features // PATCH**2, ours.config.text_width)
+    latents_BCHW, times_B, text_BLE, _ = inputs
+    captions = [states[:length] for states, length in zip(text_BLE, LENGTHS, strict=True)]
+    frames = diffusers_model(ours)(list(latents_BCHW[:, :, None]), times_B, captions, return_dict=False)[0]
+    return ours(*inputs), torch.stack(frames)[:, :, 0]
+
+
+def diffusers_model(denoiser: ZImage) -> Any:
+    """Build diffusers' class with the weights of ours."""
+    model = diffusers_class("ZImageTransformer2DModel")
+    c = denoiser.config
+    assert isinstance(c, ZImageConfig)
+    return with_weights(model(**diffusers_config(c)), diffusers_state(denoiser.state_dict(), c.width))
+
+
+def diffusers_config(config: ZImageConfig) -> dict[str, Any]:
+    """Return the arguments of diffusers' class, whose MLP is always 8/3 times as wide as the model."""
+    return {
+        "in_channels": config.in_features // PATCH**2,
+        "dim": config.width,
+        "n_layers": config.num_layers,
+        "n_refiner_layers": config.num_noise_refiners,
+        "n_heads": config.num_heads,
+        "n_kv_heads": config.num_kv_heads,
+        "cap_feat_dim": config.text_width,
+        "axes_dims": list(config.rope_axes),
+    }
+
+
+def diffusers_state(state: Mapping[str, Tensor], model_width: int) -> dict[str, Tensor]:
+    """Return the weights under diffusers' names, stacked ones split."""
+    return split_weights(state, KEYS.source_keys, [model_width] * 2)
