@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from library.memory.blocks import plain, recompute
+from library.memory.devices import bytes_of
 from library.memory.planner.gpus import TYPICAL
 from library.memory.planner.prediction import Way, predict
 from library.memory.planner.steps import peak_of
@@ -18,6 +19,7 @@ from library.memory.planner.weights import StorageCost
 from library.options.train import TrainOptions
 from library.progress import listening
 from library.protocols import Architecture
+from library.randomness import generator_for
 from library.training.models.base_model import LoadedModels
 from library.training.models.compute import Compute
 from library.training.models.frozen_base import use_8bit_matmul
@@ -28,7 +30,7 @@ from library.training.planning.counting import BatchShape, CountedRun, count_run
 from library.training.step.context import Models
 from library.training.step.losses import loss_of
 from library.training.step.pairs import passes_of
-from library.types import Batch
+from library.types import Batch, CaptionWithImages
 from networks.core.protocol import adopt, open_network_module
 from tests.parity.opened import opened_with
 from tests.running import SCRIPTS
@@ -204,6 +206,28 @@ def test_weights_that_the_file_has_in_8_bits_are_counted_as_they_stay(tmp_path: 
     for form in ("bf16", "nf4"):
         asked = [one.weights.resident_bytes(StorageCost.of(form), ()) for one in (plain, step)]
         assert asked[0] == asked[1]
+
+
+@pytest.mark.slow
+def test_encoding_references_takes_what_is_counted(tmp_path: Path) -> None:
+    """By the text encoder, which sees two with each caption, and by the VAE, for which one is larger than the image."""
+    words = ("--mixed_precision", "no", "--cache_text_encoder_outputs")
+    options, arch = opened("qwen_image_21", tmp_path / "model", *words)
+    sizes = ((256, 192), (384, 256))
+    images, captions = count_run(options, arch, replace(SHAPE, reference_sizes=sizes), CPU).stages
+    encoders, vae = arch.load.text_encoders(), arch.load.vae()
+    assert captions.weights == bytes_of(*encoders)
+    caption = CaptionWithImages(longest_caption(arch), "", lambda: tuple(torch.rand(4, h, w) * 2 - 1 for w, h in sizes))
+    for count in (1, 2):
+        tokens = arch.text.tokenize([caption] * count)
+        with torch.no_grad():
+            real = allocated_peak(lambda: arch.text.encode(encoders, tokens))  # noqa: B023
+        counted = captions.rise_of_one + (count - 1) * captions.rise_of_each_more
+        assert counted == pytest.approx(real, rel=SHARE)
+    pixels_BCHW = torch.rand(1, 3, 256, 384)
+    with torch.no_grad():
+        real = allocated_peak(lambda: arch.codec.encode(vae, pixels_BCHW, [generator_for(0, "planned")]))
+    assert images.rise_of_one == pytest.approx(real, rel=SHARES["qwen_image_21"])
 
 
 def opened_again(options: TrainOptions, arch: Architecture) -> tuple[TrainOptions, Architecture]:

@@ -5,12 +5,13 @@ counted on any machine in seconds.
 """
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -107,8 +108,8 @@ class OperationCounter(TorchDispatchMode):
     """Adds up floating-point operations, bytes that are read and written, launches of kernels, and the bytes of the
     storages that operations allocate, until they are freed.
 
-    `answers` are the values that reading a fake tensor returns, by kind of dtype: "bool", "int" and "float". Without
-    them values are read from the tensors themselves.
+    `answers` are the values that reading a fake tensor returns, by kind of dtype: "bool", "int" and "float". Values of
+    other tensors are read from the tensors themselves.
     """
 
     def __init__(self, answers: Mapping[str, Any] | None = None) -> None:
@@ -123,10 +124,10 @@ class OperationCounter(TorchDispatchMode):
         if func is torch.ops.prim.device.default:  # two of three calls are autograd asking for a device
             return args[0].device
         kwargs = kwargs or {}
-        if func is aten._local_scalar_dense.default and self._answers is not None:
+        if func is aten._local_scalar_dense.default and self._answers is not None and isinstance(args[0], FakeTensor):
             return self._answers[kind_of(args[0].dtype)]
         if func is aten.index.Tensor and self._answers is not None:
-            args = args[0], [all_places(index) for index in args[1]], *args[2:]
+            args = args[0], [place for index in args[1] for place in places_of(index)], *args[2:]
         out = func(*args, **kwargs)
         self.flops += flops_of(func, args, kwargs, out)
         if launches_kernel(func):
@@ -177,10 +178,14 @@ class OperationCounter(TorchDispatchMode):
         self.live -= self._sizes.pop(key, 0)
 
 
-def all_places(index: Tensor | None) -> Tensor | None:
-    """Replace a mask along one axis by all its indices, because a fake mask hides how many it selects."""
-    is_mask = index is not None and index.dtype == torch.bool and index.ndim == 1
-    return torch.arange(len(index), device=index.device) if index is not None and is_mask else index
+def places_of(index: Tensor | None) -> Sequence[Tensor | None]:
+    """Replace a mask by the indices that it selects along each axis, and a fake one along one axis by all: it hides how
+    many it selects."""
+    if index is None or index.dtype != torch.bool:
+        return [index]
+    if not isinstance(index, FakeTensor):
+        return index.nonzero(as_tuple=True)
+    return [torch.arange(len(index), device=index.device)] if index.ndim == 1 else [index]
 
 
 def kind_of(dtype: torch.dtype) -> str:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
+from math import prod
 from typing import TypeVar
 
 import torch
@@ -47,7 +49,7 @@ from library.options.training.optimizer import OptimizerOptions
 from library.options.training.pairs import PairOptions
 from library.options.training.run import RunOptions
 from library.progress import progress_bar
-from library.protocols import Architecture, TextCacheSpec
+from library.protocols import Architecture, LatentSpec, TextCacheSpec
 from library.randomness import generator_for
 from library.training.loop.stacked_step import stacked_losses
 from library.training.models.base_model import LoadedModels
@@ -64,7 +66,7 @@ from library.training.planning.waiting import OffloadedBlocks
 from library.training.step.context import Models
 from library.training.step.joining import repeat_batch
 from library.training.step.losses import loss_of
-from library.types import Batch, Conditioning
+from library.types import Batch, CaptionWithImages, Conditioning
 from networks.core.protocol import AdoptedNetwork, adopt, multiplex, open_network_module
 
 T = TypeVar("T")
@@ -149,7 +151,7 @@ def count_run(
         captions, conditioning, gradientless = None, None, None
         if concepts is None:
             spec = cached_text(options.network, arch.text_cache)
-            captions, conditioning = count_captions(spec, options.precision, arch, meta.encoders, rows.count)
+            captions, conditioning = count_captions(spec, options.precision, arch, meta.encoders, rows)
             if spec is not None and spec.places_key is not None and conditioning is not None:
                 no_places = torch.zeros(rows.count, len(rows.reference_sizes), dtype=torch.long)
                 conditioning = {**conditioning, spec.places_key: no_places}
@@ -334,21 +336,25 @@ def fake_batch(arch: Architecture, shape: BatchShape, conditioning: Conditioning
     )
 
 
-def rise_of(arch: Architecture, models: Sequence[nn.Module], run: Callable[[], T]) -> tuple[int, T]:
-    """Return the most bytes that `run` takes besides the weights of `models`, and what it gives."""
+def rise_of(
+    arch: Architecture, models: Sequence[nn.Module], run: Callable[[], T], given: Sequence[Tensor] = ()
+) -> tuple[int, T]:
+    """Return the most bytes that `run` takes besides the weights of `models` and the tensors that it is given, and what
+    it returns."""
     counter = counter_for(arch)
-    counter.leave_out(tensors_of(*models))
+    counter.leave_out([*tensors_of(*models), *given])
     with counter, torch.no_grad():
         found = run()
     return counter.peak, found
 
 
 def count_images(arch: Architecture, vae: nn.Module, shape: BatchShape) -> Stage:
-    """Count encoding images before training."""
-    pixels_BCHW = torch.empty(1, 3, shape.height, shape.width)
+    """Count encoding the largest images before training, their references among them."""
+    width, height = max(((shape.width, shape.height), *shape.reference_sizes), key=prod)
+    pixels_BCHW = torch.empty(1, 3, height, width)
     generators = [generator_for(0, "planned")]
     one, _ = rise_of(arch, [vae], lambda: arch.codec.encode(vae, pixels_BCHW, generators))
-    most = most_images(shape.width * shape.height)
+    most = most_images(width * height)
     return Stage("encoding images", "vae_batch_size", bytes_of(vae), one, one, most=most)
 
 
@@ -357,23 +363,29 @@ def count_captions(
     precision: PrecisionOptions,
     arch: Architecture,
     encoders: Sequence[nn.Module],
-    batch_size: int,
+    batch: BatchShape,
 ) -> tuple[Stage | None, Conditioning | None]:
-    """Count encoding captions before training, and give the features of a batch; None where no `spec` caches them."""
+    """Count encoding captions before training, with the reference images that the encoders see, and give the features
+    of a batch; None where no `spec` caches them."""
     if spec is None:
         return None, None
-    autocast = Compute.build(precision, CPU).autocast
+    batch_size, autocast = batch.count, Compute.build(precision, CPU).autocast
+    caption, sees_images = longest_caption(arch), spec.places_key is not None and len(batch.reference_sizes) > 0
+    if sees_images:
+        caption = CaptionWithImages(caption, "", lambda: empty_references(arch.codec.spec, batch.reference_sizes))
 
-    def encode(count: int) -> Callable[[], Conditioning]:
-        tokens = arch.text.tokenize([longest_caption(arch)] * count)
+    def encode(count: int) -> tuple[int, Conditioning]:
+        # Which tokens stand for images is read from the tokens, so these need their values: the mode must be off.
+        with unset_fake_temporarily() if sees_images else nullcontext():
+            tokens = arch.text.tokenize([caption] * count)
 
-        def run() -> Conditioning:
-            with autocast():
-                return arch.text.encode(encoders, tokens)
+            def run() -> Conditioning:
+                with autocast():
+                    return arch.text.encode(encoders, tokens)
 
-        return run
+            return rise_of(arch, encoders, run, list(chain.from_iterable(tokens.images)))
 
-    counted = {count: rise_of(arch, encoders, encode(count)) for count in {1, batch_size}}
+    counted = {count: encode(count) for count in {1, batch_size}}
     one, all_of_batch = counted[1][0], counted[batch_size][0]
     # Encoding two as well would take a twentieth of the whole count; the first caption bounds each more.
     each_more = one if batch_size == 1 else (all_of_batch - one) // (batch_size - 1)
@@ -382,6 +394,12 @@ def count_captions(
         return None, features
     weights, streamed = bytes_of(*encoders), least_bytes(encoders)
     return Stage("encoding captions", "text_encoder_batch_size", weights, one, each_more, streamed), features
+
+
+def empty_references(spec: LatentSpec, sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
+    """Return images of these widths and heights, CHW, without values."""
+    channels = 4 if spec.has_alpha else 3
+    return tuple(torch.zeros(channels, height, width) for width, height in sizes)
 
 
 def count_prompts(
