@@ -22,14 +22,15 @@ from library.checkpoints.files import load_state_dict, save_safetensors
 from library.data.caching.filling import ADD_ENCODERS, Codec, Found, fill
 from library.data.caching.stores import CacheFiles, TextStore, usual_text_file
 from library.data.caching.text_files import WORDS, Identity, Row, TextFile, judge, without_padding, write_texts
+from library.data.decoding.images import DamagedImage
 from library.data.decoding.npz import MISSING, Verdict
 from library.data.plan.data_plan import DataPlan
-from library.errors import NotThere, UserError, needing
+from library.errors import NotThere, UserError, few, needing
 from library.formatting import format_bytes
 from library.processes import ALONE, Processes
 from library.progress import Bar, progress_bar
 from library.protocols import TextCacheSpec
-from library.types import Conditioning
+from library.types import CaptionWithImages, Conditioning
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ MAX_REPEATED = 64  # captions shared by several files, such as class tokens, kep
 
 Encode = Callable[[Sequence[str]], Conditioning]
 """Encodes captions to their conditioning, first axis B, without gradient."""
+EncodeSome = Callable[[Sequence[str]], tuple[Sequence[str], Conditioning]]
+"""Encodes those captions that can be encoded; returns these too."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +130,8 @@ def cache_texts(
         identity = cache(lambda: identity_of(encoding, [empty, *jobs]))
         if not skips_check and any(os.path.exists(job.path) for job in (empty, *jobs)):
             identity()  # computed once, before threads need it
-        of_captions = text_codec(lambda: open_encoders().captions, spec, identity)
-        of_prompts = text_codec(lambda: open_encoders().prompts, spec, identity)
+        of_captions = text_codec(lambda: readable_alone(open_encoders().captions), spec, identity)
+        of_prompts = text_codec(lambda: every_one(open_encoders().prompts), spec, identity)
         fill(of_captions, [empty, *jobs], skips_check, plan.num_workers, processes)
         if prompts:
             fill(of_prompts, [shown], skips_check, plan.num_workers, ALONE)
@@ -139,8 +142,8 @@ def cache_texts(
     logger.info("caching text encoder outputs of %d captions in memory%s", len(texts) + len(prompts), size)
     share = texts[processes.local_rank :: processes.local_count]
     with progress_bar(TITLE, len(share) + len(prompts)) as bar:
-        rows = encode_rows(share, lambda: open_encoders().captions, spec, bar)
-        prompt_rows = encode_rows(prompts, lambda: open_encoders().prompts, spec, bar)
+        rows = encode_rows(share, lambda: readable_alone(open_encoders().captions), spec, bar)
+        prompt_rows = encode_rows(prompts, lambda: every_one(open_encoders().prompts), spec, bar)
     store = TextStore(memory=passed_on(rows, texts, processes), padding=spec.padding)
     num_bytes = sum(map(row_bytes, (*store.memory.values(), *prompt_rows.values())))
     logger.info("cached text encoder outputs: %.2f GB", num_bytes / 1e9)
@@ -202,7 +205,7 @@ def shared_job(plan: DataPlan, spec: TextCacheSpec, name: str, texts: Sequence[s
     return Job(TextFile(os.path.join(first, f".{name}{spec.suffix}"), spec.keys), tuple(texts))
 
 
-def text_codec(encode: Callable[[], Encode], spec: TextCacheSpec, identity: Callable[[], Identity]) -> Codec[Job]:
+def text_codec(encode: Callable[[], EncodeSome], spec: TextCacheSpec, identity: Callable[[], Identity]) -> Codec[Job]:
     """Return the check and the encoding of caption files."""
 
     def judge_job(job: Job) -> Verdict:
@@ -220,7 +223,10 @@ def text_codec(encode: Callable[[], Encode], spec: TextCacheSpec, identity: Call
 
 
 def write_files(
-    missing: Sequence[Found[Job]], encode: Callable[[], Encode], spec: TextCacheSpec, identity: Callable[[], Identity]
+    missing: Sequence[Found[Job]],
+    encode: Callable[[], EncodeSome],
+    spec: TextCacheSpec,
+    identity: Callable[[], Identity],
 ) -> None:
     """Encode the captions that files lack, and write the files."""
     uses = Counter(text for one in missing for text in lacking(one))
@@ -236,8 +242,10 @@ def write_files(
             bar.update(len(needed) - len(new))
             for one in group:
                 file, kept = one.asked.file, one.verdict.kept
-                features = {text: file.read(text) if text in kept else rows[text] for text in one.asked.texts}
-                write_texts(file.path, features, spec.keys, spec.constants, identity(), spec.keeps_bits)
+                known = [text for text in one.asked.texts if text in kept or text in rows]
+                features = {text: file.read(text) if text in kept else rows[text] for text in known}
+                if features:  # none where a reference is damaged
+                    write_texts(file.path, features, spec.keys, spec.constants, identity(), spec.keeps_bits)
             rows = dict(islice(((text, row) for text, row in rows.items() if uses[text] > 1), MAX_REPEATED))
 
 
@@ -263,15 +271,49 @@ def grouped(missing: Sequence[Found[Job]], batch_size: int) -> Iterator[list[Fou
         yield group
 
 
-def encode_rows(texts: Sequence[str], encode: Callable[[], Encode], spec: TextCacheSpec, bar: Bar) -> dict[str, Row]:
+def every_one(encode: Encode) -> EncodeSome:
+    return lambda texts: (texts, encode(texts))
+
+
+def readable_alone(encode: Encode) -> EncodeSome:
+    """Leave out captions with damaged reference images, with a warning: other images of their buckets are drawn in
+    their place, as caching latents or drawing them says."""
+
+    def run(texts: Sequence[str]) -> tuple[Sequence[str], Conditioning]:
+        try:
+            return texts, encode(texts)
+        except DamagedImage:
+            faults = {text: fault_of(text) for text in texts}
+        damaged = sorted({fault for fault in faults.values() if fault is not None})
+        logger.warning("captions of images with a damaged reference are not encoded: %s", few(damaged))
+        left = [text for text, fault in faults.items() if fault is None]
+        return left, encode(left) if left else {}
+
+    return run
+
+
+def fault_of(text: str) -> str | None:
+    """Return the error that names a damaged image of a caption; None without."""
+    try:
+        if isinstance(text, CaptionWithImages):
+            text.read()
+    except DamagedImage as error:
+        return str(error)
+    return None
+
+
+def encode_rows(
+    texts: Sequence[str], encode: Callable[[], EncodeSome], spec: TextCacheSpec, bar: Bar
+) -> dict[str, Row]:
     """Encode captions to features on the CPU, `text_encoder_batch_size` at a time."""
     rows: dict[str, Row] = {}
     count = spec.options.text_encoder_batch_size or 1
     for first in range(0, len(texts), count):
         batch = texts[first : first + count]
-        encoded = {name: tensor.detach().cpu() for name, tensor in encode()(batch).items()}
-        assert set(encoded) == set(spec.keys), (set(encoded), spec.keys)
-        for place, text in enumerate(batch):
+        able, features = encode()(batch)
+        encoded = {name: tensor.detach().cpu() for name, tensor in features.items()}
+        assert not able or set(encoded) == set(spec.keys), (set(encoded), spec.keys)
+        for place, text in enumerate(able):
             row = without_padding({name: encoded[name][place] for name in spec.keys}, spec.padding)
             rows[text] = {name: tensor.clone() for name, tensor in row.items()}
             check_row(text, rows[text])

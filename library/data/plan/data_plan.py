@@ -189,7 +189,8 @@ class DataPlan:
     def with_seen_references(self) -> "DataPlan":
         """Return a plan for text encoders that see the reference images beside the captions. Raises UserError as
         `SeenReferences.of` does."""
-        return replace(self, seen=SeenReferences.of(self.samples, self.subsets, self.storage, self.spec.has_alpha))
+        seen = SeenReferences.of(self.samples, self.subsets, self.storage, self.spec.has_alpha, self.num_workers)
+        return replace(self, seen=seen)
 
     @property
     def has_references(self) -> bool:

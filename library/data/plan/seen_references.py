@@ -3,7 +3,7 @@
 Letters: N samples.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from library.data.decoding.images import Pixels, Placement, centred, place, read_pixels, with_alpha
 from library.data.decoding.tensors import to_pixels
+from library.data.decoding.threads import in_blocks
 from library.data.description.schema import SubsetConfig
 from library.data.plan.dataset_digest import content_digest
 from library.data.plan.samples import Sample, Samples, check_size
@@ -34,21 +35,23 @@ class SeenReferences:
 
     @classmethod
     def of(
-        cls, samples: Samples, subsets: Sequence[SubsetConfig], storage: Storage, has_alpha: bool
+        cls, samples: Samples, subsets: Sequence[SubsetConfig], storage: Storage, has_alpha: bool, num_threads: int
     ) -> "SeenReferences":
         """Read the references of samples that are drawn. Raises UserError for subsets whose references change in every
         draw."""
+        shown = {number: one for number, one in enumerate(samples) if one.image.references and one.num_draws}
+        for config in {one.subset: subsets[one.subset] for one in shown.values()}.values():
+            for name in ("random_crop", "color_aug", "face_crop_aug_range"):
+                if getattr(config, name):
+                    raise UserError(
+                        f"{config.source}: {name} changes reference images in every draw, but the text encoder, "
+                        "whose outputs are cached, sees them too; remove it"
+                    )
+        paths = list({one.key: None for sample in shown.values() for one in sample.image.references if not one.place})
+        contents = dict(zip(paths, in_blocks(read_digests, paths, num_threads, "reading references"), strict=True))
         digests_N = np.zeros(len(samples), dtype=np.uint64)
-        for number, sample in enumerate(samples):
-            if sample.image.references and sample.num_draws:
-                config = subsets[sample.subset]
-                for name in ("random_crop", "color_aug", "face_crop_aug_range"):
-                    if getattr(config, name):
-                        raise UserError(
-                            f"{config.source}: {name} changes reference images in every draw, but the text encoder, "
-                            "whose outputs are cached, sees them too; remove it"
-                        )
-                digests_N[number] = digest_of(sample, config.resize_interpolation)
+        for number, sample in shown.items():
+            digests_N[number] = digest_of(sample, subsets[sample.subset].resize_interpolation, contents)
         return cls(digests_N, storage, has_alpha)
 
     def key(self, number: int, caption: str, is_flipped: bool) -> str:
@@ -77,10 +80,14 @@ class SeenReferences:
         return tuple(map(to_pixels, placed_references(sample, placement, interpolation, self.storage, self.has_alpha)))
 
 
-def digest_of(sample: Sample, interpolation: str | None) -> int:
-    """Return a digest of the references of a sample; never 0."""
+def read_digests(paths: Sequence[str]) -> list[str]:
+    return [content_digest(path) for path in paths]
+
+
+def digest_of(sample: Sample, interpolation: str | None, contents: Mapping[str, str]) -> int:
+    """Return a digest of the references of a sample, whose files have the digests `contents`; never 0."""
     shown = [
-        (content_digest(one.key) if one.place is None else one.place.digest, shape.bucket, shape.resized)
+        (contents[one.key] if one.place is None else one.place.digest, shape.bucket, shape.resized)
         for one, shape in zip(sample.image.references, sample.shape.references, strict=True)
     ]
     return max(1, int.from_bytes(blake2b(f"{shown} {interpolation}".encode(), digest_size=8).digest(), "big"))

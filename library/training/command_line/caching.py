@@ -110,7 +110,7 @@ def run_command(
         print(f"{error} received; complete files are kept", file=sys.stderr)
         return interruption.exit_status
     except Exception as error:
-        report_error(error)
+        report_error(error, args)
         return 1
     finally:
         interruption.disarm()

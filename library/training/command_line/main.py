@@ -9,6 +9,7 @@ from typing import TypeVar
 from library.data.plan.data_plan import DataPlan
 from library.diffusion.flow import FlowMatching
 from library.errors import UserError
+from library.options.model import BASE_FLAG
 from library.options.train import TrainOptions
 from library.protocols import Architecture, LatentSpec
 from library.training.command_line.checks import check, check_values
@@ -57,7 +58,7 @@ def main(
         logger.warning("%s received before the first step: nothing was trained, nothing to save", error)
         return interruption.exit_status
     except Exception as error:
-        report_error(error)
+        report_error(error, args)
         return 1
     finally:
         interruption.disarm()
@@ -129,8 +130,8 @@ OUR_FAULT = (
 )
 
 
-def report_error(error: Exception) -> None:
-    """Show what ended a run; what was saved is told last.
+def report_error(error: Exception, args: argparse.Namespace | None = None) -> None:
+    """Show what ended a run; what was saved is told last. `args` are the options as they were typed.
 
     What the user can put right is a sentence, and so is what the operating system refuses. Anything else is a fault of
     ours and keeps its traceback.
@@ -138,14 +139,20 @@ def report_error(error: Exception) -> None:
     from library.training.failures.failure import StoppedByError
 
     if isinstance(error, StoppedByError) and isinstance(error.__cause__, Exception):
-        report_error(error.__cause__)
+        report_error(error.__cause__, args)
         logger.error("%s", error)
     elif isinstance(error, UserError) or is_from_system(error):
-        logger.error("%s", error)
+        logger.error("%s", with_typed_flag(str(error), args))
         logger.debug("where it was found:", exc_info=error)
     else:
         logger.error("%s: %s", type(error).__name__, error, exc_info=error)
         logger.error("%s", OUR_FAULT)
+
+
+def with_typed_flag(message: str, args: argparse.Namespace | None) -> str:
+    """Return a message that names the base model's flag as it was typed: --dit is musubi-tuner's name of it."""
+    is_dit = getattr(args, "dit", None) and not getattr(args, "pretrained_model_name_or_path", None)
+    return message.replace(BASE_FLAG, "--dit") if is_dit else message
 
 
 def is_from_system(error: Exception) -> bool:

@@ -356,7 +356,8 @@ def draw_latents(
     sampler, predict, batch = preview.sampler(prompt), preview.predict(prompt), batch_of(prompt)
     texts = texts_of_prompt(prompt, context.arch)
     positive, negative = (on_device(encoded.get(text), context.device) for text in texts)
-    assert positive is not None
+    if positive is None:
+        raise changed_references(prompt)
     extra = prompt_conditioning(context, vae, prompt, batch, generator.initial_seed())
 
     def say(noised: Noised, progress: float) -> Tensor:
@@ -371,6 +372,17 @@ def draw_latents(
     if latents_BCHW is not None and not latents_BCHW.isfinite().all():
         raise UserError("the latents are not a number: the denoiser overflows, or the adapter has diverged")
     return latents_BCHW
+
+
+def changed_references(prompt: Prompt) -> UserError:
+    """Return the error for a prompt whose features, which are kept with a digest of its images, are of other images."""
+    assert prompt.reference_paths, "the features of a prompt without images are kept under its text"
+    gone = [path for path in prompt.reference_paths if not path.is_file()]
+    names = ", ".join(map(str, gone or prompt.reference_paths))
+    return UserError(
+        f"--ci {names} {'is gone' if gone else 'has changed'} since the run began, and the text encoder, which saw it, "
+        "has left memory; put the file back as it was, or stop and continue with --resume to use the new one"
+    )
 
 
 def decode(context: StepContext, vae: nn.Module, latents_BCHW: Tensor, fallback: VaeFallback) -> Image.Image:

@@ -1,5 +1,6 @@
 """Reference images that text encoders see: which texts are encoded, and which images belong to each."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +10,19 @@ import pytest
 import torch
 from PIL import Image
 
-from library.data.decoding.images import Pixels, change_colour, read_pixels, resize, with_alpha
+from library.data.caching.captions import Encoders, TextEncoding, cache_texts
+from library.data.caching.latents import cache_latents
+from library.data.decoding.images import DamagedImage, Pixels, change_colour, read_pixels, resize, with_alpha
 from library.data.plan.data_plan import DataPlan
+from library.data.training_data import open_batches
 from library.errors import UserError
+from library.options.caching import CachingOptions, TextCachingOptions
+from library.protocols import TextCacheSpec
 from library.randomness import random_for
-from library.types import CaptionWithImages, plain_caption
+from library.types import CaptionWithImages, Conditioning, plain_caption
 from tests.unit.data import builders
-from tests.unit.data.builders import plan_of, write_config, write_folder
+from tests.unit.data.builders import batches_of, plan_of, write_config, write_folder
+from tests.unit.data.test_text_cache import DISK, KEYS, MEMORY, Tokenizer, pipeline
 
 SPEC = replace(builders.SPEC, max_references=2, has_alpha=True)
 
@@ -74,6 +81,41 @@ def test_a_text_changes_with_the_content_and_the_crop_of_a_reference(tmp_path: P
     after = texts(plan(tmp_path))
     assert before[0] == after[0] and before[1] != after[1]
     assert all(a != b for a, b in zip(after, texts(plan(tmp_path, "control_resolution = 128")), strict=True))
+
+
+def encoding_of(options: TextCachingOptions, calls: list[list[str]]) -> TextEncoding:
+    """Encoders that see the images of captions."""
+
+    def encode(captions: Sequence[str]) -> Conditioning:
+        for caption in captions:
+            if isinstance(caption, CaptionWithImages):
+                caption.read()
+        return pipeline(calls)(captions)
+
+    spec = TextCacheSpec(options, "_te.npz", KEYS, lambda: "encoders", "", (Tokenizer("a cat"),))
+    return TextEncoding(spec, lambda: Encoders(encode, encode), "bf16")
+
+
+@pytest.mark.parametrize("options", [MEMORY, DISK], ids=["memory", "disk"])
+def test_an_image_with_a_damaged_reference_is_skipped_by_both_caches(
+    tmp_path: Path, options: TextCachingOptions, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a batch of two captions, one of which cannot be encoded; and without cached latents."""
+    plan(tmp_path)
+    path = sorted((tmp_path / "before").glob("*.png"))[1]
+    path.write_bytes(path.read_bytes()[:600])
+    found, calls = plan(tmp_path), []  # type: ignore[var-annotated]
+    kept = cache_texts(found, encoding_of(replace(options, text_encoder_batch_size=4), calls), (), False)
+    assert [plain_caption(text) for call in calls for text in call].count("cat") == 1
+    assert caplog.text.count(f"captions of images with a damaged reference are not encoded: {path}") == 1
+    for batch in (*batches_of(found), *batches_of(open_batches(found, texts=kept.store))):
+        assert [Path(key).stem for key in batch.keys] == ["p0"]
+    latents = CachingOptions(cache_latents=True)
+    store = cache_latents(found, lambda pixels, _: pixels[:, :, ::8, ::8], lambda: "vae", latents, 1)
+    assert store.damaged == {1}
+    damaged = CaptionWithImages("a prompt", "", lambda: (torch.from_numpy(read_pixels(str(path))[0]),))
+    with pytest.raises(DamagedImage, match=re.escape(str(path))):
+        cache_texts(found, encoding_of(options, calls), [damaged], False)
 
 
 @pytest.mark.parametrize("name", ["color_aug", "random_crop"])

@@ -1,5 +1,6 @@
 """How an error that ends a run is shown."""
 
+import argparse
 import errno
 import logging
 
@@ -7,6 +8,22 @@ import pytest
 
 from library.errors import UserError
 from library.training.command_line.main import OUR_FAULT, report_error
+
+
+@pytest.mark.parametrize(
+    ("typed", "flag"),
+    [
+        ({"dit": "x.safetensors", "pretrained_model_name_or_path": None}, "--dit"),
+        ({"dit": None, "pretrained_model_name_or_path": "x.safetensors"}, "--pretrained_model_name_or_path"),
+        ({"pretrained_model_name_or_path": "x.safetensors"}, "--pretrained_model_name_or_path"),
+    ],
+    ids=repr,
+)
+def test_the_flag_of_the_base_model_is_the_one_that_was_typed(
+    caplog: pytest.LogCaptureFixture, typed: dict[str, str | None], flag: str
+) -> None:
+    report_error(UserError("--pretrained_model_name_or_path x.safetensors does not exist"), argparse.Namespace(**typed))
+    assert caplog.messages == [f"{flag} x.safetensors does not exist"]
 
 
 def shown(caplog: pytest.LogCaptureFixture, error: Exception) -> list[logging.LogRecord]:

@@ -4,6 +4,7 @@ import logging
 import random
 import re
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 from library.architectures.sd.assembly import build
+from library.errors import UserError
 from library.options.output.preview import PreviewOptions
 from library.options.output.saving import SavingOptions
 from library.processes import ALONE
@@ -216,6 +218,21 @@ def test_latents_that_are_no_number_are_an_error(run: Any) -> None:
     encoded = encode_prompts(run.context.arch, run.context.models.text_encoders, nullcontext, [SMALL])
     with torch.no_grad(), pytest.raises(ValueError, match="diverged"):
         draw_latents(run.context, SMALL, encoded, torch.Generator())
+
+
+@pytest.mark.parametrize("is_gone", [True, False], ids=["gone", "changed"])
+def test_a_reference_that_changes_in_mid_run_is_an_error_naming_it(run: Any, tmp_path: Path, is_gone: bool) -> None:
+    """A text encoder that sees images is gone by then; features are kept under a digest of these."""
+    cached = SimpleNamespace(places_key="image_places")
+    context: Any = SimpleNamespace(**{**vars(run.context), "arch": replace(run.context.arch, text_cache=cached)})
+    path = tmp_path / "before.png"
+    Image.new("RGB", (64, 64)).save(path)
+    prompt = replace(SMALL, reference_paths=(path,))
+    encoded = {text: {} for text in texts_of([prompt], context.arch)}
+    path.unlink() if is_gone else Image.new("RGB", (64, 64), "red").save(path)
+    error = f"--ci {re.escape(str(path))} {'is gone' if is_gone else 'has changed'} since the run began.*--resume"
+    with torch.no_grad(), pytest.raises(UserError, match=error):
+        draw_latents(context, prompt, encoded, torch.Generator())
 
 
 def test_an_image_that_is_no_number_is_an_error_naming_the_way_out(run: Any) -> None:
