@@ -10,7 +10,9 @@ from uuid import uuid4
 
 from library.checkpoints.files import flush_folder
 
+LONGEST_ON_WINDOWS = 259  # characters of a path, unless long paths are enabled
 UNFINISHED, REPLACED = "unfinished", "replaced"
+ADDED_TO_NAMES = len(f"..{'0' * 12}.{UNFINISHED}")  # characters, while a folder is filled
 MOVED = re.compile(rf"\.(.+)\.[0-9a-f]{{12}}\.({UNFINISHED}|{REPLACED})")
 
 

@@ -25,6 +25,7 @@ from library.data.caching.text_files import WORDS, Identity, Row, TextFile, judg
 from library.data.decoding.images import DamagedImage
 from library.data.decoding.npz import MISSING, Verdict
 from library.data.plan.data_plan import DataPlan
+from library.data.scanned.names import same_file_key
 from library.errors import NotThere, UserError, few, needing
 from library.formatting import format_bytes
 from library.processes import ALONE, Processes
@@ -187,14 +188,17 @@ def plan_jobs(plan: DataPlan, spec: TextCacheSpec) -> tuple[list[Job], CacheFile
     all.
     """
     texts_of: dict[str, dict[str, None]] = defaultdict(dict)
+    paths: dict[str, str] = {}
     usual = partial(usual_text_file, spec.suffix, spec.keys)
     has_N = np.zeros(len(plan.samples), dtype=bool)
     for number, texts in enumerate(plan.caption_texts()):
         wanted = [text for text in texts if text]
         if wanted:
             has_N[number] = True
-            texts_of[usual(plan.samples[number], plan.storage).path].update(dict.fromkeys(wanted))
-    jobs = [Job(TextFile(path, spec.keys), tuple(texts)) for path, texts in texts_of.items()]
+            path = usual(plan.samples[number], plan.storage).path
+            paths.setdefault(same_file_key(path), path)
+            texts_of[same_file_key(path)].update(dict.fromkeys(wanted))
+    jobs = [Job(TextFile(paths[key], spec.keys), tuple(texts)) for key, texts in texts_of.items()]
     return jobs, CacheFiles(usual, has_N)
 
 

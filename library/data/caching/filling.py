@@ -14,6 +14,7 @@ from typing import Generic, Protocol, TypeVar
 
 from library.data.decoding.npz import MISSING, CacheWords, Verdict, clear_left_overs
 from library.data.decoding.threads import in_blocks
+from library.data.scanned.names import same_file_key
 from library.errors import few
 from library.processes import Processes
 
@@ -88,7 +89,7 @@ def fill(
 def shared_out(jobs: Sequence[JobT], rank: int, count: int) -> list[JobT]:
     """Return one process's share of the jobs. Jobs of one file go to one process, because it writes the whole file."""
     numbers: dict[str, int] = {}
-    return [job for job in jobs if numbers.setdefault(job.path, len(numbers)) % count == rank]
+    return [job for job in jobs if numbers.setdefault(same_file_key(job.path), len(numbers)) % count == rank]
 
 
 def check_files(codec: Codec[JobT], jobs: Sequence[JobT], skips_check: bool, num_threads: int) -> list[Found[JobT]]:

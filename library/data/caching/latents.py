@@ -34,6 +34,7 @@ from library.data.description.buckets import Shape
 from library.data.plan.data_plan import DataPlan
 from library.data.plan.samples import Sample, check_size, stand_in
 from library.data.scanned.images import ScannedImage, Version
+from library.data.scanned.names import same_file_key
 from library.data.sources.storage.storage import Storage
 from library.errors import NotThere, UserError, few, needing
 from library.options.caching import CachingOptions
@@ -181,11 +182,12 @@ def plan_jobs(plan: DataPlan, to_disk: bool) -> list[Job]:
         sample = plan.samples[users[0]]
         file = file_of(sample, plan) if to_disk else None
         if file is not None:
-            if (file.path, file.tail) in claimed:
+            entry = same_file_key(file.path), file.tail
+            if entry in claimed:
                 left_out.append(sample.image.key)
                 file = None
             else:
-                claimed.add((file.path, file.tail))
+                claimed.add(entry)
         flipped, alpha = any(s.flip_aug for s in subsets), any(s.alpha_mask for s in subsets)
         jobs.append(Job(sample, tuple(users), interpolation, flipped, alpha, file, plan.spec.has_alpha))
     if left_out:

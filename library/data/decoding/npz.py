@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from library.checkpoints.files import atomic_path
+from library.checkpoints.folders import LONGEST_ON_WINDOWS
 from library.errors import UserError
 
 DAMAGE = (
@@ -93,9 +94,11 @@ def writing(path: str, words: CacheWords) -> Iterator[Path]:
         with atomic_path(path) as temporary:
             yield temporary
     except OSError as error:
+        length = len(os.path.abspath(path))
+        long = f", its path has {length} characters" if length > LONGEST_ON_WINDOWS else ""
         raise UserError(
-            f"the {words.name} {path} cannot be written ({error.strerror}); --{words.flag}_to_disk writes beside the "
-            f"images, use --{words.flag} to keep {words.content} in memory"
+            f"the {words.name} {path} cannot be written ({error.strerror}{long}); --{words.flag}_to_disk writes beside "
+            f"the images, use --{words.flag} to keep {words.content} in memory"
         ) from None
 
 

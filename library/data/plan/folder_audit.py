@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
 from library.data.description.image_extensions import image_extensions
@@ -44,9 +44,9 @@ def caption_lines(subset: ScannedSubset, unread: Sequence[str], source: str) -> 
     unsupported images are not counted."""
     wanted = subset.config.caption_extension
     stems = {os.path.splitext(os.path.basename(path))[0] for path in subset.without_caption}
-    for ending in CAPTION_ENDINGS if stems else ():
-        beside = sum(name.endswith(f".{ending}") and os.path.splitext(name)[0] in stems for name in subset.aside)
-        if beside:
+    beside_of = Counter(name.rpartition(".")[2] for name in subset.aside if os.path.splitext(name)[0] in stems)
+    for ending, beside in sorted(beside_of.items()):
+        if ending.lower() in CAPTION_ENDINGS:
             yield (
                 logging.WARNING,
                 f"{source} {beside} of the missing captions exist as .{ending} files, but caption_extension is "

@@ -1,6 +1,7 @@
 """File and folder names derived from other names."""
 
 import os
+from functools import lru_cache
 from hashlib import blake2b
 from urllib.parse import quote
 
@@ -16,6 +17,23 @@ def folder_name(folder: str) -> str:
     """Convert a folder's path or URL to one readable and unique name."""
     whole = folder if "://" in folder else os.path.abspath(folder)
     return f"{safe_name(os.path.basename(whole)) or 'images'}-{short_digest(whole)[:8]}"
+
+
+def same_file_key(path: str) -> str:
+    """Return what the paths of one file have in common: on Windows and macOS names may differ in case."""
+    folder, name = os.path.split(path)
+    return os.path.join(folder, name.casefold()) if ignores_case(folder) else path
+
+
+@lru_cache(maxsize=1024)
+def ignores_case(folder: str) -> bool:
+    """Return True if files in a folder are found under names that differ in case; False for an empty folder."""
+    try:
+        with os.scandir(folder or ".") as entries:
+            name = next((entry.name for entry in entries if entry.name.swapcase() != entry.name), None)
+        return name is not None and os.path.samefile(*(os.path.join(folder, one) for one in (name, name.swapcase())))
+    except OSError:  # no such folder, or no file of the other name
+        return False
 
 
 def short_digest(text: str) -> str:

@@ -3,9 +3,11 @@
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PureWindowsPath
 
+from library.checkpoints.folders import ADDED_TO_NAMES, LONGEST_ON_WINDOWS
 from library.checkpoints.metadata import thumbnail_url
 from library.checkpoints.overwriting import check_not_input, check_overwrite
 from library.errors import UserError
@@ -32,7 +34,7 @@ from library.training.evaluation.prompts import check_sampler, read_prompts
 from library.training.optimization.optimizers import class_path, wanted_type
 from library.training.report_page.page import REPORT
 from library.training.reporting.trackers import tracker_kind
-from library.training.saving.checkpoints import Names
+from library.training.saving.checkpoints import Names, state_of
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ PASSWORD = re.compile(r"(?P<scheme>\w+://)[^\s/@:]*:[^\s/@]+@(?P<host>[^\s/]*)")
 ADAPTIVE = ("adam", "lion")  # whose steps have the size of the rate, whatever the gradient
 HIGH_RATE = 5e-3  # ten times what front ends and guides use for small adapters
 SETS_OWN_RATE = ("prodigy", "dadapt", "adafactor")  # warned of with their own reasons where the rate is odd
-MAX_NAME_BYTES = 255 - len("-step00000000-state")  # what file systems allow, less what a run appends
+FILE_OF_STATE = f".training.{'0' * 12}.safetensors"  # while it is written
 SQUARES_IN_DTYPE_OF_WEIGHTS = (
     "torch.optim.Adam", "torch.optim.NAdam", "torch.optim.RAdam", "torch.optim.RMSprop", "prodigyopt.",
     "schedulefree.AdamW", "schedulefree.RAdam",
@@ -161,11 +163,7 @@ def check_output(options: TrainOptions) -> None:
     check_output_name(saving.output_name or "")
     thumbnail_url(options.metadata.metadata_thumbnail)
     path = Names.build(saving).of_end()
-    if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
-        raise UserError(
-            f"--output_name {saving.output_name} is too long: files of the run would have names of more than "
-            f"{MAX_NAME_BYTES} bytes; use a shorter one"
-        )
+    check_lengths(Names.build(saving))
     if path.is_dir():
         raise UserError(f"--output_name: {path} is a folder, but the adapter is saved under that name; use another")
     check_overwriting(options)
@@ -213,11 +211,61 @@ def check_output_name(name: str) -> None:
         raise UserError(f"--output_name is {name!r}; give a name with letters or digits, such as my_cat")
 
 
+def check_lengths(names: Names) -> None:
+    """Raise UserError where the system takes no names or paths as long as those of the run's files; the longest are of
+    a state while it is written."""
+    longest_name, longest_path = path_limits(nearest_folder(names.folder))
+    state = state_of(names.of_step(0)).name
+    name_length = length_of(state) + ADDED_TO_NAMES
+    if name_length > longest_name:
+        raise UserError(
+            f"--output_name {names.output_name} is too long: files of the run would have names of {name_length}, but "
+            f"{longest_name} are possible; use a shorter one"
+        )
+    length = length_of(os.path.abspath(names.folder)) + name_length + len(FILE_OF_STATE) + 2
+    if length > longest_path:
+        raise UserError(
+            f"--output_dir {names.folder}: files of the run would have paths of {length} characters, but this system "
+            f"takes {longest_path}; use a shorter --output_dir or --output_name, or on Windows enable long paths "
+            "(docs/windows.md)"
+        )
+
+
+def length_of(text: str) -> int:
+    """Return the length of a path as the system counts it: in characters on Windows, else in bytes."""
+    return len(text) if os.name == "nt" else len(os.fsencode(text))
+
+
+def path_limits(folder: Path) -> tuple[int, int]:
+    """Return the lengths of the longest name and the longest path that can be written in a folder."""
+    if sys.platform == "win32":
+        return 255, 32_000 if has_long_paths() else LONGEST_ON_WINDOWS
+    return os.pathconf(folder, "PC_NAME_MAX"), os.pathconf(folder, "PC_PATH_MAX") - 1
+
+
+def has_long_paths() -> bool:
+    """Return True if Windows is set to take paths of any length."""
+    if sys.platform != "win32":
+        return True
+    import winreg
+
+    try:
+        with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, r"SYSTEM\CurrentControlSet\Control\FileSystem") as key:
+            return bool(winreg.QueryValueEx(key, "LongPathsEnabled")[0])
+    except OSError:  # older than the setting
+        return False
+
+
+def nearest_folder(folder: Path) -> Path:
+    """Return a folder or the nearest above it that exists."""
+    while not os.path.exists(folder) and folder != folder.parent:  # False for a path that is too long, too
+        folder = folder.parent
+    return folder
+
+
 def check_folder(flag: str, folder: Path) -> None:
     """Raise UserError where a folder is a file, or cannot be made or written to."""
-    there = folder
-    while not there.exists() and there != there.parent:
-        there = there.parent
+    there = nearest_folder(folder)
     if not there.is_dir():
         raise UserError(f"--{flag} {folder}: {there} is a file, not a folder; name another place")
     if not os.access(there, os.W_OK | os.X_OK):

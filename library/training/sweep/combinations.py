@@ -88,9 +88,11 @@ def combinations_of(options: OptionsT) -> list[Combination[OptionsT]]:
         found.append(Combination(label, chosen, alone(options, chosen, label, strengths)))
     if len(found) < 2:
         raise UserError(f"--sweep {' '.join(options.sweep.sweep or ())} names a single adapter; give it two or more")
-    labels = [one.label for one in found]
-    if clash := next((label for label in labels if labels.count(label) > 1), None):
-        raise UserError(f"--sweep: two adapters would have the name {clash}; give values whose names differ")
+    labels = [one.label.casefold() for one in found]  # Windows and macOS find a file in any case
+    if clash := next((one.label for one in found if labels.count(one.label.casefold()) > 1), None):
+        raise UserError(
+            f"--sweep: two adapters would have the name {clash}; give values whose names differ in more than case"
+        )
     return found
 
 

@@ -13,13 +13,19 @@ import torch
 from library.data.batches.batches import BatchMaker
 from library.data.batches.planned import maker_of
 from library.data.batches.shared import SharedMaker
+from library.data.caching.captions import cache_texts
+from library.data.caching.latents import cache_latents
 from library.data.caching.stores import NO_LATENTS, NO_TEXTS, CacheFiles
 from library.data.description.buckets import Shape
 from library.data.plan.samples import Samples
 from library.data.training_data import open_batches
 from library.errors import UserError
+from library.options.caching import CachingOptions
 from tests.unit.data.builders import batches_of, content_of, options_of, plan_of, write_folder
 from tests.unit.data.test_columns import made_up
+from tests.unit.data.test_seen_references import encoding_of
+from tests.unit.data.test_seen_references import plan as plan_with_references
+from tests.unit.data.test_text_cache import DISK
 
 
 def maker_for(count: int) -> BatchMaker:
@@ -76,6 +82,21 @@ def test_workers_that_start_afresh_give_the_batches_of_this_process(
     expected = [content_of(batch) for batch in batches_of(plan)]
     assert [content_of(batch) for batch in batches_of(open_batches(plan), workers=1)] == expected
     assert len(made) == 1
+
+
+@pytest.mark.slow
+def test_workers_that_start_afresh_read_caches_and_references(tmp_path: Path, starting_afresh: None) -> None:
+    """Text features that are cached for references too, and latents in files."""
+    plan = plan_with_references(tmp_path, "flip_aug = true")
+    texts = cache_texts(plan, encoding_of(DISK, []), (), False).store
+    caches = CachingOptions(cache_latents=True, cache_latents_to_disk=True)
+    latents = cache_latents(plan, lambda pixels, _: pixels[:, :, ::8, ::8], lambda: "vae", caches, 1)
+    found = []
+    for workers in (0, 1):
+        batches = batches_of(open_batches(plan, latents, texts), workers=workers)
+        found.append([[b.latents_BCHW, *b.reference_latents, dict(b.conditioning or {})] for b in batches])
+    assert len(found[0]) == 2 and len(found[0][0]) == 3
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
 
 def test_full_shared_memory_is_named_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

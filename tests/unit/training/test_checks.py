@@ -1,6 +1,7 @@
 """Errors and warnings before anything is loaded."""
 
 import logging
+import re
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from library.architectures.flux.options import FluxModelOptions
 from library.architectures.sd3.options import Sd3TrainingOptions
+from library.checkpoints.folders import ADDED_TO_NAMES, LONGEST_ON_WINDOWS, atomic_folder
 from library.options.base import group
 from library.options.machine.compiling import CompileOptions
 from library.options.model import ModelOptions
@@ -21,6 +23,7 @@ from library.training.command_line import checks
 from library.training.command_line.checks import check, report_unused, warn_of_fp16_vae
 from library.training.models.block_running import compile_settings
 from library.training.optimization.optimizers import build_optimizer
+from library.training.saving.checkpoints import Names, state_of
 
 NEEDED = {
     "pretrained_model_name_or_path": "model.safetensors",
@@ -462,6 +465,30 @@ def test_names_that_clash_with_what_is_there(tmp_path: Path, caplog: pytest.LogC
 
 def test_a_name_that_no_file_system_takes_is_refused() -> None:
     assert "too long" in refusal(output_name="ä" * 120)
+
+
+def test_a_state_with_the_longest_name_that_is_taken_can_be_written(tmp_path: Path) -> None:
+    """While it is filled a state has a longer name."""
+    most, _ = checks.path_limits(tmp_path)
+    name = "m" * (most - len("-step00000000-state") - ADDED_TO_NAMES)
+    check(made(output_dir=str(tmp_path), output_name=name))
+    with atomic_folder(state_of(Names(tmp_path, name, "safetensors").of_step(10**8 - 1))) as folder:
+        (folder / checks.FILE_OF_STATE).write_text("")
+    assert f"have names of {most + 1}, but {most} are possible" in refusal(output_name=f"{name}m")
+
+
+def test_paths_that_are_too_long_are_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    far = tmp_path.joinpath(*["x" * 200] * 25)
+    assert re.search(
+        r"--output_dir .*paths of 5\d+ characters, but this system takes 4095", refusal(output_dir=str(far))
+    )
+    windows = tmp_path / ("x" * (150 - len(str(tmp_path))))
+    monkeypatch.setattr(checks, "path_limits", lambda folder: (255, LONGEST_ON_WINDOWS))
+    added = len("-step00000000-state") + ADDED_TO_NAMES + len(checks.FILE_OF_STATE) + 2
+    check(made(output_dir=str(windows), output_name="m" * (258 - 150 - added)))
+    assert "takes 259; use a shorter --output_dir or --output_name, or on Windows enable long" in refusal(
+        output_dir=str(windows), output_name="m" * (259 - 150 - added)
+    )
 
 
 @pytest.mark.parametrize("name", ["cat/m", "../m", "/tmp/m", "cat\\m", "C:m", "C:\\out\\m", "m/", "cat/../m"])

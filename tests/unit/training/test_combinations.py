@@ -62,6 +62,7 @@ def test_what_is_shared_keeps_name_seed_and_events() -> None:
         (["mixed_precision=no,bf16"], "mixed_precision: all adapters share it"),
         (["network_args=a,b"], "sweep one of its keys, such as network_args.KEY=A,B"),
         (["network_weights=a/x.safetensors,b/x.safetensors"], "two adapters would have the name from_x"),
+        (["network_weights=a/x.safetensors,b/X.safetensors"], "two adapters would have the name from_x"),
         (["ema_update_after_step=1,2"], "ema_update_after_step has no effect without --ema_decay"),
     ],
 )

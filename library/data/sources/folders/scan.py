@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from library.data.decoding.threads import in_blocks
 from library.data.description.buckets import Size
@@ -36,7 +36,7 @@ def list_folder(config: SubsetConfig, num_threads: int) -> Listing:
         inside = look_into(folder, config.caption_extension)
         files = caption_files(folder, inside, config.caption_extension)
     listing.names, listing.dropped, listing.aside = inside.images, inside.dropped, inside.aside
-    listing.alone = sorted(inside.captions.difference(files))
+    listing.alone = sorted(lone_captions(inside.captions, files))
     try:
         if config.cache_info:
             texts = read_with_cache(listing, files, num_threads)
@@ -49,6 +49,13 @@ def list_folder(config: SubsetConfig, num_threads: int) -> Listing:
     if None in files or not listing.captions.lengths.all():
         note_missing(listing, files)
     return listing
+
+
+def lone_captions(captions: Collection[str], files: Sequence[str | None]) -> set[str]:
+    """Return the captions in a folder that belong to no image; those that the file system found under a name in another
+    case have one."""
+    found = {file.casefold() for file in files if file is not None and file not in captions}
+    return {name for name in set(captions).difference(files) if name.casefold() not in found}
 
 
 def note_missing(listing: Listing, files: Sequence[str | None]) -> None:
