@@ -1,7 +1,7 @@
 """Counting of one training step, block by block, and its replay for the whole model with any way of running the
 blocks."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -206,19 +206,70 @@ class CountedOptimizer:
     rise: int  # peak during a step, with the state and without the gradients
 
 
+Groups = Sequence[Mapping[str, Any]]
+"""The parameter groups of an optimizer."""
+
+
 def count_optimizer(
-    build: Callable[[], torch.optim.Optimizer], parameters: Sequence[nn.Parameter], counter: OperationCounter
+    build: Callable[[Groups], torch.optim.Optimizer], groups: Groups, counter: OperationCounter
 ) -> CountedOptimizer:
-    """Count one step with zero gradients."""
+    """Count one step with zero gradients.
+
+    Adam allocates the state of a whole group first and then goes from one parameter to the next, so one group is
+    counted with fewer parameters, and the state of the others is added. For a large U-Net that
+    saves an eighth of the whole count.
+    """
+    is_short = len(groups) == 1 and has_state_first(build(groups))
+    short = [{**group, "params": short_walk(group["params"]) if is_short else group["params"]} for group in groups]
+    parameters = [parameter for group in short for parameter in group["params"]]
     counter.leave_out(parameters)
     with counter:
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
-        optimizer = build()
+        optimizer = build(short)
         counter.restart()
         optimizer.step()
         counter.cut()
         segment = counter.segments[-1]
         for parameter in parameters:
             parameter.grad = None
-    return CountedOptimizer(segment.delta, segment.rise)
+    more = state_left_out(optimizer, groups[0]["params"]) if is_short else 0
+    return CountedOptimizer(segment.delta + more, segment.rise + more)
+
+
+def has_state_first(optimizer: torch.optim.Optimizer) -> bool:
+    """Return True for an optimizer that allocates the state of all parameters of a group before it changes one."""
+    return type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)
+
+
+def short_walk(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    """Leave out parameters such that those left have the same pairs of neighbouring kinds.
+
+    The peak depends on pairs: what a step made for one parameter is freed while the next is computed.
+    """
+    kept: list[nn.Parameter] = []
+    pairs: set[tuple[Hashable, Hashable]] = set()
+    num_needed = 0  # of those kept, from the start; the others repeat pairs
+    for parameter in parameters:
+        if kept and (pair := (kind_of(kept[-1]), kind_of(parameter))) not in pairs:
+            pairs.add(pair)
+            num_needed = len(kept) + 1
+        kept.append(parameter)
+        # Back to the first parameter of this kind that nothing new follows: what lies between is a loop.
+        kinds = [kind_of(one) for one in kept[max(num_needed - 1, 0) :]]
+        del kept[max(num_needed - 1, 0) + kinds.index(kind_of(parameter)) + 1 :]
+    return kept
+
+
+def kind_of(parameter: Tensor) -> Hashable:
+    return tuple(parameter.shape), parameter.dtype
+
+
+def state_left_out(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> int:
+    """Return the bytes of the state of those of the parameters that the optimizer does not have."""
+    sizes = {kind_of(one): sum(map(num_bytes, values.values())) for one, values in optimizer.state.items()}
+    return sum(sizes[kind_of(one)] for one in parameters if one not in optimizer.state)
+
+
+def num_bytes(value: Any) -> int:
+    return value.numel() * value.element_size() if is_tensor(value) else 0

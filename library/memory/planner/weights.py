@@ -1,7 +1,10 @@
 """Bytes of frozen weights in any format and place, from their shapes alone."""
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
 from math import ceil
 
 from torch import Tensor, nn
@@ -100,16 +103,25 @@ class ModelWeights:
             tuple(tuple(layers[layer] for layer in found) for found in by_block),
         )
 
+    # A model has few kinds of matrices, and a search asks for their bytes thousands of times.
+    @cached_property
+    def _counts(self) -> tuple[Counter[Matrix], list[Counter[Matrix]]]:
+        return Counter(self.storable), [Counter(block) for block in self.blocks]
+
+    @cached_property
+    def _largest_bytes(self) -> int:
+        return max((matrix.plain_bytes for matrix in (*self.storable, *chain(*self.blocks))), default=0)
+
     def block_bytes(self, cost: StorageCost) -> list[int]:
         """Return the bytes of each offloadable block."""
-        return [sum(map(cost.num_bytes, block)) for block in self.blocks]
+        return [bytes_of_all(counts, cost) for counts in self._counts[1]]
 
     def resident_bytes(self, cost: StorageCost, waiting: Collection[int]) -> int:
         """Return the bytes on the device with the blocks at these places offloaded, their slots included."""
         sizes = self.block_bytes(cost)
         staying = sum(size for place, size in enumerate(sizes) if place not in waiting)
         slots = NUM_SLOTS * max((sizes[place] for place in waiting), default=0)
-        return self.fixed_bytes + sum(map(cost.num_bytes, self.storable)) + staying + slots
+        return self.fixed_bytes + bytes_of_all(self._counts[0], cost) + staying + slots
 
     def shared_bytes(self, cost: StorageCost, num_processes: int) -> int:
         """Return the bytes on one device if the weights are sharded over `num_processes`."""
@@ -119,5 +131,8 @@ class ModelWeights:
 
     def decoded_bytes(self, cost: StorageCost) -> int:
         """Return the peak bytes of decoding one weight."""
-        matrices = [*self.storable, *(matrix for block in self.blocks for matrix in block)]
-        return round(cost.num_copies * max((matrix.plain_bytes for matrix in matrices), default=0))
+        return round(cost.num_copies * self._largest_bytes)
+
+
+def bytes_of_all(counts: Mapping[Matrix, int], cost: StorageCost) -> int:
+    return sum(count * cost.num_bytes(matrix) for matrix, count in counts.items())

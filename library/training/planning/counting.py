@@ -517,7 +517,6 @@ def count_update(
 ) -> CountedOptimizer:
     """Count the memory of the optimizer and of the moving average beside it, which is float32."""
     groups, _ = network.parameter_groups(rates.text_encoder_lr, rates.unet_lr, optimizer.learning_rate)
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    counted = count_optimizer(lambda: build_optimizer(optimizer, groups).optimizer, parameters, counter_for(arch))
+    counted = count_optimizer(lambda given: build_optimizer(optimizer, given).optimizer, groups, counter_for(arch))
     averages = 4 * sum(p.numel() for p in network.trainable_parameters()) if is_averaged else 0
     return CountedOptimizer(counted.state + averages, counted.rise + averages)

@@ -1,5 +1,6 @@
 """A step counted on fake tensors from two blocks of each kind, against what the allocator sees of a whole real one."""
 
+import random
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -16,7 +17,15 @@ from library.memory.devices import tensors_of
 from library.memory.planner.counter import OperationCounter
 from library.memory.planner.fakes import give_fakes, norms_as_on_cards
 from library.memory.planner.repeats import Repeats, shortened
-from library.memory.planner.steps import CountedPass, DifferentInputs, Timeline, count_optimizer, count_pass, peak_of
+from library.memory.planner.steps import (
+    CountedPass,
+    DifferentInputs,
+    Timeline,
+    count_optimizer,
+    count_pass,
+    peak_of,
+    short_walk,
+)
 from library.training.planning.counting import count_some_blocks
 from tests.unit.memory.planner.made_up import MadeUp, allocated_peak
 
@@ -219,11 +228,35 @@ NOTHING = CountedPass((), (), ())
 
 def test_an_optimizer_is_counted_on_its_own() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
-        parameters = [nn.Parameter(torch.empty(64, 48)) for _ in range(5)]
-        build = lambda: torch.optim.AdamW(parameters, lr=1e-3)  # noqa: E731
-        found = count_optimizer(build, parameters, OperationCounter(ANSWERS))
+        groups = [{"params": [nn.Parameter(torch.empty(64, 48)) for _ in range(5)]}]
+        found = count_optimizer(lambda given: torch.optim.AdamW(given, lr=1e-3), groups, OperationCounter(ANSWERS))
     assert found.state == pytest.approx(8 * 5 * 64 * 48, rel=0.01)
     assert found.rise >= found.state
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "Adam", "SGD"])
+@pytest.mark.parametrize("num_groups", [1, 2])
+@pytest.mark.parametrize("seed", range(3))
+def test_an_optimizer_takes_the_same_with_parameters_left_out(
+    kind: str, num_groups: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kinds in a random order, then repeated as blocks repeat them."""
+    rng = random.Random(seed)
+    kinds = [(rng.randrange(1, 300), rng.randrange(1, 300)) for _ in range(5)]
+    order = [rng.choice(kinds) for _ in range(9)] + 6 * rng.choices(kinds, k=5) + [rng.choice(kinds) for _ in range(4)]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        parameters = [nn.Parameter(torch.empty(size)) for size in order]
+        groups = [{"params": parameters[place::num_groups]} for place in range(num_groups)]
+        options = {"momentum": 0.9} if kind == "SGD" else {"amsgrad": seed == 1, "weight_decay": 0.1}
+        counts = []
+        for is_short in (True, False):
+            if not is_short:
+                monkeypatch.setattr("library.memory.planner.steps.has_state_first", lambda optimizer: False)
+            build = lambda given: getattr(torch.optim, kind)(given, lr=1e-3, **options)  # noqa: E731
+            counts.append(count_optimizer(build, groups, OperationCounter(ANSWERS)))
+    assert counts[0] == counts[1]
+    assert counts[0].state > 0
+    assert (len(short_walk(parameters)) < len(parameters) - 15) and short_walk(parameters)[0] is parameters[0]
 
 
 def test_norms_can_be_counted_as_a_card_computes_them() -> None:
