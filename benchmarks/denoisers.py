@@ -13,20 +13,20 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from accelerate import init_empty_weights  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from benchmarks.reading_in_a_format import CONFIG as FLUX  # noqa: E402
 from library.architectures.anima.llm_adapter import AdapterConfig  # noqa: E402
 from library.architectures.anima.model import Anima, AnimaConfig  # noqa: E402
+from library.architectures.anima.reference import diffusers_models  # noqa: E402
 from library.architectures.flux.approximator import ApproximatorConfig  # noqa: E402
 from library.architectures.flux.model import Flux  # noqa: E402
 from library.architectures.flux_2.model import Flux2  # noqa: E402
@@ -50,7 +50,7 @@ from tests.parity import (  # noqa: E402  # noqa: E402
     test_sd3_model,
     test_zimage_model,
 )
-from tests.tiny import anima, chroma, flux, flux_2, hunyuan_image, krea2, lumina, qwen_image_21, sd3, zimage  # noqa: E402
+from tests.tiny import flux_2, krea2, qwen_image_21, sd3, zimage  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 NUM_TEXT = 128
@@ -99,14 +99,16 @@ def ours_of(kind: Callable[[Any], nn.Module], config: Any, dtype: torch.dtype) -
     return place(random_model(model, dtype), torch.device("cpu"))
 
 
-def theirs_of(name: str, arguments: Mapping[str, Any], state: dict[str, Tensor]) -> Any:
-    """diffusers' class with our weights; what it works out for itself when it is built has values."""
-    import diffusers
+def theirs_of(name: str, ours: nn.Module, dtype: torch.dtype) -> Any:
+    """diffusers' class with our weights."""
+    return cast(import_module(f"library.architectures.{name}.reference").diffusers_model(ours), dtype)
 
-    with init_empty_weights(include_buffers=False):
-        model = getattr(diffusers, name)(**arguments)
-    model.load_state_dict(state, assign=True)
-    return model.requires_grad_(False).eval()
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Convert the parameters; what the model works out for itself stays in float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def given(*shapes: tuple[int, ...], dtype: torch.dtype) -> Values:
@@ -114,10 +116,8 @@ def given(*shapes: tuple[int, ...], dtype: torch.dtype) -> Values:
 
 
 def flux_pair(side: int, dtype: torch.dtype) -> Pair:
-    with patch.object(flux, "CONFIG", FLUX):
-        ours = ours_of(Flux, FLUX, dtype)
-        state, arguments = flux.diffusers_state(ours.state_dict()), flux.diffusers_config(FLUX)
-        theirs = theirs_of("FluxTransformer2DModel", arguments, state)
+    ours = ours_of(Flux, FLUX, dtype)
+    theirs = theirs_of("flux", ours, dtype)
     values = given((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, FLUX.text_width), dtype=dtype)
     sigmas, pooled, guidance = torch.tensor([0.5]), torch.randn(1, FLUX.pooled_width, dtype=dtype), torch.tensor([1.0])
     return Pair(
@@ -129,10 +129,8 @@ def flux_pair(side: int, dtype: torch.dtype) -> Pair:
 
 
 def chroma_pair(side: int, dtype: torch.dtype) -> Pair:
-    with patch.object(flux, "CONFIG", CHROMA):
-        ours = ours_of(Flux, CHROMA, dtype)
-        state, arguments = flux.diffusers_state(ours.state_dict()), chroma.chroma_diffusers_config(CHROMA)
-        theirs = theirs_of("ChromaTransformer2DModel", arguments, state)
+    ours = ours_of(Flux, CHROMA, dtype)
+    theirs = theirs_of("flux", ours, dtype)
     values = given((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, CHROMA.text_width), dtype=dtype)
     sigmas = torch.tensor([0.5])
     return Pair(
@@ -157,10 +155,8 @@ def sd3_pair(side: int, dtype: torch.dtype, config: MMDiTConfig = SD3) -> Pair:
 
 
 def lumina_pair(side: int, dtype: torch.dtype) -> Pair:
-    with patch.object(lumina, "CONFIG", LUMINA):
-        ours = ours_of(NextDiT, LUMINA, dtype)
-        state, arguments = lumina.diffusers_state(ours.state_dict()), lumina.diffusers_config(LUMINA)
-        theirs = theirs_of("Lumina2Transformer2DModel", arguments, state)
+    ours = ours_of(NextDiT, LUMINA, dtype)
+    theirs = theirs_of("lumina", ours, dtype)
     values = given((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, LUMINA.text_width), dtype=dtype)
     times, mask = torch.tensor([0.5]), torch.ones(1, NUM_TEXT, dtype=torch.long)
     return Pair(
@@ -173,10 +169,7 @@ def lumina_pair(side: int, dtype: torch.dtype) -> Pair:
 
 def anima_pair(side: int, dtype: torch.dtype) -> Pair:
     ours = ours_of(Anima, ANIMA, dtype)
-    with patch.object(test_anima_model, "transformer_config", anima.transformer_config):
-        transformer, conditioner = test_anima_model.oracle_models(ours)
-    for model in (transformer, conditioner):
-        model.to(dtype)
+    transformer, conditioner = (cast(model, dtype) for model in diffusers_models(ours))
     values = given((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, ANIMA.adapter.source_width), dtype=dtype)
     sigmas, ids, mask = torch.tensor([0.5]), torch.randint(32128, (1, NUM_TEXT)), torch.ones(1, NUM_TEXT)
     run = test_anima_model.oracle_of(transformer, conditioner)
@@ -189,11 +182,8 @@ def anima_pair(side: int, dtype: torch.dtype) -> Pair:
 
 
 def hunyuan_image_pair(side: int, dtype: torch.dtype) -> Pair:
-    with patch.object(hunyuan_image, "CONFIG", HUNYUAN_IMAGE):
-        ours = ours_of(HunyuanImage, HUNYUAN_IMAGE, dtype)
-        state = hunyuan_image.diffusers_state(ours.state_dict())
-        arguments = hunyuan_image.diffusers_config(HUNYUAN_IMAGE)
-        theirs = theirs_of("HunyuanImageTransformer2DModel", arguments, state)
+    ours = ours_of(HunyuanImage, HUNYUAN_IMAGE, dtype)
+    theirs = theirs_of("hunyuan_image", ours, dtype)
     values = given((1, 64, side, side), (1, NUM_TEXT, HUNYUAN_IMAGE.text_width), dtype=dtype)
     more = {
         "text_mask": torch.ones(1, NUM_TEXT, dtype=torch.long),
@@ -213,8 +203,7 @@ def hunyuan_image_pair(side: int, dtype: torch.dtype) -> Pair:
 
 def flux_2_pair(side: int, dtype: torch.dtype) -> Pair:
     ours = ours_of(Flux2, FLUX_2, dtype)
-    arguments = flux_2.diffusers_config(FLUX_2)
-    theirs = theirs_of("Flux2Transformer2DModel", arguments, flux_2.diffusers_state(ours.state_dict()))
+    theirs = theirs_of("flux_2", ours, dtype)
     values = given((1, FLUX_2.in_features, side, side), (1, NUM_TEXT, FLUX_2.text_width), dtype=dtype)
     sigmas, guidance = torch.tensor([0.5]), torch.tensor([1.0])
     return Pair(
@@ -227,9 +216,7 @@ def flux_2_pair(side: int, dtype: torch.dtype) -> Pair:
 
 def krea2_pair(side: int, dtype: torch.dtype) -> Pair:
     ours = ours_of(SingleStreamDiT, KREA2, dtype)
-    theirs = theirs_of(
-        "Krea2Transformer2DModel", krea2.diffusers_config(KREA2), krea2.diffusers_state(ours.state_dict())
-    )
+    theirs = theirs_of("krea2", ours, dtype)
     values = given((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, KREA2.num_states * KREA2.fusion.width), dtype=dtype)
     sigmas, mask = torch.tensor([0.5]), torch.ones(1, NUM_TEXT, dtype=torch.long)
     return Pair(
@@ -242,8 +229,7 @@ def krea2_pair(side: int, dtype: torch.dtype) -> Pair:
 
 def qwen_image_21_pair(side: int, dtype: torch.dtype) -> Pair:
     ours = ours_of(QwenImage21, QWEN_IMAGE_21, dtype)
-    arguments = qwen_image_21.diffusers_config(QWEN_IMAGE_21)
-    theirs = theirs_of("QwenImage21Transformer2DModel", arguments, ours.state_dict())
+    theirs = theirs_of("qwen_image_21", ours, dtype)
     values = given((1, QWEN_IMAGE_21.in_features, side, side), (1, NUM_TEXT, QWEN_IMAGE_21.text_width), dtype=dtype)
     sigmas, mask = torch.tensor([0.5]), torch.ones(1, NUM_TEXT, dtype=torch.long)
     return Pair(
@@ -256,8 +242,7 @@ def qwen_image_21_pair(side: int, dtype: torch.dtype) -> Pair:
 
 def zimage_pair(side: int, dtype: torch.dtype) -> Pair:
     ours = ours_of(ZImage, ZIMAGE, dtype)
-    arguments = zimage.diffusers_config(ZIMAGE)
-    theirs = theirs_of("ZImageTransformer2DModel", arguments, zimage.diffusers_state(ours.state_dict()))
+    theirs = theirs_of("zimage", ours, dtype)
     values = given((1, 16, 2 * side, 2 * side), (1, NUM_TEXT, ZIMAGE.text_width), dtype=dtype)
     times, mask = torch.tensor([0.5]), torch.ones(1, NUM_TEXT, dtype=torch.long)
     return Pair(
