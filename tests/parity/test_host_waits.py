@@ -40,7 +40,7 @@ def take_step(name: str, folder: Path, *more: str, concept: Concept | None = Non
     with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
         meta = run_on_meta_device(options, arch, [options])
         spec = cached_text(options.network, arch.text_cache)
-        _, conditioning = count_captions(spec, options.precision, arch, meta.encoders, SHAPE.count)
+        _, conditioning = count_captions(spec, options.precision, arch, meta.encoders, SHAPE)
         batch = fake_batch(arch, SHAPE, conditioning, options.caching.cache_latents)
     models, (network,), on_host = meta.models, meta.networks, arch.text_cache.on_host if arch.text_cache else ()
     with device_without_float64(), NoWaiting():
