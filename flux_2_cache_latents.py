@@ -18,7 +18,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 def cache_to_disk(args: argparse.Namespace) -> None:
     """Encode every image whose cache file is missing or outdated. Raises UserError."""
-    cache_images_to_disk(args, Flux2Options, CODEC, lambda options: open_encoder(options, "--vae").vae)
+    cache_images_to_disk(args, Flux2Options, CODEC, lambda options: open_encoder(options, "--vae")[0].vae)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

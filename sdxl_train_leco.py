@@ -22,4 +22,5 @@ if __name__ == "__main__":
         from library.architectures.sdxl.assembly import LATENTS, build
         from library.training.command_line.main import main
 
-    raise SystemExit(main(setup_parser(), leco_options(SdxlOptions), build, latents=LATENTS))
+    # The options of prompts are made of SdxlOptions, which their type does not say.
+    raise SystemExit(main(setup_parser(), leco_options(SdxlOptions), build, latents=LATENTS))  # type: ignore[arg-type]

@@ -176,9 +176,9 @@ def compare_with_diffusers(denoiser: nn.Module, package: str) -> Result:
             found, expected = reference.outputs(denoiser, torch.Generator().manual_seed(0))
     except MissingClass as error:
         return Result(what, f"not compared: diffusers {version_of('diffusers')} has no {error}")
-    error = float((found - expected).abs().max() / expected.abs().max())
-    is_wrong = not error <= MOST  # NaN is wrong too
-    return Result(what, f"first and last blocks off diffusers' class by {error:.1e} of the largest value", is_wrong)
+    distance = float((found - expected).abs().max() / expected.abs().max())
+    is_wrong = not distance <= MOST  # NaN is wrong too
+    return Result(what, f"first and last blocks off diffusers' class by {distance:.1e} of the largest value", is_wrong)
 
 
 # Training

@@ -272,7 +272,7 @@ def make_toy_edit_base(out: Path, num_edits: int, num_steps: int, seed: int) -> 
     save_part(out / "text_encoder_2", t5_config, t5_state, "model")
     (out / "model_index.json").write_text(json.dumps({"_class_name": "FluxKontextPipeline"}) + "\n", encoding="utf-8")
     model = train(Text(out, encoders), vae, num_edits, num_steps, seed)
-    theirs = diffusers_model(CONFIG)
+    theirs = diffusers_model(model)
     state = diffusers_state(model.state_dict(), CONFIG.width)
     save_part(out / "transformer", json.loads(theirs.to_json_string()), state, "diffusion_pytorch_model")
     weights = list(out.rglob("*.safetensors"))
