@@ -48,7 +48,8 @@ class SeenReferences:
                         "whose outputs are cached, sees them too; remove it"
                     )
         paths = list({one.key: None for sample in shown.values() for one in sample.image.references if not one.place})
-        contents = dict(zip(paths, in_blocks(read_digests, paths, num_threads, "reading references"), strict=True))
+        digests = in_blocks(read_digests, paths, max(num_threads, 1), "reading references")
+        contents = dict(zip(paths, digests, strict=True))
         digests_N = np.zeros(len(samples), dtype=np.uint64)
         for number, sample in shown.items():
             digests_N[number] = digest_of(sample, subsets[sample.subset].resize_interpolation, contents)

@@ -216,10 +216,11 @@ def count_optimizer(
     """Count one step with zero gradients.
 
     Adam allocates the state of a whole group first and then goes from one parameter to the next, so one group is
-    counted with fewer parameters, and the state of the others is added. For a large U-Net that
-    saves an eighth of the whole count.
+    counted with fewer parameters, and the state of the others is added. For a large U-Net that saves an eighth of the
+    whole count.
     """
-    is_short = len(groups) == 1 and has_state_first(build(groups))
+    with counter:  # which gives constructors the values that they ask for
+        is_short = len(groups) == 1 and has_state_first(build(groups))
     short = [{**group, "params": short_walk(group["params"]) if is_short else group["params"]} for group in groups]
     parameters = [parameter for group in short for parameter in group["params"]]
     counter.leave_out(parameters)
