@@ -1,4 +1,4 @@
-"""The command that makes the quickstart's base model, with a handful of steps."""
+"""The commands that make the base models of the quickstart and of the toy edits, with a handful of steps."""
 
 import subprocess
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.running import ROOT
+from tools.quickstart import make_toy_edit_base
 from tools.quickstart.sampling import Prompt, load_pipeline, sample
 
 pytestmark = pytest.mark.nightly
@@ -23,3 +24,12 @@ def test_a_few_steps_make_a_folder_that_diffusers_samples_from(tmp_path: Path) -
     assert 8e6 < weights <= 12e6
     (image,) = sample(load_pipeline(out), [Prompt("a small red circle on a white background", 1)])
     assert image.shape == (64, 64, 3)
+
+
+def test_all_but_the_transformer_of_the_toy_edit_model_follows_from_the_seed(tmp_path: Path) -> None:
+    out, kept = tmp_path / "base", ROOT / "configs" / "quickstart" / "toy_edit_base"
+    assert make_toy_edit_base.main(["--out", str(out), "--num_edits", "60", "--steps", "2"]) == 0
+    written = {path.relative_to(out): path for path in out.rglob("*") if path.is_file()}
+    assert len(written) == 15 and all((kept / name).is_file() for name in written)
+    differing = [name for name, path in written.items() if path.read_bytes() != (kept / name).read_bytes()]
+    assert differing == [Path("transformer", "diffusion_pytorch_model.safetensors")]
