@@ -111,7 +111,7 @@ def check_files(codec: Codec[JobT], jobs: Sequence[JobT], skips_check: bool, num
     def look_at_block(block: Sequence[JobT]) -> list[Found[JobT]]:
         return [look(job) for job in block]
 
-    found = in_blocks(look_at_block, jobs, max(1, num_threads), f"checking {codec.words.name}")
+    found = in_blocks(look_at_block, jobs, num_threads, f"checking {codec.words.name}")
     report_check(codec.words, found, skips_check)
     codec.remark(found)
     return found

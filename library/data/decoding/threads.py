@@ -41,6 +41,6 @@ def _found(
         waited = time.perf_counter() - wall - (time.thread_time() - cpu)
         if num_threads > 1 and waited > SLOW_READ_S * len(block):
             break
-    with ThreadPoolExecutor(num_threads) as pool:
+    with ThreadPoolExecutor(max(1, num_threads)) as pool:
         rest = (block[i : i + 16] for block in blocks for i in range(0, len(block), 16))
         yield from pool.map(function, rest)

@@ -73,7 +73,7 @@ class DataPlan:
     @cached_property
     def identity_with_contents(self) -> dict[str, Any]:
         """The identity with a digest of each image file as it is at the first call."""
-        return {**self.identity, "contents": image_digests(self.samples, max(1, self.num_workers))}
+        return {**self.identity, "contents": image_digests(self.samples, self.num_workers)}
 
     @property
     def image_paths(self) -> list[str]:

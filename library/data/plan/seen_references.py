@@ -14,9 +14,8 @@ from torch import Tensor
 
 from library.data.decoding.images import Pixels, Placement, centred, place, read_pixels, with_alpha
 from library.data.decoding.tensors import to_pixels
-from library.data.decoding.threads import in_blocks
 from library.data.description.schema import SubsetConfig
-from library.data.plan.dataset_digest import content_digest
+from library.data.plan.dataset_digest import file_digests
 from library.data.plan.samples import Sample, Samples, check_size
 from library.data.sources.storage.storage import Storage
 from library.errors import UserError
@@ -40,7 +39,7 @@ class SeenReferences:
         """Read the references of samples that are drawn. Raises UserError for subsets whose references change in every
         draw."""
         shown = {number: one for number, one in enumerate(samples) if one.image.references and one.num_draws}
-        for config in {one.subset: subsets[one.subset] for one in shown.values()}.values():
+        for config in [subsets[row] for row in dict.fromkeys(one.subset for one in shown.values())]:
             for name in ("random_crop", "color_aug", "face_crop_aug_range"):
                 if getattr(config, name):
                     raise UserError(
@@ -48,8 +47,7 @@ class SeenReferences:
                         "whose outputs are cached, sees them too; remove it"
                     )
         paths = list({one.key: None for sample in shown.values() for one in sample.image.references if not one.place})
-        digests = in_blocks(read_digests, paths, max(num_threads, 1), "reading references")
-        contents = dict(zip(paths, digests, strict=True))
+        contents = dict(zip(paths, file_digests(paths, num_threads, "reading references"), strict=True))
         digests_N = np.zeros(len(samples), dtype=np.uint64)
         for number, sample in shown.items():
             digests_N[number] = digest_of(sample, subsets[sample.subset].resize_interpolation, contents)
@@ -79,10 +77,6 @@ class SeenReferences:
         """Read the references of a sample as they are trained, CHW, -1..1."""
         placement = centred(sample.shape, is_flipped)
         return tuple(map(to_pixels, placed_references(sample, placement, interpolation, self.storage, self.has_alpha)))
-
-
-def read_digests(paths: Sequence[str]) -> list[str]:
-    return [content_digest(path) for path in paths]
 
 
 def digest_of(sample: Sample, interpolation: str | None, contents: Mapping[str, str]) -> int:

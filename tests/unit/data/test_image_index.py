@@ -281,7 +281,8 @@ def test_images_that_a_metadata_file_names_are_remembered_too(folder, opened):
 def test_blocks_keep_the_order_and_the_first_mistake(monkeypatch, is_slow):
     monkeypatch.setattr("library.data.decoding.threads.SLOW_READ_S", -1 if is_slow else 60)
     items = list(range(3 * BLOCK + 7))
-    assert in_blocks(lambda block: [2 * n for n in block], items, 4) == [2 * n for n in items]
+    for num_threads in (4, 0):  # 0: a run without data loader workers
+        assert in_blocks(lambda block: [2 * n for n in block], items, num_threads) == [2 * n for n in items]
 
     def fail(block):
         raise ValueError(block[0])
