@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from torch import nn
@@ -53,20 +53,20 @@ def open_encoder(options: QwenImage21Options, flag: str) -> DitLoader:
 def loader_of(
     options: QwenImage21Options, base: BaseFiles, weights: Weights, build: Callable[[], nn.Module] | None = None
 ) -> DitLoader:
-    name = options.parts.text_encoder
+    qwen3_vl = cache(lambda: open_qwen3_vl(options.parts.text_encoder, base))
     loader = open_dit_loader(
         options,
         base,
         weights,
         build,
-        text=lambda: qwen3_vl_component(*open_qwen3_vl(name, base), QWEN3_VL),
+        text=lambda: qwen3_vl_component(*qwen3_vl(), QWEN3_VL),
         load_text=partial(load_in_8_bits, load_qwen3_vl, "Qwen3-VL") if options.parts.fp8_vl else load_qwen3_vl,
         vae=lambda: open_vae(options.model.vae, base),
         load_vae=load_qwen_image_21_vae,
     )
     if isinstance(loader.text.component, Absent):
         return loader
-    vision = vision_component(open_qwen3_vl(name, base)[0])
+    vision = vision_component(qwen3_vl()[0])
     return loader if vision is None else replace(loader, vision=Part(vision, loader.text.dtype, load_vision))
 
 
