@@ -196,8 +196,9 @@ def plan_jobs(plan: DataPlan, spec: TextCacheSpec) -> tuple[list[Job], CacheFile
         if wanted:
             has_N[number] = True
             path = usual(plan.samples[number], plan.storage).path
-            paths.setdefault(same_file_key(path), path)
-            texts_of[same_file_key(path)].update(dict.fromkeys(wanted))
+            key = same_file_key(path)
+            paths.setdefault(key, path)
+            texts_of[key].update(dict.fromkeys(wanted))
     jobs = [Job(TextFile(paths[key], spec.keys), tuple(texts)) for key, texts in texts_of.items()]
     return jobs, CacheFiles(usual, has_N)
 

@@ -162,8 +162,9 @@ def check_output(options: TrainOptions) -> None:
             check_folder(flag, Path(folder))
     check_output_name(saving.output_name or "")
     thumbnail_url(options.metadata.metadata_thumbnail)
-    path = Names.build(saving).of_end()
-    check_lengths(Names.build(saving))
+    names = Names.build(saving)
+    check_lengths(names)
+    path = names.of_end()
     if path.is_dir():
         raise UserError(f"--output_name: {path} is a folder, but the adapter is saved under that name; use another")
     check_overwriting(options)
