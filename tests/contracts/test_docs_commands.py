@@ -179,7 +179,7 @@ print(json.dumps(texts))
 
 @cache
 def options_of_tools() -> dict[str, frozenset[str]]:
-    """As the tools that pages name show them, each started as a file, in one process for all."""
+    """Return the options in the help of every tool that pages name; one process starts all of them as files."""
     words = {word for _, command in COMMANDS for word in shlex.split(command)}
     tools = {word for word in words if re.match("(tools|benchmarks)/.*[.]py$", word)} - {"tools/start.py"}
     scripts = sorted(word for word in tools if (ROOT / word).exists())

@@ -21,7 +21,7 @@ Train = Callable[..., Finished]
 
 @pytest.fixture(autouse=True)
 def _hanging_up_is_noticed() -> Iterator[None]:
-    """Under nohup it would be ignored."""
+    """Let SIGHUP stop runs also where tests are started by nohup, which has it ignored."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)

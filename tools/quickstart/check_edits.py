@@ -43,13 +43,19 @@ def read_image(path: Path) -> ImageArray:
     return np.asarray(Image.open(path).convert("RGB"))
 
 
-def is_right(image: ImageArray, wanted: ImageArray) -> bool:
-    """Return True if an image (64, 64, 3) shows what another one shows, in the same place."""
+def judge(image: ImageArray, wanted: ImageArray) -> dict[str, bool]:
+    """Return which attributes of an image (64, 64, 3) are those of another one, and "place" if its shape lies there."""
     seen, expected = look_at(image), look_at(wanted)
-    if any(getattr(seen, name) != getattr(expected, name) for name in ATTRIBUTES):
-        return False
     shown, target = foreground_of(image), foreground_of(wanted)
-    return bool((shown & target).sum() >= LEAST_OVERLAP * (shown | target).sum())
+    return {
+        **{name: getattr(seen, name) == getattr(expected, name) for name in ATTRIBUTES},
+        "place": bool((shown & target).sum() >= LEAST_OVERLAP * (shown | target).sum()),
+    }
+
+
+def is_right(image: ImageArray, wanted: ImageArray) -> bool:
+    """Return True if an image shows what another one shows, in the same place."""
+    return all(judge(image, wanted).values())
 
 
 def check_edits(args: argparse.Namespace) -> None:
@@ -70,11 +76,10 @@ def check_edits(args: argparse.Namespace) -> None:
     if draw.main([*words, "--t5xxl_max_token_length", "16"]):
         raise UserError("the images could not be drawn")
     drawn = [args.output / f"{number:02}_{number}.png" for number in range(1, len(wanted) + 1)]
-    pairs = [(read_image(image), read_image(path)) for image, path in zip(drawn, wanted, strict=True)]
-    num_right = sum(is_right(image, target) for image, target in pairs)
-    seen = [(look_at(image), look_at(target)) for image, target in pairs]
-    parts = [f"{name} {sum(getattr(a, name) == getattr(b, name) for a, b in seen)}" for name in ATTRIBUTES]
-    print(f"{num_right} of {len(pairs)} edits are right ({', '.join(parts)})")
+    judged = [judge(read_image(image), read_image(path)) for image, path in zip(drawn, wanted, strict=True)]
+    num_right = sum(all(one.values()) for one in judged)
+    parts = [f"{name} {sum(one[name] for one in judged)}" for name in ATTRIBUTES]
+    print(f"{num_right} of {len(judged)} edits are right ({', '.join(parts)})")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
