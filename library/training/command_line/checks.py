@@ -221,7 +221,7 @@ def check_lengths(names: Names) -> None:
     if name_length > longest_name:
         raise UserError(
             f"--output_name {names.output_name} is too long: files of the run would have names of {name_length}, but "
-            f"{longest_name} are possible; use a shorter one"
+            f"{longest_name} are possible, in {'characters' if os.name == 'nt' else 'bytes'}; use a shorter one"
         )
     length = length_of(os.path.abspath(names.folder)) + name_length + len(FILE_OF_STATE) + 2
     if length > longest_path:

@@ -35,6 +35,9 @@ def test_results_without_images_are_an_error(tmp_path: Path, capsys: pytest.Capt
     words = ["--references", str(tmp_path), "--results", str(tmp_path), "--output", str(tmp_path / "out")]
     assert check_edits.main(words) == 1
     assert "make_pairs.py" in capsys.readouterr().err
+    (tmp_path / "7.png").touch()
+    assert check_edits.main([*words[:1], str(tmp_path / "none"), *words[2:]]) == 1
+    assert "none lacks 7.png" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_the_vae_of_16_channels_is_the_quickstarts() -> None:
