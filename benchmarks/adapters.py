@@ -38,7 +38,7 @@ from networks.core.kinds.loha import LoHa  # noqa: E402
 from networks.core.kinds.lokr import fresh as fresh_lokr  # noqa: E402
 from networks.core.kinds.lora_fa import frozen_down  # noqa: E402
 from networks.core.kinds.oft_v2 import fresh as fresh_oft  # noqa: E402
-from networks.core.targets.targets import kind_of  # noqa: E402
+from networks.core.targets.targets import adaptation_kind  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -157,7 +157,7 @@ def ways(layer: Any, rank: int) -> list[Way]:
         ours("DoRA", layer, low_rank(), Decompose(layer.weight)),
         ours("DoRA, constant norm", layer, low_rank(), Decompose(layer.weight, has_constant_norm=True)),
     ]
-    if kind_of(layer) == "conv":
+    if adaptation_kind(layer) == "conv":
         found.append(ours("Tucker", layer, Tucker(layer, rank).to(device)))
         found.append(ours("Tucker with DoRA", layer, Tucker(layer, rank).to(device), Decompose(layer.weight)))
     return found

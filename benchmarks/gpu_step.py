@@ -33,7 +33,7 @@ from library.memory.blocks import BlockRunner, plain, recompute, run_blocks_with
 from library.memory.compiled import Compiled, CompileSettings  # noqa: E402
 from library.memory.frozen import frozen_layers, multiply_codes  # noqa: E402
 from library.memory.planner.counter import FlopCounter  # noqa: E402
-from library.memory.planner.gpus import peak_of  # noqa: E402
+from library.memory.planner.gpus import measure_peak_flops  # noqa: E402
 from networks import lora  # noqa: E402
 
 NUM_WARM, NUM_TIMED = 3, 10
@@ -280,7 +280,7 @@ def main() -> None:
         child(args)
         return
     device = torch.device(args.device)
-    peak = peak_of(device, torch.bfloat16)
+    peak = measure_peak_flops(device, torch.bfloat16)
     card = torch.cuda.get_device_name() if device.type == "cuda" else "a CPU: these figures say nothing of a card"
     print(f"{card}, torch {torch.__version__}, peak {f'{peak / 1e12:.0f} TFLOP/s' if peak else 'unknown'}")
     for model in args.models:

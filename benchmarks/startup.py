@@ -156,11 +156,11 @@ def ready(options: object) -> "tuple[DataPlan, object]":
 
 def bytes_to_worker(plan: "DataPlan") -> int:
     """Return the bytes sent to each spawned worker process; a forked one gets none."""
-    from library.data.batches.planned import maker_of
+    from library.data.batches.planned import build_batch_maker
     from library.data.batches.shared import SharedMaker
     from library.data.caching.stores import NO_LATENTS, NO_TEXTS
 
-    return len(ForkingPickler.dumps(SharedMaker.of(maker_of(plan, NO_LATENTS, NO_TEXTS))))
+    return len(ForkingPickler.dumps(SharedMaker.of(build_batch_maker(plan, NO_LATENTS, NO_TEXTS))))
 
 
 def resident_bytes() -> int:

@@ -88,15 +88,17 @@ class Heartbeat:
         others = [rank for rank in range(self.count) if rank != self.rank]
         if self.rank == 0:
             return others
-        return [rank for rank in others if rank == 0 or self._host_of(rank).rpartition(" ")[0] == socket.gethostname()]
+        return [
+            rank for rank in others if rank == 0 or self._find_host(rank).rpartition(" ")[0] == socket.gethostname()
+        ]
 
-    def _host_of(self, rank: int) -> str:
+    def _find_host(self, rank: int) -> str:
         if rank not in self._hosts:
             self._hosts[rank] = self.store.get(f"process/{rank}").decode()
         return self._hosts[rank]
 
     def _describe_loss(self, rank: int) -> str | None:
-        process = self._host_of(rank)
+        process = self._find_host(rank)
         host = process.rpartition(" ")[0]
         has_vanished = has_ended(process)
         if self.store.check([f"failure/{rank}"]):

@@ -5,7 +5,7 @@ import argparse
 import torch
 from torch import nn
 
-from library.architectures.sdxl.load import open_loader, unet_layout_of
+from library.architectures.sdxl.load import open_loader, recognise_unet_layout
 from library.architectures.sdxl.options import SdxlOptions
 from library.architectures.sdxl.targets import build_view
 
@@ -25,7 +25,7 @@ def load_models_from_sdxl_checkpoint(
     """
     values = SdxlOptions.defaults() | {"pretrained_model_name_or_path": ckpt_path}
     loader = open_loader(SdxlOptions.from_args(argparse.Namespace(**values)))
-    encoders, unet = build_view(unet_layout_of(loader.parts.unet))(loader.text_encoders(), loader.denoiser())
+    encoders, unet = build_view(recognise_unet_layout(loader.parts.unet))(loader.text_encoders(), loader.denoiser())
     assert isinstance(encoders, list)
     clip_l, clip_g, vae, unet = (model.to(map_location, dtype) for model in (*encoders, loader.vae(), unet))
     return clip_l, clip_g, vae, unet, None, None

@@ -6,7 +6,7 @@ from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.base_model import BaseModel
 from library.checkpoints.base_model_spec import BaseModelSpec
-from library.models.identify import base_of_checkpoint, spec_of
+from library.models.identify import base_of_checkpoint, find_spec
 from networks.core.targets.targets import AdapterTargets, TargetModule, find_target_modules
 
 
@@ -21,7 +21,7 @@ def open_base_model(flag: str, path: Path) -> BaseModel:
 
 def spec_for(base: BaseModel) -> BaseModelSpec:
     """Return the spec of an opened checkpoint's base model."""
-    return spec_of(list_specs(), base.names.base)
+    return find_spec(list_specs(), base.names.base)
 
 
 def find_adapter_targets(base: BaseModel, with_convolutions: bool) -> tuple[list[TargetModule], list[TargetModule]]:

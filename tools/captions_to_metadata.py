@@ -62,14 +62,14 @@ def write_table(path: Path, table: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(table, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def texts_of(images: Sequence[Path], extension: str) -> Iterator[tuple[Path, str | None]]:
+def read_captions(images: Sequence[Path], extension: str) -> Iterator[tuple[Path, str | None]]:
     """Yield each image with the text of its caption file, or None without one. Raises UserError."""
     for image in images:
         file = image.with_suffix(extension)
         yield image, decoded(file.read_bytes(), str(file)).strip() if file.is_file() else None
 
 
-def key_of(image: Path, is_full: bool) -> str:
+def image_key(image: Path, is_full: bool) -> str:
     return str(image) if is_full else image.stem
 
 
@@ -77,7 +77,7 @@ def check_keys(images: Sequence[Path], is_full: bool) -> None:
     """Raise UserError if two images have the same key."""
     seen: dict[str, Path] = {}
     for image in images:
-        other = seen.setdefault(key_of(image, is_full), image)
+        other = seen.setdefault(image_key(image, is_full), image)
         if other is not image:
             raise UserError(f"{other} and {image} have the same key, {image.stem}; use --full_path, or rename one")
 
@@ -93,11 +93,11 @@ def collect(args: argparse.Namespace) -> None:
     images = list_images(args.train_data_dir, args.recursive)
     check_keys(images, args.full_path)
     missing: list[Path] = []
-    for image, text in texts_of(images, extension):
+    for image, text in read_captions(images, extension):
         if text is None:
             missing.append(image)
         else:
-            table.setdefault(key_of(image, args.full_path), {})[args.field] = text
+            table.setdefault(image_key(image, args.full_path), {})[args.field] = text
     if len(missing) == len(images):
         raise UserError(f"none of the {len(images)} images has a {extension} file; set --caption_extension")
     if missing:

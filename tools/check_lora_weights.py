@@ -24,7 +24,7 @@ from library.checkpoints.base_model_spec import BaseModelSpec
 from library.checkpoints.compatibility import Reading, describe, problems, readings
 from library.checkpoints.files import file_in_folder, load_state_dict, read_metadata
 from library.checkpoints.recognition import recognise_adapter
-from library.models.identify import spec_of
+from library.models.identify import find_spec
 from networks.core.changes.parameter_keys import ALPHA
 from networks.core.files.adapter_file import (
     PeftSettings,
@@ -153,7 +153,7 @@ def finite(value: Any) -> Any:
 
 def as_text(report: Report) -> Iterator[str]:
     """Yield the report line by line."""
-    base = "unknown base model" if report.base is None else spec_of(list_specs(), report.base).title
+    base = "unknown base model" if report.base is None else find_spec(list_specs(), report.base).title
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in report.dtypes.items())
     yield f"{report.origin}: {sum(report.dtypes.values())} keys ({dtypes}), {len(report.modules)} modules, {base}"
     yield from block_table(report.blocks)

@@ -25,12 +25,12 @@ from library.training.command_line.run_lock import run_lock  # noqa: E402
 from library.training.evaluation.choice import by_image  # noqa: E402
 from library.training.evaluation.choosing import (  # noqa: E402
     Measured,
-    choice_of,
+    choose_measured,
     forgotten,
+    format_candidates,
     format_choice,
     memorised,
     memory_line,
-    table_of,
 )
 from library.training.evaluation.measurement import Measurement  # noqa: E402
 from library.training.models.opening import open_data_plan  # noqa: E402
@@ -39,7 +39,7 @@ from library.training.report_page.writer import add_event  # noqa: E402
 from library.training.reporting import events  # noqa: E402
 from library.training.reporting.event_stream import open_event_file, plain  # noqa: E402
 from library.training.saving.checkpoints import Names  # noqa: E402
-from library.training.saving.saved_files import steps_of, without_copies  # noqa: E402
+from library.training.saving.saved_files import read_num_steps, without_copies  # noqa: E402
 from tools.command import make_training_parser, run  # noqa: E402
 from tools.contact_sheet import chosen_files, own_device  # noqa: E402
 from tools.plan_memory import spec_of_script  # noqa: E402
@@ -115,7 +115,7 @@ def measured_files(sides: Sides, found: Sequence[FileLosses]) -> list[Measured]:
             )
             memory = memorised(unseen_pair, trained_pair, "held-out" if is_held_out else "mirrored")
         losses_G = by_its_images(one, of_trained=not is_held_out)
-        file, step = (None, 0) if one.row is None else (display_path(one.row), steps_of(one.row))
+        file, step = (None, 0) if one.row is None else (display_path(one.row), read_num_steps(one.row))
         measured.append(Measured(file, step, losses_G, memory, forgotten_by(one, base, sides.probe)))
     return measured
 
@@ -149,7 +149,9 @@ def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
     options = for_measuring(card.options.from_args(parse(parser, training)))
     check_values(options)
     check_precision(options)
-    files = sorted(chosen_files(args.files, options.saving), key=lambda path: (steps_of(path), display_path(path).name))
+    files = sorted(
+        chosen_files(args.files, options.saving), key=lambda path: (read_num_steps(path), display_path(path).name)
+    )
     files = without_copies(files)
     if options.dataset.dataset_class:
         raise UserError("--dataset_class: its images are not known one by one, so none can be measured again")
@@ -158,10 +160,10 @@ def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
     arch = card.build(options)
     plan = open_data_plan(options, arch, seed, 1)
     sides, losses = losses_of_files(options, arch, plan, seed, [None, *files], own_device())
-    choice = choice_of(measured_files(sides, list(losses)), is_held_out=sides.held_out is not None)
+    choice = choose_measured(measured_files(sides, list(losses)), is_held_out=sides.held_out is not None)
     if choice is None:
         raise UserError("the loss of every file is NaN; use --mixed_precision bf16 or no")
-    for text in table_of(choice):
+    for text in format_candidates(choice):
         print(text)
     print(format_choice(choice))
     if (text := memory_line(choice)) is not None:

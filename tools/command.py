@@ -107,7 +107,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="device to compute on, for example cuda (default: cpu)")
 
 
-def dtype_of(name: str | None) -> torch.dtype | None:
+def parse_dtype(name: str | None) -> torch.dtype | None:
     """Return the dtype of a precision on the command line."""
     return None if name is None else SAVE_DTYPES[name]
 
@@ -150,7 +150,7 @@ def check_folder(flag: str, path: Path) -> None:
         raise UserError(f"{flag} {path}: {folder} is not writable; change its permissions, or use another folder")
 
 
-def device_of(name: str) -> torch.device:
+def resolve_device(name: str) -> torch.device:
     """Return the device to compute on. Raises UserError if it cannot be used."""
     try:
         device = torch.device(name)

@@ -11,7 +11,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.checkpoints.overwriting import check_overwrite
-from library.training.report_page.comparison import comparison_of, file_of_run
+from library.training.report_page.comparison import build_comparison, file_of_run
 from library.training.report_page.page import REPORT
 from library.training.report_page.writer import write_page
 from tools.command import make_parser, run
@@ -32,7 +32,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 def compare(args: argparse.Namespace) -> None:
     """Write the page. Raises UserError for a run that cannot be read."""
-    page = comparison_of(args.runs)
+    page = build_comparison(args.runs)
     check_overwrite("--output", args.output, REPORT, [file_of_run(path) for path in args.runs])
     write_page(args.output, page)
     logger.info("wrote %s", args.output)

@@ -32,7 +32,7 @@ from library.training.evaluation.strength_response import FEWEST, measure_respon
 from library.training.offline.adapter_files import Stack  # noqa: E402
 from library.training.offline.contact_sheet import arrange, draw_rows  # noqa: E402
 from library.training.report_page.writer import add_sheet  # noqa: E402
-from library.training.reporting.sample_images import data_url_of  # noqa: E402
+from library.training.reporting.sample_images import encode_data_url  # noqa: E402
 from library.training.saving.checkpoints import Names  # noqa: E402
 from library.training.saving.saved_files import files_of_run, without_copies  # noqa: E402
 from library.types import Prompt  # noqa: E402
@@ -75,7 +75,7 @@ def numbers(text: str) -> list[float]:
     return found
 
 
-def labels_of(files: Sequence[Path]) -> list[str]:
+def label_rows(files: Sequence[Path]) -> list[str]:
     """Return the label of each row, the one without an adapter first."""
     return ["without an adapter", *(display_path(path).name.removesuffix(path.suffix) for path in files)]
 
@@ -105,7 +105,7 @@ def own_device() -> torch.device:
     return torch.device("cpu") if device is None else device
 
 
-def columns_of(prompts: Sequence[Prompt], seeds: Sequence[int] | None) -> list[Prompt]:
+def expand_columns(prompts: Sequence[Prompt], seeds: Sequence[int] | None) -> list[Prompt]:
     """Return each prompt with each seed."""
     return [replace(p, seed=seed) for p in prompts for seed in seeds or [1 if p.seed is None else p.seed]]
 
@@ -123,7 +123,7 @@ def arrange_strips(
     The base model alone stands for strength 0. References, placed as `spec` needs, are on the left of each image.
     """
     rows, labels = [], []
-    for number, name in enumerate(labels_of(files)[1:]):
+    for number, name in enumerate(label_rows(files)[1:]):
         of_file = drawn[number * len(multipliers) : (number + 1) * len(multipliers)]
         found = []
         for column, prompt in enumerate(prompts):
@@ -169,7 +169,7 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     draw = partial(draw_rows, options.network, options.precision, options.memory, arch)
     specs = read_prompts(Path(options.preview.sample_prompts))
     refuse_strengths(specs, "--multipliers")
-    columns, spec = columns_of(resolve_all(specs, arch), args.seeds), arch.codec.spec
+    columns, spec = expand_columns(resolve_all(specs, arch), args.seeds), arch.codec.spec
     if args.multipliers is not None:
         stacks: list[Stack] = [[(file, s)] if s else [] for file in files for s in args.multipliers]
         drawn = list(draw(stacks, columns, device))
@@ -177,13 +177,13 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     else:
         images = list(draw([[], *([(file, 1.0)] for file in files)], columns, device))
         images = [[show_with_references(p, one, spec) for p, one in zip(columns, row, strict=True)] for row in images]
-        sheet = arrange(images, labels_of(files), [f"{prompt.seed}: {prompt.text}" for prompt in columns], args.side)
+        sheet = arrange(images, label_rows(files), [f"{prompt.seed}: {prompt.text}" for prompt in columns], args.side)
     with atomic_path(target) as temporary:
         sheet.save(temporary, format="PNG")
     logger.info("wrote %s", target)
     if options.saving.output_dir and (report := Names.build(options.saving).of_report()).is_file():
         with run_lock(options.saving):
-            add_sheet(report, data_url_of(sheet, *LARGEST_IN_REPORT))
+            add_sheet(report, encode_data_url(sheet, *LARGEST_IN_REPORT))
         logger.info("updated %s", report)
 
 

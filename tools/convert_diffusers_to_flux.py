@@ -43,7 +43,7 @@ def open_transformer(path: Path) -> Weights:
         own = path / FOLDER if (path / FOLDER).is_dir() else path
         weights = model_lookup.open_part(FLAG, own, FOLDER)[1]
     else:
-        weights = model_lookup.open_file(FLAG, index_of(path) if PIECE.search(path.name) else path)
+        weights = model_lookup.open_file(FLAG, find_index(path) if PIECE.search(path.name) else path)
     if DIFFUSERS_MARK not in weights.shapes:
         first = first_names(weights)
         raise UserError(f"{FLAG} {path} is not a FLUX.1 transformer in diffusers' layout (first names: {first})")
@@ -57,7 +57,7 @@ def open_transformer(path: Path) -> Weights:
     return original
 
 
-def index_of(piece: Path) -> Path:
+def find_index(piece: Path) -> Path:
     """Return the index of a checkpoint in several files, one of which is given. Raises UserError if it is missing."""
     index = piece.with_name(PIECE.sub(r"\1.index.json", piece.name))
     if not index.is_file():

@@ -96,7 +96,7 @@ def write_file(model: Opened, args: argparse.Namespace, dtype: torch.dtype | Non
     if is_safetensors(args.model_to_save):
         if args.epoch or args.global_step:
             logger.warning("--epoch and --global_step have no effect: a .safetensors file cannot store them")
-        save_safetensors(args.model_to_save, tensors, metadata_of(args.metadata))
+        save_safetensors(args.model_to_save, tensors, parse_metadata(args.metadata))
     else:
         if args.metadata is not None:
             logger.warning("--metadata has no effect: only a .safetensors file can store it")
@@ -105,7 +105,7 @@ def write_file(model: Opened, args: argparse.Namespace, dtype: torch.dtype | Non
     return len(tensors)
 
 
-def metadata_of(text: str | None) -> dict[str, str]:
+def parse_metadata(text: str | None) -> dict[str, str]:
     """Parse `metadata` to a mapping of strings. Raises UserError for anything else."""
     try:
         found = {} if text is None else ast.literal_eval(text)
@@ -126,7 +126,7 @@ def counts_in(path: Path) -> dict[str, int]:
 # --- a diffusers folder ---
 
 
-def reference_of(model: Opened, name: str | None) -> Path:
+def find_reference(model: Opened, name: str | None) -> Path:
     """Return the folder that provides scheduler and tokenizer. Raises UserError if it lacks them."""
     if name is None and model.whole is None:
         path = model.path
@@ -242,7 +242,7 @@ def convert(args: argparse.Namespace) -> None:
     if args.v1 and args.v2:
         raise UserError("--v1 and --v2 exclude each other; the model is recognised anyway")
     to_file, dtype = is_file_name(args.model_to_save), dtype_asked(args)
-    metadata_of(args.metadata)
+    parse_metadata(args.metadata)
     folder_only = {"--reference_model": args.reference_model, "--use_safetensors": args.use_safetensors}
     folder_only["--unet_use_linear_projection"] = args.unet_use_linear_projection
     file_only = {"--epoch": args.epoch, "--global_step": args.global_step, "--metadata": args.metadata}
@@ -256,7 +256,7 @@ def convert(args: argparse.Namespace) -> None:
     if to_file:
         num = write_file(model, args, dtype)
     else:
-        num = write_folder(model, args, dtype, reference_of(model, args.reference_model))
+        num = write_folder(model, args, dtype, find_reference(model, args.reference_model))
     print(f"{args.model_to_save}: {num} weights of {TITLES[model.base]}")
 
 

@@ -62,7 +62,7 @@ def setup_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def adapter_of(text: str) -> tuple[Path, float]:
+def parse_adapter(text: str) -> tuple[Path, float]:
     """Return the file and the strength of FILE[:STRENGTH]. Raises UserError if there is no such file."""
     name, _, strength = text.rpartition(":")
     try:
@@ -83,7 +83,7 @@ def scaled(files: Stack, factor: float) -> Stack:
 
 def draw(args: argparse.Namespace, words: Sequence[str]) -> None:
     """Draw and write the images. Raises UserError for bad options, and for files that do not fit the model."""
-    files = [adapter_of(text) for text in args.adapter]
+    files = [parse_adapter(text) for text in args.adapter]
     if not args.prompt and not args.prompts:
         raise UserError("there is nothing to draw; give --prompt, or --prompts with a file")
     path = model_lookup.find_model("MODEL", args.model, (("unet",), ("transformer",), ("text_encoder",)))

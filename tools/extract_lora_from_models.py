@@ -30,7 +30,7 @@ from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds import lora
 from networks.core.targets.targets import TargetModule
 from tools.base_models import find_adapter_targets, open_base_model, spec_for
-from tools.command import add_device, add_save_precision, check_output, device_of, dtype_of, make_parser, run
+from tools.command import add_device, add_save_precision, check_output, make_parser, parse_dtype, resolve_device, run
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ EXAMPLES = """\
       --save_to tuned_locon.safetensors --dim 32 --conv_dim 16 --save_precision fp16"""
 
 
-def difference_of(org: BaseModel, tuned: BaseModel, name: str) -> Tensor:
+def subtract_weights(org: BaseModel, tuned: BaseModel, name: str) -> Tensor:
     """Return the change of a weight, in float64. Raises UserError naming a checkpoint with values that are not
     finite."""
     weights = [base.read(name).double() for base in (org, tuned)]
@@ -57,7 +57,7 @@ def difference_of(org: BaseModel, tuned: BaseModel, name: str) -> Tensor:
 def differences(org: BaseModel, tuned: BaseModel, target_modules: Sequence[TargetModule]) -> dict[str, float]:
     """Return the largest change of a value in each layer, by name."""
     return {
-        target.name: float(difference_of(org, tuned, target.name).abs().max())
+        target.name: float(subtract_weights(org, tuned, target.name).abs().max())
         for target in tqdm(target_modules, desc="comparing text encoders", unit="layer")
     }
 
@@ -77,7 +77,7 @@ def extract_module(
     missed = float((matrix_ON - up_OR @ down_RN).square().sum())
     alpha = torch.tensor(float(down_RN.shape[0]))
     up, down = (factor.to("cpu", torch.float32) for factor in (up_OR, down_RN))
-    module = ModuleWeights(target.name, lora.tensors_of(up, down, tuple(weight.shape), alpha), {})
+    module = ModuleWeights(target.name, lora.make_tensors(up, down, tuple(weight.shape), alpha), {})
     return module, missed, float(matrix_ON.square().sum())
 
 
@@ -95,7 +95,7 @@ def extract_modules(
         rank = args.conv_dim if target.kind == "conv" else args.dim
         if rank is None:
             continue
-        difference = difference_of(org, tuned, target.name)
+        difference = subtract_weights(org, tuned, target.name)
         module, module_missed, module_total = extract_module(target, difference, rank, args.clamp_quantile, device)
         modules.append(module)
         missed, total = missed + module_missed, total + module_total
@@ -109,7 +109,7 @@ def extract_modules(
 
 def check_same_layers(org: BaseModel, tuned: BaseModel, target_modules: Sequence[TargetModule]) -> None:
     """Raise UserError unless both checkpoints have every layer in the same size."""
-    shapes = [shapes_of(base) for base in (org, tuned)]
+    shapes = [read_shapes(base) for base in (org, tuned)]
     for target in target_modules:
         a, b = (of_model.get(target.name) for of_model in shapes)
         if a != b:
@@ -119,7 +119,7 @@ def check_same_layers(org: BaseModel, tuned: BaseModel, target_modules: Sequence
             )
 
 
-def shapes_of(base: BaseModel) -> dict[str, tuple[int, ...]]:
+def read_shapes(base: BaseModel) -> dict[str, tuple[int, ...]]:
     """Return the shape of every module's weight; a 1x1 convolution counts as a matrix."""
     found = {}
     for file in base.files:
@@ -219,13 +219,13 @@ def extract(args: argparse.Namespace) -> None:
     check(args)
     if args.load_precision is not None:
         logger.warning("--load_precision has no effect: weights are compared in the precision they have")
-    device = device_of(args.device)
+    device = resolve_device(args.device)
     org = open_base_model("--model_org", args.model_org)
     tuned = open_base_model("--model_tuned", args.model_tuned)
     check_bases(args, org, tuned)
     modules = extract_modules(org, tuned, args, device)
     file = AdapterFile(str(args.save_to), {m.name: m for m in modules}, extracted_metadata(args, org), {})
-    save_adapter_file(args.save_to, file, dtype_of(args.save_precision))
+    save_adapter_file(args.save_to, file, parse_dtype(args.save_precision))
     print(f"{args.save_to}: {len(modules)} modules, rank {args.dim}")
 
 

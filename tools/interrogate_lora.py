@@ -27,7 +27,7 @@ from library.models.identify import base_of_checkpoint
 from library.protocols import Architecture
 from networks.core.files.adapter_file import COMPUTED, AdapterFile, require_layouts
 from networks.core.files.module_weights import ModuleWeights
-from tools.command import add_device, device_of, make_parser, run
+from tools.command import add_device, make_parser, resolve_device, run
 from tools.convert_lora import read_adapter
 
 ENCODERS = ("text_encoder.", "text_encoder_2.")  # prefixes of diffusers' names of their modules
@@ -115,7 +115,7 @@ def changes_of_words(
 
 def interrogate(args: argparse.Namespace) -> None:
     """Compare every word and print those that change most."""
-    device = device_of(args.device)
+    device = resolve_device(args.device)
     for flag in ("batch_size", "top"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag} is {getattr(args, flag)}; it must be at least 1")

@@ -93,7 +93,7 @@ class Packed:
             ) from None
 
 
-def ending_of(image: ScannedImage, content: bytes) -> str:
+def choose_extension(image: ScannedImage, content: bytes) -> str:
     """Return the extension for an image: that of its file, else that of its format."""
     ending = os.path.splitext(image.key)[1].lower()
     if ending in image_extensions():
@@ -175,12 +175,12 @@ def write_shard(
     with tarfile.open(path, "w") as archive:
         for one in members:
             content, text = storage.whole(one.image)[1], one.text
-            add_member(archive, f"{one.stem}{ending_of(one.image, content)}", content)
+            add_member(archive, f"{one.stem}{choose_extension(one.image, content)}", content)
             if text is not None:
                 add_member(archive, f"{one.stem}{ENDING}", text)
             for number, reference in enumerate(one.image.references):
                 content = storage.whole(reference)[1]
-                add_member(archive, f"{one.stem}.control_{number}{ending_of(reference, content)}", content)
+                add_member(archive, f"{one.stem}.control_{number}{choose_extension(reference, content)}", content)
             held.append(one)
             bar.update(1)
             if archive.offset >= shard_bytes:
@@ -308,13 +308,13 @@ def pack(config: RunDataConfig, out: Path, shard_bytes: float, storage: Storage)
                 found = load_source(subset.source_key).scan(subset, storage, 16)
                 if not found.images:
                     raise NoDataFound(f"there are no images in {subset.source}; remove the subset")
-                name = name_of(subset, names)
+                name = shard_name(subset, names)
                 patterns[key] = write_shards(found, out, name, shard_bytes, storage)
             wanted[-1].append((out / patterns[key]).resolve().as_posix())
     return wanted
 
 
-def name_of(subset: SubsetConfig, taken: set[str]) -> str:
+def shard_name(subset: SubsetConfig, taken: set[str]) -> str:
     """Return a unique name for the shards of a subset, after its folder."""
     own = safe_name(os.path.splitext(subset.base_name)[0].strip("*?[]{}")).replace("%", "_") or "pictures"
     name, number = own, 2

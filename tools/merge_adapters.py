@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from library.checkpoints.adapter_keys import naming_of
+from library.checkpoints.adapter_keys import recognise_naming
 from library.checkpoints.base_model import BaseModel
 from library.errors import UserError
 from networks.core.changes.svd import balanced, best_factors, concatenated, svd_of_product
@@ -150,7 +150,7 @@ def refusal(file: AdapterFile, module: ModuleWeights, has_base: bool) -> str:
 
 def in_kohya_names(file: AdapterFile) -> AdapterFile:
     """Return the file with kohya's names of modules."""
-    if all(naming_of(name) == "kohya" and not name.startswith("oft_") for name in file.modules):
+    if all(recognise_naming(name) == "kohya" and not name.startswith("oft_") for name in file.modules):
         return file
     return rename(file, spec_for_file(file, file.origin).names, "kohya", keeps_pieces=True).file
 
@@ -213,7 +213,7 @@ def rank_for(shape: tuple[int, ...], ranks: tuple[int, int]) -> int:
 def lora_from_factors(name: str, up_OR: Tensor, down_RN: Tensor, shape: tuple[int, ...]) -> ModuleWeights:
     """Return a LoRA of strength 1."""
     alpha = torch.tensor(float(down_RN.shape[0]))
-    return ModuleWeights(name, lora.tensors_of(up_OR.cpu(), down_RN.cpu(), shape, alpha), {})
+    return ModuleWeights(name, lora.make_tensors(up_OR.cpu(), down_RN.cpu(), shape, alpha), {})
 
 
 def add_norms(name: str, terms: Terms, joining: Joining) -> ModuleWeights:

@@ -20,7 +20,7 @@ from library.memory.devices import SAVE_DTYPES
 from networks.core.files.adapter_file import AdapterFile
 from tools import merge_lora
 from tools.base_models import open_base_model
-from tools.command import check_output, device_of, dtype_of, run
+from tools.command import check_output, parse_dtype, resolve_device, run
 from tools.convert_lora import read_adapter
 from tools.merge_adapters import Strengths, Weighted, in_kohya_names, keep_ratios
 from tools.merge_lora import merge_into_checkpoint
@@ -95,7 +95,11 @@ def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
     ratios = merge_lora.check(args)
     if args.lbws:
         raise UserError("--lbws names the blocks of a U-Net, but FLUX.1 has none; remove it")
-    device, save_dtype, dtype = device_of(args.device), dtype_of(args.save_precision), SAVE_DTYPES[args.precision]
+    device, save_dtype, dtype = (
+        resolve_device(args.device),
+        parse_dtype(args.save_precision),
+        SAVE_DTYPES[args.precision],
+    )
     parts = opened_parts(args)
     files = [in_kohya_names(read_adapter(path, "--models")) for path in args.models]
     kept = [without_text_encoders(file, [base for base, _ in parts]) for file in files]

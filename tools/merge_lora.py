@@ -50,9 +50,9 @@ from tools.command import (
     add_save_precision,
     check_new_folder,
     check_output,
-    device_of,
-    dtype_of,
     make_parser,
+    parse_dtype,
+    resolve_device,
     run,
 )
 from tools.convert_lora import read_adapter, spec_for_file
@@ -272,7 +272,7 @@ def setup_parser(new_rank: int | None = None) -> argparse.ArgumentParser:
     return parser
 
 
-def ranks_of(args: argparse.Namespace, adapters: Sequence[Weighted]) -> tuple[int, int] | None:
+def resolve_ranks(args: argparse.Namespace, adapters: Sequence[Weighted]) -> tuple[int, int] | None:
     """Return (rank, rank of larger kernels) of the merged LoRA, or None where factors are joined."""
     if args.concat:
         return None
@@ -352,7 +352,11 @@ def weighted(
 def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
     """Read, merge and write; `strengths` interprets ratios where factors are joined."""
     ratios = check(args)
-    device, save_dtype, dtype = device_of(args.device), dtype_of(args.save_precision), SAVE_DTYPES[args.precision]
+    device, save_dtype, dtype = (
+        resolve_device(args.device),
+        parse_dtype(args.save_precision),
+        SAVE_DTYPES[args.precision],
+    )
     files = [read_adapter(path, "--models") for path in args.models]
     base = None if args.sd_model is None else open_base_model("--sd_model", args.sd_model)
     adapters = weighted(files, ratios, args.lbws, base)
@@ -369,7 +373,7 @@ def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
         log_strengths(ratios, strengths)
         shuffling = generator_for(secrets.randbits(62), "--shuffle") if args.shuffle else None
         joining = Joining(strengths, shuffling)
-    modules = merge_adapters(adapters, ranks_of(args, adapters), dtype, device, trained_on, joining)
+    modules = merge_adapters(adapters, resolve_ranks(args, adapters), dtype, device, trained_on, joining)
     metadata = merged_metadata(adapters, modules, args.save_to, not args.no_metadata)
     file = AdapterFile(str(args.save_to), {module.name: module for module in modules}, metadata, {})
     save_adapter_file(args.save_to, file, save_dtype or dtype)

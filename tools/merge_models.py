@@ -22,7 +22,7 @@ from library.checkpoints.files import read_metadata
 from library.checkpoints.weights import Weights
 from library.errors import UserError, few
 from library.memory.devices import SAVE_DTYPES
-from tools.command import add_device, check_output, device_of, make_parser, run
+from tools.command import add_device, check_output, make_parser, resolve_device, run
 from tools.merge_adapters import modelspec
 from tools.merge_lora import write
 
@@ -112,7 +112,7 @@ def merge(args: argparse.Namespace) -> None:
     if len(ratios) != len(args.models):
         raise UserError(f"--ratios has {len(ratios)} values, but --models {len(args.models)}; use one for each file")
     check_output("--output", args.output, args.models)
-    device = device_of(args.device)
+    device = resolve_device(args.device)
     folders = [path for path in args.models if path.is_dir()]
     if folders:
         raise UserError(f"--models {folders[0]} is a folder; use single-file checkpoints")

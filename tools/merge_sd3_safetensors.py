@@ -21,9 +21,9 @@ from library.architectures.sd3.load import (
     DENOISER_PREFIX,
     TEXT_PREFIXES,
     check_widths,
-    denoiser_of,
     open_clip,
     open_t5,
+    read_denoiser,
     text_weights,
 )
 from library.architectures.sd3.model import read_config
@@ -60,7 +60,7 @@ class PartFile:
         return {key if key.startswith(WHOLE) else f"{self.prefix}{key}": key for key in weights.shapes}
 
 
-def parts_of(args: argparse.Namespace) -> list[PartFile]:
+def list_parts(args: argparse.Namespace) -> list[PartFile]:
     """Return the given files, the transformer first."""
     texts = [(f"--{name}", getattr(args, name), prefix) for name, prefix in TEXT_PREFIXES.items()]
     given = [("--dit", args.dit, DENOISER_PREFIX), ("--vae", args.vae, VAE_PREFIX), *texts]
@@ -109,7 +109,7 @@ def check(parts: Sequence[PartFile]) -> None:
     there = [name for name in TEXT_PREFIXES if text_weights(name, Sd3TextOptions(), whole) is not None]
     clips = [open_clip(name, Sd3TextOptions(), whole) for name in ("clip_l", "clip_g") if name in there]
     t5 = open_t5(Sd3TextOptions(), whole) if "t5xxl" in there else None
-    check_widths(configure(denoiser_of(whole), read_config), clips if len(clips) == 2 else [], t5)
+    check_widths(configure(read_denoiser(whole), read_config), clips if len(clips) == 2 else [], t5)
     missing = [f"--{name}" for name in TEXT_PREFIXES if name not in there]
     if not any(key.startswith(VAE_PREFIX) for key in whole.shapes):
         missing.append("--vae")
@@ -129,7 +129,7 @@ def existing(part: PartFile) -> Path:
 
 def merge(args: argparse.Namespace) -> None:
     """Check the parts, read them and write them as one."""
-    parts = parts_of(args)
+    parts = list_parts(args)
     check_safetensors_output("--output", args.output, [part.path for part in parts])
     dtype = dtype_of_file(args.save_precision)
     check(parts)

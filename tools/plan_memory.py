@@ -27,7 +27,7 @@ from library.training.command_line.cli import parse  # noqa: E402
 from library.training.models.check_batches import mute_logging  # noqa: E402
 from library.training.planning.counting import BatchShape, CountedRun, count_run  # noqa: E402
 from library.training.planning.fit import fit_to  # noqa: E402
-from library.training.planning.fit_run import sweep_of  # noqa: E402
+from library.training.planning.fit_run import count_sweep  # noqa: E402
 from library.training.sweep.combinations import shared_and_own  # noqa: E402
 from tools.command import make_training_parser, run  # noqa: E402
 
@@ -106,7 +106,7 @@ def plan(args: argparse.Namespace, training: Sequence[str]) -> None:
     options, arch, batch, counted = count(args.script, training)
     with mute_logging():
         _, adapters = shared_and_own(options)
-        sweep = sweep_of(options, arch, batch, CARD, list(adapters.values()))
+        sweep = count_sweep(options, arch, batch, CARD, list(adapters.values()))
     print(f"{arch.name}, {batch.count} x {batch.width}x{batch.height}, {options.network.network_module}")
     num_steps = options.run.max_train_steps if options.run.max_train_epochs is None else None
     for size in sizes:

@@ -17,7 +17,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.data.description.buckets import Size
-from library.data.sources.folders.metadata_file import entries_of, read_table
+from library.data.sources.folders.metadata_file import parse_entries, read_table
 from library.data.sources.folders.metadata_listing import find_image
 from library.errors import UserError
 from library.memory.devices import DTYPES
@@ -37,7 +37,7 @@ EXAMPLES = """\
   python3 tools/prepare_metadata.py pictures pictures.json prepared.json sd15.safetensors --max_resolution 512,512"""
 
 
-def options_of(args: argparse.Namespace) -> argparse.Namespace:
+def resolve_options(args: argparse.Namespace) -> argparse.Namespace:
     """Return the options of tools/cache_latents.py. Raises UserError for a base model without a U-Net."""
     name = args.model_name_or_path
     path = model_lookup.find_model("model_name_or_path", name, (("unet",), ("vae",)))
@@ -74,7 +74,7 @@ def prepare(args: argparse.Namespace) -> None:
     check_name(args.out_json)
     table = read_table(str(args.in_json))
     images = list_images(args.train_data_dir, args.recursive)
-    plan = cache_images(options_of(args), entries_of(table))
+    plan = cache_images(resolve_options(args), parse_entries(table))
     sizes = {sample.image.key: sample.shape.bucket for sample in plan.samples}
     strangers = [path for path in images if str(path) not in sizes]
     if strangers:

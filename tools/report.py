@@ -15,7 +15,7 @@ from library.checkpoints.overwriting import check_overwrite
 from library.errors import UserError
 from library.training.report_page.page import REPORT
 from library.training.report_page.server import ReportServer
-from library.training.report_page.writer import read_events, report_of, write_page
+from library.training.report_page.writer import build_report, read_events, write_page
 from tools.command import make_parser, run
 
 EXAMPLES = """\
@@ -48,7 +48,7 @@ def make_report(args: argparse.Namespace) -> None:
     record = read_events(args.events)
     if record.is_empty:
         raise UserError(f"{args.events} has no events; use the file written by --log_events")
-    write_page(path, report_of(record))
+    write_page(path, build_report(record))
     logger.info("wrote %s", path)
 
 

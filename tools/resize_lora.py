@@ -43,9 +43,9 @@ from tools.command import (
     add_device,
     add_save_precision,
     check_output,
-    device_of,
-    dtype_of,
     make_parser,
+    parse_dtype,
+    resolve_device,
     run,
     with_comment,
 )
@@ -214,7 +214,7 @@ def setup_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def measure_of(args: argparse.Namespace) -> Measure:
+def resolve_measure(args: argparse.Namespace) -> Measure:
     """Return the measure that the options request. Raises UserError for invalid values."""
     conv = args.new_rank if args.new_conv_rank is None else args.new_conv_rank
     for flag, rank in (("--new_rank", args.new_rank), ("--new_conv_rank", conv)):
@@ -238,11 +238,11 @@ def measure_of(args: argparse.Namespace) -> Measure:
 
 def resize(args: argparse.Namespace) -> None:
     """Read, resize and write the file."""
-    measure = measure_of(args)
+    measure = resolve_measure(args)
     check_output("--save_to", args.save_to, [args.model])
     file = read_adapter_file(args.model, "--model")
-    resized = resize_file(file, measure, device_of(args.device), args.verbose)
-    save_adapter_file(args.save_to, resized, dtype_of(args.save_precision))
+    resized = resize_file(file, measure, resolve_device(args.device), args.verbose)
+    save_adapter_file(args.save_to, resized, parse_dtype(args.save_precision))
     print(f"{args.save_to}: {len(resized.modules)} modules, rank {resized.metadata['ss_network_dim']}")
 
 

@@ -69,7 +69,7 @@ def entry(key: str, text: str, num_tags: int) -> Iterator[str]:
             f"    {escape_controls(line)}" for line in json.dumps(value, indent=2, ensure_ascii=False).split("\n")
         )
     else:
-        yield f"  {escape_controls(key)}: {escape_controls(shortened(text))}{time_of(key, text)}"
+        yield f"  {escape_controls(key)}: {escape_controls(shortened(text))}{format_time(key, text)}"
 
 
 def tag_lines(frequencies: Mapping[str, Any], num_tags: int) -> Iterator[str]:
@@ -83,7 +83,7 @@ def tag_lines(frequencies: Mapping[str, Any], num_tags: int) -> Iterator[str]:
         yield f"and {len(counts) - num_tags} more; --num_tags {len(counts)} shows all"
 
 
-def time_of(key: str, text: str) -> str:
+def format_time(key: str, text: str) -> str:
     """Return a date for Unix times."""
     if key not in TIME_KEYS:
         return ""

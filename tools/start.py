@@ -82,12 +82,12 @@ def check_python(version: "tuple[int, int]") -> None:
 # --- the environment ---
 
 
-def interpreter_of(venv: Path) -> Path:
+def python_path(venv: Path) -> Path:
     """Return the path of a virtual environment's Python."""
     return venv / "Scripts" / "python.exe" if os.name == "nt" else venv / "bin" / "python"
 
 
-def version_of(python: Path) -> "tuple[int, int, int] | None":
+def read_version(python: Path) -> "tuple[int, int, int] | None":
     """Ask an interpreter for its version; None if it is missing or does not start."""
     try:
         asked = subprocess.run(
@@ -117,7 +117,7 @@ def make_venv(venv: Path) -> None:
         raise StartError(f"making {venv} failed, see the lines above; delete that folder and run this command again")
 
 
-def digest_of(path: Path) -> str:
+def digest_text(path: Path) -> str:
     """Return the SHA-256 of a text file, regardless of its line endings."""
     return hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
 
@@ -208,17 +208,17 @@ def ready_python(venv: Path, requirement_names: "tuple[str, ...]") -> Path:
     The stamp is removed before the installer starts and written after it ends, so an interrupted installation is
     repeated.
     """
-    python = interpreter_of(venv)
-    version = version_of(python)
+    python = python_path(venv)
+    version = read_version(python)
     if version is None:
         make_venv(venv)
-        version = version_of(python)
+        version = read_version(python)
         if version is None:
             raise StartError(f"{python} does not start; delete {venv} and run this command again")
     problem = python_problem(version[:2])
     if problem:
         raise StartError(f"{venv}: {problem}; delete that folder or name another with --venv")
-    requirements = {name: digest_of(ROOT / name) for name in requirement_names}
+    requirements = {name: digest_text(ROOT / name) for name in requirement_names}
     stamp = read_stamp(venv)
     if not is_installed(stamp, version, requirements):
         stamp_path = venv / STAMP_NAME
@@ -367,8 +367,8 @@ def examine(venv: Path) -> int:
 
     Installs nothing. Return the exit status of tools/doctor.py.
     """
-    python = interpreter_of(venv)
-    if version_of(python) is None:
+    python = python_path(venv)
+    if read_version(python) is None:
         print(
             f"note  {venv} is no environment yet: this Python is looked at; `tools/start.py setup` makes one",
             flush=True,

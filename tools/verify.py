@@ -38,7 +38,7 @@ from library.models.reference import MissingClass  # noqa: E402
 from library.options.train import TrainOptions  # noqa: E402
 from library.training.command_line.cli import parse  # noqa: E402
 from library.training.models.check_batches import mute_logging  # noqa: E402
-from library.training.planning.settings import describe, way_of  # noqa: E402
+from library.training.planning.settings import describe, resolve_way  # noqa: E402
 from networks.core.protocol import OURS  # noqa: E402
 from tools.command import make_parser, run  # noqa: E402
 from tools.plan_memory import count, spec_of_script  # noqa: E402
@@ -126,7 +126,7 @@ def verify(args: argparse.Namespace, training: Sequence[str], results: list[Resu
             print(result, flush=True)
             results.append(result)
     print("\npaste from here " + "-" * 40)
-    way = way_of(options.memory, options.precision, options.distributed)
+    way = resolve_way(options.memory, options.precision, options.distributed)
     described = option_lines(spec, options.flat(), type(options).defaults(), way)
     for line in (*machine_lines(), *described, *map(str, results)):
         print(line)
@@ -154,7 +154,7 @@ def checks(spec: BaseModelSpec, options: TrainOptions, training: Sequence[str], 
         return
     yield compare_files(whole.adapter, again.adapter)
     with mute_logging():
-        planned = plan_of(spec, options, training)
+        planned = predict_step(spec, options, training)
     yield from compare_with_plan(whole.steps(), planned)
 
 
@@ -281,13 +281,13 @@ def compare_files(whole: Path, again: Path) -> Result:
 # The plan
 
 
-def plan_of(spec: BaseModelSpec, options: TrainOptions, training: Sequence[str]) -> Predicted | None:
+def predict_step(spec: BaseModelSpec, options: TrainOptions, training: Sequence[str]) -> Predicted | None:
     """Predict a step as the options run it; None with --fit, which chooses and checks by itself."""
     if options.fit.fit is not None:
         return None
     *_, counted = count(spec.script, training)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    way = way_of(options.memory, options.precision, options.distributed)
+    way = resolve_way(options.memory, options.precision, options.distributed)
     return predict(counted.step, way, measured_gpu(device, 0, DTYPES[options.precision.mixed_precision]))
 
 

@@ -83,18 +83,18 @@ class AdapterKey:
         if match := PROCESSOR_KEY.fullmatch(text):
             layer = "to_out.0" if match[3] == "to_out" else match[3]
             module = f"{match[1]}.{layer}"
-            return cls(module, match[2], DOWN if match[4] == "down" else UP, naming_of(module))
+            return cls(module, match[2], DOWN if match[4] == "down" else UP, recognise_naming(module))
         if match := OWN_PROCESSOR_KEY.fullmatch(text):
-            return cls(match[1], match[2], DOWN if match[3] == "down" else UP, naming_of(match[1]))
+            return cls(match[1], match[2], DOWN if match[3] == "down" else UP, recognise_naming(match[1]))
         for pattern, leaf in KEY_PATTERNS:
             if match := pattern.fullmatch(text):
-                return cls(match[1], match[2], leaf or match[2], naming_of(match[1]))
-        if naming_of(text) == "kohya" and (match := KOHYA_KEY.fullmatch(text)):
+                return cls(match[1], match[2], leaf or match[2], recognise_naming(match[1]))
+        if recognise_naming(text) == "kohya" and (match := KOHYA_KEY.fullmatch(text)):
             return cls(match[1], match[2], match[2], "kohya")
         return None
 
 
-def naming_of(name: str) -> Naming:
+def recognise_naming(name: str) -> Naming:
     """Return the program whose naming a module's name follows."""
     return next((naming for prefix, naming in PREFIXES if name.startswith(prefix)), "unknown")
 
@@ -134,7 +134,7 @@ def _kronecker_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[in
 
 def lacks_model_prefix(name: str) -> bool:
     """Return True if a module's prefix does not tell its model in the pipeline and its layout."""
-    is_bare = naming_of(name) in ("unknown", "peft") or name.startswith(("lycoris_", "lora_transformer_"))
+    is_bare = recognise_naming(name) in ("unknown", "peft") or name.startswith(("lycoris_", "lora_transformer_"))
     return is_bare or f".{PEFT_PREFIX}" in name
 
 

@@ -96,16 +96,16 @@ def parse(text: str, shape: tuple[int, ...]) -> Key:
     """Parse a key; one with an unknown ending or prefix keeps its text and has no naming."""
     found = AdapterKey.parse(text)
     if found is None or READ.fullmatch(found.ending) is None:
-        return Key(text, underscored(text), "", shape, None, part_of(text))
+        return Key(text, underscored(text), "", shape, None, name_part(text))
     naming = next((naming for naming in NAMINGS if naming == found.naming), None)
     if re.match(r"model\.diffusion_model\.", found.module) or (naming == "kohya" and "." in found.module):
         naming = None  # names in a complete checkpoint
     if lacks_model_prefix(found.module):
         naming = None  # programs read some of these, but different ones for each base model
-    return Key(text, underscored(found.module), found.ending, shape, naming, part_of(found.module))
+    return Key(text, underscored(found.module), found.ending, shape, naming, name_part(found.module))
 
 
-def part_of(module: str) -> Part:
+def name_part(module: str) -> Part:
     return "text" if is_of_text_encoder(module) else "denoiser"
 
 

@@ -24,7 +24,7 @@ def preference_losses(errors_2P: Tensor, reference_2P: Tensor, beta: float) -> T
     return -logsigmoid(beta / 2 * (preferred_P - rejected_P))
 
 
-def margins_of(losses: Tensor) -> Tensor:
+def invert_losses(losses: Tensor) -> Tensor:
     """Return the margins that gave these losses, the implicit rewards of preferred images less those of rejected
     ones."""
     losses = losses.double().clamp(min=LEAST_LOSS)
@@ -33,6 +33,6 @@ def margins_of(losses: Tensor) -> Tensor:
 
 def implicit_accuracy(losses: Tensor, tolerance: float = 1e-6) -> float:
     """Return the share of margins above 0; one within float32's rounding of 0 is half right."""
-    margins = margins_of(losses)
+    margins = invert_losses(losses)
     is_tie = margins.abs() <= tolerance
     return ((margins > 0) & ~is_tie).double().mean().item() + 0.5 * is_tie.double().mean().item()

@@ -29,13 +29,13 @@ class RecomputeFromMainMemory:
         if not torch.is_grad_enabled():
             return block(*inputs, **named)
         own = {id(value) for value in (*inputs, *named.values()) if isinstance(value, Tensor) and value.requires_grad}
-        places = {place_of(value) for value in (*inputs, *named.values()) if id(value) in own}
+        places = {identify_values(value) for value in (*inputs, *named.values()) if id(value) in own}
         # Autograd's graph keeps the inputs alive; a strong reference here would keep those of a graph that was dropped.
         kept = BlockInputs(self.last, self.streams)
         self.last = weakref.ref(kept)
 
         def pack(tensor: Tensor) -> Tensor | tuple[BlockInputs, int]:
-            return (kept, kept.add(tensor)) if place_of(tensor) in places else tensor
+            return (kept, kept.add(tensor)) if identify_values(tensor) in places else tensor
 
         with saved_tensors_hooks(pack, unpack):
             return recompute(block, *inputs, **named)
@@ -48,7 +48,7 @@ def unpack(packed: Tensor | tuple["BlockInputs", int]) -> Tensor:
     return kept.take(i)
 
 
-def place_of(tensor: Tensor) -> tuple[int, torch.Size]:
+def identify_values(tensor: Tensor) -> tuple[int, torch.Size]:
     """Identify the values of a tensor: autograd hands out aliases, which are different objects."""
     return tensor.data_ptr(), tensor.shape
 

@@ -34,14 +34,14 @@ def shape_of_output(x: torch.Size, layer: nn.Conv2d) -> torch.Size:
     """Return the output's shape (B, O, H, W) for an input (B, I, H, W), without dilation."""
     height, width = (
         (side + 2 * border - size) // step + 1
-        for side, border, size, step in zip(x[2:], borders_of(layer), layer.kernel_size, layer.stride, strict=True)
+        for side, border, size, step in zip(x[2:], zero_borders(layer), layer.kernel_size, layer.stride, strict=True)
     )
     return torch.Size((x[0], layer.out_channels, height, width))
 
 
 def output(x: Tensor, weight: Tensor, bias: Tensor | None, layer: nn.Conv2d) -> Tensor:
     """Convolve `x` (B, I, H, W) with a channels-last weight (O, I, h, w); the result is channels last too."""
-    (top, left), (down, right) = borders_of(layer), layer.stride
+    (top, left), (down, right) = zero_borders(layer), layer.stride
     x_BHWI = pad(x.permute(0, 2, 3, 1), (0, 0, left, left, top, top))
     seen_BHWIhw = x_BHWI.unfold(1, weight.shape[2], down).unfold(2, weight.shape[3], right)
     columns_BHWN = seen_BHWIhw.permute(0, 1, 2, 4, 5, 3).flatten(3)
@@ -50,7 +50,7 @@ def output(x: Tensor, weight: Tensor, bias: Tensor | None, layer: nn.Conv2d) -> 
 
 def input_gradient(gradient: Tensor, weight: Tensor, shape: torch.Size, layer: nn.Conv2d) -> Tensor:
     """Return the gradient of an input of `shape` (B, I, H, W), from that of the output (B, O, H, W)."""
-    (top, left), (down, right) = borders_of(layer), layer.stride
+    (top, left), (down, right) = zero_borders(layer), layer.stride
     batch, channels, height, width = shape
     columns_BHWN = gradient.permute(0, 2, 3, 1) @ as_matrix(weight)
     rows, places = columns_BHWN.shape[1:3]
@@ -71,7 +71,7 @@ def pads_with_zeros(layer: nn.Module) -> bool:
     return type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
 
 
-def borders_of(layer: nn.Conv2d) -> tuple[int, ...]:
+def zero_borders(layer: nn.Conv2d) -> tuple[int, ...]:
     """Return the rows of zero padding above and below, and the columns left and right."""
     assert not isinstance(layer.padding, str)
     return layer.padding

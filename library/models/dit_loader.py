@@ -13,9 +13,9 @@ from library.checkpoints.weights import Weights
 from library.errors import UserError
 from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
-from library.models.language_models import WORDS, text_dtype_of
+from library.models.language_models import WORDS, text_encoder_dtype
 from library.models.loading import Component, MaybeComponent, first_side, materialise, open_if_there
-from library.models.vae.vae import vae_dtype_of
+from library.models.vae.vae import resolve_vae_dtype
 from library.options.caching import CachingOptions, TextCachingOptions
 from library.options.machine.memory import PrecisionOptions
 from library.options.model import BASE_FLAG, ModelOptions
@@ -105,8 +105,8 @@ def open_dit_loader(
         build=build,
         denoiser_weights=weights,
         dtype=DTYPES[precision],
-        text=Part(open_if_there(texts_are_cached, text), text_dtype or text_dtype_of(precision), load_text),
-        vae_part=Part(open_if_there(latents_are_cached, vae), vae_dtype_of(options.model, precision), load_vae),
+        text=Part(open_if_there(texts_are_cached, text), text_dtype or text_encoder_dtype(precision), load_text),
+        vae_part=Part(open_if_there(latents_are_cached, vae), resolve_vae_dtype(options.model, precision), load_vae),
     )
 
 

@@ -77,7 +77,7 @@ def refuse_other_folder(specs: Sequence[BaseModelSpec], flag: str, folder: Path,
     trains. A folder that names none passes, and so does one with a U-Net, whose weights tell more than a name."""
     class_name = read_json(folder / "model_index.json").get("_class_name", "")
     named = bases_of_pipeline(specs, class_name)
-    is_named = len(named) == 1 or (named and not spec_of(specs, wanted).folders)
+    is_named = len(named) == 1 or (named and not find_spec(specs, wanted).folders)
     refuse_other(specs, flag, str(folder), named[0] if is_named else base_of_parts(specs, folder), wanted)
     if not named:
         refuse_unknown_folder(flag, folder, class_name)
@@ -165,7 +165,9 @@ def refuse_other(
 ) -> None:
     """Raise UserError if another base model was recognised in a folder or file; None means that no model was."""
     if found is not None and found.name != wanted:
-        raise UserError(f"{flag} {origin}: this is {found.called} {kind}; {suggest_fix(found, spec_of(specs, wanted))}")
+        raise UserError(
+            f"{flag} {origin}: this is {found.called} {kind}; {suggest_fix(found, find_spec(specs, wanted))}"
+        )
 
 
 def open_unet_folder(specs: Sequence[BaseModelSpec], base: BaseFiles, wanted: str) -> tuple[dict[str, Any], Weights]:
@@ -202,7 +204,7 @@ def open_denoiser(
     if diffusers_mark in weights.shapes:
         weights = from_diffusers(weights)
     if mark not in weights.shapes:
-        why = f"it has no {mark}, so it is not a {spec_of(specs, wanted).title} transformer"
+        why = f"it has no {mark}, so it is not a {find_spec(specs, wanted).title} transformer"
         refuse_transformer(specs, base, base.whole or weights, wanted, why)
     return weights
 
@@ -225,7 +227,7 @@ def refuse_transformer(
     raise UserError(f"{base.flag} {base.path}: {why} (first names: {first_names(weights)})")
 
 
-def spec_of(specs: Sequence[BaseModelSpec], name: str) -> BaseModelSpec:
+def find_spec(specs: Sequence[BaseModelSpec], name: str) -> BaseModelSpec:
     return next(spec for spec in specs if spec.name == name)
 
 

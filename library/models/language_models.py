@@ -29,7 +29,7 @@ DESCRIBE = (  # the message before a caption in pipelines with a Qwen-VL
 PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")  # in files
 
 
-def text_dtype_of(mixed_precision: str) -> torch.dtype:
+def text_encoder_dtype(mixed_precision: str) -> torch.dtype:
     """Return the dtype of a text encoder whose states overflow float16."""
     dtype = DTYPES[mixed_precision]
     return torch.bfloat16 if dtype == torch.float16 else dtype
@@ -49,7 +49,7 @@ def load_in_8_bits(
     return encoder
 
 
-def decoder_of(weights: Weights, prefixes: Sequence[str]) -> Weights | None:
+def extract_decoder(weights: Weights, prefixes: Sequence[str]) -> Weights | None:
     """Return the weights of a file's decoder under the names of transformers, without the head that predicts words and
     without a vision model; None if the file has none under any of `prefixes`."""
     prefix = next((p for p in prefixes if f"{p}{WORDS}" in weights.shapes), None)

@@ -16,7 +16,7 @@ from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, first_names
 from library.errors import NotThere, UserError
 from library.memory.devices import send
-from library.models.language_models import decoder_config, decoder_of
+from library.models.language_models import decoder_config, extract_decoder
 from library.models.loading import Component, MaybeComponent, materialise
 from library.models.shapes import Shapes, shape_of
 from library.models.tokenizer_files import (
@@ -58,7 +58,7 @@ def open_qwen3(name: str | None, release: Qwen3Release) -> Component:
 
 def qwen3_component(weights: Weights, release: Qwen3Release) -> Component:
     """Build the encoder from shapes. Raises UserError if the weights are of something else."""
-    found = decoder_of(weights, release.prefixes)
+    found = extract_decoder(weights, release.prefixes)
     if found is None or MARK not in found.shapes:
         first = first_names(weights)
         raise UserError(f"{release.flag} {weights.origin} is not a Qwen3 text encoder (first names: {first})")

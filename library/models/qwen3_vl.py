@@ -13,7 +13,7 @@ from torch import nn
 
 from library.checkpoints.weights import Weights, configure, first_names
 from library.errors import UserError
-from library.models.language_models import PREFIXES, decoder_config, decoder_of, without_norm
+from library.models.language_models import PREFIXES, decoder_config, extract_decoder, without_norm
 from library.models.loading import Component, MaybeComponent, materialise
 from library.models.qwen3 import EPS, MARK, Qwen3Release
 from library.models.shapes import Shapes, shape_of
@@ -32,7 +32,7 @@ def qwen3_vl_component(weights: Weights, given: Mapping[str, Any] | None, releas
     and sizes.
     """
     kind = str((given or {}).get("model_type", KIND))
-    found = decoder_of(weights, (release.prefix, *PREFIXES)) if kind.startswith(KIND) else None
+    found = extract_decoder(weights, (release.prefix, *PREFIXES)) if kind.startswith(KIND) else None
     if found is None or MARK not in found.shapes:
         what = f"{kind}'s" if found is None and kind != KIND else f"first names: {first_names(weights)}"
         raise UserError(

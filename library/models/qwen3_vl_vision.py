@@ -77,7 +77,7 @@ def encode_with_images(
     weight = next(vision.parameters())
     ids_S, patch = send(ids_S, weight.device), tower.config.patch_size
     grids = [(1, image.shape[-2] // patch, image.shape[-1] // patch) for image in images]
-    patches_P = torch.cat([patches_of(image, patch, tower.config.temporal_patch_size) for image in images])
+    patches_P = torch.cat([cut_patches(image, patch, tower.config.temporal_patch_size) for image in images])
     seen = tower(send(patches_P, weight.device).to(weight.dtype), grid_thw=send(torch.tensor(grids), weight.device))
     is_slot_S = ids_S == slot
     words_SE = model.embed_tokens(ids_S)
@@ -94,7 +94,7 @@ def encode_with_images(
     return states_SE
 
 
-def patches_of(image_CHW: Tensor, patch: int, num_frames: int) -> Tensor:
+def cut_patches(image_CHW: Tensor, patch: int, num_frames: int) -> Tensor:
     """Cut an image, as a video of equal frames, into patches; those of one token follow each other."""
     C, H, W = image_CHW.shape
     step = MERGE * patch

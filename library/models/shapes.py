@@ -53,6 +53,6 @@ def norm_groups(*channels: int) -> int:
     return gcd(NORM_GROUPS, *channels)
 
 
-def heads_of(width: int, wanted: int) -> int:
+def choose_num_heads(width: int, wanted: int) -> int:
     """Return `wanted`, or the largest smaller number of heads that divides `width`."""
     return next(heads for heads in range(max(wanted, 1), 0, -1) if width % heads == 0)

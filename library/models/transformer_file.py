@@ -38,8 +38,8 @@ def names_below(
     """Return a function that gives the `names` of the layer of a weight, and None if adapters do not target it; its
     path is what follows the `prefix`."""
 
-    def names_of(stem: str) -> ModuleNames | None:
+    def target_names(stem: str) -> ModuleNames | None:
         path = stem.removeprefix(prefix)
         return names(path) if stem.startswith(prefix) and is_layer(path) else None
 
-    return names_of
+    return target_names

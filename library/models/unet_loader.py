@@ -15,7 +15,7 @@ from library.models.clip.clip import load_clip
 from library.models.identify import warn_of_other_prediction
 from library.models.loading import Component, MaybeComponent, first_side, materialise, open_if_there
 from library.models.unet.unet import check_unet_input, empty_unet, for_inpainting
-from library.models.vae.vae import VaeNeeds, load_vae, open_vae, vae_dtype_of, vae_of_base
+from library.models.vae.vae import VaeNeeds, load_vae, open_vae, resolve_vae_dtype, vae_of_base
 from library.options.train import TrainOptions
 
 GIVE = "a .safetensors or .ckpt file, a diffusers folder or a hub name"
@@ -82,7 +82,7 @@ def open_unet_loader(
         ),
         latent_channels=needs.channels,
         dtype=DTYPES[options.precision.mixed_precision],
-        vae_dtype=vae_dtype_of(options.model, options.precision.mixed_precision),
+        vae_dtype=resolve_vae_dtype(options.model, options.precision.mixed_precision),
         uses_xformers=should_use_xformers(options.memory),
         inpaints=inpaints,
     )

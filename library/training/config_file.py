@@ -175,14 +175,14 @@ def convert_scalar(value: Any, action: argparse.Action) -> Any:
     if value is False and kind in (int, float, int_or_float):
         return kind(0) if kind in (int, float) else 0
     if kind is int:
-        return int(value) if has_number and value == int_of(value) else Refused("a whole number")
+        return int(value) if has_number and value == to_whole(value) else Refused("a whole number")
     if kind is float:
         # Where the default is an int the metadata shows the number as it was written.
         return (value if isinstance(action.default, int) else float(value)) if has_number else Refused("a number")
     if kind is int_or_float:
         # 100.0 steps were meant where a share of the run cannot be.
-        if has_number and value >= 0 and (value < 1 or value == int_of(value)):
-            return int(value) if value == int_of(value) else value
+        if has_number and value >= 0 and (value < 1 or value == to_whole(value)):
+            return int(value) if value == to_whole(value) else value
         if isinstance(value, str):
             try:
                 return int_or_float(value)
@@ -194,7 +194,7 @@ def convert_scalar(value: Any, action: argparse.Action) -> Any:
     return Refused("text")
 
 
-def int_of(value: int | float) -> int | None:
+def to_whole(value: int | float) -> int | None:
     """Return the whole part of a number; None where it is not finite."""
     return int(value) if value - value == 0 else None
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from library.version import VERSION
-from tools.start import interpreter_of
+from tools.start import python_path
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("finetune", "library", "networks", "tools")
@@ -36,7 +36,7 @@ def checkout(tmp_path: Path) -> Path:
 @pytest.mark.slow
 def test_an_editable_installation_is_imported_from_another_folder(checkout: Path, tmp_path: Path) -> None:
     venv.create(tmp_path / "fresh", with_pip=False)
-    python = interpreter_of(tmp_path / "fresh")
+    python = python_path(tmp_path / "fresh")
     with_setuptools = {**os.environ, "PYTHONPATH": sysconfig.get_path("purelib")}
     install = [*PIP, "--python", str(python), "install", *OFFLINE, "--editable", str(checkout)]
     subprocess.run(install, env=with_setuptools, cwd=tmp_path, check=True)

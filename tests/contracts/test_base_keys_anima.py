@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from library.architectures.anima.load import PREFIXES, QWEN3, denoiser_of
+from library.architectures.anima.load import PREFIXES, QWEN3, read_denoiser
 from library.architectures.anima.model import Anima, read_config
 from library.architectures.anima.reference import diffusers_key
 from library.models.qwen3 import empty_qwen3, qwen3_component
@@ -35,7 +35,7 @@ def test_the_inventory_is_whole() -> None:
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_the_denoiser_has_the_names_and_shapes_of_the_file(prefix: str) -> None:
     expected = shapes_of("dit")
-    weights = denoiser_of(Path("file"), opened({prefix + name: shape for name, shape in expected.items()}))
+    weights = read_denoiser(Path("file"), opened({prefix + name: shape for name, shape in expected.items()}))
     assert anima_shapes(weights.shapes) == expected == dict(weights.shapes)
     assert sum(torch.Size(shape).numel() for shape in expected.values()) == 2_091_068_928
 

@@ -10,7 +10,7 @@ from torch import nn
 from library.architectures.flux.adapter_names import CHROMA_NAMES
 from library.architectures.flux.approximator import ApproximatorConfig
 from library.architectures.flux.checkpoint_keys import from_diffusers
-from library.architectures.flux.load import denoiser_of
+from library.architectures.flux.load import read_denoiser
 from library.architectures.flux.model import Flux, FluxConfig, read_config
 from library.architectures.flux.targets import view_chroma
 from library.checkpoints.base_files import BaseFiles
@@ -30,7 +30,7 @@ FULL = FluxConfig(64, 3072, 128, 12288, 4096, 19, 38, True, 0, ApproximatorConfi
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_the_denoiser_has_the_names_and_shapes_of_the_file(prefix: str) -> None:
-    weights = denoiser_of(
+    weights = read_denoiser(
         BaseFiles(Path("file"), opened({prefix + name: shape for name, shape in BASE.items()})), "chroma"
     )
     config = read_config(weights.shapes)

@@ -21,7 +21,7 @@ from library.options.train import TrainOptions
 from library.training.command_line.cli import build_parser_of_prompts
 from library.training.config_file import read_config
 from library.training.evaluation.prompts import LINE_OPTIONS
-from library.training.sweep.combinations import combinations_of
+from library.training.sweep.combinations import expand_combinations
 from networks.core.registry.parsing import parse_arguments
 from tools import choose_checkpoint, contact_sheet, make_shards, plan_memory, start, verify
 
@@ -148,7 +148,7 @@ def check_script(script: str, arguments: list[str]) -> None:
     options = TrainOptions.from_args(args)
     assert unsupported(options) == []
     if options.sweep.sweep:
-        combinations_of(options)
+        expand_combinations(options)
     if args.network_module and args.network_module.startswith("networks."):
         given = dict(item.split("=", 1) for item in args.network_args or ())
         parse_arguments(given, args.network_dropout, list_network_arguments())

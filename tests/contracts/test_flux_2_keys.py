@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from library.architectures.flux_2.adapter_names import NAMES
 from library.architectures.flux_2.checkpoint_keys import KEYS
-from library.architectures.flux_2.load import denoiser_of
+from library.architectures.flux_2.load import read_denoiser
 from library.architectures.flux_2.mistral import empty_mistral
 from library.architectures.flux_2.model import Flux2, Flux2Config, read_config
 from library.architectures.flux_2.reference import diffusers_config
@@ -72,7 +72,7 @@ def test_the_sizes_of_dev_are_the_defaults_of_diffusers() -> None:
 def test_the_denoiser_loads_from_the_names_of_either_layout(size: str, prefix: str) -> None:
     expected = shapes_of_model(ours(SIZES[size]))
     for shapes in (expected, shapes_of_model(theirs(SIZES[size]))):
-        weights = denoiser_of(BaseFiles(Path("file"), opened({prefix + name: s for name, s in shapes.items()})))
+        weights = read_denoiser(BaseFiles(Path("file"), opened({prefix + name: s for name, s in shapes.items()})))
         assert dict(weights.shapes) == expected
         assert read_config(weights.shapes) == SIZES[size]
         assert base_of_file(list_specs(), {prefix + name: s for name, s in shapes.items()}).name == "flux_2"  # type: ignore[union-attr]

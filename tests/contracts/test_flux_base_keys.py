@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from library.architectures.flux.checkpoint_keys import from_diffusers, our_keys, source_keys
-from library.architectures.flux.load import CLIP_PREFIXES, denoiser_of
+from library.architectures.flux.load import CLIP_PREFIXES, read_denoiser
 from library.architectures.flux.model import Flux, read_config
 from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.weights import with_prefix
@@ -42,7 +42,7 @@ def test_the_denoiser_has_the_names_and_shapes_of_the_file(prefix: str, kind: st
     expected = shapes_of("dit")
     if kind == "schnell":
         expected = {name: shape for name, shape in expected.items() if not name.startswith("guidance_in.")}
-    weights = denoiser_of(
+    weights = read_denoiser(
         BaseFiles(Path("file"), opened({prefix + name: shape for name, shape in expected.items()})), "flux"
     )
     assert flux_shapes(weights.shapes) == expected == dict(weights.shapes)
@@ -54,7 +54,7 @@ def test_the_denoiser_has_the_names_and_shapes_of_the_file(prefix: str, kind: st
 def test_a_file_of_all_parts_gives_its_denoiser(first: bool) -> None:
     dit = {f"model.diffusion_model.{name}": shape for name, shape in shapes_of("dit").items()}
     other = {f"vae.{name}": shape for name, shape in shapes_of("ae").items()}
-    weights = denoiser_of(BaseFiles(Path("file"), opened({**dit, **other} if first else {**other, **dit})), "flux")
+    weights = read_denoiser(BaseFiles(Path("file"), opened({**dit, **other} if first else {**other, **dit})), "flux")
     assert dict(weights.shapes) == shapes_of("dit")
 
 

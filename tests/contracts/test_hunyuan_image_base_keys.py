@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from library.architectures.hunyuan_image.checkpoint_keys import from_diffusers
-from library.architectures.hunyuan_image.load import checked_vae, component_of_file, denoiser_of
+from library.architectures.hunyuan_image.load import checked_vae, component_of_file, read_denoiser
 from library.architectures.hunyuan_image.model import read_config
 from library.architectures.hunyuan_image.qwen import empty_qwen, qwen_component
 from library.architectures.hunyuan_image.vae import empty_vae, vae_component
@@ -106,13 +106,13 @@ def test_the_vae_is_that_of_diffusers(prefix: str) -> None:
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_the_denoiser_is_found_with_and_without_prefix(prefix: str) -> None:
-    weights = denoiser_of(BaseFiles(Path("file"), opened({prefix + n: s for n, s in DENOISER.items()})))
+    weights = read_denoiser(BaseFiles(Path("file"), opened({prefix + n: s for n, s in DENOISER.items()})))
     assert dict(weights.shapes) == DENOISER
 
 
 def test_other_models_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"this is a FLUX model; use flux_train_network\.py"):
-        denoiser_of(BaseFiles(Path("file"), opened({"double_blocks.0.img_attn.qkv.weight": (9216, 3072)})))
+        read_denoiser(BaseFiles(Path("file"), opened({"double_blocks.0.img_attn.qkv.weight": (9216, 3072)})))
     with pytest.raises(ValueError, match=r"--vae file has 16 channels per 8 pixels, but HunyuanImage 2\.1 needs 64"):
         shapes = {"decoder.conv_in.weight": (512, 16, 3, 3)}
         checked_vae(Component({"latent_channels": 16, "spatial_compression_ratio": 8}, opened(shapes)))

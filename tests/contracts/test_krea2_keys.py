@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from library.architectures.krea2.adapter_names import NAMES
 from library.architectures.krea2.checkpoint_keys import diffusers_path, linear_paths
-from library.architectures.krea2.load import QWEN3_VL, denoiser_of
+from library.architectures.krea2.load import QWEN3_VL, read_denoiser
 from library.architectures.krea2.model import SingleStreamDiT, read_config
 from library.architectures.krea2.reference import diffusers_config
 from library.architectures.krea2.text import LAYERS
@@ -63,7 +63,7 @@ def test_our_sizes_are_the_defaults_of_diffusers() -> None:
 def test_the_denoiser_loads_from_the_names_of_either_layout(prefix: str) -> None:
     expected = shapes_of_model(ours())
     for shapes in (expected, shapes_of_model(theirs())):
-        weights = denoiser_of(BaseFiles(Path("file"), opened({prefix + name: s for name, s in shapes.items()})))
+        weights = read_denoiser(BaseFiles(Path("file"), opened({prefix + name: s for name, s in shapes.items()})))
         assert dict(weights.shapes) == expected
         assert read_config(weights.shapes) == FULL_SIZE
         assert base_of_file(list_specs(), {prefix + name: s for name, s in shapes.items()}).name == "krea2"  # type: ignore[union-attr]

@@ -12,7 +12,7 @@ from torch import nn
 from library.architectures.lumina.adapter_names import NAMES
 from library.architectures.lumina.checkpoint_keys import KEYS
 from library.architectures.lumina.gemma import GEMMA_PREFIXES, empty_gemma, gemma_component
-from library.architectures.lumina.load import denoiser_of
+from library.architectures.lumina.load import read_denoiser
 from library.architectures.lumina.model import NextDiT, read_config
 from library.checkpoints.base_files import BaseFiles
 from library.models.adapter_views import view_both
@@ -42,7 +42,7 @@ def test_the_denoiser_has_the_names_and_shapes_of_the_file(prefix: str) -> None:
     expected = part("dit")
     assert len(expected) == 400 and sum(torch.Size(shape).numel() for shape in expected.values()) == 2_609_771_456
     del expected["norm_final.weight"]
-    weights = denoiser_of(BaseFiles(Path("file"), opened(part("dit", prefix))))
+    weights = read_denoiser(BaseFiles(Path("file"), opened(part("dit", prefix))))
     assert dict(weights.shapes) == expected == shapes_of_model(on_meta_device(NextDiT, read_config(weights.shapes)))
 
 

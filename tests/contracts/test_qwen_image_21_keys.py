@@ -10,7 +10,7 @@ from torch import nn
 
 from library.architectures.qwen_image_21.adapter_names import NAMES, NUM_BLOCKS
 from library.architectures.qwen_image_21.checkpoint_keys import linear_paths
-from library.architectures.qwen_image_21.load import QWEN3_VL, denoiser_of
+from library.architectures.qwen_image_21.load import QWEN3_VL, read_denoiser
 from library.architectures.qwen_image_21.model import QwenImage21, read_config
 from library.architectures.qwen_image_21.reference import diffusers_config
 from library.architectures.qwen_image_21.vae import empty_vae, vae_config
@@ -56,7 +56,7 @@ def test_names_shapes_and_sizes_are_those_of_diffusers() -> None:
 def test_the_denoiser_loads_from_fused_and_split_gates(prefix: str, is_fused: bool) -> None:
     state = dict(ours().state_dict())
     shapes = {prefix + n: tuple(t.shape) for n, t in (with_fused_gates(state) if is_fused else state).items()}
-    weights = denoiser_of(BaseFiles(Path("file"), opened(shapes)))
+    weights = read_denoiser(BaseFiles(Path("file"), opened(shapes)))
     assert dict(weights.shapes) == shapes_of_model(ours())
     assert read_config(weights.shapes) == FULL_SIZE
     assert base_of_file(list_specs(), shapes).name == "qwen_image_21"  # type: ignore[union-attr]

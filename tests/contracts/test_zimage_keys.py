@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from library.architectures.specs import list_specs
 from library.architectures.zimage.adapter_names import NAMES
 from library.architectures.zimage.checkpoint_keys import KEYS
-from library.architectures.zimage.load import QWEN3, denoiser_of
+from library.architectures.zimage.load import QWEN3, read_denoiser
 from library.architectures.zimage.model import ZImage, read_config
 from library.architectures.zimage.reference import diffusers_config
 from library.checkpoints.base_files import BaseFiles
@@ -61,7 +61,7 @@ def test_diffusers_makes_its_model_of_our_names() -> None:
 def test_the_denoiser_loads_from_the_names_of_either_layout(prefix: str) -> None:
     expected = shapes_of_model(ours())
     for shapes in (expected, shapes_of_model(theirs())):
-        weights = denoiser_of(BaseFiles(Path("file"), opened({prefix + name: s for name, s in shapes.items()})))
+        weights = read_denoiser(BaseFiles(Path("file"), opened({prefix + name: s for name, s in shapes.items()})))
         assert dict(weights.shapes) == expected
         assert read_config(weights.shapes) == FULL_SIZE
         assert base_of_file(list_specs(), {prefix + name: s for name, s in shapes.items()}).name == "zimage"  # type: ignore[union-attr]

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from library.errors import UserError
-from library.training.report_page.comparison import comparison_of
-from library.training.report_page.page import page_of
+from library.training.report_page.comparison import build_comparison
+from library.training.report_page.page import build_page
 from library.training.report_page.record import Record
-from library.training.report_page.writer import read_events, report_of
+from library.training.report_page.writer import build_report, read_events
 from tests.event_lines import lines_of, whole_run
 from tests.fuzz.budget import any_input, works_or_says_why
 
@@ -45,8 +45,8 @@ def test_any_change_of_an_event_works_or_is_named(seed: int, junk: Any, number: 
     lines[number] = changed(lines[number], random.Random(seed), junk)
     path = tmp_path / "events.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    works_or_says_why(lambda: report_of(read_events(path)))
-    works_or_says_why(lambda: comparison_of([path, path]))
+    works_or_says_why(lambda: build_report(read_events(path)))
+    works_or_says_why(lambda: build_comparison([path, path]))
 
 
 @given(seed=st.integers(0, 2**32), junk=st.sampled_from(JUNK))
@@ -56,11 +56,11 @@ def test_any_change_of_a_report_works_or_is_named(seed: int, junk: Any, tmp_path
     for line in LINES:
         record.add(line)
     content = json.dumps(changed(json.loads(json.dumps(record.as_json())), random.Random(seed), junk))
-    page, placeholder = page_of("cat", "report.js", {"DATA": 0}), '{"DATA":0}'
+    page, placeholder = build_page("cat", "report.js", {"DATA": 0}), '{"DATA":0}'
     assert page.count(placeholder) == 1
     path = tmp_path / "cat-report.html"
     path.write_text(page.replace(placeholder, content.replace("<", "\\u003c")))
-    works_or_says_why(lambda: comparison_of([path, path]))
+    works_or_says_why(lambda: build_comparison([path, path]))
 
 
 @pytest.mark.parametrize(

@@ -107,14 +107,14 @@ def test_a_step_that_is_not_finite_is_skipped(
 ) -> None:
     from library.training.step import losses
 
-    losses_of, seen = losses.losses_of, []
+    losses_of, seen = losses.compute_losses, []
 
     def broken(*given: object, **named: object) -> Tensor:
         seen.append(None)
         losses_B: Tensor = losses_of(*given, **named)  # type: ignore[arg-type]
         return losses_B * float("nan") if len(seen) == 2 else losses_B
 
-    monkeypatch.setattr(losses, "losses_of", broken)
+    monkeypatch.setattr(losses, "compute_losses", broken)
     done = on_card([*base_arguments, "--mixed_precision", "bf16"])
     assert done.status == 0 and "1 of 4 steps were left out" in done.stderr
     assert all(weight.isfinite().all() for weight in saved(tmp_path, "mine").values())

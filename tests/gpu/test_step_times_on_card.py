@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from library.memory.planner.gpus import peak_of
-from library.training.reporting.step_times import StepTimes, pressure_of
+from library.memory.planner.gpus import measure_peak_flops
+from library.training.reporting.step_times import StepTimes, measure_pressure
 from tests.gpu.card import DEVICE, ON_CARD
 from tests.unit.training.test_step_times import batch_of
 
@@ -13,7 +13,7 @@ pytestmark = [*ON_CARD, pytest.mark.real_kernels]
 
 def test_stages_on_the_card_take_the_time_of_their_kernels() -> None:
     """The host starts the long product at once; only the card's clock sees how long it takes."""
-    times = StepTimes(DEVICE, peak=peak_of(DEVICE, torch.bfloat16))
+    times = StepTimes(DEVICE, peak=measure_peak_flops(DEVICE, torch.bfloat16))
     matrix = torch.randn(4096, 4096, device=DEVICE)
     times.start()
     for _ in range(4):
@@ -31,4 +31,4 @@ def test_stages_on_the_card_take_the_time_of_their_kernels() -> None:
     assert 0 < backward < forward < 2 * times.last.seconds
     if DEVICE.type == "cuda":
         assert 4 < forward / backward < 16
-        assert pressure_of(DEVICE)["retries"] >= 0 and times.chart_values()["speed/mfu"] > 0
+        assert measure_pressure(DEVICE)["retries"] >= 0 and times.chart_values()["speed/mfu"] > 0

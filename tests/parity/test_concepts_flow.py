@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.specs import recognise_base_model
-from library.data.concepts.prompt_pairs import guidance_of
+from library.data.concepts.prompt_pairs import resolve_guidance
 from library.options.leco import leco_options
 from library.options.training.concepts import ConceptOptions
 from library.protocols import Architecture
 from library.randomness import generator_for
-from library.training.step.concepts import partly_drawn, way_of
+from library.training.step.concepts import build_prompt, partly_drawn
 from library.training.step.conditioning import CaptionMemo
 from library.training.step.context import StepContext
 from library.training.step.losses import loss_of
@@ -78,7 +78,7 @@ class Recomputed:
 
         Where the base model guides a part of the steps with a limited norm, so does this.
         """
-        prompt = replace(way_of(self.context, self.batch, CONCEPT), scale=guidance)
+        prompt = replace(build_prompt(self.context, self.batch, CONCEPT), scale=guidance)
         sigmas = [level.sigma for level in self.context.arch.preview.sampler(prompt).levels]
         latents = noise
         for n in range(5):
@@ -118,7 +118,7 @@ def test_latents_target_and_loss_are_those_of_a_float64_recomputation(
     make: Callable[[], tuple[StepContext, nn.Module]], name: str
 ) -> None:
     context, denoiser = make()
-    guidance = guidance_of(ConceptOptions(), context.arch.preview.defaults)
+    guidance = resolve_guidance(ConceptOptions(), context.arch.preview.defaults)
     assert guidance == (1.0 if name in DRAWN_WITHOUT_GUIDANCE else 3.0)
     batch = batch_of(replace(CONCEPT, guidance=guidance))
     base = Recomputed(context, denoiser, batch)

@@ -14,7 +14,7 @@ from library.memory.blocks import plain, recompute
 from library.memory.devices import bytes_of
 from library.memory.planner.gpus import TYPICAL
 from library.memory.planner.prediction import Way, predict
-from library.memory.planner.steps import peak_of
+from library.memory.planner.steps import compute_peak_bytes
 from library.memory.planner.weights import StorageCost
 from library.options.train import TrainOptions
 from library.progress import listening
@@ -29,7 +29,7 @@ from library.training.models.weight_formats import format_while_reading
 from library.training.planning.counting import BatchShape, CountedRun, count_run, longest_caption
 from library.training.step.context import Models
 from library.training.step.losses import loss_of
-from library.training.step.pairs import passes_of
+from library.training.step.pairs import split_passes
 from library.types import Batch, CaptionWithImages
 from networks.core.protocol import adopt, open_network_module
 from tests.parity.opened import opened_with
@@ -88,14 +88,14 @@ def real_step(options: TrainOptions, arch: Architecture, shape: BatchShape, reco
     )
 
     def step() -> None:
-        for one in passes_of(context, batch):
+        for one in split_passes(context, batch):
             loss_of(context, one, 0).backward()
 
     return step
 
 
 def planned_peak(counted: CountedRun, recomputes: bool) -> int:
-    return peak_of(list(counted.step.timeline.moves(lambda place: recomputes, lambda place: True)))
+    return compute_peak_bytes(list(counted.step.timeline.moves(lambda place: recomputes, lambda place: True)))
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_the_step_of_pairs_takes_what_is_counted(
     step = count_run(options, arch, shape, CPU).step
     torch.manual_seed(96)
     real = allocated_peak(real_step(options, arch, shape, recomputes))
-    counted = peak_of(list(step.timeline.moves(lambda place: recomputes, lambda place: True)))
+    counted = compute_peak_bytes(list(step.timeline.moves(lambda place: recomputes, lambda place: True)))
     assert counted + step.held_gradient_bytes == pytest.approx(real, rel=SHARES.get(name, SHARE))
     assert (step.held_gradient_bytes > 0) == (words[0] == "--pair_slider")
     assert (step.gradientless is None) == (words[0] == "--pair_slider")
@@ -149,7 +149,11 @@ def test_the_reference_of_preferences_takes_a_forward_pass(tmp_path: Path) -> No
     alone = replace(step, gradientless=None)
     assert 1.2 < predict(step, Way(), card).seconds / predict(alone, Way(), card).seconds < 1.5
     assert step.gradientless is not None and step.gradientless.num_passes == step.gradientless.num_batches == 1
-    assert 0 < step.gradientless.peak_bytes < peak_of(list(step.timeline.moves(lambda _: False, lambda _: True)))
+    assert (
+        0
+        < step.gradientless.peak_bytes
+        < compute_peak_bytes(list(step.timeline.moves(lambda _: False, lambda _: True)))
+    )
 
 
 @pytest.mark.nightly

@@ -17,7 +17,7 @@ from library.architectures.hunyuan_image.vae import ChunkedConv2d, compute_in_ch
 from library.diffusion.guidance import guided
 from library.diffusion.samplers import shifted_sampler
 from library.protocols import Architecture
-from library.training.evaluation.preview import batch_of
+from library.training.evaluation.preview import build_batch
 from library.training.step.denoising import noised_at
 from library.types import Prompt
 from tests.tiny.hunyuan_image import VAE, build_tiny_hunyuan_image, tiny_hunyuan_image, tiny_parts, whole_qwen
@@ -132,7 +132,7 @@ def test_a_preview_is_the_image_of_diffusers_pipeline(arch: Architecture, pipeli
     for n, level in enumerate(sampler.levels):
         noised = noised_at(level, sampler.denoiser_input(latents, n))
         predicted = guided(
-            lambda c, noised=noised: predict(denoiser, noised, c, batch_of(prompt)), positive, negative, prompt, 0.5
+            lambda c, noised=noised: predict(denoiser, noised, c, build_batch(prompt)), positive, negative, prompt, 0.5
         )
         latents = sampler.step(predicted, latents, n, torch.Generator())
     pipeline.guider = ClassifierFreeGuidance(guidance_scale=prompt.scale)

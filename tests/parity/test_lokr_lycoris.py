@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from networks.core.changes.adapter import Adapter
 from networks.core.changes.dora import Decompose
 from networks.core.kinds.lokr import factorize, fresh
-from networks.core.registry.layouts import change_of, layout_of
+from networks.core.registry.layouts import make_change, recognise_layout
 from tests.unit.networks.one_layer import adapter_on, module_of
 
 lokr: Any = pytest.importorskip("lycoris.modules.lokr")
@@ -94,7 +94,7 @@ def test_layer_merged_weight_and_file(name: str, form: str, is_dora: bool, has_s
     assert {key: tensor.shape for key, tensor in mine.items()} == {key: tensor.shape for key, tensor in other.items()}
     for key, tensor in other.items():
         if (
-            key != "alpha" or not layout_of(mine).is_whole
+            key != "alpha" or not recognise_layout(mine).is_whole
         ):  # without a rank alpha says nothing: theirs is the rank asked
             torch.testing.assert_close(mine[key], tensor.detach())
 
@@ -105,7 +105,7 @@ def test_files_compute_the_same_in_both_programs(name: str, form: str) -> None:
     base = layer.weight
     assert isinstance(base, Tensor)
     whole = base + theirs.get_weight(base.shape) * theirs.scalar
-    read = change_of({key: tensor.detach() for key, tensor in theirs.custom_state_dict().items()}, layer)
+    read = make_change({key: tensor.detach() for key, tensor in theirs.custom_state_dict().items()}, layer)
     torch.testing.assert_close(read.merged(base), whole, **CLOSE)
     leaves = ours.change.stored_tensors()
     again = lokr.LokrModule("x", layer, 1.0, 2, 3.0, **FORMS[form])

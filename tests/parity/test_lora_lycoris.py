@@ -10,7 +10,7 @@ from networks.core.changes.adapter import Adapter
 from networks.core.changes.dora import Decompose
 from networks.core.changes.low_rank import LowRank
 from networks.core.changes.tucker import Tucker
-from networks.core.targets.targets import kind_of
+from networks.core.targets.targets import adaptation_kind
 from tests.unit.networks.one_layer import adapter_on
 
 locon: Any = pytest.importorskip("lycoris.modules.locon")
@@ -35,7 +35,7 @@ def pair(name: str, is_tucker: bool, is_dora: bool, has_scalar: bool) -> tuple[A
     """Ours, theirs with the same weights, and the layer, which theirs is installed on."""
     torch.manual_seed(1401 + CASES.index((name, is_tucker, is_dora, has_scalar)))
     layer: Any = LAYERS[name][0]().requires_grad_(False)
-    kind = kind_of(layer)
+    kind = adaptation_kind(layer)
     assert kind is not None
     delta = (Tucker if is_tucker else LowRank)(layer, 4)
     join = Decompose(layer.weight) if is_dora else None
@@ -97,7 +97,7 @@ def test_the_start_of_a_trained_strength_is_theirs(name: str) -> None:
     """The strength starts at 0 and up as down does, so that the strength has a gradient from the first step on."""
     torch.manual_seed(1461)
     layer: Any = LAYERS[name][0]()
-    kind = kind_of(layer)
+    kind = adaptation_kind(layer)
     assert kind is not None
     ours = adapter_on(layer, LowRank(layer, 500), 1.0, has_scalar=True)
     theirs = locon.LoConModule("x", layer, 1.0, 500, 1.0, use_scalar=True)

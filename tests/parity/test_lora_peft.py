@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from networks.core.changes.low_rank import LowRank
-from networks.core.targets.targets import kind_of
+from networks.core.targets.targets import adaptation_kind
 from tests.tolerances import FLOAT32_DEEP, FLOAT64
 from tests.unit.networks.one_layer import adapter_on, double
 from tools import merge_lora
@@ -31,7 +31,7 @@ def test_outputs_and_gradients_equal_those_of_peft(name: str) -> None:
     theirs = peft.get_peft_model(wrapped, config).double()
     their_down, their_up = (p for p in theirs.parameters() if p.requires_grad)
 
-    kind = kind_of(layer)
+    kind = adaptation_kind(layer)
     assert kind is not None
     ours = double(adapter_on(layer, LowRank(layer, 4), 3.0))
     ours.change.load_state_dict(

@@ -15,7 +15,7 @@ from networks.core.changes.dropout import Dropout
 from networks.core.files.adapter_file import parse_adapter
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds.oft import OrthogonalOutputs
-from networks.core.registry.layouts import change_of, layout_of
+from networks.core.registry.layouts import make_change, recognise_layout
 from tests.parity.test_lora_merge import tiny_clip, tiny_unet
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.test_forms import assert_same, outputs
@@ -91,12 +91,12 @@ def test_a_file_of_networks_oft_flux_turns_q_k_v_and_the_mlp_apart() -> None:
     weight = torch.randn(3 * 4 + 8, 6, dtype=torch.float64)
     pieces = {f"oft_blocks.{i}": torch.randn(2, n, n, dtype=torch.float64) * 0.2 for i, n in enumerate((2, 2, 2, 4))}
     leaves = {**pieces, "alpha": torch.tensor(0.05)}
-    assert layout_of(leaves).network_module == "networks.oft"
+    assert recognise_layout(leaves).network_module == "networks.oft"
     rows = torch.split(weight, [4, 4, 4, 8])
     expected = torch.cat(
         [turned_by_formula(part, blocks, 0.05, 1.0) for part, blocks in zip(rows, pieces.values(), strict=True)]
     )
-    torch.testing.assert_close(change_of(leaves).merged(weight), expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(make_change(leaves).merged(weight), expected, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("is_deviation", [False, True])
@@ -104,7 +104,7 @@ def test_whole_matrices_of_early_lycoris_are_merged(is_deviation: bool) -> None:
     torch.manual_seed(6351)
     weight, one = torch.randn(12, 5, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
     deviation = torch.randn(3, 4, 4, dtype=torch.float64) * 0.1
-    change = change_of({"oft_diag": deviation if is_deviation else deviation + one})
+    change = make_change({"oft_diag": deviation if is_deviation else deviation + one})
     expected = torch.einsum("knm,knp->kmp", deviation + one, weight.view(3, 4, 5)).reshape(12, 5)
     torch.testing.assert_close(change.merged(weight), expected, **FLOAT64)
     torch.testing.assert_close(change.merged(weight, 0.3), weight + 0.3 * (expected - weight), **FLOAT64)

@@ -12,7 +12,7 @@ from library.checkpoints.files import load_state_dict
 from networks import oft_v2
 from networks.core.changes.blocks import block_size_for
 from networks.core.kinds.oft_v2 import ANGLES, OftV2, fresh
-from networks.core.registry.layouts import change_of
+from networks.core.registry.layouts import make_change
 from tests.parity.test_lora_merge import tiny_clip
 from tests.tolerances import FLOAT32_DEEP, FLOAT64
 from tools import merge_lora
@@ -146,7 +146,7 @@ def test_a_folder_that_peft_saved_is_merged_and_trained_further(tiny_sd_folder: 
     for key, tensor in saved.items():
         name = "lora_unet_" + key.removeprefix("base_model.model.").removesuffix(f".{ANGLES}").replace(".", "_")
         assert torch.equal(back[f"{name}.{ANGLES}"], tensor)
-    assert change_of({ANGLES: next(iter(back.values()))}).stored_tensors().keys() == {ANGLES}
+    assert make_change({ANGLES: next(iter(back.values()))}).stored_tensors().keys() == {ANGLES}
     # And theirs loads what ours saved, under its own names.
     torch.manual_seed(6143)
     fresh_unet = UNet2DConditionModel.from_pretrained(tiny_sd_folder, subfolder="unet")

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.diffusion.dpo import margins_of
+from library.diffusion.dpo import invert_losses
 from library.options.training.pairs import PairOptions
 from library.protocols import Architecture
 from library.training.evaluation.validation_loss import batch_losses
 from library.training.step.conditioning import CaptionMemo
 from library.training.step.context import StepContext
-from library.training.step.losses import loss_of, noised_of
-from library.training.step.pairs import passes_of, sides_of
+from library.training.step.losses import add_noise_to, loss_of
+from library.training.step.pairs import split_pairs, split_passes
 from library.types import Batch, Noised
 from tests.parity.opened import opened_with
 from tests.parity.test_concepts import context_of, merge_into
@@ -102,7 +102,7 @@ def test_the_preference_loss_is_that_of_a_float64_recomputation(name: str, tmp_p
     arch = opened(name, tmp_path)
     context = context_for(arch, PairOptions("dpo", BETA))
     batch = pairs_of(context)
-    preferred, rejected = (noised_of(context, side, NUMBER) for side in sides_of(batch))
+    preferred, rejected = (add_noise_to(context, side, NUMBER) for side in split_pairs(batch))
     assert torch.equal(preferred.noise_BCHW, rejected.noise_BCHW)
     assert torch.equal(preferred.timesteps_B, rejected.timesteps_B)
     assert not torch.equal(preferred.clean_BCHW, rejected.clean_BCHW)
@@ -125,10 +125,10 @@ def test_a_slider_is_trained_at_its_strength_on_images_and_at_minus_that_on_part
     arch = opened(name, tmp_path)
     context = context_for(arch, PairOptions(pair_slider=STRENGTH))
     batch = pairs_of(context)
-    losses = [loss_of(context, side, NUMBER).double().detach() for side in passes_of(context, batch)]
+    losses = [loss_of(context, side, NUMBER).double().detach() for side in split_passes(context, batch)]
     assert len(losses) == 2
-    for loss, side, strength in zip(losses, sides_of(batch), (STRENGTH, -STRENGTH), strict=True):
-        noised = noised_of(context, side, NUMBER)
+    for loss, side, strength in zip(losses, split_pairs(batch), (STRENGTH, -STRENGTH), strict=True):
+        noised = add_noise_to(context, side, NUMBER)
         expected = Recomputed(name, context, batch).at(strength).errors(noised).mean() / 2
         torch.testing.assert_close(loss, expected, **CLOSE)
 
@@ -142,7 +142,7 @@ def test_held_out_pairs_are_measured_with_the_same_noise_for_both(tmp_path: Path
     with torch.no_grad():
         losses = batch_losses(context, batch, names, [300, 700], 5)
         plain = replace(context, pairs=PairOptions())
-        images, partners = sides_of(batch)
+        images, partners = split_pairs(batch)
 
         def errors() -> Tensor:
             return torch.stack([batch_losses(plain, side, names, [300, 700], 5) for side in (images, partners)])
@@ -153,7 +153,7 @@ def test_held_out_pairs_are_measured_with_the_same_noise_for_both(tmp_path: Path
         gains = before - errors()
         margins = BETA / 2 * (gains[0] - gains[1])
         torch.testing.assert_close(losses, torch.log1p(torch.exp(-margins)), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(margins_of(losses), margins, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(invert_losses(losses), margins, rtol=1e-3, atol=1e-3)
 
         slider = batch_losses(replace(context, pairs=PairOptions(pair_slider=STRENGTH)), batch, names, [300], 5)
         sides = []

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from library.architectures.sd.assembly import build
-from library.training.evaluation.preview import decode, draw_latents, encode_prompts, generator_of
+from library.training.evaluation.preview import decode, draw_latents, encode_prompts, seed_generator
 from library.training.failures.vae_memory import VaeFallback
 from library.training.reporting.sample_images import to_image
 from library.types import Prompt
@@ -51,7 +51,7 @@ def run_of(folder: Path, **options: Any) -> Any:
 @torch.no_grad()
 def ours(run: Any, prompt: Prompt) -> torch.Tensor:
     encoded = encode_prompts(run.arch, run.models.text_encoders, nullcontext, [prompt])
-    latents_BCHW = draw_latents(run, prompt, encoded, generator_of(prompt, 0, 0))
+    latents_BCHW = draw_latents(run, prompt, encoded, seed_generator(prompt, 0, 0))
     assert latents_BCHW is not None
     return latents_BCHW
 

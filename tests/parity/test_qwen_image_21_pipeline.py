@@ -15,7 +15,7 @@ from torch import Tensor
 from library.architectures.qwen_image_21.assembly import build
 from library.architectures.qwen_image_21.options import QwenImage21Options
 from library.data.decoding.tensors import to_pixels
-from library.training.evaluation.preview import draw_latents, encode_prompts, generator_of
+from library.training.evaluation.preview import draw_latents, encode_prompts, seed_generator
 from library.training.failures.vae_memory import in_tiles
 from library.training.step.conditioning import CaptionMemo
 from library.training.step.context import Models, StepContext
@@ -191,7 +191,7 @@ def with_vae(run: Any, prompt: Prompt) -> Tensor:
         captions=CaptionMemo(nothing),
     )
     encoded = encode_prompts(run.arch, run.models.text_encoders, nullcontext, [prompt])
-    found = draw_latents(context, prompt, encoded, generator_of(prompt, 0, 0), vae=run.arch.load.vae())
+    found = draw_latents(context, prompt, encoded, seed_generator(prompt, 0, 0), vae=run.arch.load.vae())
     assert found is not None
     return found
 

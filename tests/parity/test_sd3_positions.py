@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.architectures.sd3.positions import nearest_side, scaled_positions, side_of, table_side
+from library.architectures.sd3.positions import nearest_side, scaled_positions, square_side, table_side
 from tests.tiny.sd3 import DUAL, tiny_mmdit
 
 embeddings: Any = pytest.importorskip("diffusers.models.embeddings")
@@ -28,7 +28,7 @@ def test_other_shapes_are_cut_from_the_middle_or_anywhere_of_a_table_half_as_lar
 
 
 def test_an_image_takes_the_resolution_of_the_nearest_area() -> None:
-    assert [side_of((512, 512), 2), side_of((1024, 1024), 2), side_of((640, 384), 2)] == [32, 64, 31]
+    assert [square_side((512, 512), 2), square_side((1024, 1024), 2), square_side((640, 384), 2)] == [32, 64, 31]
     assert [nearest_side(*shape, [64, 32]) for shape in ((32, 32), (40, 26), (48, 53), (50, 52), (64, 64))] == [
         32, 32, 53, 64, 64
     ]  # fmt: skip

@@ -14,7 +14,7 @@ from library.architectures.sd.assembly import build
 from library.options.train import TrainOptions
 from library.training.step.conditioning import CaptionMemo
 from library.training.step.context import Models, StepContext
-from library.training.step.losses import loss_of, noised_of
+from library.training.step.losses import add_noise_to, loss_of
 from library.types import Batch, Noised
 from networks.core.protocol import AdoptedNetwork
 
@@ -152,4 +152,4 @@ def test_latents_that_are_not_numbers_name_the_image(tiny_sd_folder: Path) -> No
     batch = batch_of(seed=25, latents_BCHW=None, pixels_BCHW=pixels_BCHW)
     assert loss_of(run, batch, 0).isnan(), "the step goes on, and its loss tells"
     with pytest.raises(ValueError, match=r"NaN for b\.png; add --no_half_vae"):
-        noised_of(run, batch, 0)
+        add_noise_to(run, batch, 0)

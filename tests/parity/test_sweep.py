@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from library.memory.planner.steps import peak_of
+from library.memory.planner.steps import compute_peak_bytes
 from library.options.train import TrainOptions
 from library.processes import from_accelerator
 from library.training.command_line.cli import parse
@@ -170,7 +170,7 @@ def test_the_shared_step_takes_what_is_counted(fresh_process: None, tmp_path: Pa
         for run in runs:
             run.context.captions([caption])
     real = allocated_peak(lambda: backward_stacked(runs, batch, 0, 1, 0))
-    planned = peak_of(list(counted.timeline.moves(lambda place: recomputes, lambda place: True)))
+    planned = compute_peak_bytes(list(counted.timeline.moves(lambda place: recomputes, lambda place: True)))
     assert planned == pytest.approx(real, rel=0.03)
     sizes = [sum(p.numel() * 4 for p in run.context.network.trainable_parameters()) for run in runs]
     assert (alone.gradient_bytes, counted.gradient_bytes) == (sizes[0], sum(sizes))

@@ -10,7 +10,7 @@ from jsonschema import Draft202012Validator
 from PIL import Image
 
 from library.training.command_line import audit_only as module
-from library.training.report_page.page import data_of
+from library.training.report_page.page import read_data
 from library.training.reporting.events import Event
 from tests.running import ROOT, SCRIPTS, Finished, make_images
 
@@ -27,7 +27,9 @@ def test_what_stands_out_is_logged_and_shown(
     with Image.open(folder / "01.png") as image:
         image.resize((80, 80)).save(folder / "copy.jpg", quality=60)
     told: list[Event] = []
-    monkeypatch.setattr(module, "record_of", lambda events, make=module.record_of: told.extend(events) or make(events))
+    monkeypatch.setattr(
+        module, "collect_events", lambda events, make=module.collect_events: told.extend(events) or make(events)
+    )
     arguments = ["--train_data_dir", str(tmp_path / "data"), "--resolution", "64", "--caption_extension", ".txt"]
     done = train([*arguments, "--audit_only", "--output_dir", str(tmp_path / "out"), "--output_name", "cat"], script)
     assert done.status == 0, done.stderr
@@ -35,7 +37,7 @@ def test_what_stands_out_is_logged_and_shown(
     assert "2 images near-duplicated" in done.stderr and "copy.jpg (group 1)" in done.stderr
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["cat-audit.html"]
     page = (tmp_path / "out" / "cat-audit.html").read_text(encoding="utf-8")
-    shown = data_of(page)["findings"]
+    shown = read_data(page)["findings"]
     assert [one["num_pictures"] for one in shown][:2] == [1, 2]
     assert all(p["thumbnail"].startswith("data:image/webp;base64,") for one in shown for p in one["pictures"])
     schema = Draft202012Validator(json.loads((ROOT / "docs" / "events.schema.json").read_text(encoding="utf-8")))
@@ -61,7 +63,7 @@ def test_kinds_of_files_crops_and_all_warnings_are_on_the_page(train: Train, tmp
     config.write_text("".join(f"[[datasets]]\nresolution = {side}\n{subset}" for side in (64, 96)))
     done = train(["--dataset_config", str(config), "--audit_only", "--output_dir", str(out), "--output_name", "cat"])
     assert done.status == 0, done.stderr
-    data = data_of((out / "cat-audit.html").read_text(encoding="utf-8"))
+    data = read_data((out / "cat-audit.html").read_text(encoding="utf-8"))
     found = {one["text"].partition(" ")[2][:24]: one["pictures"] for one in data["findings"]}
     named = {text: [Path(image["file"]).name for image in images] for text, images in found.items()}
     assert named["image animated; only the"] == ["dance.webp"]

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from library.training.report_page.writer import read_report
-from library.training.saving.saved_files import steps_of
+from library.training.saving.saved_files import read_num_steps
 from tests.running import Finished, make_images
 from tests.runs.bases import BASES
 from tests.runs.test_events import events_of, of_kind
@@ -100,7 +100,7 @@ def test_a_run_that_only_gets_worse_ends_early_and_goes_on_counting_when_resumed
     assert (events[-1]["reason"], events[-1]["step"]) == ("finished", last)
     losses = {one["step"]: one["loss"] for one in of_kind(events, "validation")}
     assert all(losses[step] > min(losses.values()) for step in range(last - 1, last + 1))
-    assert steps_of(tmp_path / "out" / "mine.safetensors") == last
+    assert read_num_steps(tmp_path / "out" / "mine.safetensors") == last
     (choice,) = of_kind(events, "choice")
     assert choice["candidates"][-1]["step"] == last and choice["step"] < last
 

@@ -110,4 +110,4 @@ def test_a_strength_follows_the_last_colon(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.safetensors").touch()
     (tmp_path / "b:c").touch()
-    assert draw.adapter_of(text)[1] == strength
+    assert draw.parse_adapter(text)[1] == strength

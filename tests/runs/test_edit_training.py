@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from library.training.evaluation.prompt_images import GAP
-from library.training.report_page.page import data_of
+from library.training.report_page.page import read_data
 from tests.running import Finished, make_images
 from tests.tiny.flux import build_tiny_flux
 from tests.tiny.flux_2 import build_tiny_flux_2
@@ -140,7 +140,7 @@ def test_the_audit_and_the_report_show_pairs_side_by_side(train: Train, argument
     assert done.status == 0, done.stderr
     assert train(arguments, "flux_train_network").status == 0
     for name in ("mine-audit.html", "mine-report.html"):
-        pairs = data_of((tmp_path / "out" / name).read_text(encoding="utf-8"))["audit"]["pairs"]
+        pairs = read_data((tmp_path / "out" / name).read_text(encoding="utf-8"))["audit"]["pairs"]
         assert [Path(pair["file"]).name for pair in pairs] == [f"{i:02}.png" for i in range(6)]
         with Image.open(BytesIO(b64decode(pairs[0]["thumbnail"].partition(",")[2]))) as shown:
             assert shown.size == (64 + GAP + 64, 64)

@@ -142,7 +142,7 @@ def test_the_first_steps_are_held_to_the_plan_which_is_corrected_once(
     measured = iter([int(factor * planned)])  # of the second step; the others are not asked for
     resets: list[int] = []
     gauge = Gauge(lambda: next(measured), lambda: resets.append(1))
-    monkeypatch.setattr(correction, "gauge_of", lambda device: gauge)
+    monkeypatch.setattr(correction, "make_gauge", lambda device: gauge)
     done = train([*arguments, "--fit", room], script="flux_train_network")
     assert done.status == 0, done.stderr
     for message in messages:

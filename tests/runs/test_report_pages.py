@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from library.training.report_page.comparison import comparison_of
-from library.training.report_page.page import data_of
+from library.training.report_page.comparison import build_comparison
+from library.training.report_page.page import read_data
 from library.training.report_page.record import Record
-from library.training.report_page.writer import report_of, write_page
+from library.training.report_page.writer import build_report, write_page
 from library.training.sweep.ranking import Measured, add_runs, rank, tell_ranking
 from tests.browser import CHROMIUM, ask
 from tests.event_lines import EVIL, lines_of, thumbnail, whole_run
@@ -48,12 +48,12 @@ def page() -> str:
             number = line.get("step", 0)
             is_told = number and line["event"] != "end"
             record.add({**line, "step": (number - 1) * 100 + more + 1} if is_told else line)
-    return report_of(record)
+    return build_report(record)
 
 
 def test_a_run_of_100000_steps_has_a_small_page(page: str) -> None:
     assert len(page) < 1_000_000
-    columns = data_of(page)["curves"]["columns"]
+    columns = read_data(page)["curves"]["columns"]
     assert max(len(column["total"]) for column in columns.values()) == 782 and len(columns) > 15
 
 
@@ -96,7 +96,7 @@ def test_a_run_that_has_just_begun_can_be_looked_at(tmp_path: Path) -> None:
             record.add(line)
         record.sheet = thumbnail(number)
         script = "const sheet = document.querySelector('img.sheet'); await sheet.decode(); return document.title;"
-        found, told = ask(report_of(record), script, tmp_path)
+        found, told = ask(build_report(record), script, tmp_path)
         assert (found, told) == ("cat: running, or killed", [])
 
 
@@ -124,8 +124,8 @@ def test_runs_are_compared_on_one_axis_and_side_by_side(tmp_path: Path) -> None:
         for line in lines_of(whole_run(num_steps, name=f"run{number}", seed=number)):
             record.add(line)
         paths.append(tmp_path / f"{number}-report.html")
-        write_page(paths[-1], report_of(record))
-    found, told = ask(comparison_of(paths), COMPARE, tmp_path)
+        write_page(paths[-1], build_report(record))
+    found, told = ask(build_comparison(paths), COMPARE, tmp_path)
     assert told == [], told
     assert found["headings"] == ["What differs", "Losses", "Validation", "Previews", "Training"]
     assert found["title"] == "run0 and run1" and found["width"] <= 1250
@@ -160,7 +160,7 @@ def test_the_page_of_a_sweep_has_a_grid_charts_previews_and_links(tmp_path: Path
         for line in lines_of(whole_run(20, name=label, seed=number)):
             record.add(line)
         reports[label] = tmp_path / f"cat-{number}-report.html"
-        write_page(reports[label], report_of(record))
+        write_page(reports[label], build_report(record))
         measured.append(Measured(label, 20, [1.0 + number, 2.1, 1.5 + number], "", f"{number}.safetensors"))
     page = tmp_path / "cat-sweep.html"
     tell_ranking(rank(measured), "Sweep of cat", page)

@@ -11,7 +11,7 @@ import torch
 from library.checkpoints.files import load_state_dict, read_metadata
 from library.options.machine.memory import PrecisionOptions
 from library.training.loop import loop, stacked_step
-from library.training.report_page.page import data_of
+from library.training.report_page.page import read_data
 from library.training.report_page.writer import read_report
 from library.training.run import optimization
 from tests.running import Finished, make_images
@@ -151,7 +151,7 @@ def test_worse_adapters_end_early_and_all_are_ranked(train: Train, words: list[s
     assert done.status == 0, done.stderr
     assert "lr1e6: ends after step 2: another one was significantly better" in done.stderr
     assert read_metadata(tmp_path / "out" / "mine-lr1e6.safetensors")["ss_steps"] == "2"
-    page = data_of((tmp_path / "out" / "mine-sweep.html").read_text(encoding="utf-8"))
+    page = read_data((tmp_path / "out" / "mine-sweep.html").read_text(encoding="utf-8"))
     rows = {row["label"]: row for row in page["rows"]}
     assert [row["label"] for row in page["rows"]][-1] == "lr1e6" and rows["lr1e6"]["compared"]["is_worse"]
     assert [run["label"] for run in page["runs"]] == list(page["chosen"]) == ["lr1e-3", "lr1e6"]

@@ -18,7 +18,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 from library.errors import UserError, few
 from tools import draw
 from tools.command import make_parser, run
-from tools.quickstart.toy_world import ImageArray, foreground_of, look_at
+from tools.quickstart.toy_world import ImageArray, find_foreground, look_at
 
 BASE = Path(__file__).resolve().parents[2] / "configs" / "quickstart" / "toy_edit_base"
 EXAMPLES = """\
@@ -46,7 +46,7 @@ def read_image(path: Path) -> ImageArray:
 def judge(image: ImageArray, wanted: ImageArray) -> dict[str, bool]:
     """Return which attributes of an image (64, 64, 3) are those of another one, and "place" if its shape lies there."""
     seen, expected = look_at(image), look_at(wanted)
-    shown, target = foreground_of(image), foreground_of(wanted)
+    shown, target = find_foreground(image), find_foreground(wanted)
     return {
         **{name: getattr(seen, name) == getattr(expected, name) for name in ATTRIBUTES},
         "place": bool((shown & target).sum() >= LEAST_OVERLAP * (shown | target).sum()),

@@ -93,7 +93,7 @@ def parse_caption(caption: str) -> Scene:
 
 
 @cache
-def outline_of(shape: str) -> Points:
+def shape_outline(shape: str) -> Points:
     """Return the corners of a shape around its middle, about one unit in radius."""
     turn = np.linspace(0, 2 * np.pi, 64, endpoint=False)
     up = -np.pi / 2
@@ -155,7 +155,7 @@ def draw_scene(scene: Scene, rng: np.random.Generator) -> ImageArray:
     radius = rng.uniform(*SIZES[scene.size])
     room = IMAGE_SIZE / 2 - 1.12 * radius - 3
     middle = IMAGE_SIZE / 2 + rng.uniform(-room, room, size=2)
-    corners = rotate(outline_of(scene.shape), rng.uniform(-MAX_TURN_DEGREES, MAX_TURN_DEGREES)) * radius
+    corners = rotate(shape_outline(scene.shape), rng.uniform(-MAX_TURN_DEGREES, MAX_TURN_DEGREES)) * radius
     background = np.array(BACKGROUNDS[scene.background]) + rng.uniform(-6, 6)
     colour = np.array(COLOURS[scene.colour]) + rng.uniform(-8, 8, size=3)
     image = np.broadcast_to(background, (IMAGE_SIZE, IMAGE_SIZE, 3))
@@ -228,12 +228,12 @@ def look_at(image: ImageArray) -> Seen:
     and silhouettes unlike every shape get "" for the shape.
     """
     pixels = image.astype(np.float64)
-    border = _border_of(pixels)
+    border = _border_pixels(pixels)
     background = np.median(border, axis=0)
     if np.linalg.norm(border - background, axis=1).mean() > MAX_BORDER_DEVIATION:
         return Seen()
     background_name = _nearest_name(background, BACKGROUNDS)
-    foreground = foreground_of(image)
+    foreground = find_foreground(image)
     if not foreground.any():
         return Seen(background=background_name)
     blob = _largest_blob(foreground)
@@ -255,15 +255,15 @@ def look_at(image: ImageArray) -> Seen:
     )
 
 
-def foreground_of(image: ImageArray) -> Mask:
+def find_foreground(image: ImageArray) -> Mask:
     """Return the pixels of an image (64, 64, 3) that differ from its background; none if they differ too little."""
     pixels = image.astype(np.float64)
-    distance = np.linalg.norm(pixels - np.median(_border_of(pixels), axis=0), axis=2)
+    distance = np.linalg.norm(pixels - np.median(_border_pixels(pixels), axis=0), axis=2)
     contrast = float(np.quantile(distance, 1 - MIN_SHAPE_PIXELS / distance.size))
     return distance > (contrast / 2 if contrast >= MIN_CONTRAST else np.inf)
 
 
-def _border_of(pixels: NDArray[np.float64]) -> NDArray[np.float64]:
+def _border_pixels(pixels: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.concatenate(
         [pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, [0, 1, -2, -1]].reshape(-1, 3)]
     )
@@ -346,7 +346,9 @@ def _interpolate(plane: Plane, rows: NDArray[np.float64], columns: NDArray[np.fl
 def _templates() -> tuple[tuple[str, ...], NDArray[np.float64]]:
     """Return the shape of each template and the templates (n, 48, 48)."""
     names = [(shape, turn) for shape in KNOWN_SHAPES + HELD_OUT_SHAPES for turn in np.arange(-12.0, 12.1, 4.0)]
-    planes = [_normalized(fill_polygon(128 + rotate(outline_of(shape), turn) * 80, size=256)) for shape, turn in names]
+    planes = [
+        _normalized(fill_polygon(128 + rotate(shape_outline(shape), turn) * 80, size=256)) for shape, turn in names
+    ]
     return tuple(shape for shape, _ in names), np.stack(planes)
 
 

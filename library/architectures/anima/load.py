@@ -64,10 +64,10 @@ def open_base(name: str | None) -> tuple[Path, Weights]:
     """Open the denoiser's file, names without prefix. Raises UserError for another model, naming it."""
     path = existing(BASE_FLAG, named(name, "the .safetensors file of Anima's transformer"))
     advice = "use the file of Anima's transformer"
-    return path, denoiser_of(path, open_single_file(list_specs(), BASE_FLAG, path, "anima", advice))
+    return path, read_denoiser(path, open_single_file(list_specs(), BASE_FLAG, path, "anima", advice))
 
 
-def denoiser_of(path: Path, whole: Weights) -> Weights:
+def read_denoiser(path: Path, whole: Weights) -> Weights:
     """Return the denoiser's weights under our names. Raises UserError for another model, naming it if it is known."""
     prefix = next((p for p in PREFIXES if f"{p}{MARK}" in whole.shapes), None)
     if prefix is None:

@@ -29,10 +29,10 @@ def open_base_model(flag: str, path: Path) -> BaseModel:
     prefix = next((p for p in PREFIXES if any(p + mark in weights.shapes for mark in marks)), None)
     if prefix is None:
         raise UserError(f"{flag} {path} has no layers of Anima's transformer")
-    return of_single_file(path, weights, partial(names_of, prefix=prefix), "anima", "anima-preview")
+    return of_single_file(path, weights, partial(target_names, prefix=prefix), "anima", "anima-preview")
 
 
-def names_of(stem: str, prefix: str) -> ModuleNames | None:
+def target_names(stem: str, prefix: str) -> ModuleNames | None:
     """Return the names of the layer that a weight of the file belongs to; None if adapters do not target it."""
     if stem.startswith(QWEN3.prefix):
         return qwen3_module(stem.removeprefix(QWEN3.prefix)) if stem.endswith(TEXT_LAYER) else None

@@ -15,7 +15,7 @@ Angles = tuple[Tensor, Tensor]
 """Cosines and sines of the angle of each pair, float32, shape (T, D / 2)."""
 
 
-def axes_of(head_width: int) -> tuple[int, int, int]:
+def split_head(head_width: int) -> tuple[int, int, int]:
     """Return how many values of a head rotate with (frame, row, column): 44, 42 and 42 of 128."""
     side = head_width // 6 * 2
     return head_width - 2 * side, side, side
@@ -28,7 +28,7 @@ def stretched_base(width: int) -> float:
 
 def image_angles(tables: AxisTables, head_width: int, h: int, w: int, device: torch.device) -> Angles:
     """Return the angles of an image's patches in row order; it is frame 0, which rotates nothing."""
-    first, side, _ = axes_of(head_width)
+    first, side, _ = split_head(head_width)
     base = stretched_base(side)
     rows, columns = tables(side, h, base, device), tables(side, w, base, device)
     cos_of_row, sin_of_row = (table.repeat_interleave(w, 0) for table in rows)

@@ -17,7 +17,7 @@ from library.errors import UserError
 from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
 from library.models.clip.clip import clip_component, clip_of_folder, load_clip
-from library.models.identify import open_transformer, refuse_other_model, refuse_transformer, spec_of
+from library.models.identify import find_spec, open_transformer, refuse_other_model, refuse_transformer
 from library.models.loading import (
     Component,
     MaybeComponent,
@@ -29,7 +29,7 @@ from library.models.loading import (
 )
 from library.models.t5 import load_t5, t5_component, t5_of_folder
 from library.models.vae.flux import CHANNELS, open_ae
-from library.models.vae.vae import load_vae, vae_dtype_of
+from library.models.vae.vae import load_vae, resolve_vae_dtype
 from library.options.model import BASE_FLAG
 
 CLIP_PREFIXES = ("text_encoders.clip_l.transformer.", "")
@@ -90,14 +90,14 @@ def open_loader(options: FluxOptions) -> FluxLoader:
 
     Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
     """
-    flux, folders, title = options.flux, FOLDERS[options.flux.model_type], title_of(options.flux.model_type)
+    flux, folders, title = options.flux, FOLDERS[options.flux.model_type], model_title(options.flux.model_type)
     given = {"clip_l": flux.clip_l, "t5xxl": flux.t5xxl, "ae": flux.ae}
     base = open_base(
         options.model.pretrained_model_name_or_path,
         "the file of FLUX.1's transformer, or a diffusers folder",
         [folder for part, folder in folders.items() if given.get(part) is None],
     )
-    weights = denoiser_of(base, flux.model_type)
+    weights = read_denoiser(base, flux.model_type)
     texts_are_cached = options.text_caching.cache_text_encoder_outputs_to_disk
     loader = FluxLoader(
         path=base.path,
@@ -109,7 +109,7 @@ def open_loader(options: FluxOptions) -> FluxLoader:
         t5=open_if_there(texts_are_cached, lambda: open_t5(flux.t5xxl, base, folders["t5xxl"])),
         ae=open_if_there(options.caching.cache_latents_to_disk, lambda: open_ae(title, flux.ae, base)),
         dtype=DTYPES[options.precision.mixed_precision],
-        vae_dtype=vae_dtype_of(options.model, options.precision.mixed_precision),
+        vae_dtype=resolve_vae_dtype(options.model, options.precision.mixed_precision),
     )
     check_fit(loader, title)
     return loader
@@ -118,16 +118,16 @@ def open_loader(options: FluxOptions) -> FluxLoader:
 def load_ae(name: str, options: FluxOptions) -> nn.Module:
     """The VAE in the file or folder of --ae, for those who need nothing else of the model."""
     return load_vae(
-        open_ae("FLUX.1", name, BaseFiles(Path())), vae_dtype_of(options.model, options.precision.mixed_precision)
+        open_ae("FLUX.1", name, BaseFiles(Path())), resolve_vae_dtype(options.model, options.precision.mixed_precision)
     )
 
 
-def title_of(kind: str) -> str:
+def model_title(kind: str) -> str:
     """Return a model type's name for messages."""
-    return spec_of(list_specs(), kind).title
+    return find_spec(list_specs(), kind).title
 
 
-def denoiser_of(base: BaseFiles, kind: str) -> Weights:
+def read_denoiser(base: BaseFiles, kind: str) -> Weights:
     """Return the denoiser's weights under our names; `kind` is `model_type`.
 
     Raises UserError for another model, naming it.
@@ -137,7 +137,7 @@ def denoiser_of(base: BaseFiles, kind: str) -> Weights:
     if DIFFUSERS_MARK in weights.shapes:
         return from_diffusers(weights)
     if "double_blocks.0.img_attn.qkv.weight" not in weights.shapes:
-        why = f"it has no double_blocks.0..., so it is not a {title_of(kind)} transformer"
+        why = f"it has no double_blocks.0..., so it is not a {model_title(kind)} transformer"
         refuse_transformer(list_specs(), base, weights, kind, why)
     return weights
 

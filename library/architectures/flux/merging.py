@@ -9,7 +9,7 @@ from torch import nn
 
 from library.architectures.flux.adapter_names import clip_module, denoiser_module, t5_module
 from library.architectures.flux.checkpoint_keys import APPROXIMATOR, DIFFUSERS_MARK, KEYS
-from library.architectures.flux.load import CLIP_PREFIXES, T5_MARK, title_of
+from library.architectures.flux.load import CLIP_PREFIXES, T5_MARK, model_title
 from library.architectures.flux.model import Flux, read_config
 from library.architectures.flux.targets import view
 from library.checkpoints import model_lookup
@@ -31,18 +31,18 @@ def open_base_model(kind: str, flag: str, path: Path) -> BaseModel:
     Raises UserError naming `flag` if it is missing, broken or of another kind.
     """
     path = path if path.is_dir() else model_lookup.find_model(flag, str(path), ())
-    weights, prefix = open_transformer_file(flag, path, title_of(kind), None, DIFFUSERS_MARK)
+    weights, prefix = open_transformer_file(flag, path, model_title(kind), None, DIFFUSERS_MARK)
     architecture = kind
     if kind == "flux":
         is_schnell = f"{prefix}guidance_in.in_layer.weight" not in weights.shapes
         architecture = f"flux-1-{'schnell' if is_schnell else 'dev'}"
-    model = of_single_file(path, weights, partial(names_of, prefix=prefix), kind, architecture)
+    model = of_single_file(path, weights, partial(target_names, prefix=prefix), kind, architecture)
     if not any(name.startswith("lora_unet") for name in model.files[0].stems):
-        raise UserError(f"{flag} {path} has no layers of {title_of(kind)}'s transformer")
+        raise UserError(f"{flag} {path} has no layers of {model_title(kind)}'s transformer")
     return model
 
 
-def names_of(stem: str, prefix: str) -> ModuleNames | None:
+def target_names(stem: str, prefix: str) -> ModuleNames | None:
     """Return the names of the layer that a weight of the file belongs to; None if adapters do not target it."""
     clip, t5 = f"{CLIP_PREFIXES[0]}text_model.", T5_MARK
     if stem.startswith(clip) and stem.endswith(CLIP_LINEAR):
@@ -69,11 +69,11 @@ def open_text_encoder(
 ) -> BaseModel:
     """Open a text encoder's file with its layers by their names in adapter files."""
 
-    def names_of(stem: str) -> ModuleNames | None:
+    def target_names(stem: str) -> ModuleNames | None:
         is_layer = stem.startswith(f"{prefix}encoder.") and stem.endswith(layers)
         return module(stem.removeprefix(prefix)) if is_layer else None
 
-    model = of_single_file(path, model_lookup.open_file(flag, path), names_of, "flux", "")
+    model = of_single_file(path, model_lookup.open_file(flag, path), target_names, "flux", "")
     if not model.files[0].modules:
         raise UserError(f"{flag} {path} has no layer called {prefix}encoder....{layers[0]}; use the file for FLUX.1")
     return model
@@ -81,5 +81,5 @@ def open_text_encoder(
 
 def seen_by_networks(kind: str, path: Path) -> tuple[list[nn.Module], nn.Module]:
     """Return ([], transformer) of a checkpoint as network modules see it, on the meta device."""
-    weights, prefix = open_transformer_file("the checkpoint", path, title_of(kind), None, DIFFUSERS_MARK)
+    weights, prefix = open_transformer_file("the checkpoint", path, model_title(kind), None, DIFFUSERS_MARK)
     return view([], on_meta_device(Flux, configure(with_prefix(weights, prefix), read_config)))

@@ -69,7 +69,9 @@ def build(options: Flux2Options) -> Architecture:
             release.title,
         )
     text = build_text(options, loader, release.encoder)
-    return assemble(options, loader, text, build_preview(text, release, distilled), architecture_of(release.name))
+    return assemble(
+        options, loader, text, build_preview(text, release, distilled), modelspec_architecture(release.name)
+    )
 
 
 def build_for_caching(options: Flux2Options) -> Architecture:
@@ -77,10 +79,10 @@ def build_for_caching(options: Flux2Options) -> Architecture:
     RECIPE.check(options)
     loader, encoder = open_encoder(options, FLAG)
     text = build_text(options, loader, encoder)
-    return assemble(options, loader, text, build_preview(text, DEV, distilled=True), architecture_of(DEV.name))
+    return assemble(options, loader, text, build_preview(text, DEV, distilled=True), modelspec_architecture(DEV.name))
 
 
-def architecture_of(release: str) -> str:
+def modelspec_architecture(release: str) -> str:
     """Return modelspec.architecture of a release."""
     return f"Flux.2-{release}"
 

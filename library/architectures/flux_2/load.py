@@ -13,9 +13,9 @@ from library.architectures.flux_2.releases import (
     Release,
     TextEncoder,
     check_encoder,
-    encoder_of,
+    recognise_encoder,
+    recognise_release,
     release_named,
-    release_of,
 )
 from library.architectures.flux_2.vae import SPEC, load_flux_2_vae, open_vae
 from library.architectures.specs import list_specs
@@ -39,10 +39,10 @@ def open_loader(options: Flux2Options) -> tuple[DitLoader, Release]:
     Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
     """
     base = open_dit(options.model, options.parts.text_encoder, MODEL)
-    weights = denoiser_of(base)
+    weights = read_denoiser(base)
     config = configure(weights, read_config)
-    release = release_of(config, options.parts.model_version, str(base.path))
-    loader = loader_of(options, base, weights, release.encoder, partial(Flux2, config))
+    release = recognise_release(config, options.parts.model_version, str(base.path))
+    loader = build_loader(options, base, weights, release.encoder, partial(Flux2, config))
     check_input_width(base.path, config.in_features, SPEC.channels, "token", MODEL)
     check_encoder(release, loader.text.component, config)
     return loader, release
@@ -58,11 +58,11 @@ def open_encoder(options: Flux2Options, flag: str) -> tuple[DitLoader, TextEncod
     version = options.parts.model_version
     encoder = release_named(version or "dev").encoder
     if flag == FLAG:
-        encoder = encoder_of(model_lookup.open_model(FLAG, str(base.path), FOLDER)[1], version)
-    return loader_of(options, base, nothing, encoder), encoder
+        encoder = recognise_encoder(model_lookup.open_model(FLAG, str(base.path), FOLDER)[1], version)
+    return build_loader(options, base, nothing, encoder), encoder
 
 
-def loader_of(
+def build_loader(
     options: Flux2Options,
     base: BaseFiles,
     weights: Weights,
@@ -83,7 +83,7 @@ def loader_of(
     )
 
 
-def denoiser_of(base: BaseFiles) -> Weights:
+def read_denoiser(base: BaseFiles) -> Weights:
     """Return the denoiser's weights under our names. Raises UserError for another model, naming it."""
     return open_denoiser(list_specs(), base, "flux_2", MARK, DIFFUSERS_MARK, KEYS.from_diffusers)
 

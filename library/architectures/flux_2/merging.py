@@ -5,11 +5,11 @@ from pathlib import Path
 from torch import nn
 
 from library.architectures.flux_2.adapter_names import denoiser_module
-from library.architectures.flux_2.assembly import architecture_of
+from library.architectures.flux_2.assembly import modelspec_architecture
 from library.architectures.flux_2.checkpoint_keys import DIFFUSERS_MARK, KEYS
 from library.architectures.flux_2.load import MARK, MODEL
 from library.architectures.flux_2.model import Flux2, Flux2Config, read_config
-from library.architectures.flux_2.releases import release_of
+from library.architectures.flux_2.releases import recognise_release
 from library.checkpoints.base_model import BaseModel, of_single_file
 from library.checkpoints.weights import Weights, configure, with_prefix
 from library.models.loading import on_meta_device
@@ -22,7 +22,7 @@ def open_base_model(flag: str, path: Path) -> BaseModel:
     Raises UserError naming `flag` if it is missing, broken or of another kind.
     """
     weights, prefix, config = opened(flag, path)
-    architecture = architecture_of(release_of(config, None, str(path)).name)
+    architecture = modelspec_architecture(recognise_release(config, None, str(path)).name)
     return of_single_file(path, weights, names_below(prefix, KEYS.is_linear, denoiser_module), "flux_2", architecture)
 
 

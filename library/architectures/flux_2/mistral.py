@@ -8,7 +8,7 @@ from typing import Any
 
 from library.checkpoints.weights import Weights, configure, first_names
 from library.errors import UserError
-from library.models.language_models import PREFIXES, decoder_config, decoder_of
+from library.models.language_models import PREFIXES, decoder_config, extract_decoder
 from library.models.loading import Component
 from library.models.shapes import Shapes
 from library.models.tokenizer_files import TokenizerFiles, check_ids, read_tokenizer_folder
@@ -28,7 +28,7 @@ FILES = TokenizerFiles(
 def mistral_component(weights: Weights, flag: str, prefix: str) -> Component:
     """Build the encoder from shapes; `prefix` is that of files with several models. Raises UserError if the weights are
     of something else."""
-    found = decoder_of(weights, (prefix, *PREFIXES))
+    found = extract_decoder(weights, (prefix, *PREFIXES))
     if found is None or "layers.0.self_attn.q_norm.weight" in found.shapes:
         first = first_names(weights)
         raise UserError(f"{flag} {weights.origin} is not a Mistral 3 text encoder (first names: {first})")

@@ -108,7 +108,7 @@ def release_named(version: str) -> Release:
     return next(release for release in RELEASES if release.name == name)
 
 
-def release_of(config: Flux2Config, version: str | None, origin: str) -> Release:
+def recognise_release(config: Flux2Config, version: str | None, origin: str) -> Release:
     """Return the release that a denoiser belongs to: dev has an input for guidance, the kleins differ in size, and for
     other sizes --model_version says it. Raises UserError if that contradicts the file."""
     klein = next((release for release in RELEASES if release.text_width == config.text_width), KLEIN_4B)
@@ -125,7 +125,7 @@ def release_of(config: Flux2Config, version: str | None, origin: str) -> Release
     return named
 
 
-def encoder_of(weights: Weights, version: str | None) -> TextEncoder:
+def recognise_encoder(weights: Weights, version: str | None) -> TextEncoder:
     """Return which text encoder a file holds, where no denoiser is named: that of --model_version, else by its names
     and width. Raises UserError if its width belongs to another release than --model_version names."""
     width = next((shape[1] for name, shape in weights.shapes.items() if name.endswith(WORDS)), None)

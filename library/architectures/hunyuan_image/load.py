@@ -20,7 +20,7 @@ from library.errors import NotThere, UserError
 from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
 from library.models.identify import open_transformer, refuse_transformer
-from library.models.language_models import WORDS, store_in_8_bits, text_dtype_of
+from library.models.language_models import WORDS, store_in_8_bits, text_encoder_dtype
 from library.models.loading import (
     Component,
     MaybeComponent,
@@ -91,7 +91,7 @@ def open_loader(options: HunyuanImageOptions) -> HunyuanImageLoader:
         "hunyuanimage2.1.safetensors, or a diffusers folder",
         ["transformer", *(folder for part, folder in FOLDERS.items() if given[part] is None)],
     )
-    weights = denoiser_of(base)
+    weights = read_denoiser(base)
     precision = options.precision.mixed_precision
     dtype = DTYPES[precision]
     texts_are_cached = options.text_caching.cache_text_encoder_outputs_to_disk
@@ -105,7 +105,7 @@ def open_loader(options: HunyuanImageOptions) -> HunyuanImageLoader:
         qwen=open_if_there(texts_are_cached, lambda: open_component("text_encoder", own.text_encoder, base)),
         byt5=open_if_there(texts_are_cached, lambda: open_component("byt5", own.byt5, base)),
         dtype=dtype,
-        text_dtype=text_dtype_of(precision),
+        text_dtype=text_encoder_dtype(precision),
         vae_dtype=torch.float32 if options.model.no_half_vae or dtype == torch.float32 else torch.float16,
         shrinks_qwen=own.fp8_vl,
         vae_chunk_rows=own.vae_chunk_size or None,
@@ -114,7 +114,7 @@ def open_loader(options: HunyuanImageOptions) -> HunyuanImageLoader:
     return loader
 
 
-def denoiser_of(base: BaseFiles) -> Weights:
+def read_denoiser(base: BaseFiles) -> Weights:
     """Return the denoiser's weights under our names. Raises UserError for another model, naming it."""
     weights = open_transformer(list_specs(), base, "hunyuan_image")
     if DIFFUSERS_MARK in weights.shapes:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from library.checkpoints.weights import Weights, configure, first_names, selected
 from library.errors import UserError
 from library.memory.devices import send
-from library.models.language_models import DESCRIBE, PREFIXES, WORDS, decoder_of
+from library.models.language_models import DESCRIBE, PREFIXES, WORDS, extract_decoder
 from library.models.loading import Component, MaybeComponent, materialise
 from library.models.shapes import Shapes, count, shape_of
 from library.models.tokenizer_files import BYTE_PAIR_FILES, TokenizerFiles, holds_byte_pairs, read_tokenizer_folder
@@ -37,7 +37,7 @@ def qwen_component(weights: Weights, config: Mapping[str, Any] | None = None) ->
 
     Raises UserError naming the file if it holds something else.
     """
-    found = decoder_of(weights, PREFIXES)
+    found = extract_decoder(weights, PREFIXES)
     if found is None or "layers.0.self_attn.q_proj.bias" not in found.shapes:
         raise UserError(f"{weights.origin} is not a Qwen2.5-VL text encoder (first names: {first_names(weights)})")
     weights = found

@@ -71,14 +71,14 @@ def from_diffusers(weights: Weights) -> Weights:
     names = {
         f"{diffusers_path(path)}.{LEAVES_IN_DIFFUSERS.get(leaf, leaf)}": f"{path}.{leaf}"
         for path in list_paths(counts)
-        for leaf in leaves_of(path)
+        for leaf in weight_names(path)
     }
     found = renamed(weights, lambda key: names.get(key, key))
     flat = {key: (prod(shape),) for key, shape in found.shapes.items() if key.endswith(".mod.lin")}
     return replace(found, shapes={**found.shapes, **flat})
 
 
-def leaves_of(path: str) -> tuple[str, ...]:
+def weight_names(path: str) -> tuple[str, ...]:
     """Return the names of the weights of a layer."""
     if path.endswith(MODULATIONS):
         return ("lin",)
@@ -88,7 +88,7 @@ def leaves_of(path: str) -> tuple[str, ...]:
 def is_linear(path: str) -> bool:
     """Return True for the path of a Linear layer in the layout of the original checkpoint."""
     match = re.fullmatch(rf"({'|'.join(STACKS)})\.\d+\.(.+)", path)
-    return match[2] in LINEAR if match else path in TOP and "weight" in leaves_of(path)
+    return match[2] in LINEAR if match else path in TOP and "weight" in weight_names(path)
 
 
 def linear_paths() -> Iterator[str]:

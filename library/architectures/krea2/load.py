@@ -39,9 +39,9 @@ def open_loader(options: Krea2Options) -> DitLoader:
     Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
     """
     base = open_dit(options.model, options.parts.text_encoder, MODEL)
-    weights = denoiser_of(base)
+    weights = read_denoiser(base)
     config = configure(weights, read_config)
-    loader = loader_of(options, base, weights, partial(SingleStreamDiT, config))
+    loader = build_loader(options, base, weights, partial(SingleStreamDiT, config))
     check_input_width(base.path, config.in_features, CHANNELS * PATCH**2, "patch", MODEL)
     if config.num_states != len(LAYERS):
         raise UserError(
@@ -57,10 +57,10 @@ def open_encoder(options: Krea2Options, flag: str) -> DitLoader:
     `open_loader` does, and without either."""
     if options.model.pretrained_model_name_or_path:
         return open_loader(options)
-    return loader_of(options, *open_without_dit(options.model, options.parts.text_encoder, flag))
+    return build_loader(options, *open_without_dit(options.model, options.parts.text_encoder, flag))
 
 
-def loader_of(
+def build_loader(
     options: Krea2Options, base: BaseFiles, weights: Weights, build: Callable[[], nn.Module] | None = None
 ) -> DitLoader:
     return open_dit_loader(
@@ -77,7 +77,7 @@ def loader_of(
     )
 
 
-def denoiser_of(base: BaseFiles) -> Weights:
+def read_denoiser(base: BaseFiles) -> Weights:
     """Return the denoiser's weights under our names. Raises UserError for another model, naming it."""
     return open_denoiser(list_specs(), base, "krea2", MARK, DIFFUSERS_MARK, from_diffusers)
 
@@ -88,7 +88,7 @@ def open_turbo(options: Krea2Options, loader: DitLoader) -> DitLoader | None:
     name, base = options.parts.turbo_dit, loader.denoiser_weights
     if name is None:
         return None
-    weights = denoiser_of(open_files(TURBO_FLAG, find_model(TURBO_FLAG, name, (("transformer",),))))
+    weights = read_denoiser(open_files(TURBO_FLAG, find_model(TURBO_FLAG, name, (("transformer",),))))
     if configure(weights, read_config) != configure(base, read_config):
         raise UserError(f"{TURBO_FLAG} {name} has other sizes than the base {base.origin}")
     if {k: q.kind for k, q in weights.quantised.items()} != {k: q.kind for k, q in base.quantised.items()}:

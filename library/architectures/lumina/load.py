@@ -37,7 +37,7 @@ def open_loader(options: LuminaOptions) -> DitLoader:
         "the file of Lumina's transformer, or a diffusers folder",
         [folder for folder in ("transformer", "text_encoder", "vae") if given.get(folder) is None],
     )
-    weights = denoiser_of(base)
+    weights = read_denoiser(base)
     config = configure(weights, read_config)
     loader = open_dit_loader(
         options,
@@ -55,7 +55,7 @@ def open_loader(options: LuminaOptions) -> DitLoader:
     return loader
 
 
-def denoiser_of(base: BaseFiles) -> Weights:
+def read_denoiser(base: BaseFiles) -> Weights:
     """Return the denoiser's weights under our names. Raises UserError for another model, naming it."""
     weights = open_transformer(list_specs(), base, "lumina")
     refuse_other_model(list_specs(), base.flag, str(base.path), (base.whole or weights).shapes, "lumina")

@@ -24,10 +24,10 @@ def open_base_model(flag: str, path: Path) -> BaseModel:
     Raises UserError naming `flag` if it is missing, broken or of another kind.
     """
     weights, prefix = open_transformer_file(flag, path, MODEL, MARK, DIFFUSERS_MARK)
-    return of_single_file(path, weights, partial(names_of, prefix=prefix), "lumina", "lumina-2")
+    return of_single_file(path, weights, partial(target_names, prefix=prefix), "lumina", "lumina-2")
 
 
-def names_of(stem: str, prefix: str) -> ModuleNames | None:
+def target_names(stem: str, prefix: str) -> ModuleNames | None:
     """Return the names of the layer that a weight of the file belongs to; None if adapters do not target it."""
     gemma = GEMMA_PREFIXES[0]
     if stem.startswith(gemma):

@@ -31,13 +31,13 @@ class LuminaText:
 
     def count_tokens(self, caption: str) -> int:
         """Count the tokens of the caption and of the instruction before it."""
-        return len(self.ids_of(caption))
+        return len(self.tokenize_caption(caption))
 
     def worded(self, caption: str) -> str:
         """Prepend the instruction to a caption; an empty one, which means no caption, gets none."""
         return f"{self.system_prompt}{PROMPT_START}{caption}" if self.system_prompt and caption else caption
 
-    def ids_of(self, caption: str) -> list[int]:
+    def tokenize_caption(self, caption: str) -> list[int]:
         found = self.tokenizer(self.worded(caption), add_special_tokens=False, verbose=False)
         ids: list[int] = found["input_ids"]
         return ids
@@ -46,7 +46,7 @@ class LuminaText:
         """Return IDs (B, 1, T) and their mask (B, 1, T), 0 for padding: the begin token, the caption, padding."""
         length = -(-self.num_tokens // MULTIPLE) * MULTIPLE
         begin, padding = self.tokenizer.convert_tokens_to_ids([BEGIN, PADDING])
-        rows = [[begin, *self.ids_of(caption)][: self.num_tokens] for caption in captions]
+        rows = [[begin, *self.tokenize_caption(caption)][: self.num_tokens] for caption in captions]
         ids = torch.tensor([row + [padding] * (length - len(row)) for row in rows], dtype=torch.int64)
         mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], dtype=torch.int64)
         return Tokens((ids[:, None], mask[:, None]))

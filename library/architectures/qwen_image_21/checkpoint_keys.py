@@ -45,20 +45,22 @@ def split_gates(weights: Weights) -> Weights:
         key, half = halves[name]
         return weights.read(key).chunk(2)[half].clone()
 
-    quantised = {new: half_of(weights.quantised[k], i) for new, (k, i) in halves.items() if k in weights.quantised}
+    quantised = {
+        new: take_quantised_half(weights.quantised[k], i) for new, (k, i) in halves.items() if k in weights.quantised
+    }
     others = {name: one for name, one in weights.quantised.items() if name in kept}
     return replace(weights, shapes={**kept, **shapes}, read=read, quantised={**others, **quantised})
 
 
-def half_of(quantised: Quantised, half: int) -> Quantised:
+def take_quantised_half(quantised: Quantised, half: int) -> Quantised:
     """Return one half of the rows of a quantised weight; a scale of the whole tensor is that of both."""
 
     def read() -> Mapping[str, Tensor] | None:
         parts = quantised.read()
-        return parts if parts is None else {name: rows_of(part, half) for name, part in parts.items()}
+        return parts if parts is None else {name: take_half(part, half) for name, part in parts.items()}
 
     return replace(quantised, read=read)
 
 
-def rows_of(part: Tensor, half: int) -> Tensor:
+def take_half(part: Tensor, half: int) -> Tensor:
     return part if part.ndim == 0 else torch.chunk(part, 2)[half].clone()

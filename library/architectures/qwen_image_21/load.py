@@ -34,9 +34,9 @@ def open_loader(options: QwenImage21Options) -> DitLoader:
     Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
     """
     base = open_dit(options.model, options.parts.text_encoder, MODEL)
-    weights = denoiser_of(base)
+    weights = read_denoiser(base)
     config = configure(weights, read_config)
-    loader = loader_of(options, base, weights, partial(QwenImage21, config))
+    loader = build_loader(options, base, weights, partial(QwenImage21, config))
     check_input_width(base.path, config.in_features, CHANNELS, "token", MODEL)
     check_text_width(QWEN3_VL.flag, loader.text.component, WORDS, config.text_width, QWEN3_VL.hub_name)
     return loader
@@ -47,10 +47,10 @@ def open_encoder(options: QwenImage21Options, flag: str) -> DitLoader:
     `open_loader` does, and without either."""
     if options.model.pretrained_model_name_or_path:
         return open_loader(options)
-    return loader_of(options, *open_without_dit(options.model, options.parts.text_encoder, flag))
+    return build_loader(options, *open_without_dit(options.model, options.parts.text_encoder, flag))
 
 
-def loader_of(
+def build_loader(
     options: QwenImage21Options, base: BaseFiles, weights: Weights, build: Callable[[], nn.Module] | None = None
 ) -> DitLoader:
     qwen3_vl = cache(lambda: open_qwen3_vl(options.parts.text_encoder, base))
@@ -70,7 +70,7 @@ def loader_of(
     return loader if vision is None else replace(loader, vision=Part(vision, loader.text.dtype, load_vision))
 
 
-def denoiser_of(base: BaseFiles) -> Weights:
+def read_denoiser(base: BaseFiles) -> Weights:
     """Return the denoiser's weights under our names. Raises UserError for another model, naming it."""
     return split_gates(open_denoiser(list_specs(), base, "qwen_image_21", MARK))
 

@@ -279,7 +279,7 @@ class QwenImage21(nn.Module):
         img = self.img_in(torch.cat(tokens, dim=1)).split([one.shape[1] for one in tokens], dim=1)
         texts = [txt_BLM[:, first:end] for first, end in pairwise((0, *places, txt_BLM.shape[1]))]
         parts = [part for pair in zip(texts, img, strict=True) for part in pair]
-        return torch.cat(parts, dim=1), segments_of([part.shape[1] for part in parts[:-1]])
+        return torch.cat(parts, dim=1), split_segments([part.shape[1] for part in parts[:-1]])
 
     def rope(self, positions: Tensor, L: int, sides: Sequence[tuple[int, int]]) -> Rope:
         """Return the angles of tokens; positions of images are negative in their first half."""
@@ -293,7 +293,7 @@ class QwenImage21(nn.Module):
         return torch.stack([table[..., 0], table[..., 1] * torch.cat(of_pairs, dim=-1)], dim=-1)
 
 
-def segments_of(lengths: Sequence[int]) -> Segments:
+def split_segments(lengths: Sequence[int]) -> Segments:
     """Return the parts before the noisy image, which have these lengths: text and reference images in turns."""
     ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
     return tuple((first, end, i % 2 == 0) for i, (first, end) in enumerate(pairwise((0, *ends))))

@@ -77,7 +77,7 @@ class QwenImage21Text:
         ids_BT, mask_BT = (ids_BLT[:, 0] for ids_BLT in tokens.ids_BLT)
         first, slot = len(self.ids(SYSTEM)), self.tokenizer.convert_tokens_to_ids(SLOT)
         with torch.autocast(next(encoders[0].parameters()).device.type, enabled=False):
-            states_BTE = states_of(encoders, ids_BT, mask_BT, slot, tokens.images)
+            states_BTE = encode_states(encoders, ids_BT, mask_BT, slot, tokens.images)
         if not any(tokens.images):
             places_BR = torch.empty(len(ids_BT), 0, dtype=torch.long)
             return {
@@ -101,7 +101,7 @@ class QwenImage21Text:
         }
 
 
-def states_of(
+def encode_states(
     encoders: Sequence[nn.Module], ids_BT: Tensor, mask_BT: Tensor, slot: int, images: Sequence[Sequence[Tensor]]
 ) -> Tensor:
     """Return the last states, BTE, zero where the mask is 0: of all captions at once, or with images one by one."""

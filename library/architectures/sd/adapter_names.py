@@ -25,10 +25,10 @@ def clip_module(path: str, base: str = "sd1") -> ModuleNames:
     return clip_names.clip_module(path, "lora_te", GENERIC_ENCODERS[base], "text_encoder")
 
 
-def names_of(base: str, num_layers: int) -> BaseNames:
+def text_encoder_names(base: str, num_layers: int) -> BaseNames:
     unet = map(unet_module, unet_names.unet_paths(LAYOUT, DEPTHS))
     return BaseNames(base, (*unet, *map(partial(clip_module, base=base), clip_names.clip_paths(num_layers))))
 
 
-NAMES = names_of("sd1", NUM_SD1_LAYERS)
-SD2_NAMES = names_of("sd2", NUM_SD2_LAYERS)
+NAMES = text_encoder_names("sd1", NUM_SD1_LAYERS)
+SD2_NAMES = text_encoder_names("sd2", NUM_SD2_LAYERS)

@@ -26,11 +26,13 @@ def open_loader(options: TrainOptions) -> UnetLoader:
     """
     base = "sd2" if options.model.v2 else "sd1"
 
-    def parts_of(files: BaseFiles) -> UnetParts:
+    def open_unet(files: BaseFiles) -> UnetParts:
         parts = open_parts(files, base)
         return UnetParts(parts["unet"], (parts["text_encoder"],))
 
-    return open_unet_loader(options, VaeNeeds(TITLES[base], LATENT_CHANNELS, LATENT_SCALE), ("text_encoder",), parts_of)
+    return open_unet_loader(
+        options, VaeNeeds(TITLES[base], LATENT_CHANNELS, LATENT_SCALE), ("text_encoder",), open_unet
+    )
 
 
 def open_parts(files: BaseFiles, base: str) -> dict[str, Component]:

@@ -11,9 +11,9 @@ from torch import nn
 
 from library.architectures.sd3.conditioning_dropout import Variation
 from library.architectures.sd3.load import LATENT_CHANNELS, LATENT_SCALE, LATENT_SHIFT, Sd3Loader, open_loader
-from library.architectures.sd3.model import MMDiT, MMDiTConfig, version_of
+from library.architectures.sd3.model import MMDiT, MMDiTConfig, recognise_version
 from library.architectures.sd3.options import Sd3Options
-from library.architectures.sd3.positions import side_of
+from library.architectures.sd3.positions import square_side
 from library.architectures.sd3.predict import predict
 from library.architectures.sd3.targets import view
 from library.architectures.sd3.text import Sd3Text
@@ -94,7 +94,7 @@ def build(options: Sd3Options) -> Architecture:
 def stretch_positions(denoiser: nn.Module, sizes: Sequence[tuple[int, int]]) -> None:
     """Scale positions to the resolutions of the data set."""
     assert isinstance(denoiser, MMDiT)
-    denoiser.scaled_sides = tuple(sorted({side_of(size, denoiser.config.patch) for size in sizes}))
+    denoiser.scaled_sides = tuple(sorted({square_side(size, denoiser.config.patch) for size in sizes}))
     logger.info("--enable_scaled_pos_embed: positions scaled to squares of %s patches", denoiser.scaled_sides)
 
 
@@ -190,7 +190,7 @@ def sampling_sigmas(num_steps: int, shift: float) -> torch.Tensor:
 
 def metadata(options: Sd3Options, config: MMDiTConfig) -> dict[str, str]:
     """Return the base model's metadata of files trained on it."""
-    version = version_of(config)
+    version = recognise_version(config)
     return {
         **RECIPE.describe(options, architecture=f"stable-diffusion-3-{version}/lora"),
         "ss_base_model_version": version,

@@ -22,7 +22,7 @@ from library.models.clip.clip import PROJECTION, clip_component, load_clip
 from library.models.identify import DENOISER_PREFIXES, base_of_file, open_single_file, refuse_other
 from library.models.loading import Component, MaybeComponent, first_side, materialise, on_meta_device, open_if_there
 from library.models.t5 import load_t5, t5_component
-from library.models.vae.vae import VaeNeeds, load_vae, open_vae, vae_dtype_of, vae_of_checkpoint
+from library.models.vae.vae import VaeNeeds, load_vae, open_vae, resolve_vae_dtype, vae_of_checkpoint
 from library.options.model import BASE_FLAG
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def open_loader(options: Sd3Options) -> Sd3Loader:
     Raises UserError naming the flag if a file is missing, broken, incomplete or another kind of model.
     """
     path, base = open_checkpoint(options.model.pretrained_model_name_or_path)
-    mmdit = denoiser_of(base)
+    mmdit = read_denoiser(base)
     config = configure(mmdit, read_config)
     name, needs = options.model.vae, VaeNeeds("SD3", LATENT_CHANNELS, LATENT_SCALE)
     vae = open_if_there(
@@ -92,7 +92,7 @@ def open_loader(options: Sd3Options) -> Sd3Loader:
     check_widths(config, clips, t5)
     dtype = DTYPES[options.precision.mixed_precision]
     return Sd3Loader(
-        path, mmdit, config, vae, clips, t5, dtype, vae_dtype_of(options.model, options.precision.mixed_precision)
+        path, mmdit, config, vae, clips, t5, dtype, resolve_vae_dtype(options.model, options.precision.mixed_precision)
     )
 
 
@@ -109,7 +109,7 @@ def open_checkpoint(name: str | None) -> tuple[Path, Weights]:
     return path, weights
 
 
-def denoiser_of(weights: Weights) -> Weights:
+def read_denoiser(weights: Weights) -> Weights:
     """Keep only the denoiser's tensors, without prefix; an unprefixed file has others beside them."""
     weights = with_prefix(weights, find_prefix(weights.shapes, DENOISER_PREFIXES))
     parts = ("joint_blocks.", "x_embedder.", "t_embedder.", "y_embedder.", "context_embedder.", "final_layer.")

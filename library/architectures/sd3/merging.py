@@ -5,8 +5,8 @@ from pathlib import Path
 from torch import nn
 
 from library.architectures.sd3.adapter_names import NAMES
-from library.architectures.sd3.load import denoiser_of
-from library.architectures.sd3.model import MMDiT, read_config, version_of
+from library.architectures.sd3.load import read_denoiser
+from library.architectures.sd3.model import MMDiT, read_config, recognise_version
 from library.architectures.sd3.targets import view
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import ModuleNames
@@ -26,17 +26,17 @@ def open_base_model(flag: str, path: Path) -> BaseModel:
         raise UserError(f"{flag} {path}: for SD3 use a single file in the original layout")
     weights = model_lookup.open_file(flag, path)
     prefix = find_prefix(weights.shapes, DENOISER_PREFIXES)
-    version = version_of(configure(denoiser_of(weights), read_config))
+    version = recognise_version(configure(read_denoiser(weights), read_config))
 
-    def names_of(stem: str) -> ModuleNames | None:
+    def target_names(stem: str) -> ModuleNames | None:
         if stem.startswith("text_encoders."):
             return NAMES.find(stem)
         return NAMES.find(f"diffusion_model.{stem.removeprefix(prefix)}") if stem.startswith(prefix) else None
 
-    return of_single_file(path, weights, names_of, "sd3", f"stable-diffusion-3-{version}")
+    return of_single_file(path, weights, target_names, "sd3", f"stable-diffusion-3-{version}")
 
 
 def seen_by_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
     """Return ([], denoiser) of a checkpoint as network modules see it, on the meta device."""
-    denoiser = denoiser_of(model_lookup.open_file("the checkpoint", path))
+    denoiser = read_denoiser(model_lookup.open_file("the checkpoint", path))
     return view([], on_meta_device(MMDiT, configure(denoiser, read_config)))

@@ -69,7 +69,7 @@ def read_config(shapes: Mapping[str, tuple[int, ...]]) -> MMDiTConfig:
     )
 
 
-def version_of(config: MMDiTConfig) -> str:
+def recognise_version(config: MMDiTConfig) -> str:
     """Return the published model that a configuration resembles: "medium", "5-medium" or "5-large"."""
     if not config.norms_queries:
         return "medium"

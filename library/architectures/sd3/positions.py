@@ -14,7 +14,7 @@ BASE_SIZE = 16  # a square image of any resolution spans this many units
 ROOM = 1.5  # side of the table relative to the resolution, for elongated and shifted images
 
 
-def side_of(resolution: tuple[int, int], patch: int) -> int:
+def square_side(resolution: tuple[int, int], patch: int) -> int:
     """Return s of a resolution (width, height) in pixels: the side of the square with its area."""
     return round(math.sqrt(resolution[0] * resolution[1])) // 8 // patch
 

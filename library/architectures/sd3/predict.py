@@ -20,7 +20,7 @@ def predict(denoiser: nn.Module, noised: Noised, conditioning: Conditioning, bat
     corner = None
     if (shares_B2 := conditioning.get("position")) is not None:
         h, w = (side // model.config.patch for side in noised.latents_BCHW.shape[-2:])
-        corner = corner_of(shares_B2, h, w, model.table_side(h, w))
+        corner = locate_corner(shares_B2, h, w, model.table_side(h, w))
     velocity_BCHW: Tensor = model(
         noised.latents_BCHW, noised.timesteps_B, context_BTE, conditioning["lg_pooled"], corner
     )
@@ -38,7 +38,7 @@ def join_context(conditioning: Conditioning, width: int) -> Tensor:
     return torch.cat([lg_BTE, t5_BTE.to(lg_BTE.dtype)], dim=1)
 
 
-def corner_of(shares_B2: Tensor, h: int, w: int, side: int) -> tuple[int, int]:
+def locate_corner(shares_B2: Tensor, h: int, w: int, side: int) -> tuple[int, int]:
     """Return top and left of h x w patches in a table of positions; `shares_B2` are shares of the free space, equal
     rows."""
     top, left = shares_B2[0].tolist()

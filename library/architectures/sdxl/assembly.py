@@ -5,7 +5,7 @@ Start here to read this package.
 
 from functools import partial
 
-from library.architectures.sdxl.load import LATENT_CHANNELS, LATENT_SCALE, open_loader, unet_layout_of
+from library.architectures.sdxl.load import LATENT_CHANNELS, LATENT_SCALE, open_loader, recognise_unet_layout
 from library.architectures.sdxl.options import SdxlOptions
 from library.architectures.sdxl.predict import predict
 from library.architectures.sdxl.targets import build_view
@@ -56,7 +56,7 @@ def build(options: SdxlOptions) -> Architecture:
         codec=KlLatents(LATENTS, LATENT_SCALE),
         objective=build_ddpm(options.noise, options.loss, options.model.v_parameterization),
         predict=call,
-        view=build_view(unet_layout_of(loader.parts.unet)),
+        view=build_view(recognise_unet_layout(loader.parts.unet)),
         preview=build_unet_preview(
             options.preview.sample_sampler,
             options.model.v_parameterization,

@@ -24,7 +24,7 @@ CLIP_L_PREFIX = "conditioner.embedders.0.transformer."
 CLIP_G_PREFIX = "conditioner.embedders.1.model."
 
 
-def unet_layout_of(unet: Component) -> UnetLayout:
+def recognise_unet_layout(unet: Component) -> UnetLayout:
     """Return the layout of a U-Net by its configuration."""
     attends = tuple(kind.startswith("CrossAttn") for kind in unet.config["down_block_types"])
     return UnetLayout(int(unet.config.get("layers_per_block", 2)), attends)

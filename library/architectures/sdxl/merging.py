@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from library.architectures.sdxl.adapter_names import clip_module, unet_module
-from library.architectures.sdxl.load import CLIP_G_PREFIX, CLIP_L_PREFIX, open_parts, unet_layout_of
+from library.architectures.sdxl.load import CLIP_G_PREFIX, CLIP_L_PREFIX, open_parts, recognise_unet_layout
 from library.architectures.sdxl.targets import build_view
 from library.architectures.specs import list_specs
 from library.checkpoints.base_files import open_files
@@ -39,6 +39,6 @@ def seen_by_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
     parts = open_parts(open_files("the checkpoint", path))
     clip_l, clip_g = parts.clips
     encoders = [empty_clip(clip_l.config), empty_clip(clip_g.config, projects=True)]
-    seen, unet = build_view(unet_layout_of(parts.unet))(encoders, empty_unet(parts.unet.config))
+    seen, unet = build_view(recognise_unet_layout(parts.unet))(encoders, empty_unet(parts.unet.config))
     assert isinstance(seen, list)
     return seen, unet

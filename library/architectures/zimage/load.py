@@ -33,9 +33,9 @@ def open_loader(options: ZImageOptions) -> DitLoader:
     Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
     """
     base = open_dit(options.model, options.parts.text_encoder, MODEL)
-    weights = denoiser_of(base)
+    weights = read_denoiser(base)
     config = configure(weights, read_config)
-    loader = loader_of(options, base, weights, partial(ZImage, config))
+    loader = build_loader(options, base, weights, partial(ZImage, config))
     check_input_width(base.path, config.in_features, CHANNELS * PATCH**2, "patch", MODEL)
     check_text_width(QWEN3.flag, loader.text.component, WORDS, config.text_width, QWEN3.hub_name)
     return loader
@@ -46,10 +46,10 @@ def open_encoder(options: ZImageOptions, flag: str) -> DitLoader:
     `open_loader` does, and without either."""
     if options.model.pretrained_model_name_or_path:
         return open_loader(options)
-    return loader_of(options, *open_without_dit(options.model, options.parts.text_encoder, flag))
+    return build_loader(options, *open_without_dit(options.model, options.parts.text_encoder, flag))
 
 
-def loader_of(
+def build_loader(
     options: ZImageOptions, base: BaseFiles, weights: Weights, build: Callable[[], nn.Module] | None = None
 ) -> DitLoader:
     return open_dit_loader(
@@ -64,7 +64,7 @@ def loader_of(
     )
 
 
-def denoiser_of(base: BaseFiles) -> Weights:
+def read_denoiser(base: BaseFiles) -> Weights:
     """Return the denoiser's weights under our names. Raises UserError for another model, naming it."""
     weights = open_denoiser(list_specs(), base, "zimage", MARK, DIFFUSERS_MARK, KEYS.from_diffusers)
     return selected(weights, {key: key for key in weights.shapes if key != UNUSED})

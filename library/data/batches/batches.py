@@ -26,7 +26,7 @@ from library.data.decoding.images import (
     change_colour,
     cropped_at_face,
     cropped_at_random,
-    face_of,
+    parse_face,
     place,
     read_pixels,
     with_alpha,
@@ -169,7 +169,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
         subsets = [self.subsets[sample.subset] for sample in samples]
         drawn = list(zip(samples, order.draws, [one.is_flipped for one in taken], strict=True))
         pixels = [to_pixels(one.image) for one in taken if one.image is not None]
-        corners = [corner_of(self.placement(sample, order.epoch, draw, flip)) for sample, draw, flip in drawn]
+        corners = [locate_corner(self.placement(sample, order.epoch, draw, flip)) for sample, draw, flip in drawn]
         return Batch(
             keys=[sample.image.key for sample in samples],
             captions=[self.caption(sample, order, draw) for sample, draw, _ in drawn],
@@ -178,7 +178,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
             conditioning=None,
             loss_weights_B=torch.tensor([self.prior_loss_weight if subset.is_reg else 1.0 for subset in subsets]),
             masks_B1HW=None,
-            sizes_B6=torch.tensor([sizes_of(sample, flip) for sample, _, flip in drawn], dtype=torch.float32),
+            sizes_B6=torch.tensor([collect_sizes(sample, flip) for sample, _, flip in drawn], dtype=torch.float32),
             attributes=[subset.custom_attributes for subset in subsets],
             crops_B2=torch.tensor(corners, dtype=torch.float32),
             reference_pixels=stack_references([one.references for one in taken if one.image is not None]),
@@ -253,7 +253,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
     def placement(self, sample: Sample, epoch: int, draw: int, is_flipped: bool) -> Placement:
         """Return the crop of one draw."""
         subset = self.subsets[sample.subset]
-        face = face_of(sample.image.key) if subset.face_crop_aug_range else None
+        face = parse_face(sample.image.key) if subset.face_crop_aug_range else None
         if face is not None and subset.face_crop_aug_range is not None:
             rng = random_for(self.seed, "crop", epoch, draw)
             zoom, target = subset.face_crop_aug_range, sample.shape.bucket
@@ -326,7 +326,7 @@ def stack_masks(masks: Sequence[Tensor | None]) -> Tensor | None:
     return torch.stack([torch.ones(shape) if mask is None else mask for mask in masks])[:, None]
 
 
-def sizes_of(sample: Sample, is_flipped: bool) -> tuple[float, ...]:
+def collect_sizes(sample: Sample, is_flipped: bool) -> tuple[float, ...]:
     """Return original height and width, crop top and left, target height and width."""
     width, height = sample.image.size
     target_width, target_height = sample.shape.bucket
@@ -334,7 +334,7 @@ def sizes_of(sample: Sample, is_flipped: bool) -> tuple[float, ...]:
     return height, width, top, target_width - right if is_flipped else left, target_height, target_width
 
 
-def corner_of(placement: Placement) -> tuple[int, int]:
+def locate_corner(placement: Placement) -> tuple[int, int]:
     """Return top and left of the crop in the resized image, mirrored if the draw is."""
     if not placement.is_flipped:
         return placement.top, placement.left

@@ -133,10 +133,10 @@ class OwnDataset:
         item = self._source[number]
         if not isinstance(item, Mapping):
             raise UserError(f"{FLAG} {self._name}: batch {number} is {type(item).__name__}, not a mapping")
-        return batch_of(item, f"{FLAG} {self._name}: batch {number}", self.spec)
+        return build_batch(item, f"{FLAG} {self._name}: batch {number}", self.spec)
 
 
-def batch_of(item: Mapping[str, Any], place: str, spec: LatentSpec) -> Batch:
+def build_batch(item: Mapping[str, Any], place: str, spec: LatentSpec) -> Batch:
     """Build a batch from the keys of sd-scripts' data sets. Raises UserError naming missing or invalid ones."""
     captions = item.get("captions")
     if not captions:
@@ -151,8 +151,12 @@ def batch_of(item: Mapping[str, Any], place: str, spec: LatentSpec) -> Batch:
         raise UserError(f"{place}: expected ({count}, {channels}, height, width) for {count} captions, not {found}")
     scale = 1 if latents is None else spec.downscale
     target = [[side * scale for side in tensor.shape[2:]]] * count
-    targets = table_of(item, "target_sizes_hw", target)
-    sizes = [table_of(item, "original_sizes_hw", targets), table_of(item, "crop_top_lefts", [[0, 0]] * count), targets]
+    targets = read_number_pairs(item, "target_sizes_hw", target)
+    sizes = [
+        read_number_pairs(item, "original_sizes_hw", targets),
+        read_number_pairs(item, "crop_top_lefts", [[0, 0]] * count),
+        targets,
+    ]
     weights, masks = item.get("loss_weights"), item.get("alpha_masks")
     return Batch(
         keys=[str(key) for key in item.get("image_keys") or captions],
@@ -167,14 +171,14 @@ def batch_of(item: Mapping[str, Any], place: str, spec: LatentSpec) -> Batch:
     )
 
 
-def table_of(item: Mapping[str, Any], key: str, default: Any) -> Tensor:
+def read_number_pairs(item: Mapping[str, Any], key: str, default: Any) -> Tensor:
     """Return pairs of numbers, shape (B, 2), float32."""
     value = item.get(key)
     chosen = default if value is None else value
     return chosen if isinstance(chosen, Tensor) else torch.as_tensor(chosen, dtype=torch.float32)
 
 
-def sides_of(resolution: str | None) -> tuple[int, int] | None:
+def parse_resolution(resolution: str | None) -> tuple[int, int] | None:
     """Parse `resolution` to (width, height)."""
     if resolution is None:
         return None
@@ -196,7 +200,7 @@ def open_own_dataset(
     name = data.dataset_class
     assert name is not None
     try:
-        source = cls(None, max_token_length, sides_of(data.resolution), data.debug_dataset)
+        source = cls(None, max_token_length, parse_resolution(data.resolution), data.debug_dataset)
     except TypeError as error:
         raise UserError(
             f"{FLAG} {name} is called with (tokenizer=None, max_token_length, resolution, debug_dataset): {error}"

@@ -44,7 +44,7 @@ class PlannedBatches:
     def __init__(self, plan: DataPlan, latents: LatentStore, texts: TextStore) -> None:
         self.plan = plan
         self._latents, self._texts = latents, texts
-        self._maker = maker_of(plan, latents, texts)
+        self._maker = build_batch_maker(plan, latents, texts)
         self._skipped: Counter[str] = Counter()  # messages about damaged images, and how often they were drawn
         self._orders = BatchSampler(Orders(1, (), (), int))
         self._lasting_loader: DataLoader[PartialBatch | str] | None = None
@@ -151,7 +151,7 @@ class PlannedBatches:
             yield self._finished(draft)
 
 
-def maker_of(plan: DataPlan, latents: LatentStore, texts: TextStore) -> BatchMaker:
+def build_batch_maker(plan: DataPlan, latents: LatentStore, texts: TextStore) -> BatchMaker:
     """Build the workers' part from a plan and the caches."""
     return BatchMaker(
         seed=plan.seed,

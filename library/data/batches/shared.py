@@ -43,14 +43,14 @@ class SharedMaker(Dataset[PartialBatch | str]):
                 f"--max_data_loader_n_workers: shared memory has no room for the {len(columns) / 1e6:.0f} MB that "
                 f"describe the images ({error}); enlarge it (docker run --shm-size), or use 0"
             ) from error
-        for column, one in zip(slices_of(columns, sizes), raw, strict=True):
+        for column, one in zip(split_columns(columns, sizes), raw, strict=True):
             column[:] = np.frombuffer(one, dtype=np.uint8)
         return cls(content, columns, sizes)
 
     @cached_property
     def maker(self) -> BatchMaker:
         """The maker, whose arrays are views of the shared columns."""
-        maker: BatchMaker = pickle.loads(self.content, buffers=slices_of(self.columns, self.sizes))
+        maker: BatchMaker = pickle.loads(self.content, buffers=split_columns(self.columns, self.sizes))
         return maker
 
     def __getitem__(self, order: BatchOrder) -> PartialBatch | str:
@@ -61,7 +61,7 @@ def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def slices_of(columns: Tensor, sizes: tuple[int, ...]) -> list[np.ndarray[tuple[int], np.dtype[np.uint8]]]:
+def split_columns(columns: Tensor, sizes: tuple[int, ...]) -> list[np.ndarray[tuple[int], np.dtype[np.uint8]]]:
     """Return each column as bytes."""
     values = columns.numpy()
     starts = accumulate(map(aligned, sizes), initial=0)

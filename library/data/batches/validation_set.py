@@ -35,7 +35,7 @@ class ValidationSet:
     def num_batches(self) -> int:
         return len(self.draws)
 
-    def places_of(self, count: int | None) -> list[int]:
+    def select_places(self, count: int | None) -> list[int]:
         """Return at most `count` batches (None: all), spread evenly, so that each bucket is represented."""
         if count is None or count >= self.num_batches:
             return list(range(self.num_batches))
@@ -68,7 +68,7 @@ class ValidationSet:
 
         Raises UserError naming an image that cannot be read.
         """
-        if num_threads == 0 or all(sample in self.maker.in_memory for sample in self.samples_of(places)):
+        if num_threads == 0 or all(sample in self.maker.in_memory for sample in self.iterate_samples(places)):
             for place in places:
                 yield self.finish(self.maker[self._order(place)])
             return
@@ -84,7 +84,7 @@ class ValidationSet:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def samples_of(self, places: Sequence[int]) -> Iterator[int]:
+    def iterate_samples(self, places: Sequence[int]) -> Iterator[int]:
         """Yield the indices of the samples in the batches at `places`."""
         return (int(self.maker.sample_of_draw[draw]) for place in places for draw in self.draws[place])
 

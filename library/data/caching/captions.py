@@ -128,7 +128,7 @@ def cache_texts(
         jobs, files = plan_jobs(plan, spec)
         empty = shared_job(plan, spec, "empty_prompt", [""])
         shown = shared_job(plan, spec, "preview_prompts", prompts)
-        identity = cache(lambda: identity_of(encoding, [empty, *jobs]))
+        identity = cache(lambda: compute_identity(encoding, [empty, *jobs]))
         if not skips_check and any(os.path.exists(job.path) for job in (empty, *jobs)):
             identity()  # computed once, before threads need it
         of_captions = text_codec(lambda: readable_alone(open_encoders().captions), spec, identity)
@@ -151,7 +151,7 @@ def cache_texts(
     return CachedTexts(store, prompt_rows)
 
 
-def identity_of(encoding: TextEncoding, jobs: Sequence[Job]) -> Identity:
+def compute_identity(encoding: TextEncoding, jobs: Sequence[Job]) -> Identity:
     """Return what cached files are checked against: the text encoders, or, if these are missing, everything else."""
     try:
         return encoding.identity()
@@ -288,7 +288,7 @@ def readable_alone(encode: Encode) -> EncodeSome:
         try:
             return texts, encode(texts)
         except DamagedImage:
-            faults = {text: fault_of(text) for text in texts}
+            faults = {text: find_damaged_reference(text) for text in texts}
         damaged = sorted({fault for fault in faults.values() if fault is not None})
         logger.warning("captions of images with a damaged reference are not encoded: %s", few(damaged))
         left = [text for text, fault in faults.items() if fault is None]
@@ -297,7 +297,7 @@ def readable_alone(encode: Encode) -> EncodeSome:
     return run
 
 
-def fault_of(text: str) -> str | None:
+def find_damaged_reference(text: str) -> str | None:
     """Return the error that names a damaged image of a caption; None without."""
     try:
         if isinstance(text, CaptionWithImages):

@@ -28,7 +28,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from library.data.decoding.npz import DAMAGE, CacheWords, EntryError, Verdict, fault_of, open_npz, reading, writing
+from library.data.decoding.npz import (
+    DAMAGE,
+    CacheWords,
+    EntryError,
+    Verdict,
+    describe_damage,
+    open_npz,
+    reading,
+    writing,
+)
 from library.data.description.buckets import Shape, Size, crop_ltrb
 from library.data.scanned.images import ScannedImage, Version
 from library.data.sources.storage.storage import Storage
@@ -154,7 +163,7 @@ def _encoding(archive: Mapping[str, Any], key: str, shape: tuple[int, int, int],
     return torch.from_numpy(values.astype(np.float32, copy=False))
 
 
-def checksums_of(archive: Mapping[str, Any], tail: str) -> dict[str, int]:
+def compute_checksums(archive: Mapping[str, Any], tail: str) -> dict[str, int]:
     """Return a checksum of every latent array in an entry."""
     names = [name for name in ("latents", "latents_flipped") if f"{name}{tail}" in archive]
     names += sorted(key.removesuffix(tail) for key in archive if is_reference(key, tail))
@@ -175,7 +184,7 @@ def origin_in(archive: Mapping[str, Any], tail: str) -> Origin | None:
         origin = Origin(**json.loads(np.asarray(archive[key]).tobytes()))
     except (ValueError, TypeError):
         return None
-    return origin if origin.checksums == checksums_of(archive, tail) else None
+    return origin if origin.checksums == compute_checksums(archive, tail) else None
 
 
 def origin_of_file(file: LatentFile) -> Origin | None:
@@ -222,7 +231,7 @@ def judge(file: LatentFile, image: ScannedImage, expected: Expected, storage: St
                 return Verdict("made from unknown reference images")
             return Verdict(foreign_fault(archive, file, image), is_foreign=True)
     except DAMAGE as error:
-        return Verdict(fault_of(error))
+        return Verdict(describe_damage(error))
 
 
 def origin_fault(origin: Origin, image: ScannedImage, expected: Expected, storage: Storage) -> str | None:
@@ -291,7 +300,7 @@ def write_entry(file: LatentFile, latents: Latents, size: Size, origin: Origin) 
         values |= {f"reference_{r}{flipped}": one.float().numpy() for r, one in enumerate(references)}
     if latents.alpha_HW is not None:
         values["alpha_mask"] = latents.alpha_HW.numpy().astype(np.float32) / 255
-    note = asdict(origin) | {"checksums": checksums_of(values, "")}
+    note = asdict(origin) | {"checksums": compute_checksums(values, "")}
     values["origin"] = np.frombuffer(json.dumps(note).encode(), dtype=np.uint8)
     arrays = other_entries(file) | {f"{name}{file.tail}": array for name, array in values.items()}
     with writing(file.path, WORDS) as temporary, temporary.open("wb") as target:

@@ -20,7 +20,7 @@ from library.data.caching.latent_files import Expected, LatentFile, judge
 from library.data.decoding.npz import DAMAGE, MISSING, Verdict, open_npz
 from library.data.scanned.images import ScannedImage
 from library.data.sources.folders import image_index
-from library.data.sources.folders.image_index import UNSETTLED, stamp_of
+from library.data.sources.folders.image_index import UNSETTLED, compute_stamp
 from library.data.sources.storage.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -53,11 +53,11 @@ class VerifiedEntries:
         folder, name = os.path.split(file.path)
         now_ns = time.time_ns()
         image_stamps = [self.stamp_of_image(one, now_ns) for one in (image, *image.references)]
-        mark = mark_of(file, image, image_stamps, expected)
+        mark = compute_mark(file, image, image_stamps, expected)
         if UNSETTLED not in image_stamps:
             self.marks[file.path, file.tail] = mark
         try:
-            stamp = stamp_of(os.stat(file.path), now_ns)
+            stamp = compute_stamp(os.stat(file.path), now_ns)
         except OSError:
             return Verdict(MISSING)
         is_resolved = UNSETTLED not in (stamp, *image_stamps)
@@ -72,18 +72,18 @@ class VerifiedEntries:
 
     def stamp_of_image(self, image: ScannedImage, now_ns: float) -> int:
         """Return one number that changes when an image is replaced."""
-        return stamp_of(os.stat(image.key), now_ns) if image.place is None else hash(self.storage.version(image))
+        return compute_stamp(os.stat(image.key), now_ns) if image.place is None else hash(self.storage.version(image))
 
     def note_written(self, file: LatentFile) -> None:
         """Remember that this run has just written an entry."""
-        self.written[file.path, file.tail] = stamp_of(os.stat(file.path))
+        self.written[file.path, file.tail] = compute_stamp(os.stat(file.path))
 
     def write(self) -> None:
         """Write the indices. Entries written a moment ago may still change, and will be checked again."""
         now_ns = time.time_ns()
         for (path, tail), written in self.written.items():
             folder, name = os.path.split(path)
-            if (path, tail) in self.marks and os.path.exists(path) and stamp_of(os.stat(path), now_ns) == written:
+            if (path, tail) in self.marks and os.path.exists(path) and compute_stamp(os.stat(path), now_ns) == written:
                 self.sure.setdefault(folder, {})[name + tail] = written, self.marks[path, tail]
         for folder, rows in self.sure.items():
             known = self.known.get(folder, {})
@@ -91,7 +91,7 @@ class VerifiedEntries:
                 write_rows(folder, known | rows)
 
 
-def mark_of(file: LatentFile, image: ScannedImage, image_stamps: Sequence[int], expected: Expected) -> int:
+def compute_mark(file: LatentFile, image: ScannedImage, image_stamps: Sequence[int], expected: Expected) -> int:
     """Return 63 bits, the last one 0, of everything that an entry is checked against."""
     own_stamp, *reference_stamps = image_stamps
     facts: tuple[object, ...] = (

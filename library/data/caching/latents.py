@@ -69,7 +69,7 @@ class Job:
         assert self.file is not None
         return self.file.path
 
-    def origin_of(self, vae: str) -> str:
+    def name_vae(self, vae: str) -> str:
         """Return the VAE that the file names: where images have alpha, a mask makes another image of the same file."""
         return f"{vae}{OPAQUE}" if self.has_alpha and self.needs_alpha and vae else vae
 
@@ -148,7 +148,7 @@ def files_by_sample(files: Mapping[int, LatentFile], plan: DataPlan) -> CacheFil
     """Return these files by sample index."""
     has_N = np.zeros(len(plan.samples), dtype=bool)
     has_N[list(files)] = True
-    others = {number: file for number, file in files.items() if file_of(plan.samples[number], plan) != file}
+    others = {number: file for number, file in files.items() if locate_file(plan.samples[number], plan) != file}
     return CacheFiles(partial(usual_latent_file, plan.spec), has_N, others)
 
 
@@ -158,7 +158,7 @@ def passed_on(jobs: Sequence[Job], folder: str, plan: DataPlan) -> list[Job]:
     for number, job in enumerate(jobs):
         if job.file is None:
             path = os.path.join(folder, f"{number}{plan.spec.cache_suffix}")
-            job = replace(job, file=replace(file_of(job.sample, plan), path=path))
+            job = replace(job, file=replace(locate_file(job.sample, plan), path=path))
         passed.append(job)
     return passed
 
@@ -180,7 +180,7 @@ def plan_jobs(plan: DataPlan, to_disk: bool) -> list[Job]:
     for (*_, interpolation), users in groups.items():
         subsets = [plan.subset_of(plan.samples[user]) for user in users]
         sample = plan.samples[users[0]]
-        file = file_of(sample, plan) if to_disk else None
+        file = locate_file(sample, plan) if to_disk else None
         if file is not None:
             entry = same_file_key(file.path), file.tail
             if entry in claimed:
@@ -199,7 +199,7 @@ def plan_jobs(plan: DataPlan, to_disk: bool) -> list[Job]:
     return sorted(jobs, key=lambda job: (math.prod(job.sample.shape.bucket), job.sample.shape.sizes))
 
 
-def file_of(sample: Sample, plan: DataPlan) -> LatentFile:
+def locate_file(sample: Sample, plan: DataPlan) -> LatentFile:
     return usual_latent_file(plan.spec, sample, plan.storage)
 
 
@@ -234,7 +234,9 @@ def named_jobs(plan: DataPlan, job: Job) -> Iterator[Job]:
 def judge_job(entries: VerifiedEntries, vae: str, job: Job) -> Verdict:
     """Return whether the job's file is valid."""
     assert job.file is not None
-    expected = Expected(job.sample.shape, job.interpolation, job.origin_of(vae), job.needs_flipped, job.needs_alpha)
+    expected = Expected(
+        job.sample.shape, job.interpolation, job.name_vae(vae), job.needs_flipped, job.needs_alpha
+    )
     return entries.verdict(job.file, job.sample.image, expected)
 
 
@@ -294,7 +296,7 @@ def encoded(
             for (job, image), latents in zip(pairs, encode_batch(jobs_left, decoded, encode, seed), strict=True):
                 check_latents(job, latents, plan)
                 if job.file is not None:
-                    origin = origin_of(job, image, vae_identity())
+                    origin = describe_origin(job, image, vae_identity())
                     writes.append(writer.submit(write_job, job, latents, origin, entries))
                 yield job, latents
             bar.update(len(batch))
@@ -383,14 +385,14 @@ def encode_batch(jobs: Sequence[Job], decoded: Sequence[Decoded], encode: Encode
     if not jobs:
         return []
     pixels_BCHW = torch.stack([to_pixels(one.image) for one in decoded])
-    plain_BCHW = encode(pixels_BCHW, [generator_of(*pair, seed, 0) for pair in zip(jobs, decoded, strict=True)])
+    plain_BCHW = encode(pixels_BCHW, [seed_generator(*pair, seed, 0) for pair in zip(jobs, decoded, strict=True)])
     references = encode_references(decoded, encode, is_flipped=False)
     flipped_BCHW: Tensor | None = None
     flipped_references: list[tuple[Tensor, ...]] = [()] * len(jobs)
     if jobs[0].needs_flipped:
         flipped_references = encode_references(decoded, encode, is_flipped=True)
         flipped_BCHW = encode(
-            pixels_BCHW.flip(-1), [generator_of(*pair, seed, 1) for pair in zip(jobs, decoded, strict=True)]
+            pixels_BCHW.flip(-1), [seed_generator(*pair, seed, 1) for pair in zip(jobs, decoded, strict=True)]
         )
     return [
         Latents(
@@ -413,7 +415,7 @@ def encode_references(decoded: Sequence[Decoded], encode: Encode, is_flipped: bo
     return [tuple(latents_BCHW[i].clone() for latents_BCHW in encoded) for i in range(len(decoded))]
 
 
-def generator_of(job: Job, decoded: Decoded, seed: int, is_flipped: int) -> Generator:
+def seed_generator(job: Job, decoded: Decoded, seed: int, is_flipped: int) -> Generator:
     """Return the image's own random stream, determined by its content and size, not by its name or folder."""
     width, height = job.sample.shape.bucket
     return generator_for(seed, "vae", decoded.file_hash, width, height, is_flipped)
@@ -430,12 +432,12 @@ def check_latents(job: Job, latents: Latents, plan: DataPlan) -> None:
             continue
         if not torch.isfinite(tensor).all():
             raise UserError(f"the VAE gives NaN for {path}; add --no_half_vae, or use a VAE made for fp16")
-        wanted = file_of(job.sample, plan).latent_shape
+        wanted = locate_file(job.sample, plan).latent_shape
         if tuple(tensor.shape) != wanted:
             raise UserError(f"the VAE gives latents of shape {tuple(tensor.shape)} for {path}, but {wanted} is needed")
 
 
-def origin_of(job: Job, decoded: Decoded, vae_identity: str) -> Origin:
+def describe_origin(job: Job, decoded: Decoded, vae_identity: str) -> Origin:
     """Return the origin of an entry."""
     return Origin(
         picture=os.path.basename(job.sample.image.key),
@@ -445,7 +447,7 @@ def origin_of(job: Job, decoded: Decoded, vae_identity: str) -> Origin:
         bucket=list(job.sample.shape.bucket),
         resized=list(job.sample.shape.resized),
         interpolation=job.interpolation,
-        vae=job.origin_of(vae_identity),
+        vae=job.name_vae(vae_identity),
         checksums={},
         references=[
             mark_of_reference(one.file_hash, one.version, shape)

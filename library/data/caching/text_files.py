@@ -27,7 +27,7 @@ from library.data.decoding.npz import (
     CacheWords,
     EntryError,
     Verdict,
-    fault_of,
+    describe_damage,
     open_npz,
     reading,
     require_plain_file,
@@ -126,7 +126,7 @@ def judge(file: TextFile, texts: Sequence[str], identity: Identity) -> Verdict:
             notes = {NOTE: npy_array(archive.read(f"{NOTE}.npy"))} if NOTE in found else {}
         note = Note.read(notes)
     except DAMAGE as error:
-        return Verdict(fault_of(error))
+        return Verdict(describe_damage(error))
     if note is None or any(found.get(name) != checksum for name, checksum in note.checksums.items()):
         return Verdict(FOREIGN)
     if note.identity != identity.encoders:
@@ -136,13 +136,13 @@ def judge(file: TextFile, texts: Sequence[str], identity: Identity) -> Verdict:
         return Verdict(f"made with other settings{older}")
     if note.tokenizers not in (None, identity.tokenizers):
         return Verdict("made with another tokenizer")
-    if not names_of(file.keys, len(note.texts)) <= set(note.checksums):
+    if not entry_names(file.keys, len(note.texts)) <= set(note.checksums):
         return Verdict(DAMAGED)
     usable = frozenset(texts) & frozenset(note.texts)
     return Verdict(None if len(usable) == len(set(texts)) else "made for other captions", usable)
 
 
-def names_of(keys: Sequence[str], num_texts: int) -> set[str]:
+def entry_names(keys: Sequence[str], num_texts: int) -> set[str]:
     """Return the entry names of the features of `num_texts` captions."""
     return {entry_name(key, number) for key in keys for number in range(num_texts)}
 
@@ -185,14 +185,14 @@ def write_texts(
             arrays[entry_name(key, number)] = as_array(row[key], keeps_bits or number > 0)
     contents = {name: npy_bytes(array) for name, array in arrays.items()}
     checksums = {name: zlib.crc32(content) for name, content in contents.items()}
-    note = json.dumps(asdict(note_of(rows, dtypes, checksums, identity)))
+    note = json.dumps(asdict(format_note(rows, dtypes, checksums, identity)))
     contents[NOTE] = npy_bytes(np.frombuffer(note.encode(), dtype=np.uint8))
     with writing(path, WORDS) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         for name, content in contents.items():
             archive.writestr(f"{name}.npy", content)
 
 
-def note_of(rows: Mapping[str, Row], dtypes: dict[str, str], checksums: dict[str, int], identity: Identity) -> Note:
+def format_note(rows: Mapping[str, Row], dtypes: dict[str, str], checksums: dict[str, int], identity: Identity) -> Note:
     return Note(list(map(str, rows)), identity.encoders, dtypes, checksums, identity.tokenizers, identity.settings)
 
 

@@ -243,7 +243,7 @@ def open_prompt_pairs(
     found = PromptPairs(
         pairs,
         concepts.max_denoising_steps,
-        guidance_of(concepts, arch.preview.defaults),
+        resolve_guidance(concepts, arch.preview.defaults),
         concepts.prompts_file,
         seed,
         num_batches,
@@ -259,7 +259,7 @@ def open_prompt_pairs(
     return found
 
 
-def guidance_of(concepts: ConceptOptions, defaults: PromptDefaults) -> float:
+def resolve_guidance(concepts: ConceptOptions, defaults: PromptDefaults) -> float:
     """Return the scale of classifier-free guidance while denoising: none where the model draws without it."""
     if concepts.leco_denoise_guidance_scale is not None:
         return concepts.leco_denoise_guidance_scale

@@ -87,9 +87,9 @@ def read_prompt_pairs(path: Path, warn: Warn = logger.warning) -> list[PromptPai
     tables = read_toml(path, FLAG)
     if not tables:
         raise UserError(f'{FLAG} {path} is empty; it needs [[prompts]] with target = "...", or [[targets]]')
-    shared, entries = entries_of(tables, path)
+    shared, entries = split_entries(tables, path)
     check_shared(shared, entries, path)
-    pairs = [pair for entry in entries for pair in pairs_of(entry, shared, path.parent, warn)]
+    pairs = [pair for entry in entries for pair in build_pairs(entry, shared, path.parent, warn)]
     for pair in pairs:
         check_teaches(pair)
     if all(pair.action == PRESERVE for pair in pairs):
@@ -110,7 +110,7 @@ class Entry(NamedTuple):
         return PAIR_KEYS if self.is_pair else SLIDER_KEYS
 
 
-def entries_of(tables: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], list[Entry]]:
+def split_entries(tables: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], list[Entry]]:
     """Return (the defaults above the entries, the entries)."""
     heads = [name for name in ("prompts", "targets", "slider") if name in tables]
     if len(heads) > 1:
@@ -150,7 +150,7 @@ def unknown(key: str, known: Sequence[str], place: str) -> UserError:
     return UserError(f"{FLAG} {place}: unknown key {key!r}{did_you_mean(key, known)}; known: {names}")
 
 
-def pairs_of(entry: Entry, shared: Mapping[str, Any], folder: Path, warn: Warn) -> list[PromptPair]:
+def build_pairs(entry: Entry, shared: Mapping[str, Any], folder: Path, warn: Warn) -> list[PromptPair]:
     """Return the pairs of an entry; `shared` has the defaults, `folder` contains its files."""
     place, own = entry.place, entry.values
     if "target" in own and "target_class" in own:
@@ -167,7 +167,7 @@ def pairs_of(entry: Entry, shared: Mapping[str, Any], folder: Path, warn: Warn) 
     values = {key: checked(key, value, place) for key, value in {**inherited, **own}.items()}
     if entry.is_pair and "target" not in values:
         raise UserError(f'{FLAG} {place} has no target; add target = "..."')
-    pairs = [pair_of(place, values)] if entry.is_pair else list(slider_pairs(place, values, folder, warn))
+    pairs = [build_pair(place, values)] if entry.is_pair else list(slider_pairs(place, values, folder, warn))
     if fixed := [pair for pair in pairs if pair.dynamic_resolution and not pair.has_drawn_size]:
         warn(
             "%s %s: dynamic_resolution has no effect on %d x %d (height x width): only square sizes vary",
@@ -211,9 +211,9 @@ def whole(value: Any, least: int, most: int, what: str) -> int:
     return int(value)
 
 
-def pair_of(place: str, values: Mapping[str, Any], size: Any = None) -> PromptPair:
+def build_pair(place: str, values: Mapping[str, Any], size: Any = None) -> PromptPair:
     """Return the pair of these values, of which only `target` is required."""
-    height, width = size_of(values.get("resolution", DEFAULT_SIDE), place) if size is None else size
+    height, width = parse_size(values.get("resolution", DEFAULT_SIDE), place) if size is None else size
     unconditional, action = values.get("unconditional", ""), values.get("action", ERASE)
     if action == PRESERVE:
         for key in ("positive", "neutral"):
@@ -241,7 +241,7 @@ def pair_of(place: str, values: Mapping[str, Any], size: Any = None) -> PromptPa
     )
 
 
-def size_of(value: Any, place: str) -> tuple[int, int]:
+def parse_size(value: Any, place: str) -> tuple[int, int]:
     """Parse a side, or [height, width], to (height, width)."""
     what = f"{FLAG} {place}: resolution is {value!r}"
     sides = value if isinstance(value, list) else [value, value]
@@ -251,14 +251,14 @@ def size_of(value: Any, place: str) -> tuple[int, int]:
     return height, width
 
 
-def sizes_of(values: Mapping[str, Any], place: str, warn: Warn) -> list[tuple[int, int]]:
+def parse_sizes(values: Mapping[str, Any], place: str, warn: Warn) -> list[tuple[int, int]]:
     """Return the sizes of a slider: one, or each of a list of [height, width]."""
     if "resolution" in values and "resolutions" in values:
         raise UserError(f"{FLAG} {place} has both resolution and resolutions; keep one")
     value = values.get("resolutions", values.get("resolution", DEFAULT_SIDE))
     if isinstance(value, list) and value and isinstance(value[0], list):
-        return [size_of(one, place) for one in value]
-    height, width = size_of(value, place)
+        return [parse_size(one, place) for one in value]
+    height, width = parse_size(value, place)
     if "resolutions" in values and isinstance(value, list):
         warn(
             "%s %s: resolutions = [%d, %d] is one size, height %d, width %d; for two squares use [[%d, %d], [%d, %d]]",
@@ -288,16 +288,16 @@ def slider_pairs(place: str, values: Mapping[str, Any], folder: Path, warn: Warn
         ways = [(negative, "", ERASE, multiplier), (negative, "", ENHANCE, -multiplier)]
     else:
         ways = [(positive, "", ENHANCE, multiplier), (positive, "", ERASE, -multiplier)]
-    sizes = sizes_of(values, place, warn)
-    for neutral in neutrals_of(values, place, folder):
+    sizes = parse_sizes(values, place, warn)
+    for neutral in read_neutral_prompts(values, place, folder):
         for size in sizes:
             for end, other_end, action, strength in ways:
                 more = {"target": values.get("target_class", ""), "positive": end, "unconditional": other_end}
                 more |= {"neutral": neutral, "action": action, "multiplier": strength}
-                yield pair_of(place, {**values, **more}, size)
+                yield build_pair(place, {**values, **more}, size)
 
 
-def neutrals_of(values: Mapping[str, Any], place: str, folder: Path) -> list[str]:
+def read_neutral_prompts(values: Mapping[str, Any], place: str, folder: Path) -> list[str]:
     """Return the neutral prompts of a slider: those listed and those in files, or the named one."""
     lists = [key for key in NEUTRAL_LISTS if key in values]
     if lists and "neutral" in values:
@@ -312,13 +312,13 @@ def neutrals_of(values: Mapping[str, Any], place: str, folder: Path) -> list[str
         found += listed
     for key in ("neutral_prompt_file", "prompt_file"):
         if key in values:
-            found += lines_of(folder / values[key], f"{FLAG} {place}: {key}")
+            found += read_lines(folder / values[key], f"{FLAG} {place}: {key}")
     if not found:
         raise UserError(f'{FLAG} {place}: {" and ".join(lists)} contain no prompt; use [""] for the empty one')
     return found
 
 
-def lines_of(path: Path, what: str) -> list[str]:
+def read_lines(path: Path, what: str) -> list[str]:
     """Return the non-empty lines of a text file."""
     if not path.is_file():
         raise UserError(f"{what} is {path}, but there is no such file; the path is relative to the TOML file")

@@ -49,7 +49,7 @@ def open_image(path: str, content: bytes | io.RawIOBase | None = None) -> Image.
         raise UserError(f"{path} cannot be read: {error}") from None
 
 
-def orientation_of(image: Image.Image) -> int:
+def read_orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 to 8, without reading pixels: a PNG's tags count only if they precede the
     pixels."""
     if image.format == "PNG" and "exif" not in image.info:
@@ -65,7 +65,7 @@ def read_size(path: str, content: bytes | io.RawIOBase | None = None) -> Size:
     """Read (width, height), as `read_pixels` will return it, from the header; `content` is the file, read or open."""
     with open_image(path, content) as image:
         width, height = image.size
-        turned = orientation_of(image) >= 5
+        turned = read_orientation(image) >= 5
     if width <= 0 or height <= 0:
         raise UserError(f"{path} is {width}x{height} pixels")
     return (height, width) if turned else (width, height)
@@ -85,7 +85,7 @@ def read_pixels(path: str, content: bytes | None = None) -> tuple[Pixels, Pixels
     Raises DamagedImage if its pixels are truncated or damaged, UserError if it cannot be read at all.
     """
     with open_image(path, content) as image:
-        orientation = orientation_of(image)
+        orientation = read_orientation(image)
         decode_all(image, path)
         upright = image.transpose(TRANSPOSITIONS[orientation]) if orientation in TRANSPOSITIONS else image
         if upright.mode.startswith("I"):
@@ -147,7 +147,7 @@ class Face:
     height: int
 
 
-def face_of(path: str) -> Face | None:
+def parse_face(path: str) -> Face | None:
     """Parse the face in a file name `..._cx_cy_w_h`."""
     parts = os.path.splitext(os.path.basename(path))[0].split("_")
     if len(parts) < 5:

@@ -63,7 +63,7 @@ class EntryError(UserError):
     """An entry of a file that cannot be used; the message is the reason, to follow "is"."""
 
 
-def fault_of(error: BaseException) -> str:
+def describe_damage(error: BaseException) -> str:
     """Describe a file's problem, to follow "is"; `error` is one of DAMAGE."""
     if isinstance(error, EntryError):
         return str(error)
@@ -78,7 +78,7 @@ def reading(path: str, words: CacheWords) -> Iterator[Mapping[str, Any]]:
             yield archive
         return
     except DAMAGE as error:
-        fault = fault_of(error)
+        fault = describe_damage(error)
         reason = f"{fault}: {error}" if fault == DAMAGED else fault
     delete = "delete it and " if fault == DAMAGED else ""  # the check at start does not read whole files
     raise UserError(f"the {words.name} {path} is {reason}; {delete}run again without --skip_cache_check to rebuild it")

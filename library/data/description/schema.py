@@ -166,7 +166,7 @@ def load_dataset_config(options: TrainOptions) -> RunDataConfig:
     general = content.get("general", {})
     datasets = tuple(
         build_dataset(
-            dataset, general, fallbacks, style_of(dataset, data.masked_loss), f"{path}: data['datasets'][{i}]"
+            dataset, general, fallbacks, resolve_style(dataset, data.masked_loss), f"{path}: data['datasets'][{i}]"
         )
         for i, dataset in enumerate(content.get("datasets", []))
     )
@@ -223,7 +223,7 @@ def find_problems(content: Table, masked_loss: bool) -> list[str]:
             problems.append(f"{place}['subsets'] must be an array of tables, [[datasets.subsets]]")
             continue
         try:
-            style = style_of(dataset, masked_loss)
+            style = resolve_style(dataset, masked_loss)
         except ValueError as error:
             problems.append(f"{place}: {error}")
             continue
@@ -260,7 +260,7 @@ def is_table_list(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
-def style_of(dataset: Table, masked_loss: bool) -> Style:
+def resolve_style(dataset: Table, masked_loss: bool) -> Style:
     """Return the style of a dataset's subsets. Raises UserError if they are mixed."""
     subsets: Sequence[Table] = dataset["subsets"]
     if masked_loss and subsets and all("conditioning_data_dir" in subset for subset in subsets):
@@ -286,7 +286,7 @@ def table_problems(table: Table, place: str, level: Level, style: Style | None) 
         elif not stands_at(key, level, style):
             problems.append(f"{place}['{name}'] {where_it_belongs(key, level)}")
         elif not key.kind.fits(value):
-            problems.append(f"{place}['{name}'] is {value!r}, but must be {key.kind.name}{limit_of(value)}")
+            problems.append(f"{place}['{name}'] is {value!r}, but must be {key.kind.name}{explain_limit(value)}")
     return problems
 
 
@@ -338,7 +338,7 @@ def parse_numbers(flag: str, text: str, kind: type, counts: tuple[int, ...], exa
     return numbers
 
 
-def value_of(key: Key, tables: Sequence[Table]) -> Any:
+def resolve_value(key: Key, tables: Sequence[Table]) -> Any:
     """Return the first value that is set, converted; the tables come closest first."""
     for table in tables:
         value = table.get(key.name)
@@ -350,7 +350,7 @@ def value_of(key: Key, tables: Sequence[Table]) -> Any:
 def build_dataset(dataset: Table, general: Table, fallbacks: Table, style: Style, place: str) -> DatasetConfig:
     """Build one dataset with its subsets; `place` is for messages."""
     tables = (dataset, general, fallbacks)
-    values = {key.name: value_of(key, tables) for key in DATASET_KEYS}
+    values = {key.name: resolve_value(key, tables) for key in DATASET_KEYS}
     if values["resolution"] is None:
         raise UserError(f"{place}['resolution'] is missing; set it there, in [general], or with --resolution")
     if values["batch_size"] < 1:
@@ -367,13 +367,15 @@ def build_dataset(dataset: Table, general: Table, fallbacks: Table, style: Style
             logger.warning("%s is skipped: num_repeats is %d", built.source, built.num_repeats)
             continue
         subsets.append(built)
-    interpolation = value_of(ALL_KEYS["resize_interpolation"], tables)
+    interpolation = resolve_value(ALL_KEYS["resize_interpolation"], tables)
     return DatasetConfig(style=style, resize_interpolation=interpolation, subsets=tuple(subsets), **values)
 
 
 def build_subset(subset: Table, outer: Sequence[Table], style: Style, place: str) -> SubsetConfig:
     """Build one subset; keys unknown to its style keep their defaults."""
-    values = {key.name: value_of(key, (subset, *outer)) if style in key.styles else key.default for key in SUBSET_KEYS}
+    values = {
+        key.name: resolve_value(key, (subset, *outer)) if style in key.styles else key.default for key in SUBSET_KEYS
+    }
     rules = CaptionRules(**{field.name: values.pop(field.name) for field in fields(CaptionRules)})
     extension = values["caption_extension"]
     if not extension.startswith("."):
@@ -451,7 +453,7 @@ def check_opposites(values: Table, place: str) -> None:
         )
 
 
-def limit_of(value: Any) -> str:
+def explain_limit(value: Any) -> str:
     """Return the rest of a message about a number that is too large for any key."""
     return " below 2^31" if isinstance(value, (int, float)) and abs(value) >= LARGEST else ""
 

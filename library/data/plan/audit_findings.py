@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from library.data.description.buckets import Size
 from library.data.description.schema import SubsetConfig
-from library.data.plan.audit_pixels import Look, groups_of, look_at_all, similar_pairs
+from library.data.plan.audit_pixels import Look, connect_groups, look_at_all, similar_pairs
 from library.data.plan.samples import Sample
 from library.data.scanned.images import ScannedImage
 from library.data.sources.storage.storage import Storage
@@ -50,27 +50,27 @@ def inspect(
     trained = {sample.image.key for sample in samples if sample.dataset < num_trained}
     masked = {sample.image.key for sample in samples if has_alpha or subsets[sample.subset].alpha_mask}
     looks = look_at_all(list(largest.values()), storage, num_threads)
-    return [*findings_of(looks, trained), *kinds_of(looks, masked), *crops_of(samples)]
+    return [*collect_findings(looks, trained), *find_file_kinds(looks, masked), *find_large_crops(samples)]
 
 
-def kinds_of(looks: Sequence[Look], masked: set[str]) -> Iterator[Finding]:
+def find_file_kinds(looks: Sequence[Look], masked: set[str]) -> Iterator[Finding]:
     """Yield findings on kinds of files; transparency is as intended for images of `masked`, whose alpha is used."""
-    yield from finding_of(
+    yield from make_finding(
         [(look.path, f"{look.num_frames} frames") for look in looks if look.num_frames > 1],
         "{} animated; only the first frame is trained",
     )
     transparent = [look for look in looks if look.transparent > TRANSPARENT and look.path not in masked]
-    yield from finding_of(
+    yield from make_finding(
         [(look.path, f"{look.transparent:.0%}") for look in transparent],
         "{} partly transparent; the colors hidden there are trained: set alpha_mask = true, or flatten the image",
     )
-    yield from finding_of(
+    yield from make_finding(
         [(look.path, "") for look in looks if look.is_cmyk],
         "{} in CMYK, whose colors change in the conversion to RGB; re-save as sRGB",
     )
 
 
-def crops_of(samples: Sequence[Sample]) -> Iterator[Finding]:
+def find_large_crops(samples: Sequence[Sample]) -> Iterator[Finding]:
     """Yield the images of which the crop to the training size discards a large part."""
     lost: dict[str, float] = {}
     for sample in samples:
@@ -79,38 +79,38 @@ def crops_of(samples: Sequence[Sample]) -> Iterator[Finding]:
         if share > CROPPED:
             lost[sample.image.key] = max(share, lost.get(sample.image.key, 0.0))
     text = "{} of which a third or more is cropped away; use buckets with more aspect ratios, or crop by hand"
-    yield from finding_of([(key, f"{share:.0%} lost") for key, share in lost.items()], text)
+    yield from make_finding([(key, f"{share:.0%} lost") for key, share in lost.items()], text)
 
 
-def findings_of(looks: Sequence[Look], trained: set[str]) -> Iterator[Finding]:
+def collect_findings(looks: Sequence[Look], trained: set[str]) -> Iterator[Finding]:
     """Yield the findings, most severe first, without empty ones."""
     damaged = [(look.path, look.problem) for look in looks if look.problem is not None]
-    yield from finding_of(damaged, "{} cannot be decoded and would be skipped; re-save or remove")
+    yield from make_finding(damaged, "{} cannot be decoded and would be skipped; re-save or remove")
     whole = [look for look in looks if look.problem is None]
     empty = [look for look in whole if look.contrast < EMPTY]
-    yield from finding_of(
+    yield from make_finding(
         [(look.path, f"contrast {look.contrast:.1f}") for look in empty],
         "{} of a single colour; remove",
     )
     shown = [look for look in whole if look.contrast >= EMPTY]  # empty images all look alike
-    groups = groups_of(list(similar_pairs([look.hash for look in shown], MOST_BITS)))
+    groups = connect_groups(list(similar_pairs([look.hash for look in shown], MOST_BITS)))
     across: list[tuple[str, str]] = []
     within: list[tuple[str, str]] = []
     for number, group in enumerate(groups, 1):
         paths = [shown[place].path for place in group]
         kinds = {path in trained for path in paths}
         (across if len(kinds) == 2 else within).extend((path, f"group {number}") for path in paths)
-    yield from finding_of(
+    yield from make_finding(
         [(path, f"{note}, {'trained' if path in trained else 'validation'}") for path, note in across],
         "{} near-duplicated between training and validation, which then measures memorization; keep each motif on one "
         "side",
     )
-    yield from finding_of(within, "{} near-duplicated; consider keeping one per group")
+    yield from make_finding(within, "{} near-duplicated; consider keeping one per group")
     blurred = [(look.path, f"sharpness {look.sharpness:.0f}") for look in shown if look.sharpness < BLURRED]
-    yield from finding_of(blurred, "{} blurred all over; the LoRA may learn blur: remove or replace")
+    yield from make_finding(blurred, "{} blurred all over; the LoRA may learn blur: remove or replace")
 
 
-def finding_of(images: Iterable[tuple[str, str | None]], text: str) -> Iterator[Finding]:
+def make_finding(images: Iterable[tuple[str, str | None]], text: str) -> Iterator[Finding]:
     """Yield the finding if it affects any image."""
     listed = tuple((path, note or "") for path, note in images)
     if listed:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from library.data.decoding.images import TRANSPOSITIONS, decode_all, open_image, orientation_of, read_pixels
+from library.data.decoding.images import TRANSPOSITIONS, decode_all, open_image, read_orientation, read_pixels
 from library.data.description.buckets import Size
 from library.data.scanned.images import ScannedImage
 from library.data.sources.storage.storage import Storage
@@ -49,7 +49,7 @@ def look_at(path: str, trained: Size, content: bytes | None = None) -> Look:
     try:
         with open_image(path, content) as image:
             num_frames, is_cmyk = int(getattr(image, "n_frames", 1)), image.mode == "CMYK"
-        grey, transparent = grey_of(path, trained, content)
+        grey, transparent = read_grey(path, trained, content)
     except (UserError, OSError) as error:
         return Look(path, problem=str(error).removeprefix(path).strip())
     if grey.width > trained[0] and grey.height > trained[1]:
@@ -62,22 +62,22 @@ def look_at(path: str, trained: Size, content: bytes | None = None) -> Look:
     return Look(
         path,
         int("".join("1" if bit else "0" for bit in bits), 2),
-        sharpness_of(pixels),
-        deviation_of(pixels),
+        measure_sharpness(pixels),
+        standard_deviation(pixels),
         num_frames=num_frames,
         transparent=transparent,
         is_cmyk=is_cmyk,
     )
 
 
-def grey_of(path: str, trained: Size, content: bytes | None = None) -> tuple[Image.Image, float]:
+def read_grey(path: str, trained: Size, content: bytes | None = None) -> tuple[Image.Image, float]:
     """Return the image in grey, upright, a JPEG at a sufficient size, and the share of pixels that are not opaque.
 
     Raises UserError if it cannot be decoded.
     """
     with open_image(path, content) as image:
         if image.format == "JPEG":
-            orientation = orientation_of(image)
+            orientation = read_orientation(image)
             image.draft("L", trained)  # the decoder halves the size, which is faster
             decode_all(image, path)
             grey = image.convert("L")
@@ -86,15 +86,15 @@ def grey_of(path: str, trained: Size, content: bytes | None = None) -> tuple[Ima
     return Image.fromarray(pixels).convert("L"), 0.0 if alpha_HW is None else float((alpha_HW < 255).mean())
 
 
-def sharpness_of(grey_HW: NDArray[np.uint8]) -> float:
+def measure_sharpness(grey_HW: NDArray[np.uint8]) -> float:
     """Return the variance of the Laplacian in the sharpest tile."""
     laplacian = cv2.Laplacian(grey_HW, cv2.CV_16S)
     rows = np.array_split(laplacian, NUM_TILES, axis=0)
     tiles = [tile for row in rows for tile in np.array_split(row, NUM_TILES, axis=1) if tile.size]
-    return max(deviation_of(tile) ** 2 for tile in tiles)
+    return max(standard_deviation(tile) ** 2 for tile in tiles)
 
 
-def deviation_of(values_HW: NDArray[np.uint8] | NDArray[np.int16]) -> float:
+def standard_deviation(values_HW: NDArray[np.uint8] | NDArray[np.int16]) -> float:
     """Return the standard deviation; OpenCV takes a tenth of NumPy's time."""
     return float(cv2.meanStdDev(values_HW)[1][0, 0])
 
@@ -136,7 +136,7 @@ def similar_pairs(hashes: Sequence[int], most_bits: int) -> Iterator[tuple[int, 
             same.append(place)
 
 
-def groups_of(pairs: Sequence[tuple[int, int]]) -> list[list[int]]:
+def connect_groups(pairs: Sequence[tuple[int, int]]) -> list[list[int]]:
     """Return the connected groups of places, each in order."""
     leader: dict[int, int] = {}
 

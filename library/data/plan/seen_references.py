@@ -50,7 +50,7 @@ class SeenReferences:
         contents = dict(zip(paths, file_digests(paths, num_threads, "reading references"), strict=True))
         digests_N = np.zeros(len(samples), dtype=np.uint64)
         for number, sample in shown.items():
-            digests_N[number] = digest_of(sample, subsets[sample.subset].resize_interpolation, contents)
+            digests_N[number] = digest_references(sample, subsets[sample.subset].resize_interpolation, contents)
         return cls(digests_N, storage, has_alpha)
 
     def key(self, number: int, caption: str, is_flipped: bool) -> str:
@@ -79,7 +79,7 @@ class SeenReferences:
         return tuple(map(to_pixels, placed_references(sample, placement, interpolation, self.storage, self.has_alpha)))
 
 
-def digest_of(sample: Sample, interpolation: str | None, contents: Mapping[str, str]) -> int:
+def digest_references(sample: Sample, interpolation: str | None, contents: Mapping[str, str]) -> int:
     """Return a digest of the references of a sample, whose files have the digests `contents`; never 0."""
     shown = [
         (contents[one.key] if one.place is None else one.place.digest, shape.bucket, shape.resized)

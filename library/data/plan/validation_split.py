@@ -48,13 +48,13 @@ def split_datasets(datasets: Sequence[ScannedDataset], seed: int) -> Split:
     Raises UserError if nothing is left to train on, or an image cannot be read.
     """
     subsets = [subset for dataset in datasets for subset in dataset.subsets]
-    if not any(share_of(subset.config) for subset in subsets):
+    if not any(held_out_share(subset.config) for subset in subsets):
         return Split(tuple(datasets), ())
     identities = dict(zip(map(id, subsets), identities_by_subset(subsets), strict=True))
     specs = [
-        SplitSpec(identities[id(subset)], share_of(subset.config), seed_of(subset.config, seed))
+        SplitSpec(identities[id(subset)], held_out_share(subset.config), split_seed(subset.config, seed))
         for subset in subsets
-        if share_of(subset.config)
+        if held_out_share(subset.config)
     ]
     always_trained = {identity for subset in subsets if subset.config.is_reg for identity in identities[id(subset)]}
     aside = choose(specs, always_trained)
@@ -87,7 +87,7 @@ def split_datasets(datasets: Sequence[ScannedDataset], seed: int) -> Split:
             subsets=tuple(
                 replace(kept(subset, is_aside=True), config=unchanging(subset.config))
                 for subset in dataset.subsets
-                if share_of(subset.config)
+                if held_out_share(subset.config)
             ),
         )
         for dataset in datasets
@@ -110,7 +110,9 @@ def choose(specs: Sequence[SplitSpec], always_trained: AbstractSet[str]) -> set[
         limit = num_images if wish.share == 1 else num_images - 1
         wanted = min(round(num_images * wish.share), limit)
         num_aside = sum(count for identity, count in counts.items() if identity in aside)
-        for identity in sorted(counts.keys() - aside - trained, key=lambda identity: rank_of(identity, wish.seed)):
+        for identity in sorted(
+            counts.keys() - aside - trained, key=lambda identity: split_sort_key(identity, wish.seed)
+        ):
             if num_aside >= wanted:
                 break
             if num_aside + counts[identity] <= limit:
@@ -120,19 +122,19 @@ def choose(specs: Sequence[SplitSpec], always_trained: AbstractSet[str]) -> set[
     return aside
 
 
-def rank_of(identity: str, seed: int) -> tuple[int, str]:
+def split_sort_key(identity: str, seed: int) -> tuple[int, str]:
     """Return the sort key in whose order images are held out."""
     return stream_seed(seed, "validation split", identity), identity
 
 
-def share_of(config: SubsetConfig) -> float:
+def held_out_share(config: SubsetConfig) -> float:
     """Return the share that a subset holds out; regularisation images are always trained, a probe's never."""
     if config.is_forgetting_probe:
         return 1.0
     return 0.0 if config.is_reg else config.validation_split
 
 
-def seed_of(config: SubsetConfig, seed: int) -> int:
+def split_seed(config: SubsetConfig, seed: int) -> int:
     return seed if config.validation_seed is None else config.validation_seed
 
 
@@ -166,7 +168,7 @@ def without_empty(datasets: Iterator[ScannedDataset]) -> tuple[ScannedDataset, .
 def split_lines(subset: ScannedSubset, num_aside: int) -> Iterator[Line]:
     """Yield the log lines about one subset."""
     config, num_images = subset.config, len(subset.images)
-    share = share_of(config)
+    share = held_out_share(config)
     if config.is_forgetting_probe and num_aside:
         yield logging.INFO, f"  {config.source}: {num_aside} of {num_images} images are a forgetting probe, not trained"
     elif share and num_aside:
@@ -188,7 +190,7 @@ def identities_by_subset(subsets: Sequence[ScannedSubset]) -> list[list[str]]:
     """Return the identity of every image of each subset, which copies share; from files, or from the index for
     places."""
     files = sorted({key for subset in subsets if subset.images.places is None for key in subset.images.each_key()})
-    read = identities_of(files)
+    read = hash_files(files)
     return [
         [read[key] for key in subset.images.each_key()]
         if (places := subset.images.places) is None
@@ -200,17 +202,17 @@ def identities_by_subset(subsets: Sequence[ScannedSubset]) -> list[list[str]]:
 def identities_of_images(images: Iterable[ScannedImage]) -> dict[str, str]:
     """Return the identities of some images by key."""
     placed = {image.key: image.place for image in images}
-    read = identities_of([key for key, place in placed.items() if place is None])
+    read = hash_files([key for key, place in placed.items() if place is None])
     return read | {key: place.digest for key, place in placed.items() if place is not None}
 
 
-def identities_of(paths: Sequence[str]) -> dict[str, str]:
+def hash_files(paths: Sequence[str]) -> dict[str, str]:
     """Return the identity of each file, which copies share regardless of folder and name."""
     with ThreadPoolExecutor(16) as pool:
-        return dict(zip(paths, pool.map(identity_of, paths), strict=True))
+        return dict(zip(paths, pool.map(hash_file, paths), strict=True))
 
 
-def identity_of(path: str) -> str:
+def hash_file(path: str) -> str:
     """Return a hash of the file's size, start and end: compressed images with equal ones are copies.
 
     Raises UserError naming a file that cannot be read.

@@ -37,7 +37,7 @@ def digest_of_ends(ends: bytes, num_bytes: int) -> str:
     return blake2b(ends + num_bytes.to_bytes(8, "big"), digest_size=16).hexdigest()
 
 
-def digest_of(content: bytes) -> str:
+def digest_content(content: bytes) -> str:
     """Return the digest from the whole file."""
     return digest_of_ends(content[:END_BYTES] + content[max(0, len(content) - END_BYTES) :], len(content))
 

@@ -12,8 +12,8 @@ from library.data.description.schema import SubsetConfig, without_secrets
 from library.data.scanned.images import OpenFiles, Place, Reader
 from library.data.scanned.subsets import ScannedSubset
 from library.data.sources.folders.reading import MOST_CAPTION_BYTES
-from library.data.sources.indexed.parquet_files import Columns, KeptGroups, ParquetRows, columns_of
-from library.data.sources.indexed.rows import Row, row_of, row_of_bytes, stripped_lines
+from library.data.sources.indexed.parquet_files import Columns, KeptGroups, ParquetRows, find_columns
+from library.data.sources.indexed.rows import Row, build_row, row_of_bytes, stripped_lines
 from library.data.sources.indexed.scan import SourceFile, scan_files
 from library.data.sources.indexed.tar_files import Member
 from library.data.sources.storage.source import Source
@@ -69,7 +69,7 @@ SOURCE = Source(KEYS, scan)
 def columns_in(opened: ParquetRows, config: SubsetConfig) -> Columns:
     """Return the columns of an open Parquet file."""
     named = config.image_column, config.caption_column, config.control_columns
-    return columns_of(opened.schema, *named, opened.shown)
+    return find_columns(opened.schema, *named, opened.shown)
 
 
 def rows_of_parquet(file: str, shown: str, config: SubsetConfig, storage: Storage) -> list[Row]:
@@ -123,7 +123,7 @@ def row_of_url(url: str | None, caption: str | None, folder: str, storage: Stora
     shown = without_secrets(whole)
     try:
         window = storage.window(whole)
-        found = row_of(window, Member(shown, 0, window.file_bytes), "")
+        found = build_row(window, Member(shown, 0, window.file_bytes), "")
     except FileNotFoundError:
         return Row(shown, 0, 0, 0, 0, caption, bytes(16), "does not exist", whole)
     except UserError as error:

@@ -64,7 +64,7 @@ def bytes_touched(*values: Any) -> int:
     return sum(value.numel() * value.element_size() for value in tree_leaves(values) if isinstance(value, Tensor))
 
 
-def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+def count_flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     """Return the floating-point operations of a call with output `out`; 0 unless it is a matrix product or
     attention."""
     packet = func._overloadpacket
@@ -88,7 +88,7 @@ class FlopCounter(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if torch.is_grad_enabled() != self.in_backward:
-            self.flops += flops_of(func, args, kwargs, out)
+            self.flops += count_flops(func, args, kwargs, out)
         return out
 
 
@@ -125,11 +125,11 @@ class OperationCounter(TorchDispatchMode):
             return args[0].device
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default and self._answers is not None and isinstance(args[0], FakeTensor):
-            return self._answers[kind_of(args[0].dtype)]
+            return self._answers[arithmetic_kind(args[0].dtype)]
         if func is aten.index.Tensor and self._answers is not None:
-            args = args[0], [place for index in args[1] for place in places_of(index)], *args[2:]
+            args = args[0], [place for index in args[1] for place in expand_mask(index)], *args[2:]
         out = func(*args, **kwargs)
-        self.flops += flops_of(func, args, kwargs, out)
+        self.flops += count_flops(func, args, kwargs, out)
         if launches_kernel(func):
             self.launches += 1
             self.moved += bytes_touched(args, out)
@@ -178,7 +178,7 @@ class OperationCounter(TorchDispatchMode):
         self.live -= self._sizes.pop(key, 0)
 
 
-def places_of(index: Tensor | None) -> Sequence[Tensor | None]:
+def expand_mask(index: Tensor | None) -> Sequence[Tensor | None]:
     """Replace a mask by the indices that it selects along each axis, and a fake one along one axis by all: it hides how
     many it selects."""
     if index is None or index.dtype != torch.bool:
@@ -188,7 +188,7 @@ def places_of(index: Tensor | None) -> Sequence[Tensor | None]:
     return [torch.arange(len(index), device=index.device)] if index.ndim == 1 else [index]
 
 
-def kind_of(dtype: torch.dtype) -> str:
+def arithmetic_kind(dtype: torch.dtype) -> str:
     if dtype == torch.bool:
         return "bool"
     return "float" if dtype.is_floating_point else "int"

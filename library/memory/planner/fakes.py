@@ -23,12 +23,12 @@ def give_fakes(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
             for name, old in held.items():
                 if old is not None:
                     if id(old) not in made:
-                        made[id(old)] = fake_of(old, dtype)
+                        made[id(old)] = make_fake(old, dtype)
                     held[name] = made[id(old)]  # type: ignore[assignment]
     return model
 
 
-def fake_of(old: Tensor, dtype: torch.dtype | None) -> Tensor:
+def make_fake(old: Tensor, dtype: torch.dtype | None) -> Tensor:
     """Return a tensor or parameter of the same shape."""
     layout = torch.channels_last if old.ndim == 4 else torch.contiguous_format
     kind = dtype if dtype is not None and old.is_floating_point() else old.dtype

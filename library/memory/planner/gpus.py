@@ -76,7 +76,7 @@ PEAKS = (
 )  # fmt: skip
 
 
-def peak_of(device: torch.device, dtype: torch.dtype) -> float | None:
+def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Return a GPU's peak FLOP/s: the vendor's figure for 16 bits, else that of one large product; None for CPUs."""
     if device.type != "cuda":
         return None

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from library.memory.planner.gpus import GIB, LAUNCH_S, Gpu
-from library.memory.planner.steps import CountedOptimizer, Move, Timeline, peak_of
+from library.memory.planner.steps import CountedOptimizer, Move, Timeline, compute_peak_bytes
 from library.memory.planner.weights import ModelWeights, StorageCost
 
 # Assumed until a GPU has been measured: the CUDA context with its libraries' workspaces, and the allocator's overhead
@@ -86,7 +86,7 @@ def predict(step: CountedStep, way: Way, card: Gpu, correction: float = 1.0) -> 
     cost = StorageCost.of(way.weight_format)
     cost = cost.of_8bit_matmul() if step.multiplies_codes else cost
     waiting = step.offloaded_indices(way.num_offloaded)
-    moves = list(moves_of(step, way))
+    moves = list(apply_way(step, way))
     denoiser_format, text_format = step.own_formats
     text = StorageCost.of(text_format if way.weight_format == denoiser_format else way.weight_format)
     encoders = sum(encoder.resident_bytes(text, ()) for encoder in step.encoders)
@@ -98,21 +98,21 @@ def predict(step: CountedStep, way: Way, card: Gpu, correction: float = 1.0) -> 
     held = step.optimizer.state + step.held_gradient_bytes
     passes = step.gradientless
     ahead = max(waiting_inputs(step, way), default=0)  # a block's inputs are fetched while the next is recomputed
-    highest = max(peak_of(moves) + ahead, 0 if passes is None else passes.peak_bytes)
+    highest = max(compute_peak_bytes(moves) + ahead, 0 if passes is None else passes.peak_bytes)
     within = held + highest + step.weights.decoded_bytes(cost)
     stepping = step.gradient_bytes + max(step.optimizer.rise, step.optimizer.state)
     changing = step.adapter_bytes + round(correction * max(within, stepping))
     sizes = step.weights.block_bytes(cost)
     streamed = sum(sizes[place] for place in waiting)
     inputs = sum(waiting_inputs(step, way))
-    seconds = seconds_of(moves, cost.slowdown, streamed, inputs, card, passes)
+    seconds = predict_seconds(moves, cost.slowdown, streamed, inputs, card, passes)
     seconds *= 1 + COST_OF_WAITING * len(waiting) / max(1, len(sizes))
     device = weights + round((1 + ALLOCATOR_SHARE) * changing) + CONTEXT_BYTES
     peak = FORWARD_BACKWARD if within >= stepping else OPTIMIZER_STEP
     return Predicted(way, weights, weights + changing, device, seconds, streamed + inputs, peak, cost.error)
 
 
-def moves_of(step: CountedStep, way: Way) -> list[Move]:
+def apply_way(step: CountedStep, way: Way) -> list[Move]:
     """Return the step as this way runs it; recomputed blocks of trained text encoders are numbered separately."""
 
     def recomputes(place: int) -> bool:
@@ -134,7 +134,7 @@ def waiting_inputs(step: CountedStep, way: Way) -> list[int]:
     ]
 
 
-def seconds_of(
+def predict_seconds(
     moves: list[Move],
     slowdown: float,
     streamed: int,

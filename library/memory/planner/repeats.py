@@ -15,12 +15,14 @@ from torch import nn
 NUM_COUNTED = 2  # of each run; the first can differ in the backward pass if nothing before it is trained
 
 
-def build_of(block: nn.Module) -> tuple[Any, ...]:
+def describe_build(block: nn.Module) -> tuple[Any, ...]:
     """Return a value that is equal for blocks built alike: classes and shapes of all modules and of their adapters."""
-    return tuple((name, type(module), shapes_of(module), taken_over(module)) for name, module in block.named_modules())
+    return tuple(
+        (name, type(module), list_shapes(module), taken_over(module)) for name, module in block.named_modules()
+    )
 
 
-def shapes_of(module: nn.Module) -> tuple[Any, ...]:
+def list_shapes(module: nn.Module) -> tuple[Any, ...]:
     return tuple((name, tuple(p.shape), p.dtype) for name, p in module.named_parameters(recurse=False))
 
 
@@ -32,9 +34,9 @@ def taken_over(module: nn.Module) -> Any:
     return type(owner), tuple((name, tuple(p.shape)) for name, p in owner.named_parameters())
 
 
-def runs_of(stack: Iterable[nn.Module]) -> list[list[nn.Module]]:
+def split_runs(stack: Iterable[nn.Module]) -> list[list[nn.Module]]:
     """Split a stack into runs of blocks that are built alike."""
-    return [list(run) for _, run in groupby(stack, build_of)]
+    return [list(run) for _, run in groupby(stack, describe_build)]
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,8 @@ def shortened(stacks: Sequence[nn.ModuleList], shares: bool = True) -> Iterator[
     try:
         for stack in stacks:
             kept: list[nn.Module] = []
-            for run in runs_of(stack):
-                build = build_of(run[0])
+            for run in split_runs(stack):
+                build = describe_build(run[0])
                 earlier = seconds.get(build) if shares else None
                 if earlier is not None and len(run) > 1:
                     kept.append(run[0])

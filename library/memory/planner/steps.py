@@ -189,7 +189,7 @@ def without_input(segment: Segment, input_bytes: int, is_backward: bool) -> Segm
     return replace(segment, delta=segment.delta - input_bytes)
 
 
-def peak_of(moves: Iterator[Move] | Sequence[Move]) -> int:
+def compute_peak_bytes(moves: Iterator[Move] | Sequence[Move]) -> int:
     """Return the peak bytes above those at the start of the step."""
     live = peak = 0
     for move in moves:
@@ -253,21 +253,21 @@ def short_walk(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
     pairs: set[tuple[Hashable, Hashable]] = set()
     num_needed = 0  # of those kept, from the start; the others repeat pairs
     for parameter in parameters:
-        if kept and (pair := (kind_of(kept[-1]), kind_of(parameter))) not in pairs:
+        if kept and (pair := (describe_parameter(kept[-1]), describe_parameter(parameter))) not in pairs:
             pairs.add(pair)
             num_needed = len(kept) + 1
         kept.append(parameter)
         # Back to the first parameter of this kind that nothing new follows: what lies between is a loop.
-        kinds = [kind_of(one) for one in kept[max(num_needed - 1, 0) :]]
-        del kept[max(num_needed - 1, 0) + kinds.index(kind_of(parameter)) + 1 :]
+        kinds = [describe_parameter(one) for one in kept[max(num_needed - 1, 0) :]]
+        del kept[max(num_needed - 1, 0) + kinds.index(describe_parameter(parameter)) + 1 :]
     return kept
 
 
-def kind_of(parameter: Tensor) -> Hashable:
+def describe_parameter(parameter: Tensor) -> Hashable:
     return tuple(parameter.shape), parameter.dtype
 
 
 def state_left_out(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> int:
     """Return the bytes of the state of those of the parameters that the optimizer does not have."""
-    sizes = {kind_of(one): bytes_touched(values) for one, values in optimizer.state.items()}
-    return sum(sizes[kind_of(one)] for one in parameters if one not in optimizer.state)
+    sizes = {describe_parameter(one): bytes_touched(values) for one, values in optimizer.state.items()}
+    return sum(sizes[describe_parameter(one)] for one in parameters if one not in optimizer.state)

@@ -18,7 +18,9 @@ def shown(choice: Choice) -> tuple[Predicted, ...]:
     return fitting or choice.candidates
 
 
-def rows_of(choice: Choice, describe: Callable[[Way], str], num_passes: int | None = None) -> Iterator[tuple[str, ...]]:
+def iterate_rows(
+    choice: Choice, describe: Callable[[Way], str], num_passes: int | None = None
+) -> Iterator[tuple[str, ...]]:
     """Yield the headings and a row for each shown candidate; `describe` turns a way into its options.
 
     Formats have a column for their error, and runs of a known length one for their hours.
@@ -45,9 +47,9 @@ def rows_of(choice: Choice, describe: Callable[[Way], str], num_passes: int | No
         )
 
 
-def table_of(choice: Choice, describe: Callable[[Way], str], num_passes: int | None = None) -> list[str]:
+def format_table(choice: Choice, describe: Callable[[Way], str], num_passes: int | None = None) -> list[str]:
     """Format the candidates that fit as lines of equal columns, the chosen one marked, and count the others."""
-    lines = columns([*rows_of(choice, describe, num_passes)])
+    lines = columns([*iterate_rows(choice, describe, num_passes)])
     others = [found.device_bytes for found in choice.candidates if found not in shown(choice)]
     if others:
         count = format_count(len(others), "other configuration")

@@ -17,7 +17,7 @@ from library.checkpoints.weights import Weights, configure, renamed, selected
 from library.memory.devices import send
 from library.models.loading import Component, MaybeComponent, materialise
 from library.models.names import inverse, swap_stem
-from library.models.shapes import Shapes, count, heads_of, shape_of
+from library.models.shapes import Shapes, choose_num_heads, count, shape_of
 
 HEAD_WIDTH = 64
 PROJECTION = "text_projection.weight"
@@ -167,7 +167,7 @@ def clip_config(shapes: Shapes, activation: str = "quick_gelu") -> dict[str, Any
         "hidden_size": width,
         "intermediate_size": shape_of(shapes, "encoder.layers.0.mlp.fc1.weight")[0],
         "num_hidden_layers": count(shapes, r"encoder\.layers\.(\d+)\."),
-        "num_attention_heads": heads_of(width, width // HEAD_WIDTH),
+        "num_attention_heads": choose_num_heads(width, width // HEAD_WIDTH),
         "max_position_embeddings": shape_of(shapes, "embeddings.position_embedding.weight")[0],
         "hidden_act": activation,
         "bos_token_id": vocab - 2,

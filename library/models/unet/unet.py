@@ -14,7 +14,7 @@ from library.diffusion.inpainting import FEATURE
 from library.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, run_library_blocks_with
 from library.models.loading import Component
-from library.models.shapes import Shapes, count, heads_of, norm_groups, shape_of
+from library.models.shapes import Shapes, choose_num_heads, count, norm_groups, shape_of
 from library.models.unet.checkpoint_keys import UnetLayout, unet_from_ldm
 from library.types import Conditioning, Noised
 
@@ -62,7 +62,7 @@ def unet_config(shapes: Shapes, head_width: int | None = None) -> dict[str, Any]
         num_transformers(shapes, stem if has else "mid_block.attentions.0")
         for stem, has in zip(stems, has_attention, strict=True)
     )
-    heads = [heads_of(width, width // head_width if head_width else NUM_HEADS) for width in channels]
+    heads = [choose_num_heads(width, width // head_width if head_width else NUM_HEADS) for width in channels]
     return {
         "in_channels": shape_of(shapes, "conv_in.weight")[1],
         "out_channels": shape_of(shapes, "conv_out.weight")[0],

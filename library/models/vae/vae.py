@@ -79,7 +79,7 @@ def load_vae(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
     return materialise(empty_vae(component.config), component.weights, dtype)
 
 
-def vae_dtype_of(model: ModelOptions, mixed_precision: str) -> torch.dtype:
+def resolve_vae_dtype(model: ModelOptions, mixed_precision: str) -> torch.dtype:
     """Return the dtype that the VAE computes in."""
     return torch.float32 if model.no_half_vae else DTYPES[mixed_precision]
 

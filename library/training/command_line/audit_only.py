@@ -17,11 +17,11 @@ from library.protocols import LatentSpec
 from library.training.command_line.pairs import show_pairs
 from library.training.report_page.page import REPORT
 from library.training.report_page.record import Record
-from library.training.report_page.writer import report_of, write_page
+from library.training.report_page.writer import build_report, write_page
 from library.training.reporting.event_stream import WarningEvents, plain
 from library.training.reporting.events import Audit, End, Event, FoundImage, Start
 from library.training.reporting.events import Finding as StepResult
-from library.training.reporting.sample_images import data_url_of
+from library.training.reporting.sample_images import encode_data_url
 from library.training.run.run_events import changed_options, versions
 from library.training.saving.checkpoints import Names
 
@@ -54,7 +54,7 @@ def audit_only(options: TrainOptions, latents: LatentSpec, warnings: WarningEven
         ]
         path = Names.build(options.saving).of_audit()
         check_overwrite("--audit_only:", path, REPORT)
-        write_page(path, report_of(record_of(events)))
+        write_page(path, build_report(collect_events(events)))
         logger.info("full report with thumbnails: %s", path)
 
 
@@ -76,14 +76,14 @@ def show_images(finding: Finding, plan: DataPlan) -> Sequence[FoundImage]:
     for key, note in notes.items():
         try:
             content = plan.storage.content(images[key])
-            thumbnail = data_url_of(Image.fromarray(read_pixels(key, content)[0]))
+            thumbnail = encode_data_url(Image.fromarray(read_pixels(key, content)[0]))
         except (UserError, OSError):
             thumbnail = None
         found.append(FoundImage(str(Path(key)) if images[key].place is None else key, note, thumbnail))
     return found
 
 
-def record_of(events: Sequence[Event]) -> Record:
+def collect_events(events: Sequence[Event]) -> Record:
     """Collect these events for a page."""
     record = Record()
     for event in events:

@@ -34,7 +34,7 @@ from library.training.evaluation.prompts import check_sampler, read_prompts
 from library.training.optimization.optimizers import class_path, wanted_type
 from library.training.report_page.page import REPORT
 from library.training.reporting.trackers import tracker_kind
-from library.training.saving.checkpoints import Names, state_of
+from library.training.saving.checkpoints import Names, state_folder
 
 logger = logging.getLogger(__name__)
 
@@ -216,14 +216,14 @@ def check_lengths(names: Names) -> None:
     """Raise UserError where the system takes no names or paths as long as those of the run's files; the longest are of
     a state while it is written."""
     longest_name, longest_path = path_limits(nearest_folder(names.folder))
-    state = state_of(names.of_step(0)).name
-    name_length = length_of(state) + ADDED_TO_NAMES
+    state = state_folder(names.of_step(0)).name
+    name_length = path_length(state) + ADDED_TO_NAMES
     if name_length > longest_name:
         raise UserError(
             f"--output_name {names.output_name} is too long: files of the run would have names of {name_length}, but "
             f"{longest_name} are possible, in {'characters' if os.name == 'nt' else 'bytes'}; use a shorter one"
         )
-    length = length_of(os.path.abspath(names.folder)) + name_length + len(FILE_OF_STATE) + 2
+    length = path_length(os.path.abspath(names.folder)) + name_length + len(FILE_OF_STATE) + 2
     if length > longest_path:
         raise UserError(
             f"--output_dir {names.folder}: files of the run would have paths of {length} characters, but this system "
@@ -232,7 +232,7 @@ def check_lengths(names: Names) -> None:
         )
 
 
-def length_of(text: str) -> int:
+def path_length(text: str) -> int:
     """Return the length of a path as the system counts it: in characters on Windows, else in bytes."""
     return len(text) if os.name == "nt" else len(os.fsencode(text))
 

@@ -82,10 +82,13 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
             parser.exit(0)
         actions = {action.dest: action for action in parser._actions if action.dest != "help"}
         if typed.config_file:
-            beneath = [read_config(config_path(typed.config_file), actions, elsewhere_of(parser))]
+            beneath = [read_config(config_path(typed.config_file), actions, describe_other_options(parser))]
         asked = {name: value for one in beneath for name, value in one.values.items()} | given_values(typed, parser)
         if recipe := asked.get("recipe"):
-            beneath = [read_recipe(recipe, script_of(parser), asked, actions, elsewhere_of(parser)), *beneath]
+            beneath = [
+                read_recipe(recipe, script_name(parser), asked, actions, describe_other_options(parser)),
+                *beneath,
+            ]
     except ConfigFileError as error:
         start_logging(parser, typed)
         logger.error("%s", error)
@@ -139,9 +142,9 @@ def from_program(parser: argparse.ArgumentParser, given: argparse.Namespace) -> 
     unchanged = {name for name, value in plain.items() if name in actions and value == actions[name].default}
     warnings: list[str] = []
     asked = {name: value for name, value in plain.items() if name not in unchanged}
-    values = read_values(asked, "the calling program", actions, warnings, elsewhere_of(parser))
+    values = read_values(asked, "the calling program", actions, warnings, describe_other_options(parser))
     if name := values.get("recipe"):
-        recipe = read_recipe(name, script_of(parser), values, actions, elsewhere_of(parser))
+        recipe = read_recipe(name, script_name(parser), values, actions, describe_other_options(parser))
         values, warnings = {**recipe.values, **values}, [*recipe.warnings, *warnings]
     for warning in warnings:
         logger.warning("%s", warning)
@@ -183,7 +186,7 @@ def refuse_misread(parser: argparse.ArgumentParser, words: Sequence[str]) -> Non
         flag, equals, value = word.partition("=")
         if not flag.startswith("--") or flag in parser._option_string_actions:
             continue
-        others = elsewhere_of(parser)(flag.removeprefix("--"))
+        others = describe_other_options(parser)(flag.removeprefix("--"))
         for action, *_ in parser._get_option_tuples(flag) if others else ():
             try:
                 parser._get_value(action, value if equals else following)
@@ -193,17 +196,17 @@ def refuse_misread(parser: argparse.ArgumentParser, words: Sequence[str]) -> Non
 
 def hint(parser: argparse.ArgumentParser, flag: str) -> str:
     """Name the scripts that have an unknown option, else the nearest option of this script."""
-    return elsewhere_of(parser)(flag.lstrip("-")) or nearest(flag, parser._option_string_actions)
+    return describe_other_options(parser)(flag.lstrip("-")) or nearest(flag, parser._option_string_actions)
 
 
-def elsewhere_of(parser: argparse.ArgumentParser) -> Callable[[str], str]:
+def describe_other_options(parser: argparse.ArgumentParser) -> Callable[[str], str]:
     """Return what describes an option that only other scripts have; empty where a program brings its own parser."""
     return parser.elsewhere if isinstance(parser, TrainingParser) else lambda option: ""
 
 
-def script_of(parser: argparse.ArgumentParser) -> str:
+def script_name(parser: argparse.ArgumentParser) -> str:
     """Return the name of the script that a parser belongs to."""
-    return getattr(elsewhere_of(parser), "name", parser.prog)
+    return getattr(describe_other_options(parser), "name", parser.prog)
 
 
 def unset_empty(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:

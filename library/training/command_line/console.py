@@ -125,14 +125,16 @@ def setup_logging(options: ConsoleOptions) -> None:
     for handler in build_handlers(options):
         handler.set_name(name)
         handler.addFilter(EscapedControls())
-        if not isinstance(handler, logging.FileHandler) and level_of(options) > logging.DEBUG:
+        if not isinstance(handler, logging.FileHandler) and resolve_log_level(options) > logging.DEBUG:
             handler.addFilter(WithoutNoise())
         root.addHandler(handler)
     logging.captureWarnings(True)
-    root.setLevel(level_of(options) if launched_rank() == 0 else max(level_of(options), logging.ERROR))
+    root.setLevel(
+        resolve_log_level(options) if launched_rank() == 0 else max(resolve_log_level(options), logging.ERROR)
+    )
 
 
-def level_of(options: ConsoleOptions) -> int:
+def resolve_log_level(options: ConsoleOptions) -> int:
     """Return the lowest level that is shown; unset is INFO."""
     name = options.console_log_level or "INFO"
     level = logging.getLevelName(name)

@@ -11,7 +11,7 @@ from library.data.plan.samples import Sample
 from library.errors import UserError
 from library.training.evaluation.prompt_images import show_beside
 from library.training.reporting.events import FoundImage
-from library.training.reporting.sample_images import THUMBNAIL_SIDE, data_url_of
+from library.training.reporting.sample_images import THUMBNAIL_SIDE, encode_data_url
 
 MOST_SHOWN = 12  # pairs
 
@@ -37,7 +37,7 @@ def found_pairs(plan: DataPlan) -> Iterator[FoundImage]:
                 continue
             shown = show_beside(references, image)
             num_images = 1 + len(references)
-            thumbnail = data_url_of(shown, num_images * THUMBNAIL_SIDE, THUMBNAIL_SIDE)
+            thumbnail = encode_data_url(shown, num_images * THUMBNAIL_SIDE, THUMBNAIL_SIDE)
             yield FoundImage(sample.image.key, sample.image.caption, thumbnail)
 
 

@@ -275,23 +275,23 @@ def rank_adapters(
     """Say which adapters of a sweep are better than others, and write the page that shows it."""
     from library.training.saving.checkpoints import Names
     from library.training.sweep.ranking import rank, tell_ranking
-    from library.training.sweep.standing import standing_of
+    from library.training.sweep.standing import collect_standing
 
     names = Names.build(saving)
     page = names.of_sweep() if writes_page else None
     title = f"Sweep of {saving.output_name or names.folder.name}"
-    tell_ranking(rank(standing_of(prepared, sweep)), title, page)
+    tell_ranking(rank(collect_standing(prepared, sweep)), title, page)
 
 
 def complete_sweep_page(asked: OptionsT, adapters: Mapping[str, OptionsT]) -> None:
     """Add charts and previews to the page of a sweep that is over, once all reports are written."""
     from library.training.saving.checkpoints import Names
-    from library.training.sweep.combinations import combinations_of
+    from library.training.sweep.combinations import expand_combinations
     from library.training.sweep.ranking import add_runs
 
     page = Names.build(asked.saving).of_sweep()
     if page.exists():
-        chosen = {one.label: one.chosen for one in combinations_of(asked)}
+        chosen = {one.label: one.chosen for one in expand_combinations(asked)}
         add_runs(page, chosen, {label: Names.build(own.saving).of_report() for label, own in adapters.items()})
 
 

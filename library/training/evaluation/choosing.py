@@ -13,7 +13,7 @@ from torch import Tensor
 from library.training.evaluation.choice import CONFIDENCE, MIN_IMAGES, Choice, choose, estimate, estimate_of_difference
 from library.training.evaluation.validation_record import ValidationRecord
 from library.training.reporting import events
-from library.training.saving.saved_files import steps_of, without_copies
+from library.training.saving.saved_files import read_num_steps, without_copies
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def choose_saved(files: Sequence[Path], record: ValidationRecord, measures_what_
     if len(files) < 2:
         return None
     files = without_copies(files)
-    found = [(path, steps_of(path)) for path in files] if measures_what_is_saved else []
+    found = [(path, read_num_steps(path)) for path in files] if measures_what_is_saved else []
     known = [(path, step) for path, step in found if step and step in record.row_losses]  # 0: the file does not say
     measured = [Measured(path, step, record.image_losses(step)) for path, step in known]
     if 0 in record.row_losses:
@@ -55,10 +55,10 @@ def choose_saved(files: Sequence[Path], record: ValidationRecord, measures_what_
     if missing := len(files) - len(known):
         text = "%d of %d saved files were not measured as they are; %s measures them all"
         logger.info(text, missing, len(files), TOOL)
-    return choice_of(measured) if len(known) > 1 else None
+    return choose_measured(measured) if len(known) > 1 else None
 
 
-def choice_of(measured: Sequence[Measured], is_held_out: bool = True) -> events.Choice | None:
+def choose_measured(measured: Sequence[Measured], is_held_out: bool = True) -> events.Choice | None:
     """Choose among files in the order of their steps, where what training began with stands first.
 
     None where no loss is a number. Fewer images than MIN_IMAGES suggest nothing, and neither do trained ones (not
@@ -89,14 +89,14 @@ def choice_of(measured: Sequence[Measured], is_held_out: bool = True) -> events.
         suggested=candidates[found.suggested].file if is_enough else None,
         step=candidates[found.suggested].step if is_enough else None,
         has_winner=found.has_winner,
-        reason=reason_of(found, measured) if is_held_out else TRAINED_ONLY,
+        reason=explain_choice(found, measured) if is_held_out else TRAINED_ONLY,
         num_pictures=found.num_images,
         confidence=CONFIDENCE,
         candidates=candidates,
     )
 
 
-def reason_of(found: Choice, measured: Sequence[Measured]) -> str:
+def explain_choice(found: Choice, measured: Sequence[Measured]) -> str:
     """Why this file, in a sentence without its end."""
     has_base = measured[0].file is None
     files = found.files[int(has_base) :]
@@ -146,7 +146,7 @@ def forgotten(before_G: Tensor, after_G: Tensor) -> events.Forgotten:
     return events.Forgotten(found.mean, found.low, found.high)
 
 
-def table_of(choice: events.Choice) -> list[str]:
+def format_candidates(choice: events.Choice) -> list[str]:
     """Return all files, in lines of columns."""
     has_probe = any(one.forgotten is not None for one in choice.candidates)
     heads = ("file", "step", "loss", "difference from best", "significant", "memorization gap")

@@ -92,7 +92,7 @@ def wanted_prompts(options: PreviewOptions, arch: Architecture) -> list[Prompt]:
             num_unsized, len(specs), defaults.width, defaults.height,
         )  # fmt: skip
     prompts = resolve_all(specs, arch)
-    for text in map(plain_caption, texts_of(prompts, arch)):
+    for text in map(plain_caption, collect_texts(prompts, arch)):
         if (num_tokens := arch.preview.text.count_tokens(text)) > arch.preview.text.max_tokens:
             logger.warning(
                 "preview prompt of %d tokens: only the first %d are used: %s",
@@ -101,7 +101,7 @@ def wanted_prompts(options: PreviewOptions, arch: Architecture) -> list[Prompt]:
     return prompts
 
 
-def texts_of(prompts: Sequence[Prompt], arch: Architecture) -> list[str]:
+def collect_texts(prompts: Sequence[Prompt], arch: Architecture) -> list[str]:
     """Return every text that drawing the prompts takes, each once."""
     texts = [text for p in prompts for text in texts_of_prompt(p, arch)[: 2 if needs_negative(p) else 1]]
     return list(dict.fromkeys(texts))
@@ -120,14 +120,14 @@ def encode_prompts(
     live: LiveText | None = None,
     cached: Mapping[str, Conditioning] | None = None,
 ) -> dict[str, Conditioning]:
-    """Conditioning of `texts_of` the prompts, on the CPU; each is encoded by itself, without gradient.
+    """Conditioning of `collect_texts` the prompts, on the CPU; each is encoded by itself, without gradient.
 
     Where only the encoders of `live` are in memory, `cached` has the features of the others, by text.
     """
     encode = arch.preview.text.encode if live is None else live.encode
     encoded: dict[str, Conditioning] = {}
     with torch.no_grad(), autocast():
-        for text in texts_of(prompts, arch):
+        for text in collect_texts(prompts, arch):
             features = encode(text_encoders, arch.preview.text.tokenize([text]))
             kept = {} if cached is None else cached[text]
             encoded[text] = {**kept, **{name: tensor.cpu() for name, tensor in features.items()}}
@@ -254,7 +254,7 @@ class Previews:
 
     def _report_strengths(self, drawn: Sequence[Drawn], step: int, epoch: int) -> None:
         """Log how far the images of each prompt follow its strengths, where it has several."""
-        for strip in strips_of(drawn):
+        for strip in group_strips(drawn):
             found = measure_response([one.prompt.strength for one in strip], [one.image for one in strip])
             logger.info(
                 "%s: rank correlation of strength and change %.2f, strengths %s",
@@ -280,7 +280,7 @@ class Previews:
             encoded = self._encoded
             if encoded is None:
                 encoded = encoded_now(run.context, [prompt], self._cached)
-            generator = generator_of(prompt, run.context.seed, index)
+            generator = seed_generator(prompt, run.context.seed, index)
             latents_BCHW = draw_latents(run.context, prompt, encoded, generator, goes_on, vae)
             if latents_BCHW is None:
                 return []
@@ -301,7 +301,7 @@ class Previews:
                 run.context.network.set_multiplier(1.0)
 
 
-def strips_of(drawn: Sequence[Drawn]) -> Iterator[list[Drawn]]:
+def group_strips(drawn: Sequence[Drawn]) -> Iterator[list[Drawn]]:
     """Yield the images that differ in strength alone, where there are enough of them to compare."""
     groups = defaultdict[Prompt, list[Drawn]](list)
     for one in drawn:
@@ -330,7 +330,7 @@ def give_up(what: str, error: Exception) -> None:
     logger.debug("where it failed:", exc_info=error)
 
 
-def generator_of(prompt: Prompt, run_seed: int, index: int) -> torch.Generator:
+def seed_generator(prompt: Prompt, run_seed: int, index: int) -> torch.Generator:
     """Seed the generator of an image (CPU): its own seed, or a stream of the run that is the same at every event."""
     if prompt.seed is None:
         return generator_for(run_seed, "preview", index)
@@ -353,7 +353,7 @@ def draw_latents(
     """
     spec, preview = context.arch.codec.spec, context.arch.preview
     shape = (1, spec.channels, prompt.height // spec.downscale, prompt.width // spec.downscale)
-    sampler, predict, batch = preview.sampler(prompt), preview.predict(prompt), batch_of(prompt)
+    sampler, predict, batch = preview.sampler(prompt), preview.predict(prompt), build_batch(prompt)
     texts = texts_of_prompt(prompt, context.arch)
     positive, negative = (on_device(encoded.get(text), context.device) for text in texts)
     if positive is None:
@@ -397,7 +397,7 @@ def on_device(conditioning: Conditioning | None, device: torch.device) -> Condit
     return None if conditioning is None else {name: tensor.to(device) for name, tensor in conditioning.items()}
 
 
-def batch_of(prompt: Prompt) -> Batch:
+def build_batch(prompt: Prompt) -> Batch:
     """Return a prompt as the one sample of a batch: the whole image at its own size."""
     size: list[Any] = [prompt.height, prompt.width]
     return Batch(

@@ -15,7 +15,7 @@ from library.data.plan.dataset_digest import content_digest
 from library.diffusion.inpainting import draw_mask
 from library.protocols import Architecture, LatentSpec
 from library.training.step.context import StepContext
-from library.training.step.latents import masked_feature, references_of
+from library.training.step.latents import load_references, masked_feature
 from library.types import Batch, CaptionWithImages, Conditioning, Prompt
 
 OPAQUE = 128  # of an alpha channel, and above; what is below is painted anew
@@ -34,7 +34,7 @@ def prompt_conditioning(
         return inpainting_feature(context, prompt, batch, seed)
     pixels = tuple(to_pixels(one)[None] for one in placed_references(prompt, context.arch.codec.spec))
     with_vae = replace(context, models=replace(context.models, vae=vae))
-    references = references_of(with_vae, replace(batch, reference_pixels=pixels))
+    references = load_references(with_vae, replace(batch, reference_pixels=pixels))
     return {**references, **inpainting_feature(context, prompt, batch, seed)}
 
 

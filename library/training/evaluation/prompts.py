@@ -133,7 +133,7 @@ def specs_in_toml(path: Path) -> Iterator[PromptSpec]:
         place = f"{path}, [[prompt.subset]] number {number}"
         if not isinstance(subset, dict):
             raise UserError(f"{FLAG} {place} is {subset!r}; it must be a table")
-        yield spec_of({**common, **subset}, place)
+        yield parse_prompt_table({**common, **subset}, place)
 
 
 def specs_in_json(path: Path, text: str) -> Iterator[PromptSpec]:
@@ -149,7 +149,7 @@ def specs_in_json(path: Path, text: str) -> Iterator[PromptSpec]:
         if isinstance(entry, str):
             yield parse_line(entry, place)
         elif isinstance(entry, dict):
-            yield spec_of(entry, place)
+            yield parse_prompt_table(entry, place)
         else:
             raise UserError(f"{FLAG} {place} is {entry!r}; it must be a string or an object")
 
@@ -190,7 +190,7 @@ def parse_line(line: str, place: str) -> PromptSpec:
         else:
             table[key] = number_in(value, key, place) if key in WHOLE or key in REAL else value
         words.append(rest)
-    return spec_of({"prompt": " ".join(filter(None, words)), **table}, place)
+    return parse_prompt_table({"prompt": " ".join(filter(None, words)), **table}, place)
 
 
 def first_word(text: str) -> tuple[str, str]:
@@ -208,7 +208,7 @@ def number_in(text: str, key: str, place: str) -> int | float:
         raise UserError(f"{FLAG} {place}: {named(key)} is {text!r}; give {kind}") from None
 
 
-def spec_of(table: Mapping[str, Any], place: str) -> PromptSpec:
+def parse_prompt_table(table: Mapping[str, Any], place: str) -> PromptSpec:
     """Return the settings of one prompt, checked."""
     values: dict[str, Any] = {}
     for key, value in table.items():
@@ -292,8 +292,8 @@ def resolve(spec: PromptSpec, defaults: PromptDefaults, inpaints: bool = False, 
         cfg_trunc_ratio=own(spec, "cfg_trunc_ratio", defaults.cfg_trunc_ratio),
         renorm_cfg=own(spec, "renorm_cfg", defaults.renorm_cfg),
         flow_shift=own(spec, "flow_shift", defaults.flow_shift),
-        image_path=image_of(spec) if inpaints else own(spec, "image_path", None),
-        reference_paths=references_of(spec, max_references),
+        image_path=read_inpainted_image(spec) if inpaints else own(spec, "image_path", None),
+        reference_paths=read_references(spec, max_references),
         strength=1.0 if spec.strength is None else spec.strength,
     )
 
@@ -307,7 +307,7 @@ def refuse_strengths(specs: Sequence[PromptSpec], flag: str) -> None:
             )
 
 
-def image_of(spec: PromptSpec) -> Path:
+def read_inpainted_image(spec: PromptSpec) -> Path:
     """Return the image that a model that inpaints is to paint anew in part."""
     if spec.image_path is None:
         raise UserError(
@@ -324,7 +324,7 @@ def existing(path: Path, key: str, place: str) -> Path:
     return path
 
 
-def references_of(spec: PromptSpec, max_references: int) -> tuple[Path, ...]:
+def read_references(spec: PromptSpec, max_references: int) -> tuple[Path, ...]:
     """Return the reference images of a prompt; none, with a warning, on a model that takes none."""
     given = spec.control_image_path or ()
     if given and not max_references:

@@ -64,9 +64,11 @@ class Timetable:
             yield "epoch"
 
 
-def measurement_of(wanted: ValidationOptions, noise: NoiseOptions, images: ValidationSet, seed: int) -> Measurement:
+def resolve_measurement(
+    wanted: ValidationOptions, noise: NoiseOptions, images: ValidationSet, seed: int
+) -> Measurement:
     """Return what the options ask to measure; `seed` is that of the run, which one of the options replaces."""
-    places = images.places_of(wanted.max_validation_steps or None)
+    places = images.select_places(wanted.max_validation_steps or None)
     seed = seed if wanted.validation_seed is None else wanted.validation_seed
     return Measurement(images, places, noise_levels(noise), seed)
 
@@ -92,7 +94,7 @@ class Validation:
         self._timetable = Timetable.build(options, run.plan.max_train_steps)
         aside = run.batches.validation
         self._measurement, self._probe = (
-            measurement_of(options, run.options.noise, aside.of_probe(is_probe), run.context.seed)
+            resolve_measurement(options, run.options.noise, aside.of_probe(is_probe), run.context.seed)
             for is_probe in (False, True)
         )
         self._schedule = Schedule.build(run.options.saving, run.plan.num_epochs)
@@ -183,14 +185,14 @@ class Validation:
         shown = evaluating(run, VALIDATION)
         losses_NL = self._measurement.losses(run.context, run.processes, num_threads, BARS[kind], shown)
         evaluation = Evaluation(step, losses_NL)
-        preference = self._preference_of(evaluation)
+        preference = self._summarise_preference(evaluation)
         log_evaluation(evaluation, record, levels, self._measurement.labels, preference=preference)
         record.add(evaluation)
         record.keep_steps(self._is_kept)
         run.events.emit(build_event(evaluation, record, levels, preference))
         return evaluation
 
-    def _preference_of(self, evaluation: Evaluation) -> events.Preference | None:
+    def _summarise_preference(self, evaluation: Evaluation) -> events.Preference | None:
         """Return what an evaluation says of held-out pairs; None where pairs are not trained as preferences."""
         return None if self._run.options.pairs.preference_loss is None else measure_preference(evaluation)
 
@@ -222,6 +224,6 @@ class Validation:
     ) -> None:
         if self._charts.are_on:
             (self._charts.log_epoch if on_epochs else self._charts.log_step)(values, evaluation.step, epoch)
-            levels, preference = self._measurement.levels, self._preference_of(evaluation)
+            levels, preference = self._measurement.levels, self._summarise_preference(evaluation)
             details = detail_values(evaluation, self.record, levels, preference)
             self._charts.log_step(details, evaluation.step, epoch)

@@ -17,10 +17,10 @@ from library.protocols import Objective
 from library.randomness import generator_for, stream_seed
 from library.training.step.context import StepContext
 from library.training.step.joining import join_noised
-from library.training.step.latents import image_features_of, latents_of
-from library.training.step.losses import losses_of
-from library.training.step.pairs import losses_of_pairs, passes_of, prefers, sides_of
-from library.training.step.text_features import conditioning_of
+from library.training.step.latents import build_image_features, load_latents
+from library.training.step.losses import compute_losses
+from library.training.step.pairs import losses_of_pairs, prefers, split_pairs, split_passes
+from library.training.step.text_features import build_conditioning
 from library.types import Batch, Noised
 
 NUM_LEVELS = 4
@@ -50,7 +50,7 @@ def batch_losses(context: StepContext, batch: Batch, names: Sequence[Name], leve
     place = stream_seed(seed, "validation", *(word for name in names for word in name))
     torch.manual_seed(place)  # for network modules of others that draw even in evaluation
     random.seed(place)
-    passes = [losses_at_levels(context, one, names, levels, seed) for one in passes_of(context, batch)]
+    passes = [losses_at_levels(context, one, names, levels, seed) for one in split_passes(context, batch)]
     return torch.stack(passes).mean(0)
 
 
@@ -60,11 +60,11 @@ def losses_at_levels(
     """Return `batch_losses` of one pass; both images of a pair have the same noise."""
     is_preference = prefers(context, batch)
     clean_sides = []
-    for side in sides_of(batch) if is_preference else [batch]:
-        latents_BCHW = latents_of(context, side, lambda i: generator_for(seed, "validation vae", *names[i]))
+    for side in split_pairs(batch) if is_preference else [batch]:
+        latents_BCHW = load_latents(context, side, lambda i: generator_for(seed, "validation vae", *names[i]))
         clean_sides.append(context.arch.codec.normalize(latents_BCHW))
-    extra = {} if is_preference else image_features_of(context, batch, seed, lambda i: ("validation", *names[i]))
-    condition = partial(conditioning_of, context, batch, extra)
+    extra = {} if is_preference else build_image_features(context, batch, seed, lambda i: ("validation", *names[i]))
+    condition = partial(build_conditioning, context, batch, extra)
     columns = []
     for level in levels:
         objective = context.arch.objective.at_timestep(level)
@@ -75,7 +75,7 @@ def losses_at_levels(
         if is_preference:
             columns.append(losses_of_pairs(context, objective, batch, noised, condition))
         else:
-            columns.append(losses_of(context, objective, batch, noised[0], condition))
+            columns.append(compute_losses(context, objective, batch, noised[0], condition))
     return torch.stack(columns, 1).cpu().double()
 
 

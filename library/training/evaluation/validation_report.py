@@ -6,7 +6,7 @@ from math import isfinite, isnan, nan
 
 import torch
 
-from library.diffusion.dpo import implicit_accuracy, margins_of
+from library.diffusion.dpo import implicit_accuracy, invert_losses
 from library.errors import few
 from library.training.evaluation.validation_loss import paired_difference
 from library.training.evaluation.validation_record import Evaluation, ValidationRecord
@@ -54,7 +54,7 @@ def format_comparison(evaluation: Evaluation, first: Evaluation, before: Validat
 def measure_preference(evaluation: Evaluation) -> events.Preference:
     """Return how often and by how much preferred images have the higher implicit reward, over pairs and levels."""
     losses_NL = evaluation.losses_NL
-    return events.Preference(implicit_accuracy(losses_NL), finite(margins_of(losses_NL).mean().item()))
+    return events.Preference(implicit_accuracy(losses_NL), finite(invert_losses(losses_NL).mean().item()))
 
 
 def detail_values(

@@ -22,7 +22,7 @@ from library.training.run_parts import Run
 from library.training.saving.checkpoints import NonFiniteWeights, Writer, weights_are_finite
 from library.training.saving.rescue import NotWrittenError
 from library.training.step.accumulation import Window
-from library.training.step.losses import noised_of
+from library.training.step.losses import add_noise_to
 from library.types import Batch
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ def searches_loss_scale(scaler: torch.amp.GradScaler | None) -> bool:
 
 def describe_samples(run: Run, batch: Batch, batch_number: int) -> list[str]:
     """Return every image of a batch with its noise level."""
-    timesteps = noised_of(run.context, batch, batch_number).timesteps_B.tolist()
+    timesteps = add_noise_to(run.context, batch, batch_number).timesteps_B.tolist()
     return [f"{key} (timestep {level:g})" for key, level in zip(batch.keys, timesteps, strict=True)]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from library.training.run_parts import Run
 from library.training.step.losses import loss_of, start_batch
-from library.training.step.pairs import passes_of
+from library.training.step.pairs import split_passes
 from library.types import Batch
 
 
@@ -74,8 +74,8 @@ def found_damage(run: Run, batch: Batch, batch_number: int, step: int, parameter
     trace = Trace()
     for parameter in parameters:
         parameter.grad = None
-    with run.context.alone(), watched(parts_of(run), trace):
-        for one in passes_of(run.context, batch):
+    with run.context.alone(), watched(list_models(run), trace):
+        for one in split_passes(run.context, batch):
             start_batch(run.context, batch_number, step)
             loss = loss_of(run.context, one, batch_number)
             if trace.damaged_output is None:
@@ -86,7 +86,7 @@ def found_damage(run: Run, batch: Batch, batch_number: int, step: int, parameter
     return trace.sentence(f"adapter.{names[id(damaged[0])]}" if damaged else None)
 
 
-def parts_of(run: Run) -> Mapping[str, nn.Module]:
+def list_models(run: Run) -> Mapping[str, nn.Module]:
     """Return the models of a step by the names that the report uses."""
     models, adapter = run.context.models, run.context.network.module
     encoders = models.text_encoders

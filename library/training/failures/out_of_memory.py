@@ -36,7 +36,7 @@ class Sizes:
     num_trained: int = 0  # parameters, not bytes
 
 
-def sizes_of(run: Run) -> Sizes:
+def measure_sizes(run: Run) -> Sizes:
     """Measure what the parts of a run take."""
     models = run.context.models
     return Sizes(

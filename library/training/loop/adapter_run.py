@@ -12,7 +12,7 @@ from library.processes import Order
 from library.training.evaluation.preview import epoch_event, step_event
 from library.training.failures.interruption import Interruption
 from library.training.failures.nonfinite import NonFiniteError, NonFiniteGuard, last_good_saved
-from library.training.failures.out_of_memory import explain_out_of_memory, sizes_of
+from library.training.failures.out_of_memory import explain_out_of_memory, measure_sizes
 from library.training.loop.prepared import PreparedRun
 from library.training.loop.update import Updates, wanted_norm_limit
 from library.training.optimization.optimizers import effective_rates
@@ -68,7 +68,7 @@ class AdapterRun:
         if prepared.validation.before_training(progress):
             prepared.writer.save_best(progress.step, epoch)
         if prepared.resumed is not None:
-            self._finish_step_of(prepared.resumed)
+            self._finish_step(prepared.resumed)
 
     def start_epoch(self) -> None:
         """To be called before each epoch."""
@@ -82,10 +82,12 @@ class AdapterRun:
         run, device = self.run, self.run.context.device
         parameters = run.context.network.trainable_parameters()
         num_losses = len(window.places)
-        losses, stops = run.processes.exchange(parameters, own_losses, num_losses, wants_stop, order_of(run))
+        losses, stops = run.processes.exchange(parameters, own_losses, num_losses, wants_stop, list_block_order(run))
         self.updates.tell()
         self.progress.is_moving = True
-        with explain_out_of_memory("the optimizer moved the weights", run.options, device, "", lambda: sizes_of(run)):
+        with explain_out_of_memory(
+            "the optimizer moved the weights", run.options, device, "", lambda: measure_sizes(run)
+        ):
             with run.times.stage("optimizer"):
                 self.updates.take(window, losses)
         return stops
@@ -168,7 +170,7 @@ class AdapterRun:
             if part not in progress.done and draw(progress.step, epoch, self._interruption):
                 progress.done.add(part)
 
-    def _finish_step_of(self, state: StateManifest) -> None:
+    def _finish_step(self, state: StateManifest) -> None:
         """Make what was due at the step of a state and was not done when the run was stopped.
 
         Images are drawn after the state is written, so it cannot know of them: those on disk that are not older
@@ -220,7 +222,7 @@ def step_values(
     return {**run.times.chart_values(), **limited, "loss/current": loss, "loss/average": average, **values}
 
 
-def order_of(run: Run) -> Order | None:
+def list_block_order(run: Run) -> Order | None:
     """Return the blocks that this process has asked for, where those that share a base model have to ask alike."""
     sharded = run.context.models.sharded
     return None if sharded is None else Order(sharded.digest, sharded.group_size)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from library.training.failures.interruption import Interruption
-from library.training.failures.out_of_memory import explain_out_of_memory, sizes_of
+from library.training.failures.out_of_memory import explain_out_of_memory, measure_sizes
 from library.training.loop.adapter_run import AdapterRun
 from library.training.loop.ahead import Ahead, copies_to
 from library.training.loop.prepared import PreparedRun
@@ -22,7 +22,7 @@ from library.training.reporting.profile import profiled
 from library.training.run_parts import Run
 from library.training.step.accumulation import Window
 from library.training.step.losses import describe_shape, loss_of, start_batch
-from library.training.step.pairs import passes_of
+from library.training.step.pairs import split_passes
 from library.types import Batch
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def train(
             announce_epoch(epoch, plan.num_epochs)
             for one in going:
                 one.start_epoch()
-            ahead = batches_of(run, epoch, step)
+            ahead = iterate_batches(run, epoch, step)
             batches = ahead if watch is None else watch.noting(ahead)
             for window in plan.windows(epoch, step):
                 if watch is not None:
@@ -158,11 +158,11 @@ def going_on(adapter_runs: Sequence[AdapterRun], epoch: int) -> list[AdapterRun]
     return [one for one in adapter_runs if not one.progress.ended]
 
 
-def batches_of(run: Run, epoch: int, first_step: int) -> Ahead:
+def iterate_batches(run: Run, epoch: int, first_step: int) -> Ahead:
     """This process's batches of an epoch, in order, from the one after `first_step` on; no other is read."""
     dataset, cache = run.options.dataset, run.context.arch.text_cache
     windows = run.plan.windows(epoch, first_step)
-    places = array("i", (place for window in windows for place in places_of(run, window)))  # may be a million
+    places = array("i", (place for window in windows for place in assign_places(run, window)))  # may be a million
     batches = run.batches.of_epoch(
         epoch,
         places,
@@ -188,13 +188,15 @@ def accumulate_gradients(
     run = runs[0]
     losses: list[list[Tensor]] = [[] for _ in runs]
     num_own = len(window.share(run.processes.rank, run.processes.count))
-    for number, place in enumerate(places_of(run, window)):
+    for number, place in enumerate(assign_places(run, window)):
         batch = next(batches)
         # The gradient of a loss that is divided by infinity is zero.
         size = len(window.places) if number < num_own else math.inf
         doing = f"computing step {window.step + 1}, forward and backward"
         shape, predicted = describe_shape(batch), partial(memory_hints, runs, batch)
-        with explain_out_of_memory(doing, run.options, run.context.device, shape, lambda: sizes_of(run), predicted):
+        with explain_out_of_memory(
+            doing, run.options, run.context.device, shape, lambda: measure_sizes(run), predicted
+        ):
             batch_number = run.plan.batch_number(window.epoch, place)
             if is_stacked(runs, batch):
                 found = backward_stacked(runs, batch, batch_number, size, window.step)
@@ -206,7 +208,7 @@ def accumulate_gradients(
     return [torch.stack(own[:num_own]) if num_own else torch.zeros(0) for own in losses]
 
 
-def places_of(run: Run, window: Window) -> list[int]:
+def assign_places(run: Run, window: Window) -> list[int]:
     """Return the places that this process computes for a window: its share, and in step with others a stand-in."""
     processes = run.processes
     share = [*window.share(processes.rank, processes.count)]
@@ -220,7 +222,7 @@ def backward(run: Run, batch: Batch, batch_number: int, window_size: float, step
     """Add the gradient of one batch; gives its loss."""
     losses = []
     with run.context.alone():
-        for one in passes_of(run.context, batch):
+        for one in split_passes(run.context, batch):
             with run.times.counted(one) as turn_back:
                 with run.times.stage("forward"):
                     start_batch(run.context, batch_number, step)

@@ -16,9 +16,9 @@ from library.randomness import stream_seed
 from library.training.run_parts import Run
 from library.training.step.context import StepContext
 from library.training.step.joining import join_conditioning, join_noised, repeat_batch, split_conditioning
-from library.training.step.latents import image_features_of
-from library.training.step.losses import losses_of, noised_of, start_batch, varied_conditioning_of, vary
-from library.training.step.text_features import conditioning_of
+from library.training.step.latents import build_image_features
+from library.training.step.losses import add_noise_to, compute_losses, encode_varied, start_batch, vary
+from library.training.step.text_features import build_conditioning
 from library.types import Batch, Conditioning
 
 T = TypeVar("T")
@@ -77,14 +77,16 @@ def backward_stacked(
 def stacked_losses(contexts: Sequence[StepContext], batch: Batch, many: Batch, batch_number: int) -> Sequence[Tensor]:
     """Return the loss of each adapter, scalars with gradient; `many` is the batch once for each of them."""
     first, count = contexts[0], len(contexts)
-    noised = of_each_seed(contexts, lambda context: noised_of(context, batch, batch_number, is_checked=False))
+    noised = of_each_seed(contexts, lambda context: add_noise_to(context, batch, batch_number, is_checked=False))
     extra = of_each_seed(
         contexts,
-        lambda context: image_features_of(context, batch, context.seed, lambda place: ("batch", batch_number, place)),
+        lambda context: build_image_features(
+            context, batch, context.seed, lambda place: ("batch", batch_number, place)
+        ),
     )
     joined = join_noised(noised)
     condition = partial(stacked_conditioning, contexts, batch, many, batch_number, extra)
-    losses_MB = losses_of(first, first.arch.objective, many, joined, condition, StackedNetworks(contexts))
+    losses_MB = compute_losses(first, first.arch.objective, many, joined, condition, StackedNetworks(contexts))
     weights_B = send(batch.loss_weights_B, losses_MB.device)
     return [(losses_B * weights_B).mean() for losses_B in losses_MB.chunk(count)]
 
@@ -107,11 +109,11 @@ def stacked_conditioning(
 ) -> Conditioning:
     """Text features of all rows. Text encoders that train run once over the captions of all adapters."""
     if contexts[0].trains_text_encoder:
-        whole = conditioning_of(contexts[0], many, join_conditioning(extra))
+        whole = build_conditioning(contexts[0], many, join_conditioning(extra))
         parts = [
             vary(c, part, batch_number)
             for c, part in zip(contexts, split_conditioning(whole, len(contexts)), strict=True)
         ]
     else:
-        parts = [varied_conditioning_of(c, batch, batch_number, one) for c, one in zip(contexts, extra, strict=True)]
+        parts = [encode_varied(c, batch, batch_number, one) for c, one in zip(contexts, extra, strict=True)]
     return join_conditioning(parts)

@@ -128,7 +128,7 @@ class Updates:
         max_norm = run.options.optimizer.max_grad_norm
         if max_norm != 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-        with rounding_of(run, step):
+        with round_weights(run, step):
             if scaler is not None:
                 scaler.step(run.optimization.optimizer)
             else:
@@ -147,7 +147,7 @@ def skips_by_itself(run: Run) -> bool:
     )
 
 
-def rounding_of(run: Run, step: int) -> AbstractContextManager[None]:
+def round_weights(run: Run, step: int) -> AbstractContextManager[None]:
     """Round the weights after optimizer step `step` at random, where that is wanted."""
     if not (run.options.optimizer.stochastic_rounding and run.options.precision.full_bf16):
         return nullcontext()

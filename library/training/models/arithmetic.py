@@ -29,7 +29,7 @@ def check_arithmetic(name: str | None, module: str | None, arch: Architecture, c
 
     Raises UserError, before weights are read, where there is nothing to multiply so or the device cannot.
     """
-    kinds = {kind_of(name)} if name is not None else kinds_in_file(arch)
+    kinds = {code_dtype(name)} if name is not None else kinds_in_file(arch)
     for kind in sorted(kinds, key=str):
         try_kind(kind, compute)
     if module is not None and not module.startswith(OURS):
@@ -40,7 +40,7 @@ def check_arithmetic(name: str | None, module: str | None, arch: Architecture, c
         )
 
 
-def kind_of(name: str) -> torch.dtype:
+def code_dtype(name: str) -> torch.dtype:
     """Return the dtype of the codes of a weight format."""
     codec = load_format(name).codec
     codes = codec.codes(codec.encode(torch.ones(1, 8)))
@@ -68,16 +68,16 @@ def try_kind(kind: torch.dtype, compute: Compute) -> None:
     """
     device, name = compute.device, str(kind).removeprefix("torch.")
     try:
-        error = error_of(*made_up(kind, SIDE, compute))
+        error = measure_error(*made_up(kind, SIDE, compute))
     except (RuntimeError, NotImplementedError, ValueError) as failure:
         raise UserError(
-            f"--base_arithmetic 8bit: {name_of(device)} with torch {torch.__version__} cannot multiply {name} "
+            f"--base_arithmetic 8bit: {name_device(device)} with torch {torch.__version__} cannot multiply {name} "
             f"({str(failure).splitlines()[0]}); {NEEDS}. Leave out --base_arithmetic, or store the weights in another "
             "--base_format"
         ) from failure
     if not error < MOST_ERROR:
         raise UserError(
-            f"--base_arithmetic 8bit: a product of {name} on {name_of(device)} is off by {error:.0%}; leave it out"
+            f"--base_arithmetic 8bit: a product of {name} on {name_device(device)} is off by {error:.0%}; leave it out"
         )
     if device.type == "cpu" and kind.is_floating_point:
         logger.warning(
@@ -95,7 +95,7 @@ def made_up(kind: torch.dtype, side: int, compute: Compute) -> tuple[Tensor, Cod
     return x, Codes(codes_OI, torch.tensor(0.01, device=compute.device))
 
 
-def error_of(x: Tensor, weight: Codes) -> float:
+def measure_error(x: Tensor, weight: Codes) -> float:
     """Return how far products are off, as shares of their size, the worse of output and gradient."""
     whole = weight.codes_OI.double().cpu() * weight.scales.double().cpu()
     exact = x.double().cpu()
@@ -106,5 +106,5 @@ def error_of(x: Tensor, weight: Codes) -> float:
     return max(share(output(x, weight, None), exact @ whole.t()), share(input_gradient(x, weight), exact @ whole))
 
 
-def name_of(device: torch.device) -> str:
+def name_device(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"this {device.type}"

@@ -109,10 +109,10 @@ def encode_images(
         with torch.no_grad():
             return fallback.run(vae(), compute)
 
-    return cache_latents(plan, encode, cache(lambda: identity_of(vae())), caching, seed, processes, vae)
+    return cache_latents(plan, encode, cache(lambda: hash_module(vae())), caching, seed, processes, vae)
 
 
-def identity_of(module: nn.Module) -> str:
+def hash_module(module: nn.Module) -> str:
     """Return a hash of a module's weights, names and dtypes."""
     digest = blake2b(digest_size=16)
     for name, tensor in sorted(module.state_dict().items()):

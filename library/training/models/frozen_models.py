@@ -50,12 +50,12 @@ def load_frozen(
     models = Models(denoiser, text_encoders, vae, arch.view(text_encoders, denoiser), sharded)
     if not is_ours:
         merge_into_whole(options, models, compute, reader)
-    for file, multiplier in files_of(options):
+    for file, multiplier in iterate_base_weights(options):
         announce(f"merged {file} into the base model with multiplier {multiplier}")
     return models
 
 
-def files_of(wanted: NetworkOptions) -> Iterator[tuple[str, float]]:
+def iterate_base_weights(wanted: NetworkOptions) -> Iterator[tuple[str, float]]:
     """Yield the adapter files to merge and how strongly they act; a missing multiplier is 1."""
     multipliers = wanted.base_weights_multiplier or []
     for place, file in enumerate(wanted.base_weights or ()):
@@ -72,7 +72,7 @@ def changes_while_reading(
     names = {layer: name for name, layer in meta.named_modules()}
     text_encoder, denoiser = arch.view(text_encoders, meta)
     found: dict[str, list[Change]] = defaultdict(list)
-    for file, multiplier in files_of(wanted):
+    for file, multiplier in iterate_base_weights(wanted):
         network, weights = open_network_module(reader).create_network_from_weights(
             multiplier, file, None, text_encoder, denoiser, for_inference=True
         )
@@ -96,7 +96,7 @@ def changed(changes: Sequence[Change], value: Tensor) -> Tensor:
 def merge_into_whole(wanted: NetworkOptions, models: Models, compute: Compute, reader: str) -> None:
     """Let the networks of a third-party module merge adapters into models whose weights are all there."""
     text_encoder, denoiser = models.network_view
-    for file, multiplier in files_of(wanted):
+    for file, multiplier in iterate_base_weights(wanted):
         network, weights = open_network_module(reader).create_network_from_weights(
             multiplier, file, models.vae, text_encoder, denoiser, for_inference=True
         )

@@ -14,7 +14,7 @@ from library.memory.devices import place, release_memory
 from library.options.machine.memory import MemoryOptions, PrecisionOptions
 from library.options.training.network import NetworkOptions
 from library.protocols import Architecture
-from library.training.evaluation.preview import decode, draw_latents, encode_prompts, generator_of
+from library.training.evaluation.preview import decode, draw_latents, encode_prompts, seed_generator
 from library.training.failures.vae_memory import VaeFallback
 from library.training.models.compute import Compute
 from library.training.models.frozen_models import load_frozen
@@ -63,7 +63,7 @@ def draw_rows(
     loaded = load(network, precision, memory, arch, rows, prompts, compute)
     for row in rows:
         with torch.no_grad(), installed(row, loaded.models, compute) as adapter:
-            context = context_of(loaded, adapter)
+            context = build_context(loaded, adapter)
             encoded = loaded.encoded
             if encoded is None:
                 encoded = encode_prompts(arch, loaded.models.text_encoders, compute.autocast, prompts)
@@ -94,7 +94,7 @@ def load(
     return Loaded(arch, models, vae, compute, encoded)
 
 
-def context_of(loaded: Loaded, network: AdoptedNetwork) -> StepContext:
+def build_context(loaded: Loaded, network: AdoptedNetwork) -> StepContext:
     """Return what images are drawn with."""
 
     def no_captions(captions: Sequence[str]) -> Conditioning:
@@ -114,7 +114,7 @@ def context_of(loaded: Loaded, network: AdoptedNetwork) -> StepContext:
 
 def draw(context: StepContext, vae: nn.Module, prompt: Prompt, encoded: Mapping[str, Conditioning]) -> Image.Image:
     """One image."""
-    latents_BCHW = draw_latents(context, prompt, encoded, generator_of(prompt, context.seed, 0), vae=vae)
+    latents_BCHW = draw_latents(context, prompt, encoded, seed_generator(prompt, context.seed, 0), vae=vae)
     assert latents_BCHW is not None, "nobody breaks it off"
     return decode(context, vae, latents_BCHW, VaeFallback())
 

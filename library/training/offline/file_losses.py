@@ -23,12 +23,12 @@ from library.options.training.validation import ValidationOptions
 from library.processes import ALONE
 from library.protocols import Architecture
 from library.training.evaluation.measurement import Measurement
-from library.training.evaluation.validation import measurement_of
+from library.training.evaluation.validation import resolve_measurement
 from library.training.models.base_model import load_models
 from library.training.models.block_running import trains_text_encoders
 from library.training.models.compute import Compute
 from library.training.models.step_context import step_context
-from library.training.offline.adapter_files import READER, Row, installed, resolve_models, stack_of
+from library.training.offline.adapter_files import READER, Row, installed, resolve_models, stack_file
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def losses_of_files(
     """
     aside, probe = both_aside(options.validation, options.noise, PlannedBatches(plan, NO_LATENTS, NO_TEXTS), seed)
     has_flips = any(s.config.flip_aug for dataset in plan.datasets for s in dataset.subsets)
-    kept_aside = {sample for one in (aside, probe) for sample in one.images.samples_of(one.places)}
+    kept_aside = {sample for one in (aside, probe) for sample in one.images.iterate_samples(one.places)}
     plan, numbers = plan.limited_to_measured(len(aside.rows) or MOST_MIRRORED, kept_aside)
     if not aside.rows:  # mirrored images have no latents of their own in a cache
         options = options.with_values({"cache_latents": False, "cache_latents_to_disk": False})
@@ -95,14 +95,14 @@ def losses_of_files(
     resolve_models(options.precision, options.memory.num_offloaded, arch, loaded.models, compute)
     batches = PlannedBatches(plan, loaded.latents, loaded.texts)
     aside, probe = both_aside(options.validation, options.noise, batches, seed)  # with what is cached
-    trained = all_of(batches.measured(numbers), aside)
+    trained = select_all(batches.measured(numbers), aside)
     if aside.rows:
         sides = Sides(aside, replace(trained, noise=aside.rows), None)
     elif has_flips:
         logger.warning("trained images are not compared with their mirror images: --flip_aug trained these too")
         sides = Sides(None, trained, None)
     else:
-        sides = Sides(None, trained, all_of(batches.measured(numbers, is_mirrored=True), aside))
+        sides = Sides(None, trained, select_all(batches.measured(numbers, is_mirrored=True), aside))
     sides = replace(sides, probe=probe if probe.rows else None)
     num_threads = options.dataset.max_data_loader_n_workers
     trains_text = trains_text_encoders(options.network, options.optimizer.learning_rate)
@@ -111,7 +111,7 @@ def losses_of_files(
     def measured() -> Iterator[FileLosses]:
         for row in rows:
             name = "the base model" if row is None else row.name
-            with torch.no_grad(), installed(stack_of(row), loaded.models, compute) as network:
+            with torch.no_grad(), installed(stack_file(row), loaded.models, compute) as network:
                 context = step_context(
                     trains_text, vae_batch_size, arch, seed, loaded, network, compute, pairs=options.pairs
                 )
@@ -129,14 +129,15 @@ def both_aside(
 ) -> tuple[Measurement, Measurement]:
     """Return the measurements of the images held out for validation, and of the forgetting probe."""
     aside, probe = (
-        measurement_of(validation, noise, batches.validation.of_probe(is_probe), seed) for is_probe in (False, True)
+        resolve_measurement(validation, noise, batches.validation.of_probe(is_probe), seed)
+        for is_probe in (False, True)
     )
     return aside, probe
 
 
-def all_of(images: ValidationSet, like: Measurement) -> Measurement:
+def select_all(images: ValidationSet, like: Measurement) -> Measurement:
     """Return all of these images, at the levels and with the seed of another measurement."""
-    return replace(like, images=images, places=images.places_of(None))
+    return replace(like, images=images, places=images.select_places(None))
 
 
 def check_text_parts(rows: Sequence[Row]) -> None:

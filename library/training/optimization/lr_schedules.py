@@ -41,7 +41,7 @@ def build_schedule(options: ScheduleOptions, built: BuiltOptimizer, max_train_st
     Raises UserError for an unknown name and for settings that the schedule has no use for or cannot work with.
     """
     optimizer, arguments = built.optimizer, read_keyword_args(options.lr_scheduler_args, FLAG)
-    warmup_steps = steps_of(options.lr_warmup_steps, max_train_steps, "--lr_warmup_steps")
+    warmup_steps = resolve_num_steps(options.lr_warmup_steps, max_train_steps, "--lr_warmup_steps")
     if built.is_schedule_free:
         warn_of_idle_schedule(options, built)
         return RatesOfGroups(optimizer)
@@ -85,7 +85,7 @@ def follow_rates(schedule: Schedule, optimizer: Optimizer, rates: Sequence[float
         schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
-def steps_of(value: int | float, max_train_steps: int, flag: str) -> int:
+def resolve_num_steps(value: int | float, max_train_steps: int, flag: str) -> int:
     """`value` as a number of steps: a share of the run when it is below 1, a count otherwise."""
     if value < 0:
         raise UserError(f"{flag} is {value}; it must not be negative")
@@ -108,7 +108,7 @@ def named_schedule(
     import diffusers.optimization as of_diffusers
     import transformers.optimization as of_transformers
 
-    decay_steps = steps_of(options.lr_decay_steps, max_train_steps, "--lr_decay_steps")
+    decay_steps = resolve_num_steps(options.lr_decay_steps, max_train_steps, "--lr_decay_steps")
     warmup, length = {"num_warmup_steps": warmup_steps}, {"num_training_steps": max_train_steps}
     half_waves = {"num_cycles": options.lr_scheduler_num_cycles / 2}
     functions: dict[str, tuple[Callable[..., LRScheduler], dict[str, Any]]] = {

@@ -12,7 +12,7 @@ from library.memory.planner.gpus import Gpu, MemorySize, typical_gpu
 from library.memory.planner.prediction import CountedStep, Predicted, Way, predict
 from library.memory.planner.table import in_gib
 from library.training.planning.counting import count_run, shape_of_batch
-from library.training.planning.settings import allowed_ever, describe, way_of
+from library.training.planning.settings import allowed_ever, describe, resolve_way
 from library.training.run_parts import Run
 from library.types import Batch
 from networks.core.protocol import OURS
@@ -38,7 +38,7 @@ def memory_hints(runs: Sequence[Run], batch: Batch) -> list[str]:
         return []
     fewer = ["fewer adapters in one --sweep need about that much less"] if len(runs) > 1 else []
     allowed = allowed_ever(run.options.precision, run.options.distributed)
-    way = way_of(run.options.memory, run.options.precision, run.options.distributed)
+    way = resolve_way(run.options.memory, run.options.precision, run.options.distributed)
     return fewer + few(list(lines(step, way, allowed, gpu_like(device))))
 
 

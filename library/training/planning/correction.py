@@ -10,7 +10,7 @@ from library.memory.planner.choice import choose
 from library.memory.planner.table import in_gib
 from library.training.models.block_running import choose_block_runner
 from library.training.planning.fit import Fit
-from library.training.planning.settings import describe, values_of
+from library.training.planning.settings import describe, option_values
 from library.training.run_parts import Run
 from library.types import Batch
 
@@ -29,7 +29,7 @@ class Gauge:
     reset: Callable[[], None]
 
 
-def gauge_of(device: torch.device) -> Gauge | None:
+def make_gauge(device: torch.device) -> Gauge | None:
     """None where torch does not count the device's memory."""
     if device.type != "cuda":
         return None
@@ -48,7 +48,7 @@ class MemoryWatch:
     @classmethod
     def build(cls, run: Run, fitted: Fit | None) -> "MemoryWatch | None":
         """None where nothing was planned or nothing can be measured."""
-        gauge = gauge_of(run.context.device)
+        gauge = make_gauge(run.context.device)
         return None if fitted is None or gauge is None else cls(run, fitted, gauge)
 
     def noting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -106,7 +106,7 @@ class MemoryWatch:
         elif choice.chosen.way == chosen.way:
             logger.info("the choice stays as it is: %s", describe(chosen.way))
         else:
-            context, options = self._run.context, self._run.options.with_values(values_of(choice.chosen.way))
+            context, options = self._run.context, self._run.options.with_values(option_values(choice.chosen.way))
             choose_block_runner(
                 options.memory,
                 options.compiling,

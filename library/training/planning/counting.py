@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from library.checkpoints.weights import on_meta_device
-from library.data.concepts.prompt_pairs import guidance_of
+from library.data.concepts.prompt_pairs import resolve_guidance
 from library.errors import NotThere
 from library.memory.blocks import BlockRunner, plain, recompute, run_encoder_layers_with
 from library.memory.codecs.codec import RequestedFormat
@@ -336,7 +336,7 @@ def fake_batch(arch: Architecture, shape: BatchShape, conditioning: Conditioning
     )
 
 
-def rise_of(
+def count_rise(
     arch: Architecture, models: Sequence[nn.Module], run: Callable[[], T], given: Sequence[Tensor] = ()
 ) -> tuple[int, T]:
     """Return the most bytes that `run` takes besides the weights of `models` and the tensors that it is given, and what
@@ -353,7 +353,7 @@ def count_images(arch: Architecture, vae: nn.Module, shape: BatchShape) -> Stage
     width, height = max(((shape.width, shape.height), *shape.reference_sizes), key=prod)
     pixels_BCHW = torch.empty(1, 3, height, width)
     generators = [generator_for(0, "planned")]
-    one, _ = rise_of(arch, [vae], lambda: arch.codec.encode(vae, pixels_BCHW, generators))
+    one, _ = count_rise(arch, [vae], lambda: arch.codec.encode(vae, pixels_BCHW, generators))
     most = most_images(width * height)
     return Stage("encoding images", "vae_batch_size", bytes_of(vae), one, one, most=most)
 
@@ -383,7 +383,7 @@ def count_captions(
                 with autocast():
                     return arch.text.encode(encoders, tokens)
 
-            return rise_of(arch, encoders, run, list(chain.from_iterable(tokens.images)))
+            return count_rise(arch, encoders, run, list(chain.from_iterable(tokens.images)))
 
     counted = {count: encode(count) for count in {1, batch_size}}
     one, all_of_batch = counted[1][0], counted[batch_size][0]
@@ -408,7 +408,7 @@ def count_prompts(
     """Count what a step by prompts does before its forward and backward pass: the latents are drawn, half of the steps
     on average, and the base model is asked about three prompts. Gives the text features of a batch too.
     """
-    num_guided = 1 if guidance_of(concepts, arch.preview.defaults) == 1 else 2
+    num_guided = 1 if resolve_guidance(concepts, arch.preview.defaults) == 1 else 2
     rows = replace(shape, count=NUM_ASKED * shape.count)
     features = encode_longest(precision, arch, meta, rows.count)
     peak = count_prediction(precision, arch, meta, rows, features)
@@ -444,7 +444,7 @@ def count_prediction(
             noised = arch.objective.corrupt(clean_BCHW, generator_for(0, "planned"))
             return arch.predict(meta.models.denoiser, noised, features, asked)
 
-    return rise_of(arch, [meta.models.denoiser, *(one.module for one in meta.networks)], ask)[0]
+    return count_rise(arch, [meta.models.denoiser, *(one.module for one in meta.networks)], ask)[0]
 
 
 def count_step(

@@ -8,11 +8,11 @@ from library.memory.planner.choice import Allowed, Choice, choose
 from library.memory.planner.gpus import GIB, Gpu
 from library.memory.planner.prediction import CONTEXT_BYTES, Predicted, predict
 from library.memory.planner.stages import Stage
-from library.memory.planner.table import in_gib, table_of
+from library.memory.planner.table import format_table, in_gib
 from library.options.train import TrainOptions
 from library.training.planning.counting import CountedRun
 from library.training.planning.previews import CountedPreview
-from library.training.planning.settings import allowed_by, changes, describe, format_options, way_of
+from library.training.planning.settings import allowed_by, changes, describe, format_options, resolve_way
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Fit:
             f"{in_gib(card.memory_bytes)}{of} (counted as {card.name}: {card.flops / 1e12:.1f} TFLOP/s, "
             f"{card.bus / 1e9:.1f} GB/s from main memory), predicted:"
         )
-        yield from table_of(self.choice, describe, self.num_passes)
+        yield from format_table(self.choice, describe, self.num_passes)
         if self.options.precision.multiplies_codes:
             yield "times are those of products in 16 bits: what --base_arithmetic 8bit makes of them is not predicted"
         for stage in self.counted.stages:
@@ -153,7 +153,9 @@ def fit_to(
         wanted = values[stage.option]
         is_free = wanted == defaults[stage.option]
         sizes[stage.option] = stage.most_that_fits(room) if is_free else wanted
-    allowed = allowed_by(options.fit, options.memory, way_of(options.memory, options.precision, options.distributed))
+    allowed = allowed_by(
+        options.fit, options.memory, resolve_way(options.memory, options.precision, options.distributed)
+    )
     num_sides = 1 if options.pairs.pair_slider is None else 2
     num_passes = None if num_steps is None else num_steps * options.run.gradient_accumulation_steps * num_sides
     return Fit(options, counted, allowed, choose(counted.step, allowed, card), sizes, sweep, num_passes)

@@ -77,7 +77,7 @@ def counted_run(
         ) from error
 
 
-def sweep_of(
+def count_sweep(
     options: TrainOptions,
     arch: Architecture,
     batch: BatchShape,
@@ -109,7 +109,7 @@ def fit_run(
     card = measure_gpu(options.fit.fit, options.precision.mixed_precision, processes)
     batch = largest_batch(sizes)
     counted = counted_run(options, arch, batch, processes.device, adapters)
-    sweep = sweep_of(options, arch, batch, processes.device, adapters)
+    sweep = count_sweep(options, arch, batch, processes.device, adapters)
     found = fit_to(counted, options, card, sweep, sizes.max_train_steps)
     if found.choice.chosen is None:
         raise UserError("\n  ".join([f"--fit {options.fit.fit}", *found.lines()]))

@@ -17,7 +17,7 @@ TYPICAL_WEIGHT = Matrix(3072, 3072, itemsize=2)
 EVERY = (None, 3, 2, 1)  # blocks of which one is recomputed; fewer save hardly anything
 
 
-def way_of(memory: MemoryOptions, precision: PrecisionOptions, distributed: DistributedOptions) -> Way:
+def resolve_way(memory: MemoryOptions, precision: PrecisionOptions, distributed: DistributedOptions) -> Way:
     """Return how the options run a step."""
     return Way(
         weight_format=precision.denoiser_format,
@@ -33,7 +33,7 @@ def num_shares(options: DistributedOptions) -> int:
     return (options.shard_group or 1) if options.shard_base else 1
 
 
-def values_of(way: Way) -> dict[str, Any]:
+def option_values(way: Way) -> dict[str, Any]:
     """Return the options that a way stands for."""
     return {
         "base_format": way.weight_format,
@@ -49,7 +49,7 @@ def values_of(way: Way) -> dict[str, Any]:
 def changes(options: TrainOptions, way: Way) -> dict[str, Any]:
     """Return the options that a way sets to something else than the user."""
     values = options.flat()
-    found = {name: value for name, value in values_of(way).items() if value != values[name]}
+    found = {name: value for name, value in option_values(way).items() if value != values[name]}
     if way.weight_format == options.precision.denoiser_format:  # however it was asked for
         found.pop("base_format", None)
     if options.memory.unsloth_offload_checkpointing and way.inputs_wait:
@@ -66,7 +66,7 @@ def format_options(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> st
 
 def describe(way: Way) -> str:
     """Return the options of a way as one types them."""
-    return format_options(values_of(way), TrainOptions.defaults()) or "plain"
+    return format_options(option_values(way), TrainOptions.defaults()) or "plain"
 
 
 def allowed_by(fit: FitOptions, memory: MemoryOptions, way: Way) -> Allowed:

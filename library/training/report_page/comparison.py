@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
-from library.training.report_page.page import ENDING, page_of
+from library.training.report_page.page import ENDING, build_page
 from library.training.report_page.record import Record
 from library.training.report_page.writer import read_events, read_report
 
@@ -38,7 +38,7 @@ def read_run(path: Path) -> Record:
     return record
 
 
-def labels_of(records: Sequence[Record], paths: Sequence[Path]) -> list[str]:
+def label_runs(records: Sequence[Record], paths: Sequence[Path]) -> list[str]:
     """Name each run; where two have the same name, with its folder, or a number where that is not enough."""
     names = Counter(record.name for record in records)
     folders = [path if path.is_dir() else path.parent for path in paths]
@@ -55,13 +55,13 @@ def differences(records: Sequence[Record]) -> list[list[Any]]:
 
     None is an option at its default, or what a run does not tell.
     """
-    tables = [facts_of(record) for record in records]
+    tables = [describe_run(record) for record in records]
     names = dict.fromkeys(name for table in tables for name in table)
     rows = [[name, *(table.get(name) for table in tables)] for name in names]
     return [row for row in rows if any(value != row[1] for value in row[2:])]
 
 
-def facts_of(record: Record) -> dict[str, Any]:
+def describe_run(record: Record) -> dict[str, Any]:
     """Describe a run by name."""
     session, plan, audit = record.sessions[-1], record.plan or {}, record.audit or {}
     options = {f"--{name}": v for name, v in sorted(session["options"].items()) if name not in NAMES_ONLY}
@@ -84,16 +84,16 @@ def is_measured_alike(records: Sequence[Record]) -> bool:
     return all(one == seen[0] for one in seen)
 
 
-def comparison_of(paths: Sequence[Path]) -> str:
+def build_comparison(paths: Sequence[Path]) -> str:
     """Return the page that compares runs. Raises UserError for fewer than two, or for one that cannot be read."""
     if len(paths) < 2:
         raise UserError("name two runs or more: folders, reports or files of --log_events")
     records = [read_run(path) for path in paths]
-    labels = labels_of(records, paths)
+    labels = label_runs(records, paths)
     runs = [{"label": label, **shown(record)} for label, record in zip(labels, records, strict=True)]
     rows = differences(records)
     data = {"runs": runs, "differences": rows, "is_measured_alike": is_measured_alike(records)}
-    return page_of(" and ".join(labels), SCRIPT, data)
+    return build_page(" and ".join(labels), SCRIPT, data)
 
 
 def shown(record: Record) -> Mapping[str, Any]:

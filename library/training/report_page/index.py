@@ -7,7 +7,7 @@ from typing import Any
 
 from library.checkpoints.overwriting import check_overwrite
 from library.errors import UserError
-from library.training.report_page.page import ENDING, REPORT, page_of
+from library.training.report_page.page import ENDING, REPORT, build_page
 from library.training.report_page.record import Record
 from library.training.report_page.writer import read_report, write_page
 
@@ -49,7 +49,7 @@ def write_index(folder: Path) -> None:
         except UserError as error:
             logger.warning("%s; it is left out of %s", error, FILE_NAME)
     title = f"Runs in {folder.resolve().name}"
-    write_page(folder / FILE_NAME, page_of(title, "index.js", {"title": title, "runs": runs}))
+    write_page(folder / FILE_NAME, build_page(title, "index.js", {"title": title, "runs": runs}))
 
 
 def summarize(record: Record, path: Path) -> dict[str, Any]:

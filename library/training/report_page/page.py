@@ -25,28 +25,28 @@ ENDING = "-report.html"  # of the file of a run
 START, END = '<script type="application/json" id="data">', "</script>"
 
 
-def page_of(title: str, script: str, data: Mapping[str, Any], reload_s: int | None = None) -> str:
+def build_page(title: str, script: str, data: Mapping[str, Any], reload_s: int | None = None) -> str:
     """Return the page that `script`, a file beside this one, draws of `data`; it reloads itself every `reload_s`."""
-    chart_script, chart_style = map(source_of, UPLOT)
-    scripts = [chart_script, *map(source_of, ("common.js", *SHARED.get(script, ()), script))]
-    return source_of("page.html").format(
+    chart_script, chart_style = map(read_source, UPLOT)
+    scripts = [chart_script, *map(read_source, ("common.js", *SHARED.get(script, ()), script))]
+    return read_source("page.html").format(
         refresh="" if reload_s is None else f'<meta http-equiv="refresh" content="{reload_s}">\n',
         title=escape(title),
-        policy=escape(policy_of(scripts)),
-        licence=escape(source_of("uplot/LICENSE")),
-        style=f"{chart_style}\n{source_of('page.css')}",
+        policy=escape(build_content_policy(scripts)),
+        licence=escape(read_source("uplot/LICENSE")),
+        style=f"{chart_style}\n{read_source('page.css')}",
         data=START + as_script(data) + END,
         scripts="\n".join(f"<script>{text}</script>" for text in scripts),
     )
 
 
 @cache
-def source_of(name: str) -> str:
+def read_source(name: str) -> str:
     """Return the text of a file beside this one."""
     return (HERE / name).read_text(encoding="utf-8")
 
 
-def policy_of(scripts: list[str]) -> str:
+def build_content_policy(scripts: list[str]) -> str:
     """Return what the page may do: run these scripts, show images that it holds itself."""
     hashes = (hashlib.sha256(text.encode()).digest() for text in scripts)
     allowed = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in hashes)
@@ -58,8 +58,8 @@ def as_script(data: Mapping[str, Any]) -> str:
     return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def data_of(page: str) -> dict[str, Any]:
-    """Read back what `page_of` was given. Raises ValueError where that is not to be found."""
+def read_data(page: str) -> dict[str, Any]:
+    """Read back what `build_page` was given. Raises ValueError where that is not to be found."""
     start = page.find(START)
     end = page.find(END, start)
     if start < 0 or end < 0:

@@ -128,7 +128,7 @@ class Record:
         self.audit, self.findings, self.stages, self.began = None, [], {}, {}
 
     def _audit(self, line: Line) -> None:
-        self.audit = values_of(line) | {"pairs": shown_images(line.get("pairs", []))}
+        self.audit = get_values(line) | {"pairs": shown_images(line.get("pairs", []))}
 
     def _finding(self, line: Line) -> None:
         if len(self.findings) >= MOST_FINDINGS:
@@ -154,7 +154,7 @@ class Record:
         self.previews.keep_up_to(first_step)
         self.strengths.keep_up_to(first_step)
         self.step, self.choice = first_step, None
-        self.plan = values_of(line)
+        self.plan = get_values(line)
         steps = line["max_train_steps"] // SMOOTHED_OVER
         self.smoothed.over = min(max(steps, FEWEST_SMOOTHED), MOST_SMOOTHED)
         if self.sessions:
@@ -196,7 +196,7 @@ class Record:
         self.forgetting.add({name: line[name] for name in ("step", "loss", "error", "compared")})
 
     def _choice(self, line: Line) -> None:
-        self.choice = values_of(line)
+        self.choice = get_values(line)
 
     def _preview(self, line: Line) -> None:
         number = str(line["index"])
@@ -219,7 +219,7 @@ class Record:
     def _saved(self, line: Line) -> None:
         self._drop_file(line["file"])
         names = ("file", "kind", "reason", "step", "epoch", "num_bytes")
-        self.files.append({name: line[name] for name in names} | {"name": name_of(line["file"])})
+        self.files.append({name: line[name] for name in names} | {"name": last_part(line["file"])})
         del self.files[:-MOST_FILES]
 
     def _removed(self, line: Line) -> None:
@@ -292,11 +292,11 @@ def shown_images(images: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]
     ]
 
 
-def values_of(line: Line) -> dict[str, Any]:
+def get_values(line: Line) -> dict[str, Any]:
     """Return the fields of an event's line without those that all lines have."""
     return {name: value for name, value in line.items() if name not in ("v", "event", "time")}
 
 
-def name_of(path: str) -> str:
+def last_part(path: str) -> str:
     """Return the last part of a path of any system."""
     return PureWindowsPath(path).name if "\\" in path else PurePath(path).name

@@ -9,7 +9,7 @@ from typing import Any
 from library.errors import UserError
 from library.training.report_page.index import FILE_NAME
 from library.training.report_page.page import ENDING
-from library.training.report_page.writer import LIVE_S, read_events, read_report, report_of
+from library.training.report_page.writer import LIVE_S, build_report, read_events, read_report
 
 HOST = "127.0.0.1"  # other machines must not read the paths and options in a report
 LOCAL = re.compile(r"(127\.0\.0\.1|localhost)(:\d+)?")  # names by which a page of another site cannot reach it
@@ -55,7 +55,7 @@ def page_at(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     record = read_report(path) if path.suffix == ".html" else read_events(path)
     is_over = bool(record.sessions) and record.sessions[-1]["end"] is not None
-    return report_of(record, None if is_over else LIVE_S)
+    return build_report(record, None if is_over else LIVE_S)
 
 
 class Handler(BaseHTTPRequestHandler):

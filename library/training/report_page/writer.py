@@ -9,7 +9,7 @@ from typing import Any
 from library.checkpoints.files import atomic_path
 from library.errors import UserError
 from library.json_text import parse_json
-from library.training.report_page.page import data_of, page_of
+from library.training.report_page.page import build_page, read_data
 from library.training.report_page.record import Record
 from library.training.reporting.event_checks import check_line
 
@@ -57,7 +57,7 @@ class ReportWriter:
     def _write(self) -> None:
         """A file that cannot be written, being open in another program or the disk full, is tried again when due."""
         try:
-            write_page(self.path, report_of(self._record, self._reload_s))
+            write_page(self.path, build_report(self._record, self._reload_s))
         except OSError as error:
             if not self._is_reported:
                 logger.warning("%s cannot be written and is tried again later: %s", self.path, error)
@@ -69,19 +69,19 @@ def add_sheet(path: Path, image: str) -> None:
     """Put a contact sheet, a data: URL, into the report of a run that is over. Raises UserError for another file."""
     record = read_report(path)
     record.sheet = image
-    write_page(path, report_of(record))
+    write_page(path, build_report(record))
 
 
 def add_event(path: Path, line: Mapping[str, Any]) -> None:
     """Put what happens after a run into its report. Raises UserError for another file."""
     record = read_report(path)
     record.add(line)
-    write_page(path, report_of(record))
+    write_page(path, build_report(record))
 
 
-def report_of(record: Record, reload_s: int | None = None) -> str:
+def build_report(record: Record, reload_s: int | None = None) -> str:
     """Return the page of a run; it reloads itself every `reload_s`."""
-    return page_of(record.name, SCRIPT, record.as_json(), reload_s)
+    return build_page(record.name, SCRIPT, record.as_json(), reload_s)
 
 
 def write_page(path: Path, page: str) -> None:
@@ -93,7 +93,7 @@ def write_page(path: Path, page: str) -> None:
 def read_report(path: Path) -> Record:
     """Return the record in a report. Raises UserError for another file."""
     try:
-        return Record.from_json(data_of(path.read_text(encoding="utf-8")))
+        return Record.from_json(read_data(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
@@ -107,14 +107,14 @@ def read_events(path: Path) -> Record:
     """
     try:
         with path.open(encoding="utf-8") as file:
-            return record_of(file, str(path))
+            return collect_record(file, str(path))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is no file of events: {error}") from error
 
 
-def record_of(lines: Iterable[str], source: str) -> Record:
+def collect_record(lines: Iterable[str], source: str) -> Record:
     """Collect the record of lines that come from `source`."""
     record = Record()
     for number, line in enumerate(lines, 1):

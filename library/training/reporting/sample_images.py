@@ -101,12 +101,12 @@ def build_preview_event(drawn: Drawn, path: Path, step: int, epoch: int) -> Prev
     """Return the event of an image that was written to `path`."""
     prompt, (width, height) = drawn.prompt, drawn.image.size
     return Preview(
-        step, epoch, drawn.index, prompt.text, prompt.seed, width, height, str(path), data_url_of(drawn.image),
+        step, epoch, drawn.index, prompt.text, prompt.seed, width, height, str(path), encode_data_url(drawn.image),
         prompt.strength,
     )  # fmt: skip
 
 
-def data_url_of(image: Image.Image, width: int = THUMBNAIL_SIDE, height: int = THUMBNAIL_SIDE) -> str:
+def encode_data_url(image: Image.Image, width: int = THUMBNAIL_SIDE, height: int = THUMBNAIL_SIDE) -> str:
     """Return a copy of at most this size as a data: URL, about a kilobyte for each 10,000 pixels."""
     small, content = over_white(image), BytesIO()
     small.thumbnail((width, height))
@@ -132,12 +132,12 @@ def write_grid(path: Path, drawn: Sequence[Drawn]) -> None:
 def write_image(path: Path, drawn: Drawn) -> None:
     """Write a PNG, whole or not at all, with the prompt in the text field that other programs read it from."""
     info = PngInfo()
-    info.add_itxt("parameters", parameters_of(drawn.prompt))
+    info.add_itxt("parameters", format_parameters(drawn.prompt))
     with atomic_path(path) as temporary:
         drawn.image.save(temporary, format="PNG", pnginfo=info)
 
 
-def parameters_of(prompt: Prompt) -> str:
+def format_parameters(prompt: Prompt) -> str:
     """Return the prompt and its settings, in the form that AUTOMATIC1111's program writes."""
     settings = {
         "Steps": prompt.num_steps,

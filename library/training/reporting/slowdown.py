@@ -74,7 +74,7 @@ class SlowdownWatch:
             return None
         self._is_over = True
         waiting = median(one.waiting for one in self._recent) - self._waiting
-        causes = [*causes_of(self._before, self._read())]
+        causes = [*find_causes(self._before, self._read())]
         if waiting > (now - self._middle) / 2:
             causes.insert(
                 0, f"each waits {waiting:.2f} s longer for images: disk, network or loader workers are slower"
@@ -84,7 +84,7 @@ class SlowdownWatch:
         )
 
 
-def causes_of(before: Machine, now: Machine) -> Iterator[str]:
+def find_causes(before: Machine, now: Machine) -> Iterator[str]:
     """Name what changed on the machine and slows steps down."""
     if now.retries > before.retries:
         yield (
@@ -117,11 +117,11 @@ def read_machine(device: torch.device, num_pages: Callable[[], int]) -> Machine:
         reserved_bytes=torch.cuda.memory_reserved(device),
         free_bytes=free_bytes,
         total_bytes=total_bytes,
-        throttling=throttling_of(str(torch.cuda.get_device_properties(device).uuid)),
+        throttling=read_throttling(str(torch.cuda.get_device_properties(device).uuid)),
     )
 
 
-def throttling_of(uuid: str) -> tuple[str, ...]:
+def read_throttling(uuid: str) -> tuple[str, ...]:
     """Why a GPU lowers its clock now, by NVML; () if it does not, or if the package nvidia-ml-py is not installed."""
     try:
         import pynvml

@@ -37,7 +37,7 @@ class NormMeter:
         for group in optimizer.param_groups:
             weights = [p.detach() for p in group["params"]]
             gradients = [p.grad for p in group["params"] if p.grad is not None]
-            norms += [norm_of(weights), norm_of(gradients)]
+            norms += [compute_norm(weights), compute_norm(gradients)]
         self._pairs = Readback(torch.stack([norm.to(norms[0].device) for norm in norms])) if norms else None
 
     def read(self, names: Sequence[str]) -> dict[str, Norms] | None:
@@ -49,7 +49,7 @@ class NormMeter:
         return {name: Norms(*pair) for name, *pair in zip(names, values[::2], values[1::2], strict=False)}
 
 
-def norm_of(tensors: Sequence[Tensor]) -> Tensor:
+def compute_norm(tensors: Sequence[Tensor]) -> Tensor:
     """One number for all of them, float32."""
     return get_total_norm(tensors).float() if tensors else torch.zeros(())
 
@@ -66,13 +66,13 @@ def build_step_event(
         average=average,
         learning_rates=dict(zip(names, result.rates, strict=False)),
         gradient_norm=result.norm,
-        timing=timing_of(times, step - 1),
+        timing=read_timing(times, step - 1),
         norms=norms,
-        memory=None if norms is None else memory_of(times.device),
+        memory=None if norms is None else measure_memory(times.device),
     )
 
 
-def timing_of(times: StepTimes, step: int) -> Timing | None:
+def read_timing(times: StepTimes, step: int) -> Timing | None:
     """Return the times of `step`, the last one that is settled; None before there is one."""
     if (found := times.last) is None or found.seconds <= 0:
         return None
@@ -87,7 +87,7 @@ def timing_of(times: StepTimes, step: int) -> Timing | None:
     )
 
 
-def memory_of(device: torch.device) -> Memory:
+def measure_memory(device: torch.device) -> Memory:
     """Measure the memory taken by now, and at most so far."""
     is_cuda = device.type == "cuda"
     return Memory(

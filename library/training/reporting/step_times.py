@@ -72,7 +72,7 @@ class StepTimes:
         self._parts: defaultdict[Stage, float] = defaultdict(float)
         self._noted_at: float | None = None
         self._noted_unknown = False  # whether a slow step without a known cause was noted
-        self._pressure = pressure_of(self.device)
+        self._pressure = measure_pressure(self.device)
         self._watch = SlowdownWatch(lambda: read_machine(self.device, num_pages_read_back))
 
     # Measuring
@@ -222,7 +222,7 @@ class StepTimes:
         if self._noted_at is not None and now - self._noted_at < QUIET_S:
             return
         self._noted_at = now
-        pressure = pressure_of(self.device)  # read here alone: torch makes a large table of it
+        pressure = measure_pressure(self.device)  # read here alone: torch makes a large table of it
         faults = {name: count - self._pressure[name] for name, count in pressure.items()}
         self._pressure = pressure
         waiting = found.parts.get("waiting for data", 0.0)
@@ -254,7 +254,7 @@ def span(began: Any, ended: Any) -> float:
     return float(began.elapsed_time(ended)) / 1e3
 
 
-def pressure_of(device: torch.device) -> dict[str, int]:
+def measure_pressure(device: torch.device) -> dict[str, int]:
     """Count how often memory ran short: pages read back from the disk, and second attempts on the GPU."""
     retries = torch.cuda.memory_stats(device).get("num_alloc_retries", 0) if device.type == "cuda" else 0
     return {"pages": num_pages_read_back(), "retries": retries}

@@ -14,14 +14,20 @@ from library.formatting import format_bytes
 from library.memory.devices import bytes_of
 from library.options.training.averaging import FILES
 from library.training.evaluation.without_side_effects import shown_weights
-from library.training.failures.out_of_memory import Sizes, explain_out_of_memory, memory_figures, reset_peak, sizes_of
+from library.training.failures.out_of_memory import (
+    Sizes,
+    explain_out_of_memory,
+    measure_sizes,
+    memory_figures,
+    reset_peak,
+)
 from library.training.loop.stacked_step import backward_stacked, is_stacked
-from library.training.loop.update import rounding_of
+from library.training.loop.update import round_weights
 from library.training.planning.advice import memory_hints
 from library.training.run_parts import Run
 from library.training.saving.checkpoints import Writer
-from library.training.step.losses import describe_shape, loss_of, noised_of, start_batch
-from library.training.step.pairs import passes_of
+from library.training.step.losses import add_noise_to, describe_shape, loss_of, start_batch
+from library.training.step.pairs import split_passes
 from library.types import Batch
 
 logger = logging.getLogger(__name__)
@@ -45,13 +51,13 @@ def try_largest_batch(runs: Sequence[Run], writer: Writer, place: int) -> None:
     """
     run = runs[0]
     (batch,) = run.batches.of_epoch(1, [place], lambda place: 0, 0, False)
-    shape, sizes = describe_shape(batch), sizes_of(run)
+    shape, sizes = describe_shape(batch), measure_sizes(run)
     logger.info("dry run: memory while loading and caching: %s", memory_figures(run.context.device))
     doing, predicted = "training the largest batch (--dry_run)", partial(memory_hints, runs, batch)
     with explain_out_of_memory(doing, run.options, run.context.device, shape, lambda: sizes, predicted):
         loss = forward_and_backward(runs, batch, place)
         for one in runs:
-            with rounding_of(one, 0):
+            with round_weights(one, 0):
                 one.optimization.optimizer.step()
             one.optimization.optimizer.zero_grad(set_to_none=True)
             with shown_weights(one, FILES):  # fails here if the weights to save cannot be put in place
@@ -61,7 +67,7 @@ def try_largest_batch(runs: Sequence[Run], writer: Writer, place: int) -> None:
         forward_and_backward(runs, batch, place)
         seconds = time.perf_counter() - started
     if not math.isfinite(loss):
-        noised_of(run.context, batch, place)  # which tells where the VAE gave it
+        add_noise_to(run.context, batch, place)  # which tells where the VAE gave it
         raise UserError(f"--dry_run: the loss of the largest batch is {loss}; images: {', '.join(batch.keys)}")
     report(run, writer, sizes, shape, loss, seconds)
 
@@ -79,7 +85,7 @@ def forward_and_backward_alone(run: Run, batch: Batch, place: int) -> float:
     """`forward_and_backward` of one adapter."""
     total = 0.0
     with run.context.alone():
-        for one in passes_of(run.context, batch):
+        for one in split_passes(run.context, batch):
             start_batch(run.context, place, 0)
             loss = loss_of(run.context, one, place)
             torch.autograd.backward(loss)

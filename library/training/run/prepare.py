@@ -7,11 +7,11 @@ from typing import Any
 from library.checkpoints.weights import on_meta_device
 from library.data.training_data import TrainingData, open_batches
 from library.errors import needing
-from library.memory.planner.gpus import peak_of
+from library.memory.planner.gpus import measure_peak_flops
 from library.options.train import TrainOptions
 from library.processes import Processes
 from library.protocols import Architecture
-from library.training.evaluation.preview import texts_of, wanted_prompts
+from library.training.evaluation.preview import collect_texts, wanted_prompts
 from library.training.loop.prepared import PreparedRun
 from library.training.models.arithmetic import check_arithmetic
 from library.training.models.base_model import load_models
@@ -65,7 +65,7 @@ def prepare(
     if prompts:
         with needing("--sample_prompts draws images; give the VAE, or leave it out"):
             on_meta_device(arch.load).vae()
-    texts = texts_of(prompts, arch)
+    texts = collect_texts(prompts, arch)
     reader = options.network.network_module or ""
     loaded = load_models(options, arch, seed, data, compute, texts, processes, reader)
     resolve_base(options.precision, options.memory.num_offloaded, arch, loaded.models, compute, processes)
@@ -84,7 +84,7 @@ def prepare(
     is_text_trained = trains_text_encoders(options.network, options.optimizer.learning_rate)
     # After all adapters are attached: blocks are compiled with them.
     choose_block_runner(options.memory, options.compiling, is_text_trained, arch, loaded.models, networks)
-    times = StepTimes(compute.device, processes.count, peak_of(compute.device, compute.dtype))
+    times = StepTimes(compute.device, processes.count, measure_peak_flops(compute.device, compute.dtype))
     batches = open_batches(data, loaded.latents, loaded.texts)
     shared = Shared(arch, loaded, compute, processes, data, batches, plan, times, turns, sweep)
     charts = Charts(accelerator)

@@ -148,12 +148,12 @@ def build_plan_event(run: Run, counts: ImageCounts, first_step: int, resumed_fro
         accumulation=plan.accumulation,
         pictures=images,
         num_processes=run.processes.count,
-        device=name_of(context.device),
+        device=describe_device(context.device),
         peak_flops=run.times.peak,
         planned=run.events.planned,
     )
 
 
-def name_of(device: torch.device) -> str:
+def describe_device(device: torch.device) -> str:
     """Return the card's name, else the kind of device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

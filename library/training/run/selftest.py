@@ -25,7 +25,7 @@ from library.training.models.block_running import block_runner
 from library.training.run_parts import Run
 from library.training.step.losses import loss_of, start_batch
 from library.training.step.modes import eval_mode
-from library.training.step.pairs import passes_of
+from library.training.step.pairs import split_passes
 
 logger = logging.getLogger(__name__)
 
@@ -93,14 +93,14 @@ def test_itself(run: Run) -> None:
     recorder = Recorder(block_runner(run.options.memory))
     context.arch.run_blocks_with(context.models.denoiser, recorder)
     with context.alone(), eval_mode([network]):  # nothing is left to chance: the second pass is to see the same network
-        passes = passes_of(context, batch)  # the first of which keeps the adapter at its strength
+        passes = split_passes(context, batch)  # the first of which keeps the adapter at its strength
         start_batch(context, 0, 0)
         torch.autograd.backward(loss_of(context, next(passes), 0))
         found = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
         for parameter in network.parameters():
             parameter.grad = None
-        plain = gradients_of(run, recorder.calls, 0.0)
-        noisy = gradients_of(run, recorder.calls, torch.finfo(context_dtype(run)).eps / 2)
+        plain = compute_gradients(run, recorder.calls, 0.0)
+        noisy = compute_gradients(run, recorder.calls, torch.finfo(context_dtype(run)).eps / 2)
     context.arch.run_blocks_with(context.models.denoiser, block_runner(run.options.memory))
     inside = {name: found[name] for name in plain if name in found}
     report([compare(name, gradient, plain[name], noisy[name]) for name, gradient in inside.items()], recorder.calls)
@@ -113,7 +113,7 @@ def context_dtype(run: Run) -> torch.dtype:
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
 
 
-def gradients_of(run: Run, calls: Sequence[Call], noise: float) -> Gradients:
+def compute_gradients(run: Run, calls: Sequence[Call], noise: float) -> Gradients:
     """Return the gradients of the adapter's parameters in the blocks, each block run plainly from what it was given.
 
     `noise` moves inputs and gradients by random shares of themselves, up to that: what rounding does to them.

@@ -70,7 +70,7 @@ class Names:
     def of_best(self) -> Path:
         return self.folder / f"{f'{self.output_name}-' if self.output_name else ''}best.{self.extension}"
 
-    def purpose_of(self, path: Path) -> SavedFor:
+    def find_purpose(self, path: Path) -> SavedFor:
         """Return what a file of this run was saved for."""
         if path == self.of_end():
             return "end"
@@ -106,7 +106,7 @@ class Names:
         return (self.output_name,) if self.output_name else ("epoch", "at", "last")
 
 
-def state_of(weights: Path) -> Path:
+def state_folder(weights: Path) -> Path:
     """Return the folder of the state that belongs to a file of weights."""
     return weights.with_name(f"{weights.stem}-state")
 
@@ -302,7 +302,7 @@ class Writer:
         self.write(path, progress.step, epoch, is_last=True)
         progress.stops = sorted({*progress.stops, progress.step})
         folder = self._save_state(path, progress.step, epoch, progress.done, is_last=True)
-        return f"--resume {folder}" + (" or --autoresume" if folder == state_of(path) else "")
+        return f"--resume {folder}" + (" or --autoresume" if folder == state_folder(path) else "")
 
     def write(self, path: Path, step: int, epoch: int, is_last: bool = False) -> Path:
         """Write the adapter to `path`, whole or not at all, or to another place if that takes none; gives the place.
@@ -327,7 +327,7 @@ class Writer:
                 lambda place: self.network.save_weights(place, dtype, metadata),
             )
         self._keep_newest_rescue("weights", place, path)
-        self.events.emit(Saved("weights", self.names.purpose_of(path), step, epoch, str(place), num_bytes_of(place)))
+        self.events.emit(Saved("weights", self.names.find_purpose(path), step, epoch, str(place), count_bytes(place)))
         self._tell_readers(place)
         self.uploads.send(place, is_last)
         return place
@@ -377,7 +377,7 @@ class Writer:
             is_in_place = self.write(path, progress.step, epoch) == path
             done = {*progress.done, part} if is_in_place else progress.done
             if self.options.state.save_state:
-                is_in_place &= self._save_state(path, progress.step, epoch, done) == state_of(path)
+                is_in_place &= self._save_state(path, progress.step, epoch, done) == state_folder(path)
         except NotWrittenError as error:
             logger.error("%s; training goes on", error)
             return False
@@ -386,13 +386,13 @@ class Writer:
 
     def _save_state(self, weights: Path, step: int, epoch: int, done: Collection[Part], is_last: bool = False) -> Path:
         """Write the state that belongs to a file of weights; gives its folder. Raises NotWrittenError."""
-        folder = state_of(weights)
+        folder = state_folder(weights)
         announce(f"\nsaving state: {folder}")
         place = write_somewhere(
             folder, "", self.state_bytes(), lambda place: self.write_state(place, step, epoch, done)
         )
         self._keep_newest_rescue("state", place, folder)
-        self.events.emit(Saved("state", self.names.purpose_of(weights), step, epoch, str(place), num_bytes_of(place)))
+        self.events.emit(Saved("state", self.names.find_purpose(weights), step, epoch, str(place), count_bytes(place)))
         if self.options.hub.save_state_to_huggingface:
             self.uploads.send(place, is_last)
         return place
@@ -411,7 +411,7 @@ class Writer:
         if outdated is not None:
             self.rotation.deletions.append(partial(remove, name_of(outdated), self.events))
         if outdated_state is not None and self.options.state.save_state:
-            self.rotation.deletions.append(partial(remove_state, state_of(name_of(outdated_state)), self.events))
+            self.rotation.deletions.append(partial(remove_state, state_folder(name_of(outdated_state)), self.events))
 
     def _outdate_stops(self, progress: Progress, epoch: int) -> None:
         """Delete files of stops between saves; where no other states are saved, that of the last stop is kept."""
@@ -421,7 +421,7 @@ class Writer:
         states = [stop for stop in stops if self._states.outdates_stop(stop, step, epoch) and stop != kept]
         deletions = self.rotation.deletions
         deletions += [partial(remove, self.names.of_step(stop), self.events) for stop in weights]
-        deletions += [partial(remove_state, state_of(self.names.of_step(stop)), self.events) for stop in states]
+        deletions += [partial(remove_state, state_folder(self.names.of_step(stop)), self.events) for stop in states]
         progress.stops = [stop for stop in stops if stop not in weights or stop not in states]
 
     def _tell_readers(self, path: Path) -> None:
@@ -463,7 +463,7 @@ def bytes_in_file(module: nn.Module, dtype: torch.dtype | None) -> int:
     return bytes_of_tensors(tensors)
 
 
-def num_bytes_of(path: Path) -> int:
+def count_bytes(path: Path) -> int:
     """Count the bytes of a file, or of all files of a folder."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files)

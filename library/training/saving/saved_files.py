@@ -18,10 +18,10 @@ STEP_IN_NAME = re.compile(r"-step(\d{8})$")
 def files_of_run(names: Names) -> list[Path]:
     """By the steps that they were trained, then by name; none where the folder has none of this run."""
     found = (path for path in names.folder.glob(f"*.{names.extension}") if names.has_stem(path.stem))
-    return sorted(found, key=lambda path: (steps_of(path), path.name))
+    return sorted(found, key=lambda path: (read_num_steps(path), path.name))
 
 
-def steps_of(path: Path) -> int:
+def read_num_steps(path: Path) -> int:
     """Return the steps that a file says it was trained, itself or in its name; 0 where neither does."""
     text = read_metadata(path).get("ss_steps", "")
     in_name = STEP_IN_NAME.search(path.stem)
@@ -36,7 +36,7 @@ def without_copies(files: Sequence[Path]) -> list[Path]:
     kept: dict[Hashable, list[Path]] = {}
     found = []
     for path in files:
-        alike = kept.setdefault(outline_of(path), [])
+        alike = kept.setdefault(read_outline(path), [])
         earlier = next((other for other in alike if has_same_data(path, other)), None)
         if earlier is None:
             alike.append(path)
@@ -46,7 +46,7 @@ def without_copies(files: Sequence[Path]) -> list[Path]:
     return found
 
 
-def outline_of(path: Path) -> Hashable:
+def read_outline(path: Path) -> Hashable:
     """Return what two files with the same adapter have in common, without reading their tensors."""
     settings = path.with_name("adapter_config.json")
     peft = settings.read_bytes() if path.stem == PEFT_STEM and settings.is_file() else b""

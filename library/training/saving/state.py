@@ -243,7 +243,7 @@ class OptimizerState:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises UserError for the memory of another optimizer."""
-        if class_of(state_dict["name"]) != class_of(self.name):
+        if strip_arguments(state_dict["name"]) != strip_arguments(self.name):
             raise UserError(f"it holds the memory of {state_dict['name']}, but this run uses {self.name}")
         saved = state_dict["state"]
         for own, other in zip(self.optimizer.param_groups, saved["param_groups"], strict=True):
@@ -279,7 +279,7 @@ def is_alike(own: Any, saved: Any) -> bool:
     return type(own) is type(saved)
 
 
-def class_of(name: str) -> str:
+def strip_arguments(name: str) -> str:
     """Return the class path of an optimizer's name, without its arguments."""
     return name.partition("(")[0]
 

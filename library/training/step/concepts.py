@@ -17,7 +17,7 @@ from library.randomness import generator_for
 from library.training.step.context import StepContext
 from library.training.step.denoising import denoise, noised_at
 from library.training.step.modes import eval_mode
-from library.training.step.text_features import conditioning_of
+from library.training.step.text_features import build_conditioning
 from library.types import Batch, Concept, Noised, Prompt
 
 Answers = Mapping[str, Tensor]
@@ -30,7 +30,7 @@ def partly_drawn(context: StepContext, batch: Batch, concept: Concept, batch_num
     The network acts at the concept's multiplier from here on: the backward pass may compute its layers again.
     """
     (caption,) = set(batch.captions)
-    prompt = way_of(context, batch, concept)
+    prompt = build_prompt(context, batch, concept)
     sampler = context.arch.preview.sampler(prompt)
     ask = asked(context, batch, [caption])
     ask_both = ask if concept.guidance == 1 else asked(context, batch, [concept.unconditional, caption])
@@ -50,7 +50,7 @@ def partly_drawn(context: StepContext, batch: Batch, concept: Concept, batch_num
     return noised_at(sampler.levels[place], sampler.denoiser_input(latents_BCHW, place))
 
 
-def target_of(context: StepContext, batch: Batch, concept: Concept, noised: Noised) -> Tensor:
+def compute_target(context: StepContext, batch: Batch, concept: Concept, noised: Noised) -> Tensor:
     """Compute the target of the denoiser's output, float32, from the base model's outputs for three prompts."""
     context.network.set_multiplier(0.0)
     try:
@@ -74,7 +74,7 @@ def asked(context: StepContext, batch: Batch, texts: Sequence[str]) -> Callable[
         attributes=batch.attributes * count,
     )
     with torch.no_grad(), context.autocast():
-        conditioning = conditioning_of(context, many, {})
+        conditioning = build_conditioning(context, many, {})
 
     def ask(noised: Noised) -> Answers:
         repeated = Noised(
@@ -98,7 +98,7 @@ def blank_latents(context: StepContext, batch: Batch) -> Tensor:
     return torch.zeros(len(batch.keys), spec.channels, height, width, device=context.device)
 
 
-def way_of(context: StepContext, batch: Batch, concept: Concept) -> Prompt:
+def build_prompt(context: StepContext, batch: Batch, concept: Concept) -> Prompt:
     """Return the batch as a prompt of the previews, whose sampler draws it."""
     defaults = context.arch.preview.defaults
     height, width = batch.height_width

@@ -19,7 +19,7 @@ Place = tuple[str | int, ...]
 """Names an image's stream of random numbers."""
 
 
-def latents_of(
+def load_latents(
     context: StepContext, batch: Batch, generator_of: Callable[[int], torch.Generator], is_checked: bool = True
 ) -> Tensor:
     """Return the batch's latents, float32 on the device: from the cache, or encoded here without gradient.
@@ -50,19 +50,21 @@ def encode(context: StepContext, pixels_BCHW: Tensor, generators: Sequence[torch
     return torch.cat(parts).float()
 
 
-def image_features_of(context: StepContext, batch: Batch, seed: int, place_of: Callable[[int], Place]) -> Conditioning:
-    """Return the features of images beside the noisy ones: reference images, and what `inpainting_of` gives."""
-    return {**references_of(context, batch), **inpainting_of(context, batch, seed, place_of)}
+def build_image_features(
+    context: StepContext, batch: Batch, seed: int, place_of: Callable[[int], Place]
+) -> Conditioning:
+    """Return the features of images beside the noisy ones: reference images, and what `build_inpainting` gives."""
+    return {**load_references(context, batch), **build_inpainting(context, batch, seed, place_of)}
 
 
-def references_of(context: StepContext, batch: Batch) -> Conditioning:
+def load_references(context: StepContext, batch: Batch) -> Conditioning:
     """Return the latents of the batch's reference images, normalized, on the device; nothing about them is random."""
     latents = [send(one, context.device).float() for one in batch.reference_latents]
     latents += [encode(context, one, None) for one in batch.reference_pixels]
     return reference_features([context.arch.codec.normalize(one) for one in latents])
 
 
-def inpainting_of(context: StepContext, batch: Batch, seed: int, place_of: Callable[[int], Place]) -> Conditioning:
+def build_inpainting(context: StepContext, batch: Batch, seed: int, place_of: Callable[[int], Place]) -> Conditioning:
     """Return the conditioning of an inpainting model, each image with a mask of its own; empty for other models.
 
     `place_of(i)` names the stream of the image at place i: in training another one in every batch, in validation
@@ -80,8 +82,8 @@ def inpainting_of(context: StepContext, batch: Batch, seed: int, place_of: Calla
 def masked_feature(
     context: StepContext, batch: Batch, masks_B1HW: Tensor, generator_of: Callable[[int], torch.Generator]
 ) -> Conditioning:
-    """Encode what these masks leave, 1 where an image is painted anew; `generator_of` is that of `latents_of`."""
+    """Encode what these masks leave, 1 where an image is painted anew; `generator_of` is that of `load_latents`."""
     assert batch.pixels_BCHW is not None
     kept = replace(batch, pixels_BCHW=blank(batch.pixels_BCHW, masks_B1HW))
-    latents_BCHW = context.arch.codec.normalize(latents_of(context, kept, generator_of))
+    latents_BCHW = context.arch.codec.normalize(load_latents(context, kept, generator_of))
     return {FEATURE: mask_channels(send(masks_B1HW, context.device), latents_BCHW)}

@@ -14,12 +14,12 @@ from library.errors import UserError
 from library.memory.devices import send
 from library.protocols import Objective
 from library.randomness import generator_for, stream_seed
-from library.training.step.concepts import partly_drawn, target_of
+from library.training.step.concepts import compute_target, partly_drawn
 from library.training.step.context import StepContext
-from library.training.step.latents import image_features_of, latents_of
+from library.training.step.latents import build_image_features, load_latents
 from library.training.step.masks import masked_means
-from library.training.step.pairs import losses_of_pairs, prefers, sides_of
-from library.training.step.text_features import conditioning_of
+from library.training.step.pairs import losses_of_pairs, prefers, split_pairs
+from library.training.step.text_features import build_conditioning
 from library.types import Batch, Conditioning, Noised
 
 
@@ -47,18 +47,18 @@ def seed_everything(seed: int) -> None:
     np.random.seed(seed % 2**32)
 
 
-def noised_of(context: StepContext, batch: Batch, batch_number: int, is_checked: bool = True) -> Noised:
+def add_noise_to(context: StepContext, batch: Batch, batch_number: int, is_checked: bool = True) -> Noised:
     """Return the batch's latents with noise and levels; without images what the adapted model has drawn so far.
 
-    Raises UserError as `latents_of` does, if `is_checked`.
+    Raises UserError as `load_latents` does, if `is_checked`.
     """
     if batch.concept is not None:
         return partly_drawn(context, batch, batch.concept, batch_number)
 
-    def generator_of(place: int) -> torch.Generator:
+    def seed_generator(place: int) -> torch.Generator:
         return generator_for(context.seed, "vae", batch_number, place)
 
-    latents_BCHW = latents_of(context, batch, generator_of, is_checked)
+    latents_BCHW = load_latents(context, batch, seed_generator, is_checked)
     clean_BCHW = context.arch.codec.normalize(latents_BCHW)
     generator = generator_for(context.seed, "noise", batch_number)
     offsets_B = torch.tensor([level_offset(attributes) for attributes in batch.attributes])
@@ -70,21 +70,21 @@ def noised_of(context: StepContext, batch: Batch, batch_number: int, is_checked:
 def loss_of(context: StepContext, batch: Batch, batch_number: int) -> Tensor:
     """Return the loss of a batch, a scalar with gradient; every draw is a function of the seed and `batch_number`.
 
-    Latents that are NaN make the loss NaN: who then asks `noised_of` hears of the VAE.
+    Latents that are NaN make the loss NaN: who then asks `add_noise_to` hears of the VAE.
     """
     if prefers(context, batch):
-        noised_sides = [noised_of(context, side, batch_number, is_checked=False) for side in sides_of(batch)]
-        condition = partial(varied_conditioning_of, context, batch, batch_number, {})
+        noised_sides = [add_noise_to(context, side, batch_number, is_checked=False) for side in split_pairs(batch)]
+        condition = partial(encode_varied, context, batch, batch_number, {})
         losses_B = losses_of_pairs(context, context.arch.objective, batch, noised_sides, condition)
         return (losses_B * send(batch.loss_weights_B, losses_B.device)).mean()
-    noised = noised_of(context, batch, batch_number, is_checked=False)
-    extra = image_features_of(context, batch, context.seed, lambda place: ("batch", batch_number, place))
-    condition = partial(varied_conditioning_of, context, batch, batch_number, extra)
-    losses_B = losses_of(context, context.arch.objective, batch, noised, condition)
+    noised = add_noise_to(context, batch, batch_number, is_checked=False)
+    extra = build_image_features(context, batch, context.seed, lambda place: ("batch", batch_number, place))
+    condition = partial(encode_varied, context, batch, batch_number, extra)
+    losses_B = compute_losses(context, context.arch.objective, batch, noised, condition)
     return (losses_B * send(batch.loss_weights_B, losses_B.device)).mean()
 
 
-def losses_of(
+def compute_losses(
     context: StepContext,
     objective: Objective,
     batch: Batch,
@@ -98,7 +98,7 @@ def losses_of(
     """
     acting = context.network if acting is None else acting
     if batch.concept is not None:  # first, while nothing is kept for the backward pass
-        target_BCHW = target_of(context, batch, batch.concept, noised)
+        target_BCHW = compute_target(context, batch, batch.concept, noised)
     with context.autocast():
         conditioning = condition()
         acting.set_noise_levels(objective.noise_levels(noised))
@@ -116,14 +116,14 @@ def describe_shape(batch: Batch) -> str:
     return f"{len(batch.keys)} images of {width}x{height}"
 
 
-def varied_conditioning_of(context: StepContext, batch: Batch, batch_number: int, extra: Conditioning) -> Conditioning:
+def encode_varied(context: StepContext, batch: Batch, batch_number: int, extra: Conditioning) -> Conditioning:
     """Encode with what the base model varies from step to step in training, such as a text encoder left out.
 
     Prompts that are trained alone are not varied: their targets come from the same features.
     """
     if batch.concept is not None:
-        return conditioning_of(context, batch, extra)
-    return vary(context, conditioning_of(context, batch, extra), batch_number)
+        return build_conditioning(context, batch, extra)
+    return vary(context, build_conditioning(context, batch, extra), batch_number)
 
 
 def vary(context: StepContext, conditioning: Conditioning, batch_number: int) -> Conditioning:

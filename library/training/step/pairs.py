@@ -22,7 +22,7 @@ def prefers(context: StepContext, batch: Batch) -> bool:
     return context.pairs.preference_loss is not None and batch.has_references
 
 
-def sides_of(batch: Batch) -> tuple[Batch, Batch]:
+def split_pairs(batch: Batch) -> tuple[Batch, Batch]:
     """Split pairs into their images and the partners, each without the other."""
     pixels = batch.reference_pixels[0] if batch.reference_pixels else None
     latents = batch.reference_latents[0] if batch.reference_latents else None
@@ -30,7 +30,7 @@ def sides_of(batch: Batch) -> tuple[Batch, Batch]:
     return images, replace(images, pixels_BCHW=pixels, latents_BCHW=latents)
 
 
-def passes_of(context: StepContext, batch: Batch) -> Iterator[Batch]:
+def split_passes(context: StepContext, batch: Batch) -> Iterator[Batch]:
     """Yield what gets a forward and backward pass each: the batch, or for a slider each side of its pairs.
 
     The adapter acts at the strength of the side until the next one is asked for, since the backward pass may compute
@@ -41,7 +41,7 @@ def passes_of(context: StepContext, batch: Batch) -> Iterator[Batch]:
         yield batch
         return
     try:
-        for side, multiplier in zip(sides_of(batch), (strength, -strength), strict=True):
+        for side, multiplier in zip(split_pairs(batch), (strength, -strength), strict=True):
             context.network.set_multiplier(multiplier)
             yield replace(side, loss_weights_B=batch.loss_weights_B / 2)
     finally:

@@ -55,9 +55,9 @@ def shared_and_own(options: OptionsT) -> tuple[OptionsT, dict[str, OptionsT]]:
     """
     if not options.sweep.sweep:
         return options, {"": options}
-    found = combinations_of(options)
+    found = expand_combinations(options)
     logger.info("--sweep: %d adapters in one run: %s", len(found), ", ".join(one.label for one in found))
-    words = dict(word_of(item, options) for item in options.sweep.sweep)
+    words = dict(parse_word(item, options) for item in options.sweep.sweep)
     adapters = [(one.options.network, one.chosen) for one in found]
     for line in describe_strengths(adapters, kept_strengths(options.network, words)):
         logger.info("%s", line)
@@ -66,12 +66,12 @@ def shared_and_own(options: OptionsT) -> tuple[OptionsT, dict[str, OptionsT]]:
     return found[0].options.with_values(of_all), {one.label: one.options for one in found}
 
 
-def combinations_of(options: OptionsT) -> list[Combination[OptionsT]]:
+def expand_combinations(options: OptionsT) -> list[Combination[OptionsT]]:
     """Return every combination of the swept values, the last word changing fastest.
 
     Raises UserError for a word that cannot be swept, a value that its option cannot have, and names that clash.
     """
-    words = [word_of(item, options) for item in options.sweep.sweep or ()]
+    words = [parse_word(item, options) for item in options.sweep.sweep or ()]
     short = sweep_names(type(options))
     names = [name for name, _ in words]
     if twice := next((name for name in names if names.count(name) > 1), None):
@@ -96,7 +96,7 @@ def combinations_of(options: OptionsT) -> list[Combination[OptionsT]]:
     return found
 
 
-def word_of(item: str, options: Options) -> tuple[str, list[str]]:
+def parse_word(item: str, options: Options) -> tuple[str, list[str]]:
     """Split a word of the sweep into (what is swept, its values). Raises UserError where it cannot be swept."""
     name, equals, text = item.partition("=")
     name = name.strip().removeprefix("--")
@@ -164,7 +164,7 @@ def alone(options: OptionsT, chosen: Mapping[str, str], label: str, strengths: S
             others = [item for item in new.get(table, values[table]) or () if item.partition("=")[0] != key]
             new[table] = [*others, *([] if text == NONE else [f"{key}={text}"])]
         else:
-            new[name] = value_of(type(options), name, text)
+            new[name] = parse_value(type(options), name, text)
     if options.reports.log_events:
         path = Path(options.reports.log_events)
         new["log_events"] = str(path.with_name(f"{path.stem}-{label}{path.suffix}"))
@@ -177,7 +177,7 @@ def alone(options: OptionsT, chosen: Mapping[str, str], label: str, strengths: S
     return found
 
 
-def value_of(kind: type[Options], name: str, text: str) -> Any:
+def parse_value(kind: type[Options], name: str, text: str) -> Any:
     """Read the value of an option as the command line would."""
     field, hint = next((field, hint) for field, hint in kind.leaves() if field.name == name)
     facts = kind.facts()[name]

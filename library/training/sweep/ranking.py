@@ -16,8 +16,7 @@ import torch
 from library.training.evaluation.choice import CONFIDENCE, Compared, choose, is_clearly_worse
 from library.training.evaluation.choosing import interval
 from library.training.report_page.comparison import shown
-from library.training.report_page.page import data_of as read_data
-from library.training.report_page.page import page_of
+from library.training.report_page.page import build_page, read_data
 from library.training.report_page.writer import read_report, write_page
 from library.training.reporting.event_stream import plain
 
@@ -84,7 +83,7 @@ def nan_last(mean: float) -> tuple[bool, float]:
     return isnan(mean), mean
 
 
-def table_of(ranking: Ranking) -> list[str]:
+def format_ranking(ranking: Ranking) -> list[str]:
     """Return the ranking in lines of columns."""
     rows = [("", "adapter", "step", "loss", "difference from best", "significant", "")]
     for place, row in enumerate(ranking.rows, 1):
@@ -111,13 +110,13 @@ def table_of(ranking: Ranking) -> list[str]:
 
 def tell_ranking(ranking: Ranking, title: str, page: Path | None) -> None:
     """Log the ranking, and write its page where that is wanted."""
-    for line in table_of(ranking) if ranking.num_images else ():
+    for line in format_ranking(ranking) if ranking.num_images else ():
         logger.info("%s", line)
     where = "" if page is None else f"; the ranking is {page}"
     logger.info("sweep: %s%s", ranking.verdict, where)
     if page is not None:
         try:
-            write_page(page, page_of(title, SCRIPT, data_of(ranking, title)))
+            write_page(page, build_page(title, SCRIPT, build_page_data(ranking, title)))
         except OSError as error:
             logger.warning("%s cannot be written: %s", page, error)
 
@@ -133,12 +132,12 @@ def add_runs(page: Path, chosen: Mapping[str, Mapping[str, str]], reports: Mappi
         runs = [{"label": label, **shown(read_report(path))} for label, path in reports.items() if path.exists()]
         names = {label: path.name for label, path in reports.items()}
         data = {**data, "chosen": chosen, "reports": names, "runs": runs}
-        write_page(page, page_of(str(data.get("title")), SCRIPT, data))
+        write_page(page, build_page(str(data.get("title")), SCRIPT, data))
     except (OSError, ValueError) as error:
         logger.warning("%s has no charts: %s", page, error)
 
 
-def data_of(ranking: Ranking, title: str) -> Mapping[str, Any]:
+def build_page_data(ranking: Ranking, title: str) -> Mapping[str, Any]:
     """Return what the page shows."""
     rows = [
         {

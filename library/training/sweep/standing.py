@@ -7,7 +7,7 @@ from library.training.sweep.ranking import Measured
 from library.training.sweep_record import SweepRecord
 
 
-def standing_of(prepared: Sequence[PreparedRun], sweep: SweepRecord) -> list[Measured]:
+def collect_standing(prepared: Sequence[PreparedRun], sweep: SweepRecord) -> list[Measured]:
     """Collect what is known of each adapter: those that ended before a resume are told of by the record alone."""
     return [*of_record(prepared, sweep), *of_prepared(prepared)]
 

@@ -54,7 +54,7 @@ def find_states(options: TrainOptions, adapters: Mapping[str, TrainOptions], pro
     processes.require_same("the states", f"those of step {[facts.step for facts in found.values()]}")
     if not found:
         return FoundStates({})
-    seed = record_of(next(iter(found.values()))).seed
+    seed = read_record(next(iter(found.values()))).seed
     return FoundStates(found, SweepRecord(seed, ended_in(found.values())))
 
 
@@ -76,7 +76,7 @@ def newest_of_all(wanted: StateOptions, adapters: Mapping[str, SavingOptions]) -
         return found
     if not wanted.autoresume:
         return {}
-    states = {label: {facts.step: facts for facts in states_of(own)} for label, own in adapters.items()}
+    states = {label: {facts.step: facts for facts in iterate_states(own)} for label, own in adapters.items()}
     for step in sorted({step for steps in states.values() for step in steps}, reverse=True):
         found = {label: steps[step] for label, steps in states.items() if step in steps}
         if all(label in {**found, **ended_in(found.values())} for label in adapters) and are_undamaged(found.values()):
@@ -93,7 +93,7 @@ def newest_of_all(wanted: StateOptions, adapters: Mapping[str, SavingOptions]) -
     )
 
 
-def states_of(saving: SavingOptions) -> Iterator[StateManifest]:
+def iterate_states(saving: SavingOptions) -> Iterator[StateManifest]:
     """Yield the states of one adapter, of each step the one last after which less is left to do."""
     names = Names.build(saving)
     found = []
@@ -129,11 +129,11 @@ def ended_in(states: Iterable[StateManifest]) -> dict[str, Ended]:
     """Who had ended when these states were written: those that were written later know of more."""
     ended: dict[str, Ended] = {}
     for facts in states:
-        ended |= record_of(facts).ended
+        ended |= read_record(facts).ended
     return ended
 
 
-def record_of(facts: StateManifest) -> SweepRecord:
+def read_record(facts: StateManifest) -> SweepRecord:
     """Read the sweep's record in a state. Raises UserError for the state of a run without one."""
     if PART not in facts.parts:
         raise UserError(

@@ -13,8 +13,8 @@ from networks.core.changes.change import (
     Misfit,
     Paired,
     StoredOtherwise,
-    in_shape_of,
-    parts_of,
+    list_parts,
+    match_shape,
 )
 from networks.core.changes.dropout import NO_DROPOUT, Dropout
 from networks.core.changes.parameter_keys import ALPHA, START
@@ -173,7 +173,7 @@ class ScaledDelta(nn.Module):
     @torch.no_grad()
     def scale_(self, ratio: Tensor) -> None:
         """Multiply the change by a number, shared out evenly to the parts that train."""
-        parts = {name: part for name, part in parts_of(self.delta).items() if part.is_floating_point()}
+        parts = {name: part for name, part in list_parts(self.delta).items() if part.is_floating_point()}
         starts = [part for name, part in parts.items() if name.endswith(START)]
         others = [part for name, part in parts.items() if not name.endswith(START)]
         trained = [part for part in others if part.requires_grad] or others
@@ -194,7 +194,7 @@ class ScaledDelta(nn.Module):
         if isinstance(self.delta, StoredOtherwise):
             return self.delta.apart(tensors, name, source)
         own = self.state_dict()
-        return {key: in_shape_of(tensor, own[key]) if key in own else tensor for key, tensor in tensors.items()}
+        return {key: match_shape(tensor, own[key]) if key in own else tensor for key, tensor in tensors.items()}
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:

@@ -259,7 +259,7 @@ MakeDelta = Callable[[nn.Module, int], Delta]
 """(the layer, its rank) -> fresh numbers for the change of its weight."""
 
 
-def parts_of(delta: Delta) -> dict[str, Tensor]:
+def list_parts(delta: Delta) -> dict[str, Tensor]:
     """Every tensor that dW is made of, by name: parameters of the delta, and parameters and buffers of its children."""
     assert isinstance(delta, nn.Module)
     return {**dict(delta.named_parameters()), **dict(delta.named_buffers())}
@@ -272,7 +272,7 @@ def factor(module: nn.Module) -> Tensor:
     return weight
 
 
-def in_dtype_of(factor: Tensor, x: Tensor) -> Tensor:
+def match_dtype(factor: Tensor, x: Tensor) -> Tensor:
     """x as a factor can meet it: autocast casts for itself, without it x gets the factor's dtype here."""
     return x if torch.is_autocast_enabled(x.device.type) else x.to(factor.dtype)
 
@@ -290,7 +290,7 @@ def fill(delta: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Give a delta on the meta device the tensors of a file, in the dtypes they have there."""
     own, given = delta.state_dict(), {}
     for name, tensor in own.items():
-        found = in_shape_of(tensors[name], tensor) if name in tensors else None
+        found = match_shape(tensors[name], tensor) if name in tensors else None
         if found is None or found.shape != tensor.shape:
             shape = "missing" if found is None else list(found.shape)
             raise UserError(f"{name} is {shape}, but {list(tensor.shape)} fits the rest")
@@ -299,7 +299,7 @@ def fill(delta: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     delta.requires_grad_(False)
 
 
-def in_shape_of(found: Tensor, own: Tensor) -> Tensor:
+def match_shape(found: Tensor, own: Tensor) -> Tensor:
     """A tensor of a file in the shape that it has here, where the two differ in how a kernel is written alone.
 
     A matrix stands for a convolution, of which some programs keep no kernel, and a 1x1 kernel for a Linear layer, which

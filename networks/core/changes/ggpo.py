@@ -148,13 +148,13 @@ def add_noise(out: Tensor, x: Tensor, layer: nn.Module, deviations_O: Tensor) ->
 
 def draw(layer: nn.Module, deviations_O: Tensor, seed: int, dtype: torch.dtype) -> Tensor:
     """Return P, in the shape of the layer's weight."""
-    shape = _shape_of(layer)
+    shape = _weight_shape(layer)
     generator = torch.Generator(deviations_O.device).manual_seed(seed)
     noise = torch.randn(shape, generator=generator, dtype=dtype, device=deviations_O.device)
     return noise.mul_(deviations_O.to(dtype).view(-1, *(1,) * (len(shape) - 1)))
 
 
-def _shape_of(layer: nn.Module) -> Sequence[int]:
+def _weight_shape(layer: nn.Module) -> Sequence[int]:
     """Return the shape of the weight without asking the weight, which a layer in another format would decode."""
     if isinstance(layer, nn.Conv2d):
         return (layer.out_channels, layer.in_channels, *layer.kernel_size)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
-from networks.core.changes.change import check_kernel, factor, in_dtype_of
+from networks.core.changes.change import check_kernel, factor, match_dtype
 from networks.core.changes.parameter_keys import UP
 
 
@@ -89,7 +89,7 @@ def run_like(layer: nn.Module, x: Tensor, weight: Tensor, columns: Tensor | None
     """
     if columns is not None:
         weight = weight * columns.to(weight.dtype)
-    x = in_dtype_of(weight, x)
+    x = match_dtype(weight, x)
     if not isinstance(layer, nn.Conv2d):
         return linear(x, weight)
     pixels_BHWI = pixels_in_rows(x)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from networks.core.changes.change import Forward, Stackable, in_dtype_of
+from networks.core.changes.change import Forward, Stackable, match_dtype
 from networks.core.changes.dora import scale_columns
 
 
@@ -39,7 +39,7 @@ def stacked(changes: Sequence[Stackable], x: Tensor, base: Forward, strengths: S
     parts = x.reshape(shape)
     out = base(x if whole is None else scale_columns(parts, whole).view_as(x))
     downs_MRI, ups_MOR = padded_factors(changes, columns, strengths)
-    parts = in_dtype_of(downs_MRI, parts)
+    parts = match_dtype(downs_MRI, parts)
     if is_conv:  # (M, B, I, h, w)
         hidden = downs_MRI[:, None] @ parts.flatten(3)
         return out + (ups_MOR[:, None] @ hidden).to(out.dtype).reshape(out.shape)

@@ -15,7 +15,7 @@ from networks.core.changes.parameter_keys import ALPHA, DORA_SCALE
 from networks.core.changes.qkv_pieces import ROWS_KEY, rows_name
 from networks.core.files.adapter_file import AdapterFile
 from networks.core.files.module_weights import ModuleWeights
-from networks.core.files.renaming import shares_of, swap_halves, without_alpha
+from networks.core.files.renaming import split_shares, swap_halves, without_alpha
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class FileSpelling:
         return {spelled.keys.get(key, f"{spelled.name}.{key}"): tensor for key, tensor in found.items()}
 
 
-def spelling_of(read: AdapterFile, names: BaseNames) -> FileSpelling:
+def recognise_spelling(read: AdapterFile, names: BaseNames) -> FileSpelling:
     """Return what a file calls its modules; all of them are of the base model that `names` are of."""
     others = placed(read.modules.keys(), [names])
     modules = {}
@@ -69,7 +69,7 @@ def spelling_of(read: AdapterFile, names: BaseNames) -> FileSpelling:
         found = names.find(known)
         assert found is not None
         piece = found.piece_of(known)
-        own = found.kohya if piece is None else f"{found.kohya}.{rows_name(*shares_of(found, piece))}"
+        own = found.kohya if piece is None else f"{found.kohya}.{rows_name(*split_shares(found, piece))}"
         is_swapped = found.swaps_pair and found.is_in_diffusers(known)
         modules[own] = Spelled(name, module.keys, is_swapped)
     return FileSpelling(modules)

@@ -58,7 +58,7 @@ def structure_problem(module: ModuleWeights) -> str | None:
 
 def module_facts(module: ModuleWeights) -> ModuleFacts:
     """Return size and strength of a module whose tensors belong together."""
-    part, block = place_of(module.name)
+    part, block = locate_module(module.name)
     layout = module.layout
     has_rank = layout.rank_of is not None
     down, up = (norm(module.tensors[key]) for key in layout.ends) if layout.ends else (None, None)
@@ -66,7 +66,7 @@ def module_facts(module: ModuleWeights) -> ModuleFacts:
         name=module.name,
         part=part,
         block=block,
-        kind=form_of(module),
+        kind=name_form(module),
         rank=module.rank if has_rank else None,
         alpha=module.alpha if layout.has_alpha else None,
         down_norm=down,
@@ -75,7 +75,7 @@ def module_facts(module: ModuleWeights) -> ModuleFacts:
     )
 
 
-def form_of(module: ModuleWeights) -> str:
+def name_form(module: ModuleWeights) -> str:
     """Return the kind as reports name it."""
     if not module.is_dora:
         return module.form
@@ -86,16 +86,16 @@ def norm(tensor: Tensor) -> float:
     return float(tensor.double().norm())
 
 
-def place_of(name: str) -> tuple[str, str]:
+def locate_module(name: str) -> tuple[str, str]:
     """Return (part, block) of a module by its name in any naming."""
     flat = underscored(name)
     prefix = PREFIX.match(flat)
     path = flat[prefix.end() :] if prefix else flat
     match = BLOCK.search(path)
-    return part_of(flat), match[1] if match else "outside blocks"
+    return name_model(flat), match[1] if match else "outside blocks"
 
 
-def part_of(flat: str) -> str:
+def name_model(flat: str) -> str:
     """Return which model a module lies in; text encoders keep what their names tell."""
     match = re.match(r"(lora_te\d?|text_encoders_.*?(?=_transformer)|text_encoder(_\d)?)_", flat)
     return f"text encoder ({match[1]})" if match else "denoiser"

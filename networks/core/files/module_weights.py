@@ -14,7 +14,7 @@ from networks.core.changes.dora import are_per_output
 from networks.core.changes.parameter_keys import ALPHA, DORA_SCALE
 from networks.core.kinds import lora
 from networks.core.registry.key_layout import KeyLayout
-from networks.core.registry.layouts import PIECES, change_of, layout_of
+from networks.core.registry.layouts import PIECES, make_change, recognise_layout
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ModuleWeights:
     @property
     def layout(self) -> KeyLayout:
         """How the change is stored."""
-        return layout_of(self.tensors)
+        return recognise_layout(self.tensors)
 
     @property
     def form(self) -> str:
@@ -113,7 +113,7 @@ class ModuleWeights:
         if self.is_dora and self.layout.shape_of is not None:
             tensors[DORA_SCALE] = self.magnitudes.to(dtype or self.magnitudes.dtype)
         try:
-            return change_of(tensors)
+            return make_change(tensors)
         except ValueError as error:
             raise UserError(f"{self._place}: {error}") from None
 
@@ -156,7 +156,9 @@ class ModuleWeights:
         kept = {
             parameter_key: tensor for parameter_key, tensor in self.tensors.items() if parameter_key not in replaced
         }
-        made = {parameter_key: t.to(dtype) for parameter_key, t in lora.tensors_of(up_OR, down_RN, self.shape).items()}
+        made = {
+            parameter_key: t.to(dtype) for parameter_key, t in lora.make_tensors(up_OR, down_RN, self.shape).items()
+        }
         # What the old factors are called stays in place, so that keys come out in the order they had.
         order = [parameter_key for parameter_key in self.tensors if parameter_key in kept or parameter_key in made]
         tensors = {parameter_key: {**kept, **made}[parameter_key] for parameter_key in dict.fromkeys((*order, *made))}

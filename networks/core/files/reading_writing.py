@@ -11,7 +11,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from library.checkpoints.adapter_keys import naming_of
+from library.checkpoints.adapter_keys import recognise_naming
 from library.checkpoints.adapter_names import BaseNames, FileNaming
 from library.errors import UserError
 from networks.core.changes.adapter import Adapter
@@ -24,7 +24,7 @@ from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.renaming import rename
 from networks.core.kinds import lora, norm
 from networks.core.registry.key_layout import KeyLayout
-from networks.core.registry.layouts import PIECES, SHARED, layout_of, list_layouts
+from networks.core.registry.layouts import PIECES, SHARED, list_layouts, recognise_layout
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def usable_modules(file: AdapterFile, layouts: Sequence[KeyLayout] = ()) -> dict
     """
     layouts = layouts or list_layouts()
     refuse_strangers(file)
-    known = keys_of(layouts)
+    known = list_keys(layouts)
     own = {key.removeprefix(f"{name}.") for name, module in file.modules.items() for key in module.keys.values()}
     own = {parameter_key for parameter_key in own if PIECES not in layouts or not is_in_rows((parameter_key,))}
     foreign = sorted(own - set(known))
@@ -94,7 +94,7 @@ def refuse_strangers(file: AdapterFile) -> None:
     elsewhere = [
         name
         for name, module in file.modules.items()
-        if naming_of(name) != "kohya"
+        if recognise_naming(name) != "kohya"
         and any(key != f"{name}.{parameter_key}" for parameter_key, key in module.keys.items())
     ]
     if elsewhere:
@@ -107,12 +107,14 @@ def refuse_strangers(file: AdapterFile) -> None:
 def layouts_for(adapters: Mapping[str, Adapter]) -> tuple[KeyLayout, ...]:
     """Return what files may hold for a network: the layouts of its network module, and norms."""
     changes = [adapter.change for adapter in adapters.values() if adapter.target.kind != "norm"]
-    modules = {layout_of(change.state_dict()).network_module for change in changes if isinstance(change, nn.Module)}
+    modules = {
+        recognise_layout(change.state_dict()).network_module for change in changes if isinstance(change, nn.Module)
+    }
     known = (*list_layouts(), PIECES)
     return tuple(layout for layout in known if layout is norm.LAYOUT or layout.network_module in modules)
 
 
-def keys_of(layouts: Sequence[KeyLayout]) -> tuple[str, ...]:
+def list_keys(layouts: Sequence[KeyLayout]) -> tuple[str, ...]:
     """Return every parameter key of some layouts, those they share at the two ends of the first."""
     own = [layout for layout in layouts if layout is not norm.LAYOUT and layout.read is not None]
     first = (key for layout in own for key in (*layout.needs, *layout.core, *layout.may_have) if key not in SHARED)
@@ -121,7 +123,7 @@ def keys_of(layouts: Sequence[KeyLayout]) -> tuple[str, ...]:
 
 def check_complete(module: str, group: Mapping[str, Tensor], source: str) -> None:
     """Raise UserError where a module lacks what its layout needs."""
-    layout = layout_of(group)
+    layout = recognise_layout(group)
     if layout is PIECES:
         for name, own in by_rows(group).items():
             check_complete(f"{module}.{name}", own, source)
@@ -136,7 +138,7 @@ def check_complete(module: str, group: Mapping[str, Tensor], source: str) -> Non
 
 def rank_and_alpha(group: Mapping[str, Tensor]) -> tuple[int, float]:
     """Return the rank of one module's weights, and its alpha: the rank where the file has none."""
-    layout = layout_of(group)
+    layout = recognise_layout(group)
     assert layout.rank_of is not None
     return layout.rank_of(group), layout.alpha_of(group)
 
@@ -183,7 +185,7 @@ def in_own_form(name: str, adapter: Adapter, group: Mapping[str, Tensor], source
 
     Raises UserError where the file has it in a form that the adapter cannot have.
     """
-    change, layout = adapter.change, layout_of(group)
+    change, layout = adapter.change, recognise_layout(group)
     if layout.is_low_rank and isinstance(change, Converted):
         return change.in_memory(group, name, source)
     return group if layout.own_form is None else layout.own_form(group)
@@ -195,7 +197,7 @@ def check_shapes(name: str, adapter: Adapter, group: Mapping[str, Tensor], sourc
     assert isinstance(change, nn.Module)
     own, size = change.state_dict(), adapter.change.size
     if size.has_ranks:
-        check_layout(name, size, layout_of(own), group, source)
+        check_layout(name, size, recognise_layout(own), group, source)
     if size.rank is not None and (rank := rank_and_alpha(group)[0]) != size.rank:
         has, gives, take = (f"rank {rank}", f"rank {size.rank}", "ranks")
         if size.block_sizes:
@@ -220,14 +222,14 @@ def check_shapes(name: str, adapter: Adapter, group: Mapping[str, Tensor], sourc
 
 def fits_layer(name: str, adapter: Adapter, group: Mapping[str, Tensor]) -> bool:
     """Return True if the change of a file has the size of the layer's weight, however it is stored."""
-    shape_of, weight = layout_of(group).shape_of, adapter.target.module.weight
+    shape_of, weight = recognise_layout(group).shape_of, adapter.target.module.weight
     assert isinstance(weight, Tensor)
     return shape_of is not None and prod(shape_of(name, group)) == weight.numel() and DORA_SCALE not in group
 
 
 def check_layout(name: str, size: ChangeSize, own: KeyLayout, group: Mapping[str, Tensor], source: str) -> None:
     """Raise UserError where the file has the module in another form than the settings ask for."""
-    layout = layout_of(group)
+    layout = recognise_layout(group)
     if layout.network_module != own.network_module:
         raise UserError(
             f"{name} is {layout.words} in {source}, but --network_module makes it {own.words}"

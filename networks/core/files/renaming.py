@@ -131,11 +131,11 @@ def in_rows(found: ModuleNames, pieces: Mapping[int | None, ModuleWeights]) -> d
         if i in pieces:
             own = with_alpha_tensor(pieces[i])
             own |= {ALPHA: own[ALPHA].reshape(())} if ALPHA in own else {}
-            tensors.update({f"{rows_name(*shares_of(found, i))}.{key}": tensor for key, tensor in own.items()})
+            tensors.update({f"{rows_name(*split_shares(found, i))}.{key}": tensor for key, tensor in own.items()})
     return tensors
 
 
-def shares_of(found: ModuleNames, i: int) -> tuple[int, int, int]:
+def split_shares(found: ModuleNames, i: int) -> tuple[int, int, int]:
     """Where the rows of piece i begin and end, and of how many, in units that all pieces have in common."""
     shares = [piece.share for piece in found.pieces]
     return sum(shares[:i]), sum(shares[: i + 1]), sum(shares)

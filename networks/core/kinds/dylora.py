@@ -131,7 +131,7 @@ def draw_rank(arguments: DyloraArguments, adapters: Sequence[Adapter], seed: int
     drawn = random_for(seed, STREAM, step).randrange(len(ranks))
     rows: dict[tuple[int, int], tuple[int, int]] = {}  # by (rank, unit): networks have few of them
     for target, delta in modules:
-        key = (delta.rank, unit_of(target, arguments))
+        key = (delta.rank, resolve_unit(target, arguments))
         if key not in rows:
             ladder = [nested_rank(key[0], rank, full_rank, key[1]) for rank in ranks[: drawn + 1]]
             below = max((rank for rank in ladder if rank < ladder[-1]), default=0)
@@ -143,7 +143,7 @@ def check_units(adapters: Sequence[Adapter], arguments: DyloraArguments) -> None
     """Log which ranks are trained. Raises UserError naming the nearest multiples where a rank is none of its unit."""
     modules = nested_modules(adapters)
     for target, delta in modules:
-        unit = unit_of(target, arguments)
+        unit = resolve_unit(target, arguments)
         if delta.rank % unit:
             name, setting = UNITS[target.kind]
             lower = delta.rank - delta.rank % unit
@@ -163,11 +163,11 @@ def check_units(adapters: Sequence[Adapter], arguments: DyloraArguments) -> None
 
 def largest_rank(modules: Sequence[tuple[TargetModule, NestedRank]], arguments: DyloraArguments) -> tuple[int, int]:
     """Return (full rank, unit) of a network: its largest rank in plain layers, or in convolutions if that is all."""
-    plain = [(delta.rank, unit_of(target, arguments)) for target, delta in modules if target.kind == "plain"]
-    return max(plain or [(delta.rank, unit_of(target, arguments)) for target, delta in modules])
+    plain = [(delta.rank, resolve_unit(target, arguments)) for target, delta in modules if target.kind == "plain"]
+    return max(plain or [(delta.rank, resolve_unit(target, arguments)) for target, delta in modules])
 
 
-def unit_of(target: TargetModule, arguments: DyloraArguments) -> int:
+def resolve_unit(target: TargetModule, arguments: DyloraArguments) -> int:
     """Return the block size of one module's rank."""
     return arguments.unit if target.kind == "plain" else arguments.conv_unit
 

@@ -6,7 +6,7 @@ These are read and merged; nothing trains them here.
 import torch
 from torch import Tensor, nn
 
-from networks.core.changes.change import Change, MergedOnly, Misfit, ModuleTensors, in_shape_of
+from networks.core.changes.change import Change, MergedOnly, Misfit, ModuleTensors, match_shape
 from networks.core.registry.adapter_kind import AdapterKind
 from networks.core.registry.key_layout import KeyLayout
 
@@ -26,7 +26,7 @@ class Full(MergedOnly):
         self.changed_parameters = tuple(name for name, key in KEY_OF.items() if key in tensors)
 
     def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
-        change = in_shape_of(getattr(self, KEY_OF[parameter]), base)
+        change = match_shape(getattr(self, KEY_OF[parameter]), base)
         if change.shape != base.shape:
             raise Misfit("", tuple(change.shape), tuple(base.shape))
         return base + strength * change.to(base.device)

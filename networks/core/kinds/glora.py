@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from networks.core.changes.change import Change, MergedOnly, Misfit, ModuleTensors, in_shape_of
+from networks.core.changes.change import Change, MergedOnly, Misfit, ModuleTensors, match_shape
 from networks.core.changes.parameter_keys import ALPHA
 from networks.core.registry.adapter_kind import AdapterKind
 from networks.core.registry.key_layout import KeyLayout
@@ -37,12 +37,12 @@ class GLoRA(MergedOnly):
 
     def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
         own = self._weight_alone()
-        if in_shape_of(own, base).shape != base.shape:
+        if match_shape(own, base).shape != base.shape:
             raise Misfit("", tuple(own.shape), tuple(base.shape))
         a1_IR, a2_RI = (self._matrix(key).to(base.device) for key in (A1, A2))
         # Pixels of a kernel first, so that the inputs are columns.
         turned = (base.movedim(1, -1) @ a1_IR @ a2_RI).movedim(-1, 1)
-        return base + strength * self._scale * (turned + in_shape_of(own, base).to(base.device))
+        return base + strength * self._scale * (turned + match_shape(own, base).to(base.device))
 
     def norm(self) -> Tensor:
         """Return the norm of a1 a2 and b1 b2 together: what the first changes depends on the weight."""

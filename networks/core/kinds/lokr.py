@@ -16,7 +16,7 @@ from networks.core.arguments.network_arguments import NetworkArguments, argument
 from networks.core.arguments.values import parse_bool, parse_factor
 from networks.core.changes.adapter import Adapter
 from networks.core.changes.additive import read_delta, wrap
-from networks.core.changes.change import Change, Delta, ModuleTensors, check_kernel, in_dtype_of, stand_in
+from networks.core.changes.change import Change, Delta, ModuleTensors, check_kernel, match_dtype, stand_in
 from networks.core.changes.dora import scale_columns
 from networks.core.changes.qkv_pieces import changes_in
 from networks.core.changes.request import ChangeRequest
@@ -85,7 +85,7 @@ class LoKr(nn.Module):
 
     def down(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
         """The channels have an axis of groups beside them: (..., groups, R), or (B, R, groups, h, w)."""
-        x = in_dtype_of(self.get_parameter(self.fast_key), x)
+        x = match_dtype(self.get_parameter(self.fast_key), x)
         if columns is not None:
             x = scale_columns(x, columns)
         groups = _unflatten(x, 1 if self._is_conv else x.dim() - 1, self.outer[1], self.inner[1])
@@ -226,7 +226,7 @@ def fresh(
 # --- in files ---
 
 
-def outer_of(tensors: ModuleTensors) -> tuple[int, int]:
+def outer_shape(tensors: ModuleTensors) -> tuple[int, int]:
     """Return (L, M)."""
     if W1 in tensors:
         return tensors[W1].shape[0], tensors[W1].shape[1]
@@ -235,7 +235,7 @@ def outer_of(tensors: ModuleTensors) -> tuple[int, int]:
 
 def shape_of(name: str, tensors: ModuleTensors) -> tuple[int, ...]:
     """Return the shape of the weight; (O, I * h * w) where nothing tells that it is a convolution."""
-    num_l, num_m = outer_of(tensors)
+    num_l, num_m = outer_shape(tensors)
     inner: tuple[int, ...]
     kernel: tuple[int, ...]
     if W2 in tensors:
@@ -256,7 +256,7 @@ def rank_of(tensors: ModuleTensors) -> int:
 
 def like(layer: nn.Module, tensors: ModuleTensors) -> Delta:
     """Make a LoKr in the form of a module in a file, which tells it by its shapes."""
-    return LoKr(layer, rank_of(tensors), outer_of(tensors), (W1 not in tensors, W2 not in tensors), CORE in tensors)
+    return LoKr(layer, rank_of(tensors), outer_shape(tensors), (W1 not in tensors, W2 not in tensors), CORE in tensors)
 
 
 def read(tensors: ModuleTensors, layer: nn.Module | None) -> Change:

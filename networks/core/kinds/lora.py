@@ -65,7 +65,7 @@ def check_apart(request: ChangeRequest, widths: tuple[int, ...]) -> None:
 # --- in files ---
 
 
-def tensors_of(
+def make_tensors(
     up_OR: Tensor, down_RN: Tensor, shape: tuple[int, ...], alpha: Tensor | None = None
 ) -> dict[str, Tensor]:
     """Return the tensors of a LoRA of a weight of `shape`, (O, I) or (O, I, h, w), from factors that are matrices."""

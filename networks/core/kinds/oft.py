@@ -79,7 +79,7 @@ class OrthogonalOutputs(nn.Module):
         bias = None if self.layer is None else self.layer.bias
         if isinstance(bias, Tensor):
             alone = alone - bias.to(alone.dtype)
-        change = self._change_of(alone, turns)
+        change = self._rotate_rows(alone, turns)
         return out + (strength * (change.movedim(-1, 1) if is_conv else change)).to(out.dtype)
 
     def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
@@ -88,7 +88,7 @@ class OrthogonalOutputs(nn.Module):
         if num_rows != len(base):
             raise Misfit("", (num_rows, *base.shape[1:]), tuple(base.shape))
         base = base.to(torch.promote_types(base.dtype, turns[0].dtype))
-        change = self._change_of(base.flatten(1).t(), [turn.to(base) for turn in turns]).t()
+        change = self._rotate_rows(base.flatten(1).t(), [turn.to(base) for turn in turns]).t()
         return base + strength * change.reshape(base.shape)
 
     @property
@@ -151,7 +151,7 @@ class OrthogonalOutputs(nn.Module):
         keep_FD = torch.rand(turns.shape[:2], device=turns.device) > self.drops.neuron
         return turns * keep_FD[..., None, None].to(turns.dtype)
 
-    def _change_of(self, rows_TO: Tensor, turns: Sequence[Tensor]) -> Tensor:
+    def _rotate_rows(self, rows_TO: Tensor, turns: Sequence[Tensor]) -> Tensor:
         """Return what is added to rows of O numbers: s * (y R) - y, piece by piece."""
         widths = [turn.shape[1] * turn.shape[2] for turn in turns]
         parts = torch.split(rows_TO, widths, dim=-1)

@@ -17,14 +17,14 @@ from networks.core.changes.parameter_keys import DORA_SCALE
 from networks.core.changes.qkv_pieces import by_rows
 from networks.core.changes.tlora import NoiseLevels
 from networks.core.files.adapter_file import AdapterFile, adapter_tensors, open_adapter
-from networks.core.files.file_spelling import FileSpelling, spelling_of
+from networks.core.files.file_spelling import FileSpelling, recognise_spelling
 from networks.core.files.foreign_names import in_own_names
 from networks.core.files.reading_writing import usable_modules
 from networks.core.kinds import norm
 from networks.core.network.members import MemberMaker, Place, rates_alone
 from networks.core.network.network import AdapterNetwork, Member
 from networks.core.registry.adapter_kind import AdapterKind
-from networks.core.registry.layouts import PIECES, layout_of, list_layouts
+from networks.core.registry.layouts import PIECES, list_layouts, recognise_layout
 from networks.core.registry.parsing import WRAPPERS, list_arguments, parse_arguments, strangers
 from networks.core.targets.rules import make_rules
 from networks.core.targets.selection import check_choices
@@ -204,7 +204,7 @@ def check_forms(kind: AdapterKind, arguments: NetworkArguments, groups: Groups, 
     """Raise UserError where a file that is to be trained further has what this kind does not support."""
     parts = [own for group in groups.values() for own in (by_rows(group).values() or [group])]
     found = {
-        "use_tucker": any(layout_of(own).has_core(own) for own in parts),
+        "use_tucker": any(recognise_layout(own).has_core(own) for own in parts),
         "dora_wd": any(DORA_SCALE in own for own in parts),
     }
     refused = refused_by(kind, arguments)
@@ -222,18 +222,18 @@ def spelling_to_keep(
 
     Raises UserError where the kind does not train such a part.
     """
-    if not any(layout_of(group) is PIECES for group in groups.values()):
+    if not any(recognise_layout(group) is PIECES for group in groups.values()):
         return None
     check_pieces(kind, groups, given.origin)
     assert targets.names is not None
-    return spelling_of(given, targets.names)
+    return recognise_spelling(given, targets.names)
 
 
 def check_pieces(kind: AdapterKind, groups: Groups, source: str) -> None:
     """Raise UserError where a file has a part of a layer apart that this kind does not train as such."""
     for module, group in groups.items():
         for name, own in by_rows(group).items():
-            layout = layout_of(own)
+            layout = recognise_layout(own)
             if layout.is_low_rank and layout in kind.layouts:
                 continue
             fix = "merge it with --base_weights"

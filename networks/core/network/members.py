@@ -18,9 +18,9 @@ from networks.core.changes.tlora import NoiseLevels
 from networks.core.kinds import norm
 from networks.core.network.network import Member
 from networks.core.registry.adapter_kind import AdapterKind
-from networks.core.registry.layouts import PIECES, change_of, layout_of
+from networks.core.registry.layouts import PIECES, make_change, recognise_layout
 from networks.core.targets.rules import Rules, TargetSettings, make_rules
-from networks.core.targets.selection import all_targets, chosen_targets, extra_classes, filters_of
+from networks.core.targets.selection import all_targets, build_filters, chosen_targets, extra_classes
 from networks.core.targets.targets import AdapterTargets, Filters, Part, TargetModule, find_norms
 
 
@@ -66,7 +66,7 @@ class MemberMaker:
             yield self.member(place, target, self.change(request), settings)
         if arguments.of(TargetArguments).train_norm:
             classes += extra_classes(place.part, arguments)
-            for target in find_norms(place.part, place.root, classes, filters_of(arguments)):
+            for target in find_norms(place.part, place.root, classes, build_filters(arguments)):
                 if (norm_settings := rules.resolve_norm_settings(target)) is not None:
                     yield self.member(place, target, norm.fresh_norm(target.module), norm_settings)
 
@@ -82,7 +82,7 @@ class MemberMaker:
         norms = find_norms(part, place.root, part.blocks + part.conv_blocks, Filters(include=(".*",)))
         for target in (*all_targets(part, place.root, self.targets), *norms):
             group = groups.get(target.name)
-            if group is None or target.kind not in (layout := layout_of(group)).targets:
+            if group is None or target.kind not in (layout := recognise_layout(group)).targets:
                 continue
             if layout is norm.LAYOUT:
                 yield self.member(place, target, norm.fresh_norm(target.module), rules.with_rate(target, 0, 0.0))
@@ -93,7 +93,7 @@ class MemberMaker:
                 change = self.change_in_rows(place, target, group, source)
                 settings = rules.with_rate(target, 0, 0.0)
             elif layout not in self.kind.layouts:
-                change = change_of(group, target.module)
+                change = make_change(group, target.module)
             else:
                 change = self.change(self.request_of_file(place, target, group, source))
             yield self.member(place, target, change, settings)
@@ -114,7 +114,7 @@ class MemberMaker:
 
     def request_of_file(self, place: Place, target: TargetModule, tensors: ModuleTensors, source: str) -> ChangeRequest:
         """Ask for a change in the form of a module of a file; magnitudes can be new."""
-        layout, dora = layout_of(tensors), self.arguments.of(DoraArguments)
+        layout, dora = recognise_layout(tensors), self.arguments.of(DoraArguments)
         assert layout.rank_of is not None
         has_magnitudes = DORA_SCALE in tensors
         return replace(

@@ -70,7 +70,7 @@ class AdapterMultiplexer:
 
     def share_stacked(self, places: Sequence[int]) -> float:
         """Return how many of the layers compute the adapters of these networks in one product, as a share."""
-        return sum(layer.stack_of(tuple(places)) is not None for layer in self.layers) / len(self.layers)
+        return sum(layer.stack_changes(tuple(places)) is not None for layer in self.layers) / len(self.layers)
 
 
 class SharedLayer:
@@ -81,7 +81,7 @@ class SharedLayer:
         self._stacked: dict[tuple[int, ...], Sequence[Stackable] | None] = {}
         self._base: Forward = take_forward(layer, self.forward)
 
-    def stack_of(self, places: tuple[int, ...]) -> Sequence[Stackable] | None:
+    def stack_changes(self, places: tuple[int, ...]) -> Sequence[Stackable] | None:
         """Return the changes of these networks, where one product computes all of them."""
         if places not in self._stacked:
             found = [self._adapters[place].change for place in places if place in self._adapters]
@@ -102,7 +102,7 @@ class SharedLayer:
         strengths = [self._strength(place) for place in places]
         if not any(strengths):
             return self._base(x)
-        if (changes := self.stack_of(places)) is not None:
+        if (changes := self.stack_changes(places)) is not None:
             return stacked(changes, x, self._base, strengths)
         return self._one_by_one(places, x)
 

@@ -75,7 +75,7 @@ class AdapterNetwork(nn.Module):
             name = member.adapter.target.name
             if name in self._modules:
                 raise UserError(f"two modules of the base model have the name {name} in files")
-            self.add_module(name, module_of(member.adapter))
+            self.add_module(name, as_module(member.adapter))
 
     @property
     def adapters(self) -> Mapping[str, Adapter]:
@@ -150,13 +150,13 @@ class AdapterNetwork(nn.Module):
         The layers of this network may be on the meta device.
         """
         for member in self.members:
-            make_room(module_of(member.adapter))
+            make_room(as_module(member.adapter))
         file = sort_tensors(weights_sd, {}, f"--base_weights {self.file}".rstrip())
         for line in load_into(self.adapters, file).warnings():
             logger.warning(line)
         for member in self.members:
             if device is not None:
-                module_of(member.adapter).to(device)
+                as_module(member.adapter).to(device)
             for name in member.adapter.change.changed_parameters:
                 merged = partial(member.adapter.merged_into, name=name)
                 yield Merging(member.adapter.target.module, name, merged)
@@ -201,7 +201,7 @@ class AdapterNetwork(nn.Module):
             block = "" if settings.block is None else f"_block{settings.block}"
             block += "" if settings.expression is None else f" reg_lr_{settings.expression}"
             ratio = self._loraplus_ratio(member)
-            for name, parameter in module_of(member.adapter).named_parameters():
+            for name, parameter in as_module(member.adapter).named_parameters():
                 is_plus = ratio is not None and name in member.adapter.change.fast_keys
                 lr = rate * ratio if is_plus and ratio is not None else rate
                 if lr == 0:
@@ -315,7 +315,7 @@ class AdapterNetwork(nn.Module):
         return own or rates.loraplus_lr_ratio or None
 
 
-def module_of(adapter: Adapter) -> nn.Module:
+def as_module(adapter: Adapter) -> nn.Module:
     """Return the change as the module that it is."""
     assert isinstance(adapter.change, nn.Module)
     return adapter.change

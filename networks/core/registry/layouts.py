@@ -39,7 +39,7 @@ def list_layouts() -> tuple[KeyLayout, ...]:
     return tuple(sorted(found, key=lambda layout: -len(layout.needs)))
 
 
-def layout_of(tensors: Collection[str]) -> KeyLayout:
+def recognise_layout(tensors: Collection[str]) -> KeyLayout:
     """Return the layout of a module with these parameter keys; of an incomplete module the one that it belongs to."""
     there = frozenset(tensors)
     if qkv_pieces.is_in_rows(there):
@@ -49,12 +49,12 @@ def layout_of(tensors: Collection[str]) -> KeyLayout:
     return next(complete, next(begun, OTHER))
 
 
-def change_of(tensors: ModuleTensors, layer: nn.Module | None = None) -> Change:
+def make_change(tensors: ModuleTensors, layer: nn.Module | None = None) -> Change:
     """Make the change of a module in a file, of `layer` or, without one, of a weight alone.
 
     Raises UserError for a layout that is only recognised.
     """
-    layout = layout_of(tensors)
+    layout = recognise_layout(tensors)
     if layout.read is None:
         raise UserError(f"{layout.words} is not computed here")
     return layout.read(tensors, layer)
@@ -63,7 +63,7 @@ def change_of(tensors: ModuleTensors, layer: nn.Module | None = None) -> Change:
 def read_pieces(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
     """Make the change of a layer whose rows are changed apart."""
     return qkv_pieces.InRows(
-        {name: change_of(own) for name, own in qkv_pieces.by_rows(tensors).items()}
+        {name: make_change(own) for name, own in qkv_pieces.by_rows(tensors).items()}
     ).requires_grad_(False)
 
 

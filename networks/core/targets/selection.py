@@ -87,7 +87,7 @@ def chosen_targets(
     Some of them may be given the rank 0.
     """
     classes += extra_classes(part, arguments)
-    target_modules = find_target_modules(part, root, classes, filters_of(arguments))
+    target_modules = find_target_modules(part, root, classes, build_filters(arguments))
     if part is not targets.denoiser:
         return target_modules
     subset = targets.subsets.get(arguments.of_model.get("train_blocks", "all"))
@@ -98,7 +98,7 @@ def chosen_targets(
     return kept + find_embedders(part, root, embedders, target_modules)
 
 
-def filters_of(arguments: NetworkArguments) -> Filters:
+def build_filters(arguments: NetworkArguments) -> Filters:
     """Return what the patterns of a user leave out."""
     own = arguments.of(TargetArguments)
     return Filters(own.exclude_patterns, own.include_patterns, own.only_patterns)

@@ -161,7 +161,7 @@ class Filters:
 UNFILTERED = Filters()
 
 
-def kind_of(module: nn.Module) -> TargetKind | None:
+def adaptation_kind(module: nn.Module) -> TargetKind | None:
     """How a module is adapted, None for a module that is not."""
     if isinstance(module, nn.Linear):
         return "plain"
@@ -182,7 +182,7 @@ def find_target_modules(
     return [
         TargetModule(target_name(part, path), path, module, kind)
         for path, module in _walk(root, classes)
-        if (kind := kind_of(module)) is not None and not filters.leave_out(part, path)
+        if (kind := adaptation_kind(module)) is not None and not filters.leave_out(part, path)
     ]
 
 
@@ -194,7 +194,7 @@ def find_embedders(
     return [
         TargetModule(target_name(part, path), path, module, kind)
         for path, module in root.named_modules()
-        if (kind := kind_of(module)) is not None and path not in taken and embedders.index_of(path) is not None
+        if (kind := adaptation_kind(module)) is not None and path not in taken and embedders.index_of(path) is not None
     ]
 
 

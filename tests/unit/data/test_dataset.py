@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from library.data.batches.batches import BatchMaker, BatchOrder, PartialBatch
-from library.data.batches.planned import maker_of
+from library.data.batches.planned import build_batch_maker
 from library.data.caching.stores import NO_LATENTS, NO_TEXTS
 from library.data.debug_dataset import show_batches
 from library.data.training_data import open_batches
@@ -144,7 +144,7 @@ def test_a_bug_in_making_batches_keeps_its_traceback(rich, monkeypatch, workers)
 
 def test_what_workers_need_travels_to_fresh_processes(rich):
     plan = plan_of(rich)
-    maker = maker_of(plan, NO_LATENTS, NO_TEXTS)
+    maker = build_batch_maker(plan, NO_LATENTS, NO_TEXTS)
     order = BatchOrder(2, 7, (0, 1))
     draft, expected = pickle.loads(pickle.dumps(maker))[order], maker[order]
     assert isinstance(draft, PartialBatch) and content_of(draft.batch) == content_of(expected.batch)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from library.data.decoding.images import orientation_of
+from library.data.decoding.images import read_orientation
 from library.data.sources.folders.image_headers import HEAD_BYTES, plain_size
 
 MODES = {"PNG": ("RGB", "RGBA", "L", "LA", "P", "1", "I;16"), "JPEG": ("RGB", "L", "CMYK"), "WEBP": ("RGB", "RGBA")}
@@ -29,7 +29,7 @@ def by_pillow(content: bytes) -> tuple[int, int] | None:
     try:
         with Image.open(io.BytesIO(content)) as image:
             width, height = image.size
-            return (height, width) if orientation_of(image) >= 5 else (width, height)
+            return (height, width) if read_orientation(image) >= 5 else (width, height)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None
 

@@ -17,7 +17,7 @@ from library.data.decoding.images import (
     change_colour,
     cropped_at_face,
     cropped_at_random,
-    face_of,
+    parse_face,
     place,
     read_pixels,
     read_size,
@@ -177,7 +177,7 @@ def test_random_crops_reach_both_ends_and_lie_inside():
     ],
 )
 def test_faces_in_file_names(name, face):
-    assert face_of(f"/some_1_2_3_4/{name}") == face
+    assert parse_face(f"/some_1_2_3_4/{name}") == face
 
 
 @pytest.mark.parametrize("wanders", [False, True])

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-from library.data.plan.audit_findings import BLURRED, EMPTY, MOST_BITS, findings_of
-from library.data.plan.audit_pixels import HASH_BITS, Look, groups_of, look_at, sharpness_of, similar_pairs
+from library.data.plan.audit_findings import BLURRED, EMPTY, MOST_BITS, collect_findings
+from library.data.plan.audit_pixels import HASH_BITS, Look, connect_groups, look_at, measure_sharpness, similar_pairs
 
 TRAINED = (256, 256)
 
@@ -66,7 +66,7 @@ def test_sharpness_is_the_variance_of_the_laplacian_of_the_sharpest_tile() -> No
     padded = np.pad(pixels.astype(np.float64), 1, mode="reflect")
     laplacian = padded[:-2, 1:-1] + padded[2:, 1:-1] + padded[1:-1, :-2] + padded[1:-1, 2:] - 4 * padded[1:-1, 1:-1]
     tiles = [tile for row in np.array_split(laplacian, 4) for tile in np.array_split(row, 4, axis=1)]
-    assert sharpness_of(pixels) == pytest.approx(max(tile.var() for tile in tiles), rel=1e-9)
+    assert measure_sharpness(pixels) == pytest.approx(max(tile.var() for tile in tiles), rel=1e-9)
 
 
 def test_every_pair_is_found_that_comparing_all_finds() -> None:
@@ -86,7 +86,7 @@ def test_every_pair_is_found_that_comparing_all_finds() -> None:
 
 
 def test_pairs_that_hang_together_are_one_group() -> None:
-    assert groups_of([(5, 2), (7, 8), (2, 9), (8, 7)]) == [[2, 5, 9], [7, 8]]
+    assert connect_groups([(5, 2), (7, 8), (2, 9), (8, 7)]) == [[2, 5, 9], [7, 8]]
 
 
 def test_what_stands_out_is_told_with_its_images_and_nothing_else() -> None:
@@ -101,7 +101,7 @@ def test_what_stands_out_is_told_with_its_images_and_nothing_else() -> None:
     ]  # fmt: skip
     found = {
         f.text.partition("image")[2].removeprefix("s").strip()[:16]: [path for path, _ in f.images]
-        for f in findings_of(looks, {"a", "b", "c"})
+        for f in collect_findings(looks, {"a", "b", "c"})
     }
     assert found == {
         "cannot be decode": ["cut"],
@@ -110,9 +110,9 @@ def test_what_stands_out_is_told_with_its_images_and_nothing_else() -> None:
         "near-duplicated;": ["a", "b"],
         "blurred all over": ["soft"],
     }
-    (line,) = [f.line for f in findings_of(looks[2:4], {"c"})]
+    (line,) = [f.line for f in collect_findings(looks[2:4], {"c"})]
     assert line.endswith("c (group 1, trained), v (group 1, validation)")
-    assert list(findings_of([looks[4]], {"alone"})) == []
+    assert list(collect_findings([looks[4]], {"alone"})) == []
 
 
 def test_images_of_16_bits_and_turned_ones_look_as_they_are_trained(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from library.data.batches.own_dataset import OwnDataset, batch_of, open_own_dataset
+from library.data.batches.own_dataset import OwnDataset, build_batch, open_own_dataset
 from library.options.dataset import DatasetOptions
 from library.protocols import LatentSpec
 
@@ -61,14 +61,14 @@ def test_all_parts_of_a_batch_are_taken_over() -> None:
         original_sizes_hw=torch.tensor([[30, 40], [50, 60]]), crop_top_lefts=torch.tensor([[1, 2], [3, 4]]),
         custom_attributes=[{"diff_output_preservation": True}, {}],
     )  # fmt: skip
-    batch = batch_of(given, "batch 0", SPEC)
+    batch = build_batch(given, "batch 0", SPEC)
     assert batch.pixels_BCHW is not None and torch.equal(batch.pixels_BCHW, given["images"])
     assert batch.latents_BCHW is None and batch.keys == ["a", "7"]
     assert batch.loss_weights_B.tolist() == [1.0, 0.5]
     assert batch.masks_B1HW is not None and batch.masks_B1HW.shape == (2, 1, 16, 24)
     assert batch.sizes_B6.tolist() == [[30, 40, 1, 2, 16, 24], [50, 60, 3, 4, 16, 24]]
     assert batch.attributes[0] == {"diff_output_preservation": True}
-    latents = batch_of({"captions": ["a"], "latents": torch.randn(1, 4, 5, 6)}, "batch 1", SPEC)
+    latents = build_batch({"captions": ["a"], "latents": torch.randn(1, 4, 5, 6)}, "batch 1", SPEC)
     assert latents.pixels_BCHW is None and latents.sizes_B6.tolist() == [[40, 48, 0, 0, 40, 48]]
 
 
@@ -84,7 +84,7 @@ def test_all_parts_of_a_batch_are_taken_over() -> None:
 )
 def test_what_does_not_fit_is_named(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        batch_of(given, "batch 5", SPEC)
+        build_batch(given, "batch 5", SPEC)
 
 
 def test_a_class_of_another_kind_is_named_with_what_it_must_offer() -> None:

@@ -14,7 +14,7 @@ from library.data.caching.latents import cache_latents
 from library.data.sources import parquet, shards
 from library.data.sources.indexed import parquet_index
 from library.data.sources.indexed.parquet_files import KeptGroups
-from library.data.sources.indexed.tar_files import Member, members_of
+from library.data.sources.indexed.tar_files import Member, iterate_members
 from library.data.sources.storage import storage
 from library.data.sources.storage.ranges import Window
 from library.data.sources.storage.storage import expanded
@@ -466,7 +466,7 @@ def test_members_are_those_that_tarfile_finds(form: int, tmp_path: Path) -> None
         archive.addfile(link)
     with tarfile.open(path) as archive:
         expected = [Member(info.name, info.offset_data, info.size) for info in archive if info.isfile()]
-    assert list(members_of(window_of(path), "x")) == expected
+    assert list(iterate_members(window_of(path), "x")) == expected
     assert [member.stem for member in expected][:2] == ["a", "folder/b"] and expected[1].ending == "seg.png"
 
 
@@ -480,7 +480,7 @@ def test_a_tar_file_with_a_bit_turned_is_read_alike_or_refused(place: int, tmp_p
         turned[(place + bit // 8) % len(content)] ^= 1 << bit % 8
         path.write_bytes(turned)
         try:
-            found = list(members_of(window_of(path), "x.tar"))
+            found = list(iterate_members(window_of(path), "x.tar"))
         except UserError as error:
             assert str(error).startswith("x.tar")
         else:

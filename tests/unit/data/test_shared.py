@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from library.data.batches.batches import BatchMaker
-from library.data.batches.planned import maker_of
+from library.data.batches.planned import build_batch_maker
 from library.data.batches.shared import SharedMaker
 from library.data.caching.captions import cache_texts
 from library.data.caching.latents import cache_latents
@@ -107,4 +107,4 @@ def test_full_shared_memory_is_named_with_the_way_out(tmp_path: Path, monkeypatc
     write_folder(tmp_path / "1_a", 2)
     plan = plan_of(options_of("--resolution 64", "--train_data_dir", str(tmp_path)))
     with pytest.raises(UserError, match=r"--max_data_loader_n_workers: shared memory .*No space left.*use 0"):
-        SharedMaker.of(maker_of(plan, NO_LATENTS, NO_TEXTS))
+        SharedMaker.of(build_batch_maker(plan, NO_LATENTS, NO_TEXTS))

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from library.data.plan.data_plan import DataPlan
-from library.data.plan.validation_split import SplitSpec, choose, identity_of
+from library.data.plan.validation_split import SplitSpec, choose, hash_file
 from tests.unit.data.builders import (
     batches_of,
     options_of,
@@ -34,7 +34,7 @@ def trained(plan: DataPlan) -> set[str]:
 
 def set_aside(plan: DataPlan) -> list[str]:
     images = validation_of(plan)
-    return [key for batch in images.batches(images.places_of(None), 0) for key in batch.keys]
+    return [key for batch in images.batches(images.select_places(None), 0) for key in batch.keys]
 
 
 # Which images
@@ -236,8 +236,8 @@ def test_files_are_the_same_only_where_their_content_is(tmp_path):
     one = write_image(tmp_path / "one.png", (200, 200), seed=1)
     two = write_image(tmp_path / "two.png", (200, 200), seed=2)
     copy = Path(shutil.copy(one, tmp_path / "copy.png"))
-    assert identity_of(str(one)) == identity_of(str(copy)) != identity_of(str(two))
+    assert hash_file(str(one)) == hash_file(str(copy)) != hash_file(str(two))
     copy.write_bytes(one.read_bytes() + b"\0")
-    assert identity_of(str(one)) != identity_of(str(copy))
+    assert hash_file(str(one)) != hash_file(str(copy))
     with pytest.raises(ValueError, match=r"none\.png cannot be read"):
-        identity_of(str(tmp_path / "none.png"))
+        hash_file(str(tmp_path / "none.png"))

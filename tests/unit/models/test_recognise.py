@@ -13,10 +13,10 @@ from library.errors import NotThere
 from library.models.identify import (
     base_of_file,
     base_of_folder,
+    find_spec,
     refuse_other_file,
     refuse_other_folder,
     refuse_other_model,
-    spec_of,
     suggest_fix,
 )
 from library.models.loading import Absent
@@ -61,7 +61,7 @@ def test_the_size_embedding_makes_a_unet_sdxls_whatever_the_pipeline_is_called()
 
 
 def test_the_way_out_is_a_flag_between_generations_and_a_script_between_models():
-    sd1, sd2, sdxl, flux = (spec_of(SPECS, name) for name in ("sd1", "sd2", "sdxl", "flux"))
+    sd1, sd2, sdxl, flux = (find_spec(SPECS, name) for name in ("sd1", "sd2", "sdxl", "flux"))
     assert suggest_fix(sd2, sd1) == "add --v2"
     assert suggest_fix(sd1, sd2) == "remove --v2"
     prompts = "or train_leco.py to train from prompts alone"

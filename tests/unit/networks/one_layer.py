@@ -9,7 +9,7 @@ from networks.core.changes.alpha import ScaledDelta
 from networks.core.changes.change import Delta
 from networks.core.changes.dora import Decompose, DoRA
 from networks.core.changes.dropout import NO_DROPOUT, Dropout
-from networks.core.targets.targets import TargetModule, kind_of
+from networks.core.targets.targets import TargetModule, adaptation_kind
 
 
 def adapter_on(
@@ -22,7 +22,7 @@ def adapter_on(
     has_scalar: bool = False,
 ) -> Adapter:
     """An adapter of a layer that is called x, not installed yet."""
-    kind = kind_of(layer)
+    kind = adaptation_kind(layer)
     assert kind is not None
     plain = ScaledDelta(layer, delta, alpha, drops, has_scalar)
     change = plain if join is None else DoRA(plain, join)

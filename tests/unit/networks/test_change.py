@@ -103,7 +103,7 @@ def test_its_file_is_read_by_the_table_and_merged_by_what_tools_use(
     layer, adapter = rotated(4011)
     save_safetensors(tmp_path / "x.safetensors", network_tensors({"lora_unet_x": adapter}, None), {})
     leaves = {key.partition(".")[2]: t for key, t in load_state_dict(tmp_path / "x.safetensors").items()}
-    assert leaves.keys() == {LEAF} and layouts.layout_of(leaves).name == "other"
+    assert leaves.keys() == {LEAF} and layouts.recognise_layout(leaves).name == "other"
     known = (*layouts.list_layouts(), ROTATION)
     monkeypatch.setattr(layouts, "list_layouts", lambda: known)
     module = ModuleWeights("lora_unet_x", leaves, {})

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from networks.core.files.adapter_file import sort_tensors
-from networks.core.files.inspection import by_block, module_facts, place_of, structure_problem
+from networks.core.files.inspection import by_block, locate_module, module_facts, structure_problem
 from networks.core.files.module_weights import value_problems
 
 NAME = "lora_unet_down_blocks_0_attentions_0_proj_in"
@@ -68,7 +68,7 @@ def test_norm_weights_have_no_rank() -> None:
     ],
 )  # fmt: skip
 def test_place(name: str, part: str, block: str) -> None:
-    assert place_of(name) == (part, block)
+    assert locate_module(name) == (part, block)
 
 
 def test_blocks_add_up_and_are_sorted_by_number() -> None:

@@ -13,7 +13,7 @@ from networks import lora, lora_fa
 from networks.core.changes.change import Delta, factor
 from networks.core.changes.low_rank import LowRank
 from networks.core.kinds.lora_fa import frozen_down
-from networks.core.targets.targets import kind_of
+from networks.core.targets.targets import adaptation_kind
 from tests.tolerances import FLOAT32_SAME_MATH
 from tests.unit.networks.one_layer import adapter_on, module_of
 from tests.unit.networks.toy import randomize, toy_models
@@ -103,7 +103,7 @@ def kept(
     layer = make().requires_grad_(False)
     adapter: nn.Module = nn.Identity()
     if make_delta is not None:
-        kind = kind_of(layer)
+        kind = adaptation_kind(layer)
         assert kind is not None
         installed = adapter_on(layer, make_delta(layer, 4), 2.0)
         randomize(module_of(installed), 5)

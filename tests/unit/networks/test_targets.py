@@ -5,7 +5,7 @@ import re
 import pytest
 from torch import nn
 
-from networks.core.targets.targets import BlockList, Part, find_target_modules, kind_of
+from networks.core.targets.targets import BlockList, Part, adaptation_kind, find_target_modules
 from tests.unit.networks.toy import toy_models
 
 
@@ -24,7 +24,7 @@ from tests.unit.networks.toy import toy_models
     ids=lambda value: str(value).partition("(")[0],
 )
 def test_linears_and_convolutions_are_found(module: nn.Module, kind: str | None) -> None:
-    assert kind_of(module) == kind
+    assert adaptation_kind(module) == kind
 
 
 def test_sites_are_named_by_prefix_and_path_in_the_order_of_the_model() -> None:

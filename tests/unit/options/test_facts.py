@@ -22,7 +22,7 @@ from library.training.reporting.trackers import loggable_options
 from library.training.run.run_events import changed_options
 from library.training.saving.resume import option_differences, recorded_options
 from library.training.saving.state import StateManifest
-from library.training.sweep.combinations import sweep_names, word_of
+from library.training.sweep.combinations import parse_word, sweep_names
 from tests.running import STARTED
 
 SDXL_LECO = leco_options(SdxlOptions)
@@ -83,10 +83,10 @@ def test_what_has_a_name_in_sweeps_can_be_swept_and_nothing_else() -> None:
     options = TrainOptions()
     for name, facts in TrainOptions.facts().items():
         if facts.sweep_name is not None:
-            assert word_of(f"{name}=a,b", options) == (name, ["a", "b"])
+            assert parse_word(f"{name}=a,b", options) == (name, ["a", "b"])
             continue
         with pytest.raises(UserError, match=f"^--sweep {name}: "):
-            word_of(f"{name}=a,b", options)
+            parse_word(f"{name}=a,b", options)
 
 
 def test_what_leco_ignores_is_warned_of_with_the_reason() -> None:

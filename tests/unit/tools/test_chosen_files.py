@@ -10,7 +10,7 @@ from library.checkpoints.files import display_path
 from library.errors import UserError
 from library.options.output.saving import SavingOptions
 from library.training.saving.saved_files import without_copies
-from tools.contact_sheet import chosen_files, labels_of
+from tools.contact_sheet import chosen_files, label_rows
 
 
 def test_a_folder_that_peft_saved_is_the_file_in_it(tmp_path: Path) -> None:
@@ -27,7 +27,7 @@ def test_a_folder_that_peft_saved_is_the_file_in_it(tmp_path: Path) -> None:
 
 def test_files_of_peft_are_told_apart_by_their_folders() -> None:
     files = [Path("out/cat.v2/adapter_model.safetensors"), Path("out/dog/adapter_model.bin"), Path("out/a.safetensors")]
-    assert labels_of(files) == ["without an adapter", "cat.v2", "dog", "a"]
+    assert label_rows(files) == ["without an adapter", "cat.v2", "dog", "a"]
     assert [display_path(path).name for path in files] == ["cat.v2", "dog", "a.safetensors"]
     assert display_path(Path("adapter_model.safetensors")) == Path("adapter_model.safetensors")
 

@@ -146,10 +146,10 @@ def test_start_runs_it_with_the_environment_or_without(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], is_there: bool
 ) -> None:
     ran: list[list[str]] = []
-    monkeypatch.setattr(start, "version_of", lambda python: (3, 11, 7) if is_there else None)
+    monkeypatch.setattr(start, "read_version", lambda python: (3, 11, 7) if is_there else None)
     monkeypatch.setattr(start, "run", lambda command: ran.append(command) or 1)
     assert start.main(["doctor", "--venv", "/some/venv"]) == 1
     ((python, script),) = ran
     assert script == "tools/doctor.py"
-    assert python == (str(start.interpreter_of(Path("/some/venv"))) if is_there else sys.executable)
+    assert python == (str(start.python_path(Path("/some/venv"))) if is_there else sys.executable)
     assert ("no environment yet" in capsys.readouterr().out) is not is_there

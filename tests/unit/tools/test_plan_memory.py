@@ -7,7 +7,7 @@ import torch
 
 from library.memory.devices import bytes_of
 from library.memory.planner.gpus import GIB
-from library.memory.planner.steps import peak_of
+from library.memory.planner.steps import compute_peak_bytes
 from library.memory.planner.weights import StorageCost
 from tests.contracts.header_only import FULL_SIZE
 from tests.runs.bases import BASES
@@ -123,6 +123,6 @@ def test_full_size_models_come_to_what_whole_models_were_counted_as(name: str, t
         list(step.timeline.moves(recomputes, lambda place: True))
         for recomputes in (lambda place: False, lambda place: True)
     ]
-    found = [(fixed + peak_of(moves)) / GIB for moves in ways]
+    found = [(fixed + compute_peak_bytes(moves)) / GIB for moves in ways]
     found += [sum(move.segment.flops for move in moves) / 1e12 for moves in ways]
     assert found == pytest.approx(PROTOTYPE[name], rel=0.01)

@@ -28,7 +28,7 @@ def requirements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def installs(requirements: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Record what would be given to pip: every installation is added to this list and succeeds."""
     recorded: list[list[str]] = []
-    monkeypatch.setattr(start, "version_of", lambda python: (3, 11, 7))
+    monkeypatch.setattr(start, "read_version", lambda python: (3, 11, 7))
     monkeypatch.setattr(start, "run", lambda command, **how: 0)
     monkeypatch.setattr(start, "install", lambda venv, python, names: recorded.append(names))
     (requirements / "venv").mkdir()
@@ -65,16 +65,16 @@ def test_changed_requirements_are_installed_again(requirements: Path, installs: 
 
 
 def test_line_ends_of_a_windows_checkout_are_no_change(requirements: Path) -> None:
-    digest = start.digest_of(requirements / "requirements.txt")
+    digest = start.digest_text(requirements / "requirements.txt")
     (requirements / "requirements.txt").write_bytes(b"torch>=2.9\r\n")
-    assert start.digest_of(requirements / "requirements.txt") == digest
+    assert start.digest_text(requirements / "requirements.txt") == digest
 
 
 def test_other_python_in_the_environment_installs_again(
     requirements: Path, installs: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ready(requirements, start.RUN_REQUIREMENTS)
-    monkeypatch.setattr(start, "version_of", lambda python: (3, 12, 1))
+    monkeypatch.setattr(start, "read_version", lambda python: (3, 12, 1))
     ready(requirements, start.RUN_REQUIREMENTS)
     assert len(installs) == 2
 

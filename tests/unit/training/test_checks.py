@@ -23,7 +23,7 @@ from library.training.command_line import checks
 from library.training.command_line.checks import check, report_unused, warn_of_fp16_vae
 from library.training.models.block_running import compile_settings
 from library.training.optimization.optimizers import build_optimizer
-from library.training.saving.checkpoints import Names, state_of
+from library.training.saving.checkpoints import Names, state_folder
 
 NEEDED = {
     "pretrained_model_name_or_path": "model.safetensors",
@@ -472,7 +472,7 @@ def test_a_state_with_the_longest_name_that_is_taken_can_be_written(tmp_path: Pa
     most, _ = checks.path_limits(tmp_path)
     name = "m" * (most - len("-step00000000-state") - ADDED_TO_NAMES)
     check(made(output_dir=str(tmp_path), output_name=name))
-    with atomic_folder(state_of(Names(tmp_path, name, "safetensors").of_step(10**8 - 1))) as folder:
+    with atomic_folder(state_folder(Names(tmp_path, name, "safetensors").of_step(10**8 - 1))) as folder:
         (folder / checks.FILE_OF_STATE).write_text("")
     assert f"have names of {most + 1}, but {most} are possible" in refusal(output_name=f"{name}m")
 

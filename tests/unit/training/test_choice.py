@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 from library.training.evaluation.choice import Choice, by_image, choose, estimate, is_clearly_worse
-from library.training.evaluation.choosing import Measured, choice_of, format_choice, memorised
+from library.training.evaluation.choosing import Measured, choose_measured, format_choice, memorised
 
 pytestmark = pytest.mark.slow
 
@@ -152,7 +152,7 @@ def test_a_single_image_decides_nothing_and_losses_that_are_no_numbers_lose() ->
 def test_few_images_suggest_nothing(num_images: int, is_suggested: bool) -> None:
     base = np.random.default_rng(8).normal(size=num_images)
     measured = [Measured(Path(f"{i}.safetensors"), i, torch.tensor(base - i)) for i in (1, 2, 3)]
-    choice = choice_of(measured)
+    choice = choose_measured(measured)
     assert choice is not None and (choice.suggested == "3.safetensors") == is_suggested
     if not is_suggested:
         assert choice.suggested is None and choice.step is None
@@ -163,7 +163,7 @@ def test_the_reason_names_the_standard_error() -> None:
     rng = np.random.default_rng(12)
     base, noise = rng.normal(size=(2, 9))
     rows = {1: base + 1, 2: base + 0.1 + noise, 3: base}
-    choice = choice_of([Measured(Path(f"{i}.pt"), i, torch.tensor(row)) for i, row in rows.items()])
+    choice = choose_measured([Measured(Path(f"{i}.pt"), i, torch.tensor(row)) for i, row in rows.items()])
     assert choice is not None and choice.suggested == "2.pt"
     gap, error = (rows[2] - rows[3]).mean(), (rows[2] - rows[3]).std(ddof=1) / 3
     assert f"that of 3.pt, which is {gap:.3g} lower (standard error {error:.3g})" in choice.reason

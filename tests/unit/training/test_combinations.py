@@ -6,7 +6,7 @@ import pytest
 
 from library.errors import UserError
 from library.options.train import TrainOptions
-from library.training.sweep.combinations import combinations_of, shared_and_own
+from library.training.sweep.combinations import expand_combinations, shared_and_own
 
 
 def options_of(*sweep: str, **values: object) -> TrainOptions:
@@ -16,7 +16,7 @@ def options_of(*sweep: str, **values: object) -> TrainOptions:
 
 def test_every_combination_has_a_name_and_its_options() -> None:
     words = ("learning_rate=5e-5,1e-4", "network_dim=8,16", "optimizer_args.betas=0.9,0.99|0.8,0.9", "conv_dim=none,4")
-    found = combinations_of(options_of(*words, optimizer_args=["eps=1e-6"], network_args=["verbose=True"]))
+    found = expand_combinations(options_of(*words, optimizer_args=["eps=1e-6"], network_args=["verbose=True"]))
     assert len(found) == 16
     assert found[0].label == "lr5e-5-dim8-betas0.9_0.99-convdimnone"
     last = found[-1].options
@@ -33,7 +33,7 @@ def test_paths_and_dotted_names_are_short_in_names_of_files() -> None:
         "network_weights=a/one.safetensors,none",
         "lr_warmup_steps=9%,3",
     )
-    assert [one.label for one in combinations_of(options_of(*words))][:2] == [
+    assert [one.label for one in expand_combinations(options_of(*words))][:2] == [
         "lora-from_one-warmup9pct",
         "lora-from_one-warmup3",
     ]
@@ -68,24 +68,24 @@ def test_what_is_shared_keeps_name_seed_and_events() -> None:
 )
 def test_words_that_cannot_be_swept(words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        combinations_of(options_of(*words))
+        expand_combinations(options_of(*words))
 
 
 def test_a_million_combinations_are_counted_and_refused() -> None:
     words = [f"{name}={','.join(str(value + 1) for value in range(100))}" for name in ("network_dim", "network_alpha")]
     words.append("seed=" + ",".join(map(str, range(100))))
     with pytest.raises(UserError, match="--sweep names 1000000 adapters; at most 1000 can be trained in one run"):
-        combinations_of(options_of(*words))
+        expand_combinations(options_of(*words))
 
 
 def test_a_rate_that_others_replace_is_refused() -> None:
     with pytest.raises(UserError, match="learning_rate has no effect with --unet_lr"):
-        combinations_of(options_of("learning_rate=1e-4,1e-3", unet_lr=1e-4, network_train_unet_only=True))
+        expand_combinations(options_of("learning_rate=1e-4,1e-3", unet_lr=1e-4, network_train_unet_only=True))
 
 
 def alphas(*words: str, **values: object) -> list[tuple[float, list[str] | None]]:
     """--network_alpha and --network_args of each adapter of a sweep."""
-    found = combinations_of(options_of(*words, **values))
+    found = expand_combinations(options_of(*words, **values))
     return [(one.options.network.network_alpha, one.options.network.network_args) for one in found]
 
 
@@ -132,8 +132,8 @@ def test_the_alpha_of_each_rank_is_logged(caplog: pytest.LogCaptureFixture) -> N
 def test_an_option_that_the_sweep_replaces_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     words = ("network_dim=4,8", "network_alpha=2,3", "conv_dim=2,3", "conv_alpha=1", "max_grad_norm=1,2")
     with caplog.at_level(logging.WARNING):
-        combinations_of(options_of(*words, network_dim=16, network_args=["conv_dim=1"], max_grad_norm=0.5))
-        combinations_of(options_of("network_dim=4,8", "conv_dim=2,3", network_dim=16, network_args=["conv_dim=1"]))
+        expand_combinations(options_of(*words, network_dim=16, network_args=["conv_dim=1"], max_grad_norm=0.5))
+        expand_combinations(options_of("network_dim=4,8", "conv_dim=2,3", network_dim=16, network_args=["conv_dim=1"]))
     assert [message.partition(":")[0] for message in caplog.messages] == [
         "--network_dim has no effect",
         "--network_args conv_dim has no effect",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from library.options.output.console import ConsoleOptions
-from library.training.command_line.console import level_of
+from library.training.command_line.console import resolve_log_level
 
 ROOT = Path(__file__).parents[3]
 CODE = """
@@ -82,7 +82,7 @@ logging.error("it broke")
 
 def test_unknown_level_of_a_config_file_is_refused() -> None:
     with pytest.raises(ValueError, match="--console_log_level is LOUD"):
-        level_of(ConsoleOptions(console_log_level="LOUD"))
+        resolve_log_level(ConsoleOptions(console_log_level="LOUD"))
 
 
 @pytest.mark.parametrize(("level", "place"), [("None", "file"), ("'DEBUG'", "terminal"), ("None", "nowhere")])

@@ -15,7 +15,7 @@ from library.errors import UserError
 from library.options.training.loss import LossOptions
 from library.options.training.noise import NoiseOptions
 from library.training.models.opening import idle_offsets
-from library.training.step.losses import noised_of
+from library.training.step.losses import add_noise_to
 from tests.unit.data.builders import write_config
 
 OFFSETS = [0.0, 0.5, -0.25]
@@ -59,7 +59,7 @@ def noised(objective: Any, attributes: list[dict[str, Any]]) -> Any:
         arch=SimpleNamespace(objective=objective, codec=codec), seed=82, device=torch.device("cpu")
     )
     batch = SimpleNamespace(latents_BCHW=latents_BCHW, attributes=attributes, concept=None)
-    return noised_of(context, batch, 5)  # type: ignore[arg-type]
+    return add_noise_to(context, batch, 5)  # type: ignore[arg-type]
 
 
 def logits(sigmas_B: Tensor) -> Tensor:

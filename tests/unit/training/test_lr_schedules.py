@@ -10,7 +10,13 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from library.options.training.optimizer import OptimizerOptions, ScheduleOptions
-from library.training.optimization.lr_schedules import Schedule, base_rates, build_schedule, follow_rates, steps_of
+from library.training.optimization.lr_schedules import (
+    Schedule,
+    base_rates,
+    build_schedule,
+    follow_rates,
+    resolve_num_steps,
+)
 from library.training.optimization.optimizers import BuiltOptimizer, build_optimizer
 
 RATES = (0.02, 0.004)
@@ -133,15 +139,15 @@ def test_arguments_reach_the_function_of_the_schedule() -> None:
 
 
 def test_warmup_counts_steps_from_1_and_shares_below() -> None:
-    assert steps_of(100, 1000, "--lr_warmup_steps") == 100
-    assert steps_of(0.1, 1000, "--lr_warmup_steps") == 100
-    assert steps_of(100.0, 1000, "--lr_warmup_steps") == 100
-    assert steps_of(1, 1000, "--lr_warmup_steps") == 1
-    assert steps_of(0.0, 1000, "--lr_warmup_steps") == 0
+    assert resolve_num_steps(100, 1000, "--lr_warmup_steps") == 100
+    assert resolve_num_steps(0.1, 1000, "--lr_warmup_steps") == 100
+    assert resolve_num_steps(100.0, 1000, "--lr_warmup_steps") == 100
+    assert resolve_num_steps(1, 1000, "--lr_warmup_steps") == 1
+    assert resolve_num_steps(0.0, 1000, "--lr_warmup_steps") == 0
     with pytest.raises(ValueError, match=r"--lr_warmup_steps is 2\.5; use a whole number"):
-        steps_of(2.5, 1000, "--lr_warmup_steps")
+        resolve_num_steps(2.5, 1000, "--lr_warmup_steps")
     with pytest.raises(ValueError, match="must not be negative"):
-        steps_of(-1, 1000, "--lr_warmup_steps")
+        resolve_num_steps(-1, 1000, "--lr_warmup_steps")
 
 
 def test_a_share_of_warmup_equals_its_steps() -> None:

@@ -22,17 +22,17 @@ from library.processes import ALONE
 from library.training.evaluation.preview import (
     Previews,
     Timetable,
+    collect_texts,
     decode,
     draw_latents,
     encode_prompts,
-    texts_of,
     wanted_prompts,
 )
 from library.training.evaluation.without_side_effects import evaluating
 from library.training.failures.interruption import Interrupted, Interruption
 from library.training.failures.vae_memory import VaeFallback
 from library.training.reporting.event_stream import Events
-from library.training.reporting.sample_images import Drawn, image_path, parameters_of, write_grid, write_image
+from library.training.reporting.sample_images import Drawn, format_parameters, image_path, write_grid, write_image
 from library.types import Prompt
 from networks.core.protocol import AdoptedNetwork
 from tests.parity.test_preview import prompt_of
@@ -76,9 +76,9 @@ def test_an_image_carries_its_prompt(tmp_path: Path) -> None:
     path = tmp_path / "sample" / "a.png"
     write_image(path, Drawn(0, prompt, Image.new("RGB", (8, 8), (1, 2, 3))))
     with Image.open(path) as image:
-        assert image.info["parameters"] == parameters_of(prompt)
+        assert image.info["parameters"] == format_parameters(prompt)
         assert image.getpixel((0, 0)) == (1, 2, 3)
-    assert parameters_of(prompt) == (
+    assert format_parameters(prompt) == (
         "a café 猫\nNegative prompt: dog\nSteps: 4, Sampler: ddim, CFG scale: 3.0, Seed: 7, Size: 64x96"
     )
     assert [file.name for file in path.parent.iterdir()] == ["a.png"]
@@ -98,7 +98,7 @@ def test_a_grid_shows_the_images_row_by_row(tmp_path: Path) -> None:
 def test_texts_that_are_needed_are_listed_once() -> None:
     prompts = [prompt_of(), prompt_of(text="b"), prompt_of(text="c", negative="unused", scale=1.0)]
     arch: Any = SimpleNamespace(preview=SimpleNamespace(worded=str), text_cache=None)
-    assert texts_of(prompts, arch) == ["a red cat", "dog", "b", "c"]
+    assert collect_texts(prompts, arch) == ["a red cat", "dog", "b", "c"]
 
 
 class Charts:
@@ -228,7 +228,7 @@ def test_a_reference_that_changes_in_mid_run_is_an_error_naming_it(run: Any, tmp
     path = tmp_path / "before.png"
     Image.new("RGB", (64, 64)).save(path)
     prompt = replace(SMALL, reference_paths=(path,))
-    encoded = {text: {} for text in texts_of([prompt], context.arch)}
+    encoded = {text: {} for text in collect_texts([prompt], context.arch)}
     path.unlink() if is_gone else Image.new("RGB", (64, 64), "red").save(path)
     error = f"--ci {re.escape(str(path))} {'is gone' if is_gone else 'has changed'} since the run began.*--resume"
     with torch.no_grad(), pytest.raises(UserError, match=error):

@@ -5,7 +5,7 @@ from math import nan
 import pytest
 import torch
 
-from library.training.sweep.ranking import Measured, clearly_worse, rank, table_of
+from library.training.sweep.ranking import Measured, clearly_worse, format_ranking, rank
 
 
 def measured(label: str, losses_G: list[float] | None, ended: str = "") -> Measured:
@@ -29,7 +29,7 @@ def test_adapters_stand_by_their_loss_and_those_not_measured_last() -> None:
     assert verdicts == {"best": False, "close": False, "worse": True, "broken": True, "unmeasured": None}
     first, second = (row.measured.label for row in ranking.rows[:2])
     assert ranking.verdict == f"{first} has the lowest loss, not significantly lower than {second}"
-    lines = table_of(ranking)
+    lines = format_ranking(ranking)
     assert len(lines) == 6 and lines[3].split()[-1] == "yes" and lines[5].endswith("its losses were not finite")
 
 

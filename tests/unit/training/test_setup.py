@@ -9,7 +9,7 @@ from torch import nn
 
 from library.options.train import TrainOptions
 from library.processes import Processes
-from library.training.models.base_model import identity_of
+from library.training.models.base_model import hash_module
 from library.training.models.block_running import trains_text_encoders
 from library.training.models.opening import choose_seed
 from library.training.run.optimization import allow_fp16_gradients, name_groups
@@ -27,18 +27,18 @@ def options_of(**values: Any) -> TrainOptions:
 def test_identity_follows_the_weights_and_not_their_memory_order() -> None:
     torch.manual_seed(31)
     vae = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 1, 1), nn.Linear(3, 3, dtype=torch.bfloat16))
-    identity = identity_of(vae)
-    assert identity_of(vae.to(memory_format=torch.channels_last)) == identity  # type: ignore[call-overload]
+    identity = hash_module(vae)
+    assert hash_module(vae.to(memory_format=torch.channels_last)) == identity  # type: ignore[call-overload]
     with torch.no_grad():
         vae[1].weight[0, 3] += 1e-3
-    assert identity_of(vae) != identity
+    assert hash_module(vae) != identity
 
 
 def test_another_precision_of_the_same_weights_is_another_identity() -> None:
     layer = nn.Linear(2, 2)
     nn.init.constant_(layer.weight, 0.5)  # exact in both
     nn.init.zeros_(layer.bias)
-    assert identity_of(layer) != identity_of(layer.half())
+    assert hash_module(layer) != hash_module(layer.half())
 
 
 def test_full_fp16_unscales_gradients_that_are_fp16_themselves() -> None:

@@ -14,7 +14,7 @@ from library.training.reporting.slowdown import (
     Machine,
     SlowdownWatch,
     StepSeconds,
-    throttling_of,
+    read_throttling,
 )
 
 AT_FIRST = Machine(
@@ -79,6 +79,6 @@ def test_nvml_tells_why_a_clock_is_low(reasons: int, wanted: tuple[str, ...], mo
         nvmlDeviceGetCurrentClocksThrottleReasons=lambda handle: {"GPU-12-34": reasons}[handle],
     )
     monkeypatch.setitem(sys.modules, "pynvml", fake)
-    assert throttling_of("12-34") == wanted
+    assert read_throttling("12-34") == wanted
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert throttling_of("12-34") == ()
+    assert read_throttling("12-34") == ()

@@ -13,7 +13,7 @@ from library.memory.blocks import plain, recompute
 from library.memory.frozen import frozen_layers, multiply_codes, store_in
 from library.memory.planner import gpus
 from library.memory.planner.counter import FlopCounter
-from library.memory.planner.gpus import PEAKS, peak_of
+from library.memory.planner.gpus import PEAKS, measure_peak_flops
 from library.training.reporting.step_times import IN_STEP, StepTimes
 from library.types import Batch
 from tests.weight_formats import CODECS
@@ -187,7 +187,7 @@ def test_a_slow_step_is_noted_with_its_reason(caplog, last, reason):
 )
 def test_memory_that_ran_short_is_a_reason(caplog, monkeypatch, faults, reason):
     count = {"pages": 0, "retries": 0}
-    monkeypatch.setattr("library.training.reporting.step_times.pressure_of", lambda device: dict(count))
+    monkeypatch.setattr("library.training.reporting.step_times.measure_pressure", lambda device: dict(count))
     assert reason in slow_run(caplog, more=1.0, work=lambda: count.update(faults))
 
 
@@ -204,7 +204,7 @@ def test_slow_steps_are_noted_once_a_minute_and_without_a_cause_once(caplog, cau
 
 
 def test_peaks_are_told_by_the_names_of_cards(monkeypatch):
-    assert peak_of(CPU, torch.bfloat16) is None
+    assert measure_peak_flops(CPU, torch.bfloat16) is None
     names = {
         "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA GeForce RTX 4070 Ti SUPER": 88e12, "NVIDIA L40S": 362e12,
         "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "Tesla T4": 65e12, "NVIDIA A100-SXM4-80GB": 312e12,
@@ -214,6 +214,6 @@ def test_peaks_are_told_by_the_names_of_cards(monkeypatch):
     for name, flops in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         monkeypatch.setattr(gpus, "measured_gpu", lambda *given: SimpleNamespace(flops=0.0))
-        assert peak_of(torch.device("cuda"), torch.bfloat16) == (flops or 0.0)
+        assert measure_peak_flops(torch.device("cuda"), torch.bfloat16) == (flops or 0.0)
     for place, (name, _) in enumerate(PEAKS):
         assert not any(earlier in name for earlier, _ in PEAKS[:place]), f"{name} is never reached"

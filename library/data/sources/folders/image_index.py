@@ -41,7 +41,7 @@ Read = Callable[[str], tuple[int, Value]]
 """Reads a path and returns (stamp, value)."""
 
 
-def stamp_of(status: os.stat_result, now_ns: float = math.inf) -> int:
+def compute_stamp(status: os.stat_result, now_ns: float = math.inf) -> int:
     """Return one number for size, last edit and last status change of a file.
 
     Return UNSETTLED if the last edit was so shortly before `now_ns` that another one could leave the same time.
@@ -107,7 +107,7 @@ def look_at(folder: str, names: Sequence[str], num_threads: int) -> Stamps:
 
     def look(block: Sequence[str]) -> list[int]:
         try:
-            return [stamp_of(os.stat(before + name, dir_fd=handle), now_ns) for name in block]
+            return [compute_stamp(os.stat(before + name, dir_fd=handle), now_ns) for name in block]
         except OSError:
             return [UNSETTLED] if len(block) == 1 else [stamp for name in block for stamp in look([name])]
 

@@ -34,7 +34,7 @@ def read_table(path: str) -> dict[str, dict[str, Any]]:
     return dict(_values(path))
 
 
-def entries_of(table: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, MetadataEntry]]:
+def parse_entries(table: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, MetadataEntry]]:
     """Return the entries of `read_metadata` from a table already read."""
     return [(key, _entry(value)) for key, value in table.items()]
 

@@ -24,7 +24,7 @@ def names_by_stem(key: str, folder: str) -> dict[str, list[str]]:
     return names
 
 
-def stems_of(listing: Listing) -> list[str]:
+def list_stems(listing: Listing) -> list[str]:
     """Return the file name of each image without extension."""
     return [os.path.splitext(os.path.basename(path))[0] for path in listing.paths]
 
@@ -34,7 +34,7 @@ def add_masks(listing: Listing) -> None:
     folder = listing.config.conditioning_data_dir or ""
     found = names_by_stem("conditioning_data_dir", folder)
     masks = {stem: os.path.join(folder, names[0]) for stem, names in found.items()}
-    stems = stems_of(listing)
+    stems = list_stems(listing)
     missing = [path for path, stem in zip(listing.paths, stems, strict=True) if stem not in masks]
     if missing:
         raise UserError(f"{len(missing)} images have no mask in {folder}: {few(missing)}")
@@ -53,7 +53,7 @@ def add_references(listing: Listing, num_threads: int) -> None:
     In each folder an image has the one of its own name, or several called <name>_0, <name>_1 and so on. Raises
     UserError naming images without a reference or with an ambiguous one, and references that cannot be read.
     """
-    config, stems = listing.config, stems_of(listing)
+    config, stems = listing.config, list_stems(listing)
     if config.control_dirs:
         of_folders = [references_in(folder, listing.paths, stems, listing.surplus) for folder in config.control_dirs]
         add_reference_paths(listing, [sum(row, ()) for row in zip(*of_folders, strict=True)], num_threads)

@@ -10,7 +10,7 @@ from library.data.description.buckets import Size
 from library.data.description.captions import CaptionRules
 from library.data.scanned.columns import Texts
 from library.data.sources.folders.image_headers import HEAD_BYTES, plain_size
-from library.data.sources.folders.image_index import UNSETTLED, open_index, read_stamped, renewed, stamp_of
+from library.data.sources.folders.image_index import UNSETTLED, compute_stamp, open_index, read_stamped, renewed
 from library.errors import UserError, few
 from library.options.encodings import NotUtf8, likely_encoding, not_utf8
 
@@ -50,17 +50,17 @@ def read_caption(path: str) -> tuple[int, str]:
     except OSError as error:
         raise UserError(f"the caption file {path} cannot be read: {error.strerror}") from None
     lines = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    return stamp_of(status, time.time_ns()), "\n".join([line.strip() for line in lines]).rstrip("\n")
+    return compute_stamp(status, time.time_ns()), "\n".join([line.strip() for line in lines]).rstrip("\n")
 
 
-def size_of(path: str) -> tuple[int, Size | str]:
+def read_image_size(path: str) -> tuple[int, Size | str]:
     """Return (stamp, size of an image, or the reason why it has none)."""
     try:
         status, head = read_stamped(path, HEAD_BYTES)
         size = plain_size(head, status.st_size) or read_size(path)
     except (ValueError, OSError) as error:
         return UNSETTLED, str(error).removeprefix(path).strip() or "unknown"
-    return stamp_of(status, time.time_ns()), size
+    return compute_stamp(status, time.time_ns()), size
 
 
 def sizes_anywhere(paths: Sequence[str], num_threads: int, title: str, keeps_index: bool) -> list[Size | str]:
@@ -72,14 +72,14 @@ def sizes_anywhere(paths: Sequence[str], num_threads: int, title: str, keeps_ind
     for folder, names in by_folder.items():
         names.sort()
         index = open_index(folder or ".")
-        table = renewed(index.sizes, folder or ".", names, size_of, num_threads, title)
+        table = renewed(index.sizes, folder or ".", names, read_image_size, num_threads, title)
         if keeps_index:
             index.replace_with(table, index.captions)
         sizes.update((os.path.join(folder, name), size) for name, size in zip(names, table.values, strict=True))
     return [sizes[os.path.join(*os.path.split(path))] for path in paths]
 
 
-def caption_of(text: str, rules: CaptionRules) -> str:
+def parse_caption(text: str, rules: CaptionRules) -> str:
     """Return the caption in the stripped lines of a file: the first, or with enable_wildcard all that are not blank."""
     if "\n" not in text:
         return text
@@ -88,8 +88,8 @@ def caption_of(text: str, rules: CaptionRules) -> str:
     return text.partition("\n")[0]
 
 
-def captions_of(texts: Sequence[str], rules: CaptionRules) -> Texts:
+def parse_captions(texts: Sequence[str], rules: CaptionRules) -> Texts:
     """Return the captions in the texts of files as a column."""
     if isinstance(texts, Texts) and not texts.has_lines:
         return texts
-    return Texts.of(caption_of(text, rules) for text in texts)
+    return Texts.of(parse_caption(text, rules) for text in texts)

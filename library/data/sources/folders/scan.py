@@ -12,7 +12,13 @@ from library.data.scanned.subsets import Listing
 from library.data.sources.folders.folder_cache import CacheRow, FolderCache, fingerprint
 from library.data.sources.folders.image_index import FolderIndex, Table, open_index, own_captions, renewed
 from library.data.sources.folders.listing import Folder, look_again, look_into
-from library.data.sources.folders.reading import caption_of, captions_of, check_encodings, read_caption, size_of
+from library.data.sources.folders.reading import (
+    check_encodings,
+    parse_caption,
+    parse_captions,
+    read_caption,
+    read_image_size,
+)
 from library.options.config_file import BACKSLASH_HINT
 from library.options.encodings import NotUtf8
 
@@ -45,7 +51,7 @@ def list_folder(config: SubsetConfig, num_threads: int) -> Listing:
     except NotUtf8:
         check_encodings(folder, (file for file in files if file is not None))
         raise
-    listing.captions = captions_of(texts, config.captions)
+    listing.captions = parse_captions(texts, config.captions)
     if None in files or not listing.captions.lengths.all():
         note_missing(listing, files)
     return listing
@@ -95,7 +101,7 @@ def read_with_index(
     known_captions = index.captions.get(config.caption_extension, Table())
     captions = renewed(known_captions, folder, names, read_caption, num_threads, None, inside.stamps[1])
     title = f"reading sizes of {config.base_name}"
-    sizes = renewed(index.sizes, folder, inside.images, size_of, num_threads, title, inside.stamps[0])
+    sizes = renewed(index.sizes, folder, inside.images, read_image_size, num_threads, title, inside.stamps[0])
     if config.keeps_index:
         index.replace_with(sizes, index.captions | {config.caption_extension: captions})
     listing.sizes = sizes.values
@@ -128,8 +134,8 @@ def cached_or_read(cache: FolderCache, config: SubsetConfig, path: str, file: st
     known = cache.lookup(path, image_print, caption_print)
     size: Size | str
     if known is None:
-        text = "" if caption_path is None else caption_of(read_caption(caption_path)[1], config.captions)
-        size = size_of(path)[1]
+        text = "" if caption_path is None else parse_caption(read_caption(caption_path)[1], config.captions)
+        size = read_image_size(path)[1]
     else:
         text, size = known
     return path, config.class_tokens or "" if file is None else text, size, image_print, caption_print

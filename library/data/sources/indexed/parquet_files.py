@@ -41,7 +41,7 @@ class Columns(NamedTuple):
     references: tuple[str, ...] = ()
 
 
-def columns_of(schema: Any, image: str | None, caption: str | None, references: Sequence[str], shown: str) -> Columns:
+def find_columns(schema: Any, image: str | None, caption: str | None, references: Sequence[str], shown: str) -> Columns:
     """Return the columns of a file, as named or the first of the usual ones. Raises UserError listing its columns."""
     names = list(schema.names)
     listed = f"it has {', '.join(names) or 'none'}"

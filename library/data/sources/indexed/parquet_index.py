@@ -63,7 +63,7 @@ def schema_of_rows() -> Any:
     return pa.schema(list(fields.items()))
 
 
-def table_of(rows: Sequence[Row], number: int) -> Any:
+def build_table(rows: Sequence[Row], number: int) -> Any:
     """Return the rows of one file."""
     import pyarrow as pa
 
@@ -102,7 +102,7 @@ def read_index(
         known = open_index(path, files)  # another process may have made it meanwhile
         if known is not None:
             return known
-        return make_index(path, files, rows_of, num_threads, title, parts_of(path))
+        return make_index(path, files, rows_of, num_threads, title, parts_folder(path))
 
 
 def write_table(table: Any, path: Path) -> None:
@@ -114,7 +114,7 @@ def write_table(table: Any, path: Path) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror}; free space, or set --cache_dir") from None
 
 
-def parts_of(path: Path) -> Path:
+def parts_folder(path: Path) -> Path:
     """Return the folder of the finished parts of an index."""
     return path.with_name(f"{path.name}.parts")
 
@@ -177,7 +177,7 @@ def make_index(
         part = None if parts is None else parts / f"{mark}.parquet"
         if part is not None and (table := open_part(part)) is not None:
             return table
-        table = table_of(rows_of(number), number)
+        table = build_table(rows_of(number), number)
         if part is not None:
             write_table(table, part)
         return table

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 from library.data.decoding.images import read_size
 from library.data.description.buckets import Size
 from library.data.description.image_extensions import image_extensions
-from library.data.scanned.images import END_BYTES, digest_of, digest_of_ends
+from library.data.scanned.images import END_BYTES, digest_content, digest_of_ends
 from library.data.sources.folders.image_headers import HEAD_BYTES, plain_size
 from library.data.sources.folders.reading import MOST_CAPTION_BYTES
-from library.data.sources.indexed.tar_files import Member, members_of
+from library.data.sources.indexed.tar_files import Member, iterate_members
 from library.data.sources.storage.ranges import RangeFile, Window
 from library.errors import UserError
 from library.json_text import parse_json
@@ -72,18 +72,18 @@ def rows_of_tar(window: Window, shown: str, rule: CaptionRule) -> list[Row]:
     second: list[Row] = []
     references: dict[str, dict[int, Row]] = {}  # by number, -1 without
     texts: dict[str, dict[str, str]] = {}
-    for member in members_of(window, shown):
+    for member in iterate_members(window, shown):
         if member.ending in endings:
-            row = row_of(window, member, shown)
+            row = build_row(window, member, shown)
             if member.stem in images:
                 second.append(row._replace(problem=f"is skipped: {images[member.stem].name} has the same name"))
             else:
                 images[member.stem] = row
         elif (reference := REFERENCE.fullmatch(member.ending)) and reference[2].lower() in endings:
             number = -1 if reference[1] is None else int(reference[1])
-            references.setdefault(member.stem, {})[number] = row_of(window, member, shown)
+            references.setdefault(member.stem, {})[number] = build_row(window, member, shown)
         elif member.ending in wanted:
-            text = text_of(window, member, shown, rule)
+            text = read_caption_text(window, member, shown, rule)
             if text is not None:
                 texts.setdefault(member.stem, {})[member.ending] = text
     found = [
@@ -106,7 +106,7 @@ def with_numbered(row: Row, references: Mapping[int, Row]) -> Row:
     return row.with_references(references[number] for number in numbers)
 
 
-def row_of(window: Window, member: Member, shown: str) -> Row:
+def build_row(window: Window, member: Member, shown: str) -> Row:
     """Return an image without its caption, from its start and end."""
     head = window.read(member.start, min(HEAD_BYTES, member.num_bytes))
     problem, size = None, (0, 0)
@@ -127,7 +127,7 @@ def size_of_part(window: Window, member: Member, head: bytes, shown: str) -> Siz
     return size
 
 
-def text_of(window: Window, member: Member, shown: str, rule: CaptionRule) -> str | None:
+def read_caption_text(window: Window, member: Member, shown: str, rule: CaptionRule) -> str | None:
     """Return the stripped lines of a caption member; None if a .json has no caption."""
     name = f"{shown}/{member.name}"
     if member.num_bytes > MOST_CAPTION_BYTES:
@@ -135,7 +135,7 @@ def text_of(window: Window, member: Member, shown: str, rule: CaptionRule) -> st
     content = window.read(member.start, member.num_bytes)
     try:
         text = content.decode("utf-8-sig")
-        said = field_of(parse_json(text), rule.field) if member.ending == "json" else text
+        said = read_caption_field(parse_json(text), rule.field) if member.ending == "json" else text
     except UnicodeDecodeError as error:
         raise UserError(f"the caption {name} is not UTF-8: byte {error.start}; rewrite the tar file") from None
     except ValueError as error:
@@ -143,7 +143,7 @@ def text_of(window: Window, member: Member, shown: str, rule: CaptionRule) -> st
     return None if said is None else stripped_lines(said)
 
 
-def field_of(value: Any, field: str | None) -> str | None:
+def read_caption_field(value: Any, field: str | None) -> str | None:
     """Return the caption in the content of a .json member."""
     if not isinstance(value, Mapping):
         return None
@@ -166,4 +166,4 @@ def row_of_bytes(name: str, number: int, content: bytes | None, caption: str | N
         size = plain_size(content[:HEAD_BYTES], len(content)) or read_size(f"{shown}/{name}", content)
     except (UserError, OSError) as error:
         problem = str(error).removeprefix(f"{shown}/{name}").strip() or "cannot be read"
-    return Row(name, number, len(content), *size, caption, bytes.fromhex(digest_of(content)), problem)
+    return Row(name, number, len(content), *size, caption, bytes.fromhex(digest_content(content)), problem)

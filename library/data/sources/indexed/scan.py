@@ -17,7 +17,7 @@ from library.data.scanned.columns import Texts
 from library.data.scanned.images import FileStamp, Places, Reader, References, ScannedImages
 from library.data.scanned.names import folder_name, short_digest
 from library.data.scanned.subsets import ScannedSubset
-from library.data.sources.folders.reading import caption_of
+from library.data.sources.folders.reading import parse_caption
 from library.data.sources.indexed.parquet_index import IndexedFiles, read_index
 from library.data.sources.indexed.rows import Row
 from library.data.sources.storage.storage import Storage, is_remote
@@ -86,7 +86,7 @@ def described_files(
     if any(map(is_remote, files)):
         storage.required_cache_dir(f"{key} behind a URL")
     shown = [without_secrets(file) for file in files]
-    stamps = stamps_of(files, shown, key, storage, num_threads)
+    stamps = read_stamps(files, shown, key, storage, num_threads)
     values = {name: getattr(config, name) for name in keys}
     if "caption_extension" in values:
         values["caption_extension"] = config.caption_extension.removeprefix(".")
@@ -95,7 +95,7 @@ def described_files(
     return files, shown, known
 
 
-def stamps_of(
+def read_stamps(
     files: Sequence[str], shown: Sequence[str], key: str, storage: Storage, num_threads: int
 ) -> list[FileStamp]:
     """Return the stamp of every file. Raises UserError naming missing ones."""
@@ -138,9 +138,9 @@ def found_in(
     if problems:
         table = table.filter(compute.is_null(table["problem"]))
     is_missing = compute.is_null(table["caption"]).to_numpy()
-    captions = texts_of(compute.fill_null(table["caption"], config.class_tokens or ""))
+    captions = copy_texts(compute.fill_null(table["caption"], config.class_tokens or ""))
     images = ScannedImages(
-        names=texts_of(table["name"]),
+        names=copy_texts(table["name"]),
         captions=with_rules(captions, config.captions),
         sizes_N2=np.stack([numbers(table["width"], np.int32), numbers(table["height"], np.int32)], axis=1),
         places=Places(
@@ -149,9 +149,9 @@ def found_in(
             numbers(table["file"], np.int32),
             numbers(table["start"], np.int64),
             numbers(table["num_bytes"], np.int64),
-            digests_of(table["digest"]),
+            convert_digests(table["digest"]),
             None if is_url else readers[0],
-            texts_of(table["url"]) if is_url else None,
+            copy_texts(table["url"]) if is_url else None,
         ),
     )
     images = replace(images, references=references_in(table["references"], images, config, readers[1:]))
@@ -210,7 +210,7 @@ def with_rules(captions: Texts, rules: CaptionRules) -> Texts:
     """Keep the lines of each caption that count; captions of one line are unchanged."""
     if not (captions.content == NEWLINE).any():
         return captions
-    return Texts.of(caption_of(text, rules) for text in captions)
+    return Texts.of(parse_caption(text, rules) for text in captions)
 
 
 def numbers(column: Any, dtype: type) -> NDArray[Any]:
@@ -218,7 +218,7 @@ def numbers(column: Any, dtype: type) -> NDArray[Any]:
     return np.array(column.to_numpy(), dtype=dtype)
 
 
-def texts_of(column: Any) -> Texts:
+def copy_texts(column: Any) -> Texts:
     """Copy a column of texts, which is one chunk, out of the table."""
     import pyarrow as pa
 
@@ -231,7 +231,7 @@ def texts_of(column: Any) -> Texts:
     return Texts(whole[edges[0] : edges[-1]].copy(), edges[1:] - edges[0])
 
 
-def digests_of(column: Any) -> NDArray[np.uint8]:
+def convert_digests(column: Any) -> NDArray[np.uint8]:
     """Convert a column of 16-byte digests, shape (N, 16)."""
     import pyarrow as pa
 

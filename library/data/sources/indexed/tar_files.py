@@ -39,7 +39,7 @@ class Member(NamedTuple):
         return self.name.rpartition("/")[2].partition(".")[2]
 
 
-def members_of(window: Window, shown: str) -> Iterator[Member]:
+def iterate_members(window: Window, shown: str) -> Iterator[Member]:
     """Yield the regular files of a tar file, in order; folders and links are skipped.
 
     Raises UserError for a file that is not a tar file, is compressed, or ends within a member; `shown` is its name in
@@ -52,7 +52,7 @@ def members_of(window: Window, shown: str) -> Iterator[Member]:
         try:
             info = tarfile.TarInfo.frombuf(block, "utf-8", NAME_ERRORS)
         except tarfile.HeaderError:
-            raise UserError(f"{shown} {fault_of(block, place)}") from None
+            raise UserError(f"{shown} {describe_block_fault(block, place)}") from None
         start = place + BLOCK
         num_bytes = info.size if next_bytes is None else next_bytes
         if num_bytes < 0:
@@ -103,7 +103,7 @@ def pax_records(content: bytes, shown: str, place: int) -> dict[str, str]:
     return records
 
 
-def fault_of(block: bytes, place: int) -> str:
+def describe_block_fault(block: bytes, place: int) -> str:
     """Describe the problem of a block that is not a header."""
     kind = COMPRESSED.get(block[:2])
     if place == 0 and kind is not None:

@@ -11,7 +11,7 @@ from math import prod
 from typing import Any, TypeVar
 
 from library.data.description.schema import without_secrets
-from library.data.scanned.images import FileStamp, Place, ScannedImage, Version, digest_of
+from library.data.scanned.images import FileStamp, Place, ScannedImage, Version, digest_content
 from library.data.scanned.names import folder_name, safe_name, short_digest
 from library.data.sources.storage import object_storage
 from library.data.sources.storage.disk_cache import DiskCache
@@ -85,12 +85,12 @@ class Storage:
         """Fetch images at URLs to the disk concurrently, which takes one round trip instead of one each."""
         places = [image.place for image in images if image.place is not None]
         places = [place for place in places if is_remote(place.file) and place.reader is None]
-        missing = [place for place in dict.fromkeys(places) if not self.disk_cache.path(name_of(place)).exists()]
+        missing = [place for place in dict.fromkeys(places) if not self.disk_cache.path(cache_name(place)).exists()]
         if len(missing) > 1:
             ranges = [(place.file, place.start, place.num_bytes) for place in missing]
             for place, content in zip(missing, object_storage.read_ranges(ranges), strict=True):
                 if content is not None:
-                    self.disk_cache.put(name_of(place), content)
+                    self.disk_cache.put(cache_name(place), content)
 
     @property
     def disk_cache(self) -> DiskCache:
@@ -107,18 +107,18 @@ class Storage:
         return self.cache_dir
 
     def _read_remote(self, place: Place) -> bytes:
-        content = self.disk_cache.get(name_of(place))
-        if content is not None and digest_of(content) == place.digest:
+        content = self.disk_cache.get(cache_name(place))
+        if content is not None and digest_content(content) == place.digest:
             return content
         if place.reader is not None:
             # All images of the group come with the requested one, and each will be needed sooner or later.
             for start, value in place.reader.read_group(self, place):
-                self.disk_cache.put(name_of(place._replace(start=start)), value)
+                self.disk_cache.put(cache_name(place._replace(start=start)), value)
                 content = value if start == place.start else content
         else:
             content = self.read_range(place.file, place.start, place.num_bytes)
-            self.disk_cache.put(name_of(place), content)
-        if content is None or digest_of(content) != place.digest:
+            self.disk_cache.put(cache_name(place), content)
+        if content is None or digest_content(content) != place.digest:
             raise UserError(f"{without_secrets(place.file)} was replaced since it was indexed; restart the run")
         return content
 
@@ -212,7 +212,7 @@ def is_remote(file: str) -> bool:
     return "://" in file
 
 
-def name_of(place: Place) -> str:
+def cache_name(place: Place) -> str:
     """Return an image's name in the disk cache. Its digest changes with the content."""
     size, reader = (place.num_bytes, "") if place.reader is None else ("", place.reader.name)
     return f"{without_secrets(place.file)} {place.start} {size} {reader}"

@@ -11,7 +11,7 @@ from anima_train_network import setup_parser
 from library.architectures.anima.assembly import build
 from library.architectures.anima.options import AnimaOptions
 from library.models.vae.qwen_image_2d import ImageConv, StripedNorm
-from library.training.models.base_model import identity_of
+from library.training.models.base_model import hash_module
 from library.training.planning.counting import BatchShape, count_run
 from tests.running import Finished
 from tests.tiny.anima import build_tiny_anima
@@ -52,7 +52,7 @@ def test_latents_and_images_are_those_of_three_dimensions(arguments: list[str], 
 
 def test_it_is_the_same_vae_to_a_cache_and_has_no_convolution_over_time_left_that_runs(arguments: list[str]) -> None:
     plain, flat = built(arguments).load.vae(), built(arguments, "--qwen_image_vae_2d").load.vae()
-    assert identity_of(plain) == identity_of(flat)
+    assert hash_module(plain) == hash_module(flat)
     kept = {name for name, module in flat.named_modules() if isinstance(module, torch.nn.Conv3d)}
     assert kept and all(name.endswith("time_conv") for name in kept)
     assert sum(isinstance(module, ImageConv) for module in flat.modules()) > 20

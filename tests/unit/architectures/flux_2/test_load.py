@@ -15,7 +15,14 @@ from library.architectures.flux_2.assembly import build
 from library.architectures.flux_2.load import open_loader
 from library.architectures.flux_2.options import VERSIONS, Flux2Options
 from library.architectures.flux_2.reference import diffusers_state
-from library.architectures.flux_2.releases import DEV, KLEIN_4B, KLEIN_9B, encoder_of, is_distilled, release_of
+from library.architectures.flux_2.releases import (
+    DEV,
+    KLEIN_4B,
+    KLEIN_9B,
+    is_distilled,
+    recognise_encoder,
+    recognise_release,
+)
 from library.architectures.flux_2.vae import COUNTER, statistics
 from library.checkpoints.weights import Weights
 from library.errors import UserError
@@ -166,22 +173,22 @@ def test_the_text_encoder_may_be_kept_in_8_bits(request: pytest.FixtureRequest, 
 
 @pytest.mark.parametrize("config", [tiny_flux_2.DEV, tiny_flux_2.KLEIN_4B, tiny_flux_2.KLEIN_9B])
 def test_a_release_is_recognised_by_its_sizes_and_checked_against_the_option(config: Any) -> None:
-    found = release_of(config, None, "a.safetensors")
+    found = recognise_release(config, None, "a.safetensors")
     sizes = [tiny_flux_2.DEV, tiny_flux_2.KLEIN_4B, tiny_flux_2.KLEIN_9B]
     assert found is (DEV, KLEIN_4B, KLEIN_9B)[sizes.index(config)] and found.text_width == config.text_width
     for version in VERSIONS:
         if version.replace("base-", "") == found.name:
-            assert release_of(config, version, "a.safetensors") is found
+            assert recognise_release(config, version, "a.safetensors") is found
             continue
         message = f"--model_version is {version}, but a.safetensors is the transformer of {found.title}, with text feat"
         with pytest.raises(UserError, match=message):
-            release_of(config, version, "a.safetensors")
+            recognise_release(config, version, "a.safetensors")
 
 
 def test_a_klein_of_another_size_is_what_the_option_says() -> None:
-    assert release_of(tiny_flux_2.CONFIG, "klein-base-9b", "a") is KLEIN_9B
+    assert recognise_release(tiny_flux_2.CONFIG, "klein-base-9b", "a") is KLEIN_9B
     with pytest.raises(UserError, match=r"--model_version is dev, but a is the transformer of FLUX\.2 klein 4B"):
-        release_of(tiny_flux_2.CONFIG, "dev", "a")
+        recognise_release(tiny_flux_2.CONFIG, "dev", "a")
 
 
 @pytest.mark.parametrize(
@@ -206,9 +213,9 @@ def test_a_text_encoder_without_a_denoiser_is_told_by_its_names_and_width(
     weights = Weights("a.safetensors", shapes, lambda name: torch.empty(shapes[name]))
     if isinstance(expected, str):
         with pytest.raises(UserError, match=re.escape(expected)):
-            encoder_of(weights, version)
+            recognise_encoder(weights, version)
     else:
-        assert encoder_of(weights, version) is expected.encoder
+        assert recognise_encoder(weights, version) is expected.encoder
 
 
 @pytest.mark.parametrize(

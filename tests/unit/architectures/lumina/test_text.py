@@ -31,11 +31,11 @@ def text(tiny: list[str]) -> LuminaText:
 def test_a_caption_stands_behind_the_begin_token_and_before_padding(text: LuminaText) -> None:
     ids, mask = (tensor[:, 0] for tensor in text.tokenize(["red cat", "", "dog" * 40]).ids_BLT)
     assert ids.shape == mask.shape == (3, 24)  # a multiple of 8; the caption ends at 20
-    words = text.ids_of("red cat")
+    words = text.tokenize_caption("red cat")
     assert ids[0].tolist() == [BEGIN, *words, *[PADDING] * (23 - len(words))]
     assert mask.sum(1).tolist() == [1 + len(words), 1, 20]
     assert text.count_tokens("red cat") == len(words)
-    assert ids[2, :20].tolist() == [BEGIN, *text.ids_of("dog" * 40)[:19]] and not mask[2, 20:].any()
+    assert ids[2, :20].tolist() == [BEGIN, *text.tokenize_caption("dog" * 40)[:19]] and not mask[2, 20:].any()
 
 
 def test_the_instruction_stands_before_captions_that_say_something(text: LuminaText) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from library.architectures.sd3.assembly import build_objective, sampling_sigmas
 from library.architectures.sd3.options import Sd3Options
-from library.architectures.sd3.predict import corner_of, join_context, predict
+from library.architectures.sd3.predict import join_context, locate_corner, predict
 
 BATCH: Any = None  # the denoiser reads nothing of it
 
@@ -76,7 +76,7 @@ def test_the_answer_is_compared_as_an_estimate_of_the_latent() -> None:
     ("share", "corner"), [((0.0, 0.0), (0, 0)), ((0.999, 0.999), (20, 21)), ((0.5, 0.25), (10, 5))]
 )
 def test_every_place_of_the_table_can_be_drawn(share: tuple[float, float], corner: tuple[int, int]) -> None:
-    assert corner_of(torch.tensor([share]), 4, 3, side=24) == corner
+    assert locate_corner(torch.tensor([share]), 4, 3, side=24) == corner
 
 
 def test_a_drawn_place_reaches_the_denoiser() -> None:

@@ -20,7 +20,7 @@ from library.memory.devices import bytes_of, tensors_of
 from library.memory.planner.counter import OperationCounter
 from library.memory.planner.fakes import give_fakes
 from library.memory.planner.repeats import shortened
-from library.memory.planner.steps import Timeline, count_pass, peak_of
+from library.memory.planner.steps import Timeline, compute_peak_bytes, count_pass
 from library.models.unet.unet import empty_unet, run_unet_blocks_with, unet_chains
 from networks import lora
 from tests.contracts.full_size import checkpoint
@@ -64,7 +64,7 @@ def planned_bytes(side: int, recomputes: bool) -> int:
                 count_pass(lambda: loss_of(unet, side), lambda r: run_unet_blocks_with(unet, r), runner, counter)
             )
     moves = Timeline.build(passes[0], passes[1], repeats).moves(lambda place: recomputes, lambda place: True)
-    return fixed + peak_of(list(moves))
+    return fixed + compute_peak_bytes(list(moves))
 
 
 def take_step(changed: dict[str, Any], side: int, runner: BlockRunner) -> None:

@@ -23,7 +23,7 @@ from library.memory.planner.prediction import (
 from library.memory.planner.repeats import Repeats
 from library.memory.planner.stages import Stage, most_images
 from library.memory.planner.steps import CountedOptimizer, CountedPass, Segment, Timeline
-from library.memory.planner.table import table_of
+from library.memory.planner.table import format_table
 from library.memory.planner.weights import Matrix, ModelWeights, StorageCost
 from tests.unit.memory.planner.made_up import Adapter, MadeUp
 from tests.unit.memory.planner.test_steps import model_of
@@ -220,18 +220,18 @@ def test_the_weights_of_a_model_are_sorted_by_what_can_be_done_with_them() -> No
 def test_the_table_marks_what_is_chosen_and_counts_what_does_not_fit() -> None:
     allowed = Allowed(recompute_every=(None, 1), inputs_wait=(False,), num_offloaded=0)
     choice = choose(counted_step(), allowed, card(2 * GIB))
-    first, recomputed, last = table_of(choice, lambda way: f"every {way.recompute_every}")
+    first, recomputed, last = format_table(choice, lambda way: f"every {way.recompute_every}")
     assert first.split() == ["way", "memory", "spare", "of", "it", "tensors", "main", "memory", "a", "pass"]
     assert recomputed.split() == ["->", "every", "1", "1.5", "GiB", "0.5", "GiB", "0.8", "GiB", "128.00", "s"]
     assert last == "too large: 1 other configuration; the smallest needs 3.6 GiB"
-    nothing = table_of(choose(counted_step(), allowed, card(GIB)), lambda way: f"every {way.recompute_every}")
+    nothing = format_table(choose(counted_step(), allowed, card(GIB)), lambda way: f"every {way.recompute_every}")
     assert [line.split()[:3] for line in nothing[1:]] == [["x", "every", "None"], ["x", "every", "1"]]
 
 
 def test_the_table_shows_what_formats_round_and_the_hours_of_a_run() -> None:
     allowed = Allowed(weight_formats=("bf16", "nf4"), recompute_every=(None,), num_offloaded=0)
     choice = choose(counted_step(), allowed, card(8 * GIB))
-    lines = table_of(choice, lambda way: str(way.weight_format), num_passes=75)
+    lines = format_table(choice, lambda way: str(way.weight_format), num_passes=75)
     assert lines[0].split()[-5:] == ["error", "a", "pass", "the", "run"]
     cells = {line.replace("->", "").split()[0]: line.split()[-6:] for line in lines[1:]}
     assert cells["bf16"] == ["0.2", "%", "96.00", "s", "2.0", "h"]

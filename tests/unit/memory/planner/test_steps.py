@@ -21,9 +21,9 @@ from library.memory.planner.steps import (
     CountedPass,
     DifferentInputs,
     Timeline,
+    compute_peak_bytes,
     count_optimizer,
     count_pass,
-    peak_of,
     short_walk,
 )
 from library.training.planning.counting import count_some_blocks
@@ -95,7 +95,7 @@ def test_the_peak_of_a_step_is_what_the_allocator_sees(way: str, dtype: torch.dt
     model = model_of()
     model.runner = chosen(WAYS[way])
     real = allocated_peak(lambda: loss_of(model, dtype).backward(), multiplies_bf16=dtype is not None)
-    planned = peak_of(counted(dtype).moves(WAYS[way], lambda place: True))
+    planned = compute_peak_bytes(counted(dtype).moves(WAYS[way], lambda place: True))
     assert planned == pytest.approx(real, rel=SHARE)
 
 
@@ -105,7 +105,9 @@ def test_gradients_that_are_there_already_are_not_made_again(way: str) -> None:
     model.runner = chosen(WAYS[way])
     loss_of(model).backward()
     real = allocated_peak(lambda: loss_of(model).backward())
-    assert peak_of(counted(num_passes=2).moves(WAYS[way], lambda place: True)) == pytest.approx(real, rel=SHARE)
+    assert compute_peak_bytes(counted(num_passes=2).moves(WAYS[way], lambda place: True)) == pytest.approx(
+        real, rel=SHARE
+    )
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -139,8 +141,8 @@ def test_kernels_and_the_bytes_they_move_are_counted() -> None:
 
 def test_inputs_that_wait_in_main_memory_leave_and_come_back() -> None:
     timeline = counted()
-    kept = peak_of(timeline.moves(lambda place: True, lambda place: True))
-    away = peak_of(timeline.moves(lambda place: True, lambda place: False))
+    kept = compute_peak_bytes(timeline.moves(lambda place: True, lambda place: True))
+    away = compute_peak_bytes(timeline.moves(lambda place: True, lambda place: False))
     sizes = 2 * TOKENS * WIDTH * 4
     # The input of the first block has no gradient and stays; the peak is reached in the last block of the second kind,
     # when the others of the first kind are away, and those of the second kind but its own.
@@ -192,7 +194,7 @@ def test_one_block_of_a_stack_is_enough_where_another_stack_is_alike(way: str) -
     assert len(few.blocks) == len(more.blocks) == 2 * NUM_BLOCKS
     for keeps_inputs in (lambda place: True, lambda place: False):
         found, expected = (list(one.moves(WAYS[way], keeps_inputs)) for one in (few, more))
-        assert peak_of(found) == peak_of(expected)
+        assert compute_peak_bytes(found) == compute_peak_bytes(expected)
         for value in ("flops", "moved", "launches"):
             totals = [sum(getattr(move.segment, value) for move in moves) for moves in (found, expected)]
             assert totals[0] == totals[1]

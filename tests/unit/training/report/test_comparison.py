@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from library.errors import UserError
-from library.training.report_page.comparison import differences, is_measured_alike, labels_of, read_run
+from library.training.report_page.comparison import differences, is_measured_alike, label_runs, read_run
 from library.training.report_page.record import Record
-from library.training.report_page.writer import report_of, write_page
+from library.training.report_page.writer import build_report, write_page
 from library.training.reporting.events import Event
 from tests.event_lines import EVIL, audit, lines_of, plan, start, whole_run
 from tools import compare_runs
@@ -50,7 +50,7 @@ def test_validation_compares_where_the_same_is_measured(options: dict[str, float
 def test_runs_of_one_name_are_told_apart() -> None:
     records = [record_of(start(name)) for name in ("cat", "cat", "cat", "dog")]
     paths = [Path("/x/one/cat.jsonl"), Path("/x/two/cat.jsonl"), Path("/y/one/cat.jsonl"), Path("/x/dog.jsonl")]
-    assert labels_of(records, paths) == ["one/cat", "two/cat", "one/cat (2)", "dog"]
+    assert label_runs(records, paths) == ["one/cat", "two/cat", "one/cat (2)", "dog"]
 
 
 def test_a_folder_a_report_and_a_file_of_events_are_the_same_run(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_a_folder_a_report_and_a_file_of_events_are_the_same_run(tmp_path: Path)
     record = Record()
     for line in lines:
         record.add(line)
-    write_page(tmp_path / "out" / "cat-report.html", report_of(record))
+    write_page(tmp_path / "out" / "cat-report.html", build_report(record))
     (tmp_path / "events.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     for path in (tmp_path / "out", tmp_path / "out" / "cat-report.html", tmp_path / "events.jsonl"):
         assert read_run(path).as_json() == record.as_json()
@@ -68,7 +68,7 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path, capsys: pytest.CaptureF
     with pytest.raises(UserError, match="holds 0 reports of runs"):
         read_run(tmp_path)
     for name in ("a", "b"):
-        write_page(tmp_path / f"{name}-report.html", report_of(record_of(start(name))))
+        write_page(tmp_path / f"{name}-report.html", build_report(record_of(start(name))))
     with pytest.raises(UserError, match=r"2 reports of runs \(a-report\.html, b-report\.html\)"):
         read_run(tmp_path)
     with pytest.raises(UserError, match="ended before its training began"):
@@ -80,7 +80,7 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path, capsys: pytest.CaptureF
 def test_texts_of_others_are_data_here_too(tmp_path: Path) -> None:
     paths = [tmp_path / "a-report.html", tmp_path / "b-report.html"]
     for path in paths:
-        write_page(path, report_of(record_of(*whole_run(20, f"{EVIL}{path.name}"))))
+        write_page(path, build_report(record_of(*whole_run(20, f"{EVIL}{path.name}"))))
     assert compare_runs.main([*map(str, paths), "--output", str(tmp_path / "x.html")]) == 0
     page = (tmp_path / "x.html").read_text(encoding="utf-8")
     assert page.count("<script") == 5 and "<img" not in page and page.count("</title>") == 1

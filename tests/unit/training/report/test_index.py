@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from library.training.report_page.index import FILE_NAME, IndexWriter
-from library.training.report_page.page import data_of
+from library.training.report_page.page import read_data
 from library.training.report_page.record import Record
-from library.training.report_page.writer import report_of, write_page
+from library.training.report_page.writer import build_report, write_page
 from tests import browser
 from tests.event_lines import EVIL, lines_of, plan, start, whole_run
 
@@ -16,7 +16,7 @@ def add_run(folder: Path, name: str, num_lines: int | None = None, num_steps: in
     record = Record()
     for line in lines_of(whole_run(num_steps, name))[:num_lines]:
         record.add(line)
-    write_page(folder / f"{name}-report.html", report_of(record))
+    write_page(folder / f"{name}-report.html", build_report(record))
     return record
 
 
@@ -26,7 +26,7 @@ def test_it_lists_runs_with_state_loss_preview_and_link(tmp_path: Path) -> None:
     assert not (tmp_path / FILE_NAME).exists()  # a single run needs no index
     add_run(tmp_path, "dog", num_lines=9)
     IndexWriter(tmp_path).take(lines_of([start("dog"), plan(20)]))
-    runs = {run["name"]: run for run in data_of((tmp_path / FILE_NAME).read_text(encoding="utf-8"))["runs"]}
+    runs = {run["name"]: run for run in read_data((tmp_path / FILE_NAME).read_text(encoding="utf-8"))["runs"]}
     assert {name: run["state"] for name, run in runs.items()} == {"cat": "finished", "dog": "running, or killed"}
     assert runs["cat"]["loss"] == whole.loss and runs["cat"]["best"] == whole.best and runs["dog"]["picture"] is None
     assert runs["cat"]["picture"] == whole.previews.items[-1]["pictures"]["0"] and runs["cat"]["prompt"] == "a cat"
@@ -46,7 +46,7 @@ def test_a_damaged_report_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureF
         add_run(tmp_path, name)
     (tmp_path / "cow-report.html").write_text("cut off")
     IndexWriter(tmp_path).close()
-    assert len(data_of((tmp_path / FILE_NAME).read_text(encoding="utf-8"))["runs"]) == 2
+    assert len(read_data((tmp_path / FILE_NAME).read_text(encoding="utf-8"))["runs"]) == 2
     assert "cow-report.html is not a report" in caplog.text
 
 
@@ -57,7 +57,7 @@ def test_it_opens_in_a_browser(tmp_path: Path) -> None:
     record = Record()
     for line in lines_of(whole_run(20, EVIL)):
         record.add(line)
-    write_page(path, report_of(record))
+    write_page(path, build_report(record))
     IndexWriter(tmp_path).close()
     script = """
       const rows = [...document.querySelectorAll("tr")].slice(1);

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from library.errors import UserError
-from library.training.report_page.page import HERE, UPLOT, data_of, page_of
+from library.training.report_page.page import HERE, UPLOT, build_page, read_data
 from library.training.report_page.record import Record
 from library.training.report_page.writer import (
     ReportWriter,
     add_sheet,
+    build_report,
     earlier_record,
     read_report,
-    report_of,
     write_page,
 )
 from tests.event_lines import EVIL, lines_of, plan, start, thumbnail, whole_run
@@ -51,17 +51,17 @@ def record_of_run(num_steps: int = 30, name: str = "cat") -> Record:
 
 def test_texts_of_others_are_data_and_nothing_else() -> None:
     record = record_of_run(name=EVIL)
-    page = report_of(record)
+    page = build_report(record)
     elements = Elements(page)
     tags = [tag for tag, _ in elements.tags]
     assert tags.count("script") == 4 and "img" not in tags and tags.count("title") == 1
     assert not any(name.startswith("on") for _, attributes in elements.tags for name in attributes)
-    assert data_of(page) == json.loads(json.dumps(record.as_json()))
-    assert data_of(page)["prompts"]["1"]["prompt"] == EVIL
+    assert read_data(page) == json.loads(json.dumps(record.as_json()))
+    assert read_data(page)["prompts"]["1"]["prompt"] == EVIL
 
 
 def test_nothing_is_fetched_and_only_its_own_scripts_run() -> None:
-    elements = Elements(report_of(record_of_run()))
+    elements = Elements(build_report(record_of_run()))
     assert [name for _, attributes in elements.tags for name in attributes if name in ("src", "href")] == []
     (policy,) = (a["content"] for _, a in elements.tags if a.get("http-equiv") == "Content-Security-Policy")
     allowed = set(re.findall(r"'sha256-([^']+)'", unescape(policy or "")))
@@ -98,12 +98,13 @@ def test_it_is_written_when_training_begins_then_every_half_minute_and_at_the_en
     assert step_shown() == 5
     writer.take(lines[plan + 12 :])
     writer.close()
-    assert path.read_text(encoding="utf-8") == report_of(record_of_run(30))
+    assert path.read_text(encoding="utf-8") == build_report(record_of_run(30))
     assert [file.name for file in path.parent.iterdir()] == ["cat-report.html"]
 
 
 @pytest.mark.parametrize(
-    "content", ["", "<html></html>", page_of("x", "report.js", {"version": 99}), page_of("x", "report.js", {"a": 1})]
+    "content",
+    ["", "<html></html>", build_page("x", "report.js", {"version": 99}), build_page("x", "report.js", {"a": 1})],
 )
 def test_what_is_no_report_is_said_and_replaced(content: str, tmp_path: Path, caplog: Any) -> None:
     path = tmp_path / "cat-report.html"
@@ -117,7 +118,7 @@ def test_what_is_no_report_is_said_and_replaced(content: str, tmp_path: Path, ca
 
 def test_a_contact_sheet_joins_the_report_and_stays_when_the_run_goes_on(tmp_path: Path) -> None:
     path, lines = tmp_path / "cat-report.html", lines_of(whole_run(30))
-    write_page(path, report_of(record_of_run(30)))
+    write_page(path, build_report(record_of_run(30)))
     add_sheet(path, thumbnail(7))
     assert read_report(path).sheet == thumbnail(7)
     writer = ReportWriter(path, earlier_record(path))

@@ -8,7 +8,7 @@ import pytest
 
 from library.errors import UserError
 from library.training.report_page.record import Record
-from library.training.report_page.writer import record_of
+from library.training.report_page.writer import collect_record
 from library.training.reporting import events
 from tests.event_lines import EVIL, lines_of, plan, preview, saved, start, step, validation, whole_run
 
@@ -103,5 +103,5 @@ def test_images_that_are_none_are_left_out(url: str) -> None:
 def test_a_line_that_is_no_event_is_named(line: str) -> None:
     good = json.dumps(lines_of([start()])[0])
     with pytest.raises(UserError, match=r"events\.jsonl: line 2 is not an event"):
-        record_of([good + "\n", line + "\n"], "events.jsonl")
-    record_of([good + "\n", line], "events.jsonl")  # cut off by a kill
+        collect_record([good + "\n", line + "\n"], "events.jsonl")
+    collect_record([good + "\n", line], "events.jsonl")  # cut off by a kill

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from library.errors import UserError
-from library.training.report_page.page import data_of
+from library.training.report_page.page import read_data
 from library.training.report_page.server import ReportServer
-from library.training.report_page.writer import ReportWriter, read_events, report_of
+from library.training.report_page.writer import ReportWriter, build_report, read_events
 from tests.event_lines import lines_of, plan, start, whole_run
 
 TAG = '<meta http-equiv="refresh" content="10">'
@@ -43,12 +43,12 @@ def get(server: ReportServer, path: str = "/", method: str = "GET", host: str | 
 
 def test_a_run_in_progress_reloads_and_one_that_is_over_does_not(server: ReportServer, folder: Path) -> None:
     status, page = get(server)
-    assert status == 200 and TAG in page and data_of(page)["step"] == 0
+    assert status == 200 and TAG in page and read_data(page)["step"] == 0
     writer = ReportWriter(folder / "cat-report.html", None)
     writer.take(lines_of(whole_run(30)))
     writer.close()
     status, page = get(server, "/cat-report.html")
-    assert status == 200 and TAG not in page and data_of(page)["step"] == 30
+    assert status == 200 and TAG not in page and read_data(page)["step"] == 30
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_events_are_read_again_for_every_request(tmp_path: Path) -> None:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
-            assert get(server)[1] == report_of(read_events(path))
+            assert get(server)[1] == build_report(read_events(path))
         finally:
             server.shutdown()
             thread.join()
