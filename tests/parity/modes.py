@@ -61,8 +61,14 @@ class Mode:
 AXES = (tuple(DEEP), tuple(ALL_CODECS), PLACES, tuple(RUNNERS), tuple(ADAPTERS))
 
 
-def all_modes() -> list[Mode]:
-    return [Mode(*values) for values in product(*AXES)]
+def triples_of_modes() -> list[Mode]:
+    """A fifth of all modes, in which every three values of different axes meet.
+
+    These are the modes whose positions along the axes add up to a multiple of 5. Any two axes complete any three values
+    to such a sum: even places and runners, 2 and 4 long, add 0 to 4.
+    """
+    positions = product(*(range(len(axis)) for axis in AXES))
+    return [Mode(*(axis[i] for axis, i in zip(AXES, place, strict=True))) for place in positions if sum(place) % 5 == 0]
 
 
 def pairs_of_modes() -> list[Mode]:

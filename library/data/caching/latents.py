@@ -234,9 +234,7 @@ def named_jobs(plan: DataPlan, job: Job) -> Iterator[Job]:
 def judge_job(entries: VerifiedEntries, vae: str, job: Job) -> Verdict:
     """Return whether the job's file is valid."""
     assert job.file is not None
-    expected = Expected(
-        job.sample.shape, job.interpolation, job.name_vae(vae), job.needs_flipped, job.needs_alpha
-    )
+    expected = Expected(job.sample.shape, job.interpolation, job.name_vae(vae), job.needs_flipped, job.needs_alpha)
     return entries.verdict(job.file, job.sample.image, expected)
 
 
