@@ -21,11 +21,11 @@ GONE = (
 )  # fmt: skip
 GRAMMAR = "library/checkpoints/adapter_keys.py"
 ONCE = {  # definition -> where it stands
-    r"^def naming_of\(": GRAMMAR,
+    r"^def recognise_naming\(": GRAMMAR,
     r"^PEFT_PREFIX\b": GRAMMAR,
     r"^def underscored\(": GRAMMAR,
     r"^class AdapterKey\b": GRAMMAR,
-    r"^def layout_of\(": "networks/core/registry/layouts.py",
+    r"^def recognise_layout\(": "networks/core/registry/layouts.py",
 }
 FACTOR = re.compile(r"\blora_(up|down|mid|A|B)\b|\bhada_|\blokr_|\boft_R\b|\bboft_[Rs]\b|\bw_norm\b|\bb_norm\b")
 MAY_NAME_FACTORS = (

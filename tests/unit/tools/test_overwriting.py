@@ -106,7 +106,7 @@ def test_pages_leave_their_input_and_files_of_another_type(
     assert (path.read_text(), page.read_text()) == (EVENT, "<!doctype html><p>mine")
     page.unlink()
     assert report.main([str(path), "--output", str(page)]) == 0 == report.main([str(path), "--output", str(page)])
-    monkeypatch.setattr(compare_runs, "comparison_of", lambda runs: "a comparison")
+    monkeypatch.setattr(compare_runs, "build_comparison", lambda runs: "a comparison")
     assert "is also read" in refused(capsys, compare_runs.main([str(path), str(page), "--output", str(page)]))
 
 
