@@ -122,7 +122,7 @@ def read_groups(
     aliases = {alias: name for group in groups for name, one in declared(group).items() for alias in one.aliases}
     parsers = {n: a.parse for n, a in known.items()} | {name: OF_MODELS[form] for name, form in of_models.items()}
     given = {key: value for key, value in items.items() if value is not None}
-    given = _with_dropout(given, neuron_dropout)
+    given = _with_dropout(given, neuron_dropout, parsers["neuron_dropout"])
     unknown = next((key for key in given if aliases.get(key, key) not in parsers), None)
     if unknown is not None:
         near = nearest_name(unknown, (*parsers, *aliases), least=0.5)
@@ -138,9 +138,13 @@ def read_groups(
     return arguments
 
 
-def _with_dropout(given: dict[str, Any], neuron_dropout: float | None) -> dict[str, Any]:
-    """Put `network_dropout` and what other programs call it under one name."""
-    dropouts = {name: given.pop(name) for name in DROPOUTS if name in given}
+def _with_dropout(given: dict[str, Any], neuron_dropout: float | None, parse: Parse) -> dict[str, Any]:
+    """Merge `network_dropout` and its names in other programs. Raises UserError if they differ."""
+    dropouts = {
+        name: _parse(name, given.pop(name), "neuron_dropout", {"neuron_dropout": parse})
+        for name in DROPOUTS
+        if name in given
+    }
     for name, dropout in dropouts.items():
         chosen = dropout if neuron_dropout is None else neuron_dropout
         if float(dropout) != float(given.setdefault("neuron_dropout", chosen)):

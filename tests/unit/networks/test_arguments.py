@@ -79,6 +79,8 @@ def test_network_dropout_and_lycoris_name_for_it_mean_the_same() -> None:
     assert parse_arguments({"dropout": None}, neuron_dropout=0.25).given == {"neuron_dropout": 0.25}
     with pytest.raises(ValueError, match=r"--network_dropout is 0\.1 but --network_args says dropout=0\.2"):
         parse_arguments({"dropout": "0.2"}, neuron_dropout=0.1)
+    with pytest.raises(ValueError, match=re.escape("--network_args dropout=a: expected a number")):
+        parse_arguments({"dropout": "a"})
 
 
 def test_a_wrong_network_dropout_is_named_by_its_flag() -> None:
