@@ -13,6 +13,7 @@ from library.memory.codecs.weight_format import load_format
 from library.memory.devices import bytes_of
 from library.memory.frozen import FrozenLayer
 from library.memory.offload.ring import NUM_SLOTS
+from library.memory.offload.sharded import PEAK_BLOCKS
 
 
 @dataclass(frozen=True)
@@ -125,9 +126,8 @@ class ModelWeights:
 
     def shared_bytes(self, cost: StorageCost, num_processes: int) -> int:
         """Return the bytes on one device if the weights are sharded over `num_processes`."""
-        # Besides the shard two blocks are gathered at a time, and one of them exists twice during its gather.
         sizes = [*self.block_bytes(cost), *map(cost.num_bytes, self.storable)]
-        return self.fixed_bytes + ceil(sum(sizes) / num_processes) + (NUM_SLOTS + 1) * max(sizes, default=0)
+        return self.fixed_bytes + ceil(sum(sizes) / num_processes + PEAK_BLOCKS * max(sizes, default=0))
 
     def decoded_bytes(self, cost: StorageCost) -> int:
         """Return the peak bytes of decoding one weight."""
