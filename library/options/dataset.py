@@ -7,6 +7,7 @@ from library.options.base import Options, option
 
 MAX_WORKERS = 1024  # processes that load data; more are a slip of the keyboard
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area")
+OWN_INDEX = "folders of 256 images or more have an index of their own, which notices changed files"
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,7 @@ class DatasetOptions(Options, needs_images=True):
         help="Look at every image (near twins, blur, one colour, damage), say what stands out, and end. Needs no "
         "base model; with --output_dir a page with the images is written.",
     )
-    cache_info: bool = option(
-        False,
-        affects_training=False,
-        help="Keep captions and image sizes of each folder in a metadata_cache.json inside it, and read that file "
-        "when it is there. Starts faster on slow disks; delete the file after changing images or captions.",
-    )
+    cache_info: bool = option(False, ignored=OWN_INDEX, help=f"Has no effect: {OWN_INDEX}.")
     shuffle_caption: bool = option(
         False,
         usual=True,

@@ -123,7 +123,7 @@ SUBSET_KEYS = (
     Key("is_reg", BOOL, False, ONLY_S, ("dreambooth",)),
     Key("alpha_mask", BOOL, False, ONLY_S, ("dreambooth", "metadata"), "alpha_mask"),
     Key("caption_extension", TEXT, ".caption", GDS, ("dreambooth", "masked"), "caption_extension"),
-    Key("cache_info", BOOL, False, GDS, ("dreambooth", "masked"), "cache_info"),
+    Key("cache_info", BOOL, False, GDS, ("dreambooth", "masked")),  # without the option, which has its own warning
     Key("metadata_file", TEXT, None, ONLY_S, ("metadata",)),
     Key("conditioning_data_dir", TEXT, None, ONLY_S, ("masked",)),
     Key("control_dirs", TEXTS, (), ONLY_S),

@@ -27,7 +27,7 @@ from library.data.description.source_keys import SOURCES, keys_used_by
 from library.errors import UserError
 from library.json_text import InvalidJson, parse_json
 from library.options.config_file import read_toml, refuse_nul
-from library.options.dataset import DatasetOptions
+from library.options.dataset import OWN_INDEX, DatasetOptions
 from library.options.encodings import decoded
 from library.options.train import TrainOptions
 from library.suggestions import did_you_mean, nearby
@@ -76,7 +76,6 @@ class SubsetConfig:
     class_tokens: str | None
     is_reg: bool
     caption_extension: str
-    cache_info: bool
     alpha_mask: bool
     color_aug: bool
     flip_aug: bool
@@ -376,6 +375,8 @@ def build_subset(subset: Table, outer: Sequence[Table], style: Style, place: str
     values = {
         key.name: resolve_value(key, (subset, *outer)) if style in key.styles else key.default for key in SUBSET_KEYS
     }
+    if values.pop("cache_info"):
+        logger.warning("%s['cache_info'] has no effect: %s", place, OWN_INDEX)
     rules = CaptionRules(**{field.name: values.pop(field.name) for field in fields(CaptionRules)})
     extension = values["caption_extension"]
     if not extension.startswith("."):

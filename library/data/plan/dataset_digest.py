@@ -18,7 +18,7 @@ PART_BYTES = 1 << 17
 AT_ONCE = 4096  # images digested together
 
 WHERE = (
-    "keeps_index", "entries", "image_dir", "metadata_file", "conditioning_data_dir", "cache_info", "source_key",
+    "keeps_index", "entries", "image_dir", "metadata_file", "conditioning_data_dir", "source_key",
     "control_dirs", "opposite_dir", "control_resolution", "control_no_resize",  # in the digest of the images
     "patterns", "image_column", "caption_column", "control_columns",
 )  # fmt: skip

@@ -149,47 +149,6 @@ def test_a_subset_without_images_is_an_error_and_none_at_all_is_no_data(tmp_path
             plan_of(write_config(tmp_path / "data.toml", only))
 
 
-# cache_info
-
-
-def test_the_folder_cache_has_the_layout_of_sd_scripts_and_is_used(tmp_path, monkeypatch):
-    write_folder(tmp_path / "pictures", 2, caption="x")
-    first = scan(tmp_path, FOLDER + "cache_info = true")
-    entries = json.loads((tmp_path / "pictures/metadata_cache.json").read_text())
-    assert {path: (entry["caption"], entry["resolution"]) for path, entry in entries.items()} == {
-        f"{tmp_path.as_posix()}/pictures/p{i}.png": (f"x {i}", [64, 64]) for i in range(2)
-    }
-    reader = "library.data.sources.folders.reading.read_size"
-    monkeypatch.setattr(reader, lambda path: pytest.fail(f"{path} was opened"))
-    assert scan(tmp_path, FOLDER + "cache_info = true").images == first.images
-
-
-def test_what_changed_since_the_folder_cache_was_written_is_read_again(tmp_path):
-    folder = write_folder(tmp_path / "pictures", 3, caption="x")
-    scan(tmp_path, FOLDER + "cache_info = true")
-    (folder / "p0.txt").write_text("edited")
-    write_image(folder / "p1.png", (80, 40))
-    (folder / "p2.png").unlink()
-    write_image(folder / "p9.png")
-    found = scan(tmp_path, FOLDER + 'cache_info = true\nclass_tokens = "c"')
-    assert [(p.caption, p.size) for p in found.images] == [("edited", (64, 64)), ("x 1", (80, 40)), ("c", (64, 64))]
-
-
-def test_an_entry_without_our_note_is_not_trusted(tmp_path):
-    folder = write_folder(tmp_path / "pictures", 1, caption="x")
-    path = f"{tmp_path.as_posix()}/pictures/p0.png"
-    (folder / "metadata_cache.json").write_text(json.dumps({path: {"caption": "old", "resolution": [1, 1]}}))
-    assert scan(tmp_path, FOLDER + "cache_info = true").images[0].size == (64, 64)
-
-
-def test_a_damaged_folder_cache_is_made_again(tmp_path, caplog):
-    folder = write_folder(tmp_path / "pictures", 1, caption="x")
-    (folder / "metadata_cache.json").write_text("{cut")
-    assert len(scan(tmp_path, FOLDER + "cache_info = true").images) == 1
-    assert "is rebuilt" in caplog.text
-    assert json.loads((folder / "metadata_cache.json").read_text())
-
-
 # Metadata files
 
 METADATA = 'image_dir = "{here}/pictures"\nmetadata_file = "{here}/meta.json"\n'

@@ -201,6 +201,11 @@ def test_a_network_multiplier_that_does_nothing_is_said_so(tmp_path, caplog):
     assert "['network_multiplier'] has no effect" in caplog.text
 
 
+def test_cache_info_is_said_to_be_replaced_by_an_index(tmp_path, caplog):
+    load(tmp_path, SUBSET.replace("512", "512\ncache_info = true"))
+    assert "['cache_info'] has no effect: folders of 256 images or more have an index" in caplog.text
+
+
 def test_folder_arguments_beside_a_file_are_ignored_and_said_so(tmp_path, caplog):
     load(tmp_path, SUBSET, "--train_data_dir elsewhere")
     assert "--train_data_dir is ignored" in caplog.text

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from library.data.plan.data_plan import DataPlan
 from library.data.plan.validation_split import SplitSpec, choose, hash_file
+from library.data.sources.folders import image_index
 from tests.unit.data.builders import (
     batches_of,
     options_of,
@@ -215,11 +216,12 @@ def test_metadata_files_and_masks_are_split_too(tmp_path):
     assert all(batch.masks_B1HW is not None for batch in batches)
 
 
-def test_a_cache_of_captions_and_sizes_holds_both_sides(tmp_path):
+def test_the_index_of_a_folder_holds_both_sides(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_index, "MIN_FILES", 1)
     write_folder(tmp_path / "1_a", 6)
-    arguments = "--resolution 64 --validation_split 0.5 --cache_info --caption_extension .txt"
+    arguments = "--resolution 64 --validation_split 0.5 --caption_extension .txt"
     first, second = (plan_of(options_of(arguments, "--train_data_dir", str(tmp_path))) for _ in range(2))
-    assert len(json.loads((tmp_path / "1_a/metadata_cache.json").read_text())) == 6
+    assert len(image_index.open_index(str(tmp_path / "1_a")).sizes.names) == 6
     captions = [
         {
             key: caption

@@ -4,17 +4,13 @@ import logging
 import os
 from collections.abc import Collection, Sequence
 
-from library.data.decoding.threads import in_blocks
-from library.data.description.buckets import Size
 from library.data.description.schema import SubsetConfig, not_a_folder
 from library.data.scanned.columns import Texts
 from library.data.scanned.subsets import Listing
-from library.data.sources.folders.folder_cache import CacheRow, FolderCache, fingerprint
 from library.data.sources.folders.image_index import FolderIndex, Table, open_index, own_captions, renewed
 from library.data.sources.folders.listing import Folder, look_again, look_into
 from library.data.sources.folders.reading import (
     check_encodings,
-    parse_caption,
     parse_captions,
     read_caption,
     read_image_size,
@@ -34,7 +30,7 @@ def list_folder(config: SubsetConfig, num_threads: int) -> Listing:
         problem = f"{folder!r} is not a folder: {BACKSLASH_HINT}" if escaped else not_a_folder(folder)
         logger.warning("image_dir %s", problem)
         return listing
-    index = FolderIndex(folder) if config.cache_info else open_index(folder)
+    index = open_index(folder)
     files: Sequence[str | None]
     if inside := look_again(index, config.caption_extension, num_threads):
         files = index.captions[config.caption_extension].names
@@ -44,10 +40,7 @@ def list_folder(config: SubsetConfig, num_threads: int) -> Listing:
     listing.names, listing.dropped, listing.aside = inside.images, inside.dropped, inside.aside
     listing.alone = sorted(lone_captions(inside.captions, files))
     try:
-        if config.cache_info:
-            texts = read_with_cache(listing, files, num_threads)
-        else:
-            texts = read_with_index(listing, index, inside, files, num_threads)
+        texts = read_with_index(listing, index, inside, files, num_threads)
     except NotUtf8:
         check_encodings(folder, (file for file in files if file is not None))
         raise
@@ -109,33 +102,3 @@ def read_with_index(
         return captions.values
     texts: dict[str | None, str] = dict(zip(names, captions.values, strict=True))
     return [texts.get(file, "") for file in files]
-
-
-def read_with_cache(listing: Listing, files: Sequence[str | None], num_threads: int) -> Sequence[str]:
-    """Fill in sizes and return caption texts, from sd-scripts' metadata_cache.json, which is rewritten."""
-    config, paths = listing.config, listing.paths
-    cache = FolderCache.open(config)
-
-    def read(block: Sequence[int]) -> list[CacheRow]:
-        return [cached_or_read(cache, config, paths[place], files[place]) for place in block]
-
-    rows = in_blocks(read, range(len(paths)), num_threads, f"reading sizes of {config.base_name}")
-    if config.keeps_index:
-        cache.write(row for row in rows if not isinstance(row[2], str))
-    listing.sizes = [row[2] for row in rows]
-    return [row[1] for row in rows]
-
-
-def cached_or_read(cache: FolderCache, config: SubsetConfig, path: str, file: str | None) -> CacheRow:
-    """Return path, caption, size and fingerprints of one image and its caption file."""
-    caption_path = None if file is None else os.path.join(config.image_dir or "", file)
-    image_print = fingerprint(path)
-    caption_print = None if caption_path is None else fingerprint(caption_path)
-    known = cache.lookup(path, image_print, caption_print)
-    size: Size | str
-    if known is None:
-        text = "" if caption_path is None else parse_caption(read_caption(caption_path)[1], config.captions)
-        size = read_image_size(path)[1]
-    else:
-        text, size = known
-    return path, config.class_tokens or "" if file is None else text, size, image_print, caption_print

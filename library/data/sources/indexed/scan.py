@@ -1,6 +1,5 @@
 """The images of larger files, from their index."""
 
-import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +21,6 @@ from library.data.sources.indexed.parquet_index import IndexedFiles, read_index
 from library.data.sources.indexed.rows import Row
 from library.data.sources.storage.storage import Storage, is_remote
 from library.errors import UserError, few
-
-logger = logging.getLogger(__name__)
 
 NEWLINE = 10
 
@@ -52,8 +49,6 @@ def scan_files(
     `open_reader` returns the reader of the images of all files, given the first, and `open_reference_readers` those of
     their references by number. Raises UserError for files that are missing, damaged or of another kind.
     """
-    if config.cache_info:
-        logger.warning("cache_info has no effect on %s, whose images have an index", config.source)
     paths, shown, known = described_files(config, storage, num_threads, keys)
     files = [SourceFile(*file) for file in zip(paths, shown, (stamp.num_bytes for stamp in known.stamps), strict=True)]
     path, title = index_path(shown, known, storage), f"indexing {config.base_name}"
