@@ -29,7 +29,7 @@ from library.architectures.flux.model import Flux  # noqa: E402
 from networks.core.changes.adapter import Adapter  # noqa: E402
 from networks.core.changes.alpha import ScaledDelta  # noqa: E402
 from networks.core.changes.low_rank import LowRank  # noqa: E402
-from networks.core.network.multiplexer import AdapterMultiplexer, Beside  # noqa: E402
+from networks.core.network.multiplexer import AdapterMultiplexer  # noqa: E402
 from networks.core.targets.targets import TargetModule  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -122,7 +122,7 @@ def shared(block: nn.Module, args: argparse.Namespace) -> AdapterMultiplexer:
             for path, layer in linears
         ]
 
-    return AdapterMultiplexer([Beside(adapters(), draws=False) for _ in range(args.adapters)])
+    return AdapterMultiplexer([adapters() for _ in range(args.adapters)], [False] * args.adapters)
 
 
 def passes(block: nn.Module, args: argparse.Namespace, run: Callable[[int], Tensor]) -> tuple[Work, Work]:

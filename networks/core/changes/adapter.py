@@ -1,12 +1,28 @@
-"""One adapted module."""
+"""One adapted module, and how it takes its layer's forward without changing the base model's module tree."""
 
 from collections.abc import Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from library.errors import UserError
 from networks.core.changes.change import Change, Forward
-from networks.core.changes.forward_patch import give_forward_back, take_forward
 from networks.core.targets.targets import TargetModule
+
+
+def take_forward(layer: nn.Module, forward: Forward) -> Forward:
+    """Put `forward` in place of the layer's own; gives the one that was there."""
+    base: Forward = layer.forward
+    layer.forward = forward  # type: ignore[assignment]
+    return base
+
+
+def give_forward_back(layer: nn.Module, forward: Forward, base: Forward, path: str) -> None:
+    """Undo `take_forward`. Raises UserError naming the layer where something wrapped it again since."""
+    if layer.__dict__.get("forward") != forward:
+        raise UserError(f"{path} was wrapped again after this adapter; remove the later wrapping first")
+    del layer.__dict__["forward"]
+    if base != layer.forward:  # it was wrapped before us
+        layer.forward = base  # type: ignore[assignment]
 
 
 class Adapter:

@@ -11,7 +11,7 @@ from networks.core.changes.dora import DoRA, decomposed
 from networks.core.changes.ggpo import GgpoArguments, Perturbed
 from networks.core.changes.parameter_keys import DORA_SCALE
 from networks.core.changes.request import ChangeRequest
-from networks.core.changes.tlora import NoiseMask, TLoraArguments, TLoraRanks
+from networks.core.changes.tlora import NoiseMask, TLoraArguments
 
 
 def wrap(request: ChangeRequest, delta: Delta, alpha: float | None = None) -> Change:
@@ -20,7 +20,7 @@ def wrap(request: ChangeRequest, delta: Delta, alpha: float | None = None) -> Ch
     `alpha` is as asked for, if unset.
     """
     tlora = request.arguments.of(TLoraArguments)
-    mask = NoiseMask(TLoraRanks(tlora.tlora_min_rank, tlora.tlora_power), request.noise)
+    mask = NoiseMask(tlora.tlora_min_rank, tlora.tlora_power, request.noise)
     change = ScaledDelta(
         request.layer, delta, request.alpha if alpha is None else alpha, request.drops, request.has_scalar,
         mask if tlora.tlora and request.is_denoiser else None,

@@ -1,7 +1,6 @@
 """A delta at its strength: alpha, a trained strength and dropout."""
 
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +17,9 @@ from networks.core.changes.change import (
 )
 from networks.core.changes.dropout import NO_DROPOUT, Dropout
 from networks.core.changes.parameter_keys import ALPHA, START
+from networks.core.changes.tlora import NoiseMask
 
 SCALAR = "scalar"  # in memory only: files have it multiplied into the factor that starts at zero
-
-
-class Mask(Protocol):
-    """Decides which channels between down and up act on a sample."""
-
-    def __call__(self, hidden: Tensor, rank: int, layer: nn.Module | None) -> Tensor:
-        """Return `hidden` with 0 in the channels that do not act."""
-        ...
 
 
 def alpha_in(tensors: Mapping[str, Tensor], delta: Delta) -> float:
@@ -58,7 +50,7 @@ class ScaledDelta(nn.Module):
         alpha: float,
         drops: Dropout = NO_DROPOUT,
         has_scalar: bool = False,
-        mask: Mask | None = None,
+        mask: NoiseMask | None = None,
     ) -> None:
         """`alpha` 0 stands for the rank. `layer` None is for merging alone."""
         super().__init__()

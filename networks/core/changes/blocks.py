@@ -9,7 +9,7 @@ from torch import nn
 from library.errors import UserError
 from networks.core.arguments.common import LORAPLUS_RATIOS, RankArguments, TargetArguments
 from networks.core.arguments.network_arguments import NetworkSettings
-from networks.core.changes.change import ModuleTensors
+from networks.core.changes.change import ModuleTensors, weight_shape
 from networks.core.changes.parameter_keys import DORA_SCALE
 
 logger = logging.getLogger(__name__)
@@ -32,18 +32,7 @@ def refuse_magnitudes(tensors: ModuleTensors) -> None:
 
 def row_length(layer: nn.Module) -> int:
     """Return N, how many numbers one output sees: I or I * h * w."""
-    if isinstance(layer, nn.Linear):
-        return layer.in_features
-    assert isinstance(layer, nn.Conv2d)
-    return layer.in_channels * prod(layer.kernel_size)
-
-
-def num_outputs(layer: nn.Module) -> int:
-    """Return O."""
-    if isinstance(layer, nn.Linear):
-        return layer.out_features
-    assert isinstance(layer, nn.Conv2d)
-    return layer.out_channels
+    return prod(weight_shape(layer)[1:])
 
 
 def block_size_for(num_columns: int, wanted: int, may_adjust: bool) -> int:

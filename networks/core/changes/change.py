@@ -265,11 +265,19 @@ def list_parts(delta: Delta) -> dict[str, Tensor]:
     return {**dict(delta.named_parameters()), **dict(delta.named_buffers())}
 
 
-def factor(module: nn.Module) -> Tensor:
-    """The weight of a child module."""
+def get_weight(module: nn.Module) -> Tensor:
+    """Return the weight of a layer or of a factor, as the tensor that it is."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight
+
+
+def weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    """Return (O, I) or (O, I, h, w) without touching the weight, which a layer in another format would decode."""
+    if isinstance(layer, nn.Conv2d):
+        return (layer.out_channels, layer.in_channels, *layer.kernel_size)
+    assert isinstance(layer, nn.Linear)
+    return (layer.out_features, layer.in_features)
 
 
 def match_dtype(factor: Tensor, x: Tensor) -> Tensor:

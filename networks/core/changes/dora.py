@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from networks.core.arguments.network_arguments import NetworkArguments, Requirement, argument
 from networks.core.arguments.values import parse_bool
 from networks.core.changes.alpha import SCALAR, DeltaWrapper, ScaledDelta
-from networks.core.changes.change import ChangeSize, Forward
+from networks.core.changes.change import ChangeSize, Forward, get_weight
 from networks.core.changes.parameter_keys import DORA_SCALE
 
 EPS = 1.1920929e-07  # of float32: what readers of dora_scale add to the norm of columns
@@ -71,7 +71,7 @@ class DoRA(DeltaWrapper):
     @classmethod
     def of_file(cls, inner: ScaledDelta, magnitudes: Tensor) -> "DoRA":
         """Give a change of a file its magnitudes, whose shape tells what they are of."""
-        weight = None if inner.layer is None else base_weight(inner.layer)
+        weight = None if inner.layer is None else get_weight(inner.layer)
         return cls(inner, Decompose(weight, is_per_output=are_per_output(magnitudes)), magnitudes)
 
     @property
@@ -125,7 +125,7 @@ class DoRA(DeltaWrapper):
     def restart_magnitudes(self) -> None:
         """Set the magnitudes to the norms of the weight with the change: together they compute what the sum does."""
         assert self.layer is not None
-        device = base_weight(self.layer).device
+        device = get_weight(self.layer).device
         ones = torch.ones_like(self.dora_scale, device=device)
         self.dora_scale.copy_(ones / self._scales(ones, device))
 
@@ -136,7 +136,7 @@ class DoRA(DeltaWrapper):
         if device is not None:
             strength = strength.to(device) if isinstance(strength, Tensor) else strength
             up_OR, down_RN = up_OR.to(device), down_RN.to(device)
-        return self.join.scales(base_weight(self.layer), magnitudes, up_OR, down_RN, strength)
+        return self.join.scales(get_weight(self.layer), magnitudes, up_OR, down_RN, strength)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DoRA":
         """Move or cast. Magnitudes are never rounded to 16 bits: they would change the base model's own columns."""
@@ -151,14 +151,7 @@ def decomposed(inner: ScaledDelta, arguments: NetworkArguments, is_per_output: b
     """Wrap a change as the network arguments ask for."""
     assert inner.layer is not None
     has_constant_norm = arguments.of(DoraArguments).dora_constant_norm
-    return DoRA(inner, Decompose(base_weight(inner.layer), has_constant_norm, is_per_output))
-
-
-def base_weight(layer: nn.Module) -> Tensor:
-    """Return W0."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight
+    return DoRA(inner, Decompose(get_weight(inner.layer), has_constant_norm, is_per_output))
 
 
 class Decompose:

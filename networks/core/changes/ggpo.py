@@ -3,7 +3,7 @@
 Letters: O output features or channels, I input features or channels, R rank, h w kernel, N = I * h * w.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any, ClassVar
@@ -16,8 +16,8 @@ from torch.nn.grad import conv2d_input
 from networks.core.arguments.network_arguments import Requirement, argument
 from networks.core.arguments.values import parse_number
 from networks.core.changes.alpha import DeltaWrapper, ScaledDelta
-from networks.core.changes.change import Forward
-from networks.core.changes.dora import base_weight, squared_rows
+from networks.core.changes.change import Forward, get_weight, weight_shape
+from networks.core.changes.dora import squared_rows
 from networks.core.changes.parameter_keys import DOWN, UP
 
 NUM_SEEDS = 2**62
@@ -52,15 +52,21 @@ class GgpoArguments:
 
 
 class Perturbed(DeltaWrapper):
-    """A LoRA beside which the layer computes with noise on its weight, in training and from the first gradient on."""
+    """Gradient-guided perturbation, as sd-scripts has it: a LoRA beside which the layer computes with W + P.
+
+    That is in training and from the first gradient on. P is normal with the deviation (sigma c + beta g^2) / sqrt(O) in
+    each row, drawn anew for every call. With a LoRA of the scale s, c^2 = w^2 + |BA|^2 for every row, w the mean norm
+    of the rows of W, and g = s |B dA + dB A| of the gradients of the step before. Norms of rows come from the factors,
+    no product is built.
+    """
 
     adds_to_output = True
 
     def __init__(self, inner: ScaledDelta, arguments: GgpoArguments) -> None:
         super().__init__(inner)
         assert inner.layer is not None
-        weight = base_weight(inner.layer)
-        self.perturbation = Perturbation.of(arguments.ggpo_sigma or 0.0, arguments.ggpo_beta or 0.0, weight)
+        self.sigma, self.beta = arguments.ggpo_sigma or 0.0, arguments.ggpo_beta or 0.0
+        self.base_norm = squared_rows(get_weight(inner.layer)).sqrt().mean()  # w
         self.is_perturbed = False
         self.register_buffer(DEVIATION, torch.zeros(len(self.get_parameter(UP))))
         self.register_load_state_dict_post_hook(_go_on_with_noise)  # type: ignore[no-untyped-call]
@@ -76,13 +82,15 @@ class Perturbed(DeltaWrapper):
         return self.inner.add_to(out, x, strength)
 
     def note_gradients(self) -> None:
-        """Set the strength of the noise by the factors and by the gradients that they have."""
+        """Set the deviation of each row of the noise by the factors and by the gradients that they have."""
         up, down = self.get_parameter(UP), self.get_parameter(DOWN)
         if up.grad is None or down.grad is None:
             return  # without a learning rate
-        up_OR, down_RN, up_grad_OR, down_grad_RN = (t.flatten(1) for t in (up, down, up.grad, down.grad))
-        deviations_O = self.perturbation.deviations(up_OR, down_RN, up_grad_OR, down_grad_RN, self.inner.scale)
-        self.get_buffer(DEVIATION).copy_(deviations_O)
+        b, a, db, da = (t.detach().flatten(1).float() for t in (up, down, up.grad, down.grad))
+        squares_O = self.base_norm.to(b.device) ** 2 + _along(b, a @ a.T, b)
+        grads_O = _along(b, da @ da.T, b) + 2 * _along(b, da @ a.T, db) + _along(db, a @ a.T, db)
+        noise_O = self.sigma * squares_O.sqrt() + self.beta * self.inner.scale**2 * grads_O.clamp_min(0)
+        self.get_buffer(DEVIATION).copy_(noise_O / sqrt(len(b)))
         self.is_perturbed = True
 
     def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
@@ -103,33 +111,6 @@ def _go_on_with_noise(change: nn.Module, _: object) -> None:
         change.is_perturbed = bool(deviations_O.any())
 
 
-@dataclass(frozen=True)
-class Perturbation:
-    """Gradient-guided perturbation, as sd-scripts has it: in training a layer computes with W + P beside its
-    LoRA, P normal with the deviation (sigma c + beta g^2) / sqrt(O) in each row, drawn anew for every call.
-
-    With a LoRA of the scale s, c^2 = w^2 + |BA|^2 for every row, w the mean norm of the rows of W, and
-    g = s |B dA + dB A| of the gradients of the step before. Norms of rows come from the factors, no product is built.
-    """
-
-    sigma: float
-    beta: float
-    base_norm: Tensor  # w
-
-    @classmethod
-    def of(cls, sigma: float, beta: float, weight: Tensor) -> "Perturbation":
-        """For a layer with this weight."""
-        return cls(sigma, beta, squared_rows(weight).sqrt().mean())
-
-    @torch.no_grad()
-    def deviations(self, up_OR: Tensor, down_RN: Tensor, up_grad_OR: Tensor, down_grad_RN: Tensor, s: float) -> Tensor:
-        """Return the deviation of each row of P, float32, from the factors of a LoRA and their gradients."""
-        b, a, db, da = (t.float() for t in (up_OR, down_RN, up_grad_OR, down_grad_RN))
-        squares_O = self.base_norm.to(b.device) ** 2 + _along(b, a @ a.T, b)
-        grads_O = _along(b, da @ da.T, b) + 2 * _along(b, da @ a.T, db) + _along(db, a @ a.T, db)
-        return (self.sigma * squares_O.sqrt() + self.beta * s**2 * grads_O.clamp_min(0)) / sqrt(len(b))
-
-
 def _along(left_OR: Tensor, middle_RR: Tensor, right_OR: Tensor) -> Tensor:
     """Return l M r for each row."""
     return ((left_OR @ middle_RR) * right_OR).sum(1)
@@ -148,18 +129,10 @@ def add_noise(out: Tensor, x: Tensor, layer: nn.Module, deviations_O: Tensor) ->
 
 def draw(layer: nn.Module, deviations_O: Tensor, seed: int, dtype: torch.dtype) -> Tensor:
     """Return P, in the shape of the layer's weight."""
-    shape = _weight_shape(layer)
+    shape = weight_shape(layer)
     generator = torch.Generator(deviations_O.device).manual_seed(seed)
     noise = torch.randn(shape, generator=generator, dtype=dtype, device=deviations_O.device)
     return noise.mul_(deviations_O.to(dtype).view(-1, *(1,) * (len(shape) - 1)))
-
-
-def _weight_shape(layer: nn.Module) -> Sequence[int]:
-    """Return the shape of the weight without asking the weight, which a layer in another format would decode."""
-    if isinstance(layer, nn.Conv2d):
-        return (layer.out_channels, layer.in_channels, *layer.kernel_size)
-    assert isinstance(layer, nn.Linear)
-    return (layer.out_features, layer.in_features)
 
 
 class _Noise(torch.autograd.Function):

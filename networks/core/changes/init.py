@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from networks.core.arguments.network_arguments import argument
-from networks.core.changes.change import Delta, factor
+from networks.core.changes.change import Delta, get_weight
 from networks.core.changes.low_rank import LowRank, TwoFactors
 from networks.core.changes.parameter_keys import ALPHA, DOWN, START, UP
 from networks.core.changes.svd import OVERSAMPLED
@@ -86,8 +86,8 @@ class FromStart(TwoFactors):
         plain = LowRank(layer, rank)
         self.lora_down, self.lora_up = plain.lora_down, plain.lora_up
         for module in (self.lora_down, self.lora_up):
-            nn.init.zeros_(factor(module))
-            module.register_buffer("start", torch.zeros_like(factor(module)).detach())
+            nn.init.zeros_(get_weight(module))
+            module.register_buffer("start", torch.zeros_like(get_weight(module)).detach())
 
     @torch.no_grad()
     def begin_at(self, up_OR: Tensor, down_RN: Tensor) -> None:
@@ -101,11 +101,11 @@ class FromStart(TwoFactors):
         raise AssertionError("use_scalar is refused where factors start at a part of the weight")
 
     def down_factor(self) -> Tensor:
-        moved = factor(self.lora_down)
+        moved = get_weight(self.lora_down)
         return torch.cat([_start(self.lora_down) + moved, moved])
 
     def up_factor(self) -> Tensor:
-        return torch.cat([factor(self.lora_up), _start(self.lora_up)], 1)
+        return torch.cat([get_weight(self.lora_up), _start(self.lora_up)], 1)
 
     def as_one(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors in memory as the LoRA of twice the rank that files hold."""
@@ -151,9 +151,7 @@ def starting_delta(init: str, layer: nn.Module, rank: int, scale: float) -> Delt
     if init == ORTHOGONAL:
         return orthogonal(layer, rank)
     delta = FromStart(layer, rank)
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    if not weight.is_meta:
+    if not (weight := get_weight(layer)).is_meta:
         weight_ON = weight.detach().flatten(1).float()
         delta.begin_at(*(olora(weight_ON, rank) if init == OLORA else pissa(init, weight_ON, rank, scale)))
     return cast(Delta, delta)
@@ -195,7 +193,7 @@ def orthogonal(layer: nn.Module, rank: int) -> Delta:
             f"set --network_dim (or the rank that this module has of --network_args) to {rank + 1}"
         )
     delta = LowRank(layer, rank)
-    down, up = factor(delta.lora_down), factor(delta.lora_up)
+    down, up = get_weight(delta.lora_down), get_weight(delta.lora_up)
     if not down.is_meta:
         q_RR, _ = torch.linalg.qr(torch.randn(rank, rank))
         down_NR = torch.randn(down[0].numel(), rank // 2) @ q_RR[0::2] / DAMPING

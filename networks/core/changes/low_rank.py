@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
-from networks.core.changes.change import check_kernel, factor, match_dtype
+from networks.core.changes.change import check_kernel, get_weight, match_dtype
 from networks.core.changes.parameter_keys import UP
 
 
@@ -24,11 +24,11 @@ class TwoFactors(nn.Module):
 
     def down_factor(self) -> Tensor:
         """Return down, (R, I) or (R, I, h, w), as the next call multiplies it."""
-        return factor(self.lora_down)
+        return get_weight(self.lora_down)
 
     def up_factor(self) -> Tensor:
         """Return up, (O, R) or (O, R, 1, 1), as the next call multiplies it."""
-        return factor(self.lora_up)
+        return get_weight(self.lora_up)
 
     def start_moving(self) -> None:
         start_up_moving(self.lora_up)
@@ -47,7 +47,7 @@ class TwoFactors(nn.Module):
 
     def weight(self) -> Tensor:
         up_OR, down_RN = self.factors()
-        return (up_OR @ down_RN).reshape(up_OR.shape[0], *factor(self.lora_down).shape[1:])
+        return (up_OR @ down_RN).reshape(up_OR.shape[0], *get_weight(self.lora_down).shape[1:])
 
 
 class LowRank(TwoFactors):
@@ -67,18 +67,18 @@ class LowRank(TwoFactors):
             assert isinstance(layer, nn.Conv2d)
             self.lora_down = narrow_like(layer, rank)
             self.lora_up = nn.Conv2d(rank, layer.out_channels, 1, bias=False, dtype=torch.float32)
-        nn.init.kaiming_uniform_(factor(self.lora_down), a=math.sqrt(5))
-        nn.init.zeros_(factor(self.lora_up))
+        nn.init.kaiming_uniform_(get_weight(self.lora_down), a=math.sqrt(5))
+        nn.init.zeros_(get_weight(self.lora_up))
 
 
 def start_up_moving(up: nn.Module) -> None:
     """Draw an up factor as down factors are drawn."""
-    nn.init.kaiming_uniform_(factor(up), a=math.sqrt(5))
+    nn.init.kaiming_uniform_(get_weight(up), a=math.sqrt(5))
 
 
 def run_down(layer: nn.Module, x: Tensor, columns: Tensor | None) -> Tensor:
     """Run x through a down factor, its channels multiplied by `columns` if there are some."""
-    return run_like(layer, x, factor(layer), columns)
+    return run_like(layer, x, get_weight(layer), columns)
 
 
 def run_like(layer: nn.Module, x: Tensor, weight: Tensor, columns: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from library.errors import UserError
-from networks.core.changes.change import factor
+from networks.core.changes.change import get_weight
 from networks.core.changes.low_rank import run_down, start_up_moving
 from networks.core.changes.parameter_keys import ALPHA, DOWN, UP
 
@@ -46,11 +46,11 @@ class SplitRank(nn.Module):
 
     def up(self, hidden: Tensor, base: Tensor) -> Tensor:
         parts = hidden.chunk(len(self.widths), dim=-1)
-        ups = torch.split(factor(self.lora_up), list(self.widths))
+        ups = torch.split(get_weight(self.lora_up), list(self.widths))
         return base + torch.cat([linear(h, up) for h, up in zip(parts, ups, strict=True)], dim=-1).to(base.dtype)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return expand(factor(self.lora_up), self.widths), factor(self.lora_down)
+        return expand(get_weight(self.lora_up), self.widths), get_weight(self.lora_down)
 
     def weight(self) -> Tensor:
         up_ON, down_NI = self.factors()

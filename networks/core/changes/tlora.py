@@ -42,16 +42,24 @@ class TLoraArguments:
         return self.tlora
 
 
+@dataclass
+class NoiseLevels:
+    """The share of noise in each sample that the denoiser runs, 0 to 1; None where there is no batch."""
+
+    levels_B: Tensor | None = None
+
+
 @dataclass(frozen=True)
-class TLoraRanks:
+class NoiseMask:
     """T-LoRA (Soboleva et al. 2025, arXiv:2507.05964): r(s) = floor((1 - s)^power (R - least)) + least.
 
     s is the share of noise, 0 to 1. Only the first r ranks act on a sample, so pure noise trains the first `least`
-    of them and fine detail all R. The strength stays that of the full rank.
+    of them and fine detail all R. The strength stays that of the full rank. Where `noise` has no levels, all ranks act.
     """
 
     least: int
     power: float
+    noise: NoiseLevels
 
     def ranks(self, rank: int, levels_B: Tensor) -> Tensor:
         """Return r of every sample, whole numbers from `least`, or R where that is smaller, to R."""
@@ -64,26 +72,12 @@ class TLoraRanks:
         place_K = torch.arange(num_channels, device=levels_B.device) % rank
         return place_K < self.ranks(rank, levels_B)[:, None]
 
-
-@dataclass
-class NoiseLevels:
-    """The share of noise in each sample that the denoiser runs, 0 to 1; None where there is no batch."""
-
-    levels_B: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class NoiseMask:
-    """The channels that act on samples of a network's noise levels; all of them where there is no level."""
-
-    ranks: TLoraRanks
-    noise: NoiseLevels
-
     def __call__(self, hidden: Tensor, rank: int, layer: nn.Module | None) -> Tensor:
+        """Return `hidden`, what lies between down and up, with 0 in the channels that do not act."""
         levels_B = self.noise.levels_B
         if levels_B is None:
             return hidden
         if len(hidden) != len(levels_B):
             raise RuntimeError(f"a layer runs {len(hidden)} samples, but there are noise levels of {len(levels_B)}")
-        keep_BK = self.ranks.kept(rank, num_channels(hidden, layer), levels_B.to(hidden.device))
+        keep_BK = self.kept(rank, num_channels(hidden, layer), levels_B.to(hidden.device))
         return hidden * per_channel(keep_BK, hidden, layer)

@@ -15,7 +15,7 @@ from library.checkpoints.adapter_keys import recognise_naming
 from library.checkpoints.adapter_names import BaseNames, FileNaming
 from library.errors import UserError
 from networks.core.changes.adapter import Adapter
-from networks.core.changes.change import ChangeSize, Converted
+from networks.core.changes.change import ChangeSize, Converted, get_weight
 from networks.core.changes.dora import are_per_output
 from networks.core.changes.parameter_keys import ALPHA, DORA_SCALE
 from networks.core.changes.qkv_pieces import by_rows, is_in_rows
@@ -222,9 +222,8 @@ def check_shapes(name: str, adapter: Adapter, group: Mapping[str, Tensor], sourc
 
 def fits_layer(name: str, adapter: Adapter, group: Mapping[str, Tensor]) -> bool:
     """Return True if the change of a file has the size of the layer's weight, however it is stored."""
-    shape_of, weight = recognise_layout(group).shape_of, adapter.target.module.weight
-    assert isinstance(weight, Tensor)
-    return shape_of is not None and prod(shape_of(name, group)) == weight.numel() and DORA_SCALE not in group
+    shape_of, num_values = recognise_layout(group).shape_of, get_weight(adapter.target.module).numel()
+    return shape_of is not None and prod(shape_of(name, group)) == num_values and DORA_SCALE not in group
 
 
 def check_layout(name: str, size: ChangeSize, own: KeyLayout, group: Mapping[str, Tensor], source: str) -> None:

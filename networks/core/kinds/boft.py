@@ -17,12 +17,11 @@ from networks.core.changes.adapter import Adapter
 from networks.core.changes.blocks import (
     REFUSED,
     block_size_for,
-    num_outputs,
     refuse_magnitudes,
     resolve_blocks,
     row_length,
 )
-from networks.core.changes.change import Change, ModuleTensors
+from networks.core.changes.change import Change, ModuleTensors, weight_shape
 from networks.core.changes.dropout import NO_DROPOUT, Dropout
 from networks.core.changes.orthogonal import Orthogonal
 from networks.core.changes.request import ChangeRequest
@@ -125,7 +124,7 @@ def fresh(
     else:
         many, size = sizes_for(row_length(layer), block_size, num_blocks, num_factors, may_adjust)
         shape = (num_factors, many, size, size)
-    scales = torch.ones(num_outputs(layer), 1, dtype=torch.float32)
+    scales = torch.ones(weight_shape(layer)[0], 1, dtype=torch.float32)
     return Orthogonal(layer, Boft(torch.zeros(shape, dtype=torch.float32), scales), drops, has_scalar)
 
 

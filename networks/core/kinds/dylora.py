@@ -17,7 +17,7 @@ from networks.core.arguments.common import ON_CONVOLUTIONS
 from networks.core.arguments.network_arguments import NetworkArguments, Requirement, argument
 from networks.core.arguments.values import parse_bool, parse_unit
 from networks.core.changes.adapter import Adapter
-from networks.core.changes.change import Change, delta_of, factor
+from networks.core.changes.change import Change, delta_of, get_weight
 from networks.core.changes.low_rank import LowRank, TwoFactors
 from networks.core.changes.qkv_split import SplitRank
 from networks.core.changes.request import ChangeRequest
@@ -77,14 +77,14 @@ class NestedRank(TwoFactors):
         self._rows = (first_learning, end)
 
     def down_factor(self) -> Tensor:
-        return part(factor(self.lora_down), 0, *self._rows_of_this_call())
+        return part(get_weight(self.lora_down), 0, *self._rows_of_this_call())
 
     def up_factor(self) -> Tensor:
-        return part(factor(self.lora_up), 1, *self._rows_of_this_call())
+        return part(get_weight(self.lora_up), 1, *self._rows_of_this_call())
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return (up_OR, down_RN) of the full rank."""
-        return factor(self.lora_up).flatten(1), factor(self.lora_down).flatten(1)
+        return get_weight(self.lora_up).flatten(1), get_weight(self.lora_down).flatten(1)
 
     def _rows_of_this_call(self) -> tuple[int, int]:
         """Return all rows in evaluation, which reaches the factors as part of the network; else those of the step."""

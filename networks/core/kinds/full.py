@@ -4,9 +4,9 @@ These are read and merged; nothing trains them here.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from networks.core.changes.change import Change, MergedOnly, Misfit, ModuleTensors, match_shape
+from networks.core.changes.change import MergedOnly, Misfit, ModuleTensors, match_shape
 from networks.core.registry.adapter_kind import AdapterKind
 from networks.core.registry.key_layout import KeyLayout
 
@@ -40,11 +40,6 @@ class Full(MergedOnly):
             change.mul_(ratio.to(change))
 
 
-def read(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
-    """Make the change of a module from a file."""
-    return Full(tensors)
-
-
 def shape_of(name: str, tensors: ModuleTensors) -> tuple[int, ...]:
     """Return the shape of the weight."""
     return tuple(tensors[DIFF].shape)
@@ -57,7 +52,7 @@ def rank_of(tensors: ModuleTensors) -> int:
 
 
 LAYOUT = KeyLayout(
-    name="full", words="a whole weight", needs=(DIFF,), read=read, may_have=(DIFF_B,), rank_of=rank_of,
-    shape_of=shape_of, is_whole=True, targets=frozenset(("plain", "conv", "norm")),
+    name="full", words="a whole weight", needs=(DIFF,), read=lambda tensors, _: Full(tensors), may_have=(DIFF_B,),
+    rank_of=rank_of, shape_of=shape_of, is_whole=True, targets=frozenset(("plain", "conv", "norm")),
 )  # fmt: skip
 KIND = AdapterKind(merged_layouts=(LAYOUT,))

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from networks.core.changes.change import Change, MergedOnly, Misfit, ModuleTensors, match_shape
+from networks.core.changes.change import MergedOnly, Misfit, ModuleTensors, match_shape
 from networks.core.changes.parameter_keys import ALPHA
 from networks.core.registry.adapter_kind import AdapterKind
 from networks.core.registry.key_layout import KeyLayout
@@ -68,11 +68,6 @@ class GLoRA(MergedOnly):
         return (self._matrix(B1) @ self._matrix(B2)).reshape(-1, *b2.shape[1:])
 
 
-def read(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
-    """Make the change of a module from a file."""
-    return GLoRA(tensors)
-
-
 def rank_of(tensors: ModuleTensors) -> int:
     return tensors[A2].shape[0]
 
@@ -94,7 +89,7 @@ def fault(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | N
 
 
 LAYOUT = KeyLayout(
-    name="glora", words="GLoRA", needs=NEEDS, read=read, may_have=(ALPHA,), rank_of=rank_of, shape_of=shape_of,
-    fault=fault,
+    name="glora", words="GLoRA", needs=NEEDS, read=lambda tensors, _: GLoRA(tensors), may_have=(ALPHA,),
+    rank_of=rank_of, shape_of=shape_of, fault=fault,
 )  # fmt: skip
 KIND = AdapterKind(merged_layouts=(LAYOUT,))

@@ -5,9 +5,9 @@ As LyCORIS writes it. It is read and merged; nothing trains it here.
 
 from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from networks.core.changes.change import Change, MergedOnly, Misfit, ModuleTensors
+from networks.core.changes.change import MergedOnly, Misfit, ModuleTensors
 from networks.core.registry.adapter_kind import AdapterKind
 from networks.core.registry.key_layout import KeyLayout
 
@@ -46,16 +46,6 @@ class IA3(MergedOnly):
         self.weight.mul_(ratio.to(self.weight))
 
 
-def read(tensors: ModuleTensors, layer: nn.Module | None) -> Change:
-    """Make the change of a module from a file."""
-    return IA3(tensors)
-
-
-def rank_of(tensors: ModuleTensors) -> int:
-    """One number for each row or column."""
-    return 1
-
-
 def fault(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | None:
     """Say why the tensors of a module are none of this kind; None where they are."""
     if ON_INPUT in tensors and tensors[ON_INPUT].numel() != 1:
@@ -64,7 +54,7 @@ def fault(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | N
 
 
 LAYOUT = KeyLayout(
-    name="ia3", words="(IA)^3", needs=(WEIGHT, ON_INPUT), read=read, may_have=(), rank_of=rank_of, fault=fault,
-    switches=(ON_INPUT,), is_whole=True,
+    name="ia3", words="(IA)^3", needs=(WEIGHT, ON_INPUT), read=lambda tensors, _: IA3(tensors), may_have=(),
+    rank_of=lambda tensors: 1, fault=fault, switches=(ON_INPUT,), is_whole=True,
 )  # fmt: skip
 KIND = AdapterKind(merged_layouts=(LAYOUT,))

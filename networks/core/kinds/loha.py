@@ -6,13 +6,13 @@ Letters: O output features or channels, I input features or channels, R rank, h 
 import re
 from functools import partial
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from networks.core.changes import products
 from networks.core.changes.additive import read_with, wrap
-from networks.core.changes.change import Change, ModuleTensors, check_kernel
+from networks.core.changes.change import Change, ModuleTensors, check_kernel, get_weight
 from networks.core.changes.low_rank import add_product, run_like
 from networks.core.changes.request import ChangeRequest
 from networks.core.registry.adapter_kind import AdapterKind
@@ -40,8 +40,7 @@ class LoHa(nn.Module):
 
     def __init__(self, layer: nn.Module, rank: int, has_core: bool = False) -> None:
         super().__init__()
-        assert isinstance(layer.weight, Tensor)
-        self.rank, self.has_core, self.shape = rank, has_core, tuple(layer.weight.shape)
+        self.rank, self.has_core, self.shape = rank, has_core, tuple(get_weight(layer).shape)
         self.layer: nn.Module
         object.__setattr__(self, "layer", check_kernel(layer))  # the base model's own, no part of the adapter
         num_outputs, num_columns = self.shape[0], prod(self.shape[1:])
@@ -67,10 +66,10 @@ class LoHa(nn.Module):
         return add_product(base, hidden, up_OR.view(*up_OR.shape, *(1,) * (len(self.shape) - 2)))
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return products.factors(*self._pairs())
+        return factor_hadamard(*self._pairs())
 
     def weight(self) -> Tensor:
-        return products.hadamard(*self._pairs()).view(self.shape)
+        return hadamard(*self._pairs()).view(self.shape)
 
     def _pairs(self) -> list[Tensor]:
         """w1_a (O, R), w1_b (R, N), w2_a and w2_b; a core is multiplied into w*_b."""
@@ -79,6 +78,35 @@ class LoHa(nn.Module):
             rows = torch.einsum("pqhw,qi->pihw", self.get_parameter(core), pairs[2 * n + 1]).flatten(1)
             pairs[2 * n : 2 * n + 2] = pairs[2 * n].t(), rows
         return pairs
+
+
+def factor_hadamard(a1_OR: Tensor, b1_RN: Tensor, a2_OR: Tensor, b2_RN: Tensor) -> tuple[Tensor, Tensor]:
+    """(up, down) with up @ down = (a1 b1) * (a2 b2): every product of a column of a1 and one of a2, R^2 of them."""
+    up = (a1_OR[:, :, None] * a2_OR[:, None]).flatten(1)
+    return up, (b1_RN[:, None] * b2_RN[None]).flatten(0, 1)
+
+
+def hadamard(a1_OR: Tensor, b1_RN: Tensor, a2_OR: Tensor, b2_RN: Tensor) -> Tensor:
+    """(a1 b1) * (a2 b2) in the dtype of the factors; autograd keeps these and neither of the two matrices."""
+    product: Tensor = _Hadamard.apply(a1_OR, b1_RN, a2_OR, b2_RN)  # type: ignore[no-untyped-call]
+    return product
+
+
+class _Hadamard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
+        ctx.save_for_backward(a1, b1, a2, b2)
+        with torch.autocast(a1.device.type, enabled=False):
+            return (a1 @ b1).mul_(a2 @ b2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        a1, b1, a2, b2 = ctx.saved_tensors
+        with torch.autocast(grad.device.type, enabled=False):
+            of_first = (a2 @ b2).mul_(grad)
+            first = of_first @ b1.t(), a1.t() @ of_first
+            of_second = torch.matmul(a1, b1, out=of_first).mul_(grad)
+            return *first, of_second @ b2.t(), a2.t() @ of_second
 
 
 def shape_of(name: str, tensors: ModuleTensors) -> tuple[int, ...]:

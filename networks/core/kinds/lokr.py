@@ -16,7 +16,7 @@ from networks.core.arguments.network_arguments import NetworkArguments, argument
 from networks.core.arguments.values import parse_bool, parse_factor
 from networks.core.changes.adapter import Adapter
 from networks.core.changes.additive import read_delta, wrap
-from networks.core.changes.change import Change, Delta, ModuleTensors, check_kernel, match_dtype, stand_in
+from networks.core.changes.change import Change, Delta, ModuleTensors, check_kernel, get_weight, match_dtype, stand_in
 from networks.core.changes.dora import scale_columns
 from networks.core.changes.qkv_pieces import changes_in
 from networks.core.changes.request import ChangeRequest
@@ -54,10 +54,9 @@ class LoKr(nn.Module):
     ) -> None:
         """`outer` is (L, M); `is_product` says which of w1 and w2 are products of factors."""
         super().__init__()
-        assert isinstance(layer.weight, Tensor)
         self.layer: nn.Module
         object.__setattr__(self, "layer", check_kernel(layer))  # the base model's own, no part of the adapter
-        self.shape = tuple(layer.weight.shape)
+        self.shape = tuple(get_weight(layer).shape)
         self.is_product, self.has_core = is_product, has_core
         self.is_whole = not any(is_product)
         self.rank = 1 if self.is_whole else rank
@@ -213,9 +212,7 @@ def fresh(
 
     A matrix whose longer side is less than twice the rank is whole: factors would have as many numbers.
     """
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    (num_l, num_k), (num_m, num_n) = factorize(weight.shape[0], factor), factorize(weight.shape[1], factor)
+    (num_l, num_k), (num_m, num_n) = (factorize(size, factor) for size in get_weight(layer).shape[:2])
     is_product = (
         is_both and not is_full and 2 * rank < max(num_l, num_m),
         not is_full and 2 * rank < max(num_k, num_n),

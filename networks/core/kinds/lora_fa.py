@@ -9,7 +9,7 @@ from torch import nn
 from networks.core.arguments.common import LORAPLUS_RATIOS, RateArguments
 from networks.core.arguments.network_arguments import NetworkArguments
 from networks.core.changes.adapter import Adapter
-from networks.core.changes.change import Change, Delta, factor
+from networks.core.changes.change import Change, Delta, get_weight
 from networks.core.changes.low_rank import LowRank
 from networks.core.changes.qkv_split import SplitRank
 from networks.core.changes.request import ChangeRequest
@@ -41,7 +41,7 @@ def frozen_split(layer: nn.Linear, rank: int, widths: Sequence[int]) -> Delta:
 
 def freeze(down: nn.Module, rank: int) -> None:
     """Draw the weight of a down factor and make it a buffer."""
-    weight = factor(down).detach()
+    weight = get_weight(down).detach()
     nn.init.normal_(weight, std=sqrt(2 / (weight.shape[1] + rank)))
     del down.weight
     down.register_buffer("weight", weight)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import group_norm, layer_norm
 
-from networks.core.changes.change import Change, ChangeSize, Forward, Misfit, ModuleTensors
+from networks.core.changes.change import Change, ChangeSize, Forward, Misfit, ModuleTensors, get_weight
 from networks.core.registry.adapter_kind import AdapterKind
 from networks.core.registry.key_layout import KeyLayout
 
@@ -85,9 +85,7 @@ class Norm(nn.Module):
 
 def fresh_norm(layer: nn.Module) -> Norm:
     """Make the change of a normalisation layer before training."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    zeros = torch.zeros(weight.shape, dtype=torch.float32)
+    zeros = torch.zeros(get_weight(layer).shape, dtype=torch.float32)
     return Norm(layer, zeros, None if layer.bias is None else torch.zeros_like(zeros))
 
 

@@ -18,7 +18,7 @@ from networks.core.arguments.common import RankArguments
 from networks.core.arguments.network_arguments import NetworkArguments, NetworkSettings, argument
 from networks.core.arguments.values import parse_bool
 from networks.core.changes.blocks import REFUSED, refuse_magnitudes, with_kernels
-from networks.core.changes.change import Change, ChangeSize, Forward, MergedOnly, Misfit, ModuleTensors
+from networks.core.changes.change import Change, ChangeSize, Forward, MergedOnly, Misfit, ModuleTensors, get_weight
 from networks.core.changes.dropout import NO_DROPOUT, Dropout
 from networks.core.changes.orthogonal import change_of_turn
 from networks.core.changes.parameter_keys import ALPHA
@@ -216,11 +216,8 @@ def fresh(
 
     Raises UserError for a number that does not divide the outputs.
     """
-    assert isinstance(layer.weight, Tensor)
-    tensors = {
-        ALPHA: torch.tensor(limit, device="cpu")
-    }  # the trainer also makes adapters without memory, to check them
-    for name, width in zip((BLOCKS,) if widths is None else PIECES, widths or (len(layer.weight),), strict=False):
+    tensors = {ALPHA: torch.tensor(limit, device="cpu")}  # has a value on the meta device too
+    for name, width in zip((BLOCKS,) if widths is None else PIECES, widths or (len(get_weight(layer)),), strict=False):
         if width % num_blocks or width == num_blocks:
             fits = max((number for number in range(1, min(num_blocks, width)) if width % number == 0), default=1)
             raise UserError(

@@ -2,24 +2,14 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from networks.core.changes.adapter import Adapter
+from networks.core.changes.adapter import Adapter, take_forward
 from networks.core.changes.change import Forward, Stackable
-from networks.core.changes.forward_patch import take_forward
 from networks.core.changes.random_states import Streams
 from networks.core.changes.stacked import can_be_stacked, stacked
-
-
-@dataclass(frozen=True)
-class Beside:
-    """The adapters of one network."""
-
-    adapters: Sequence[Adapter]
-    draws: bool  # whether they leave something out at random, or add noise, in training
 
 
 class AdapterMultiplexer:
@@ -28,17 +18,20 @@ class AdapterMultiplexer:
     Outside of `only` and `together` a layer refuses to run: nobody has said whose rows it gets.
     """
 
-    def __init__(self, networks: Sequence[Beside]) -> None:
-        """Takes the forward of every layer that one of the networks, which are not installed, adapts."""
+    def __init__(self, networks: Sequence[Sequence[Adapter]], draws: Sequence[bool]) -> None:
+        """Take the forward of every layer that one of the networks, given by their adapters, adapts; none is installed.
+
+        `draws` has True for networks that leave something out at random, or add noise, in training.
+        """
         self.acting: tuple[int, ...] = ()
         self.streams = Streams()
         self.device = torch.device("cpu")
         self.has_streams = False
         layers: dict[nn.Module, dict[int, Adapter]] = {}
         for place, network in enumerate(networks):
-            for adapter in network.adapters:
+            for adapter in network:
                 layers.setdefault(adapter.target.module, {})[place] = adapter
-        self.draws = tuple(network.draws for network in networks)
+        self.draws = tuple(draws)
         self.layers = [SharedLayer(layer, adapters, self) for layer, adapters in layers.items()]
 
     @contextmanager

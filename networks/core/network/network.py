@@ -22,7 +22,7 @@ from networks.core.files.adapter_file import open_adapter, save_network, sort_te
 from networks.core.files.file_spelling import FileSpelling
 from networks.core.files.foreign_names import in_own_names
 from networks.core.files.reading_writing import load_into, network_tensors, saved_tensors
-from networks.core.network.multiplexer import AdapterMultiplexer, Beside
+from networks.core.network.multiplexer import AdapterMultiplexer
 from networks.core.network.summary import describe_part, describe_rates
 from networks.core.protocol import Merging
 from networks.core.registry.adapter_kind import StartStep
@@ -120,7 +120,7 @@ class AdapterNetwork(nn.Module):
         networks = [self, *others]
         for network in reversed(networks):
             network.remove()
-        return AdapterMultiplexer([Beside([m.adapter for m in n.members], n.draws) for n in networks])
+        return AdapterMultiplexer([[m.adapter for m in n.members] for n in networks], [n.draws for n in networks])
 
     def merge_to(
         self,

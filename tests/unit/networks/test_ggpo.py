@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from networks import loha, lora, lora_fa, tlora
-from networks.core.changes.ggpo import GgpoArguments, Perturbation, Perturbed, add_noise, draw
+from networks.core.changes.ggpo import GgpoArguments, Perturbed, add_noise, draw
 from networks.core.changes.low_rank import LowRank
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.one_layer import adapter_on, module_of
@@ -70,9 +70,10 @@ def test_the_noise_is_of_the_weight_and_its_gradient_that_of_the_same_noise(name
 
 def test_a_weight_of_many_rows_is_measured_whole() -> None:
     torch.manual_seed(304)
-    weight = torch.randn(1500, 20) * torch.rand(1500, 1)
-    norm = Perturbation.of(1.0, 1.0, weight).base_norm
-    torch.testing.assert_close(norm, weight.norm(dim=1).mean(), **FLOAT32_SAME_MATH)
+    layer = nn.Linear(20, 1500).requires_grad_(False)
+    layer.weight.copy_(torch.randn(1500, 20) * torch.rand(1500, 1))
+    change = Perturbed(module_of(adapter_on(layer, LowRank(layer, 1), 1.0)), GgpoArguments(1.0, 1.0))
+    torch.testing.assert_close(change.base_norm, layer.weight.norm(dim=1).mean(), **FLOAT32_SAME_MATH)
 
 
 def network(**arguments: str) -> tuple[Any, tuple[nn.Module, nn.Module]]:

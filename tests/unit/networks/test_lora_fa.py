@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from networks import lora, lora_fa
-from networks.core.changes.change import Delta, factor
+from networks.core.changes.change import Delta, get_weight
 from networks.core.changes.low_rank import LowRank
 from networks.core.kinds.lora_fa import frozen_down
 from networks.core.targets.targets import adaptation_kind
@@ -58,7 +58,7 @@ def test_training_moves_up_factors_and_leaves_every_down_factor_as_it_is(options
         assert tensor.isfinite().all()
     frozen = [module for name, module in network.named_modules() if name.endswith("lora_down")]
     assert len(frozen) == 14
-    assert all(factor(module).grad is None and not factor(module).requires_grad for module in frozen)
+    assert all(get_weight(module).grad is None and not get_weight(module).requires_grad for module in frozen)
 
 
 def test_only_up_factors_are_parameters_of_optimizer_and_gradient_limit() -> None:
@@ -80,11 +80,11 @@ def test_down_starts_normal_with_the_deviation_of_its_sizes_and_up_at_zero() -> 
     conv = frozen_down(nn.Conv2d(72, 5, 3), 128)
     for delta, deviation in ((linear, (2 / 800) ** 0.5), (conv, 0.1)):
         children = dict(delta.named_children())
-        down = factor(children["lora_down"])
+        down = get_weight(children["lora_down"])
         assert down.std().item() == pytest.approx(deviation, rel=0.02)
         assert down.mean().item() == pytest.approx(0, abs=deviation / 100)
         assert 0.675 < (down.abs() < deviation).float().mean() < 0.69  # as in a normal distribution: 0.683
-        assert factor(children["lora_up"]).count_nonzero() == 0
+        assert get_weight(children["lora_up"]).count_nonzero() == 0
 
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

@@ -17,7 +17,7 @@ from library.types import Noised
 from networks import loha, lora, lora_fa, tlora
 from networks.core.changes.low_rank import LowRank
 from networks.core.changes.qkv_split import SplitRank
-from networks.core.changes.tlora import NoiseLevels, NoiseMask, TLoraRanks
+from networks.core.changes.tlora import NoiseLevels, NoiseMask
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.one_layer import adapter_on, double
 from tests.unit.networks.toy import randomize, toy_models
@@ -29,13 +29,13 @@ from tests.unit.networks.toy import randomize, toy_models
 def test_ranks_are_those_of_lycoris_at_every_timestep(rank: int, least: int, power: float) -> None:
     levels_B = torch.arange(1000) / 1000
     expected = torch.cat([compute_timestep_mask(t, 1000, rank, least, power) for t in range(1000)]).bool()
-    assert torch.equal(TLoraRanks(least, power).kept(rank, rank, levels_B), expected)
+    assert torch.equal(NoiseMask(least, power, NoiseLevels()).kept(rank, rank, levels_B), expected)
 
 
 def test_pure_noise_has_the_least_ranks_and_a_small_module_all_it_has() -> None:
     levels_B = torch.tensor([0.0, 0.25, 0.999, 1.0])
-    assert TLoraRanks(2, 1.0).ranks(10, levels_B).tolist() == [10, 8, 2, 2]
-    assert TLoraRanks(9, 1.0).ranks(4, levels_B).tolist() == [4, 4, 4, 4]
+    assert NoiseMask(2, 1.0, NoiseLevels()).ranks(10, levels_B).tolist() == [10, 8, 2, 2]
+    assert NoiseMask(9, 1.0, NoiseLevels()).ranks(4, levels_B).tolist() == [4, 4, 4, 4]
 
 
 def test_a_timestep_is_its_share_of_the_schedule() -> None:
@@ -63,7 +63,7 @@ def test_each_sample_is_computed_with_the_first_ranks_of_its_noise(name: str) ->
     adapter = double(adapter_on(layer, delta, 1.5))
     randomize(adapter.change, 72)  # type: ignore[arg-type]
     change: Any = adapter.change
-    change.mask = NoiseMask(TLoraRanks(1, 1.0), NoiseLevels(torch.tensor([0.0, 0.9])))
+    change.mask = NoiseMask(1, 1.0, NoiseLevels(torch.tensor([0.0, 0.9])))
     adapter.install()
     found = layer(x)
     adapter.remove()
