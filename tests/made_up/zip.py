@@ -9,7 +9,8 @@ from library.data.description.image_extensions import image_extensions
 from library.data.description.schema import SubsetConfig, without_secrets
 from library.data.scanned.images import OpenFiles, Place
 from library.data.scanned.subsets import ScannedSubset
-from library.data.sources.indexed.rows import Row, row_of_bytes, stripped_lines
+from library.data.sources.folders.reading import stripped_lines
+from library.data.sources.indexed.rows import Row, row_of_bytes
 from library.data.sources.indexed.scan import SourceFile, scan_files
 from library.data.sources.storage.source import Source
 from library.data.sources.storage.storage import Storage

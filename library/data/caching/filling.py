@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from library.data.decoding.npz import MISSING, CacheWords, Verdict, clear_left_overs
-from library.data.decoding.threads import in_blocks
+from library.data.decoding.threads import read_many
 from library.data.scanned.names import same_file_key
 from library.errors import few
 from library.processes import Processes
@@ -108,10 +108,7 @@ def check_files(codec: Codec[JobT], jobs: Sequence[JobT], skips_check: bool, num
                 first = verdict
         return Found(job, job, first)
 
-    def look_at_block(block: Sequence[JobT]) -> list[Found[JobT]]:
-        return [look(job) for job in block]
-
-    found = in_blocks(look_at_block, jobs, num_threads, f"checking {codec.words.name}")
+    found = read_many(look, jobs, num_threads, f"checking {codec.words.name}")
     report_check(codec.words, found, skips_check)
     codec.remark(found)
     return found

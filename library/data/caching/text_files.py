@@ -136,15 +136,10 @@ def judge(file: TextFile, texts: Sequence[str], identity: Identity) -> Verdict:
         return Verdict(f"made with other settings{older}")
     if note.tokenizers not in (None, identity.tokenizers):
         return Verdict("made with another tokenizer")
-    if not entry_names(file.keys, len(note.texts)) <= set(note.checksums):
+    if not all(entry_name(key, n) in note.checksums for key in file.keys for n in range(len(note.texts))):
         return Verdict(DAMAGED)
     usable = frozenset(texts) & frozenset(note.texts)
     return Verdict(None if len(usable) == len(set(texts)) else "made for other captions", usable)
-
-
-def entry_names(keys: Sequence[str], num_texts: int) -> set[str]:
-    """Return the entry names of the features of `num_texts` captions."""
-    return {entry_name(key, number) for key in keys for number in range(num_texts)}
 
 
 def entry_name(key: str, number: int) -> str:
@@ -185,15 +180,12 @@ def write_texts(
             arrays[entry_name(key, number)] = as_array(row[key], keeps_bits or number > 0)
     contents = {name: npy_bytes(array) for name, array in arrays.items()}
     checksums = {name: zlib.crc32(content) for name, content in contents.items()}
-    note = json.dumps(asdict(format_note(rows, dtypes, checksums, identity)))
-    contents[NOTE] = npy_bytes(np.frombuffer(note.encode(), dtype=np.uint8))
+    texts = list(map(str, rows))
+    note = Note(texts, identity.encoders, dtypes, checksums, identity.tokenizers, identity.settings)
+    contents[NOTE] = npy_bytes(np.frombuffer(json.dumps(asdict(note)).encode(), dtype=np.uint8))
     with writing(path, WORDS) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         for name, content in contents.items():
             archive.writestr(f"{name}.npy", content)
-
-
-def format_note(rows: Mapping[str, Row], dtypes: dict[str, str], checksums: dict[str, int], identity: Identity) -> Note:
-    return Note(list(map(str, rows)), identity.encoders, dtypes, checksums, identity.tokenizers, identity.settings)
 
 
 def as_array(tensor: Tensor, keeps_bits: bool) -> NDArray[Any]:

@@ -15,32 +15,35 @@ BLOCK = 512
 SLOW_READ_S = 0.0002  # average wait per file; a cached file takes a tenth of it
 
 
-def in_blocks(
-    function: Callable[[Sequence[Item]], list[Value]], items: Sequence[Item], num_threads: int, title: str | None = None
+def read_many(
+    function: Callable[[Item], Value], items: Sequence[Item], num_threads: int, title: str | None = None
 ) -> list[Value]:
-    """Return the function's values for all items, in order; it gets blocks of them. A title shows a progress bar."""
+    """Return the function's values for all items, in order. A title shows a progress bar."""
     # Threads that alternate in one interpreter cost more than they save while files are in memory, so they are used
     # only after the first block in which most of the time was spent waiting.
     values: list[Value] = []
     blocks = (items[start : start + BLOCK] for start in range(0, len(items), BLOCK))
     shown = nullcontext() if title is None else progress_bar(title, len(items), leave=False)
     with shown as bar:
-        for found in _found(function, blocks, num_threads):
+        for found in _read_blocks(function, blocks, num_threads):
             values += found
             if bar is not None:
                 bar.update(len(found))
     return values
 
 
-def _found(
-    function: Callable[[Sequence[Item]], list[Value]], blocks: Iterator[Sequence[Item]], num_threads: int
+def _read_blocks(
+    function: Callable[[Item], Value], blocks: Iterator[Sequence[Item]], num_threads: int
 ) -> Iterator[list[Value]]:
+    def read(block: Sequence[Item]) -> list[Value]:
+        return [function(item) for item in block]
+
     for block in blocks:
         wall, cpu = time.perf_counter(), time.thread_time()
-        yield function(block)
+        yield read(block)
         waited = time.perf_counter() - wall - (time.thread_time() - cpu)
         if num_threads > 1 and waited > SLOW_READ_S * len(block):
             break
     with ThreadPoolExecutor(max(1, num_threads)) as pool:
         rest = (block[i : i + 16] for block in blocks for i in range(0, len(block), 16))
-        yield from pool.map(function, rest)
+        yield from pool.map(read, rest)

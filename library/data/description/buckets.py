@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from library.errors import UserError
@@ -30,7 +30,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class BucketRules:
-    """The bucket keys of a dataset, checked and rounded."""
+    """The bucket keys of a dataset; `checked` rounds them."""
 
     resolution: Size
     enable_bucket: bool
@@ -40,22 +40,10 @@ class BucketRules:
     no_upscale: bool
     needed_step: int = 64  # the multiple of sides that the base model requires, to which references are cropped
 
-    @classmethod
-    def build(
-        cls,
-        resolution: Size,
-        enable_bucket: bool,
-        min_reso: int,
-        max_reso: int,
-        step: int,
-        no_upscale: bool,
-        needed_step: int,
-    ) -> "BucketRules":
+    def checked(self) -> "BucketRules":
         """Round the limits to the step, with a warning. Raises UserError if they do not fit the resolution or the
-        model.
-
-        `needed_step` is the multiple of bucket sides that the base model requires.
-        """
+        model."""
+        resolution, step, needed_step = self.resolution, self.step, self.needed_step
         if min(resolution) <= 0:
             raise UserError(f"resolution is {resolution[0]}x{resolution[1]}; both sides must be positive")
         if resolution[0] * resolution[1] > MOST_PIXELS:
@@ -63,15 +51,15 @@ class BucketRules:
                 f"resolution is {resolution[0]}x{resolution[1]}; at most {MOST_PIXELS // 10**6} megapixels are "
                 "trained, such as 4096x4096, and base models work best far below"
             )
-        if not enable_bucket:
-            return cls(resolution, False, min_reso, max_reso, step, no_upscale, needed_step)
+        if not self.enable_bucket:
+            return self
         if step <= 0 or step % needed_step:
             raise UserError(
                 f"bucket_reso_steps is {step}, but this model needs a multiple of {needed_step}; set {needed_step}"
             )
-        if no_upscale:
+        if self.no_upscale:
             logger.warning("bucket_no_upscale: min_bucket_reso and max_bucket_reso have no effect")
-            return cls(resolution, True, min_reso, max_reso, step, True, needed_step)
+            return self
         if step > min(resolution):
             raise UserError(
                 f"bucket_reso_steps is {step}, more than the shorter side of the resolution {resolution}: no bucket "
@@ -85,21 +73,15 @@ class BucketRules:
                 step,
                 *[side // step * step] * 2,
             )
-        low, high = min_reso // step * step, -(-max_reso // step) * step
-        if (low, high) != (min_reso, max_reso):
-            logger.warning(
-                "bucket limits %d..%d are rounded to %d..%d, multiples of bucket_reso_steps %d",
-                min_reso,
-                max_reso,
-                low,
-                high,
-                step,
-            )
+        low, high = self.min_reso // step * step, -(-self.max_reso // step) * step
+        if (low, high) != (self.min_reso, self.max_reso):
+            limits = f"{self.min_reso}..{self.max_reso} are rounded to {low}..{high}"
+            logger.warning("bucket limits %s, multiples of bucket_reso_steps %d", limits, step)
         if low > min(resolution):
             raise UserError(f"min_bucket_reso is {low}, more than the shorter side of the resolution {resolution}")
         if high < max(resolution):
             raise UserError(f"max_bucket_reso is {high}, less than the longer side of the resolution {resolution}")
-        return cls(resolution, True, max(low, step), high, step, False, needed_step)
+        return replace(self, min_reso=max(low, step), max_reso=high)
 
 
 def bucket_sizes(resolution: Size, low: int, high: int, step: int) -> list[Size]:

@@ -85,10 +85,7 @@ def caption_variant(image: str, text: str, rules: CaptionRules, variant: int) ->
     warm-up is not supported: it changes the caption in every step.
     """
     folder, name = os.path.split(os.path.abspath(image))
-    place = (
-        ascii(os.path.basename(folder)),
-        ascii(os.path.splitext(name)[0]),
-    )  # a name may contain bytes that are not text
+    place = ascii(os.path.basename(folder)), ascii(os.path.splitext(name)[0])  # names may hold bytes that are not text
     return arrange_caption(text, rules, random_for(0, "caption variant", *place, variant), 0, 0)
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from library.data.description.buckets import BucketRules, Size
 from library.data.description.captions import fullest_captions, has_nested_wildcard
-from library.data.plan.folder_audit import folder_lines
+from library.data.plan.folder_audit import Line, folder_lines
 from library.data.plan.references import reference_lines
 from library.data.plan.samples import Draws, Samples, duplicated_stems
 from library.data.scanned.images import ScannedImages
@@ -31,9 +31,6 @@ MOST_ALIKE = 8  # equal captions in a subset before the audit warns
 MOST_SHOWN = 3  # images in a line
 MOST_REMEMBERED = 4096  # captions whose token counts are remembered
 SHORTEST_STEM = 4  # letters in a name before it is searched for in its caption
-
-Line = tuple[int, str]
-"""(logging level, text)."""
 
 
 @dataclass(frozen=True)

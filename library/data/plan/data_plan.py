@@ -318,7 +318,7 @@ def bucket_rules(config: DatasetConfig, spec: LatentSpec) -> BucketRules:
             spec.downscale,
             *rounded,
         )
-    return BucketRules.build(
+    return BucketRules(
         config.resolution,
         config.enable_bucket,
         config.min_bucket_reso,
@@ -326,7 +326,7 @@ def bucket_rules(config: DatasetConfig, spec: LatentSpec) -> BucketRules:
         config.bucket_reso_steps or spec.bucket_step,
         config.bucket_no_upscale,
         spec.bucket_step,
-    )
+    ).checked()
 
 
 def check_drawing(config: RunDataConfig) -> None:

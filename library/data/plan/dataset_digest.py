@@ -9,7 +9,7 @@ from itertools import islice
 from os.path import basename
 from typing import Any
 
-from library.data.decoding.threads import in_blocks
+from library.data.decoding.threads import read_many
 from library.data.description.schema import RunDataConfig
 from library.data.plan.samples import Samples
 
@@ -48,16 +48,7 @@ def content_digests(paths: Sequence[str], num_threads: int) -> list[str]:
 
     Files saved again by an editor differ in all of these; an unreadable file has an empty digest.
     """
-    return file_digests(paths, num_threads) if len(paths) <= MAX_IMAGES else []
-
-
-def file_digests(paths: Sequence[str], num_threads: int, title: str | None = None) -> list[str]:
-    """Return the digest of every file; a title shows a progress bar."""
-
-    def look(block: Sequence[str]) -> list[str]:
-        return [content_digest(path) for path in block]
-
-    return in_blocks(look, paths, num_threads, title)
+    return read_many(content_digest, paths, num_threads) if len(paths) <= MAX_IMAGES else []
 
 
 def content_digest(path: str) -> str:

@@ -17,6 +17,7 @@ MOST_COMPARED = 20_000  # images; the search for duplicates reads all file sizes
 MOST_VISITED = 2_000  # subfolders searched for images
 
 Line = tuple[int, str]
+"""(logging level, text)."""
 
 
 def folder_lines(subset: ScannedSubset) -> Iterator[Line]:

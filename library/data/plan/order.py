@@ -4,11 +4,11 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from library.data.scanned.columns import Column
 from library.randomness import random_for
 
 
@@ -28,7 +28,7 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class EpochBatches(Sequence[tuple[int, ...]]):
+class EpochBatches(Column[tuple[int, ...]]):
     """The batches of an epoch, each a tuple of draws, stored as two numbers per draw without objects."""
 
     draws: "array[int]"  # bucket by bucket, shuffled within each
@@ -39,13 +39,7 @@ class EpochBatches(Sequence[tuple[int, ...]]):
     def __len__(self) -> int:
         return len(self.starts)
 
-    @overload
-    def __getitem__(self, place: int) -> tuple[int, ...]: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[tuple[int, ...]]: ...
-    def __getitem__(self, place: int | slice) -> tuple[int, ...] | list[tuple[int, ...]]:
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
+    def item(self, place: int) -> tuple[int, ...]:
         start = self.starts[place]
         bucket = bisect_right(self.ends, start)
         return tuple(self.draws[start : min(start + self.batch_sizes[bucket], self.ends[bucket])])

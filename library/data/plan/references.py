@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from library.data.decoding.images import has_alpha, open_image
-from library.data.decoding.threads import in_blocks
+from library.data.decoding.threads import read_many
 from library.data.description.buckets import Shape
 from library.data.description.schema import RunDataConfig, SubsetConfig
 from library.data.plan.dataset_digest import content_digest
-from library.data.plan.folder_audit import MOST_COMPARED
+from library.data.plan.folder_audit import MOST_COMPARED, Line
 from library.data.plan.samples import Samples
 from library.data.scanned.images import ScannedImage, ScannedImages
 from library.data.scanned.subsets import ScannedSubset
@@ -19,8 +19,6 @@ from library.data.sources.storage.storage import Storage, is_remote
 from library.errors import UserError, few
 from library.formatting import format_count
 from library.protocols import LatentSpec
-
-Line = tuple[int, str]
 
 RATIO_TOLERANCE = 0.02  # relative difference of aspect ratios: less is the rounding of a resized copy
 NUM_THREADS = 16
@@ -65,12 +63,8 @@ def check_pairs(config: RunDataConfig, are_trained: bool) -> None:
 
 def check_differences(opposite_dir: str, images: ScannedImages) -> None:
     """Raise UserError for pairs of equal files, which teach nothing."""
-
-    def examine(block: Sequence[ScannedImage]) -> list[bool]:
-        return [is_same_file(image, image.references[0]) for image in block]
-
-    found = zip(images, in_blocks(examine, list(images), NUM_THREADS), strict=True)
-    if same := [image.key for image, is_same in found if is_same]:
+    found = read_many(lambda image: is_same_file(image, image.references[0]), list(images), NUM_THREADS)
+    if same := [image.key for image, is_same in zip(images, found, strict=True) if is_same]:
         raise UserError(
             f"opposite_dir {opposite_dir}: {format_count(len(same), 'image')} equal to the partner, which teaches "
             f"nothing: {few(same)}; replace or remove them"
@@ -155,10 +149,7 @@ def content_lines(images: ScannedImages, source: str, storage: Storage, has_alph
     those behind a URL are not fetched for it."""
     pairs = [(image, reference) for image in images for reference in image.references]
 
-    def examine(block: Sequence[tuple[ScannedImage, ScannedImage]]) -> list[tuple[bool, bool]]:
-        return [(is_same_file(*pair), is_transparent(pair[1], storage)) for pair in block]
-
-    found = in_blocks(examine, pairs, NUM_THREADS)
+    found = read_many(lambda pair: (is_same_file(*pair), is_transparent(pair[1], storage)), pairs, NUM_THREADS)
     same = [os.path.basename(image.key) for (image, _), (is_same, _) in zip(pairs, found, strict=True) if is_same]
     if same:
         effect = "equal to its reference image, which teaches to change nothing"

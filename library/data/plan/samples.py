@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, islice, repeat
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from library.data.description.buckets import BucketRules, ReferenceRules, Shape,
 from library.data.description.schema import DatasetConfig, NoDataFound, SubsetConfig
 from library.data.plan.folder_audit import images_below
 from library.data.plan.order import Bucket, regularisation_repeats
+from library.data.scanned.columns import Column
 from library.data.scanned.images import ScannedImage, ScannedImages, in_blocks
 from library.data.scanned.subsets import ScannedDataset, ScannedSubset
 from library.errors import UserError, few
@@ -39,7 +40,7 @@ class Sample(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Samples(Sequence[Sample]):
+class Samples(Column[Sample]):
     """The samples of a run, N of them, as columns; objects are created on access."""
 
     subsets: tuple[ScannedImages, ...] = ()
@@ -56,22 +57,12 @@ class Samples(Sequence[Sample]):
         """The index after the last sample of each subset."""
         return list(accumulate(map(len, self.subsets)))
 
-    @overload
-    def __getitem__(self, number: int) -> Sample: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[Sample]: ...
-    def __getitem__(self, number: int | slice) -> Sample | list[Sample]:
-        if isinstance(number, slice):
-            return [self[i] for i in range(*number.indices(len(self)))]
-        if number < 0:
-            number += len(self)
-        if not 0 <= number < len(self):
-            raise IndexError(number)
-        subset = bisect_right(self.ends, number)
+    def item(self, place: int) -> Sample:
+        subset = bisect_right(self.ends, place)
         images = self.subsets[subset]
-        image = images[number - self.ends[subset] + len(images)]
-        shape = self.shapes[self.shape_N[number]]
-        return Sample(image, self.dataset_of_subset[subset], subset, shape, int(self.draws_N[number]))
+        image = images[place - self.ends[subset] + len(images)]
+        shape = self.shapes[self.shape_N[place]]
+        return Sample(image, self.dataset_of_subset[subset], subset, shape, int(self.draws_N[place]))
 
     def __iter__(self) -> Iterator[Sample]:
         first = 0

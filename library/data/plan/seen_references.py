@@ -14,8 +14,9 @@ from torch import Tensor
 
 from library.data.decoding.images import Pixels, Placement, centred, place, read_pixels, with_alpha
 from library.data.decoding.tensors import to_pixels
+from library.data.decoding.threads import read_many
 from library.data.description.schema import SubsetConfig
-from library.data.plan.dataset_digest import file_digests
+from library.data.plan.dataset_digest import content_digest
 from library.data.plan.samples import Sample, Samples, check_size
 from library.data.sources.storage.storage import Storage
 from library.errors import UserError
@@ -47,7 +48,7 @@ class SeenReferences:
                         "whose outputs are cached, sees them too; remove it"
                     )
         paths = list({one.key: None for sample in shown.values() for one in sample.image.references if not one.place})
-        contents = dict(zip(paths, file_digests(paths, num_threads, "reading references"), strict=True))
+        contents = dict(zip(paths, read_many(content_digest, paths, num_threads, "reading references"), strict=True))
         digests_N = np.zeros(len(samples), dtype=np.uint64)
         for number, sample in shown.items():
             digests_N[number] = digest_references(sample, subsets[sample.subset].resize_interpolation, contents)

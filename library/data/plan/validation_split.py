@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from library.data.description.schema import SubsetConfig
-from library.data.plan.audit import Line
+from library.data.plan.folder_audit import Line
 from library.data.scanned.images import END_BYTES, ScannedImage, digest_of_ends
 from library.data.scanned.subsets import ScannedDataset, ScannedSubset
 from library.errors import UserError
@@ -52,9 +52,9 @@ def split_datasets(datasets: Sequence[ScannedDataset], seed: int) -> Split:
         return Split(tuple(datasets), ())
     identities = dict(zip(map(id, subsets), identities_by_subset(subsets), strict=True))
     specs = [
-        SplitSpec(identities[id(subset)], held_out_share(subset.config), split_seed(subset.config, seed))
+        SplitSpec(identities[id(subset)], share, seed if (own := subset.config.validation_seed) is None else own)
         for subset in subsets
-        if held_out_share(subset.config)
+        if (share := held_out_share(subset.config))
     ]
     always_trained = {identity for subset in subsets if subset.config.is_reg for identity in identities[id(subset)]}
     aside = choose(specs, always_trained)
@@ -110,9 +110,9 @@ def choose(specs: Sequence[SplitSpec], always_trained: AbstractSet[str]) -> set[
         limit = num_images if wish.share == 1 else num_images - 1
         wanted = min(round(num_images * wish.share), limit)
         num_aside = sum(count for identity, count in counts.items() if identity in aside)
-        for identity in sorted(
-            counts.keys() - aside - trained, key=lambda identity: split_sort_key(identity, wish.seed)
-        ):
+        free = counts.keys() - aside - trained
+        ranks = {identity: stream_seed(wish.seed, "validation split", identity) for identity in free}
+        for identity in sorted(free, key=lambda identity: (ranks[identity], identity)):
             if num_aside >= wanted:
                 break
             if num_aside + counts[identity] <= limit:
@@ -122,20 +122,11 @@ def choose(specs: Sequence[SplitSpec], always_trained: AbstractSet[str]) -> set[
     return aside
 
 
-def split_sort_key(identity: str, seed: int) -> tuple[int, str]:
-    """Return the sort key in whose order images are held out."""
-    return stream_seed(seed, "validation split", identity), identity
-
-
 def held_out_share(config: SubsetConfig) -> float:
     """Return the share that a subset holds out; regularisation images are always trained, a probe's never."""
     if config.is_forgetting_probe:
         return 1.0
     return 0.0 if config.is_reg else config.validation_split
-
-
-def split_seed(config: SubsetConfig, seed: int) -> int:
-    return seed if config.validation_seed is None else config.validation_seed
 
 
 def unchanging(config: SubsetConfig) -> SubsetConfig:

@@ -1,10 +1,11 @@
 """Columns of many texts and sizes without an object for each: the bytes of texts in one array, their ends in
 another."""
 
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +16,30 @@ BLOCK = 16384  # texts converted to objects at a time
 ERRORS = "surrogatepass"  # file names may contain bytes that are not text
 
 
+Item = TypeVar("Item")
+
+
+class Column(Sequence[Item]):
+    """A sequence whose items are made on access by `item`; a slice is a list of them."""
+
+    @abstractmethod
+    def item(self, place: int) -> Item:
+        """Make the item at a place from 0."""
+
+    @overload
+    def __getitem__(self, place: int) -> Item: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Item]: ...
+    def __getitem__(self, place: int | slice) -> Item | list[Item]:
+        if isinstance(place, slice):
+            return [self.item(i) for i in range(*place.indices(len(self)))]
+        if not -len(self) <= place < len(self):
+            raise IndexError(place)
+        return self.item(place % len(self))
+
+
 @dataclass(frozen=True, eq=False)
-class Texts(Sequence[str]):
+class Texts(Column[str]):
     """A column of N texts. Text i is `content[ends[i - 1]:ends[i]]` in UTF-8; iteration decodes a block at a time."""
 
     content: NDArray[np.uint8]
@@ -38,17 +61,7 @@ class Texts(Sequence[str]):
     def __len__(self) -> int:
         return len(self.ends)
 
-    @overload
-    def __getitem__(self, place: int) -> str: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[str]: ...
-    def __getitem__(self, place: int | slice) -> str | list[str]:
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
-        if place < 0:
-            place += len(self)
-        if not 0 <= place < len(self):
-            raise IndexError(place)
+    def item(self, place: int) -> str:
         start = self.ends[place - 1] if place else 0
         return self.content[start : self.ends[place]].tobytes().decode(errors=ERRORS)
 

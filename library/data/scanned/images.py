@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import repeat
-from typing import Any, NamedTuple, Protocol, TypeVar, overload
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from library.data.description.buckets import Size
-from library.data.scanned.columns import Texts
+from library.data.scanned.columns import Column, Texts
 
 END_BYTES = 4096
 
@@ -170,7 +170,7 @@ class References:
 
 
 @dataclass(frozen=True, eq=False)
-class ScannedImages(Sequence[ScannedImage]):
+class ScannedImages(Column[ScannedImage]):
     """N images; objects are created on access."""
 
     names: Texts  # keys without the prefix from `prefix` or the file of a place
@@ -185,23 +185,17 @@ class ScannedImages(Sequence[ScannedImage]):
     def __len__(self) -> int:
         return len(self.names)
 
-    @overload
-    def __getitem__(self, number: int) -> ScannedImage: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[ScannedImage]: ...
-    def __getitem__(self, number: int | slice) -> ScannedImage | list[ScannedImage]:
-        if isinstance(number, slice):
-            return [self[i] for i in range(*number.indices(len(self)))]
-        width, height = self.sizes_N2[number].tolist()
-        name, places = self.names[number], self.places
+    def item(self, place: int) -> ScannedImage:
+        width, height = self.sizes_N2[place].tolist()
+        name, places = self.names[place], self.places
         return ScannedImage(
-            (self.prefix if places is None else places.prefixes[places.file_N[number]]) + name,
-            self.captions[number],
+            (self.prefix if places is None else places.prefixes[places.file_N[place]]) + name,
+            self.captions[place],
             (width, height),
-            None if self.masks is None else self.masks[number],
-            None if self.tags is None else self.tags[number],
-            None if places is None else places.of(number, name),
-            () if self.references is None else self.references.of_image(number),
+            None if self.masks is None else self.masks[place],
+            None if self.tags is None else self.tags[place],
+            None if places is None else places.of(place, name),
+            () if self.references is None else self.references.of_image(place),
         )
 
     def __iter__(self) -> Iterator[ScannedImage]:

@@ -11,9 +11,9 @@ from itertools import chain, repeat
 from library.data.description.schema import SubsetConfig, without_secrets
 from library.data.scanned.images import OpenFiles, Place, Reader
 from library.data.scanned.subsets import ScannedSubset
-from library.data.sources.folders.reading import MOST_CAPTION_BYTES
+from library.data.sources.folders.reading import MOST_CAPTION_BYTES, stripped_lines
 from library.data.sources.indexed.parquet_files import Columns, KeptGroups, ParquetRows, find_columns
-from library.data.sources.indexed.rows import Row, build_row, row_of_bytes, stripped_lines
+from library.data.sources.indexed.rows import Row, build_row, row_of_bytes
 from library.data.sources.indexed.scan import SourceFile, scan_files
 from library.data.sources.indexed.tar_files import Member
 from library.data.sources.storage.source import Source

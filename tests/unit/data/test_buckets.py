@@ -15,7 +15,7 @@ def sizes(text: str) -> list[tuple[int, int]]:
 
 
 def rules(no_upscale: bool = False, resolution: tuple[int, int] = (512, 512)) -> BucketRules:
-    return BucketRules.build(resolution, True, 256, 1024, 64, no_upscale, 64)
+    return BucketRules(resolution, True, 256, 1024, 64, no_upscale, 64).checked()
 
 
 LISTS = [
@@ -106,21 +106,21 @@ def test_every_image_covers_its_bucket_on_at_least_one_side_exactly_or_is_not_en
 
 
 def test_without_buckets_every_image_is_cut_to_the_resolution():
-    rule = BucketRules.build((320, 192), False, 256, 1024, 64, False, 64)
+    rule = BucketRules((320, 192), False, 256, 1024, 64, False, 64).checked()
     shapes = assign_shapes([(320, 192), (1000, 300), (20, 60)], rule)
     assert {shape.bucket for shape in shapes} == {(320, 192)}
     assert [shape.resized for shape in shapes] == [(320, 192), (640, 192), (320, 960)]
 
 
 def test_a_resolution_that_is_no_multiple_of_the_step_is_said(caplog):
-    BucketRules.build((70, 70), True, 64, 128, 64, False, 64)
+    BucketRules((70, 70), True, 64, 128, 64, False, 64).checked()
     assert (
         "resolution 70x70 is not a multiple of bucket_reso_steps 64: square images are trained at 64x64" in caplog.text
     )
 
 
 def test_limits_are_rounded_to_the_step_and_said_so(caplog):
-    rule = BucketRules.build((512, 512), True, 300, 1000, 64, False, 64)
+    rule = BucketRules((512, 512), True, 300, 1000, 64, False, 64).checked()
     assert (rule.min_reso, rule.max_reso) == (256, 1024)
     assert "300..1000 are rounded to 256..1024" in caplog.text
 
@@ -137,20 +137,20 @@ def test_limits_are_rounded_to_the_step_and_said_so(caplog):
 )
 def test_limits_that_do_not_fit_are_named(arguments, words):
     with pytest.raises(ValueError, match=words):
-        BucketRules.build(*arguments)
+        BucketRules(*arguments).checked()
 
 
 def test_the_step_is_only_checked_with_buckets():
-    assert not BucketRules.build((512, 512), False, 256, 1024, 17, False, 64).enable_bucket
+    assert not BucketRules((512, 512), False, 256, 1024, 17, False, 64).checked().enable_bucket
 
 
 def test_a_step_above_the_resolution_is_named():
     with pytest.raises(UserError, match=r"bucket_reso_steps is 1024, more than the shorter side .* lower"):
-        BucketRules.build((512, 512), True, 256, 2048, 1024, False, 64)
+        BucketRules((512, 512), True, 256, 2048, 1024, False, 64).checked()
 
 
 def test_a_step_above_the_lowest_side_makes_it_the_lowest_side():
-    limits = BucketRules.build((512, 512), True, 64, 1024, 128, False, 64)
+    limits = BucketRules((512, 512), True, 64, 1024, 128, False, 64).checked()
     assert bucket_sizes((512, 512), limits.min_reso, limits.max_reso, limits.step)[0][0] == 128
 
 

@@ -82,7 +82,7 @@ def test_images_are_the_same_one_by_one_in_a_row_and_taken_out() -> None:
     )
 
 
-RULES = BucketRules.build((96, 96), True, 64, 128, 32, False, 32)
+RULES = BucketRules((96, 96), True, 64, 128, 32, False, 32).checked()
 
 
 def found_in(images: ScannedImages, **changed: object) -> ScannedDataset:

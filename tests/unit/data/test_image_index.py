@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from library.data.decoding.threads import BLOCK, in_blocks
+from library.data.decoding.threads import BLOCK, read_many
 from library.data.plan.data_plan import DataPlan
 from library.data.scanned.subsets import ScannedSubset
 from library.data.sources.folders import image_index, reading, scan
@@ -282,10 +282,10 @@ def test_blocks_keep_the_order_and_the_first_mistake(monkeypatch, is_slow):
     monkeypatch.setattr("library.data.decoding.threads.SLOW_READ_S", -1 if is_slow else 60)
     items = list(range(3 * BLOCK + 7))
     for num_threads in (4, 0):  # 0: a run without data loader workers
-        assert in_blocks(lambda block: [2 * n for n in block], items, num_threads) == [2 * n for n in items]
+        assert read_many(lambda n: 2 * n, items, num_threads) == [2 * n for n in items]
 
-    def fail(block):
-        raise ValueError(block[0])
+    def fail(item):
+        raise ValueError(item)
 
     with pytest.raises(ValueError, match=r"^0$"):
-        in_blocks(fail, items, 4)
+        read_many(fail, items, 4)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from library.checkpoints.files import atomic_path
 from library.data.decoding.npz import DAMAGE, open_npz
-from library.data.decoding.threads import in_blocks
+from library.data.decoding.threads import read_many
 from library.data.description.buckets import Size
 from library.data.scanned.columns import Sizes, Texts
 from library.errors import UserError
@@ -105,14 +105,14 @@ def look_at(folder: str, names: Sequence[str], num_threads: int) -> Stamps:
     """Return the stamps of files; UNSETTLED for a missing one."""
     now_ns = time.time_ns()
 
-    def look(block: Sequence[str]) -> list[int]:
+    def look(name: str) -> int:
         try:
-            return [compute_stamp(os.stat(before + name, dir_fd=handle), now_ns) for name in block]
+            return compute_stamp(os.stat(before + name, dir_fd=handle), now_ns)
         except OSError:
-            return [UNSETTLED] if len(block) == 1 else [stamp for name in block for stamp in look([name])]
+            return UNSETTLED
 
     with opened(folder) as (before, handle):
-        return np.array(in_blocks(look, names, num_threads), dtype=np.int64)
+        return np.array(read_many(look, names, num_threads), dtype=np.int64)
 
 
 @contextmanager
@@ -140,11 +140,11 @@ def renewed(
 ) -> Table[Value]:
     """Return an updated table of these files: known values are kept, the rest is read."""
 
-    def read_block(block: Sequence[str]) -> list[tuple[int, Value]]:
-        return [read(f"{folder}/{name}") for name in block]
+    def read_file(name: str) -> tuple[int, Value]:
+        return read(f"{folder}/{name}")
 
     if not table.names:
-        found = in_blocks(read_block, names, num_threads, title)
+        found = read_many(read_file, names, num_threads, title)
         stamps = np.array([stamp for stamp, _ in found], dtype=np.int64)
         return Table(names, stamps, [value for _, value in found])
     stamps = look_at(folder, names, num_threads) if stamps is None else stamps
@@ -152,7 +152,7 @@ def renewed(
     if known is None:
         return table
     unknown = [place for place, value in enumerate(known) if value is None]
-    found = in_blocks(read_block, [names[place] for place in unknown], num_threads, title)
+    found = read_many(read_file, [names[place] for place in unknown], num_threads, title)
     values: Any = known
     for place, (stamp, value) in zip(unknown, found, strict=True):
         stamps[place], values[place] = stamp, value

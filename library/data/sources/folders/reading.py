@@ -49,8 +49,13 @@ def read_caption(path: str) -> tuple[int, str]:
         raise NotUtf8(f"the caption file {path} {not_utf8(content, error)}") from None
     except OSError as error:
         raise UserError(f"the caption file {path} cannot be read: {error.strerror}") from None
-    lines = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    return compute_stamp(status, time.time_ns()), "\n".join([line.strip() for line in lines]).rstrip("\n")
+    return compute_stamp(status, time.time_ns()), stripped_lines(text.removeprefix("\ufeff"))
+
+
+def stripped_lines(text: str) -> str:
+    """Strip each line of a caption, and drop blank ones at the end."""
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return "\n".join([line.strip() for line in lines]).rstrip("\n")
 
 
 def read_image_size(path: str) -> tuple[int, Size | str]:

@@ -72,7 +72,7 @@ def find_columns(schema: Any, image: str | None, caption: str | None, references
 def bytes_column(schema: Any, name: str) -> str | None:
     """Return pyarrow's name of the column with the bytes of images; None if there are none."""
     kind = schema.field(name).type
-    if is_struct(kind):
+    if str(kind).startswith("struct<"):
         return next((f"{name}.bytes" for field in kind if field.name == "bytes" and is_binary(field.type)), None)
     return name if is_binary(kind) else None
 
@@ -83,10 +83,6 @@ def is_text(kind: Any) -> bool:
 
 def is_binary(kind: Any) -> bool:
     return BINARY.fullmatch(str(kind)) is not None
-
-
-def is_struct(kind: Any) -> bool:
-    return str(kind).startswith("struct<")
 
 
 class KeptGroups:

@@ -102,7 +102,7 @@ def read_index(
         known = open_index(path, files)  # another process may have made it meanwhile
         if known is not None:
             return known
-        return make_index(path, files, rows_of, num_threads, title, parts_folder(path))
+        return make_index(path, files, rows_of, num_threads, title, path.with_name(f"{path.name}.parts"))
 
 
 def write_table(table: Any, path: Path) -> None:
@@ -112,11 +112,6 @@ def write_table(table: Any, path: Path) -> None:
             pyarrow_parquet().write_table(table, temporary, compression="zstd")
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}; free space, or set --cache_dir") from None
-
-
-def parts_folder(path: Path) -> Path:
-    """Return the folder of the finished parts of an index."""
-    return path.with_name(f"{path.name}.parts")
 
 
 def open_index(path: Path, files: IndexedFiles) -> Any:

@@ -10,7 +10,7 @@ from library.data.description.buckets import Size
 from library.data.description.image_extensions import image_extensions
 from library.data.scanned.images import END_BYTES, digest_content, digest_of_ends
 from library.data.sources.folders.image_headers import HEAD_BYTES, plain_size
-from library.data.sources.folders.reading import MOST_CAPTION_BYTES
+from library.data.sources.folders.reading import MOST_CAPTION_BYTES, stripped_lines
 from library.data.sources.indexed.tar_files import Member, iterate_members
 from library.data.sources.storage.ranges import RangeFile, Window
 from library.errors import UserError
@@ -109,22 +109,19 @@ def with_numbered(row: Row, references: Mapping[int, Row]) -> Row:
 def build_row(window: Window, member: Member, shown: str) -> Row:
     """Return an image without its caption, from its start and end."""
     head = window.read(member.start, min(HEAD_BYTES, member.num_bytes))
-    problem, size = None, (0, 0)
-    try:
-        size = size_of_part(window, member, head, shown)
-    except (UserError, OSError) as error:
-        problem = str(error).removeprefix(f"{shown}/{member.name}").strip() or "cannot be read"
+    part = RangeFile(window, member.start, member.num_bytes)
+    size, problem = measure_image(f"{shown}/{member.name}", head, member.num_bytes, part)
     tail = window.read(member.start + max(0, member.num_bytes - END_BYTES), min(END_BYTES, member.num_bytes))
     digest = bytes.fromhex(digest_of_ends(head[:END_BYTES] + tail, member.num_bytes))
     return Row(member.name, member.start, member.num_bytes, *size, None, digest, problem)
 
 
-def size_of_part(window: Window, member: Member, head: bytes, shown: str) -> Size:
-    """Return the size of an image in a larger file; if the first bytes do not tell, Pillow reads on."""
-    size = plain_size(head, member.num_bytes)
-    if size is None:
-        size = read_size(f"{shown}/{member.name}", RangeFile(window, member.start, member.num_bytes))
-    return size
+def measure_image(path: str, head: bytes, num_bytes: int, content: bytes | RangeFile) -> tuple[Size, str | None]:
+    """Return (the size of an image, why it cannot be used); if the first bytes do not tell, Pillow reads on."""
+    try:
+        return plain_size(head, num_bytes) or read_size(path, content), None
+    except (UserError, OSError) as error:
+        return (0, 0), str(error).removeprefix(path).strip() or "cannot be read"
 
 
 def read_caption_text(window: Window, member: Member, shown: str, rule: CaptionRule) -> str | None:
@@ -151,19 +148,9 @@ def read_caption_field(value: Any, field: str | None) -> str | None:
     return next((value[name] for name in fields if isinstance(value.get(name), str)), None)
 
 
-def stripped_lines(text: str) -> str:
-    """Strip each line of a caption, and drop blank ones at the end."""
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    return "\n".join([line.strip() for line in lines]).rstrip("\n")
-
-
 def row_of_bytes(name: str, number: int, content: bytes | None, caption: str | None, shown: str) -> Row:
     """Return an image whose bytes are a value of a Parquet file."""
     if content is None:
         return Row(name, number, 0, 0, 0, caption, bytes(16), "has no bytes in the file")
-    problem, size = None, (0, 0)
-    try:
-        size = plain_size(content[:HEAD_BYTES], len(content)) or read_size(f"{shown}/{name}", content)
-    except (UserError, OSError) as error:
-        problem = str(error).removeprefix(f"{shown}/{name}").strip() or "cannot be read"
+    size, problem = measure_image(f"{shown}/{name}", content[:HEAD_BYTES], len(content), content)
     return Row(name, number, len(content), *size, caption, bytes.fromhex(digest_content(content)), problem)

@@ -10,19 +10,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from library.data.description.captions import CaptionRules
 from library.data.description.schema import SubsetConfig, without_secrets
 from library.data.scanned.columns import Texts
 from library.data.scanned.images import FileStamp, Places, Reader, References, ScannedImages
 from library.data.scanned.names import folder_name, short_digest
 from library.data.scanned.subsets import ScannedSubset
-from library.data.sources.folders.reading import parse_caption
+from library.data.sources.folders.reading import parse_captions
 from library.data.sources.indexed.parquet_index import IndexedFiles, read_index
 from library.data.sources.indexed.rows import Row
 from library.data.sources.storage.storage import Storage, is_remote
 from library.errors import UserError, few
-
-NEWLINE = 10
 
 
 @dataclass(frozen=True)
@@ -136,7 +133,7 @@ def found_in(
     captions = copy_texts(compute.fill_null(table["caption"], config.class_tokens or ""))
     images = ScannedImages(
         names=copy_texts(table["name"]),
-        captions=with_rules(captions, config.captions),
+        captions=parse_captions(captions, config.captions),
         sizes_N2=np.stack([numbers(table["width"], np.int32), numbers(table["height"], np.int32)], axis=1),
         places=Places(
             tuple(files),
@@ -199,13 +196,6 @@ def references_in(
             for r, of in enumerate(columns)
         ),
     )
-
-
-def with_rules(captions: Texts, rules: CaptionRules) -> Texts:
-    """Keep the lines of each caption that count; captions of one line are unchanged."""
-    if not (captions.content == NEWLINE).any():
-        return captions
-    return Texts.of(parse_caption(text, rules) for text in captions)
 
 
 def numbers(column: Any, dtype: type) -> NDArray[Any]:

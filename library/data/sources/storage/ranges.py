@@ -55,6 +55,3 @@ class RangeFile(io.RawIOBase):
         content = self._window.read(self._first + self._place, left if size < 0 else min(size, left))
         self._place += len(content)
         return content
-
-    def readall(self) -> bytes:
-        return self.read()
