@@ -4,7 +4,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
 from random import Random
@@ -46,26 +46,24 @@ class Drawn(NamedTuple):
         return self.pair.batch_size * self.height * self.width
 
 
+@dataclass(frozen=True, eq=False)
 class PromptPairs:
     """The pairs of a file in turn, reshuffled each time; the run is one epoch.
 
     Each batch is a function of the seed and its index.
     """
 
-    def __init__(
-        self,
-        pairs: Sequence[PromptPair],
-        num_steps: int,
-        guidance: float,
-        file: str,
-        seed: int,
-        num_batches: int,
-        max_train_steps: int,
-    ) -> None:
-        """`num_steps` and `guidance` are those of denoising whole images, of which each batch takes a part."""
-        self.pairs, self.num_batches, self.max_train_steps = list(pairs), num_batches, max_train_steps
-        self.config = RunDataConfig((), is_from_file=False)
-        self._num_steps, self._guidance, self._file, self._seed = num_steps, guidance, file, seed
+    pairs: Sequence[PromptPair]
+    num_steps: int  # of denoising whole images, of which each batch takes a part
+    guidance: float
+    file: str
+    seed: int
+    num_batches: int
+    max_train_steps: int
+
+    config = RunDataConfig((), is_from_file=False)
+    num_train_images = num_reg_images = 0
+    image_plan = None
 
     @property
     def prompts(self) -> list[str]:
@@ -75,9 +73,6 @@ class PromptPairs:
     @property
     def batch_sizes(self) -> list[int]:
         return sorted({pair.batch_size for pair in self.pairs})
-
-    num_train_images = num_reg_images = 0
-    image_plan = None
 
     @property
     def own_batches(self) -> "PromptPairs":
@@ -129,7 +124,7 @@ class PromptPairs:
         sizes = {f"{p.height}x{p.width}{' and smaller' if p.has_drawn_size else ''}" for p in self.pairs}
         log.info(
             "prompt pairs in %s: %d (%s), with %d different prompts; height x width %s",
-            self._file,
+            self.file,
             len(self.pairs),
             ", ".join(f"{count} {action}" for action, count in actions.items()),
             len(self.prompts),
@@ -145,10 +140,10 @@ class PromptPairs:
         preview = [{name: getattr(pair, name) for name in PREVIEWED} for pair in self.pairs[:NUM_PREVIEWED]]
         return {
             "ss_leco_prompt_count": len(self.pairs),
-            "ss_leco_prompts_file": Path(self._file).name,
+            "ss_leco_prompts_file": Path(self.file).name,
             "ss_leco_preview": json.dumps(preview, ensure_ascii=False),
-            "ss_leco_max_denoising_steps": self._num_steps,
-            "ss_leco_denoise_guidance_scale": self._guidance,
+            "ss_leco_max_denoising_steps": self.num_steps,
+            "ss_leco_denoise_guidance_scale": self.guidance,
         }
 
     def batch_shapes(self) -> Iterator[tuple[int, tuple[tuple[int, int], ...]]]:
@@ -174,10 +169,10 @@ class PromptPairs:
     def _drawn(self, number: int) -> Drawn:
         turn, place = divmod(number, len(self.pairs))
         order = list(range(len(self.pairs)))
-        random_for(self._seed, "concept order", turn).shuffle(order)
+        random_for(self.seed, "concept order", turn).shuffle(order)
         pair = self.pairs[order[place]]
-        rng = random_for(self._seed, "concept", number)
-        num_denoised = rng.randint(1, self._num_steps - 1)
+        rng = random_for(self.seed, "concept", number)
+        num_denoised = rng.randint(1, self.num_steps - 1)
         height, width = drawn_size(pair.height, rng) if pair.has_drawn_size else (pair.height, pair.width)
         sizes = format_sizes(height, width, rng if pair.dynamic_crops else None)
         return Drawn(pair, num_denoised, height, width, sizes)
@@ -201,9 +196,9 @@ class PromptPairs:
                 neutral=pair.neutral,
                 push=pair.push,
                 multiplier=pair.multiplier,
-                num_steps=self._num_steps,
+                num_steps=self.num_steps,
                 num_denoised=drawn.num_denoised,
-                guidance=self._guidance,
+                guidance=self.guidance,
             ),
         )
 

@@ -15,10 +15,4 @@ def scan(config: SubsetConfig, storage: Storage, num_threads: int) -> ScannedSub
     return listing.found()
 
 
-SOURCE = Source(
-    (
-        "control_dirs",
-        "opposite_dir",
-    ),
-    scan,
-)
+SOURCE = Source(("control_dirs", "opposite_dir"), scan)

@@ -2,7 +2,7 @@
 
 import os
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from library.data.scanned.names import short_digest
@@ -17,20 +17,12 @@ KEPT_OF_FULL = 0.9  # of the size: kept when a scan finds more than fits
 
 
 @dataclass
-class Written:
-    """The bytes that this process has written since its last scan of the folder."""
-
-    num_bytes: int = 0
-    has_looked: bool = False
-
-
-@dataclass(frozen=True)
 class DiskCache:
     """Contents by name, shared by all processes that use the folder. A file exists whole or not at all."""
 
     folder: str
     max_bytes: int
-    written: Written = field(default_factory=Written, compare=False, repr=False)
+    num_written: int | None = None  # bytes by this process since its last scan of the folder; None before the first
 
     def path(self, name: str) -> Path:
         """Return the file of a content."""
@@ -62,13 +54,14 @@ class DiskCache:
             raise UserError(
                 f"--cache_dir: {self.folder} cannot be written: {error.strerror}; use another folder, or free space"
             ) from None
-        self.written.num_bytes += len(content)
-        if not self.written.has_looked or self.written.num_bytes > PRUNE_EVERY * self.max_bytes:
+        if self.num_written is None or self.num_written + len(content) > PRUNE_EVERY * self.max_bytes:
             self.prune()
+        else:
+            self.num_written += len(content)
 
     def prune(self) -> None:
         """Delete the least recently used files, if there is more than fits."""
-        self.written.num_bytes, self.written.has_looked = 0, True
+        self.num_written = 0
         found: list[tuple[float, int, str]] = []
         for entry in (entry for folder in Path(self.folder).glob("??") for entry in os.scandir(folder)):
             try:
