@@ -1,6 +1,6 @@
 """The protocol between a network module and the trainer.
 
-A network module is a Python module with two functions (`NetworkModule`); the first gives a network (`Network`). Ours,
+A network module is a Python module with two functions (`NetworkModule`); the first gives a network. Ours,
 lycoris.kohya and users' own files are all called in this way. `adopt` fills in what a third party leaves out.
 """
 
@@ -30,42 +30,24 @@ OURS = "networks."  # how the names of our own modules begin
 PACKAGES = {"lycoris": "lycoris-lora"}  # import name -> what pip installs
 
 
-class NetworkModule(Protocol):
-    """A network module. Values of network arguments arrive as strings, by keyword."""
+@dataclass(frozen=True)
+class NetworkModule:
+    """The two functions of an imported network module. Values of network arguments arrive as strings, by keyword.
 
-    def create_network(
-        self,
-        multiplier: float,
-        network_dim: int | None,
-        network_alpha: float | None,
-        vae: nn.Module | None,
-        text_encoder: TextEncoder,
-        unet: nn.Module,
-        neuron_dropout: float | None = None,
-        **network_args: Any,
-    ) -> nn.Module:
-        """Make a network (`Network`) that is not installed yet."""
-        ...
+    `create_network(multiplier, network_dim, network_alpha, vae, text_encoder, unet, neuron_dropout=None,
+    **network_args)` makes a network that is not installed yet.
+    `create_network_from_weights(multiplier, file, vae, text_encoder, unet, weights_sd=None, for_inference=False,
+    **network_args)` makes one shaped like a file, and returns (the network, the file's tensors), which are not loaded
+    into it yet.
 
-    def create_network_from_weights(
-        self,
-        multiplier: float,
-        file: str,
-        vae: nn.Module | None,
-        text_encoder: TextEncoder,
-        unet: nn.Module,
-        weights_sd: Mapping[str, Tensor] | None = None,
-        for_inference: bool = False,
-        **network_args: Any,
-    ) -> tuple[Any, dict[str, Tensor]]:
-        """Make a network shaped like a file; return the file's tensors too, which are not loaded into it yet."""
-        ...
-
-
-class Network(Protocol):
-    """A network, which is an `nn.Module` whose parameters are the adapter's.
-
-    These methods must be there. Called where they exist: `prepare_network(args)`, `set_multiplier(x)`,
+    A network is an `nn.Module` whose parameters are the adapter's, and has the methods
+    `apply_to(text_encoder, unet, train_text_encoder, train_unet)`,
+    `prepare_optimizer_params(text_encoder_lr, unet_lr, learning_rate)`, which returns the optimizer's groups, or
+    (groups, their names), and may take the first two arguments only,
+    `save_weights(file, dtype, metadata)`.
+    Called where they exist: `load_weights(file)`, `enable_gradient_checkpointing()`,
+    `prepare_grad_etc(text_encoder, unet)`, `on_epoch_start(text_encoder, unet)`, `get_trainable_params()`,
+    `set_multiplier(x)`,
     `prepare_optimizer_params_with_multiple_te_lrs(text_encoder_lr, unet_lr, learning_rate)`,
     `on_step_start(text_encoder, unet)` before each batch,
     `on_optimizer_step_start(seed, step)` before each batch too, with the run's seed and the number of optimizer steps
@@ -79,21 +61,8 @@ class Network(Protocol):
     `stack_with(others) -> Multiplexer` for sweeps, once all of these networks are installed.
     """
 
-    def apply_to(
-        self, text_encoder: TextEncoder, unet: nn.Module, train_text_encoder: bool, train_unet: bool
-    ) -> None: ...
-    def load_weights(self, file: str) -> Any: ...
-    def enable_gradient_checkpointing(self) -> None: ...
-    def prepare_optimizer_params(
-        self, text_encoder_lr: float | None, unet_lr: float | None, learning_rate: float
-    ) -> Any:
-        """Return groups of the optimizer, or (groups, their names). May take the first two arguments only."""
-        ...
-
-    def prepare_grad_etc(self, text_encoder: TextEncoder, unet: nn.Module) -> None: ...
-    def on_epoch_start(self, text_encoder: TextEncoder, unet: nn.Module) -> None: ...
-    def get_trainable_params(self) -> Iterable[nn.Parameter]: ...
-    def save_weights(self, file: str, dtype: torch.dtype | None, metadata: dict[str, str] | None) -> None: ...
+    create_network: Callable[..., Any]
+    create_network_from_weights: Callable[..., tuple[Any, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -109,7 +78,7 @@ class Multiplexer(Protocol):
     """A switch that says which of several networks on one model act; they are known by their places in a list."""
 
     def only(self, place: int) -> AbstractContextManager[None]:
-        """In the block the model runs with one network alone."""
+        """Run the model in the block with one network alone."""
         ...
 
     def together(
@@ -123,17 +92,8 @@ class Multiplexer(Protocol):
         ...
 
     def share_stacked(self, places: Sequence[int]) -> float:
-        """In how many of the layers these networks are one product, as a share; in the others they run in turn."""
+        """Return the share of the layers in which these networks are one product; in the others they run in turn."""
         ...
-
-
-@dataclass(frozen=True)
-class OpenedModule:
-    """The functions of an imported network module."""
-
-    name: str
-    create_network: Callable[..., Any]
-    create_network_from_weights: Callable[..., tuple[Any, dict[str, Tensor]]]
 
 
 def open_network_module(name: str) -> NetworkModule:
@@ -159,7 +119,7 @@ def open_network_module(name: str) -> NetworkModule:
     from_weights = getattr(module, "create_network_from_weights", None) or _cannot_read_files(name)
     if not name.startswith(OURS):
         create, from_weights = _explained(name, create), _reading_explained(name, from_weights)
-    return OpenedModule(name, create, from_weights)
+    return NetworkModule(create, from_weights)
 
 
 def parse_network_args(items: Sequence[str] | None) -> dict[str, str]:
@@ -280,17 +240,17 @@ class AdoptedNetwork:
         self._optional("prepare_grad_etc", text_encoder, denoiser)
 
     def start_epoch(self, text_encoder: TextEncoder, denoiser: nn.Module) -> None:
-        """Called before each epoch; the network is in training mode afterwards, and what it trains stays the same."""
+        """Start an epoch; the network is in training mode afterwards, and what it trains stays the same."""
         self._optional("on_epoch_start", text_encoder, denoiser)
         self.module.train()
         self._trained = self._trainable_parameters()
 
     def start_step(self, text_encoder: TextEncoder, denoiser: nn.Module) -> None:
-        """Called before each micro-step."""
+        """Notify the network before each micro-step."""
         self._optional("on_step_start", text_encoder, denoiser)
 
     def start_optimizer_step(self, seed: int, step: int) -> None:
-        """Called before each micro-step with the seed of the run and the number of finished optimizer steps."""
+        """Tell the network, before each micro-step, the seed of the run and the number of finished optimizer steps."""
         self._optional("on_optimizer_step_start", seed, step)
 
     def set_noise_levels(self, levels_B: Tensor | None) -> None:

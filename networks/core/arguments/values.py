@@ -41,7 +41,7 @@ class Selection:
 
 
 def parse_bool(text: str) -> bool:
-    """True or False from any usual spelling."""
+    """Parse True or False from any usual spelling."""
     word = text.strip().lower()
     if word in TRUE_WORDS:
         return True
@@ -51,7 +51,7 @@ def parse_bool(text: str) -> bool:
 
 
 def parse_rank(text: str) -> int:
-    """A rank: a whole number from 0, where 0 leaves the module alone."""
+    """Parse a rank: a whole number from 0, where 0 leaves the module alone."""
     try:
         rank = int(text)
     except ValueError:
@@ -62,19 +62,19 @@ def parse_rank(text: str) -> int:
 
 
 def parse_unit(text: str) -> int:
-    """A block size: a whole number from 1."""
+    """Parse a block size: a whole number from 1."""
     if (unit := parse_rank(text)) == 0:
         raise UserError("expected 1 or more")
     return unit
 
 
 def parse_factor(text: str) -> int:
-    """A whole number from 1, or -1."""
+    """Parse a whole number from 1, or -1."""
     return -1 if text.strip() == "-1" else parse_unit(text)
 
 
 def parse_number(text: str) -> float:
-    """A finite number that is not negative."""
+    """Parse a finite number that is not negative."""
     try:
         number = float(text)
     except ValueError:
@@ -85,14 +85,14 @@ def parse_number(text: str) -> float:
 
 
 def parse_power(text: str) -> float:
-    """A finite number above 0."""
+    """Parse a finite number above 0."""
     if (number := parse_number(text)) == 0:
         raise UserError("expected a number above 0")
     return number
 
 
 def parse_probability(text: str) -> float:
-    """A chance from 0 up to, but without, 1: at 1 nothing would be trained."""
+    """Parse a chance from 0 up to, but without, 1: at 1 nothing would be trained."""
     number = parse_number(text)
     if number >= 1:
         raise UserError("expected a chance from 0 to below 1")
@@ -100,17 +100,17 @@ def parse_probability(text: str) -> float:
 
 
 def parse_ranks(text: str) -> tuple[int, ...]:
-    """Ranks with commas between them; an empty place is 0."""
+    """Parse ranks with commas between them; an empty place is 0."""
     return tuple(parse_rank(item or "0") for item in text.replace(" ", "").split(","))
 
 
 def parse_numbers(text: str) -> tuple[float, ...]:
-    """Numbers with commas between them; an empty place is 0."""
+    """Parse numbers with commas between them; an empty place is 0."""
     return tuple(parse_number(item or "0") for item in text.replace(" ", "").split(","))
 
 
 def parse_lr_weights(text: str) -> LrWeights:
-    """Learning rate factors with commas between them, or a curve such as `cosine` or `sine+0.25`."""
+    """Parse learning rate factors with commas between them, or a curve such as `cosine` or `sine+0.25`."""
     name, plus, offset = text.replace(" ", "").partition("+")
     if name in LR_CURVES:
         return LrPreset(name, parse_number(offset) if plus else 0.0)
@@ -121,12 +121,12 @@ def parse_lr_weights(text: str) -> LrWeights:
 
 
 def parse_embedder_ranks(text: str) -> tuple[int, ...]:
-    """Ranks with commas between them, in brackets or not; an empty place is 0."""
+    """Parse ranks with commas between them, in brackets or not; an empty place is 0."""
     return parse_ranks(text.strip().removeprefix("[").removesuffix("]"))
 
 
 def parse_selection(text: str) -> Selection:
-    """`all`, `none`, or numbers of blocks and ranges with commas between them: 0-3,7."""
+    """Parse `all`, `none`, or numbers of blocks and ranges with commas between them: 0-3,7."""
     text = text.replace(" ", "").lower()
     if text == "all":
         return Selection()
@@ -145,17 +145,17 @@ def parse_selection(text: str) -> Selection:
 
 
 def parse_expression_ranks(text: str) -> tuple[tuple[str, int], ...]:
-    """`expression=rank` with commas between them; an expression has no comma."""
+    """Parse `expression=rank` with commas between them; an expression has no comma."""
     return tuple((expression, parse_rank(value)) for expression, value in _expressions(text))
 
 
 def parse_expression_rates(text: str) -> tuple[tuple[str, float], ...]:
-    """`expression=rate` with commas between them; an expression has no comma."""
+    """Parse `expression=rate` with commas between them; an expression has no comma."""
     return tuple((expression, parse_number(value)) for expression, value in _expressions(text))
 
 
 def parse_patterns(text: str) -> tuple[str, ...]:
-    """Regular expressions: one as it is or in quotes, several as a list of Python strings."""
+    """Parse regular expressions: one as it is or in quotes, several as a list of Python strings."""
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -169,7 +169,7 @@ def parse_patterns(text: str) -> tuple[str, ...]:
 
 
 def _expressions(text: str) -> list[tuple[str, str]]:
-    """(regular expression, what stands after its last equals sign)."""
+    """Return (regular expression, text after its last equals sign)."""
     found = []
     for item in text.split(","):
         expression, equals, value = item.strip().rpartition("=")

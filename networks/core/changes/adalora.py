@@ -19,12 +19,13 @@ EPSILON = 1e-5  # which PEFT adds to it
 
 
 def alpha_of(alpha: float, rank: int, settings: Mapping[str, Any]) -> float:
-    """The alpha that counts for a module of this rank; PEFT's is for the rank before pruning."""
+    """Return the alpha that counts for a module of this rank; PEFT's is for the rank before pruning."""
     return alpha * rank / (settings[INITIAL_RANK] + EPSILON) if INITIAL_RANK in settings else alpha
 
 
 def as_lora(tensors: Mapping[str, Tensor], origin: str) -> Mapping[str, Tensor]:
-    """The tensors of a file with `lora_A.weight` and `lora_B.weight` in place of the three of each module of AdaLoRA.
+    """Return the tensors of a file with `lora_A.weight` and `lora_B.weight` in place of the three of each module of
+    AdaLoRA.
 
     Raises UserError where the three do not belong together. Other files come back as they are.
     """

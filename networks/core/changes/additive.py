@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from networks.core.changes.alpha import ScaledDelta, alpha_in
-from networks.core.changes.change import Change, Delta, MakeDelta, ModuleTensors, fill, stand_in
-from networks.core.changes.dora import DoRA, decomposed
+from networks.core.changes.change import Change, Delta, MakeDelta, ModuleTensors, fill, get_weight, stand_in
+from networks.core.changes.dora import Decompose, DoRA, DoraArguments, are_per_output
 from networks.core.changes.ggpo import GgpoArguments, Perturbed
 from networks.core.changes.parameter_keys import DORA_SCALE
 from networks.core.changes.request import ChangeRequest
@@ -15,20 +15,22 @@ from networks.core.changes.tlora import NoiseMask, TLoraArguments
 
 
 def wrap(request: ChangeRequest, delta: Delta, alpha: float | None = None) -> Change:
-    """Make a change of a delta: alpha, dropout and T-LoRA, then DoRA or GGPO around it.
+    """Make a change of a delta with alpha, dropout and T-LoRA, with DoRA or GGPO where the arguments ask for it.
 
     `alpha` is as asked for, if unset.
     """
-    tlora = request.arguments.of(TLoraArguments)
-    mask = NoiseMask(tlora.tlora_min_rank, tlora.tlora_power, request.noise)
-    change = ScaledDelta(
-        request.layer, delta, request.alpha if alpha is None else alpha, request.drops, request.has_scalar,
-        mask if tlora.tlora and request.is_denoiser else None,
-    )  # fmt: skip
+    layer, drops, has_scalar = request.layer, request.drops, request.has_scalar
+    alpha = request.alpha if alpha is None else alpha
     if request.is_decomposed:
-        return decomposed(change, request.arguments, request.is_per_output)
-    ggpo = request.arguments.of(GgpoArguments)
-    return Perturbed(change, ggpo) if ggpo.is_on else change
+        has_constant_norm = request.arguments.of(DoraArguments).dora_constant_norm
+        join = Decompose(get_weight(layer), has_constant_norm, request.is_per_output)
+        return DoRA(layer, delta, alpha, join, drops, has_scalar)
+    tlora, ggpo = request.arguments.of(TLoraArguments), request.arguments.of(GgpoArguments)
+    is_masked = tlora.tlora and request.is_denoiser
+    mask = NoiseMask(tlora.tlora_min_rank, tlora.tlora_power, request.noise) if is_masked else None
+    if ggpo.is_on:
+        return Perturbed(layer, delta, alpha, ggpo, drops, has_scalar, mask)
+    return ScaledDelta(layer, delta, alpha, drops, has_scalar, mask)
 
 
 def read_delta(delta: Delta, tensors: ModuleTensors, layer: nn.Module | None) -> Change:
@@ -36,9 +38,14 @@ def read_delta(delta: Delta, tensors: ModuleTensors, layer: nn.Module | None) ->
     assert isinstance(delta, nn.Module)
     fill(delta, tensors)
     alpha = alpha_in(tensors, delta)
-    change = ScaledDelta(layer, delta, alpha)
+    if (magnitudes := tensors.get(DORA_SCALE)) is None:
+        change = ScaledDelta(layer, delta, alpha)
+    else:
+        weight = None if layer is None else get_weight(layer)
+        join = Decompose(weight, is_per_output=are_per_output(magnitudes))
+        change = DoRA(layer, delta, alpha, join, magnitudes=magnitudes)
     change.alpha_value = alpha  # 0 in a file is 0
-    return DoRA.of_file(change, tensors[DORA_SCALE]) if DORA_SCALE in tensors else change
+    return change
 
 
 def read_with(

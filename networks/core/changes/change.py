@@ -91,25 +91,6 @@ class Change(Protocol):
         ...
 
 
-class AdditiveChange(Change, Protocol):
-    """W0 + weight(), before magnitudes. A rotation of W0 has no such weight."""
-
-    def weight(self) -> Tensor:
-        """Return what is added to the layer's weight at strength 1, in its shape and in the dtype of the change."""
-        ...
-
-
-class LowRankChange(AdditiveChange, Protocol):
-    """scale * up @ down."""
-
-    @property
-    def scale(self) -> float: ...
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """(up_OR, down_RN): norms of DoRA, resizing and joining work on these and never build the weight."""
-        ...
-
-
 @runtime_checkable
 class Stackable(Protocol):
     """A change that can be computed with those of other adapters of the same layer, in one product."""
@@ -186,11 +167,11 @@ class Delta(Protocol):
         ...
 
     def up(self, hidden: Tensor, base: Tensor) -> Tensor:
-        """`base` plus what the channels add to it, in the dtype of `base`."""
+        """Return `base` plus what the channels add to it, in the dtype of `base`."""
         ...
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(up_OR, down_RN) of which dW is the product."""
+        """Return (up_OR, down_RN) of which dW is the product."""
         ...
 
     def weight(self) -> Tensor:
@@ -260,7 +241,7 @@ MakeDelta = Callable[[nn.Module, int], Delta]
 
 
 def list_parts(delta: Delta) -> dict[str, Tensor]:
-    """Every tensor that dW is made of, by name: parameters of the delta, and parameters and buffers of its children."""
+    """Return every tensor that dW is made of, by name: all parameters and buffers of the delta."""
     assert isinstance(delta, nn.Module)
     return {**dict(delta.named_parameters()), **dict(delta.named_buffers())}
 
@@ -286,7 +267,7 @@ def match_dtype(factor: Tensor, x: Tensor) -> Tensor:
 
 
 def stand_in(shape: tuple[int, ...]) -> nn.Module:
-    """A layer with a weight of this shape, (O, I) or (O, I, h, w), where only a file is there; on the meta device."""
+    """Make a layer on the meta device with a weight of shape (O, I) or (O, I, h, w), where there is only a file."""
     num_outputs, num_inputs, *kernel = shape
     with torch.device("meta"):
         if not kernel:
@@ -308,7 +289,7 @@ def fill(delta: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def match_shape(found: Tensor, own: Tensor) -> Tensor:
-    """A tensor of a file in the shape that it has here, where the two differ in how a kernel is written alone.
+    """Return a tensor of a file in the shape of `own` if the two differ only in how a kernel is written.
 
     A matrix stands for a convolution, of which some programs keep no kernel, and a 1x1 kernel for a Linear layer, which
     other checkpoints have where this has the one; anything else comes back as it is.
@@ -320,7 +301,7 @@ def match_shape(found: Tensor, own: Tensor) -> Tensor:
 
 
 def check_kernel(layer: nn.Module) -> nn.Module:
-    """The layer. Raises UserError for a convolution that cannot be adapted."""
+    """Return the layer. Raises UserError for a convolution that cannot be adapted."""
     if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.padding_mode != "zeros"):
         raise UserError(
             f"a convolution with groups={layer.groups} and padding_mode={layer.padding_mode!r} cannot be adapted; "

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from networks.core.arguments.network_arguments import NetworkArguments, Requirement, argument
+from networks.core.arguments.network_arguments import Requirement, argument
 from networks.core.arguments.values import parse_bool
-from networks.core.changes.alpha import SCALAR, DeltaWrapper, ScaledDelta
-from networks.core.changes.change import ChangeSize, Forward, get_weight
+from networks.core.changes.alpha import SCALAR, ScaledDelta
+from networks.core.changes.change import ChangeSize, Delta, Forward, get_weight
+from networks.core.changes.dropout import NO_DROPOUT, Dropout
 from networks.core.changes.parameter_keys import DORA_SCALE
 
 EPS = 1.1920929e-07  # of float32: what readers of dora_scale add to the norm of columns
@@ -49,7 +50,7 @@ class DoraArguments:
     )  # fmt: skip
 
 
-class DoRA(DeltaWrapper):
+class DoRA(ScaledDelta):
     """A change whose weight W0 + dW is brought to trained magnitudes (`Decompose` has the formulas).
 
     `dora_scale` are the magnitudes: (1, I) or (1, I, 1, 1) of the columns, which multiply the layer's input instead, so
@@ -59,65 +60,61 @@ class DoRA(DeltaWrapper):
     dora_scale: nn.Parameter
     adds_to_output = False
 
-    def __init__(self, inner: ScaledDelta, join: "Decompose", magnitudes: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        layer: nn.Module | None,
+        delta: Delta,
+        alpha: float,
+        join: "Decompose",
+        drops: Dropout = NO_DROPOUT,
+        has_scalar: bool = False,
+        magnitudes: Tensor | None = None,
+    ) -> None:
         """`magnitudes` are those of a file; new ones are the norms of W0."""
-        super().__init__(inner)
+        super().__init__(layer, delta, alpha, drops, has_scalar)
         self.join = join
         scalar = self._parameters.pop(SCALAR)  # the optimizer has magnitudes before it
         found = join.magnitudes() if magnitudes is None else magnitudes
         self.register_parameter(DORA_SCALE, nn.Parameter(found, requires_grad=magnitudes is None))
         self.register_parameter(SCALAR, scalar)
 
-    @classmethod
-    def of_file(cls, inner: ScaledDelta, magnitudes: Tensor) -> "DoRA":
-        """Give a change of a file its magnitudes, whose shape tells what they are of."""
-        weight = None if inner.layer is None else get_weight(inner.layer)
-        return cls(inner, Decompose(weight, is_per_output=are_per_output(magnitudes)), magnitudes)
-
-    @property
-    def scale(self) -> float:
-        return self.inner.scale
-
     @property
     def size(self) -> ChangeSize:
-        return replace(self.inner.size, magnitudes="output" if self.join.is_per_output else "input")
+        return replace(super().size, magnitudes="output" if self.join.is_per_output else "input")
 
     @property
     def is_pair(self) -> bool:
-        return self.inner.is_pair and not self.join.is_per_output
-
-    def pair(self) -> tuple[Tensor, Tensor]:
-        return self.inner.pair()
+        return super().is_pair and not self.join.is_per_output
 
     def columns(self) -> Tensor | None:
         return self.scales()
 
     def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
         """Return what the layer computes with the change; shapes and dtype are those of the layer alone."""
-        if self.training and self.inner.drops.skips_this_call():
+        if self.training and self.drops.skips_this_call():
             return base(x)
         scales = self.scales()
         if self.join.is_per_output:
             assert self.layer is not None
             alone = base(x)
-            out = scale_outputs(self.inner.add_to(alone, x, 1.0), scales.flatten(), self.layer)
+            out = scale_outputs(self.add_to(alone, x, 1.0), scales.flatten(), self.layer)
             return out if strength == 1 else torch.lerp(alone, out, strength)
         whole = scales if strength == 1 else 1 + strength * (scales - 1)
-        return self.inner.add_to(base(scale_columns(x, whole)), x, strength, scales)
+        return self.add_to(base(scale_columns(x, whole)), x, strength, scales)
 
     def scales(self) -> Tensor:
         """Return what every column, or row, of the changed weight is multiplied by."""
         return self._scales(self.dora_scale)
 
     def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
-        change = self.inner.weight_for(base)
+        change = self.weight_for(base)
         base = base.to(torch.promote_types(base.dtype, change.dtype))
         return self.join.merge(base, change, strength, self.dora_scale)
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over the tensors of a file; magnitudes that it lacks are set so that the layer computes what it does."""
-        self.load_state_dict({DORA_SCALE: self.dora_scale} | self.inner.completed(tensors))
+        self.load_state_dict({DORA_SCALE: self.dora_scale} | self.completed(tensors))
         if DORA_SCALE not in tensors:
             self.restart_magnitudes()
 
@@ -131,8 +128,8 @@ class DoRA(DeltaWrapper):
 
     def _scales(self, magnitudes: Tensor, device: torch.device | None = None) -> Tensor:
         assert self.layer is not None
-        strength = self.inner.unit_strength
-        up_OR, down_RN = self.inner.factors()
+        strength = self.unit_strength
+        up_OR, down_RN = self.factors()
         if device is not None:
             strength = strength.to(device) if isinstance(strength, Tensor) else strength
             up_OR, down_RN = up_OR.to(device), down_RN.to(device)
@@ -145,13 +142,6 @@ class DoRA(DeltaWrapper):
         if self.dora_scale.dtype.itemsize == 2:
             self.dora_scale.data = exact.to(self.dora_scale.device)
         return self
-
-
-def decomposed(inner: ScaledDelta, arguments: NetworkArguments, is_per_output: bool) -> DoRA:
-    """Wrap a change as the network arguments ask for."""
-    assert inner.layer is not None
-    has_constant_norm = arguments.of(DoraArguments).dora_constant_norm
-    return DoRA(inner, Decompose(get_weight(inner.layer), has_constant_norm, is_per_output))
 
 
 class Decompose:
@@ -194,7 +184,7 @@ class Decompose:
         return scales
 
     def merge(self, base: Tensor, change: Tensor, strength: float, magnitudes: Tensor | None) -> Tensor:
-        """The shape of the magnitudes tells what they are of: (1, I, ...), else (O, 1, ...) or (O,)."""
+        """Merge at magnitudes of columns, (1, I, ...), or of rows, (O, 1, ...) or (O,), as their shape tells."""
         assert magnitudes is not None
         magnitudes = magnitudes.to(base)
         axis = 1 if magnitudes.dim() > 1 and magnitudes.shape[:2] == (1, base.shape[1]) else 0
@@ -326,7 +316,7 @@ def scale_outputs(out: Tensor, scales_O: Tensor, layer: nn.Module) -> Tensor:
 
 
 def squared_columns(weight: Tensor) -> Tensor:
-    """The squared norm of every column of (O, I) or (O, I, h, w), at least in float32."""
+    """Return the squared norm of every column of (O, I) or (O, I, h, w), at least in float32."""
     with torch.no_grad():
         dtype = torch.promote_types(weight.dtype, torch.float32)
         sums_N = [part_ON.square().sum(0) for _, part_ON in _row_parts(weight, dtype)]
@@ -334,14 +324,14 @@ def squared_columns(weight: Tensor) -> Tensor:
 
 
 def squared_rows(weight: Tensor) -> Tensor:
-    """The squared norm of every output of (O, I) or (O, I, h, w), at least in float32."""
+    """Return the squared norm of every output of (O, I) or (O, I, h, w), at least in float32."""
     with torch.no_grad():
         dtype = torch.promote_types(weight.dtype, torch.float32)
         return torch.cat([part_ON.square().sum(1) for _, part_ON in _row_parts(weight, dtype)])
 
 
 def _row_parts(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of a weight as matrices in `dtype`: all at once where that is a view, else a copy of a few at a time."""
+    """Yield rows of a weight as matrices in `dtype`: all at once if that is a view, else copies of a few at a time."""
     is_view = weight.dtype == dtype and weight.is_contiguous()
     step = len(weight) if is_view else max(1, CHUNK_VALUES // weight[0].numel())
     for first in range(0, len(weight), step):

@@ -15,10 +15,12 @@ from torch.nn.grad import conv2d_input
 
 from networks.core.arguments.network_arguments import Requirement, argument
 from networks.core.arguments.values import parse_number
-from networks.core.changes.alpha import DeltaWrapper, ScaledDelta
-from networks.core.changes.change import Forward, get_weight, weight_shape
+from networks.core.changes.alpha import ScaledDelta
+from networks.core.changes.change import Delta, Forward, get_weight, weight_shape
 from networks.core.changes.dora import squared_rows
+from networks.core.changes.dropout import NO_DROPOUT, Dropout
 from networks.core.changes.parameter_keys import DOWN, UP
+from networks.core.changes.tlora import NoiseMask
 
 NUM_SEEDS = 2**62
 DEVIATION = "ggpo_deviation"  # in memory and in states only
@@ -51,7 +53,7 @@ class GgpoArguments:
         return is_given and bool(self.ggpo_sigma or self.ggpo_beta)
 
 
-class Perturbed(DeltaWrapper):
+class Perturbed(ScaledDelta):
     """Gradient-guided perturbation, as sd-scripts has it: a LoRA beside which the layer computes with W + P.
 
     That is in training and from the first gradient on. P is normal with the deviation (sigma c + beta g^2) / sqrt(O) in
@@ -60,26 +62,36 @@ class Perturbed(DeltaWrapper):
     no product is built.
     """
 
-    adds_to_output = True
-
-    def __init__(self, inner: ScaledDelta, arguments: GgpoArguments) -> None:
-        super().__init__(inner)
-        assert inner.layer is not None
+    def __init__(
+        self,
+        layer: nn.Module,
+        delta: Delta,
+        alpha: float,
+        arguments: GgpoArguments,
+        drops: Dropout = NO_DROPOUT,
+        has_scalar: bool = False,
+        mask: NoiseMask | None = None,
+    ) -> None:
+        super().__init__(layer, delta, alpha, drops, has_scalar, mask)
         self.sigma, self.beta = arguments.ggpo_sigma or 0.0, arguments.ggpo_beta or 0.0
-        self.base_norm = squared_rows(get_weight(inner.layer)).sqrt().mean()  # w
+        self.base_norm = squared_rows(get_weight(layer)).sqrt().mean()  # w
         self.is_perturbed = False
         self.register_buffer(DEVIATION, torch.zeros(len(self.get_parameter(UP))))
         self.register_load_state_dict_post_hook(_go_on_with_noise)  # type: ignore[no-untyped-call]
 
+    @property
+    def is_pair(self) -> bool:
+        return False  # the noise is part of no product
+
     def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
         """Return what the layer computes with the change; shapes and dtype are those of the layer alone."""
-        if self.training and self.inner.drops.skips_this_call():
+        if self.training and self.drops.skips_this_call():
             return base(x)
         out = base(x)
         if self.is_perturbed and self.training:
             assert self.layer is not None
             out = add_noise(out, x, self.layer, self.get_buffer(DEVIATION))
-        return self.inner.add_to(out, x, strength)
+        return self.add_to(out, x, strength)
 
     def note_gradients(self) -> None:
         """Set the deviation of each row of the noise by the factors and by the gradients that they have."""
@@ -89,19 +101,16 @@ class Perturbed(DeltaWrapper):
         b, a, db, da = (t.detach().flatten(1).float() for t in (up, down, up.grad, down.grad))
         squares_O = self.base_norm.to(b.device) ** 2 + _along(b, a @ a.T, b)
         grads_O = _along(b, da @ da.T, b) + 2 * _along(b, da @ a.T, db) + _along(db, a @ a.T, db)
-        noise_O = self.sigma * squares_O.sqrt() + self.beta * self.inner.scale**2 * grads_O.clamp_min(0)
+        noise_O = self.sigma * squares_O.sqrt() + self.beta * self.scale**2 * grads_O.clamp_min(0)
         self.get_buffer(DEVIATION).copy_(noise_O / sqrt(len(b)))
         self.is_perturbed = True
 
-    def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
-        return self.inner.merged(base, strength, parameter)
-
     def stored_tensors(self) -> Mapping[str, Tensor]:
-        return {key: tensor for key, tensor in self.inner.stored_tensors().items() if key != DEVIATION}
+        return {key: tensor for key, tensor in super().stored_tensors().items() if key != DEVIATION}
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        self.load_state_dict({DEVIATION: self.get_buffer(DEVIATION)} | self.inner.completed(tensors))
+        self.load_state_dict({DEVIATION: self.get_buffer(DEVIATION)} | self.completed(tensors))
 
 
 def _go_on_with_noise(change: nn.Module, _: object) -> None:

@@ -14,7 +14,7 @@ from networks.core.changes.parameter_keys import UP
 
 
 class TwoFactors(nn.Module):
-    """The common part of deltas that are the product of two factors, which need not be the parameters themselves."""
+    """The common part of deltas with two factors, down and up, which need not be the parameters themselves."""
 
     has_core = False
     is_whole = False
@@ -30,17 +30,20 @@ class TwoFactors(nn.Module):
         """Return up, (O, R) or (O, R, 1, 1), as the next call multiplies it."""
         return get_weight(self.lora_up)
 
+    def draw(self, *downs: nn.Module) -> None:
+        """Draw down factors kaiming uniform with a = sqrt(5); up is zero, so that the change starts at zero."""
+        for module in downs:
+            nn.init.kaiming_uniform_(get_weight(module), a=math.sqrt(5))
+        nn.init.zeros_(get_weight(self.lora_up))
+
     def start_moving(self) -> None:
-        start_up_moving(self.lora_up)
+        nn.init.kaiming_uniform_(get_weight(self.lora_up), a=math.sqrt(5))
 
     def down(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
         return run_like(self.lora_down, x, self.down_factor(), columns)
 
     def up(self, hidden: Tensor, base: Tensor) -> Tensor:
         return add_product(base, hidden, self.up_factor())
-
-    def pair(self) -> tuple[Tensor, Tensor]:
-        return self.down_factor(), self.up_factor()
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.up_factor().flatten(1), self.down_factor().flatten(1)
@@ -50,7 +53,14 @@ class TwoFactors(nn.Module):
         return (up_OR @ down_RN).reshape(up_OR.shape[0], *get_weight(self.lora_down).shape[1:])
 
 
-class LowRank(TwoFactors):
+class FactorPair(TwoFactors):
+    """The common part of deltas that are the product of their two factors."""
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        return self.down_factor(), self.up_factor()
+
+
+class LowRank(FactorPair):
     """LoRA (Hu et al. 2021, arXiv:2106.09685): dW = up @ down.
 
     `lora_down.weight` is (R, I) or (R, I, h, w) and starts kaiming uniform with a = sqrt(5); `lora_up.weight` is (O, R)
@@ -67,18 +77,7 @@ class LowRank(TwoFactors):
             assert isinstance(layer, nn.Conv2d)
             self.lora_down = narrow_like(layer, rank)
             self.lora_up = nn.Conv2d(rank, layer.out_channels, 1, bias=False, dtype=torch.float32)
-        nn.init.kaiming_uniform_(get_weight(self.lora_down), a=math.sqrt(5))
-        nn.init.zeros_(get_weight(self.lora_up))
-
-
-def start_up_moving(up: nn.Module) -> None:
-    """Draw an up factor as down factors are drawn."""
-    nn.init.kaiming_uniform_(get_weight(up), a=math.sqrt(5))
-
-
-def run_down(layer: nn.Module, x: Tensor, columns: Tensor | None) -> Tensor:
-    """Run x through a down factor, its channels multiplied by `columns` if there are some."""
-    return run_like(layer, x, get_weight(layer), columns)
+        self.draw(self.lora_down)
 
 
 def run_like(layer: nn.Module, x: Tensor, weight: Tensor, columns: Tensor | None = None) -> Tensor:

@@ -30,11 +30,11 @@ class Rotation(Protocol):
     exact: tuple[str, ...]  # parameters that are never rounded to 16 bits: what they multiply would move with them
 
     def angles(self, scalar: Tensor | float) -> Tensor:
-        """(F, D, b, b), skew-symmetric: `scalar` times the angles, of which the rotations are 1 + 2 angles + ..."""
+        """Return (F, D, b, b), skew-symmetric: `scalar` times the angles; the rotations are 1 + 2 angles + ..."""
         ...
 
     def turns(self, angles_FDbb: Tensor) -> Tensor:
-        """(F, D, b, b): the blocks that belong to these angles, less the identity."""
+        """Return (F, D, b, b): the blocks that belong to these angles, less the identity."""
         ...
 
     def output_scales(self) -> Tensor | None:

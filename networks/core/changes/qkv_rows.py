@@ -17,17 +17,17 @@ PEFT_MAGNITUDES_IN_MEMORY = f"{PEFT_MAGNITUDES}.weight"  # PEFT reads both, tran
 
 
 def num_rows(tensors: ModuleTensors) -> int:
-    """O."""
+    """Return O."""
     return tensors[UP].shape[0]
 
 
 def dtypes_of(tensors: ModuleTensors) -> frozenset[torch.dtype]:
-    """The dtype of the down factor; nothing where there is none."""
+    """Return the dtype of the down factor; nothing where there is none."""
     return frozenset((tensors[DOWN].dtype,)) if DOWN in tensors else frozenset()
 
 
 def take_rows(tensors: ModuleTensors, rows: slice) -> dict[str, Tensor]:
-    """The LoRA of some of the rows: these rows of up, and of magnitudes per output, and all of down."""
+    """Return the LoRA of some of the rows: these rows of up, and of magnitudes per output, and all of down."""
     magnitudes = {DORA_SCALE: tensors[DORA_SCALE][rows].clone()} if DORA_SCALE in tensors else {}
     return {DOWN: tensors[DOWN].clone(), UP: tensors[UP][rows].clone(), **magnitudes}
 
@@ -37,7 +37,7 @@ OUTER, INNER = ("lokr_w1", "lokr_w1_a"), ("lokr_w2", "lokr_w2_a")  # row l K + k
 
 
 def swap_halves(tensors: ModuleTensors) -> dict[str, Tensor] | None:
-    """The halves of the rows exchanged; None where the tensors cannot say that."""
+    """Exchange the halves of the rows; None if the tensors cannot express that."""
     by_row: tuple[str, ...] = BY_ROW
     if outer := [tensors[key] for key in OUTER if key in tensors]:
         by_row = INNER if len(outer[0]) == 1 else OUTER
@@ -50,7 +50,7 @@ def swap_halves(tensors: ModuleTensors) -> dict[str, Tensor] | None:
 
 
 def join_rows(pieces: Mapping[int, ModuleTensors], rows: Sequence[slice]) -> dict[str, Tensor]:
-    """One LoRA for all pieces: exact at the same rank where they share down, else at the sum of their ranks.
+    """Return one LoRA for all pieces: exact at the same rank where they share down, else at the sum of their ranks.
 
     `rows` has where each piece lies; the rows of those that are missing are zero. Magnitudes per output, which all have
     or none, are below each other: the norm of a row is the same in the whole.
@@ -77,5 +77,5 @@ def peft_magnitudes(magnitudes: Tensor, num_dimensions: int) -> Tensor:
 
 
 def as_peft_magnitudes(magnitudes: Tensor) -> Tensor:
-    """The other way round, of (O, 1) or (O, 1, 1, 1)."""
+    """Undo `peft_magnitudes`, for (O, 1) or (O, 1, 1, 1)."""
     return magnitudes.flatten() if magnitudes.dim() == 2 else magnitudes.transpose(0, 1).contiguous()

@@ -3,7 +3,6 @@
 Letters: O output features, I input features, R rank of one projection, N projections.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -12,21 +11,17 @@ from torch.nn.functional import linear
 
 from library.errors import UserError
 from networks.core.changes.change import get_weight
-from networks.core.changes.low_rank import run_down, start_up_moving
+from networks.core.changes.low_rank import TwoFactors
 from networks.core.changes.parameter_keys import ALPHA, DOWN, UP
 
 
-class SplitRank(nn.Module):
+class SplitRank(TwoFactors):
     """dW of projection n = up[rows n] @ down[n R : (n + 1) R]: each has R channels of its own.
 
     In memory `lora_down.weight` is (N R, I) and `lora_up.weight` (O, R), its rows those of the layer. In files the up
     factor is (O, N R) with zeros outside the blocks, and alpha is N times as large: a plain LoRA of rank N R that every
     program applies at the strength it was trained with. Both start as those of `LowRank` do.
     """
-
-    has_core = False
-    is_whole = False
-    fast_key = UP
 
     def __init__(self, layer: nn.Linear, rank: int, widths: Sequence[int]) -> None:
         super().__init__()
@@ -35,14 +30,7 @@ class SplitRank(nn.Module):
         self.widths = tuple(widths)
         self.lora_down = nn.Linear(layer.in_features, rank * len(widths), bias=False, dtype=torch.float32)
         self.lora_up = nn.Linear(rank, layer.out_features, bias=False, dtype=torch.float32)
-        nn.init.kaiming_uniform_(self.lora_down.weight, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_up.weight)
-
-    def start_moving(self) -> None:
-        start_up_moving(self.lora_up)
-
-    def down(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
-        return run_down(self.lora_down, x, columns)
+        self.draw(self.lora_down)
 
     def up(self, hidden: Tensor, base: Tensor) -> Tensor:
         parts = hidden.chunk(len(self.widths), dim=-1)
@@ -51,10 +39,6 @@ class SplitRank(nn.Module):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return expand(get_weight(self.lora_up), self.widths), get_weight(self.lora_down)
-
-    def weight(self) -> Tensor:
-        up_ON, down_NI = self.factors()
-        return up_ON @ down_NI
 
     def as_one(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors in memory as one LoRA of all projections, which is what files hold."""

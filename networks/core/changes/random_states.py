@@ -33,7 +33,7 @@ class Streams:
 
     @contextmanager
     def call(self, places: Sequence[int], device: torch.device) -> Iterator["Call"]:
-        """One call of a layer, in which the adapters at `places` draw in turn."""
+        """Enter one call of a layer, in which the adapters at `places` draw in turn."""
         ticket = int(torch.randint(NUM_TICKETS, ()))
         is_repeated = ticket in self._before
         states = self._before[ticket] if is_repeated else {place: self._now[place] for place in places}
@@ -53,7 +53,7 @@ class Call:
 
     @contextmanager
     def of(self, place: int) -> Iterator[None]:
-        """The block draws from the stream of that adapter."""
+        """Draw in the block from the stream of that adapter."""
         set_state(self.states[place], self._device)
         yield
         self.states[place] = state_of(self._device)
@@ -72,7 +72,7 @@ def set_state(state: State, device: torch.device) -> None:
 
 @contextmanager
 def kept(device: torch.device) -> Iterator[None]:
-    """The default generators are afterwards where they were."""
+    """Restore the default generators afterwards."""
     state = state_of(device)
     try:
         yield

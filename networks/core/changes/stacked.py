@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from networks.core.changes.change import Forward, Stackable, match_dtype
 from networks.core.changes.dora import scale_columns
+from networks.core.changes.low_rank import looks_at_one_pixel
 
 
 def can_be_stacked(changes: Sequence[object]) -> TypeGuard[Sequence[Stackable]]:
@@ -23,9 +24,7 @@ def can_be_stacked(changes: Sequence[object]) -> TypeGuard[Sequence[Stackable]]:
 
 def looks_at_single_places(layer: nn.Module | None) -> bool:
     """Return True if each position or pixel is multiplied for itself: a Linear, or a convolution that is one."""
-    if isinstance(layer, nn.Conv2d):
-        return (*layer.kernel_size, *layer.stride, *layer.padding) == (1, 1, 1, 1, 0, 0)
-    return isinstance(layer, nn.Linear)
+    return looks_at_one_pixel(layer) if isinstance(layer, nn.Conv2d) else isinstance(layer, nn.Linear)
 
 
 def stacked(changes: Sequence[Stackable], x: Tensor, base: Forward, strengths: Sequence[float]) -> Tensor:

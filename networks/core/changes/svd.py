@@ -13,7 +13,8 @@ MIN_SINGULAR_VALUE = 1e-6  # of a module whose change is taken to be nothing
 
 
 def svd_of_product(up_OR: Tensor, down_RN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(U_OK, S_K, V_KN) with up @ down = U * S @ V, S descending: the exact decomposition, from QR of both factors.
+    """Return (U_OK, S_K, V_KN) with up @ down = U * S @ V, S descending: the exact decomposition, from QR of both
+    factors.
 
     Costs O(R^2 (O + N)) instead of the O(O N min(O, N)) of decomposing the product.
     """
@@ -26,7 +27,7 @@ def svd_of_product(up_OR: Tensor, down_RN: Tensor) -> tuple[Tensor, Tensor, Tens
 def largest_of_product(
     up_OR: Tensor, down_RN: Tensor, rank: int, num_iterations: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor, float]:
-    """(U_Or, S_r, V_rN, Frobenius norm of the product): about its r largest singular values, without the others.
+    """Return (U_Or, S_r, V_rN, Frobenius norm of the product): about its r largest singular values, without the others.
 
     The range is found from r + 8 random vectors and sharpened by power iterations (Halko, Martinsson and Tropp 2011,
     algorithms 4.4 and 5.1); where singular values hardly fall, more of these are needed. For products of high rank,
@@ -46,29 +47,29 @@ def largest_of_product(
 
 
 def balanced(u_OK: Tensor, s_K: Tensor, v_KN: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(up_Or, down_rN), the best product of rank r, both factors of equal size: half precision suits both."""
+    """Return (up_Or, down_rN), the best product of rank r, both factors of equal size: half precision suits both."""
     root_r = s_K[:rank].clamp(min=0).sqrt()
     return u_OK[:, :rank] * root_r, root_r[:, None] * v_KN[:rank]
 
 
 def concatenated(factors: Sequence[tuple[Tensor, Tensor]], strengths: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """(up_OR, down_RN) whose product is the sum of strength * up @ down; the ranks add."""
+    """Return (up_OR, down_RN) whose product is the sum of strength * up @ down; the ranks add."""
     ups = [strength * up_OR for (up_OR, _), strength in zip(factors, strengths, strict=True)]
     return torch.cat(ups, 1), torch.cat([down_RN for _, down_RN in factors], 0)
 
 
 def rank_by_ratio(s_K: Tensor, most: float) -> int:
-    """How many singular values are larger than the largest divided by `most`."""
+    """Return how many singular values are larger than the largest divided by `most`."""
     return max(int((s_K > s_K[0] / most).sum()), 1)
 
 
 def rank_by_sum(s_K: Tensor, share: float) -> int:
-    """The smallest rank whose singular values make up `share` of the sum of all."""
+    """Return the smallest rank whose singular values make up `share` of the sum of all."""
     return _first_reaching(s_K, share)
 
 
 def rank_by_norm(s_K: Tensor, share: float) -> int:
-    """The smallest rank that keeps `share` of the Frobenius norm."""
+    """Return the smallest rank that keeps `share` of the Frobenius norm."""
     return _first_reaching(s_K**2, share**2)
 
 
@@ -78,7 +79,8 @@ def _first_reaching(values_K: Tensor, share: float) -> int:
 
 
 def best_factors(matrix_ON: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(up_Or, down_rN), the best product of rank r = min(rank, O, N) for a whole matrix, both factors of equal size.
+    """Return (up_Or, down_rN), the best product of rank r = min(rank, O, N) for a whole matrix, both factors of equal
+    size.
 
     The singular vectors of the shorter side come from its Gram matrix, the other side is the projection onto them: a
     fraction of the time of a singular value decomposition. Give float64 for float32 results.
@@ -95,7 +97,7 @@ def best_factors(matrix_ON: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def clamped(up: Tensor, down: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
-    """Both factors with values beyond the given quantile of all their values (and its negative) drawn in to it."""
+    """Clamp both factors to the given quantile of all their values, and its negative."""
     values = torch.cat([up.flatten(), down.flatten()])
     limit = float(values.kthvalue(max(round(quantile * len(values)), 1)).values)
     return up.clamp(-limit, limit), down.clamp(-limit, limit)

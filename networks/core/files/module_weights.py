@@ -3,13 +3,14 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from library.errors import UserError
 from networks.core.changes import qkv_rows
-from networks.core.changes.change import AdditiveChange, Change, LowRankChange, Misfit
+from networks.core.changes.change import Change, Misfit
 from networks.core.changes.dora import are_per_output
 from networks.core.changes.parameter_keys import ALPHA, DORA_SCALE
 from networks.core.kinds import lora
@@ -118,14 +119,17 @@ class ModuleWeights:
             raise UserError(f"{self._place}: {error}") from None
 
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return what is added to the layer's weight, in its shape; for DoRA before the magnitudes."""
-        change: AdditiveChange = self.change(dtype)  # type: ignore[assignment]
-        return change.weight()
+        """Return what is added to the layer's weight, in its shape; for DoRA before the magnitudes. Rotations have no
+        such weight."""
+        change: Any = self.change(dtype)
+        weight: Tensor = change.weight()
+        return weight
 
     def factors(self, dtype: torch.dtype | None = torch.float32) -> tuple[Tensor, Tensor]:
-        """(up_OR, down_RN) of which the change is scale * up @ down; of low-rank kinds only."""
-        change: LowRankChange = self.change(dtype)  # type: ignore[assignment]
-        return change.factors()
+        """Return (up_OR, down_RN) of which the change is scale * up @ down; of low-rank kinds only."""
+        change: Any = self.change(dtype)
+        factors: tuple[Tensor, Tensor] = change.factors()
+        return factors
 
     def changes(self, parameter: str) -> bool:
         """Return True if the module changes a parameter of the layer, "weight" or "bias"."""
@@ -134,7 +138,7 @@ class ModuleWeights:
     def merged(
         self, base: Tensor, strength: float, dtype: torch.dtype = torch.float32, parameter: str = "weight"
     ) -> Tensor:
-        """`base`, a parameter of the layer, as it computes the same without the adapter, in `dtype`.
+        """Return `base`, a parameter of the layer, with the change merged into it, in `dtype`.
 
         Raises UserError when the change has another size than `base`.
         """
@@ -214,19 +218,19 @@ class ModuleWeights:
 
 
 def alpha_tensor(alpha: float, like: Tensor) -> Tensor:
-    """An alpha in the dtype of another where that holds it exactly, else in float32."""
+    """Return an alpha in the dtype of another where that holds it exactly, else in float32."""
     exact = torch.tensor(alpha, dtype=torch.float32)
     rounded = exact.to(like.dtype)
     return rounded if like.is_floating_point() and float(rounded) == float(exact) else exact
 
 
 def named_twice(origin: str, name: str) -> UserError:
-    """The error of a file that has a module under two names."""
+    """Return the error of a file that has a module under two names."""
     return UserError(f"{origin} has the module {name} twice, under different names; remove one of them")
 
 
 def value_problems(module: ModuleWeights) -> Iterator[str]:
-    """The tensors of a module that hold infinity or NaN, one sentence each."""
+    """Yield the tensors of a module that hold infinity or NaN, one sentence each."""
     for key, tensor in module.tensors.items():
         if not tensor.is_floating_point() or tensor.is_meta:  # shapes alone have no values
             continue

@@ -38,11 +38,11 @@ class LoadReport:
     alphas: tuple[str, ...]  # what changed because the file has another alpha than the settings
 
     def summary(self) -> str:
-        """One sentence."""
+        """Return one sentence."""
         return f"{self.source}: {self.num_loaded} modules loaded" + (f"; {self.alphas[0]}" if self.alphas else "")
 
     def warnings(self) -> Iterator[str]:
-        """A sentence for each thing that a user should know."""
+        """Yield a sentence for each thing that a user should know."""
         if self.missing:
             yield f"{self.source} lacks {_some(self.missing)}; they start untrained"
         if self.unknown:
@@ -289,7 +289,7 @@ def saved_tensors(
 
 
 def _some(names: Sequence[str]) -> str:
-    """A few of many names."""
+    """Return a few of many names."""
     if len(names) <= 2:
         return " and ".join(names) or "no modules"
     return f"{len(names)} modules such as {names[0]} and {names[-1]}"

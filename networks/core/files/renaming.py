@@ -35,7 +35,7 @@ class Renamed:
 def rename(
     file: AdapterFile, names: BaseNames, to: FileNaming, drop_unsupported: bool = False, keeps_pieces: bool = False
 ) -> Renamed:
-    """The file in the naming `to`.
+    """Return the file in the naming `to`.
 
     With `keeps_pieces` modules that only diffusers has apart come in the layout PIECES, if the factors of one layer's
     cannot be joined to those of one. Raises UserError naming the keys that `to` cannot hold, unless they are to be
@@ -69,7 +69,7 @@ def rename(
 
 
 def group_by_place(file: AdapterFile, names: BaseNames, lost: frozenset[str]) -> dict[ModuleNames, list[ModuleWeights]]:
-    """The modules of a file, less what is lost, by the module of the base model that they are or are a piece of."""
+    """Group the modules of a file, less what is lost, by the module of the base model that they belong to."""
     groups: dict[ModuleNames, list[ModuleWeights]] = {}
     for module in file.modules.values():
         found = names.find(module.name)
@@ -82,7 +82,7 @@ def group_by_place(file: AdapterFile, names: BaseNames, lost: frozenset[str]) ->
 def in_naming(
     found: ModuleNames, members: Sequence[ModuleWeights], to: FileNaming, origin: str, are_apart: bool
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """(name, tensors) of one module of the base model, which can be several where diffusers has pieces of it.
+    """Yield (name, tensors) of one module of the base model, which can be several where diffusers has pieces of it.
 
     With `are_apart` pieces stay so, whether they could be joined or not.
     """
@@ -125,7 +125,7 @@ def is_apart(found: ModuleNames, members: Sequence[ModuleWeights]) -> bool:
 
 
 def in_rows(found: ModuleNames, pieces: Mapping[int | None, ModuleWeights]) -> dict[str, Tensor]:
-    """Each piece as a change of its own rows."""
+    """Return each piece as a change of its own rows."""
     tensors = {}
     for i in range(len(found.pieces)):
         if i in pieces:
@@ -136,7 +136,7 @@ def in_rows(found: ModuleNames, pieces: Mapping[int | None, ModuleWeights]) -> d
 
 
 def split_shares(found: ModuleNames, i: int) -> tuple[int, int, int]:
-    """Where the rows of piece i begin and end, and of how many, in units that all pieces have in common."""
+    """Return (first, stop, total) of the rows of piece i, in units that all pieces have in common."""
     shares = [piece.share for piece in found.pieces]
     return sum(shares[:i]), sum(shares[: i + 1]), sum(shares)
 
@@ -156,7 +156,7 @@ def refuse_apart(file: AdapterFile, names: BaseNames) -> None:
 
 
 def swap_halves(module: ModuleWeights, origin: str) -> ModuleWeights:
-    """The halves of the rows exchanged, where there are twice as many rows as inputs."""
+    """Exchange the halves of the rows if there are twice as many rows as inputs."""
     if module.layout is oft_v2.LAYOUT:  # turns inputs, of every row alike
         return module
     if module.layout.shape_of is not None and module.shape[0] != 2 * module.shape[1]:
@@ -171,7 +171,7 @@ def swap_halves(module: ModuleWeights, origin: str) -> ModuleWeights:
 
 
 def unsupported_keys(file: AdapterFile, names: BaseNames, to: FileNaming, keeps_pieces: bool = False) -> Iterator[str]:
-    """The keys that a naming has no place for: whole modules that make no sense without one, and single tensors."""
+    """Yield the keys that a naming has no place for: single tensors, and whole modules that need one of these."""
     for module in file.modules.values():
         found = names.find(module.name)
         if found is None:
@@ -192,7 +192,7 @@ def unsupported_keys(file: AdapterFile, names: BaseNames, to: FileNaming, keeps_
 
 
 def with_alpha_tensor(module: ModuleWeights) -> dict[str, Tensor]:
-    """The tensors with an alpha of their own and the magnitudes of DoRA in the dimensions of the weight."""
+    """Return the tensors with an alpha of their own and the magnitudes of DoRA in the dimensions of the weight."""
     tensors = dict(module.tensors)
     if module.layout.has_alpha and ALPHA not in tensors:
         tensors[ALPHA] = torch.tensor(module.alpha, dtype=torch.float32)
@@ -202,7 +202,7 @@ def with_alpha_tensor(module: ModuleWeights) -> dict[str, Tensor]:
 
 
 def without_alpha(module: ModuleWeights) -> dict[str, Tensor]:
-    """The tensors with the scale multiplied into one of them."""
+    """Return the tensors with the scale multiplied into one of them."""
     tensors = {key: tensor for key, tensor in module.tensors.items() if key != ALPHA}
     if DORA_SCALE in tensors and module.layout.shape_of is not None:
         tensors[DORA_SCALE] = module.magnitudes
@@ -212,7 +212,7 @@ def without_alpha(module: ModuleWeights) -> dict[str, Tensor]:
 def split_rows(
     found: ModuleNames, tensors: Mapping[str, Tensor], origin: str
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """One LoRA per piece."""
+    """Yield one LoRA per piece."""
     num_rows, num_shares = qkv_rows.num_rows(tensors), sum(piece.share for piece in found.pieces)
     if num_rows % num_shares:
         raise UserError(f"{origin}: {found.kohya} has {num_rows} outputs, which is no multiple of {num_shares}")
@@ -221,7 +221,7 @@ def split_rows(
 
 
 def rows_of_pieces(found: ModuleNames, unit: int) -> Iterator[slice]:
-    """Where the rows of each piece lie, `unit` for every share."""
+    """Yield the rows of each piece, `unit` for every share."""
     first = 0
     for piece in found.pieces:
         yield slice(first, first + piece.share * unit)
@@ -229,7 +229,7 @@ def rows_of_pieces(found: ModuleNames, unit: int) -> Iterator[slice]:
 
 
 def join_pieces(found: ModuleNames, pieces: Mapping[int | None, ModuleWeights], origin: str) -> ModuleWeights:
-    """One LoRA for all pieces; the rows of a piece that the file lacks are zero."""
+    """Return one LoRA for all pieces; the rows of a piece that the file lacks are zero."""
     folded = {i: without_alpha(module) for i, module in pieces.items() if i is not None}
     units = {qkv_rows.num_rows(folded[i]) / piece.share for i, piece in enumerate(found.pieces) if i in folded}
     if len(units) > 1 or not next(iter(units)).is_integer():
@@ -239,7 +239,8 @@ def join_pieces(found: ModuleNames, pieces: Mapping[int | None, ModuleWeights], 
 
 
 def fold_scale(tensors: Mapping[str, Tensor], scaled: str, scale: float) -> dict[str, Tensor]:
-    """The tensors with `scale` multiplied into one, in its dtype where that is exact and in float32 where it is not.
+    """Return the tensors with `scale` multiplied into one, in its dtype where that is exact and in float32 where it is
+    not.
 
     A power of two is exact in every dtype unless the product becomes too small for it. In float32 every product of a
     float16 or bfloat16 number and a scale of up to 13 binary digits is exact, others are rounded to 24 digits. All but
@@ -256,14 +257,14 @@ def fold_scale(tensors: Mapping[str, Tensor], scaled: str, scale: float) -> dict
 
 
 def ending(key: str, naming: FileNaming) -> str:
-    """The end of a key."""
+    """Return the end of a key."""
     if naming == "diffusers" and key == DORA_SCALE:
         return qkv_rows.PEFT_MAGNITUDES_IN_MEMORY
     return key if naming == "kohya" else qkv_rows.SPELLED_ELSEWHERE.get(key, key)
 
 
 def some_keys(keys: Iterable[str], most: int = 6) -> str:
-    """Keys in a sentence; of many a few, with one of each kind before the second of any."""
+    """List keys in a sentence; of many a few, with one of each kind before the second of any."""
     keys = list(keys)
     if len(keys) <= most:
         return ", ".join(keys)

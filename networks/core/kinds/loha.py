@@ -81,13 +81,13 @@ class LoHa(nn.Module):
 
 
 def factor_hadamard(a1_OR: Tensor, b1_RN: Tensor, a2_OR: Tensor, b2_RN: Tensor) -> tuple[Tensor, Tensor]:
-    """(up, down) with up @ down = (a1 b1) * (a2 b2): every product of a column of a1 and one of a2, R^2 of them."""
+    """Return (up, down) with up @ down = (a1 b1) * (a2 b2): all R^2 products of a column of a1 and one of a2."""
     up = (a1_OR[:, :, None] * a2_OR[:, None]).flatten(1)
     return up, (b1_RN[:, None] * b2_RN[None]).flatten(0, 1)
 
 
 def hadamard(a1_OR: Tensor, b1_RN: Tensor, a2_OR: Tensor, b2_RN: Tensor) -> Tensor:
-    """(a1 b1) * (a2 b2) in the dtype of the factors; autograd keeps these and neither of the two matrices."""
+    """Return (a1 b1) * (a2 b2) in the dtype of the factors; autograd keeps these and neither of the two matrices."""
     product: Tensor = _Hadamard.apply(a1_OR, b1_RN, a2_OR, b2_RN)  # type: ignore[no-untyped-call]
     return product
 

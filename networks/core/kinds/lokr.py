@@ -83,7 +83,7 @@ class LoKr(nn.Module):
         nn.init.kaiming_uniform_(self.get_parameter(W2_B if self.is_product[1] else W2), a=sqrt(5))
 
     def down(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
-        """The channels have an axis of groups beside them: (..., groups, R), or (B, R, groups, h, w)."""
+        """Return the channels, which have an axis of groups beside them: (..., groups, R), or (B, R, groups, h, w)."""
         x = match_dtype(self.get_parameter(self.fast_key), x)
         if columns is not None:
             x = scale_columns(x, columns)
@@ -125,11 +125,11 @@ class LoKr(nn.Module):
         return len(self.shape) == 4
 
     def _w1(self) -> Tensor:
-        """(L, M)."""
+        """Return (L, M)."""
         return self.get_parameter(W1_A) @ self.get_parameter(W1_B) if self.is_product[0] else self.get_parameter(W1)
 
     def _w2(self) -> Tensor:
-        """(K, N * h * w)."""
+        """Return (K, N * h * w)."""
         if not self.is_product[1]:
             return self.get_parameter(W2).flatten(1)
         a, b = self._pair(1)

@@ -36,7 +36,7 @@ class AdapterMultiplexer:
 
     @contextmanager
     def only(self, place: int) -> Iterator[None]:
-        """In the block every row belongs to one network, and the numbers are those that it computes alone."""
+        """Let every row in the block belong to one network; the numbers are those that it computes alone."""
         with self._acting((place,)):
             yield
 

@@ -186,7 +186,7 @@ class AdapterNetwork(nn.Module):
             member.adapter.multiplier = multiplier
 
     def enable_gradient_checkpointing(self) -> None:
-        """Nothing to do: adapters keep only what their layer's input already is, and R channels."""
+        """Do nothing: adapters keep only what their layer's input already is, and R channels."""
 
     def prepare_optimizer_params_with_multiple_te_lrs(
         self, text_encoder_lr: float | Sequence[float] | None, unet_lr: float | None, default_lr: float | None
@@ -229,7 +229,7 @@ class AdapterNetwork(nn.Module):
         self._freeze_untrained()
 
     def on_epoch_start(self, text_encoder: Any, unet: nn.Module) -> None:
-        """Dropout is on from here; previews and validation switch it off with eval()."""
+        """Switch dropout on; previews and validation switch it off with eval()."""
         self.train()
 
     def on_optimizer_step_start(self, seed: int, step: int) -> None:

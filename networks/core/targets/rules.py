@@ -14,8 +14,6 @@ from networks.core.targets.targets import AdapterTargets, BlockList, Part, Targe
 logger = logging.getLogger(__name__)
 
 DEFAULT_CONV_ALPHA = 1.0
-NO_RANKS: Expressions[int] = Expressions()
-NO_RATES: Expressions[float] = Expressions()
 
 
 @dataclass(frozen=True)
@@ -62,12 +60,12 @@ class Rules:
     conv_rank: int
     conv_alpha: float
     searches_conv_blocks: bool
-    layout: BlockList | None = None
-    blocks: BlockTable | None = None
-    lr_factors: LrFactors | None = None
-    choices: Choices | None = None
-    ranks_by_expression: Expressions[int] = NO_RANKS
-    rates_by_expression: Expressions[float] = NO_RATES
+    layout: BlockList | None
+    blocks: BlockTable | None
+    lr_factors: LrFactors | None
+    choices: Choices | None
+    ranks_by_expression: Expressions[int]
+    rates_by_expression: Expressions[float]
 
     def classes(self, part: Part) -> tuple[str, ...]:
         """Return the class names of the blocks that are searched."""

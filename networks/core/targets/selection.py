@@ -30,19 +30,17 @@ Value = TypeVar("Value")
 class Expressions(Generic[Value]):
     """(regular expression, value) of network_reg_dims or network_reg_lrs; the first that fits a module decides."""
 
-    entries: tuple[tuple[str, Value], ...] = ()
-    targets: AdapterTargets | None = None  # says whether they may be parts of names too, or must be whole paths
+    entries: tuple[tuple[str, Value], ...]
+    targets: AdapterTargets  # says whether they may be parts of names too, or must be whole paths
 
     def find(self, target: TargetModule) -> tuple[int, Value] | None:
-        """(number of the entry, its value), None where no expression fits."""
+        """Return (number of the entry, its value), None where no expression fits."""
         for number, (expression, value) in enumerate(self.entries):
             if self._fits(expression, target):
                 return number, value
         return None
 
     def _fits(self, expression: str, target: TargetModule) -> bool:
-        if self.targets is None:
-            return re.search(expression, target.name) is not None
         is_path = re.fullmatch(expression, target.path) is not None
         if is_path or self.targets.expressions == "path":
             return is_path
@@ -57,7 +55,7 @@ class Choices:
     arguments: NetworkArguments
 
     def rank_of(self, target: TargetModule, rank: int) -> int:
-        """The rank of a module that has `rank` where no argument says otherwise; 0 in a block that is left out."""
+        """Return the rank of a module, by default `rank`; 0 in a block that is left out."""
         for name, pattern in self.targets.block_choices.items():
             match = re.search(pattern, target.path)
             selection = self.arguments.of_model.get(name)

@@ -46,7 +46,7 @@ class BlockList:
     padding: int = 0
 
     def index_of(self, path: str) -> int | None:
-        """The block that a path lies in, None for a path outside all of them."""
+        """Return the block that a path lies in, None for a path outside all of them."""
         return next((i for i, p in enumerate(self.patterns) if p and re.search(p, path)), None)
 
 
@@ -61,7 +61,7 @@ class Embedders:
     patterns: tuple[str, ...]
 
     def index_of(self, path: str) -> int | None:
-        """The entry that a path belongs to, None for a path of none."""
+        """Return the entry that a path belongs to, None for a path of none."""
         return next((i for i, p in enumerate(self.patterns) if re.match(rf"(?:{p})(?:\.|$)", path)), None)
 
 
@@ -120,13 +120,13 @@ class AdapterTargets:
         return {**self.elsewhere(), **self.arguments}
 
     def spelled(self, name: str) -> tuple[str, ...]:
-        """A module's name in files, and what other programs of kohya's naming call it."""
+        """Return a module's name in files, and what other programs of kohya's naming call it."""
         module = self.names.find(name) if self.names else None
         prefixes = tuple(f"{part.prefix}_" for part in (self.denoiser, *self.text_encoders))
         return (name, *(other for other in (module.aliases if module else ()) if other.startswith(prefixes)))
 
     def widths_of(self, path: str, module: nn.Module) -> tuple[int, ...] | None:
-        """The outputs of each projection of a fused layer, None for a layer that is none."""
+        """Return the outputs of each projection of a fused layer, None for a layer that is none."""
         split = next((split for pattern, split in self.fused.items() if re.search(pattern, path)), None)
         if split is None or not isinstance(module, nn.Linear):
             return None
@@ -162,7 +162,7 @@ UNFILTERED = Filters()
 
 
 def adaptation_kind(module: nn.Module) -> TargetKind | None:
-    """How a module is adapted, None for a module that is not."""
+    """Return how a module is adapted, None for a module that is not."""
     if isinstance(module, nn.Linear):
         return "plain"
     if isinstance(module, nn.Conv2d):
@@ -171,14 +171,15 @@ def adaptation_kind(module: nn.Module) -> TargetKind | None:
 
 
 def target_name(part: Part, path: str) -> str:
-    """The name of a module in files: prefix, then the path with underscores."""
+    """Return the name of a module in files: prefix, then the path with underscores."""
     return f"{part.prefix}.{path}".replace(".", "_")
 
 
 def find_target_modules(
     part: Part, root: nn.Module, classes: Sequence[str], filters: Filters = UNFILTERED
 ) -> list[TargetModule]:
-    """Every Linear and Conv2d below a block of the given classes, once each, in the order the modules are declared."""
+    """Find every Linear and Conv2d below a block of the given classes, once each, in the order the modules are
+    declared."""
     return [
         TargetModule(target_name(part, path), path, module, kind)
         for path, module in _walk(root, classes)
@@ -189,7 +190,7 @@ def find_target_modules(
 def find_embedders(
     part: Part, root: nn.Module, embedders: Embedders, blocks: Sequence[TargetModule]
 ) -> list[TargetModule]:
-    """Every Linear and Conv2d of the embedders, in the order they are declared, without those found in blocks."""
+    """Find every Linear and Conv2d of the embedders, in the order they are declared, without those found in blocks."""
     taken = {target.path for target in blocks}
     return [
         TargetModule(target_name(part, path), path, module, kind)
@@ -199,7 +200,7 @@ def find_embedders(
 
 
 def count_blocks(root: nn.Module, pattern: str) -> int:
-    """How many blocks a model has whose number is the group of a pattern."""
+    """Count the blocks of a model whose number is the group of a pattern."""
     found = (re.search(pattern, path) for path, _ in root.named_modules())
     return 1 + max((int(match[1]) for match in found if match), default=-1)
 
@@ -207,7 +208,7 @@ def count_blocks(root: nn.Module, pattern: str) -> int:
 def find_norms(
     part: Part, root: nn.Module, classes: Sequence[str], filters: Filters = UNFILTERED
 ) -> list[TargetModule]:
-    """Every LayerNorm and GroupNorm with a learnable weight below a block of the given classes, once each."""
+    """Find every LayerNorm and GroupNorm with a learnable weight below a block of the given classes, once each."""
     return [
         TargetModule(target_name(part, path), path, module, "norm")
         for path, module in _walk(root, classes)
@@ -218,7 +219,7 @@ def find_norms(
 
 
 def _walk(root: nn.Module, classes: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of everything inside the blocks."""
+    """Yield (path, module) of everything inside the blocks."""
     seen: set[str] = set()
     for block_path, block in root.named_modules():
         if type(block).__name__ not in classes:

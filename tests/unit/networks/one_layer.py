@@ -24,8 +24,8 @@ def adapter_on(
     """An adapter of a layer that is called x, not installed yet."""
     kind = adaptation_kind(layer)
     assert kind is not None
-    plain = ScaledDelta(layer, delta, alpha, drops, has_scalar)
-    change = plain if join is None else DoRA(plain, join)
+    common = (drops, has_scalar)
+    change = ScaledDelta(layer, delta, alpha, *common) if join is None else DoRA(layer, delta, alpha, join, *common)
     return Adapter(TargetModule("x", "x", layer, kind), change, multiplier)
 
 

@@ -13,7 +13,6 @@ from networks import loha, lora, lora_fa, tlora
 from networks.core.changes.ggpo import GgpoArguments, Perturbed, add_noise, draw
 from networks.core.changes.low_rank import LowRank
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
-from tests.unit.networks.one_layer import adapter_on, module_of
 from tests.unit.networks.toy import randomize, toy_models
 
 LAYERS: dict[str, Any] = {
@@ -27,9 +26,8 @@ def test_deviations_are_those_of_the_dense_products(name: str) -> None:
     """sd-scripts' formula on whole matrices, in float64."""
     torch.manual_seed(301)
     layer = LAYERS[name][0]().requires_grad_(False)
-    adapter = adapter_on(layer, LowRank(layer, 3), 4.0)
-    randomize(module_of(adapter), 302)
-    change = Perturbed(module_of(adapter), GgpoArguments(0.03, 0.2))
+    change = Perturbed(layer, LowRank(layer, 3), 4.0, GgpoArguments(0.03, 0.2))
+    randomize(change, 302)
     for parameter in change.parameters():
         parameter.grad = torch.randn_like(parameter)
     change.note_gradients()
@@ -72,7 +70,7 @@ def test_a_weight_of_many_rows_is_measured_whole() -> None:
     torch.manual_seed(304)
     layer = nn.Linear(20, 1500).requires_grad_(False)
     layer.weight.copy_(torch.randn(1500, 20) * torch.rand(1500, 1))
-    change = Perturbed(module_of(adapter_on(layer, LowRank(layer, 1), 1.0)), GgpoArguments(1.0, 1.0))
+    change = Perturbed(layer, LowRank(layer, 1), 1.0, GgpoArguments(1.0, 1.0))
     torch.testing.assert_close(change.base_norm, layer.weight.norm(dim=1).mean(), **FLOAT32_SAME_MATH)
 
 

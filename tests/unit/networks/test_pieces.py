@@ -26,12 +26,12 @@ MAKES: dict[str, tuple[Callable[[Any], Delta], Callable[[Tensor], Decompose | No
 }
 
 
-def change_of(layer: nn.Linear, kind: str, seed: int) -> ScaledDelta | DoRA:
+def change_of(layer: nn.Linear, kind: str, seed: int) -> ScaledDelta:
     """A trained change of rank 2 and alpha 3 in float64."""
     make_delta, make_join = MAKES[kind]
     torch.manual_seed(seed)
-    plain, join = ScaledDelta(layer, make_delta(layer), 3.0), make_join(layer.weight)
-    change = (plain if join is None else DoRA(plain, join)).double()
+    delta, join = make_delta(layer), make_join(layer.weight)
+    change = (ScaledDelta(layer, delta, 3.0) if join is None else DoRA(layer, delta, 3.0, join)).double()
     with torch.no_grad():
         for parameter in change.parameters():
             parameter.mul_(0.8).add_(torch.randn_like(parameter) * 0.3)
