@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from library.checkpoints.adapter_keys import PEFT_PREFIX, bare_path, under
-from library.checkpoints.adapter_names import BaseNames, ModuleNames, placed
+from library.checkpoints.adapter_names import BaseNames, placed
 from library.errors import UserError
 from networks.core.files.adapter_file import AdapterFile, completed
 from networks.core.files.module_weights import ModuleWeights, named_twice
@@ -42,7 +42,8 @@ def in_a_model(file: AdapterFile, tables: Sequence[BaseNames]) -> AdapterFile:
     Raises UserError for a file by PEFT of which none of `tables` knows a module.
     """
     others = placed(file.modules.keys(), tables)
-    if not others and all(name.startswith(PEFT_PREFIX) and find_in(tables, name) is None for name in file.modules):
+    known = (n for n in file.modules if not n.startswith(PEFT_PREFIX) or any(table.find(n) for table in tables))
+    if not others and next(known, None) is None:
         raise UserError(
             f"{file.origin}: PEFT wrote it for a model that is none of those known here (first module: "
             f"{bare_path(next(iter(file.modules)))}); names of diffusers' and of the original modules are known"
@@ -56,11 +57,6 @@ def in_a_model(file: AdapterFile, tables: Sequence[BaseNames]) -> AdapterFile:
             raise named_twice(file.origin, other)
         modules[other] = _renamed(module, other) if other != name else module
     return replace(file, modules=modules)
-
-
-def find_in(tables: Sequence[BaseNames], name: str) -> ModuleNames | None:
-    """Return the module that a name is of in the first table that knows it."""
-    return next((found for table in tables if (found := table.find(name)) is not None), None)
 
 
 def _renamed(module: ModuleWeights, name: str) -> ModuleWeights:

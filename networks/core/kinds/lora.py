@@ -4,6 +4,7 @@ Letters: O output features or channels, I input features or channels, R rank, h 
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -83,54 +84,28 @@ def rank_of(tensors: ModuleTensors) -> int:
 
 
 def shape_of(name: str, tensors: ModuleTensors) -> tuple[int, ...]:
-    """Return the shape of the weight: (O, I), or (O, I, h, w) for a convolution."""
-    return (tensors[UP].shape[0], *tensors[DOWN].shape[1:])
+    """Return the shape of the weight: (O, I), or (O, I, h, w) for a convolution, whose kernel a core has."""
+    return (tensors[UP].shape[0], tensors[DOWN].shape[1], *tensors.get(MID, tensors[DOWN]).shape[2:])
 
 
-def fault_of_pair(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | None:
-    """Say why two factors do not belong together; None where they do."""
+def fault(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | None:
+    """Say why the tensors of a module do not belong together; None where they do."""
     if (DOWN in tensors) != (UP in tensors):
         there, missing = (keys[DOWN], "up") if DOWN in tensors else (keys[UP], "down")
         return f"has {there} without its {missing} factor; the file is incomplete"
     if DOWN not in tensors:
         return None
-    up, down = tensors[UP], tensors[DOWN]
+    up, down, mid = tensors[UP], tensors[DOWN], tensors.get(MID)
     if up.dim() not in (2, 4) or down.dim() not in (2, 4) or up.dim() > down.dim():  # LyCORIS's DyLoRA has 2 and 4
         return (
             f": the factors of {name} have the shapes {list(up.shape)} and {list(down.shape)}; both "
             "must have 2 dimensions, or 4 for a convolution"
         )
-    return None
-
-
-def fault(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | None:
-    """Say why the tensors of a module do not belong together; None where they do."""
-    wrong = fault_of_pair(name, tensors, keys)
-    if wrong is not None or UP not in tensors:
-        return wrong
-    up, down = tensors[UP], tensors[DOWN]
-    if up.shape[1] == down.shape[0]:
+    ranks = up.shape[1], down.shape[0]
+    if ranks[0] == ranks[1] if mid is None else ranks == tuple(mid.shape[:2]):
         return None
-    return f": the factors of {name} do not fit together: up is {list(up.shape)}, down is {list(down.shape)}"
-
-
-def shape_with_core(name: str, tensors: ModuleTensors) -> tuple[int, ...]:
-    """Return (O, I, h, w)."""
-    return (tensors[UP].shape[0], tensors[DOWN].shape[1], *tensors[MID].shape[2:])
-
-
-def fault_with_core(name: str, tensors: ModuleTensors, keys: Mapping[str, str]) -> str | None:
-    """Say why the tensors of a module with a core do not belong together; None where they do."""
-    wrong = fault_of_pair(name, tensors, keys)
-    if wrong is not None or UP not in tensors:
-        return wrong
-    up, mid, down = tensors[UP], tensors[MID], tensors[DOWN]
-    if mid.shape[:2] == (up.shape[1], down.shape[0]):
-        return None
-    return (
-        f": the factors of {name} do not fit together: up is {list(up.shape)}, down is {list(down.shape)}, "
-        f"mid is {list(mid.shape)}"
-    )
+    core = "" if mid is None else f", mid is {list(mid.shape)}"
+    return f": the factors of {name} do not fit together: up is {list(up.shape)}, down is {list(down.shape)}{core}"
 
 
 LAYOUT = KeyLayout(
@@ -148,19 +123,13 @@ LAYOUT = KeyLayout(
     fault=fault,
     network_module="networks.lora",
 )
-TUCKER = KeyLayout(
+TUCKER = replace(
+    LAYOUT,
     name="tucker",
     words="LoRA with a Tucker core",
     needs=(DOWN, MID, UP),
-    read=read_with(Tucker, rank_of, shape_with_core),
+    read=read_with(Tucker, rank_of, shape_of),
     core=(MID,),
-    rank_of=rank_of,
-    shape_of=shape_with_core,
-    is_low_rank=True,
-    ends=(DOWN, UP),
-    scaled=UP,
-    together="lora_down and lora_up",
-    fault=fault_with_core,
-    network_module="networks.lora",
+    namings=frozenset(("kohya",)),
 )
 KIND = AdapterKind((LAYOUT, TUCKER), make, "networks.lora", wrappers=(GgpoArguments, TLoraArguments, InitArguments))

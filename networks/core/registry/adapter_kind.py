@@ -37,20 +37,6 @@ StartStep = Callable[[Sequence[Adapter], int, int], None]
 """(the adapters that are trained, seed, step) -> None; called before each batch of optimizer step `step`."""
 
 
-def as_given(settings: NetworkSettings) -> NetworkSettings:
-    """Take the settings in the terms of LoRA."""
-    return settings
-
-
-def everywhere(part: Part, is_denoiser: bool, arguments: NetworkArguments) -> Part | None:
-    """Adapt everything that the base model declares."""
-    return part
-
-
-def nothing_to_prepare(adapters: Sequence[Adapter], arguments: NetworkArguments) -> StartStep | None:
-    return None
-
-
 @dataclass(frozen=True)
 class AdapterKind:
     """How adapters of one kind lie in files, which network arguments they have, and how a new one is made.
@@ -68,6 +54,8 @@ class AdapterKind:
     wrappers: tuple[type[Wrapper], ...] = ()
     refuses: Mapping[str, str] = field(default_factory=dict)  # network argument -> why it does not work with this kind
     presets: Mapping[str, str] = field(default_factory=dict)  # network arguments that it always has
-    resolve: Callable[[NetworkSettings], NetworkSettings] = as_given  # in the terms of LoRA: ranks and alphas
-    narrow: Callable[[Part, bool, NetworkArguments], Part | None] = everywhere  # where new adapters go; None: nowhere
-    prepare: Callable[[Sequence[Adapter], NetworkArguments], StartStep | None] = nothing_to_prepare
+    # The rank, the alpha and the arguments in the terms of LoRA.
+    resolve: Callable[[NetworkSettings], NetworkSettings] = lambda settings: settings
+    # What is adapted of a part of the base model, and whether it is the denoiser; None for nothing.
+    narrow: Callable[[Part, bool, NetworkArguments], Part | None] = lambda part, is_denoiser, arguments: part
+    prepare: Callable[[Sequence[Adapter], NetworkArguments], StartStep | None] = lambda adapters, arguments: None
