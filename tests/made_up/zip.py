@@ -56,7 +56,7 @@ def scan(config: SubsetConfig, storage: Storage, num_threads: int) -> ScannedSub
                     rows.append(row_of_bytes(info.filename, info.header_offset, content, caption, file.shown))
         return rows
 
-    return scan_files(config, storage, num_threads, KEYS, read_rows, lambda file: ZipReader())
+    return scan_files(config, storage, num_threads, KEYS, read_rows, lambda file: [ZipReader()])
 
 
 SOURCE = Source(KEYS, scan)

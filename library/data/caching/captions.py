@@ -35,7 +35,6 @@ from library.types import CaptionWithImages, Conditioning
 
 logger = logging.getLogger(__name__)
 
-TITLE = "caching text encoder outputs"
 MAX_REPEATED = 64  # captions shared by several files, such as class tokens, kept while files are written
 
 Encode = Callable[[Sequence[str]], Conditioning]
@@ -142,7 +141,7 @@ def cache_texts(
     size = describe_size([*texts, *prompts], spec)
     logger.info("caching text encoder outputs of %d captions in memory%s", len(texts) + len(prompts), size)
     share = texts[processes.local_rank :: processes.local_count]
-    with progress_bar(TITLE, len(share) + len(prompts)) as bar:
+    with progress_bar(WORDS.caching, len(share) + len(prompts)) as bar:
         rows = encode_rows(share, lambda: readable_alone(open_encoders().captions), spec, bar)
         prompt_rows = encode_rows(prompts, lambda: every_one(open_encoders().prompts), spec, bar)
     store = TextStore(memory=passed_on(rows, texts, processes), padding=spec.padding)
@@ -239,7 +238,7 @@ def write_files(
     size = describe_size([text for one in missing for text in lacking(one)], spec)
     logger.info("caching text encoder outputs of %d captions on disk%s", count, size)
     rows: dict[str, Row] = {}
-    with progress_bar(TITLE, count) as bar:
+    with progress_bar(WORDS.caching, count) as bar:
         for group in grouped(missing, spec.options.text_encoder_batch_size or 1):
             needed = [text for one in group for text in lacking(one)]
             new = [text for text in dict.fromkeys(needed) if text not in rows]

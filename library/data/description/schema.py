@@ -125,15 +125,7 @@ class RunDataConfig:
     datasets: tuple[DatasetConfig, ...]
     is_from_file: bool  # from `dataset_config`, not from folder arguments
 
-    def without_index(self) -> "RunDataConfig":
-        """Return this configuration such that nothing is written beside the images."""
-        return self._with(keeps_index=False)
-
-    def with_entries(self, entries: Sequence[tuple[str, Any]]) -> "RunDataConfig":
-        """Return this configuration with its one metadata file already read."""
-        return self._with(entries=entries)
-
-    def _with(self, **values: Any) -> "RunDataConfig":
+    def with_subsets(self, **values: Any) -> "RunDataConfig":
         """Return this configuration with values of every subset replaced."""
         datasets = (replace(d, subsets=tuple(replace(subset, **values) for subset in d.subsets)) for d in self.datasets)
         return replace(self, datasets=tuple(datasets))

@@ -263,9 +263,9 @@ def build_plan(
     """
     config = load_dataset_config(options)
     if options.faults.dry_run:
-        config = config.without_index()
+        config = config.with_subsets(keeps_index=False)
     if entries is not None:
-        config = config.with_entries(entries)
+        config = config.with_subsets(entries=entries)
     check_pairs(config, options.pairs.are_trained)
     caches_latents = options.caching.cache_latents or options.caching.cache_latents_to_disk
     if caches_latents:

@@ -8,7 +8,6 @@ import numpy as np
 
 from library.data.decoding.images import has_alpha, open_image
 from library.data.decoding.threads import read_many
-from library.data.description.buckets import Shape
 from library.data.description.schema import RunDataConfig, SubsetConfig
 from library.data.plan.dataset_digest import content_digest
 from library.data.plan.folder_audit import MOST_COMPARED, Line
@@ -73,19 +72,17 @@ def check_differences(opposite_dir: str, images: ScannedImages) -> None:
 
 def check_crops(name: str, subset: SubsetConfig, samples: Samples, numbers: range) -> None:
     """Raise UserError for references that are not cropped alike with their image."""
-    shapes = {number: shape for number, shape in enumerate(samples.shapes) if not is_cropped_alike(shape)}
-    other = [number for number in numbers if samples.shape_N[number] in shapes]
+    is_other_M = [
+        any((one.bucket, one.resized) != (shape.bucket, shape.resized) for one in shape.references)
+        for shape in samples.shapes
+    ]
+    other = [number for number in numbers if is_other_M[samples.shape_N[number]]]
     if other:
         raise UserError(
             f"{subset.source}: {name} crops images where reference images of another size cannot follow: "
             f"{few(samples.keys_at(np.array(other[:3])), count=len(other))}; remove {name}, control_resolution and "
             "control_no_resize, or give the references the sizes of their images"
         )
-
-
-def is_cropped_alike(shape: Shape) -> bool:
-    """Return True if all references have their image's shape."""
-    return all((one.bucket, one.resized) == (shape.bucket, shape.resized) for one in shape.references)
 
 
 def reference_lines(subset: ScannedSubset, storage: Storage, has_alpha: bool) -> Iterator[Line]:

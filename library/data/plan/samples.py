@@ -19,7 +19,7 @@ from library.data.description.buckets import BucketRules, ReferenceRules, Shape,
 from library.data.description.schema import DatasetConfig, NoDataFound, SubsetConfig
 from library.data.plan.folder_audit import images_below
 from library.data.plan.order import Bucket, regularisation_repeats
-from library.data.scanned.columns import Column
+from library.data.scanned.columns import Column, join_columns
 from library.data.scanned.images import ScannedImage, ScannedImages, in_blocks
 from library.data.scanned.subsets import ScannedDataset, ScannedSubset
 from library.errors import UserError, few
@@ -104,7 +104,7 @@ class Samples(Column[Sample]):
 
     def sizes(self) -> NDArray[np.int32]:
         """Width and height of each image, shape (N, 2)."""
-        return np.concatenate([images.sizes_N2 for images in self.subsets]) if self.subsets else _NO_SIZES
+        return np.concatenate([np.empty((0, 2), dtype=np.int32), *(images.sizes_N2 for images in self.subsets)])
 
     def changed(self, shapes: Mapping[int, Shape], draws_N: NDArray[np.int32]) -> "Samples":
         """Return these images with other numbers of draws, and other shapes for those in `shapes`."""
@@ -112,9 +112,6 @@ class Samples(Column[Sample]):
         for place, number in enumerate(shapes, len(self.shapes)):
             shape_N[number] = place
         return replace(self, shapes=(*self.shapes, *shapes.values()), shape_N=shape_N, draws_N=draws_N)
-
-
-_NO_SIZES = np.empty((0, 2), dtype=np.int32)
 
 
 @dataclass(frozen=True)
@@ -187,7 +184,9 @@ def build_samples(datasets: Sequence[ScannedDataset], rules: Sequence[BucketRule
             columns.append(np.array(places, dtype=np.int32)[size_N])
     subsets = tuple(subset.images for dataset in datasets for subset in dataset.subsets)
     dataset_of_subset = tuple(number for number, dataset in enumerate(datasets) for _ in dataset.subsets)
-    return Samples(subsets, dataset_of_subset, tuple(shapes), joined(columns), joined(draws))
+    return Samples(
+        subsets, dataset_of_subset, tuple(shapes), join_columns(columns, np.int32), join_columns(draws, np.int32)
+    )
 
 
 def unique_sizes(images: ScannedImages) -> tuple[list[tuple[Size, ...]], NDArray[np.int64]]:
@@ -213,11 +212,6 @@ def with_references(
     ]
 
 
-def joined(columns: Sequence[NDArray[np.int32]]) -> NDArray[np.int32]:
-    """Concatenate the columns."""
-    return np.concatenate(columns) if columns else np.empty(0, dtype=np.int32)
-
-
 def fixed_shape(image: Size, target: Size, subset: SubsetConfig) -> Shape:
     """Return the shape without buckets: just covering the target; random_crop crops larger images without resizing."""
     if subset.random_crop and image[0] >= target[0] and image[1] >= target[1]:
@@ -232,13 +226,14 @@ def draws_of_dataset(dataset: ScannedDataset) -> NDArray[np.int32]:
     check_draws(num_train_draws)
     reg = [n for config, count, images in repeats if config.is_reg for n in [count] * images]
     balanced = iter(regularisation_repeats(num_train_draws, reg))
-    return joined(
+    return join_columns(
         [
             np.array(list(islice(balanced, images)), dtype=np.int32)
             if config.is_reg
             else np.full(images, count, dtype=np.int32)
             for config, count, images in repeats
-        ]
+        ],
+        np.int32,
     )
 
 

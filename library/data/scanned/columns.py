@@ -56,7 +56,7 @@ class Texts(Column[str]):
             sizes = map(len, block) if is_ascii else (len(text.encode(errors=ERRORS)) for text in block)
             lengths.append(np.fromiter(sizes, dtype=np.int64, count=len(block)))
             parts.append(np.frombuffer(part, dtype=np.uint8))
-        return cls(_joined(parts, np.uint8), np.cumsum(_joined(lengths, np.int64)))
+        return cls(join_columns(parts, np.uint8), np.cumsum(join_columns(lengths, np.int64)))
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -118,7 +118,7 @@ class Texts(Column[str]):
 
 
 @dataclass(frozen=True, eq=False)
-class Sizes(Sequence[Size]):
+class Sizes(Column[Size]):
     """A column of N sizes: width and height of each."""
 
     array_N2: NDArray[np.int32]
@@ -131,13 +131,7 @@ class Sizes(Sequence[Size]):
     def __len__(self) -> int:
         return len(self.array_N2)
 
-    @overload
-    def __getitem__(self, place: int) -> Size: ...
-    @overload
-    def __getitem__(self, place: slice) -> "Sizes": ...
-    def __getitem__(self, place: int | slice) -> "Size | Sizes":
-        if isinstance(place, slice):
-            return Sizes(self.array_N2[place])
+    def item(self, place: int) -> Size:
         width, height = self.array_N2[place].tolist()
         return width, height
 
@@ -145,5 +139,6 @@ class Sizes(Sequence[Size]):
         return map(tuple, self.array_N2.tolist())
 
 
-def _joined(parts: Sequence[NDArray[Any]], dtype: type) -> NDArray[Any]:
-    return np.concatenate(parts) if parts else np.empty(0, dtype=dtype)
+def join_columns(parts: Sequence[NDArray[Any]], dtype: type) -> NDArray[Any]:
+    """Concatenate columns, of which there may be none."""
+    return np.concatenate([np.empty(0, dtype=dtype), *parts])

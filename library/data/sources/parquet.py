@@ -51,16 +51,11 @@ def scan(config: SubsetConfig, storage: Storage, num_threads: int) -> ScannedSub
     def read_rows(file: SourceFile) -> Sequence[Row]:
         return rows_of_parquet(file.path, file.shown, config, storage)
 
-    def columns(file: SourceFile) -> Columns:
-        return columns_in(ParquetRows(storage.file(file.path), file.shown), config)
+    def open_readers(file: SourceFile) -> list[Reader]:
+        columns = columns_in(ParquetRows(storage.file(file.path), file.shown), config)
+        return [ParquetReader(name) for name in (columns.image, *columns.references)]
 
-    def open_reader(file: SourceFile) -> Reader:
-        return ParquetReader(columns(file).image)
-
-    def open_reference_readers(file: SourceFile) -> list[Reader]:
-        return [ParquetReader(name) for name in columns(file).references]
-
-    return scan_files(config, storage, num_threads, KEYS, read_rows, open_reader, open_reference_readers)
+    return scan_files(config, storage, num_threads, KEYS, read_rows, open_readers)
 
 
 SOURCE = Source(KEYS, scan)

@@ -37,21 +37,20 @@ def scan_files(
     num_threads: int,
     keys: Sequence[str],
     read_rows: Callable[[SourceFile], Sequence[Row]],
-    open_reader: Callable[[SourceFile], Reader | None] = lambda file: None,
-    open_reference_readers: Callable[[SourceFile], Sequence[Reader]] = lambda file: (),
+    open_readers: Callable[[SourceFile], Sequence[Reader]] = lambda file: (),
 ) -> ScannedSubset:
     """List the images of larger files, in the order of the files and of their places in them.
 
     `read_rows` lists one file that is not indexed, `keys` are keys of the subset that affect its result, and
-    `open_reader` returns the reader of the images of all files, given the first, and `open_reference_readers` those of
-    their references by number. Raises UserError for files that are missing, damaged or of another kind.
+    `open_readers` returns the reader of the images of all files, given the first, and those of their references by
+    number; none where they are bytes of the file. Raises UserError for files that are missing, damaged or of another
+    kind.
     """
     paths, shown, known = described_files(config, storage, num_threads, keys)
     files = [SourceFile(*file) for file in zip(paths, shown, (stamp.num_bytes for stamp in known.stamps), strict=True)]
     path, title = index_path(shown, known, storage), f"indexing {config.base_name}"
     table = read_index(path, known, lambda number: read_rows(files[number]), num_threads, title, config.keeps_index)
-    readers = [open_reader(files[0]), *open_reference_readers(files[0])]
-    found = found_in(table, config, paths, shown, readers)
+    found = found_in(table, config, paths, shown, open_readers(files[0]))
     del table
     release_memory()
     return found
@@ -118,7 +117,7 @@ def index_path(shown: Sequence[str], files: IndexedFiles, storage: Storage) -> P
 
 
 def found_in(
-    table: Any, config: SubsetConfig, files: Sequence[str], shown: Sequence[str], readers: Sequence[Reader | None]
+    table: Any, config: SubsetConfig, files: Sequence[str], shown: Sequence[str], readers: Sequence[Reader]
 ) -> ScannedSubset:
     """Convert the rows of an index to images. Raises UserError if only some have references."""
     import pyarrow.compute as compute
@@ -142,7 +141,7 @@ def found_in(
             numbers(table["start"], np.int64),
             numbers(table["num_bytes"], np.int64),
             convert_digests(table["digest"]),
-            None if is_url else readers[0],
+            None if is_url or not readers else readers[0],
             copy_texts(table["url"]) if is_url else None,
         ),
     )
@@ -158,7 +157,7 @@ def found_in(
 
 
 def references_in(
-    column: Any, images: ScannedImages, config: SubsetConfig, readers: Sequence[Reader | None]
+    column: Any, images: ScannedImages, config: SubsetConfig, readers: Sequence[Reader]
 ) -> References | None:
     """Convert the references of images; None if there are none. Raises UserError if only some images have any."""
     import pyarrow.compute as compute
