@@ -64,8 +64,7 @@ BUILD: Mapping[type[TrainOptions], Callable[[Any], Architecture]] = {
 
 
 def open_vae(options: TrainOptions) -> tuple[LatentCodec, Callable[[], nn.Module]]:
-    """Return the latent codec and a function that loads the VAE; for FLUX.1 without the rest of the model if
-    possible."""
+    """Return the latent codec and a function that loads the VAE, for FLUX.1 from --ae alone if it is set."""
     if isinstance(options, FluxOptions) and options.flux.ae:
         return flux.CODEC, partial(load_ae, options.flux.ae, options)
     arch = BUILD[type(options)](options)

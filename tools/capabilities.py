@@ -18,7 +18,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 from library.architectures.scripts import ROOT
 from library.architectures.specs import list_specs
 from library.errors import UserError
-from library.options.base import Facts, int_or_float
+from library.options.base import Facts, Options, int_or_float
 from library.options.leco import LecoOptions
 from library.options.machine.base_formats import BASE_FORMATS
 from library.suggestions import nearest_name
@@ -28,7 +28,7 @@ from networks.core.arguments.network_arguments import declared
 from networks.core.changes.dora import DoraArguments
 from networks.core.registry.adapter_kind import AdapterKind
 from networks.core.registry.layouts import list_kinds
-from tools.command import make_parser, run
+from tools.command import command, make_parser
 
 SCRIPTS = ("*train_network.py", "*train_leco.py")
 TYPES = {str: "text", Path: "path", int: "int", float: "float", int_or_float: "steps"}
@@ -68,8 +68,9 @@ def list_capabilities(scripts: Sequence[str]) -> dict[str, Any]:
 def describe_options(script: str) -> Iterator[dict[str, Any]]:
     """Yield every option of a script as its parser and its declaration have it."""
     parser = importlib.import_module(script.removesuffix(".py")).setup_parser()
-    own = [spec.options for spec in list_specs() if script in (spec.script, spec.prompts_script)]
-    facts = {name: one for kind in (LecoOptions, *own) for name, one in kind.facts().items()}
+    kinds: list[type[Options]] = [LecoOptions]
+    kinds += [spec.options for spec in list_specs() if script in (spec.script, spec.prompts_script)]
+    facts = {name: one for kind in kinds for name, one in kind.facts().items()}
     for group in parser._action_groups:
         for action in group._group_actions:
             if action.dest != "help":
@@ -147,9 +148,7 @@ def print_capabilities(args: argparse.Namespace) -> None:
         print("\n".join(show(found)))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run(setup_parser(), print_capabilities, argv)
-
+main = command(setup_parser, print_capabilities)
 
 if __name__ == "__main__":
     sys.exit(main())

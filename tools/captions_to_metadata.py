@@ -23,7 +23,7 @@ from library.data.description.image_extensions import image_extensions
 from library.data.sources.folders.metadata_file import read_table
 from library.errors import UserError
 from library.options.encodings import decoded
-from tools.command import check_place, make_parser, run
+from tools.command import check_place, command, make_parser
 
 logger = logging.getLogger(__name__)
 
@@ -124,10 +124,7 @@ def setup_parser(field: str = "caption") -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    return run(setup_parser(), collect, argv)
-
+main = command(setup_parser, collect)
 
 if __name__ == "__main__":
     sys.exit(main())

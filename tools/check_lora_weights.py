@@ -45,7 +45,7 @@ from networks.core.files.inspection import (
 )
 from networks.core.files.module_weights import ModuleWeights, value_problems
 from networks.core.files.renaming import some_keys
-from tools.command import make_parser, run
+from tools.command import command, make_parser
 
 EXAMPLES = """\
   python3 tools/check_lora_weights.py --model my_cat.safetensors
@@ -126,18 +126,8 @@ def oddities(
 def as_json(report: Report) -> str:
     """Format the report as JSON; numbers that are not finite become null."""
     content = asdict(report)
-    content["programs"] = [
-        {
-            "program": reading.program,
-            "amount": reading.amount,
-            "num_used": reading.num_used,
-            "num_keys": reading.num_keys,
-            "unused": reading.unused,
-            "inexact": reading.inexact,
-            "reasons": reading.reasons,
-        }
-        for reading in report.programs
-    ]
+    for program, reading in zip(content["programs"], report.programs, strict=True):
+        program |= {"amount": reading.amount, "num_used": reading.num_used}
     content["is_usable"] = not report.problems
     return json.dumps(finite(content), indent=2, ensure_ascii=False)
 
@@ -189,7 +179,6 @@ def list_keys(path: Path) -> Iterator[str]:
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """Return the command's options."""
     parser = make_parser(__doc__, EXAMPLES)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", type=Path, help="the adapter file, or a folder saved by PEFT")
@@ -200,8 +189,8 @@ def setup_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def print_report(args: argparse.Namespace) -> list[str]:
-    """Print the report and return the problems."""
+def print_report(args: argparse.Namespace) -> int:
+    """Print the report and return 1 for an unusable file."""
     path = args.model or args.file
     report = check(path)
     if args.json:
@@ -209,15 +198,10 @@ def print_report(args: argparse.Namespace) -> list[str]:
     else:
         for line in [*as_text(report), *(list_keys(path) if args.show_all_keys else ())]:
             print(line)
-    return report.problems
+    return int(bool(report.problems))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    found: list[str] = []
-    status = run(setup_parser(), lambda args: found.extend(print_report(args)), argv)
-    return status or int(bool(found))
-
+main = command(setup_parser, print_report)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,28 +2,26 @@
 choose the file to keep. The training options determine the model and the images."""
 
 import argparse
-import importlib
 import logging
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
+import torch
 
-from library.checkpoints.files import display_path, read_metadata  # noqa: E402
-from library.errors import UserError  # noqa: E402
-from library.options.output.reports import ReportOptions  # noqa: E402
-from library.options.output.saving import SavingOptions  # noqa: E402
-from library.options.training.validation import ValidationOptions  # noqa: E402
-from library.training.command_line.checks import check_precision, check_values  # noqa: E402
-from library.training.command_line.cli import parse  # noqa: E402
-from library.training.command_line.run_lock import run_lock  # noqa: E402
-from library.training.evaluation.choice import by_image  # noqa: E402
-from library.training.evaluation.choosing import (  # noqa: E402
+from library.checkpoints.files import display_path, read_metadata
+from library.errors import UserError
+from library.options.output.reports import ReportOptions
+from library.options.output.saving import SavingOptions
+from library.options.training.validation import ValidationOptions
+from library.training.command_line.checks import check_precision, check_values
+from library.training.command_line.run_lock import run_lock
+from library.training.evaluation.choice import by_image
+from library.training.evaluation.choosing import (
     Measured,
     choose_measured,
     forgotten,
@@ -32,17 +30,17 @@ from library.training.evaluation.choosing import (  # noqa: E402
     memorised,
     memory_line,
 )
-from library.training.evaluation.measurement import Measurement  # noqa: E402
-from library.training.models.opening import open_data_plan  # noqa: E402
-from library.training.offline.file_losses import FileLosses, Sides, for_measuring, losses_of_files  # noqa: E402
-from library.training.report_page.writer import add_event  # noqa: E402
-from library.training.reporting import events  # noqa: E402
-from library.training.reporting.event_stream import open_event_file, plain  # noqa: E402
-from library.training.saving.checkpoints import Names  # noqa: E402
-from library.training.saving.saved_files import read_num_steps, without_copies  # noqa: E402
-from tools.command import make_training_parser, run  # noqa: E402
-from tools.contact_sheet import chosen_files, own_device  # noqa: E402
-from tools.plan_memory import spec_of_script  # noqa: E402
+from library.training.evaluation.measurement import Measurement
+from library.training.models.opening import open_data_plan
+from library.training.offline.file_losses import FileLosses, Sides, for_measuring, losses_of_files
+from library.training.report_page.writer import add_event
+from library.training.reporting import events
+from library.training.reporting.event_stream import open_event_file, plain
+from library.training.saving.checkpoints import Names
+from library.training.saving.saved_files import read_num_steps, without_copies
+from tools.command import make_training_parser, training_command
+from tools.contact_sheet import chosen_files, own_device
+from tools.plan_memory import read_training_options
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +50,8 @@ EXAMPLES = """\
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    parser = make_training_parser(__doc__, EXAMPLES, "train_network.py")
-    parser.add_argument(
-        "--files", "--models", type=Path, nargs="+", help="adapter files; unset: all of the run in --output_dir"
-    )
+    parser = make_training_parser(__doc__, EXAMPLES)
+    parser.add_argument("--files", "--models", type=Path, nargs="+", help="adapter files; unset: all in --output_dir")
     return parser
 
 
@@ -142,11 +138,9 @@ def keep(choice: events.Choice, reports: ReportOptions, saving: SavingOptions) -
 
 
 def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
-    """Measure the files and print the choice. Raises UserError for invalid options, and for files of another base
-    model."""
-    card = spec_of_script(args.script)
-    parser = importlib.import_module(args.script.removesuffix(".py")).setup_parser()
-    options = for_measuring(card.options.from_args(parse(parser, training)))
+    """Measure the files and print the choice. Raises UserError for invalid options and files of other base models."""
+    base, options = read_training_options(args.script, training)
+    options = for_measuring(options)
     check_values(options)
     check_precision(options)
     files = sorted(
@@ -157,7 +151,7 @@ def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
         raise UserError("--dataset_class: its images are not known one by one, so none can be measured again")
     seed = choose_seed(options.run.seed, files)
     warn_of_other_splits(options.validation, files, seed)
-    arch = card.build(options)
+    arch = base.build(options)
     plan = open_data_plan(options, arch, seed, 1)
     sides, losses = losses_of_files(options, arch, plan, seed, [None, *files], own_device())
     choice = choose_measured(measured_files(sides, list(losses)), is_held_out=sides.held_out is not None)
@@ -166,16 +160,12 @@ def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
     for text in format_candidates(choice):
         print(text)
     print(format_choice(choice))
-    if (text := memory_line(choice)) is not None:
-        print(text)
+    if (line := memory_line(choice)) is not None:
+        print(line)
     keep(choice, options.reports, options.saving)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = setup_parser()
-    own, training = parser.parse_known_args(argv)
-    return run(parser, lambda _: choose_file(own, training), ["--script", own.script])
-
+main = training_command(setup_parser, choose_file)
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -17,7 +17,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library.data.sources.folders.metadata_file import read_table
 from tools.captions_to_metadata import check_name, write_table
-from tools.command import make_parser, run
+from tools.command import command, make_parser
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,6 @@ def clean(args: argparse.Namespace) -> None:
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """Return the command's options."""
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("in_json", type=Path, help="the metadata file to read")
     parser.add_argument("out_json", type=Path, help="the metadata file to write")
@@ -126,10 +125,7 @@ def setup_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    return run(setup_parser(), clean, argv)
-
+main = command(setup_parser, clean)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,32 +29,53 @@ FILE_PRECISIONS = {
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".sft")
 
 
-def run(
-    parser: argparse.ArgumentParser, action: Callable[[argparse.Namespace], None], argv: Sequence[str] | None
-) -> int:
-    """Parse, act, and return the exit status: 0 success, 1 user error, 130 interrupted."""
-    args = parser.parse_args(argv)
+Action = Callable[[argparse.Namespace], int | None]
+"""The work of a command; returns its exit status, None for success."""
+
+
+def run(parser: argparse.ArgumentParser, action: Action, argv: Sequence[str] | None) -> int:
+    """Parse, act, and return the exit status: 0 success, 1 user error, 130 interrupted, else that of the action."""
+    return act(partial(action, parser.parse_args(argv)))
+
+
+def act(action: Callable[[], int | None]) -> int:
+    """Act, print a user error as one line, and return the exit status as `run` does."""
     setup_plain_logging()
     try:
         with hidden(BITSANDBYTES):
-            action(args)
-    except UserError as error:
-        print(f"error: {escape_controls(str(error), keep=LINES)}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        if error.errno is None or error.filename is None:  # not an error of the operating system
+            return action() or 0
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and (error.errno is None or error.filename is None):  # not of the system
             raise
         print(f"error: {escape_controls(str(error), keep=LINES)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; no partial file was written", file=sys.stderr)
         return 130
-    return 0
+
+
+def command(setup_parser: Callable[[], argparse.ArgumentParser], action: Action) -> Callable[..., int]:
+    """Return the `main` of a command: it takes a command line, by default the process's, and returns the status."""
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        return run(setup_parser(), action, argv)
+
+    return main
+
+
+def training_command(
+    setup_parser: Callable[[], argparse.ArgumentParser], action: Callable[[argparse.Namespace, list[str]], int | None]
+) -> Callable[..., int]:
+    """Return the `main` of a command that passes the options that it does not know on to a training script."""
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        return act(partial(action, *setup_parser().parse_known_args(argv)))
+
+    return main
 
 
 def completed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
-    """Complete the options of a program that calls a command as a function: missing ones get defaults, paths may be
-    strings."""
+    """Complete a calling program's options: missing ones get their defaults, and paths may be strings."""
     values = {action.dest: getattr(args, action.dest, action.default) for action in parser._actions}
     for action in parser._actions:
         value = values[action.dest]
@@ -73,12 +95,18 @@ def make_parser(description: str | None, examples: str) -> argparse.ArgumentPars
     )
 
 
-def make_training_parser(description: str | None, examples: str, example_script: str) -> argparse.ArgumentParser:
-    """Return a parser for `parse_known_args`: what it does not know is left to the training script that is named."""
+def make_training_parser(
+    description: str | None, examples: str, script: str | None = "train_network.py", others: str = "the training"
+) -> argparse.ArgumentParser:
+    """Return a parser for `training_command`, whose help says which options it leaves to the training.
+
+    `script` is the example of --script; None adds no such option.
+    """
     parser = make_parser(description, examples)
     parser.allow_abbrev = False  # abbreviations refer to training options
-    parser.add_argument("--script", required=True, help=f"training script, such as {example_script}")
-    parser.epilog = f"all other options are those of the training.\n\n{parser.epilog}"
+    parser.epilog = f"all other options are those of {others}.\n\n{parser.epilog}"
+    if script is not None:
+        parser.add_argument("--script", required=True, help=f"training script, such as {script}")
     return parser
 
 
@@ -89,9 +117,7 @@ def add_save_precision(parser: argparse.ArgumentParser, unset: str) -> None:
 
 def add_file_precision(parser: argparse.ArgumentParser) -> None:
     """Add the precision of a checkpoint, which accepts all words of `FILE_PRECISIONS`."""
-    parser.add_argument(
-        "--save_precision", help="precision of the file: float32, fp16, bf16, fp8 ...; unset: that of each tensor"
-    )
+    parser.add_argument("--save_precision", help="float32, fp16, bf16, fp8 ...; unset: the precision of each tensor")
 
 
 def dtype_of_file(name: str | None) -> torch.dtype | None:
@@ -110,6 +136,22 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def parse_dtype(name: str | None) -> torch.dtype | None:
     """Return the dtype of a precision on the command line."""
     return None if name is None else SAVE_DTYPES[name]
+
+
+def check_at_least_one(args: argparse.Namespace, *names: str) -> None:
+    """Raise UserError for an option below 1; None is unset."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}; it must be at least 1")
+
+
+def resolve_ratios(args: argparse.Namespace, unset: float) -> list[float]:
+    """Return the ratio of each of --models. Raises UserError unless all or none are set."""
+    ratios = args.ratios or [unset] * len(args.models)
+    if len(ratios) != len(args.models):
+        raise UserError(f"--ratios has {len(ratios)} values, but --models {len(args.models)}; use one for each file")
+    return ratios
 
 
 def check_output(flag: str, path: Path, inputs: Iterable[Path | None] = ()) -> None:

@@ -4,7 +4,6 @@ A run is its folder, its report, or a file written by --log_events."""
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
@@ -14,7 +13,7 @@ from library.checkpoints.overwriting import check_overwrite
 from library.training.report_page.comparison import build_comparison, file_of_run
 from library.training.report_page.page import REPORT
 from library.training.report_page.writer import write_page
-from tools.command import make_parser, run
+from tools.command import command, make_parser
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +23,7 @@ EXAMPLE = "  python3 tools/compare_runs.py output/cat_rank8 output/cat_rank32 --
 def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EXAMPLE)
     parser.add_argument("runs", type=Path, nargs="+", help="folders, reports, or event files; two or more")
-    parser.add_argument(
-        "--output", type=Path, default=Path("comparison.html"), help="HTML file to write (default: comparison.html)"
-    )
+    parser.add_argument("--output", type=Path, default=Path("comparison.html"), help="HTML file (default: %(default)s)")
     return parser
 
 
@@ -38,9 +35,7 @@ def compare(args: argparse.Namespace) -> None:
     logger.info("wrote %s", args.output)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run(setup_parser(), compare, argv)
-
+main = command(setup_parser, compare)
 
 if __name__ == "__main__":
     sys.exit(main())

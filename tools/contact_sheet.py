@@ -2,7 +2,6 @@
 base model. The training options determine the model and how it is stored."""
 
 import argparse
-import importlib
 import logging
 import sys
 from collections.abc import Sequence
@@ -12,32 +11,31 @@ from math import isfinite
 from pathlib import Path
 from statistics import mean
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
+import torch
+from PIL import Image
 
-from library.checkpoints.files import atomic_path, display_path, file_in_folder  # noqa: E402
-from library.checkpoints.overwriting import PNG, check_overwrite  # noqa: E402
-from library.errors import UserError  # noqa: E402
-from library.options.output.saving import SavingOptions  # noqa: E402
-from library.protocols import LatentSpec  # noqa: E402
-from library.training.command_line.checks import check_precision, check_values  # noqa: E402
-from library.training.command_line.cli import parse  # noqa: E402
-from library.training.command_line.run_lock import run_lock  # noqa: E402
-from library.training.evaluation.prompt_images import show_with_references  # noqa: E402
-from library.training.evaluation.prompts import read_prompts, refuse_strengths, resolve_all  # noqa: E402
-from library.training.evaluation.strength_response import FEWEST, measure_response  # noqa: E402
-from library.training.offline.adapter_files import Stack  # noqa: E402
-from library.training.offline.contact_sheet import arrange, draw_rows  # noqa: E402
-from library.training.report_page.writer import add_sheet  # noqa: E402
-from library.training.reporting.sample_images import encode_data_url  # noqa: E402
-from library.training.saving.checkpoints import Names  # noqa: E402
-from library.training.saving.saved_files import files_of_run, without_copies  # noqa: E402
-from library.types import Prompt  # noqa: E402
-from tools.command import make_training_parser, run  # noqa: E402
-from tools.plan_memory import spec_of_script  # noqa: E402
+from library.checkpoints.files import atomic_path, display_path, file_in_folder
+from library.checkpoints.overwriting import PNG, check_overwrite
+from library.errors import UserError
+from library.options.output.saving import SavingOptions
+from library.protocols import LatentSpec
+from library.training.command_line.checks import check_precision, check_values
+from library.training.command_line.run_lock import run_lock
+from library.training.evaluation.prompt_images import show_with_references
+from library.training.evaluation.prompts import read_prompts, refuse_strengths, resolve_all
+from library.training.evaluation.strength_response import FEWEST, measure_response
+from library.training.offline.adapter_files import Stack
+from library.training.offline.contact_sheet import arrange, draw_rows
+from library.training.report_page.writer import add_sheet
+from library.training.reporting.sample_images import encode_data_url
+from library.training.saving.checkpoints import Names
+from library.training.saving.saved_files import files_of_run, without_copies
+from library.types import Prompt
+from tools.command import check_at_least_one, make_training_parser, training_command
+from tools.plan_memory import read_training_options
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +47,7 @@ EXAMPLES = """\
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    parser = make_training_parser(__doc__, EXAMPLES, "train_network.py")
+    parser = make_training_parser(__doc__, EXAMPLES)
     parser.add_argument("--files", type=Path, nargs="+", help="adapter files; unset: all of the run in --output_dir")
     parser.add_argument("--seeds", type=int, nargs="+", help="seeds of each prompt; unset: its own, else 1")
     parser.add_argument(
@@ -151,13 +149,10 @@ def format_correlations(known: Sequence[float], num_images: int) -> str:
 
 def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     """Generate the sheet. Raises UserError for invalid options, and for files of another base model."""
-    card = spec_of_script(args.script)
-    parser = importlib.import_module(args.script.removesuffix(".py")).setup_parser()
-    options = card.options.from_args(parse(parser, training))
+    base, options = read_training_options(args.script, training)
     check_values(options)
     check_precision(options)
-    if args.side < 1:
-        raise UserError(f"--side is {args.side}; use at least 1")
+    check_at_least_one(args, "side")
     if not options.preview.sample_prompts:
         raise UserError("--sample_prompts contains no prompts")
     files = without_copies(chosen_files(args.files, options.saving))
@@ -165,7 +160,7 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     if target is None:
         raise UserError("--sheet is not set; set the PNG to write, or --output_dir")
     check_overwrite("--sheet", target, PNG, [*files, Path(options.preview.sample_prompts)])
-    arch, device = card.build(options), own_device()
+    arch, device = base.build(options), own_device()
     draw = partial(draw_rows, options.network, options.precision, options.memory, arch)
     specs = read_prompts(Path(options.preview.sample_prompts))
     refuse_strengths(specs, "--multipliers")
@@ -187,11 +182,7 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
         logger.info("updated %s", report)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = setup_parser()
-    own, training = parser.parse_known_args(argv)
-    return run(parser, lambda _: draw_sheet(own, training), ["--script", own.script])
-
+main = training_command(setup_parser, draw_sheet)
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -5,9 +5,7 @@ differ.
 """
 
 import argparse
-import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
@@ -22,19 +20,18 @@ from library.checkpoints.files import save_safetensors
 from library.checkpoints.weights import Weights, first_names
 from library.errors import UserError
 from library.models.identify import base_of_file
-from tools.command import add_file_precision, check_safetensors_output, dtype_of_file, make_parser, run
+from tools.command import add_file_precision, check_safetensors_output, command, dtype_of_file, make_parser
 
 FLAG = "--diffusers_path"
 FOLDER = "transformer"
 MODELS = ("flux", "chroma")
-PIECE = re.compile(r"-\d{5}-of-\d{5}(\.safetensors)$")
 EXAMPLES = """\
   python3 tools/convert_diffusers_to_flux.py --diffusers_path FLUX.1-dev --save_to flux1-dev.safetensors \\
       --save_precision bf16"""
 
 
 def open_transformer(path: Path) -> Weights:
-    """Open the transformer of a diffusers folder, of its own folder, or of its file, under the original names.
+    """Open the transformer of a diffusers folder, of its own folder, or of its (first) file, under the original names.
 
     Raises UserError for one that is missing, incomplete or of another model.
     """
@@ -43,7 +40,7 @@ def open_transformer(path: Path) -> Weights:
         own = path / FOLDER if (path / FOLDER).is_dir() else path
         weights = model_lookup.open_part(FLAG, own, FOLDER)[1]
     else:
-        weights = model_lookup.open_file(FLAG, find_index(path) if PIECE.search(path.name) else path)
+        weights = model_lookup.open_file(FLAG, path)
     if DIFFUSERS_MARK not in weights.shapes:
         first = first_names(weights)
         raise UserError(f"{FLAG} {path} is not a FLUX.1 transformer in diffusers' layout (first names: {first})")
@@ -57,16 +54,7 @@ def open_transformer(path: Path) -> Weights:
     return original
 
 
-def find_index(piece: Path) -> Path:
-    """Return the index of a checkpoint in several files, one of which is given. Raises UserError if it is missing."""
-    index = piece.with_name(PIECE.sub(r"\1.index.json", piece.name))
-    if not index.is_file():
-        raise UserError(f"{FLAG} {piece} is one of several files, and {index.name} is not beside it; download it too")
-    return index
-
-
 def setup_parser() -> argparse.ArgumentParser:
-    """Return the command's options."""
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument(FLAG, type=Path, required=True, help="a diffusers folder, its transformer's folder, or a file")
     parser.add_argument("--save_to", type=Path, required=True, help="the .safetensors file to write")
@@ -86,10 +74,7 @@ def convert(args: argparse.Namespace) -> None:
     print(f"{args.save_to}: {len(tensors)} weights")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    return run(setup_parser(), convert, argv)
-
+main = command(setup_parser, convert)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,7 +8,6 @@ as float32.
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
@@ -23,7 +22,7 @@ from library.errors import UserError
 from networks.core.files.adapter_file import AdapterFile, read_adapter_file, save_adapter_file
 from networks.core.files.foreign_names import in_a_model
 from networks.core.files.renaming import Renamed, rename, some_keys
-from tools.command import check_output, make_parser, run
+from tools.command import check_output, command, make_parser
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +38,7 @@ def spec_for_file(file: AdapterFile, origin: str) -> BaseModelSpec:
 
 
 def read_adapter(path: Path, flag: str) -> AdapterFile:
-    """Read an adapter file of any trainer; a folder saved by PEFT is recognised by its modules. Raises UserError naming
-    `flag`."""
+    """Read an adapter file of any trainer, or a folder saved by PEFT. Raises UserError naming `flag`."""
     return in_a_model(read_adapter_file(path, flag), [spec.names for spec in list_specs()])
 
 
@@ -65,12 +63,9 @@ def convert(model: Path, save_to: Path, to: FileNaming, drop_unsupported: bool) 
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """Return the command's options."""
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("--model", type=Path, required=True, help="the adapter file, or folder saved by PEFT, to read")
-    parser.add_argument(
-        "--save_to", type=Path, required=True, help="the file to write, .safetensors keeps the metadata"
-    )
+    parser.add_argument("--save_to", type=Path, required=True, help="file to write; .safetensors keeps the metadata")
     parser.add_argument(
         "--to",
         choices=NAMINGS,
@@ -78,9 +73,7 @@ def setup_parser() -> argparse.ArgumentParser:
         help="kohya: most programs, and the only one that can express everything; generic: original module paths, for "
         "ComfyUI; diffusers: diffusers' module paths",
     )
-    parser.add_argument(
-        "--drop_unsupported", action="store_true", help="drop what the naming cannot express instead of refusing"
-    )
+    parser.add_argument("--drop_unsupported", action="store_true", help="drop what the naming cannot express")
     return parser
 
 
@@ -95,10 +88,7 @@ def convert_and_report(args: argparse.Namespace) -> None:
     print(f"{args.save_to}: {len(renamed.file.modules)} modules in the {args.to} naming")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    return run(setup_parser(), convert_and_report, argv)
-
+main = command(setup_parser, convert_and_report)
 
 if __name__ == "__main__":
     sys.exit(main())

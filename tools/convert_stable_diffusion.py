@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,13 +26,13 @@ from library.architectures.sd.load import TITLES, single_file_parts
 from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.files import (
-    atomic_folder,
     holds_safetensors,
     is_safetensors,
     load_pickle,
     save_pickle_state_dict,
     save_safetensors,
 )
+from library.checkpoints.folders import atomic_folder
 from library.checkpoints.weights import Weights
 from library.errors import UserError
 from library.memory.devices import SAVE_DTYPES
@@ -40,7 +40,7 @@ from library.models.clip.clip import clip_of_folder
 from library.models.identify import base_of_checkpoint
 from library.models.loading import Component
 from library.models.vae.vae import vae_of_checkpoint, vae_of_folder
-from tools.command import SUFFIXES, check_new_folder, check_output, make_parser, run
+from tools.command import SUFFIXES, check_new_folder, check_output, command, make_parser, parse_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ def write_folder(model: Opened, args: argparse.Namespace, dtype: torch.dtype | N
     num = 0
     with atomic_folder(args.model_to_save) as folder:
         for part, component in model.parts.items():
-            (folder / part).mkdir(parents=True)
+            (folder / part).mkdir()
             config = layouts.folder_config(part, component.config, other, is_linear)
             write_json(folder / part / "config.json", config)
             named = layouts.in_folder(part, component, dtype or torch.float32, is_linear)
@@ -196,35 +196,23 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """Return the command's options."""
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument(SOURCE, help="a single file, a diffusers folder or the name of one on the hub")
     parser.add_argument(TARGET, type=Path, help="the file or, without an extension, the folder to write")
     parser.add_argument("--v1", action="store_true", help="require SD 1.x; the version is recognised anyway")
     parser.add_argument("--v2", action="store_true", help="require SD 2.x; the version is recognised anyway")
-    parser.add_argument(
-        "--unet_use_linear_projection", action="store_true",
-        help="in a folder of SD 2.x: projections of attention as matrices, as Stability has them",
-    )  # fmt: skip
+    parser.add_argument("--unet_use_linear_projection", action="store_true", help="in a folder of SD 2.x: as matrices")
     precision = parser.add_mutually_exclusive_group()
     for name in SAVE_DTYPES:
-        precision.add_argument(f"--{name}", action="store_true", help=f"write {name} (default: float)")
-    precision.add_argument("--save_precision_as", choices=tuple(SAVE_DTYPES), help="the precision as one option")
+        precision.add_argument(f"--{name}", action="store_const", const=name, dest="save_precision_as")
+    precision.add_argument("--save_precision_as", choices=tuple(SAVE_DTYPES), help="the same; default: float")
     parser.add_argument("--epoch", type=int, default=0, help="epochs to record in a .ckpt, added to those of the input")
     parser.add_argument("--global_step", type=int, default=0, help="steps to record, likewise")
     parser.add_argument("--metadata", help="""metadata of a .safetensors file, as '{"name": "my model"}'""")
     parser.add_argument("--variant", help="variant of a folder's files to read, such as fp16")
-    parser.add_argument(
-        "--reference_model", help="folder or hub name of the model that provides scheduler and tokenizer"
-    )
+    parser.add_argument("--reference_model", help="folder or hub name of a model with scheduler and tokenizer")
     parser.add_argument("--use_safetensors", action="store_true", help="in a folder: .safetensors instead of .bin")
     return parser
-
-
-def dtype_asked(args: argparse.Namespace) -> torch.dtype | None:
-    """Return the precision on the command line, or None."""
-    asked = next((name for name in SAVE_DTYPES if getattr(args, name)), args.save_precision_as)
-    return None if asked is None else SAVE_DTYPES[asked]
 
 
 def is_file_name(path: Path) -> bool:
@@ -241,7 +229,7 @@ def convert(args: argparse.Namespace) -> None:
     """Read, rename and write the weights."""
     if args.v1 and args.v2:
         raise UserError("--v1 and --v2 exclude each other; the model is recognised anyway")
-    to_file, dtype = is_file_name(args.model_to_save), dtype_asked(args)
+    to_file, dtype = is_file_name(args.model_to_save), parse_dtype(args.save_precision_as)
     parse_metadata(args.metadata)
     folder_only = {"--reference_model": args.reference_model, "--use_safetensors": args.use_safetensors}
     folder_only["--unet_use_linear_projection"] = args.unet_use_linear_projection
@@ -260,10 +248,7 @@ def convert(args: argparse.Namespace) -> None:
     print(f"{args.model_to_save}: {num} weights of {TITLES[model.base]}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    return run(setup_parser(), convert, argv)
-
+main = command(setup_parser, convert)
 
 if __name__ == "__main__":
     sys.exit(main())

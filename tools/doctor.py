@@ -138,8 +138,7 @@ def card_line(torch: Any, number: int, known: Sequence[str]) -> Line:
 
 
 def runs_on(wanted: str, known: Sequence[str]) -> bool:
-    """Return True if kernels for one of `known` run on `wanted`: the same generation and not newer, or PTX to
-    compile."""
+    """Return True if kernels for one of `known` run on `wanted`: an older one of its generation, or PTX."""
     number = int(wanted.removeprefix("sm_"))
     for name in known:
         digits = "".join(c for c in name if c.isdigit())
@@ -173,8 +172,7 @@ def product_lines(torch: Any, device: Any) -> Iterator[Line]:
 
 
 def product_line(what: str, multiply: Callable[[], Any], exact: Any, bound: float) -> Line:
-    """Report a product's distance from the exact one. Unsupported formats are only remarks: no option needs all of
-    them."""
+    """Report a product's distance from the exact one; an unsupported format is only a remark."""
     try:
         off = ((multiply().cpu().double() - exact).norm() / exact.norm()).item()
     except (RuntimeError, ValueError, NotImplementedError) as error:

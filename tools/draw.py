@@ -5,13 +5,11 @@ and how it is stored in memory are options of its training script.
 """
 
 import argparse
-import importlib
 import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,13 +21,13 @@ from library.checkpoints.overwriting import PNG, check_overwrite
 from library.errors import UserError
 from library.models.identify import base_of_checkpoint
 from library.training.command_line.checks import check_precision
-from library.training.command_line.cli import parse
 from library.training.evaluation.prompts import parse_line, read_prompts, refuse_strengths, resolve_all
 from library.training.offline.adapter_files import Stack
 from library.training.offline.contact_sheet import arrange, draw_rows
 from library.training.reporting.sample_images import Drawn, write_image
-from tools.command import make_parser, run
+from tools.command import make_training_parser, training_command
 from tools.contact_sheet import own_device
+from tools.plan_memory import read_training_options
 
 logger = logging.getLogger(__name__)
 
@@ -40,25 +38,14 @@ EXAMPLES = """\
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__, EXAMPLES)
-    parser.allow_abbrev = False  # abbreviations refer to training options
+    parser = make_training_parser(__doc__, EXAMPLES, None, "the model's training script")
     parser.add_argument("model", help="file, diffusers folder, or name on the Hugging Face hub")
-    parser.add_argument(
-        "--adapter",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FILE[:STRENGTH]",
-        help="adapter files; they add up",
-    )
+    parser.add_argument("--adapter", nargs="+", action="extend", default=[], metavar="FILE[:STRENGTH]", help="adapters")
     parser.add_argument("--prompt", nargs="+", default=[], help="a prompt each, with options behind it as in a file")
     parser.add_argument("--prompts", type=Path, help="file with prompts, as --sample_prompts takes it")
-    parser.add_argument(
-        "--strengths", type=float, nargs="+", help="factors on the strength of all adapters; writes a sheet, a row each"
-    )
+    parser.add_argument("--strengths", type=float, nargs="+", help="factors on all adapters; writes a sheet of rows")
     parser.add_argument("--seed", type=int, default=1, help="seed of prompts that name none (default: 1)")
     parser.add_argument("--output", type=Path, default=Path("output/drawn"), help="folder (default: output/drawn)")
-    parser.epilog = f"all other options are those of the model's training script.\n\n{parser.epilog}"
     return parser
 
 
@@ -88,9 +75,8 @@ def draw(args: argparse.Namespace, words: Sequence[str]) -> None:
         raise UserError("there is nothing to draw; give --prompt, or --prompts with a file")
     path = model_lookup.find_model("MODEL", args.model, (("unet",), ("transformer",), ("text_encoder",)))
     spec = base_of_checkpoint(list_specs(), "MODEL", path)
-    parser = importlib.import_module(spec.script.removesuffix(".py")).setup_parser()
-    flag = [*spec.script_flag.split(), "--pretrained_model_name_or_path", str(path)]
-    options: Any = spec.options.from_args(parse(parser, [*flag, *words]))
+    own = [*spec.script_flag.split(), "--pretrained_model_name_or_path", str(path)]
+    _, options = read_training_options(spec.script, [*own, *words])
     check_precision(options)
     arch = spec.build(options)
     specs = [parse_line(line, f"--prompt {number}") for number, line in enumerate(args.prompt, 1)]
@@ -124,11 +110,7 @@ def draw(args: argparse.Namespace, words: Sequence[str]) -> None:
         logger.info("wrote %s", sheet)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = setup_parser()
-    own, words = parser.parse_known_args(argv)
-    return run(parser, lambda _: draw(own, words), [own.model])
-
+main = training_command(setup_parser, draw)
 
 if __name__ == "__main__":
     sys.exit(main())

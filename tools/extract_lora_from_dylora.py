@@ -26,7 +26,7 @@ from networks.core.files.adapter_file import AdapterFile, read_adapter_file, req
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds import lora, norm
 from networks.core.kinds.dylora import nested_rank
-from tools.command import check_output, check_place, make_parser, run, with_comment
+from tools.command import check_output, check_place, command, make_parser, with_comment
 
 EXAMPLES = """\
   python3 tools/extract_lora_from_dylora.py --model cat.safetensors --save_to cat_cut.safetensors --unit 4
@@ -198,19 +198,12 @@ def differences(nested: Nested, ranks: Sequence[int]) -> Iterator[tuple[int, flo
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """Return the command's options."""
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("--model", type=Path, required=True, help="the file trained with networks.dylora")
-    parser.add_argument(
-        "--save_to", type=Path, help="base name of the files, to which the rank is added: cat.safetensors, cat.ckpt"
-    )
-    parser.add_argument(
-        "--unit", type=int, help="cut at every multiple of this, including the full rank; unset: as trained"
-    )
+    parser.add_argument("--save_to", type=Path, help="base name of the files, which gets the rank: cat.safetensors")
+    parser.add_argument("--unit", type=int, help="cut at every multiple of this, the full rank too; unset: as trained")
     parser.add_argument("--rank", type=int, nargs="+", help="cut at only these ranks")
-    parser.add_argument(
-        "--report", action="store_true", help="print each rank's relative difference from the full rank"
-    )
+    parser.add_argument("--report", action="store_true", help="print how far each rank is from the full rank")
     return parser
 
 
@@ -237,10 +230,7 @@ def extract(args: argparse.Namespace) -> None:
         print(f"{len(ranks)} files: {path_at(args.save_to, ranks[0])} to {path_at(args.save_to, ranks[-1]).name}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    return run(setup_parser(), extract, argv)
-
+main = command(setup_parser, extract)
 
 if __name__ == "__main__":
     sys.exit(main())

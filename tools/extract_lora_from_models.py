@@ -30,7 +30,16 @@ from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds import lora
 from networks.core.targets.targets import TargetModule
 from tools.base_models import find_adapter_targets, open_base_model, spec_for
-from tools.command import add_device, add_save_precision, check_output, make_parser, parse_dtype, resolve_device, run
+from tools.command import (
+    add_device,
+    add_save_precision,
+    check_at_least_one,
+    check_output,
+    command,
+    make_parser,
+    parse_dtype,
+    resolve_device,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +51,7 @@ EXAMPLES = """\
 
 
 def subtract_weights(org: BaseModel, tuned: BaseModel, name: str) -> Tensor:
-    """Return the change of a weight, in float64. Raises UserError naming a checkpoint with values that are not
-    finite."""
+    """Return the change of a weight, in float64. Raises UserError naming a checkpoint with NaN or infinity."""
     weights = [base.read(name).double() for base in (org, tuned)]
     for flag, base, weight in zip(("--model_org", "--model_tuned"), (org, tuned), weights, strict=True):
         if num_bad := int((~torch.isfinite(weight)).sum()):
@@ -65,8 +73,7 @@ def differences(org: BaseModel, tuned: BaseModel, target_modules: Sequence[Targe
 def extract_module(
     target: TargetModule, difference: Tensor, rank: int, quantile: float, device: torch.device
 ) -> tuple[ModuleWeights, float, float]:
-    """Return (module, squared norm that it misses, squared norm of the difference). Computed in float64 if the device
-    has it."""
+    """Return (module, squared norm that it misses, squared norm of the difference), in float64 where possible."""
     weight = target.module.weight
     assert isinstance(weight, Tensor)
     dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -149,7 +156,6 @@ def extracted_metadata(args: argparse.Namespace, base: BaseModel) -> dict[str, s
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """Return the command's options."""
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument(
         "--model_org", type=Path, required=True, help="the original checkpoint: file or diffusers folder"
@@ -166,21 +172,11 @@ def setup_parser() -> argparse.ArgumentParser:
         default=1.0,
         help="clamp values of the factors to this quantile, in sd-scripts 0.99; costs accuracy (default: 1, off)",
     )
-    parser.add_argument(
-        "--min_diff", type=float, default=0.01, help="how far the text encoders must differ to count (default: 0.01)"
-    )
-    parser.add_argument(
-        "--v2", action="store_true", help="require Stable Diffusion 2.x; the version is recognised anyway"
-    )
+    parser.add_argument("--min_diff", type=float, default=0.01, help="least change of text encoders (default: 0.01)")
+    parser.add_argument("--v2", action="store_true", help="require SD 2.x; the model is recognised anyway")
     parser.add_argument("--sdxl", action="store_true", help="require SDXL; the model is recognised anyway")
-    parser.add_argument(
-        "--v_parameterization", action="store_true", help="record in the LoRA that the model predicts velocity"
-    )
-    parser.add_argument(
-        "--load_precision",
-        choices=tuple(SAVE_DTYPES),
-        help="has no effect: weights are compared in the precision they have",
-    )
+    parser.add_argument("--v_parameterization", action="store_true", help="record that the model predicts velocity")
+    parser.add_argument("--load_precision", choices=tuple(SAVE_DTYPES), help="has no effect: weights stay as they are")
     for model in ("original", "tuned"):
         parser.add_argument(
             f"--load_{model}_model_to", help="has no effect: weights are read one by one into main memory"
@@ -193,10 +189,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> None:
     """Raise UserError for invalid values."""
-    for flag in ("dim", "conv_dim"):
-        rank = getattr(args, flag)
-        if rank is not None and rank < 1:
-            raise UserError(f"--{flag} is {rank}; it must be at least 1")
+    check_at_least_one(args, "dim", "conv_dim")
     if not 0.5 < args.clamp_quantile <= 1:
         raise UserError(
             f"--clamp_quantile is {args.clamp_quantile:g}; use a value above 0.5 and up to 1, which disables it"
@@ -229,10 +222,7 @@ def extract(args: argparse.Namespace) -> None:
     print(f"{args.save_to}: {len(modules)} modules, rank {args.dim}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    return run(setup_parser(), extract, argv)
-
+main = command(setup_parser, extract)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,7 +7,6 @@ import argparse
 import logging
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
@@ -15,7 +14,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library.architectures.specs import list_specs
 from library.errors import UserError
-from tools.command import make_parser, run
+from tools.command import command, make_parser
 
 logger = logging.getLogger(__name__)
 
@@ -123,9 +122,7 @@ def move_environments(source: Path, target: Path) -> None:
             (source / name).rename(target / name)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run(setup_parser(), install, argv)
-
+main = command(setup_parser, install)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -27,7 +27,7 @@ from library.models.identify import base_of_checkpoint
 from library.protocols import Architecture
 from networks.core.files.adapter_file import COMPUTED, AdapterFile, require_layouts
 from networks.core.files.module_weights import ModuleWeights
-from tools.command import add_device, make_parser, resolve_device, run
+from tools.command import add_device, check_at_least_one, command, make_parser, resolve_device
 from tools.convert_lora import read_adapter
 
 ENCODERS = ("text_encoder.", "text_encoder_2.")  # prefixes of diffusers' names of their modules
@@ -116,9 +116,7 @@ def changes_of_words(
 def interrogate(args: argparse.Namespace) -> None:
     """Compare every word and print those that change most."""
     device = resolve_device(args.device)
-    for flag in ("batch_size", "top"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag} is {getattr(args, flag)}; it must be at least 1")
+    check_at_least_one(args, "batch_size", "top")
     file = read_adapter(args.model, "--model")
     spec, arch = open_architecture("--sd_model", args.sd_model)
     encoders, tokenizer = arch.load.text_encoders(), arch.text.tokenizer  # type: ignore[attr-defined]
@@ -133,7 +131,6 @@ def interrogate(args: argparse.Namespace) -> None:
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """Return the command's options."""
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("--v2", action="store_true", help="has no effect: checkpoints are recognised")
     parser.add_argument("--sd_model", required=True, help="checkpoint that the LoRA is for: a file or diffusers folder")
@@ -145,10 +142,7 @@ def setup_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    return run(setup_parser(), interrogate, argv)
-
+main = command(setup_parser, interrogate)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -3,7 +3,6 @@ latents and text features, so that training loads neither VAE nor text encoders.
 
 import argparse
 import glob
-import importlib
 import io
 import json
 import logging
@@ -18,18 +17,18 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import toml  # noqa: E402
+import toml
 
-from library.checkpoints.files import atomic_path, remove_temporary  # noqa: E402
-from library.checkpoints.hashes import digest_of_file  # noqa: E402
-from library.checkpoints.overwriting import FileType, check_overwrite  # noqa: E402
-from library.data.decoding.images import open_image  # noqa: E402
-from library.data.description.image_extensions import image_extensions  # noqa: E402
-from library.data.description.keys import ALL_KEYS  # noqa: E402
-from library.data.description.schema import (  # noqa: E402
+from library.checkpoints.files import atomic_path, remove_temporary
+from library.checkpoints.hashes import digest_of_file
+from library.checkpoints.overwriting import FileType, check_overwrite
+from library.data.decoding.images import open_image
+from library.data.description.image_extensions import image_extensions
+from library.data.description.keys import ALL_KEYS
+from library.data.description.schema import (
     DatasetConfig,
     NoDataFound,
     RunDataConfig,
@@ -37,25 +36,24 @@ from library.data.description.schema import (  # noqa: E402
     load_dataset_config,
     read_description,
 )
-from library.data.description.source_keys import SOURCES  # noqa: E402
-from library.data.plan.collect import collect  # noqa: E402
-from library.data.scanned.images import ScannedImage  # noqa: E402
-from library.data.scanned.names import safe_name  # noqa: E402
-from library.data.scanned.subsets import ScannedSubset  # noqa: E402
-from library.data.sources.storage.source import load_source  # noqa: E402
-from library.data.sources.storage.storage import Storage  # noqa: E402
-from library.errors import UserError  # noqa: E402
-from library.options.train import TrainOptions  # noqa: E402
-from library.processes import from_accelerator  # noqa: E402
-from library.progress import Bar, progress_bar  # noqa: E402
-from library.training.command_line.checks import check_data  # noqa: E402
-from library.training.command_line.cli import parse  # noqa: E402
-from library.training.models.base_model import encode_images  # noqa: E402
-from library.training.models.compute import Compute  # noqa: E402
-from library.training.models.opening import open_accelerator, open_data_plan  # noqa: E402
-from library.training.models.text_caching import cached_text, prepare_text  # noqa: E402
-from tools.command import make_parser, run  # noqa: E402
-from tools.plan_memory import spec_of_script  # noqa: E402
+from library.data.description.source_keys import SOURCES
+from library.data.plan.collect import collect
+from library.data.scanned.images import ScannedImage
+from library.data.scanned.names import safe_name
+from library.data.scanned.subsets import ScannedSubset
+from library.data.sources.storage.source import load_source
+from library.data.sources.storage.storage import Storage
+from library.errors import UserError
+from library.options.train import TrainOptions
+from library.processes import from_accelerator
+from library.progress import Bar, progress_bar
+from library.training.command_line.checks import check_data
+from library.training.models.base_model import encode_images
+from library.training.models.compute import Compute
+from library.training.models.opening import open_accelerator, open_data_plan
+from library.training.models.text_caching import cached_text, prepare_text
+from tools.command import make_training_parser, training_command
+from tools.plan_memory import read_training_options, spec_of_script
 
 logger = logging.getLogger(__name__)
 
@@ -103,16 +101,11 @@ def choose_extension(image: ScannedImage, content: bytes) -> str:
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__, EXAMPLES)
-    parser.allow_abbrev = False  # abbreviations refer to training options
+    others = "the training, --dataset_config among them"
+    parser = make_training_parser(__doc__, EXAMPLES, None, others)
     parser.add_argument("--out", type=Path, required=True, help="folder for the shards, the index and the dataset file")
-    parser.add_argument(
-        "--shard_mb", type=float, default=1000.0, help="size at which a shard is full (default: %(default)g)"
-    )
-    parser.add_argument(
-        "--script", help=f"training script, such as train_network.py; required for --{CACHES[0]} and --{CACHES[1]}"
-    )
-    parser.epilog = f"all other options are those of the training, --dataset_config among them.\n\n{parser.epilog}"
+    parser.add_argument("--shard_mb", type=float, default=1000.0, help="size of a full shard (default: %(default)g)")
+    parser.add_argument("--script", help=f"training script; required for --{CACHES[0]} and --{CACHES[1]}")
     return parser
 
 
@@ -301,9 +294,9 @@ def pack(config: RunDataConfig, out: Path, shard_bytes: float, storage: Storage)
         wanted.append([])
         for subset in dataset.subsets:
             rules = subset.captions
-            key = (subset.source, subset.caption_extension, subset.caption_column, subset.image_column)
-            key = (*key, subset.control_dirs, subset.control_columns)
-            key = (*key, rules.enable_wildcard, rules.caption_separator)  # settings that affect how captions are read
+            files = (subset.source, subset.caption_extension, subset.caption_column, subset.image_column)
+            references = (subset.control_dirs, subset.control_columns)
+            key = (files, references, rules.enable_wildcard, rules.caption_separator)  # the rules that change captions
             if key not in patterns:
                 found = load_source(subset.source_key).scan(subset, storage, 16)
                 if not found.images:
@@ -352,10 +345,7 @@ def is_drawn(subset: Mapping[str, Any], dataset: Mapping[str, Any], content: Map
 
 def read_options(args: argparse.Namespace, training: Sequence[str]) -> TrainOptions:
     """Return the training options. Raises UserError for missing and contradictory ones."""
-    script = args.script or "train_network.py"
-    card = spec_of_script(script)
-    parser = importlib.import_module(script.removesuffix(".py")).setup_parser()
-    options: TrainOptions = card.options.from_args(parse(parser, training))
+    options: TrainOptions = read_training_options(args.script or "train_network.py", training)[1]
     if options.dataset.dataset_config is None:
         raise UserError("--dataset_config is missing; it lists the images to pack")
     if args.shard_mb <= 0:
@@ -368,8 +358,7 @@ def read_options(args: argparse.Namespace, training: Sequence[str]) -> TrainOpti
 
 
 def make_shards(args: argparse.Namespace, training: Sequence[str]) -> None:
-    """Write shards, index and dataset file. Raises UserError for invalid options, and for images that cannot be
-    read."""
+    """Write shards, index and dataset file. Raises UserError for invalid options and unreadable images."""
     options = read_options(args, training)
     config, storage = load_dataset_config(options), Storage(options.caching.cache_dir)
     path = args.out / DESCRIPTION
@@ -405,11 +394,7 @@ def fill_caches(script: str | None, options: TrainOptions) -> None:
         prepare_text(options, arch, plan, compute.device, compute.autocast, [], processes)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = setup_parser()
-    own, training = parser.parse_known_args(argv)
-    return run(parser, lambda _: make_shards(own, training), ["--out", str(own.out)])
-
+main = training_command(setup_parser, make_shards)
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -4,6 +4,7 @@ checkpoint.
 Letters: O rows of a weight, N its columns, R rank.
 """
 
+import argparse
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -19,12 +20,14 @@ from tqdm import tqdm
 from library.checkpoints.adapter_keys import recognise_naming
 from library.checkpoints.base_model import BaseModel
 from library.errors import UserError
+from library.memory.devices import SAVE_DTYPES
 from networks.core.changes.svd import balanced, best_factors, concatenated, svd_of_product
 from networks.core.files.adapter_file import COMPUTED, AdapterFile, require_layouts
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.renaming import rename
 from networks.core.kinds import full, lora, norm
 from networks.core.registry.layouts import PIECES
+from tools.command import parse_dtype, resolve_device
 from tools.convert_lora import spec_for_file
 
 logger = logging.getLogger(__name__)
@@ -61,9 +64,21 @@ def keep_ratios(ratios: Sequence[float], ranks: Sequence[int]) -> list[float]:
 
 
 def square_strengths(ratios: Sequence[float], ranks: Sequence[int]) -> list[float]:
-    """Return the strengths of ratios as sd-scripts joins files: both factors are multiplied, and alpha stays while the
-    ranks add."""
+    """Return sd-scripts' strengths of ratios: both factors are multiplied, and alpha stays while the ranks add."""
     return [ratio * abs(ratio) * rank / sum(ranks) for ratio, rank in zip(ratios, ranks, strict=True)]
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Precision and device of the sums, and the precision of the file; None keeps the dtype of every tensor."""
+
+    dtype: torch.dtype
+    device: torch.device
+    save_dtype: torch.dtype | None = None
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> "Arithmetic":
+        return cls(SAVE_DTYPES[args.precision], resolve_device(args.device), parse_dtype(args.save_precision))
 
 
 @dataclass(frozen=True)
@@ -86,13 +101,11 @@ class Merged:
 def merge_adapters(
     adapters: Sequence[Weighted],
     ranks: tuple[int, int] | None,
-    dtype: torch.dtype,
-    device: torch.device,
+    arithmetic: Arithmetic,
     base: BaseModel | None = None,
     joining: Joining = Joining(),
 ) -> list[ModuleWeights]:
-    """Merge adapters into the modules of one LoRA in kohya's names, whose change is the sum of ratio * change, in
-    `dtype`.
+    """Merge adapters into the modules of one LoRA in kohya's names, whose change is the sum of ratio * change.
 
     `ranks` are those of Linear layers and 1x1 convolutions, and of larger kernels; None joins the factors by `joining`,
     so the result is exact and the ranks add. The change of OFT, BOFT and DoRA depends on the base weight, which is read
@@ -121,9 +134,9 @@ def merge_adapters(
             merged.append(Merged(add_norms(name, terms, joining)))
         elif any(needs_base(module) for module, _ in terms):
             assert base is not None and ranks is not None
-            merged.append(approximate(name, terms, ranks, base.read(name), dtype, device))
+            merged.append(approximate(name, terms, ranks, base.read(name), arithmetic))
         else:
-            merged.append(add_factors(name, terms, ranks, dtype, device, joining))
+            merged.append(add_factors(name, terms, ranks, arithmetic, joining))
     missed, total = sum(one.missed for one in merged), sum(one.total for one in merged)
     if missed > WORTH_TELLING**2 * total:
         logger.info("the LoRA misses %.1f%% of the sum of the changes (norm)", 100 * (missed / total) ** 0.5)
@@ -156,12 +169,7 @@ def in_kohya_names(file: AdapterFile) -> AdapterFile:
 
 
 def add_factors(
-    name: str,
-    terms: Terms,
-    ranks: tuple[int, int] | None,
-    dtype: torch.dtype,
-    device: torch.device,
-    joining: Joining,
+    name: str, terms: Terms, ranks: tuple[int, int] | None, arithmetic: Arithmetic, joining: Joining
 ) -> Merged:
     """Add low-rank changes of one module."""
     # A LoHa does not distinguish 1x1 convolutions and matrices.
@@ -169,7 +177,9 @@ def add_factors(
     for module, _ in terms:
         if not module.is_low_rank or module.shape[:2] != shape[:2] or prod(module.shape) != prod(shape):
             raise UserError(f"{name} has different shapes in --models; they were made for different base models")
-    factors = [(up_OR.to(device), down_RN.to(device)) for up_OR, down_RN in (m.factors(dtype) for m, _ in terms)]
+    device = arithmetic.device
+    pairs = (module.factors(arithmetic.dtype) for module, _ in terms)
+    factors = [(up_OR.to(device), down_RN.to(device)) for up_OR, down_RN in pairs]
     strengths = joining.strengths([ratio for _, ratio in terms], [len(down_RN) for _, down_RN in factors])
     scales = [strength * module.scale for strength, (module, _) in zip(strengths, terms, strict=True)]
     up_OR, down_RN = concatenated(factors, scales)
@@ -187,19 +197,17 @@ def add_factors(
     )
 
 
-def approximate(
-    name: str, terms: Terms, ranks: tuple[int, int], weight: Tensor, dtype: torch.dtype, device: torch.device
-) -> Merged:
+def approximate(name: str, terms: Terms, ranks: tuple[int, int], weight: Tensor, arithmetic: Arithmetic) -> Merged:
     """Return the best LoRA for the sum of each file's own change of the base weight."""
-    dtype = torch.promote_types(dtype, torch.float32)  # for the difference of close numbers
-    weight = weight.to(device, dtype)
+    dtype = torch.promote_types(arithmetic.dtype, torch.float32)  # for the difference of close numbers
+    weight = weight.to(arithmetic.device, dtype)
     change = torch.zeros_like(weight)
     for module, ratio in terms:
         change += module.merged(weight, ratio, dtype) - weight
     if not bool(torch.isfinite(change).all()):
         raise UserError(f"--base_model has values that are not finite in {name}; the checkpoint is damaged")
     matrix_ON = change.flatten(1)
-    exact_ON = matrix_ON if device.type == "mps" else matrix_ON.double()  # MPS has no float64
+    exact_ON = matrix_ON if weight.device.type == "mps" else matrix_ON.double()  # MPS has no float64
     up_OR, down_RN = (factor.to(dtype) for factor in best_factors(exact_ON, rank_for(tuple(weight.shape), ranks)))
     missed = float((matrix_ON - up_OR @ down_RN).square().sum())
     return Merged(lora_from_factors(name, up_OR, down_RN, tuple(weight.shape)), missed, float(matrix_ON.square().sum()))
@@ -262,13 +270,8 @@ def merged_metadata(
     if with_modelspec:
         first = next((f.metadata for f in files if "modelspec.architecture" in f.metadata), {})
         metadata["modelspec.sai_model_spec"] = "1.0.1"
-        kept = (
-            "modelspec.architecture",
-            "modelspec.implementation",
-            "modelspec.prediction_type",
-            "modelspec.resolution",
-        )
-        metadata.update({key: first[key] for key in kept if key in first})
+        kept = ("architecture", "implementation", "prediction_type", "resolution")
+        metadata.update({key: first[key] for name in kept if (key := f"modelspec.{name}") in first})
         metadata.update(modelspec(save_to, [path_of(file) for file in files]))
     return metadata
 

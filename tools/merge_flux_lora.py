@@ -16,13 +16,12 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 from library.architectures.flux.merging import open_clip_l, open_t5xxl
 from library.checkpoints.base_model import BaseModel
 from library.errors import UserError
-from library.memory.devices import SAVE_DTYPES
 from networks.core.files.adapter_file import AdapterFile
 from tools import merge_lora
 from tools.base_models import open_base_model
-from tools.command import check_output, parse_dtype, resolve_device, run
+from tools.command import check_output, command
 from tools.convert_lora import read_adapter
-from tools.merge_adapters import Strengths, Weighted, in_kohya_names, keep_ratios
+from tools.merge_adapters import Arithmetic, Strengths, Weighted, in_kohya_names, keep_ratios
 from tools.merge_lora import merge_into_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -60,18 +59,17 @@ def opened_parts(args: argparse.Namespace) -> list[tuple[BaseModel, Path]]:
     return parts
 
 
-def restricted(file: AdapterFile, base: BaseModel) -> AdapterFile:
-    """Return the modules of an adapter that exist in a checkpoint."""
-    here = {module for part in base.files for module in part.modules}
-    return replace(file, modules={name: module for name, module in file.modules.items() if name in here})
+def list_modules(parts: Sequence[BaseModel]) -> set[str]:
+    """Return kohya's names of the modules of checkpoints."""
+    return {module for base in parts for file in base.files for module in file.modules}
 
 
-def without_text_encoders(file: AdapterFile, parts: Sequence[BaseModel]) -> AdapterFile:
-    """Drop an adapter's text encoder modules that no checkpoint has.
+def check_modules(file: AdapterFile, parts: Sequence[BaseModel]) -> None:
+    """Warn of an adapter's text encoder modules that no checkpoint has.
 
     Raises UserError if other modules are missing, or none is left: it was made for another base model.
     """
-    here = {module for base in parts for part in base.files for module in part.modules}
+    here = list_modules(parts)
     missing = [name for name in file.modules if name not in here]
     others = [name for name in missing if not name.startswith(TEXT_ENCODERS)]
     if others or len(missing) == len(file.modules):
@@ -84,7 +82,6 @@ def without_text_encoders(file: AdapterFile, parts: Sequence[BaseModel]) -> Adap
             "omitting %d text encoder layers of %s: set their files with --clip_l and --t5xxl",
             len(missing), file.origin,
         )  # fmt: skip
-    return replace(file, modules={name: module for name, module in file.modules.items() if name in here})
 
 
 def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
@@ -95,25 +92,21 @@ def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
     ratios = merge_lora.check(args)
     if args.lbws:
         raise UserError("--lbws names the blocks of a U-Net, but FLUX.1 has none; remove it")
-    device, save_dtype, dtype = (
-        resolve_device(args.device),
-        parse_dtype(args.save_precision),
-        SAVE_DTYPES[args.precision],
-    )
+    arithmetic = Arithmetic.from_args(args)
     parts = opened_parts(args)
     files = [in_kohya_names(read_adapter(path, "--models")) for path in args.models]
-    kept = [without_text_encoders(file, [base for base, _ in parts]) for file in files]
+    for file in files:
+        check_modules(file, [base for base, _ in parts])
     for base, save_to in parts:
-        adapters = [Weighted(restricted(file, base), ratio) for file, ratio in zip(kept, ratios, strict=True)]
+        here = list_modules([base])
+        kept = [{name: module for name, module in file.modules.items() if name in here} for file in files]
+        adapters = [Weighted(replace(f, modules=m), ratio) for f, m, ratio in zip(files, kept, ratios, strict=True)]
         with_metadata = bool(base.architecture) and not args.no_metadata  # a text encoder alone has no architecture
-        num = merge_into_checkpoint(base, adapters, save_to, dtype, save_dtype, device, with_metadata)
+        num = merge_into_checkpoint(base, adapters, save_to, arithmetic, with_metadata)
         print(f"{save_to}: {len(adapters)} adapters merged into {num} modules")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    return run(setup_parser(), merge, argv)
-
+main = command(setup_parser, merge)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,11 +15,10 @@ import secrets
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import isclose
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,13 +28,8 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_keys import is_of_text_encoder
 from library.checkpoints.base_model import BaseModel, WeightFile
-from library.checkpoints.files import (
-    atomic_folder,
-    is_safetensors,
-    read_metadata,
-    save_pickle_state_dict,
-    save_safetensors,
-)
+from library.checkpoints.files import is_safetensors, read_metadata, save_pickle_state_dict, save_safetensors
+from library.checkpoints.folders import atomic_folder
 from library.errors import UserError
 from library.memory.devices import SAVE_DTYPES
 from library.randomness import generator_for
@@ -48,15 +42,16 @@ from tools.base_models import open_base_model, spec_for
 from tools.command import (
     add_device,
     add_save_precision,
+    check_at_least_one,
     check_new_folder,
     check_output,
+    command,
     make_parser,
-    parse_dtype,
-    resolve_device,
-    run,
+    resolve_ratios,
 )
 from tools.convert_lora import read_adapter, spec_for_file
 from tools.merge_adapters import (
+    Arithmetic,
     Joining,
     Strengths,
     Weighted,
@@ -86,26 +81,17 @@ EXAMPLES = """\
 
 
 def merge_into_checkpoint(
-    base: BaseModel,
-    adapters: Sequence[Weighted],
-    save_to: Path,
-    dtype: torch.dtype,
-    save_dtype: torch.dtype | None,
-    device: torch.device,
-    with_metadata: bool,
+    base: BaseModel, adapters: Sequence[Weighted], save_to: Path, arithmetic: Arithmetic, with_metadata: bool
 ) -> int:
-    """Write the checkpoint with the changes and return the number of changed modules.
-
-    Sums are computed in `dtype`. `save_dtype` None keeps the dtype of every tensor.
-    """
+    """Write the checkpoint with the changes and return the number of changed modules."""
     changes = changes_by_module(base, adapters)
-    progress = tqdm(total=sum(len(file.weights.shapes) for file in base.files), desc="merging", unit="tensor")
     metadata = checkpoint_metadata(base, adapters, save_to) if with_metadata else {}
-    with progress:
-        if not base.is_folder:
-            write(save_to, merged_tensors(base.files[0], changes, dtype, save_dtype, device, progress), metadata)
+    with tqdm(total=sum(len(file.weights.shapes) for file in base.files), desc="merging", unit="tensor") as progress:
+        merge = CheckpointMerge(changes, arithmetic, progress)
+        if base.is_folder:
+            write_folder(base, merge, save_to)
         else:
-            write_folder(base, changes, save_to, dtype, save_dtype, device, progress)
+            write(save_to, merge.merged_tensors(base.files[0]), metadata)
     return len(changes)
 
 
@@ -147,52 +133,46 @@ def suggest_fix(base: BaseModel, missing: Sequence[str], num_modules: int) -> st
     return "was it made for another base model?"
 
 
-def merged_tensors(
-    file: WeightFile,
-    changes: Mapping[str, Sequence[tuple[ModuleWeights, float]]],
-    dtype: torch.dtype,
-    save_dtype: torch.dtype | None,
-    device: torch.device,
-    progress: "tqdm[None]",
-) -> dict[str, Tensor]:
-    """Return every tensor of one file, changed by the adapters."""
-    modules = {stem: module for module, stem in file.stems.items()}
-    tensors = {}
-    for key in file.weights.shapes:
-        old = file.weights.read(key)
-        stem, _, parameter_key = key.rpartition(".")
-        own = changes.get(modules.get(stem, ""), ())
-        new = old.to(device) if own else merged_thirds(file, key, old, changes, dtype, device)
-        for module, ratio in own:
-            if module.changes(parameter_key):
-                new = module.merged(new, ratio, dtype, parameter_key)
-        is_number = old.is_floating_point()
-        tensors[key] = new.to("cpu", save_dtype if save_dtype is not None and is_number else old.dtype)
-        progress.update()
-    return tensors
+@dataclass(frozen=True)
+class CheckpointMerge:
+    """The changes of a checkpoint by kohya's name of the module, with their ratios, and how they are added."""
 
+    changes: Mapping[str, Sequence[tuple[ModuleWeights, float]]]
+    arithmetic: Arithmetic
+    progress: "tqdm[None]"
 
-def merged_thirds(
-    file: WeightFile,
-    key: str,
-    old: Tensor,
-    changes: Mapping[str, Sequence[tuple[ModuleWeights, float]]],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    """Change the rows of modules that are thirds of a tensor; return the tensor itself if none changes."""
-    changed = [(m, third) for m, third in file.thirds.items() if third.key == key and m in changes]
-    if not changed:
-        return old
-    new = old.to(device, copy=True)
-    for name, third in changed:
-        rows = third.of(new)
-        for module, ratio in changes[name]:
-            if module.layout is not norm.LAYOUT:
-                if module.changes("bias"):
-                    raise UserError(f"{module.origin}: {name} changes a bias that is stored with others; remove it")
-                rows.copy_(module.merged(rows, ratio, dtype))
-    return new
+    def merged_tensors(self, file: WeightFile) -> dict[str, Tensor]:
+        """Return every tensor of one file, changed by the adapters."""
+        dtype, save_dtype = self.arithmetic.dtype, self.arithmetic.save_dtype
+        modules = {stem: module for module, stem in file.stems.items()}
+        tensors = {}
+        for key in file.weights.shapes:
+            old = file.weights.read(key)
+            stem, _, parameter_key = key.rpartition(".")
+            own = self.changes.get(modules.get(stem, ""), ())
+            new = old.to(self.arithmetic.device) if own else self.merged_thirds(file, key, old)
+            for module, ratio in own:
+                if module.changes(parameter_key):
+                    new = module.merged(new, ratio, dtype, parameter_key)
+            is_number = old.is_floating_point()
+            tensors[key] = new.to("cpu", save_dtype if save_dtype is not None and is_number else old.dtype)
+            self.progress.update()
+        return tensors
+
+    def merged_thirds(self, file: WeightFile, key: str, old: Tensor) -> Tensor:
+        """Change the rows of modules that are thirds of a tensor; return the tensor itself if none changes."""
+        changed = [(m, third) for m, third in file.thirds.items() if third.key == key and m in self.changes]
+        if not changed:
+            return old
+        new = old.to(self.arithmetic.device, copy=True)
+        for name, third in changed:
+            rows = third.of(new)
+            for module, ratio in self.changes[name]:
+                if module.layout is not norm.LAYOUT:
+                    if module.changes("bias"):
+                        raise UserError(f"{module.origin}: {name} changes a bias that is stored with others; remove it")
+                    rows.copy_(module.merged(rows, ratio, self.arithmetic.dtype))
+        return new
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -203,15 +183,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         save_pickle_state_dict(path, tensors)
 
 
-def write_folder(
-    base: BaseModel,
-    changes: Mapping[str, Sequence[tuple[ModuleWeights, float]]],
-    save_to: Path,
-    dtype: torch.dtype,
-    save_dtype: torch.dtype | None,
-    device: torch.device,
-    progress: "tqdm[None]",
-) -> None:
+def write_folder(base: BaseModel, merge: CheckpointMerge, save_to: Path) -> None:
     """Write a copy of the diffusers folder with changed weights; it appears under its name when it is complete."""
     parts = {file.part: file for file in base.files}
 
@@ -221,11 +193,10 @@ def write_folder(
         return [name for name in names if is_part and name != "config.json"]
 
     with atomic_folder(save_to) as folder:
-        shutil.copytree(base.path, folder, ignore=replaced)
+        shutil.copytree(base.path, folder, ignore=replaced, dirs_exist_ok=True)
         for part, file in parts.items():
             name = model_lookup.weight_files(part)[0][0]
-            tensors = merged_tensors(file, changes, dtype, save_dtype, device, progress)
-            save_safetensors(folder / part / name, tensors, {"format": "pt"})
+            save_safetensors(folder / part / name, merge.merged_tensors(file), {"format": "pt"})
 
 
 def checkpoint_metadata(base: BaseModel, adapters: Sequence[Weighted], save_to: Path) -> dict[str, str]:
@@ -249,21 +220,13 @@ def setup_parser(new_rank: int | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--sd_model", type=Path, help="checkpoint to merge into: a single file or a diffusers folder")
     parser.add_argument("--v2", action="store_true", help="has no effect: checkpoints are recognised")
     parser.add_argument("--save_to", type=Path, required=True, help="the file or, for a folder, the folder to write")
-    parser.add_argument(
-        "--base_model", type=Path, help="without --sd_model: the checkpoint that OFT, BOFT or DoRA was trained on"
-    )
+    parser.add_argument("--base_model", type=Path, help="checkpoint that OFT, BOFT or DoRA of --models was trained on")
     parser.add_argument("--models", type=Path, nargs="+", required=True, help="LoRA files of any trainer")
     parser.add_argument("--ratios", type=float, nargs="+", help="strength of each file; unset: 1 for all")
     parser.add_argument("--lbws", nargs="+", help=block_weights.help_text())
     parser.add_argument("--concat", action="store_true", help="without --sd_model: exact, the ranks add")
-    parser.add_argument(
-        "--shuffle",
-        action="store_true",
-        help="with --concat: shuffle the ranks, so that the files cannot be extracted again",
-    )
-    parser.add_argument(
-        "--new_rank", type=int, default=new_rank, help="without --sd_model: rank of the result; unset: the largest one"
-    )
+    parser.add_argument("--shuffle", action="store_true", help="with --concat: no file can be extracted again")
+    parser.add_argument("--new_rank", type=int, default=new_rank, help="without --sd_model; unset: the largest rank")
     parser.add_argument("--new_conv_rank", type=int, help="rank for kernels larger than 1x1; unset: --new_rank")
     parser.add_argument("--precision", choices=tuple(SAVE_DTYPES), default="float", help="precision of the arithmetic")
     add_save_precision(parser, "that of each tensor in a checkpoint, --precision in a LoRA")
@@ -293,19 +256,15 @@ def is_norms(file: AdapterFile) -> bool:
 
 def check(args: argparse.Namespace) -> list[float]:
     """Return the ratios. Raises UserError for options that do not go together."""
-    ratios = args.ratios or [1.0] * len(args.models)
-    if len(ratios) != len(args.models):
-        raise UserError(f"--ratios has {len(ratios)} values, but --models {len(args.models)}; use one for each file")
+    ratios = resolve_ratios(args, 1.0)
     if args.sd_model is not None and args.concat:
         raise UserError("--concat makes one LoRA of several; it has no meaning with --sd_model; remove one of them")
     if args.sd_model is not None and args.base_model is not None:
         raise UserError("--base_model is what one LoRA was trained on; it has no meaning with --sd_model")
+    check_at_least_one(args, "new_rank", "new_conv_rank")
     for flag in ("new_rank", "new_conv_rank"):
-        rank = getattr(args, flag)
-        if rank is None:
+        if getattr(args, flag) is None:
             continue
-        if rank < 1:
-            raise UserError(f"--{flag} is {rank}; it must be at least 1")
         if args.concat:
             raise UserError(f"--{flag} and --concat exclude each other: joined factors have the sum of the ranks")
         if args.sd_model is not None:
@@ -352,11 +311,7 @@ def weighted(
 def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
     """Read, merge and write; `strengths` interprets ratios where factors are joined."""
     ratios = check(args)
-    device, save_dtype, dtype = (
-        resolve_device(args.device),
-        parse_dtype(args.save_precision),
-        SAVE_DTYPES[args.precision],
-    )
+    arithmetic = Arithmetic.from_args(args)
     files = [read_adapter(path, "--models") for path in args.models]
     base = None if args.sd_model is None else open_base_model("--sd_model", args.sd_model)
     adapters = weighted(files, ratios, args.lbws, base)
@@ -364,7 +319,7 @@ def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
         # Diffusers has several modules for one of the base model.
         if any(module.pieces for module in base.names.modules):
             adapters = [replace(a, file=rename(a.file, base.names, "kohya", keeps_pieces=True).file) for a in adapters]
-        num = merge_into_checkpoint(base, adapters, args.save_to, dtype, save_dtype, device, not args.no_metadata)
+        num = merge_into_checkpoint(base, adapters, args.save_to, arithmetic, not args.no_metadata)
         print(f"{args.save_to}: {len(adapters)} adapters merged into {num} modules")
         return
     trained_on = None if args.base_model is None else open_base_model("--base_model", args.base_model)
@@ -373,17 +328,14 @@ def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
         log_strengths(ratios, strengths)
         shuffling = generator_for(secrets.randbits(62), "--shuffle") if args.shuffle else None
         joining = Joining(strengths, shuffling)
-    modules = merge_adapters(adapters, resolve_ranks(args, adapters), dtype, device, trained_on, joining)
+    modules = merge_adapters(adapters, resolve_ranks(args, adapters), arithmetic, trained_on, joining)
     metadata = merged_metadata(adapters, modules, args.save_to, not args.no_metadata)
     file = AdapterFile(str(args.save_to), {module.name: module for module in modules}, metadata, {})
-    save_adapter_file(args.save_to, file, save_dtype or dtype)
+    save_adapter_file(args.save_to, file, arithmetic.save_dtype or arithmetic.dtype)
     print(f"{args.save_to}: {len(modules)} modules, rank {metadata.get('ss_network_dim', 'none')}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    return run(setup_parser(), merge, argv)
-
+main = command(setup_parser, merge)
 
 if __name__ == "__main__":
     sys.exit(main())

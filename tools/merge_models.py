@@ -22,7 +22,7 @@ from library.checkpoints.files import read_metadata
 from library.checkpoints.weights import Weights
 from library.errors import UserError, few
 from library.memory.devices import SAVE_DTYPES
-from tools.command import add_device, check_output, make_parser, resolve_device, run
+from tools.command import add_device, check_output, command, make_parser, resolve_device, resolve_ratios
 from tools.merge_adapters import modelspec
 from tools.merge_lora import write
 
@@ -89,14 +89,11 @@ def warn_of_nonfinite(output: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """Return the command's options."""
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("--models", type=Path, nargs="+", required=True, help="checkpoints, each a single file")
     parser.add_argument("--output", type=Path, required=True, help="the file to write: .safetensors, .ckpt or .pt")
     parser.add_argument("--ratios", type=float, nargs="+", help="share of each file; unset: equal shares")
-    parser.add_argument(
-        "--unet_only", action="store_true", help="merge only the U-Net; text encoders and VAE are the first file's"
-    )
+    parser.add_argument("--unet_only", action="store_true", help="keep the text encoders and the VAE of the first file")
     parser.add_argument("--precision", choices=tuple(SAVE_DTYPES), default="float", help="precision of the arithmetic")
     parser.add_argument(
         "--saving_precision", choices=tuple(SAVE_DTYPES), default="float", help="precision of the file (default: float)"
@@ -108,9 +105,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 def merge(args: argparse.Namespace) -> None:
     """Read, merge and write the checkpoints."""
-    ratios = args.ratios or [1 / len(args.models)] * len(args.models)
-    if len(ratios) != len(args.models):
-        raise UserError(f"--ratios has {len(ratios)} values, but --models {len(args.models)}; use one for each file")
+    ratios = resolve_ratios(args, 1 / len(args.models))
     check_output("--output", args.output, args.models)
     device = resolve_device(args.device)
     folders = [path for path in args.models if path.is_dir()]
@@ -125,15 +120,14 @@ def merge(args: argparse.Namespace) -> None:
     saved = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
     warn_of_nonfinite(args.output, saved)
     kept = read_metadata(args.models[0])
-    about = {key: kept[key] for key in ("modelspec.sai_model_spec", "modelspec.architecture") if key in kept}
+    about: dict[str, str] = {
+        key: kept[key] for key in ("modelspec.sai_model_spec", "modelspec.architecture") if key in kept
+    }
     write(args.output, saved, {**about, **modelspec(args.output, args.models)})
     print(f"{args.output}: {len(tensors)} weights of {len(models)} files")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    return run(setup_parser(), merge, argv)
-
+main = command(setup_parser, merge)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -36,7 +36,7 @@ from library.errors import UserError
 from library.models.identify import base_of_file, refuse_other
 from library.models.vae.checkpoint_keys import VAE_PREFIX
 from library.models.vae.vae import vae_of_checkpoint
-from tools.command import add_file_precision, check_safetensors_output, dtype_of_file, make_parser, run
+from tools.command import add_file_precision, check_safetensors_output, command, dtype_of_file, make_parser
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,8 @@ def check(parts: Sequence[PartFile]) -> None:
     opened = [model_lookup.open_file(part.flag, existing(part)) for part in parts]
     dit = opened[0]
     specs = list_specs()
-    found = base_of_file(specs, {f"{DENOISER_PREFIX}{key}": shape for key, shape in dit.shapes.items()} | dit.shapes)
+    prefixed = {f"{DENOISER_PREFIX}{key}": shape for key, shape in dit.shapes.items()}
+    found = base_of_file(specs, {**prefixed, **dit.shapes})
     refuse_other(specs, "--dit", dit.origin, found, "sd3", "transformer")
     if found is None:
         raise UserError(f"--dit {dit.origin} has no joint_blocks, so it is not a transformer of SD3")
@@ -146,7 +147,6 @@ def merge(args: argparse.Namespace) -> None:
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """Return the command's options."""
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("--dit", type=Path, required=True, help="file of the transformer, which may hold other parts")
     parser.add_argument("--vae", type=Path, help="file of the VAE in the original layout")
@@ -159,10 +159,7 @@ def setup_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    return run(setup_parser(), merge, argv)
-
+main = command(setup_parser, merge)
 
 if __name__ == "__main__":
     sys.exit(main())

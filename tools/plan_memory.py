@@ -5,31 +5,31 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
+import torch
 
-from library.architectures.specs import list_specs  # noqa: E402
-from library.checkpoints.base_model_spec import BaseModelSpec  # noqa: E402
-from library.data.description.schema import RunDataConfig, load_dataset_config, parse_numbers  # noqa: E402
-from library.errors import UserError  # noqa: E402
-from library.memory.planner.gpus import parse_size, typical_gpu  # noqa: E402
-from library.options.dataset import DatasetOptions  # noqa: E402
-from library.options.requirements import check_requirements  # noqa: E402
-from library.options.train import TrainOptions  # noqa: E402
-from library.protocols import Architecture  # noqa: E402
-from library.training.command_line.checks import check_network, check_precision  # noqa: E402
-from library.training.command_line.cli import parse  # noqa: E402
-from library.training.models.check_batches import mute_logging  # noqa: E402
-from library.training.planning.counting import BatchShape, CountedRun, count_run  # noqa: E402
-from library.training.planning.fit import fit_to  # noqa: E402
-from library.training.planning.fit_run import count_sweep  # noqa: E402
-from library.training.sweep.combinations import shared_and_own  # noqa: E402
-from tools.command import make_training_parser, run  # noqa: E402
+from library.architectures.specs import list_specs
+from library.checkpoints.base_model_spec import BaseModelSpec
+from library.data.description.schema import RunDataConfig, load_dataset_config, parse_numbers
+from library.errors import UserError
+from library.memory.planner.gpus import parse_size, typical_gpu
+from library.options.dataset import DatasetOptions
+from library.options.requirements import check_requirements
+from library.options.train import TrainOptions
+from library.protocols import Architecture
+from library.training.command_line.checks import check_network, check_precision
+from library.training.command_line.cli import parse
+from library.training.models.check_batches import mute_logging
+from library.training.planning.counting import BatchShape, CountedRun, count_run
+from library.training.planning.fit import fit_to
+from library.training.planning.fit_run import count_sweep
+from library.training.sweep.combinations import shared_and_own
+from tools.command import make_training_parser, training_command
 
 CARD = torch.device("cuda")  # whose rules apply; none need be present
 EXAMPLES = """\
@@ -48,11 +48,16 @@ def spec_of_script(name: str) -> BaseModelSpec:
     return found[script]
 
 
+def read_training_options(script: str, arguments: Sequence[str]) -> tuple[BaseModelSpec, Any]:
+    """Return a script's base model and the options of a training. Raises UserError for invalid ones."""
+    spec = spec_of_script(script)
+    parser = importlib.import_module(spec.script.removesuffix(".py")).setup_parser()
+    return spec, spec.options.from_args(parse(parser, arguments))
+
+
 def setup_parser() -> argparse.ArgumentParser:
     parser = make_training_parser(__doc__, EXAMPLES, "flux_train_network.py")
-    parser.add_argument(
-        "--cards", default="8GB,12GB,16GB,24GB", help="memory of the GPUs, separated by commas (default: %(default)s)"
-    )
+    parser.add_argument("--cards", default="8GB,12GB,16GB,24GB", help="memory of the GPUs (default: %(default)s)")
     return parser
 
 
@@ -61,9 +66,7 @@ def count(name: str, arguments: Sequence[str]) -> tuple[TrainOptions, Architectu
 
     Raises UserError for invalid options.
     """
-    card = spec_of_script(name)
-    parser = importlib.import_module(name.removesuffix(".py")).setup_parser()
-    options = card.options.from_args(parse(parser, arguments))
+    spec, options = read_training_options(name, arguments)
     if not options.network.network_module:
         raise UserError("--network_module is not set; use networks.lora for a LoRA")
     if options.distributed.shard_base and not options.distributed.shard_group:
@@ -75,7 +78,7 @@ def count(name: str, arguments: Sequence[str]) -> tuple[TrainOptions, Architectu
     batch = largest_batch(load_dataset_config(options)) if data.dataset_config else batch_of_options(data)
     with mute_logging():  # the run itself will say it
         options, adapters = shared_and_own(options)
-        arch = card.build(options)
+        arch = spec.build(options)
         return options, arch, batch, count_run(options, arch, batch, CARD, list(adapters.values()))
 
 
@@ -115,11 +118,7 @@ def plan(args: argparse.Namespace, training: Sequence[str]) -> None:
             print(line)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = setup_parser()
-    own, training = parser.parse_known_args(argv)
-    return run(parser, partial(plan, training=training), ["--script", own.script, "--cards", own.cards])
-
+main = training_command(setup_parser, plan)
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

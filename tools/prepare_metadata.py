@@ -7,7 +7,6 @@ Training here needs no sizes in the file: it reads each from the image's header.
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from library.memory.devices import DTYPES
 from library.models.identify import base_of_checkpoint
 from tools.cache_latents import cache_images
 from tools.captions_to_metadata import check_name, list_images, write_table
-from tools.command import make_parser, run
+from tools.command import command, make_parser
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +88,6 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """Return the command's options."""
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("train_data_dir", type=Path, help="the folder of images")
     parser.add_argument("in_json", type=Path, help="the metadata file to read")
@@ -112,10 +110,7 @@ def setup_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    return run(setup_parser(), prepare, argv)
-
+main = command(setup_parser, prepare)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
@@ -11,7 +10,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 from library.errors import UserError
 from library.suggestions import did_you_mean
 from library.training.command_line.recipes import FOLDER, list_recipes
-from tools.command import make_parser, run
+from tools.command import command, make_parser
 
 EXAMPLES = """\
   python3 tools/recipes.py
@@ -38,9 +37,7 @@ def show_recipes(args: argparse.Namespace) -> None:
         )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run(setup_parser(), show_recipes, argv)
-
+main = command(setup_parser, show_recipes)
 
 if __name__ == "__main__":
     sys.exit(main())

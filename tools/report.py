@@ -4,7 +4,6 @@ reports of a folder to a browser on this machine."""
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from library.errors import UserError
 from library.training.report_page.page import REPORT
 from library.training.report_page.server import ReportServer
 from library.training.report_page.writer import build_report, read_events, write_page
-from tools.command import make_parser, run
+from tools.command import command, make_parser
 
 EXAMPLES = """\
   python3 tools/report.py output/events.jsonl --output output/my_cat-report.html
@@ -26,9 +25,7 @@ logger = logging.getLogger(__name__)
 
 def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EXAMPLES)
-    parser.add_argument(
-        "events", type=Path, help="file that --log_events wrote; with --serve also a report, or a folder"
-    )
+    parser.add_argument("events", type=Path, help="file of --log_events; with --serve also a report, or a folder")
     parser.add_argument("--serve", action="store_true", help="serve the page, read-only, until Ctrl-C")
     parser.add_argument("--port", type=int, default=8123, help="port to serve on (default: 8123)")
     parser.add_argument("--output", type=Path, help="HTML file to write; unset: named like the events file, beside it")
@@ -52,9 +49,7 @@ def make_report(args: argparse.Namespace) -> None:
     logger.info("wrote %s", path)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run(setup_parser(), make_report, argv)
-
+main = command(setup_parser, make_report)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -25,7 +25,7 @@ from library.data.decoding.images import Pixels, read_pixels, resize
 from library.data.description.buckets import Size
 from library.data.description.image_extensions import image_extensions
 from library.errors import UserError
-from tools.command import make_parser, run
+from tools.command import check_at_least_one, command, make_parser
 
 DEFAULT_RESOLUTIONS = "512x512,384x384,256x256,128x128"
 FILTERS = {name: name for name in ("area", "cubic", "nearest", "linear", "box")} | {"lanczos4": "lanczos"}
@@ -100,8 +100,7 @@ def resize_all(args: argparse.Namespace) -> None:
         raise UserError(f"{source} is not a folder")
     if target.resolve() == source.resolve():
         raise UserError(f"{target} is the folder of the images themselves; use another one for the new files")
-    if args.divisible_by < 1:
-        raise UserError(f"--divisible_by is {args.divisible_by}; it must be at least 1")
+    check_at_least_one(args, "divisible_by")
     filter_name = FILTERS[args.interpolation] if args.interpolation else None
     ending = ".png" if args.save_as_png else ".jpg"
     resizing = Resizing(parse_resolutions(args.max_resolution), args.divisible_by, filter_name, ending)
@@ -134,7 +133,6 @@ def copy_others(
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """Return the command's options."""
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("src_img_folder", type=Path, help="the folder of images")
     parser.add_argument("dst_img_folder", type=Path, help="the folder to write to")
@@ -142,18 +140,11 @@ def setup_parser() -> argparse.ArgumentParser:
     parser.add_argument("--divisible_by", type=int, default=1, help="cut sides to multiples of this")
     parser.add_argument("--interpolation", choices=tuple(FILTERS), help="filter; unset: area, which averages")
     parser.add_argument("--save_as_png", action="store_true", help="write .png instead of .jpg")
-    parser.add_argument(
-        "--copy_associated_files",
-        action="store_true",
-        help="copy captions and other files of an image for each size",
-    )
+    parser.add_argument("--copy_associated_files", action="store_true", help="copy captions and the like for each size")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    return run(setup_parser(), resize_all, argv)
-
+main = command(setup_parser, resize_all)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -42,11 +42,12 @@ from networks.core.kinds import lora, norm
 from tools.command import (
     add_device,
     add_save_precision,
+    check_at_least_one,
     check_output,
+    command,
     make_parser,
     parse_dtype,
     resolve_device,
-    run,
     with_comment,
 )
 
@@ -100,38 +101,26 @@ class Resized:
 
 
 def resize_module(module: ModuleWeights, measure: Measure, device: torch.device) -> Resized:
-    """Resize a module, computed in float32 on `device`."""
-    up_OR, down_RN = module.factors()
-    if measure.method is None and measure.lowrank_niter and min(*up_OR.shape, len(down_RN.T)) > MANY_SINGULAR_VALUES:
-        return resize_large_module(module, measure, device)
-    u, s_K, v = svd_of_product(up_OR.to(device), down_RN.to(device))
-    rank = measure.rank_of(module, s_K)
-    up, down = balanced(u, s_K, v, rank)
-    s_K = s_K.cpu().double()  # not every device has float64
-    kept = s_K[:rank]
-    total, norm = float(s_K.sum()), float(s_K.norm())
-    return Resized(
-        module=module.with_factors(up.cpu(), down.cpu(), module.scale),
-        old_rank=module.rank,
-        kept_sum=float(kept.sum()) / total if total > 0 else 1.0,
-        kept_norm=float(kept.norm()) / norm if norm > 0 else 1.0,
-        ratio=float(s_K[0] / kept[-1].clamp(min=1e-30)),
-    )
-
-
-def resize_large_module(module: ModuleWeights, measure: Measure, device: torch.device) -> Resized:
-    """Resize to a fixed rank, computing only its singular values, approximately."""
+    """Resize a module, computed in float32 on `device`; large ones to a fixed rank approximately, if requested."""
     up_OR, down_RN = (factor.to(device) for factor in module.factors())
-    rank = measure.most_of(module)
-    generator = generator_for(0, "resize_lora", module.name)
-    u, s_r, v, norm = largest_of_product(up_OR, down_RN, rank, measure.lowrank_niter, generator)
-    up, down = balanced(u, s_r, v, rank)
+    num_values = min(*up_OR.shape, len(down_RN.T))
+    if measure.method is None and measure.lowrank_niter and num_values > MANY_SINGULAR_VALUES:
+        rank, total = measure.most_of(module), None
+        generator = generator_for(0, "resize_lora", module.name)
+        u, s_K, v, norm = largest_of_product(up_OR, down_RN, rank, measure.lowrank_niter, generator)
+    else:
+        u, s_K, v = svd_of_product(up_OR, down_RN)
+        rank = measure.rank_of(module, s_K)
+        exact_K = s_K.cpu().double()  # not every device has float64
+        total, norm = float(exact_K.sum()), float(exact_K.norm())
+    up, down = balanced(u, s_K, v, rank)
+    kept = s_K[:rank].cpu().double()
     return Resized(
         module=module.with_factors(up.cpu(), down.cpu(), module.scale),
         old_rank=module.rank,
-        kept_sum=None,
-        kept_norm=float(s_r.norm()) / norm if norm > 0 else 1.0,
-        ratio=float(s_r[0] / s_r[-1].clamp(min=1e-30)),
+        kept_sum=None if total is None else float(kept.sum()) / total if total > 0 else 1.0,
+        kept_norm=float(kept.norm()) / norm if norm > 0 else 1.0,
+        ratio=float(kept[0] / kept[-1].clamp(min=1e-30)),
     )
 
 
@@ -185,13 +174,10 @@ def resized_metadata(file: AdapterFile, modules: Sequence[ModuleWeights], measur
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """Return the command's options."""
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("--model", type=Path, required=True, help="the LoRA file to read, of any trainer")
     parser.add_argument("--save_to", type=Path, required=True, help="the file to write: .safetensors, .ckpt or .pt")
-    parser.add_argument(
-        "--new_rank", type=int, default=4, help="rank of Linear layers and 1x1 convolutions; the largest with a method"
-    )
+    parser.add_argument("--new_rank", type=int, default=4, help="rank; with a method, the largest (default: 4)")
     parser.add_argument("--new_conv_rank", type=int, help="rank of larger kernels; unset: --new_rank")
     parser.add_argument(
         "--dynamic_method",
@@ -216,10 +202,8 @@ def setup_parser() -> argparse.ArgumentParser:
 
 def resolve_measure(args: argparse.Namespace) -> Measure:
     """Return the measure that the options request. Raises UserError for invalid values."""
+    check_at_least_one(args, "new_rank", "new_conv_rank")
     conv = args.new_rank if args.new_conv_rank is None else args.new_conv_rank
-    for flag, rank in (("--new_rank", args.new_rank), ("--new_conv_rank", conv)):
-        if rank < 1:
-            raise UserError(f"{flag} is {rank}; it must be at least 1")
     method, param = args.dynamic_method, args.dynamic_param
     if (method is None) != (param is None):
         raise UserError("--dynamic_method and --dynamic_param belong together, for example sv_fro and 0.9")
@@ -246,10 +230,7 @@ def resize(args: argparse.Namespace) -> None:
     print(f"{args.save_to}: {len(resized.modules)} modules, rank {resized.metadata['ss_network_dim']}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    return run(setup_parser(), resize, argv)
-
+main = command(setup_parser, resize)
 
 if __name__ == "__main__":
     sys.exit(main())

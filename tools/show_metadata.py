@@ -8,7 +8,7 @@ import io
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from library.checkpoints.files import file_in_folder, holds_safetensors, read_he
 from library.errors import UserError
 from library.formatting import escape_controls
 from library.json_text import parse_json
-from tools.command import make_parser, run
+from tools.command import command, make_parser
 
 TAG_KEY = "ss_tag_frequency"
 TIME_KEYS = ("ss_training_started_at", "ss_training_finished_at")
@@ -98,7 +98,6 @@ def shortened(text: str) -> str:
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """Return the command's options."""
     parser = make_parser(__doc__, EXAMPLES)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", type=Path, help="a .safetensors file")
@@ -137,10 +136,7 @@ def print_metadata(args: argparse.Namespace) -> None:
         print(line)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    return run(setup_parser(), print_metadata, argv)
-
+main = command(setup_parser, print_metadata)
 
 if __name__ == "__main__":
     sys.exit(main())

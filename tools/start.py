@@ -10,6 +10,7 @@ variable START_VENV) and are reinstalled only when a requirements file or the en
 import argparse
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import sys
 import time
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
@@ -122,7 +124,7 @@ def digest_text(path: Path) -> str:
     return hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
 
 
-def read_stamp(venv: Path) -> dict:
+def read_stamp(venv: Path) -> "dict[str, Any]":
     """Return what was installed last: {"python": version, "requirements": {file name: digest}}; {} if unknown."""
     try:
         stamp = json.loads((venv / STAMP_NAME).read_text(encoding="utf-8"))
@@ -131,11 +133,12 @@ def read_stamp(venv: Path) -> dict:
     return stamp if isinstance(stamp, dict) else {}
 
 
-def is_installed(stamp: dict, python_version: "tuple[int, int, int]", requirements: "dict[str, str]") -> bool:
+def is_installed(stamp: "dict[str, Any]", version: "tuple[int, int, int]", requirements: "dict[str, str]") -> bool:
     """Tell whether the stamp covers these requirement files, unchanged, for this Python."""
     installed = stamp.get("requirements", {})
-    same_python = stamp.get("python") == list(python_version)
-    return same_python and all(installed.get(name) == digest for name, digest in requirements.items())
+    return stamp.get("python") == list(version) and all(
+        installed.get(name) == digest for name, digest in requirements.items()
+    )
 
 
 def write_stamp(venv: Path, python_version: "tuple[int, int, int]", requirements: "dict[str, str]") -> None:
@@ -189,7 +192,7 @@ def install(venv: Path, python: Path, requirement_names: "list[str]") -> None:
             "here, set PIP_EXTRA_INDEX_URL to the CPU address that https://pytorch.org/get-started names, start again.",
             flush=True,
         )
-    last_lines = deque(maxlen=15)
+    last_lines = deque(maxlen=15)  # type: deque[str]
     exit_code = run(install_command(python, requirement_names), keep_errors_in=last_lines)
     if exit_code != 0:
         full = any("No space left" in line or "not enough space" in line.lower() for line in last_lines)
@@ -241,7 +244,7 @@ def child_environment() -> "dict[str, str]":
     return {**os.environ, **settings}
 
 
-def run(command: "list[str]", keep_errors_in: "deque | None" = None, quiet: bool = False) -> int:
+def run(command: "list[str]", keep_errors_in: "deque[str] | None" = None, quiet: bool = False) -> int:
     """Run a command in the repository's folder and return its exit status.
 
     `keep_errors_in` collects the lines of its standard error, which are also shown. After Ctrl-C the command, which
@@ -253,14 +256,14 @@ def run(command: "list[str]", keep_errors_in: "deque | None" = None, quiet: bool
         env=child_environment(),
         stdout=subprocess.DEVNULL if quiet else None,
         stderr=subprocess.DEVNULL if quiet else subprocess.PIPE if keep_errors_in is not None else None,
-        **(
-            {"universal_newlines": True, "encoding": "utf-8", "errors": "replace"} if keep_errors_in is not None else {}
-        ),
+        universal_newlines=True,
+        encoding="utf-8",
+        errors="replace",
     )
     num_interrupts = 0
     while True:
         try:
-            if keep_errors_in is not None:
+            if keep_errors_in is not None and process.stderr is not None:
                 for line in process.stderr:
                     sys.stderr.write(line)
                     keep_errors_in.append(line)
@@ -272,7 +275,7 @@ def run(command: "list[str]", keep_errors_in: "deque | None" = None, quiet: bool
                 process.kill()
     if num_interrupts:
         raise KeyboardInterrupt
-    return 128 - exit_code if exit_code < 0 else exit_code
+    return int(128 - exit_code if exit_code < 0 else exit_code)
 
 
 def num_threads() -> int:
@@ -393,9 +396,7 @@ def setup_parser() -> argparse.ArgumentParser:
     setup = commands.add_parser(
         "setup", parents=[common], help="only make the environment, with all that the tests need"
     )
-    setup.add_argument(
-        "--locked", action="store_true", help="the versions in requirements.lock, without what only tests need"
-    )
+    setup.add_argument("--locked", action="store_true", help="the versions in requirements.lock, without test packages")
     commands.add_parser("doctor", parents=[common], help="say what of this machine is wrong, for you or a bug report")
     commands.add_parser(
         "quickstart", parents=[common], help="train a LoRA on the bundled toy model, draw before | after"
@@ -403,9 +404,7 @@ def setup_parser() -> argparse.ArgumentParser:
     test = commands.add_parser(
         "test", parents=[common], help="run the tests: `test --slow -- -k dataset` also takes arguments of pytest"
     )
-    test.add_argument(
-        "--slow", action="store_true", help="also the tests that take minutes, whole trainings among them"
-    )
+    test.add_argument("--slow", action="store_true", help="also the tests that take minutes, such as whole trainings")
     return parser
 
 
@@ -422,7 +421,8 @@ def main(arguments: "list[str]") -> int:
     ours, for_pytest = split_at_dashes(arguments)
     try:
         check_python(sys.version_info[:2])
-        sys.stdout.reconfigure(errors="backslashreplace")  # a Windows console may lack a character of a path
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a Windows console may lack a character of a path
+            sys.stdout.reconfigure(errors="backslashreplace")
         parser = setup_parser()
         args = parser.parse_args(ours)
         venv = Path(os.path.abspath(str(args.venv)))

@@ -17,32 +17,31 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
+import torch
+from torch import nn
 
-from library.checkpoints.base_model_spec import BaseModelSpec  # noqa: E402
-from library.errors import UserError  # noqa: E402
-from library.installed import version_of  # noqa: E402
-from library.memory.devices import DTYPES  # noqa: E402
-from library.memory.planner.gpus import measured_gpu  # noqa: E402
-from library.memory.planner.prediction import Predicted, Way, predict  # noqa: E402
-from library.memory.planner.table import in_gib  # noqa: E402
-from library.models.reference import MissingClass  # noqa: E402
-from library.options.train import TrainOptions  # noqa: E402
-from library.training.command_line.cli import parse  # noqa: E402
-from library.training.models.check_batches import mute_logging  # noqa: E402
-from library.training.planning.settings import describe, resolve_way  # noqa: E402
-from networks.core.protocol import OURS  # noqa: E402
-from tools.command import make_parser, run  # noqa: E402
-from tools.plan_memory import count, spec_of_script  # noqa: E402
+from library.checkpoints.base_model_spec import BaseModelSpec
+from library.errors import UserError
+from library.installed import version_of
+from library.memory.devices import DTYPES
+from library.memory.planner.gpus import measured_gpu
+from library.memory.planner.prediction import Predicted, Way, predict
+from library.memory.planner.table import in_gib
+from library.models.reference import MissingClass
+from library.options.train import TrainOptions
+from library.training.models.check_batches import mute_logging
+from library.training.planning.settings import describe, resolve_way
+from networks.core.protocol import OURS
+from tools.command import make_training_parser, training_command
+from tools.plan_memory import count, read_training_options
 
+ROOT = Path(__file__).resolve().parents[1]
 NUM_STEPS, RESUMED_AT = 20, 10
 WARM_UP = 5  # steps that are left out of the time
 MOST = 1e-3  # difference to diffusers as a share of the output's largest value; float32, two blocks of each kind
@@ -99,26 +98,13 @@ class Result:
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__, EXAMPLES)
-    parser.allow_abbrev = False  # abbreviations refer to training options
-    parser.add_argument("--script", required=True, help="training script, such as train_network.py")
-    parser.epilog = f"all other options are those of the training.\n\n{parser.epilog}"
-    return parser
+    return make_training_parser(__doc__, EXAMPLES)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = setup_parser()
-    own, training = parser.parse_known_args(argv)
+def verify(args: argparse.Namespace, training: Sequence[str]) -> int:
+    """Run every check and print the block; return 1 if one found something wrong."""
+    spec, options = read_training_options(args.script, training)
     results: list[Result] = []
-    status = run(parser, partial(verify, training=training, results=results), ["--script", own.script])
-    return status or int(any(result.is_wrong for result in results))
-
-
-def verify(args: argparse.Namespace, training: Sequence[str], results: list[Result]) -> None:
-    """Run every check and print the block."""
-    spec = spec_of_script(args.script)
-    script = importlib.import_module(spec.script.removesuffix(".py"))
-    options = spec.options.from_args(parse(script.setup_parser(), training))
     if options.sweep.sweep:
         raise UserError("--sweep is not verified; leave it out, the adapters of a sweep train as one does")
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:
@@ -131,6 +117,7 @@ def verify(args: argparse.Namespace, training: Sequence[str], results: list[Resu
     for line in (*machine_lines(), *described, *map(str, results)):
         print(line)
     print("to here " + "-" * 48)
+    return int(any(result.is_wrong for result in results))
 
 
 def checks(spec: BaseModelSpec, options: TrainOptions, training: Sequence[str], folder: Path) -> Iterator[Result]:
@@ -141,16 +128,16 @@ def checks(spec: BaseModelSpec, options: TrainOptions, training: Sequence[str], 
     del denoiser
     whole = trial(spec, options, folder / "whole", {"selftest": True})
     print(f"training {NUM_STEPS} steps ...", file=sys.stderr, flush=True)
-    log = whole.train()
-    yield from whole.results(log)
-    if whole.failed(log):
+    done = whole.train()
+    yield from whole.results(done)
+    if done.returncode:
         return
     state = folder / "whole" / f"{NAME}-step{RESUMED_AT:08d}-state"
     again = trial(spec, options, folder / "again", {"resume": str(state)})
     print(f"resuming from step {RESUMED_AT} ...", file=sys.stderr, flush=True)
-    log = again.train()
-    if again.failed(log):
-        yield Result("resuming", f"failed: {last_error(log)}", is_wrong=True)
+    done = again.train()
+    if done.returncode:
+        yield Result("resuming", f"failed: {last_error(done.stderr)}", is_wrong=True)
         return
     yield compare_files(whole.adapter, again.adapter)
     with mute_logging():
@@ -162,8 +149,7 @@ def checks(spec: BaseModelSpec, options: TrainOptions, training: Sequence[str], 
 
 
 def compare_with_diffusers(denoiser: nn.Module, package: str) -> Result:
-    """Compute the same with our class and diffusers', on the CPU in float32, with two blocks of each kind; `package` is
-    the base model's."""
+    """Compare our class with diffusers': two blocks of each kind, CPU, float32; `package` has the reference."""
     what = "denoiser"
     if type(denoiser).__module__.startswith("diffusers."):
         return Result(what, f"diffusers' own {type(denoiser).__name__}")
@@ -199,31 +185,27 @@ class Trial:
     def events(self) -> Path:
         return self.folder / "events.jsonl"
 
-    def train(self) -> str:
-        """Run it and return what it logged."""
+    def train(self) -> "subprocess.CompletedProcess[str]":
+        """Run it; its log is the standard error."""
         command = [sys.executable, str(self.script), "--config_file", str(self.folder / "options.toml")]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace")
-        (self.folder / "status").write_text(str(done.returncode))
         if done.returncode != 0:
             print(done.stderr, file=sys.stderr)
-        return done.stderr
-
-    def failed(self, log: str) -> bool:
-        return (self.folder / "status").read_text() != "0"
+        return done
 
     def steps(self) -> list[dict[str, Any]]:
         """Return the events of the steps."""
         lines = map(json.loads, self.events.read_text(encoding="utf-8").splitlines())
         return [line for line in lines if line["event"] == "step"]
 
-    def results(self, log: str) -> Iterator[Result]:
-        found = re.search(r"self-test: (\d+ gradients in \d+ blocks .*)", log)
-        wrong = "--selftest:" in log
+    def results(self, done: "subprocess.CompletedProcess[str]") -> Iterator[Result]:
+        found = re.search(r"self-test: (\d+ gradients in \d+ blocks .*)", done.stderr)
+        wrong = "--selftest:" in done.stderr
         if found is not None or wrong:
             text = found[1] if found is not None else "gradients are not those of the plain mode, see above"
             yield Result("way of saving memory", text, wrong)
-        if self.failed(log):
-            yield Result(f"{NUM_STEPS} steps", f"failed: {last_error(log)}", is_wrong=True)
+        if done.returncode:
+            yield Result(f"{NUM_STEPS} steps", f"failed: {last_error(done.stderr)}", is_wrong=True)
             return
         losses = [step["loss"] for step in self.steps()]
         finite = [loss for loss in losses if loss is not None]
@@ -329,5 +311,7 @@ def option_lines(spec: BaseModelSpec, values: dict[str, Any], defaults: Mapping[
     yield f"{spec.script} {shown}; {describe(way)}"
 
 
+main = training_command(setup_parser, verify)
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

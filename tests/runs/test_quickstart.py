@@ -1,7 +1,7 @@
 """The quickstart does what it says: a trained base model that cannot draw a heart can, after minutes of training.
 
-The images are judged by their pixels (tools/quickstart/toy_world.py), and the adapter is merged by code that shares
-nothing with networks/, so training, saving and the file's format are tested from end to end.
+The images are drawn by diffusers and judged by their pixels (tools/quickstart/toy_world.py), so training, saving and
+the file's format are tested from end to end.
 """
 
 import subprocess

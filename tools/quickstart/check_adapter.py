@@ -16,7 +16,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library.checkpoints.files import load_state_dict
 from library.training.evaluation.strength_response import rank_correlation
-from tools.command import make_parser, run
+from tools.command import command, make_parser
 from tools.quickstart.sampling import Prompt, load_pipeline, merge_lora, sample
 from tools.quickstart.toy_world import Seen, look_at, parse_caption
 
@@ -58,10 +58,10 @@ def describe(caption: str, colour: str, strengths: Sequence[float], seen: Sequen
     yield caption
     for strength, images in zip(strengths, seen, strict=True):
         shape = sum(one.shape == wanted.shape for one in images) / len(images)
-        colour = sum(one.colour == wanted.colour for one in images) / len(images)
+        painted = sum(one.colour == wanted.colour for one in images) / len(images)
         radii = [one.radius for one in images if one.radius]
         radius = f"{mean(radii):.1f} px" if radii else "unknown"
-        yield f"  strength {strength:4g}: shape {shape:.1%}, colour {colour:.1%}, radius {radius}"
+        yield f"  strength {strength:4g}: shape {shape:.1%}, colour {painted:.1%}, radius {radius}"
     if len(strengths) > 1:
         points = [(s, one.radius) for s, images in zip(strengths, seen, strict=True) for one in images if one.radius]
         correlation = rank_correlation([s for s, _ in points], [radius for _, radius in points])
@@ -75,9 +75,7 @@ def check(args: argparse.Namespace) -> None:
         print("\n".join(describe(caption, args.colour, args.strengths, [one[number] for one in drawn])))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run(setup_parser(), check, argv)
-
+main = command(setup_parser, check)
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -6,7 +6,6 @@ shape, colour and background of the partner, and at least half of the pixels of 
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library.errors import UserError, few
 from tools import draw
-from tools.command import make_parser, run
+from tools.command import command, make_parser
 from tools.quickstart.toy_world import ImageArray, find_foreground, look_at
 
 BASE = Path(__file__).resolve().parents[2] / "configs" / "quickstart" / "toy_edit_base"
@@ -53,11 +52,6 @@ def judge(image: ImageArray, wanted: ImageArray) -> dict[str, bool]:
     }
 
 
-def is_right(image: ImageArray, wanted: ImageArray) -> bool:
-    """Return True if an image shows what another one shows, in the same place."""
-    return all(judge(image, wanted).values())
-
-
 def check_edits(args: argparse.Namespace) -> None:
     """Draw, judge and print."""
     wanted = sorted(args.results.glob("*.png"))
@@ -85,9 +79,7 @@ def check_edits(args: argparse.Namespace) -> None:
     print(f"{num_right} of {len(judged)} edits are right ({', '.join(parts)})")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run(setup_parser(), check_edits, argv)
-
+main = command(setup_parser, check_edits)
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -17,7 +17,7 @@ import torch
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from library.version import add_version
+from tools.command import command, make_parser
 from tools.quickstart.sampling import GUIDANCE_SCALE, SAMPLING_STEPS, Prompt, load_pipeline, sample
 from tools.quickstart.toy_world import HELD_OUT_SHAPES, ImageArray, Scene, list_scenes, look_at
 
@@ -77,30 +77,22 @@ def check(pipeline: Any, count: int, seed: int, image: Path | None) -> list[str]
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """Return the command's options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="example: python3 tools/quickstart/check_toy_base.py --base configs/quickstart/toy_base --count 200",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_version(parser)
+    parser = make_parser(__doc__, "  python3 tools/quickstart/check_toy_base.py --count 200")
     parser.add_argument("--base", type=Path, default=ROOT / "configs/quickstart/toy_base", help="diffusers folder")
-    parser.add_argument(
-        "--count", type=int, default=200, help="prompts of the known world, half as many of each unseen shape"
-    )
+    parser.add_argument("--count", type=int, default=200, help="prompts of the known world, half as many of the unseen")
     parser.add_argument("--seed", type=int, default=1, help="of the choice of prompts and of their noise")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="that the model computes in")
     parser.add_argument("--image", type=Path, help="write all samples into this PNG as well")
     return parser
 
 
-def main() -> None:
-    """Run the command."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    args = setup_parser().parse_args()
+def print_shares(args: argparse.Namespace) -> None:
+    """Sample, judge and print."""
     logger.info("DDIM, %d steps, guidance %g, %s", SAMPLING_STEPS, GUIDANCE_SCALE, args.dtype)
     print("\n".join(check(load_pipeline(args.base, DTYPES[args.dtype]), args.count, args.seed, args.image)))
 
 
+main = command(setup_parser, print_shares)
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

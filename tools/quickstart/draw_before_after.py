@@ -17,7 +17,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
     prepare_for_torch()  # before torch is imported
 
-from library.version import add_version
+from tools.command import command, make_parser
 from tools.quickstart.sampling import count_right, load_pipeline, merge_lora, read_prompts, sample
 from tools.quickstart.toy_world import ImageArray
 
@@ -69,13 +69,8 @@ def draw_before_and_after(base: Path, lora: Path, prompts_file: Path, out: Path)
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """Return the command's options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="example: python3 tools/quickstart/draw_before_after.py --lora mine.safetensors --out before_after.png",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_version(parser)
+    example = "  python3 tools/quickstart/draw_before_after.py --lora mine.safetensors --out before_after.png"
+    parser = make_parser(__doc__, example)
     quickstart = ROOT / "configs/quickstart"
     parser.add_argument("--base", type=Path, default=quickstart / "toy_base", help="diffusers folder of the base model")
     parser.add_argument("--lora", type=Path, required=True, help="LoRA file (kohya's key names) trained on it")
@@ -84,13 +79,13 @@ def setup_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    """Run the command."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    args = setup_parser().parse_args()
+def draw(args: argparse.Namespace) -> None:
+    """Write the image and print the shares."""
     before, after = draw_before_and_after(args.base, args.lora, args.prompts, args.out)
     print(f"samples that show what their prompt asks for: {before:.0%} before, {after:.0%} after; see {args.out}")
 
 
+main = command(setup_parser, draw)
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,7 +7,6 @@ tested on the shape and not on the images.
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from PIL import Image
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from library.version import add_version
+from tools.command import command, make_parser
 from tools.quickstart.toy_world import HELD_OUT_SHAPES, KNOWN_SHAPES, draw_scene, list_scenes
 
 logger = logging.getLogger(__name__)
@@ -26,48 +25,34 @@ NUM_TRAINED_PROMPTS = 14
 PROMPT_OPTIONS = "--w 64 --h 64 --s 20 --l 2"
 
 
-def make_dataset(out: Path, prompts: Path, shape: str, num_images: int, seed: int) -> None:
+def make_dataset(args: argparse.Namespace) -> None:
     """Write `shape_00.png` and `shape_00.txt` and so on, and the file of prompts."""
-    rng = np.random.default_rng(seed)
-    scenes = list_scenes((shape,))
+    rng = np.random.default_rng(args.seed)
+    shape, scenes = args.shape, list_scenes((args.shape,))
     shuffled = [scenes[int(n)] for n in rng.permutation(len(scenes))]
-    out.mkdir(parents=True, exist_ok=True)
-    for n, scene in enumerate(shuffled[:num_images]):
-        Image.fromarray(draw_scene(scene, rng)).save(out / f"{shape}_{n:02}.png", optimize=True)
-        (out / f"{shape}_{n:02}.txt").write_text(scene.caption() + "\n", encoding="utf-8")
-    asked = shuffled[num_images:] + shuffled[:NUM_TRAINED_PROMPTS]
+    args.out.mkdir(parents=True, exist_ok=True)
+    for n, scene in enumerate(shuffled[: args.num_images]):
+        Image.fromarray(draw_scene(scene, rng)).save(args.out / f"{shape}_{n:02}.png", optimize=True)
+        (args.out / f"{shape}_{n:02}.txt").write_text(scene.caption() + "\n", encoding="utf-8")
+    asked = shuffled[args.num_images :] + shuffled[:NUM_TRAINED_PROMPTS]
     lines = [f"{scene.caption()} {PROMPT_OPTIONS} --d {n + 1}" for n, scene in enumerate(asked)]
-    heading = f"# the first {len(shuffled) - num_images} combinations are not in the dataset"
-    prompts.write_text("\n".join([heading, *lines]) + "\n", encoding="utf-8")
-    logger.info("%s: %d images; %s: %d prompts", out, num_images, prompts, len(lines))
+    heading = f"# the first {len(shuffled) - args.num_images} combinations are not in the dataset"
+    args.prompts.write_text("\n".join([heading, *lines]) + "\n", encoding="utf-8")
+    logger.info("%s: %d images; %s: %d prompts", args.out, args.num_images, args.prompts, len(lines))
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """Return the command's options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="example: python3 tools/quickstart/make_dataset.py --shape heart",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_version(parser)
+    parser = make_parser(__doc__, "  python3 tools/quickstart/make_dataset.py --shape heart")
     quickstart = ROOT / "configs/quickstart"
     parser.add_argument("--out", type=Path, default=quickstart / "dataset", help="folder of images and captions")
     parser.add_argument("--prompts", type=Path, default=quickstart / "prompts.txt", help="file of prompts to write")
-    parser.add_argument(
-        "--shape", choices=(*HELD_OUT_SHAPES, *KNOWN_SHAPES), default="heart", help="what the images show"
-    )
+    parser.add_argument("--shape", choices=(*HELD_OUT_SHAPES, *KNOWN_SHAPES), default="heart", help="shape to draw")
     parser.add_argument("--num_images", type=int, default=32, help="of the shape's 42 scenes, one image each")
     parser.add_argument("--seed", type=int, default=1, help="of the choice of scenes and of the drawing")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    args = setup_parser().parse_args(argv)
-    make_dataset(args.out, args.prompts, args.shape, args.num_images, args.seed)
-    return 0
-
+main = command(setup_parser, make_dataset)
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,7 +19,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from library.errors import UserError
-from tools.command import make_parser, run
+from tools.command import command, make_parser
 from tools.quickstart.toy_world import COLOURS, SIZES, Scene, draw_scene, list_scenes
 
 EXAMPLES = """\
@@ -40,7 +41,8 @@ def setup_parser() -> argparse.ArgumentParser:
 
 def draw_pair(scene: Scene, attribute: str, words: Sequence[str], seed: int) -> list[Image.Image]:
     """Draw a scene once with each word."""
-    scenes = [replace(scene, **{attribute: word}) for word in words]
+    changes: list[dict[str, Any]] = [{attribute: word} for word in words]
+    scenes = [replace(scene, **change) for change in changes]
     return [Image.fromarray(draw_scene(one, np.random.default_rng(seed))) for one in scenes]
 
 
@@ -65,9 +67,7 @@ def make_pairs(args: argparse.Namespace) -> None:
         (args.out / args.words[0] / f"{number:03}.txt").write_text(caption + "\n", encoding="utf-8")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run(setup_parser(), make_pairs, argv)
-
+main = command(setup_parser, make_pairs)
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

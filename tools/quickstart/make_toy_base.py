@@ -14,7 +14,6 @@ import math
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +26,7 @@ from tqdm import tqdm
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from library.version import add_version
+from tools.command import command, make_parser
 from tools.quickstart.toy_world import (
     CAPTION_TEMPLATES,
     IMAGE_SIZE,
@@ -62,18 +61,6 @@ UNET_LEARNING_RATE = 1e-3
 EMPTY_CAPTION_SHARE = 0.1  # share of empty captions, which train the unconditional prediction
 WARMUP_STEPS = 200
 EMA_DECAY = 0.999
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The command line's settings."""
-
-    out: Path
-    seed: int
-    vae_steps: int
-    unet_steps: int
-    images_per_scene: int
-    vae: Path | None
 
 
 # --- tokenizer ---
@@ -223,31 +210,34 @@ def to_tensor(images: Sequence[ImageArray]) -> Tensor:
     return pixels_BHWC.permute(0, 3, 1, 2)
 
 
-def cosine_schedule(optimizer: torch.optim.Optimizer, num_steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Return a learning rate that rises for a few steps and falls to zero along a cosine."""
-    warmup = min(WARMUP_STEPS, num_steps // 10 + 1)
+class Trainer:
+    """AdamW with a learning rate that rises for a few steps and falls to zero along a cosine, and an exponential moving
+    average of the weights, shorter at the start of the training."""
 
-    def factor(step: int) -> float:
-        return min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(step / num_steps, 1.0)))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-class Average:
-    """The exponential moving average of the weights of some modules; shorter at the start of the training."""
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self.modules = modules
-        self.copies = [copy.deepcopy(module).eval().requires_grad_(False) for module in modules]
+    def __init__(self, modules: Sequence[nn.Module], learning_rate: float, weight_decay: float, num_steps: int) -> None:
+        self.parameters: list[Tensor] = [parameter for module in modules for parameter in module.parameters()]
+        self.averages: list[Any] = [copy.deepcopy(module).eval().requires_grad_(False) for module in modules]
         self.num_updates = 0
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
+        warmup = min(WARMUP_STEPS, num_steps // 10 + 1)
 
-    @torch.no_grad()
-    def update(self) -> None:
-        """Move the average towards the weights of the moment."""
+        def factor(step: int) -> float:
+            return min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(step / num_steps, 1.0)))
+
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+
+    def step(self, loss: Tensor) -> None:
+        """Take one step and move the average towards the new weights."""
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
         self.num_updates += 1
         decay = min(EMA_DECAY, self.num_updates / (self.num_updates + 10))
-        for averaged, module in zip(self.copies, self.modules, strict=True):
-            torch._foreach_lerp_(list(averaged.parameters()), list(module.parameters()), 1 - decay)
+        averaged: list[Tensor] = [parameter for module in self.averages for parameter in module.parameters()]
+        with torch.no_grad():
+            torch._foreach_lerp_(averaged, self.parameters, 1 - decay)
 
 
 def draw_batch(scenes: Sequence[Scene], rng: np.random.Generator) -> Tensor:
@@ -262,9 +252,7 @@ def train_vae(num_steps: int, seed: int) -> "AutoencoderKL":
     rng = np.random.default_rng(seed)
     scenes = list_scenes()
     vae = make_vae().to(memory_format=torch.channels_last)
-    average = Average([vae])
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=VAE_LEARNING_RATE, weight_decay=0.0, fused=True)
-    schedule = cosine_schedule(optimizer, num_steps)
+    trainer = Trainer([vae], VAE_LEARNING_RATE, 0.0, num_steps)
     progress = tqdm(range(num_steps), desc="train the VAE", mininterval=5)
     for _ in progress:
         pixels_BCHW = draw_batch(scenes, rng)
@@ -272,22 +260,16 @@ def train_vae(num_steps: int, seed: int) -> "AutoencoderKL":
         error = vae.decode(posterior.sample()).sample - pixels_BCHW
         reconstruction = error.abs().mean() + error.square().mean()
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-        (reconstruction + KL_WEIGHT * kl).backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        average.update()
+        trainer.step(reconstruction + KL_WEIGHT * kl)
         progress.set_postfix(error=f"{error.abs().mean().item():.4f}", kl=f"{kl.item():.2f}", refresh=False)
-    averaged = average.copies[0]
+    averaged: AutoencoderKL = trainer.averages[0]
     rescale_latents(averaged, to_tensor([draw_scene(scene, rng) for scene in scenes]))
     return averaged.half().float()  # the U-Net learns the latents of the weights that are saved
 
 
 @torch.no_grad()
 def rescale_latents(vae: "AutoencoderKL", pixels_BCHW: Tensor) -> None:
-    """Fold a scale and a shift into the VAE so that its latents times 0.18215 have mean 0 and deviation 1 per
-    channel."""
+    """Fold a scale and a shift into the VAE: latents times 0.18215 get mean 0 and deviation 1 per channel."""
     # The 1 x 1 convolutions around the latents absorb them: the VAE's reconstruction is unchanged.
     latents_BCHW = vae.encode(pixels_BCHW).latent_dist.mean
     mean_C = latents_BCHW.mean(dim=(0, 2, 3))
@@ -335,10 +317,7 @@ def train_unet(
     generator = torch.Generator().manual_seed(seed + 1)
     unet, text_encoder = make_unet(), make_text_encoder(tokenizer)
     scheduler = make_scheduler()
-    average = Average([unet, text_encoder])
-    parameters = [*unet.parameters(), *text_encoder.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=UNET_LEARNING_RATE, weight_decay=0.01, fused=True)
-    schedule = cosine_schedule(optimizer, num_steps)
+    trainer = Trainer([unet, text_encoder], UNET_LEARNING_RATE, 0.01, num_steps)
     progress = tqdm(range(num_steps), desc="train the U-Net and the text encoder", mininterval=5)
     mean_loss = 1.0
     for (latents_BCHW, ids_NT), _ in zip(batches(latents_SPCHW, ids_SKT, empty_T, generator), progress, strict=False):
@@ -347,15 +326,11 @@ def train_unet(
         noisy_BCHW = scheduler.add_noise(latents_BCHW, noise_BCHW, timesteps_B)
         hidden_BTC = text_encoder(ids_NT).last_hidden_state.repeat_interleave(IMAGES_PER_CAPTION, dim=0)
         loss = mse_loss(unet(noisy_BCHW, timesteps_B, hidden_BTC).sample, noise_BCHW)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        average.update()
+        trainer.step(loss)
         mean_loss += 0.01 * (loss.item() - mean_loss)
         progress.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
-    return average.copies[0], average.copies[1]
+    averaged_unet, averaged_text_encoder = trainer.averages
+    return averaged_unet, averaged_text_encoder
 
 
 # --- the command ---
@@ -389,7 +364,7 @@ def save_base(
         (out / "tokenizer" / path.name).write_bytes(path.read_bytes())
 
 
-def make_toy_base(settings: Settings) -> None:
+def make_toy_base(args: argparse.Namespace) -> None:
     """Train every part and write the folder."""
     from diffusers import AutoencoderKL
 
@@ -397,29 +372,23 @@ def make_toy_base(settings: Settings) -> None:
     captions_SK = [[scene.caption(template) for template in CAPTION_TEMPLATES] for scene in scenes]
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = make_tokenizer([caption for captions in captions_SK for caption in captions], Path(folder))
-        if settings.vae is None:
-            vae = train_vae(settings.vae_steps, settings.seed)
+        if args.vae is None:
+            vae = train_vae(args.vae_steps, args.seed)
         else:
-            vae = AutoencoderKL.from_pretrained(str(settings.vae)).float().eval()
-        rng = np.random.default_rng([settings.seed, 1])
-        latents_SPCHW = draw_latents(vae, scenes, settings.images_per_scene, rng)
+            vae = AutoencoderKL.from_pretrained(str(args.vae)).float().eval()
+        rng = np.random.default_rng([args.seed, 1])
+        latents_SPCHW = draw_latents(vae, scenes, args.images_per_scene, rng)
         logger.info("scaled latents: mean %.3f, deviation %.3f", latents_SPCHW.mean(), latents_SPCHW.std())
         ids_SKT = torch.stack([tokenize(tokenizer, captions) for captions in captions_SK])
         empty_T = tokenize(tokenizer, [""])[0]
-        unet, text_encoder = train_unet(latents_SPCHW, ids_SKT, empty_T, tokenizer, settings.unet_steps, settings.seed)
-        save_base(settings.out, vae, unet, text_encoder, tokenizer, Path(folder))
-    weights = list(settings.out.rglob("*.safetensors"))
-    logger.info("%s: %.1f MB of weights", settings.out, sum(path.stat().st_size for path in weights) / 1e6)
+        unet, text_encoder = train_unet(latents_SPCHW, ids_SKT, empty_T, tokenizer, args.unet_steps, args.seed)
+        save_base(args.out, vae, unet, text_encoder, tokenizer, Path(folder))
+    weights = list(args.out.rglob("*.safetensors"))
+    logger.info("%s: %.1f MB of weights", args.out, sum(path.stat().st_size for path in weights) / 1e6)
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """Return the command's options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="example: python3 tools/quickstart/make_toy_base.py --out configs/quickstart/toy_base",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_version(parser)
+    parser = make_parser(__doc__, "  python3 tools/quickstart/make_toy_base.py --out configs/quickstart/toy_base")
     parser.add_argument("--out", type=Path, default=ROOT / "configs/quickstart/toy_base", help="folder to write")
     parser.add_argument("--seed", type=int, default=1, help="of the images, the weights and the training")
     parser.add_argument("--vae_steps", type=int, default=3000, help="training steps of the VAE")
@@ -429,11 +398,7 @@ def setup_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    """Run the command."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    make_toy_base(Settings(**vars(setup_parser().parse_args())))
-
+main = command(setup_parser, make_toy_base)
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -30,8 +30,8 @@ from library.architectures.flux.model import Flux, FluxConfig
 from library.architectures.flux.reference import diffusers_model, diffusers_state
 from library.diffusion.timesteps import shift_sigmas
 from library.models.vae.flux import SCALE, SHIFT, mapped_latents
-from tools.command import make_parser, run
-from tools.quickstart.make_toy_base import SCALING_FACTOR, Average, cosine_schedule, to_tensor
+from tools.command import command, make_parser
+from tools.quickstart.make_toy_base import SCALING_FACTOR, Trainer, to_tensor
 from tools.quickstart.toy_world import (
     BACKGROUNDS,
     COLOURS,
@@ -216,9 +216,7 @@ def train(text: Text, vae: nn.Module, num_edits: int, num_steps: int, seed: int)
     with torch.no_grad():  # at first the input passes through: most of the velocity is the noise in it
         nn.init.orthogonal_(model.img_in.weight)
         model.final_layer.linear.weight.copy_(0.7 * model.img_in.weight.T)
-    average = Average([model])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, fused=True)
-    schedule = cosine_schedule(optimizer, num_steps)
+    trainer = Trainer([model], LEARNING_RATE, 0.01, num_steps)
     progress = tqdm(range(num_steps), desc="train the transformer", mininterval=5)
     mean_loss = 2.0
     for (instructions, latents_BCHW, references_BCHW), _ in zip(batches(vae, num_edits, seed), progress, strict=False):
@@ -231,15 +229,10 @@ def train(text: Text, vae: nn.Module, num_edits: int, num_steps: int, seed: int)
             [references_BCHW],
         )  # fmt: skip
         loss = mse_loss(velocity, noise_BCHW - latents_BCHW)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        average.update()
+        trainer.step(loss)
         mean_loss += 0.02 * (loss.item() - mean_loss)
         progress.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
-    averaged: Flux = average.copies[0]
+    averaged: Flux = trainer.averages[0]
     return averaged
 
 
@@ -288,9 +281,7 @@ def setup_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run(setup_parser(), lambda args: make_toy_edit_base(args.out, args.num_edits, args.steps, args.seed), argv)
-
+main = command(setup_parser, lambda args: make_toy_edit_base(args.out, args.num_edits, args.steps, args.seed))
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from library.architectures.sd.targets import view
 from library.errors import UserError
-from networks.core.files.adapter_file import COMPUTED, parse_adapter, require_layouts
+from networks import lora
 from tools.quickstart.toy_world import ImageArray, look_at, parse_caption
 
 SAMPLING_STEPS = 20
@@ -80,33 +81,11 @@ def count_right(images: Sequence[ImageArray], prompts: Sequence[Prompt]) -> int:
     )
 
 
-def name_layers(pipeline: Any) -> dict[str, nn.Module]:
-    """Return every layer of U-Net and text encoder that adapters change by its name in kohya's files."""
-    roots = (("lora_unet_", pipeline.unet), ("lora_te_text_model_", pipeline.text_encoder))
-    return {
-        prefix + name.removeprefix("text_model.").replace(".", "_"): module
-        for prefix, root in roots
-        for name, module in root.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm | nn.GroupNorm)
-    }
-
-
-@torch.no_grad()
 def merge_lora(pipeline: Any, weights: dict[str, Tensor], strength: float = 1.0) -> None:
-    """Merge an adapter file of any kind, in kohya's names, into the pipeline's weights.
+    """Merge an adapter file of any kind into the pipeline's weights.
 
-    Raises UserError for tensors that are no adapter of this base model.
+    Raises UserError for an adapter of another base model.
     """
-    layers = name_layers(pipeline)
-    file = parse_adapter(weights, {}, "--lora")
-    strangers = [*(module.keys[key] for module in file.modules.values() for key in module.keys
-                   if module.name not in layers), *file.unknown]  # fmt: skip
-    if strangers:
-        raise UserError(
-            f"--lora holds {strangers[0]}, which fits no layer of the base model; use an adapter trained on it"
-        )
-    require_layouts(file, COMPUTED, "merged")
-    for name, module in file.modules.items():
-        for parameter, base in layers[name].named_parameters(recurse=False):
-            if module.changes(parameter):
-                base.copy_(module.merged(base, strength, torch.float32, parameter))
+    modules = view([pipeline.text_encoder], pipeline.unet)
+    network, _ = lora.create_network_from_weights(strength, "--lora", None, *modules, weights, for_inference=True)
+    network.merge_to(*modules, weights)

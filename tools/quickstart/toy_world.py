@@ -5,7 +5,6 @@ An image is 64 x 64 pixels and shows one flat shape on one flat background. The 
 checker `look_at` measures only pixels and knows nothing of the models.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import product
@@ -14,6 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+from scipy import ndimage
 
 from library.errors import UserError
 
@@ -108,8 +108,8 @@ def shape_outline(shape: str) -> Points:
             )
         case "cross":
             arm = 0.33
-            corner = [[arm, -1.0], [arm, -arm], [1.0, -arm]]
-            return np.array([[_turned(point, quarter) for point in corner] for quarter in range(4)]).reshape(-1, 2)
+            corner = np.array([[arm, -1.0], [arm, -arm], [1.0, -arm]])
+            return np.concatenate([rotate(corner, 90 * quarter) for quarter in range(4)])
         case "diamond":
             return np.array([[0.0, -1.1], [0.7, 0.0], [0.0, 1.1], [-0.7, 0.0]])
         case "star":
@@ -125,17 +125,11 @@ def _ring_of_points(angles: NDArray[np.float64], radii: NDArray[np.float64]) -> 
     return np.stack([np.cos(angles) * radii, np.sin(angles) * radii], axis=1)
 
 
-def _turned(point: list[float], num_quarters: int) -> list[float]:
-    x, y = point
-    for _ in range(num_quarters):
-        x, y = -y, x
-    return [x, y]
-
-
 def rotate(points: Points, degrees: float) -> Points:
     """Turn points around the origin."""
     a = np.deg2rad(degrees)
-    return points @ np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]])
+    turned: Points = points @ np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]])
+    return turned
 
 
 def fill_polygon(corners: Points, size: int = IMAGE_SIZE, oversampling: int = 4) -> Plane:
@@ -162,7 +156,8 @@ def draw_scene(scene: Scene, rng: np.random.Generator) -> ImageArray:
     coverage = fill_polygon(middle + corners)
     if scene.style == "outlined":
         coverage = coverage - np.minimum(coverage, fill_polygon(middle + corners * OUTLINE_INNER_SCALE))
-    return np.clip(np.rint(paint(image, coverage, colour)), 0, 255).astype(np.uint8)
+    drawn: ImageArray = np.clip(np.rint(paint(image, coverage, colour)), 0, 255).astype(np.uint8)
+    return drawn
 
 
 def draw_doodle(rng: np.random.Generator) -> ImageArray:
@@ -179,7 +174,8 @@ def draw_doodle(rng: np.random.Generator) -> ImageArray:
         if rng.random() < 0.3:
             coverage = coverage - np.minimum(coverage, fill_polygon(middle + corners * rng.uniform(0.4, 0.8)))
         image = paint(image, coverage, shade)
-    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+    drawn: ImageArray = np.clip(np.rint(image), 0, 255).astype(np.uint8)
+    return drawn
 
 
 # --- the checker ---
@@ -236,11 +232,12 @@ def look_at(image: ImageArray) -> Seen:
     foreground = find_foreground(image)
     if not foreground.any():
         return Seen(background=background_name)
-    blob = _largest_blob(foreground)
+    blobs, _ = ndimage.label(foreground)
+    blob = blobs == np.bincount(blobs.flat)[1:].argmax() + 1
     if blob.sum() < MIN_SHAPE_PIXELS or foreground.sum() - blob.sum() > MAX_STRAY_SHARE * blob.sum():
         return Seen(background=background_name)
-    silhouette = _without_holes(blob)
-    core = _shrunk(blob)
+    silhouette = ndimage.binary_fill_holes(blob)
+    core = ndimage.binary_erosion(blob, border_value=1)
     colour = pixels[core if core.sum() >= 12 else blob].mean(axis=0)
     is_outlined = (silhouette.sum() - blob.sum()) / silhouette.sum() > OUTLINED_IF_HOLE_SHARE_ABOVE
     rows, columns = np.nonzero(silhouette)
@@ -260,7 +257,8 @@ def find_foreground(image: ImageArray) -> Mask:
     pixels = image.astype(np.float64)
     distance = np.linalg.norm(pixels - np.median(_border_pixels(pixels), axis=0), axis=2)
     contrast = float(np.quantile(distance, 1 - MIN_SHAPE_PIXELS / distance.size))
-    return distance > (contrast / 2 if contrast >= MIN_CONTRAST else np.inf)
+    differs: Mask = distance > (contrast / 2 if contrast >= MIN_CONTRAST else np.inf)
+    return differs
 
 
 def _border_pixels(pixels: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -275,71 +273,13 @@ def _nearest_name(colour: NDArray[np.float64], names: dict[str, tuple[int, int, 
     return name if distances[name] <= MAX_COLOUR_DISTANCE else ""
 
 
-def _grown(mask: Mask) -> Mask:
-    grown = mask.copy()
-    grown[1:] |= mask[:-1]
-    grown[:-1] |= mask[1:]
-    grown[:, 1:] |= mask[:, :-1]
-    grown[:, :-1] |= mask[:, 1:]
-    return grown
-
-
-def _shrunk(mask: Mask) -> Mask:
-    return ~_grown(~mask)
-
-
-def _spread(seed: Mask, within: Mask) -> Mask:
-    """Return the part of `within` that is connected to `seed`."""
-    reached = seed & within
-    while True:
-        wider = _grown(reached) & within
-        if (wider == reached).all():
-            return reached
-        reached = wider
-
-
-def _largest_blob(mask: Mask) -> Mask:
-    largest = np.zeros_like(mask)
-    for blob in _blobs(mask):
-        if blob.sum() > largest.sum():
-            largest = blob
-    return largest
-
-
-def _blobs(mask: Mask) -> Iterator[Mask]:
-    rest = mask.copy()
-    while rest.any():
-        seed = np.zeros_like(mask)
-        seed.flat[np.argmax(rest)] = True
-        blob = _spread(seed, rest)
-        yield blob
-        rest &= ~blob
-
-
-def _without_holes(mask: Mask) -> Mask:
-    edge = np.ones_like(mask)
-    edge[1:-1, 1:-1] = False
-    return ~_spread(edge, ~mask)
-
-
 def _normalized(silhouette: Plane) -> Plane:
     """Resample a silhouette to the comparison grid: its centre of mass in the middle, its area one."""
-    rows, columns = np.indices(silhouette.shape)
-    area = silhouette.sum()
-    row, column = (rows * silhouette).sum() / area, (columns * silhouette).sum() / area
-    steps = np.linspace(-GRID_HALF_WIDTH, GRID_HALF_WIDTH, GRID_SIZE) * np.sqrt(area)
-    return _interpolate(silhouette, row + steps, column + steps)
-
-
-def _interpolate(plane: Plane, rows: NDArray[np.float64], columns: NDArray[np.float64]) -> Plane:
-    padded = np.pad(plane, 1)
-    rows, columns = (np.clip(at + 1, 0, size - 1.001) for at, size in zip((rows, columns), padded.shape, strict=True))
-    top, left = rows.astype(int), columns.astype(int)
-    down, right = (rows - top)[:, None], columns - left
-    upper = padded[np.ix_(top, left)] * (1 - right) + padded[np.ix_(top, left + 1)] * right
-    lower = padded[np.ix_(top + 1, left)] * (1 - right) + padded[np.ix_(top + 1, left + 1)] * right
-    blend: Plane = upper * (1 - down) + lower * down
-    return blend
+    row, column = ndimage.center_of_mass(silhouette)
+    steps = np.linspace(-GRID_HALF_WIDTH, GRID_HALF_WIDTH, GRID_SIZE) * np.sqrt(silhouette.sum())
+    places = np.meshgrid(row + steps, column + steps, indexing="ij")
+    normalized: Plane = ndimage.map_coordinates(silhouette, places, order=1, mode="grid-constant")
+    return normalized
 
 
 @cache

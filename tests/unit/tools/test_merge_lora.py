@@ -22,7 +22,7 @@ from networks.core.files.adapter_file import AdapterFile, parse_adapter, read_ad
 from tests.tolerances import FLOAT32_DEEP, FLOAT32_SAME_MATH
 from tools import convert_lora, extract_lora_from_models, merge_lora
 from tools.base_models import find_adapter_targets, open_base_model
-from tools.merge_adapters import Weighted, merge_adapters
+from tools.merge_adapters import Arithmetic, Weighted, merge_adapters
 
 pytestmark = pytest.mark.slow
 
@@ -248,7 +248,7 @@ def small_file(seed: int, rank: int, alpha: float, dtype: torch.dtype = torch.fl
 )  # fmt: skip
 def test_concatenation_is_the_sum_of_the_changes(ranks: list[int], alpha: float, ratio: float, seed: int) -> None:
     adapters = [Weighted(small_file(seed + i, rank, alpha), ratio + i) for i, rank in enumerate(ranks)]
-    merged = {module.name: module for module in merge_adapters(adapters, None, torch.float64, CPU)}
+    merged = {module.name: module for module in merge_adapters(adapters, None, Arithmetic(torch.float64, CPU))}
     for name in ("lora_unet_a", "lora_unet_c"):
         total = sum(a.ratio * a.file.modules[name].weight(torch.float64) for a in adapters)
         assert isinstance(total, Tensor)
@@ -275,7 +275,7 @@ def test_ratios_that_are_one_in_sd_scripts_are_warned_of(
 
 def test_svd_merge_is_the_truncated_decomposition_of_the_sum() -> None:
     adapters = [Weighted(small_file(77, 3, 2.0), 1.0), Weighted(small_file(78, 2, 1.0), -0.5)]
-    merged = {module.name: module for module in merge_adapters(adapters, (2, 3), torch.float64, CPU)}
+    merged = {module.name: module for module in merge_adapters(adapters, (2, 3), Arithmetic(torch.float64, CPU))}
     for name, rank in (("lora_unet_a", 2), ("lora_unet_c", 3)):
         total = sum(a.ratio * a.file.modules[name].weight(torch.float64) for a in adapters)
         assert isinstance(total, Tensor)
