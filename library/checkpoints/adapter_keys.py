@@ -106,8 +106,7 @@ def composed_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int,
 
 
 def _block_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
-    """Return the shapes of OFT layers: blocks of b inputs, stored as b (b - 1) / 2 angles or whole; one block can serve
-    all inputs."""
+    """Return the shapes of OFT layers: blocks of b inputs, as b (b - 1) / 2 angles or whole; one can serve all."""
     found = {}
     for text, shape in shapes.items():
         key = AdapterKey.parse(text)

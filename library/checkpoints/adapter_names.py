@@ -63,8 +63,7 @@ class ModuleNames:
         return next((i for i, names in enumerate(self.names_of_pieces) if flat in map(underscored, names)), None)
 
     def in_block(self, number: str) -> "ModuleNames":
-        """Return this layer's names in another block; it must be a layer of block 0 whose paths have no earlier
-        number."""
+        """Return the names in another block of this layer of block 0, whose paths have no earlier number."""
 
         def moved(path: str) -> str:
             return path.replace(".0.", f".{number}.", 1)

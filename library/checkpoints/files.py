@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from uuid import uuid4
 from zipfile import is_zipfile
 
@@ -65,13 +65,6 @@ class Header:
     num_bytes: int  # of the JSON text; the data starts LENGTH_BYTES later
 
 
-class TensorReader(Protocol):
-    """An open safetensors file that reads one tensor at a time."""
-
-    def keys(self) -> list[str]: ...
-    def get_tensor(self, name: str) -> Tensor: ...
-
-
 def read_header(path: str | Path) -> Header:
     """Read names, shapes, dtypes and metadata of a safetensors file, without its data.
 
@@ -107,16 +100,6 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     return dict(read_header(path).metadata) if holds_safetensors(path) else {}
 
 
-@contextmanager
-def open_safetensors(path: str | Path, device: str | torch.device = "cpu") -> Iterator[TensorReader]:
-    """Open a safetensors file for reading single tensors, after checking it (see `read_header`)."""
-    from safetensors import safe_open
-
-    read_header(path)
-    with safe_open(str(path), framework="pt", device=str(device)) as reader:
-        yield reader
-
-
 def load_state_dict(path: str | Path, device: str | torch.device = "cpu", mmap: bool = False) -> dict[str, Tensor]:
     """Load all tensors of a safetensors file or a pickled one (.ckpt, .pt, .pth, .bin), by name.
 
@@ -129,8 +112,10 @@ def load_state_dict(path: str | Path, device: str | torch.device = "cpu", mmap: 
         raise UserError(f"{path} does not exist" if not path.exists() else f"{path} is a folder, not a weight file")
     refuse_stranger(path)
     if holds_safetensors(path):
-        with open_safetensors(path, device) as reader:
-            return {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118, it is no mapping
+        from safetensors.torch import load_file
+
+        read_header(path)  # its errors say what is wrong with a damaged file
+        return dict(load_file(path, str(device)))
     content = load_pickle(path, device, mmap)
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
@@ -276,23 +261,6 @@ def remove_temporary(folder: Path, is_wanted: Callable[[str], bool]) -> None:
             stem = match["stem"]
         if stem != entry.stem and entry.is_file() and is_wanted(stem):
             entry.unlink()
-
-
-@contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` at which to create a folder; it is renamed to `path` if the block succeeds.
-
-    If the block fails, it is removed.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{uuid4().hex[:12]}"
-    try:
-        with full_disk_named(path):
-            yield temporary
-        temporary.rename(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def save_safetensors(

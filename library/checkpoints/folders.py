@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-from library.checkpoints.files import flush_folder
+from library.checkpoints.files import flush_folder, full_disk_named
 
 LONGEST_ON_WINDOWS = 259  # characters of a path, unless long paths are enabled
 UNFINISHED, REPLACED = "unfinished", "replaced"
@@ -29,7 +29,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     replaced = path.parent / f".{path.name}.{mark}.{REPLACED}"
     try:
         temporary.mkdir()
-        yield temporary
+        with full_disk_named(path):
+            yield temporary
         flush_folder(temporary)
         if path.exists():
             os.rename(path, replaced)

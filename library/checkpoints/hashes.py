@@ -35,23 +35,11 @@ def with_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> d
     return {**metadata, "sshs_model_hash": model_hash, "sshs_legacy_hash": legacy_hash}
 
 
-def sshs_model_hash(tensors: Mapping[str, Tensor]) -> str:
-    """Return SHA-256 over the tensor data in file order, 64 hex digits."""
-    return sshs_hashes(tensors, {})[0]
-
-
-def sshs_legacy_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Return 8 hex digits that depend on the tensors and on the length of the ss_* metadata; e3b0c442 under 1 MiB."""
-    return sshs_hashes(tensors, metadata)[1]
-
-
 def webui_hash(path: str | Path) -> str:
     """Return `ss_sd_model_hash`: 8 hex digits over 64 KiB at 1 MiB of a file; NOFILE, or IsADirectory for a folder."""
     path = Path(path)
-    if path.is_dir():
-        return "IsADirectory"
-    if not path.exists():
-        return "NOFILE"
+    if not path.is_file():
+        return _word_for_no_file(path)
     with path.open("rb") as file:
         file.seek(LEGACY_OFFSET)
         return _short(file.read(LEGACY_BYTES))
@@ -60,16 +48,16 @@ def webui_hash(path: str | Path) -> str:
 def sha256_of_file(path: str | Path) -> str:
     """Return `ss_new_sd_model_hash`: SHA-256 over a whole file, 64 hex digits; NOFILE, or IsADirectory for a folder."""
     path = Path(path)
-    if path.is_dir():
-        return "IsADirectory"
-    if not path.exists():
-        return "NOFILE"
-    return _of_content(path, hashlib.sha256())
+    return _of_content(path, hashlib.sha256()) if path.is_file() else _word_for_no_file(path)
 
 
 def digest_of_file(path: Path) -> str:
     """Return BLAKE2b over a whole file, 32 hex digits, which shows whether a file of ours is as it was written."""
     return _of_content(path, hashlib.blake2b(digest_size=16))
+
+
+def _word_for_no_file(path: Path) -> str:
+    return "IsADirectory" if path.is_dir() else "NOFILE"
 
 
 def _of_content(path: Path, digest: Any) -> str:

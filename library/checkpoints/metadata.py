@@ -23,25 +23,24 @@ from library.options.training.averaging import FILES
 from library.version import NAME, VERSION
 
 KEPT_WITHOUT_METADATA = (
-    "ss_v2",
-    "ss_base_model_version",
-    "ss_network_module",
-    "ss_network_dim",
-    "ss_network_alpha",
-    "ss_network_args",
-)
-
+    "ss_v2", "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args",
+)  # fmt: skip
+RECORDED_OPTIONS = (
+    "output_name", "learning_rate", "unet_lr", "gradient_accumulation_steps", "lr_warmup_steps", "lr_scheduler",
+    "network_module", "network_dim", "network_alpha", "network_dropout", "mixed_precision", "full_fp16", "clip_skip",
+    "max_token_length", "cache_latents", "lowram", "noise_offset", "multires_noise_iterations",
+    "multires_noise_discount", "adaptive_noise_scale", "zero_terminal_snr", "training_comment", "max_grad_norm",
+    "caption_dropout_rate", "caption_dropout_every_n_epochs", "caption_tag_dropout_rate", "prior_loss_weight",
+    "min_snr_gamma", "scale_weight_norms", "ip_noise_gamma", "noise_offset_random_strength",
+    "ip_noise_gamma_random_strength", "loss_type", "huber_schedule", "huber_scale", "huber_c", "fp8_base",
+    "fp8_base_unet", "validation_seed", "validation_split", "max_validation_steps", "validate_every_n_epochs",
+    "validate_every_n_steps", "resize_interpolation",
+)  # fmt: skip
+"""Options whose key in the metadata is their name after `ss_`."""
 MODELSPEC_TEXTS = (
-    "author",
-    "description",
-    "license",
-    "tags",
-    "usage_hint",
-    "trigger_phrase",
-    "preprocessor",
-    "is_negative_embedding",
+    "author", "description", "license", "tags", "usage_hint", "trigger_phrase", "preprocessor", "is_negative_embedding",
     "merged_from",
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,76 +64,33 @@ class RunFacts:
 
 def training_metadata(options: TrainOptions, architecture: Mapping[str, str], facts: RunFacts) -> dict[str, str]:
     """Return the `ss_*` keys that are the same in every file of a run, without the hashes of the base files."""
-    o = options
-    text_rates = o.network.text_encoder_lr or []
+    given = options.flat()
+    text_rates = options.network.text_encoder_lr or []
     values: dict[str, Any] = {
+        **{f"ss_{name}": given[name] for name in RECORDED_OPTIONS},
         "ss_session_id": facts.session_id,
         "ss_training_started_at": facts.started_at,
-        "ss_output_name": o.saving.output_name,
-        "ss_learning_rate": o.optimizer.learning_rate,
         "ss_text_encoder_lr": text_rates if len(text_rates) > 1 else next(iter(text_rates), None),
-        "ss_unet_lr": o.network.unet_lr,
         "ss_num_train_images": facts.num_train_images,
         "ss_num_validation_images": facts.num_validation_images,
         "ss_num_reg_images": facts.num_reg_images,
         "ss_num_batches_per_epoch": facts.num_batches_per_epoch,
         "ss_num_epochs": facts.num_epochs,
-        "ss_gradient_checkpointing": o.memory.recomputes,
-        "ss_gradient_accumulation_steps": o.run.gradient_accumulation_steps,
+        "ss_gradient_checkpointing": options.memory.recomputes,
         "ss_max_train_steps": facts.max_train_steps,
-        "ss_lr_warmup_steps": o.schedule.lr_warmup_steps,
-        "ss_lr_scheduler": o.schedule.lr_scheduler,
-        "ss_network_module": o.network.network_module,
-        "ss_network_dim": o.network.network_dim,
-        "ss_network_alpha": o.network.network_alpha,
-        "ss_network_dropout": o.network.network_dropout,
-        "ss_mixed_precision": o.precision.mixed_precision,
-        "ss_full_fp16": o.precision.full_fp16,
-        "ss_clip_skip": o.model.clip_skip,
-        "ss_max_token_length": o.model.max_token_length,
-        "ss_cache_latents": o.caching.cache_latents,
         "ss_seed": facts.seed,
-        "ss_lowram": o.memory.lowram,
-        "ss_noise_offset": o.noise.noise_offset,
-        "ss_multires_noise_iterations": o.noise.multires_noise_iterations,
-        "ss_multires_noise_discount": o.noise.multires_noise_discount,
-        "ss_adaptive_noise_scale": o.noise.adaptive_noise_scale,
-        "ss_zero_terminal_snr": o.noise.zero_terminal_snr,
-        "ss_training_comment": o.metadata.training_comment,
         "ss_sd_scripts_commit_hash": commit_hash() or "(unknown)",
         "ss_optimizer": facts.optimizer,
-        "ss_max_grad_norm": o.optimizer.max_grad_norm,
-        "ss_caption_dropout_rate": o.dataset.caption_dropout_rate,
-        "ss_caption_dropout_every_n_epochs": o.dataset.caption_dropout_every_n_epochs,
-        "ss_caption_tag_dropout_rate": o.dataset.caption_tag_dropout_rate,
-        "ss_face_crop_aug_range": _number_pair(o.dataset.face_crop_aug_range),
-        "ss_prior_loss_weight": o.dataset.prior_loss_weight,
-        "ss_min_snr_gamma": o.loss.min_snr_gamma,
-        "ss_scale_weight_norms": o.network.scale_weight_norms,
-        "ss_ip_noise_gamma": o.noise.ip_noise_gamma,
-        "ss_debiased_estimation": o.loss.debiased_estimation_loss,
-        "ss_noise_offset_random_strength": o.noise.noise_offset_random_strength,
-        "ss_ip_noise_gamma_random_strength": o.noise.ip_noise_gamma_random_strength,
-        "ss_loss_type": o.loss.loss_type,
-        "ss_huber_schedule": o.loss.huber_schedule,
-        "ss_huber_scale": o.loss.huber_scale,
-        "ss_huber_c": o.loss.huber_c,
-        "ss_fp8_base": o.precision.fp8_base,
-        "ss_fp8_base_unet": o.precision.fp8_base_unet,
-        "ss_validation_seed": o.validation.validation_seed,
-        "ss_validation_split": o.validation.validation_split,
-        "ss_max_validation_steps": o.validation.max_validation_steps,
-        "ss_validate_every_n_epochs": o.validation.validate_every_n_epochs,
-        "ss_validate_every_n_steps": o.validation.validate_every_n_steps,
-        "ss_resize_interpolation": o.dataset.resize_interpolation,
+        "ss_face_crop_aug_range": _number_pair(options.dataset.face_crop_aug_range),
+        "ss_debiased_estimation": options.loss.debiased_estimation_loss,
     }
     if facts.has_relative_step:
         values.update(ss_learning_rate=None, ss_text_encoder_lr=None, ss_unet_lr=None)
-        values["ss_lr_scheduler"] = f"adafactor:{o.optimizer.learning_rate}"
-    if o.network.network_args is not None:
+        values["ss_lr_scheduler"] = f"adafactor:{options.optimizer.learning_rate}"
+    if options.network.network_args is not None:
         values["ss_network_args"] = dict(facts.network_args)
-    if o.averaging.averages(FILES):
-        values["ss_ema_decay"] = o.averaging.ema_decay
+    if options.averaging.averages(FILES):
+        values["ss_ema_decay"] = options.averaging.ema_decay
     values.update(facts.datasets)
     values.update((key, value) for key, value in architecture.items() if key.startswith("ss_"))
     return {key: _text(value) for key, value in values.items()}

@@ -151,8 +151,7 @@ def open_file(flag: str, path: Path) -> Weights:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object of a diffusers folder; return {} if there is no such file. Raises UserError naming a damaged
-    one."""
+    """Read a JSON object, {} if there is no such file. Raises UserError naming a damaged one."""
     try:
         content: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

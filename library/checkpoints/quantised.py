@@ -93,8 +93,7 @@ def with_quantised(weights: Weights) -> Weights:
 
 
 def check_scales(weights: Weights, scales: Mapping[str, str], configs: Mapping[str, Config]) -> None:
-    """Raise UserError naming the layers that lack a scale, or have one that is negative, not finite, or 0 for codes
-    that are not 0."""
+    """Raise UserError naming the layers whose scale is missing, negative, not finite, or 0 for codes that are not."""
     # Plain fp8 weights are legitimate if only another model in the file, or only its matrices, are scaled.
     scaled_kinds = {(model_in_file(key), 2) for key in weights.shapes if key.endswith(MARK)}
     scaled_kinds |= {
@@ -242,8 +241,7 @@ def rotation_size(config: Config) -> int:
 
 
 def codes_reader(weights: Weights, layer: str, scale: str) -> Callable[[], Mapping[str, Tensor] | None]:
-    """Return a reader of codes (O, I) and scales (), (O, 1) or (O, G, 1); it returns None if the weight is not
-    8-bit."""
+    """Return a reader of codes (O, I) and scales (), (O, 1) or (O, G, 1), or of None if the weight is not 8-bit."""
 
     def read() -> Mapping[str, Tensor] | None:
         codes = weights.read(f"{layer}.weight")
@@ -284,8 +282,7 @@ def turn_regularly(weight_OI: Tensor, group_size: int) -> Tensor:
 
 
 def regular_hadamard(size: int) -> Tensor:
-    """Return powers of the 4 x 4 matrix whose rows all have sum 2; symmetric and orthogonal, float64. Size a power of
-    4."""
+    """Return powers of the 4 x 4 matrix whose rows all sum to 2: symmetric, orthogonal, float64. Size a power of 4."""
     four = 1 - 2 * torch.eye(4, dtype=torch.float64).flip(1)
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < size:

@@ -78,8 +78,7 @@ def require_card(
 
 
 def _in_models(specs: Sequence[BaseModelSpec], shapes: Mapping[str, Sequence[int]]) -> Mapping[str, Sequence[int]]:
-    """Return shapes by keys that begin with their module and, where known, its model in the pipeline; keys of no
-    adapter are kept."""
+    """Return shapes by keys that begin with their module and, where known, its model; other keys are kept."""
     parsed = {key: AdapterKey.parse(key) for key in shapes}
     open_ones = {found.module for found in parsed.values() if found is not None and lacks_model_prefix(found.module)}
     others = placed(open_ones, [spec.names for spec in specs]) if open_ones else {}

@@ -14,7 +14,6 @@ import torch
 from library.checkpoints.files import (
     atomic_path,
     load_state_dict,
-    open_safetensors,
     read_header,
     read_metadata,
     save_pickle_state_dict,
@@ -48,14 +47,6 @@ def test_the_header_is_read_without_the_data(tmp_path: Path) -> None:
     header = read_header(path)
     assert header.tensors["b"].shape == (4,) and header.tensors["b"].dtype == torch.float16
     assert header.metadata == {} and header.num_bytes == len(json.dumps(TWO))
-
-
-def test_single_tensors_are_read_from_an_open_file(tmp_path: Path) -> None:
-    whole = {"big": torch.randn(64, 64), "small": torch.arange(3)}
-    save_safetensors(tmp_path / "x.safetensors", whole)
-    with open_safetensors(tmp_path / "x.safetensors") as reader:
-        assert sorted(reader.keys()) == ["big", "small"]
-        assert torch.equal(reader.get_tensor("small"), whole["small"])
 
 
 def entry(**changes: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from library.checkpoints.files import LENGTH_BYTES, read_header, save_safetensors
-from library.checkpoints.hashes import sha256_of_file, sshs_legacy_hash, sshs_model_hash, webui_hash, with_hashes
+from library.checkpoints.hashes import sha256_of_file, sshs_hashes, webui_hash, with_hashes
 
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64"}
 
@@ -45,7 +45,7 @@ def tensors_of_several_dtypes() -> dict[str, Tensor]:
 
 def test_the_model_hash_covers_the_data_in_file_order() -> None:
     tensors = tensors_of_several_dtypes()
-    assert sshs_model_hash(tensors) == hashlib.sha256(image_of(tensors, {})[1]).hexdigest()
+    assert sshs_hashes(tensors, {})[0] == hashlib.sha256(image_of(tensors, {})[1]).hexdigest()
 
 
 def test_the_model_hash_is_that_of_the_data_in_the_written_file(tmp_path: Path) -> None:
@@ -62,11 +62,12 @@ def test_the_legacy_hash_takes_64_kib_at_1_mib_of_a_file_with_ss_keys_only() -> 
     tensors = {"w": torch.randn(600, 512)}
     head, data = image_of(tensors, {"ss_steps": "3"})
     expected = hashlib.sha256((head + data)[1048576 : 1048576 + 65536]).hexdigest()[:8]
-    assert sshs_legacy_hash(tensors, {"ss_steps": "3", "modelspec.title": "left out", "sshs_x": "too"}) == expected
+    metadata = {"ss_steps": "3", "modelspec.title": "left out", "sshs_x": "too"}
+    assert sshs_hashes(tensors, metadata)[1] == expected
 
 
 def test_the_legacy_hash_of_less_than_1_mib_is_that_of_nothing() -> None:
-    assert sshs_legacy_hash(tensors_of_several_dtypes(), {"ss_steps": "3"}) == "e3b0c442"
+    assert sshs_hashes(tensors_of_several_dtypes(), {"ss_steps": "3"})[1] == "e3b0c442"
 
 
 def test_old_hashes_in_metadata_are_replaced() -> None:

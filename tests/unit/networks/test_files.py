@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from library.checkpoints.files import load_state_dict, read_metadata
-from library.checkpoints.hashes import sshs_legacy_hash, sshs_model_hash
+from library.checkpoints.hashes import sshs_hashes
 from networks.core.files.adapter_file import parse_adapter
 from networks.core.network.network import AdapterNetwork
 from networks.lora import create_network, create_network_from_weights
@@ -32,10 +32,11 @@ def test_a_saved_file_has_every_tensor_and_both_hashes(tmp_path: Path) -> None:
     tensors = load_state_dict(tmp_path / "x.safetensors")
     own = network.state_dict()
     assert tensors.keys() == own.keys() and all(torch.equal(tensors[k], own[k]) for k in own)
+    model_hash, legacy_hash = sshs_hashes(tensors, {"ss_steps": "5"})
     assert read_metadata(tmp_path / "x.safetensors") == {
         "ss_steps": "5",
-        "sshs_model_hash": sshs_model_hash(tensors),
-        "sshs_legacy_hash": sshs_legacy_hash(tensors, {"ss_steps": "5"}),
+        "sshs_model_hash": model_hash,
+        "sshs_legacy_hash": legacy_hash,
     }
 
 
