@@ -4,9 +4,8 @@ The models, the adapter, the optimizer and the loss are those of the run, built 
 have shapes only.
 """
 
-import gc
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from library.checkpoints.weights import on_meta_device
+from library.collector import without_collection
 from library.data.concepts.prompt_pairs import resolve_guidance
 from library.errors import NotThere
 from library.memory.blocks import BlockRunner, plain, recompute, run_encoder_layers_with
@@ -134,7 +134,7 @@ def count_run(
     with (
         progress_bar("counting memory…", NUM_COUNTS, leave=False) as bar,
         mute_logging(),
-        without_garbage_collection(),
+        without_collection(),  # looking for cycles takes an eighth of the time, and counts depend on when it happens
         torch.random.fork_rng(devices=[]),
         matrices_forgotten(),
         FakeTensorMode(allow_non_fake_inputs=True),
@@ -218,18 +218,6 @@ def count_some_blocks(chains: Sequence[nn.ModuleList], count: Callable[[Repeats]
     except DifferentInputs:
         with shortened(chains, shares=False) as repeats:
             return count(repeats)
-
-
-@contextmanager
-def without_garbage_collection() -> Iterator[None]:
-    """Leave reference cycles alone: looking for them is an eighth of the time, and counts depend on when it happens."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def storable_layers(model: nn.Module) -> list[nn.Module]:
