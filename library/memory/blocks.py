@@ -13,8 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class BlockRunner(Protocol):
-    """A function that runs one block and returns its output; it gets the same blocks in the same order in every
-    pass."""
+    """A function that runs one block and returns its output; every pass gives it the same blocks in the same order."""
 
     def __call__(self, block: nn.Module, *inputs: Any, **named: Any) -> Any: ...
 
@@ -45,8 +44,7 @@ def recompute(block: nn.Module, *inputs: Any, **named: Any) -> Any:
 
 
 class Every:
-    """Runs every n-th block with a runner and the others plainly; blocks are numbered in the order of their first
-    call."""
+    """Runs every n-th block with a runner and the others plainly; the first pass numbers the blocks."""
 
     def __init__(self, n: int, runner: BlockRunner) -> None:
         self.n = n

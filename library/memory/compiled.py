@@ -118,6 +118,5 @@ class Compiled:
 
 
 def is_offloaded(block: nn.Module) -> bool:
-    """Return True if weights of a block arrive through a ring while it computes; compiled code would read them too
-    early."""
+    """Return True if a ring delivers weights while the block computes: compiled code would read them too early."""
     return any(isinstance(layer.handle, Waiting | Shelved) for layer in frozen_layers(block))

@@ -66,8 +66,7 @@ def input_gradient(gradient: Tensor, weight: Tensor, shape: torch.Size, layer: n
 
 
 def pads_with_zeros(layer: nn.Module) -> bool:
-    """Return True for torch's own nn.Conv2d padded with a fixed number of zeros; subclasses may compute something
-    else."""
+    """Return True for torch's own nn.Conv2d, not for a subclass, with a fixed number of zeros as padding."""
     return type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
 
 
@@ -117,8 +116,7 @@ class _Product(torch.autograd.Function):
 
 
 def quicken(module: nn.Module) -> None:
-    """Let the frozen convolutions of a model use the matrix product where it is faster; in place, after channels last
-    is set."""
+    """Let frozen convolutions use the matrix product where it is faster, in place; channels last is set already."""
     for layer in module.modules():
         if pads_with_zeros(layer):
             layer.__class__ = FewPixels

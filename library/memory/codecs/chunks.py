@@ -13,8 +13,7 @@ STEP = 64  # rows per chunk are a multiple of this, so that no quantisation grou
 
 
 def encode_in_chunks(weight: Tensor, encode: Callable[[Tensor], Parts]) -> Parts:
-    """Encode the rows (O, I) of a weight chunk by chunk and join the parts; the length of a part is proportional to the
-    rows."""
+    """Encode the rows (O, I) of a weight in chunks and join the parts, whose lengths are proportional to the rows."""
     weight_OI = weight.detach().flatten(1)
     num_rows = len(weight_OI)
     rows = min(num_rows, max(1, NUM_VALUES // weight_OI.shape[1] // STEP) * STEP)

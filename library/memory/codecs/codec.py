@@ -24,8 +24,7 @@ class Decoder(Protocol):
         ...
 
     def codes(self, parts: Parts) -> Codes | None:
-        """Return the 8-bit codes that can be multiplied without decoding, or None if the weight is not stored as
-        such."""
+        """Return the 8-bit codes that can be multiplied without decoding, or None if the weight has none."""
         ...
 
 
@@ -46,8 +45,7 @@ AS_IN_FILE = AsInFile()
 
 @dataclass(frozen=True)
 class AsRead:
-    """A request to transform and store each weight as it is read, so that the model is never whole in memory, nor held
-    twice."""
+    """A request to transform and store each weight as it is read, so that the model is never whole in memory."""
 
     codec: Codec | AsInFile | None
     changes: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)  # by name, before storing

@@ -67,8 +67,7 @@ def input_gradient(gradient: Tensor, weight: Codes) -> Tensor:
 
 
 def products_of_rounded(x_TK: Tensor, kind: torch.dtype, codes_KN: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiply x, rounded to 8 bits, by codes of dtype `kind`; return (T, N) in float32. A few tokens are rounded to 16
-    bits."""
+    """Multiply x, rounded to 8 bits (few tokens: 16), by codes of dtype `kind`; return (T, N) in float32."""
     rounded_TK, factors_T1 = rounded(x_TK, kind)
     if len(x_TK) > MOST_TWICE:
         return product(rounded_TK, codes_KN, dtype) * factors_T1
@@ -92,8 +91,7 @@ def rounded(x_TK: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def product(a_TK: Tensor, b_KN: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return (T, N): int32 for int8; for fp8 bfloat16 if the run computes in it, else float32, because float16 would
-    overflow."""
+    """Return (T, N): int32 for int8; for fp8 bfloat16 in bfloat16 runs, else float32: float16 would overflow."""
     if a_TK.dtype == torch.int8:
         few = max(0, FEWEST_ROWS - len(a_TK))
         return torch._int_mm(pad(a_TK, (0, 0, 0, few)) if few else a_TK, b_KN)[: len(a_TK)]

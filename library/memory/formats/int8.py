@@ -55,8 +55,7 @@ def turn(weight_OI: Tensor) -> Tensor:
 
 
 def group_size(num_inputs: int) -> int:
-    """Return the largest power of two up to 256 that divides the number of inputs; for an odd number 1, which rotates
-    nothing."""
+    """Return the largest power of two up to 256 that divides the number of inputs: 1, no rotation, for odd ones."""
     return min(num_inputs & -num_inputs, MOST_ROTATED)
 
 

@@ -13,16 +13,14 @@ SHARE = 0.9  # of the free space that may be used
 
 
 def place_for(num_bytes: int) -> str | None:
-    """Return /dev/shm if it has room; None means the ordinary temporary folder, whose files the system caches in main
-    memory but also writes to disk."""
+    """Return /dev/shm if it has room; None means the temporary folder, which the system also writes to disk."""
     if IN_MEMORY.is_dir() and num_bytes < SHARE * shutil.disk_usage(IN_MEMORY).free:
         return str(IN_MEMORY)
     return None
 
 
 def shared_masters(folder: Path, is_first: bool) -> MakeMaster:
-    """Return a factory of masters in files of `folder`: the first process creates and fills them, the others map
-    them."""
+    """Return a factory of masters in files of `folder`, which the first process fills and the others map."""
 
     def make(block: int, num_bytes: int) -> tuple[Tensor, bool]:
         path = folder / f"block_{block}"

@@ -69,8 +69,7 @@ class CudaStreams:
         self.copy(slot, master)
 
     def copy(self, slot: int, master: Tensor, first: int = 0) -> None:
-        """Queue the copy to this place of a slot; the allocator need not know, as the slots live as long as the
-        ring."""
+        """Queue the copy to this place of a slot; slots live as long as the ring, so the allocator need not know."""
         with torch.cuda.stream(self.copies):
             self.slots[slot][first : first + len(master)].copy_(master, non_blocking=True)
             self.filled[slot].record(self.copies)

@@ -65,8 +65,7 @@ def bytes_touched(*values: Any) -> int:
 
 
 def count_flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
-    """Return the floating-point operations of a call with output `out`; 0 unless it is a matrix product or
-    attention."""
+    """Return the floating-point operations of a matrix product or attention with output `out`; 0 for other calls."""
     packet = func._overloadpacket
     count: Any = MORE_FORMULAS.get(packet) or flop_registry.get(packet)
     return 0 if count is None else int(count(*args, **kwargs, out_val=out))
@@ -179,8 +178,7 @@ class OperationCounter(TorchDispatchMode):
 
 
 def expand_mask(index: Tensor | None) -> Sequence[Tensor | None]:
-    """Replace a mask by the indices that it selects along each axis, and a fake one along one axis by all: it hides how
-    many it selects."""
+    """Replace a mask by the indices that it selects along each axis; a fake one along one axis by all indices."""
     if index is None or index.dtype != torch.bool:
         return [index]
     if not isinstance(index, FakeTensor):

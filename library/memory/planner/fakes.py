@@ -38,8 +38,7 @@ def make_fake(old: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 @contextmanager
 def norms_as_on_cards() -> Iterator[None]:
-    """Make autocast on the CPU compute norms in float32 and keep their output so, as CUDA's does
-    (ATen/autocast_mode.h)."""
+    """Make autocast on the CPU compute norms and return them in float32, as CUDA's does (ATen/autocast_mode.h)."""
     # This accounts for 1.5 GiB of a step of SDXL and 4 GiB of one of FLUX.1 without recomputing. torch's own modules
     # and libraries look the functions up at each call. A TorchFunctionMode would not do: it is off while a block is
     # recomputed in the backward pass.

@@ -139,8 +139,7 @@ def typical_gpu(size: MemorySize) -> Gpu:
 
 
 def measured_gpu(device: torch.device, memory_bytes: int, dtype: torch.dtype, side: int = 4096) -> Gpu:
-    """Measure this device with one large product and copies of as many bytes from main memory, within it and within the
-    device; takes about 0.1 s."""
+    """Measure this device in about 0.1 s: a large product, and copies from main memory, within it and on the device."""
     on_card = device.type == "cuda"
 
     def seconds(run: Callable[[], object]) -> float:

@@ -81,8 +81,7 @@ class Predicted:
 
 
 def predict(step: CountedStep, way: Way, card: Gpu, correction: float = 1.0) -> Predicted:
-    """Predict a way; `correction` is the measured ratio of real to counted bytes of a step's tensors without
-    weights."""
+    """Predict a way; `correction` is real / counted bytes of a step's tensors without weights."""
     cost = StorageCost.of(way.weight_format)
     cost = cost.of_8bit_matmul() if step.multiplies_codes else cost
     waiting = step.offloaded_indices(way.num_offloaded)
