@@ -10,13 +10,22 @@ from library.models.identify import base_of_checkpoint, find_spec
 from networks.core.targets.targets import AdapterTargets, TargetModule, find_target_modules
 
 
+def find_base(flag: str, name: str, *parts: str) -> tuple[Path, BaseModelSpec]:
+    """Return the path of a checkpoint, of which these parts are downloaded if it is on the hub, and its base model.
+
+    Raises UserError naming `flag` if it is missing, broken or of an unknown base model.
+    """
+    path = model_lookup.find_model(flag, name, [(part,) for part in parts])
+    return path, base_of_checkpoint(list_specs(), flag, path)
+
+
 def open_base_model(flag: str, path: Path) -> BaseModel:
     """Open a single file or a diffusers folder; only headers of its files are read.
 
     Raises UserError naming `flag` if it is missing, broken or of an unsupported kind.
     """
-    path = model_lookup.find_model(flag, str(path), (("unet",), ("text_encoder",)))
-    return base_of_checkpoint(list_specs(), flag, path).open_for_merging(flag, path)
+    path, spec = find_base(flag, str(path), "unet", "text_encoder")
+    return spec.open_for_merging(flag, path)
 
 
 def spec_for(base: BaseModel) -> BaseModelSpec:

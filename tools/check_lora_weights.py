@@ -97,7 +97,7 @@ def judge(
             found.append(wrong)
     if len(modules) == len(lone):
         found.append(f"the file contains no adapter weights (first keys: {', '.join(list(tensors)[:3]) or 'none'})")
-    warnings = list(oddities(list(modules.values()), facts, list(file.unknown), base))
+    warnings = list(find_oddities(list(modules.values()), facts, list(file.unknown), base))
     if lone and len(modules) > len(lone):
         warnings.append(f"alphas without weights, which have no effect: {some_keys(lone)}")
     name = base.name if base else None
@@ -106,7 +106,7 @@ def judge(
     return Report(origin, name, count_dtypes(tensors), facts, by_block(facts), programs, found, warnings)
 
 
-def oddities(
+def find_oddities(
     modules: Sequence[ModuleWeights], facts: Sequence[ModuleFacts], unknown: Sequence[str], base: BaseModelSpec | None
 ) -> Iterator[str]:
     """Yield what a user should know about a usable file."""
@@ -123,37 +123,37 @@ def oddities(
         yield f"change nothing, all zeros: {some_keys(still)}"
 
 
-def as_json(report: Report) -> str:
+def format_json(report: Report) -> str:
     """Format the report as JSON; numbers that are not finite become null."""
     content = asdict(report)
     for program, reading in zip(content["programs"], report.programs, strict=True):
         program |= {"amount": reading.amount, "num_used": reading.num_used}
     content["is_usable"] = not report.problems
-    return json.dumps(finite(content), indent=2, ensure_ascii=False)
+    return json.dumps(replace_nonfinite(content), indent=2, ensure_ascii=False)
 
 
-def finite(value: Any) -> Any:
+def replace_nonfinite(value: Any) -> Any:
     """Replace numbers that JSON does not support by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: replace_nonfinite(item) for key, item in value.items()}
+    return [replace_nonfinite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def as_text(report: Report) -> Iterator[str]:
+def format_text(report: Report) -> Iterator[str]:
     """Yield the report line by line."""
     base = "unknown base model" if report.base is None else find_spec(list_specs(), report.base).title
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in report.dtypes.items())
     yield f"{report.origin}: {sum(report.dtypes.values())} keys ({dtypes}), {len(report.modules)} modules, {base}"
-    yield from block_table(report.blocks)
+    yield from format_blocks(report.blocks)
     yield describe(report.programs)
     yield from (f"  {reason}" for reason in problems(report.programs))
     yield from (f"warning: {text}" for text in report.warnings)
     yield from (f"problem: {text}" for text in report.problems)
 
 
-def block_table(blocks: Sequence[BlockFacts]) -> Iterator[str]:
+def format_blocks(blocks: Sequence[BlockFacts]) -> Iterator[str]:
     """Yield one line per block, with one heading per part."""
     width = max((len(block.block) for block in blocks), default=0)
     for part in dict.fromkeys(block.part for block in blocks):
@@ -162,12 +162,12 @@ def block_table(blocks: Sequence[BlockFacts]) -> Iterator[str]:
         yield f"  {'block':{width}} {'modules':>7}  {'rank':10} {'alpha':10} {norms}"
         for block in (b for b in blocks if b.part == part):
             yield (
-                f"  {block.block:{width}} {block.num_modules:7}  {listed(block.ranks):10} {listed(block.alphas):10} "
+                f"  {block.block:{width}} {block.num_modules:7}  {join(block.ranks):10} {join(block.alphas):10} "
                 f"{block.down_norm:10.4g} {block.up_norm:10.4g} {block.update_norm:10.4g}"
             )
 
 
-def listed(numbers: Sequence[float]) -> str:
+def join(numbers: Sequence[float]) -> str:
     return ",".join(f"{number:g}" for number in numbers) or "-"
 
 
@@ -194,9 +194,9 @@ def print_report(args: argparse.Namespace) -> int:
     path = args.model or args.file
     report = check(path)
     if args.json:
-        print(as_json(report))
+        print(format_json(report))
     else:
-        for line in [*as_text(report), *(list_keys(path) if args.show_all_keys else ())]:
+        for line in [*format_text(report), *(list_keys(path) if args.show_all_keys else ())]:
             print(line)
     return int(bool(report.problems))
 

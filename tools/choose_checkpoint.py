@@ -39,7 +39,7 @@ from library.training.reporting.event_stream import open_event_file, plain
 from library.training.saving.checkpoints import Names
 from library.training.saving.saved_files import read_num_steps, without_copies
 from tools.command import make_training_parser, training_command
-from tools.contact_sheet import chosen_files, own_device
+from tools.contact_sheet import chosen_files, find_device
 from tools.plan_memory import read_training_options
 
 logger = logging.getLogger(__name__)
@@ -87,19 +87,15 @@ def warn_of_other_splits(options: ValidationOptions, files: Sequence[Path], seed
             logger.warning(text, path.name, metadata["ss_validation_split"], own, share, wanted)
 
 
-def measured_files(sides: Sides, found: Sequence[FileLosses]) -> list[Measured]:
+def measure_files(sides: Sides, found: Sequence[FileLosses]) -> list[Measured]:
     """Return the files with their losses by image, the base model first."""
     unseen = sides.held_out or sides.mirrored
     is_held_out = sides.held_out is not None
 
-    def side(one: FileLosses, of_trained: bool) -> tuple[Measurement, torch.Tensor]:
+    def by_its_images(one: FileLosses, of_trained: bool) -> torch.Tensor:
         losses_NL = one.trained_NL if of_trained else one.held_out_NL if is_held_out else one.mirrored_NL
         measurement = sides.trained if of_trained else unseen
         assert losses_NL is not None and measurement is not None
-        return measurement, losses_NL
-
-    def by_its_images(one: FileLosses, of_trained: bool) -> torch.Tensor:
-        measurement, losses_NL = side(one, of_trained)
         return by_image(losses_NL.mean(1), measurement.rows)
 
     base, measured = found[0], []
@@ -112,11 +108,11 @@ def measured_files(sides: Sides, found: Sequence[FileLosses]) -> list[Measured]:
             memory = memorised(unseen_pair, trained_pair, "held-out" if is_held_out else "mirrored")
         losses_G = by_its_images(one, of_trained=not is_held_out)
         file, step = (None, 0) if one.row is None else (display_path(one.row), read_num_steps(one.row))
-        measured.append(Measured(file, step, losses_G, memory, forgotten_by(one, base, sides.probe)))
+        measured.append(Measured(file, step, losses_G, memory, measure_forgetting(one, base, sides.probe)))
     return measured
 
 
-def forgotten_by(one: FileLosses, base: FileLosses, probe: Measurement | None) -> events.Forgotten | None:
+def measure_forgetting(one: FileLosses, base: FileLosses, probe: Measurement | None) -> events.Forgotten | None:
     """Return how much the loss of the forgetting probe rose; None without one, and for the base model itself."""
     if probe is None or one.row is None or one.probe_NL is None or base.probe_NL is None:
         return None
@@ -124,7 +120,7 @@ def forgotten_by(one: FileLosses, base: FileLosses, probe: Measurement | None) -
     return forgotten(before_G, after_G)
 
 
-def keep(choice: events.Choice, reports: ReportOptions, saving: SavingOptions) -> None:
+def record_choice(choice: events.Choice, reports: ReportOptions, saving: SavingOptions) -> None:
     """Add the choice to the run's events and report, if they exist."""
     line = plain(choice.as_line(time.time()))
     if (path := reports.log_events) and path != "-":
@@ -153,8 +149,8 @@ def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
     warn_of_other_splits(options.validation, files, seed)
     arch = base.build(options)
     plan = open_data_plan(options, arch, seed, 1)
-    sides, losses = losses_of_files(options, arch, plan, seed, [None, *files], own_device())
-    choice = choose_measured(measured_files(sides, list(losses)), is_held_out=sides.held_out is not None)
+    sides, losses = losses_of_files(options, arch, plan, seed, [None, *files], find_device())
+    choice = choose_measured(measure_files(sides, list(losses)), is_held_out=sides.held_out is not None)
     if choice is None:
         raise UserError("the loss of every file is NaN; use --mixed_precision bf16 or no")
     for text in format_candidates(choice):
@@ -162,7 +158,7 @@ def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
     print(format_choice(choice))
     if (line := memory_line(choice)) is not None:
         print(line)
-    keep(choice, options.reports, options.saving)
+    record_choice(choice, options.reports, options.saving)
 
 
 main = training_command(setup_parser, choose_file)

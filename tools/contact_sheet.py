@@ -52,7 +52,7 @@ def setup_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", help="seeds of each prompt; unset: its own, else 1")
     parser.add_argument(
         "--multipliers",
-        type=numbers,
+        type=parse_numbers,
         metavar="A,B,...",
         help="draw every file at these strengths, side by side, and print how far the images follow them; write the "
         "list behind =, as in --multipliers=-2,-1,0,1,2",
@@ -62,7 +62,7 @@ def setup_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def numbers(text: str) -> list[float]:
+def parse_numbers(text: str) -> list[float]:
     """Read numbers between commas. Raises argparse.ArgumentTypeError for anything else."""
     try:
         found = [float(word) for word in text.split(",")]
@@ -97,7 +97,7 @@ def chosen_files(named: list[Path] | None, saving: SavingOptions) -> list[Path]:
     return found
 
 
-def own_device() -> torch.device:
+def find_device() -> torch.device:
     """Return the accelerator of this machine, else the CPU."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return torch.device("cpu") if device is None else device
@@ -160,7 +160,7 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     if target is None:
         raise UserError("--sheet is not set; set the PNG to write, or --output_dir")
     check_overwrite("--sheet", target, PNG, [*files, Path(options.preview.sample_prompts)])
-    arch, device = base.build(options), own_device()
+    arch, device = base.build(options), find_device()
     draw = partial(draw_rows, options.network, options.precision, options.memory, arch)
     specs = read_prompts(Path(options.preview.sample_prompts))
     refuse_strengths(specs, "--multipliers")

@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from library.architectures.sd import layouts
 from library.architectures.sd.load import TITLES, single_file_parts
-from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.files import (
     holds_safetensors,
@@ -37,9 +36,9 @@ from library.checkpoints.weights import Weights
 from library.errors import UserError
 from library.memory.devices import SAVE_DTYPES
 from library.models.clip.clip import clip_of_folder
-from library.models.identify import base_of_checkpoint
 from library.models.loading import Component
 from library.models.vae.vae import vae_of_checkpoint, vae_of_folder
+from tools.base_models import find_base
 from tools.command import SUFFIXES, check_new_folder, check_output, command, make_parser, parse_dtype
 
 logger = logging.getLogger(__name__)
@@ -62,10 +61,9 @@ class Opened:
     whole: Weights | None  # the single file, None for a folder
 
 
-def opened(name: str, wanted: str | None, variant: str | None) -> Opened:
+def open_source(name: str, wanted: str | None, variant: str | None) -> Opened:
     """Open the model; only headers of its files are read. Raises UserError for one of another kind."""
-    path = model_lookup.find_model(SOURCE, name, tuple((part,) for part in layouts.PARTS))
-    spec = base_of_checkpoint(list_specs(), SOURCE, path)
+    path, spec = find_base(SOURCE, name, *layouts.PARTS)
     if spec.name not in TITLES:
         raise UserError(f"{SOURCE} {path}: this is {spec.called} model; this command supports only SD 1.x and SD 2.x")
     if wanted not in (None, spec.name):
@@ -100,7 +98,7 @@ def write_file(model: Opened, args: argparse.Namespace, dtype: torch.dtype | Non
     else:
         if args.metadata is not None:
             logger.warning("--metadata has no effect: only a .safetensors file can store it")
-        before = counts_in(model.path)
+        before = read_counts(model.path)
         save_pickle_state_dict(args.model_to_save, tensors, {n: getattr(args, n) + before.get(n, 0) for n in COUNTS})
     return len(tensors)
 
@@ -116,7 +114,7 @@ def parse_metadata(text: str | None) -> dict[str, str]:
     return found
 
 
-def counts_in(path: Path) -> dict[str, int]:
+def read_counts(path: Path) -> dict[str, int]:
     """Return the epochs and steps recorded in a file that a training program pickled."""
     content = {} if path.is_dir() or holds_safetensors(path) else load_pickle(path, mmap=True)
     found = {name: content.get(name) for name in COUNTS} if isinstance(content, Mapping) else {}
@@ -240,7 +238,7 @@ def convert(args: argparse.Namespace) -> None:
         check_output(TARGET, args.model_to_save, [Path(args.model_to_load)])
     else:
         check_new_folder(TARGET, args.model_to_save)
-    model = opened(args.model_to_load, "sd1" if args.v1 else "sd2" if args.v2 else None, args.variant)
+    model = open_source(args.model_to_load, "sd1" if args.v1 else "sd2" if args.v2 else None, args.variant)
     if to_file:
         num = write_file(model, args, dtype)
     else:

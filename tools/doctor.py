@@ -79,10 +79,7 @@ def revision() -> str:
 
 def package_lines(requirements: Path = ROOT / "requirements.txt") -> Iterator[Line]:
     """Compare the installed packages with the required versions, then list optional ones."""
-    for text in requirements.read_text(encoding="utf-8").splitlines():
-        line = requirement_line(text)
-        if line is not None:
-            yield line
+    yield from filter(None, map(requirement_line, requirements.read_text(encoding="utf-8").splitlines()))
     there = [f"{name} {version}" for name in OPTIONAL if (version := version_of(name))]
     yield Line("optional packages", ", ".join(there) or "none")
 

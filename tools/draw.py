@@ -14,19 +14,17 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.architectures.specs import list_specs
-from library.checkpoints import model_lookup
 from library.checkpoints.files import atomic_path, file_in_folder
 from library.checkpoints.overwriting import PNG, check_overwrite
 from library.errors import UserError
-from library.models.identify import base_of_checkpoint
 from library.training.command_line.checks import check_precision
 from library.training.evaluation.prompts import parse_line, read_prompts, refuse_strengths, resolve_all
 from library.training.offline.adapter_files import Stack
 from library.training.offline.contact_sheet import arrange, draw_rows
 from library.training.reporting.sample_images import Drawn, write_image
+from tools.base_models import find_base
 from tools.command import make_training_parser, training_command
-from tools.contact_sheet import own_device
+from tools.contact_sheet import find_device
 from tools.plan_memory import read_training_options
 
 logger = logging.getLogger(__name__)
@@ -53,17 +51,15 @@ def parse_adapter(text: str) -> tuple[Path, float]:
     """Return the file and the strength of FILE[:STRENGTH]. Raises UserError if there is no such file."""
     name, _, strength = text.rpartition(":")
     try:
-        path, factor = Path(name), float(strength)
+        path, factor = (Path(name), float(strength)) if name else (Path(text), 1.0)
     except ValueError:
-        path, factor = Path(text), 1.0
-    if not name:
         path, factor = Path(text), 1.0
     if not path.exists():
         raise UserError(f"--adapter {path} does not exist")
     return file_in_folder(path, f"--adapter {path}"), factor
 
 
-def scaled(files: Stack, factor: float) -> Stack:
+def scale_strengths(files: Stack, factor: float) -> Stack:
     """Return the files with their strengths times a factor; without those whose strength is 0."""
     return [(file, strength * factor) for file, strength in files if strength * factor]
 
@@ -73,8 +69,7 @@ def draw(args: argparse.Namespace, words: Sequence[str]) -> None:
     files = [parse_adapter(text) for text in args.adapter]
     if not args.prompt and not args.prompts:
         raise UserError("there is nothing to draw; give --prompt, or --prompts with a file")
-    path = model_lookup.find_model("MODEL", args.model, (("unet",), ("transformer",), ("text_encoder",)))
-    spec = base_of_checkpoint(list_specs(), "MODEL", path)
+    path, spec = find_base("MODEL", args.model, "unet", "transformer", "text_encoder")
     own = [*spec.script_flag.split(), "--pretrained_model_name_or_path", str(path)]
     _, options = read_training_options(spec.script, [*own, *words])
     check_precision(options)
@@ -96,7 +91,7 @@ def draw(args: argparse.Namespace, words: Sequence[str]) -> None:
     for target in [*targets.values(), *([] if args.strengths is None else [sheet])]:
         check_overwrite("--output", target, PNG, inputs)
     rows = []
-    stacks, device = [scaled(files, factor) for factor in factors], own_device()
+    stacks, device = [scale_strengths(files, factor) for factor in factors], find_device()
     drawn = draw_rows(options.network, options.precision, options.memory, arch, stacks, prompts, device)
     for factor, images in zip(factors, drawn, strict=True):
         for number, (prompt, image) in enumerate(zip(prompts, images, strict=True), 1):

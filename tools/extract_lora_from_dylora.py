@@ -73,17 +73,17 @@ def open_nested(path: Path) -> Nested:
     if not modules:
         raise UserError(f"{file.origin} contains only norm weights, which have no rank")
     ranks = [m.rank for m in modules if m.form == "low_rank"] or [m.rank for m in modules]
-    arguments = network_arguments(file.metadata)
-    unit = trained_unit(arguments, ("unit", "dyloRA", "dylora"))
+    arguments = read_network_arguments(file.metadata)
+    unit = read_unit(arguments, ("unit", "dyloRA", "dylora"))
     return Nested(
         file=file,
         full_rank=max(ranks),
         unit=unit if unit and max(ranks) % unit == 0 else None,
-        conv_unit=trained_unit(arguments, ("conv_unit",)) or 1,
+        conv_unit=read_unit(arguments, ("conv_unit",)) or 1,
     )
 
 
-def network_arguments(metadata: Mapping[str, str]) -> Mapping[str, object]:
+def read_network_arguments(metadata: Mapping[str, str]) -> Mapping[str, object]:
     """Return the content of `ss_network_args`; empty if it is missing or unreadable."""
     try:
         arguments = parse_json(metadata.get("ss_network_args", "{}"))
@@ -92,7 +92,7 @@ def network_arguments(metadata: Mapping[str, str]) -> Mapping[str, object]:
     return arguments if isinstance(arguments, dict) else {}
 
 
-def trained_unit(arguments: Mapping[str, object], names: Sequence[str]) -> int | None:
+def read_unit(arguments: Mapping[str, object], names: Sequence[str]) -> int | None:
     """Return the block size recorded under one of these names, or None."""
     for name in names:
         text = str(arguments.get(name, ""))
@@ -109,7 +109,7 @@ def choose_ranks(nested: Nested, unit: int | None, ranks: Sequence[int] | None) 
         wrong = [rank for rank in ranks if rank not in possible]
         if wrong:
             raise UserError(
-                f"--rank {wrong[0]}: the file has rank {nested.full_rank}{trained}; use one of {listed(possible)}"
+                f"--rank {wrong[0]}: the file has rank {nested.full_rank}{trained}; use one of {format_ranks(possible)}"
             )
         return sorted(set(ranks))
     unit = unit if unit is not None else nested.unit
@@ -121,11 +121,13 @@ def choose_ranks(nested: Nested, unit: int | None, ranks: Sequence[int] | None) 
     smallest = nested.unit or 1
     if unit < 1 or nested.full_rank % unit or unit % smallest:
         units = [n for n in possible if nested.full_rank % n == 0]
-        raise UserError(f"--unit {unit}: the file has rank {nested.full_rank}{trained}; use one of {listed(units)}")
+        raise UserError(
+            f"--unit {unit}: the file has rank {nested.full_rank}{trained}; use one of {format_ranks(units)}"
+        )
     return list(range(unit, nested.full_rank + 1, unit))
 
 
-def listed(numbers: Sequence[int]) -> str:
+def format_ranks(numbers: Sequence[int]) -> str:
     """List numbers in a sentence: all of a few, the two ends of many."""
     if len(numbers) > 16:
         step = numbers[1] - numbers[0]
@@ -154,13 +156,13 @@ def cut_file(nested: Nested, rank: int) -> AdapterFile:
     comment = f"cut from DyLoRA of rank {nested.full_rank} at rank {rank}"
     metadata["ss_training_comment"] = with_comment(metadata.get("ss_training_comment"), comment)
     convs = {(module.rank, module.alpha) for module in modules if module.form == "conv"}
-    arguments = with_conv_rank(metadata.get("ss_network_args"), convs)
+    arguments = set_conv_rank(metadata.get("ss_network_args"), convs)
     if arguments is not None:
         metadata["ss_network_args"] = arguments
     return nested.file.with_modules(modules, metadata)
 
 
-def with_conv_rank(arguments: str | None, convs: set[tuple[int, float]]) -> str | None:
+def set_conv_rank(arguments: str | None, convs: set[tuple[int, float]]) -> str | None:
     """Return `ss_network_args` with the rank and alpha of the convolutions; None if it does not record them."""
     try:
         recorded = dict(parse_json(arguments or "{}"))
@@ -172,12 +174,12 @@ def with_conv_rank(arguments: str | None, convs: set[tuple[int, float]]) -> str 
     return json.dumps({**recorded, "conv_dim": str(rank), "conv_alpha": str(alpha)})
 
 
-def path_at(save_to: Path, rank: int) -> Path:
+def name_file(save_to: Path, rank: int) -> Path:
     """Return `<base>-<rank as 4 digits><ext>`."""
     return save_to.with_name(f"{save_to.stem}-{rank:04d}{save_to.suffix}")
 
 
-def differences(nested: Nested, ranks: Sequence[int]) -> Iterator[tuple[int, float]]:
+def measure_differences(nested: Nested, ranks: Sequence[int]) -> Iterator[tuple[int, float]]:
     """Yield (rank, |full - cut| / |full|), Frobenius norms over all modules, in float64 and without building any
     matrix.
 
@@ -219,15 +221,15 @@ def extract(args: argparse.Namespace) -> None:
     ranks = choose_ranks(nested, args.unit, args.rank)
     if args.save_to is not None:
         for rank in ranks:
-            check_place("--save_to", path_at(args.save_to, rank), [args.model])
+            check_place("--save_to", name_file(args.save_to, rank), [args.model])
         for rank in tqdm(ranks, desc="cutting", unit="file"):
-            save_adapter_file(path_at(args.save_to, rank), cut_file(nested, rank))
+            save_adapter_file(name_file(args.save_to, rank), cut_file(nested, rank))
     if args.report:
         print("rank  relative difference to the full update")
-        for rank, difference in differences(nested, ranks):
+        for rank, difference in measure_differences(nested, ranks):
             print(f"{rank:4d}  {difference:.4f}")
     if args.save_to is not None:
-        print(f"{len(ranks)} files: {path_at(args.save_to, ranks[0])} to {path_at(args.save_to, ranks[-1]).name}")
+        print(f"{len(ranks)} files: {name_file(args.save_to, ranks[0])} to {name_file(args.save_to, ranks[-1]).name}")
 
 
 main = command(setup_parser, extract)

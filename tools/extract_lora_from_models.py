@@ -62,7 +62,7 @@ def subtract_weights(org: BaseModel, tuned: BaseModel, name: str) -> Tensor:
     return weights[1] - weights[0]
 
 
-def differences(org: BaseModel, tuned: BaseModel, target_modules: Sequence[TargetModule]) -> dict[str, float]:
+def measure_differences(org: BaseModel, tuned: BaseModel, target_modules: Sequence[TargetModule]) -> dict[str, float]:
     """Return the largest change of a value in each layer, by name."""
     return {
         target.name: float(subtract_weights(org, tuned, target.name).abs().max())
@@ -94,7 +94,7 @@ def extract_modules(
     """Return the modules of the LoRA. Raises UserError if the checkpoints do not match or are equal."""
     encoder_targets, unet_targets = find_adapter_targets(org, with_convolutions=args.conv_dim is not None)
     check_same_layers(org, tuned, [*encoder_targets, *unet_targets])
-    if max(differences(org, tuned, encoder_targets).values(), default=0.0) <= args.min_diff:
+    if max(measure_differences(org, tuned, encoder_targets).values(), default=0.0) <= args.min_diff:
         logger.info("omitting the text encoders, which differ by no more than --min_diff %g", args.min_diff)
         encoder_targets = []
     modules, missed, total = [], 0.0, 0.0
@@ -136,7 +136,7 @@ def read_shapes(base: BaseModel) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def extracted_metadata(args: argparse.Namespace, base: BaseModel) -> dict[str, str]:
+def make_metadata(args: argparse.Namespace, base: BaseModel) -> dict[str, str]:
     """Return the metadata: the base model and the ranks."""
     metadata = {
         **spec_for(base).adapter_metadata(base.architecture, args.v_parameterization),
@@ -217,7 +217,7 @@ def extract(args: argparse.Namespace) -> None:
     tuned = open_base_model("--model_tuned", args.model_tuned)
     check_bases(args, org, tuned)
     modules = extract_modules(org, tuned, args, device)
-    file = AdapterFile(str(args.save_to), {m.name: m for m in modules}, extracted_metadata(args, org), {})
+    file = AdapterFile(str(args.save_to), {m.name: m for m in modules}, make_metadata(args, org), {})
     save_adapter_file(args.save_to, file, parse_dtype(args.save_precision))
     print(f"{args.save_to}: {len(modules)} modules, rank {args.dim}")
 

@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from library.architectures.specs import list_specs
-from library.checkpoints import model_lookup
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.errors import UserError
 from library.models.clip.clip import clip_body
-from library.models.identify import base_of_checkpoint
 from library.protocols import Architecture
 from networks.core.files.adapter_file import COMPUTED, AdapterFile, require_layouts
 from networks.core.files.module_weights import ModuleWeights
+from tools.base_models import find_base
 from tools.command import add_device, check_at_least_one, command, make_parser, resolve_device
 from tools.convert_lora import read_adapter
 
@@ -38,8 +37,7 @@ EXAMPLES = """\
 
 def open_architecture(flag: str, name: str) -> tuple[BaseModelSpec, Architecture]:
     """Open the base model of a checkpoint, of which only the text encoders will be loaded. Raises UserError."""
-    path = model_lookup.find_model(flag, name, (("unet",), ("text_encoder",)))
-    spec = base_of_checkpoint(list_specs(), flag, path)
+    path, spec = find_base(flag, name, "unet", "text_encoder")
     if not spec.folders:
         known = ", ".join(other.title for other in list_specs() if other.folders)
         raise UserError(f"{flag} {name} is {spec.called} model; supported: {known}")
@@ -49,7 +47,7 @@ def open_architecture(flag: str, name: str) -> tuple[BaseModelSpec, Architecture
     return spec, spec.build(spec.options.from_args(argparse.Namespace(**values)))
 
 
-def by_encoder(spec: BaseModelSpec, file: AdapterFile, num_encoders: int) -> list[dict[str, ModuleWeights]]:
+def split_by_encoder(spec: BaseModelSpec, file: AdapterFile, num_encoders: int) -> list[dict[str, ModuleWeights]]:
     """Return the file's modules of each text encoder, by path. Raises UserError if there are none."""
     require_layouts(file, COMPUTED, "looked into")
     found: list[dict[str, ModuleWeights]] = [{} for _ in range(num_encoders)]
@@ -66,7 +64,7 @@ def by_encoder(spec: BaseModelSpec, file: AdapterFile, num_encoders: int) -> lis
     return found
 
 
-def adapted(encoder: nn.Module, modules: dict[str, ModuleWeights]) -> nn.Module:
+def merge_adapter(encoder: nn.Module, modules: dict[str, ModuleWeights]) -> nn.Module:
     """Return a copy of a text encoder with the adapter merged."""
     merged = copy.deepcopy(encoder)
     body = clip_body(merged)
@@ -79,14 +77,14 @@ def adapted(encoder: nn.Module, modules: dict[str, ModuleWeights]) -> nn.Module:
     return merged
 
 
-def hidden_states(encoder: nn.Module, ids_BT: Tensor, clip_skip: int) -> Tensor:
+def compute_states(encoder: nn.Module, ids_BT: Tensor, clip_skip: int) -> Tensor:
     """Return the normed states (B, T, W) after the layer of `clip_skip`."""
     states: Sequence[Tensor] = encoder(ids_BT, output_hidden_states=True).hidden_states
     normed: Tensor = clip_body(encoder).final_layer_norm(states[-clip_skip])
     return normed
 
 
-def batches_of_words(tokenizer: Any, batch_size: int) -> Iterator[Tensor]:
+def iterate_batches(tokenizer: Any, batch_size: int) -> Iterator[Tensor]:
     """Yield IDs of shape (B, 3): begin, one token, end; for all tokens in the order of their IDs."""
     for first in range(0, max(tokenizer.all_special_ids) + 1, batch_size):
         ids = range(first, min(first + batch_size, max(tokenizer.all_special_ids) + 1))
@@ -94,7 +92,7 @@ def batches_of_words(tokenizer: Any, batch_size: int) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def changes_of_words(
+def measure_changes(
     encoder: nn.Module, modules: dict[str, ModuleWeights], tokenizer: Any, batch_size: int, clip_skip: int,
     device: torch.device,
 ) -> Tensor:  # fmt: skip
@@ -104,11 +102,11 @@ def changes_of_words(
         raise UserError(
             f"--clip_skip is {clip_skip}, but the text encoder has {num_layers} layers; use 1 to {num_layers}"
         )
-    plain, changed = encoder.to(device), adapted(encoder, modules).to(device)
-    batches = list(batches_of_words(tokenizer, batch_size))
+    plain, changed = encoder.to(device), merge_adapter(encoder, modules).to(device)
+    batches = list(iterate_batches(tokenizer, batch_size))
     found = []
     for ids_BT in tqdm(batches, desc="words", unit="batch"):
-        states = [hidden_states(model, ids_BT.to(device), clip_skip) for model in (plain, changed)]
+        states = [compute_states(model, ids_BT.to(device), clip_skip) for model in (plain, changed)]
         found.append((states[1] - states[0]).abs().mean(dim=(1, 2)).float().cpu())
     return torch.cat(found)
 
@@ -120,9 +118,9 @@ def interrogate(args: argparse.Namespace) -> None:
     file = read_adapter(args.model, "--model")
     spec, arch = open_architecture("--sd_model", args.sd_model)
     encoders, tokenizer = arch.load.text_encoders(), arch.text.tokenizer  # type: ignore[attr-defined]
-    parts = [pair for pair in zip(encoders, by_encoder(spec, file, len(encoders)), strict=True) if pair[1]]
+    parts = [pair for pair in zip(encoders, split_by_encoder(spec, file, len(encoders)), strict=True) if pair[1]]
     clip_skip = args.clip_skip or 1
-    sums_N = sum(changes_of_words(*pair, tokenizer, args.batch_size, clip_skip, device) for pair in parts)
+    sums_N = sum(measure_changes(*pair, tokenizer, args.batch_size, clip_skip, device) for pair in parts)
     assert isinstance(sums_N, Tensor)
     means_N = sums_N / len(parts)
     for place, token in enumerate(means_N.argsort(descending=True)[: args.top].tolist()):

@@ -109,7 +109,7 @@ def setup_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def packed(found: ScannedSubset) -> Iterator[Packed]:
+def name_members(found: ScannedSubset) -> Iterator[Packed]:
     """Yield the images of a subset with names for a shard: their own if these are plain and unique."""
     without, names = set(found.without_caption), set[str]()
     digits = len(str(len(found.images)))
@@ -129,12 +129,12 @@ def write_shards(found: ScannedSubset, out: Path, name: str, shard_bytes: float,
     Finished shards of an earlier call are kept from the first on, as long as this call would write the same.
     """
     remove_temporary(out, lambda stem: re.fullmatch(rf"{re.escape(name)}-\d{{5}}", stem) is not None)
-    journal, members = Journal(out / f".{name}-shards.json"), iter(packed(found))
+    journal, members = Journal(out / f".{name}-shards.json"), iter(name_members(found))
     if not journal.path.exists():  # no earlier call wrote shards of this name
-        for path in shards_in(out, name):
+        for path in list_shards(out, name):
             check_overwrite("--out", path, SHARD)
         journal.write([])
-    shards, members = kept_shards(journal.read(), members, len(found.images), out, shard_bytes, storage)
+    shards, members = find_kept_shards(journal.read(), members, len(found.images), out, shard_bytes, storage)
     with progress_bar(f"packing {name}", len(found.images)) as bar:
         if shards:
             bar.update(sum(shard.num_pictures for shard in shards))
@@ -143,18 +143,18 @@ def write_shards(found: ScannedSubset, out: Path, name: str, shard_bytes: float,
             path = out / f"{name}-{len(shards):05}.tar"
             with atomic_path(path) as temporary:
                 held, is_full = write_shard(temporary, chain([first], members), shard_bytes, storage, bar)
-                inputs = digest_of_inputs(held, shard_bytes, storage)
+                inputs = digest_inputs(held, shard_bytes, storage)
                 size, digest = temporary.stat().st_size, digest_of_file(temporary)
             shards.append(Shard(path.name, size, digest, len(held), is_full, inputs))
             journal.write(shards)
-    for path in shards_in(out, name):
+    for path in list_shards(out, name):
         if path.name not in {shard.name for shard in shards}:
             logger.info("deleted %s from an earlier call", path)
             path.unlink()
     return f"{name}-{{00000..{len(shards) - 1:05}}}.tar"
 
 
-def shards_in(out: Path, name: str) -> list[Path]:
+def list_shards(out: Path, name: str) -> list[Path]:
     """Return the files with the names of a subset's shards, in order."""
     found = sorted(out.glob(f"{glob.escape(name)}-*.tar"))
     return [path for path in found if re.fullmatch(rf"{re.escape(name)}-\d{{5}}\.tar", path.name)]
@@ -217,7 +217,7 @@ class Journal:
             temporary.write_text(json.dumps([asdict(shard) for shard in shards]), encoding="utf-8")
 
 
-def kept_shards(
+def find_kept_shards(
     known: Sequence[Shard],
     members: Iterator[Packed],
     num_pictures: int,
@@ -243,7 +243,7 @@ def kept_shards(
 
 def is_kept(shard: Shard, held: Sequence[Packed], path: Path, shard_bytes: float, storage: Storage) -> bool:
     """Return True if a shard is still what these images give, and is unchanged on disk."""
-    if len(held) != shard.num_pictures or digest_of_inputs(held, shard_bytes, storage) != shard.inputs:
+    if len(held) != shard.num_pictures or digest_inputs(held, shard_bytes, storage) != shard.inputs:
         return False
     if path.is_file() and path.stat().st_size == shard.num_bytes and digest_of_file(path) == shard.digest:
         return True
@@ -251,7 +251,7 @@ def is_kept(shard: Shard, held: Sequence[Packed], path: Path, shard_bytes: float
     return False
 
 
-def digest_of_inputs(members: Sequence[Packed], shard_bytes: float, storage: Storage) -> str:
+def digest_inputs(members: Sequence[Packed], shard_bytes: float, storage: Storage) -> str:
     digest = blake2b(f"{shard_bytes}".encode(), digest_size=16)
     for one in members:
         references = [(reference.key, tuple(storage.version(reference))) for reference in one.image.references]
@@ -301,13 +301,13 @@ def pack(config: RunDataConfig, out: Path, shard_bytes: float, storage: Storage)
                 found = load_source(subset.source_key).scan(subset, storage, 16)
                 if not found.images:
                     raise NoDataFound(f"there are no images in {subset.source}; remove the subset")
-                name = shard_name(subset, names)
+                name = name_shards(subset, names)
                 patterns[key] = write_shards(found, out, name, shard_bytes, storage)
             wanted[-1].append((out / patterns[key]).resolve().as_posix())
     return wanted
 
 
-def shard_name(subset: SubsetConfig, taken: set[str]) -> str:
+def name_shards(subset: SubsetConfig, taken: set[str]) -> str:
     """Return a unique name for the shards of a subset, after its folder."""
     own = safe_name(os.path.splitext(subset.base_name)[0].strip("*?[]{}")).replace("%", "_") or "pictures"
     name, number = own, 2
@@ -317,23 +317,19 @@ def shard_name(subset: SubsetConfig, taken: set[str]) -> str:
     return name
 
 
-def described(content: Mapping[str, Any], patterns: Sequence[Sequence[str]]) -> dict[str, Any]:
+def describe_shards(content: Mapping[str, Any], patterns: Sequence[Sequence[str]]) -> dict[str, Any]:
     """Return the dataset file with shards instead of their sources, without subsets that are never drawn."""
-    gone = (*SOURCES, *MEMBERS, "cache_info")
+    gone = (*SOURCES, *MEMBERS, "cache_info", "subsets")
+
+    def kept(table: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in table.items() if name not in gone}
+
     datasets = []
     for dataset, wanted in zip(content["datasets"], patterns, strict=True):
         subsets = [subset for subset in dataset["subsets"] if is_drawn(subset, dataset, content)]
-        datasets.append(
-            {**{name: value for name, value in dataset.items() if name not in gone and name != "subsets"}}
-            | {
-                "subsets": [
-                    {"shards": pattern, **{name: value for name, value in subset.items() if name not in gone}}
-                    for subset, pattern in zip(subsets, wanted, strict=True)
-                ]
-            }
-        )
-    general = {name: value for name, value in content.get("general", {}).items() if name not in gone}
-    return {"general": {**general, "caption_extension": ENDING}, "datasets": datasets}
+        shards = [{"shards": pattern, **kept(subset)} for subset, pattern in zip(subsets, wanted, strict=True)]
+        datasets.append({**kept(dataset), "subsets": shards})
+    return {"general": {**kept(content.get("general", {})), "caption_extension": ENDING}, "datasets": datasets}
 
 
 def is_drawn(subset: Mapping[str, Any], dataset: Mapping[str, Any], content: Mapping[str, Any]) -> bool:
@@ -364,7 +360,7 @@ def make_shards(args: argparse.Namespace, training: Sequence[str]) -> None:
     path = args.out / DESCRIPTION
     check_overwrite("--out", path, SHARDS_FILE, [Path(str(options.dataset.dataset_config))])
     patterns = pack(config, args.out, args.shard_mb * 1e6, storage)
-    content = toml.dumps(described(read_description(str(options.dataset.dataset_config)), patterns))
+    content = toml.dumps(describe_shards(read_description(str(options.dataset.dataset_config)), patterns))
     with atomic_path(path) as temporary:
         temporary.write_text(f"{FIRST_LINE}\n{content}", encoding="utf-8")
     options = options.with_values({"dataset_config": path, "cache_dir": None})

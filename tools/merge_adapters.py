@@ -113,7 +113,7 @@ def merge_adapters(
     """
     sums: dict[str, list[tuple[ModuleWeights, float]]] = {}
     for adapter in adapters:
-        file = in_kohya_names(adapter.file)
+        file = rename_to_kohya(adapter.file)
         require_layouts(file, COMPUTED, "merged")
         for name, module in file.modules.items():
             if adapter.leaves_out(name):
@@ -124,7 +124,7 @@ def merge_adapters(
                     "with --sd_model"
                 )
             if needs_base(module) and (base is None or ranks is None):
-                raise UserError(refusal(file, module, has_base=base is not None))
+                raise UserError(explain_refusal(file, module, has_base=base is not None))
             sums.setdefault(name, []).append((module, adapter.ratio_of(name)))
     if base is not None and not any(needs_base(module) for terms in sums.values() for module, _ in terms):
         logger.warning("--base_model has no effect: the changes of --models do not depend on it")
@@ -148,7 +148,7 @@ def needs_base(module: ModuleWeights) -> bool:
     return module.layout is not norm.LAYOUT and (module.is_dora or not module.is_low_rank)
 
 
-def refusal(file: AdapterFile, module: ModuleWeights, has_base: bool) -> str:
+def explain_refusal(file: AdapterFile, module: ModuleWeights, has_base: bool) -> str:
     """Return why such a module cannot be merged into a LoRA this way."""
     what = "DoRA" if module.is_dora else module.layout.words
     if has_base:
@@ -161,7 +161,7 @@ def refusal(file: AdapterFile, module: ModuleWeights, has_base: bool) -> str:
     )
 
 
-def in_kohya_names(file: AdapterFile) -> AdapterFile:
+def rename_to_kohya(file: AdapterFile) -> AdapterFile:
     """Return the file with kohya's names of modules."""
     if all(recognise_naming(name) == "kohya" and not name.startswith("oft_") for name in file.modules):
         return file
@@ -246,7 +246,7 @@ def largest_ranks(adapters: Sequence[Weighted]) -> tuple[int, int] | None:
     return (max(plain or conv), max(conv or plain)) if ranked else None
 
 
-def merged_metadata(
+def make_metadata(
     adapters: Sequence[Weighted], modules: Sequence[ModuleWeights], save_to: Path, with_modelspec: bool
 ) -> dict[str, str]:
     """Return the merged LoRA's metadata: base model, ranks, sources."""
@@ -272,11 +272,11 @@ def merged_metadata(
         metadata["modelspec.sai_model_spec"] = "1.0.1"
         kept = ("architecture", "implementation", "prediction_type", "resolution")
         metadata.update({key: first[key] for name in kept if (key := f"modelspec.{name}") in first})
-        metadata.update(modelspec(save_to, [path_of(file) for file in files]))
+        metadata.update(modelspec(save_to, [find_path(file) for file in files]))
     return metadata
 
 
-def path_of(file: AdapterFile) -> Path:
+def find_path(file: AdapterFile) -> Path:
     """Return the path of a file of `models`."""
     return Path(file.origin.removeprefix("--models "))
 

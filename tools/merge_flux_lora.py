@@ -21,7 +21,7 @@ from tools import merge_lora
 from tools.base_models import open_base_model
 from tools.command import check_output, command
 from tools.convert_lora import read_adapter
-from tools.merge_adapters import Arithmetic, Strengths, Weighted, in_kohya_names, keep_ratios
+from tools.merge_adapters import Arithmetic, Strengths, Weighted, keep_ratios, rename_to_kohya
 from tools.merge_lora import merge_into_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def setup_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def opened_parts(args: argparse.Namespace) -> list[tuple[BaseModel, Path]]:
+def open_parts(args: argparse.Namespace) -> list[tuple[BaseModel, Path]]:
     """Return each checkpoint to merge into with the file to write. Raises UserError if one of the two is missing."""
     parts = [(open_base_model("--flux_model", args.sd_model), args.save_to)] if args.sd_model is not None else []
     for flag, path, save_to, opener in (
@@ -93,8 +93,8 @@ def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
     if args.lbws:
         raise UserError("--lbws names the blocks of a U-Net, but FLUX.1 has none; remove it")
     arithmetic = Arithmetic.from_args(args)
-    parts = opened_parts(args)
-    files = [in_kohya_names(read_adapter(path, "--models")) for path in args.models]
+    parts = open_parts(args)
+    files = [rename_to_kohya(read_adapter(path, "--models")) for path in args.models]
     for file in files:
         check_modules(file, [base for base, _ in parts])
     for base, save_to in parts:

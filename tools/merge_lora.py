@@ -55,12 +55,12 @@ from tools.merge_adapters import (
     Joining,
     Strengths,
     Weighted,
+    find_path,
     keep_ratios,
     largest_ranks,
+    make_metadata,
     merge_adapters,
-    merged_metadata,
     modelspec,
-    path_of,
     square_strengths,
 )
 
@@ -84,7 +84,7 @@ def merge_into_checkpoint(
     base: BaseModel, adapters: Sequence[Weighted], save_to: Path, arithmetic: Arithmetic, with_metadata: bool
 ) -> int:
     """Write the checkpoint with the changes and return the number of changed modules."""
-    changes = changes_by_module(base, adapters)
+    changes = collect_changes(base, adapters)
     metadata = checkpoint_metadata(base, adapters, save_to) if with_metadata else {}
     with tqdm(total=sum(len(file.weights.shapes) for file in base.files), desc="merging", unit="tensor") as progress:
         merge = CheckpointMerge(changes, arithmetic, progress)
@@ -95,7 +95,7 @@ def merge_into_checkpoint(
     return len(changes)
 
 
-def changes_by_module(base: BaseModel, adapters: Sequence[Weighted]) -> dict[str, list[tuple[ModuleWeights, float]]]:
+def collect_changes(base: BaseModel, adapters: Sequence[Weighted]) -> dict[str, list[tuple[ModuleWeights, float]]]:
     """Map kohya's name of a module to its changes in the order of the files, with their ratios.
 
     Raises UserError for modules that the checkpoint lacks: nothing is omitted silently.
@@ -207,7 +207,7 @@ def checkpoint_metadata(base: BaseModel, adapters: Sequence[Weighted], save_to: 
         **kept,
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": old.get("modelspec.architecture", base.architecture),
-        **modelspec(save_to, [base.path, *(path_of(adapter.file) for adapter in adapters)]),
+        **modelspec(save_to, [base.path, *(find_path(adapter.file) for adapter in adapters)]),
     }
 
 
@@ -295,7 +295,7 @@ def log_strengths(ratios: Sequence[float], strengths: Strengths) -> None:
         )  # fmt: skip
 
 
-def weighted(
+def weigh_files(
     files: Sequence[AdapterFile], ratios: Sequence[float], lbws: Sequence[str] | None, base: BaseModel | None
 ) -> list[Weighted]:
     """Return the files with their strengths; lists by block are for the checkpoint's base model, else each file's."""
@@ -314,7 +314,7 @@ def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
     arithmetic = Arithmetic.from_args(args)
     files = [read_adapter(path, "--models") for path in args.models]
     base = None if args.sd_model is None else open_base_model("--sd_model", args.sd_model)
-    adapters = weighted(files, ratios, args.lbws, base)
+    adapters = weigh_files(files, ratios, args.lbws, base)
     if base is not None:
         # Diffusers has several modules for one of the base model.
         if any(module.pieces for module in base.names.modules):
@@ -329,7 +329,7 @@ def merge(args: argparse.Namespace, strengths: Strengths = keep_ratios) -> None:
         shuffling = generator_for(secrets.randbits(62), "--shuffle") if args.shuffle else None
         joining = Joining(strengths, shuffling)
     modules = merge_adapters(adapters, resolve_ranks(args, adapters), arithmetic, trained_on, joining)
-    metadata = merged_metadata(adapters, modules, args.save_to, not args.no_metadata)
+    metadata = make_metadata(adapters, modules, args.save_to, not args.no_metadata)
     file = AdapterFile(str(args.save_to), {module.name: module for module in modules}, metadata, {})
     save_adapter_file(args.save_to, file, arithmetic.save_dtype or arithmetic.dtype)
     print(f"{args.save_to}: {len(modules)} modules, rank {metadata.get('ss_network_dim', 'none')}")

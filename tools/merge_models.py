@@ -34,7 +34,7 @@ EXAMPLES = """\
       --output merged.safetensors --saving_precision fp16"""
 
 
-def merged_tensors(
+def merge_tensors(
     models: Sequence[Weights], ratios: Sequence[float], unet_only: bool, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
     """Merge every floating-point weight of the first file in `dtype`.
@@ -115,7 +115,7 @@ def merge(args: argparse.Namespace) -> None:
     if args.unet_only and not any(key.startswith(UNET) for key in models[0].shapes):
         raise UserError(f"--unet_only: {args.models[0]} has no {UNET}...; remove it")
     log_differences(models, args.show_skipped)
-    tensors = merged_tensors(models, ratios, args.unet_only, SAVE_DTYPES[args.precision], device)
+    tensors = merge_tensors(models, ratios, args.unet_only, SAVE_DTYPES[args.precision], device)
     dtype = SAVE_DTYPES[args.saving_precision]
     saved = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
     warn_of_nonfinite(args.output, saved)

@@ -67,7 +67,7 @@ def list_parts(args: argparse.Namespace) -> list[PartFile]:
     return [PartFile(flag, path, prefix) for flag, path, prefix in given if path is not None]
 
 
-def gathered(parts: Sequence[PartFile], opened: Sequence[Weights]) -> dict[str, tuple[Weights, str]]:
+def collect_weights(parts: Sequence[PartFile], opened: Sequence[Weights]) -> dict[str, tuple[Weights, str]]:
     """Return the source of every weight of the combined file; the last file with a part wins."""
     found: dict[str, tuple[Weights, str]] = {}
     for part, weights in zip(parts, opened, strict=True):
@@ -80,7 +80,7 @@ def gathered(parts: Sequence[PartFile], opened: Sequence[Weights]) -> dict[str, 
     return found
 
 
-def as_weights(places: dict[str, tuple[Weights, str]], origin: str) -> Weights:
+def combine_weights(places: dict[str, tuple[Weights, str]], origin: str) -> Weights:
     """Return the combined file before it is written."""
 
     def read(key: str) -> torch.Tensor:
@@ -92,7 +92,7 @@ def as_weights(places: dict[str, tuple[Weights, str]], origin: str) -> Weights:
 
 def check(parts: Sequence[PartFile]) -> None:
     """Raise UserError unless the files are the parts of one SD3 model, naming the wrong one."""
-    opened = [model_lookup.open_file(part.flag, existing(part)) for part in parts]
+    opened = [model_lookup.open_file(part.flag, find_file(part)) for part in parts]
     dit = opened[0]
     specs = list_specs()
     prefixed = {f"{DENOISER_PREFIX}{key}": shape for key, shape in dit.shapes.items()}
@@ -106,7 +106,7 @@ def check(parts: Sequence[PartFile]) -> None:
                 f"--vae {part.path} has no {LDM_VAE}, so it is not a VAE in the original layout; use the one beside "
                 "the transformer's file instead of diffusers'"
             )
-    whole = as_weights(gathered(parts, opened), dit.origin)
+    whole = combine_weights(collect_weights(parts, opened), dit.origin)
     there = [name for name in TEXT_PREFIXES if text_weights(name, Sd3TextOptions(), whole) is not None]
     clips = [open_clip(name, Sd3TextOptions(), whole) for name in ("clip_l", "clip_g") if name in there]
     t5 = open_t5(Sd3TextOptions(), whole) if "t5xxl" in there else None
@@ -120,7 +120,7 @@ def check(parts: Sequence[PartFile]) -> None:
         logger.warning("the combined file will lack %s, which no input contains", ", ".join(missing))
 
 
-def existing(part: PartFile) -> Path:
+def find_file(part: PartFile) -> Path:
     """Return the path of a file. Raises UserError if it does not exist, or is a folder."""
     path = model_lookup.find_model(part.flag, str(part.path), ())
     if path.is_dir():
@@ -136,7 +136,7 @@ def merge(args: argparse.Namespace) -> None:
     check(parts)
     # Scales of 8-bit weights belong to their weights: either both are copied, or the weights are decoded.
     opened = [open_weights(p.path) if dtype is None else model_lookup.open_file(p.flag, p.path) for p in parts]
-    whole = as_weights(gathered(parts, opened), str(args.output))
+    whole = combine_weights(collect_weights(parts, opened), str(args.output))
     tensors = {}
     for key in tqdm(whole.shapes, desc="merging", unit="tensor"):
         tensor = whole.read(key)

@@ -13,14 +13,12 @@ from typing import Any
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.architectures.specs import list_specs
-from library.checkpoints import model_lookup
 from library.data.description.buckets import Size
 from library.data.sources.folders.metadata_file import parse_entries, read_table
 from library.data.sources.folders.metadata_listing import find_image
 from library.errors import UserError
 from library.memory.devices import DTYPES
-from library.models.identify import base_of_checkpoint
+from tools.base_models import find_base
 from tools.cache_latents import cache_images
 from tools.captions_to_metadata import check_name, list_images, write_table
 from tools.command import command, make_parser
@@ -39,8 +37,7 @@ EXAMPLES = """\
 def resolve_options(args: argparse.Namespace) -> argparse.Namespace:
     """Return the options of tools/cache_latents.py. Raises UserError for a base model without a U-Net."""
     name = args.model_name_or_path
-    path = model_lookup.find_model("model_name_or_path", name, (("unet",), ("vae",)))
-    spec = base_of_checkpoint(list_specs(), "model_name_or_path", path)
+    path, spec = find_base("model_name_or_path", name, "unet", "vae")
     if not spec.folders:
         raise UserError(
             f"{name} is {spec.called} model; encode its images with its training script and --cache_latents_to_disk, "

@@ -59,15 +59,15 @@ def parse_resolutions(text: str) -> tuple[Size, ...]:
     return sizes
 
 
-def fitted(size: Size, limit: Size) -> Size:
+def fit_size(size: Size, limit: Size) -> Size:
     """Return the size of an image at an area of at most `limit`'s, with its aspect ratio."""
     factor = min(1.0, sqrt(limit[0] * limit[1] / (size[0] * size[1])))
     return (max(1, int(size[0] * factor)), max(1, int(size[1] * factor)))
 
 
-def resized(pixels: Pixels, limit: Size, resizing: Resizing) -> Pixels:
+def resize_image(pixels: Pixels, limit: Size, resizing: Resizing) -> Pixels:
     """Return the image at an area, cropped at the centre to divisible sides."""
-    scaled = resize(pixels, fitted((pixels.shape[1], pixels.shape[0]), limit), resizing.interpolation)
+    scaled = resize(pixels, fit_size((pixels.shape[1], pixels.shape[0]), limit), resizing.interpolation)
     height, width = (side - side % resizing.divisible_by for side in scaled.shape[:2])
     top, left = (scaled.shape[0] - height) // 2, (scaled.shape[1] - width) // 2
     return scaled[top : top + height, left : left + width]
@@ -77,7 +77,7 @@ def write_sizes(image: Path, folder: Path, resizing: Resizing) -> None:
     """Write one image at every resolution. Raises UserError for one that cannot be read, or is too small."""
     pixels, _ = read_pixels(str(image))
     for limit, suffix in zip(resizing.resolutions, resizing.suffixes(), strict=True):
-        found = resized(pixels, limit, resizing)
+        found = resize_image(pixels, limit, resizing)
         if 0 in found.shape:
             raise UserError(f"{image} has less than --divisible_by {resizing.divisible_by} pixels on a side")
         with atomic_path(folder / f"{image.stem}{suffix}{resizing.ending}") as temporary:

@@ -152,10 +152,10 @@ def resize_file(file: AdapterFile, measure: Measure, device: torch.device, verbo
         raise UserError(f"{file.origin} contains only norm weights, which have no rank")
     mean = sum(kept_norms) / len(kept_norms)
     logger.info("%d modules, on average %.1f%% of the Frobenius norm is kept", len(kept_norms), 100 * mean)
-    return file.with_modules(modules, resized_metadata(file, modules, measure))
+    return file.with_modules(modules, make_metadata(file, modules, measure))
 
 
-def resized_metadata(file: AdapterFile, modules: Sequence[ModuleWeights], measure: Measure) -> dict[str, str]:
+def make_metadata(file: AdapterFile, modules: Sequence[ModuleWeights], measure: Measure) -> dict[str, str]:
     """Return the file's metadata with the new rank and alpha; "Dynamic" if the modules' ranks differ."""
     metadata = dict(file.metadata)
     main = [m for m in modules if m.form == "low_rank"] or [m for m in modules if m.is_low_rank]

@@ -33,7 +33,7 @@ EXAMPLES = """\
   python3 tools/show_metadata.py --model my_cat.safetensors --json > metadata.json"""
 
 
-def parsed(text: str) -> Any:
+def parse_value(text: str) -> Any:
     """Parse a JSON object or list; return any other text unchanged."""
     if not text.startswith(("{", "[")):
         return text
@@ -43,7 +43,7 @@ def parsed(text: str) -> Any:
         return text
 
 
-def as_text(metadata: Mapping[str, str], num_tags: int) -> Iterator[str]:
+def format_metadata(metadata: Mapping[str, str], num_tags: int) -> Iterator[str]:
     """Yield all keys in sections, short ones on one line each."""
     if not metadata:
         yield "the file has no metadata"
@@ -54,25 +54,25 @@ def as_text(metadata: Mapping[str, str], num_tags: int) -> Iterator[str]:
         if keys:
             yield f"{title}:"
             for key in keys:
-                yield from entry(key, metadata[key], num_tags)
+                yield from format_entry(key, metadata[key], num_tags)
 
 
-def entry(key: str, text: str, num_tags: int) -> Iterator[str]:
+def format_entry(key: str, text: str, num_tags: int) -> Iterator[str]:
     """Yield one key, with its JSON indented below it."""
-    value = parsed(text)
+    value = parse_value(text)
     if key == TAG_KEY and isinstance(value, dict):
         yield f"  {escape_controls(key)}:"
-        yield from (f"    {line}" for line in tag_lines(value, num_tags))
+        yield from (f"    {line}" for line in list_tags(value, num_tags))
     elif isinstance(value, (dict, list)) and value:
         yield f"  {escape_controls(key)}:"
         yield from (
             f"    {escape_controls(line)}" for line in json.dumps(value, indent=2, ensure_ascii=False).split("\n")
         )
     else:
-        yield f"  {escape_controls(key)}: {escape_controls(shortened(text))}{format_time(key, text)}"
+        yield f"  {escape_controls(key)}: {escape_controls(shorten(text))}{format_time(key, text)}"
 
 
-def tag_lines(frequencies: Mapping[str, Any], num_tags: int) -> Iterator[str]:
+def list_tags(frequencies: Mapping[str, Any], num_tags: int) -> Iterator[str]:
     """Yield the commonest tags over all folders, then their number."""
     counts: Counter[str] = Counter()
     for tags in frequencies.values():
@@ -93,7 +93,7 @@ def format_time(key: str, text: str) -> str:
         return ""
 
 
-def shortened(text: str) -> str:
+def shorten(text: str) -> str:
     return text if len(text) <= LONGEST_TEXT else f"{text[:80]}... ({len(text)} characters)"
 
 
@@ -122,11 +122,11 @@ def show(path: Path, key: str | None, is_json: bool, num_tags: int) -> Iterator[
             raise UserError(f"--key {key}: the file has no such key; it has {', '.join(sorted(metadata)) or 'none'}")
         metadata = {key: metadata[key]}
     if is_json:
-        yield json.dumps({k: parsed(text) for k, text in metadata.items()}, indent=2, ensure_ascii=False)
+        yield json.dumps({k: parse_value(text) for k, text in metadata.items()}, indent=2, ensure_ascii=False)
     elif key is not None:
         yield metadata[key]
     else:
-        yield from as_text(metadata, num_tags)
+        yield from format_metadata(metadata, num_tags)
 
 
 def print_metadata(args: argparse.Namespace) -> None:

@@ -108,36 +108,36 @@ def verify(args: argparse.Namespace, training: Sequence[str]) -> int:
     if options.sweep.sweep:
         raise UserError("--sweep is not verified; leave it out, the adapters of a sweep train as one does")
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:
-        for result in checks(spec, options, training, Path(folder)):
+        for result in run_checks(spec, options, training, Path(folder)):
             print(result, flush=True)
             results.append(result)
     print("\npaste from here " + "-" * 40)
     way = resolve_way(options.memory, options.precision, options.distributed)
-    described = option_lines(spec, options.flat(), type(options).defaults(), way)
-    for line in (*machine_lines(), *described, *map(str, results)):
+    described = list_options(spec, options.flat(), type(options).defaults(), way)
+    for line in (*describe_machine(), *described, *map(str, results)):
         print(line)
     print("to here " + "-" * 48)
     return int(any(result.is_wrong for result in results))
 
 
-def checks(spec: BaseModelSpec, options: TrainOptions, training: Sequence[str], folder: Path) -> Iterator[Result]:
+def run_checks(spec: BaseModelSpec, options: TrainOptions, training: Sequence[str], folder: Path) -> Iterator[Result]:
     """Yield the results; the first run that fails ends the list."""
     with mute_logging():
         denoiser = spec.build(options).load.denoiser()
     yield compare_with_diffusers(denoiser, spec.build.__module__.rpartition(".")[0])
     del denoiser
-    whole = trial(spec, options, folder / "whole", {"selftest": True})
+    whole = prepare_trial(spec, options, folder / "whole", {"selftest": True})
     print(f"training {NUM_STEPS} steps ...", file=sys.stderr, flush=True)
     done = whole.train()
     yield from whole.results(done)
     if done.returncode:
         return
     state = folder / "whole" / f"{NAME}-step{RESUMED_AT:08d}-state"
-    again = trial(spec, options, folder / "again", {"resume": str(state)})
+    again = prepare_trial(spec, options, folder / "again", {"resume": str(state)})
     print(f"resuming from step {RESUMED_AT} ...", file=sys.stderr, flush=True)
     done = again.train()
     if done.returncode:
-        yield Result("resuming", f"failed: {last_error(done.stderr)}", is_wrong=True)
+        yield Result("resuming", f"failed: {find_error(done.stderr)}", is_wrong=True)
         return
     yield compare_files(whole.adapter, again.adapter)
     with mute_logging():
@@ -205,7 +205,7 @@ class Trial:
             text = found[1] if found is not None else "gradients are not those of the plain mode, see above"
             yield Result("way of saving memory", text, wrong)
         if done.returncode:
-            yield Result(f"{NUM_STEPS} steps", f"failed: {last_error(done.stderr)}", is_wrong=True)
+            yield Result(f"{NUM_STEPS} steps", f"failed: {find_error(done.stderr)}", is_wrong=True)
             return
         losses = [step["loss"] for step in self.steps()]
         finite = [loss for loss in losses if loss is not None]
@@ -214,7 +214,7 @@ class Trial:
         yield Result(f"{NUM_STEPS} steps", text, len(finite) < NUM_STEPS)
 
 
-def trial(spec: BaseModelSpec, options: TrainOptions, folder: Path, changes: Mapping[str, Any]) -> Trial:
+def prepare_trial(spec: BaseModelSpec, options: TrainOptions, folder: Path, changes: Mapping[str, Any]) -> Trial:
     """Write the options of a short training, those that are decided here in place of the user's."""
     import toml
 
@@ -223,7 +223,7 @@ def trial(spec: BaseModelSpec, options: TrainOptions, folder: Path, changes: Map
     values = {**options.flat(), **DECIDED, **own, **changes}
     defaults = type(options).defaults()
     given = {
-        name: [str(item) for item in value] if isinstance(value, list | tuple) else toml_value(value)
+        name: [str(item) for item in value] if isinstance(value, list | tuple) else convert_to_toml(value)
         for name, value in values.items()
         if name in defaults and value is not None and value != defaults[name]
     }
@@ -231,11 +231,11 @@ def trial(spec: BaseModelSpec, options: TrainOptions, folder: Path, changes: Map
     return Trial(ROOT / spec.script, folder)
 
 
-def toml_value(value: Any) -> Any:
+def convert_to_toml(value: Any) -> Any:
     return value if isinstance(value, bool | int | float) else str(value)
 
 
-def last_error(log: str) -> str:
+def find_error(log: str) -> str:
     """Return the kind of error that ended a run; its text may name files."""
     kinds = re.findall(r"^(?:\w+\.)*(\w*(?:Error|Exception|Interrupt))\b", log, re.MULTILINE)
     if "out of memory" in log.lower():
@@ -291,7 +291,7 @@ def compare_with_plan(steps: Sequence[Mapping[str, Any]], planned: Predicted | N
 # What the block says of machine and options
 
 
-def machine_lines() -> Iterator[str]:
+def describe_machine() -> Iterator[str]:
     packages = ", ".join(f"{name} {version_of(name)}" for name in ("torch", "diffusers", "transformers", "accelerate"))
     yield f"python {platform.python_version()}, {platform.system()} {platform.machine()}, {packages}"
     if not torch.cuda.is_available():
@@ -303,7 +303,7 @@ def machine_lines() -> Iterator[str]:
     yield f"{name}, sm_{major}{minor}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, CUDA {torch.version.cuda}"
 
 
-def option_lines(spec: BaseModelSpec, values: dict[str, Any], defaults: Mapping[str, Any], way: Way) -> Iterator[str]:
+def list_options(spec: BaseModelSpec, values: dict[str, Any], defaults: Mapping[str, Any], way: Way) -> Iterator[str]:
     if not str(values["network_module"]).startswith(OURS):
         values["network_module"] = "of others"
     given = [(name, values[name]) for name in SHOWN if name in values and values[name] != defaults[name]]

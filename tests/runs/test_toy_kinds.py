@@ -1,6 +1,6 @@
 """Every kind of adapter teaches the toy world's model what it has never seen: the table of docs/networks.md.
 
-Images are judged by their pixels, and adapters are merged by code that shares nothing with training.
+Images are drawn by diffusers with the merged adapter, and judged by their pixels.
 """
 
 import subprocess

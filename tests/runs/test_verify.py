@@ -1,6 +1,7 @@
 """tools/verify.py on tiny models: real trainings in processes of their own."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -59,12 +60,12 @@ def test_a_run_that_does_not_continue_as_it_would_have_is_wrong(
 ) -> None:
     train = verify.Trial.train
 
-    def train_and_spoil(self: verify.Trial) -> str:
-        log = train(self)
+    def train_and_spoil(self: verify.Trial) -> "subprocess.CompletedProcess[str]":
+        done = train(self)
         if self.folder.name == "again":
             tensors = load_file(self.adapter)
             save_file({name: tensor + 1e-4 for name, tensor in tensors.items()}, self.adapter)
-        return log
+        return done
 
     monkeypatch.setattr(verify.Trial, "train", train_and_spoil)
     assert verify.main(arguments_for("sd", tmp_path, "--fit", "12GB")) == 1

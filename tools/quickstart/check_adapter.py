@@ -17,25 +17,21 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 from library.checkpoints.files import load_state_dict
 from library.training.evaluation.strength_response import rank_correlation
 from tools.command import command, make_parser
+from tools.contact_sheet import parse_numbers
 from tools.quickstart.sampling import Prompt, load_pipeline, merge_lora, sample
-from tools.quickstart.toy_world import Seen, look_at, parse_caption
+from tools.quickstart.toy_world import QUICKSTART, Seen, look_at, parse_caption
 
-BASE = Path(__file__).resolve().parents[2] / "configs" / "quickstart" / "toy_base"
 EXAMPLES = """\
   python3 tools/quickstart/check_adapter.py output/toy_slider/toy_slider.safetensors \\
     --captions "a red circle on a white background" --strengths=-2,-1,0,1,2"""
 
 
-def numbers(text: str) -> list[float]:
-    return [float(word) for word in text.split(",")]
-
-
 def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("adapter", type=Path, help="adapter file that was trained on the base model")
-    parser.add_argument("--base", type=Path, default=BASE, help="diffusers folder (default: the quickstart's)")
+    parser.add_argument("--base", type=Path, default=QUICKSTART / "toy_base", help="diffusers folder")
     parser.add_argument("--captions", nargs="+", required=True, help="captions of the toy world")
-    parser.add_argument("--strengths", type=numbers, default=[0.0, 1.0], help="between commas (default: 0,1)")
+    parser.add_argument("--strengths", type=parse_numbers, default=[0.0, 1.0], help="between commas (default: 0,1)")
     parser.add_argument("--colour", default="", help="the colour that is counted, for captions that name none")
     parser.add_argument("--count", type=int, default=32, help="images of each caption and strength (default: 32)")
     return parser

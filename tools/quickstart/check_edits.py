@@ -17,9 +17,8 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 from library.errors import UserError, few
 from tools import draw
 from tools.command import command, make_parser
-from tools.quickstart.toy_world import ImageArray, find_foreground, look_at
+from tools.quickstart.toy_world import QUICKSTART, ImageArray, find_foreground, look_at
 
-BASE = Path(__file__).resolve().parents[2] / "configs" / "quickstart" / "toy_edit_base"
 EXAMPLES = """\
   python3 tools/quickstart/check_edits.py --references output/toy_asked/other --results output/toy_asked/red \\
     --output output/toy_asked/drawn --adapter output/toy_recolour/toy_recolour.safetensors"""
@@ -34,7 +33,7 @@ def setup_parser() -> argparse.ArgumentParser:
     parser.add_argument("--results", type=Path, required=True, help="folder with their partners and the captions")
     parser.add_argument("--output", type=Path, required=True, help="folder for the edited images and the prompts")
     parser.add_argument("--adapter", type=Path, help="adapter file that was trained on the base model")
-    parser.add_argument("--base", type=Path, default=BASE, help="diffusers folder (default: the toy edit model)")
+    parser.add_argument("--base", type=Path, default=QUICKSTART / "toy_edit_base", help="diffusers folder")
     return parser
 
 

@@ -19,11 +19,10 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from tools.command import command, make_parser
 from tools.quickstart.sampling import GUIDANCE_SCALE, SAMPLING_STEPS, Prompt, load_pipeline, sample
-from tools.quickstart.toy_world import HELD_OUT_SHAPES, ImageArray, Scene, list_scenes, look_at
+from tools.quickstart.toy_world import HELD_OUT_SHAPES, QUICKSTART, ImageArray, Scene, list_scenes, look_at
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parents[2]
 ATTRIBUTES = ("shape", "colour", "background", "style", "size")
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
@@ -78,7 +77,7 @@ def check(pipeline: Any, count: int, seed: int, image: Path | None) -> list[str]
 
 def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, "  python3 tools/quickstart/check_toy_base.py --count 200")
-    parser.add_argument("--base", type=Path, default=ROOT / "configs/quickstart/toy_base", help="diffusers folder")
+    parser.add_argument("--base", type=Path, default=QUICKSTART / "toy_base", help="diffusers folder")
     parser.add_argument("--count", type=int, default=200, help="prompts of the known world, half as many of the unseen")
     parser.add_argument("--seed", type=int, default=1, help="of the choice of prompts and of their noise")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="that the model computes in")

@@ -19,11 +19,10 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from tools.command import command, make_parser
 from tools.quickstart.sampling import count_right, load_pipeline, merge_lora, read_prompts, sample
-from tools.quickstart.toy_world import ImageArray
+from tools.quickstart.toy_world import QUICKSTART, ImageArray
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parents[2]
 ENLARGEMENT = 2
 NUM_COLUMNS = 4  # of each half
 GAP = 8
@@ -71,10 +70,9 @@ def draw_before_and_after(base: Path, lora: Path, prompts_file: Path, out: Path)
 def setup_parser() -> argparse.ArgumentParser:
     example = "  python3 tools/quickstart/draw_before_after.py --lora mine.safetensors --out before_after.png"
     parser = make_parser(__doc__, example)
-    quickstart = ROOT / "configs/quickstart"
-    parser.add_argument("--base", type=Path, default=quickstart / "toy_base", help="diffusers folder of the base model")
+    parser.add_argument("--base", type=Path, default=QUICKSTART / "toy_base", help="diffusers folder of the base model")
     parser.add_argument("--lora", type=Path, required=True, help="LoRA file (kohya's key names) trained on it")
-    parser.add_argument("--prompts", type=Path, default=quickstart / "prompts.txt", help="prompts, one a line")
+    parser.add_argument("--prompts", type=Path, default=QUICKSTART / "prompts.txt", help="prompts, one a line")
     parser.add_argument("--out", type=Path, required=True, help="PNG to write")
     return parser
 

@@ -16,11 +16,10 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tools.command import command, make_parser
-from tools.quickstart.toy_world import HELD_OUT_SHAPES, KNOWN_SHAPES, draw_scene, list_scenes
+from tools.quickstart.toy_world import HELD_OUT_SHAPES, KNOWN_SHAPES, QUICKSTART, draw_scene, list_scenes
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parents[2]
 NUM_TRAINED_PROMPTS = 14
 PROMPT_OPTIONS = "--w 64 --h 64 --s 20 --l 2"
 
@@ -43,9 +42,8 @@ def make_dataset(args: argparse.Namespace) -> None:
 
 def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, "  python3 tools/quickstart/make_dataset.py --shape heart")
-    quickstart = ROOT / "configs/quickstart"
-    parser.add_argument("--out", type=Path, default=quickstart / "dataset", help="folder of images and captions")
-    parser.add_argument("--prompts", type=Path, default=quickstart / "prompts.txt", help="file of prompts to write")
+    parser.add_argument("--out", type=Path, default=QUICKSTART / "dataset", help="folder of images and captions")
+    parser.add_argument("--prompts", type=Path, default=QUICKSTART / "prompts.txt", help="file of prompts to write")
     parser.add_argument("--shape", choices=(*HELD_OUT_SHAPES, *KNOWN_SHAPES), default="heart", help="shape to draw")
     parser.add_argument("--num_images", type=int, default=32, help="of the shape's 42 scenes, one image each")
     parser.add_argument("--seed", type=int, default=1, help="of the choice of scenes and of the drawing")

@@ -30,6 +30,7 @@ from tools.command import command, make_parser
 from tools.quickstart.toy_world import (
     CAPTION_TEMPLATES,
     IMAGE_SIZE,
+    QUICKSTART,
     ImageArray,
     Scene,
     draw_doodle,
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parents[2]
 SCALING_FACTOR = 0.18215  # trainers of SD 1.x multiply latents by this constant without asking the model
 NUM_TIMESTEPS = 1000
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
@@ -389,7 +389,7 @@ def make_toy_base(args: argparse.Namespace) -> None:
 
 def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, "  python3 tools/quickstart/make_toy_base.py --out configs/quickstart/toy_base")
-    parser.add_argument("--out", type=Path, default=ROOT / "configs/quickstart/toy_base", help="folder to write")
+    parser.add_argument("--out", type=Path, default=QUICKSTART / "toy_base", help="folder to write")
     parser.add_argument("--seed", type=int, default=1, help="of the images, the weights and the training")
     parser.add_argument("--vae_steps", type=int, default=3000, help="training steps of the VAE")
     parser.add_argument("--unet_steps", type=int, default=5000, help="training steps of U-Net and text encoder")

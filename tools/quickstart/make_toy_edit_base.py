@@ -36,6 +36,7 @@ from tools.quickstart.toy_world import (
     BACKGROUNDS,
     COLOURS,
     KNOWN_SHAPES,
+    QUICKSTART,
     SIZES,
     ImageArray,
     Scene,
@@ -45,8 +46,7 @@ from tools.quickstart.toy_world import (
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parents[2]
-TOY_BASE = ROOT / "configs/quickstart/toy_base"
+TOY_BASE = QUICKSTART / "toy_base"
 COPIES = 4  # of each latent channel of the quickstart's VAE
 TEXT_WIDTH, POOLED_WIDTH, NUM_TEXT_TOKENS = 64, 32, 16
 CONFIG = FluxConfig(

@@ -1,6 +1,5 @@
 """Sample images of the toy world from the quickstart's base model, with or without a LoRA, and judge them."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from library.architectures.sd.targets import view
 from library.errors import UserError
+from library.training.evaluation import prompts as evaluation
 from networks import lora
 from tools.quickstart.toy_world import ImageArray, look_at, parse_caption
 
@@ -29,21 +29,13 @@ class Prompt:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Read a file of prompts, one a line in the form of `sample_prompts`: `--d` gives the seed, else the line's number.
-
-    Raises UserError for a file without prompts.
-    """
-    prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
-        if line.strip() and not line.startswith("#"):
-            caption, *options = re.split(r"\s+--", line.strip())
-            seeds = [int(option.split()[1]) for option in options if option.split()[0] == "d"]
-            prompts.append(Prompt(caption, seeds[0] if seeds else number))
-    if not prompts:
+    """Read a file as `sample_prompts` takes it; a prompt without a seed gets its number. Raises UserError."""
+    found = evaluation.read_prompts(path)
+    if not found:
         raise UserError(
             f'--prompts {path} holds no prompts; write one a line, e.g. "a large red star on a white background"'
         )
-    return prompts
+    return [Prompt(spec.prompt, number if spec.seed is None else spec.seed) for number, spec in enumerate(found)]
 
 
 def load_pipeline(base: Path, dtype: torch.dtype = torch.float32) -> Any:

@@ -8,6 +8,7 @@ checker `look_at` measures only pixels and knows nothing of the models.
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import product
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -23,6 +24,7 @@ Plane = NDArray[np.float64]  # (height, width)
 Mask = NDArray[np.bool_]  # (height, width)
 Style = Literal["solid", "outlined"]
 
+QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart"
 IMAGE_SIZE = 64
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 36, 36),

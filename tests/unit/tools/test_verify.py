@@ -29,7 +29,7 @@ from tests.tiny.qwen_image_21 import tiny_qwen_image_21
 from tests.tiny.sd3 import CONFIGS, tiny_mmdit
 from tests.tiny.zimage import tiny_zimage
 from tests.unit.memory.planner.test_choice import counted_step
-from tools.verify import compare_files, compare_with_diffusers, compare_with_plan, last_error
+from tools.verify import compare_files, compare_with_diffusers, compare_with_plan, find_error
 
 EXACT = 1e-5  # of the largest value, in float32
 
@@ -158,4 +158,4 @@ def test_time_and_memory_are_put_beside_the_plan() -> None:
     ],
 )
 def test_of_an_error_only_its_kind_is_said(log: str, said: str) -> None:
-    assert last_error(log) == said
+    assert find_error(log) == said
