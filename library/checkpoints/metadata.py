@@ -37,6 +37,11 @@ RECORDED_OPTIONS = (
     "validate_every_n_steps", "resize_interpolation",
 )  # fmt: skip
 """Options whose key in the metadata is their name after `ss_`."""
+RECORDED_FACTS = (
+    "session_id", "num_train_images", "num_validation_images", "num_reg_images", "num_batches_per_epoch", "num_epochs",
+    "max_train_steps", "seed", "optimizer",
+)  # fmt: skip
+"""Fields of `RunFacts` whose key in the metadata is their name after `ss_`."""
 MODELSPEC_TEXTS = (
     "author", "description", "license", "tags", "usage_hint", "trigger_phrase", "preprocessor", "is_negative_embedding",
     "merged_from",
@@ -68,19 +73,11 @@ def training_metadata(options: TrainOptions, architecture: Mapping[str, str], fa
     text_rates = options.network.text_encoder_lr or []
     values: dict[str, Any] = {
         **{f"ss_{name}": given[name] for name in RECORDED_OPTIONS},
-        "ss_session_id": facts.session_id,
+        **{f"ss_{name}": getattr(facts, name) for name in RECORDED_FACTS},
         "ss_training_started_at": facts.started_at,
         "ss_text_encoder_lr": text_rates if len(text_rates) > 1 else next(iter(text_rates), None),
-        "ss_num_train_images": facts.num_train_images,
-        "ss_num_validation_images": facts.num_validation_images,
-        "ss_num_reg_images": facts.num_reg_images,
-        "ss_num_batches_per_epoch": facts.num_batches_per_epoch,
-        "ss_num_epochs": facts.num_epochs,
         "ss_gradient_checkpointing": options.memory.recomputes,
-        "ss_max_train_steps": facts.max_train_steps,
-        "ss_seed": facts.seed,
         "ss_sd_scripts_commit_hash": commit_hash() or "(unknown)",
-        "ss_optimizer": facts.optimizer,
         "ss_face_crop_aug_range": _number_pair(options.dataset.face_crop_aug_range),
         "ss_debiased_estimation": options.loss.debiased_estimation_loss,
     }

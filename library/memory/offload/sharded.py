@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,9 @@ from library.memory.codecs.codec import Parts
 from library.memory.frozen import FrozenLayer, frozen_layers
 from library.memory.offload.ring import NUM_SLOTS, Ring
 from library.memory.offload.spans import ALIGNMENT, Span, parts_in, spans
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import UnshardHandle
 
 NOBODY = -1  # sent instead of a block's number: the leader is done
 
@@ -45,9 +48,9 @@ class ShardedBlock(nn.Module):
         fully_shard(self, mesh=mesh)
         self.load_state_dict({f"layer_{number}": share for number, share in enumerate(shares)}, assign=True)
 
-    def begin(self) -> "Arrival":
+    def begin(self) -> "UnshardHandle":
         """Start to gather the bytes."""
-        return cast(Arrival, cast(Any, self).unshard(async_op=True))
+        return cast("UnshardHandle", cast(Any, self).unshard(async_op=True))
 
     def whole(self) -> list[Tensor]:
         """Return the gathered bytes of each layer."""
@@ -58,19 +61,13 @@ class ShardedBlock(nn.Module):
         cast(Any, self).reshard()
 
 
-class Arrival(Protocol):
-    """A block that is being gathered."""
-
-    def wait(self) -> None: ...
-
-
 class GatheredStreams:
     """Slots that hold gathered blocks; on GPUs a gather overlaps with computing."""
 
     def __init__(self, num_slots: int) -> None:
         self.slots: list[list[Tensor]] = [[] for _ in range(num_slots)]
         self.held: list[ShardedBlock | None] = [None] * num_slots
-        self.coming: dict[int, Arrival] = {}
+        self.coming: dict[int, UnshardHandle] = {}
 
     def start(self, slot: int, master: ShardedBlock) -> None:
         self.slots[slot] = []
