@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import importlib.util
 import io
-import json
 import os
 import shutil
 import subprocess
@@ -19,7 +18,6 @@ import sys
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
@@ -32,7 +30,6 @@ NEWEST_PYTHON = (3, 13)
 RUN_REQUIREMENTS = ("requirements.txt",)
 TEST_REQUIREMENTS = ("requirements.txt", "requirements-dev.txt")
 LOCK = ("requirements.lock",)
-STAMP_NAME = "start-stamp.json"
 SMALLEST_INSTALL_BYTES = 3 * 1024**3  # torch's CPU build and the rest; CUDA builds take about three times as much
 MAX_QUICKSTART_THREADS = 8  # the toy model is too small to feed more
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
@@ -124,29 +121,9 @@ def digest_text(path: Path) -> str:
     return hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
 
 
-def read_stamp(venv: Path) -> "dict[str, Any]":
-    """Return what was installed last: {"python": version, "requirements": {file name: digest}}; {} if unknown."""
-    try:
-        stamp = json.loads((venv / STAMP_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return stamp if isinstance(stamp, dict) else {}
-
-
-def is_installed(stamp: "dict[str, Any]", version: "tuple[int, int, int]", requirements: "dict[str, str]") -> bool:
-    """Tell whether the stamp covers these requirement files, unchanged, for this Python."""
-    installed = stamp.get("requirements", {})
-    return stamp.get("python") == list(version) and all(
-        installed.get(name) == digest for name, digest in requirements.items()
-    )
-
-
-def write_stamp(venv: Path, python_version: "tuple[int, int, int]", requirements: "dict[str, str]") -> None:
-    """Record a finished installation."""
-    stamp = {"python": list(python_version), "requirements": requirements}
-    unfinished = venv / (STAMP_NAME + ".part")
-    unfinished.write_text(json.dumps(stamp, indent=2), encoding="utf-8")
-    os.replace(str(unfinished), str(venv / STAMP_NAME))
+def make_stamps(venv: Path, version: "tuple[int, int, int]", names: "tuple[str, ...]") -> "dict[Path, str]":
+    """Return the files that record what is installed, and their content for these requirement files and this Python."""
+    return {venv / f"start-{name}.stamp": f"{digest_text(ROOT / name)} {version}" for name in names}
 
 
 def install_command(python: Path, requirement_names: "list[str]") -> "list[str]":
@@ -208,7 +185,7 @@ def install(venv: Path, python: Path, requirement_names: "list[str]") -> None:
 def ready_python(venv: Path, requirement_names: "tuple[str, ...]") -> Path:
     """Return the environment's Python once everything in the requirement files is installed.
 
-    The stamp is removed before the installer starts and written after it ends, so an interrupted installation is
+    Stamps are removed before the installer starts and written after it ends, so an interrupted installation is
     repeated.
     """
     python = python_path(venv)
@@ -221,17 +198,16 @@ def ready_python(venv: Path, requirement_names: "tuple[str, ...]") -> Path:
     problem = python_problem(version[:2])
     if problem:
         raise StartError(f"{venv}: {problem}; delete that folder or name another with --venv")
-    requirements = {name: digest_text(ROOT / name) for name in requirement_names}
-    stamp = read_stamp(venv)
-    if not is_installed(stamp, version, requirements):
-        stamp_path = venv / STAMP_NAME
-        if stamp_path.exists():
-            stamp_path.unlink()
+    stamps = make_stamps(venv, version, requirement_names)
+    if not all(path.is_file() and path.read_text(encoding="utf-8") == content for path, content in stamps.items()):
+        for path in venv.glob("start-*.stamp"):
+            path.unlink()
         # Environments of uv and interrupted ones have no pip.
         if shutil.which("uv") is None and run([str(python), "-m", "pip", "--version"], quiet=True) != 0:
             run([str(python), "-m", "ensurepip", "--default-pip"])
         install(venv, python, list(requirement_names))
-        write_stamp(venv, version, requirements)
+        for path, content in stamps.items():
+            path.write_text(content, encoding="utf-8")
     return python
 
 

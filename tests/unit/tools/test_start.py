@@ -1,6 +1,5 @@
 """tools/start.py: when it installs, what it starts, and what it says when it cannot."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -97,12 +96,13 @@ def test_interrupted_installation_is_done_again(
     assert len(installs) == 2
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null"])
-def test_damaged_stamp_counts_as_nothing_installed(requirements: Path, installs: list[list[str]], content: str) -> None:
-    (requirements / "venv" / start.STAMP_NAME).write_text(content)
+def test_damaged_stamp_counts_as_nothing_installed(requirements: Path, installs: list[list[str]]) -> None:
     ready(requirements, start.RUN_REQUIREMENTS)
-    assert installs == [["requirements.txt"]]
-    assert json.loads((requirements / "venv" / start.STAMP_NAME).read_text())["python"] == [3, 11, 7]
+    (stamp,) = (requirements / "venv").glob("*.stamp")
+    whole = stamp.read_text()
+    stamp.write_text(whole[:-3])
+    ready(requirements, start.RUN_REQUIREMENTS)
+    assert installs == 2 * [["requirements.txt"]] and stamp.read_text() == whole
 
 
 # --- what it starts ---
