@@ -13,7 +13,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from tqdm import tqdm
 
-from library.architectures.flux.checkpoint_keys import DIFFUSERS_MARK, from_diffusers, our_keys
+from library.architectures.flux.checkpoint_keys import DIFFUSERS_MARK, KEYS
 from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.files import save_safetensors
@@ -44,11 +44,11 @@ def open_transformer(path: Path) -> Weights:
     if DIFFUSERS_MARK not in weights.shapes:
         first = first_names(weights)
         raise UserError(f"{FLAG} {path} is not a FLUX.1 transformer in diffusers' layout (first names: {first})")
-    original = from_diffusers(weights)
+    original = KEYS.from_diffusers(weights)
     spec = base_of_file(list_specs(), original.shapes)
     if spec is None or spec.name not in MODELS:
         raise UserError(f"{FLAG} {path} is {'of an unknown model' if spec is None else f'{spec.called} model'}")
-    strangers = sorted(set(original.shapes) - set(our_keys(weights.shapes)))
+    strangers = sorted(set(original.shapes) - set(KEYS.our_keys(weights.shapes)))
     if strangers:
         raise UserError(f"{FLAG} {path}: {strangers[0]} does not exist in the original layout; this is another variant")
     return original

@@ -5,7 +5,7 @@ Module paths are the keys of the checkpoint and the names of adapters. Letters: 
 (text first, then the image), N heads, D head width, M model width, F features of a patch, V rows of modulation.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,11 +14,41 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from library.memory.blocks import BlockRunner, Stacks, plain
+from library.models.layer_keys import LayerKeys, Layers, Stack, is_norm, list_leaves
 from library.models.rotary import Rope, Rotary, turn
 from library.models.sinusoids import sinusoids
 
 EPS = 1e-6
 LEVEL_SCALE = 1000
+SWAPPED = "final_layer.adaLN_modulation.1"  # diffusers has shift and scale in reverse order
+ATTENTION: Layers = {  # of double blocks -> diffusers' paths
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "img_attn.proj": ("attn.to_out.0",),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "img_attn.norm.query_norm": ("attn.norm_q",),
+    "img_attn.norm.key_norm": ("attn.norm_k",),
+    "txt_attn.norm.query_norm": ("attn.norm_added_q",),
+    "txt_attn.norm.key_norm": ("attn.norm_added_k",),
+}
+
+
+def is_scale(path: str) -> bool:
+    """Return True for the path of a norm, also of one in a list."""
+    return is_norm(path) or ".norms." in path
+
+
+def list_stream_leaves(path: str) -> Mapping[str, str]:
+    return {"scale": "weight"} if is_scale(path) else list_leaves(path)
+
+
+def stream_keys(top: Mapping[str, str], double: Layers, single: Layers, *others: Stack) -> LayerKeys:
+    """Return the layers of a base model by their names: those of its double and single blocks, and other lists."""
+    stacks = (
+        Stack("double_blocks", "transformer_blocks", double),
+        Stack("single_blocks", "single_transformer_blocks", single),
+    )
+    return LayerKeys(top, (*stacks, *others), SWAPPED, list_stream_leaves, is_scale)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 
 from library.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
+from library.models.layer_keys import LayerKeys, Layers, Stack, is_norm
 from library.models.rotary import Rope, Rotary, turn
 from library.models.shapes import ShapeReader
 from library.models.sinusoids import FREQUENCIES, sinusoids
@@ -83,6 +84,16 @@ def read_sizes(
         num_context_refiners=count("context_refiner"),
         num_noise_refiners=count("noise_refiner"),
         num_layers=count("layers"),
+    )
+
+
+def next_dit_keys(
+    top: Mapping[str, str], block: Layers, context_block: Layers, parameters: tuple[str, ...] = ()
+) -> LayerKeys:
+    """Return the layers of a base model by their names; `context_block` are those of the stack without modulation."""
+    stacks = tuple(Stack(name, name, context_block if name == "context_refiner" else block) for name in COUNT_FIELDS)
+    return LayerKeys(
+        top, stacks, is_other=lambda path: is_norm(path) or path == "cap_embedder.0", parameters=parameters
     )
 
 

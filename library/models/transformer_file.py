@@ -1,45 +1,73 @@
 """The file of a base model's transformer, for merging adapters into it and extracting them."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import ModuleNames
-from library.checkpoints.weights import Weights, find_prefix
+from library.checkpoints.base_model import BaseModel, of_single_file
+from library.checkpoints.weights import Weights, configure, find_prefix, with_prefix
 from library.errors import UserError
+from library.models.adapter_views import view_denoiser
 from library.models.identify import DENOISER_PREFIXES
+from library.models.loading import on_meta_device
+from library.models.shapes import Shapes
+from library.protocols import AdapterView
 
 
-def open_transformer_file(
-    flag: str, path: Path, title: str, mark: str | None, diffusers_mark: str | None
-) -> tuple[Weights, str]:
-    """Open a single file; return its weights, of which only the header is read, and the prefix of the transformer's.
+@dataclass(frozen=True)
+class TransformerFile:
+    """A base model's transformer in one file, which may hold its text encoders and VAE too, in the original layout."""
 
-    Raises UserError naming `flag` for a folder, an unreadable file, one in diffusers' layout, which has the weight
-    `diffusers_mark`, and one without the weight `mark`; `title` is the base model's name in these messages.
-    """
-    if path.is_dir():
-        raise UserError(f"{flag} {path} is a folder; for {title} merging supports only a file in the original layout")
-    weights = model_lookup.open_file(flag, path)
-    prefix = find_prefix(weights.shapes, DENOISER_PREFIXES)
-    if diffusers_mark is not None and prefix + diffusers_mark in weights.shapes:
-        raise UserError(
-            f"{flag} {path}: this is a transformer in diffusers' layout; use a file in the original layout, which "
-            "other programs load"
-        )
-    if mark is not None and prefix + mark not in weights.shapes:
-        raise UserError(f"{flag} {path} has no layers of {title}'s transformer")
-    return weights, prefix
+    base: str  # `BaseModelSpec.name`
+    title: str  # in messages
+    architecture: Callable[[Weights], str]  # transformer -> modelspec.architecture of a merged file
+    mark: str  # a weight that every such transformer has
+    diffusers_mark: str | None  # one in diffusers' layout alone
+    is_layer: Callable[[str], bool]  # True for the path of a layer that adapters may target
+    name: Callable[[str], ModuleNames]  # by path
+    build: Callable[[Any], nn.Module]
+    read_config: Callable[[Shapes], Any]
+    view: AdapterView = view_denoiser
+    name_text_layer: Callable[[str], ModuleNames | None] = lambda stem: None  # by its whole name in the file
 
+    def open(self, flag: str, path: Path) -> BaseModel:
+        """Open the file; only its header is read.
 
-def names_below(
-    prefix: str, is_layer: Callable[[str], bool], names: Callable[[str], ModuleNames]
-) -> Callable[[str], ModuleNames | None]:
-    """Return a function that gives the `names` of the layer of a weight, and None if adapters do not target it; its
-    path is what follows the `prefix`."""
+        Raises UserError naming `flag` for a folder, an unreadable file, one in diffusers' layout and another kind.
+        """
+        weights, prefix = self.open_weights(flag, path)
 
-    def target_names(stem: str) -> ModuleNames | None:
-        path = stem.removeprefix(prefix)
-        return names(path) if stem.startswith(prefix) and is_layer(path) else None
+        def name_target(stem: str) -> ModuleNames | None:
+            layer = stem.removeprefix(prefix)
+            is_layer = stem.startswith(prefix) and self.is_layer(layer)
+            return self.name(layer) if is_layer else self.name_text_layer(stem)
 
-    return target_names
+        return of_single_file(path, weights, name_target, self.base, self.architecture(with_prefix(weights, prefix)))
+
+    def seen_by_networks(self, path: Path) -> tuple[list[nn.Module], nn.Module]:
+        """Return ([], transformer) of a checkpoint as network modules see it, on the meta device."""
+        weights, prefix = self.open_weights("the checkpoint", path)
+        model = on_meta_device(self.build, configure(with_prefix(weights, prefix), self.read_config))
+        return [], self.view([], model)[1]
+
+    def open_weights(self, flag: str, path: Path) -> tuple[Weights, str]:
+        """Return the weights of the file, and the prefix of the transformer's."""
+        if path.is_dir():
+            raise UserError(
+                f"{flag} {path} is a folder; for {self.title} merging supports only a file in the original layout"
+            )
+        weights = model_lookup.open_file(flag, path)
+        prefix = find_prefix(weights.shapes, DENOISER_PREFIXES)
+        if self.diffusers_mark is not None and prefix + self.diffusers_mark in weights.shapes:
+            raise UserError(
+                f"{flag} {path}: this is a transformer in diffusers' layout; use a file in the original layout, which "
+                "other programs load"
+            )
+        if prefix + self.mark not in weights.shapes:
+            raise UserError(f"{flag} {path} has no layers of {self.title}'s transformer")
+        return weights, prefix

@@ -9,7 +9,7 @@ from torch import nn
 
 from library.architectures.flux.adapter_names import CHROMA_NAMES
 from library.architectures.flux.approximator import ApproximatorConfig
-from library.architectures.flux.checkpoint_keys import from_diffusers
+from library.architectures.flux.checkpoint_keys import KEYS
 from library.architectures.flux.load import read_denoiser
 from library.architectures.flux.model import Flux, FluxConfig, read_config
 from library.architectures.flux.targets import view_chroma
@@ -45,7 +45,7 @@ def test_the_diffusers_layout_gives_our_shapes() -> None:
     with torch.device("meta"):
         theirs = ChromaTransformer2DModel()
     shapes = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
-    assert dict(from_diffusers(opened(shapes)).shapes) == BASE
+    assert dict(KEYS.from_diffusers(opened(shapes)).shapes) == BASE
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from library.architectures.flux.checkpoint_keys import from_diffusers, our_keys, source_keys
+from library.architectures.flux.checkpoint_keys import KEYS
 from library.architectures.flux.load import CLIP_PREFIXES, read_denoiser
 from library.architectures.flux.model import Flux, read_config
 from library.checkpoints.base_files import BaseFiles
@@ -73,8 +73,8 @@ def test_diffusers_names_are_those_of_the_map_piece_by_piece() -> None:
         pieces.setdefault(ours, {})[piece] = theirs
     assert len(pieces) == COUNTS["dit"]
     for ours, found in pieces.items():
-        assert source_keys(ours) == tuple(found[piece] for piece in sorted(found)), ours
-    assert set(our_keys(FACTS["diffusers"])) == set(pieces)
+        assert KEYS.source_keys(ours) == tuple(found[piece] for piece in sorted(found)), ours
+    assert set(KEYS.our_keys(FACTS["diffusers"])) == set(pieces)
 
 
 def test_the_diffusers_layout_gives_our_shapes() -> None:
@@ -83,7 +83,7 @@ def test_the_diffusers_layout_gives_our_shapes() -> None:
     with torch.device("meta"):
         theirs = FluxTransformer2DModel(guidance_embeds=True)
     shapes = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
-    assert dict(from_diffusers(opened(shapes)).shapes) == shapes_of("dit")
+    assert dict(KEYS.from_diffusers(opened(shapes)).shapes) == shapes_of("dit")
 
 
 @pytest.mark.parametrize("prefix", ["", CLIP_PREFIXES[0]])

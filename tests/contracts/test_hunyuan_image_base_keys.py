@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from library.architectures.hunyuan_image.checkpoint_keys import from_diffusers
+from library.architectures.hunyuan_image.checkpoint_keys import KEYS
 from library.architectures.hunyuan_image.load import checked_vae, component_of_file, read_denoiser
 from library.architectures.hunyuan_image.model import read_config
 from library.architectures.hunyuan_image.qwen import empty_qwen, qwen_component
@@ -23,7 +23,7 @@ def test_the_diffusers_layout_gives_our_shapes() -> None:
 
     with torch.device("meta"):
         theirs = HunyuanImageTransformer2DModel(text_embed_2_dim=1472)
-    weights = from_diffusers(opened(shapes_of_model(theirs)))
+    weights = KEYS.from_diffusers(opened(shapes_of_model(theirs)))
     assert dict(weights.shapes) == DENOISER
 
 
@@ -33,7 +33,7 @@ def test_distilled_models_of_diffusers_are_recognised(options: dict[str, Any]) -
 
     with torch.device("meta"):
         theirs = HunyuanImageTransformer2DModel(text_embed_2_dim=1472, num_layers=1, num_single_layers=1, **options)
-    weights = from_diffusers(opened(shapes_of_model(theirs)))
+    weights = KEYS.from_diffusers(opened(shapes_of_model(theirs)))
     with pytest.raises(ValueError, match=r"this is a distilled HunyuanImage 2.1 .* Train on"):
         read_config(weights.shapes)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.krea2.adapter_names import NAMES
-from library.architectures.krea2.checkpoint_keys import diffusers_path, linear_paths
+from library.architectures.krea2.checkpoint_keys import KEYS, NUM_BLOCKS
 from library.architectures.krea2.load import QWEN3_VL, read_denoiser
 from library.architectures.krea2.model import SingleStreamDiT, read_config
 from library.architectures.krea2.reference import diffusers_config
@@ -98,7 +98,7 @@ def test_every_module_of_a_saved_file_is_a_layer_that_diffusers_finds(door: Any)
     converted = Krea2LoraLoaderMixin.lora_state_dict({key: torch.empty(shape) for key, shape in shapes.items()})
     layers = {path: module for path, module in theirs().named_modules() if isinstance(module, nn.Linear)}
     found = {key.removeprefix("transformer.").partition(".lora_")[0] for key in converted}
-    assert found == {diffusers_path(path) for path in linear} == layers.keys()
+    assert found == {name for path in linear for name in KEYS.sources(path)} == layers.keys()
     for key, tensor in converted.items():
         path, _, leaf = key.removeprefix("transformer.").partition(".lora_")
         layer = layers[path]
@@ -107,7 +107,7 @@ def test_every_module_of_a_saved_file_is_a_layer_that_diffusers_finds(door: Any)
 
 def test_our_paths_are_those_of_the_layers() -> None:
     paths = [path for path, module in ours().named_modules() if isinstance(module, nn.Linear)]
-    assert sorted(linear_paths()) == sorted(paths)
+    assert sorted(KEYS.linear_paths(NUM_BLOCKS)) == sorted(paths)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ from library.architectures.flux_2 import adapter_names as flux_2
 from library.architectures.flux_2.model import Flux2
 from library.architectures.flux_2.reference import diffusers_config
 from library.architectures.krea2 import adapter_names as krea2
-from library.architectures.krea2.checkpoint_keys import linear_paths
 from library.architectures.krea2.model import SingleStreamDiT
 from library.architectures.lumina import adapter_names as lumina
 from library.architectures.qwen_image_21 import adapter_names as qwen_image_21
@@ -56,7 +55,7 @@ def lora_facts(base: str) -> Mapping[str, Any]:
     if base == "flux_2":
         return lora_of(on_meta_device(Flux2, DEV), flux_2.KEYS.linear_paths(flux_2.NUM_BLOCKS))
     if base == "krea2":
-        return lora_of(on_meta_device(SingleStreamDiT, tiny_krea2.FULL_SIZE), linear_paths())
+        return lora_of(on_meta_device(SingleStreamDiT, tiny_krea2.FULL_SIZE), krea2.KEYS.linear_paths(krea2.NUM_BLOCKS))
     if base == "qwen_image_21":
         model = on_meta_device(QwenImage21, tiny_qwen_image_21.FULL_SIZE)
         return lora_of(model, qwen_image_21.linear_paths(qwen_image_21.NUM_BLOCKS))

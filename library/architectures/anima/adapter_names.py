@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from library.architectures.anima.checkpoint_keys import BLOCK, TOP, diffusers_path
 from library.checkpoints.adapter_names import BaseNames, ModuleNames, text_module
+from library.models.layer_keys import name_layer
 
 NUM_BLOCKS, NUM_ADAPTER_BLOCKS, NUM_TEXT_LAYERS = 28, 6, 28  # of the first release; others are deeper
 
@@ -33,11 +34,7 @@ def denoiser_paths() -> Iterator[str]:
 
 
 def denoiser_module(path: str) -> ModuleNames:
-    return ModuleNames(
-        kohya=f"lora_unet_{path.replace('.', '_')}",
-        generic=f"diffusion_model.{path}",
-        diffusers=diffusers_path(path),
-    )
+    return name_layer(path, (diffusers_path(path),), prefix="")
 
 
 def qwen3_module(path: str) -> ModuleNames:

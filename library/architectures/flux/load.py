@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from library.architectures.flux.checkpoint_keys import DIFFUSERS_MARK, from_diffusers
+from library.architectures.flux.checkpoint_keys import DIFFUSERS_MARK, KEYS
 from library.architectures.flux.model import PATCH, Flux, FluxConfig, read_config
 from library.architectures.flux.options import FluxOptions
 from library.architectures.specs import list_specs
@@ -32,6 +32,7 @@ from library.models.vae.flux import CHANNELS, open_ae
 from library.models.vae.vae import load_vae, resolve_vae_dtype
 from library.options.model import BASE_FLAG
 
+MARK = "double_blocks.0.img_attn.qkv.weight"
 CLIP_PREFIXES = ("text_encoders.clip_l.transformer.", "")
 CLIP_WORDS, T5_WORDS = "embeddings.token_embedding.weight", "shared.weight"
 T5_MARK = "text_encoders.t5xxl.transformer."
@@ -135,8 +136,8 @@ def read_denoiser(base: BaseFiles, kind: str) -> Weights:
     weights = open_transformer(list_specs(), base, kind)
     refuse_other_model(list_specs(), base.flag, str(base.path), (base.whole or weights).shapes, kind)
     if DIFFUSERS_MARK in weights.shapes:
-        return from_diffusers(weights)
-    if "double_blocks.0.img_attn.qkv.weight" not in weights.shapes:
+        return KEYS.from_diffusers(weights)
+    if MARK not in weights.shapes:
         why = f"it has no double_blocks.0..., so it is not a {model_title(kind)} transformer"
         refuse_transformer(list_specs(), base, weights, kind, why)
     return weights

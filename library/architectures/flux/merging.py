@@ -2,56 +2,50 @@
 everything."""
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
-from torch import nn
-
 from library.architectures.flux.adapter_names import clip_module, denoiser_module, t5_module
-from library.architectures.flux.checkpoint_keys import APPROXIMATOR, DIFFUSERS_MARK, KEYS
-from library.architectures.flux.load import CLIP_PREFIXES, T5_MARK, model_title
+from library.architectures.flux.checkpoint_keys import DIFFUSERS_MARK, KEYS
+from library.architectures.flux.load import CLIP_PREFIXES, MARK, T5_MARK
 from library.architectures.flux.model import Flux, read_config
 from library.architectures.flux.targets import view
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import ModuleNames
 from library.checkpoints.base_model import BaseModel, of_single_file
-from library.checkpoints.weights import configure, with_prefix
+from library.checkpoints.weights import Weights
 from library.errors import UserError
 from library.models.clip.names import CLIP_LINEAR
-from library.models.loading import on_meta_device
 from library.models.t5 import T5_LINEAR
-from library.models.transformer_file import open_transformer_file
-
-APPROXIMATOR_LAYERS = ("_proj", "_layer")  # endings of its layers' names
+from library.models.transformer_file import TransformerFile
 
 
-def open_base_model(kind: str, flag: str, path: Path) -> BaseModel:
-    """Open a single file in the original layout; only its header is read. `kind` is `model_type`.
-
-    Raises UserError naming `flag` if it is missing, broken or of another kind.
-    """
-    path = path if path.is_dir() else model_lookup.find_model(flag, str(path), ())
-    weights, prefix = open_transformer_file(flag, path, model_title(kind), None, DIFFUSERS_MARK)
-    architecture = kind
-    if kind == "flux":
-        is_schnell = f"{prefix}guidance_in.in_layer.weight" not in weights.shapes
-        architecture = f"flux-1-{'schnell' if is_schnell else 'dev'}"
-    model = of_single_file(path, weights, partial(target_names, prefix=prefix), kind, architecture)
-    if not any(name.startswith("lora_unet") for name in model.files[0].stems):
-        raise UserError(f"{flag} {path} has no layers of {model_title(kind)}'s transformer")
-    return model
-
-
-def target_names(stem: str, prefix: str) -> ModuleNames | None:
-    """Return the names of the layer that a weight of the file belongs to; None if adapters do not target it."""
-    clip, t5 = f"{CLIP_PREFIXES[0]}text_model.", T5_MARK
+def name_text_layer(stem: str) -> ModuleNames | None:
+    """Return the names of a layer of a text encoder in a file with everything; None for other layers."""
+    clip = f"{CLIP_PREFIXES[0]}text_model."
     if stem.startswith(clip) and stem.endswith(CLIP_LINEAR):
         return clip_module(stem.removeprefix(clip))
-    if stem.startswith(t5) and stem.endswith(T5_LINEAR):
-        return t5_module(stem.removeprefix(t5))
-    path = stem.removeprefix(prefix)
-    is_layer = KEYS.is_linear(path) or (path.startswith(APPROXIMATOR) and path.endswith(APPROXIMATOR_LAYERS))
-    return denoiser_module(path) if stem.startswith(prefix) and is_layer else None
+    return t5_module(stem.removeprefix(T5_MARK)) if stem.startswith(T5_MARK) and stem.endswith(T5_LINEAR) else None
+
+
+def architecture_of(weights: Weights) -> str:
+    return f"flux-1-{'dev' if 'guidance_in.in_layer.weight' in weights.shapes else 'schnell'}"
+
+
+FILE = TransformerFile(
+    "flux",
+    "FLUX.1",
+    architecture_of,
+    MARK,
+    DIFFUSERS_MARK,
+    KEYS.is_linear,
+    denoiser_module,
+    Flux,
+    read_config,
+    view,
+    name_text_layer,
+)
+CHROMA_FILE = replace(FILE, base="chroma", title="Chroma", architecture=lambda weights: "chroma")
 
 
 def open_clip_l(flag: str, path: Path) -> BaseModel:
@@ -77,9 +71,3 @@ def open_text_encoder(
     if not model.files[0].modules:
         raise UserError(f"{flag} {path} has no layer called {prefix}encoder....{layers[0]}; use the file for FLUX.1")
     return model
-
-
-def seen_by_networks(kind: str, path: Path) -> tuple[list[nn.Module], nn.Module]:
-    """Return ([], transformer) of a checkpoint as network modules see it, on the meta device."""
-    weights, prefix = open_transformer_file("the checkpoint", path, model_title(kind), None, DIFFUSERS_MARK)
-    return view([], on_meta_device(Flux, configure(with_prefix(weights, prefix), read_config)))

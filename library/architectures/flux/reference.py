@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.architectures.flux.checkpoint_keys import source_keys
+from library.architectures.flux.checkpoint_keys import KEYS
 from library.architectures.flux.model import PATCH, Flux, FluxConfig
-from library.models.double_stream_keys import SWAPPED
+from library.models.double_stream import SWAPPED
 from library.models.patches import patchify
 from library.models.reference import SIDE, diffusers_class, random_inputs, shortened, split_weights, with_weights
 
@@ -69,4 +69,4 @@ def diffusers_config(config: FluxConfig) -> dict[str, Any]:
 
 def diffusers_state(state: Mapping[str, Tensor], model_width: int) -> dict[str, Tensor]:
     """Return the weights under diffusers' names, stacked ones split."""
-    return split_weights(state, source_keys, [model_width] * 3, SWAPPED)
+    return split_weights(state, KEYS.source_keys, [model_width] * 3, SWAPPED)

@@ -1,11 +1,10 @@
 """The public facts of FLUX.1 and Chroma."""
 
 from collections.abc import Mapping
-from functools import partial
 
 from library.architectures.flux.adapter_names import CHROMA_NAMES, NAMES
 from library.architectures.flux.assembly import CHROMA_RECIPE, RECIPE, build
-from library.architectures.flux.merging import open_base_model, seen_by_networks
+from library.architectures.flux.merging import CHROMA_FILE, FILE
 from library.architectures.flux.options import FluxOptions
 from library.architectures.flux.targets import CHROMA_TARGETS, TARGETS
 from library.checkpoints.adapter_names import FileNaming
@@ -97,8 +96,8 @@ SPECS = (
         },
         names=NAMES,
         network_arguments=TARGETS.arguments,
-        open_for_merging=partial(open_base_model, "flux"),
-        seen_by_networks=partial(seen_by_networks, "flux"),
+        open_for_merging=FILE.open,
+        seen_by_networks=FILE.seen_by_networks,
         adapter_metadata=RECIPE.of_checkpoint,
     ),
     BaseModelSpec(
@@ -128,8 +127,8 @@ SPECS = (
         },
         names=CHROMA_NAMES,
         network_arguments=CHROMA_TARGETS.arguments,
-        open_for_merging=partial(open_base_model, "chroma"),
-        seen_by_networks=partial(seen_by_networks, "chroma"),
+        open_for_merging=CHROMA_FILE.open,
+        seen_by_networks=CHROMA_FILE.seen_by_networks,
         adapter_metadata=CHROMA_RECIPE.of_checkpoint,
     ),
 )

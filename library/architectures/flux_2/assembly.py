@@ -10,7 +10,7 @@ from functools import partial
 from library.architectures.flux_2.load import open_encoder, open_loader
 from library.architectures.flux_2.options import Flux2Options
 from library.architectures.flux_2.predict import predict, preview_sampler
-from library.architectures.flux_2.releases import DEV, FLAG, Release, TextEncoder, is_distilled
+from library.architectures.flux_2.releases import DEV, FLAG, Release, TextEncoder, is_distilled, modelspec_architecture
 from library.architectures.flux_2.text import Flux2Text
 from library.architectures.flux_2.vae import PackedLatents
 from library.architectures.specs import list_specs
@@ -69,9 +69,7 @@ def build(options: Flux2Options) -> Architecture:
             release.title,
         )
     text = build_text(options, loader, release.encoder)
-    return assemble(
-        options, loader, text, build_preview(text, release, distilled), modelspec_architecture(release.name)
-    )
+    return assemble(options, loader, text, build_preview(text, release, distilled), modelspec_architecture(release))
 
 
 def build_for_caching(options: Flux2Options) -> Architecture:
@@ -79,12 +77,7 @@ def build_for_caching(options: Flux2Options) -> Architecture:
     RECIPE.check(options)
     loader, encoder = open_encoder(options, FLAG)
     text = build_text(options, loader, encoder)
-    return assemble(options, loader, text, build_preview(text, DEV, distilled=True), modelspec_architecture(DEV.name))
-
-
-def modelspec_architecture(release: str) -> str:
-    """Return modelspec.architecture of a release."""
-    return f"Flux.2-{release}"
+    return assemble(options, loader, text, build_preview(text, DEV, distilled=True), modelspec_architecture(DEV))
 
 
 def assemble(

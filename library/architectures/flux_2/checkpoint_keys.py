@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from library.models.double_stream_keys import SWAPPED, StreamKeys
+from library.models.double_stream import ATTENTION, SWAPPED, stream_keys
+from library.models.layer_keys import Layers
 
 DIFFUSERS_MARK = "x_embedder.weight"
 
@@ -19,24 +20,17 @@ TOP: Mapping[str, str] = {
     "final_layer.linear": "proj_out",
     SWAPPED: "norm_out.linear",
 }
-DOUBLE: Mapping[str, tuple[str, ...]] = {
-    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "img_attn.proj": ("attn.to_out.0",),
-    "txt_attn.proj": ("attn.to_add_out",),
-    "img_attn.norm.query_norm": ("attn.norm_q",),
-    "img_attn.norm.key_norm": ("attn.norm_k",),
-    "txt_attn.norm.query_norm": ("attn.norm_added_q",),
-    "txt_attn.norm.key_norm": ("attn.norm_added_k",),
+DOUBLE: Layers = {
+    **ATTENTION,
     "img_mlp.0": ("ff.linear_in",),
     "img_mlp.2": ("ff.linear_out",),
     "txt_mlp.0": ("ff_context.linear_in",),
     "txt_mlp.2": ("ff_context.linear_out",),
 }
-SINGLE: Mapping[str, tuple[str, ...]] = {
+SINGLE: Layers = {
     "linear1": ("attn.to_qkv_mlp_proj",),
     "linear2": ("attn.to_out",),
     "norm.query_norm": ("attn.norm_q",),
     "norm.key_norm": ("attn.norm_k",),
 }
-KEYS = StreamKeys(TOP, DOUBLE, SINGLE)
+KEYS = stream_keys(TOP, DOUBLE, SINGLE)

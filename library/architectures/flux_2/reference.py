@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from library.architectures.flux_2.checkpoint_keys import KEYS
 from library.architectures.flux_2.model import Flux2, Flux2Config
-from library.models.double_stream_keys import SWAPPED
+from library.models.double_stream import SWAPPED
 from library.models.patches import patchify
 from library.models.reference import SIDE, diffusers_class, random_inputs, shortened, split_weights, with_weights
 

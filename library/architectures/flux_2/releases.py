@@ -102,6 +102,11 @@ KLEIN_9B = Release("klein-9b", "FLUX.2 klein 9B", 12288, qwen3_encoder("8B"))
 RELEASES = (DEV, KLEIN_4B, KLEIN_9B)
 
 
+def modelspec_architecture(release: Release) -> str:
+    """Return modelspec.architecture of a release."""
+    return f"Flux.2-{release.name}"
+
+
 def release_named(version: str) -> Release:
     """Return the release of a value of --model_version."""
     name = version.replace("base-", "")

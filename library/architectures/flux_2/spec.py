@@ -1,11 +1,16 @@
 """The public facts of FLUX.2."""
 
-from library.architectures.flux_2.adapter_names import NAMES
+from library.architectures.flux_2.adapter_names import NAMES, denoiser_module
 from library.architectures.flux_2.assembly import RECIPE, build
-from library.architectures.flux_2.merging import open_base_model, seen_by_networks
+from library.architectures.flux_2.checkpoint_keys import DIFFUSERS_MARK, KEYS
+from library.architectures.flux_2.load import MARK, MODEL
+from library.architectures.flux_2.model import Flux2, read_config
 from library.architectures.flux_2.options import Flux2Options
+from library.architectures.flux_2.releases import modelspec_architecture, recognise_release
 from library.architectures.flux_2.targets import TARGETS
 from library.checkpoints.base_model_spec import ALL, DIFFUSERS, KOHYA, NONE, BaseModelSpec, Gap, Reader, Sign
+from library.checkpoints.weights import Weights, configure
+from library.models.transformer_file import TransformerFile
 
 WIDTHS = (4096, 6144)  # of klein 9B and dev; klein 4B is as wide as FLUX.1
 # Names in transformers as wide, which FLUX.2 lacks: Krea 2's, Qwen-Image 2.1's.
@@ -23,6 +28,23 @@ NO_MODULATION = Gap(
     KOHYA,
     r"lora_unet_(guidance_in|(double|single)_stream_modulation|final_layer_adaLN_modulation)_.*",
     "under kohya's names it does not find the embedding of guidance and the modulation",
+)
+
+
+def architecture_of(weights: Weights) -> str:
+    return modelspec_architecture(recognise_release(configure(weights, read_config), None, weights.origin))
+
+
+FILE = TransformerFile(
+    "flux_2",
+    MODEL,
+    architecture_of,
+    MARK,
+    DIFFUSERS_MARK,
+    KEYS.is_linear,
+    denoiser_module,
+    Flux2,
+    read_config,
 )
 
 SPECS = (
@@ -53,8 +75,8 @@ SPECS = (
         },
         names=NAMES,
         network_arguments=TARGETS.arguments,
-        open_for_merging=open_base_model,
-        seen_by_networks=seen_by_networks,
+        open_for_merging=FILE.open,
+        seen_by_networks=FILE.seen_by_networks,
         adapter_metadata=RECIPE.of_checkpoint,
     ),
 )

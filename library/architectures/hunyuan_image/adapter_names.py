@@ -5,13 +5,11 @@ differently, and ComfyUI drops adapters of those names without an error. So netw
 the names in files.
 """
 
-from collections.abc import Iterator
-
-from library.architectures.hunyuan_image.checkpoint_keys import DOUBLE, SINGLE, sources
-from library.checkpoints.adapter_names import BaseNames, ModuleNames, Piece
+from library.architectures.hunyuan_image.checkpoint_keys import KEYS
+from library.checkpoints.adapter_names import BaseNames, ModuleNames
+from library.models.layer_keys import name_layer, underscore
 
 NUM_BLOCKS = {"double_blocks": 20, "single_blocks": 40}
-QKV_SHARES = (1, 1, 1)
 LINEAR1_SHARES = (1, 1, 1, 4)  # the MLP is four times as wide as the model
 RENAMED = {  # child of a block -> its layers -> their names in files
     "img_mod": {"linear": "lin"},
@@ -22,37 +20,24 @@ RENAMED = {  # child of a block -> its layers -> their names in files
 }
 
 
-def denoiser_paths() -> Iterator[str]:
-    """Yield the path in the original checkpoint of every Linear layer of the blocks."""
-    for stack, layers in (("double_blocks", DOUBLE), ("single_blocks", SINGLE)):
-        for number in range(NUM_BLOCKS[stack]):
-            yield from (f"{stack}.{number}.{layer}" for layer in layers if not layer.endswith("_norm"))
+def is_in_block(path: str) -> bool:
+    """Return True for the path of a layer of the blocks that adapters target."""
+    return path.startswith(tuple(f"{stack}." for stack in NUM_BLOCKS))
 
 
 def in_files(path: str) -> str:
-    """Return the path of a denoiser layer in files."""
+    """Return the path of a layer in ComfyUI's model, which has each stream's attention in a separate module."""
     parent, _, layer = path.rpartition(".")
     names = RENAMED.get(parent.rpartition(".")[2], {})
-    return f"{parent}.{names.get(layer, layer)}"
+    return f"{parent}.{names.get(layer, layer)}".replace("_attn_", "_attn.")
 
 
 def denoiser_module(path: str) -> ModuleNames:
     """Name a module: sd-scripts follows the original checkpoint, ComfyUI, which our files follow, its own model."""
-    found = sources(path)
-    shares = LINEAR1_SHARES if path.endswith(".linear1") else QKV_SHARES
-    pieces = tuple(Piece(f"transformer.{name}", share) for name, share in zip(found, shares, strict=False))
-    named = in_files(path)
-    return ModuleNames(
-        kohya=f"lora_unet_{named.replace('.', '_')}",
-        generic=f"diffusion_model.{comfy_path(named)}",
-        diffusers=f"transformer.{found[0]}" if len(found) == 1 else pieces,
-        aliases=(f"lora_unet_{path.replace('.', '_')}",) if named != path else (),
-    )
+    kohya, named = underscore(path), in_files(path)
+    shares = LINEAR1_SHARES if path.endswith(".linear1") else ()
+    return name_layer(named, KEYS.sources(path), shares=shares, aliases=(kohya,) if kohya != underscore(named) else ())
 
 
-def comfy_path(named: str) -> str:
-    """Return the path in ComfyUI's model, which has each stream's attention in a separate module."""
-    return named.replace("_attn_", "_attn.")
-
-
-NAMES = BaseNames("hunyuan_image", tuple(map(denoiser_module, denoiser_paths())))
+PATHS = filter(is_in_block, KEYS.linear_paths(NUM_BLOCKS))
+NAMES = BaseNames("hunyuan_image", tuple(map(denoiser_module, PATHS)))

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from library.architectures.hunyuan_image.checkpoint_keys import DIFFUSERS_MARK, from_diffusers
+from library.architectures.hunyuan_image.checkpoint_keys import DIFFUSERS_MARK, KEYS
 from library.architectures.hunyuan_image.model import HunyuanImage, HunyuanImageConfig, read_config
 from library.architectures.hunyuan_image.options import HunyuanImageOptions
 from library.architectures.hunyuan_image.qwen import load_qwen, qwen_component
@@ -118,7 +118,7 @@ def read_denoiser(base: BaseFiles) -> Weights:
     """Return the denoiser's weights under our names. Raises UserError for another model, naming it."""
     weights = open_transformer(list_specs(), base, "hunyuan_image")
     if DIFFUSERS_MARK in weights.shapes:
-        return from_diffusers(weights)
+        return KEYS.from_diffusers(weights)
     if GLYPH_MARK not in weights.shapes:
         why = f"it has no {GLYPH_MARK}, so it is not a transformer of {MODEL}"
         refuse_transformer(list_specs(), base, weights, "hunyuan_image", why)

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.architectures.hunyuan_image.checkpoint_keys import SWAPPED, source_keys
+from library.architectures.hunyuan_image.checkpoint_keys import KEYS
 from library.architectures.hunyuan_image.model import HunyuanImage, HunyuanImageConfig
+from library.models.double_stream import SWAPPED
 from library.models.reference import diffusers_class, random_inputs, shortened, split_weights, with_weights
 
 
@@ -59,4 +60,4 @@ def diffusers_config(config: HunyuanImageConfig) -> dict[str, Any]:
 
 def diffusers_state(state: Mapping[str, Tensor], model_width: int) -> dict[str, Tensor]:
     """Return the weights under diffusers' names, stacked ones split."""
-    return split_weights(state, source_keys, [model_width] * 3, SWAPPED)
+    return split_weights(state, KEYS.source_keys, [model_width] * 3, SWAPPED)

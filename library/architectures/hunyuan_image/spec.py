@@ -1,17 +1,33 @@
 """The public facts of HunyuanImage 2.1."""
 
-from library.architectures.hunyuan_image.adapter_names import NAMES
+from library.architectures.hunyuan_image.adapter_names import NAMES, denoiser_module, is_in_block
 from library.architectures.hunyuan_image.assembly import RECIPE, build
-from library.architectures.hunyuan_image.merging import open_base_model, seen_by_networks
+from library.architectures.hunyuan_image.checkpoint_keys import DIFFUSERS_MARK, KEYS
+from library.architectures.hunyuan_image.load import GLYPH_MARK, MODEL
+from library.architectures.hunyuan_image.model import HunyuanImage, read_config
 from library.architectures.hunyuan_image.options import HunyuanImageOptions
-from library.architectures.hunyuan_image.targets import TARGETS
+from library.architectures.hunyuan_image.targets import TARGETS, view
 from library.checkpoints.base_model_spec import GENERIC, KOHYA, NONE, BaseModelSpec, Gap, Reader, Sign
+from library.models.transformer_file import TransformerFile
 
 WIDTH = 3584
 ORIGINAL_NAMES = Gap(
     KOHYA,
     r".*_((img|txt)_mlp_fc[12]|(img|txt)_mod_linear|modulation_linear)$",
     "it expects mlp_0, mlp_2, mod_lin, modulation_lin instead of mlp_fc1, mlp_fc2, mod_linear, modulation_linear",
+)
+
+FILE = TransformerFile(
+    "hunyuan_image",
+    MODEL,
+    lambda weights: "hunyuan-image-2.1",
+    GLYPH_MARK,
+    DIFFUSERS_MARK,
+    lambda path: is_in_block(path) and KEYS.is_linear(path),
+    denoiser_module,
+    HunyuanImage,
+    read_config,
+    view,
 )
 
 SPECS = (
@@ -34,8 +50,8 @@ SPECS = (
         readers={"ComfyUI": Reader(KOHYA | GENERIC, NONE, gaps=(ORIGINAL_NAMES,))},
         names=NAMES,
         network_arguments=TARGETS.arguments,
-        open_for_merging=open_base_model,
-        seen_by_networks=seen_by_networks,
+        open_for_merging=FILE.open,
+        seen_by_networks=FILE.seen_by_networks,
         adapter_metadata=RECIPE.of_checkpoint,
     ),
 )

@@ -4,18 +4,13 @@ Module paths are those of the original checkpoint. ai-toolkit and the model's au
 musubi-tuner in kohya's; SimpleTuner and OneTrainer write diffusers' paths.
 """
 
-from library.architectures.krea2.checkpoint_keys import diffusers_path, linear_paths
+from library.architectures.krea2.checkpoint_keys import KEYS, NUM_BLOCKS
 from library.checkpoints.adapter_names import BaseNames, ModuleNames
+from library.models.layer_keys import KOHYA_PREFIX, name_layer
 
 
 def denoiser_module(path: str) -> ModuleNames:
-    other = diffusers_path(path)
-    return ModuleNames(
-        kohya=f"lora_unet_{path.replace('.', '_')}",
-        generic=f"diffusion_model.{path}",
-        diffusers=f"transformer.{other}",
-        aliases=(f"diffusion_model.{other}", f"lora_unet_{other.replace('.', '_')}"),
-    )
+    return name_layer(path, KEYS.sources(path), others=("diffusion_model.", KOHYA_PREFIX))
 
 
-NAMES = BaseNames("krea2", tuple(map(denoiser_module, linear_paths())))
+NAMES = BaseNames("krea2", tuple(map(denoiser_module, KEYS.linear_paths(NUM_BLOCKS))))

@@ -3,13 +3,15 @@
 import re
 from collections.abc import Mapping
 
-from library.architectures.krea2.adapter_names import NAMES
+from library.architectures.krea2.adapter_names import NAMES, denoiser_module
 from library.architectures.krea2.assembly import RECIPE, build
-from library.architectures.krea2.merging import open_base_model, seen_by_networks
+from library.architectures.krea2.checkpoint_keys import DIFFUSERS_MARK, KEYS, MARK
+from library.architectures.krea2.model import SingleStreamDiT, read_config
 from library.architectures.krea2.options import Krea2Options
 from library.architectures.krea2.targets import TARGETS
 from library.checkpoints.adapter_names import FileNaming
 from library.checkpoints.base_model_spec import ALL, DIFFUSERS, GENERIC, KOHYA, NONE, BaseModelSpec, Gap, Reader, Sign
+from library.models.transformer_file import TransformerFile
 
 OTHER_PATHS = r"(transformer_blocks|text_fusion|txt_in|time_embed|time_mod_proj|img_in|final_layer)_.*"  # diffusers'
 NO_OTHER_PATHS = Gap(
@@ -27,6 +29,18 @@ def refuse_strangers(modules: Mapping[str, FileNaming | None]) -> str | None:
         return "it refuses a file with its own paths of Krea 2 below diffusion_model"
     return None
 
+
+FILE = TransformerFile(
+    "krea2",
+    "Krea 2",
+    lambda weights: "Krea-2",
+    MARK,
+    DIFFUSERS_MARK,
+    KEYS.is_linear,
+    denoiser_module,
+    SingleStreamDiT,
+    read_config,
+)
 
 SPECS = (
     BaseModelSpec(
@@ -50,8 +64,8 @@ SPECS = (
         },
         names=NAMES,
         network_arguments=TARGETS.arguments,
-        open_for_merging=open_base_model,
-        seen_by_networks=seen_by_networks,
+        open_for_merging=FILE.open,
+        seen_by_networks=FILE.seen_by_networks,
         adapter_metadata=RECIPE.of_checkpoint,
     ),
 )

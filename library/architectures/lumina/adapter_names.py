@@ -4,7 +4,8 @@ Module paths are those of the original checkpoint.
 """
 
 from library.architectures.lumina.checkpoint_keys import KEYS
-from library.checkpoints.adapter_names import BaseNames, ModuleNames, Piece, text_module
+from library.checkpoints.adapter_names import BaseNames, ModuleNames, text_module
+from library.models.layer_keys import name_layer
 
 NUM_BLOCKS = {"context_refiner": 2, "noise_refiner": 2, "layers": 26}
 QKV_SHARES = (3, 1, 1)  # 24 heads of queries, 8 each of keys and values
@@ -18,13 +19,7 @@ GEMMA_LAYER = (
 
 
 def denoiser_module(path: str) -> ModuleNames:
-    found = KEYS.sources(path)
-    pieces = tuple(Piece(f"transformer.{name}", share) for name, share in zip(found, QKV_SHARES, strict=False))
-    return ModuleNames(
-        kohya=f"lora_unet_{path.replace('.', '_')}",
-        generic=f"diffusion_model.{path}",
-        diffusers=f"transformer.{found[0]}" if len(found) == 1 else pieces,
-    )
+    return name_layer(path, KEYS.sources(path), shares=QKV_SHARES)
 
 
 def gemma_module(path: str) -> ModuleNames:

@@ -1,8 +1,7 @@
 """Names of the denoiser's weights in the original layout, which is ours, and in diffusers'."""
 
-from collections.abc import Mapping
-
-from library.models.next_dit_keys import NextDitKeys
+from library.models.layer_keys import Layers
+from library.models.next_dit import next_dit_keys
 
 DIFFUSERS_MARK = "time_caption_embed.caption_embedder.1.weight"
 
@@ -15,7 +14,7 @@ TOP = {
     "final_layer.adaLN_modulation.1": "norm_out.linear_1",
     "final_layer.linear": "norm_out.linear_2",
 }
-BLOCK: Mapping[str, tuple[str, ...]] = {
+BLOCK: Layers = {
     "attention.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "attention.out": ("attn.to_out.0",),
     "attention.q_norm": ("attn.norm_q",),
@@ -29,4 +28,6 @@ BLOCK: Mapping[str, tuple[str, ...]] = {
     "ffn_norm2": ("ffn_norm2",),
     "adaLN_modulation.1": ("norm1.linear",),
 }
-KEYS = NextDitKeys(TOP, BLOCK, {**BLOCK, "attention_norm1": ("norm1",)})  # a plain norm in diffusers
+CONTEXT_BLOCK = {name: theirs for name, theirs in BLOCK.items() if not name.startswith("adaLN")}
+CONTEXT_BLOCK["attention_norm1"] = ("norm1",)  # a plain norm in diffusers
+KEYS = next_dit_keys(TOP, BLOCK, CONTEXT_BLOCK)

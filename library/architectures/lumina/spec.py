@@ -3,13 +3,17 @@
 import re
 from collections.abc import Mapping
 
-from library.architectures.lumina.adapter_names import NAMES
+from library.architectures.lumina.adapter_names import GEMMA_LAYER, NAMES, denoiser_module, gemma_module
 from library.architectures.lumina.assembly import RECIPE, build
-from library.architectures.lumina.merging import open_base_model, seen_by_networks
+from library.architectures.lumina.checkpoint_keys import DIFFUSERS_MARK, KEYS
+from library.architectures.lumina.gemma import GEMMA_PREFIXES
+from library.architectures.lumina.load import MARK, MODEL
+from library.architectures.lumina.model import NextDiT, read_config
 from library.architectures.lumina.options import LuminaOptions
 from library.architectures.lumina.targets import TARGETS
-from library.checkpoints.adapter_names import FileNaming
+from library.checkpoints.adapter_names import FileNaming, ModuleNames
 from library.checkpoints.base_model_spec import DIFFUSERS, GENERIC, KOHYA, NONE, BaseModelSpec, Certainty, Reader, Sign
+from library.models.transformer_file import TransformerFile
 
 BLOCK = frozenset(("attention_qkv", "attention_out", *(f"feed_forward_w{n}" for n in (1, 2, 3)), "adaLN_modulation_1"))
 
@@ -32,6 +36,25 @@ def refuse_parts_of_blocks(modules: Mapping[str, FileNaming | None]) -> str | No
     return None
 
 
+def name_text_layer(stem: str) -> ModuleNames | None:
+    """Return the names of a layer of Gemma in a file with everything; None for other layers."""
+    is_target = stem.startswith(GEMMA_PREFIXES[0]) and stem.endswith(GEMMA_LAYER)
+    return gemma_module(stem.removeprefix(GEMMA_PREFIXES[0])) if is_target else None
+
+
+FILE = TransformerFile(
+    "lumina",
+    MODEL,
+    lambda weights: "lumina-2",
+    MARK,
+    DIFFUSERS_MARK,
+    KEYS.is_linear,
+    denoiser_module,
+    NextDiT,
+    read_config,
+    name_text_layer=name_text_layer,
+)
+
 SPECS = (
     BaseModelSpec(
         name="lumina",
@@ -53,8 +76,8 @@ SPECS = (
         },
         names=NAMES,
         network_arguments=TARGETS.arguments,
-        open_for_merging=open_base_model,
-        seen_by_networks=seen_by_networks,
+        open_for_merging=FILE.open,
+        seen_by_networks=FILE.seen_by_networks,
         adapter_metadata=RECIPE.of_checkpoint,
     ),
 )

@@ -3,13 +3,16 @@
 import re
 from collections.abc import Mapping
 
-from library.architectures.qwen_image_21.adapter_names import NAMES
+from library.architectures.qwen_image_21.adapter_names import NAMES, denoiser_module
 from library.architectures.qwen_image_21.assembly import RECIPE, build
-from library.architectures.qwen_image_21.merging import open_base_model, seen_by_networks
+from library.architectures.qwen_image_21.checkpoint_keys import is_linear
+from library.architectures.qwen_image_21.load import MARK, MODEL
+from library.architectures.qwen_image_21.model import QwenImage21, read_config
 from library.architectures.qwen_image_21.options import QwenImage21Options
 from library.architectures.qwen_image_21.targets import TARGETS
 from library.checkpoints.adapter_names import FileNaming
 from library.checkpoints.base_model_spec import ALL, KOHYA, NONE, BaseModelSpec, Gap, Reader, Sign
+from library.models.transformer_file import TransformerFile
 
 WIDTH = 4096
 
@@ -21,6 +24,18 @@ def refuse_outer_names(modules: Mapping[str, FileNaming | None]) -> str | None:
     outer = [name for name in modules if re.match(r"lora_unet_(modulation|txt_in)_", name)]
     return f"it takes kohya's {outer[0]} for a layer of a block and stops" if outer else None
 
+
+FILE = TransformerFile(
+    "qwen_image_21",
+    MODEL,
+    lambda weights: "Qwen-Image-2.1",
+    MARK,
+    None,
+    is_linear,
+    denoiser_module,
+    QwenImage21,
+    read_config,
+)
 
 SPECS = (
     BaseModelSpec(
@@ -44,8 +59,8 @@ SPECS = (
         },
         names=NAMES,
         network_arguments=TARGETS.arguments,
-        open_for_merging=open_base_model,
-        seen_by_networks=seen_by_networks,
+        open_for_merging=FILE.open,
+        seen_by_networks=FILE.seen_by_networks,
         adapter_metadata=RECIPE.of_checkpoint,
     ),
 )

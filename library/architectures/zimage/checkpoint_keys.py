@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from library.models.next_dit_keys import NextDitKeys
+from library.models.layer_keys import Layers
+from library.models.next_dit import next_dit_keys
 
 DIFFUSERS_MARK = "all_x_embedder.2-1.weight"
 PAD_TOKENS = ("cap_pad_token", "x_pad_token")  # parameters of the model itself, (1, M)
@@ -15,11 +16,12 @@ TOP: Mapping[str, str] = {
 }
 SAME_LAYERS = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "adaLN_modulation.0")
 SAME_NORMS = ("attention_norm1", "ffn_norm1", "attention_norm2", "ffn_norm2")
-BLOCK: Mapping[str, tuple[str, ...]] = {
+BLOCK: Layers = {
     "attention.qkv": ("attention.to_q", "attention.to_k", "attention.to_v"),
     "attention.out": ("attention.to_out.0",),
     "attention.q_norm": ("attention.norm_q",),
     "attention.k_norm": ("attention.norm_k",),
     **{name: (name,) for name in (*SAME_LAYERS, *SAME_NORMS)},
 }
-KEYS = NextDitKeys(TOP, BLOCK, BLOCK, PAD_TOKENS)
+CONTEXT_BLOCK = {name: theirs for name, theirs in BLOCK.items() if not name.startswith("adaLN")}
+KEYS = next_dit_keys(TOP, BLOCK, CONTEXT_BLOCK, PAD_TOKENS)

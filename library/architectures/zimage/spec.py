@@ -1,11 +1,14 @@
 """The public facts of Z-Image."""
 
-from library.architectures.zimage.adapter_names import NAMES
+from library.architectures.zimage.adapter_names import NAMES, denoiser_module
 from library.architectures.zimage.assembly import RECIPE, build
-from library.architectures.zimage.merging import open_base_model, seen_by_networks
+from library.architectures.zimage.checkpoint_keys import DIFFUSERS_MARK, KEYS
+from library.architectures.zimage.load import MARK, MODEL
+from library.architectures.zimage.model import ZImage, read_config
 from library.architectures.zimage.options import ZImageOptions
 from library.architectures.zimage.targets import TARGETS
 from library.checkpoints.base_model_spec import ALL, GENERIC, KOHYA, NONE, BaseModelSpec, Gap, Reader, Sign
+from library.models.transformer_file import TransformerFile
 
 WIDTH = 3840
 
@@ -20,6 +23,18 @@ ORIGINAL_NAMES = Gap(
     "of the generic names it finds those that its own layers have too, not qkv, out, x_embedder and final_layer",
 )
 OUTER_NAMES = Gap(KOHYA, r"lora_unet_(x_embedder|final_layer_.*)", "it finds no x_embedder and final_layer there")
+
+FILE = TransformerFile(
+    "zimage",
+    MODEL,
+    lambda weights: MODEL,
+    MARK,
+    DIFFUSERS_MARK,
+    KEYS.is_linear,
+    denoiser_module,
+    ZImage,
+    read_config,
+)
 
 SPECS = (
     BaseModelSpec(
@@ -43,8 +58,8 @@ SPECS = (
         },
         names=NAMES,
         network_arguments=TARGETS.arguments,
-        open_for_merging=open_base_model,
-        seen_by_networks=seen_by_networks,
+        open_for_merging=FILE.open,
+        seen_by_networks=FILE.seen_by_networks,
         adapter_metadata=RECIPE.of_checkpoint,
         variants={r"siglip_embedder\.": "Z-Image Omni, which cannot be trained"},
     ),

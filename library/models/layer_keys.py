@@ -1,0 +1,139 @@
+"""Names of a denoiser's layers and weights in the original layout, which is ours, and in diffusers'.
+
+A layer of ours may stack several of diffusers' along its rows.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from library.checkpoints.adapter_names import ModuleNames, Piece
+from library.checkpoints.fused_tensors import joined
+from library.checkpoints.weights import Weights
+
+Layers = Mapping[str, tuple[str, ...]]
+"""Our paths of layers -> diffusers' paths of the layers that make up each."""
+
+
+def is_norm(path: str) -> bool:
+    """Return True if a path ends in the name of a norm."""
+    return "norm" in path.rpartition(".")[2]
+
+
+def list_leaves(path: str) -> Mapping[str, str]:
+    """Return the names of a layer's weights where both layouts have the same."""
+    return {"weight": "weight", "bias": "bias"}
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A list of blocks: our name and diffusers', and the layers of a block."""
+
+    ours: str
+    theirs: str
+    layers: Layers
+
+
+@dataclass(frozen=True)
+class LayerKeys:
+    """The layers of one base model's denoiser."""
+
+    top: Mapping[str, str]  # outside of blocks
+    stacks: tuple[Stack, ...]
+    swapped: str | None = None  # a layer whose halves, shift and scale, diffusers has in reverse order
+    leaves: Callable[[str], Mapping[str, str]] = list_leaves  # path -> our names of its weights -> diffusers'
+    is_other: Callable[[str], bool] = is_norm  # True for the path of a layer that is not Linear
+    parameters: tuple[str, ...] = ()  # of the model itself, which have one name everywhere
+
+    def split(self, path: str) -> tuple[Stack, str, str] | None:
+        """Return the stack of a layer, the number of its block and its path there; None outside of blocks."""
+        for stack in self.stacks:
+            if path.startswith(f"{stack.ours}."):
+                number, _, layer = path.removeprefix(f"{stack.ours}.").partition(".")
+                return stack, number, layer
+        return None
+
+    def sources(self, path: str) -> tuple[str, ...]:
+        """Return diffusers' paths of the layers that make up one of ours; raises KeyError for other paths."""
+        if (found := self.split(path)) is None:
+            return (self.top[path],)
+        stack, number, layer = found
+        return tuple(f"{stack.theirs}.{number}.{name}".rstrip(".") for name in stack.layers[layer])
+
+    def source_keys(self, key: str) -> tuple[str, ...]:
+        """Return diffusers' names of the weights that make up one of ours."""
+        if key in self.parameters:
+            return (key,)
+        path, _, leaf = key.rpartition(".")
+        return tuple(f"{source}.{self.leaves(path)[leaf]}" for source in self.sources(path))
+
+    def our_keys(self, names: Iterable[str]) -> Iterator[str]:
+        """Yield our names of the weights of a model in diffusers' layout."""
+        has = set(names)
+        paths = list(self.top)
+        for stack in self.stacks:
+            below = [name.removeprefix(f"{stack.theirs}.") for name in has if name.startswith(f"{stack.theirs}.")]
+            numbers = sorted({int(name.partition(".")[0]) for name in below})
+            paths += [f"{stack.ours}.{number}.{layer}".rstrip(".") for number in numbers for layer in stack.layers]
+        keys = (f"{path}.{leaf}" for path in paths for leaf in self.leaves(path))
+        yield from (key for key in keys if not has.isdisjoint(self.source_keys(key)))
+
+    def from_diffusers(self, weights: Weights) -> Weights:
+        """Rename a model in diffusers' layout to our names, joining each tensor when it is read.
+
+        Raises UserError naming missing parts of an incomplete layer.
+        """
+        parts = {key: self.source_keys(key) for key in self.our_keys(weights.shapes)}
+        return joined(weights, parts, self.swapped and f"{self.swapped}.")
+
+    def is_linear(self, path: str) -> bool:
+        """Return True for the path of a Linear layer in the layout of the original checkpoint."""
+        found = self.split(path)
+        return (path in self.top if found is None else found[2] in found[0].layers) and not self.is_other(path)
+
+    def linear_paths(self, num_blocks: Mapping[str, int]) -> Iterator[str]:
+        """Yield the path of every Linear layer, for these numbers of blocks by stack."""
+        yield from filter(self.is_linear, self.top)
+        for stack in self.stacks:
+            blocks = range(num_blocks.get(stack.ours, 0))
+            yield from filter(self.is_linear, (f"{stack.ours}.{n}.{layer}" for n in blocks for layer in stack.layers))
+
+
+def name_layer(
+    path: str,
+    sources: Sequence[str],
+    *,
+    shares: Sequence[int] = (),
+    prefix: str = "transformer.",
+    others: Sequence[str] = (),
+    aliases: tuple[str, ...] = (),
+    swaps_pair: bool = False,
+) -> ModuleNames:
+    """Name a layer in adapter files by its path in the original checkpoint and by `sources`, diffusers' paths.
+
+    `shares` are the rows of several sources, equal if none are given. Files have diffusers' paths below `prefix`, and
+    some trainers' below `others`; in kohya's naming these are underscored.
+    """
+
+    def below_others(source: str) -> tuple[str, ...]:
+        return tuple(underscore(source) if other == KOHYA_PREFIX else f"{other}{source}" for other in others)
+
+    pieces = tuple(
+        Piece(f"{prefix}{source}", share, below_others(source))
+        for source, share in zip(sources, shares or [1] * len(sources), strict=False)
+    )
+    is_whole = len(sources) == 1
+    return ModuleNames(
+        kohya=underscore(path),
+        generic=f"diffusion_model.{path}",
+        diffusers=pieces[0].diffusers if is_whole else pieces,
+        aliases=(*aliases, *pieces[0].aliases) if is_whole else aliases,
+        swaps_pair=swaps_pair,
+    )
+
+
+KOHYA_PREFIX = "lora_unet_"
+
+
+def underscore(path: str) -> str:
+    """Return kohya's name of a denoiser's layer."""
+    return KOHYA_PREFIX + path.replace(".", "_")
