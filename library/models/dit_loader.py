@@ -1,26 +1,28 @@
 """The loader of base models that consist of a transformer, a text encoder and a VAE."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import nn
 
-from library.checkpoints.base_files import BaseFiles
+from library.checkpoints.base_files import BaseFiles, open_base, without_base
+from library.checkpoints.model_lookup import read_json
 from library.checkpoints.weights import Weights
 from library.errors import UserError
 from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
 from library.models.language_models import WORDS, text_encoder_dtype
-from library.models.loading import Component, MaybeComponent, first_side, materialise, open_if_there
+from library.models.loading import Component, LoadPart, MaybeComponent, first_side, materialise, open_if_there
 from library.models.vae.vae import resolve_vae_dtype
 from library.options.caching import CachingOptions, TextCachingOptions
+from library.options.dit import DitTrainOptions
 from library.options.machine.memory import PrecisionOptions
 from library.options.model import BASE_FLAG, ModelOptions
 
-LoadPart = Callable[[MaybeComponent, torch.dtype], nn.Module]
+OptionsT = TypeVar("OptionsT", bound=DitTrainOptions)
 
 
 class DitLoaderOptions(Protocol):
@@ -56,22 +58,21 @@ class DitLoader:
     build: Callable[[], nn.Module] | None  # builds the denoiser; None without one, for the caching commands
     denoiser_weights: Weights
     dtype: torch.dtype
-    text: Part
+    texts: tuple[Part, ...]  # the models that encode captions and their images
     vae_part: Part
-    vision: Part | None = None  # the text encoder's model for reference images
+
+    @property
+    def text(self) -> Part:
+        """The first text encoder."""
+        return self.texts[0]
 
     @property
     def num_words(self) -> int | None:
-        """The size of the text encoder's vocabulary, or None if its files are missing."""
+        """The size of the vocabulary of a language model as text encoder, or None if its files are missing."""
         return first_side(self.text.component, WORDS)
 
-    @property
-    def text_parts(self) -> list[Part]:
-        """The models that encode captions and their images."""
-        return [part for part in (self.text, self.vision) if part is not None]
-
     def text_encoders(self) -> list[nn.Module]:
-        return [part.load() for part in self.text_parts]
+        return [part.load() for part in self.texts]
 
     def vae(self) -> nn.Module:
         return self.vae_part.load()
@@ -89,14 +90,15 @@ def open_dit_loader(
     weights: Weights,
     build: Callable[[], nn.Module] | None,
     *,
-    text: Callable[[], Component],
-    load_text: LoadPart,
+    texts: Sequence[tuple[Callable[[], Component], LoadPart]],
     text_dtype: torch.dtype | None = None,
     vae: Callable[[], Component],
     load_vae: LoadPart,
+    vae_dtype: torch.dtype | None = None,
 ) -> DitLoader:
-    """Open the `text` encoder and the `vae` beside a denoiser. Each may be absent if its outputs are cached in files,
-    and if there is no denoiser to train. Without a `text_dtype` the encoder's states overflow float16."""
+    """Open the text encoders and the VAE beside a denoiser, each a function that opens it and one that loads it. Each
+    may be absent if its outputs are cached in files, and if there is no denoiser to train. Without a `text_dtype` the
+    encoders' states overflow float16."""
     precision = options.precision.mixed_precision
     texts_are_cached = build is None or options.text_caching.cache_text_encoder_outputs_to_disk
     latents_are_cached = build is None or options.caching.cache_latents_to_disk
@@ -105,8 +107,13 @@ def open_dit_loader(
         build=build,
         denoiser_weights=weights,
         dtype=DTYPES[precision],
-        text=Part(open_if_there(texts_are_cached, text), text_dtype or text_encoder_dtype(precision), load_text),
-        vae_part=Part(open_if_there(latents_are_cached, vae), resolve_vae_dtype(options.model, precision), load_vae),
+        texts=tuple(
+            Part(open_if_there(texts_are_cached, open_it), text_dtype or text_encoder_dtype(precision), load)
+            for open_it, load in texts
+        ),
+        vae_part=Part(
+            open_if_there(latents_are_cached, vae), vae_dtype or resolve_vae_dtype(options.model, precision), load_vae
+        ),
     )
 
 
@@ -117,3 +124,45 @@ def check_input_width(path: Path, found: int, expected: int, unit: str, title: s
             f"{BASE_FLAG} {path}: the transformer takes {found} values per {unit}, but only {expected} are supported; "
             f"use a checkpoint of {title}"
         )
+
+
+def open_dit(options: DitTrainOptions, title: str) -> BaseFiles:
+    """Open the transformer's file, or the folder with every part that has no file of its own. Raises UserError naming
+    the flag if it is missing or broken."""
+    given = {"text_encoder": options.parts.text_encoder, "vae": options.model.vae}
+    return open_base(
+        options.model.pretrained_model_name_or_path,
+        f"the file of {title}'s transformer, or a diffusers folder",
+        [folder for folder in ("transformer", "text_encoder", "vae") if given.get(folder) is None],
+    )
+
+
+def open_encoder_files(options: DitTrainOptions, flag: str) -> tuple[BaseFiles, Weights]:
+    """Return the files, and the weights of no denoiser, of a caching command that is given only the encoder that `flag`
+    names. Raises UserError if it is not given."""
+    return without_base(flag, options.model.vae if flag == "--vae" else options.parts.text_encoder)
+
+
+def open_encoder(
+    open_loader: Callable[[OptionsT], DitLoader],
+    build_loader: Callable[[OptionsT, BaseFiles, Weights], DitLoader],
+    options: OptionsT,
+    flag: str,
+) -> DitLoader:
+    """Open what encodes images or captions, which `flag` names if the base model is not named. Raises UserError as
+    `open_loader` does, and without either."""
+    if options.model.pretrained_model_name_or_path:
+        return open_loader(options)
+    return build_loader(options, *open_encoder_files(options, flag))
+
+
+def recorded_as_distilled(path: Path) -> bool | None:
+    """Return what a diffusers folder says of its denoiser; None for a file, or if it does not say."""
+    recorded = read_json(path / "model_index.json").get("is_distilled") if path.is_dir() else None
+    return None if recorded is None else bool(recorded)
+
+
+def name_in_folder(given: str) -> str:
+    """Return the name of a file or folder after that of the folder around it, in lower case."""
+    path = Path(given).expanduser().absolute()
+    return f"{path.parent.name}/{path.name}".lower()

@@ -4,7 +4,7 @@ Letters: B captions, S tokens, E width.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from library.errors import UserError
 from library.memory.devices import DTYPES, send
 from library.memory.formats.fp8 import Fp8Rows
 from library.memory.frozen import layers_in_blocks, store_all_in
-from library.models.loading import Component, MaybeComponent
+from library.models.loading import Component, LoadPart, MaybeComponent
 from library.models.shapes import Shapes, count, shape_of
 
 logger = logging.getLogger(__name__)
@@ -35,18 +35,16 @@ def text_encoder_dtype(mixed_precision: str) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.float16 else dtype
 
 
-def store_in_8_bits(encoder: nn.Module, name: str) -> None:
-    """Keep the weights of a text encoder's blocks as fp8 with a scale for each row; `name` is that of the log."""
-    logger.info("%s: %d layers in 8 bits", name, store_all_in(Fp8Rows(), layers_in_blocks(encoder).values()))
+def choose_load(load: LoadPart, name: str, in_8_bits: bool) -> LoadPart:
+    """Return `load`, or a function that also stores the weights of the encoder's blocks as fp8 with a scale for each
+    row; `name` is the encoder's in the log."""
 
+    def load_in_8_bits(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
+        encoder = load(component, dtype)
+        logger.info("%s: %d layers in 8 bits", name, store_all_in(Fp8Rows(), layers_in_blocks(encoder).values()))
+        return encoder
 
-def load_in_8_bits(
-    load: Callable[[MaybeComponent, torch.dtype], nn.Module], name: str, component: MaybeComponent, dtype: torch.dtype
-) -> nn.Module:
-    """Call `load`, then `store_in_8_bits`."""
-    encoder = load(component, dtype)
-    store_in_8_bits(encoder, name)
-    return encoder
+    return load_in_8_bits if in_8_bits else load
 
 
 def extract_decoder(weights: Weights, prefixes: Sequence[str]) -> Weights | None:

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from math import prod
 from typing import Any, TypeVar
 
@@ -54,6 +55,7 @@ class Absent:
 
 
 MaybeComponent = Component | Absent
+LoadPart = Callable[[MaybeComponent, torch.dtype], nn.Module]
 ComponentT = TypeVar("ComponentT")
 ConfigT = TypeVar("ConfigT")
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -73,6 +75,33 @@ def on_meta_device(model: Callable[[ConfigT], ModuleT], config: ConfigT) -> Modu
     """Build a model on the meta device, for `materialise`."""
     with torch.device("meta"):
         return model(config)
+
+
+def empty_diffusers_model(kind: str, config: Mapping[str, Any]) -> Any:
+    """Build a model of a class of diffusers on the meta device."""
+    import diffusers
+
+    with torch.device("meta"):
+        return getattr(diffusers, kind).from_config(dict(config))
+
+
+def empty_transformers_model(family: str, kind: str, config: Mapping[str, Any], **options: Any) -> Any:
+    """Build transformers' model `kind` ("Qwen3VLText") of a `family` ("qwen3_vl") with weights on the meta device;
+    tensors that are in no file, such as rotary angles, are real."""
+    from accelerate import init_empty_weights
+
+    configuration = import_module(f"transformers.models.{family}.configuration_{family}")
+    modeling = import_module(f"transformers.models.{family}.modeling_{family}")
+    settings = getattr(configuration, f"{kind}Config").from_dict({**config, "use_cache": False}, **options)
+    with init_empty_weights(include_buffers=False):
+        return getattr(modeling, f"{kind}Model")(settings)
+
+
+def load_component(
+    build: Callable[[Mapping[str, Any]], nn.Module], component: MaybeComponent, dtype: torch.dtype
+) -> nn.Module:
+    """Load a component into the model that `build` makes of its configuration, in `dtype`, frozen, on the CPU."""
+    return materialise(build(component.config), component.weights, dtype)
 
 
 def first_side(component: Component | Absent, name: str) -> int | None:

@@ -4,8 +4,9 @@ Letters: B captions, S tokens, E width.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from library.checkpoints.weights import Weights, configure, first_names
 from library.errors import NotThere, UserError
 from library.memory.devices import send
 from library.models.language_models import decoder_config, extract_decoder
-from library.models.loading import Component, MaybeComponent, materialise
+from library.models.loading import Component, empty_transformers_model, load_component
 from library.models.shapes import Shapes, shape_of
 from library.models.tokenizer_files import (
     BYTE_PAIR_FILES,
@@ -71,19 +72,8 @@ def qwen3_config(shapes: Shapes) -> dict[str, Any]:
     return decoder_config(shapes, head_width, ROPE_BASE, EPS)
 
 
-def empty_qwen3(config: Mapping[str, Any]) -> Any:
-    """Build transformers' Qwen3Model with weights on the meta device; tensors that are in no file, such as positions,
-    are real."""
-    from accelerate import init_empty_weights
-    from transformers import Qwen3Config, Qwen3Model
-
-    with init_empty_weights(include_buffers=False):
-        return Qwen3Model(Qwen3Config.from_dict({**config, "use_cache": False}))
-
-
-def load_qwen3(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
-    """Load the encoder in `dtype`, frozen, on the CPU."""
-    return materialise(empty_qwen3(component.config), component.weights, dtype)
+empty_qwen3 = partial(empty_transformers_model, "qwen3", "Qwen3")
+load_qwen3 = partial(load_component, empty_qwen3)
 
 
 def encode_qwen3(encoder: nn.Module, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:

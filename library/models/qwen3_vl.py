@@ -6,6 +6,7 @@ the positions, and a Qwen3-VL file has a vision model too, which is left out.
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from library.checkpoints.weights import Weights, configure, first_names
 from library.errors import UserError
 from library.models.language_models import PREFIXES, decoder_config, extract_decoder, without_norm
-from library.models.loading import Component, MaybeComponent, materialise
+from library.models.loading import Component, MaybeComponent, empty_transformers_model, load_component
 from library.models.qwen3 import EPS, MARK, Qwen3Release
 from library.models.shapes import Shapes, shape_of
 
@@ -60,18 +61,10 @@ def qwen3_vl_config(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def empty_qwen3_vl(config: Mapping[str, Any]) -> Any:
-    """Build transformers' Qwen3VLTextModel with weights on the meta device; tensors that are in no file, such as
-    positions, are real."""
-    from accelerate import init_empty_weights
-    from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig
-    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
-
-    with init_empty_weights(include_buffers=False):
-        return Qwen3VLTextModel(Qwen3VLTextConfig.from_dict({**config, "use_cache": False}))
+empty_qwen3_vl = partial(empty_transformers_model, "qwen3_vl", "Qwen3VLText")
 
 
 def load_qwen3_vl(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
     """Load the encoder in `dtype`, frozen, on the CPU, without its last norm: its last states are those of its last
     layer."""
-    return without_norm(materialise(empty_qwen3_vl(component.config), component.weights, dtype))
+    return without_norm(load_component(empty_qwen3_vl, component, dtype))

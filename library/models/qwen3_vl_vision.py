@@ -3,7 +3,8 @@
 Letters: C channels, H and W sides of an image in pixels, S tokens of a caption, P patches, E width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from library.checkpoints.weights import Weights, configure, find_prefix, with_prefix
 from library.memory.devices import send
-from library.models.loading import Component, MaybeComponent, materialise
+from library.models.loading import Component, empty_transformers_model, load_component
 from library.models.qwen3_vl import VISION
 from library.models.shapes import Shapes, count, shape_of
 
@@ -49,19 +50,8 @@ def vision_config(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def empty_vision(config: Mapping[str, Any]) -> Any:
-    """Build transformers' Qwen3VLVisionModel with weights on the meta device; tensors that are in no file are real."""
-    from accelerate import init_empty_weights
-    from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
-    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
-
-    with init_empty_weights(include_buffers=False):
-        return Qwen3VLVisionModel(Qwen3VLVisionConfig(**config))
-
-
-def load_vision(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
-    """Load the vision model in `dtype`, frozen, on the CPU."""
-    return materialise(empty_vision(component.config), component.weights, dtype)
+empty_vision = partial(empty_transformers_model, "qwen3_vl", "Qwen3VLVision")
+load_vision = partial(load_component, empty_vision)
 
 
 def encode_with_images(

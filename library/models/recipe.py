@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from library.diffusion.flow import IGNORES
 from library.errors import UserError
 from library.installed import NEEDED_BY_ALL, check_installed
 from library.options.base import Options
@@ -13,6 +14,17 @@ OTHER_ATTENTION: Mapping[str, str] = {  # options without effect on our own deno
     "xformers": "attention is torch's scaled dot product",
     "mem_eff_attn": "attention is torch's scaled dot product, which needs as little memory",
 }
+
+
+def ignored_by_flow(title: str, **reasons: str) -> dict[str, str]:
+    """Return the options without effect on a flow model, and why; `reasons` are the model's own."""
+    return {
+        **IGNORES,
+        "v2": "it is for models of train_network.py",
+        "v_parameterization": f"{title} predicts the velocity of a flow",
+        **reasons,
+        **OTHER_ATTENTION,
+    }
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from library.architectures.anima.predict import predict
 from library.architectures.anima.text import AnimaText
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
-from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
+from library.diffusion.flow import FlowMatching, build_sampled_flow
 from library.diffusion.samplers import shifted_sampler
 from library.errors import UserError
 from library.models.adapter_views import view_both
 from library.models.dit_loader import DitLoader
 from library.models.qwen3 import load_qwen3_tokenizer
-from library.models.recipe import OTHER_ATTENTION, Recipe, folders_beside, ignored_attention
+from library.models.recipe import Recipe, folders_beside, ignored_attention, ignored_by_flow
 from library.models.t5 import holds_t5_tokenizer, load_t5_tokenizer
 from library.models.vae.qwen_image import qwen_image_latents
 from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
@@ -34,14 +34,11 @@ RECIPE = Recipe(
         "modelspec.resolution": "1024x1024",
     },
     refuses={"weighted_captions": "Qwen3 has no prompt weighting"},
-    ignores={
-        **IGNORES,
-        "v2": "it is for Stable Diffusion 2",
-        "v_parameterization": "Anima predicts the velocity of a flow",
-        "clip_skip": "Anima uses Qwen3's last hidden states",
-        "max_token_length": "use --qwen3_max_token_length and --t5_max_token_length",
-        **OTHER_ATTENTION,
-    },
+    ignores=ignored_by_flow(
+        "Anima",
+        clip_skip="Anima uses Qwen3's last hidden states",
+        max_token_length="use --qwen3_max_token_length and --t5_max_token_length",
+    ),
     records=(
         "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "timestep_sampling", "sigmoid_scale",
         "discrete_flow_shift", "text_encoder_lr",

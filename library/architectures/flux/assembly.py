@@ -11,17 +11,19 @@ from functools import partial
 
 import torch
 
-from library.architectures.flux.load import FluxLoader, open_loader
+from library.architectures.flux.load import CLIP_WORDS, T5_WORDS, is_schnell, open_loader
 from library.architectures.flux.options import FluxOptions
 from library.architectures.flux.predict import predict, predict_chroma, preview_sampler
 from library.architectures.flux.targets import view, view_chroma
 from library.architectures.flux.text import FluxText, T5Text
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
-from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
+from library.diffusion.flow import FlowMatching, build_sampled_flow
 from library.models.clip.tokenizer import load_tokenizer
 from library.models.clip.tokens import ClipTokens
-from library.models.recipe import OTHER_ATTENTION, Recipe, folders_beside
+from library.models.dit_loader import DitLoader
+from library.models.loading import first_side
+from library.models.recipe import Recipe, folders_beside, ignored_by_flow
 from library.models.t5 import load_t5_tokenizer, precisions
 from library.models.vae.flux import mapped_latents
 from library.protocols import Architecture, LiveText, Preview, PromptDefaults, TextCacheSpec
@@ -37,14 +39,12 @@ RECIPE = Recipe(
         "modelspec.resolution": "1024x1024",
     },
     refuses={"weighted_captions": "T5 has no prompt weighting"},
-    ignores={
-        **IGNORES,
-        "v_parameterization": "FLUX.1 predicts the velocity of a flow",
-        "clip_skip": "FLUX.1 uses CLIP's pooled state",
-        "max_token_length": "T5 reads captions whole; use --t5xxl_max_token_length",
-        "vae": "use --ae",
-        **OTHER_ATTENTION,
-    },
+    ignores=ignored_by_flow(
+        "FLUX.1",
+        clip_skip="FLUX.1 uses CLIP's pooled state",
+        max_token_length="T5 reads captions whole; use --t5xxl_max_token_length",
+        vae="use --ae",
+    ),
     records=(
         "model_type", "apply_t5_attn_mask", "guidance_scale", "weighting_scheme", "logit_mean", "logit_std",
         "mode_scale", "timestep_sampling", "sigmoid_scale", "model_prediction_type", "discrete_flow_shift",
@@ -86,17 +86,18 @@ def build_flux(options: FluxOptions) -> Architecture:
     loader = open_loader(options)
     text = build_text(options, loader)
     masks_text = options.flux.apply_t5_attn_mask
-    kind = "schnell" if loader.is_schnell else "dev"
-    schnell_ignores = {"guidance_scale": "FLUX.1 schnell has no input for it"} if loader.is_schnell else {}
+    schnell = is_schnell(loader.denoiser_weights)
+    kind = "schnell" if schnell else "dev"
+    schnell_ignores = {"guidance_scale": "FLUX.1 schnell has no input for it"} if schnell else {}
     return Architecture(
         name="flux",
         load=loader,
         text=text,
-        codec=CODEC_WITHOUT_REFERENCES if loader.is_schnell else CODEC,
+        codec=CODEC_WITHOUT_REFERENCES if schnell else CODEC,
         objective=build_objective(options),
         predict=partial(predict, guidance=options.flux.guidance_scale, masks_text=masks_text),
         view=view,
-        preview=build_preview(text, loader, masks_text),
+        preview=build_preview(text, schnell, masks_text),
         metadata=RECIPE.describe(options, architecture=f"flux-1-{kind}/lora"),
         specs=list_specs(),
         ignores={**RECIPE.ignores, **schnell_ignores},
@@ -152,45 +153,43 @@ def build_objective(options: FluxOptions) -> FlowMatching:
     return build_sampled_flow(options, options.flow_prediction.model_prediction_type)
 
 
-def build_text(options: FluxOptions, loader: FluxLoader) -> FluxText:
+def build_text(options: FluxOptions, loader: DitLoader) -> FluxText:
     """Build both tokenizers, searched beside the base model, and T5's also beside that encoder."""
-    usual = T5_TOKENS_SCHNELL if loader.is_schnell else T5_TOKENS_DEV
-    clip = load_tokenizer(loader.path, options.model.tokenizer_cache_dir, loader.num_clip_words)
+    usual = T5_TOKENS_SCHNELL if is_schnell(loader.denoiser_weights) else T5_TOKENS_DEV
+    clip = load_tokenizer(loader.path, options.model.tokenizer_cache_dir, first_side(loader.text.component, CLIP_WORDS))
     return FluxText(ClipTokens(clip), build_t5_text(options, loader, usual, ("tokenizer_2",)))
 
 
-def build_t5_text(options: FluxOptions, loader: FluxLoader, usual: int, folders: Sequence[str]) -> T5Text:
+def build_t5_text(options: FluxOptions, loader: DitLoader, usual: int, folders: Sequence[str]) -> T5Text:
     """Build T5's tokenizer from one of the folders beside the base model or the encoder; `usual` is the default token
     limit."""
     length = options.flux.t5xxl_max_token_length
     beside = folders_beside(loader.path, options.flux.t5xxl)
-    cache_dir = options.model.tokenizer_cache_dir
+    cache_dir, num_words = options.model.tokenizer_cache_dir, first_side(loader.texts[-1].component, T5_WORDS)
     return T5Text(
-        tokenizer=load_t5_tokenizer([f / name for f in beside for name in folders], cache_dir, loader.num_t5_words),
+        tokenizer=load_t5_tokenizer([f / name for f in beside for name in folders], cache_dir, num_words),
         num_tokens=usual if length is None else length,
         masks_padding=options.flux.apply_t5_attn_mask,
     )
 
 
-def build_text_cache(options: FluxOptions, loader: FluxLoader, text: FluxText) -> TextCacheSpec:
+def build_text_cache(options: FluxOptions, loader: DitLoader, text: FluxText) -> TextCacheSpec:
     """Return the cache format, which matches sd-scripts'; its `txt_ids` are the positions of the text tokens, all
     zero."""
-    masks, clip = text.t5.masks_padding, loader.clip
-    assert clip is not None
-
+    masks, (clip, t5) = text.t5.masks_padding, (part.component for part in loader.texts)
     return TextCacheSpec(
         options=options.text_caching,
         suffix="_flux_te.npz",
         keys=("l_pooled", "t5_out", "t5_attn_mask"),
-        encoders=lambda: f"{fingerprint(clip.weights, loader.t5.weights)} {clip.config['hidden_act']}",
+        encoders=lambda: f"{fingerprint(clip.weights, t5.weights)} {clip.config['hidden_act']}",
         settings=f"{precisions(loader.dtype)} {text.t5.num_tokens} {masks}",
         tokenizers=(text.clip.tokenizer, text.t5.tokenizer),
         constants={"txt_ids": torch.zeros(text.t5.num_tokens, 3), "apply_t5_attn_mask": torch.tensor(masks)},
-        live=LiveText(lambda: [loader.clip_l()], ("l_pooled",), text.encode_clip, 1, excluded_by="train_t5xxl"),
+        live=LiveText(lambda: [loader.text.load()], ("l_pooled",), text.encode_clip, 1, excluded_by="train_t5xxl"),
     )
 
 
-def build_t5_cache(options: FluxOptions, loader: FluxLoader, text: T5Text) -> TextCacheSpec:
+def build_t5_cache(options: FluxOptions, loader: DitLoader, text: T5Text) -> TextCacheSpec:
     """Return the cache format, which matches sd-scripts' with zeros for CLIP-L.
 
     No encoder stays in memory besides the cache: T5 gets an adapter only on request, and then cannot be cached.
@@ -199,7 +198,7 @@ def build_t5_cache(options: FluxOptions, loader: FluxLoader, text: T5Text) -> Te
         options=options.text_caching,
         suffix="_flux_te.npz",
         keys=("t5_out", "t5_attn_mask"),
-        encoders=lambda: fingerprint(loader.t5.weights),
+        encoders=lambda: fingerprint(loader.text.component.weights),
         settings=f"{precisions(loader.dtype)} {text.num_tokens} {text.masks_padding}",
         tokenizers=(text.tokenizer,),
         constants={
@@ -211,14 +210,13 @@ def build_t5_cache(options: FluxOptions, loader: FluxLoader, text: T5Text) -> Te
     )
 
 
-def build_preview(text: FluxText, loader: FluxLoader, masks_text: bool) -> Preview:
+def build_preview(text: FluxText, schnell: bool, masks_text: bool) -> Preview:
     """Build previews as the model was made for: distilled guidance, and a schedule that depends on the size."""
-    guidance = PromptDefaults(
-        num_steps=20, width=512, height=512, scale=1.0, size_step=16, guidance_scale=None if loader.is_schnell else 3.5
-    )
     return Preview(
-        defaults=guidance,
+        defaults=PromptDefaults(
+            num_steps=20, width=512, height=512, scale=1.0, size_step=16, guidance_scale=None if schnell else 3.5
+        ),
         text=text,
         predict=lambda prompt: partial(predict, guidance=prompt.guidance_scale or 0.0, masks_text=masks_text),
-        sampler=lambda prompt: preview_sampler(prompt, is_shifted=not loader.is_schnell),
+        sampler=lambda prompt: preview_sampler(prompt, is_shifted=not schnell),
     )

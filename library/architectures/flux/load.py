@@ -1,10 +1,10 @@
 """Loading of FLUX.1 and Chroma checkpoints: the files of the original release, one file with everything, or a diffusers
 folder."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from library.architectures.flux.checkpoint_keys import DIFFUSERS_MARK, KEYS
@@ -14,19 +14,11 @@ from library.architectures.specs import list_specs
 from library.checkpoints.base_files import BaseFiles, open_base
 from library.checkpoints.weights import Weights, configure, find_prefix, selected, with_prefix
 from library.errors import UserError
-from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
 from library.models.clip.clip import clip_component, clip_of_folder, load_clip
+from library.models.dit_loader import DitLoader, open_dit_loader
 from library.models.identify import find_spec, open_transformer, refuse_other_model, refuse_transformer
-from library.models.loading import (
-    Component,
-    MaybeComponent,
-    check_text_width,
-    first_side,
-    materialise,
-    on_meta_device,
-    open_if_there,
-)
+from library.models.loading import Component, LoadPart, check_text_width
 from library.models.t5 import load_t5, t5_component, t5_of_folder
 from library.models.vae.flux import CHANNELS, open_ae
 from library.models.vae.vae import load_vae, resolve_vae_dtype
@@ -42,52 +34,8 @@ FOLDERS = {  # `model_type` -> part -> folder in diffusers' layout
 }
 
 
-@dataclass(frozen=True)
-class FluxLoader:
-    """The models, each loaded on request; frozen, on the CPU."""
-
-    path: Path  # the folder or file of the denoiser
-    config: FluxConfig
-    denoiser_weights: Weights
-    clip: MaybeComponent | None  # None for Chroma
-    t5: MaybeComponent
-    ae: MaybeComponent
-    dtype: torch.dtype
-    vae_dtype: torch.dtype
-
-    @property
-    def num_clip_words(self) -> int | None:
-        """The size of CLIP-L's vocabulary, or None if its files are missing."""
-        assert self.clip is not None
-        return first_side(self.clip, CLIP_WORDS)
-
-    @property
-    def num_t5_words(self) -> int | None:
-        return first_side(self.t5, T5_WORDS)
-
-    @property
-    def is_schnell(self) -> bool:
-        """True for the step-distilled model, which has no guidance input."""
-        return not self.config.has_guidance
-
-    def text_encoders(self) -> list[nn.Module]:
-        clip = [] if self.clip is None else [self.clip_l()]
-        return [*clip, load_t5(self.t5, self.dtype)]
-
-    def clip_l(self) -> nn.Module:
-        """Load only the first text encoder."""
-        assert self.clip is not None
-        return load_clip(self.clip, self.dtype)
-
-    def vae(self) -> nn.Module:
-        return load_vae(self.ae, self.vae_dtype)
-
-    def denoiser(self, weight_format: RequestedFormat | None = None) -> nn.Module:
-        return materialise(on_meta_device(Flux, self.config), self.denoiser_weights, self.dtype, weight_format)
-
-
-def open_loader(options: FluxOptions) -> FluxLoader:
-    """Open the files that the options name; only headers are read.
+def open_loader(options: FluxOptions) -> DitLoader:
+    """Open the files that the options name; only headers are read. Chroma has no CLIP-L before T5.
 
     Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
     """
@@ -99,21 +47,28 @@ def open_loader(options: FluxOptions) -> FluxLoader:
         [folder for part, folder in folders.items() if given.get(part) is None],
     )
     weights = read_denoiser(base, flux.model_type)
-    texts_are_cached = options.text_caching.cache_text_encoder_outputs_to_disk
-    loader = FluxLoader(
-        path=base.path,
-        config=configure(weights, read_config),
-        denoiser_weights=weights,
-        clip=open_if_there(texts_are_cached, lambda: open_clip(flux.clip_l, base, folders["clip_l"]))
-        if "clip_l" in folders
-        else None,
-        t5=open_if_there(texts_are_cached, lambda: open_t5(flux.t5xxl, base, folders["t5xxl"])),
-        ae=open_if_there(options.caching.cache_latents_to_disk, lambda: open_ae(title, flux.ae, base)),
-        dtype=DTYPES[options.precision.mixed_precision],
-        vae_dtype=resolve_vae_dtype(options.model, options.precision.mixed_precision),
+    config = configure(weights, read_config)
+    openers: dict[str, tuple[Callable[[], Component], LoadPart]] = {
+        "clip_l": (lambda: open_clip(flux.clip_l, base, folders["clip_l"]), load_clip),
+        "t5xxl": (lambda: open_t5(flux.t5xxl, base, folders["t5xxl"]), load_t5),
+    }
+    loader = open_dit_loader(
+        options,
+        base,
+        weights,
+        partial(Flux, config),
+        texts=[opener for part, opener in openers.items() if part in folders],
+        text_dtype=DTYPES[options.precision.mixed_precision],
+        vae=lambda: open_ae(title, flux.ae, base),
+        load_vae=load_vae,
     )
-    check_fit(loader, title)
+    check_fit(loader, config, title)
     return loader
+
+
+def is_schnell(weights: Weights) -> bool:
+    """Return True for FLUX.1's step-distilled transformer, which has no guidance input."""
+    return "guidance_in.in_layer.weight" not in weights.shapes
 
 
 def load_ae(name: str, options: FluxOptions) -> nn.Module:
@@ -158,14 +113,14 @@ def open_t5(name: str | None, base: BaseFiles, folder: str) -> Component:
     return t5_component(weights) if config is None else t5_of_folder(config, weights)
 
 
-def check_fit(loader: FluxLoader, title: str) -> None:
+def check_fit(loader: DitLoader, config: FluxConfig, title: str) -> None:
     """Raise UserError if the parts do not fit together."""
-    config = loader.config
     if config.in_features != CHANNELS * PATCH**2:
         raise UserError(
             f"{BASE_FLAG} {loader.path}: the transformer takes {config.in_features} values per patch, but only "
             f"{CHANNELS * PATCH**2} are supported, not FLUX.1 Fill, Canny, Depth and other conditioned variants"
         )
-    if loader.clip is not None:
-        check_text_width("--clip_l", loader.clip, CLIP_WORDS, config.pooled_width, f"{title}'s")
-    check_text_width("--t5xxl", loader.t5, T5_WORDS, config.text_width, f"{title}'s")
+    *clip, t5 = loader.texts
+    for part in clip:
+        check_text_width("--clip_l", part.component, CLIP_WORDS, config.pooled_width, f"{title}'s")
+    check_text_width("--t5xxl", t5.component, T5_WORDS, config.text_width, f"{title}'s")

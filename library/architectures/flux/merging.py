@@ -7,7 +7,7 @@ from pathlib import Path
 
 from library.architectures.flux.adapter_names import clip_module, denoiser_module, t5_module
 from library.architectures.flux.checkpoint_keys import DIFFUSERS_MARK, KEYS
-from library.architectures.flux.load import CLIP_PREFIXES, MARK, T5_MARK
+from library.architectures.flux.load import CLIP_PREFIXES, MARK, T5_MARK, is_schnell
 from library.architectures.flux.model import Flux, read_config
 from library.architectures.flux.targets import view
 from library.checkpoints import model_lookup
@@ -29,7 +29,7 @@ def name_text_layer(stem: str) -> ModuleNames | None:
 
 
 def architecture_of(weights: Weights) -> str:
-    return f"flux-1-{'dev' if 'guidance_in.in_layer.weight' in weights.shapes else 'schnell'}"
+    return f"flux-1-{'schnell' if is_schnell(weights) else 'dev'}"
 
 
 FILE = TransformerFile(

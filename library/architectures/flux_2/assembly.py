@@ -15,10 +15,10 @@ from library.architectures.flux_2.text import Flux2Text
 from library.architectures.flux_2.vae import PackedLatents
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
-from library.diffusion.flow import IGNORES, RECORDS, FlowMatching, build_sampled_flow
+from library.diffusion.flow import RECORDS, FlowMatching, build_sampled_flow
 from library.models.adapter_views import view_denoiser
 from library.models.dit_loader import DitLoader
-from library.models.recipe import OTHER_ATTENTION, Recipe, tokenizer_folders
+from library.models.recipe import Recipe, ignored_by_flow, tokenizer_folders
 from library.models.tokenizer_files import check_marks
 from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
 
@@ -35,14 +35,11 @@ RECIPE = Recipe(
         "weighted_captions": "its text encoders have no prompt weighting",
         "network_train_text_encoder_only": "its text encoder cannot be trained",
     },
-    ignores={
-        **IGNORES,
-        "v2": "it is for Stable Diffusion 2",
-        "v_parameterization": "FLUX.2 predicts the velocity of a flow",
-        "clip_skip": "FLUX.2 uses fixed layers of its text encoder",
-        "max_token_length": "its text encoder reads 512 tokens",
-        **OTHER_ATTENTION,
-    },
+    ignores=ignored_by_flow(
+        "FLUX.2",
+        clip_skip="FLUX.2 uses fixed layers of its text encoder",
+        max_token_length="its text encoder reads 512 tokens",
+    ),
     records=RECORDS,
     needs={"diffusers": ">=0.36"},  # AutoencoderKLFlux2
 )  # fmt: skip

@@ -22,10 +22,9 @@ from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.weights import Weights, configure
-from library.models.dit import open_dit, open_without_dit
-from library.models.dit_loader import DitLoader, check_input_width, open_dit_loader
+from library.models.dit_loader import DitLoader, check_input_width, open_dit, open_dit_loader, open_encoder_files
 from library.models.identify import open_denoiser
-from library.models.language_models import load_in_8_bits
+from library.models.language_models import choose_load
 from library.models.loading import Component
 from library.models.qwen3 import FOLDER
 
@@ -38,7 +37,7 @@ def open_loader(options: Flux2Options) -> tuple[DitLoader, Release]:
 
     Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
     """
-    base = open_dit(options.model, options.parts.text_encoder, MODEL)
+    base = open_dit(options, MODEL)
     weights = read_denoiser(base)
     config = configure(weights, read_config)
     release = recognise_release(config, options.parts.model_version, str(base.path))
@@ -54,7 +53,7 @@ def open_encoder(options: Flux2Options, flag: str) -> tuple[DitLoader, TextEncod
     if options.model.pretrained_model_name_or_path:
         loader, release = open_loader(options)
         return loader, release.encoder
-    base, nothing = open_without_dit(options.model, options.parts.text_encoder, flag)
+    base, nothing = open_encoder_files(options, flag)
     version = options.parts.model_version
     encoder = release_named(version or "dev").encoder
     if flag == FLAG:
@@ -69,15 +68,13 @@ def build_loader(
     encoder: TextEncoder,
     build: Callable[[], nn.Module] | None = None,
 ) -> DitLoader:
+    load_text = choose_load(encoder.load, encoder.name, options.parts.fp8_text_encoder)
     return open_dit_loader(
         options,
         base,
         weights,
         build,
-        text=lambda: open_text_encoder(options.parts.text_encoder, base, encoder),
-        load_text=partial(load_in_8_bits, encoder.load, encoder.name)
-        if options.parts.fp8_text_encoder
-        else encoder.load,
+        texts=[(lambda: open_text_encoder(options.parts.text_encoder, base, encoder), load_text)],
         vae=lambda: open_vae(MODEL, options.model.vae, base),
         load_vae=load_flux_2_vae,
     )

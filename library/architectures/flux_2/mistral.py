@@ -2,14 +2,15 @@
 folder, and its tokenizer."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from library.checkpoints.weights import Weights, configure, first_names
 from library.errors import UserError
 from library.models.language_models import PREFIXES, decoder_config, extract_decoder
-from library.models.loading import Component
+from library.models.loading import Component, empty_transformers_model
 from library.models.shapes import Shapes
 from library.models.tokenizer_files import TokenizerFiles, check_ids, read_tokenizer_folder
 
@@ -40,14 +41,7 @@ def mistral_config(shapes: Shapes) -> dict[str, Any]:
     return decoder_config(shapes, HEAD_WIDTH, ROPE_BASE, EPS)
 
 
-def empty_mistral(config: Mapping[str, Any]) -> Any:
-    """Build transformers' MistralModel with weights on the meta device; tensors that are in no file, such as positions,
-    are real."""
-    from accelerate import init_empty_weights
-    from transformers import MistralConfig, MistralModel
-
-    with init_empty_weights(include_buffers=False):
-        return MistralModel(MistralConfig.from_dict({**config, "sliding_window": None, "use_cache": False}))
+empty_mistral = partial(empty_transformers_model, "mistral", "Mistral", sliding_window=None)
 
 
 def load_mistral_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_words: int | None) -> Any:

@@ -12,7 +12,7 @@ from library.architectures.flux_2 import mistral
 from library.architectures.flux_2.model import Flux2Config
 from library.checkpoints.weights import Weights
 from library.errors import UserError
-from library.models.dit import name_in_folder, recorded_as_distilled
+from library.models.dit_loader import name_in_folder, recorded_as_distilled
 from library.models.language_models import WORDS, with_first_layers, without_norm
 from library.models.loading import Component, MaybeComponent, materialise
 from library.models.qwen3 import Qwen3Release, empty_qwen3, load_qwen3_tokenizer, qwen3_component

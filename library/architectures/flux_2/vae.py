@@ -16,7 +16,7 @@ from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.weights import renamed, selected
 from library.errors import UserError
 from library.memory.devices import send
-from library.models.loading import Component, MaybeComponent, materialise
+from library.models.loading import Component, MaybeComponent, empty_diffusers_model, materialise
 from library.models.shapes import count, shape_of
 from library.models.vae.flux import check_channels, find_vae
 from library.models.vae.vae import single_vae, vae_of_folder
@@ -110,10 +110,8 @@ def decoder_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 
 def empty_vae(config: Mapping[str, Any]) -> Any:
     """Build diffusers' AutoencoderKLFlux2 on the meta device, with the statistics alone of its batch norm."""
-    from diffusers import AutoencoderKLFlux2
-
+    vae = empty_diffusers_model("AutoencoderKLFlux2", config)
     with torch.device("meta"):
-        vae: Any = AutoencoderKLFlux2.from_config(dict(config))
         vae.bn = BatchStatistics(vae.bn.num_features, vae.bn.eps)
     return vae
 

@@ -6,7 +6,7 @@ Start here to read this package.
 
 from pathlib import Path
 
-from library.architectures.hunyuan_image.load import SPEC, HunyuanImageLoader, open_loader
+from library.architectures.hunyuan_image.load import SPEC, open_loader
 from library.architectures.hunyuan_image.options import HunyuanImageOptions
 from library.architectures.hunyuan_image.predict import predict
 from library.architectures.hunyuan_image.qwen import load_qwen_tokenizer
@@ -15,9 +15,10 @@ from library.architectures.hunyuan_image.text import HunyuanImageText
 from library.architectures.hunyuan_image.vae import SCALE
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
-from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
+from library.diffusion.flow import FlowMatching, build_sampled_flow
 from library.diffusion.samplers import shifted_sampler
-from library.models.recipe import OTHER_ATTENTION, Recipe, folders_beside, ignored_attention
+from library.models.dit_loader import DitLoader
+from library.models.recipe import Recipe, folders_beside, ignored_attention, ignored_by_flow
 from library.models.vae.latents import KlLatents
 from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
 
@@ -34,13 +35,11 @@ RECIPE = Recipe(
         "weighted_captions": "Qwen2.5-VL has no prompt weighting",
         "network_train_text_encoder_only": "its text encoders cannot be trained",
     },
-    ignores={
-        **IGNORES,
-        "v_parameterization": "HunyuanImage 2.1 predicts the velocity of a flow",
-        "clip_skip": "it has no CLIP",
-        "max_token_length": "its text encoder reads 1024 tokens",
-        **OTHER_ATTENTION,
-    },
+    ignores=ignored_by_flow(
+        "HunyuanImage 2.1",
+        clip_skip="it has no CLIP",
+        max_token_length="its text encoder reads 1024 tokens",
+    ),
     records=(
         "logit_mean", "logit_std", "mode_scale", "timestep_sampling", "sigmoid_scale", "model_prediction_type",
         "discrete_flow_shift", "text_encoder_lr",
@@ -79,7 +78,7 @@ def build_objective(options: HunyuanImageOptions) -> FlowMatching:
     return build_sampled_flow(options, options.flow_prediction.model_prediction_type, tells_whole_timesteps=True)
 
 
-def build_text(options: HunyuanImageOptions, loader: HunyuanImageLoader) -> HunyuanImageText:
+def build_text(options: HunyuanImageOptions, loader: DitLoader) -> HunyuanImageText:
     """Build the tokenizers: Qwen's is searched beside the base model and the text encoder; ByT5's has no files."""
     from transformers import ByT5Tokenizer
 
@@ -89,22 +88,22 @@ def build_text(options: HunyuanImageOptions, loader: HunyuanImageLoader) -> Huny
     if named and Path(named).expanduser().is_dir():
         folders.append(beside[1])
     cache_dir = options.model.tokenizer_cache_dir
-    return HunyuanImageText(load_qwen_tokenizer(folders, cache_dir, loader.num_qwen_words), ByT5Tokenizer())
+    return HunyuanImageText(load_qwen_tokenizer(folders, cache_dir, loader.num_words), ByT5Tokenizer())
 
 
-def build_text_cache(options: HunyuanImageOptions, loader: HunyuanImageLoader, text: HunyuanImageText) -> TextCacheSpec:
+def build_text_cache(options: HunyuanImageOptions, loader: DitLoader, text: HunyuanImageText) -> TextCacheSpec:
     """Return the cache format, which matches sd-scripts'."""
 
     def encoders() -> str:
-        weights = fingerprint(loader.qwen.weights, loader.byt5.weights)
-        return f"{weights} {loader.qwen.config['num_attention_heads']}"
+        qwen, byt5 = (part.component for part in loader.texts)
+        return f"{fingerprint(qwen.weights, byt5.weights)} {qwen.config['num_attention_heads']}"
 
     return TextCacheSpec(
         options=options.text_caching,
         suffix="_hi_te.npz",
         keys=("vlm_embed", "vlm_mask", "byt5_embed", "byt5_mask", "ocr_mask"),
         encoders=encoders,
-        settings=f"{loader.text_dtype} {loader.shrinks_qwen}",
+        settings=f"{loader.text.dtype} {options.hunyuan_image.fp8_vl}",
         tokenizers=(text.qwen_tokenizer, text.byt5_tokenizer),
         padding={"vlm_embed": 0.0, "vlm_mask": 0.0},
         can_train=False,

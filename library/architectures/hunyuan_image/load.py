@@ -1,35 +1,25 @@
 """Loading of HunyuanImage 2.1 checkpoints: the four files of the original release, or a diffusers folder."""
 
 import logging
-from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
-from torch import nn
 
 from library.architectures.hunyuan_image.checkpoint_keys import DIFFUSERS_MARK, KEYS
 from library.architectures.hunyuan_image.model import HunyuanImage, HunyuanImageConfig, read_config
 from library.architectures.hunyuan_image.options import HunyuanImageOptions
 from library.architectures.hunyuan_image.qwen import load_qwen, qwen_component
-from library.architectures.hunyuan_image.vae import MARK, SCALE, compute_in_chunks, empty_vae, vae_component
+from library.architectures.hunyuan_image.vae import MARK, SCALE, load_hunyuan_image_vae, vae_component
 from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.base_files import BaseFiles, open_base
 from library.checkpoints.weights import Weights, configure, renamed
 from library.errors import NotThere, UserError
-from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
+from library.models.dit_loader import DitLoader, open_dit_loader
 from library.models.identify import open_transformer, refuse_transformer
-from library.models.language_models import WORDS, store_in_8_bits, text_encoder_dtype
-from library.models.loading import (
-    Component,
-    MaybeComponent,
-    check_text_width,
-    first_side,
-    materialise,
-    on_meta_device,
-    open_if_there,
-)
+from library.models.language_models import WORDS, choose_load
+from library.models.loading import Component, check_text_width, first_side
 from library.models.t5 import load_t5, t5_component, t5_of_folder
 from library.options.model import BASE_FLAG
 from library.protocols import LatentSpec
@@ -44,43 +34,8 @@ NUM_BYTE_IDS = 259  # three special tokens and 256 bytes
 SPEC = LatentSpec(channels=64, downscale=32, bucket_step=32, cache_suffix="_hi.npz", had_keys_without_size=False)
 
 
-@dataclass(frozen=True)
-class HunyuanImageLoader:
-    """The four models, each loaded on request; frozen, on the CPU."""
-
-    path: Path  # the folder or file of the denoiser
-    config: HunyuanImageConfig
-    denoiser_weights: Weights
-    vae_component: MaybeComponent
-    qwen: MaybeComponent
-    byt5: MaybeComponent
-    dtype: torch.dtype
-    text_dtype: torch.dtype
-    vae_dtype: torch.dtype
-    shrinks_qwen: bool
-    vae_chunk_rows: int | None = None  # rows of each convolution computed at a time; None for all
-
-    @property
-    def num_qwen_words(self) -> int | None:
-        """The size of Qwen's vocabulary, or None if its files are missing."""
-        return first_side(self.qwen, WORDS)
-
-    def text_encoders(self) -> list[nn.Module]:
-        qwen = load_qwen(self.qwen, self.text_dtype)
-        if self.shrinks_qwen:
-            store_in_8_bits(qwen, "Qwen2.5-VL")
-        return [qwen, load_t5(self.byt5, self.text_dtype)]
-
-    def vae(self) -> nn.Module:
-        vae = materialise(empty_vae(self.vae_component.config), self.vae_component.weights, self.vae_dtype)
-        return vae if self.vae_chunk_rows is None else compute_in_chunks(vae, self.vae_chunk_rows)
-
-    def denoiser(self, weight_format: RequestedFormat | None = None) -> nn.Module:
-        return materialise(on_meta_device(HunyuanImage, self.config), self.denoiser_weights, self.dtype, weight_format)
-
-
-def open_loader(options: HunyuanImageOptions) -> HunyuanImageLoader:
-    """Open the files that the options name; only headers are read.
+def open_loader(options: HunyuanImageOptions) -> DitLoader:
+    """Open the files that the options name, Qwen2.5-VL and ByT5 as text encoders; only headers are read.
 
     Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
     """
@@ -92,25 +47,25 @@ def open_loader(options: HunyuanImageOptions) -> HunyuanImageLoader:
         ["transformer", *(folder for part, folder in FOLDERS.items() if given[part] is None)],
     )
     weights = read_denoiser(base)
-    precision = options.precision.mixed_precision
-    dtype = DTYPES[precision]
-    texts_are_cached = options.text_caching.cache_text_encoder_outputs_to_disk
-    loader = HunyuanImageLoader(
-        path=base.path,
-        config=configure(weights, read_config),
-        denoiser_weights=weights,
-        vae_component=open_if_there(
-            options.caching.cache_latents_to_disk, lambda: checked_vae(open_component("vae", given["vae"], base))
-        ),
-        qwen=open_if_there(texts_are_cached, lambda: open_component("text_encoder", own.text_encoder, base)),
-        byt5=open_if_there(texts_are_cached, lambda: open_component("byt5", own.byt5, base)),
-        dtype=dtype,
-        text_dtype=text_encoder_dtype(precision),
-        vae_dtype=torch.float32 if options.model.no_half_vae or dtype == torch.float32 else torch.float16,
-        shrinks_qwen=own.fp8_vl,
-        vae_chunk_rows=own.vae_chunk_size or None,
+    config = configure(weights, read_config)
+    is_float32 = options.model.no_half_vae or DTYPES[options.precision.mixed_precision] == torch.float32
+    loader = open_dit_loader(
+        options,
+        base,
+        weights,
+        partial(HunyuanImage, config),
+        texts=[
+            (
+                lambda: open_component("text_encoder", own.text_encoder, base),
+                choose_load(load_qwen, "Qwen2.5-VL", own.fp8_vl),
+            ),
+            (lambda: open_component("byt5", own.byt5, base), load_t5),
+        ],
+        vae=lambda: checked_vae(open_component("vae", given["vae"], base)),
+        load_vae=partial(load_hunyuan_image_vae, chunk_rows=own.vae_chunk_size or None),
+        vae_dtype=torch.float32 if is_float32 else torch.float16,
     )
-    check_fit(loader)
+    check_fit(loader, config)
     return loader
 
 
@@ -166,17 +121,16 @@ def checked_vae(component: Component) -> Component:
     return component
 
 
-def check_fit(loader: HunyuanImageLoader) -> None:
+def check_fit(loader: DitLoader, config: HunyuanImageConfig) -> None:
     """Raise UserError if the parts do not fit together."""
-    config = loader.config
     if config.channels != SPEC.channels:
         raise UserError(
             f"{BASE_FLAG} {loader.path}: the transformer takes {config.channels} channels, but only {SPEC.channels} "
             "are supported"
         )
-    whose = f"{MODEL}'s"
-    check_text_width("--text_encoder", loader.qwen, WORDS, config.text_width, whose)
-    check_text_width("--byt5", loader.byt5, GLYPH_WORDS, config.glyph_width, whose)
-    num_words = first_side(loader.byt5, GLYPH_WORDS)
+    qwen, byt5 = (part.component for part in loader.texts)
+    check_text_width("--text_encoder", qwen, WORDS, config.text_width, f"{MODEL}'s")
+    check_text_width("--byt5", byt5, GLYPH_WORDS, config.glyph_width, f"{MODEL}'s")
+    num_words = first_side(byt5, GLYPH_WORDS)
     if num_words is not None and num_words < NUM_BYTE_IDS:
-        raise UserError(f"--byt5 {loader.byt5.weights.origin} has {num_words} embeddings; ByT5 needs {NUM_BYTE_IDS}")
+        raise UserError(f"--byt5 {byt5.weights.origin} has {num_words} embeddings; ByT5 needs {NUM_BYTE_IDS}")

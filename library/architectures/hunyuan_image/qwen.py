@@ -6,17 +6,17 @@ tokens, E width.
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from library.checkpoints.weights import Weights, configure, first_names, selected
 from library.errors import UserError
 from library.memory.devices import send
-from library.models.language_models import DESCRIBE, PREFIXES, WORDS, extract_decoder
-from library.models.loading import Component, MaybeComponent, materialise
+from library.models.language_models import DESCRIBE, PREFIXES, WORDS, extract_decoder, without_norm
+from library.models.loading import Component, empty_transformers_model, load_component
 from library.models.shapes import Shapes, count, shape_of
 from library.models.tokenizer_files import BYTE_PAIR_FILES, TokenizerFiles, holds_byte_pairs, read_tokenizer_folder
 
@@ -76,28 +76,17 @@ def qwen_config(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
             "rope_theta": ROPE_BASE,
             "mrope_section": [head_width // 8, rest // 2, rest - rest // 2],  # without images all sections are equal
         },
-        "use_cache": False,
         "bos_token_id": None,  # used only for text generation
         "eos_token_id": None,
     }
 
 
-def empty_qwen(config: Mapping[str, Any]) -> Any:
-    """Build transformers' Qwen2_5_VLTextModel without its last norm and with weights on the meta device; tensors that
-    are in no file, such as rotary angles, are real."""
-    from accelerate import init_empty_weights
-    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
-    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
-
-    with init_empty_weights(include_buffers=False):
-        model = Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(**config))
-        model.norm = nn.Identity()
-    return model
+def empty_qwen(config: Mapping[str, Any]) -> nn.Module:
+    """Build transformers' Qwen2_5_VLTextModel without its last norm and with weights on the meta device."""
+    return without_norm(empty_transformers_model("qwen2_5_vl", "Qwen2_5_VLText", config))
 
 
-def load_qwen(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
-    """Load the encoder in `dtype`, frozen, on the CPU."""
-    return materialise(empty_qwen(component.config), component.weights, dtype)
+load_qwen = partial(load_component, empty_qwen)
 
 
 def encode_qwen(encoder: nn.Module, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The VAE of HunyuanImage 2.1: diffusers' AutoencoderKLHunyuanImage, from the original single file or a folder."""
 
 import re
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch.nn.functional import conv2d, pad
 
 from library.checkpoints.weights import Weights, configure, first_names, renamed, with_prefix
 from library.errors import UserError
-from library.models.loading import Component
+from library.models.loading import Component, MaybeComponent, empty_diffusers_model, load_component
 from library.models.shapes import Shapes, count, shape_of
 from library.models.vae.checkpoint_keys import VAE_MID, VAE_PREFIXES
 
@@ -66,12 +66,7 @@ def vae_from_original(key: str, layers_per_block: int) -> str:
     return f"{stack}_blocks.{place}.{leaf.replace('nin_shortcut', 'conv_shortcut')}"
 
 
-def empty_vae(config: Mapping[str, Any]) -> Any:
-    """Build diffusers' AutoencoderKLHunyuanImage on the meta device."""
-    from diffusers import AutoencoderKLHunyuanImage
-
-    with torch.device("meta"):
-        return AutoencoderKLHunyuanImage.from_config(dict(config))
+empty_vae = partial(empty_diffusers_model, "AutoencoderKLHunyuanImage")
 
 
 class ChunkedConv2d(nn.Conv2d):
@@ -103,3 +98,9 @@ def compute_in_chunks(vae: nn.Module, num_rows: int) -> nn.Module:
             layer.__class__ = ChunkedConv2d
             layer.num_rows = num_rows  # type: ignore[assignment]
     return vae
+
+
+def load_hunyuan_image_vae(component: MaybeComponent, dtype: torch.dtype, chunk_rows: int | None) -> nn.Module:
+    """Load the VAE in `dtype`, frozen, on the CPU; with `chunk_rows` it computes in chunks of so many rows."""
+    vae = load_component(empty_vae, component, dtype)
+    return vae if chunk_rows is None else compute_in_chunks(vae, chunk_rows)

@@ -12,11 +12,11 @@ from library.architectures.krea2.predict import predict, preview_sampler
 from library.architectures.krea2.text import LAYERS, MARKS, Krea2Text
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
-from library.diffusion.flow import IGNORES, RECORDS, FlowMatching, build_sampled_flow
+from library.diffusion.flow import RECORDS, FlowMatching, build_sampled_flow
 from library.models.adapter_views import view_denoiser
 from library.models.dit_loader import DitLoader
 from library.models.qwen3 import load_qwen3_tokenizer
-from library.models.recipe import OTHER_ATTENTION, Recipe, tokenizer_folders
+from library.models.recipe import Recipe, ignored_by_flow, tokenizer_folders
 from library.models.tokenizer_files import check_marks
 from library.models.vae.qwen_image import qwen_image_latents
 from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
@@ -35,14 +35,11 @@ RECIPE = Recipe(
         "weighted_captions": "Qwen3-VL has no prompt weighting",
         "network_train_text_encoder_only": "its text encoder cannot be trained",
     },
-    ignores={
-        **IGNORES,
-        "v2": "it is for Stable Diffusion 2",
-        "v_parameterization": "Krea 2 predicts the velocity of a flow",
-        "clip_skip": "Krea 2 uses fixed layers of its text encoder",
-        "max_token_length": "its text encoder reads 512 tokens",
-        **OTHER_ATTENTION,
-    },
+    ignores=ignored_by_flow(
+        "Krea 2",
+        clip_skip="Krea 2 uses fixed layers of its text encoder",
+        max_token_length="its text encoder reads 512 tokens",
+    ),
     records=RECORDS,
     needs={"diffusers": ">=0.35", "transformers": ">=4.57"},  # AutoencoderKLQwenImage, Qwen3VLTextModel
 )  # fmt: skip

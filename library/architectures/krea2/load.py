@@ -17,10 +17,17 @@ from library.checkpoints.base_files import BaseFiles, open_files
 from library.checkpoints.model_lookup import find_model
 from library.checkpoints.weights import Weights, configure
 from library.errors import UserError
-from library.models.dit import name_in_folder, open_dit, open_without_dit, recorded_as_distilled
-from library.models.dit_loader import DitLoader, check_input_width, open_dit_loader
+from library.models import dit_loader
+from library.models.dit_loader import (
+    DitLoader,
+    check_input_width,
+    name_in_folder,
+    open_dit,
+    open_dit_loader,
+    recorded_as_distilled,
+)
 from library.models.identify import open_denoiser
-from library.models.language_models import WORDS, load_in_8_bits, with_first_layers
+from library.models.language_models import WORDS, choose_load, with_first_layers
 from library.models.loading import Component, check_text_width
 from library.models.qwen3 import FOLDER, Qwen3Release
 from library.models.qwen3_vl import load_qwen3_vl, qwen3_vl_component
@@ -38,7 +45,7 @@ def open_loader(options: Krea2Options) -> DitLoader:
 
     Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
     """
-    base = open_dit(options.model, options.parts.text_encoder, MODEL)
+    base = open_dit(options, MODEL)
     weights = read_denoiser(base)
     config = configure(weights, read_config)
     loader = build_loader(options, base, weights, partial(SingleStreamDiT, config))
@@ -52,29 +59,22 @@ def open_loader(options: Krea2Options) -> DitLoader:
     return loader
 
 
-def open_encoder(options: Krea2Options, flag: str) -> DitLoader:
-    """Open what encodes images or captions, which `flag` names if the base model is not named. Raises UserError as
-    `open_loader` does, and without either."""
-    if options.model.pretrained_model_name_or_path:
-        return open_loader(options)
-    return build_loader(options, *open_without_dit(options.model, options.parts.text_encoder, flag))
-
-
 def build_loader(
     options: Krea2Options, base: BaseFiles, weights: Weights, build: Callable[[], nn.Module] | None = None
 ) -> DitLoader:
+    load_text = choose_load(load_qwen3_vl, "Qwen3-VL", options.parts.fp8_text_encoder)
     return open_dit_loader(
         options,
         base,
         weights,
         build,
-        text=lambda: open_qwen3_vl(options.parts.text_encoder, base),
-        load_text=partial(load_in_8_bits, load_qwen3_vl, "Qwen3-VL")
-        if options.parts.fp8_text_encoder
-        else load_qwen3_vl,
+        texts=[(lambda: open_qwen3_vl(options.parts.text_encoder, base), load_text)],
         vae=lambda: open_vae(MODEL, options.model.vae, base),
         load_vae=load_vae_for_images,
     )
+
+
+open_encoder = partial(dit_loader.open_encoder, open_loader, build_loader)
 
 
 def read_denoiser(base: BaseFiles) -> Weights:

@@ -12,13 +12,13 @@ from library.architectures.lumina.options import LuminaOptions
 from library.architectures.lumina.text import LuminaText
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
-from library.diffusion.flow import IGNORES, RECORDS, FlowMatching, build_sampled_flow
+from library.diffusion.flow import RECORDS, FlowMatching, build_sampled_flow
 from library.diffusion.samplers import shifted_sampler
 from library.errors import UserError
 from library.models.adapter_views import view_both
 from library.models.dit_loader import DitLoader
 from library.models.next_dit import predict
-from library.models.recipe import OTHER_ATTENTION, Recipe, tokenizer_folders
+from library.models.recipe import Recipe, ignored_by_flow, tokenizer_folders
 from library.models.vae.flux import mapped_latents
 from library.protocols import Architecture, LiveText, Preview, PromptDefaults, TextCacheSpec
 
@@ -32,14 +32,12 @@ RECIPE = Recipe(
         "modelspec.resolution": "1024x1024",
     },
     refuses={"weighted_captions": "Gemma has no prompt weighting"},
-    ignores={
-        **IGNORES,
-        "v_parameterization": "Lumina Image 2.0 predicts the velocity of a flow",
-        "clip_skip": "Lumina Image 2.0 uses Gemma's states before its last layer",
-        "max_token_length": "use --gemma2_max_token_length",
-        "vae": "use --ae",
-        **OTHER_ATTENTION,
-    },
+    ignores=ignored_by_flow(
+        "Lumina Image 2.0",
+        clip_skip="Lumina Image 2.0 uses Gemma's states before its last layer",
+        max_token_length="use --gemma2_max_token_length",
+        vae="use --ae",
+    ),
     records=(*RECORDS, "text_encoder_lr"),
 )  # fmt: skip
 CODEC = mapped_latents("_lumina.npz")

@@ -6,6 +6,7 @@ Letters: B captions, T tokens, E width.
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from library.checkpoints.model_lookup import fetch_snapshot
 from library.checkpoints.weights import Weights, configure, first_names, selected, with_prefix
 from library.errors import UserError
 from library.memory.devices import send
-from library.models.loading import Component, MaybeComponent, materialise
+from library.models.loading import Component, empty_transformers_model, load_component
 from library.models.shapes import Shapes, count, shape_of
 from library.models.tokenizer_files import read_tokenizer
 
@@ -72,20 +73,9 @@ def gemma_config(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def empty_gemma(config: Mapping[str, Any]) -> Any:
-    """Build transformers' Gemma2Model with weights on the meta device; tensors that are in no file, such as positions,
-    are real."""
-    from accelerate import init_empty_weights
-    from transformers import Gemma2Config, Gemma2Model
-
-    with init_empty_weights(include_buffers=False):
-        # transformers up to 5.0 defaults to sdpa, which ignores the cap on attention logits.
-        return Gemma2Model(Gemma2Config.from_dict({**config, "use_cache": False}, attn_implementation="eager"))
-
-
-def load_gemma(component: MaybeComponent, dtype: Any) -> nn.Module:
-    """Load the encoder in `dtype`, frozen, on the CPU."""
-    return materialise(empty_gemma(component.config), component.weights, dtype)
+# transformers up to 5.0 defaults to sdpa, which ignores the cap on attention logits.
+empty_gemma = partial(empty_transformers_model, "gemma2", "Gemma2", attn_implementation="eager")
+load_gemma = partial(load_component, empty_gemma)
 
 
 def encode_gemma(encoder: nn.Module, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:

@@ -11,11 +11,11 @@ from library.architectures.qwen_image_21.text import NO_PLACE, QwenImage21Text, 
 from library.architectures.qwen_image_21.vae import RgbaLatents
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
-from library.diffusion.flow import IGNORES, RECORDS, FlowMatching, build_sampled_flow
+from library.diffusion.flow import RECORDS, FlowMatching, build_sampled_flow
 from library.models.adapter_views import view_denoiser
 from library.models.dit_loader import DitLoader
 from library.models.qwen3 import load_qwen3_tokenizer
-from library.models.recipe import OTHER_ATTENTION, Recipe, tokenizer_folders
+from library.models.recipe import Recipe, ignored_by_flow, tokenizer_folders
 from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
 
 RECIPE = Recipe(
@@ -30,14 +30,11 @@ RECIPE = Recipe(
         "weighted_captions": "Qwen3-VL has no prompt weighting",
         "network_train_text_encoder_only": "its text encoder cannot be trained",
     },
-    ignores={
-        **IGNORES,
-        "v2": "it is for Stable Diffusion 2",
-        "v_parameterization": "Qwen-Image 2.1 predicts the velocity of a flow",
-        "clip_skip": "Qwen-Image 2.1 uses Qwen3-VL's last states",
-        "max_token_length": "its text encoder reads 1024 tokens",
-        **OTHER_ATTENTION,
-    },
+    ignores=ignored_by_flow(
+        "Qwen-Image 2.1",
+        clip_skip="Qwen-Image 2.1 uses Qwen3-VL's last states",
+        max_token_length="its text encoder reads 1024 tokens",
+    ),
     records=RECORDS,
     needs={"diffusers": ">=0.41", "transformers": ">=4.57"},  # AutoencoderKLQwenImage21, Qwen3-VL
 )  # fmt: skip
@@ -95,7 +92,7 @@ def build_text_cache(options: QwenImage21Options, loader: DitLoader, text: QwenI
         options=options.text_caching,
         suffix="_qwen_image_21_te.npz",
         keys=("hidden_state", "attention_mask", "image_places"),
-        encoders=lambda: fingerprint(*(part.component.weights for part in loader.text_parts)),
+        encoders=lambda: fingerprint(*(part.component.weights for part in loader.texts)),
         settings=f"{loader.text.dtype} {options.parts.fp8_vl}",
         tokenizers=(text.tokenizer,),
         padding={"hidden_state": 0.0, "attention_mask": 0.0, "image_places": NO_PLACE},

@@ -14,10 +14,10 @@ from library.architectures.qwen_image_21.vae import CHANNELS, load_qwen_image_21
 from library.architectures.specs import list_specs
 from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.weights import Weights, configure
-from library.models.dit import open_dit, open_without_dit
-from library.models.dit_loader import DitLoader, Part, check_input_width, open_dit_loader
+from library.models import dit_loader
+from library.models.dit_loader import DitLoader, Part, check_input_width, open_dit, open_dit_loader
 from library.models.identify import open_denoiser
-from library.models.language_models import WORDS, load_in_8_bits
+from library.models.language_models import WORDS, choose_load
 from library.models.loading import Absent, check_text_width
 from library.models.qwen3 import FOLDER, Qwen3Release
 from library.models.qwen3_vl import load_qwen3_vl, qwen3_vl_component
@@ -33,7 +33,7 @@ def open_loader(options: QwenImage21Options) -> DitLoader:
 
     Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
     """
-    base = open_dit(options.model, options.parts.text_encoder, MODEL)
+    base = open_dit(options, MODEL)
     weights = read_denoiser(base)
     config = configure(weights, read_config)
     loader = build_loader(options, base, weights, partial(QwenImage21, config))
@@ -42,32 +42,28 @@ def open_loader(options: QwenImage21Options) -> DitLoader:
     return loader
 
 
-def open_encoder(options: QwenImage21Options, flag: str) -> DitLoader:
-    """Open what encodes images or captions, which `flag` names if the base model is not named. Raises UserError as
-    `open_loader` does, and without either."""
-    if options.model.pretrained_model_name_or_path:
-        return open_loader(options)
-    return build_loader(options, *open_without_dit(options.model, options.parts.text_encoder, flag))
-
-
 def build_loader(
     options: QwenImage21Options, base: BaseFiles, weights: Weights, build: Callable[[], nn.Module] | None = None
 ) -> DitLoader:
     qwen3_vl = cache(lambda: open_qwen3_vl(options.parts.text_encoder, base))
+    load_text = choose_load(load_qwen3_vl, "Qwen3-VL", options.parts.fp8_vl)
     loader = open_dit_loader(
         options,
         base,
         weights,
         build,
-        text=lambda: qwen3_vl_component(*qwen3_vl(), QWEN3_VL),
-        load_text=partial(load_in_8_bits, load_qwen3_vl, "Qwen3-VL") if options.parts.fp8_vl else load_qwen3_vl,
+        texts=[(lambda: qwen3_vl_component(*qwen3_vl(), QWEN3_VL), load_text)],
         vae=lambda: open_vae(options.model.vae, base),
         load_vae=load_qwen_image_21_vae,
     )
     if isinstance(loader.text.component, Absent):
         return loader
     vision = vision_component(qwen3_vl()[0])
-    return loader if vision is None else replace(loader, vision=Part(vision, loader.text.dtype, load_vision))
+    parts = () if vision is None else (Part(vision, loader.text.dtype, load_vision),)
+    return replace(loader, texts=(loader.text, *parts))
+
+
+open_encoder = partial(dit_loader.open_encoder, open_loader, build_loader)
 
 
 def read_denoiser(base: BaseFiles) -> Weights:

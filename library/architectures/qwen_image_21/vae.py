@@ -4,8 +4,9 @@ It encodes RGBA images; those without alpha get an opaque one. Letters: B sample
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.weights import configure, first_names, renamed, selected
 from library.errors import UserError
 from library.memory.devices import send
-from library.models.loading import Component, MaybeComponent, materialise
+from library.models.loading import Component, empty_diffusers_model, load_component
 from library.models.shapes import Shapes, count, shape_of
 from library.models.vae.flux import find_vae
 from library.models.vae.qwen_image import in_block, outside_levels
@@ -132,14 +133,5 @@ def vae_config(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def empty_vae(config: Mapping[str, Any]) -> Any:
-    """Build diffusers' AutoencoderKLQwenImage21 on the meta device."""
-    from diffusers import AutoencoderKLQwenImage21
-
-    with torch.device("meta"):
-        return AutoencoderKLQwenImage21.from_config(dict(config))
-
-
-def load_qwen_image_21_vae(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
-    """Load the VAE in `dtype`, frozen, on the CPU."""
-    return materialise(empty_vae(component.config), component.weights, dtype)
+empty_vae = partial(empty_diffusers_model, "AutoencoderKLQwenImage21")
+load_qwen_image_21_vae = partial(load_component, empty_vae)

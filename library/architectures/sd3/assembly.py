@@ -19,7 +19,7 @@ from library.architectures.sd3.targets import view
 from library.architectures.sd3.text import Sd3Text
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
-from library.diffusion.flow import IGNORES, FlowMatching, build_flow
+from library.diffusion.flow import FlowMatching, build_flow
 from library.diffusion.samplers import FlowSampler, Sampler
 from library.diffusion.timesteps import FINEST_LEVEL, shift_sigmas, shifted_scheme, takes_offset
 from library.errors import needing
@@ -27,7 +27,7 @@ from library.models.clip.clip import PROJECTION
 from library.models.clip.tokenizer import load_tokenizer
 from library.models.clip.tokens import ClipTokens
 from library.models.loading import Absent
-from library.models.recipe import OTHER_ATTENTION, Recipe, folders_beside
+from library.models.recipe import Recipe, folders_beside, ignored_by_flow
 from library.models.shapes import shape_of
 from library.models.t5 import load_t5_tokenizer, precisions
 from library.models.vae.latents import KlLatents
@@ -50,14 +50,11 @@ RECIPE = Recipe(
         "modelspec.resolution": "1024x1024",
     },
     refuses={"weighted_captions": "its text encoders have no prompt weighting"},
-    ignores={
-        **IGNORES,
-        "v2": "it is for Stable Diffusion 2",
-        "v_parameterization": "SD3 predicts the velocity of a flow",
-        "clip_skip": "SD3 uses the second-to-last states of both CLIPs",
-        "max_token_length": "both CLIPs read 75 tokens; use --t5xxl_max_token_length",
-        **OTHER_ATTENTION,
-    },
+    ignores=ignored_by_flow(
+        "SD3",
+        clip_skip="SD3 uses the second-to-last states of both CLIPs",
+        max_token_length="both CLIPs read 75 tokens; use --t5xxl_max_token_length",
+    ),
     records=(
         "apply_lg_attn_mask", "apply_t5_attn_mask", "weighting_scheme", "logit_mean", "logit_std", "mode_scale",
         "text_encoder_lr",

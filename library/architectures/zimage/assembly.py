@@ -11,13 +11,13 @@ from library.architectures.zimage.load import QWEN3, is_turbo, open_encoder, ope
 from library.architectures.zimage.options import ZImageOptions
 from library.architectures.zimage.text import BEGIN, END, ZImageText
 from library.checkpoints.weights import fingerprint
-from library.diffusion.flow import IGNORES, RECORDS, FlowMatching, build_sampled_flow
+from library.diffusion.flow import RECORDS, FlowMatching, build_sampled_flow
 from library.diffusion.samplers import shifted_sampler
 from library.models.adapter_views import view_denoiser
 from library.models.dit_loader import DitLoader
 from library.models.next_dit import predict
 from library.models.qwen3 import load_qwen3_tokenizer
-from library.models.recipe import OTHER_ATTENTION, Recipe, tokenizer_folders
+from library.models.recipe import Recipe, ignored_by_flow, tokenizer_folders
 from library.models.tokenizer_files import check_marks
 from library.models.vae.flux import mapped_latents
 from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
@@ -37,14 +37,11 @@ RECIPE = Recipe(
         "weighted_captions": "Qwen3 has no prompt weighting",
         "network_train_text_encoder_only": "its text encoder cannot be trained",
     },
-    ignores={
-        **IGNORES,
-        "v2": "it is for Stable Diffusion 2",
-        "v_parameterization": "Z-Image predicts the velocity of a flow",
-        "clip_skip": "Z-Image uses Qwen3's states before its last layer",
-        "max_token_length": "its text encoder reads 512 tokens",
-        **OTHER_ATTENTION,
-    },
+    ignores=ignored_by_flow(
+        "Z-Image",
+        clip_skip="Z-Image uses Qwen3's states before its last layer",
+        max_token_length="its text encoder reads 512 tokens",
+    ),
     records=RECORDS,
 )  # fmt: skip
 CODEC = mapped_latents("_zimage.npz")

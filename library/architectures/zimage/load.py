@@ -12,10 +12,10 @@ from library.architectures.zimage.model import PATCH, ZImage, read_config
 from library.architectures.zimage.options import ZImageOptions
 from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.weights import Weights, configure, selected
-from library.models.dit import name_in_folder, open_dit, open_without_dit
-from library.models.dit_loader import DitLoader, check_input_width, open_dit_loader
+from library.models import dit_loader
+from library.models.dit_loader import DitLoader, check_input_width, name_in_folder, open_dit, open_dit_loader
 from library.models.identify import open_denoiser
-from library.models.language_models import WORDS, load_in_8_bits
+from library.models.language_models import WORDS, choose_load
 from library.models.loading import Component, check_text_width
 from library.models.qwen3 import FOLDER, Qwen3Release, load_qwen3, qwen3_component
 from library.models.vae.flux import CHANNELS, open_ae
@@ -32,7 +32,7 @@ def open_loader(options: ZImageOptions) -> DitLoader:
 
     Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
     """
-    base = open_dit(options.model, options.parts.text_encoder, MODEL)
+    base = open_dit(options, MODEL)
     weights = read_denoiser(base)
     config = configure(weights, read_config)
     loader = build_loader(options, base, weights, partial(ZImage, config))
@@ -41,27 +41,22 @@ def open_loader(options: ZImageOptions) -> DitLoader:
     return loader
 
 
-def open_encoder(options: ZImageOptions, flag: str) -> DitLoader:
-    """Open what encodes images or captions, which `flag` names if the base model is not named. Raises UserError as
-    `open_loader` does, and without either."""
-    if options.model.pretrained_model_name_or_path:
-        return open_loader(options)
-    return build_loader(options, *open_without_dit(options.model, options.parts.text_encoder, flag))
-
-
 def build_loader(
     options: ZImageOptions, base: BaseFiles, weights: Weights, build: Callable[[], nn.Module] | None = None
 ) -> DitLoader:
+    load_text = choose_load(load_qwen3, "Qwen3", options.parts.fp8_llm)
     return open_dit_loader(
         options,
         base,
         weights,
         build,
-        text=lambda: open_qwen3(options.parts.text_encoder, base),
-        load_text=partial(load_in_8_bits, load_qwen3, "Qwen3") if options.parts.fp8_llm else load_qwen3,
+        texts=[(lambda: open_qwen3(options.parts.text_encoder, base), load_text)],
         vae=lambda: open_ae(MODEL, options.model.vae, base, "--vae"),
         load_vae=load_vae,
     )
+
+
+open_encoder = partial(dit_loader.open_encoder, open_loader, build_loader)
 
 
 def read_denoiser(base: BaseFiles) -> Weights:

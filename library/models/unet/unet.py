@@ -4,6 +4,7 @@ shapes."""
 import logging
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from library.checkpoints.weights import Weights, configure, renamed
 from library.diffusion.inpainting import FEATURE
 from library.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, run_library_blocks_with
-from library.models.loading import Component
+from library.models.loading import Component, empty_diffusers_model
 from library.models.shapes import Shapes, choose_num_heads, count, norm_groups, shape_of
 from library.models.unet.checkpoint_keys import UnetLayout, unet_from_ldm
 from library.types import Conditioning, Noised
@@ -99,12 +100,7 @@ def num_transformers(shapes: Shapes, stem: str) -> int:
     return count(shapes, rf"{re.escape(stem)}\.transformer_blocks\.(\d+)\.")
 
 
-def empty_unet(config: Mapping[str, Any]) -> Any:
-    """Build diffusers' UNet2DConditionModel on the meta device."""
-    from diffusers import UNet2DConditionModel
-
-    with torch.device("meta"):
-        return UNet2DConditionModel.from_config(dict(config))
+empty_unet = partial(empty_diffusers_model, "UNet2DConditionModel")
 
 
 def unet_input(noised: Noised, conditioning: Conditioning) -> Tensor:

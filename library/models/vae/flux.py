@@ -2,11 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 from library.checkpoints import model_lookup
 from library.checkpoints.base_files import BaseFiles
@@ -27,28 +23,10 @@ FOLDER = "vae"  # in a diffusers folder
 MARK = "decoder.conv_in.weight"
 
 
-@dataclass(frozen=True)
-class MappedLatents:
-    """Latents of 16 channels, 8 pixels a side; cached shifted and scaled, as the denoiser gets them."""
-
-    spec: LatentSpec
-
-    def encode(self, vae: nn.Module, pixels_BCHW: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
-        """Sample the posterior (without generators take its mean), subtract 0.1159 and multiply by 0.3611, float32."""
-        latents = KlLatents(self.spec, SCALE, SHIFT)
-        return latents.normalize(latents.encode(vae, pixels_BCHW, generators))
-
-    def normalize(self, latents_BCHW: Tensor) -> Tensor:
-        return latents_BCHW
-
-    def decode(self, vae: nn.Module, latents_BCHW: Tensor) -> Tensor:
-        """Decode latents as the denoiser sees them to images, float32, about -1..1."""
-        return KlLatents(self.spec, SCALE, SHIFT).decode(vae, latents_BCHW)
-
-
-def mapped_latents(cache_suffix: str, max_references: int = 0) -> MappedLatents:
-    """Return the latents of a base model whose tokens are 2 x 2 latents."""
-    return MappedLatents(LatentSpec(CHANNELS, 8, 16, cache_suffix, False, max_references))
+def mapped_latents(cache_suffix: str, max_references: int = 0) -> KlLatents:
+    """Return the latents of a base model whose tokens are 2 x 2 latents, of 16 channels, 8 pixels a side."""
+    spec = LatentSpec(CHANNELS, 8, 16, cache_suffix, False, max_references)
+    return KlLatents(spec, SCALE, SHIFT, caches_normalized=True)
 
 
 def open_ae(model: str, name: str | None, base: BaseFiles, flag: str = "--ae") -> Component:

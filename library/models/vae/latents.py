@@ -13,27 +13,27 @@ from library.protocols import LatentSpec
 
 @dataclass(frozen=True)
 class KlLatents:
-    """Latents of diffusers' AutoencoderKL; samples of the posterior are cached before shift and scale."""
+    """Latents of diffusers' AutoencoderKL; samples of the posterior are cached before shift and scale, or after."""
 
     spec: LatentSpec
     scale: float  # scales latents to about unit variance
     shift: float = 0.0  # subtracted before scaling
+    caches_normalized: bool = False  # cached as the denoiser gets them
 
     def encode(self, vae: nn.Module, pixels_BCHW: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
-        """Sample the posterior, float32, unscaled: mean + std * noise, with each sample's own generator; without
-        generators return the mean."""
+        """Sample the posterior, float32: mean + std * noise, with each sample's own generator; without generators take
+        the mean."""
         model: Any = vae
         posterior = model.encode(pixels_BCHW.to(model.device, model.dtype)).latent_dist
-        mean_BCHW: Tensor = posterior.mean.float()
-        if generators is None:
-            return mean_BCHW
-        std_BCHW: Tensor = posterior.std.float()
-        assert len(generators) == len(pixels_BCHW)
-        noise_BCHW = torch.stack([torch.randn(mean_BCHW.shape[1:], generator=g) for g in generators])
-        return mean_BCHW + std_BCHW * send(noise_BCHW, mean_BCHW.device)
+        latents_BCHW: Tensor = posterior.mean.float()
+        if generators is not None:
+            assert len(generators) == len(pixels_BCHW)
+            noise_BCHW = torch.stack([torch.randn(latents_BCHW.shape[1:], generator=g) for g in generators])
+            latents_BCHW = latents_BCHW + posterior.std.float() * send(noise_BCHW, latents_BCHW.device)
+        return (latents_BCHW - self.shift) * self.scale if self.caches_normalized else latents_BCHW
 
     def normalize(self, latents_BCHW: Tensor) -> Tensor:
-        return (latents_BCHW - self.shift) * self.scale
+        return latents_BCHW if self.caches_normalized else (latents_BCHW - self.shift) * self.scale
 
     def decode(self, vae: nn.Module, latents_BCHW: Tensor) -> Tensor:
         """Decode latents as the denoiser sees them to images, float32, about -1..1."""

@@ -2,8 +2,9 @@
 which it derives) or one in diffusers' layout. It is a video VAE; images are its first frame."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.weights import Weights, configure, first_names, renamed, with_prefix
 from library.errors import NotThere, UserError
 from library.memory.devices import send
-from library.models.loading import Component, MaybeComponent, materialise
+from library.models.loading import Component, empty_diffusers_model, load_component
 from library.models.shapes import Shapes, shape_of
 from library.protocols import LatentSpec
 
@@ -168,14 +169,5 @@ def vae_config(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def load_vae(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
-    """Load the VAE in `dtype`, frozen, on the CPU."""
-    return materialise(empty_vae(component.config), component.weights, dtype)
-
-
-def empty_vae(config: Mapping[str, Any]) -> Any:
-    """Build diffusers' AutoencoderKLQwenImage on the meta device."""
-    from diffusers import AutoencoderKLQwenImage
-
-    with torch.device("meta"):
-        return AutoencoderKLQwenImage.from_config(dict(config))
+empty_vae = partial(empty_diffusers_model, "AutoencoderKLQwenImage")
+load_vae = partial(load_component, empty_vae)

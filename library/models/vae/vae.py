@@ -3,17 +3,17 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from library.checkpoints import model_lookup
 from library.checkpoints.base_files import BaseFiles
 from library.checkpoints.weights import Weights, configure, first_names, renamed, selected, with_prefix
 from library.errors import NotThere, UserError
 from library.memory.devices import DTYPES
-from library.models.loading import Component, MaybeComponent, materialise
+from library.models.loading import Component, empty_diffusers_model, load_component
 from library.models.shapes import Shapes, count, norm_groups, shape_of
 from library.models.vae.checkpoint_keys import VAE_PREFIX, vae_from_ldm, vae_from_old_diffusers
 from library.options.model import ModelOptions
@@ -48,12 +48,8 @@ def vae_config(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def empty_vae(config: Mapping[str, Any]) -> Any:
-    """Build diffusers' AutoencoderKL on the meta device."""
-    from diffusers import AutoencoderKL
-
-    with torch.device("meta"):
-        return AutoencoderKL.from_config(dict(config))
+empty_vae = partial(empty_diffusers_model, "AutoencoderKL")
+load_vae = partial(load_component, empty_vae)
 
 
 def vae_of_checkpoint(flag: str, weights: Weights) -> Component:
@@ -72,11 +68,6 @@ def vae_of_folder(config: Mapping[str, Any], weights: Weights) -> Component:
 def vae_of_base(base: BaseFiles) -> Component:
     """Return the VAE of a base model. Raises NotThere without one."""
     return vae_of_folder(*base.open_folder("vae")) if base.whole is None else vae_of_checkpoint(base.flag, base.whole)
-
-
-def load_vae(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
-    """Load the VAE in `dtype`, frozen, on the CPU."""
-    return materialise(empty_vae(component.config), component.weights, dtype)
 
 
 def resolve_vae_dtype(model: ModelOptions, mixed_precision: str) -> torch.dtype:

@@ -12,7 +12,7 @@ from torch import Tensor
 from library.checkpoints.model_lookup import open_model
 from library.checkpoints.weights import Weights
 from library.errors import UserError
-from library.models.language_models import encode_layers, store_in_8_bits, with_first_layers
+from library.models.language_models import choose_load, encode_layers, with_first_layers
 from library.models.qwen3 import FOLDER, Qwen3Release, qwen3_component
 from library.models.qwen3_vl import load_qwen3_vl, qwen3_vl_component, qwen3_vl_config
 from tests.tiny.init import fixed_init
@@ -95,10 +95,12 @@ def test_folders_and_numbered_files_are_read(whole: Any, tmp_path: Path) -> None
 
 def test_layers_are_kept_in_8_bits(whole: Any, tmp_path: Path) -> None:
     ids = torch.arange(8)[None]
-    encoder = load_qwen3_vl(component_of(whole, tmp_path), torch.float32)
-    expected = states(encoder, (4,), ids)
-    store_in_8_bits(encoder, "Qwen3-VL")
-    found = states(encoder, (4,), ids)
+    expected, found = (
+        states(
+            choose_load(load_qwen3_vl, "Qwen3-VL", in_8_bits)(component_of(whole, tmp_path), torch.float32), (4,), ids
+        )
+        for in_8_bits in (False, True)
+    )
     assert not torch.equal(found, expected)
     assert torch.nn.functional.cosine_similarity(found, expected, dim=-1).min() > 0.95
 

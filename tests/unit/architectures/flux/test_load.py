@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flux_train_network import setup_parser
-from library.architectures.flux.load import FluxLoader, open_loader
+from library.architectures.flux.load import open_loader
 from library.architectures.flux.options import FluxOptions
+from library.models.dit_loader import DitLoader
 from tests.tiny.changes import assert_same_models, with_changes, without
 from tests.tiny.flux import build_tiny_flux
 
@@ -20,7 +21,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return build_tiny_flux(tmp_path_factory.mktemp("flux"), 3)
 
 
-def opened(arguments: list[str]) -> FluxLoader:
+def opened(arguments: list[str]) -> DitLoader:
     return open_loader(FluxOptions.from_args(setup_parser().parse_args(arguments)))
 
 
