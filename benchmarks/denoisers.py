@@ -64,7 +64,7 @@ FLUX_2 = replace(flux_2.KLEIN_4B, num_double=1, num_single=1)
 KREA2 = replace(krea2.FULL_SIZE, num_layerwise=1, num_refiners=1, num_blocks=1)
 QWEN_IMAGE_21 = replace(qwen_image_21.FULL_SIZE, num_blocks=1)
 ZIMAGE = replace(zimage.FULL_SIZE, num_context_refiners=1, num_noise_refiners=1, num_layers=1)
-HUNYUAN_IMAGE = HunyuanImageConfig(64, 3584, 128, 14336, 3584, 1472, 2048, 1, 1, 1, 14336)
+HUNYUAN_IMAGE = HunyuanImageConfig(64, 3584, 128, 14336, 3584, 1, 1, False, 1472, 2048, 1, 14336)
 
 Run = Callable[..., Tensor]
 Values = list[Tensor]

@@ -77,6 +77,8 @@ class StreamTransformer(nn.Module):
     """The layers of a denoiser, and what runs its blocks. A model adds embeddings of numbers, modulation and
     positions."""
 
+    txt_in: nn.Module
+
     def __init__(self, config: StreamConfig, rotary: Rotary) -> None:
         super().__init__()
         self.runner: BlockRunner = plain
@@ -95,20 +97,25 @@ class StreamTransformer(nn.Module):
         """Return the blocks that run through the runner: the double ones, then the single ones."""
         return [[*self.double_blocks], [*self.single_blocks]]
 
+    def embed_text(self, *text: Tensor) -> Tensor:
+        """Return the tokens of the text, BLM."""
+        txt_BLM: Tensor = self.txt_in(*text)
+        return txt_BLM
+
     def run_blocks(
         self,
         patches_BTF: Tensor,
-        text_BLE: Tensor,
+        text: tuple[Tensor, ...],
         vecs: Iterator[Tensor],
         rope: Rope,
         mask: Tensor | None,
         num_tokens: int,
     ) -> Tensor:
-        """Embed patches and text, and run all blocks and the last layer; `vecs` yields the modulation of each in this
-        order. Return the first `num_tokens` of the image's tokens, after which others may follow, shape
-        (B, `num_tokens`, F)."""
+        """Embed patches and `text`, the arguments of `embed_text`, and run all blocks and the last layer; `vecs` yields
+        the modulation of each in this order. Return the first `num_tokens` of the image's tokens, after which others
+        may follow, shape (B, `num_tokens`, F)."""
         # Not by the caller, whose variables would keep the embeddings in memory until the last block is done.
-        img_BTM, txt_BLM = self.img_in(patches_BTF), self.txt_in(text_BLE)
+        img_BTM, txt_BLM = self.img_in(patches_BTF), self.embed_text(*text)
         for block in self.double_blocks:
             img_BTM, txt_BLM = self.runner(block, img_BTM, txt_BLM, next(vecs), rope, mask)
         x_BTM = torch.cat([txt_BLM, img_BTM], dim=1)

@@ -106,12 +106,6 @@ def predict(denoiser: nn.Module, noised: Noised, conditioning: Conditioning, bat
     return velocity_BCHW
 
 
-def key_mask(is_text_BL: Tensor, num_patches: int) -> Tensor:
-    """Return the mask of tokens that may be attended to: the text's as given, the whole image; shape (B, 1, 1, T)."""
-    image_BI = is_text_BL.new_ones((len(is_text_BL), num_patches))
-    return torch.cat([is_text_BL, image_BI], dim=1)[:, None, None]
-
-
 class TimestepEmbedder(nn.Module):
     """An embedding of the time as cosines and sines of decreasing frequencies, then two layers."""
 

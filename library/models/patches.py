@@ -1,8 +1,10 @@
-"""Conversion between latents and tokens of P x P latents.
+"""Conversion between latents and tokens of P x P latents, and the mask of tokens.
 
-Letters: B samples, C channels, H and W sides of the latent, h and w sides in patches, F features, P P C, of a token.
+Letters: B samples, C channels, H and W sides of the latent, h and w sides in patches, F features, P P C, of a token, L
+text tokens, I image tokens, T all tokens, text first.
 """
 
+import torch
 from torch import Tensor
 
 
@@ -23,3 +25,9 @@ def unpatchify(tokens_BTF: Tensor, h: int, w: int, patch: int, channels_last: bo
     else:
         grid = tokens_BTF.view(B, h, w, C, patch, patch).permute(0, 3, 1, 4, 2, 5)
     return grid.reshape(B, C, h * patch, w * patch)
+
+
+def key_mask(is_text_BL: Tensor, num_patches: int) -> Tensor:
+    """Return the mask of tokens that may be attended to: the text's as given, the whole image; shape (B, 1, 1, T)."""
+    image_BI = is_text_BL.new_ones((len(is_text_BL), num_patches))
+    return torch.cat([is_text_BL, image_BI], dim=1)[:, None, None]

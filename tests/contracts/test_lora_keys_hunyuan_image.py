@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.hunyuan_image.adapter_names import NAMES
+from library.architectures.hunyuan_image.checkpoint_keys import from_original
 from library.architectures.hunyuan_image.model import HunyuanImage, read_config
-from library.architectures.hunyuan_image.targets import view
 from library.architectures.specs import list_specs
 from library.checkpoints.compatibility import readings
 from library.checkpoints.files import load_state_dict, save_safetensors
+from library.models.adapter_views import view_denoiser
 from networks.lora_hunyuan_image import create_network, create_network_from_weights
 from tests.contracts.full_size import facts
 from tests.contracts.saved import listed_shapes, saved_shapes, saved_tensors
@@ -37,7 +38,7 @@ def in_comfy(shapes: Mapping[str, list[int]]) -> dict[str, list[int]]:
 def denoiser() -> nn.Module:
     with torch.device("meta"):
         model = HunyuanImage(read_config(DENOISER))
-    return view([], model)[1]
+    return view_denoiser([], model)[1]
 
 
 def shapes_of(denoiser: nn.Module, **args: str) -> dict[str, list[int]]:
@@ -47,7 +48,9 @@ def shapes_of(denoiser: nn.Module, **args: str) -> dict[str, list[int]]:
 def test_the_denoiser_has_the_names_and_shapes_of_the_file() -> None:
     with torch.device("meta"):
         model = HunyuanImage(read_config(DENOISER))
-    assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == DENOISER
+    assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == {
+        from_original(name): shape if len(shape) < 4 else shape[:2] for name, shape in DENOISER.items()
+    }
     assert len(DENOISER) == 856
     assert sum(tensor.numel() for tensor in model.state_dict().values()) == 17_425_795_520
 
@@ -92,7 +95,7 @@ def random_file(path: Path, denoiser: nn.Module, theirs: bool) -> dict[str, Tens
 
 
 def test_files_of_sd_scripts_load_as_ours_do(tmp_path: Path) -> None:
-    denoiser = view([], tiny_hunyuan_image(1))[1]
+    denoiser = view_denoiser([], tiny_hunyuan_image(1))[1]
     file = tmp_path / "theirs.safetensors"
     tensors = random_file(file, denoiser, theirs=True)
     assert any("mlp_fc1" in key for key in load_state_dict(file))
@@ -111,7 +114,7 @@ def test_files_of_sd_scripts_merge_into_the_base_model_as_ours_do(tmp_path: Path
     merged = []
     for theirs in (True, False):
         model = tiny_hunyuan_image(1)
-        denoiser = view([], model)[1]
+        denoiser = view_denoiser([], model)[1]
         file = tmp_path / f"{theirs}.safetensors"
         random_file(file, denoiser, theirs)
         network, weights = create_network_from_weights(0.5, str(file), None, [], denoiser, for_inference=True)

@@ -13,7 +13,6 @@ from library.architectures.anima.model import Anima
 from library.architectures.flux import assembly as flux
 from library.architectures.flux.model import Flux
 from library.architectures.flux_2.model import Flux2
-from library.architectures.hunyuan_image import assembly as hunyuan_image
 from library.architectures.hunyuan_image.model import HunyuanImage
 from library.architectures.krea2.model import SingleStreamDiT
 from library.architectures.lumina.model import NextDiT
@@ -136,7 +135,7 @@ DEEP: Mapping[str, Deep] = {
     "hunyuan_image": Deep(
         lambda: HunyuanImage(replace(tiny_hunyuan_image.CONFIG, num_double=4, num_single=6)),
         hunyuan_image_values,
-        hunyuan_image.view,
+        view_denoiser,
     ),
     "flux_2": Deep(
         lambda: Flux2(replace(tiny_flux_2.CONFIG, num_double=4, num_single=6)), flux_2_values, view_denoiser

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from library.architectures.hunyuan_image.adapter_names import NAMES
 from library.architectures.hunyuan_image.reference import diffusers_model
-from library.architectures.hunyuan_image.targets import view
+from library.models.adapter_views import view_denoiser
 from networks import dylora, lora, lora_fa, lora_hunyuan_image
 from networks.core.files.adapter_file import adapter_tensors, read_adapter_file
 from networks.core.files.renaming import rename
@@ -29,7 +29,7 @@ def detached() -> dict[str, Tensor]:
 def trained_file(door: Any, path: Path, arguments: dict[str, str]) -> tuple[Tensor, Tensor]:
     """Save an adapter with random weights; gives the prediction without and with it."""
     model = tiny_hunyuan_image(7)
-    _, seen = view([], model)
+    _, seen = view_denoiser([], model)
     return save_trained(door, path, arguments, seen, lambda: model(*detached().values()))
 
 
@@ -60,7 +60,7 @@ def test_a_file_in_another_naming_merges_as_the_adapter_predicted(tmp_path: Path
     _, expected = trained_file(lora_hunyuan_image, path, {"split_qkv": "True"})
     tensors = adapter_tensors(rename(read_adapter_file(path), NAMES, to).file)
     model = tiny_hunyuan_image(7)
-    _, seen = view([], model)
+    _, seen = view_denoiser([], model)
     network, weights = lora.create_network_from_weights(1.0, "file", None, [], seen, tensors, for_inference=True)
     network.merge_to([], seen, weights, torch.float32, "cpu")
     torch.testing.assert_close(model(*detached().values()), expected, **FLOAT32_DEEP)
@@ -71,7 +71,7 @@ def test_merged_magnitudes_predict_what_the_adapter_did(tmp_path: Path) -> None:
     path = tmp_path / "ours.safetensors"
     _, expected = trained_file(lora, path, {"dora_wd": "True"})
     model = tiny_hunyuan_image(7)
-    _, seen = view([], model)
+    _, seen = view_denoiser([], model)
     network, weights = lora.create_network_from_weights(1.0, str(path), None, [], seen, for_inference=True)
     network.merge_to([], seen, weights, torch.float32, "cpu")
     torch.testing.assert_close(model(*detached().values()), expected, **FLOAT32_DEEP)
@@ -79,7 +79,7 @@ def test_merged_magnitudes_predict_what_the_adapter_did(tmp_path: Path) -> None:
 
 def test_blocks_with_adapters_compile_without_a_break_in_the_graph() -> None:
     model = tiny_hunyuan_image(7)
-    _, seen = view([], model)
+    _, seen = view_denoiser([], model)
     network = lora.create_network(1.0, 4, 2, None, [], seen)
     randomize(network, 3)
     network.apply_to([], seen, False, True)
@@ -92,7 +92,7 @@ def test_blocks_with_adapters_compile_without_a_break_in_the_graph() -> None:
 
 def test_lycoris_names_the_layers_as_ComfyUI_does() -> None:
     lycoris = pytest.importorskip("lycoris.kohya")
-    _, seen = view([], tiny_hunyuan_image(7))
+    _, seen = view_denoiser([], tiny_hunyuan_image(7))
     network: Any = lycoris.create_network(1.0, 4, 2, None, [], seen, algo="lora", preset="attn-mlp")
     ours = lora_hunyuan_image.create_network(1.0, 4, 2, None, [], seen)
     assert set(ours.adapters) <= {module.lora_name for module in network.unet_loras}

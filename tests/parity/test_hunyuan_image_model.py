@@ -23,7 +23,7 @@ GLYPH_MASKS = {
 def inputs(H: int, W: int, glyphs: str = "some", seed: int = 0) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(seed)
     return {
-        "latents": torch.randn(3, CONFIG.channels, H, W, generator=g).requires_grad_(),
+        "latents": torch.randn(3, CONFIG.in_features, H, W, generator=g).requires_grad_(),
         "timesteps": torch.tensor([125.0, 875.0, 501.0]),
         "text": torch.randn(3, NUM_TEXT, CONFIG.text_width, generator=g).requires_grad_(),
         "text_mask": torch.tensor(TEXT_MASK),

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from library.architectures.hunyuan_image.checkpoint_keys import to_original
 from library.architectures.hunyuan_image.model import HunyuanImage, HunyuanImageConfig
 from library.architectures.hunyuan_image.qwen import TEMPLATE, qwen_config
 from library.architectures.hunyuan_image.reference import diffusers_config, diffusers_state
@@ -17,7 +18,7 @@ from tests.tiny.parts import BASE, Parts, tiny_denoiser, write_files, write_fold
 Layout = Literal["files", "diffusers"]
 
 CONFIG = HunyuanImageConfig(
-    channels=64,
+    in_features=64,
     width=64,
     head_width=32,
     mlp_width=256,
@@ -26,6 +27,7 @@ CONFIG = HunyuanImageConfig(
     glyph_mlp_width=2048,  # as diffusers has it for every size
     num_double=2,
     num_single=2,
+    has_guidance=False,
     num_refiners=2,
     refiner_mlp_width=256,
 )
@@ -69,7 +71,7 @@ def build_tiny_hunyuan_image(folder: Path, seed: int, layout: Layout = "files") 
         )
     qwen = {name.replace("model.language_model.", "model."): t for name, t in parts["text_encoder"][1].items()}
     files = {
-        BASE: ("hunyuanimage2.1", parts["transformer"][1]),
+        BASE: ("hunyuanimage2.1", original_denoiser(parts["transformer"][1])),
         "--vae": ("hunyuan_image_2.1_vae", original_vae(parts["vae"][1])),
         "--text_encoder": ("qwen_2.5_vl", qwen),
         "--byt5": ("byt5_small_glyphxl", parts["text_encoder_2"][1]),
@@ -107,6 +109,12 @@ def whole_qwen(num_words: int) -> Any:
     config = qwen_config({**QWEN_SHAPES, "embed_tokens.weight": (num_words, CONFIG.text_width)}, {})
     with init_empty_weights(include_buffers=False):
         return Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(**config))
+
+
+def original_denoiser(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The denoiser in the layout of the original single file, whose first layer is a convolution."""
+    original = {to_original(name): tensor for name, tensor in state.items()}
+    return original | {"img_in.proj.weight": original["img_in.proj.weight"][:, :, None, None]}
 
 
 def original_vae(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from library.models.double_stream import (
     StreamTransformer,
     embed_level,
 )
-from library.models.patches import patchify, unpatchify
+from library.models.patches import key_mask, patchify, unpatchify
 from library.models.rotary import Rotary
 from library.models.shapes import ShapeReader
 from library.models.sinusoids import FREQUENCIES
@@ -127,9 +127,9 @@ class Flux(StreamTransformer):
         vecs = self.modulation(sigmas_B, pooled_BE, guidance_B, dtype)
         extents = (len(sides), *map(max, zip(*sides, strict=True)))
         rope = self.rotary(positions(text_BLE.shape[1], sides, patches_BTF.device), extents)
-        mask = None if text_mask_BL is None else key_mask(text_mask_BL, patches_BTF.shape[1])
+        mask = None if text_mask_BL is None else key_mask(text_mask_BL.bool(), patches_BTF.shape[1])
         h, w = sides[0]
-        velocity_BTF = self.run_blocks(patches_BTF, text_BLE.to(dtype), vecs, rope, mask, h * w)
+        velocity_BTF = self.run_blocks(patches_BTF, (text_BLE.to(dtype),), vecs, rope, mask, h * w)
         return unpatchify(velocity_BTF, h, w, PATCH)
 
     def modulation(
@@ -184,9 +184,3 @@ def positions(num_text: int, sides: Sequence[tuple[int, int]], device: torch.dev
         ids_T3[:, 2] = torch.arange(w, device=device).repeat(h)
         parts.append(ids_T3)
     return torch.cat(parts)
-
-
-def key_mask(text_mask_BL: Tensor, num_patches: int) -> Tensor:
-    """Return the mask of tokens that may be attended to: the text's as given, the whole image; shape (B, 1, 1, T)."""
-    image = text_mask_BL.new_ones((len(text_mask_BL), num_patches), dtype=torch.bool)
-    return torch.cat([text_mask_BL.bool(), image], dim=1)[:, None, None]

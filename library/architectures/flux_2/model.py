@@ -115,7 +115,7 @@ class Flux2(StreamTransformer):
         rope = self.rotary(positions_T4, (num_times, *map(max, zip(*sides, strict=True)), L))
         vecs = self.modulation(sigmas_B, guidance_B, dtype)
         h, w = sides[0]
-        velocity_BTC = self.run_blocks(patches_BTC, text_BLE.to(dtype), vecs, rope, None, h * w)
+        velocity_BTC = self.run_blocks(patches_BTC, (text_BLE.to(dtype),), vecs, rope, None, h * w)
         return unpatchify(velocity_BTC, h, w, 1)
 
     def modulation(self, sigmas_B: Tensor, guidance_B: Tensor | None, dtype: torch.dtype) -> Iterator[Tensor]:

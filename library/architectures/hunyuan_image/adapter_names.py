@@ -1,43 +1,25 @@
-"""The names of the layers of HunyuanImage 2.1 in adapter files.
+"""The names of the layers of HunyuanImage 2.1 in adapter files: those of ComfyUI's model."""
 
-Files name the layers as ComfyUI's model does. The original checkpoint, which the denoiser follows, names some of them
-differently, and ComfyUI drops adapters of those names without an error. So network modules see a view whose paths are
-the names in files.
-"""
-
-from library.architectures.hunyuan_image.checkpoint_keys import KEYS
+from library.architectures.hunyuan_image.checkpoint_keys import BLOCKS, KEYS, from_original
 from library.checkpoints.adapter_names import BaseNames, ModuleNames
 from library.models.layer_keys import name_layer, underscore
 
 NUM_BLOCKS = {"double_blocks": 20, "single_blocks": 40}
 LINEAR1_SHARES = (1, 1, 1, 4)  # the MLP is four times as wide as the model
-RENAMED = {  # child of a block -> its layers -> their names in files
-    "img_mod": {"linear": "lin"},
-    "txt_mod": {"linear": "lin"},
-    "modulation": {"linear": "lin"},
-    "img_mlp": {"fc1": "0", "fc2": "2"},
-    "txt_mlp": {"fc1": "0", "fc2": "2"},
-}
 
 
-def is_in_block(path: str) -> bool:
-    """Return True for the path of a layer of the blocks that adapters target."""
-    return path.startswith(tuple(f"{stack}." for stack in NUM_BLOCKS))
-
-
-def in_files(path: str) -> str:
-    """Return the path of a layer in ComfyUI's model, which has each stream's attention in a separate module."""
-    parent, _, layer = path.rpartition(".")
-    names = RENAMED.get(parent.rpartition(".")[2], {})
-    return f"{parent}.{names.get(layer, layer)}".replace("_attn_", "_attn.")
+def is_target(path: str) -> bool:
+    """Return True for the original path of a layer that adapters target: the Linear layers of the blocks."""
+    return path.startswith(BLOCKS) and KEYS.is_linear(path)
 
 
 def denoiser_module(path: str) -> ModuleNames:
-    """Name a module: sd-scripts follows the original checkpoint, ComfyUI, which our files follow, its own model."""
-    kohya, named = underscore(path), in_files(path)
+    """Name a layer by its original path, by which sd-scripts names it; our files follow ComfyUI's model."""
+    theirs, named = underscore(path), from_original(path)
     shares = LINEAR1_SHARES if path.endswith(".linear1") else ()
-    return name_layer(named, KEYS.sources(path), shares=shares, aliases=(kohya,) if kohya != underscore(named) else ())
+    aliases = (theirs,) if theirs != underscore(named) else ()
+    return name_layer(named, KEYS.sources(path), shares=shares, aliases=aliases)
 
 
-PATHS = filter(is_in_block, KEYS.linear_paths(NUM_BLOCKS))
+PATHS = filter(is_target, KEYS.linear_paths(NUM_BLOCKS))
 NAMES = BaseNames("hunyuan_image", tuple(map(denoiser_module, PATHS)))

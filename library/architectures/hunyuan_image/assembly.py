@@ -10,13 +10,13 @@ from library.architectures.hunyuan_image.load import SPEC, open_loader
 from library.architectures.hunyuan_image.options import HunyuanImageOptions
 from library.architectures.hunyuan_image.predict import predict
 from library.architectures.hunyuan_image.qwen import load_qwen_tokenizer
-from library.architectures.hunyuan_image.targets import view
 from library.architectures.hunyuan_image.text import HunyuanImageText
 from library.architectures.hunyuan_image.vae import SCALE
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import FlowMatching, build_sampled_flow
 from library.diffusion.samplers import shifted_sampler
+from library.models.adapter_views import view_denoiser
 from library.models.dit_loader import DitLoader
 from library.models.recipe import Recipe, folders_beside, ignored_attention, ignored_by_flow
 from library.models.vae.latents import KlLatents
@@ -64,7 +64,7 @@ def build(options: HunyuanImageOptions) -> Architecture:
         codec=KlLatents(SPEC, SCALE),
         objective=build_objective(options),
         predict=predict,
-        view=view,
+        view=view_denoiser,
         preview=build_preview(text),
         metadata=RECIPE.describe(options),
         specs=list_specs(),

@@ -1,4 +1,7 @@
-"""Names of the denoiser's weights in the original layout, which is ours, and in diffusers'."""
+"""Names of the denoiser's weights in the original layout, in ours, which is ComfyUI's, and in diffusers'.
+
+ComfyUI's model has the names of FLUX.1 in the blocks. It drops adapters of the original names without an error.
+"""
 
 from collections.abc import Mapping
 
@@ -69,3 +72,34 @@ KEYS = LayerKeys(
     ),
     SWAPPED,
 )
+RENAMED: Mapping[str, str] = {  # parts of names in the blocks of the original layout -> ours
+    "_mod.linear": "_mod.lin",
+    "modulation.linear": "modulation.lin",
+    "_mlp.fc1": "_mlp.0",
+    "_mlp.fc2": "_mlp.2",
+    "_attn_qkv": "_attn.qkv",
+    "_attn_proj": "_attn.proj",
+    "_attn_q_norm.weight": "_attn.norm.query_norm.scale",
+    "_attn_k_norm.weight": "_attn.norm.key_norm.scale",
+    ".q_norm.weight": ".norm.query_norm.scale",
+    ".k_norm.weight": ".norm.key_norm.scale",
+}
+BLOCKS = ("double_blocks.", "single_blocks.")
+
+
+def from_original(name: str) -> str:
+    """Return our name of a weight or layer of the original layout."""
+    if not name.startswith(BLOCKS):
+        return name.replace("img_in.proj.", "img_in.")
+    for theirs, ours in RENAMED.items():
+        name = name.replace(theirs, ours)
+    return name
+
+
+def to_original(name: str) -> str:
+    """Invert `from_original`."""
+    if not name.startswith(BLOCKS):
+        return name.replace("img_in.", "img_in.proj.")
+    for theirs, ours in RENAMED.items():
+        name = name.replace(ours, theirs)
+    return name

@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from library.architectures.hunyuan_image.checkpoint_keys import DIFFUSERS_MARK, KEYS
+from library.architectures.hunyuan_image.checkpoint_keys import DIFFUSERS_MARK, KEYS, from_original
 from library.architectures.hunyuan_image.model import HunyuanImage, HunyuanImageConfig, read_config
 from library.architectures.hunyuan_image.options import HunyuanImageOptions
 from library.architectures.hunyuan_image.qwen import load_qwen, qwen_component
@@ -52,7 +52,7 @@ def open_loader(options: HunyuanImageOptions) -> DitLoader:
     loader = open_dit_loader(
         options,
         base,
-        weights,
+        renamed(weights, from_original),
         partial(HunyuanImage, config),
         texts=[
             (
@@ -70,7 +70,7 @@ def open_loader(options: HunyuanImageOptions) -> DitLoader:
 
 
 def read_denoiser(base: BaseFiles) -> Weights:
-    """Return the denoiser's weights under our names. Raises UserError for another model, naming it."""
+    """Return the denoiser's weights under their original names. Raises UserError for another model, naming it."""
     weights = open_transformer(list_specs(), base, "hunyuan_image")
     if DIFFUSERS_MARK in weights.shapes:
         return KEYS.from_diffusers(weights)
@@ -123,9 +123,9 @@ def checked_vae(component: Component) -> Component:
 
 def check_fit(loader: DitLoader, config: HunyuanImageConfig) -> None:
     """Raise UserError if the parts do not fit together."""
-    if config.channels != SPEC.channels:
+    if config.in_features != SPEC.channels:
         raise UserError(
-            f"{BASE_FLAG} {loader.path}: the transformer takes {config.channels} channels, but only {SPEC.channels} "
+            f"{BASE_FLAG} {loader.path}: the transformer takes {config.in_features} channels, but only {SPEC.channels} "
             "are supported"
         )
     qwen, byt5 = (part.component for part in loader.texts)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.architectures.hunyuan_image.checkpoint_keys import KEYS
+from library.architectures.hunyuan_image.checkpoint_keys import KEYS, to_original
 from library.architectures.hunyuan_image.model import HunyuanImage, HunyuanImageConfig
 from library.models.double_stream import SWAPPED
 from library.models.reference import diffusers_class, random_inputs, shortened, split_weights, with_weights
@@ -17,7 +17,9 @@ def outputs(denoiser: nn.Module, generator: torch.Generator) -> tuple[Tensor, Te
     block of each kind."""
     assert isinstance(denoiser, HunyuanImage)
     ours = shortened(denoiser, {"double_blocks": "num_double", "single_blocks": "num_single"})
-    latents_BCHW, sigmas_B, text_BLE, mask_BL = random_inputs(generator, ours.config.channels, ours.config.text_width)
+    latents_BCHW, sigmas_B, text_BLE, mask_BL = random_inputs(
+        generator, ours.config.in_features, ours.config.text_width
+    )
     glyphs_BGE = torch.randn(2, 5, ours.config.glyph_width, generator=generator)
     glyph_mask_BG = torch.tensor([[0, 0, 0, 0, 0], [1, 1, 1, 0, 0]])
     timesteps_B = 1000 * sigmas_B
@@ -43,8 +45,8 @@ def diffusers_model(denoiser: HunyuanImage) -> Any:
 def diffusers_config(config: HunyuanImageConfig) -> dict[str, Any]:
     """Return the arguments of diffusers' class, whose MLPs are all four times as wide as the model."""
     return {
-        "in_channels": config.channels,
-        "out_channels": config.channels,
+        "in_channels": config.in_features,
+        "out_channels": config.in_features,
         "num_attention_heads": config.width // config.head_width,
         "attention_head_dim": config.head_width,
         "num_layers": config.num_double,
@@ -59,5 +61,7 @@ def diffusers_config(config: HunyuanImageConfig) -> dict[str, Any]:
 
 
 def diffusers_state(state: Mapping[str, Tensor], model_width: int) -> dict[str, Tensor]:
-    """Return the weights under diffusers' names, stacked ones split."""
-    return split_weights(state, KEYS.source_keys, [model_width] * 3, SWAPPED)
+    """Return the weights under diffusers' names, stacked ones split; the first layer is a convolution there."""
+    found = split_weights(state, lambda key: KEYS.source_keys(to_original(key)), [model_width] * 3, SWAPPED)
+    first = "x_embedder.proj.weight"
+    return {**found, first: found[first][:, :, None, None]}

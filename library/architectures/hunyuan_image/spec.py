@@ -1,12 +1,12 @@
 """The public facts of HunyuanImage 2.1."""
 
-from library.architectures.hunyuan_image.adapter_names import NAMES, denoiser_module, is_in_block
+from library.architectures.hunyuan_image.adapter_names import NAMES, denoiser_module, is_target
 from library.architectures.hunyuan_image.assembly import RECIPE, build
-from library.architectures.hunyuan_image.checkpoint_keys import DIFFUSERS_MARK, KEYS
+from library.architectures.hunyuan_image.checkpoint_keys import DIFFUSERS_MARK
 from library.architectures.hunyuan_image.load import GLYPH_MARK, MODEL
 from library.architectures.hunyuan_image.model import HunyuanImage, read_config
 from library.architectures.hunyuan_image.options import HunyuanImageOptions
-from library.architectures.hunyuan_image.targets import TARGETS, view
+from library.architectures.hunyuan_image.targets import TARGETS
 from library.checkpoints.base_model_spec import GENERIC, KOHYA, NONE, BaseModelSpec, Gap, Reader, Sign
 from library.models.transformer_file import TransformerFile
 
@@ -23,11 +23,10 @@ FILE = TransformerFile(
     lambda weights: "hunyuan-image-2.1",
     GLYPH_MARK,
     DIFFUSERS_MARK,
-    lambda path: is_in_block(path) and KEYS.is_linear(path),
+    is_target,
     denoiser_module,
     HunyuanImage,
     read_config,
-    view,
 )
 
 SPECS = (

@@ -18,8 +18,7 @@ from library.architectures.krea2.targets import TARGETS
 from library.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
 from library.memory.devices import send
-from library.models.next_dit import key_mask
-from library.models.patches import patchify, unpatchify
+from library.models.patches import key_mask, patchify, unpatchify
 from library.models.rotary import Rope, Rotary, turn
 from library.models.shapes import ShapeReader
 from library.models.sinusoids import sinusoids

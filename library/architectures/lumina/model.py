@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from library.architectures.lumina.targets import TARGETS
 from library.memory.devices import send
-from library.models.next_dit import JointTransformer, NextDiTConfig, key_mask, read_sizes
-from library.models.patches import patchify, unpatchify
+from library.models.next_dit import JointTransformer, NextDiTConfig, read_sizes
+from library.models.patches import key_mask, patchify, unpatchify
 from library.models.rotary import Rotary
 
 PATCH = 2

@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from library.architectures.hunyuan_image.adapter_names import NAMES
+from library.architectures.hunyuan_image.checkpoint_keys import from_original
 from library.architectures.hunyuan_image.model import HunyuanImage
-from library.architectures.hunyuan_image.targets import view
 from library.checkpoints.files import read_metadata
+from library.models.adapter_views import view_denoiser
 from networks import lora_hunyuan_image
 from networks.core.files.adapter_file import read_adapter_file, save_adapter_file
 from networks.core.files.renaming import rename
@@ -27,7 +28,7 @@ SEED = 31
 def adapter(path: Path, **arguments: str) -> torch.Tensor:
     """Save an adapter with random weights; gives the prediction with it."""
     model = tiny_hunyuan_image(SEED)
-    _, seen = view([], model)
+    _, seen = view_denoiser([], model)
     network = lora_hunyuan_image.create_network(1.0, 4, 2, None, [], seen, **arguments)
     randomize(network, 3)
     network.apply_to([], seen, False, True)
@@ -58,7 +59,12 @@ def test_the_merged_transformer_predicts_what_the_adapter_did(tmp_path: Path, na
         save_adapter_file(lora, rename(read_adapter_file(lora), NAMES, naming).file)  # type: ignore[arg-type]
     assert merge_lora.main(["--sd_model", str(base), "--models", str(lora), "--save_to", str(save_to)]) == 0
     model = tiny_hunyuan_image(SEED)
-    model.load_state_dict({key.removeprefix(prefix): tensor for key, tensor in load_file(save_to).items()})
+    model.load_state_dict(
+        {
+            from_original(key.removeprefix(prefix)): tensor.flatten(1) if tensor.ndim == 4 else tensor
+            for key, tensor in load_file(save_to).items()
+        }
+    )
     torch.testing.assert_close(prediction(model), expected, **FLOAT32_DEEP)
     assert read_metadata(save_to)["modelspec.architecture"] == "hunyuan-image-2.1"
 
