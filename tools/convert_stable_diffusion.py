@@ -90,7 +90,7 @@ def write_file(model: Opened, args: argparse.Namespace, dtype: torch.dtype | Non
     if model.whole is not None:
         tensors.update(layouts.other_weights(model.whole, tensors))
     elif model.base == "sd2":
-        tensors.update(layouts.made_up(tensors, dtype))
+        tensors.update(layouts.build_unused_tensors(tensors, dtype))
     if is_safetensors(args.model_to_save):
         if args.epoch or args.global_step:
             logger.warning("--epoch and --global_step have no effect: a .safetensors file cannot store them")

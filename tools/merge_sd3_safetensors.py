@@ -109,7 +109,7 @@ def check(parts: Sequence[PartFile]) -> None:
     whole = combine_weights(collect_weights(parts, opened), dit.origin)
     there = [name for name in TEXT_PREFIXES if text_weights(name, Sd3TextOptions(), whole) is not None]
     clips = [open_clip(name, Sd3TextOptions(), whole) for name in ("clip_l", "clip_g") if name in there]
-    t5 = open_t5(Sd3TextOptions(), whole) if "t5xxl" in there else None
+    t5 = [open_t5(Sd3TextOptions(), whole)] if "t5xxl" in there else []
     check_widths(configure(read_denoiser(whole), read_config), clips if len(clips) == 2 else [], t5)
     missing = [f"--{name}" for name in TEXT_PREFIXES if name not in there]
     if not any(key.startswith(VAE_PREFIX) for key in whole.shapes):

@@ -57,17 +57,21 @@ class FlowMatching:
     between the lowest and the highest timestep.
     """
 
+    noise: NoiseOptions
+    weighting: LossOptions
     draw_levels: LevelSampler
     target_kind: Target
     prediction_type: str  # a value of `model_prediction_type`
     loss_scheme: str  # the `weighting_scheme` that weights the loss; "none" for no weights
-    min_timestep: int
-    max_timestep: int
-    has_whole_timesteps: bool  # levels are thousandths, 0 to 999
-    tells_whole_timesteps: bool  # the denoiser gets thousandths rounded down, whatever the exact level
-    noise: NoiseOptions
-    weighting: LossOptions
-    takes_offset: bool  # levels are computed from normal values, to which an offset can be added
+    has_whole_timesteps: bool = False  # levels are thousandths, 0 to 999
+    tells_whole_timesteps: bool = False  # the denoiser gets thousandths rounded down, whatever the exact level
+    takes_offset: bool = False  # levels are computed from normal values, to which an offset can be added
+    timestep: int | None = None  # of every sample, for validation
+
+    def __post_init__(self) -> None:
+        """Raise UserError for timesteps outside 0..1000 and for invalid Huber thresholds."""
+        resolve_timestep_range(self.noise, NUM_TIMESTEPS)
+        check_huber(self.weighting)
 
     def corrupt(self, clean_BCHW: Tensor, generator: torch.Generator, offsets_B: Tensor | None = None) -> Noised:
         """Add noise at a level drawn for each sample; tensors have the latents' dtype and device, arithmetic is
@@ -102,11 +106,11 @@ class FlowMatching:
         self, B: int, H: int, W: int, generator: torch.Generator, offsets_B: Tensor | None = None
     ) -> Tensor:
         """Draw thousandths of noise, float32, on the CPU; an empty range gives every sample its upper limit."""
-        if self.min_timestep >= self.max_timestep:
-            return torch.full((B,), float(self.max_timestep))
-        room = self.max_timestep - self.min_timestep
-        timesteps_B = self.draw_levels(B, H, W, generator, offsets_B) * room + self.min_timestep
-        return timesteps_B.floor().clamp(max=self.max_timestep - 1) if self.has_whole_timesteps else timesteps_B
+        lowest, highest = resolve_timestep_range(self.noise, NUM_TIMESTEPS)
+        if self.timestep is not None or lowest >= highest:
+            return torch.full((B,), float(highest if self.timestep is None else self.timestep))
+        timesteps_B = self.draw_levels(B, H, W, generator, offsets_B) * (highest - lowest) + lowest
+        return timesteps_B.floor().clamp(max=highest - 1) if self.has_whole_timesteps else timesteps_B
 
     def noise_levels(self, noised: Noised) -> Tensor:
         """Return the share of noise in the latents."""
@@ -144,40 +148,7 @@ class FlowMatching:
 
     def at_timestep(self, timestep: int) -> "FlowMatching":
         """Return this objective at one noise level, for validation."""
-        return replace(self, min_timestep=timestep, max_timestep=timestep)
-
-
-def build_flow(
-    noise: NoiseOptions,
-    weighting: LossOptions,
-    draw_levels: LevelSampler,
-    target_kind: Target,
-    prediction_type: str,
-    loss_scheme: str,
-    *,
-    has_whole_timesteps: bool = False,
-    tells_whole_timesteps: bool = False,
-    takes_offset: bool = False,
-) -> FlowMatching:
-    """Build the objective of a flow matching model whose levels and target are its own.
-
-    Raises UserError for timesteps outside 0..1000 and for invalid Huber thresholds.
-    """
-    min_timestep, max_timestep = resolve_timestep_range(noise, NUM_TIMESTEPS)
-    check_huber(weighting)
-    return FlowMatching(
-        draw_levels=draw_levels,
-        target_kind=target_kind,
-        prediction_type=prediction_type,
-        loss_scheme=loss_scheme,
-        min_timestep=min_timestep,
-        max_timestep=max_timestep,
-        has_whole_timesteps=has_whole_timesteps,
-        tells_whole_timesteps=tells_whole_timesteps,
-        noise=noise,
-        weighting=weighting,
-        takes_offset=takes_offset,
-    )
+        return replace(self, timestep=timestep)
 
 
 class SampledFlowOptions(Protocol):
@@ -211,7 +182,7 @@ def build_sampled_flow(
     weights_loss = always_weights_loss or prediction_type == "sigma_scaled"
     for line in (*idle_settings(sampling, weighting, weights_loss), *odd_target(prediction_type, target_kind)):
         logger.warning("%s", line)
-    return build_flow(
+    return FlowMatching(
         options.noise,
         options.loss,
         sampled(sampling, weighting, patch),

@@ -1,4 +1,4 @@
-"""Classifier-free guidance (Ho and Salimans 2022).
+"""Classifier-free guidance (Ho and Salimans 2022), and the target of LECO, which trains such a difference.
 
 Letters: B samples, C channels, H height, W width.
 """
@@ -45,6 +45,16 @@ def guide(negative_BCHW: Tensor, positive_BCHW: Tensor, prompt: Prompt) -> Tenso
 def away_from(negative_BCHW: Tensor, positive_BCHW: Tensor, scale: float) -> Tensor:
     """Return negative + scale * (positive - negative)."""
     return negative_BCHW + scale * (positive_BCHW - negative_BCHW)
+
+
+def concept_target(neutral_BCHW: Tensor, positive_BCHW: Tensor, negative_BCHW: Tensor, push: float) -> Tensor:
+    """Return neutral + push * (positive - negative), float32; a negative `push` erases, a positive one enhances.
+
+    Sources: Gandikota et al. 2023, "Erasing Concepts from Diffusion Models" (ESD) and "Concept Sliders". The
+    predictions are outputs of the denoiser: noise or velocity of a DDPM model, velocity of a flow. At one noise level
+    each is linear in the estimate of the clean latent, so one formula serves all.
+    """
+    return neutral_BCHW.float() + push * (positive_BCHW.float() - negative_BCHW.float())
 
 
 def needs_negative(prompt: Prompt) -> bool:

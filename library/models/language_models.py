@@ -1,10 +1,12 @@
-"""Language models of transformers as text encoders: their sizes, and the states of some of their layers.
+"""Language models of transformers as text encoders: their sizes, captions in their chat templates, and the states of
+some of their layers.
 
 Letters: B captions, S tokens, E width.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,11 +19,16 @@ from library.memory.formats.fp8 import Fp8Rows
 from library.memory.frozen import layers_in_blocks, store_all_in
 from library.models.loading import Component, LoadPart, MaybeComponent
 from library.models.shapes import Shapes, count, shape_of
+from library.types import Conditioning, Tokens
 
 logger = logging.getLogger(__name__)
 
 PARTS = ("embed_tokens.", "layers.", "norm.")  # the rest of a file is the head that predicts words
 WORDS = "embed_tokens.weight"
+LAYER_LINEAR = (  # the Linear layers of a decoder's layer
+    *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
 DESCRIBE = (  # the message before a caption in pipelines with a Qwen-VL
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
     "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
@@ -71,6 +78,47 @@ def decoder_config(shapes: Shapes, head_width: int, rope_base: float, eps: float
         "rope_theta": rope_base,
         "rms_norm_eps": eps,
     }
+
+
+@dataclass(frozen=True)
+class ChatText:
+    """The text pipeline of a language model that reads a caption as the message of a user."""
+
+    tokenizer: Any  # transformers'
+    template: tuple[str, str]  # before and after a caption
+    num_tokens: int  # with the template
+    padding: str  # to the "longest" caption, or to "max_length"
+    encode_states: Callable[[nn.Module, Tensor, Tensor], Conditioning]
+    """(encoder, IDs and mask, both BS) -> features."""
+    removed: str = ""  # from captions
+
+    @property
+    def max_tokens(self) -> int:
+        return self.num_tokens - self.count_tokens("".join(self.template))
+
+    def count_tokens(self, caption: str) -> int:
+        return len(self.tokenizer(caption, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def tokenize(self, captions: Sequence[str]) -> Tokens:
+        """Return IDs and their mask, (B, 1, S), 0 for padding; a long caption is cut with the end of its template."""
+        begin, end = self.template
+        found = self.tokenizer(
+            [f"{begin}{caption.replace(self.removed, '') if self.removed else caption}{end}" for caption in captions],
+            add_special_tokens=False,
+            padding=self.padding,
+            truncation=True,
+            max_length=self.num_tokens,
+            return_tensors="pt",
+        )
+        return Tokens((found["input_ids"][:, None].long(), found["attention_mask"][:, None]))
+
+    def encode(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
+        """Return what `encode_states` does. The encoder runs in the precision it is stored in: its states overflow
+        float16."""
+        (encoder,) = encoders
+        ids_BS, mask_BS = (ids_BLT[:, 0] for ids_BLT in tokens.ids_BLT)
+        with torch.autocast(next(encoder.parameters()).device.type, enabled=False):
+            return self.encode_states(encoder, ids_BS, mask_BS)
 
 
 def with_first_layers(component: Component, num_layers: int, what: str) -> Component:

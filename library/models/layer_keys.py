@@ -10,6 +10,8 @@ from library.checkpoints.adapter_names import ModuleNames, Piece
 from library.checkpoints.fused_tensors import joined
 from library.checkpoints.weights import Weights
 
+KOHYA_PREFIX = "lora_unet_"  # of a denoiser's layers in kohya's naming
+
 Layers = Mapping[str, tuple[str, ...]]
 """Our paths of layers -> diffusers' paths of the layers that make up each."""
 
@@ -129,9 +131,6 @@ def name_layer(
         aliases=(*aliases, *pieces[0].aliases) if is_whole else aliases,
         swaps_pair=swaps_pair,
     )
-
-
-KOHYA_PREFIX = "lora_unet_"
 
 
 def underscore(path: str) -> str:

@@ -132,27 +132,27 @@ def materialise(
 
     Raises UserError naming missing weights and wrong shapes; warns of unknown names.
     """
-    wanted = model.state_dict()
-    check_names(weights, wanted, type(model).__name__)
-    check_shapes(weights, wanted, type(model).__name__)
-    layout = channels_last_where_it_fits(wanted.values())
-    asked = weight_format if isinstance(weight_format, AsRead) else AsRead(weight_format)
-    reader = WeightReader(weights, wanted, dtype, layout, asked.changes)
-    stored = store_blocks(model, reader, asked)
-    read = {name: reader.read(name) for name in wanted if name not in stored}
+    expected = model.state_dict()
+    check_names(weights, expected, type(model).__name__)
+    check_shapes(weights, expected, type(model).__name__)
+    layout = channels_last_where_it_fits(expected.values())
+    request = weight_format if isinstance(weight_format, AsRead) else AsRead(weight_format)
+    reader = WeightReader(weights, expected, dtype, layout, request.changes)
+    stored = store_blocks(model, reader, request)
+    read = {name: reader.read(name) for name in expected if name not in stored}
     model.load_state_dict(read, assign=True, strict=not stored)
     return model.requires_grad_(False).eval()
 
 
-def check_names(weights: Weights, wanted: Mapping[str, Tensor], model: str) -> None:
+def check_names(weights: Weights, expected: Mapping[str, Tensor], model: str) -> None:
     """Raise UserError for missing weights; warn of unknown names."""
-    missing = [name for name in wanted if name not in weights.shapes]
+    missing = [name for name in expected if name not in weights.shapes]
     if missing:
         raise UserError(
-            f"{weights.origin} is incomplete: {len(missing)} of the {len(wanted)} weights of {model} are missing: "
+            f"{weights.origin} is incomplete: {len(missing)} of the {len(expected)} weights of {model} are missing: "
             f"{few(missing)}"
         )
-    unknown = [name for name in weights.shapes if name not in wanted and not name.endswith("position_ids")]
+    unknown = [name for name in weights.shapes if name not in expected and not name.endswith("position_ids")]
     if unknown:
         logger.warning(
             "%s has %d weights that %s does not have; ignoring them: %s",
@@ -160,11 +160,11 @@ def check_names(weights: Weights, wanted: Mapping[str, Tensor], model: str) -> N
         )  # fmt: skip
 
 
-def check_shapes(weights: Weights, wanted: Mapping[str, Tensor], model: str) -> None:
+def check_shapes(weights: Weights, expected: Mapping[str, Tensor], model: str) -> None:
     """Raise UserError for weights whose shape differs from the model's."""
-    wrong = [name for name, tensor in wanted.items() if not fits(weights, name, tuple(tensor.shape))]
+    wrong = [name for name, tensor in expected.items() if not fits(weights, name, tuple(tensor.shape))]
     if wrong:
-        has, needs = weights.shapes[wrong[0]], tuple(wanted[wrong[0]].shape)
+        has, needs = weights.shapes[wrong[0]], tuple(expected[wrong[0]].shape)
         raise UserError(
             f"{weights.origin}: {len(wrong)} weights do not fit {model}; the first, {wrong[0]}, has shape "
             f"{has} instead of {needs}"
@@ -176,13 +176,13 @@ class WeightReader:
     """Reader of one model's weights in their target shape, dtype and layout."""
 
     weights: Weights
-    wanted: Mapping[str, Tensor]
+    expected: Mapping[str, Tensor]
     dtype: torch.dtype
     layout: torch.memory_format
     changes: Mapping[str, Callable[[Tensor], Tensor]]  # by parameter name, see `AsRead`
 
     def read(self, name: str) -> Tensor:
-        value = read_as(self.weights, name, self.wanted[name], self.dtype, self.layout)
+        value = read_as(self.weights, name, self.expected[name], self.dtype, self.layout)
         change = self.changes.get(name)
         return value if change is None else change(value)
 
@@ -195,27 +195,27 @@ class WeightReader:
         if parts is None:
             return False
         turn = partial(turn_regularly, group_size=quantised.group_size) if quantised.group_size else None
-        keep_in(Scaled(times, turn), layer, parts, self.wanted[name].shape, self.dtype)
+        keep_in(Scaled(times, turn), layer, parts, self.expected[name].shape, self.dtype)
         return True
 
 
-def store_blocks(model: nn.Module, reader: WeightReader, asked: AsRead) -> set[str]:
+def store_blocks(model: nn.Module, reader: WeightReader, request: AsRead) -> set[str]:
     """Store the weights inside the model's blocks in the requested format; return their names."""
-    if asked.codec is None and asked.take is None:
+    if request.codec is None and request.take is None:
         return set()
-    codec = None if isinstance(asked.codec, AsInFile) else asked.codec
-    if codec is None and asked.take is not None:
+    codec = None if isinstance(request.codec, AsInFile) else request.codec
+    if codec is None and request.take is not None:
         codec = Plain()
     stored = set()
     for path, layer in layers_in_blocks(model).items():
         name = f"{path}.weight"
-        if not reader.keep_quantised(name, layer, asked.codec):
+        if not reader.keep_quantised(name, layer, request.codec):
             if codec is None:
                 continue
             store_in(codec, layer, reader.read(name))
         stored.add(name)
-        if asked.take is not None:
-            asked.take(layer)
+        if request.take is not None:
+            request.take(layer)
     return stored
 
 
@@ -242,32 +242,32 @@ def joined(pieces: Iterable[Tensor], found: Tensor) -> Tensor:
     return found
 
 
-def read_as(weights: Weights, name: str, wanted: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
-    """Read one weight in the shape of `wanted`, in `dtype` and, with four dimensions, in `layout`.
+def read_as(weights: Weights, name: str, expected: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
+    """Read one weight in the shape of `expected`, in `dtype` and, with four dimensions, in `layout`.
 
     Converted values are read through a buffer that stays in the processor's cache. Raises UserError as `read_number`
     does.
     """
     place = weights.read.places.get(name) if isinstance(weights.read, FromFiles) else None
-    layout = layout if wanted.ndim == 4 else torch.contiguous_format
-    if place is None or place.entry.dtype == dtype or not place.entry.dtype.is_floating_point or wanted.ndim < 2:
-        return cast(read_number(weights, name, wanted), dtype, layout)
-    return joined(place.pieces(BYTES_IN_CACHE), torch.empty(wanted.shape, dtype=dtype, memory_format=layout))
+    layout = layout if expected.ndim == 4 else torch.contiguous_format
+    if place is None or place.entry.dtype == dtype or not place.entry.dtype.is_floating_point or expected.ndim < 2:
+        return cast(read_number(weights, name, expected), dtype, layout)
+    return joined(place.pieces(BYTES_IN_CACHE), torch.empty(expected.shape, dtype=dtype, memory_format=layout))
 
 
-def read_number(weights: Weights, name: str, wanted: Tensor) -> Tensor:
-    """Read one weight in the shape of `wanted`. Raises UserError for integers, as in unsupported quantised
+def read_number(weights: Weights, name: str, expected: Tensor) -> Tensor:
+    """Read one weight in the shape of `expected`. Raises UserError for integers, as in unsupported quantised
     checkpoints."""
     value = weights.read(name)
-    if wanted.is_floating_point() and not value.is_floating_point():
+    if expected.is_floating_point() and not value.is_floating_point():
         kind = str(value.dtype).removeprefix("torch.")
         raise UserError(
             f"{weights.origin}: {name} holds integers ({kind}), so this is a quantised checkpoint in an unsupported "
             "format; use one in float32, float16, bfloat16 or float8"
         )
     if name in weights.padded_to:
-        value = value[tuple(map(slice, wanted.shape))]
-    return value.reshape(wanted.shape)
+        value = value[tuple(map(slice, expected.shape))]
+    return value.reshape(expected.shape)
 
 
 def fits(weights: Weights, name: str, shape: tuple[int, ...]) -> bool:

@@ -17,7 +17,7 @@ from library.memory.blocks import BlockRunner, Stacks, plain
 from library.models.layer_keys import LayerKeys, Layers, Stack, is_norm
 from library.models.rotary import Rope, Rotary, turn
 from library.models.shapes import ShapeReader
-from library.models.sinusoids import FREQUENCIES, sinusoids
+from library.models.sinusoids import TimestepEmbedder
 from library.types import Batch, Conditioning, Noised
 
 EPS, FINAL_EPS = 1e-5, 1e-6
@@ -104,18 +104,6 @@ def predict(denoiser: nn.Module, noised: Noised, conditioning: Conditioning, bat
         noised.latents_BCHW, 1 - noised.sigmas_B, conditioning["hidden_state"], conditioning["attention_mask"]
     )
     return velocity_BCHW
-
-
-class TimestepEmbedder(nn.Module):
-    """An embedding of the time as cosines and sines of decreasing frequencies, then two layers."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, hidden), nn.SiLU(), nn.Linear(hidden, width))
-
-    def forward(self, times_B: Tensor, dtype: torch.dtype) -> Tensor:
-        embedding_BV: Tensor = self.mlp(sinusoids(times_B).to(dtype))
-        return embedding_BV
 
 
 class JointAttention(nn.Module):

@@ -3,7 +3,6 @@
 Letters: B captions, S tokens, E width.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,15 +19,7 @@ from library.memory.devices import send
 from library.models.language_models import decoder_config, extract_decoder
 from library.models.loading import Component, empty_transformers_model, load_component
 from library.models.shapes import Shapes, shape_of
-from library.models.tokenizer_files import (
-    BYTE_PAIR_FILES,
-    TokenizerFiles,
-    check_ids,
-    holds_byte_pairs,
-    read_tokenizer_folder,
-)
-
-logger = logging.getLogger(__name__)
+from library.models.tokenizer_files import BYTE_PAIR_FILES, TokenizerFiles, holds_byte_pairs
 
 ROPE_BASE = 1_000_000.0
 EPS = 1e-6
@@ -94,17 +85,12 @@ def encode_before_last_layer(encoder: nn.Module, ids_BS: Tensor, mask_BS: Tensor
 def load_qwen3_tokenizer(
     release: Qwen3Release, folders: Sequence[Path], cache_dir: str | None, num_words: int | None
 ) -> Any:
-    """Load Qwen3's tokenizer for an encoder with `num_words` embeddings; it pads on the right.
-
-    It is searched in `folders`, then in --tokenizer_cache_dir, then on the hub, from where it is saved into
-    --tokenizer_cache_dir. Raises UserError saying which files to put where.
-    """
-    files = TokenizerFiles(release.hub_name, BYTE_PAIR_FILES, holds_qwen3_tokenizer)
-    folder = files.find_or_explain("Qwen3", "tokenizer.json (or vocab.json and merges.txt)", folders, cache_dir)
-    logger.info("Qwen3 tokenizer: %s", folder)
-    tokenizer = read_tokenizer_folder("Qwen2TokenizerFast", folder, padding_side="right")
-    check_ids("Qwen3", tokenizer, folder, num_words)
-    return tokenizer
+    """Load Qwen3's tokenizer, which pads on the right, as `TokenizerFiles.load`."""
+    needed = "tokenizer.json (or vocab.json and merges.txt)"
+    files = TokenizerFiles(
+        release.hub_name, BYTE_PAIR_FILES, holds_qwen3_tokenizer, "Qwen3", needed, "Qwen2TokenizerFast"
+    )
+    return files.load(folders, cache_dir, num_words, padding_side="right")
 
 
 def holds_qwen3_tokenizer(folder: Path) -> bool:

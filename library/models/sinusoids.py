@@ -1,12 +1,12 @@
 """Sinusoidal embeddings of numbers such as noise levels (Vaswani et al. 2017, section 3.5).
 
-Letters: B samples, F features.
+Letters: B samples, F features, V width of an embedding.
 """
 
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FREQUENCIES = 256  # F of nearly every denoiser here
 MAX_PERIOD = 10_000
@@ -18,3 +18,15 @@ def sinusoids(values_B: Tensor, num_features: int = FREQUENCIES) -> Tensor:
     exponents = torch.arange(half, dtype=torch.float32, device=values_B.device) / half
     angles = values_B.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponents)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimestepEmbedder(nn.Module):
+    """An embedding of the noise level as cosines and sines of decreasing frequencies, then two layers."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, hidden), nn.SiLU(), nn.Linear(hidden, width))
+
+    def forward(self, levels_B: Tensor, dtype: torch.dtype) -> Tensor:
+        embedding_BV: Tensor = self.mlp(sinusoids(levels_B).to(dtype))
+        return embedding_BV

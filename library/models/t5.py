@@ -5,7 +5,6 @@ A `Component` of such an encoder has the module paths of transformers, the word 
 Letters: B captions, T tokens, W width.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,9 +18,7 @@ from library.errors import UserError
 from library.memory.devices import send
 from library.models.loading import Component, MaybeComponent, materialise
 from library.models.shapes import Shapes, count, shape_of
-from library.models.tokenizer_files import TokenizerFiles, check_ids, read_tokenizer_folder
-
-logger = logging.getLogger(__name__)
+from library.models.tokenizer_files import TokenizerFiles
 
 T5_XXL_NAMES = ("text_encoders.t5xxl.transformer.", "t5xxl.transformer.", "")  # possible prefixes in files
 WORDS = ("shared.weight", "encoder.embed_tokens.weight")  # two names of one tensor; files have either or both
@@ -129,19 +126,6 @@ def count_t5_tokens(tokenizer: Any, caption: str) -> int:
     return len(tokenizer(caption, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def load_t5_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_words: int | None) -> Any:
-    """Load T5's tokenizer for an encoder with `num_words` embeddings.
-
-    It is searched in `folders`, then in --tokenizer_cache_dir, then on the hub, from where it is saved into
-    --tokenizer_cache_dir. Raises UserError saying which files to put where.
-    """
-    folder = TOKENIZER.find_or_explain("T5", "tokenizer.json (or spiece.model)", folders, cache_dir)
-    logger.info("T5 tokenizer: %s", folder)
-    tokenizer = read_tokenizer_folder("T5TokenizerFast", folder)
-    check_ids("T5", tokenizer, folder, num_words)
-    return tokenizer
-
-
 def holds_t5_tokenizer(folder: Path) -> bool:
     """Return True if a folder has the files of T5's tokenizer."""
     is_t5 = (folder / "spiece.model").is_file()
@@ -152,4 +136,8 @@ TOKENIZER = TokenizerFiles(
     "google/t5-v1_1-xxl",
     ("spiece.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     holds_t5_tokenizer,
+    "T5",
+    "tokenizer.json (or spiece.model)",
+    "T5TokenizerFast",
 )
+load_t5_tokenizer = TOKENIZER.load

@@ -1,6 +1,7 @@
 """Location of a tokenizer's files: beside a model, in --tokenizer_cache_dir, or on the hub."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from typing import Any
 
 from library.checkpoints.model_lookup import fetch_snapshot
 from library.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 BYTE_PAIR_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
 
@@ -20,6 +23,9 @@ class TokenizerFiles:
     hub_name: str
     files: tuple[str, ...]  # files to download from the repository
     are_in: Callable[[Path], bool]  # True if a folder has the tokenizer
+    owner: str = ""  # the text encoder, in messages
+    needed: str = ""  # the files to put into a folder, in messages
+    kind: str = ""  # the class of transformers
 
     def cache_folder(self, cache_dir: str | None) -> Path | None:
         """Return the folder of --tokenizer_cache_dir that keeps the files, or None."""
@@ -48,16 +54,24 @@ class TokenizerFiles:
                     shutil.copyfile(downloaded / name, cached / name)
         return downloaded
 
-    def find_or_explain(self, owner: str, needed: str, folders: Sequence[Path], cache_dir: str | None) -> Path:
-        """Call `find`, and raise UserError saying which files of whose tokenizer to put where."""
+    def load(self, folders: Sequence[Path], cache_dir: str | None, num_words: int | None, **options: Any) -> Any:
+        """Load the tokenizer of a text encoder with `num_words` embeddings.
+
+        It is searched in `folders`, then in --tokenizer_cache_dir, then on the hub, from where it is saved into
+        --tokenizer_cache_dir. Raises UserError saying which files to put where.
+        """
         try:
-            return self.find(folders, cache_dir)
+            folder = self.find(folders, cache_dir)
         except ConnectionError as error:
             raise UserError(
-                f"{owner}'s tokenizer is in none of {', '.join(map(str, folders))}, and {self.hub_name} cannot be "
-                f"downloaded ({error}). Put {needed} of {self.hub_name} into one of them, or into "
+                f"{self.owner}'s tokenizer is in none of {', '.join(map(str, folders))}, and {self.hub_name} cannot be "
+                f"downloaded ({error}). Put {self.needed} of {self.hub_name} into one of them, or into "
                 f"{self.cache_place(cache_dir)}"
             ) from error
+        logger.info("%s tokenizer: %s", self.owner, folder)
+        tokenizer = read_tokenizer_folder(self.kind, folder, **options)
+        check_ids(self.owner, tokenizer, folder, num_words)
+        return tokenizer
 
 
 def holds_byte_pairs(folder: Path) -> bool:

@@ -25,7 +25,7 @@ class TransformerFile:
 
     base: str  # `BaseModelSpec.name`
     title: str  # in messages
-    architecture: Callable[[Weights], str]  # transformer -> modelspec.architecture of a merged file
+    architecture: str | Callable[[Weights], str]  # modelspec.architecture of a merged file, by the transformer
     mark: str  # a weight that every such transformer has
     diffusers_mark: str | None  # one in diffusers' layout alone
     is_layer: Callable[[str], bool]  # True for the path of a layer that adapters may target
@@ -47,7 +47,9 @@ class TransformerFile:
             is_layer = stem.startswith(prefix) and self.is_layer(layer)
             return self.name(layer) if is_layer else self.name_text_layer(stem)
 
-        return of_single_file(path, weights, name_target, self.base, self.architecture(with_prefix(weights, prefix)))
+        named = self.architecture
+        architecture = named if isinstance(named, str) else named(with_prefix(weights, prefix))
+        return of_single_file(path, weights, name_target, self.base, architecture)
 
     def seen_by_networks(self, path: Path) -> tuple[list[nn.Module], nn.Module]:
         """Return ([], transformer) of a checkpoint as network modules see it, on the meta device."""

@@ -1,8 +1,11 @@
 """The loader of the U-Net models, whose checkpoints contain U-Net, CLIP text encoders and VAE."""
 
+import importlib.util
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,13 +13,15 @@ from torch import nn
 from library.checkpoints.base_files import BaseFiles, open_base
 from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
-from library.models.attention import should_use_xformers, with_attention
-from library.models.clip.clip import load_clip
+from library.models.clip.clip import CLIP_WORDS, load_clip
 from library.models.identify import warn_of_other_prediction
 from library.models.loading import Component, MaybeComponent, first_side, materialise, open_if_there
 from library.models.unet.unet import check_unet_input, empty_unet, for_inpainting
 from library.models.vae.vae import VaeNeeds, load_vae, open_vae, resolve_vae_dtype, vae_of_base
+from library.options.machine.memory import MemoryOptions
 from library.options.train import TrainOptions
+
+logger = logging.getLogger(__name__)
 
 GIVE = "a .safetensors or .ckpt file, a diffusers folder or a hub name"
 
@@ -45,7 +50,7 @@ class UnetLoader:
     @property
     def num_words(self) -> int | None:
         """Return the size of the vocabulary that all text encoders share; None if none is present."""
-        found = [first_side(clip, "embeddings.token_embedding.weight") for clip in self.parts.clips]
+        found = [first_side(clip, CLIP_WORDS) for clip in self.parts.clips]
         return min((number for number in found if number is not None), default=None)
 
     def text_encoders(self) -> list[nn.Module]:
@@ -86,3 +91,27 @@ def open_unet_loader(
         uses_xformers=should_use_xformers(options.memory),
         inpaints=inpaints,
     )
+
+
+def should_use_xformers(memory: MemoryOptions) -> bool:
+    """Return True if attention runs in xformers instead of torch's scaled dot product attention."""
+    # Both compute the same, so torch's also replaces a missing xformers, with a warning: front ends request xformers by
+    # default.
+    if memory.mem_eff_attn:
+        logger.info("--mem_eff_attn: using torch's scaled dot product attention (sdpa), which needs as little memory")
+        return False
+    if memory.xformers and importlib.util.find_spec("xformers") is None:
+        logger.warning(
+            "--xformers: the package xformers is not installed; using torch's scaled dot product attention (sdpa), "
+            "which computes the same in as little memory"
+        )
+        return False
+    return memory.xformers
+
+
+def with_attention(model: Any, uses_xformers: bool) -> nn.Module:
+    """Set the attention of a diffusers model; the default is torch's scaled dot product attention."""
+    if uses_xformers:
+        model.enable_xformers_memory_efficient_attention()
+    module: nn.Module = model
+    return module

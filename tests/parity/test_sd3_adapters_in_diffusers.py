@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.architectures.sd3.load import Sd3Loader, open_loader
-from library.architectures.sd3.model import MMDiT
+from library.architectures.sd3.load import open_loader
+from library.architectures.sd3.model import MMDiT, MMDiTConfig
 from library.architectures.sd3.targets import view
 from networks.core.network.network import AdapterNetwork
 from networks.lora_sd3 import create_network
@@ -24,7 +24,7 @@ ARGUMENTS = {
 }
 
 
-def trained(loader: Sd3Loader, denoiser: MMDiT, encoders: list[Any], **args: str) -> AdapterNetwork:
+def trained(denoiser: MMDiT, encoders: list[Any], **args: str) -> AdapterNetwork:
     """A network of rank 3 and alpha 2 with random weights, installed."""
     views = view(encoders, denoiser)
     network = create_network(1.0, 3, 2.0, None, *views, **args)
@@ -36,13 +36,13 @@ def trained(loader: Sd3Loader, denoiser: MMDiT, encoders: list[Any], **args: str
     return network
 
 
-def inputs(loader: Sd3Loader) -> dict[str, Tensor]:
+def inputs(config: MMDiTConfig) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(8)
     return {
         "latents": torch.randn(2, 16, 12, 8, generator=g),
         "timesteps": torch.tensor([31.0, 742.0]),
-        "context": torch.randn(2, 7, loader.config.context_width, generator=g),
-        "pooled": torch.randn(2, loader.config.pooled_width, generator=g),
+        "context": torch.randn(2, 7, config.context_width, generator=g),
+        "pooled": torch.randn(2, config.pooled_width, generator=g),
         "ids": torch.randint(0, 90, (2, 77), generator=g),
     }
 
@@ -67,18 +67,18 @@ def test_prediction(tmp_path: Path, name: str, arguments: str) -> None:
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    loader = open_loader(options_of(build_tiny_sd3(tmp_path / "model", 31, name)))
-    denoiser, encoders, values = loader.denoiser(), loader.text_encoders(), inputs(loader)
+    loader, config = open_loader(options_of(build_tiny_sd3(tmp_path / "model", 31, name)))
+    denoiser, encoders, values = loader.denoiser(), loader.text_encoders(), inputs(config)
     assert isinstance(denoiser, MMDiT)
     alone = answers(denoiser, encoders, values, is_ours=True)
-    network = trained(loader, denoiser, encoders, **ARGUMENTS[arguments])
+    network = trained(denoiser, encoders, **ARGUMENTS[arguments])
     ours = answers(denoiser, encoders, values, is_ours=True)
     assert all((a - b).abs().max() > 0.02 for a, b in zip(alone, ours, strict=True))
     network.save_weights(str(tmp_path / "ours.safetensors"), None, {})
     network.remove()
     convert(tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors", "diffusers", drop_unsupported=False)
 
-    transformer = diffusers_mmdit(loader.config, denoiser.state_dict())
+    transformer = diffusers_mmdit(config, denoiser.state_dict())
     pipeline: Any = StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(),

@@ -26,7 +26,7 @@ def pipeline_of(arch: Any, denoiser: Any, encoders: list[Any], folder: Path) -> 
     giant = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     giant.pad_token_id = 0  # OpenCLIP's padding, which the pipeline's own tokenizer_2 has
     pipeline = StableDiffusion3Pipeline(
-        transformer=diffusers_mmdit(arch.load.config, denoiser.state_dict()),
+        transformer=diffusers_mmdit(denoiser.config, denoiser.state_dict()),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=arch.load.vae(),
         text_encoder=encoders[0],

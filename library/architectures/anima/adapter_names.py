@@ -7,20 +7,15 @@ from collections.abc import Iterator
 
 from library.architectures.anima.checkpoint_keys import BLOCK, TOP, diffusers_path
 from library.checkpoints.adapter_names import BaseNames, ModuleNames, text_module
+from library.models.language_models import LAYER_LINEAR
 from library.models.layer_keys import name_layer
 
-NUM_BLOCKS, NUM_ADAPTER_BLOCKS, NUM_TEXT_LAYERS = 28, 6, 28  # of the first release; others are deeper
+NUM_BLOCKS, NUM_ADAPTER_BLOCKS, NUM_LAYER_LINEARS = 28, 6, 28  # of the first release; others are deeper
 
 
 ADAPTER_BLOCK = (
     *(f"{layer}.{name}_proj" for layer in ("self_attn", "cross_attn") for name in ("q", "k", "v", "o")),
     *("mlp.0", "mlp.2"),
-)
-
-
-TEXT_LAYER = (
-    *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),
-    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
 )
 
 
@@ -45,7 +40,7 @@ NAMES = BaseNames(
     "anima",
     (
         *map(denoiser_module, denoiser_paths()),
-        *(qwen3_module(f"layers.{n}.{name}") for n in range(NUM_TEXT_LAYERS) for name in TEXT_LAYER),
+        *(qwen3_module(f"layers.{n}.{name}") for n in range(NUM_LAYER_LINEARS) for name in LAYER_LINEAR),
     ),
     stacks=("lora_unet_blocks", "lora_unet_llm_adapter_blocks", "lora_te_layers"),
 )

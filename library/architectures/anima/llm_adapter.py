@@ -29,31 +29,38 @@ class AdapterConfig:
     num_blocks: int
 
 
-class AdapterAttention(nn.Module):
-    """Attention with normalized queries and keys and rotary positions."""
+class Attention(nn.Module):
+    """Attention to the tokens themselves or to a context, with normalized queries and keys; `output` is the name of its
+    last layer."""
 
-    def __init__(self, width: int, source_width: int, head_width: int) -> None:
+    def __init__(self, width: int, context_width: int, head_width: int, output: str) -> None:
         super().__init__()
         self.head_width = head_width
+        self.output = output
         self.q_proj = nn.Linear(width, width, bias=False)
         self.q_norm = nn.RMSNorm(head_width, eps=EPS)
-        self.k_proj = nn.Linear(source_width, width, bias=False)
+        self.k_proj = nn.Linear(context_width, width, bias=False)
         self.k_norm = nn.RMSNorm(head_width, eps=EPS)
-        self.v_proj = nn.Linear(source_width, width, bias=False)
-        self.o_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(context_width, width, bias=False)
+        self.add_module(output, nn.Linear(width, width, bias=False))
 
     def forward(
-        self, x_BLE: Tensor, source_BSE: Tensor, mask_B11S: Tensor, angles: Angles, source_angles: Angles
+        self,
+        x_BTE: Tensor,
+        context: Tensor,
+        angles: Angles | None,
+        context_angles: Angles | None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         heads = (-1, self.head_width)
-        q_BNLD = self.q_norm(self.q_proj(x_BLE).unflatten(-1, heads)).transpose(1, 2)
-        k_BNSD = self.k_norm(self.k_proj(source_BSE).unflatten(-1, heads)).transpose(1, 2)
-        v_BNSD = self.v_proj(source_BSE).unflatten(-1, heads).transpose(1, 2)
-        attended = scaled_dot_product_attention(
-            turn(q_BNLD, angles), turn(k_BNSD, source_angles), v_BNSD, attn_mask=mask_B11S
-        )
-        y_BLE: Tensor = self.o_proj(attended.transpose(1, 2).flatten(2))
-        return y_BLE
+        q_BNTD = self.q_norm(self.q_proj(x_BTE).unflatten(-1, heads)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(context).unflatten(-1, heads)).transpose(1, 2)
+        v = self.v_proj(context).unflatten(-1, heads).transpose(1, 2)
+        if angles is not None and context_angles is not None:
+            q_BNTD, k = turn(q_BNTD, angles), turn(k, context_angles)
+        attended = scaled_dot_product_attention(q_BNTD, k, v, attn_mask=mask)
+        y_BTE: Tensor = getattr(self, self.output)(attended.transpose(1, 2).flatten(2))
+        return y_BTE
 
 
 class LLMAdapterTransformerBlock(nn.Module):
@@ -64,9 +71,9 @@ class LLMAdapterTransformerBlock(nn.Module):
         super().__init__()
         c = config
         self.norm_self_attn = nn.RMSNorm(c.width, eps=EPS)
-        self.self_attn = AdapterAttention(c.width, c.width, c.head_width)
+        self.self_attn = Attention(c.width, c.width, c.head_width, "o_proj")
         self.norm_cross_attn = nn.RMSNorm(c.width, eps=EPS)
-        self.cross_attn = AdapterAttention(c.width, c.source_width, c.head_width)
+        self.cross_attn = Attention(c.width, c.source_width, c.head_width, "o_proj")
         self.norm_mlp = nn.RMSNorm(c.width, eps=EPS)
         self.mlp = nn.Sequential(nn.Linear(c.width, c.mlp_width), nn.GELU(), nn.Linear(c.mlp_width, c.width))
 
@@ -80,9 +87,9 @@ class LLMAdapterTransformerBlock(nn.Module):
         source_angles: Angles,
     ) -> Tensor:
         y_BLE = self.norm_self_attn(x_BLE)
-        x_BLE = x_BLE + self.self_attn(y_BLE, y_BLE, mask_B11L, angles, angles)
+        x_BLE = x_BLE + self.self_attn(y_BLE, y_BLE, angles, angles, mask_B11L)
         x_BLE = x_BLE + self.cross_attn(
-            self.norm_cross_attn(x_BLE), source_BSE, source_mask_B11S, angles, source_angles
+            self.norm_cross_attn(x_BLE), source_BSE, angles, source_angles, source_mask_B11S
         )
         after_BLE: Tensor = x_BLE + self.mlp(self.norm_mlp(x_BLE))
         return after_BLE

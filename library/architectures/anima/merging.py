@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
-from library.architectures.anima.adapter_names import ADAPTER_BLOCK, TEXT_LAYER, denoiser_module, qwen3_module
+from library.architectures.anima.adapter_names import ADAPTER_BLOCK, denoiser_module, qwen3_module
 from library.architectures.anima.checkpoint_keys import BLOCK, TOP
 from library.architectures.anima.load import ADAPTER_MARK, MARK, PREFIXES, QWEN3
 from library.architectures.anima.model import Anima, read_config
@@ -14,6 +14,7 @@ from library.checkpoints.adapter_names import ModuleNames
 from library.checkpoints.base_model import BaseModel, of_single_file
 from library.checkpoints.weights import configure, with_prefix
 from library.errors import UserError
+from library.models.language_models import LAYER_LINEAR
 from library.models.loading import on_meta_device
 
 
@@ -35,7 +36,7 @@ def open_base_model(flag: str, path: Path) -> BaseModel:
 def target_names(stem: str, prefix: str) -> ModuleNames | None:
     """Return the names of the layer that a weight of the file belongs to; None if adapters do not target it."""
     if stem.startswith(QWEN3.prefix):
-        return qwen3_module(stem.removeprefix(QWEN3.prefix)) if stem.endswith(TEXT_LAYER) else None
+        return qwen3_module(stem.removeprefix(QWEN3.prefix)) if stem.endswith(LAYER_LINEAR) else None
     path = stem.removeprefix(prefix)
     stack, _, rest = path.rpartition("blocks.")
     layers = {"": tuple(BLOCK), "llm_adapter.": ADAPTER_BLOCK}.get(stack, ())

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, scaled_dot_product_attention, silu
+from torch.nn.functional import gelu, silu
 
-from library.architectures.anima.llm_adapter import EPS, AdapterConfig, LLMAdapter
-from library.architectures.anima.positions import Angles, image_angles, turn
+from library.architectures.anima.llm_adapter import EPS, AdapterConfig, Attention, LLMAdapter
+from library.architectures.anima.positions import Angles, image_angles
 from library.architectures.anima.targets import TARGETS
 from library.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
@@ -168,31 +168,6 @@ class TimestepEmbedding(nn.Module):
         return shared_B3M
 
 
-class Attention(nn.Module):
-    """Attention to the image itself or to the text, with normalized queries and keys."""
-
-    def __init__(self, width: int, context_width: int, head_width: int) -> None:
-        super().__init__()
-        self.head_width = head_width
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.q_norm = nn.RMSNorm(head_width, eps=EPS)
-        self.k_proj = nn.Linear(context_width, width, bias=False)
-        self.k_norm = nn.RMSNorm(head_width, eps=EPS)
-        self.v_proj = nn.Linear(context_width, width, bias=False)
-        self.output_proj = nn.Linear(width, width, bias=False)
-
-    def forward(self, x_BTM: Tensor, context: Tensor, angles: Angles | None) -> Tensor:
-        heads = (-1, self.head_width)
-        q_BNTD = self.q_norm(self.q_proj(x_BTM).unflatten(-1, heads)).transpose(1, 2)
-        k = self.k_norm(self.k_proj(context).unflatten(-1, heads)).transpose(1, 2)
-        v = self.v_proj(context).unflatten(-1, heads).transpose(1, 2)
-        if angles is not None:
-            q_BNTD, k = turn(q_BNTD, angles), turn(k, angles)
-        attended = scaled_dot_product_attention(q_BNTD, k, v)
-        y_BTM: Tensor = self.output_proj(attended.transpose(1, 2).flatten(2))
-        return y_BTM
-
-
 class FeedForward(nn.Module):
     def __init__(self, width: int, mlp_width: int) -> None:
         super().__init__()
@@ -226,9 +201,9 @@ class Block(nn.Module):
         super().__init__()
         c = config
         self.layer_norm_self_attn = make_norm(c.width)
-        self.self_attn = Attention(c.width, c.width, c.head_width)
+        self.self_attn = Attention(c.width, c.width, c.head_width, "output_proj")
         self.layer_norm_cross_attn = make_norm(c.width)
-        self.cross_attn = Attention(c.width, c.text_width, c.head_width)
+        self.cross_attn = Attention(c.width, c.text_width, c.head_width, "output_proj")
         self.layer_norm_mlp = make_norm(c.width)
         self.mlp = FeedForward(c.width, c.mlp_width)
         self.adaln_modulation_self_attn = make_modulation(c.width, c.modulation_rank, 3)
@@ -238,10 +213,10 @@ class Block(nn.Module):
     def forward(self, x_BTM: Tensor, text_BLE: Tensor, waves_BM: Tensor, shared_B3M: Tensor, angles: Angles) -> Tensor:
         shift, scale, gate = (self.adaln_modulation_self_attn(waves_BM) + shared_B3M).chunk(3, dim=-1)
         y_BTM = modulate(self.layer_norm_self_attn, x_BTM, shift, scale)
-        x_BTM = x_BTM + gate[:, None] * self.self_attn(y_BTM, y_BTM, angles)
+        x_BTM = x_BTM + gate[:, None] * self.self_attn(y_BTM, y_BTM, angles, angles)
         shift, scale, gate = (self.adaln_modulation_cross_attn(waves_BM) + shared_B3M).chunk(3, dim=-1)
         y_BTM = modulate(self.layer_norm_cross_attn, x_BTM, shift, scale)
-        x_BTM = x_BTM + gate[:, None] * self.cross_attn(y_BTM, text_BLE, None)
+        x_BTM = x_BTM + gate[:, None] * self.cross_attn(y_BTM, text_BLE, None, None)
         shift, scale, gate = (self.adaln_modulation_mlp(waves_BM) + shared_B3M).chunk(3, dim=-1)
         after_BTM: Tensor = x_BTM + gate[:, None] * self.mlp(modulate(self.layer_norm_mlp, x_BTM, shift, scale))
         return after_BTM

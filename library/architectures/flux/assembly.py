@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from library.architectures.flux.load import CLIP_WORDS, T5_WORDS, is_schnell, open_loader
+from library.architectures.flux.load import is_schnell, open_loader
 from library.architectures.flux.options import FluxOptions
 from library.architectures.flux.predict import predict, predict_chroma, preview_sampler
 from library.architectures.flux.targets import view, view_chroma
@@ -19,11 +19,13 @@ from library.architectures.flux.text import FluxText, T5Text
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import FlowMatching, build_sampled_flow
+from library.models.clip.clip import CLIP_WORDS
 from library.models.clip.tokenizer import load_tokenizer
 from library.models.clip.tokens import ClipTokens
 from library.models.dit_loader import DitLoader
 from library.models.loading import first_side
 from library.models.recipe import Recipe, folders_beside, ignored_by_flow
+from library.models.t5 import WORDS as T5_WORDS
 from library.models.t5 import load_t5_tokenizer, precisions
 from library.models.vae.flux import mapped_latents
 from library.protocols import Architecture, LiveText, Preview, PromptDefaults, TextCacheSpec
@@ -165,7 +167,7 @@ def build_t5_text(options: FluxOptions, loader: DitLoader, usual: int, folders: 
     limit."""
     length = options.flux.t5xxl_max_token_length
     beside = folders_beside(loader.path, options.flux.t5xxl)
-    cache_dir, num_words = options.model.tokenizer_cache_dir, first_side(loader.texts[-1].component, T5_WORDS)
+    cache_dir, num_words = options.model.tokenizer_cache_dir, first_side(loader.texts[-1].component, T5_WORDS[0])
     return T5Text(
         tokenizer=load_t5_tokenizer([f / name for f in beside for name in folders], cache_dir, num_words),
         num_tokens=usual if length is None else length,

@@ -15,10 +15,11 @@ from library.checkpoints.base_files import BaseFiles, open_base
 from library.checkpoints.weights import Weights, configure, find_prefix, selected, with_prefix
 from library.errors import UserError
 from library.memory.devices import DTYPES
-from library.models.clip.clip import clip_component, clip_of_folder, load_clip
+from library.models.clip.clip import CLIP_WORDS, clip_component, clip_of_folder, load_clip
 from library.models.dit_loader import DitLoader, open_dit_loader
-from library.models.identify import find_spec, open_transformer, refuse_other_model, refuse_transformer
+from library.models.identify import find_spec, open_denoiser, open_transformer, refuse_other_model
 from library.models.loading import Component, LoadPart, check_text_width
+from library.models.t5 import WORDS as T5_WORDS
 from library.models.t5 import load_t5, t5_component, t5_of_folder
 from library.models.vae.flux import CHANNELS, open_ae
 from library.models.vae.vae import load_vae, resolve_vae_dtype
@@ -26,7 +27,6 @@ from library.options.model import BASE_FLAG
 
 MARK = "double_blocks.0.img_attn.qkv.weight"
 CLIP_PREFIXES = ("text_encoders.clip_l.transformer.", "")
-CLIP_WORDS, T5_WORDS = "embeddings.token_embedding.weight", "shared.weight"
 T5_MARK = "text_encoders.t5xxl.transformer."
 FOLDERS = {  # `model_type` -> part -> folder in diffusers' layout
     "flux": {"denoiser": "transformer", "clip_l": "text_encoder", "t5xxl": "text_encoder_2", "ae": "vae"},
@@ -39,7 +39,8 @@ def open_loader(options: FluxOptions) -> DitLoader:
 
     Raises UserError naming the flag if a file is missing, broken, incomplete or of another model.
     """
-    flux, folders, title = options.flux, FOLDERS[options.flux.model_type], model_title(options.flux.model_type)
+    flux, folders = options.flux, FOLDERS[options.flux.model_type]
+    title = find_spec(list_specs(), flux.model_type).title
     given = {"clip_l": flux.clip_l, "t5xxl": flux.t5xxl, "ae": flux.ae}
     base = open_base(
         options.model.pretrained_model_name_or_path,
@@ -78,24 +79,15 @@ def load_ae(name: str, options: FluxOptions) -> nn.Module:
     )
 
 
-def model_title(kind: str) -> str:
-    """Return a model type's name for messages."""
-    return find_spec(list_specs(), kind).title
-
-
 def read_denoiser(base: BaseFiles, kind: str) -> Weights:
     """Return the denoiser's weights under our names; `kind` is `model_type`.
 
     Raises UserError for another model, naming it.
     """
     weights = open_transformer(list_specs(), base, kind)
+    # FLUX.2's layers have the same names, and Chroma's.
     refuse_other_model(list_specs(), base.flag, str(base.path), (base.whole or weights).shapes, kind)
-    if DIFFUSERS_MARK in weights.shapes:
-        return KEYS.from_diffusers(weights)
-    if MARK not in weights.shapes:
-        why = f"it has no double_blocks.0..., so it is not a {model_title(kind)} transformer"
-        refuse_transformer(list_specs(), base, weights, kind, why)
-    return weights
+    return open_denoiser(list_specs(), base, kind, MARK, DIFFUSERS_MARK, KEYS.from_diffusers)
 
 
 def open_clip(name: str | None, base: BaseFiles, folder: str) -> Component:
@@ -123,4 +115,4 @@ def check_fit(loader: DitLoader, config: FluxConfig, title: str) -> None:
     *clip, t5 = loader.texts
     for part in clip:
         check_text_width("--clip_l", part.component, CLIP_WORDS, config.pooled_width, f"{title}'s")
-    check_text_width("--t5xxl", t5.component, T5_WORDS, config.text_width, f"{title}'s")
+    check_text_width("--t5xxl", t5.component, T5_WORDS[0], config.text_width, f"{title}'s")

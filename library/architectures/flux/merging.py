@@ -33,19 +33,19 @@ def architecture_of(weights: Weights) -> str:
 
 
 FILE = TransformerFile(
-    "flux",
-    "FLUX.1",
-    architecture_of,
-    MARK,
-    DIFFUSERS_MARK,
-    KEYS.is_linear,
-    denoiser_module,
-    Flux,
-    read_config,
-    view,
-    name_text_layer,
+    base="flux",
+    title="FLUX.1",
+    architecture=architecture_of,
+    mark=MARK,
+    diffusers_mark=DIFFUSERS_MARK,
+    is_layer=KEYS.is_linear,
+    name=denoiser_module,
+    build=Flux,
+    read_config=read_config,
+    view=view,
+    name_text_layer=name_text_layer,
 )
-CHROMA_FILE = replace(FILE, base="chroma", title="Chroma", architecture=lambda weights: "chroma")
+CHROMA_FILE = replace(FILE, base="chroma", title="Chroma", architecture="chroma")
 
 
 def open_clip_l(flag: str, path: Path) -> BaseModel:

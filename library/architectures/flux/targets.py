@@ -8,8 +8,7 @@ from torch import nn
 from library.architectures.flux.adapter_names import CHROMA_NAMES, NAMES
 from library.architectures.specs import list_network_arguments
 from library.models.clip import names as clip_names
-from library.models.clip.clip import clip_body
-from library.models.clip.view import ClipView
+from library.models.clip.clip import ClipView
 from library.models.t5 import T5_BLOCKS
 from networks.core.targets.targets import AdapterTargets, Embedders, Part, qkv_and_rest, thirds
 
@@ -58,7 +57,7 @@ def view(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[list[
 
     The denoiser's own paths are those in files.
     """
-    clip = [ClipView(clip_body(encoder)) for encoder in text_encoders[:1]]
+    clip = [ClipView(encoder) for encoder in text_encoders[:1]]
     return [*clip, *text_encoders[1:]], denoiser
 
 

@@ -11,13 +11,14 @@ from library.architectures.flux_2.load import open_encoder, open_loader
 from library.architectures.flux_2.options import Flux2Options
 from library.architectures.flux_2.predict import predict, preview_sampler
 from library.architectures.flux_2.releases import DEV, FLAG, Release, TextEncoder, is_distilled, modelspec_architecture
-from library.architectures.flux_2.text import Flux2Text
+from library.architectures.flux_2.text import build_chat_text
 from library.architectures.flux_2.vae import PackedLatents
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import RECORDS, FlowMatching, build_sampled_flow
 from library.models.adapter_views import view_denoiser
 from library.models.dit_loader import DitLoader
+from library.models.language_models import ChatText
 from library.models.recipe import Recipe, ignored_by_flow, tokenizer_folders
 from library.models.tokenizer_files import check_marks
 from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
@@ -78,7 +79,7 @@ def build_for_caching(options: Flux2Options) -> Architecture:
 
 
 def assemble(
-    options: Flux2Options, loader: DitLoader, text: Flux2Text, preview: Preview, architecture: str
+    options: Flux2Options, loader: DitLoader, text: ChatText, preview: Preview, architecture: str
 ) -> Architecture:
     return Architecture(
         name="flux_2",
@@ -100,15 +101,15 @@ def build_objective(options: Flux2Options) -> FlowMatching:
     return build_sampled_flow(options, options.flow_prediction.model_prediction_type, patch=1)
 
 
-def build_text(options: Flux2Options, loader: DitLoader, encoder: TextEncoder) -> Flux2Text:
+def build_text(options: Flux2Options, loader: DitLoader, encoder: TextEncoder) -> ChatText:
     """Build the tokenizer, searched beside the base model and the encoder."""
     folders = tokenizer_folders(loader.path, options.parts.text_encoder)
     tokenizer = encoder.load_tokenizer(folders, options.model.tokenizer_cache_dir, loader.num_words)
     check_marks(tokenizer, encoder.marks, encoder.hub_name)
-    return Flux2Text(encoder, tokenizer)
+    return build_chat_text(encoder, tokenizer)
 
 
-def build_text_cache(options: Flux2Options, loader: DitLoader, text: Flux2Text) -> TextCacheSpec:
+def build_text_cache(options: Flux2Options, loader: DitLoader, text: ChatText) -> TextCacheSpec:
     return TextCacheSpec(
         options=options.text_caching,
         suffix="_flux_2_te.npz",
@@ -120,7 +121,7 @@ def build_text_cache(options: Flux2Options, loader: DitLoader, text: Flux2Text) 
     )
 
 
-def build_preview(text: Flux2Text, release: Release, distilled: bool) -> Preview:
+def build_preview(text: ChatText, release: Release, distilled: bool) -> Preview:
     """Build previews as the release was made for: dev with the guidance it imitates, klein in 4 steps without, klein
     base with classifier-free guidance."""
     has_input = release is DEV

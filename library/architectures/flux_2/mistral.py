@@ -1,7 +1,6 @@
 """The text encoder of FLUX.2 dev: transformers' MistralModel, the language model of Mistral Small 3, from a file or a
 folder, and its tokenizer."""
 
-import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -12,9 +11,7 @@ from library.errors import UserError
 from library.models.language_models import PREFIXES, decoder_config, extract_decoder
 from library.models.loading import Component, empty_transformers_model
 from library.models.shapes import Shapes
-from library.models.tokenizer_files import TokenizerFiles, check_ids, read_tokenizer_folder
-
-logger = logging.getLogger(__name__)
+from library.models.tokenizer_files import TokenizerFiles
 
 HUB_NAME = "mistralai/Mistral-Small-3.1-24B-Instruct-2503"
 HEAD_WIDTH = 128
@@ -22,7 +19,12 @@ ROPE_BASE = 1_000_000_000.0
 EPS = 1e-5
 PADDING = "<pad>"
 FILES = TokenizerFiles(
-    HUB_NAME, ("tokenizer.json", "tokenizer_config.json"), lambda folder: (folder / "tokenizer.json").is_file()
+    HUB_NAME,
+    ("tokenizer.json", "tokenizer_config.json"),
+    lambda folder: (folder / "tokenizer.json").is_file(),
+    "Mistral 3",
+    "tokenizer.json",
+    "PreTrainedTokenizerFast",
 )
 
 
@@ -45,13 +47,7 @@ empty_mistral = partial(empty_transformers_model, "mistral", "Mistral", sliding_
 
 
 def load_mistral_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_words: int | None) -> Any:
-    """Load Mistral 3's tokenizer for an encoder with `num_words` embeddings; it pads on the left.
-
-    It is searched as Qwen3's. Raises UserError saying which files to put where.
-    """
-    folder = FILES.find_or_explain("Mistral 3", "tokenizer.json", folders, cache_dir)
-    logger.info("Mistral 3 tokenizer: %s", folder)
-    tokenizer = read_tokenizer_folder("PreTrainedTokenizerFast", folder, padding_side="left")
+    """Load Mistral 3's tokenizer, which pads on the left, as `TokenizerFiles.load`."""
+    tokenizer = FILES.load(folders, cache_dir, num_words, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or PADDING
-    check_ids("Mistral 3", tokenizer, folder, num_words)
     return tokenizer

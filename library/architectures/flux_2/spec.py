@@ -36,15 +36,15 @@ def architecture_of(weights: Weights) -> str:
 
 
 FILE = TransformerFile(
-    "flux_2",
-    MODEL,
-    architecture_of,
-    MARK,
-    DIFFUSERS_MARK,
-    KEYS.is_linear,
-    denoiser_module,
-    Flux2,
-    read_config,
+    base="flux_2",
+    title=MODEL,
+    architecture=architecture_of,
+    mark=MARK,
+    diffusers_mark=DIFFUSERS_MARK,
+    is_layer=KEYS.is_linear,
+    name=denoiser_module,
+    build=Flux2,
+    read_config=read_config,
 )
 
 SPECS = (

@@ -17,7 +17,7 @@ from library.checkpoints.weights import Weights, configure, renamed
 from library.errors import NotThere, UserError
 from library.memory.devices import DTYPES
 from library.models.dit_loader import DitLoader, open_dit_loader
-from library.models.identify import open_transformer, refuse_transformer
+from library.models.identify import open_denoiser
 from library.models.language_models import WORDS, choose_load
 from library.models.loading import Component, check_text_width, first_side
 from library.models.t5 import load_t5, t5_component, t5_of_folder
@@ -71,13 +71,7 @@ def open_loader(options: HunyuanImageOptions) -> DitLoader:
 
 def read_denoiser(base: BaseFiles) -> Weights:
     """Return the denoiser's weights under their original names. Raises UserError for another model, naming it."""
-    weights = open_transformer(list_specs(), base, "hunyuan_image")
-    if DIFFUSERS_MARK in weights.shapes:
-        return KEYS.from_diffusers(weights)
-    if GLYPH_MARK not in weights.shapes:
-        why = f"it has no {GLYPH_MARK}, so it is not a transformer of {MODEL}"
-        refuse_transformer(list_specs(), base, weights, "hunyuan_image", why)
-    return weights
+    return open_denoiser(list_specs(), base, "hunyuan_image", GLYPH_MARK, DIFFUSERS_MARK, KEYS.from_diffusers)
 
 
 def open_component(part: str, name: str | None, base: BaseFiles) -> Component:

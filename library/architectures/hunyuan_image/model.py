@@ -28,7 +28,7 @@ from library.models.double_stream import (
 from library.models.patches import key_mask, patchify, unpatchify
 from library.models.rotary import Rotary
 from library.models.shapes import ShapeReader
-from library.models.sinusoids import FREQUENCIES, sinusoids
+from library.models.sinusoids import TimestepEmbedder
 
 ROPE_BASE = 256
 EPS = 1e-6
@@ -103,7 +103,7 @@ class HunyuanImage(StreamTransformer):
         self.config = c = config
         self.byt5_in = GlyphMapper(c.glyph_width, c.glyph_mlp_width, c.width)
         self.txt_in = TokenRefiner(c)
-        self.time_in = TimestepEmbedder(c.width)
+        self.time_in = TimestepEmbedder(c.width, c.width)
 
         def make_modulation(num_parts: int, first_row: int) -> nn.Module:
             return Modulation(c.width, num_parts)
@@ -132,7 +132,7 @@ class HunyuanImage(StreamTransformer):
         text = (glyphs_BGE.to(dtype), text_BLE.to(dtype), timesteps_B, text_mask_BL.bool())
         is_text_BL = torch.cat([glyph_mask_BG, text_mask_BL], dim=1).bool()
         rope = self.rotary(positions(is_text_BL.shape[1], H, W, patches_BTC.device), (H, W))
-        vecs = repeat(self.time_in(timesteps_B))
+        vecs = repeat(self.time_in(timesteps_B, dtype))
         velocity_BTC = self.run_blocks(patches_BTC, text, vecs, rope, key_mask(is_text_BL, H * W), H * W)
         return unpatchify(velocity_BTC, H, W, 1)
 
@@ -149,17 +149,6 @@ def positions(num_text: int, H: int, W: int, device: torch.device) -> Tensor:
     ids_T2[num_text:, 0] = torch.arange(H, device=device).repeat_interleave(W)
     ids_T2[num_text:, 1] = torch.arange(W, device=device).repeat(H)
     return ids_T2
-
-
-class TimestepEmbedder(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
-
-    def forward(self, timesteps_B: Tensor) -> Tensor:
-        dtype = next(self.mlp.parameters()).dtype
-        vec_BM: Tensor = self.mlp(sinusoids(timesteps_B).to(dtype))
-        return vec_BM
 
 
 class TextProjection(nn.Module):
@@ -236,7 +225,7 @@ class TokenRefiner(nn.Module):
     def __init__(self, config: HunyuanImageConfig) -> None:
         super().__init__()
         self.input_embedder = nn.Linear(config.text_width, config.width)
-        self.t_embedder = TimestepEmbedder(config.width)
+        self.t_embedder = TimestepEmbedder(config.width, config.width)
         self.c_embedder = TextProjection(config.text_width, config.width)
         self.individual_token_refiner = RefinerBlocks(config)
 
@@ -244,7 +233,7 @@ class TokenRefiner(nn.Module):
         """Refine the tokens; those with a false mask are ignored, and their outputs are undefined."""
         weights_BL1 = mask_BL.float()[..., None]
         mean_BE = (text_BLE * weights_BL1).sum(dim=1) / weights_BL1.sum(dim=1)
-        vec_BM = self.t_embedder(timesteps_B) + self.c_embedder(mean_BE.to(text_BLE.dtype))
+        vec_BM = self.t_embedder(timesteps_B, text_BLE.dtype) + self.c_embedder(mean_BE.to(text_BLE.dtype))
         x_BLM: Tensor = self.input_embedder(text_BLE)
         for block in self.individual_token_refiner.blocks:
             x_BLM = block(x_BLM, vec_BM, mask_BL[:, None, None])

@@ -4,7 +4,6 @@ The states before the last two layers are used, so these and the last norm are n
 tokens, E width.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,12 +17,17 @@ from library.memory.devices import send
 from library.models.language_models import DESCRIBE, PREFIXES, WORDS, extract_decoder, without_norm
 from library.models.loading import Component, empty_transformers_model, load_component
 from library.models.shapes import Shapes, count, shape_of
-from library.models.tokenizer_files import BYTE_PAIR_FILES, TokenizerFiles, holds_byte_pairs, read_tokenizer_folder
-
-logger = logging.getLogger(__name__)
+from library.models.tokenizer_files import BYTE_PAIR_FILES, TokenizerFiles, holds_byte_pairs
 
 HUB_NAME = "Qwen/Qwen2.5-VL-7B-Instruct"
-TOKENIZER = TokenizerFiles(HUB_NAME, BYTE_PAIR_FILES, holds_byte_pairs)
+TOKENIZER = TokenizerFiles(
+    HUB_NAME,
+    BYTE_PAIR_FILES,
+    holds_byte_pairs,
+    "Qwen2.5-VL",
+    "tokenizer.json and tokenizer_config.json",
+    "Qwen2TokenizerFast",
+)
 HEAD_WIDTH = 128
 ROPE_BASE = 1_000_000
 EPS = 1e-6
@@ -106,21 +110,13 @@ def tokenize_qwen(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> t
 
 
 def load_qwen_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_words: int | None) -> Any:
-    """Load Qwen2.5-VL's tokenizer for an encoder with `num_words` embeddings.
-
-    It is searched in `folders`, then in `tokenizer_cache_dir`, then on the hub, from where it is saved into
-    `tokenizer_cache_dir`. Raises UserError saying which files to put where.
-    """
-    needed = "tokenizer.json and tokenizer_config.json"
-    folder = TOKENIZER.find_or_explain("Qwen2.5-VL", needed, folders, cache_dir)
-    logger.info("Qwen tokenizer: %s", folder)
-    tokenizer = read_tokenizer_folder("Qwen2TokenizerFast", folder, padding_side="right")
+    """Load Qwen2.5-VL's tokenizer, which pads on the right, as `TokenizerFiles.load`. Raises UserError for another one,
+    which encodes the template in another number of tokens."""
+    tokenizer = TOKENIZER.load(folders, cache_dir, num_words, padding_side="right")
     num_tokens = len(tokenizer(TEMPLATE.partition("{}")[0])["input_ids"])
-    largest = max(tokenizer.get_vocab().values())
-    if num_tokens != NUM_TEMPLATE_TOKENS or (num_words is not None and largest >= num_words):
+    if num_tokens != NUM_TEMPLATE_TOKENS:
         raise UserError(
-            f"the tokenizer in {folder} encodes the system prompt in {num_tokens} tokens instead of "
-            f"{NUM_TEMPLATE_TOKENS}, and has token IDs up to {largest} for {num_words} embeddings: it belongs to "
-            f"another model; replace it with {HUB_NAME}'s"
+            f"the tokenizer {tokenizer.name_or_path} encodes the system prompt in {num_tokens} tokens instead of "
+            f"{NUM_TEMPLATE_TOKENS}: it belongs to another model; replace it with {HUB_NAME}'s"
         )
     return tokenizer

@@ -18,15 +18,15 @@ ORIGINAL_NAMES = Gap(
 )
 
 FILE = TransformerFile(
-    "hunyuan_image",
-    MODEL,
-    lambda weights: "hunyuan-image-2.1",
-    GLYPH_MARK,
-    DIFFUSERS_MARK,
-    is_target,
-    denoiser_module,
-    HunyuanImage,
-    read_config,
+    base="hunyuan_image",
+    title=MODEL,
+    architecture="hunyuan-image-2.1",
+    mark=GLYPH_MARK,
+    diffusers_mark=DIFFUSERS_MARK,
+    is_layer=is_target,
+    name=denoiser_module,
+    build=HunyuanImage,
+    read_config=read_config,
 )
 
 SPECS = (

@@ -31,15 +31,15 @@ def refuse_strangers(modules: Mapping[str, FileNaming | None]) -> str | None:
 
 
 FILE = TransformerFile(
-    "krea2",
-    "Krea 2",
-    lambda weights: "Krea-2",
-    MARK,
-    DIFFUSERS_MARK,
-    KEYS.is_linear,
-    denoiser_module,
-    SingleStreamDiT,
-    read_config,
+    base="krea2",
+    title="Krea 2",
+    architecture="Krea-2",
+    mark=MARK,
+    diffusers_mark=DIFFUSERS_MARK,
+    is_layer=KEYS.is_linear,
+    name=denoiser_module,
+    build=SingleStreamDiT,
+    read_config=read_config,
 )
 
 SPECS = (

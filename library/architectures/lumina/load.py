@@ -12,7 +12,7 @@ from library.checkpoints.weights import Weights, configure, selected
 from library.errors import UserError
 from library.memory.devices import DTYPES
 from library.models.dit_loader import DitLoader, check_input_width, open_dit_loader
-from library.models.identify import open_transformer, refuse_other_model, refuse_transformer
+from library.models.identify import open_denoiser, refuse_other_model
 from library.models.language_models import WORDS
 from library.models.loading import Component, check_text_width
 from library.models.vae.flux import CHANNELS, open_ae
@@ -56,13 +56,9 @@ def open_loader(options: LuminaOptions) -> DitLoader:
 
 def read_denoiser(base: BaseFiles) -> Weights:
     """Return the denoiser's weights under our names. Raises UserError for another model, naming it."""
-    weights = open_transformer(list_specs(), base, "lumina")
+    weights = open_denoiser(list_specs(), base, "lumina", MARK, DIFFUSERS_MARK, KEYS.from_diffusers)
+    # Z-Image's layers have the same names.
     refuse_other_model(list_specs(), base.flag, str(base.path), (base.whole or weights).shapes, "lumina")
-    if DIFFUSERS_MARK in weights.shapes:
-        weights = KEYS.from_diffusers(weights)
-    if MARK not in weights.shapes:
-        why = f"it has no {MARK}, so it is not a {MODEL} transformer"
-        refuse_transformer(list_specs(), base, base.whole or weights, "lumina", why)
     return selected(weights, {key: key for key in weights.shapes if key != UNUSED})
 
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 
-from library.architectures.lumina.adapter_names import GEMMA_LAYER, NAMES, denoiser_module, gemma_module
+from library.architectures.lumina.adapter_names import NAMES, denoiser_module, gemma_module
 from library.architectures.lumina.assembly import RECIPE, build
 from library.architectures.lumina.checkpoint_keys import DIFFUSERS_MARK, KEYS
 from library.architectures.lumina.gemma import GEMMA_PREFIXES
@@ -13,6 +13,7 @@ from library.architectures.lumina.options import LuminaOptions
 from library.architectures.lumina.targets import TARGETS
 from library.checkpoints.adapter_names import FileNaming, ModuleNames
 from library.checkpoints.base_model_spec import DIFFUSERS, GENERIC, KOHYA, NONE, BaseModelSpec, Certainty, Reader, Sign
+from library.models.language_models import LAYER_LINEAR
 from library.models.transformer_file import TransformerFile
 
 BLOCK = frozenset(("attention_qkv", "attention_out", *(f"feed_forward_w{n}" for n in (1, 2, 3)), "adaLN_modulation_1"))
@@ -38,20 +39,20 @@ def refuse_parts_of_blocks(modules: Mapping[str, FileNaming | None]) -> str | No
 
 def name_text_layer(stem: str) -> ModuleNames | None:
     """Return the names of a layer of Gemma in a file with everything; None for other layers."""
-    is_target = stem.startswith(GEMMA_PREFIXES[0]) and stem.endswith(GEMMA_LAYER)
+    is_target = stem.startswith(GEMMA_PREFIXES[0]) and stem.endswith(LAYER_LINEAR)
     return gemma_module(stem.removeprefix(GEMMA_PREFIXES[0])) if is_target else None
 
 
 FILE = TransformerFile(
-    "lumina",
-    MODEL,
-    lambda weights: "lumina-2",
-    MARK,
-    DIFFUSERS_MARK,
-    KEYS.is_linear,
-    denoiser_module,
-    NextDiT,
-    read_config,
+    base="lumina",
+    title=MODEL,
+    architecture="lumina-2",
+    mark=MARK,
+    diffusers_mark=DIFFUSERS_MARK,
+    is_layer=KEYS.is_linear,
+    name=denoiser_module,
+    build=NextDiT,
+    read_config=read_config,
     name_text_layer=name_text_layer,
 )
 

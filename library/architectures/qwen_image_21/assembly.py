@@ -7,7 +7,7 @@ Start here to read this package.
 from library.architectures.qwen_image_21.load import QWEN3_VL, open_encoder, open_loader
 from library.architectures.qwen_image_21.options import QwenImage21Options
 from library.architectures.qwen_image_21.predict import predict, preview_sampler
-from library.architectures.qwen_image_21.text import NO_PLACE, QwenImage21Text, check_tokenizer
+from library.architectures.qwen_image_21.text import MARKS, NO_PLACE, QwenImage21Text
 from library.architectures.qwen_image_21.vae import RgbaLatents
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
@@ -16,6 +16,7 @@ from library.models.adapter_views import view_denoiser
 from library.models.dit_loader import DitLoader
 from library.models.qwen3 import load_qwen3_tokenizer
 from library.models.recipe import Recipe, ignored_by_flow, tokenizer_folders
+from library.models.tokenizer_files import check_marks
 from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
 
 RECIPE = Recipe(
@@ -83,7 +84,7 @@ def build_text(options: QwenImage21Options, loader: DitLoader) -> QwenImage21Tex
     """Build the tokenizer, searched beside the base model and the encoder."""
     folders = tokenizer_folders(loader.path, options.parts.text_encoder, ("processor", "tokenizer"))
     tokenizer = load_qwen3_tokenizer(QWEN3_VL, folders, options.model.tokenizer_cache_dir, loader.num_words)
-    check_tokenizer(tokenizer)
+    check_marks(tokenizer, MARKS, QWEN3_VL.hub_name)
     return QwenImage21Text(tokenizer, LATENTS.bucket_step)
 
 

@@ -26,15 +26,15 @@ def refuse_outer_names(modules: Mapping[str, FileNaming | None]) -> str | None:
 
 
 FILE = TransformerFile(
-    "qwen_image_21",
-    MODEL,
-    lambda weights: "Qwen-Image-2.1",
-    MARK,
-    None,
-    is_linear,
-    denoiser_module,
-    QwenImage21,
-    read_config,
+    base="qwen_image_21",
+    title=MODEL,
+    architecture="Qwen-Image-2.1",
+    mark=MARK,
+    diffusers_mark=None,
+    is_layer=is_linear,
+    name=denoiser_module,
+    build=QwenImage21,
+    read_config=read_config,
 )
 
 SPECS = (

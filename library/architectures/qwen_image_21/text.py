@@ -134,14 +134,3 @@ def over_white(image_CHW: Tensor) -> Tensor:
     alpha = (image_CHW[3:] + 1) / 2
     blended = (image_CHW[:3] * alpha + (1 - alpha) + 1) * 127.5
     return blended.round() / 127.5 - 1
-
-
-def check_tokenizer(tokenizer: Any) -> None:
-    """Raise UserError for a tokenizer without the marks of Qwen3-VL's template."""
-    words = tokenizer.get_vocab()
-    lacks = [mark for mark in MARKS if mark not in words]
-    if lacks:
-        raise UserError(
-            f"the tokenizer {tokenizer.name_or_path} has no {lacks[0]}: it belongs to another model; use that of "
-            "Qwen/Qwen3-VL-8B-Instruct"
-        )

@@ -56,7 +56,7 @@ def as_matrix(weight: Tensor) -> Tensor:
     return weight.flatten(1)
 
 
-def made_up(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+def build_unused_tensors(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Return the tensors of an SD 2.x file that programs need to recognise and load it but that are not used: the last
     layer (here a copy of the one before), the text projection and the temperature."""
     prefix = CLIP_PREFIXES["sd2"]

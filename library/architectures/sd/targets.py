@@ -8,8 +8,7 @@ from library.architectures.sd.adapter_names import NAMES, SD2_NAMES
 from library.architectures.specs import list_network_arguments
 from library.checkpoints.adapter_names import BaseNames
 from library.models.clip import names as clip_names
-from library.models.clip.clip import clip_body
-from library.models.clip.view import ClipView
+from library.models.clip.clip import ClipView
 from library.models.unet import names as unet_names
 from networks.core.targets.targets import AdapterTargets, BlockList, Part
 
@@ -68,7 +67,7 @@ def view(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[nn.Mo
     if not text_encoders:
         return [], unet_view(denoiser)
     (encoder,) = text_encoders
-    return ClipView(clip_body(encoder)), unet_view(denoiser)
+    return ClipView(encoder), unet_view(denoiser)
 
 
 def unet_view(unet: nn.Module) -> nn.Module:

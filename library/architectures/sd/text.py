@@ -4,40 +4,22 @@ Shapes: B captions, L chunks, T the 77 positions of a chunk, W the width of the 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 from torch import nn
 
 from library.memory.devices import send
 from library.models.clip.clip import clip_body
-from library.models.clip.tokens import ClipTokens, emphasize, join_chunks
+from library.models.clip.tokens import ChunkedText, emphasize, join_chunks
 from library.types import Conditioning, Tokens
 
 
 @dataclass(frozen=True)
-class ClipText:
+class ClipText(ChunkedText):
     """The text pipeline of one CLIP encoder; captions longer than 75 tokens are encoded in chunks and joined."""
 
-    tokens: ClipTokens
     clip_skip: int = 1  # 1: the last layer
     pad_id: int | None = None  # None: captions are padded with the end token
-
-    @property
-    def tokenizer(self) -> Any:
-        """The transformers CLIPTokenizer."""
-        return self.tokens.tokenizer
-
-    def reading_emphasis(self) -> "ClipText":
-        """Return this text pipeline for prompts, which always have emphasis."""
-        return replace(self, tokens=replace(self.tokens, reads_emphasis=True))
-
-    @property
-    def max_tokens(self) -> int:
-        return self.tokens.max_tokens
-
-    def count_tokens(self, caption: str) -> int:
-        return len(self.tokens.weigh_tokens(caption)[0])
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
         """Return token IDs of shape (B, L, 77)."""

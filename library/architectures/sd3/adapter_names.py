@@ -45,16 +45,13 @@ def denoiser_module(path: str) -> ModuleNames:
     return name_layer(path, KEYS.sources(path), swaps_pair=swaps_pair)
 
 
-def t5_module(path: str) -> ModuleNames:
-    return text_module(path, "lora_te3", "t5xxl", "text_encoder_3")
-
-
+T5_PATHS = (f"encoder.block.{n}.{name}" for n in range(NUM_T5_LAYERS) for name in T5_LINEAR)
 NAMES = BaseNames(
     "sd3",
     (
         *map(denoiser_module, KEYS.linear_paths({"joint_blocks": MAX_DEPTH})),
         *(clip_module(path, "lora_te1", "clip_l", "text_encoder") for path in clip_paths(NUM_CLIP_LAYERS["clip_l"])),
         *(clip_module(path, "lora_te2", "clip_g", "text_encoder_2") for path in clip_paths(NUM_CLIP_LAYERS["clip_g"])),
-        *(t5_module(f"encoder.block.{n}.{name}") for n in range(NUM_T5_LAYERS) for name in T5_LINEAR),
+        *(text_module(path, "lora_te3", "t5xxl", "text_encoder_3") for path in T5_PATHS),
     ),
 )

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from library.architectures.sd3.conditioning_dropout import Variation
-from library.architectures.sd3.load import LATENT_CHANNELS, LATENT_SCALE, LATENT_SHIFT, Sd3Loader, open_loader
+from library.architectures.sd3.load import LATENT_CHANNELS, LATENT_SCALE, LATENT_SHIFT, open_loader
 from library.architectures.sd3.model import MMDiT, MMDiTConfig, recognise_version
 from library.architectures.sd3.options import Sd3Options
 from library.architectures.sd3.positions import square_side
@@ -19,16 +19,18 @@ from library.architectures.sd3.targets import view
 from library.architectures.sd3.text import Sd3Text
 from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
-from library.diffusion.flow import FlowMatching, build_flow
+from library.diffusion.flow import FlowMatching
 from library.diffusion.samplers import FlowSampler, Sampler
 from library.diffusion.timesteps import FINEST_LEVEL, shift_sigmas, shifted_scheme, takes_offset
 from library.errors import needing
-from library.models.clip.clip import PROJECTION
+from library.models.clip.clip import CLIP_WORDS, PROJECTION
 from library.models.clip.tokenizer import load_tokenizer
 from library.models.clip.tokens import ClipTokens
-from library.models.loading import Absent
+from library.models.dit_loader import DitLoader
+from library.models.loading import first_side
 from library.models.recipe import Recipe, folders_beside, ignored_by_flow
 from library.models.shapes import shape_of
+from library.models.t5 import WORDS as T5_WORDS
 from library.models.t5 import load_t5_tokenizer, precisions
 from library.models.vae.latents import KlLatents
 from library.protocols import Architecture, LatentSpec, LiveText, Preview, PromptDefaults, TextCacheSpec, leave_sizes
@@ -68,7 +70,7 @@ def build(options: Sd3Options) -> Architecture:
     Raises UserError naming the flag for a checkpoint or a setting that does not fit SD3.
     """
     RECIPE.check(options)
-    loader = open_loader(options)
+    loader, config = open_loader(options)
     text = build_text(options, loader)
     return Architecture(
         name="sd3",
@@ -79,7 +81,7 @@ def build(options: Sd3Options) -> Architecture:
         predict=predict,
         view=view,
         preview=build_preview(text),
-        metadata=metadata(options, loader.config),
+        metadata=metadata(options, config),
         specs=list_specs(),
         ignores=RECIPE.ignores,
         text_cache=build_text_cache(options, loader, text),
@@ -95,44 +97,41 @@ def stretch_positions(denoiser: nn.Module, sizes: Sequence[tuple[int, int]]) -> 
     logger.info("--enable_scaled_pos_embed: positions scaled to squares of %s patches", denoiser.scaled_sides)
 
 
-def build_text(options: Sd3Options, loader: Sd3Loader) -> Sd3Text:
+def build_text(options: Sd3Options, loader: DitLoader) -> Sd3Text:
     """Build the text pipeline for the token limits and masks."""
     text, cache_dir = options.text, options.model.tokenizer_cache_dir
-    clip = load_tokenizer(loader.path, cache_dir, loader.num_clip_words)
+    clip = load_tokenizer(loader.path, cache_dir, first_side(loader.text.component, CLIP_WORDS))
     t5 = None
-    if loader.t5 is not None:
+    for part in loader.texts[2:]:
         folders = [folder / T5_TOKENIZER for folder in folders_beside(loader.path, text.t5xxl)]
-        num_words = None if isinstance(loader.t5, Absent) else loader.t5.config["vocab_size"]
-        t5 = load_t5_tokenizer(folders, cache_dir, num_words)
+        t5 = load_t5_tokenizer(folders, cache_dir, first_side(part.component, T5_WORDS[0]))
     return Sd3Text(ClipTokens(clip), t5, text.t5xxl_max_token_length, text.apply_lg_attn_mask, text.apply_t5_attn_mask)
 
 
-def build_text_cache(options: Sd3Options, loader: Sd3Loader, text: Sd3Text) -> TextCacheSpec:
+def build_text_cache(options: Sd3Options, loader: DitLoader, text: Sd3Text) -> TextCacheSpec:
     """Return the cache format, which matches sd-scripts'; without T5 the files have no T5 features."""
     masks_clip, masks_t5 = text.masks_clip, text.masks_t5
     clip_keys = ("lg_out", "lg_pooled", "clip_l_attn_mask", "clip_g_attn_mask")
-    t5_keys = () if loader.t5 is None else ("t5_out", "t5_attn_mask")
-
-    def encoders() -> str:
-        parts = (*loader.clips, *([] if loader.t5 is None else [loader.t5]))
-        return fingerprint(*(part.weights for part in parts))
-
+    t5_keys = () if text.t5_tokenizer is None else ("t5_out", "t5_attn_mask")
+    clips = loader.texts[:2]
     return TextCacheSpec(
         options=options.text_caching,
         suffix="_sd3_te.npz",
         keys=(*clip_keys, *t5_keys),
-        encoders=encoders,
+        encoders=lambda: fingerprint(*(part.component.weights for part in loader.texts)),
         settings=f"{precisions(loader.dtype)} {text.num_t5_tokens} {masks_clip} {masks_t5}",
         tokenizers=(text.clip.tokenizer, *([] if text.t5_tokenizer is None else [text.t5_tokenizer])),
         constants={"apply_lg_attn_mask": torch.tensor(masks_clip), "apply_t5_attn_mask": torch.tensor(masks_t5)},
-        live=LiveText(loader.clip_encoders, clip_keys, text.encode_clips, len(loader.clips), excluded_by="train_t5xxl"),
+        live=LiveText(
+            lambda: [part.load() for part in clips], clip_keys, text.encode_clips, len(clips), excluded_by="train_t5xxl"
+        ),
     )
 
 
 def build_objective(options: Sd3Options) -> FlowMatching:
     """Build the objective that compares an estimate of the clean latent, at whole thousandths of noise."""
     levels = shifted_scheme(options.flow, options.sd3.training_shift)
-    return build_flow(
+    return FlowMatching(
         options.noise,
         options.loss,
         levels,
@@ -144,19 +143,19 @@ def build_objective(options: Sd3Options) -> FlowMatching:
     )
 
 
-def build_variation(options: Sd3Options, loader: Sd3Loader) -> Variation | None:
+def build_variation(options: Sd3Options, loader: DitLoader) -> Variation | None:
     """Return the random changes of conditioning in training, or None."""
     text, position = options.text, options.sd3.pos_emb_random_crop_rate
     if not any((text.clip_l_dropout_rate, text.clip_g_dropout_rate, text.t5_dropout_rate, position)):
         return None
     with needing("--clip_l_dropout_rate and similar options need CLIP-L's file to know its features"):
-        clip_l = loader.clips[0].weights.shapes
+        clip_l = loader.text.component.weights.shapes
     return Variation(
         clip_l=text.clip_l_dropout_rate,
         clip_g=text.clip_g_dropout_rate,
         t5=text.t5_dropout_rate,
         position=position,
-        clip_l_width=shape_of(clip_l, "embeddings.token_embedding.weight")[1],
+        clip_l_width=shape_of(clip_l, CLIP_WORDS)[1],
         clip_l_pooled_width=shape_of(clip_l, PROJECTION)[0],
     )
 

@@ -1,28 +1,28 @@
 """Loading of Stable Diffusion 3 and 3.5 checkpoints."""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from library.architectures.sd3.model import MMDiT, MMDiTConfig, read_config
 from library.architectures.sd3.options import Sd3Options, Sd3TextOptions
 from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
-from library.checkpoints.base_files import named
+from library.checkpoints.base_files import BaseFiles, named
 from library.checkpoints.model_lookup import existing
 from library.checkpoints.weights import Weights, configure, find_prefix, first_names, selected, with_prefix
 from library.errors import NotThere, UserError
-from library.memory.codecs.codec import RequestedFormat
 from library.memory.devices import DTYPES
 from library.models.clip.clip import PROJECTION, clip_component, load_clip
+from library.models.dit_loader import DitLoader, open_dit_loader
 from library.models.identify import DENOISER_PREFIXES, base_of_file, open_single_file, refuse_other
-from library.models.loading import Component, MaybeComponent, first_side, materialise, on_meta_device, open_if_there
+from library.models.loading import Component, LoadPart, MaybeComponent, check_text_width
+from library.models.t5 import WORDS as T5_WORDS
 from library.models.t5 import load_t5, t5_component
-from library.models.vae.vae import VaeNeeds, load_vae, open_vae, resolve_vae_dtype, vae_of_checkpoint
+from library.models.vae.vae import VaeNeeds, load_vae, open_vae, vae_of_checkpoint
 from library.options.model import BASE_FLAG
 
 logger = logging.getLogger(__name__)
@@ -39,40 +39,9 @@ TEXT_PREFIXES = {name: f"text_encoders.{name}.transformer." for name in ("clip_l
 ACTIVATIONS = {"clip_l": "quick_gelu", "clip_g": "gelu"}
 
 
-@dataclass(frozen=True)
-class Sd3Loader:
-    """The models of an SD3 checkpoint, each loaded on request; frozen, on the CPU."""
-
-    path: Path
-    mmdit: Weights
-    config: MMDiTConfig
-    vae_component: MaybeComponent
-    clips: tuple[MaybeComponent, MaybeComponent]  # CLIP-L, CLIP-G
-    t5: MaybeComponent | None
-    dtype: torch.dtype
-    vae_dtype: torch.dtype
-
-    @property
-    def num_clip_words(self) -> int | None:
-        """The size of the vocabulary of both CLIPs, or None if CLIP-L's files are missing."""
-        return first_side(self.clips[0], "embeddings.token_embedding.weight")
-
-    def text_encoders(self) -> list[nn.Module]:
-        return self.clip_encoders() if self.t5 is None else [*self.clip_encoders(), load_t5(self.t5, self.dtype)]
-
-    def clip_encoders(self) -> list[nn.Module]:
-        """Load only CLIP-L and CLIP-G."""
-        return [load_clip(component, self.dtype) for component in self.clips]
-
-    def vae(self) -> nn.Module:
-        return load_vae(self.vae_component, self.vae_dtype)
-
-    def denoiser(self, weight_format: RequestedFormat | None = None) -> nn.Module:
-        return materialise(on_meta_device(MMDiT, self.config), self.mmdit, self.dtype, weight_format)
-
-
-def open_loader(options: Sd3Options) -> Sd3Loader:
-    """Open the files that the options name; only headers are read.
+def open_loader(options: Sd3Options) -> tuple[DitLoader, MMDiTConfig]:
+    """Open the files that the options name, CLIP-L, CLIP-G and T5, if there is one, as text encoders; only headers are
+    read. Return also the transformer's sizes.
 
     Raises UserError naming the flag if a file is missing, broken, incomplete or another kind of model.
     """
@@ -80,20 +49,24 @@ def open_loader(options: Sd3Options) -> Sd3Loader:
     mmdit = read_denoiser(base)
     config = configure(mmdit, read_config)
     name, needs = options.model.vae, VaeNeeds("SD3", LATENT_CHANNELS, LATENT_SCALE)
-    vae = open_if_there(
-        options.caching.cache_latents_to_disk,
-        lambda: vae_of_checkpoint(BASE_FLAG, base) if name is None else open_vae(name, needs),
+    texts: list[tuple[Callable[[], Component], LoadPart]] = [
+        (partial(open_clip, clip, options.text, base), load_clip) for clip in ("clip_l", "clip_g")
+    ]
+    if has_t5(options, base):
+        texts.append((partial(open_t5, options.text, base), load_t5))
+    loader = open_dit_loader(
+        options,
+        BaseFiles(path, base),
+        mmdit,
+        partial(MMDiT, config),
+        texts=texts,
+        text_dtype=DTYPES[options.precision.mixed_precision],
+        vae=lambda: vae_of_checkpoint(BASE_FLAG, base) if name is None else open_vae(name, needs),
+        load_vae=load_vae,
     )
-    texts_are_cached = options.text_caching.cache_text_encoder_outputs_to_disk
-    clip_l = open_if_there(texts_are_cached, lambda: open_clip("clip_l", options.text, base))
-    clip_g = open_if_there(texts_are_cached, lambda: open_clip("clip_g", options.text, base))
-    clips = (clip_l, clip_g)
-    t5 = open_if_there(texts_are_cached, lambda: open_t5(options.text, base, texts_are_cached))
-    check_widths(config, clips, t5)
-    dtype = DTYPES[options.precision.mixed_precision]
-    return Sd3Loader(
-        path, mmdit, config, vae, clips, t5, dtype, resolve_vae_dtype(options.model, options.precision.mixed_precision)
-    )
+    components = [part.component for part in loader.texts]
+    check_widths(config, components[:2], components[2:])
+    return loader, config
 
 
 def open_checkpoint(name: str | None) -> tuple[Path, Weights]:
@@ -130,17 +103,23 @@ def open_clip(name: str, options: Sd3TextOptions, base: Weights) -> Component:
     return clip_component(weights, ACTIVATIONS[name], projects=True)
 
 
-def open_t5(options: Sd3TextOptions, base: Weights, is_cached: bool = False) -> Component | None:
-    """Open T5; return None if neither `t5xxl` nor the base has it: SD3 works without."""
+def has_t5(options: Sd3Options, base: Weights) -> bool:
+    """Return True if `t5xxl` or the base has T5, and warn if neither has it: SD3 works without."""
+    if options.text.t5xxl is not None or any(key.startswith(TEXT_PREFIXES["t5xxl"]) for key in base.shapes):
+        return True
+    is_cached = options.text_caching.cache_text_encoder_outputs_to_disk
+    logger.warning(
+        "no T5: %s has none and --t5xxl is not set; its features are zeros, and captions are cut at CLIP's 75 tokens%s",
+        base.origin,
+        ". If captions were cached with T5, set --t5xxl; its file need not exist" if is_cached else "",
+    )
+    return False
+
+
+def open_t5(options: Sd3TextOptions, base: Weights) -> Component:
+    """Open T5 from its own file or folder or from the base."""
     weights = text_weights("t5xxl", options, base)
-    if weights is None:
-        logger.warning(
-            "no T5: %s has none and --t5xxl is not set; its features are zeros, and captions are cut at CLIP's 75 "
-            "tokens%s",
-            base.origin,
-            ". If captions were cached with T5, set --t5xxl; its file need not exist" if is_cached else "",
-        )
-        return None
+    assert weights is not None
     return t5_component(weights)
 
 
@@ -172,7 +151,7 @@ def with_projection(weights: Weights) -> Weights:
     )
 
 
-def check_widths(config: MMDiTConfig, clips: Sequence[MaybeComponent], t5: MaybeComponent | None) -> None:
+def check_widths(config: MMDiTConfig, clips: Sequence[MaybeComponent], t5: Sequence[MaybeComponent]) -> None:
     """Raise UserError if the present text encoders do not fit the denoiser."""
     pooled = [clip.weights.shapes[PROJECTION][0] for clip in clips if isinstance(clip, Component)]
     if len(pooled) == len(clips) == 2 and (sum(pooled) != config.pooled_width or pooled[0] > pooled[1]):
@@ -181,8 +160,5 @@ def check_widths(config: MMDiTConfig, clips: Sequence[MaybeComponent], t5: Maybe
             f"{clips[1].weights.origin}), but the model expects {config.pooled_width} together, fewer from CLIP-L; "
             "check that they are not swapped or of another model"
         )
-    if isinstance(t5, Component) and t5.config["d_model"] != config.context_width:
-        raise UserError(
-            f"--t5xxl {t5.weights.origin} has width {t5.config['d_model']}, but the transformer expects text features "
-            f"of width {config.context_width}; use T5-XXL v1.1"
-        )
+    for component in t5:
+        check_text_width("--t5xxl", component, T5_WORDS[0], config.context_width, "T5-XXL v1.1")

@@ -19,7 +19,7 @@ from library.memory.blocks import BlockRunner, Stacks, plain
 from library.memory.devices import send
 from library.models.patches import unpatchify
 from library.models.shapes import ShapeReader
-from library.models.sinusoids import FREQUENCIES, sinusoids
+from library.models.sinusoids import TimestepEmbedder
 
 EPS = 1e-6
 HEAD_WIDTH = 64  # of models without query norms, whose shapes do not tell it
@@ -90,7 +90,7 @@ class MMDiT(nn.Module):
         self.scaled_sides: tuple[int, ...] = ()  # in patches, of the resolutions that positions are scaled to
         self.x_embedder = PatchEmbed(c.in_channels, c.width, c.patch)
         self.register_buffer("pos_embed", torch.zeros(1, c.positions_side**2, c.width))
-        self.t_embedder = TimestepEmbedder(c.width)
+        self.t_embedder = TimestepEmbedder(c.width, c.width)
         self.y_embedder = VectorEmbedder(c.pooled_width, c.width)
         self.context_embedder = nn.Linear(c.context_width, c.width)
         self.joint_blocks = nn.ModuleList(
@@ -158,18 +158,6 @@ class PatchEmbed(nn.Module):
     def forward(self, latents_BCHW: Tensor) -> Tensor:
         tokens_BTM: Tensor = self.proj(latents_BCHW.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
         return tokens_BTM
-
-
-class TimestepEmbedder(nn.Module):
-    """An embedding of the noise level as cosines and sines of decreasing frequencies, then two layers."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
-
-    def forward(self, timesteps_B: Tensor, dtype: torch.dtype) -> Tensor:
-        embedding_BM: Tensor = self.mlp(sinusoids(timesteps_B).to(dtype))
-        return embedding_BM
 
 
 class VectorEmbedder(nn.Module):

@@ -6,9 +6,8 @@ from torch import nn
 
 from library.architectures.sd3.adapter_names import NAMES
 from library.architectures.specs import list_network_arguments
-from library.models.clip.clip import clip_body
+from library.models.clip.clip import ClipView
 from library.models.clip.names import CLIP_BLOCKS
-from library.models.clip.view import ClipView
 from library.models.t5 import T5_BLOCKS
 from networks.core.targets.targets import AdapterTargets, Embedders, Part, thirds
 
@@ -47,5 +46,5 @@ TARGETS = AdapterTargets(
 
 def view(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[list[nn.Module], nn.Module]:
     """Return ([CLIP-L, CLIP-G, T5 if present], denoiser) for `create_network` and `apply_to`."""
-    clips = [ClipView(clip_body(encoder)) for encoder in text_encoders[:2]]
+    clips = [ClipView(encoder) for encoder in text_encoders[:2]]
     return [*clips, *text_encoders[2:]], denoiser

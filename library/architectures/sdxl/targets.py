@@ -7,8 +7,7 @@ from torch import nn
 from library.architectures.sdxl.adapter_names import ENCODERS, NAMES
 from library.architectures.specs import list_network_arguments
 from library.models.clip import names as clip_names
-from library.models.clip.clip import clip_body
-from library.models.clip.view import ClipView
+from library.models.clip.clip import ClipView
 from library.models.unet import names as unet_names
 from library.models.unet.checkpoint_keys import UnetLayout, unet_to_ldm
 from library.protocols import AdapterView
@@ -80,7 +79,7 @@ def build_view(layout: UnetLayout) -> AdapterView:
         """Return (both text encoders, U-Net) for `create_network` and `apply_to`; every layer is the real one."""
         unet = unet_view(denoiser, layout)
         unet.adapter_targets = TARGETS  # type: ignore[assignment]  # a plain attribute beside the modules
-        return [ClipView(clip_body(encoder)) for encoder in text_encoders], unet
+        return [ClipView(encoder) for encoder in text_encoders], unet
 
     return view
 

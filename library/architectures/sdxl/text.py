@@ -5,40 +5,21 @@ projection.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from library.models.clip.clip import hidden_states, pool_at_end
-from library.models.clip.tokens import OPEN_CLIP_PAD, ClipTokens, emphasize, join_chunks
+from library.models.clip.tokens import OPEN_CLIP_PAD, ChunkedText, emphasize, join_chunks
 from library.types import Conditioning, Tokens
 
 CACHE_KEYS = ("hidden_state1", "hidden_state2", "pool2")
 
 
 @dataclass(frozen=True)
-class SdxlText:
+class SdxlText(ChunkedText):
     """The text pipeline of CLIP-L and OpenCLIP's bigG, which share a vocabulary; captions longer than 75 tokens are
     encoded in chunks and joined."""
-
-    tokens: ClipTokens
-
-    @property
-    def tokenizer(self) -> Any:
-        """The transformers CLIPTokenizer."""
-        return self.tokens.tokenizer
-
-    def reading_emphasis(self) -> "SdxlText":
-        """Return this text pipeline for prompts, which always have emphasis."""
-        return replace(self, tokens=replace(self.tokens, reads_emphasis=True))
-
-    @property
-    def max_tokens(self) -> int:
-        return self.tokens.max_tokens
-
-    def count_tokens(self, caption: str) -> int:
-        return len(self.tokens.weigh_tokens(caption)[0])
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
         """Return token IDs of shape (B, L, 77) for each encoder: the first is padded with the end token, the second

@@ -9,12 +9,13 @@ from functools import partial
 from library.architectures.specs import list_specs
 from library.architectures.zimage.load import QWEN3, is_turbo, open_encoder, open_loader
 from library.architectures.zimage.options import ZImageOptions
-from library.architectures.zimage.text import BEGIN, END, ZImageText
+from library.architectures.zimage.text import BEGIN, END, build_chat_text
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import RECORDS, FlowMatching, build_sampled_flow
 from library.diffusion.samplers import shifted_sampler
 from library.models.adapter_views import view_denoiser
 from library.models.dit_loader import DitLoader
+from library.models.language_models import ChatText
 from library.models.next_dit import predict
 from library.models.qwen3 import load_qwen3_tokenizer
 from library.models.recipe import Recipe, ignored_by_flow, tokenizer_folders
@@ -94,15 +95,15 @@ def build_objective(options: ZImageOptions) -> FlowMatching:
     return build_sampled_flow(options, options.flow_prediction.model_prediction_type, target_kind="latent - noise")
 
 
-def build_text(options: ZImageOptions, loader: DitLoader) -> ZImageText:
+def build_text(options: ZImageOptions, loader: DitLoader) -> ChatText:
     """Build the tokenizer, searched beside the base model and the encoder."""
     folders = tokenizer_folders(loader.path, options.parts.text_encoder)
     tokenizer = load_qwen3_tokenizer(QWEN3, folders, options.model.tokenizer_cache_dir, loader.num_words)
     check_marks(tokenizer, (BEGIN, END), QWEN3.hub_name)
-    return ZImageText(tokenizer)
+    return build_chat_text(tokenizer)
 
 
-def build_text_cache(options: ZImageOptions, loader: DitLoader, text: ZImageText) -> TextCacheSpec:
+def build_text_cache(options: ZImageOptions, loader: DitLoader, text: ChatText) -> TextCacheSpec:
     return TextCacheSpec(
         options=options.text_caching,
         suffix="_zimage_te.npz",
@@ -116,7 +117,7 @@ def build_text_cache(options: ZImageOptions, loader: DitLoader, text: ZImageText
     )
 
 
-def build_preview(text: ZImageText, turbo: bool) -> Preview:
+def build_preview(text: ChatText, turbo: bool) -> Preview:
     """Build previews with plain classifier-free guidance, or for Turbo in few steps without."""
     return Preview(
         defaults=PromptDefaults(

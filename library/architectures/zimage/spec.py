@@ -25,15 +25,15 @@ ORIGINAL_NAMES = Gap(
 OUTER_NAMES = Gap(KOHYA, r"lora_unet_(x_embedder|final_layer_.*)", "it finds no x_embedder and final_layer there")
 
 FILE = TransformerFile(
-    "zimage",
-    MODEL,
-    lambda weights: MODEL,
-    MARK,
-    DIFFUSERS_MARK,
-    KEYS.is_linear,
-    denoiser_module,
-    ZImage,
-    read_config,
+    base="zimage",
+    title=MODEL,
+    architecture=MODEL,
+    mark=MARK,
+    diffusers_mark=DIFFUSERS_MARK,
+    is_layer=KEYS.is_linear,
+    name=denoiser_module,
+    build=ZImage,
+    read_config=read_config,
 )
 
 SPECS = (

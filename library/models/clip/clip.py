@@ -21,6 +21,7 @@ from library.models.shapes import Shapes, choose_num_heads, count, shape_of
 
 HEAD_WIDTH = 64
 PROJECTION = "text_projection.weight"
+CLIP_WORDS = "embeddings.token_embedding.weight"
 OPEN_CLIP_STEMS = {
     "token_embedding": "embeddings.token_embedding",
     "ln_final": "final_layer_norm",
@@ -161,7 +162,7 @@ def without_layers_from(weights: Weights, first: int) -> Weights:
 
 def clip_config(shapes: Shapes, activation: str = "quick_gelu") -> dict[str, Any]:
     """Return the arguments of transformers' CLIPTextConfig, from names without "text_model."."""
-    vocab, width = shape_of(shapes, "embeddings.token_embedding.weight")
+    vocab, width = shape_of(shapes, CLIP_WORDS)
     return {
         "vocab_size": vocab,
         "hidden_size": width,
@@ -194,6 +195,14 @@ def empty_clip(config: Mapping[str, Any], projects: bool = False) -> Any:
 def clip_body(encoder: nn.Module) -> Any:
     """Return the module with `embeddings`, `encoder` and `final_layer_norm`: in transformers 5 the model itself."""
     return getattr(encoder, "text_model", encoder)
+
+
+class ClipView(nn.Module):
+    """The layers of a CLIP text encoder below "text_model.", which adapter names have and transformers 5 dropped."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.text_model = clip_body(encoder)
 
 
 def load_clip(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:

@@ -4,8 +4,8 @@ Shapes: B captions, L chunks, T the 77 positions of a chunk, W the width of a te
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from library.models.clip.emphasis import parse_emphasis
 
 CHUNK_TOKENS = 75  # CLIP's 77 positions without the begin and end tokens
 OPEN_CLIP_PAD = 0  # padding that OpenCLIP's models were trained with; OpenAI's repeat the end token
+TextT = TypeVar("TextT", bound="ChunkedText")
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,29 @@ class ClipTokens:
                 ids_BLT[b, n, end] = self.end_id
                 weights_BLT[b, n, 1:end] = torch.tensor(weights[part])
         return ids_BLT, weights_BLT
+
+
+@dataclass(frozen=True)
+class ChunkedText:
+    """The token limit of the text pipelines of the U-Net models, whose captions are encoded in chunks and joined."""
+
+    tokens: ClipTokens
+
+    @property
+    def tokenizer(self) -> Any:
+        """The transformers CLIPTokenizer."""
+        return self.tokens.tokenizer
+
+    def reading_emphasis(self: TextT) -> TextT:
+        """Return this text pipeline for prompts, which always have emphasis."""
+        return replace(self, tokens=replace(self.tokens, reads_emphasis=True))
+
+    @property
+    def max_tokens(self) -> int:
+        return self.tokens.max_tokens
+
+    def count_tokens(self, caption: str) -> int:
+        return len(self.tokens.weigh_tokens(caption)[0])
 
 
 def join_chunks(hidden_BLTW: Tensor) -> Tensor:

@@ -10,8 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from library.diffusion.guidance import guide, is_guided_at
-from library.diffusion.leco import concept_target
+from library.diffusion.guidance import concept_target, guide, is_guided_at
 from library.diffusion.samplers import DDPM_SAMPLER
 from library.randomness import generator_for
 from library.training.step.context import StepContext

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from library.architectures.anima.options import AnimaOptions
-from library.diffusion.flow import IGNORES, FlowMatching, Target, build_flow, build_sampled_flow
+from library.diffusion.flow import IGNORES, FlowMatching, Target, build_sampled_flow
 from library.diffusion.timesteps import shifted_scheme
 from library.options.no_effect import unused
 from library.options.train import TrainOptions
@@ -45,7 +45,7 @@ def flow(
     whole = {name: flags.pop(name, False) for name in ("has_whole_timesteps", "tells_whole_timesteps")}
     levels = shifted_scheme(FlowWeightingOptions(), 1.0)
     options = options_of(**flags)
-    return build_flow(options.noise, options.loss, levels, target, prediction, scheme, **whole)
+    return FlowMatching(options.noise, options.loss, levels, target, prediction, scheme, **whole)
 
 
 def corrupt(objective: FlowMatching, clean: Tensor, seed: int = 3) -> Noised:
@@ -140,8 +140,7 @@ def test_loss_is_finite_at_both_ends() -> None:
     for timestep in (0, 999, 1000):
         objective = replace(
             flow("latent", "sigma_scaled", "sigma_sqrt", loss_type="huber"),
-            min_timestep=timestep,
-            max_timestep=timestep,
+            timestep=timestep,
         )
         noised = corrupt(objective, clean)
         output = latents(7).requires_grad_()
@@ -172,9 +171,7 @@ def test_ip_noise_gamma_reaches_the_input_only() -> None:
 
 def test_random_ip_noise_is_one_share_for_the_batch() -> None:
     clean = torch.zeros(B, C, H, W)
-    objective = replace(
-        flow(ip_noise_gamma=0.8, ip_noise_gamma_random_strength=True), min_timestep=1000, max_timestep=1000
-    )
+    objective = replace(flow(ip_noise_gamma=0.8, ip_noise_gamma_random_strength=True), timestep=1000)
     noised = corrupt(objective, clean)
     g = torch.Generator().manual_seed(3)
     noise, strength, extra = (

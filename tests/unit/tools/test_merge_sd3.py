@@ -28,7 +28,7 @@ SEED = 33
 
 def predictions(base: Path, lora: Path | None = None, **arguments: str) -> list[Tensor]:
     """Return the outputs of the denoiser and both CLIPs; with a random adapter, saved as `lora`, if that is given."""
-    loader = open_loader(options_of(base))
+    loader, config = open_loader(options_of(base))
     denoiser, encoders = loader.denoiser(), loader.text_encoders()
     if lora is not None:
         views: Any = view(encoders, denoiser)
@@ -37,7 +37,7 @@ def predictions(base: Path, lora: Path | None = None, **arguments: str) -> list[
         network.apply_to(*views)
         network.eval()
         network.save_weights(str(lora), None, {})
-    return answers(denoiser, encoders, inputs(loader), is_ours=True)
+    return answers(denoiser, encoders, inputs(config), is_ours=True)
 
 
 def merge(base: Path, lora: Path, save_to: Path) -> Path:

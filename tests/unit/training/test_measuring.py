@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from library.diffusion.flow import build_flow
+from library.diffusion.flow import FlowMatching
 from library.diffusion.objective import build_ddpm
 from library.diffusion.timesteps import LevelSampler
 from library.options.training.noise import NoiseOptions
@@ -72,7 +72,7 @@ def test_noise_and_level_of_an_image_do_not_depend_on_its_neighbours(kind):
     objective = (
         build_ddpm(options.noise, options.loss, predicts_velocity=False)
         if kind == "ddpm"
-        else build_flow(options.noise, options.loss, uniform(), "noise - latent", "raw", "none")
+        else FlowMatching(options.noise, options.loss, uniform(), "noise - latent", "raw", "none")
     ).at_timestep(600)
     clean_BCHW = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 

@@ -261,7 +261,7 @@ def test_metadata_names_the_model(open_sd, tiny_sd_folder):
 
 
 def test_mem_eff_attn_says_what_is_used(tiny_sd_folder, caplog):
-    from library.models.attention import should_use_xformers
+    from library.models.unet_loader import should_use_xformers
     from library.options.machine.memory import MemoryOptions
 
     with caplog.at_level(logging.INFO):

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from library.architectures.sd3.assembly import build, metadata
-from library.architectures.sd3.load import DENOISER_PREFIX, TEXT_PREFIXES, Sd3Loader, open_loader
+from library.architectures.sd3.load import DENOISER_PREFIX, TEXT_PREFIXES, open_loader
 from library.architectures.sd3.options import Sd3Options
 from library.architectures.sd3.targets import view
+from library.models.dit_loader import DitLoader
 from library.options.ranges import check_ranges
 from library.training.command_line.checks import report_unused
 from tests.tiny.sd3 import CONFIGS, build_tiny_sd3
@@ -25,8 +26,8 @@ def options_of(path: Path | str | None, **flags: Any) -> Sd3Options:
     return Sd3Options.from_args(Namespace(**{**Sd3Options.defaults(), **given}))
 
 
-def open_tiny(path: Path | str | None, **flags: Any) -> Sd3Loader:
-    return open_loader(options_of(path, **flags))
+def open_tiny(path: Path | str | None, **flags: Any) -> DitLoader:
+    return open_loader(options_of(path, **flags))[0]
 
 
 def refusal(path: Path | str | None, **flags: Any) -> str:
@@ -82,11 +83,11 @@ def test_the_denoiser_is_found_with_and_without_its_prefix(sd3_file: Path, tmp_p
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_size_is_told_by_its_weights(tmp_path: Path, name: str) -> None:
-    loader = open_tiny(build_tiny_sd3(tmp_path / "m", 22, name))
-    assert loader.config == CONFIGS[name]
+    _, config = open_loader(options_of(build_tiny_sd3(tmp_path / "m", 22, name)))
+    assert config == CONFIGS[name]
     version = {"sd3-medium": "medium", "sd3.5-large": "5-large", "sd3.5-medium": "5-medium"}[name]
-    assert metadata(Sd3Options(), loader.config)["ss_base_model_version"] == version
-    assert metadata(Sd3Options(), loader.config)["modelspec.architecture"] == f"stable-diffusion-3-{version}/lora"
+    assert metadata(Sd3Options(), config)["ss_base_model_version"] == version
+    assert metadata(Sd3Options(), config)["modelspec.architecture"] == f"stable-diffusion-3-{version}/lora"
 
 
 def test_everything_comes_in_the_training_dtype_and_frozen(sd3_file: Path) -> None:
