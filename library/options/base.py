@@ -124,48 +124,29 @@ def scalar_type(hint: Any) -> Any:
 class Options:
     """Base of the frozen dataclasses that hold what the user asked for.
 
-    A fact that holds for all options of a class is a keyword of the class:
-    `class SavingOptions(Options, affects_training=False)`.
+    A fact that holds for all options of a class, such as affects_training, needs_images and own, is a keyword of the
+    class: `class SavingOptions(Options, affects_training=False)`.
     """
 
-    _affect_training: ClassVar[bool] = True
-    _need_images: ClassVar[bool] = False
+    _facts: ClassVar[Mapping[str, bool]] = {}
 
-    def __init_subclass__(cls, affects_training: bool | None = None, needs_images: bool | None = None) -> None:
+    def __init_subclass__(cls, **facts: bool) -> None:
         super().__init_subclass__()
-        if affects_training is not None:
-            cls._affect_training = affects_training
-        if needs_images is not None:
-            cls._need_images = needs_images
+        cls._facts = {**cls._facts, **facts}
 
     @classmethod
     def leaves(cls) -> Iterator[tuple[Field[Any], Any]]:
         """Yield every option below this class with its type hint, groups opened, in the order of declaration."""
-        hints = get_type_hints(cls)
-        for f in fields(cls):  # type: ignore[arg-type]
-            kind = hints[f.name]
-            if isinstance(kind, type) and issubclass(kind, Options):
-                yield from kind.leaves()
-            else:
-                yield f, kind
+        for f, kind in typed_fields(cls):
+            yield from kind.leaves() if is_group(kind) else ((f, kind),)
 
     @classmethod
     @cache
     def facts(cls) -> Mapping[str, Facts]:
         """Return the facts of every option below this class, by name, in the order of declaration."""
-        hints = get_type_hints(cls)
         found: dict[str, Facts] = {}
-        for f in fields(cls):  # type: ignore[arg-type]
-            kind = hints[f.name]
-            if isinstance(kind, type) and issubclass(kind, Options):
-                found.update(kind.facts())
-                continue
-            own = f.metadata[FACTS]
-            found[f.name] = replace(
-                own,
-                affects_training=own.affects_training and cls._affect_training,
-                needs_images=own.needs_images or cls._need_images,
-            )
+        for f, kind in typed_fields(cls):
+            found |= kind.facts() if is_group(kind) else {f.name: replace(f.metadata[FACTS], **cls._facts)}
         return found
 
     @classmethod
@@ -174,12 +155,10 @@ class Options:
 
         Each class is an argument group, headed by the first sentence of its docstring.
         """
-        hints = get_type_hints(cls)
         heading = (cls.__doc__ or cls.__name__).partition("\n")[0].rstrip(".")
         section = None
-        for f in fields(cls):  # type: ignore[arg-type]
-            kind = hints[f.name]
-            if isinstance(kind, type) and issubclass(kind, Options):
+        for f, kind in typed_fields(cls):
+            if is_group(kind):
                 kind.add_to(parser)
                 continue
             section = section or parser.add_argument_group(heading)
@@ -193,12 +172,9 @@ class Options:
     @classmethod
     def from_args(cls: type[OptionsT], args: argparse.Namespace) -> OptionsT:
         """Collect the parsed values."""
-        hints = get_type_hints(cls)
-        values = {}
-        for f in fields(cls):  # type: ignore[arg-type]
-            kind = hints[f.name]
-            is_group = isinstance(kind, type) and issubclass(kind, Options)
-            values[f.name] = kind.from_args(args) if is_group else getattr(args, f.name)
+        values = {
+            f.name: kind.from_args(args) if is_group(kind) else getattr(args, f.name) for f, kind in typed_fields(cls)
+        }
         return cls(**values)
 
     def flat(self) -> dict[str, Any]:
@@ -226,7 +202,13 @@ class Options:
         return {f.name: f.default for f, _ in cls.leaves()}
 
 
-def changes(before: Options, after: Options) -> dict[str, Any]:
-    """Return the options that have another value afterwards, by name."""
-    values = before.flat()
-    return {name: value for name, value in after.flat().items() if value != values[name]}
+def typed_fields(kind: type[Options]) -> Iterator[tuple[Field[Any], Any]]:
+    """Yield the fields of a class, options and groups alike, with their type hints."""
+    hints = get_type_hints(kind)
+    for f in fields(kind):  # type: ignore[arg-type]
+        yield f, hints[f.name]
+
+
+def is_group(hint: Any) -> bool:
+    """Return True if a field with this type hint holds a group of options."""
+    return isinstance(hint, type) and issubclass(hint, Options)

@@ -1,11 +1,23 @@
-"""Check what the declarations of options say about combinations: what an option requires, and what it excludes."""
+"""Check options against their declarations: those that are not supported, and what others require or exclude."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from library.errors import UserError
 from library.options.base import Options
-from library.options.no_effect import describe_needs, is_met, is_set
+from library.options.no_effect import asks, describe_needs, is_met, is_set
+
+
+def unsupported(options: Options) -> list[str]:
+    """Return a line for every option that asks for what is not done here."""
+    values, defaults = options.flat(), type(options).defaults()
+    return [
+        f"--{name} is not supported: {facts.unsupported}"
+        for name, facts in type(options).facts().items()
+        if facts.unsupported is not None
+        and (is_set(values[name], defaults[name]) if facts.needs else asks(values[name]))
+        and all(is_met(need, values) for need in facts.needs)
+    ]
 
 
 def check_requirements(options: Options) -> None:

@@ -16,7 +16,7 @@ import pytest
 from library.architectures.scripts import OtherScripts
 from library.architectures.specs import list_network_arguments, list_specs
 from library.options.leco import leco_options
-from library.options.support import unsupported
+from library.options.requirements import unsupported
 from library.options.train import TrainOptions
 from library.training.command_line.cli import build_parser_of_prompts
 from library.training.config_file import read_config

@@ -7,12 +7,11 @@ from library.options.machine.base_formats import BASE_FORMATS
 
 
 @dataclass(frozen=True)
-class FitOptions(Options, affects_training=False):
+class FitOptions(Options, affects_training=False, own=True):
     """Choosing what saves memory by what it costs in time."""
 
     fit: str | None = option(
         None,
-        own=True,
         usual=True,
         metavar="SIZE",
         excludes={"dataset_class": "the sizes of its batches are not known before they are drawn"},
@@ -22,7 +21,6 @@ class FitOptions(Options, affects_training=False):
     )
     fit_formats: list[str] | None = option(
         None,
-        own=True,
         needs="fit",
         excludes={"base_arithmetic=8bit": "only some of the formats multiply in 8 bits, so set --base_format"},
         nargs="+",

@@ -6,12 +6,11 @@ from library.options.base import Options, option
 
 
 @dataclass(frozen=True)
-class ReportOptions(Options, affects_training=False):
+class ReportOptions(Options, affects_training=False, own=True):
     """Events of a run for programs, and a report for people."""
 
     log_events: str | None = option(
         None,
-        own=True,
         unless="dry_run",
         names_output=True,
         help="File that takes what happens in the run, one JSON object a line, for front ends and other programs; - is "
@@ -19,13 +18,11 @@ class ReportOptions(Options, affects_training=False):
     )
     report_live: bool = option(
         False,
-        own=True,
         unless="no_report",
         help="Write the report every 10 s, as a page that reloads itself in the browser until the run ends. Unset "
         "writes it every 30 s, and you reload it.",
     )
     no_report: bool = option(
         False,
-        own=True,
         help="Write no report. Unset keeps an HTML file with charts, previews and saved files in --output_dir.",
     )

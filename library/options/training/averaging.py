@@ -8,12 +8,11 @@ FILES, PREVIEWS, VALIDATION = "files", "previews", "validation"
 
 
 @dataclass(frozen=True)
-class AveragingOptions(Options):
+class AveragingOptions(Options, own=True):
     """A moving average of the adapter's weights."""
 
     ema_decay: float | None = option(
         None,
-        own=True,
         at_least=0,
         at_most=0.999999,
         sweep_name="ema",
@@ -22,7 +21,6 @@ class AveragingOptions(Options):
     )
     ema_update_after_step: int = option(
         0,
-        own=True,
         at_least=0,
         needs="ema_decay",
         sweep_name="emaafter",
@@ -30,7 +28,6 @@ class AveragingOptions(Options):
     )
     ema_used_for: list[str] | None = option(
         None,
-        own=True,
         needs="ema_decay",
         help="What shows the average: files, previews, validation; the others show the weights of training. Unset is "
         "all three.",

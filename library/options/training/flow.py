@@ -94,12 +94,11 @@ class FlowPredictionOptions(Options):
 
 
 @dataclass(frozen=True)
-class TimestepPreviewOptions(Options, affects_training=False, needs_images=True):
+class TimestepPreviewOptions(Options, affects_training=False, needs_images=True, own=True):
     """Look at the noise levels that would be drawn, without a model or images."""
 
     show_timesteps: str | None = option(
         None,
-        own=True,
         usual=True,
         help="Show how often each noise level is drawn with these settings and how much it counts, then end: a table "
         "on the console, or as a file (image) in --output_dir.",
@@ -107,14 +106,12 @@ class TimestepPreviewOptions(Options, affects_training=False, needs_images=True)
     )
     show_timesteps_resolution: str = option(
         "1024",
-        own=True,
         needs="show_timesteps",
         help="Size in pixels that --show_timesteps assumes, N for a square or HEIGHT,WIDTH. It matters where levels "
         "depend on the size of the image.",
     )
     show_timesteps_offset: float = option(
         0.0,
-        own=True,
         needs="show_timesteps",
         help="Offset on the normal draw that --show_timesteps assumes, as timestep_sampling.offset of a subset does. "
         "Above 0 moves the levels toward noise.",

@@ -11,12 +11,11 @@ EXCLUDES = {
 
 
 @dataclass(frozen=True)
-class PairOptions(Options, needs_images=True):
+class PairOptions(Options, needs_images=True, own=True):
     """Training on pairs of images of one caption: those of a subset, and those of its opposite_dir."""
 
     preference_loss: str | None = option(
         None,
-        own=True,
         choices=(None, "dpo"),
         excludes={**EXCLUDES, "pair_slider": "each trains pairs in its own way"},
         help="Train on preferences: each image is preferred to the one of its name in the subset's opposite_dir. dpo "
@@ -24,7 +23,6 @@ class PairOptions(Options, needs_images=True):
     )
     preference_beta: float = option(
         2000.0,
-        own=True,
         above=0,
         needs="preference_loss=dpo",
         help="How strongly --preference_loss dpo ties the adapter to the model without it; 2000 to 5000 are usual. "
@@ -32,7 +30,6 @@ class PairOptions(Options, needs_images=True):
     )
     pair_slider: float | None = option(
         None,
-        own=True,
         above=0,
         excludes=EXCLUDES,
         help="Train a slider from pairs: one adapter, at this strength on the images and at minus this strength on "

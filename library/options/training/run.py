@@ -52,39 +52,34 @@ class RunOptions(Options):
 
 
 @dataclass(frozen=True)
-class FaultOptions(Options):
+class FaultOptions(Options, own=True):
     """Failures of a run, and trials before it starts."""
 
     on_nonfinite: str = option(
         "skip",
-        own=True,
         help="What to do with a step whose loss or gradient is NaN or infinite: skip leaves the weights as they were "
         "and stops after a handful in a row, stop ends the run at the first one.",
         choices=("skip", "stop"),
     )
     trace_nonfinite: bool = option(
         False,
-        own=True,
         affects_training=False,
         help="Compute the first step whose loss or gradient is NaN or infinite once more and name the module that the "
         "damage comes from. Costs nothing before that step.",
     )
     exit_status_on_stop: bool = option(
         False,
-        own=True,
         affects_training=False,
         help="End with status 130, 143 or 129 when Ctrl-C, SIGTERM or SIGHUP stopped the run before its last step, so "
         "that what stands behind && is not started. Unset ends with 0, as the run is saved.",
     )
     deterministic: bool = option(
         False,
-        own=True,
         help="Let two runs on one card with the same seed give the same bits, also where its fastest kernels add up in "
         "any order; steps may take longer. On the CPU they always do.",
     )
     selftest: bool = option(
         False,
-        own=True,
         affects_training=False,
         help="Before training, compute one batch as --blocks_to_swap, --base_format, --gradient_checkpointing and the "
         "like have it and once more block by block without them, compare the gradients, and end the run where they "
@@ -93,7 +88,6 @@ class FaultOptions(Options):
     dry_run: bool = option(
         False,
         usual=True,
-        own=True,
         affects_training=False,
         help="Load and check everything, train the largest batch for one step, show memory, parameters and steps, and "
         "stop without writing a file.",

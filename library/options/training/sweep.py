@@ -8,12 +8,11 @@ ONE_ADAPTER = "blocks are compiled for one adapter, and those that run change be
 
 
 @dataclass(frozen=True)
-class SweepOptions(Options):
+class SweepOptions(Options, own=True):
     """Several adapters in one run."""
 
     sweep: list[str] | None = option(
         None,
-        own=True,
         nargs="+",
         metavar="OPTION=A,B",
         excludes={
@@ -28,7 +27,6 @@ class SweepOptions(Options):
     )
     sweep_stop_after: int | None = option(
         None,
-        own=True,
         at_least=1,
         needs="sweep",
         help="End adapters of --sweep early that are significantly worse than the best one, at every validation "

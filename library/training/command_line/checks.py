@@ -22,8 +22,7 @@ from library.options.model import ModelOptions
 from library.options.no_effect import is_set, unused
 from library.options.output.preview import PreviewOptions
 from library.options.ranges import check_ranges
-from library.options.requirements import check_requirements
-from library.options.support import unsupported
+from library.options.requirements import check_requirements, unsupported
 from library.options.train import TrainOptions
 from library.options.training.network import NetworkOptions
 from library.options.training.noise import NoiseOptions

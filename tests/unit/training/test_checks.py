@@ -17,7 +17,7 @@ from library.options.base import group
 from library.options.machine.compiling import CompileOptions
 from library.options.model import ModelOptions
 from library.options.no_effect import unused
-from library.options.support import unsupported
+from library.options.requirements import unsupported
 from library.options.train import TrainOptions
 from library.training.command_line import checks
 from library.training.command_line.checks import check, report_unused, warn_of_fp16_vae
