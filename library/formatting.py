@@ -1,6 +1,7 @@
 """Quantities and names as text."""
 
 import re
+from collections.abc import Sequence
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
@@ -13,6 +14,12 @@ def format_bytes(num_bytes: int) -> str:
 def format_count(count: int, noun: str) -> str:
     """Format a count with its noun: `1 image`, `2 images`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a line for each row, its cells padded to the width of their columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def escape_controls(text: str, keep: str = "") -> str:

@@ -68,10 +68,7 @@ class Heartbeat:
         """Deregister: peers stop expecting this process, and it stops watching them."""
         if not self._is_over.is_set():
             self._is_over.set()
-            try:
-                self.store.set(f"over/{self.rank}", "1")
-            except RuntimeError:  # the process that hosted the store has ended
-                logger.debug("the store is unreachable", exc_info=True)
+            self._say(f"over/{self.rank}", "1")
 
     def find(self) -> str | None:
         """Return a sentence about a lost process, or None if none is known."""
@@ -116,16 +113,16 @@ class Heartbeat:
             return f"process {rank} on {host} has sent nothing for {now - at:.0f} s: its machine or the network is down"
         return None
 
-    def _beat(self, number: int) -> None:
+    def _say(self, key: str, value: str) -> None:
         try:
-            self.store.set(f"beat/{self.rank}", str(number))
-        except RuntimeError:
+            self.store.set(key, value)
+        except RuntimeError:  # the process that hosted the store has ended
             logger.debug("the store is unreachable", exc_info=True)
 
     def _watch(self) -> None:
         number = 0
         while not self._is_over.wait(self.times.beat):
-            self._beat(number := number + 1)
+            self._say(f"beat/{self.rank}", str(number := number + 1))
             found = self.find()
             if found is not None and not self._is_over.is_set():
                 self.lost = found
@@ -133,10 +130,7 @@ class Heartbeat:
         if self.lost is None:
             return
         if self.rank == 0:
-            try:
-                self.store.set("lost", self.lost)
-            except RuntimeError:
-                logger.debug("the store is unreachable", exc_info=True)
+            self._say("lost", self.lost)
         if self._is_over.wait(self.times.say) or self.is_stopping:
             return
         logger.error("%s; this process will end too, within %.0f s", self.lost, self.times.end)

@@ -83,7 +83,6 @@ def check_gpu_is_used(torch: Any) -> None:
 
 
 def install_command(requirements: Iterable[str]) -> str:
-    """Return the command that installs or updates packages."""
     return "python3 -m pip install -U " + " ".join(f'"{requirement}"' for requirement in requirements)
 
 

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import time
 
 
 def launched_rank() -> int:
@@ -77,18 +76,8 @@ def set_openmp_wait_policy() -> None:
 
 
 def count_busy_cores(seconds: float) -> float:
-    """Sleep for `seconds`; return how many of this process's cores were busy meanwhile, on average."""
-    before = _read_busy_ticks()
-    time.sleep(seconds)
-    return (_read_busy_ticks() - before) / os.sysconf("SC_CLK_TCK") / seconds
+    """Wait for `seconds`; return how many of this process's cores were busy meanwhile, on average."""
+    import psutil
 
-
-def _read_busy_ticks() -> int:
-    usable = {f"cpu{index}" for index in os.sched_getaffinity(0)}
-    busy = 0
-    with open("/proc/stat", encoding="ascii") as lines:
-        for name, *ticks in (line.split() for line in lines):
-            if name in usable:
-                user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, ticks[:8])
-                busy += user + nice + system + irq + softirq + steal
-    return busy
+    percents = psutil.cpu_percent(seconds, percpu=True)
+    return float(sum(percents[core] for core in os.sched_getaffinity(0) if core < len(percents))) / 100

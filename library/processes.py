@@ -65,7 +65,6 @@ class Processes:
 
     @property
     def num_machines(self) -> int:
-        """The number of machines of the run."""
         return -(-self.count // self.local_count)
 
     def share(self, what: str, text: str) -> str:
@@ -86,10 +85,6 @@ class Processes:
             for rank in range(self.count)
             for number, text in json.loads(self._wait_for(f"{what} {rank}"))
         }
-
-    def share_seed(self, seed: int) -> int:
-        """Return the main process's seed in every process."""
-        return int(self.share("seed", str(seed)))
 
     def require_same(self, what: str, own: str) -> None:
         """Raise UserError if `own`, a description of this process's `what`, differs from the main process's."""

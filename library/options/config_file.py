@@ -44,27 +44,28 @@ else:
 BACKSLASH_HINT = "a backslash in double quotes begins a special character: write paths with / or in single quotes"
 
 
-def is_about_backslash(error: str) -> bool:
-    """Return True if a mistake in TOML is a backslash in double quotes, by the words of its reader."""
-    return "Unescaped" in error or "Invalid hex value" in error
-
-
-def read_toml(path: Path, flag: str) -> dict[str, Any]:
-    """Return the tables of a TOML file (UTF-8, a byte order mark is skipped); `flag` is the option that named it.
-
-    Raises UserError where there is no such file, ValueError naming line and column of a mistake.
-    """
+def read_text(path: Path, flag: str) -> str:
+    """Return the text of a UTF-8 file that the option `flag` names, a byte order mark skipped. Raises UserError."""
     if not path.is_file():
         raise UserError(f"{flag} is {path}, but there is no such file")
     try:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{flag} {path} cannot be read: {error.strerror}; change its permissions") from error
-    text = decoded(content, f"{flag} {path}")
+    return decoded(content, f"{flag} {path}")
+
+
+def read_toml(path: Path, flag: str) -> dict[str, Any]:
+    """Return the tables of a TOML file; `flag` is the option that named it.
+
+    Raises UserError where there is no such file, ValueError naming line and column of a mistake.
+    """
+    text = read_text(path, flag)
     try:
         tables: dict[str, Any] = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        hint = "; " + BACKSLASH_HINT if is_about_backslash(str(error)) else ""
+        is_about_backslash = any(words in str(error) for words in ("Unescaped", "Invalid hex value"))
+        hint = "; " + BACKSLASH_HINT if is_about_backslash else ""
         raise UserError(f"{flag} {path} is not valid TOML: {error}{hint}") from None
     refuse_nul(tables, f"{flag} {path}")
     return tables

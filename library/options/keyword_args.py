@@ -31,13 +31,6 @@ def read_keyword_args(items: Sequence[str] | None, flag: str) -> dict[str, Any]:
     return keywords
 
 
-def accepted_keywords(target: Callable[..., Any]) -> tuple[list[str], bool]:
-    """Return the names of the parameters of `target`, and whether it takes others as well."""
-    parameters = list(inspect.signature(target).parameters.values())
-    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    return names, any(p.kind is p.VAR_KEYWORD for p in parameters)
-
-
 def call_with_keywords(
     target: Callable[..., Any],
     positional: Sequence[Any],
@@ -53,7 +46,9 @@ def call_with_keywords(
     Raises UserError for an unknown keyword, naming the accepted ones, and for values that `target` refuses.
     """
     name = getattr(target, "__name__", str(target))
-    names, takes_others = accepted_keywords(target)
+    parameters = list(inspect.signature(target).parameters.values())
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    takes_others = any(p.kind is p.VAR_KEYWORD for p in parameters)
     for key in keywords:
         if key in set_elsewhere:
             fix = f"use --{set_elsewhere[key]}" if set_elsewhere[key] else "the trainer sets it; leave it out"

@@ -2,9 +2,9 @@
 
 import argparse
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_type_hints
+from typing import TypeVar, get_type_hints
 
-from library.options.base import Options, group, redeclared
+from library.options.base import Options, group, is_group, redeclared
 from library.options.train import TrainOptions
 from library.options.training.concepts import ConceptOptions
 from library.options.training.flow import FlowPredictionOptions
@@ -57,7 +57,8 @@ def leco_options(kind: type[TrainOptions]) -> type[TrainOptions]:
     """
     if kind is TrainOptions:
         return LecoOptions
-    forms = [name for name, hint in get_type_hints(kind).items() if is_prediction(hint)]
+    hints = get_type_hints(kind)
+    forms = [name for name, hint in hints.items() if is_group(hint) and issubclass(hint, FlowPredictionOptions)]
     namespace = {
         "__doc__": "All options of training by prompts for one base model.",
         "__module__": kind.__module__,
@@ -66,10 +67,6 @@ def leco_options(kind: type[TrainOptions]) -> type[TrainOptions]:
     }
     made = type(kind.__name__.replace("Options", "LecoOptions"), (PromptTraining, kind), namespace)
     return dataclass(frozen=True)(made)
-
-
-def is_prediction(hint: Any) -> bool:
-    return isinstance(hint, type) and issubclass(hint, FlowPredictionOptions)
 
 
 def refused_by_leco(kind: type[Options]) -> dict[str, str]:

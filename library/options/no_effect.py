@@ -55,13 +55,8 @@ def unmet(needs: tuple[str, ...], values: Mapping[str, Any]) -> str | None:
 
 def describe_needs(needs: Sequence[str]) -> str:
     """Write what an option needs, one of several, as it is typed."""
-    *others, last = (describe_need(need) for need in needs)
+    *others, last = (f"--{need.replace('=', ' ').replace('|', ' or ')}" for need in needs)
     return f"{', '.join(others)} or {last}" if others else last
-
-
-def describe_need(need: str) -> str:
-    other, _, wanted = need.partition("=")
-    return f"--{other} {wanted.replace('|', ' or ')}".rstrip()
 
 
 def is_met(need: str, values: Mapping[str, Any]) -> bool:

@@ -64,6 +64,12 @@ class TrainOptions(Options):
     faults: FaultOptions = group(FaultOptions)
 
     @property
+    def trains_text_encoders(self) -> bool:
+        """Return True if the text encoders get adapters and their learning rate is not 0."""
+        rates = self.network.text_encoder_lr or [self.optimizer.learning_rate]
+        return not self.network.network_train_unet_only and any(rates)
+
+    @property
     def concepts(self) -> ConceptOptions | None:
         """The concepts that are trained from prompts alone (LECO); None where images are trained."""
         return None

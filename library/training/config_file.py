@@ -169,7 +169,6 @@ def convert_flag(value: Any, dest: str) -> Any:
 
 
 def convert_scalar(value: Any, action: argparse.Action) -> Any:
-    """One value of an option that takes values."""
     kind = action.type
     has_number = is_number(value)
     if value is False and kind in (int, float, int_or_float):

@@ -32,7 +32,6 @@ class Optimization:
 
     @property
     def optimizer(self) -> Optimizer:
-        """The optimizer itself."""
         return self.built.optimizer
 
 

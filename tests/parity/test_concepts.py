@@ -13,7 +13,7 @@ from library.architectures.sdxl.options import SdxlOptions
 from library.options.train import TrainOptions
 from library.protocols import Architecture
 from library.randomness import generator_for
-from library.training.step.concepts import partly_drawn
+from library.training.step.concepts import draw_partly
 from library.training.step.conditioning import CaptionMemo
 from library.training.step.context import Models, StepContext
 from library.training.step.denoising import noised_at
@@ -128,7 +128,7 @@ def test_the_latents_are_those_of_the_pipeline_with_the_adapter_merged(tiny_sd_f
         "StableDiffusionPipeline", tiny_sd_folder, prediction_type="v_prediction" if velocity else "epsilon"
     )
     merge_into(pipeline.unet, context, CONCEPT.multiplier)
-    noised = partly_drawn(context, batch_of(), CONCEPT, NUMBER)
+    noised = draw_partly(context, batch_of(), CONCEPT, NUMBER)
     torch.testing.assert_close(noised.latents_BCHW, drawn_by(pipeline), **FLOAT32_SAMPLED)
     assert noised.timesteps_B.tolist() == [pipeline.scheduler.timesteps[5].item()] * 2 == [250.0] * 2
 
@@ -139,9 +139,9 @@ def test_sdxl_is_told_the_sizes_that_were_drawn(tiny_sdxl_folder: Path) -> None:
     merge_into(pipeline.unet, context, CONCEPT.multiplier)
     sizes = {"original_size": (150, 140), "crops_coords_top_left": (31, 7), "target_size": (96, 64)}
     expected = drawn_by(pipeline, **{**sizes, **{f"negative_{name}": size for name, size in sizes.items()}})
-    noised = partly_drawn(context, batch_of(sizes=(150, 140, 31, 7, 96, 64)), CONCEPT, NUMBER)
+    noised = draw_partly(context, batch_of(sizes=(150, 140, 31, 7, 96, 64)), CONCEPT, NUMBER)
     torch.testing.assert_close(noised.latents_BCHW, expected, **FLOAT32_SAMPLED)
-    other = partly_drawn(context, batch_of(), CONCEPT, NUMBER)
+    other = draw_partly(context, batch_of(), CONCEPT, NUMBER)
     assert (other.latents_BCHW - expected).abs().max() > 0.01, "sizes count"
 
 
@@ -180,7 +180,7 @@ def test_target_and_loss_are_those_of_a_float64_recomputation(
     tiny_sd_folder: Path, velocity: bool, gamma: float | None
 ) -> None:
     context = sd_context(tiny_sd_folder, v_parameterization=velocity, min_snr_gamma=gamma)
-    noised = partly_drawn(context, batch_of(), CONCEPT, NUMBER)
+    noised = draw_partly(context, batch_of(), CONCEPT, NUMBER)
     loss = loss_of(context, batch_of(), NUMBER)
 
     base = pipeline_of("StableDiffusionPipeline", tiny_sd_folder).unet.double()
@@ -206,7 +206,7 @@ def test_the_gradient_is_that_of_the_last_prediction_alone(tiny_sd_folder: Path)
     assert found and all(adapter.multiplier == CONCEPT.multiplier for adapter in module.adapters.values())
     module.zero_grad()
 
-    noised = partly_drawn(context, batch, CONCEPT, NUMBER)
+    noised = draw_partly(context, batch, CONCEPT, NUMBER)
     assert not noised.latents_BCHW.requires_grad
     at_rest = noised_at(type("Level", (), {"timestep": 250.0, "sigma": 1.0})(), noised.latents_BCHW.detach())
     said = context.models.denoiser(

@@ -16,7 +16,7 @@ from library.options.leco import leco_options
 from library.options.training.concepts import ConceptOptions
 from library.protocols import Architecture
 from library.randomness import generator_for
-from library.training.step.concepts import build_prompt, partly_drawn
+from library.training.step.concepts import build_prompt, draw_partly
 from library.training.step.conditioning import CaptionMemo
 from library.training.step.context import StepContext
 from library.training.step.losses import loss_of
@@ -123,7 +123,7 @@ def test_latents_target_and_loss_are_those_of_a_float64_recomputation(
     batch = batch_of(replace(CONCEPT, guidance=guidance))
     base = Recomputed(context, denoiser, batch)
     assert batch.concept is not None
-    noised = partly_drawn(context, batch, batch.concept, NUMBER)
+    noised = draw_partly(context, batch, batch.concept, NUMBER)
     loss = loss_of(context, batch, NUMBER)
 
     at = noised.latents_BCHW.double()

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from library.training.models.base_model import LoadedModels
-from library.training.models.block_running import trains_text_encoders
 from library.training.models.compute import Compute
 from library.training.models.step_context import step_context
 from library.training.models.text_caching import cached_text, live_text
@@ -40,14 +39,14 @@ def take_step(name: str, folder: Path, *more: str, concept: Concept | None = Non
     with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
         meta = run_on_meta_device(options, arch, [options])
         spec = cached_text(options.network, arch.text_cache)
-        _, conditioning = count_captions(spec, options.precision, arch, meta.encoders, SHAPE)
+        _, conditioning = count_captions(spec, meta, SHAPE)
         batch = fake_batch(arch, SHAPE, conditioning, options.caching.cache_latents)
     models, (network,), on_host = meta.models, meta.networks, arch.text_cache.on_host if arch.text_cache else ()
     with device_without_float64(), NoWaiting():
         move_fakes([models.denoiser, *models.text_encoders, network.module])
         network.prepare_gradients(*models.network_view)
         loaded = LoadedModels(models, live_text(options.network, arch.text_cache), None)
-        trains_text = trains_text_encoders(options.network, options.optimizer.learning_rate)
+        trains_text = options.trains_text_encoders
         context = step_context(trains_text, 1, arch, 3, loaded, network, Compute.build(options.precision, DEVICE))
         assert batch.latents_BCHW is not None
         there = {

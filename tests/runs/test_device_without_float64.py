@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import library.processes
 from library.checkpoints.files import load_state_dict
 from library.models import rotary
 from library.processes import Processes
+from library.training.command_line import training
 from tests.device_standin import device_without_float64
 from tests.running import Finished, make_images
 from tests.runs.bases import BASES
@@ -39,7 +39,7 @@ def test_a_run_needs_no_float64_on_its_device(
     plain = train([*words, "--output_dir", str(tmp_path / "plain")], script=base.script)
     assert plain.status == 0, plain.stderr
     with device_without_float64() as device:
-        monkeypatch.setattr(library.processes, "from_accelerator", lambda accelerator: Processes(device=device))
+        monkeypatch.setattr(training, "from_accelerator", lambda accelerator: Processes(device=device))
         done = train([*words, "--output_dir", str(tmp_path / "there")], script=base.script)
     assert done.status == 0, done.stderr
     first, second = (load_state_dict(tmp_path / folder / "mine.safetensors") for folder in ("plain", "there"))

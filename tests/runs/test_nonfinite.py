@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from library.training.command_line import training
 from library.training.failures.nonfinite import MAX_IN_A_ROW
 from library.training.loop import loop
 from library.training.run import optimization
-from library.training.run import prepare as setup
 from library.training.run_parts import Run
 from library.training.step.context import StepContext
 from tests.running import Finished
@@ -255,7 +255,7 @@ def test_a_gradient_that_is_damaged_after_a_finite_loss_is_traced(
         def backward(ctx: Any, gradient: torch.Tensor) -> Any:
             return gradient * float("nan")
 
-    honest = setup.prepare
+    honest = training.prepare
 
     def prepare(*arguments: Any) -> Any:
         prepared = honest(*arguments)
@@ -263,7 +263,7 @@ def test_a_gradient_that_is_damaged_after_a_finite_loss_is_traced(
         block.register_forward_pre_hook(lambda module, inputs: (Poisoned.apply(inputs[0]), *inputs[1:]))
         return prepared
 
-    monkeypatch.setattr(setup, "prepare", prepare)
+    monkeypatch.setattr(training, "prepare", prepare)
     done = train([*base_arguments, "--trace_nonfinite", "--on_nonfinite", "stop", "--network_train_unet_only"])
     assert done.status == 1
     assert "with a finite loss" in done.stderr

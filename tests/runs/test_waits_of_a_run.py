@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-import library.processes
 from library.memory.offload.readback import Readback
 from library.processes import Processes
+from library.training.command_line import training
 from library.training.loop.update import Updates
 from tests.device_reads import HostWaits, NoWaiting
 from tests.device_standin import OnDevice, device_without_float64
@@ -80,7 +80,7 @@ def test_a_run_waits_once_a_step(
     monkeypatch.setattr(Readback, "read", watched_read)
     monkeypatch.setattr(OnDevice, "tolist", lambda tensor: watch.tolist(tensor))
     with device_without_float64() as device, watch:
-        monkeypatch.setattr(library.processes, "from_accelerator", lambda accelerator: Processes(device=device))
+        monkeypatch.setattr(training, "from_accelerator", lambda accelerator: Processes(device=device))
         done = train([*base_arguments, *more, "--max_train_steps", str(NUM_STEPS)])
     assert "left out" not in done.stderr, "a damaged step is explained, for which values are asked"
     assert done.status == 0, done.stderr

@@ -46,7 +46,7 @@ def test_one_process_needs_no_store() -> None:
     processes = from_accelerator(accelerator)
     assert processes.is_main and processes.store is None
     processes.wait_for_all("nothing")
-    assert processes.share_seed(7) == 7
+    assert processes.share("seed", "7") == "7"
     assert torch.equal(processes.exchange([], torch.ones(2), 2, True)[0], torch.ones(2))
 
 
@@ -68,15 +68,15 @@ class Board(dict[str, str]):
 def test_all_use_the_seed_of_the_main_process_and_the_folder_of_their_machine() -> None:
     board = Board()
 
-    def seen(rank: int) -> tuple[int, str]:
+    def seen(rank: int) -> tuple[str, str]:
         processes = Processes(rank, 4, rank % 2, 2, store=board)
-        found = processes.share_seed(100 + rank), processes.shared_folder("latents")
+        found = processes.share("seed", str(100 + rank)), processes.shared_folder("latents")
         processes.wait_for_all("the end")
         return found
 
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(seen, (3, 2, 1, 0)))
-    assert {seed for seed, _ in found} == {100}
+    assert {seed for seed, _ in found} == {"100"}
     folders = [folder for _, folder in found]
     assert folders[0] == folders[1] != folders[2] == folders[3]
 

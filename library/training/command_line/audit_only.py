@@ -20,7 +20,7 @@ from library.training.report_page.record import Record
 from library.training.report_page.writer import build_report, write_page
 from library.training.reporting.event_stream import WarningEvents, plain
 from library.training.reporting.events import Audit, End, Event, FoundImage, Start
-from library.training.reporting.events import Finding as StepResult
+from library.training.reporting.events import Finding as FindingEvent
 from library.training.reporting.sample_images import encode_data_url
 from library.training.run.run_events import changed_options, versions
 from library.training.saving.checkpoints import Names
@@ -49,10 +49,10 @@ def audit_only(options: TrainOptions, latents: LatentSpec, warnings: WarningEven
             Start(None, changed_options(options), versions()),
             *warned,
             Audit(**plan.facts(), pairs=show_pairs(plan)),
-            *(StepResult(finding.text, show_images(finding, plan), len(finding.images)) for finding in findings),
+            *(FindingEvent(finding.text, show_images(finding, plan), len(finding.images)) for finding in findings),
             End("finished", None, time.time() - began, None, None, None),
         ]
-        path = Names.build(options.saving).of_audit()
+        path = Names.build(options.saving).beside("-audit.html")
         check_overwrite("--audit_only:", path, REPORT)
         write_page(path, build_report(collect_events(events)))
         logger.info("full report with thumbnails: %s", path)
@@ -84,7 +84,6 @@ def show_images(finding: Finding, plan: DataPlan) -> Sequence[FoundImage]:
 
 
 def collect_events(events: Sequence[Event]) -> Record:
-    """Collect these events for a page."""
     record = Record()
     for event in events:
         record.add(plain(event.as_line(time.time())))

@@ -7,27 +7,31 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PureWindowsPath
 
+import torch
+
 from library.checkpoints.folders import ADDED_TO_NAMES, LONGEST_ON_WINDOWS
 from library.checkpoints.metadata import thumbnail_url
 from library.checkpoints.overwriting import check_not_input, check_overwrite
+from library.data.concepts.prompts_file import FLAG as PROMPTS_FLAG
+from library.data.concepts.prompts_file import read_prompt_pairs
 from library.errors import UserError
 from library.memory.codecs.weight_format import load_format
 from library.memory.planner.gpus import parse_size
 from library.options.base import Options
-from library.options.dataset import DatasetOptions
+from library.options.leco import ignored_by_leco, refused_by_leco
 from library.options.machine.base_formats import BASE_FORMATS
 from library.options.machine.compiling import CompileOptions
 from library.options.machine.memory import PrecisionOptions
 from library.options.model import ModelOptions
-from library.options.no_effect import is_set, unused
+from library.options.no_effect import asks, is_set, unused
 from library.options.output.preview import PreviewOptions
 from library.options.ranges import check_ranges
 from library.options.requirements import check_requirements, unsupported
 from library.options.train import TrainOptions
+from library.options.training.concepts import ConceptOptions
 from library.options.training.network import NetworkOptions
 from library.options.training.noise import NoiseOptions
 from library.options.training.optimizer import OptimizerOptions
-from library.training.command_line.concept_checks import check_concepts, ignored_for_concepts
 from library.training.evaluation.preview import Timetable
 from library.training.evaluation.prompts import check_sampler, read_prompts
 from library.training.optimization.optimizers import class_path, wanted_type
@@ -63,7 +67,8 @@ def check(options: TrainOptions) -> None:
     wanted_type(options.optimizer)  # which raises where several are named
     check_network(options.network)
     check_timesteps(options.noise)
-    check_fit(options.fit.fit)
+    if options.fit.fit not in (None, "auto"):
+        parse_size("--fit", str(options.fit.fit))
     check_compiling(options.compiling)
     check_previews(options.preview)
     tracker_kind(options.trackers)
@@ -72,7 +77,9 @@ def check(options: TrainOptions) -> None:
 def check_data(options: TrainOptions) -> None:
     """Raise UserError for what is wrong where images are only encoded, and nothing is trained."""
     check_values(options)
-    check_buckets(options.dataset)
+    low, high = options.dataset.min_bucket_reso, options.dataset.max_bucket_reso
+    if options.dataset.enable_bucket and low > high:
+        raise UserError(f"--min_bucket_reso is {low}, above --max_bucket_reso {high}; swap them")
     if options.concepts is not None:
         check_concepts(options, options.concepts)
         return
@@ -84,6 +91,29 @@ def check_data(options: TrainOptions) -> None:
             )
         if not dataset.resolution:
             raise UserError("--resolution is not set; give the training size with it, such as 512 or 512,768")
+
+
+def check_concepts(options: Options, concepts: ConceptOptions) -> None:
+    """Raise UserError for options that need images, and for mistakes in the prompts file."""
+    values = options.flat()
+    for name, why in refused_by_leco(type(options)).items():
+        if asks(values[name]):
+            raise UserError(f"--{name} does not work with {PROMPTS_FLAG}: {why}")
+    if not concepts.prompts_file:
+        raise UserError(f"{PROMPTS_FLAG} is not set; give the TOML file with the prompts that are trained")
+    read_prompt_pairs(Path(concepts.prompts_file), warn=ignore_message)
+
+
+def ignore_message(*message: object) -> None:
+    """Say nothing: the run warns of the same where it opens the file."""
+
+
+def ignored_for_concepts(kind: type[Options], draws_previews: bool) -> Mapping[str, str]:
+    """Return the options that have no effect without images, each with the reason."""
+    ignored = ignored_by_leco(kind)
+    if draws_previews:
+        return ignored
+    return {**ignored, **dict.fromkeys(("vae", "no_half_vae"), "images are neither encoded nor drawn")}
 
 
 def check_values(options: Options) -> None:
@@ -114,13 +144,6 @@ def report_unused(options: TrainOptions, ignores: Mapping[str, str]) -> None:
         ignores = {**ignores, **ignored_for_concepts(type(options), bool(options.preview.sample_prompts))}
     for line in (*unused(options, ignores), *find_doubtful(options)):
         logger.warning("%s", line)
-
-
-def check_buckets(dataset: DatasetOptions) -> None:
-    """Raise UserError where the shortest side of a bucket is above the longest."""
-    low, high = dataset.min_bucket_reso, dataset.max_bucket_reso
-    if dataset.enable_bucket and low > high:
-        raise UserError(f"--min_bucket_reso is {low}, above --max_bucket_reso {high}; swap them")
 
 
 def check_choices(options: Options) -> None:
@@ -344,8 +367,6 @@ def warn_of_fp16_vae(model: ModelOptions, mixed_precision: str) -> None:
 
 def gpu_without_bf16() -> str | None:
     """Return the name of the CUDA GPU if it is older than Ampere, whose tensor cores were the first with bf16."""
-    import torch
-
     if not torch.cuda.is_available() or torch.version.hip or torch.cuda.get_device_capability() >= (8, 0):
         return None
     return torch.cuda.get_device_name()
@@ -353,8 +374,6 @@ def gpu_without_bf16() -> str | None:
 
 def has_accelerator() -> bool:
     """Return True if torch finds anything but the CPU."""
-    import torch
-
     return torch.accelerator.is_available()
 
 
@@ -370,12 +389,6 @@ def check_network(network: NetworkOptions) -> None:
             f"--base_weights_multiplier has {len(factors)} values for {len(files)} --base_weights; "
             "give one for each file"
         )
-
-
-def check_fit(size: str | None) -> None:
-    """Raise UserError for a size of the GPU's memory that cannot be read."""
-    if size not in (None, "auto"):
-        parse_size("--fit", str(size))
 
 
 def check_timesteps(noise: NoiseOptions) -> None:

@@ -205,7 +205,6 @@ def describe_other_options(parser: argparse.ArgumentParser) -> Callable[[str], s
 
 
 def script_name(parser: argparse.ArgumentParser) -> str:
-    """Return the name of the script that a parser belongs to."""
     return getattr(describe_other_options(parser), "name", parser.prog)
 
 

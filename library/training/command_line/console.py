@@ -114,7 +114,9 @@ def setup_logging(options: ConsoleOptions) -> None:
     Calling it again with the same options changes nothing.
     """
     for stream in (sys.stdout, sys.stderr):
-        use_utf8(stream)
+        if isinstance(stream, io.TextIOWrapper):
+            encoding = stream.encoding if "PYTHONIOENCODING" in os.environ else "utf-8"
+            stream.reconfigure(encoding=encoding, errors="backslashreplace", line_buffering=True)
     root = logging.getLogger()
     name = f"{CONSOLE}{options!r}"
     if any(handler.name == name for handler in root.handlers):
@@ -182,10 +184,3 @@ def build_stderr_handler() -> logging.Handler:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(DATED)
     return handler
-
-
-def use_utf8(stream: object) -> None:
-    """Let every character through and flush after each line; PYTHONIOENCODING keeps its say on the encoding."""
-    if isinstance(stream, io.TextIOWrapper):
-        encoding = stream.encoding if "PYTHONIOENCODING" in os.environ else "utf-8"
-        stream.reconfigure(encoding=encoding, errors="backslashreplace", line_buffering=True)

@@ -46,38 +46,27 @@ Change concepts of a model from prompts alone, without images (LECO). Two comman
 --help shows the usual options, --help_all all of them, --version the version; docs/train_leco.md explains them."""
 
 
-class FullHelp(
+class FilteredHelp(
     argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter, argparse.MetavarTypeHelpFormatter
 ):
-    """Every option with the type of its value, its help, and its default where that says something.
+    """The options in `usual`, or all, with the type of the value, the help, and the default where that says something.
 
     Options in `left_out` are not shown; groups of which none is, are left out too.
     """
 
-    def __init__(self, left_out: frozenset[str], *args: Any, **kwargs: Any) -> None:
+    def __init__(self, left_out: frozenset[str], usual: frozenset[str] | None, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.left_out = left_out
+        self.left_out, self.usual = left_out, usual
 
     def add_argument(self, action: argparse.Action) -> None:
-        if action.dest not in self.left_out:
+        is_usual = self.usual is None or action.dest == "help" or action.dest in self.usual
+        if is_usual and action.dest not in self.left_out:
             super().add_argument(action)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default in (None, False, "", argparse.SUPPRESS):
             return action.help
         return super()._get_help_string(action)
-
-
-class UsualHelp(FullHelp):
-    """The help of the options in `usual`."""
-
-    def __init__(self, usual: frozenset[str], left_out: frozenset[str], *args: Any, **kwargs: Any) -> None:
-        super().__init__(left_out, *args, **kwargs)
-        self.usual = usual
-
-    def add_argument(self, action: argparse.Action) -> None:
-        if action.dest == "help" or action.dest in self.usual:
-            super().add_argument(action)
 
 
 class TrainingParser(argparse.ArgumentParser):
@@ -101,7 +90,7 @@ class TrainingParser(argparse.ArgumentParser):
         super().__init__(
             usage="%(prog)s [options]",
             description=examples.format(parts=f"      {parts} \\\n" if parts else ""),
-            formatter_class=functools.partial(UsualHelp, usual, left_out),
+            formatter_class=functools.partial(FilteredHelp, left_out, usual),
         )
 
     def parse_known_args(  # type: ignore[override]
@@ -114,7 +103,7 @@ class TrainingParser(argparse.ArgumentParser):
             self.exit(0)
         if EVERYTHING in words:
             full = copy.copy(self)
-            full.formatter_class = functools.partial(FullHelp, self._left_out)
+            full.formatter_class = functools.partial(FilteredHelp, self._left_out, None)
             full.print_help()
             self.exit(0)
         return super().parse_known_args(args, namespace)

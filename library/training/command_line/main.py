@@ -6,18 +6,20 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from library.data.plan.data_plan import DataPlan
+from library.data.debug_dataset import show_batches
 from library.diffusion.flow import FlowMatching
 from library.errors import UserError
 from library.options.model import BASE_FLAG
 from library.options.train import TrainOptions
 from library.protocols import Architecture, LatentSpec
+from library.training.command_line.audit_only import audit_images, audit_only
 from library.training.command_line.checks import check, check_values
 from library.training.command_line.cli import from_program, parse
 from library.training.command_line.console import forgive_write_errors
 from library.training.command_line.replaced import refuse_replaced
 from library.training.command_line.show_timesteps import requested_timesteps, show_timesteps
 from library.training.command_line.training import train_alone
+from library.training.failures.failure import StoppedByError
 from library.training.failures.interruption import Interrupted, Interruption
 from library.training.reporting.event_stream import capture_warnings
 from library.training.saving.resume import AlreadyComplete
@@ -105,24 +107,16 @@ def train_as_asked(
     with capture_warnings() as warnings:
         check(options)
         if latents is not None and options.dataset.audit_only:
-            from library.training.command_line.audit_only import audit_only
-
             audit_only(options, latents, warnings)
             return True
         if latents is not None and options.dataset.debug_dataset and not options.model.pretrained_model_name_or_path:
-            from library.training.command_line.audit_only import audit_images
-
-            show_dataset(audit_images(options, latents))
+            plan = audit_images(options, latents)
+            logger.info(
+                "no base model is named, so captions are not counted in tokens: --pretrained_model_name_or_path does"
+            )
+            show_batches(plan)
             return True
         return train_alone(options, build, interruption, command, warnings)
-
-
-def show_dataset(plan: DataPlan) -> None:
-    """Show the batches of the first epoch where no base model is named."""
-    from library.data.debug_dataset import show_batches
-
-    logger.info("no base model is named, so captions are not counted in tokens: --pretrained_model_name_or_path does")
-    show_batches(plan)
 
 
 OUR_FAULT = (
@@ -136,25 +130,16 @@ def report_error(error: Exception, args: argparse.Namespace | None = None) -> No
     What the user can put right is a sentence, and so is what the operating system refuses. Anything else is a fault of
     ours and keeps its traceback.
     """
-    from library.training.failures.failure import StoppedByError
-
+    # A full disk or missing rights: the operating system refused something for a file.
+    is_from_system = isinstance(error, OSError) and error.errno is not None and error.filename is not None
     if isinstance(error, StoppedByError) and isinstance(error.__cause__, Exception):
         report_error(error.__cause__, args)
         logger.error("%s", error)
-    elif isinstance(error, UserError) or is_from_system(error):
-        logger.error("%s", with_typed_flag(str(error), args))
+    elif isinstance(error, UserError) or is_from_system:
+        # --dit is musubi-tuner's name of the base model's flag; the message has the one that was typed.
+        is_dit = getattr(args, "dit", None) and not getattr(args, "pretrained_model_name_or_path", None)
+        logger.error("%s", str(error).replace(BASE_FLAG, "--dit") if is_dit else error)
         logger.debug("where it was found:", exc_info=error)
     else:
         logger.error("%s: %s", type(error).__name__, error, exc_info=error)
         logger.error("%s", OUR_FAULT)
-
-
-def with_typed_flag(message: str, args: argparse.Namespace | None) -> str:
-    """Return a message that names the base model's flag as it was typed: --dit is musubi-tuner's name of it."""
-    is_dit = getattr(args, "dit", None) and not getattr(args, "pretrained_model_name_or_path", None)
-    return message.replace(BASE_FLAG, "--dit") if is_dit else message
-
-
-def is_from_system(error: Exception) -> bool:
-    """Return True if the operating system refused something for a file: a full disk, missing rights."""
-    return isinstance(error, OSError) and error.errno is not None and error.filename is not None

@@ -18,10 +18,10 @@ MOST_SHOWN = 12  # pairs
 
 def show_pairs(plan: DataPlan | None) -> list[FoundImage]:
     """Return the first images that have references, as they are trained, with the references on their left."""
-    return [] if plan is None else list(islice(found_pairs(plan), MOST_SHOWN))
+    return [] if plan is None else list(islice(iterate_pairs(plan), MOST_SHOWN))
 
 
-def found_pairs(plan: DataPlan) -> Iterator[FoundImage]:
+def iterate_pairs(plan: DataPlan) -> Iterator[FoundImage]:
     """Yield images with references, as far as they can be decoded; subsets without any are not read."""
     first = 0
     for images in plan.samples.subsets:
@@ -32,7 +32,7 @@ def found_pairs(plan: DataPlan) -> Iterator[FoundImage]:
             if not sample.image.references:
                 continue
             try:
-                image, *references = [Image.fromarray(one) for one in placed(sample, plan)]
+                image, *references = [Image.fromarray(one) for one in place_images(sample, plan)]
             except UserError:
                 continue
             shown = show_beside(references, image)
@@ -41,7 +41,7 @@ def found_pairs(plan: DataPlan) -> Iterator[FoundImage]:
             yield FoundImage(sample.image.key, sample.image.caption, thumbnail)
 
 
-def placed(sample: Sample, plan: DataPlan) -> Iterator[Pixels]:
+def place_images(sample: Sample, plan: DataPlan) -> Iterator[Pixels]:
     """Yield an image and its references, resized and cropped."""
     images, shapes = (sample.image, *sample.image.references), (sample.shape, *sample.shape.references)
     for image, shape in zip(images, shapes, strict=True):

@@ -12,8 +12,8 @@ from library.errors import UserError
 from library.options.leco import LecoOptions, leco_options
 from library.options.output.console import ConsoleOptions
 from library.options.train import TrainOptions
+from library.training.command_line.checks import ignore_message
 from library.training.command_line.cli import build_parser_of_prompts
-from library.training.command_line.concept_checks import ignore_message
 from library.training.command_line.console import setup_logging
 from library.training.command_line.main import main, report_error
 from library.training.config_file import config_path, flatten, load_toml
@@ -33,8 +33,11 @@ def main_by_prompts(recognise: Recognise, elsewhere: Callable[[str], str], argv:
     words = list(sys.argv[1:] if argv is None else argv)
     kind: type[TrainOptions] = LecoOptions
     build: Callable[[Any], Any] = no_model
+    base, prompts = read_requested(words)
     try:
-        spec = recognise_requested(recognise, words)
+        if base and prompts:  # mistakes in the prompts come first: a hub name may have to be downloaded
+            read_prompt_pairs(Path(prompts), warn=ignore_message)
+        spec = recognise(base) if base else None
     except UserError as error:
         setup_logging(ConsoleOptions())
         report_error(error)
@@ -43,17 +46,6 @@ def main_by_prompts(recognise: Recognise, elsewhere: Callable[[str], str], argv:
         kind, build = leco_options(spec.options), spec.build
         words = [*spec.script_flag.split(), *words]
     return main(build_parser_of_prompts(kind, elsewhere), kind, build, words)
-
-
-def recognise_requested(recognise: Recognise, words: Sequence[str]) -> BaseModelSpec | None:
-    """Return the spec of the base model in a command line; None if none is named.
-
-    Mistakes in the prompts come first: a hub name may have to be downloaded. Raises UserError.
-    """
-    base, prompts = read_requested(words)
-    if base and prompts:
-        read_prompt_pairs(Path(prompts), warn=ignore_message)
-    return recognise(base) if base else None
 
 
 def read_requested(words: Sequence[str]) -> tuple[str, str]:

@@ -70,14 +70,15 @@ def refuse_replaced(trainer: object) -> None:
 
 
 def changed_modules() -> dict[str, list[str]]:
-    """Return what a program has put into the modules that keep what they had when they were imported."""
+    """Return the names that a program has changed in the modules that keep what they had when they were imported."""
     loaded = [(name, module) for name, module in sys.modules.items() if name.startswith("library.")]
-    doors = {name: vars(module) for name, module in loaded if isinstance(module, ModuleType)}  # None: it may not load
-    changed = {name: changed_names(values, values[KEPT]) for name, values in doors.items() if KEPT in values}
-    return {name: names for name, names in sorted(changed.items()) if names}
-
-
-def changed_names(values: Mapping[str, object], before: Mapping[str, object]) -> list[str]:
-    """Return the names that have other values than before, or had none."""
-    own = {KEPT, *(name for name, value in values.items() if name in before and before[name] is value)}
-    return sorted(name for name in values if name not in own and not name.startswith("__"))
+    changed = {}
+    for name, module in sorted(loaded, key=lambda pair: pair[0]):
+        values = vars(module) if isinstance(module, ModuleType) else {}  # None where it may not load
+        before = values.get(KEPT, values)
+        found = [
+            key for key in values if not key.startswith("__") and not (key in before and before[key] is values[key])
+        ]
+        if names := sorted(key for key in found if key != KEPT):
+            changed[name] = names
+    return changed

@@ -6,29 +6,78 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from tempfile import gettempdir
-from typing import TYPE_CHECKING, Any, Generic
+from typing import Any, Generic, TypeVar
 
+import torch
+
+from library.collector import importing
+from library.data.debug_dataset import show_batches
+from library.data.training_data import TrainingData
 from library.errors import UserError
+from library.hidden_libraries import BITSANDBYTES, find_neither, hidden
+from library.installed import NEEDED_BY_ALL, check_gpu_is_used, check_installed
 from library.launcher import launched_rank
+from library.memory.offload.shared import IN_MEMORY
 from library.options.output.saving import SavingOptions
+from library.options.train import TrainOptions
+from library.processes import Processes, from_accelerator
 from library.protocols import Architecture
+from library.temporary_folders import delete_abandoned_folders
 from library.training.command_line.checks import check, report_unused, warn_of_fp16_vae
+from library.training.command_line.pairs import show_pairs
 from library.training.command_line.run_lock import run_locks
+from library.training.evaluation.choosing import format_choice
+from library.training.failures.failure import saved_on_error
 from library.training.failures.interruption import Interrupted, Interruption
+from library.training.failures.nonfinite import last_good_saved
+from library.training.failures.out_of_memory import explain_out_of_memory
+from library.training.loop.adapter_run import PreparedRun
+from library.training.loop.loop import train
+from library.training.models import opening
+from library.training.models.cuda_kernels import cuda_kernels, deterministic
+from library.training.models.opening import open_accelerator
+from library.training.planning.advice import memory_hints
+from library.training.planning.correction import MemoryWatch
+from library.training.planning.fit import Fit
+from library.training.planning.fit_run import fit_run
+from library.training.reporting.console_lines import finished_line
 from library.training.reporting.event_stream import EventsOfAll, WarningEvents
+from library.training.reporting.events import Audit, Planned
 from library.training.reporting.log_prefix import log_prefix
-from library.training.run.resolved_options import OptionsT, ResolvedOptions
-from library.training.sweep.combinations import shared_and_own
-
-if TYPE_CHECKING:
-    from library.data.training_data import TrainingData
-    from library.processes import Processes
-    from library.training.loop.prepared import PreparedRun
-    from library.training.planning.fit import Fit
-    from library.training.sweep.states import FoundStates
-    from library.training.sweep_record import SweepRecord
+from library.training.run import runs
+from library.training.run.dry_run import DRY_RUN_VALUES, try_largest_batch
+from library.training.run.prepare import prepare
+from library.training.run.run_events import open_events
+from library.training.run.selftest import test_itself
+from library.training.run.shard_base_checks import launched_values, sharding_values
+from library.training.saving.checkpoints import Names
+from library.training.saving.hub import check_repository
+from library.training.saving.resume import batches_of_state, rates_of_state
+from library.training.saving.saved_files import files_of_run
+from library.training.sweep.combinations import expand_combinations, shared_and_own
+from library.training.sweep.ranking import add_runs, clearly_worse, collect_standing, log_ranking, rank
+from library.training.sweep.states import FoundStates, find_states
+from library.training.sweep_record import NOT_FINITE, SweepRecord
+from networks.core.protocol import open_network_module
 
 logger = logging.getLogger(__name__)
+OptionsT = TypeVar("OptionsT", bound=TrainOptions)
+
+
+@dataclass(frozen=True)
+class ResolvedOptions(Generic[OptionsT]):
+    """The options of what all adapters share, and those of each adapter.
+
+    The launcher, the processes, the states and the planner override values on the way, each in both.
+    """
+
+    shared: OptionsT  # of the base model, the data and the loop
+    adapters: Mapping[str, OptionsT]  # by label; one of label "" without a sweep
+
+    def with_values(self, values: Mapping[str, Any]) -> "ResolvedOptions[OptionsT]":
+        """Override options by name."""
+        adapters = {label: own.with_values(values) for label, own in self.adapters.items()}
+        return ResolvedOptions(self.shared.with_values(values), adapters)
 
 
 @dataclass(frozen=True)
@@ -38,9 +87,9 @@ class ResolvedRun(Generic[OptionsT]):
     options: ResolvedOptions[OptionsT]
     arch: Architecture
     seed: int  # of what all adapters share
-    data: "TrainingData"
-    states: "FoundStates"  # that it resumes from
-    fit: "Fit | None" = None  # None without --fit
+    data: TrainingData
+    states: FoundStates  # that it resumes from
+    fit: Fit | None = None  # None without --fit
 
 
 def train_alone(
@@ -51,13 +100,6 @@ def train_alone(
     warnings: WarningEvents,
 ) -> bool:
     """Train while no other run writes the same files, and emit events; return whether the run came to its end."""
-    import torch
-
-    from library.installed import NEEDED_BY_ALL, check_gpu_is_used, check_installed
-    from library.training.models.cuda_kernels import cuda_kernels
-    from library.training.run.deterministic import deterministic
-    from library.training.run.run_events import open_events
-
     check_installed("adapters", NEEDED_BY_ALL)
     check_gpu_is_used(torch)
     shared, adapters = shared_and_own(asked)
@@ -87,18 +129,8 @@ def train_network(
 ) -> bool:
     """Build the architecture, join the other processes, resolve the options and train; return whether it came to its
     end rather than being stopped."""
-    from library.data.debug_dataset import show_batches
-    from library.memory.offload.shared import IN_MEMORY
-    from library.processes import from_accelerator
-    from library.temporary_folders import delete_abandoned_folders
-    from library.training.command_line.pairs import show_pairs
-    from library.training.models.opening import open_accelerator
-    from library.training.reporting.events import Audit
-    from library.training.run.dry_run import dry_run_values
-    from library.training.run.shard_base_checks import launched_values
-
     values = launched_values(options.shared.distributed.shard_base)
-    options = options.with_values(values | dry_run_values() if options.shared.faults.dry_run else values)
+    options = options.with_values(values | DRY_RUN_VALUES if options.shared.faults.dry_run else values)
     arch = open_architecture(options, build)
     accelerator = open_accelerator(
         options.shared.precision.mixed_precision, options.shared.trackers, options.shared.distributed.ddp_timeout
@@ -121,10 +153,6 @@ def open_architecture(options: ResolvedOptions[OptionsT], build: Callable[[Optio
 
     Network modules are imported first: a misspelt one ends the run before model files and images are read.
     """
-    from library.collector import importing
-    from library.hidden_libraries import BITSANDBYTES, find_neither, hidden
-    from networks.core.protocol import open_network_module
-
     with importing("tokenizers"):
         find_neither()
         with hidden(BITSANDBYTES):
@@ -139,19 +167,11 @@ def open_architecture(options: ResolvedOptions[OptionsT], build: Callable[[Optio
     return arch
 
 
-def resolve_run(
-    options: ResolvedOptions[OptionsT], arch: Architecture, processes: "Processes"
-) -> ResolvedRun[OptionsT]:
+def resolve_run(options: ResolvedOptions[OptionsT], arch: Architecture, processes: Processes) -> ResolvedRun[OptionsT]:
     """Find the states to resume from, resolve the options that they and the processes decide, and open the data.
 
     States come before the data: a resumed run keeps the seed of its state, from which the order of the data follows.
     """
-    from library.training.models import opening
-    from library.training.run.shard_base_checks import sharding_values
-    from library.training.saving.hub import check_repository
-    from library.training.saving.resume import batches_of_state, rates_of_state
-    from library.training.sweep.states import find_states
-
     asked = options.shared
     sharding = sharding_values(asked, processes)
     states = find_states(asked, options.adapters, processes)
@@ -165,14 +185,10 @@ def resolve_run(
     return ResolvedRun(options, arch, seed, data, states)
 
 
-def fit_to_memory(run: ResolvedRun[OptionsT], processes: "Processes", events: EventsOfAll) -> ResolvedRun[OptionsT]:
+def fit_to_memory(run: ResolvedRun[OptionsT], processes: Processes, events: EventsOfAll) -> ResolvedRun[OptionsT]:
     """Override the options that the memory planner chooses for the largest batch."""
-    from library.training.reporting.events import Planned
-
     if run.options.shared.fit.fit is None:
         return run
-    from library.training.planning.fit_run import fit_run
-
     sizes = run.data.sizes
     assert sizes is not None, "options refuse to plan the memory of a user's class"
     fit = fit_run(run.options.shared, run.arch, sizes, processes, [*run.options.adapters.values()])
@@ -186,19 +202,11 @@ def fit_to_memory(run: ResolvedRun[OptionsT], processes: "Processes", events: Ev
 def train_resolved(
     run: ResolvedRun[OptionsT],
     accelerator: Any,
-    processes: "Processes",
+    processes: Processes,
     interruption: Interruption,
     events: EventsOfAll,
 ) -> bool:
     """Load the models, attach the adapters, and train, dry-run or self-test them."""
-    from library.hidden_libraries import BITSANDBYTES, hidden
-    from library.training.failures.out_of_memory import explain_out_of_memory
-    from library.training.run import runs
-    from library.training.run.dry_run import try_largest_batch
-    from library.training.run.prepare import prepare
-    from library.training.run.selftest import test_itself
-    from library.training.sweep_record import SweepRecord
-
     options, states, data, largest = run.options.shared, run.states, run.data, None
     if options.faults.dry_run:
         data, largest = data.limited_to_largest_batch()
@@ -228,23 +236,16 @@ def train_resolved(
 
 
 def train_prepared(
-    prepared: "Sequence[PreparedRun]",
+    prepared: Sequence[PreparedRun],
     events: EventsOfAll,
     interruption: Interruption,
-    processes: "Processes",
-    fitted: "Fit | None",
+    processes: Processes,
+    fitted: Fit | None,
 ) -> bool:
     """Train, and say what was trained; gives whether all adapters came to their end.
 
     What was trained so far is saved if an error or a number that is not finite ends it.
     """
-    from library.training.failures.failure import saved_on_error
-    from library.training.failures.nonfinite import last_good_saved
-    from library.training.loop.loop import train
-    from library.training.planning.advice import memory_hints
-    from library.training.planning.correction import MemoryWatch
-    from library.training.sweep.ranking import clearly_worse
-
     interruption.defer()
     first = prepared[0]
     started, first_step = time.monotonic(), first.progress.step
@@ -262,52 +263,34 @@ def train_prepared(
         logger.info("%s", speed)
         for each in events.each:
             each.summary = speed
-    are_over = [has_come_to_end(one) for one in prepared]
+    last_step = first.run.plan.max_train_steps
+    are_over = [one.progress.step >= last_step or bool(one.progress.ended) for one in prepared]
     for one in (one for one, is_over in zip(prepared, are_over, strict=True) if processes.is_main and is_over):
         with log_prefix(one.run.label):
-            tell_end(one, first_step, time.monotonic() - started)
+            log_end(one, first_step, time.monotonic() - started)
     return all(are_over)
 
 
 def rank_adapters(
-    saving: SavingOptions, prepared: Sequence["PreparedRun"], sweep: "SweepRecord", writes_page: bool
+    saving: SavingOptions, prepared: Sequence[PreparedRun], sweep: SweepRecord, writes_page: bool
 ) -> None:
     """Say which adapters of a sweep are better than others, and write the page that shows it."""
-    from library.training.saving.checkpoints import Names
-    from library.training.sweep.ranking import rank, tell_ranking
-    from library.training.sweep.standing import collect_standing
-
     names = Names.build(saving)
     page = names.of_sweep() if writes_page else None
     title = f"Sweep of {saving.output_name or names.folder.name}"
-    tell_ranking(rank(collect_standing(prepared, sweep)), title, page)
+    log_ranking(rank(collect_standing(prepared, sweep)), title, page)
 
 
 def complete_sweep_page(asked: OptionsT, adapters: Mapping[str, OptionsT]) -> None:
     """Add charts and previews to the page of a sweep that is over, once all reports are written."""
-    from library.training.saving.checkpoints import Names
-    from library.training.sweep.combinations import expand_combinations
-    from library.training.sweep.ranking import add_runs
-
     page = Names.build(asked.saving).of_sweep()
     if page.exists():
         chosen = {one.label: one.chosen for one in expand_combinations(asked)}
         add_runs(page, chosen, {label: Names.build(own.saving).of_report() for label, own in adapters.items()})
 
 
-def has_come_to_end(prepared: "PreparedRun") -> bool:
-    """Return True if an adapter was not stopped on the way."""
-    progress = prepared.progress
-    return progress.step >= prepared.run.plan.max_train_steps or bool(progress.ended)
-
-
-def tell_end(prepared: "PreparedRun", first_step: int, seconds: float) -> None:
+def log_end(prepared: PreparedRun, first_step: int, seconds: float) -> None:
     """Say what a complete run has trained, in `seconds` from `first_step` on, and which file is suggested."""
-    from library.training.evaluation.choosing import format_choice
-    from library.training.reporting.console_lines import finished_line
-    from library.training.saving.saved_files import files_of_run
-    from library.training.sweep_record import NOT_FINITE
-
     run, names, network = prepared.run, prepared.writer.names, prepared.run.options.network
     if prepared.progress.ended == NOT_FINITE:  # which was told
         run.events.end("error", f"it ended alone: {NOT_FINITE}")

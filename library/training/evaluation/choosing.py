@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from library.formatting import align_columns, format_count
 from library.training.evaluation.choice import CONFIDENCE, MIN_IMAGES, Choice, choose, estimate, estimate_of_difference
 from library.training.evaluation.validation_record import ValidationRecord
 from library.training.reporting import events
@@ -101,7 +102,7 @@ def explain_choice(found: Choice, measured: Sequence[Measured]) -> str:
     has_base = measured[0].file is None
     files = found.files[int(has_base) :]
     if found.num_images < MIN_IMAGES:
-        images = "1 image" if found.num_images == 1 else f"{found.num_images} images"
+        images = format_count(found.num_images, "image")
         return f"too few images to tell ({images}); set at least {MIN_IMAGES} aside with --validation_split"
     if all(file.is_copy for file in files):
         text = "all files measure the same" if len(files) > 1 else "there is one file"
@@ -163,8 +164,7 @@ def format_candidates(choice: events.Choice) -> list[str]:
                 *((format_memory(one.forgotten),) if has_probe else ()),
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return align_columns(rows)
 
 
 def format_memory(memory: events.Memorised | events.Forgotten | None) -> str:
@@ -194,7 +194,6 @@ def interval(low: float | None, high: float | None) -> str:
 
 
 def format_choice(choice: events.Choice) -> str:
-    """Return the suggestion in a line."""
     if choice.suggested is None:
         return f"no file is suggested: {choice.reason}"
     name, images = Path(choice.suggested).name, f"measured on {choice.num_pictures} images"

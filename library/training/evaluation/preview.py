@@ -150,42 +150,24 @@ class Previews:
         run: Run,
         charts: Charts,
         prompts: Sequence[Prompt],
-        encoded: Mapping[str, Conditioning] | None,
         cached: Mapping[str, Conditioning] | None = None,
         is_drawing: bool = False,
     ) -> None:
-        """`encoded` is what `encode_prompts` gave; None where text encoders train, so that it changes.
+        """Encode the prompts, once, if their text encoders are in memory and do not train.
 
         `cached` has the features of encoders that have left memory. `is_drawing` says whether the main process draws,
         which alone has prompts: those that share its base model go along.
         """
-        self._run, self._charts, self._prompts = run, charts, prompts
+        self._run, self._charts, self._prompts, self._cached = run, charts, prompts, cached
         sharded = run.context.models.sharded
         self._shared_base = sharded if is_drawing and sharded is not None and sharded.has_main else None
-        self._encoded, self._cached = encoded, cached
         self._timetable = Timetable.build(run.options.preview)
         self._vae_fallback = VaeFallback()
-
-    @classmethod
-    def build(
-        cls,
-        run: Run,
-        charts: Charts,
-        prompts: Sequence[Prompt],
-        cached: Mapping[str, Conditioning] | None = None,
-        is_drawing: bool = False,
-    ) -> "Previews":
-        """Build the previews of `prompts`. Those that frozen text encoders read are encoded here, once.
-
-        `cached` is given where text encoders have left memory.
-        """
-        if not run.context.models.text_encoders:
-            return cls(run, charts, prompts, cached, is_drawing=is_drawing)
-        encoded = None
-        if prompts and not run.context.trains_text_encoder:
+        # None where text encoders train, so that the features change.
+        self._encoded = None if run.context.models.text_encoders else cached
+        if run.context.models.text_encoders and prompts and not run.context.trains_text_encoder:
             with evaluating(run, PREVIEWS):
-                encoded = encoded_now(run.context, prompts, cached)
-        return cls(run, charts, prompts, encoded, cached, is_drawing)
+                self._encoded = encoded_now(run.context, prompts, cached)
 
     def before_training(self, interruption: Interruption) -> None:
         """Draw if images are wanted before the first step."""

@@ -6,6 +6,7 @@
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from math import isfinite
 from pathlib import Path
@@ -13,8 +14,7 @@ from typing import Any
 
 from library.errors import UserError
 from library.json_text import InvalidJson, parse_json
-from library.options.config_file import read_toml
-from library.options.encodings import decoded
+from library.options.config_file import read_text, read_toml
 from library.options.output.samplers import ALIASES, SAMPLERS
 from library.options.ranges import is_number
 from library.options.training.run import MAX_SEED
@@ -76,11 +76,14 @@ class PromptSpec:
 
 
 KEYS = [f.name for f in fields(PromptSpec) if f.name != "place"]
-WHOLE = {"width": (1, 1 << 16), "height": (1, 1 << 16), "sample_steps": (1, MAX_STEPS), "seed": (0, MAX_SEED)}
 REFERENCES = "control_image_path"
 # In a line they take all up to the next option.
 WORDS = ("negative_prompt", "image_path", "controlnet_image", REFERENCES)
-REAL = {
+RANGES: Mapping[str, tuple[float, float]] = {
+    "width": (1, 1 << 16),
+    "height": (1, 1 << 16),
+    "sample_steps": (1, MAX_STEPS),
+    "seed": (0, MAX_SEED),
     "scale": (-100.0, 1000.0),
     "guidance_scale": (0.0, 1000.0),
     "cfg_trunc_ratio": (0.0, 1.0),
@@ -88,26 +91,20 @@ REAL = {
     "flow_shift": (1e-3, 1000.0),
     "strength": (-100.0, 100.0),
 }
-"""Setting -> the smallest and the largest value that means something"""
+"""Setting -> the smallest and the largest value that means something, as int where only whole numbers do."""
 
 
 def read_prompts(path: Path) -> list[PromptSpec]:
     """Return the prompts of a file, in order; none for an empty file.
 
-    Raises UserError or UserError naming the file, the line or entry, and the way out.
+    Raises UserError naming the file, the line or entry, and the way out.
     """
     kind = path.suffix.lower()
     if kind not in (".txt", ".toml", ".json"):
         raise UserError(f"{FLAG} is {path}; use a .txt file with a prompt a line, or a .toml or .json file")
     if kind == ".toml":
         return list(specs_in_toml(path))
-    if not path.is_file():
-        raise UserError(f"{FLAG} is {path}, but there is no such file")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{FLAG} {path} cannot be read: {error.strerror}; change its permissions") from error
-    text = decoded(content, f"{FLAG} {path}")
+    text = read_text(path, FLAG)
     return list(specs_in_text(path, text) if kind == ".txt" else specs_in_json(path, text))
 
 
@@ -184,28 +181,20 @@ def parse_line(line: str, place: str) -> PromptSpec:
             )
         if key in table and key != REFERENCES:
             raise UserError(f"{FLAG} {place}: --{letters} is given twice; keep one")
-        value, rest = (text.strip(), "") if key in WORDS else first_word(text)
+        value, _, rest = (text.strip(), "", "") if key in WORDS else text.strip().partition(" ")
         if key == REFERENCES:
             table[key] = [*table.get(key, []), value]
         else:
-            table[key] = number_in(value, key, place) if key in WHOLE or key in REAL else value
-        words.append(rest)
+            table[key] = number_in(value, key) if key in RANGES else value
+        words.append(rest.strip())
     return parse_prompt_table({"prompt": " ".join(filter(None, words)), **table}, place)
 
 
-def first_word(text: str) -> tuple[str, str]:
-    """(the first word, the others)."""
-    word, _, rest = text.strip().partition(" ")
-    return word, rest.strip()
-
-
-def number_in(text: str, key: str, place: str) -> int | float:
-    """Return the number that stands in a line of text."""
-    try:
-        return int(text) if key in WHOLE else float(text)
-    except ValueError:
-        kind = "a whole number" if key in WHOLE else "a number"
-        raise UserError(f"{FLAG} {place}: {named(key)} is {text!r}; give {kind}") from None
+def number_in(text: str, key: str) -> int | float | str:
+    """Return the number in a line of text; what is none stays text, which `check_setting` refuses."""
+    with suppress(ValueError):
+        return type(RANGES[key][0])(text)
+    return text
 
 
 def parse_prompt_table(table: Mapping[str, Any], place: str) -> PromptSpec:
@@ -217,37 +206,37 @@ def parse_prompt_table(table: Mapping[str, Any], place: str) -> PromptSpec:
                 f"{FLAG} {place}: there is no {key!r}{did_you_mean(key, KEYS, NEAR)}. There are {', '.join(KEYS)}"
             )
         if value is not None:
-            values[key] = checked(key, value, place)
+            values[key] = check_setting(key, value, place)
     if "prompt" not in values:
         raise UserError(f'{FLAG} {place} has no text; give one with "prompt"')
     return PromptSpec(place=place, **values)
 
 
-def checked(key: str, value: Any, place: str) -> Any:
+def check_setting(key: str, value: Any, place: str) -> Any:
     """Return the value in its type. A seed of -1, as other programs write it, is no seed."""
     if key == "sample_sampler":
-        check_sampler(value, f"{FLAG} {place}: {named(key)}")
+        check_sampler(value, f"{FLAG} {place}: {label(key)}")
         return value
     if key == REFERENCES:
         paths = [value] if isinstance(value, str) else value
         if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
             raise UserError(f"{FLAG} {place}: {key} is {value!r}; give the path of an image, or a list of them")
         return tuple(paths)
-    if key not in WHOLE and key not in REAL:
+    if key not in RANGES:
         if not isinstance(value, str):
             raise UserError(f"{FLAG} {place}: {key} is {value!r}; give text in quotes")
         return value
     if key == "seed" and value == -1:
         return None
-    if not is_number(value) or not isfinite(value) or (key in WHOLE and value != int(value)):
-        kind = "a whole number" if key in WHOLE else "a number"
-        raise UserError(f"{FLAG} {place}: {named(key)} is {value!r}; give {kind}")
-    low, high = WHOLE[key] if key in WHOLE else REAL[key]
+    (low, high), kind = RANGES[key], type(RANGES[key][0])
+    if not is_number(value) or not isfinite(value) or value != kind(value):
+        number = "a whole number" if kind is int else "a number"
+        raise UserError(f"{FLAG} {place}: {label(key)} is {value!r}; give {number}")
     if not low <= value <= high:
         raise UserError(
-            f"{FLAG} {place}: {named(key)} is {value}; use {low:g} to {high if key in WHOLE else f'{high:g}'}"
+            f"{FLAG} {place}: {label(key)} is {value}; use {low:g} to {high if kind is int else f'{high:g}'}"
         )
-    return int(value) if key in WHOLE else float(value)
+    return kind(value)
 
 
 def check_sampler(name: Any, what: str) -> None:
@@ -257,7 +246,7 @@ def check_sampler(name: Any, what: str) -> None:
         raise UserError(f"{what} is {name!r}{did_you_mean(str(name), known, NEAR)}; use one of {', '.join(known)}")
 
 
-def named(key: str) -> str:
+def label(key: str) -> str:
     """Return a setting as TOML and as a line of text have it: `width (--w)`."""
     return f"{key} (--{next(letters for letters, name in LINE_OPTIONS.items() if name == key)})"
 
@@ -277,22 +266,22 @@ def resolve(spec: PromptSpec, defaults: PromptDefaults, inpaints: bool = False, 
     if spec.controlnet_image is not None:
         logger.warning(
             "%s: %s is ignored, because no ControlNet is loaded in adapter training",
-            spec.place, named("controlnet_image"),
+            spec.place, label("controlnet_image"),
         )  # fmt: skip
     return Prompt(
         text=spec.prompt,
         negative=spec.negative_prompt or "",
-        width=side(spec.width or defaults.width, defaults.size_step, spec.place),
-        height=side(spec.height or defaults.height, defaults.size_step, spec.place),
+        width=round_side(spec.width or defaults.width, defaults.size_step, spec.place),
+        height=round_side(spec.height or defaults.height, defaults.size_step, spec.place),
         seed=spec.seed,
         num_steps=spec.sample_steps or defaults.num_steps,
         scale=defaults.scale if spec.scale is None else spec.scale,
-        sampler=own(spec, "sample_sampler", defaults.sampler),
-        guidance_scale=own(spec, "guidance_scale", defaults.guidance_scale),
-        cfg_trunc_ratio=own(spec, "cfg_trunc_ratio", defaults.cfg_trunc_ratio),
-        renorm_cfg=own(spec, "renorm_cfg", defaults.renorm_cfg),
-        flow_shift=own(spec, "flow_shift", defaults.flow_shift),
-        image_path=read_inpainted_image(spec) if inpaints else own(spec, "image_path", None),
+        sampler=take_setting(spec, "sample_sampler", defaults.sampler),
+        guidance_scale=take_setting(spec, "guidance_scale", defaults.guidance_scale),
+        cfg_trunc_ratio=take_setting(spec, "cfg_trunc_ratio", defaults.cfg_trunc_ratio),
+        renorm_cfg=take_setting(spec, "renorm_cfg", defaults.renorm_cfg),
+        flow_shift=take_setting(spec, "flow_shift", defaults.flow_shift),
+        image_path=read_inpainted_image(spec) if inpaints else take_setting(spec, "image_path", None),
         reference_paths=read_references(spec, max_references),
         strength=1.0 if spec.strength is None else spec.strength,
     )
@@ -303,7 +292,7 @@ def refuse_strengths(specs: Sequence[PromptSpec], flag: str) -> None:
     for spec in specs:
         if spec.strength is not None:
             raise UserError(
-                f"{FLAG} {spec.place}: {named('strength')} is for the previews of a training; remove it, and use {flag}"
+                f"{FLAG} {spec.place}: {label('strength')} is for the previews of a training; remove it, and use {flag}"
             )
 
 
@@ -311,16 +300,16 @@ def read_inpainted_image(spec: PromptSpec) -> Path:
     """Return the image that a model that inpaints is to paint anew in part."""
     if spec.image_path is None:
         raise UserError(
-            f"{FLAG} {spec.place} names no image to paint in; give one with {named('image_path')}, whose transparent "
+            f"{FLAG} {spec.place} names no image to paint in; give one with {label('image_path')}, whose transparent "
             "part is painted anew, or a random part where nothing is transparent"
         )
-    return existing(Path(spec.image_path), "image_path", spec.place)
+    return require_file(Path(spec.image_path), "image_path", spec.place)
 
 
-def existing(path: Path, key: str, place: str) -> Path:
+def require_file(path: Path, key: str, place: str) -> Path:
     """Return the path. Raises UserError if there is no file."""
     if not path.is_file():
-        raise UserError(f"{FLAG} {place}: {named(key)} is {path}, but there is no such file")
+        raise UserError(f"{FLAG} {place}: {label(key)} is {path}, but there is no such file")
     return path
 
 
@@ -328,17 +317,17 @@ def read_references(spec: PromptSpec, max_references: int) -> tuple[Path, ...]:
     """Return the reference images of a prompt; none, with a warning, on a model that takes none."""
     given = spec.control_image_path or ()
     if given and not max_references:
-        own(spec, REFERENCES, None)
+        take_setting(spec, REFERENCES, None)
         return ()
     if len(given) > max_references:
         raise UserError(
-            f"{FLAG} {spec.place}: {named(REFERENCES)} names {len(given)} images, but this base model takes at most "
+            f"{FLAG} {spec.place}: {label(REFERENCES)} names {len(given)} images, but this base model takes at most "
             f"{max_references}"
         )
-    return tuple(existing(Path(path), REFERENCES, spec.place) for path in given)
+    return tuple(require_file(Path(path), REFERENCES, spec.place) for path in given)
 
 
-def side(wanted: int, step: int, place: str) -> int:
+def round_side(wanted: int, step: int, place: str) -> int:
     """Return a side of the image that the base model can draw: a multiple of `step`, at least 64."""
     drawn = max(SMALLEST_SIDE, wanted - wanted % step)
     if drawn != wanted:
@@ -346,10 +335,10 @@ def side(wanted: int, step: int, place: str) -> int:
     return drawn
 
 
-def own(spec: PromptSpec, key: str, default: Any) -> Any:
+def take_setting(spec: PromptSpec, key: str, default: Any) -> Any:
     """Return a setting of a prompt, without those that this base model does not have, which are warned of."""
     value = getattr(spec, key)
     if default is None and value is not None:
-        logger.warning("%s: %s has no effect on this base model", spec.place, named(key))
+        logger.warning("%s: %s has no effect on this base model", spec.place, label(key))
         return None
     return default if value is None else value

@@ -10,12 +10,9 @@ from dataclasses import dataclass
 from math import nan
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 FEWEST = 3  # strengths; of two images the ends of the line have every correlation
-
-Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -44,18 +41,7 @@ def measure_response(strengths: Sequence[float], images: Sequence[Image.Image]) 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     """Return Spearman's rank correlation, equal values sharing their mean rank; NaN where one side is constant."""
-    x, y = (average_ranks(values) for values in (first, second))
-    x, y = x - x.mean(), y - y.mean()
-    scale = float(np.sqrt((x @ x) * (y @ y)))
-    return float(x @ y) / scale if scale else nan
+    from scipy.stats import spearmanr
 
-
-def average_ranks(values: Sequence[float]) -> Values:
-    """Return ranks from 1; equal values share the mean of theirs. All are NaN if one value is."""
-    array = np.asarray(values, dtype=np.float64)
-    if np.isnan(array).any():
-        return np.full(len(array), np.nan)
-    _, inverse, counts = np.unique(array, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    ranks: Values = (last - (counts - 1) / 2)[inverse]
-    return ranks
+    is_constant = any(len(set(values)) < 2 for values in (first, second))  # which scipy warns of
+    return nan if is_constant else float(spearmanr(first, second).statistic)

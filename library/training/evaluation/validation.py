@@ -64,13 +64,18 @@ class Timetable:
             yield "epoch"
 
 
-def resolve_measurement(
-    wanted: ValidationOptions, noise: NoiseOptions, images: ValidationSet, seed: int
-) -> Measurement:
-    """Return what the options ask to measure; `seed` is that of the run, which one of the options replaces."""
-    places = images.select_places(wanted.max_validation_steps or None)
+def resolve_measurements(
+    wanted: ValidationOptions, noise: NoiseOptions, aside: ValidationSet, seed: int
+) -> tuple[Measurement, Measurement]:
+    """Return the measurements of the images held out for validation, and of the forgetting probe; `seed` is that of
+    the run, which one of the options replaces."""
     seed = seed if wanted.validation_seed is None else wanted.validation_seed
-    return Measurement(images, places, noise_levels(noise), seed)
+    found = []
+    for is_probe in (False, True):
+        images = aside.of_probe(is_probe)
+        places = images.select_places(wanted.max_validation_steps or None)
+        found.append(Measurement(images, places, noise_levels(noise), seed))
+    return found[0], found[1]
 
 
 def warn_of_idle_options(options: ValidationOptions) -> None:
@@ -92,10 +97,8 @@ class Validation:
         options = run.options.validation
         self._run, self._charts = run, charts
         self._timetable = Timetable.build(options, run.plan.max_train_steps)
-        aside = run.batches.validation
-        self._measurement, self._probe = (
-            resolve_measurement(options, run.options.noise, aside.of_probe(is_probe), run.context.seed)
-            for is_probe in (False, True)
+        self._measurement, self._probe = resolve_measurements(
+            options, run.options.noise, run.batches.validation, run.context.seed
         )
         self._schedule = Schedule.build(run.options.saving, run.plan.num_epochs)
         self._patience = options.early_stop_patience or None
@@ -181,10 +184,7 @@ class Validation:
         run, record, levels = self._run, self.record, self._measurement.levels
         if record.last is not None and record.last.step == step:  # a step that ends an epoch is due twice
             return record.last
-        num_threads = run.options.dataset.max_data_loader_n_workers
-        shown = evaluating(run, VALIDATION)
-        losses_NL = self._measurement.losses(run.context, run.processes, num_threads, BARS[kind], shown)
-        evaluation = Evaluation(step, losses_NL)
+        evaluation = self._measure(self._measurement, kind, step)
         preference = self._summarise_preference(evaluation)
         log_evaluation(evaluation, record, levels, self._measurement.labels, preference=preference)
         record.add(evaluation)
@@ -196,15 +196,17 @@ class Validation:
         """Return what an evaluation says of held-out pairs; None where pairs are not trained as preferences."""
         return None if self._run.options.pairs.preference_loss is None else measure_preference(evaluation)
 
+    def _measure(self, measurement: Measurement, kind: Kind, step: int) -> Evaluation:
+        run, num_threads = self._run, self._run.options.dataset.max_data_loader_n_workers
+        shown = evaluating(run, VALIDATION)
+        return Evaluation(step, measurement.losses(run.context, run.processes, num_threads, BARS[kind], shown))
+
     def _measure_probe(self, kind: Kind, step: int) -> None:
         """Measure the forgetting probe after `step`, once; log and emit its loss."""
         run, record, levels = self._run, self.forgetting, self._probe.levels
         if record.measured_step == step:
             return
-        num_threads = run.options.dataset.max_data_loader_n_workers
-        shown = evaluating(run, VALIDATION)
-        losses_NL = self._probe.losses(run.context, run.processes, num_threads, BARS[kind], shown)
-        evaluation = Evaluation(step, losses_NL)
+        evaluation = self._measure(self._probe, kind, step)
         log_evaluation(evaluation, record, levels, self._probe.labels, "forgetting probe")
         record.add(evaluation)
         record.keep_steps(lambda kept: kept in (0, step))

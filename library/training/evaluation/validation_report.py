@@ -81,7 +81,6 @@ def build_event(
     levels: Sequence[int],
     preference: events.Preference | None = None,
 ) -> events.Validation:
-    """Build the event of the last evaluation."""
     zeros_N1 = torch.zeros_like(evaluation.losses_NL)[:, :1]
     errors = [
         finite(paired_difference(one, zeros_N1, record.images).standard_error)
@@ -102,7 +101,6 @@ def build_event(
 
 
 def build_forgetting_event(evaluation: Evaluation, record: ValidationRecord) -> events.Forgetting:
-    """Build the event of the last evaluation of the forgetting probe."""
     zeros_N1 = torch.zeros_like(evaluation.losses_NL)[:, :1]
     error = paired_difference(evaluation.losses_NL, zeros_N1, record.images).standard_error
     compared = compared_with_first(record)

@@ -38,11 +38,10 @@ def shown_weights(run: Run, use: str) -> Iterator[None]:
 
     They are the average of a schedule-free optimizer, or the moving average where it is meant for this use.
     """
-    average = run.optimization.average
-    shows_average = average is not None and run.options.averaging.averages(use)
+    average = run.optimization.average if run.options.averaging.averages(use) else None
     run.optimization.built.eval()
     try:
-        with average.shown() if average is not None and shows_average else nullcontext():
+        with nullcontext() if average is None else average.shown():
             yield
     finally:
         run.optimization.built.train()

@@ -14,8 +14,6 @@ from functools import partial
 from math import isfinite
 from pathlib import Path
 
-import torch
-
 from library.errors import UserError, few
 from library.training.failures.nonfinite_trace import first_damage
 from library.training.run_parts import Run
@@ -23,7 +21,6 @@ from library.training.saving.checkpoints import NonFiniteWeights, Writer, weight
 from library.training.saving.rescue import NotWrittenError
 from library.training.step.accumulation import Window
 from library.training.step.losses import add_noise_to
-from library.types import Batch
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +59,8 @@ class NonFiniteGuard:
         if isfinite(norm) and losses_are_finite:
             self.last_good, self.num_in_a_row = (window.step + 1, window.epoch), 0
             return True
-        if losses_are_finite and searches_loss_scale(self.run.optimization.scaler):
+        scaler = self.run.optimization.scaler
+        if losses_are_finite and scaler is not None and scaler.get_scale() > MIN_LOSS_SCALE:  # at the start of a run
             logger.info("step %d is left out: fp16 gradients overflow, the loss scale is halved", window.step + 1)
             return False
         self.num_skipped += 1
@@ -86,19 +84,18 @@ class NonFiniteGuard:
         broken = {place: loss for place, loss in zip(window.places, losses, strict=True) if not isfinite(loss)}
         what = f"loss {next(iter(broken.values()))}" if broken else f"gradient norm {norm} with a finite loss"
         samples, trace = [], None
+        step_of = partial(self.run.plan.step_of, window.epoch)
         for place in broken or window.places:
-            batch, number = self.redraw(window, place), self.run.plan.batch_number(window.epoch, place)
-            samples += describe_samples(self.run, batch, number)
+            # Every draw is a function of the seed and its place, so the batch can be made once more.
+            (batch,) = self.run.batches.of_epoch(window.epoch, [place], step_of, 0, False)
+            number = self.run.plan.batch_number(window.epoch, place)
+            timesteps = add_noise_to(self.run.context, batch, number).timesteps_B.tolist()
+            samples += [f"{key} (timestep {t:g})" for key, t in zip(batch.keys, timesteps, strict=True)]
             if self.run.options.faults.trace_nonfinite and not self.was_traced:
                 trace = first_damage(self.run, batch, number, window.step)
                 self.was_traced = True
         explanation = f"step {window.step + 1}: {what}; images: {few(samples, MAX_NAMED)}"
         return explanation if trace is None else f"{explanation}; {trace}"
-
-    def redraw(self, window: Window, place: int) -> Batch:
-        """Return a batch once more: every draw is a function of the seed and its place."""
-        step_of = partial(self.run.plan.step_of, window.epoch)
-        return next(iter(self.run.batches.of_epoch(window.epoch, [place], step_of, 0, False)))
 
     def report(self, step: int) -> None:
         """The count at the end, if there is something to count. Raises NonFiniteError where no step was good."""
@@ -108,19 +105,7 @@ class NonFiniteGuard:
             logger.warning("%d of %d steps were left out: loss or gradient was not finite", self.num_skipped, step)
 
 
-def searches_loss_scale(scaler: torch.amp.GradScaler | None) -> bool:
-    """Return True if gradients overflow only because GradScaler tries large scales, as at the start of a run."""
-    return scaler is not None and scaler.get_scale() > MIN_LOSS_SCALE
-
-
-def describe_samples(run: Run, batch: Batch, batch_number: int) -> list[str]:
-    """Return every image of a batch with its noise level."""
-    timesteps = add_noise_to(run.context, batch, batch_number).timesteps_B.tolist()
-    return [f"{key} (timestep {level:g})" for key, level in zip(batch.keys, timesteps, strict=True)]
-
-
 def advice(run: Run) -> str:
-    """Suggest what to try."""
     if run.options.precision.mixed_precision == "fp16":
         return "fp16 overflows easily: try --mixed_precision bf16, or a lower --learning_rate"
     return "try a lower --learning_rate, and look at the images that are named; --trace_nonfinite names the module"

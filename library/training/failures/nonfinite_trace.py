@@ -1,6 +1,6 @@
 """The module that a NaN or infinity comes from: one batch is computed again with a hook on every module."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from library.training.run_parts import Run
 from library.training.step.losses import loss_of, start_batch
@@ -43,7 +44,6 @@ class Trace:
             self.damaged_gradient = name
 
     def sentence(self, damaged_parameter: str | None) -> str:
-        """Return the finding in words."""
         if self.damaged_output is not None:
             state = "finite" if self.input_was_finite else "not finite either"
             return f"the output of {self.damaged_output} is the first that is not finite, its input is {state}"
@@ -60,30 +60,24 @@ def first_damage(run: Run, batch: Batch, batch_number: int, step: int) -> str:
 
     Checks every output by itself, so it is slow.
     """
-    parameters = run.context.network.trainable_parameters()
+    parameters, trace = run.context.network.trainable_parameters(), Trace()
     kept = [parameter.grad for parameter in parameters]  # those of a later step may be there
+    for parameter in parameters:
+        parameter.grad = None
     try:
-        return found_damage(run, batch, batch_number, step, parameters)
+        with run.context.alone(), watched(list_models(run), trace):
+            for one in split_passes(run.context, batch):
+                start_batch(run.context, batch_number, step)
+                loss = loss_of(run.context, one, batch_number)
+                if trace.damaged_output is None:
+                    scaler = run.optimization.scaler
+                    torch.autograd.backward(loss if scaler is None else scaler.scale(loss))
+        names = {id(parameter): name for name, parameter in run.context.network.module.named_parameters()}
+        damaged = [names[id(p)] for p in parameters if p.grad is not None and not is_finite(p.grad)]
+        return trace.sentence(f"adapter.{damaged[0]}" if damaged else None)
     finally:
         for parameter, gradient in zip(parameters, kept, strict=True):
             parameter.grad = gradient
-
-
-def found_damage(run: Run, batch: Batch, batch_number: int, step: int, parameters: Sequence[nn.Parameter]) -> str:
-    """Trace the step once more, replacing the gradients of the trained `parameters`."""
-    trace = Trace()
-    for parameter in parameters:
-        parameter.grad = None
-    with run.context.alone(), watched(list_models(run), trace):
-        for one in split_passes(run.context, batch):
-            start_batch(run.context, batch_number, step)
-            loss = loss_of(run.context, one, batch_number)
-            if trace.damaged_output is None:
-                scaler = run.optimization.scaler
-                torch.autograd.backward(loss if scaler is None else scaler.scale(loss))
-    names = {id(parameter): name for name, parameter in run.context.network.module.named_parameters()}
-    damaged = [p for p in parameters if p.grad is not None and not is_finite(p.grad)]
-    return trace.sentence(f"adapter.{names[id(damaged[0])]}" if damaged else None)
 
 
 def list_models(run: Run) -> Mapping[str, nn.Module]:
@@ -114,15 +108,7 @@ def watched(parts: Mapping[str, nn.Module], trace: Trace) -> Iterator[None]:
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """Yield the floating-point tensors of whatever a module takes or gives."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from tensors_in(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from tensors_in(inner)
+    yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point())
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -37,7 +37,6 @@ class Sizes:
 
 
 def measure_sizes(run: Run) -> Sizes:
-    """Measure what the parts of a run take."""
     models = run.context.models
     return Sizes(
         bytes_of(models.denoiser),
@@ -99,12 +98,6 @@ def memory_figures(device: torch.device) -> str:
     return f"peak {format_bytes(peak)} of this process, {format_bytes(total)} in the machine"
 
 
-def reset_peak(device: torch.device) -> None:
-    """Start measuring the peak anew, where the device can."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
 def find_savings(
     values: Mapping[str, Any],
     sizes: Sizes,
@@ -129,13 +122,14 @@ def find_all_savings(
 ) -> Iterator[str]:
     yield from activation_savings(values, is_predicted)
     yield from weight_savings(values, sizes, is_predicted)
-    if wants(values, "vae_batch_size", 1):
+    if values["vae_batch_size"] > 1:
         yield "--vae_batch_size 1 encodes one image at a time"
     if not sizes.num_trained and can_have(values, "text_encoder_cpu"):  # models are loaded and captions encoded
-        if wants(values, "text_encoder_batch_size", 1):
+        if (values["text_encoder_batch_size"] or 1) > 1:
             yield "--text_encoder_batch_size 1 encodes one caption at a time"
         yield "--text_encoder_cpu encodes captions on the CPU, which is slow"
-    if optimizer_is_adamw(values) and sizes.num_trained:
+    is_adamw = (values["optimizer_type"] or "AdamW").lower() == "adamw" and not values["use_8bit_adam"]
+    if is_adamw and sizes.num_trained:  # which keeps two 32-bit numbers for each parameter
         saved = format_bytes(6 * sizes.num_trained)
         yield f"--optimizer_type AdamW8bit keeps the optimizer's memory in 8 bits: {saved} less"
     if sizes.num_trained:
@@ -146,7 +140,6 @@ def find_all_savings(
 
 
 def activation_savings(values: Mapping[str, Any], is_predicted: bool) -> Iterator[str]:
-    """Yield what makes activations smaller."""
     if not is_predicted and not values["gradient_checkpointing"]:
         yield (
             "--gradient_checkpointing keeps only the inputs of the blocks, which is most of what a step needs besides "
@@ -188,14 +181,5 @@ def can_have(values: Mapping[str, Any], name: str) -> bool:
     return name in values and not values[name]
 
 
-def wants(values: Mapping[str, Any], name: str, least: int) -> bool:
-    return bool(values[name] > least)
-
-
 def less(num_bytes: int) -> str:
     return f": {format_bytes(num_bytes)} less" if num_bytes else ""
-
-
-def optimizer_is_adamw(values: Mapping[str, Any]) -> bool:
-    """Return True if the optimizer keeps two 32-bit numbers for each parameter."""
-    return (values["optimizer_type"] or "AdamW").lower() == "adamw" and not values["use_8bit_adam"]

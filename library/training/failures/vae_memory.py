@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -27,7 +27,7 @@ class VaeFallback:
     """
 
     def __init__(self) -> None:
-        self._ways = [whole, in_tiles, on_cpu]
+        self._ways: list[Callable[[nn.Module], AbstractContextManager[Any]]] = [nullcontext, in_tiles, on_cpu]
 
     def run(self, vae: nn.Module, compute: Callable[[], T]) -> T:
         """Return `compute()`, which uses the VAE where it is; the VAE is as before afterwards.
@@ -47,11 +47,6 @@ class VaeFallback:
             self._ways.pop(0)
             logger.warning("the GPU has too little memory for the VAE: it works %s (%s)", WORDS[self._ways[0]], reason)
             release_memory()
-
-
-@contextmanager
-def whole(vae: nn.Module) -> Iterator[None]:
-    yield
 
 
 @contextmanager
@@ -86,4 +81,4 @@ def on_cpu(vae: nn.Module) -> Iterator[None]:
         vae.to(device)
 
 
-WORDS = {in_tiles: "in tiles of the image", on_cpu: "on the CPU, which is slow"}
+WORDS: dict[Any, str] = {in_tiles: "in tiles of the image", on_cpu: "on the CPU, which is slow"}

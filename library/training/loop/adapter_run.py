@@ -3,31 +3,45 @@
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
 
 from library.processes import Order
-from library.training.evaluation.preview import epoch_event, step_event
+from library.training.evaluation.preview import Previews, epoch_event, step_event
+from library.training.evaluation.validation import Validation
 from library.training.failures.interruption import Interruption
 from library.training.failures.nonfinite import NonFiniteError, NonFiniteGuard, last_good_saved
 from library.training.failures.out_of_memory import explain_out_of_memory, measure_sizes
-from library.training.loop.prepared import PreparedRun
 from library.training.loop.update import Updates, wanted_norm_limit
 from library.training.optimization.optimizers import effective_rates
 from library.training.reporting.console_lines import LimitedNorms, StepBar, bar_values, rate_values
 from library.training.reporting.log_prefix import log_prefix
 from library.training.reporting.progress import Part, Progress
-from library.training.reporting.step_events import build_step_event
-from library.training.reporting.step_result import StepResult
+from library.training.reporting.step_events import StepResult, build_step_event
 from library.training.reporting.trackers import Charts
 from library.training.run_parts import Run
+from library.training.saving.checkpoints import Writer
 from library.training.saving.state import StateManifest
 from library.training.step.accumulation import Window
 from library.training.sweep_record import NOT_FINITE, Ended
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """One adapter that is ready to be trained."""
+
+    run: Run
+    progress: Progress
+    writer: Writer
+    charts: Charts
+    previews: Previews
+    validation: Validation
+    resumed: StateManifest | None  # the state, if the run goes on at its step
 
 
 class AdapterRun:
@@ -38,19 +52,17 @@ class AdapterRun:
         self.run, self.progress, self.validation = prepared.run, prepared.progress, prepared.validation
         self._guard = NonFiniteGuard(self.run)
         tell = partial(report_step, self.run, self.progress, prepared.charts, bar)
-        with self.speaking():
+        with self.named():
             self.updates = Updates(self.run, self._guard, wanted_norm_limit(self.run), tell)
 
-    @contextmanager
-    def speaking(self) -> Iterator[None]:
-        """Lines in the block are about this adapter."""
-        with log_prefix(self.run.label):
-            yield
+    def named(self) -> AbstractContextManager[None]:
+        """Prefix log lines in the block with the adapter's name, where several train in one run."""
+        return log_prefix(self.run.label)
 
     @contextmanager
     def ending_alone(self, has_others: bool) -> Iterator[None]:
         """Where losses are not finite in the block, this adapter is saved and ends, if it `has_others` beside it."""
-        with self.speaking():
+        with self.named():
             try:
                 with last_good_saved(self.prepared.writer) if has_others else log_prefix(""):
                     yield
@@ -68,10 +80,9 @@ class AdapterRun:
         if prepared.validation.before_training(progress):
             prepared.writer.save_best(progress.step, epoch)
         if prepared.resumed is not None:
-            self._finish_step(prepared.resumed)
+            self._complete_resumed_step(prepared.resumed)
 
     def start_epoch(self) -> None:
-        """To be called before each epoch."""
         self.run.context.network.start_epoch(*self.run.context.models.network_view)
 
     def move(self, window: Window, own_losses: Tensor, wants_stop: bool) -> bool:
@@ -81,8 +92,9 @@ class AdapterRun:
         """
         run, device = self.run, self.run.context.device
         parameters = run.context.network.trainable_parameters()
-        num_losses = len(window.places)
-        losses, stops = run.processes.exchange(parameters, own_losses, num_losses, wants_stop, list_block_order(run))
+        num_losses, sharded = len(window.places), run.context.models.sharded
+        order = None if sharded is None else Order(sharded.digest, sharded.group_size)
+        losses, stops = run.processes.exchange(parameters, own_losses, num_losses, wants_stop, order)
         self.updates.tell()
         self.progress.is_moving = True
         with explain_out_of_memory(
@@ -103,7 +115,7 @@ class AdapterRun:
             writer.save_weights_of_end(progress.step, window.epoch)
         is_due = writer.schedule.saves_step(progress.step) or prepared.previews.are_due(progress.step)
         is_due = is_due or validation.is_due(progress.step) or window.ends_epoch or is_last or stops
-        if is_due or not self.updates.tells_late:
+        if is_due or not self.updates.reports_late:
             self.updates.tell()
         if not stops:
             with run.times.stage("validation"):
@@ -147,11 +159,12 @@ class AdapterRun:
 
     def _after_step(self, epoch: int) -> None:
         """Save and draw what is due after a step and not done."""
-        prepared = self.prepared
-        self._save_and_draw("step previews", epoch, prepared.writer.save_after_step, prepared.previews.after_step)
+        self._save_and_draw(
+            "step previews", epoch, self.prepared.writer.save_after_step, self.prepared.previews.after_step
+        )
 
     def _after_epoch(self, epoch: int) -> None:
-        """Save, draw and chart after an epoch, which the end of the run may have cut short."""
+        """Save and draw after an epoch, which the end of the run may have cut short."""
         prepared = self.prepared
         self._save_and_draw("epoch previews", epoch, prepared.writer.save_after_epoch, prepared.previews.after_epoch)
 
@@ -162,7 +175,7 @@ class AdapterRun:
         save: Callable[[Progress, int], None],
         draw: Callable[[int, int, Interruption], bool],
     ) -> None:
-        """Weights are safe before images take their time."""
+        # Weights are safe before images take their time.
         times, progress = self.run.times, self.progress
         with times.stage("saving"):
             save(progress, epoch)
@@ -170,8 +183,8 @@ class AdapterRun:
             if part not in progress.done and draw(progress.step, epoch, self._interruption):
                 progress.done.add(part)
 
-    def _finish_step(self, state: StateManifest) -> None:
-        """Make what was due at the step of a state and was not done when the run was stopped.
+    def _complete_resumed_step(self, state: StateManifest) -> None:
+        """Do what was due at the step of a state and was not done when the run was stopped.
 
         Images are drawn after the state is written, so it cannot know of them: those on disk that are not older
         count.
@@ -212,7 +225,6 @@ def report_step(run: Run, progress: Progress, charts: Charts, bar: StepBar, resu
 def step_values(
     run: Run, loss: float, average: float, rates: list[float], norms: LimitedNorms | None
 ) -> dict[str, float]:
-    """Return the values of a batch for the charts."""
     effective = effective_rates(run.optimization.optimizer, run.optimization.built.name)
     is_first_text_encoder = not run.options.network.network_train_unet_only
     values = rate_values(rates, run.optimization.group_names, effective, is_first_text_encoder)
@@ -220,9 +232,3 @@ def step_values(
         values["lr/d*lr"] = effective[0]
     limited = {} if norms is None else norms.chart_values()
     return {**run.times.chart_values(), **limited, "loss/current": loss, "loss/average": average, **values}
-
-
-def list_block_order(run: Run) -> Order | None:
-    """Return the blocks that this process has asked for, where those that share a base model have to ask alike."""
-    sharded = run.context.models.sharded
-    return None if sharded is None else Order(sharded.digest, sharded.group_size)

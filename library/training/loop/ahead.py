@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,25 +14,11 @@ from library.types import Batch
 TENSORS = ("pixels_BCHW", "latents_BCHW", "masks_B1HW")  # of a batch, that are large; a step sends the others itself
 
 
-class Copies(Protocol):
-    """A way of batches to the device. After `ready` what the device is given sees the batch that `start` gave."""
-
-    def start(self, batch: Batch) -> Batch: ...
-    def ready(self, batch: Batch) -> None: ...
-
-
-class NoCopies:
-    """For devices without streams of copies: a batch stays where it is, and the step sends it."""
-
-    def start(self, batch: Batch) -> Batch:
-        return batch
-
-    def ready(self, batch: Batch) -> None:
-        pass
-
-
 class CudaCopies:
-    """Copies from pinned memory by a stream of their own, beside the arithmetic."""
+    """Copies of batches from pinned memory by a stream of their own, beside the arithmetic.
+
+    After `ready` the device computes with the batch that `start` returned.
+    """
 
     def __init__(self, device: torch.device, on_host: Sequence[str]) -> None:
         """`on_host` are names of features that stay on the host."""
@@ -68,19 +54,14 @@ def moved(batch: Batch, on_host: Sequence[str], move: Callable[[Tensor], Tensor]
     return replace(batch, **found)
 
 
-def copies_to(device: torch.device, on_host: Sequence[str]) -> Copies:
-    """Return the fastest way of copying to the device."""
-    return CudaCopies(device, on_host) if device.type == "cuda" else NoCopies()
-
-
 class Ahead:
     """The batches of an iterator in their order; `fetch` begins to bring the next one while this one computes.
 
     An error in fetching a batch is raised when the batch is asked for: the steps before it are taken.
     """
 
-    def __init__(self, batches: Iterator[Batch], count: int, copies: Copies, times: StepTimes) -> None:
-        """`count` of them are to come."""
+    def __init__(self, batches: Iterator[Batch], count: int, copies: CudaCopies | None, times: StepTimes) -> None:
+        """`count` of them are to come; without `copies` a batch stays where it is, and the step sends it."""
         self._batches, self._num_left, self._copies, self._times = batches, count, copies, times
         self._next: Batch | None = None
         self._error: Exception | None = None
@@ -96,7 +77,8 @@ class Ahead:
         if batch is None:
             raise StopIteration
         with self._times.stage("copying"):
-            self._copies.ready(batch)
+            if self._copies is not None:
+                self._copies.ready(batch)
         return batch
 
     def fetch(self) -> None:
@@ -106,6 +88,7 @@ class Ahead:
         self._num_left -= 1
         try:
             with self._times.stage("waiting for data"):
-                self._next = self._copies.start(next(self._batches))
+                batch = next(self._batches)
+                self._next = batch if self._copies is None else self._copies.start(batch)
         except Exception as error:
             self._error = error

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from library.training.failures.interruption import Interruption
 from library.training.failures.out_of_memory import explain_out_of_memory, measure_sizes
-from library.training.loop.adapter_run import AdapterRun
-from library.training.loop.ahead import Ahead, copies_to
-from library.training.loop.prepared import PreparedRun
+from library.training.loop.adapter_run import AdapterRun, PreparedRun
+from library.training.loop.ahead import Ahead, CudaCopies
 from library.training.loop.stacked_step import backward_stacked, is_stacked
 from library.training.reporting.console_lines import StepBar, announce_epoch
 from library.training.reporting.profile import profiled
@@ -36,28 +35,17 @@ class StepWatch(Protocol):
     def after_step(self) -> None: ...
 
 
-class FindWorse(Protocol):
-    """Names the adapters of a sweep that are significantly worse than the best, which end early."""
-
-    def __call__(self, losses: Mapping[str, Sequence[float]], num_adapters: int, num_looks: int) -> list[str]:
-        """Take each adapter's validation losses by label; `num_adapters` counts those that have ended too."""
-        ...
-
-
+FindWorse = Callable[[Mapping[str, Sequence[float]], int, int], list[str]]
+"""(validation losses by adapter, number of adapters, of evaluations) -> the adapters that are significantly worse."""
 MemoryHints = Callable[[Sequence[Run], Batch], list[str]]
 """(the adapters that share the step, its batch) -> options that need less memory, a line each, for OutOfMemoryError."""
-
-
-def no_hints(runs: Sequence[Run], batch: Batch) -> list[str]:
-    """Return no hint."""
-    return []
 
 
 def train(
     adapters: Sequence[PreparedRun],
     interruption: Interruption,
     watch: StepWatch | None = None,
-    memory_hints: MemoryHints = no_hints,
+    memory_hints: MemoryHints = lambda runs, batch: [],
     find_worse: FindWorse | None = None,
 ) -> None:
     """Train from where the run stands to the last step, or to the step in which the user interrupts.
@@ -73,11 +61,11 @@ def train(
     stops = False
     epoch = plan.epoch_of(step)
     for one in adapter_runs:
-        with one.speaking():
+        with one.named():
             one.begin()
     delete_outdated(adapter_runs)
     num_profiled = run.options.trackers.profile if is_main else 0
-    profile = adapters[0].writer.names.of_profile()
+    profile = adapters[0].writer.names.beside("-profile.json.gz")
     with ExitStack() as stack:
         stack.callback(run.batches.close)
         stack.enter_context(bar)
@@ -85,7 +73,7 @@ def train(
         for one in adapter_runs:
             stack.enter_context(one.updates.reported_at_end())
         run.times.start()
-        going = going_on(adapter_runs, epoch)
+        going = end_stopped(adapter_runs, epoch)
         for epoch in plan.epochs(step) if step < plan.max_train_steps and going else ():
             announce_epoch(epoch, plan.num_epochs)
             for one in going:
@@ -110,15 +98,15 @@ def train(
                         one.finish_step(window, stops)
                 delete_outdated(going)
                 if find_worse is not None:
-                    going = without_worse(going, step, epoch, num_adapters, find_worse)
-                going = going_on(going, epoch)
+                    going = end_worse(going, step, epoch, num_adapters, find_worse)
+                going = end_stopped(going, epoch)
                 if stops or not going:
                     break
             if stops or not going:
                 break
     run.batches.report_skipped(logger)
     for one in going:
-        with one.speaking():
+        with one.named():
             one.end(epoch)
 
 
@@ -127,11 +115,11 @@ def delete_outdated(adapter_runs: Sequence[AdapterRun]) -> None:
     writers = [one.prepared.writer for one in adapter_runs]
     if all(w.rotation.saved_step == one.progress.step for w, one in zip(writers, adapter_runs, strict=True)):
         for one, writer in zip(adapter_runs, writers, strict=True):
-            with one.speaking():
+            with one.named():
                 writer.delete_outdated()
 
 
-def without_worse(
+def end_worse(
     going: list[AdapterRun], step: int, epoch: int, num_adapters: int, find_worse: FindWorse
 ) -> list[AdapterRun]:
     """Leave out the adapters that end early, after saving their files."""
@@ -144,16 +132,16 @@ def without_worse(
         return going
     worse = find_worse(measured, num_adapters, going[0].validation.record.num_evaluations)
     for one in (one for one in going if one.run.label in worse):
-        with one.speaking():
+        with one.named():
             one.drop(epoch)
     return [one for one in going if not one.progress.ended]
 
 
-def going_on(adapter_runs: Sequence[AdapterRun], epoch: int) -> list[AdapterRun]:
+def end_stopped(adapter_runs: Sequence[AdapterRun], epoch: int) -> list[AdapterRun]:
     """Those that train on; what the others come to is saved."""
     for one in adapter_runs:
         if one.validation.stop_reason is not None and not one.progress.ended:
-            with one.speaking():
+            with one.named():
                 one.end(epoch)
     return [one for one in adapter_runs if not one.progress.ended]
 
@@ -170,8 +158,8 @@ def iterate_batches(run: Run, epoch: int, first_step: int) -> Ahead:
         dataset.max_data_loader_n_workers,
         dataset.persistent_data_loader_workers,
     )
-    copies = copies_to(run.context.device, () if cache is None else cache.on_host)
-    return Ahead(batches, len(places), copies, run.times)
+    device, on_host = run.context.device, () if cache is None else cache.on_host
+    return Ahead(batches, len(places), CudaCopies(device, on_host) if device.type == "cuda" else None, run.times)
 
 
 def accumulate_gradients(
@@ -179,7 +167,7 @@ def accumulate_gradients(
     window: Window,
     batches: Iterator[Batch],
     fetch_next: Callable[[], None] = lambda: None,
-    memory_hints: MemoryHints = no_hints,
+    memory_hints: MemoryHints = lambda runs, batch: [],
 ) -> list[Tensor]:
     """Add the gradients of this process's share of a window; gives the losses of its batches, for each adapter.
 

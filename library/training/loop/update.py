@@ -9,9 +9,11 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from library.errors import UserError
 from library.memory.offload.readback import Readback
@@ -19,10 +21,9 @@ from library.randomness import stream_seed
 from library.training.failures.nonfinite import NonFiniteGuard
 from library.training.optimization.rounding import stochastic_rounding
 from library.training.reporting.console_lines import LimitedNorms
-from library.training.reporting.step_result import StepResult
+from library.training.reporting.step_events import StepResult
 from library.training.run_parts import Run
 from library.training.step.accumulation import Window
-from library.training.step.skipping import can_leave_out, left_out_if
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class Updates:
         """`norm_limit` limits the norms of weight changes."""
         self._run, self._guard, self._norm_limit, self._tell = run, guard, norm_limit, tell
         self._last: PendingStep | None = None
-        self.tells_late = skips_by_itself(run)
+        self.reports_late = skips_by_itself(run)
 
     def take(self, window: Window, losses: Tensor) -> None:
         """Clip, move the weights and forget the gradients of `window`, whose batches have these `losses`.
@@ -69,7 +70,7 @@ class Updates:
             limited = Readback(run.context.network.limit_norms(self._norm_limit, run.context.device))
         if run.optimization.average is not None:
             run.optimization.average.update()
-        self._last = PendingStep(window, numbers, rates, limited, is_judged=not self.tells_late)
+        self._last = PendingStep(window, numbers, rates, limited, is_judged=not self.reports_late)
 
     def tell(self) -> None:
         """Tell of the last step, if that is still to be done; the learning rate is the next one's afterwards.
@@ -82,7 +83,10 @@ class Updates:
         if not taken.is_judged and self._allows(taken.window, taken.numbers):
             self._run.optimization.schedule.step()
         *losses, norm = taken.numbers.read()
-        limited = None if taken.limited is None else LimitedNorms.of(taken.limited.read())
+        limited = None
+        if taken.limited is not None:
+            count, mean, maximum = taken.limited.read()
+            limited = LimitedNorms(int(count), mean, maximum)
         self._tell(StepResult(taken.window, losses, norm, taken.rates, limited))
 
     @contextmanager
@@ -107,7 +111,7 @@ class Updates:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         values = torch.cat([losses.to(norm.device), norm.float().view(1)])
         numbers = Readback(values)
-        if self.tells_late:
+        if self.reports_late:
             with left_out_if(optimizer, (~values.isfinite()).any()):
                 self._move(parameters, norm, window.step)
         elif self._allows(window, numbers):
@@ -138,13 +142,24 @@ class Updates:
 def skips_by_itself(run: Run) -> bool:
     """Return True if the optimizer can skip a step by a flag on the device, and nothing else must know of it before.
 
-    A loss scale is found by reading, and a network that looks at gradients must see good ones only.
+    torch's fused optimizers can, for loss scaling. A loss scale is found by reading, and a network that looks at
+    gradients must see good ones only.
     """
-    return (
-        can_leave_out(run.optimization.optimizer)
-        and run.optimization.scaler is None
-        and not run.context.network.looks_at_gradients
-    )
+    optimizer, network = run.optimization.optimizer, run.context.network
+    is_fused = all(group.get("fused") for group in optimizer.param_groups)
+    can_skip = is_fused and getattr(optimizer, "_step_supports_amp_scaling", False)
+    return can_skip and run.optimization.scaler is None and not network.looks_at_gradients
+
+
+@contextmanager
+def left_out_if(optimizer: Optimizer, is_damaged: Tensor) -> Iterator[None]:
+    """Inside, a step of such an optimizer changes nothing, its count of steps included, where `is_damaged` is true."""
+    fused: Any = optimizer
+    fused.found_inf = is_damaged.float()
+    try:
+        yield
+    finally:
+        del fused.found_inf
 
 
 def round_weights(run: Run, step: int) -> AbstractContextManager[None]:

@@ -41,7 +41,6 @@ def check_arithmetic(name: str | None, module: str | None, arch: Architecture, c
 
 
 def code_dtype(name: str) -> torch.dtype:
-    """Return the dtype of the codes of a weight format."""
     codec = load_format(name).codec
     codes = codec.codes(codec.encode(torch.ones(1, 8)))
     assert codes is not None, "options refuse other formats"

@@ -1,21 +1,15 @@
-"""The second stage of the set-up: the adapter on the models, and how their blocks run."""
+"""The third stage of the set-up: how the blocks of the models run."""
 
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-
 from library.memory.activations import RecomputeFromMainMemory
 from library.memory.blocks import BlockRunner, Every, plain, recompute, run_encoder_layers_with
 from library.memory.compiled import Compiled, CompileSettings
 from library.options.machine.compiling import CompileOptions
-from library.options.machine.memory import MemoryOptions, PrecisionOptions
-from library.options.training.network import NetworkOptions
+from library.options.machine.memory import MemoryOptions
 from library.protocols import Architecture
-from library.randomness import stream_seed
-from library.training.models.compute import Compute
-from library.training.models.network import open_network
 from library.training.step.context import Models
 from networks.core.protocol import AdoptedNetwork
 
@@ -24,28 +18,6 @@ logger = logging.getLogger(__name__)
 # A CUDA graph keeps its outputs in memory of its own, which the next run of the graph overwrites: blocks that share a
 # compiled graph overwrite each other's outputs before the backward pass has read them.
 MODES_WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
-
-
-def attach_adapter(
-    options: NetworkOptions, precision: PrecisionOptions, seed: int, models: Models, compute: Compute
-) -> AdoptedNetwork:
-    """Install the adapter on the models' layers, with its starting weights.
-
-    After the models, since it takes the forward of their layers; before the optimizer, which needs its parameters.
-    What the adapter draws when it is made depends on the seed alone, not on what was loaded, cached or merged before.
-    Raises UserError for a module, an argument or a file that does not fit.
-    """
-    torch.manual_seed(stream_seed(seed, "adapter"))
-    is_full = precision.full_fp16 or precision.full_bf16
-    return open_network(options, models, compute.device, compute.dtype if is_full else None)
-
-
-def trains_text_encoders(options: NetworkOptions, learning_rate: float) -> bool:
-    """Return True if the text encoders' adapters exist and their learning rate is not 0."""
-    if options.network_train_unet_only:
-        return False
-    rates = options.text_encoder_lr or [learning_rate]
-    return any(rate != 0 for rate in rates if rate is not None)
 
 
 def choose_block_runner(

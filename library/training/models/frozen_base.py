@@ -68,27 +68,29 @@ def offloaded_blocks(num_blocks: int, stacks: Stacks) -> list[int]:
     Of two kinds half of the number is of the first, and the rest stands for two of the second each; if one kind has too
     few, the other has more. Two blocks of each kind have to stay. Raises UserError where there are not so many.
     """
-    sizes = [len(stack) for stack in stacks]
-    room = [max(size - NUM_STAYING, 0) for size in sizes]
-
-    def split(n: int) -> list[int]:
-        if len(sizes) == 1:
-            return [n]
-        # Where there are many more of the second kind, half of the number would leave most of these on the GPU.
-        first = max(min(n // 2, room[0]), n - room[1] // 2)
-        return [first, 2 * (n - first)]
-
-    def fits(n: int) -> bool:
-        return all(0 <= count <= most for count, most in zip(split(n), room, strict=True))
-
-    if not fits(num_blocks):
-        most = max((n for n in range(num_blocks) if fits(n)), default=0)
-        has = " and ".join(str(size) for size in sizes)
+    if num_blocks > (most := most_offloaded(stacks)):
+        has = " and ".join(str(len(stack)) for stack in stacks)
         raise UserError(
             f"--blocks_to_swap {num_blocks}: the model has {has} blocks and must keep {NUM_STAYING} of each kind on "
             f"the GPU, so at most {most} can be swapped"
         )
-    return split(num_blocks)
+    if len(stacks) == 1:
+        return [num_blocks]
+    # Where there are many more of the second kind, half of the number would leave most of these on the GPU.
+    room, room_of_second = room_in_stacks(stacks)
+    first = max(min(num_blocks // 2, room), num_blocks - room_of_second // 2)
+    return [first, 2 * (num_blocks - first)]
+
+
+def most_offloaded(stacks: Stacks) -> int:
+    """Return the largest number that `offloaded_blocks` takes."""
+    first, *second = room_in_stacks(stacks)
+    return first + sum(room // 2 for room in second)
+
+
+def room_in_stacks(stacks: Stacks) -> list[int]:
+    """Return how many blocks of each stack need not stay on the GPU."""
+    return [max(len(stack) - NUM_STAYING, 0) for stack in stacks]
 
 
 def open_sharded(options: DistributedOptions, processes: Processes) -> ShardedModel | None:
@@ -133,7 +135,7 @@ def use_8bit_matmul(denoiser: nn.Module) -> None:
     """Let the denoiser's layers multiply in 8 bits, and log which cannot. Before their weights are offloaded."""
     layers = list(frozen_layers(denoiser))
     count = multiply_codes(layers)
-    left = Counter(why_not(layer) for layer in layers if not layer.multiplies_codes)
+    left = Counter(explain_no_matmul(layer) for layer in layers if not layer.multiplies_codes)
     if not count:
         raise UserError("--base_arithmetic 8bit: no layer of the denoiser can multiply so; leave it out")
     why = ", ".join(f"{number} {reason}" for reason, number in left.items())
@@ -141,7 +143,7 @@ def use_8bit_matmul(denoiser: nn.Module) -> None:
     logger.info("denoiser: %d layers multiply in 8 bits%s", count, stay)
 
 
-def why_not(layer: FrozenLayer) -> str:
+def explain_no_matmul(layer: FrozenLayer) -> str:
     """Say what keeps a layer from multiplying in 8 bits."""
     if not isinstance(layer, FrozenLinear):
         return "convolutions"

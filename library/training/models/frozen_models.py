@@ -81,12 +81,12 @@ def changes_while_reading(
                 found[f"{names[part.layer]}.{part.parameter}"].append(part.merged)
             else:
                 parameter = getattr(part.layer, part.parameter)
-                parameter.data.copy_(changed([part.merged], parameter.data))
-    return {name: partial(changed, changes) for name, changes in found.items()}
+                parameter.data.copy_(apply_changes([part.merged], parameter.data))
+    return {name: partial(apply_changes, changes) for name, changes in found.items()}
 
 
 @torch.no_grad()
-def changed(changes: Sequence[Change], value: Tensor) -> Tensor:
+def apply_changes(changes: Sequence[Change], value: Tensor) -> Tensor:
     """Apply changes to a parameter, in its dtype and layout; each change rounds, as if it were merged alone."""
     for change in changes:
         value = torch.empty_like(value).copy_(change(value))

@@ -1,11 +1,14 @@
-"""Opens the network module and puts its adapter on the models."""
+"""The second stage of the set-up: the network module puts its adapter on the models."""
 
 from typing import Any
 
 import torch
 
 from library.errors import UserError
+from library.options.machine.memory import PrecisionOptions
 from library.options.training.network import NetworkOptions
+from library.randomness import stream_seed
+from library.training.models.compute import Compute
 from library.training.reporting.console_lines import announce
 from library.training.step.context import Models
 from networks.core.protocol import AdoptedNetwork, NetworkModule, adopt, open_network_module, parse_network_args
@@ -17,12 +20,15 @@ def network_keywords(options: NetworkOptions) -> dict[str, Any]:
 
 
 def open_network(
-    wanted: NetworkOptions, models: Models, device: torch.device, dtype: torch.dtype | None
+    wanted: NetworkOptions, precision: PrecisionOptions, seed: int, models: Models, compute: Compute
 ) -> AdoptedNetwork:
-    """Install the adapter on the models, with its starting weights, on `device`; without `dtype` it keeps its own.
+    """Install the adapter on the models' layers, with its starting weights.
 
+    After the models, since it takes the forward of their layers; before the optimizer, which needs its parameters.
+    What the adapter draws when it is made depends on the seed alone, not on what was loaded, cached or merged before.
     Raises UserError where the module cannot be imported, an argument is wrong, or a file does not fit.
     """
+    torch.manual_seed(stream_seed(seed, "adapter"))
     announce(f"import network module: {wanted.network_module}")
     assert wanted.network_module is not None
     network = adopt(create(wanted, open_network_module(wanted.network_module), models))
@@ -33,7 +39,7 @@ def open_network(
     )
     if wanted.network_weights:
         network.load_weights(wanted.network_weights)
-    network.module.to(device, dtype)
+    network.module.to(compute.device, compute.dtype if precision.full_fp16 or precision.full_bf16 else None)
     return network
 
 

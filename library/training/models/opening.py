@@ -42,7 +42,7 @@ def choose_seed(seed: int | None, processes: Processes, state: StateManifest | N
         return state.seed if seed is None else seed
     if seed is not None:
         return seed
-    seed = processes.share_seed(secrets.randbelow(2**32))
+    seed = int(processes.share("seed", str(secrets.randbelow(2**32))))
     logger.info("no --seed given: using --seed %d", seed)
     return seed
 

@@ -4,16 +4,14 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
-from torch import nn
-
 from library.options.training.pairs import NO_PAIRS, PairOptions
 from library.protocols import Architecture
 from library.training.models.base_model import LoadedModels
 from library.training.models.compute import Compute
 from library.training.step.conditioning import CaptionMemo
-from library.training.step.context import Autocast, StepContext
+from library.training.step.context import StepContext
 from library.training.step.modes import eval_mode
-from library.types import Conditioning, Tokens
+from library.types import Conditioning
 from networks.core.protocol import AdoptedNetwork
 
 
@@ -36,8 +34,10 @@ def step_context(
         if concepts is not None:
             (caption,) = captions  # `CaptionMemo` asks for one at a time
             return concepts[caption]
-        with alone():
-            return encode_frozen(encode, encoders, network, compute.autocast, arch.text.tokenize(captions))
+        assert encoders, "the text encoders have left memory, batches carry their cached outputs"
+        # Adapters that do not train act too, without dropout.
+        with alone(), eval_mode([network.module]), compute.autocast():
+            return encode(encoders, arch.text.tokenize(captions))
 
     return StepContext(
         arch=replace(arch, objective=arch.objective.on(compute.device)),
@@ -53,16 +53,3 @@ def step_context(
         pairs=pairs,
         alone=alone,
     )
-
-
-def encode_frozen(
-    encode: Callable[[Sequence[nn.Module], Tokens], Conditioning],
-    text_encoders: Sequence[nn.Module],
-    network: AdoptedNetwork,
-    autocast: Autocast,
-    tokens: Tokens,
-) -> Conditioning:
-    """Encode captions with frozen text encoders, adapters that do not train included, their dropout off."""
-    assert text_encoders, "the text encoders have left memory, batches carry their cached outputs"
-    with eval_mode([network.module]), autocast():
-        return encode(text_encoders, tokens)

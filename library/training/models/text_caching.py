@@ -3,13 +3,14 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from library.checkpoints.recognition import keys_of_text_encoders
-from library.data.caching.captions import CachedTexts, Encode, Encoders, TextEncoding, cache_texts
+from library.data.caching.captions import Encode, Encoders, TextEncoding, cache_texts
 from library.data.caching.stores import NO_TEXTS, TextStore
 from library.data.caching.text_files import stack_rows
 from library.data.training_data import TrainingData
@@ -38,12 +39,6 @@ class RunText:
     store: TextStore = NO_TEXTS  # the text features of captions; none where nothing is cached
     prompts: Encoded | None = None  # of the previews; None where nothing is cached
     concepts: Encoded | None = None  # all that is trained on where there are no images
-
-    @classmethod
-    def beside(cls, cached: CachedTexts, encoders: list[nn.Module]) -> "RunText":
-        """Return the encoders that stay, where others have encoded everything."""
-        prompts = {text: stack_rows([row], {}) for text, row in cached.prompts.items()}
-        return cls(encoders, cached.store, prompts)
 
 
 def cached_text(options: NetworkOptions, spec: TextCacheSpec | None) -> TextCacheSpec | None:
@@ -114,53 +109,40 @@ def prepare_text(
     """
     spec = cached_text(options.network, arch.text_cache)
     on_cpu = arch.text_cache is not None and arch.text_cache.options.text_encoder_cpu
+    encodes_on = torch.device("cpu") if on_cpu else device
     if data.prompts is not None:
-        return encode_concepts(arch, data.prompts, prompts, torch.device("cpu") if on_cpu else device, autocast)
+        encoders = open_encoders(arch, encodes_on, autocast)  # which leave memory afterwards
+        shown, trained = encode_each(encoders.prompts, prompts), encode_each(encoders.captions, data.prompts)
+        return RunText([], prompts=shown, concepts=trained)
     if spec is None:
         is_adapted = not options.network.network_train_unet_only
         if on_cpu and is_adapted:
             logger.warning("--text_encoder_cpu has no effect: text encoders that get an adapter stay on the card")
-        place = torch.device("cpu") if on_cpu and not is_adapted else device
-        return RunText([encoder.to(place) for encoder in arch.load.text_encoders()])
-    encodes_on = torch.device("cpu") if on_cpu else device
+        return RunText([encoder.to(device if is_adapted else encodes_on) for encoder in arch.load.text_encoders()])
 
-    def open_encoders() -> Encoders:
-        encoders = [encoder.eval() for encoder in arch.load.text_encoders()]
-        place_encoders(encoders, encodes_on)
-        return Encoders(
-            frozen_encode(arch.text, encoders, autocast), frozen_encode(arch.preview.text, encoders, autocast)
-        )
-
-    encoding = TextEncoding(spec, open_encoders, options.precision.mixed_precision)
+    encoding = TextEncoding(spec, partial(open_encoders, arch, encodes_on, autocast), options.precision.mixed_precision)
     assert data.image_plan is not None, "options refuse caches of a user's class"
     cached = cache_texts(data.image_plan, encoding, prompts, options.caching.skip_cache_check, processes)
+    features = {text: stack_rows([row], {}) for text, row in cached.prompts.items()}
     live = live_text(options.network, spec)
     if live is None:
-        return RunText.beside(cached, [])
+        return RunText([], cached.store, features)
     with needing("text encoders get an adapter without --network_train_unet_only; give them, or that option"):
-        return RunText.beside(cached, [encoder.to(device) for encoder in live.load()])
+        return RunText([encoder.to(device) for encoder in live.load()], cached.store, features)
 
 
-def encode_concepts(
-    arch: Architecture, texts: Sequence[str], prompts: Sequence[str], device: torch.device, autocast: Autocast
-) -> RunText:
-    """Encode the texts to train on and the prompts of previews; the text encoders leave memory afterwards."""
+def open_encoders(arch: Architecture, device: torch.device, autocast: Autocast) -> Encoders:
+    """Load the text encoders, without gradients, on the device as far as they fit."""
     encoders = [encoder.eval() for encoder in arch.load.text_encoders()]
     place_encoders(encoders, device)
-    read, draw = (frozen_encode(pipeline, encoders, autocast) for pipeline in (arch.text, arch.preview.text))
-    return RunText([], prompts=encoded_each(draw, prompts), concepts=encoded_each(read, texts))
 
-
-def encoded_each(encode: Encode, texts: Sequence[str]) -> Encoded:
-    """Return the conditioning of each text, encoded by itself, on the CPU."""
-    return {text: {name: tensor.cpu() for name, tensor in encode([text]).items()} for text in texts}
-
-
-def frozen_encode(pipeline: TextPipeline, encoders: Sequence[nn.Module], autocast: Autocast) -> Encode:
-    """Return a function that encodes captions without gradient."""
-
-    def encode(captions: Sequence[str]) -> Conditioning:
+    def encode(pipeline: TextPipeline, captions: Sequence[str]) -> Conditioning:
         with torch.no_grad(), autocast():
             return pipeline.encode(encoders, pipeline.tokenize(captions))
 
-    return encode
+    return Encoders(partial(encode, arch.text), partial(encode, arch.preview.text))
+
+
+def encode_each(encode: Encode, texts: Sequence[str]) -> Encoded:
+    """Return the conditioning of each text, encoded by itself, on the CPU."""
+    return {text: {name: tensor.cpu() for name, tensor in encode([text]).items()} for text in texts}

@@ -40,11 +40,6 @@ Stack = Sequence[tuple[Path, float]]
 """Adapter files that act together, each with its strength; an empty one is the base model alone."""
 
 
-def stack_file(row: Row) -> Stack:
-    """Return one file at its full strength."""
-    return [] if row is None else [(row, 1.0)]
-
-
 class NoAdapter(nn.Module):
     """The network of the base model alone."""
 

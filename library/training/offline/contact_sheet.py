@@ -1,7 +1,7 @@
 """Contact sheets: what adapter files draw of the same prompts with the same noise, from one load of the models."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,10 +18,10 @@ from library.training.evaluation.preview import decode, draw_latents, encode_pro
 from library.training.failures.vae_memory import VaeFallback
 from library.training.models.compute import Compute
 from library.training.models.frozen_models import load_frozen
-from library.training.offline.adapter_files import READER, Stack, installed, resolve_models
+from library.training.offline.adapter_files import READER, NoAdapter, Stack, installed, resolve_models
 from library.training.reporting.sample_images import over_white
 from library.training.step.conditioning import CaptionMemo
-from library.training.step.context import Models, StepContext
+from library.training.step.context import StepContext
 from library.types import Conditioning, Prompt
 from networks.core.protocol import AdoptedNetwork
 
@@ -34,10 +34,8 @@ INK, PAPER = (30, 30, 30), (255, 255, 255)
 class Loaded:
     """The base model, once for all files."""
 
-    arch: Architecture
-    models: Models
+    context: StepContext  # of the base model without an adapter
     vae: nn.Module
-    compute: Compute
     encoded: Mapping[str, Conditioning] | None  # by text; None where files change the text encoders
 
 
@@ -62,11 +60,10 @@ def draw_rows(
     compute = Compute.build(precision, device)
     loaded = load(network, precision, memory, arch, rows, prompts, compute)
     for row in rows:
-        with torch.no_grad(), installed(row, loaded.models, compute) as adapter:
-            context = build_context(loaded, adapter)
-            encoded = loaded.encoded
+        with torch.no_grad(), installed(row, loaded.context.models, compute) as adapter:
+            context, encoded = replace(loaded.context, network=adapter), loaded.encoded
             if encoded is None:
-                encoded = encode_prompts(arch, loaded.models.text_encoders, compute.autocast, prompts)
+                encoded = encode_prompts(arch, context.models.text_encoders, compute.autocast, prompts)
             yield [draw(context, loaded.vae, prompt, encoded) for prompt in prompts]
 
 
@@ -91,29 +88,24 @@ def load(
     models = load_frozen(network, precision.denoiser_format, arch, encoders, vae, compute, READER)
     arch.fit_to_sizes(models.denoiser, [(prompt.width, prompt.height) for prompt in prompts])
     resolve_models(precision, memory.num_offloaded, arch, models, compute)
-    return Loaded(arch, models, vae, compute, encoded)
-
-
-def build_context(loaded: Loaded, network: AdoptedNetwork) -> StepContext:
-    """Return what images are drawn with."""
 
     def no_captions(captions: Sequence[str]) -> Conditioning:
         raise AssertionError(f"nothing is trained on {captions}")
 
-    return StepContext(
-        arch=loaded.arch,
-        models=loaded.models,
-        network=network,
+    context = StepContext(
+        arch=arch,
+        models=models,
+        network=AdoptedNetwork(NoAdapter()),
         seed=0,
-        device=loaded.compute.device,
-        autocast=loaded.compute.autocast,
+        device=compute.device,
+        autocast=compute.autocast,
         trains_text_encoder=False,
         captions=CaptionMemo(no_captions),
     )
+    return Loaded(context, vae, encoded)
 
 
 def draw(context: StepContext, vae: nn.Module, prompt: Prompt, encoded: Mapping[str, Conditioning]) -> Image.Image:
-    """One image."""
     latents_BCHW = draw_latents(context, prompt, encoded, seed_generator(prompt, context.seed, 0), vae=vae)
     assert latents_BCHW is not None, "nobody breaks it off"
     return decode(context, vae, latents_BCHW, VaeFallback())

@@ -18,17 +18,14 @@ from library.data.caching.stores import NO_LATENTS, NO_TEXTS
 from library.data.plan.data_plan import DataPlan
 from library.errors import UserError
 from library.options.train import TrainOptions
-from library.options.training.noise import NoiseOptions
-from library.options.training.validation import ValidationOptions
 from library.processes import ALONE
 from library.protocols import Architecture
 from library.training.evaluation.measurement import Measurement
-from library.training.evaluation.validation import resolve_measurement
+from library.training.evaluation.validation import resolve_measurements
 from library.training.models.base_model import load_models
-from library.training.models.block_running import trains_text_encoders
 from library.training.models.compute import Compute
 from library.training.models.step_context import step_context
-from library.training.offline.adapter_files import READER, Row, installed, resolve_models, stack_file
+from library.training.offline.adapter_files import READER, Row, installed, resolve_models
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +79,8 @@ def losses_of_files(
 
     Raises UserError for a file that does not fit.
     """
-    aside, probe = both_aside(options.validation, options.noise, PlannedBatches(plan, NO_LATENTS, NO_TEXTS), seed)
+    uncached = PlannedBatches(plan, NO_LATENTS, NO_TEXTS)
+    aside, probe = resolve_measurements(options.validation, options.noise, uncached.validation, seed)
     has_flips = any(s.config.flip_aug for dataset in plan.datasets for s in dataset.subsets)
     kept_aside = {sample for one in (aside, probe) for sample in one.images.iterate_samples(one.places)}
     plan, numbers = plan.limited_to_measured(len(aside.rows) or MOST_MIRRORED, kept_aside)
@@ -94,7 +92,7 @@ def losses_of_files(
         check_text_parts(rows)
     resolve_models(options.precision, options.memory.num_offloaded, arch, loaded.models, compute)
     batches = PlannedBatches(plan, loaded.latents, loaded.texts)
-    aside, probe = both_aside(options.validation, options.noise, batches, seed)  # with what is cached
+    aside, probe = resolve_measurements(options.validation, options.noise, batches.validation, seed)
     trained = select_all(batches.measured(numbers), aside)
     if aside.rows:
         sides = Sides(aside, replace(trained, noise=aside.rows), None)
@@ -105,16 +103,15 @@ def losses_of_files(
         sides = Sides(None, trained, select_all(batches.measured(numbers, is_mirrored=True), aside))
     sides = replace(sides, probe=probe if probe.rows else None)
     num_threads = options.dataset.max_data_loader_n_workers
-    trains_text = trains_text_encoders(options.network, options.optimizer.learning_rate)
-    vae_batch_size = options.caching.vae_batch_size
 
     def measured() -> Iterator[FileLosses]:
         for row in rows:
             name = "the base model" if row is None else row.name
-            with torch.no_grad(), installed(stack_file(row), loaded.models, compute) as network:
+            with torch.no_grad(), installed([] if row is None else [(row, 1.0)], loaded.models, compute) as network:
                 context = step_context(
-                    trains_text, vae_batch_size, arch, seed, loaded, network, compute, pairs=options.pairs
-                )
+                    options.trains_text_encoders, options.caching.vae_batch_size, arch, seed, loaded, network,
+                    compute, pairs=options.pairs,
+                )  # fmt: skip
                 found = [
                     None if side is None else side.losses(context, processes, num_threads, f"measuring {name}")
                     for side in (sides.held_out, sides.trained, sides.mirrored, sides.probe)
@@ -122,17 +119,6 @@ def losses_of_files(
             yield FileLosses(row, *found)
 
     return sides, measured()
-
-
-def both_aside(
-    validation: ValidationOptions, noise: NoiseOptions, batches: PlannedBatches, seed: int
-) -> tuple[Measurement, Measurement]:
-    """Return the measurements of the images held out for validation, and of the forgetting probe."""
-    aside, probe = (
-        resolve_measurement(validation, noise, batches.validation.of_probe(is_probe), seed)
-        for is_probe in (False, True)
-    )
-    return aside, probe
 
 
 def select_all(images: ValidationSet, like: Measurement) -> Measurement:

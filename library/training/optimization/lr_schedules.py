@@ -105,48 +105,35 @@ def named_schedule(
     max_train_steps: int,
 ) -> LRScheduler:
     """Build a schedule of transformers or diffusers by its name; the arguments go to its function."""
-    import diffusers.optimization as of_diffusers
-    import transformers.optimization as of_transformers
+    from diffusers.optimization import get_piecewise_constant_schedule
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
     decay_steps = resolve_num_steps(options.lr_decay_steps, max_train_steps, "--lr_decay_steps")
     warmup, length = {"num_warmup_steps": warmup_steps}, {"num_training_steps": max_train_steps}
     half_waves = {"num_cycles": options.lr_scheduler_num_cycles / 2}
-    functions: dict[str, tuple[Callable[..., LRScheduler], dict[str, Any]]] = {
-        CONSTANT: (of_transformers.get_constant_schedule, {}),
-        "constant_with_warmup": (of_transformers.get_constant_schedule_with_warmup, warmup),
-        "linear": (of_transformers.get_linear_schedule_with_warmup, {**warmup, **length}),
-        "cosine": (of_transformers.get_cosine_schedule_with_warmup, {**warmup, **length}),
-        "cosine_with_restarts": (
-            of_transformers.get_cosine_with_hard_restarts_schedule_with_warmup,
-            {**warmup, **length, "num_cycles": options.lr_scheduler_num_cycles},
-        ),
-        "polynomial": (
-            of_transformers.get_polynomial_decay_schedule_with_warmup,
-            {**warmup, **length, "power": options.lr_scheduler_power},
-        ),
-        "inverse_sqrt": (
-            of_transformers.get_inverse_sqrt_schedule,
-            {**warmup, "timescale": options.lr_scheduler_timescale},
-        ),
-        "cosine_with_min_lr": (
-            of_transformers.get_cosine_with_min_lr_schedule_with_warmup,
-            {**warmup, **length, **half_waves, "min_lr_rate": options.lr_scheduler_min_lr_ratio},
-        ),
-        "warmup_stable_decay": (
-            of_transformers.get_wsd_schedule,
-            {
-                **warmup,
-                **half_waves,
-                "num_stable_steps": max_train_steps - warmup_steps - decay_steps,
-                "num_decay_steps": decay_steps,
-                "min_lr_ratio": options.lr_scheduler_min_lr_ratio or 0.0,
-            },
-        ),
-        "piecewise_constant": (of_diffusers.get_piecewise_constant_schedule, {}),
+    arguments_of: dict[str, dict[str, Any]] = {
+        CONSTANT: {},
+        "constant_with_warmup": warmup,
+        "linear": {**warmup, **length},
+        "cosine": {**warmup, **length},
+        "cosine_with_restarts": {**warmup, **length, "num_cycles": options.lr_scheduler_num_cycles},
+        "polynomial": {**warmup, **length, "power": options.lr_scheduler_power},
+        "inverse_sqrt": {**warmup, "timescale": options.lr_scheduler_timescale},
+        "cosine_with_min_lr": {**warmup, **length, **half_waves, "min_lr_rate": options.lr_scheduler_min_lr_ratio},
+        "warmup_stable_decay": {
+            **warmup,
+            **half_waves,
+            "num_stable_steps": max_train_steps - warmup_steps - decay_steps,
+            "num_decay_steps": decay_steps,
+            "min_lr_ratio": options.lr_scheduler_min_lr_ratio or 0.0,
+        },
+        "piecewise_constant": {},
     }
-    check_name(name, list(functions))
+    functions = {kind.value: function for kind, function in TYPE_TO_SCHEDULER_FUNCTION.items()}
+    functions["piecewise_constant"] = get_piecewise_constant_schedule
+    check_name(name, list(arguments_of))
     check_settings(name, options, arguments, warmup_steps, decay_steps, max_train_steps)
-    function, ours = functions[name]
+    ours = arguments_of[name]
     if "min_lr" in arguments:
         ours.pop("min_lr_rate", None)
     set_elsewhere = {
@@ -158,7 +145,7 @@ def named_schedule(
         "num_stable_steps": "lr_decay_steps",
     }
     schedule: LRScheduler = call_with_keywords(
-        function, [optimizer], arguments, flag=FLAG, ours=ours, set_elsewhere=set_elsewhere
+        functions[name], [optimizer], arguments, flag=FLAG, ours=ours, set_elsewhere=set_elsewhere
     )
     return schedule
 
@@ -282,7 +269,6 @@ class RatesOfGroups:
             self.refresh(self.optimizer)
 
     def get_last_lr(self) -> list[float]:
-        """Return the rate of each group."""
         return [group["lr"] for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:

@@ -143,6 +143,8 @@ def build_optimizer(options: OptimizerOptions, groups: Sequence[Mapping[str, Any
     if cls is torch.optim.AdamW and can_fuse(parameter_groups, given):
         ours["fused"] = True
 
+    shown = ",".join(f"{key}={value}" for key, value in keywords.items())
+
     def build(groups: Sequence[Mapping[str, Any]]) -> BuiltOptimizer:
         optimizer = call_with_keywords(
             MuonWithAdamW if cls is getattr(torch.optim, "Muon", None) else cls,  # since torch 2.9
@@ -154,7 +156,7 @@ def build_optimizer(options: OptimizerOptions, groups: Sequence[Mapping[str, Any
         )
         built = BuiltOptimizer(
             optimizer=optimizer,
-            name=f"{cls.__module__}.{cls.__qualname__}{written_out(keywords)}",
+            name=f"{cls.__module__}.{cls.__qualname__}{f'({shown})' if shown else ''}",
             is_schedule_free=cls.__name__.lower().endswith("schedulefree"),
             has_relative_step=has_relative_step,
             moves_in_float32=options.stochastic_rounding,
@@ -265,7 +267,6 @@ def installed_package(module_name: str) -> str:
 
 
 def import_optimizer(path: str, wanted: str) -> type[Optimizer]:
-    """Return the optimizer class at a dotted path."""
     show(BITSANDBYTES)
     cls = import_class(path, "--optimizer_type", wanted)
     if not issubclass(cls, Optimizer):
@@ -318,11 +319,6 @@ def can_fuse(groups: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> b
         return False
     parameters = [p for group in groups for p in group["params"]]
     return all(p.is_floating_point() and p.device.type in FUSED_DEVICES for p in parameters)
-
-
-def written_out(keywords: Mapping[str, Any]) -> str:
-    """ "(key=value,...)", or nothing."""
-    return f"({','.join(f'{key}={value}' for key, value in keywords.items())})" if keywords else ""
 
 
 def effective_rates(optimizer: Optimizer, name: str) -> list[float] | None:

@@ -39,7 +39,7 @@ def memory_hints(runs: Sequence[Run], batch: Batch) -> list[str]:
     fewer = ["fewer adapters in one --sweep need about that much less"] if len(runs) > 1 else []
     allowed = allowed_ever(run.options.precision, run.options.distributed)
     way = resolve_way(run.options.memory, run.options.precision, run.options.distributed)
-    return fewer + few(list(lines(step, way, allowed, gpu_like(device))))
+    return fewer + pick_evenly(list(lines(step, way, allowed, gpu_like(device))))
 
 
 def gpu_like(device: torch.device) -> Gpu:
@@ -54,7 +54,9 @@ def lines(step: CountedStep, used: Way, allowed: Allowed, card: Gpu) -> Iterator
     for found in sorted(candidates(step, allowed, card), key=lambda found: (found.seconds, found.device_bytes)):
         if found.device_bytes < best - WORTH * now.device_bytes:
             best = found.device_bytes
-            yield f"{describe(found.way)} needs {in_gib(now.device_bytes - best)} less and {longer(found, now)}"
+            percent = round(100 * (found.seconds / now.seconds - 1))
+            time = f"{percent} % longer" if percent > 0 else "no longer"
+            yield f"{describe(found.way)} needs {in_gib(now.device_bytes - best)} less and takes {time}"
 
 
 def candidates(step: CountedStep, allowed: Allowed, card: Gpu) -> Iterator[Predicted]:
@@ -65,13 +67,7 @@ def candidates(step: CountedStep, allowed: Allowed, card: Gpu) -> Iterator[Predi
         yield from (predict(step, replace(way, num_offloaded=number), card) for number in numbers)
 
 
-def longer(found: Predicted, now: Predicted) -> str:
-    """Return how much more time a way takes."""
-    percent = round(100 * (found.seconds / now.seconds - 1))
-    return f"takes {percent} % longer" if percent > 0 else "takes no longer"
-
-
-def few(found: Sequence[str]) -> list[str]:
-    """Some of many lines, evenly spread, the last of them included."""
+def pick_evenly(found: Sequence[str]) -> list[str]:
+    """Return at most `MOST_LINES` of many lines, evenly spread, the last of them included."""
     every = ceil(len(found) / MOST_LINES) or 1
     return list(reversed(found[::-1][::every]))

@@ -41,7 +41,8 @@ class MemoryWatch:
 
     def __init__(self, run: Run, fitted: Fit, gauge: Gauge) -> None:
         self.is_over = False
-        self._run, self._fitted, self._gauge = run, fitted, gauge
+        assert fitted.choice.chosen is not None
+        self._run, self._fitted, self._chosen, self._gauge = run, fitted, fitted.choice.chosen, gauge
         self._num_steps = 0
         self._largest = 0
 
@@ -68,7 +69,7 @@ class MemoryWatch:
         self._num_steps += 1
         if self.is_over or self._num_steps < FIRST_STEP:
             return
-        planned, measured = self._planned, self._gauge.peak()
+        planned, measured = self._chosen.tensor_bytes, self._gauge.peak()
         share = measured / planned - 1
         if share <= TOLERATED and self._largest < self._fitted.counted.batch.num_pixels:
             return
@@ -79,16 +80,9 @@ class MemoryWatch:
             logger.warning("a step takes %.0f %% %s memory than was planned", abs(100 * share), direction)
             self._correct(measured)
 
-    @property
-    def _planned(self) -> int:
-        chosen = self._fitted.choice.chosen
-        assert chosen is not None
-        return chosen.tensor_bytes
-
     def _correct(self, measured: int) -> None:
         """Choose again by what was measured, among what can be changed while training: how blocks run."""
-        chosen, card = self._fitted.choice.chosen, self._fitted.choice.card
-        assert chosen is not None
+        chosen, card = self._chosen, self._fitted.choice.card
         fixed = chosen.weight_bytes + self._fitted.counted.step.adapter_bytes
         factor = max(0.0, (measured - fixed) / (chosen.tensor_bytes - fixed))
         allowed = replace(

@@ -26,6 +26,7 @@ from library.memory.devices import DTYPES, bytes_of, tensors_of
 from library.memory.formats.int8 import matrices_forgotten
 from library.memory.frozen import frozen_layers, layers_in_blocks, multiply_codes
 from library.memory.offload.encoders import least_bytes
+from library.memory.offload.streamed import chosen
 from library.memory.planner.counter import OperationCounter
 from library.memory.planner.fakes import give_fakes, norms_as_on_cards
 from library.memory.planner.prediction import CountedStep, GradientlessPasses
@@ -49,20 +50,19 @@ from library.options.training.optimizer import OptimizerOptions
 from library.options.training.pairs import PairOptions
 from library.options.training.run import RunOptions
 from library.progress import progress_bar
-from library.protocols import Architecture, LatentSpec, TextCacheSpec
+from library.protocols import Architecture, TextCacheSpec
 from library.randomness import generator_for
 from library.training.loop.stacked_step import stacked_losses
 from library.training.models.base_model import LoadedModels
-from library.training.models.block_running import trains_text_encoders
 from library.training.models.check_batches import mute_logging
 from library.training.models.compute import Compute
+from library.training.models.frozen_base import most_offloaded, offloaded_blocks
 from library.training.models.network import create
 from library.training.models.step_context import step_context
 from library.training.models.text_caching import cached_text, live_text
 from library.training.models.weight_formats import format_while_counting
 from library.training.optimization.optimizers import build_optimizer
 from library.training.planning.previews import CountedPreview, count_preview
-from library.training.planning.waiting import OffloadedBlocks
 from library.training.step.context import Models
 from library.training.step.joining import repeat_batch
 from library.training.step.losses import loss_of
@@ -113,6 +113,8 @@ class CountedRun:
 class MetaRun:
     """The models of a run, of full size and without values, the adapter installed."""
 
+    arch: Architecture
+    compute: Compute
     models: Models  # those that stay while training
     encoders: Sequence[nn.Module]  # all text encoders
     vae: nn.Module | None
@@ -151,19 +153,21 @@ def count_run(
         captions, conditioning, gradientless = None, None, None
         if concepts is None:
             spec = cached_text(options.network, arch.text_cache)
-            captions, conditioning = count_captions(spec, options.precision, arch, meta.encoders, rows)
+            captions, conditioning = count_captions(spec, meta, rows)
             if spec is not None and spec.places_key is not None and conditioning is not None:
                 no_places = torch.zeros(rows.count, len(rows.reference_sizes), dtype=torch.long)
                 conditioning = {**conditioning, spec.places_key: no_places}
             if options.pairs.preference_loss is not None:
-                gradientless = count_reference(options.precision, arch, meta, rows, conditioning)
+                # A preference loss needs one prediction of the base model alone for each image.
+                features = encode_longest(meta, rows.count) if conditioning is None else conditioning
+                gradientless = GradientlessPasses(1, 1, count_prediction(meta, rows, features))
         else:
-            conditioning, gradientless = count_prompts(concepts, options.precision, arch, meta, batch)
+            conditioning, gradientless = count_prompts(concepts, meta, batch)
         bar.update(1)
         fake = fake_batch(arch, rows, conditioning, caches_latents)
         timeline = count_some_blocks(
             arch.chains(denoiser),
-            lambda repeats: count_step(options, arch, meta, fake, repeats, partial(bar.update, 1)),
+            lambda repeats: count_step(options, meta, fake, repeats, partial(bar.update, 1)),
         )
         optimizer = together(
             [
@@ -176,8 +180,14 @@ def count_run(
     own = set(denoiser.modules())
     places = [place for place, block in enumerate(timeline.blocks) if block in own]
     blocks = [timeline.blocks[place] for place in places]
-    gradients = sum(p.numel() * p.element_size() for one in networks for p in one.trainable_parameters())
-    waiting = OffloadedBlocks(arch.stacks(denoiser), blocks)
+    gradients = sum(p.nbytes for one in networks for p in one.trainable_parameters())
+    stacks, indices = arch.stacks(denoiser), {block: i for i, block in enumerate(blocks)}
+
+    def offloaded_indices(num_blocks: int) -> list[int]:
+        counts = offloaded_blocks(num_blocks, stacks)
+        waiting = [stack[i] for stack, count in zip(stacks, counts, strict=True) for i in chosen(len(stack), count)]
+        return [indices[block] for block in waiting]
+
     step = CountedStep(
         timeline=timeline,
         first_place=places[0],
@@ -189,8 +199,8 @@ def count_run(
         gradient_bytes=gradients,
         held_gradient_bytes=gradients if passes_accumulate(options.run, options.pairs) else 0,
         optimizer=optimizer,
-        offloaded_indices=waiting.places,
-        most_offloaded=waiting.most,
+        offloaded_indices=offloaded_indices,
+        most_offloaded=most_offloaded(stacks),
         multiplies_codes=options.precision.multiplies_codes,
         gradientless=gradientless,
     )
@@ -241,7 +251,7 @@ def run_on_meta_device(options: TrainOptions, arch: Architecture, adapters: Sequ
     needs_vae = not has_latents(options.caching, options.concepts)
     models = Models(denoiser, staying, vae if needs_vae else None, arch.view(staying, denoiser))
     networks = [network_on_meta_device(own.network, own.precision, arch, models) for own in adapters]
-    return MetaRun(models, encoders, vae, networks)
+    return MetaRun(arch, Compute.build(options.precision, CPU), models, encoders, vae, networks)
 
 
 def has_latents(caching: CachingOptions, concepts: ConceptOptions | None) -> bool:
@@ -296,7 +306,6 @@ def counter_for(arch: Architecture) -> OperationCounter:
 
 
 def longest_caption(arch: Architecture) -> str:
-    """Return a caption that takes all the tokens there are."""
     return "a " * arch.text.max_tokens
 
 
@@ -347,20 +356,18 @@ def count_images(arch: Architecture, vae: nn.Module, shape: BatchShape) -> Stage
 
 
 def count_captions(
-    spec: TextCacheSpec | None,
-    precision: PrecisionOptions,
-    arch: Architecture,
-    encoders: Sequence[nn.Module],
-    batch: BatchShape,
+    spec: TextCacheSpec | None, meta: MetaRun, batch: BatchShape
 ) -> tuple[Stage | None, Conditioning | None]:
     """Count encoding captions before training, with the reference images that the encoders see, and give the features
     of a batch; None where no `spec` caches them."""
     if spec is None:
         return None, None
-    batch_size, autocast = batch.count, Compute.build(precision, CPU).autocast
+    arch, encoders, batch_size = meta.arch, meta.encoders, batch.count
     caption, sees_images = longest_caption(arch), spec.places_key is not None and len(batch.reference_sizes) > 0
     if sees_images:
-        caption = CaptionWithImages(caption, "", lambda: empty_references(arch.codec.spec, batch.reference_sizes))
+        channels = 4 if arch.codec.spec.has_alpha else 3
+        sizes = batch.reference_sizes
+        caption = CaptionWithImages(caption, "", lambda: tuple(torch.zeros(channels, h, w) for w, h in sizes))
 
     def encode(count: int) -> tuple[int, Conditioning]:
         # Which tokens stand for images is read from the tokens, so these need their values: the mode must be off.
@@ -368,7 +375,7 @@ def count_captions(
             tokens = arch.text.tokenize([caption] * count)
 
             def run() -> Conditioning:
-                with autocast():
+                with meta.compute.autocast():
                     return arch.text.encode(encoders, tokens)
 
             return count_rise(arch, encoders, run, list(chain.from_iterable(tokens.images)))
@@ -384,51 +391,36 @@ def count_captions(
     return Stage("encoding captions", "text_encoder_batch_size", weights, one, each_more, streamed), features
 
 
-def empty_references(spec: LatentSpec, sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
-    """Return images of these widths and heights, CHW, without values."""
-    channels = 4 if spec.has_alpha else 3
-    return tuple(torch.zeros(channels, height, width) for width, height in sizes)
-
-
 def count_prompts(
-    concepts: ConceptOptions, precision: PrecisionOptions, arch: Architecture, meta: MetaRun, shape: BatchShape
+    concepts: ConceptOptions, meta: MetaRun, shape: BatchShape
 ) -> tuple[Conditioning, GradientlessPasses]:
     """Count what a step by prompts does before its forward and backward pass: the latents are drawn, half of the steps
     on average, and the base model is asked about three prompts. Gives the text features of a batch too.
     """
-    num_guided = 1 if resolve_guidance(concepts, arch.preview.defaults) == 1 else 2
+    num_guided = 1 if resolve_guidance(concepts, meta.arch.preview.defaults) == 1 else 2
     rows = replace(shape, count=NUM_ASKED * shape.count)
-    features = encode_longest(precision, arch, meta, rows.count)
-    peak = count_prediction(precision, arch, meta, rows, features)
+    features = encode_longest(meta, rows.count)
+    peak = count_prediction(meta, rows, features)
     num_steps = concepts.max_denoising_steps / 2
     passes = GradientlessPasses(num_steps + 1, num_guided * num_steps + NUM_ASKED, peak)
     return {name: tensor[: shape.count] for name, tensor in features.items()}, passes
 
 
-def count_reference(
-    precision: PrecisionOptions, arch: Architecture, meta: MetaRun, rows: BatchShape, conditioning: Conditioning | None
-) -> GradientlessPasses:
-    """Count the predictions of the base model alone, of which a preference loss needs one for each image."""
-    features = encode_longest(precision, arch, meta, rows.count) if conditioning is None else conditioning
-    return GradientlessPasses(1, 1, count_prediction(precision, arch, meta, rows, features))
-
-
-def encode_longest(precision: PrecisionOptions, arch: Architecture, meta: MetaRun, count: int) -> Conditioning:
+def encode_longest(meta: MetaRun, count: int) -> Conditioning:
     """Return the text features of the longest captions, in the fake mode that is on."""
-    with counter_for(arch), torch.no_grad(), Compute.build(precision, CPU).autocast():
-        return arch.text.encode(meta.encoders, arch.text.tokenize([longest_caption(arch)] * count))
+    text, captions = meta.arch.text, [longest_caption(meta.arch)] * count
+    with counter_for(meta.arch), torch.no_grad(), meta.compute.autocast():
+        return text.encode(meta.encoders, text.tokenize(captions))
 
 
-def count_prediction(
-    precision: PrecisionOptions, arch: Architecture, meta: MetaRun, rows: BatchShape, features: Conditioning
-) -> int:
+def count_prediction(meta: MetaRun, rows: BatchShape, features: Conditioning) -> int:
     """Return the most bytes that the denoiser takes for these images without gradients, weights left out."""
-    asked = fake_batch(arch, rows, features, True)
+    arch, asked = meta.arch, fake_batch(meta.arch, rows, features, True)
     assert asked.latents_BCHW is not None
     clean_BCHW = asked.latents_BCHW
 
     def ask() -> Tensor:
-        with Compute.build(precision, CPU).autocast():
+        with meta.compute.autocast():
             noised = arch.objective.corrupt(clean_BCHW, generator_for(0, "planned"))
             return arch.predict(meta.models.denoiser, noised, features, asked)
 
@@ -436,24 +428,20 @@ def count_prediction(
 
 
 def count_step(
-    options: TrainOptions,
-    arch: Architecture,
-    meta: MetaRun,
-    batch: Batch,
-    repeats: Repeats,
-    advance: Callable[[], None],
+    options: TrainOptions, meta: MetaRun, batch: Batch, repeats: Repeats, advance: Callable[[], None]
 ) -> Timeline:
     """Forward and backward pass, with all blocks recomputed and with none; gradients are there already where a step
     has several passes. `advance` is called after each of the two."""
-    models, networks = meta.models, meta.networks
+    arch, models, networks = meta.arch, meta.models, meta.networks
     loaded = LoadedModels(models, live_text(options.network, arch.text_cache), None)
-    compute = Compute.build(options.precision, CPU)
     turns = multiplex(networks, options.network.network_module or "") if len(networks) > 1 else None
-    trains_text = trains_text_encoders(options.network, options.optimizer.learning_rate)
+    trains_text = options.trains_text_encoders
     contexts = []
     for i, one in enumerate(networks):
         only = nullcontext if turns is None else partial(turns.only, i)
-        contexts.append(step_context(trains_text, options.caching.vae_batch_size, arch, 0, loaded, one, compute, only))
+        contexts.append(
+            step_context(trains_text, options.caching.vae_batch_size, arch, 0, loaded, one, meta.compute, only)
+        )
     seeds = dict.fromkeys(range(len(networks)), 0)
     sizes = [sum(p.numel() for p in one.trainable_parameters()) for one in networks]
     # By prompts and with pairs adapters run one after another; the largest is counted.

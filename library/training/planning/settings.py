@@ -34,7 +34,6 @@ def num_shares(options: DistributedOptions) -> int:
 
 
 def option_values(way: Way) -> dict[str, Any]:
-    """Return the options that a way stands for."""
     return {
         "base_format": way.weight_format,
         "gradient_checkpointing": way.recompute_every is not None,

@@ -62,7 +62,6 @@ def differences(records: Sequence[Record]) -> list[list[Any]]:
 
 
 def describe_run(record: Record) -> dict[str, Any]:
-    """Describe a run by name."""
     session, plan, audit = record.sessions[-1], record.plan or {}, record.audit or {}
     options = {f"--{name}": v for name, v in sorted(session["options"].items()) if name not in NAMES_ONLY}
     sources = [subset for dataset in audit.get("datasets", ()) for subset in dataset["subsets"]]

@@ -53,7 +53,6 @@ def write_index(folder: Path) -> None:
 
 
 def summarize(record: Record, path: Path) -> dict[str, Any]:
-    """Return one run as the index shows it."""
     end = record.sessions[-1]["end"] if record.sessions else None
     number, image = last_preview(record)
     return {

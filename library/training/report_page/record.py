@@ -94,7 +94,6 @@ class Record:
 
     @property
     def is_empty(self) -> bool:
-        """Return True if no event was taken in."""
         return self.updated == 0
 
     def add(self, line: Line) -> None:
@@ -149,10 +148,8 @@ class Record:
         if first_step == 0:
             self._forget_earlier_sessions()
         self.curves.cut(first_step)
-        self.validations.keep_up_to(first_step)
-        self.forgetting.keep_up_to(first_step)
-        self.previews.keep_up_to(first_step)
-        self.strengths.keep_up_to(first_step)
+        for name in KEPT:
+            getattr(self, name).keep_up_to(first_step)
         self.step, self.choice = first_step, None
         self.plan = get_values(line)
         steps = line["max_train_steps"] // SMOOTHED_OVER
@@ -204,22 +201,19 @@ class Record:
             return
         self.prompts[number] = {name: line[name] for name in ("prompt", "seed", "width", "height")}
         self.prompts[number]["strength"] = line.get("strength", 1.0)
-        last = self.previews.items[-1] if self.previews.items else None
-        if last is None or last["step"] != line["step"]:
-            self.previews.add({"step": line["step"], "epoch": line["epoch"], "pictures": {}})
-        self.previews.items[-1]["pictures"][number] = line["thumbnail"]
+        item = self.previews.at_step({"step": line["step"], "epoch": line["epoch"], "pictures": {}})
+        item["pictures"][number] = line["thumbnail"]
 
     def _strengths(self, line: Line) -> None:
-        last = self.strengths.items[-1] if self.strengths.items else None
-        if last is None or last["step"] != line["step"]:
-            self.strengths.add({"step": line["step"], "prompts": []})
-        found = {name: line[name] for name in ("prompt", "seed", "strengths", "correlation")}
-        self.strengths.items[-1]["prompts"].append(found)
+        item = self.strengths.at_step({"step": line["step"], "prompts": []})
+        item["prompts"].append({name: line[name] for name in ("prompt", "seed", "strengths", "correlation")})
 
     def _saved(self, line: Line) -> None:
         self._drop_file(line["file"])
         names = ("file", "kind", "reason", "step", "epoch", "num_bytes")
-        self.files.append({name: line[name] for name in names} | {"name": last_part(line["file"])})
+        path = line["file"]  # of any system
+        last_part = (PureWindowsPath if "\\" in path else PurePath)(path).name
+        self.files.append({name: line[name] for name in names} | {"name": last_part})
         del self.files[:-MOST_FILES]
 
     def _removed(self, line: Line) -> None:
@@ -249,7 +243,6 @@ class Record:
 
     @property
     def name(self) -> str:
-        """The name of the run."""
         options = self.sessions[-1]["options"] if self.sessions else {}
         return str(options.get("output_name") or "last")
 
@@ -295,8 +288,3 @@ def shown_images(images: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]
 def get_values(line: Line) -> dict[str, Any]:
     """Return the fields of an event's line without those that all lines have."""
     return {name: value for name, value in line.items() if name not in ("v", "event", "time")}
-
-
-def last_part(path: str) -> str:
-    """Return the last part of a path of any system."""
-    return PureWindowsPath(path).name if "\\" in path else PurePath(path).name

@@ -143,8 +143,13 @@ class Kept:
             last = self.items[-1]
             self.items = [one for one in self.items if one["number"] % self.stride == 0 or one is last]
 
+    def at_step(self, item: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the last table if it is of the step of `item`, else add that."""
+        if not self.items or self.items[-1]["step"] != item["step"]:
+            self.add(item)
+        return self.items[-1]
+
     def keep_up_to(self, step: int) -> None:
-        """Forget those of later steps."""
         self.items = [item for item in self.items if item["step"] <= step]
 
     def as_json(self) -> dict[str, Any]:

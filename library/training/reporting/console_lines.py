@@ -40,7 +40,6 @@ class ImageCounts:
 
 
 def announce_run(plan: Plan, counts: ImageCounts, batch_sizes: Sequence[int], accumulation: int) -> None:
-    """The block that tells the size of the run."""
     announce("running training / 学習開始")
     announce(f"  num train images * repeats / 学習画像の数×繰り返し回数: {counts.train}")
     announce(f"  num validation images * repeats / 学習画像の数×繰り返し回数: {counts.validation}")
@@ -118,14 +117,7 @@ class LimitedNorms:
     mean: float
     maximum: float
 
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "LimitedNorms":
-        """From the three numbers, in this order."""
-        count, mean, maximum = values
-        return cls(int(count), mean, maximum)
-
     def chart_values(self) -> dict[str, float]:
-        """By the names that charts use."""
         return {
             "max_norm/keys_scaled": self.num_scaled,
             "max_norm/max_key_norm": self.maximum,

@@ -65,13 +65,6 @@ def is_written(path_of: Callable[[str], Path], since: float) -> bool:
     return any(name.fullmatch(file.name) and file.stat().st_mtime >= since for file in found)
 
 
-def preview_folders(options: SavingOptions) -> tuple[Path, Path]:
-    """Where the images of a run lie, and their grids."""
-    assert options.output_dir is not None
-    folder = Path(options.output_dir)
-    return folder / FOLDER, folder / GRID_FOLDER
-
-
 def is_preview_stem(options: SavingOptions, stem: str) -> bool:
     """Return True if a file of this name without its ending is an image or a grid of the run."""
     name = f"{options.output_name}_" if options.output_name else ""
@@ -98,7 +91,6 @@ def to_grid(images: Sequence[Image.Image]) -> Image.Image:
 
 
 def build_preview_event(drawn: Drawn, path: Path, step: int, epoch: int) -> Preview:
-    """Return the event of an image that was written to `path`."""
     prompt, (width, height) = drawn.prompt, drawn.image.size
     return Preview(
         step, epoch, drawn.index, prompt.text, prompt.seed, width, height, str(path), encode_data_url(drawn.image),

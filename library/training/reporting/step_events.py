@@ -11,11 +11,23 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from library.memory.offload.readback import Readback
+from library.training.reporting.console_lines import LimitedNorms
 from library.training.reporting.events import Memory, Norms, Step, Timing
-from library.training.reporting.step_result import StepResult
 from library.training.reporting.step_times import StepTimes
+from library.training.step.accumulation import Window
 
 EVERY = 10  # steps; norms of groups read each weight and gradient once more
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The result of a step, once it is known."""
+
+    window: Window
+    losses: list[float]  # of its batches, in their order
+    norm: float  # of the whole gradient, before it was clipped
+    rates: list[float]  # the learning rate of each group of the optimizer
+    limited: LimitedNorms | None
 
 
 @dataclass

@@ -78,7 +78,6 @@ class StepTimes:
     # Measuring
 
     def start(self) -> None:
-        """The first step begins."""
         self._began = self._mark()
 
     @contextmanager

@@ -19,26 +19,22 @@ from library.training.failures.out_of_memory import (
     explain_out_of_memory,
     measure_sizes,
     memory_figures,
-    reset_peak,
 )
+from library.training.loop.loop import backward
 from library.training.loop.stacked_step import backward_stacked, is_stacked
 from library.training.loop.update import round_weights
 from library.training.planning.advice import memory_hints
 from library.training.run_parts import Run
 from library.training.saving.checkpoints import Writer
-from library.training.step.losses import add_noise_to, describe_shape, loss_of, start_batch
-from library.training.step.pairs import split_passes
+from library.training.step.losses import add_noise_to, describe_shape
 from library.types import Batch
 
 logger = logging.getLogger(__name__)
 
-
-def dry_run_values() -> dict[str, Any]:
-    """Return what a dry run overrides: caches stay in memory, no trackers, no uploads, no resume."""
-    in_memory = {"cache_latents_to_disk": False, "cache_text_encoder_outputs_to_disk": False}
-    silent = {"logging_dir": None, "log_with": None, "huggingface_repo_id": None}
-    afresh = {"resume": None, "autoresume": False}
-    return {**in_memory, **silent, **afresh}
+DRY_RUN_VALUES: dict[str, Any] = {  # caches stay in memory, no trackers, no uploads, no resume
+    **dict.fromkeys(("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk", "autoresume"), False),
+    **dict.fromkeys(("logging_dir", "log_with", "huggingface_repo_id", "resume"), None),
+}
 
 
 def try_largest_batch(runs: Sequence[Run], writer: Writer, place: int) -> None:
@@ -62,7 +58,8 @@ def try_largest_batch(runs: Sequence[Run], writer: Writer, place: int) -> None:
             one.optimization.optimizer.zero_grad(set_to_none=True)
             with shown_weights(one, FILES):  # fails here if the weights to save cannot be put in place
                 pass
-        reset_peak(run.context.device)
+        if run.context.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(run.context.device)
         started = time.perf_counter()
         forward_and_backward(runs, batch, place)
         seconds = time.perf_counter() - started
@@ -73,28 +70,16 @@ def try_largest_batch(runs: Sequence[Run], writer: Writer, place: int) -> None:
 
 
 def forward_and_backward(runs: Sequence[Run], batch: Batch, place: int) -> float:
-    """One pass with gradients; gives the loss; of several adapters that of the first, or one that is not finite."""
+    """Run one pass with gradients and return the loss, of several adapters the first or one that is not finite."""
     if is_stacked(runs, batch):
-        losses = [float(loss) for loss in backward_stacked(runs, batch, place, 1, 0)]
+        losses = backward_stacked(runs, batch, place, 1, 0)
     else:
-        losses = [forward_and_backward_alone(run, batch, place) for run in runs]
-    return next((loss for loss in losses if not math.isfinite(loss)), losses[0])
-
-
-def forward_and_backward_alone(run: Run, batch: Batch, place: int) -> float:
-    """`forward_and_backward` of one adapter."""
-    total = 0.0
-    with run.context.alone():
-        for one in split_passes(run.context, batch):
-            start_batch(run.context, place, 0)
-            loss = loss_of(run.context, one, place)
-            torch.autograd.backward(loss)
-            total += loss.item()
-    return total
+        losses = [backward(run, batch, place, 1, 0) for run in runs]
+    found = [loss.item() for loss in losses]
+    return next((loss for loss in found if not math.isfinite(loss)), found[0])
 
 
 def report(run: Run, writer: Writer, sizes: Sizes, shape: str, loss: float, seconds: float) -> None:
-    """The findings, a line each."""
     plan, options = run.plan, run.options
     logger.info("dry run: the largest batch has %s; its loss is %.4f", shape, loss)
     logger.info(

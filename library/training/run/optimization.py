@@ -1,4 +1,4 @@
-"""The third stage of the set-up: what moves the weights."""
+"""The fourth stage of the set-up: what moves the weights."""
 
 import logging
 from typing import Any
@@ -9,7 +9,6 @@ from library.errors import UserError
 from library.options.machine.memory import PrecisionOptions
 from library.options.train import TrainOptions
 from library.options.training.averaging import AveragingOptions
-from library.training.models.block_running import trains_text_encoders
 from library.training.optimization.ema import WeightAverage
 from library.training.optimization.lr_schedules import build_schedule
 from library.training.optimization.optimizers import build_optimizer
@@ -39,8 +38,7 @@ def build_optimization(
     average = build_average(options.averaging, options.optimizer.optimizer_type, network, optimizer.is_schedule_free)
     if names is None:
         trains_denoiser = not options.network.network_train_text_encoder_only
-        trains_text = trains_text_encoders(options.network, options.optimizer.learning_rate)
-        names = name_groups(len(groups), trains_denoiser, trains_text)
+        names = name_groups(len(groups), trains_denoiser, options.trains_text_encoders)
     return Optimization(optimizer, schedule, scaler, names, average)
 
 

@@ -12,13 +12,14 @@ from library.options.train import TrainOptions
 from library.processes import Processes
 from library.protocols import Architecture
 from library.training.evaluation.preview import collect_texts, wanted_prompts
-from library.training.loop.prepared import PreparedRun
+from library.training.loop.adapter_run import PreparedRun
 from library.training.models.arithmetic import check_arithmetic
 from library.training.models.base_model import load_models
-from library.training.models.block_running import attach_adapter, choose_block_runner, trains_text_encoders
+from library.training.models.block_running import choose_block_runner
 from library.training.models.check_batches import check_batches
 from library.training.models.compute import Compute
 from library.training.models.frozen_base import check_base, resolve_base
+from library.training.models.network import open_network
 from library.training.reporting.console_lines import ImageCounts, announce_run
 from library.training.reporting.log_prefix import log_prefix
 from library.training.reporting.progress import Progress
@@ -73,17 +74,14 @@ def prepare(
     networks = []
     for one in adapters:
         with log_prefix(one.label):
-            networks.append(
-                attach_adapter(one.options.network, one.options.precision, one.seed, loaded.models, compute)
-            )
+            networks.append(open_network(one.options.network, one.options.precision, one.seed, loaded.models, compute))
     turns = None
     if len(networks) > 1:
         turns = multiplex(networks, options.network.network_module or "")
         share = None if data.prompts is not None else turns.share_stacked(range(len(networks)))
         logger.info("%s", format_sharing(len(networks), share))
-    is_text_trained = trains_text_encoders(options.network, options.optimizer.learning_rate)
     # After all adapters are attached: blocks are compiled with them.
-    choose_block_runner(options.memory, options.compiling, is_text_trained, arch, loaded.models, networks)
+    choose_block_runner(options.memory, options.compiling, options.trains_text_encoders, arch, loaded.models, networks)
     times = StepTimes(compute.device, processes.count, measure_peak_flops(compute.device, compute.dtype))
     batches = open_batches(data, loaded.latents, loaded.texts)
     shared = Shared(arch, loaded, compute, processes, data, batches, plan, times, turns, sweep)
@@ -95,7 +93,8 @@ def prepare(
             prepared.append(prepare_run(run, one, Progress(first_step), charts, prompts, loaded.prompts))
     if processes.is_main:
         start_trackers(accelerator, options.trackers, loggable_options(options))
-        counts = count_images(prepared[0])
+        num_validation = prepared[0].validation.num_images
+        counts = ImageCounts(data.num_train_images, num_validation, data.num_reg_images)
         announce_run(plan, counts, data.batch_sizes, options.run.gradient_accumulation_steps)
         for one, ready in zip(adapters, prepared, strict=True):
             resumed_from = None if one.state is None else str(one.state.path)
@@ -115,11 +114,6 @@ def format_sharing(count: int, share: float | None) -> str:
         "after another: kinds other than LoRA, DoRA per input, LoRA-FA and DyLoRA, kernels larger than 1x1, adapters "
         "with dropout, and layers that not all of them adapt"
     )
-
-
-def count_images(prepared: PreparedRun) -> ImageCounts:
-    data = prepared.run.data
-    return ImageCounts(data.num_train_images, prepared.validation.num_images, data.num_reg_images)
 
 
 def require_same_data(data: TrainingData, processes: Processes) -> None:

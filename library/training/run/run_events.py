@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 from library.checkpoints.metadata import commit_hash
 from library.errors import UserError
+from library.installed import version_of
 from library.launcher import launched_rank
 from library.options.base import Options
 from library.options.train import TrainOptions
@@ -114,12 +114,8 @@ def changed_options(options: Options) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Return the versions of what computes, as far as it is installed."""
-    found = {"python": python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    installed = {package: version_of(package) for package in PACKAGES}
+    found = {"python": python_version()} | {name: version for name, version in installed.items() if version}
     commit = commit_hash()
     return found if commit is None else {"commit": commit, **found}
 
@@ -131,7 +127,6 @@ def format_error(error: BaseException) -> str:
 
 
 def build_plan_event(run: Run, counts: ImageCounts, first_step: int, resumed_from: str | None) -> Plan:
-    """Return the event of a loaded run."""
     options, plan, context = run.options, run.plan, run.context
     images: Mapping[str, int] = {"train": counts.train, "validation": counts.validation, "reg": counts.reg}
     return Plan(

@@ -11,9 +11,8 @@ from library.processes import Processes
 from library.protocols import Architecture
 from library.training.evaluation.preview import Previews
 from library.training.evaluation.validation import Validation
-from library.training.loop.prepared import PreparedRun
+from library.training.loop.adapter_run import PreparedRun
 from library.training.models.base_model import LoadedModels
-from library.training.models.block_running import trains_text_encoders
 from library.training.models.compute import Compute
 from library.training.models.step_context import step_context
 from library.training.reporting.event_stream import Events
@@ -78,11 +77,10 @@ def build_run(wanted: AdapterRequest, network: AdoptedNetwork, shared: Shared, p
     models = shared.loaded.models
     optimization = build_optimization(options, network, models, shared.plan.max_train_steps, compute.device)
     alone = nullcontext if shared.turns is None else partial(shared.turns.only, place)
-    trains_text = trains_text_encoders(options.network, options.optimizer.learning_rate)
-    vae_batch_size = options.caching.vae_batch_size
     context = step_context(
-        trains_text, vae_batch_size, arch, wanted.seed, shared.loaded, network, compute, alone, options.pairs
-    )
+        options.trains_text_encoders, options.caching.vae_batch_size, arch, wanted.seed, shared.loaded, network,
+        compute, alone, options.pairs,
+    )  # fmt: skip
     context = replace(context, preserves_in_step=preserves_in_step(shared.data, models.sharded))
     return Run(
         options=options,
@@ -120,6 +118,6 @@ def prepare_run(
     if state is not None:  # after everything that has a memory is there, and before anything is drawn or measured
         go_on(run, progress, validation, state)
     is_drawing = run.processes.share(f"are there previews {run.label}", "yes" if prompts else "no") == "yes"
-    previews = Previews.build(run, charts, prompts, encoded, is_drawing)
+    previews = Previews(run, charts, prompts, encoded, is_drawing)
     resumed = state if state is not None and state.step == progress.step else None
     return PreparedRun(run, progress, writer, charts, previews, validation, resumed)

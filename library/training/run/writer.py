@@ -20,7 +20,6 @@ from library.training.reporting.progress import Part, Progress
 from library.training.run_parts import Run
 from library.training.saving.checkpoints import Names, Schedule, Writer
 from library.training.saving.hub import Uploads
-from library.training.saving.rescue import bytes_of_tensors
 from library.training.saving.resume import recorded_options, report_differences
 from library.training.saving.state import OptimizerState, Stateful, StateManifest, restore, save_state
 from library.training.sweep_record import PART
@@ -70,7 +69,7 @@ def bytes_of_state(run: Run) -> int:
     trained = network.trainable_parameters()
     expected = () if tensors else 2 * trained
     averaged = () if run.optimization.average is None else run.optimization.average.values or trained
-    return bytes_of_tensors([*network.module.state_dict().values(), *tensors, *expected, *averaged])
+    return sum(t.nbytes for t in (*network.module.state_dict().values(), *tensors, *expected, *averaged))
 
 
 def build_writer(run: Run, progress: Progress, validation: Validation) -> Writer:

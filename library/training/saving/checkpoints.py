@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -29,7 +30,7 @@ from library.training.reporting.event_stream import Events
 from library.training.reporting.events import Removed, Saved, SavedFor
 from library.training.reporting.progress import Part, Progress
 from library.training.saving.hub import Uploads
-from library.training.saving.rescue import NotWrittenError, bytes_of_tensors, free_bytes, write_somewhere
+from library.training.saving.rescue import NotWrittenError, free_bytes, write_somewhere
 from networks.core.protocol import AdoptedNetwork
 
 logger = logging.getLogger(__name__)
@@ -78,20 +79,15 @@ class Names:
             return "best"
         return "step" if re.fullmatch(r".*-step\d{8}", path.stem) else "epoch"
 
-    def of_profile(self) -> Path:
-        return self.folder / f"{self.output_name or 'last'}-profile.json.gz"
+    def beside(self, ending: str) -> Path:
+        """Return a file of the run that is not weights, such as its report."""
+        return self.folder / f"{self.output_name or 'last'}{ending}"
 
     def of_report(self) -> Path:
-        return self.folder / f"{self.output_name or 'last'}-report.html"
+        return self.beside("-report.html")
 
     def of_sweep(self) -> Path:
-        return self.folder / f"{self.output_name or 'last'}-sweep.html"
-
-    def of_audit(self) -> Path:
-        return self.folder / f"{self.output_name or 'last'}-audit.html"
-
-    def of_sheet(self) -> Path:
-        return self.folder / f"{self.output_name or 'last'}-sheet.png"
+        return self.beside("-sweep.html")
 
     def has_stem(self, stem: str) -> bool:
         """Return True if a file of weights, or the report, of this run may have that name, without its ending."""
@@ -219,25 +215,15 @@ class Writer:
     def save_after_step(self, progress: Progress, epoch: int) -> None:
         """Save if the schedule asks for it after the step and it is not done, and note what that outdates."""
         step = progress.step
-        if (
-            self.is_main
-            and self.schedule.saves_step(step)
-            and self._save(self.names.of_step(step), progress, epoch, "step")
-        ):
-            self._outdate(self.names.of_step, self.schedule.outdated_step(step), self._states.outdated_step(step))
-            self._outdate_stops(progress, epoch)
-            self.rotation.saved_step = step
+        if self.is_main and self.schedule.saves_step(step):
+            outdated = self.schedule.outdated_step(step), self._states.outdated_step(step)
+            self._save_and_outdate("step", self.names.of_step, step, outdated, progress, epoch)
 
     def save_after_epoch(self, progress: Progress, epoch: int) -> None:
         """Save if the schedule asks for it after `epoch` and it is not done, and note what that outdates."""
-        if (
-            self.is_main
-            and self.schedule.saves_epoch(epoch)
-            and self._save(self.names.of_epoch(epoch), progress, epoch, "epoch")
-        ):
-            self._outdate(self.names.of_epoch, self.schedule.outdated_epoch(epoch), self._states.outdated_epoch(epoch))
-            self._outdate_stops(progress, epoch)
-            self.rotation.saved_step = progress.step
+        if self.is_main and self.schedule.saves_epoch(epoch):
+            outdated = self.schedule.outdated_epoch(epoch), self._states.outdated_epoch(epoch)
+            self._save_and_outdate("epoch", self.names.of_epoch, epoch, outdated, progress, epoch)
 
     def delete_outdated(self) -> None:
         """Delete what newer files have outdated, after the uploads that are still to come."""
@@ -400,18 +386,25 @@ class Writer:
     def _keep_newest_rescue(self, kind: str, place: Path, path: Path) -> None:
         """Delete what was written to another place before, so that a run does not fill the disk of temporary files."""
         older = self.rescued.pop(kind, None) if place != path else None
-        if older is not None and older.is_dir():
-            remove_folder(older)
-        elif older is not None:
-            older.unlink(missing_ok=True)
+        if older is not None:
+            delete(older)
         if place != path:
             self.rescued[kind] = place
 
-    def _outdate(self, name_of: Callable[[int], Path], outdated: int | None, outdated_state: int | None) -> None:
-        if outdated is not None:
-            self.rotation.deletions.append(partial(remove, name_of(outdated), self.events))
-        if outdated_state is not None and self.options.state.save_state:
-            self.rotation.deletions.append(partial(remove_state, state_folder(name_of(outdated_state)), self.events))
+    def _save_and_outdate(
+        self, part: Part, name_of: Callable[[int], Path], number: int, outdated: tuple[int | None, int | None],
+        progress: Progress, epoch: int,
+    ) -> None:  # fmt: skip
+        """Save the files of a step or epoch; those of the `outdated` weights and state are deleted later."""
+        if not self._save(name_of(number), progress, epoch, part):
+            return
+        weights, state = outdated
+        if weights is not None:
+            self.rotation.deletions.append(partial(remove, "checkpoint", name_of(weights), self.events))
+        if state is not None and self.options.state.save_state:
+            self.rotation.deletions.append(partial(remove, "state", state_folder(name_of(state)), self.events))
+        self._outdate_stops(progress, epoch)
+        self.rotation.saved_step = progress.step
 
     def _outdate_stops(self, progress: Progress, epoch: int) -> None:
         """Delete files of stops between saves; where no other states are saved, that of the last stop is kept."""
@@ -420,8 +413,8 @@ class Writer:
         weights = [stop for stop in stops if self.schedule.outdates_stop(stop, step, epoch)]
         states = [stop for stop in stops if self._states.outdates_stop(stop, step, epoch) and stop != kept]
         deletions = self.rotation.deletions
-        deletions += [partial(remove, self.names.of_step(stop), self.events) for stop in weights]
-        deletions += [partial(remove_state, state_folder(self.names.of_step(stop)), self.events) for stop in states]
+        deletions += [partial(remove, "checkpoint", self.names.of_step(stop), self.events) for stop in weights]
+        deletions += [partial(remove, "state", state_folder(self.names.of_step(stop)), self.events) for stop in states]
         progress.stops = [stop for stop in stops if stop not in weights or stop not in states]
 
     def _tell_readers(self, path: Path) -> None:
@@ -459,8 +452,7 @@ def readers_line(specs: Sequence[BaseModelSpec], path: Path) -> str | None:
 
 def bytes_in_file(module: nn.Module, dtype: torch.dtype | None) -> int:
     """About what the file of an adapter takes; its metadata come to a few kilobytes."""
-    tensors = [parameter if dtype is None else parameter.to("meta", dtype) for parameter in module.parameters()]
-    return bytes_of_tensors(tensors)
+    return sum((p if dtype is None else p.to("meta", dtype)).nbytes for p in module.parameters())
 
 
 def count_bytes(path: Path) -> int:
@@ -484,17 +476,17 @@ def save_dtype(save_precision: str | None) -> torch.dtype | None:
     return SAVE_DTYPES[save_precision]
 
 
-def remove(path: Path, events: Events) -> None:
-    """Delete a file that rotation has outdated; nothing happens where it is gone already."""
+def remove(kind: Literal["checkpoint", "state"], path: Path, events: Events) -> None:
+    """Delete a file or state that rotation has outdated; nothing happens where it is gone already."""
     if path.exists():
-        announce(f"removing old checkpoint: {path}")
-        path.unlink()
+        announce(f"removing old {kind}: {path}")
+        delete(path)
         events.emit(Removed(str(path)))
 
 
-def remove_state(folder: Path, events: Events) -> None:
-    """Delete a state that rotation has outdated; nothing happens where it is gone already."""
-    if folder.is_dir():
-        announce(f"removing old state: {folder}")
-        remove_folder(folder)
-        events.emit(Removed(str(folder)))
+def delete(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir():
+        remove_folder(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -28,22 +28,20 @@ class Uploads:
         """Upload a file or a folder, in the background where that is wanted, but the last one is waited for."""
         if not self.options.huggingface_repo_id:
             return
-        self.waiting.append(self.pool.submit(self._upload, path))
+        folder = self.options.huggingface_path_in_repo
+        place = f"{folder}/{path.name}" if folder else path.name
+        self.waiting.append(self.pool.submit(upload, self.options, path, place))
         if is_last or not self.options.async_upload:
-            for upload in self.waiting:
-                upload.result()
+            for sent in self.waiting:
+                sent.result()
             self.waiting.clear()
 
     def afterwards(self, action: Callable[[], None]) -> None:
         """Do what must not come before an upload, such as deleting: now, or behind those in the background."""
-        if all(upload.done() for upload in self.waiting):
+        if all(sent.done() for sent in self.waiting):
             action()
         else:
             self.waiting.append(self.pool.submit(action))
-
-    def _upload(self, path: Path) -> None:
-        folder = self.options.huggingface_path_in_repo
-        upload(self.options, path, f"{folder}/{path.name}" if folder else path.name)
 
 
 def upload(options: HubOptions, path: Path, place: str) -> None:
@@ -64,7 +62,6 @@ def upload(options: HubOptions, path: Path, place: str) -> None:
 
 
 def client(options: HubOptions) -> Any:
-    """huggingface_hub's client with the user's token."""
     from huggingface_hub import HfApi
 
     return HfApi(token=options.huggingface_token)

@@ -8,11 +8,10 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
-from torch import Tensor
 
 from library.errors import UserError
 
@@ -35,7 +34,9 @@ def write_somewhere(path: Path, ending: str, num_bytes: int, write: Callable[[Pa
     for place in places(path, ending):
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            require_space(place.parent, num_bytes)
+            free = free_bytes(place.parent)
+            if free is not None and free < num_bytes:
+                raise OSError(errno.ENOSPC, f"{free:,} bytes are free on the disk, about {num_bytes:,} are needed")
             write(place)
         except WRITE_ERRORS as error:
             failures.append(f"{place} ({error})")
@@ -59,13 +60,6 @@ def places(path: Path, ending: str) -> Iterator[Path]:
         yield place
 
 
-def require_space(folder: Path, num_bytes: int) -> None:
-    """Raise OSError where the disk of a folder has less space than that."""
-    free = free_bytes(folder)
-    if free is not None and free < num_bytes:
-        raise OSError(errno.ENOSPC, f"{free:,} bytes are free on the disk, about {num_bytes:,} are needed")
-
-
 def free_bytes(folder: Path) -> int | None:
     """Bytes that may still be written to the disk of a folder that is there; None where the system does not say."""
     try:
@@ -73,8 +67,3 @@ def free_bytes(folder: Path) -> int | None:
     except OSError:
         return None
     return usage.free if usage.total else None  # some network drives report nothing at all
-
-
-def bytes_of_tensors(tensors: Sequence[Tensor]) -> int:
-    """Count the bytes that tensors take in a file."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

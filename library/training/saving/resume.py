@@ -16,7 +16,7 @@ from library.options.output.saving import HubOptions, SavingOptions, StateOption
 from library.options.train import TrainOptions
 from library.processes import Processes
 from library.training.config_file import SECRETS
-from library.training.reporting.sample_images import is_preview_stem, preview_folders
+from library.training.reporting.sample_images import FOLDER, GRID_FOLDER, is_preview_stem
 from library.training.saving.checkpoints import Names
 from library.training.saving.hub import fetch_state
 from library.training.saving.state import (
@@ -123,8 +123,8 @@ def clear_up(saving: SavingOptions) -> None:
         names = Names.build(saving)
         tidy(names.folder, partial(is_state_name, names=names.starts))
         remove_temporary(names.folder, names.has_stem)
-        for folder in preview_folders(saving):
-            remove_temporary(folder, partial(is_preview_stem, saving))
+        for folder in (FOLDER, GRID_FOLDER):
+            remove_temporary(names.folder / folder, partial(is_preview_stem, saving))
 
 
 def named_or_newest(wanted: StateOptions, hub: HubOptions, saving: SavingOptions) -> StateManifest | None:
@@ -175,7 +175,8 @@ def starting_step(wanted: StateOptions, saving: SavingOptions, plan: Plan, facts
             )  # fmt: skip
         if facts is None and step:
             logger.info("%s without --resume: the learning rate schedule starts at its beginning", source)
-    if facts is not None and step == facts.step == plan.max_train_steps and is_unfinished(facts, saving):
+    is_last = facts is not None and step == facts.step == plan.max_train_steps
+    if facts is not None and is_last and not ("end" in facts.done and Names.build(saving).of_end().exists()):
         logger.info("%s is at the last step: what is left is to write the files of the end", source)
         return step
     if step and step >= plan.max_train_steps:
@@ -201,11 +202,6 @@ def starting_steps(options: Sequence[TrainOptions], plan: Plan, states: Sequence
     return [plan.max_train_steps if step is None else step for step in steps]
 
 
-def is_unfinished(facts: StateManifest, saving: SavingOptions) -> bool:
-    """Return True if the last step of a run is taken and the last file is still to be written."""
-    return "end" not in facts.done or not Names.build(saving).of_end().exists()
-
-
 def recorded_options(options: Options) -> dict[str, Any]:
     """Return the options as a state keeps them: plain values without passwords."""
     values = {name: value for name, value in options.flat().items() if name not in SECRETS}
@@ -224,22 +220,28 @@ def report_differences(
 
     `paths` are those of the images whose `contents` the dataset has.
     """
-    for level, line in (
-        *option_differences(facts, options, num_processes),
-        *dataset_differences(facts.dataset, dataset),
-        *content_differences(facts.dataset, dataset, paths),
-        *process_differences(facts, options.flat()["gradient_accumulation_steps"], num_processes),
-    ):
+    for level, line in option_differences(facts, options, num_processes):
         logger.log(level, "%s", line)
+    for line in (*dataset_differences(facts.dataset, dataset), *content_differences(facts.dataset, dataset, paths)):
+        logger.warning("%s: the run goes on, but not as the uninterrupted one would have", line)
+    accumulation = options.flat()["gradient_accumulation_steps"]
+    before = facts.num_processes * int(facts.options.get("gradient_accumulation_steps", accumulation))
+    if facts.num_processes != num_processes:
+        is_same = before == num_processes * accumulation
+        logger.log(
+            logging.INFO if is_same else logging.WARNING,
+            "the state comes from %d processes and this run has %d: a step averages %s",
+            facts.num_processes, num_processes, "as many batches as before" if is_same else "other batches than before",
+        )  # fmt: skip
 
 
 def option_differences(facts: StateManifest, options: Options, num_processes: int) -> Iterator[tuple[int, str]]:
-    """Yield a line for every option that changed and matters."""
+    """Yield a line for every option that changed and matters, with the level to log it at."""
     now, defaults = recorded_options(options), type(options).defaults()
     about = type(options).facts()
     compared = {name for name in about if not about[name].may_change_on_resume}
     if facts.num_processes != num_processes:
-        compared.discard("gradient_accumulation_steps")  # what both together do is said by `process_differences`
+        compared.discard("gradient_accumulation_steps")  # `report_differences` says what both together do
     for name in sorted(now.keys() & compared):
         before = facts.options.get(name, json.loads(json.dumps(defaults[name], default=str)))
         if before == now[name]:
@@ -248,7 +250,7 @@ def option_differences(facts: StateManifest, options: Options, num_processes: in
         yield level, f"--{name} was {before} in the state and is {now[name]}{effect}"
 
 
-def dataset_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
+def dataset_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     """Yield a line where the data is not what it was."""
     changed = [name for name in ("pictures", "captions", "settings") if before.get(name) != now[name]]
     if not changed:
@@ -257,40 +259,14 @@ def dataset_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> It
     if now["num_pictures"]:
         counts = f"; {before.get('num_pictures')} images in {before.get('num_batches')} batches then"
         counts += f", {now['num_pictures']} in {now['num_batches']} now"
-    yield (
-        logging.WARNING,
-        (
-            f"the dataset is not the one of the state (its {names} differ{counts}): the run goes on, "
-            "but not as the uninterrupted one would have"
-        ),
-    )
+    yield f"the dataset is not the one of the state (its {names} differ{counts})"
 
 
-def content_differences(
-    before: Mapping[str, Any], now: Mapping[str, Any], paths: Sequence[str]
-) -> Iterator[tuple[int, str]]:
+def content_differences(before: Mapping[str, Any], now: Mapping[str, Any], paths: Sequence[str]) -> Iterator[str]:
     """Yield a line that names images whose files have changed; only where they are the same images otherwise."""
     digests, others = now.get("contents"), before.get("contents")
     if not digests or not others or before.get("pictures") != now["pictures"]:
         return
     changed = [path for path, digest, other in zip(paths, digests, others, strict=True) if digest != other]
     if changed:
-        yield (
-            logging.WARNING,
-            (
-                f"{len(changed)} images are not the ones of the state, their files have changed since: "
-                f"{few(changed)}: the run goes on, but not as the uninterrupted one would have"
-            ),
-        )
-
-
-def process_differences(facts: StateManifest, accumulation: int, num_processes: int) -> Iterator[tuple[int, str]]:
-    """Yield a line where a step averages another number of batches."""
-    before = facts.num_processes * int(facts.options.get("gradient_accumulation_steps", accumulation))
-    if facts.num_processes != num_processes:
-        is_same = before == num_processes * accumulation
-        effect = "a step averages as many batches as before" if is_same else "a step averages other batches than before"
-        yield (
-            logging.INFO if is_same else logging.WARNING,
-            (f"the state comes from {facts.num_processes} processes and this run has {num_processes}: {effect}"),
-        )
+        yield (f"{len(changed)} images are not the ones of the state, their files have changed since: {few(changed)}")

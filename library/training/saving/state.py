@@ -13,8 +13,9 @@ generators to keep. Nothing is pickled.
 
 import json
 import logging
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -104,7 +105,10 @@ def save_state(
             "parts": parts,
         }
         facts["digest"] = digest_of_text(json.dumps(facts, ensure_ascii=False))
-        write_text(temporary / FACTS_FILE, json.dumps(facts, ensure_ascii=False))
+        with (temporary / FACTS_FILE).open("w", encoding="utf-8") as file:
+            json.dump(facts, file, ensure_ascii=False)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def read_facts(folder: Path) -> StateManifest:
@@ -238,7 +242,6 @@ class OptimizerState:
         return {"name": self.name, "state": self.optimizer.state_dict(), "weights": self.weight_dtypes()}
 
     def weight_dtypes(self) -> list[str]:
-        """Return the dtypes of the weights that it moves."""
         return sorted({str(p.dtype) for group in self.optimizer.param_groups for p in group["params"]})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -247,7 +250,9 @@ class OptimizerState:
             raise UserError(f"it holds the memory of {state_dict['name']}, but this run uses {self.name}")
         saved = state_dict["state"]
         for own, other in zip(self.optimizer.param_groups, saved["param_groups"], strict=True):
-            require_settings(own, other)
+            for name in own.keys() - {"params"}:
+                if name not in other or not is_alike(own[name], other[name]):
+                    raise UserError(f"{name} of a group of parameters is {other.get(name)!r}, here it is {own[name]!r}")
         self.optimizer.load_state_dict(saved)
         if state_dict.get("weights") not in (None, self.weight_dtypes()):
             return
@@ -258,13 +263,6 @@ class OptimizerState:
                 loaded = self.optimizer.state[parameter].get(key)
                 if isinstance(value, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
                     self.optimizer.state[parameter][key] = value.to(loaded.device)
-
-
-def require_settings(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Raise UserError where a saved group of parameters lacks a setting or has one of another kind."""
-    for name in own.keys() - {"params"}:
-        if name not in saved or not is_alike(own[name], saved[name]):
-            raise UserError(f"{name} of a group of parameters is {saved.get(name)!r}, here it is {own[name]!r}")
 
 
 def is_alike(own: Any, saved: Any) -> bool:
@@ -284,16 +282,6 @@ def strip_arguments(name: str) -> str:
     return name.partition("(")[0]
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small file and see that it reaches the disk."""
-    import os
-
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 # Finding states
 
 
@@ -306,26 +294,36 @@ def is_state_name(folder: str, names: tuple[str, ...]) -> bool:
     return match is not None and match["start"] in names
 
 
+def iterate_states(folder: Path, names: tuple[str, ...]) -> Iterator[StateManifest]:
+    """Yield the states in a folder of a run with one of `names`; log which cannot be read."""
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if is_state_name(entry.name, names) and entry.is_dir():
+            try:
+                yield read_facts(entry)
+            except UserError as error:
+                logger.warning("%s is left out: %s", entry.name, error)
+
+
 def newest_state(folder: Path, names: tuple[str, ...]) -> StateManifest | None:
     """Find the whole state in `folder` that has come furthest, of a run with one of `names`; None without one.
 
     Of two states of one step the one after which less is left to do.
     """
-    found = []
-    for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if not is_state_name(entry.name, names) or not entry.is_dir():
-            continue
-        try:
-            facts = read_facts(entry)
-        except ValueError as error:
-            logger.warning("%s is left out: %s", entry.name, error)
-            continue
-        found.append((facts.step, len(facts.done), entry.stat().st_mtime, facts))
+    found = [
+        (facts.step, len(facts.done), facts.path.stat().st_mtime, facts) for facts in iterate_states(folder, names)
+    ]
     for *_, facts in sorted(found, key=lambda item: item[:3], reverse=True):
+        if are_undamaged([facts]):
+            return facts
+    return None
+
+
+def are_undamaged(states: Iterable[StateManifest]) -> bool:
+    """Return True if all files of these states are as they were written; log which is not."""
+    for facts in states:
         try:
             require_undamaged(facts)
-        except ValueError as error:
+        except UserError as error:
             logger.warning("%s is left out: %s", facts.path.name, error)
-            continue
-        return facts
-    return None
+            return False
+    return True

@@ -15,6 +15,7 @@ from library.diffusion.samplers import DDPM_SAMPLER
 from library.randomness import generator_for
 from library.training.step.context import StepContext
 from library.training.step.denoising import denoise, noised_at
+from library.training.step.joining import join_noised, repeat_batch
 from library.training.step.modes import eval_mode
 from library.training.step.text_features import build_conditioning
 from library.types import Batch, Concept, Noised, Prompt
@@ -23,7 +24,7 @@ Answers = Mapping[str, Tensor]
 """The denoiser's output for each text, float32."""
 
 
-def partly_drawn(context: StepContext, batch: Batch, concept: Concept, batch_number: int) -> Noised:
+def draw_partly(context: StepContext, batch: Batch, concept: Concept, batch_number: int) -> Noised:
     """Draw the batch's latents with the adapted model, as far as the concept says, to the level that they then have.
 
     The network acts at the concept's multiplier from here on: the backward pass may compute its layers again.
@@ -31,15 +32,18 @@ def partly_drawn(context: StepContext, batch: Batch, concept: Concept, batch_num
     (caption,) = set(batch.captions)
     prompt = build_prompt(context, batch, concept)
     sampler = context.arch.preview.sampler(prompt)
-    ask = asked(context, batch, [caption])
-    ask_both = ask if concept.guidance == 1 else asked(context, batch, [concept.unconditional, caption])
+    ask = build_question(context, batch, [caption])
+    ask_both = ask if concept.guidance == 1 else build_question(context, batch, [concept.unconditional, caption])
 
     def say(noised: Noised, progress: float) -> Tensor:
         said = (ask_both if is_guided_at(prompt, progress) else ask)(noised)
         return guide(said[concept.unconditional], said[caption], prompt) if len(said) > 1 else said[caption]
 
     generator = generator_for(context.seed, "concept", batch_number)
-    noise_BCHW = context.arch.objective.draw_noise(blank_latents(context, batch), generator)
+    spec = context.arch.codec.spec
+    height, width = (side // spec.downscale for side in batch.height_width)
+    blank_BCHW = torch.zeros(len(batch.keys), spec.channels, height, width, device=context.device)
+    noise_BCHW = context.arch.objective.draw_noise(blank_BCHW, generator)
     context.network.set_multiplier(concept.multiplier)
     context.network.set_noise_levels(None)
     with torch.no_grad(), eval_mode([context.network.module]):
@@ -54,47 +58,27 @@ def compute_target(context: StepContext, batch: Batch, concept: Concept, noised:
     context.network.set_multiplier(0.0)
     try:
         with torch.no_grad():
-            said = asked(context, batch, [concept.neutral, concept.positive, concept.unconditional])(noised)
+            said = build_question(context, batch, [concept.neutral, concept.positive, concept.unconditional])(noised)
     finally:
         context.network.set_multiplier(concept.multiplier)
     return concept_target(said[concept.neutral], said[concept.positive], said[concept.unconditional], concept.push)
 
 
-def asked(context: StepContext, batch: Batch, texts: Sequence[str]) -> Callable[[Noised], Answers]:
-    """Asks the denoiser about several texts in one call; equal ones are asked once."""
+def build_question(context: StepContext, batch: Batch, texts: Sequence[str]) -> Callable[[Noised], Answers]:
+    """Return a function that asks the denoiser about several texts in one call, equal ones once."""
     texts = list(dict.fromkeys(texts))
     count, size = len(texts), len(batch.keys)
-    many = replace(
-        batch,
-        keys=batch.keys * count,
-        captions=[text for text in texts for _ in range(size)],
-        loss_weights_B=batch.loss_weights_B.repeat(count),
-        sizes_B6=batch.sizes_B6.repeat(count, 1),
-        attributes=batch.attributes * count,
-    )
+    many = replace(repeat_batch(batch, count), captions=[text for text in texts for _ in range(size)])
     with torch.no_grad(), context.autocast():
         conditioning = build_conditioning(context, many, {})
 
     def ask(noised: Noised) -> Answers:
-        repeated = Noised(
-            latents_BCHW=noised.latents_BCHW.repeat(count, 1, 1, 1),
-            clean_BCHW=noised.clean_BCHW.repeat(count, 1, 1, 1),
-            noise_BCHW=noised.noise_BCHW.repeat(count, 1, 1, 1),
-            sigmas_B=noised.sigmas_B.repeat(count),
-            timesteps_B=noised.timesteps_B.repeat(count),
-        )
+        repeated = join_noised([noised] * count)
         with context.autocast():
             output_BCHW = context.arch.predict(context.models.denoiser, repeated, conditioning, many)
         return dict(zip(texts, output_BCHW.float().chunk(count), strict=True))
 
     return ask
-
-
-def blank_latents(context: StepContext, batch: Batch) -> Tensor:
-    """Zeros in the shape of the batch's latents, on the device."""
-    spec = context.arch.codec.spec
-    height, width = (side // spec.downscale for side in batch.height_width)
-    return torch.zeros(len(batch.keys), spec.channels, height, width, device=context.device)
 
 
 def build_prompt(context: StepContext, batch: Batch, concept: Concept) -> Prompt:

@@ -41,12 +41,9 @@ class CaptionMemo:
             with torch.no_grad():
                 row = {name: tensor[0] for name, tensor in self._encode([caption]).items()}
             self._rows[caption] = row
-            self._bytes += _num_bytes(row)
+            self._bytes += sum(tensor.nbytes for tensor in row.values())
             while self._bytes > self._limit_bytes and len(self._rows) > 1:
-                self._bytes -= _num_bytes(self._rows.popitem(last=False)[1])
+                _, oldest = self._rows.popitem(last=False)
+                self._bytes -= sum(tensor.nbytes for tensor in oldest.values())
         self._rows.move_to_end(caption)
         return row
-
-
-def _num_bytes(row: Row) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in row.values())

@@ -14,7 +14,7 @@ from library.errors import UserError
 from library.memory.devices import send
 from library.protocols import Objective
 from library.randomness import generator_for, stream_seed
-from library.training.step.concepts import compute_target, partly_drawn
+from library.training.step.concepts import compute_target, draw_partly
 from library.training.step.context import StepContext
 from library.training.step.latents import build_image_features, load_latents
 from library.training.step.masks import masked_means
@@ -31,20 +31,16 @@ class Acting(Protocol):
 
 
 def start_batch(context: StepContext, batch_number: int, step: int) -> None:
-    """Before the loss of a batch: dropout inside the models draws from a stream of the batch, adapters hear of it.
+    """Seed the global generators for a batch, which dropout inside models draws from, and notify the adapters.
 
     `step` counts the finished optimizer steps.
     """
-    seed_everything(stream_seed(context.seed, "step", batch_number))
-    context.network.start_step(*context.models.network_view)
-    context.network.start_optimizer_step(context.seed, step)
-
-
-def seed_everything(seed: int) -> None:
-    """Set the generators that parts of others, such as dropout, draw from."""
+    seed = stream_seed(context.seed, "step", batch_number)
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
+    context.network.start_step(*context.models.network_view)
+    context.network.start_optimizer_step(context.seed, step)
 
 
 def add_noise_to(context: StepContext, batch: Batch, batch_number: int, is_checked: bool = True) -> Noised:
@@ -53,7 +49,7 @@ def add_noise_to(context: StepContext, batch: Batch, batch_number: int, is_check
     Raises UserError as `load_latents` does, if `is_checked`.
     """
     if batch.concept is not None:
-        return partly_drawn(context, batch, batch.concept, batch_number)
+        return draw_partly(context, batch, batch.concept, batch_number)
 
     def seed_generator(place: int) -> torch.Generator:
         return generator_for(context.seed, "vae", batch_number, place)
@@ -70,7 +66,7 @@ def add_noise_to(context: StepContext, batch: Batch, batch_number: int, is_check
 def loss_of(context: StepContext, batch: Batch, batch_number: int) -> Tensor:
     """Return the loss of a batch, a scalar with gradient; every draw is a function of the seed and `batch_number`.
 
-    Latents that are NaN make the loss NaN: who then asks `add_noise_to` hears of the VAE.
+    NaN latents give a NaN loss; `add_noise_to` raises the error that names the VAE.
     """
     if prefers(context, batch):
         noised_sides = [add_noise_to(context, side, batch_number, is_checked=False) for side in split_pairs(batch)]

@@ -6,18 +6,15 @@ from library.types import Batch, Conditioning
 
 
 def build_conditioning(context: StepContext, batch: Batch, extra: Conditioning) -> Conditioning:
-    """Text features of the batch, with gradient where a text encoder trains, beside what it is `told` of images."""
+    """Return the text features of the batch, with gradient where a text encoder trains, and the `extra` features."""
     found = {**extra, **(batch.conditioning or {})}
-    # What encoders in memory give takes the place of what they gave before training.
+    # The features of encoders in memory replace those that were cached before training.
     if context.models.text_encoders or batch.concept is not None:
-        trains = context.trains_text_encoder
-        found |= encode_live(context, batch) if trains else context.captions(batch.captions)
+        if context.trains_text_encoder:
+            encode = context.arch.text.encode if context.live_text is None else context.live_text.encode
+            found |= encode(context.models.text_encoders, context.arch.text.tokenize(batch.captions))
+        else:
+            found |= context.captions(batch.captions)
     cache = context.arch.text_cache
     stay = () if cache is None else cache.on_host
     return {name: t if name in stay else send(t, context.device) for name, t in found.items()}
-
-
-def encode_live(context: StepContext, batch: Batch) -> Conditioning:
-    """Return the text features of the encoders in memory, with gradient."""
-    encode = context.arch.text.encode if context.live_text is None else context.live_text.encode
-    return encode(context.models.text_encoders, context.arch.text.tokenize(batch.captions))

@@ -84,8 +84,12 @@ def expand_combinations(options: OptionsT) -> list[Combination[OptionsT]]:
     found = []
     for texts in product(*(texts for _, texts in words)):
         chosen = dict(zip(names, texts, strict=True))
-        label = "-".join(f"{short.get(name, key_name(name))}{short_value(text)}" for name, text in chosen.items())
-        found.append(Combination(label, chosen, alone(options, chosen, label, strengths)))
+        label = "-".join(
+            # optimizer_args.weight_decay is weightdecay
+            f"{short.get(name, name.rpartition('.')[2].replace('_', ''))}{short_value(text)}"
+            for name, text in chosen.items()
+        )
+        found.append(Combination(label, chosen, resolve_adapter(options, chosen, label, strengths)))
     if len(found) < 2:
         raise UserError(f"--sweep {' '.join(options.sweep.sweep or ())} names a single adapter; give it two or more")
     labels = [one.label.casefold() for one in found]  # Windows and macOS find a file in any case
@@ -109,14 +113,14 @@ def parse_word(item: str, options: Options) -> tuple[str, list[str]]:
     if name in swept or (name.partition(".")[0] in TABLES and "." in name):
         return name, texts
     if name in options.flat():
-        raise UserError(f"--sweep {name}: {why_not(name)}")
+        raise UserError(f"--sweep {name}: {explain_refusal(name)}")
     if hint := did_you_mean(name, swept, NEAR):
         raise UserError(f"--sweep {name}: there is no such option{hint}")
     return f"{TABLES[0]}.{name}", texts  # which the network module holds to what it knows
 
 
-def why_not(name: str) -> str:
-    """Why an option cannot differ between the adapters of a run."""
+def explain_refusal(name: str) -> str:
+    """Say why an option cannot differ between the adapters of a run."""
     if name in TABLES:
         return f"sweep one of its keys, such as {name}.KEY=A,B"
     if name in DatasetOptions.defaults():
@@ -142,11 +146,6 @@ def sweep_names(kind: type[Options]) -> dict[str, str]:
     return {name: facts.sweep_name for name, facts in kind.facts().items() if facts.sweep_name is not None}
 
 
-def key_name(name: str) -> str:
-    """Shorten a key such as `optimizer_args.weight_decay` for file names."""
-    return name.rpartition(".")[2].replace("_", "")
-
-
 def short_value(text: str) -> str:
     """Return a value in the name of a file: of a path its last part, of a dotted name too."""
     text = Path(text).stem if "/" in text or "\\" in text or text.endswith(".safetensors") else text
@@ -154,7 +153,9 @@ def short_value(text: str) -> str:
     return re.sub(r"[^\w.+-]+", "_", (text if is_number else text.rpartition(".")[2]).replace("%", "pct"))
 
 
-def alone(options: OptionsT, chosen: Mapping[str, str], label: str, strengths: Sequence[Strength]) -> OptionsT:
+def resolve_adapter(
+    options: OptionsT, chosen: Mapping[str, str], label: str, strengths: Sequence[Strength]
+) -> OptionsT:
     """Return the options of one adapter's run alone. Raises UserError for a value that cannot be, or does nothing."""
     values = options.flat()
     new: dict[str, Any] = {"sweep": None, "output_name": "-".join(filter(None, (options.saving.output_name, label)))}
@@ -172,7 +173,7 @@ def alone(options: OptionsT, chosen: Mapping[str, str], label: str, strengths: S
     if is_alpha_strength(found.network):
         for strength in strengths:
             found = found.with_values(strength.as_option(found.network, chosen[strength.rank_name]))
-    for line in idle(found, found.network, chosen):
+    for line in find_idle_words(found, found.network, chosen):
         raise UserError(f"--sweep {line}")
     return found
 
@@ -194,7 +195,7 @@ def parse_value(kind: type[Options], name: str, text: str) -> Any:
     return found
 
 
-def idle(options: Options, network: NetworkOptions, chosen: Mapping[str, str]) -> Iterator[str]:
+def find_idle_words(options: Options, network: NetworkOptions, chosen: Mapping[str, str]) -> Iterator[str]:
     """Yield a line for every word that makes no difference between adapters."""
     for line in unused(options, {}):
         name = line.partition(" ")[0].removeprefix("--")

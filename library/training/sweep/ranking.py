@@ -13,12 +13,15 @@ from typing import Any
 
 import torch
 
+from library.formatting import align_columns
 from library.training.evaluation.choice import CONFIDENCE, Compared, choose, is_clearly_worse
 from library.training.evaluation.choosing import interval
+from library.training.loop.adapter_run import PreparedRun
 from library.training.report_page.comparison import shown
 from library.training.report_page.page import build_page, read_data
 from library.training.report_page.writer import read_report, write_page
 from library.training.reporting.event_stream import plain
+from library.training.sweep_record import SweepRecord
 
 logger = logging.getLogger(__name__)
 
@@ -66,25 +69,34 @@ class Ranking:
         return f"{best} has the lowest loss, not significantly lower than {', '.join(rest)}"
 
 
+def collect_standing(prepared: Sequence[PreparedRun], sweep: SweepRecord) -> list[Measured]:
+    """Collect what is known of each adapter; the record alone knows those that ended before a resume."""
+    here = {one.run.label for one in prepared}
+    found = [
+        Measured(label, ended.step, ended.losses_G, ended.why, None)
+        for label, ended in sweep.ended.items()
+        if label not in here
+    ]
+    for one in prepared:
+        path, losses_G = one.writer.names.of_end(), one.validation.record.last_losses()
+        file = path.name if path.exists() else None
+        found.append(Measured(one.run.label, one.progress.step, losses_G, one.progress.ended, file))
+    return found
+
+
 def rank(adapters: Sequence[Measured]) -> Ranking:
     """Compare adapters by their last evaluations."""
     known = [one for one in adapters if one.losses_G]
     found = choose(torch.tensor([one.losses_G for one in known], dtype=torch.float64)) if known else None
     if found is None:
         return Ranking([Ranked(one, None) for one in adapters], 0)
-    pairs = sorted(zip(known, found.files, strict=True), key=lambda pair: nan_last(pair[1].loss.mean))
+    pairs = sorted(zip(known, found.files, strict=True), key=lambda pair: (isnan(pair[1].loss.mean), pair[1].loss.mean))
     rows = [Ranked(one, compared) for one, compared in pairs]
     others = [Ranked(one, None) for one in adapters if not one.losses_G]
     return Ranking([*rows, *others], found.num_images)
 
 
-def nan_last(mean: float) -> tuple[bool, float]:
-    """Return a key for sorting by loss."""
-    return isnan(mean), mean
-
-
 def format_ranking(ranking: Ranking) -> list[str]:
-    """Return the ranking in lines of columns."""
     rows = [("", "adapter", "step", "loss", "difference from best", "significant", "")]
     for place, row in enumerate(ranking.rows, 1):
         one, compared = row.measured, row.compared
@@ -104,11 +116,10 @@ def format_ranking(ranking: Ranking) -> list[str]:
                 one.ended,
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return align_columns(rows)
 
 
-def tell_ranking(ranking: Ranking, title: str, page: Path | None) -> None:
+def log_ranking(ranking: Ranking, title: str, page: Path | None) -> None:
     """Log the ranking, and write its page where that is wanted."""
     for line in format_ranking(ranking) if ranking.num_images else ():
         logger.info("%s", line)
@@ -138,7 +149,6 @@ def add_runs(page: Path, chosen: Mapping[str, Mapping[str, str]], reports: Mappi
 
 
 def build_page_data(ranking: Ranking, title: str) -> Mapping[str, Any]:
-    """Return what the page shows."""
     rows = [
         {
             "label": row.measured.label,

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,14 @@ from library.options.train import TrainOptions
 from library.processes import Processes
 from library.training.saving.checkpoints import Names
 from library.training.saving.resume import clear_up, find_state
-from library.training.saving.state import STATE_NAME, StateManifest, is_state_name, read_facts, require_undamaged
+from library.training.saving.state import (
+    STATE_NAME,
+    StateManifest,
+    are_undamaged,
+    iterate_states,
+    read_facts,
+    require_undamaged,
+)
 from library.training.sweep_record import PART, Ended, SweepRecord
 
 logger = logging.getLogger(__name__)
@@ -76,7 +83,12 @@ def newest_of_all(wanted: StateOptions, adapters: Mapping[str, SavingOptions]) -
         return found
     if not wanted.autoresume:
         return {}
-    states = {label: {facts.step: facts for facts in iterate_states(own)} for label, own in adapters.items()}
+    states: dict[str, dict[int, StateManifest]] = {}
+    for label, own in adapters.items():
+        names = Names.build(own)
+        # Of two states of one step the one after which less is left to do.
+        found_states = sorted(iterate_states(names.folder, names.starts), key=lambda facts: len(facts.done))
+        states[label] = {facts.step: facts for facts in found_states}
     for step in sorted({step for steps in states.values() for step in steps}, reverse=True):
         found = {label: steps[step] for label, steps in states.items() if step in steps}
         if all(label in {**found, **ended_in(found.values())} for label in adapters) and are_undamaged(found.values()):
@@ -91,19 +103,6 @@ def newest_of_all(wanted: StateOptions, adapters: Mapping[str, SavingOptions]) -
         f"{folder} (steps with a state: {steps_found}). Restore the missing states, or move all of them to another "
         "folder to start from the beginning."
     )
-
-
-def iterate_states(saving: SavingOptions) -> Iterator[StateManifest]:
-    """Yield the states of one adapter, of each step the one last after which less is left to do."""
-    names = Names.build(saving)
-    found = []
-    for folder in sorted(names.folder.iterdir()) if names.folder.is_dir() else ():
-        if is_state_name(folder.name, names.starts) and folder.is_dir():
-            try:
-                found.append(read_facts(folder))
-            except UserError as error:
-                logger.warning("%s is left out: %s", folder.name, error)
-    yield from sorted(found, key=lambda facts: len(facts.done))
 
 
 def find_states_of_step(named: Path, adapters: Mapping[str, SavingOptions]) -> dict[str, StateManifest]:
@@ -140,14 +139,3 @@ def read_record(facts: StateManifest) -> SweepRecord:
             f"--resume {facts.path} is the state of a run without --sweep; leave --sweep out to go on from it"
         )
     return SweepRecord.of(put_together(facts.parts[PART], {}))
-
-
-def are_undamaged(states: Iterable[StateManifest]) -> bool:
-    """Return True if all of their files are as they were written; says which is not."""
-    try:
-        for facts in states:
-            require_undamaged(facts)
-    except UserError as error:
-        logger.warning("a step is left out: %s", error)
-        return False
-    return True

@@ -14,9 +14,8 @@ from library.options.base import FACTS, scalar_type
 from library.options.leco import ignored_by_leco, leco_options
 from library.options.no_effect import unused
 from library.options.train import TrainOptions
-from library.training.command_line.checks import check_choices, find_input_files
+from library.training.command_line.checks import check_choices, find_input_files, ignored_for_concepts
 from library.training.command_line.cli import normalize
-from library.training.command_line.concept_checks import ignored_for_concepts
 from library.training.config_file import SECRETS
 from library.training.reporting.trackers import loggable_options
 from library.training.run.run_events import changed_options

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from library.errors import UserError
-from library.training.loop.ahead import Ahead, NoCopies, moved
+from library.training.loop.ahead import Ahead, moved
 from library.training.loop.loop import accumulate_gradients
 from library.training.reporting.step_times import StepTimes
 from library.training.step.accumulation import Window
@@ -68,7 +68,7 @@ def test_a_batch_is_fetched_and_copied_while_the_one_before_computes() -> None:
 
 
 def test_an_error_in_fetching_waits_until_the_batch_is_asked_for() -> None:
-    ahead = Ahead(batches(3, [], broken=1), 3, NoCopies(), StepTimes())
+    ahead = Ahead(batches(3, [], broken=1), 3, None, StepTimes())
     assert number_of(next(ahead)) == 0
     ahead.fetch()
     for _ in range(2):

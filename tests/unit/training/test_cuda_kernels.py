@@ -9,8 +9,8 @@ import torch
 from library.options.machine.kernels import KernelOptions
 from library.options.no_effect import unused
 from library.options.train import TrainOptions
-from library.training.models.cuda_kernels import cuda_kernels
-from library.training.run.deterministic import deterministic
+from library.training.command_line import training
+from library.training.models.cuda_kernels import cuda_kernels, deterministic
 from tests.running import Finished
 
 
@@ -74,15 +74,13 @@ def test_a_machine_without_a_card_is_told(monkeypatch: pytest.MonkeyPatch, caplo
 def test_a_run_computes_with_them(
     train: Callable[..., Finished], base_arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import library.training.loop.loop as loop
-
-    seen, real = [], loop.train
+    seen, real = [], training.train
 
     def watched(*arguments: object) -> None:
         seen.append(settings())
         real(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loop, "train", watched)
+    monkeypatch.setattr(training, "train", watched)
     words = ["--cuda_allow_tf32", "--cuda_cudnn_benchmark", "--max_train_steps", "1"]
     assert train([*base_arguments, *words]).status == 0
     assert seen == [(True, True, True)] and settings() == (False, False, False)

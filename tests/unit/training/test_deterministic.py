@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.training.run.deterministic import WORKSPACE, deterministic
+from library.training.models.cuda_kernels import WORKSPACE, deterministic
 from tests.running import Finished
 
 

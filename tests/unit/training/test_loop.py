@@ -16,7 +16,7 @@ from library.training.loop.loop import accumulate_gradients
 from library.training.loop.update import Updates
 from library.training.optimization.lr_schedules import build_schedule
 from library.training.optimization.optimizers import build_optimizer
-from library.training.reporting.step_result import StepResult
+from library.training.reporting.step_events import StepResult
 from library.training.run_parts import Optimization, Run
 from library.training.step.accumulation import Plan, Window
 from library.training.step.context import Models, StepContext

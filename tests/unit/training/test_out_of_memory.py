@@ -71,6 +71,8 @@ def test_encoding_captions_names_the_options_of_text_encoders() -> None:
     lines = "\n".join(find_savings({**options.flat(), "text_encoder_cpu": True}, Sizes(), CPU))
     assert "--text_encoder" not in lines
     assert "--text_encoder_cpu" not in "\n".join(find_savings(options.flat(), Sizes(num_trained=5), CPU))  # in a step
+    lines = "\n".join(find_savings(FluxOptions().flat(), Sizes(), CPU))  # captions are encoded one by one
+    assert "--text_encoder_cpu" in lines and "--text_encoder_batch_size" not in lines
 
 
 def test_options_in_use_are_not_advised() -> None:

@@ -139,8 +139,7 @@ def run(tiny_sd_folder: Path, tmp_path: Path) -> Any:
 
 def previews_of(run: Any, *prompts: Prompt) -> tuple[Previews, Charts]:
     charts: Any = Charts()
-    encoded = encode_prompts(run.context.arch, run.context.models.text_encoders, nullcontext, prompts)
-    return Previews(run, charts, prompts, encoded), charts
+    return Previews(run, charts, prompts), charts
 
 
 def names(run: Any) -> list[str]:

@@ -10,7 +10,6 @@ from torch import nn
 from library.options.train import TrainOptions
 from library.processes import Processes
 from library.training.models.base_model import hash_module
-from library.training.models.block_running import trains_text_encoders
 from library.training.models.opening import choose_seed
 from library.training.run.optimization import allow_fp16_gradients, name_groups
 
@@ -72,7 +71,7 @@ def test_a_given_seed_is_kept_and_a_missing_one_fits_numpy() -> None:
 )
 def test_text_encoders_train_when_something_of_theirs_moves(values: dict[str, Any], expected: bool) -> None:
     options = options_of(**values)
-    assert trains_text_encoders(options.network, options.optimizer.learning_rate) is expected
+    assert options.trains_text_encoders is expected
 
 
 @pytest.mark.parametrize(
@@ -86,6 +85,6 @@ def test_text_encoders_train_when_something_of_theirs_moves(values: dict[str, An
     ],
 )
 def test_groups_without_names_get_different_ones(values: dict[str, Any], num_groups: int, expected: list[str]) -> None:
-    network = options_of(**values).network
-    trains_text = trains_text_encoders(network, learning_rate=1e-4)
-    assert name_groups(num_groups, not network.network_train_text_encoder_only, trains_text) == expected
+    options = options_of(**values)
+    trains_denoiser = not options.network.network_train_text_encoder_only
+    assert name_groups(num_groups, trains_denoiser, options.trains_text_encoders) == expected

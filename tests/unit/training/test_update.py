@@ -13,7 +13,7 @@ from library.training.failures.nonfinite import NonFiniteError, NonFiniteGuard
 from library.training.failures.nonfinite_trace import first_damage
 from library.training.loop.loop import accumulate_gradients
 from library.training.loop.update import Updates, skips_by_itself
-from library.training.reporting.step_result import StepResult
+from library.training.reporting.step_events import StepResult
 from library.training.run_parts import Run
 from library.training.step.accumulation import Window
 from library.types import Batch
@@ -39,8 +39,8 @@ def taken(values: list[float], is_late: bool, **options: Any) -> tuple[Run, list
     run = replace(run, plan=replace(run.plan, num_batches=len(values), accumulation=1))
     told: list[StepResult] = []
     updates, weights = Updates(run, NonFiniteGuard(run), None, told.append), []
-    assert updates.tells_late, "AdamW is fused where nothing else is asked for"
-    updates.tells_late = is_late
+    assert updates.reports_late, "AdamW is fused where nothing else is asked for"
+    updates.reports_late = is_late
     with updates.reported_at_end():
         for step, batch in enumerate(batches):
             window = Window(step, 1, range(step, step + 1), False)

@@ -10,7 +10,7 @@ from library.memory.planner.choice import Allowed
 from library.memory.planner.gpus import TYPICAL
 from library.memory.planner.prediction import Way
 from library.training.planning import advice
-from library.training.planning.advice import few, lines, memory_hints
+from library.training.planning.advice import lines, memory_hints, pick_evenly
 from tests.unit.memory.planner.test_choice import counted_step
 from tests.unit.training.test_checks import made
 
@@ -41,9 +41,9 @@ def test_what_is_in_use_is_not_advised() -> None:
 
 
 def test_of_many_lines_some_are_shown() -> None:
-    assert few([str(i) for i in range(14)]) == ["1", "4", "7", "10", "13"]
-    assert few(["1", "2"]) == ["1", "2"]
-    assert few([]) == []
+    assert pick_evenly([str(i) for i in range(14)]) == ["1", "4", "7", "10", "13"]
+    assert pick_evenly(["1", "2"]) == ["1", "2"]
+    assert pick_evenly([]) == []
 
 
 def test_modules_of_third_parties_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
