@@ -425,36 +425,30 @@ def find_doubtful(options: TrainOptions) -> Iterator[str]:
             f"--mixed_precision bf16: {gpu} has no units for bf16, so products are emulated and attention takes far "
             "more memory; --mixed_precision fp16 is faster there"
         )
-    yield from find_low_rate(options.network, options.optimizer)
-    yield from find_high_rates(options.network, options.optimizer)
+    yield from find_doubtful_rates(options.network, options.optimizer)
 
 
-def find_high_rates(network: NetworkOptions, optimizer: OptimizerOptions) -> Iterator[str]:
-    """Yield a warning for every learning rate at which Adam and its relatives destroy an adapter."""
-    name = wanted_type(optimizer)
-    if not any(part in name.lower() for part in ADAPTIVE) or name.lower().startswith(SETS_OWN_RATE):
+def find_doubtful_rates(network: NetworkOptions, optimizer: OptimizerOptions) -> Iterator[str]:
+    """Yield a line where the denoiser's adapter trains with the default rate, which is meant for whole models, and for
+    every rate at which Adam and its relatives destroy an adapter."""
+    name, rate = wanted_type(optimizer), optimizer.learning_rate
+    if name.lower().startswith(SETS_OWN_RATE):
         return
+    is_named = network.unet_lr is not None or network.network_train_text_encoder_only
+    if not is_named and rate == OptimizerOptions.learning_rate:
+        usual = "3e-5" if "lion" in name.lower() else "1e-4"
+        rank, alpha = network.network_dim, network.network_alpha
+        weaker = f", and --network_alpha {alpha:g} of --network_dim {rank} weakens it more"
+        yield (
+            f"--learning_rate is {rate:g}, the default for training whole models and far too low for an adapter"
+            f"{weaker if rank is not None and 0 < alpha < rank else ''}; {usual} is usual with {name}"
+        )
     rates = {"unet_lr": network.unet_lr, "text_encoder_lr": max(network.text_encoder_lr or (), default=None)}
     if network.unet_lr is None:
-        rates["learning_rate"] = optimizer.learning_rate
-    for flag, rate in rates.items():
-        if rate is not None and rate >= HIGH_RATE:
+        rates["learning_rate"] = rate
+    for flag, value in rates.items() if any(part in name.lower() for part in ADAPTIVE) else ():
+        if value is not None and value >= HIGH_RATE:
             yield (
-                f"--{flag} is {rate:g}, at which {name} usually destroys an adapter within a few steps; 1e-4 is usual, "
-                "1e-3 is high"
+                f"--{flag} is {value:g}, at which {name} usually destroys an adapter within a few steps; 1e-4 is "
+                "usual, 1e-3 is high"
             )
-
-
-def find_low_rate(network: NetworkOptions, optimizer: OptimizerOptions) -> Iterator[str]:
-    """Yield a line where the denoiser's adapter trains with the default rate, which is meant for whole models."""
-    rate, name = optimizer.learning_rate, wanted_type(optimizer)
-    is_named = network.unet_lr is not None or network.network_train_text_encoder_only
-    if is_named or rate != OptimizerOptions.learning_rate or name.lower().startswith(SETS_OWN_RATE):
-        return
-    usual = "3e-5" if "lion" in name.lower() else "1e-4"
-    strength = f", and --network_alpha {network.network_alpha:g} of --network_dim {network.network_dim} weakens it more"
-    is_weak = network.network_dim is not None and 0 < network.network_alpha < network.network_dim
-    yield (
-        f"--learning_rate is {rate:g}, the default for training whole models and far too low for an adapter"
-        f"{strength if is_weak else ''}; {usual} is usual with {name}"
-    )

@@ -24,6 +24,14 @@ logger = logging.getLogger(__name__)
 FLAG = "--lr_scheduler_args"
 ADAFACTOR = "adafactor"
 CONSTANT = "constant"
+WITHOUT_WARMUP = {CONSTANT: "use constant_with_warmup", "piecewise_constant": "write it into step_rules"}
+USERS: Mapping[str, Sequence[str]] = {  # option -> the schedules that it belongs to
+    "lr_decay_steps": ("warmup_stable_decay",),
+    "lr_scheduler_power": ("polynomial",),
+    "lr_scheduler_timescale": ("inverse_sqrt",),
+    "lr_scheduler_min_lr_ratio": ("cosine_with_min_lr", "warmup_stable_decay"),
+    "lr_scheduler_num_cycles": ("cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay"),
+}
 
 
 class Schedule(Protocol):
@@ -178,15 +186,10 @@ def check_settings(
     max_train_steps: int,
 ) -> None:
     """Raise UserError for what the schedule cannot work with; warn about what has no effect on it."""
-    if warmup_steps and name == CONSTANT:
+    if warmup_steps and name in WITHOUT_WARMUP:
         raise UserError(
-            f"--lr_warmup_steps is {options.lr_warmup_steps}, but --lr_scheduler constant has no warm-up; "
-            "use constant_with_warmup"
-        )
-    if warmup_steps and name == "piecewise_constant":
-        raise UserError(
-            f"--lr_warmup_steps is {options.lr_warmup_steps}, but --lr_scheduler piecewise_constant has no warm-up; "
-            "write it into step_rules"
+            f"--lr_warmup_steps is {options.lr_warmup_steps}, but --lr_scheduler {name} has no warm-up; "
+            f"{WITHOUT_WARMUP[name]}"
         )
     if name == "piecewise_constant" and "step_rules" not in arguments:
         raise UserError(
@@ -213,22 +216,8 @@ def check_settings(
             warmup_steps,
             max_train_steps,
         )
-    for flag, is_set, users in (
-        ("lr_decay_steps", decay_steps, ("warmup_stable_decay",)),
-        ("lr_scheduler_power", options.lr_scheduler_power != ScheduleOptions.lr_scheduler_power, ("polynomial",)),
-        ("lr_scheduler_timescale", options.lr_scheduler_timescale is not None, ("inverse_sqrt",)),
-        (
-            "lr_scheduler_min_lr_ratio",
-            options.lr_scheduler_min_lr_ratio is not None,
-            ("cosine_with_min_lr", "warmup_stable_decay"),
-        ),
-        (
-            "lr_scheduler_num_cycles",
-            options.lr_scheduler_num_cycles != ScheduleOptions.lr_scheduler_num_cycles,
-            ("cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay"),
-        ),
-    ):
-        if is_set and name not in users:
+    for flag, users in USERS.items():
+        if getattr(options, flag) != getattr(ScheduleOptions, flag) and name not in users:
             logger.warning(
                 "--%s has no effect with --lr_scheduler %s; it belongs to %s", flag, name, " and ".join(users)
             )

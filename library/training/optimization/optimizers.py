@@ -233,14 +233,14 @@ def import_class(path: str, flag: str, wanted: str) -> type[Any]:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         missing = error.name or module_name
-        if missing.split(".")[0] != module_name.split(".")[0]:
-            package = PACKAGE_OF.get(missing.split(".")[0], missing.split(".")[0])
+        root = missing.partition(".")[0]
+        package = PACKAGE_OF.get(root, root)
+        if root != module_name.partition(".")[0]:
             raise UserError(
                 f"{flag} {wanted}: {installed_package(module_name)} needs {missing}: pip install {package}"
             ) from error
-        if missing != module_name.split(".")[0]:
+        if missing != root:
             raise UserError(f"{flag} {wanted}: there is no module {missing}; check the path") from error
-        package = PACKAGE_OF.get(missing, missing)
         raise UserError(f"{flag} {wanted} needs the library {missing}: pip install {package}") from error
     except ImportError as error:
         found = installed_package(module_name)
