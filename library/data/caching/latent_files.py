@@ -93,6 +93,7 @@ class Origin:
     vae: str
     checksums: dict[str, int]  # of the arrays; another program that rewrites the entry does not update them
     references: list[list[Any]] = field(default_factory=list)  # of each, see `mark_of_reference`
+    is_pair: bool = False  # the reference is the partner of a pair, sampled like the image
 
 
 def latent_file(stem: str, size: Size, shape: Shape, spec: LatentSpec) -> LatentFile:
@@ -210,6 +211,7 @@ class Expected:
     vae: str
     needs_flipped: bool
     needs_alpha: bool
+    is_pair: bool
 
 
 def judge(file: LatentFile, image: ScannedImage, expected: Expected, storage: Storage) -> Verdict:
@@ -247,7 +249,11 @@ def origin_fault(origin: Origin, image: ScannedImage, expected: Expected, storag
         return "made from another image"
     if origin.picture_mtime_ns != version.stamp and content_hash(storage.whole(image)[1]) != origin.picture_hash:
         return "made from another image"
-    return references_fault(origin, image, expected.shape, storage) if image.references else None
+    if not image.references:
+        return None
+    if origin.is_pair != expected.is_pair:
+        return "made with a reference image where the partner of a pair is needed, or the reverse"
+    return references_fault(origin, image, expected.shape, storage)
 
 
 def references_fault(origin: Origin, image: ScannedImage, shape: Shape, storage: Storage) -> str | None:

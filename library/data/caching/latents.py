@@ -62,6 +62,7 @@ class Job:
     needs_alpha: bool  # as a mask, which is not part of the image then
     file: LatentFile | None  # None keeps the latents in memory
     has_alpha: bool = False  # images are encoded with their alpha channel
+    is_pair: bool = False  # its reference is its partner in opposite_dir, which is trained on too
 
     @property
     def path(self) -> str:
@@ -169,15 +170,16 @@ def plan_jobs(plan: DataPlan, to_disk: bool) -> list[Job]:
     Two images whose names differ only in the extension claim the same entry of the same file, and so do two crops or
     filters of one image for one bucket. The first one gets it, the others stay in memory.
     """
-    groups: dict[tuple[str, tuple[ScannedImage, ...], Shape, bool, str | None], list[int]] = defaultdict(list)
+    groups: dict[tuple[str, tuple[ScannedImage, ...], Shape, bool, bool, str | None], list[int]] = defaultdict(list)
     for number, sample in enumerate(plan.samples):
         if sample.num_draws:
             interpolation = plan.subset_of(sample).resize_interpolation
             is_opaque = plan.spec.has_alpha and plan.subset_of(sample).alpha_mask
             path, references = os.path.abspath(sample.image.key), sample.image.references
-            groups[path, references, sample.shape, is_opaque, interpolation].append(number)
+            is_pair = plan.subset_of(sample).opposite_dir is not None
+            groups[path, references, sample.shape, is_opaque, is_pair, interpolation].append(number)
     jobs, claimed, left_out = [], set(), []
-    for (*_, interpolation), users in groups.items():
+    for (*_, is_pair, interpolation), users in groups.items():
         subsets = [plan.subset_of(plan.samples[user]) for user in users]
         sample = plan.samples[users[0]]
         file = locate_file(sample, plan) if to_disk else None
@@ -189,7 +191,7 @@ def plan_jobs(plan: DataPlan, to_disk: bool) -> list[Job]:
             else:
                 claimed.add(entry)
         flipped, alpha = any(s.flip_aug for s in subsets), any(s.alpha_mask for s in subsets)
-        jobs.append(Job(sample, tuple(users), interpolation, flipped, alpha, file, plan.spec.has_alpha))
+        jobs.append(Job(sample, tuple(users), interpolation, flipped, alpha, file, plan.spec.has_alpha, is_pair))
     if left_out:
         logger.warning(
             "latents of %d images stay in memory, because another image, crop or filter uses their cache entry: %s",
@@ -234,7 +236,9 @@ def named_jobs(plan: DataPlan, job: Job) -> Iterator[Job]:
 def judge_job(entries: VerifiedEntries, vae: str, job: Job) -> Verdict:
     """Return whether the job's file is valid."""
     assert job.file is not None
-    expected = Expected(job.sample.shape, job.interpolation, job.name_vae(vae), job.needs_flipped, job.needs_alpha)
+    expected = Expected(
+        job.sample.shape, job.interpolation, job.name_vae(vae), job.needs_flipped, job.needs_alpha, job.is_pair
+    )
     return entries.verdict(job.file, job.sample.image, expected)
 
 
@@ -312,11 +316,14 @@ def write_job(job: Job, latents: Latents, origin: Origin, entries: VerifiedEntri
 
 
 def equal_batches(jobs: Sequence[Job], count: int) -> Iterator[list[Job]]:
-    """Group neighbouring jobs with the same bucket and the same need of mirrored copies, up to `count` at a time."""
+    """Group neighbouring jobs that are encoded alike, up to `count` at a time."""
+
+    def encoding(job: Job) -> tuple[object, ...]:
+        return job.sample.shape.sizes, job.needs_flipped, job.is_pair
+
     batch: list[Job] = []
     for job in jobs:
-        alike = (job.sample.shape.sizes, job.needs_flipped)
-        if batch and (len(batch) == count or (batch[0].sample.shape.sizes, batch[0].needs_flipped) != alike):
+        if batch and (len(batch) == count or encoding(batch[0]) != encoding(job)):
             yield batch
             batch = []
         batch.append(job)
@@ -383,15 +390,13 @@ def encode_batch(jobs: Sequence[Job], decoded: Sequence[Decoded], encode: Encode
     if not jobs:
         return []
     pixels_BCHW = torch.stack([to_pixels(one.image) for one in decoded])
-    plain_BCHW = encode(pixels_BCHW, [seed_generator(*pair, seed, 0) for pair in zip(jobs, decoded, strict=True)])
-    references = encode_references(decoded, encode, is_flipped=False)
+    plain_BCHW = encode(pixels_BCHW, seed_generators(jobs, decoded, seed, is_flipped=False))
+    references = encode_references(jobs, decoded, encode, seed, is_flipped=False)
     flipped_BCHW: Tensor | None = None
     flipped_references: list[tuple[Tensor, ...]] = [()] * len(jobs)
     if jobs[0].needs_flipped:
-        flipped_references = encode_references(decoded, encode, is_flipped=True)
-        flipped_BCHW = encode(
-            pixels_BCHW.flip(-1), [seed_generator(*pair, seed, 1) for pair in zip(jobs, decoded, strict=True)]
-        )
+        flipped_references = encode_references(jobs, decoded, encode, seed, is_flipped=True)
+        flipped_BCHW = encode(pixels_BCHW.flip(-1), seed_generators(jobs, decoded, seed, is_flipped=True))
     return [
         Latents(
             plain_BCHW[i].clone(),
@@ -404,19 +409,26 @@ def encode_batch(jobs: Sequence[Job], decoded: Sequence[Decoded], encode: Encode
     ]
 
 
-def encode_references(decoded: Sequence[Decoded], encode: Encode, is_flipped: bool) -> list[tuple[Tensor, ...]]:
-    """Return the latents of the references of each image, CHW each; images have references of one size by number."""
+def encode_references(
+    jobs: Sequence[Job], decoded: Sequence[Decoded], encode: Encode, seed: int, is_flipped: bool
+) -> list[tuple[Tensor, ...]]:
+    """Return the latents of the references of each image, CHW each; images have references of one size by number.
+
+    Partners are trained on like their images: a sample of the posterior, with the noise of the image, so that the two
+    differ by what they show alone.
+    """
     encoded = []
     for same in zip(*(one.references for one in decoded), strict=True):
         pixels_BCHW = torch.stack([to_pixels(one.image) for one in same])
-        encoded.append(encode(pixels_BCHW.flip(-1) if is_flipped else pixels_BCHW, None))
+        generators = seed_generators(jobs, decoded, seed, is_flipped) if jobs[0].is_pair else None
+        encoded.append(encode(pixels_BCHW.flip(-1) if is_flipped else pixels_BCHW, generators))
     return [tuple(latents_BCHW[i].clone() for latents_BCHW in encoded) for i in range(len(decoded))]
 
 
-def seed_generator(job: Job, decoded: Decoded, seed: int, is_flipped: int) -> Generator:
-    """Return the image's own random stream, determined by its content and size, not by its name or folder."""
-    width, height = job.sample.shape.bucket
-    return generator_for(seed, "vae", decoded.file_hash, width, height, is_flipped)
+def seed_generators(jobs: Sequence[Job], decoded: Sequence[Decoded], seed: int, is_flipped: bool) -> list[Generator]:
+    """Return each image's own random stream, determined by its content and size, not by its name or folder."""
+    hashes_and_buckets = [(one.file_hash, *job.sample.shape.bucket) for job, one in zip(jobs, decoded, strict=True)]
+    return [generator_for(seed, "vae", *place, int(is_flipped)) for place in hashes_and_buckets]
 
 
 def check_latents(job: Job, latents: Latents, plan: DataPlan) -> None:
@@ -451,4 +463,5 @@ def describe_origin(job: Job, decoded: Decoded, vae_identity: str) -> Origin:
             mark_of_reference(one.file_hash, one.version, shape)
             for one, shape in zip(decoded.references, job.sample.shape.references, strict=True)
         ],
+        is_pair=job.is_pair,
     )

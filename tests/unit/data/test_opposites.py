@@ -2,13 +2,27 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from library.data.caching.latents import cache_latents
 from library.data.plan.data_plan import DataPlan
+from library.data.training_data import open_batches
 from library.errors import UserError
-from tests.unit.data.builders import batches_of, plan_of, validation_of, write_config, write_folder, write_image
+from library.options.caching import CachingOptions
+from tests.unit.data import builders
+from tests.unit.data.builders import (
+    averaging_vae,
+    batches_of,
+    plan_of,
+    validation_of,
+    write_config,
+    write_folder,
+    write_image,
+)
 
 HEAD = "[[datasets]]\nresolution = 64\nbatch_size = 2\ncaption_extension = '.txt'\n"
 SUBSET = "[[datasets.subsets]]\nimage_dir = '{here}/good'\n"
@@ -44,6 +58,42 @@ def test_an_image_is_paired_with_that_of_its_name_at_its_size(pairs: Path, caplo
     assert batch.reference_pixels[0].shape == batch.pixels_BCHW.shape == (2, 3, 64, 64)
     assert "one partner in" in caplog.text and "1 reference image without an image of its name" in caplog.text
     assert "1 image with a reference image of another aspect ratio, which is cropped to theirs: p1.png" in caplog.text
+
+
+@pytest.mark.parametrize("to_disk", [False, True], ids=["memory", "disk"])
+def test_cached_partners_are_samples_with_the_noise_of_their_images(pairs: Path, to_disk: bool) -> None:
+    """As where nothing is cached: otherwise the posterior's noise would tell preferred images from rejected ones."""
+    found = plan(pairs, f"{PAIR}flip_aug = true\n")
+    options = CachingOptions(cache_latents=True, cache_latents_to_disk=to_disk)
+    cached, encode = (
+        open_batches(found, cache_latents(found, averaging_vae(), lambda: "vae", options, 1)),
+        averaging_vae(),
+    )
+    for epoch in (1, 2):
+        for plain, stored in zip(batches_of(found, epoch), batches_of(cached, epoch), strict=True):
+            noise = stored.latents_BCHW - encode(plain.pixels_BCHW, None)
+            assert 0.008 < float(noise.std()) < 0.012
+            torch.testing.assert_close(stored.reference_latents[0] - encode(plain.reference_pixels[0], None), noise)
+
+
+def test_an_entry_with_a_reference_image_is_not_used_for_a_pair(pairs: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The reference of an edit model is encoded without noise."""
+    calls: list[int] = []
+
+    def cache(found: DataPlan) -> int:
+        calls.clear()
+        options = CachingOptions(cache_latents=True, cache_latents_to_disk=True)
+        cache_latents(found, averaging_vae(calls), lambda: "vae", options, 1)
+        return sum(calls)
+
+    edit = write_config(pairs / "edit.toml", f"{HEAD}{SUBSET}control_dirs = '{{here}}/bad'\n")
+    spec = replace(builders.SPEC, max_references=1)
+    assert cache(plan_of(edit, spec=spec)) == 4
+    with caplog.at_level(logging.INFO):
+        assert cache(plan(pairs)) == 4
+    assert "2 stale (2 made with a reference image where the partner of a pair is needed" in caplog.text
+    assert cache(plan(pairs)) == 0
+    assert cache(plan_of(write_config(pairs / "plain.toml", f"{HEAD}{SUBSET}"))) == 0, "the image is the same"
 
 
 @pytest.mark.parametrize(
