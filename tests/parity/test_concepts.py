@@ -145,7 +145,7 @@ def test_sdxl_is_told_the_sizes_that_were_drawn(tiny_sdxl_folder: Path) -> None:
     assert (other.latents_BCHW - expected).abs().max() > 0.01, "sizes count"
 
 
-def test_without_guidance_the_unconditional_prompt_is_not_asked(tiny_sd_folder: Path) -> None:
+def test_only_prompts_that_count_are_predicted(tiny_sd_folder: Path) -> None:
     context = sd_context(tiny_sd_folder)
     asked: list[int] = []
 
@@ -159,6 +159,9 @@ def test_without_guidance_the_unconditional_prompt_is_not_asked(tiny_sd_folder: 
     asked.clear()
     loss_of(counting, batch_of(replace(CONCEPT, neutral=UNCONDITIONAL)), NUMBER)
     assert asked == [4] * 5 + [4] + [2], "equal prompts are asked once"
+    asked.clear()
+    loss_of(counting, batch_of(replace(CONCEPT, push=0.0)), NUMBER)
+    assert asked == [4] * 5 + [2] + [2], "nothing is pushed: the target is the neutral prediction"
 
 
 @torch.no_grad()

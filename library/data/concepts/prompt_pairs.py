@@ -67,7 +67,7 @@ class PromptPairs:
 
     @property
     def prompts(self) -> list[str]:
-        """Every prompt that is asked, once."""
+        """Every prompt of the pairs, once."""
         return list(dict.fromkeys(text for pair in self.pairs for text in pair.texts))
 
     @property
@@ -154,9 +154,10 @@ class PromptPairs:
     def limited_to_largest_batch(self) -> tuple["PromptPairs", int]:
         """Return self and the index of a batch that needs the most memory, and among those the most time."""
 
-        def need(place: int) -> tuple[int, int]:
+        def need(place: int) -> tuple[int, bool, int]:
             drawn = self._drawn(place)
-            return drawn.num_pixels, drawn.num_denoised
+            takes_both_ends = drawn.pair.push != 0  # their predictions and the neutral one are computed at once
+            return drawn.num_pixels, takes_both_ends, drawn.num_denoised
 
         return self, max(range(self.num_batches), key=need)
 
@@ -173,8 +174,8 @@ class PromptPairs:
         pair = self.pairs[order[place]]
         rng = random_for(self.seed, "concept", number)
         num_denoised = rng.randint(1, self.num_steps - 1)
-        height, width = drawn_size(pair.height, rng) if pair.has_drawn_size else (pair.height, pair.width)
-        sizes = format_sizes(height, width, rng if pair.dynamic_crops else None)
+        height, width = draw_size(pair.height, rng) if pair.has_drawn_size else (pair.height, pair.width)
+        sizes = size_conditioning(height, width, rng if pair.dynamic_crops else None)
         return Drawn(pair, num_denoised, height, width, sizes)
 
     def _batch(self, number: int) -> Batch:
@@ -203,15 +204,15 @@ class PromptPairs:
         )
 
 
-def drawn_size(most: int, rng: Random) -> tuple[int, int]:
+def draw_size(most: int, rng: Random) -> tuple[int, int]:
     """Draw height and width independently from half of `most` to all of it, in whole steps."""
     low, high = max(1, most // 2 // STEP_OF_DRAWN_SIDES), max(1, most // STEP_OF_DRAWN_SIDES)
     height, width = (STEP_OF_DRAWN_SIDES * rng.randint(low, high) for _ in range(2))
     return height, width
 
 
-def format_sizes(height: int, width: int, rng: Random | None) -> tuple[int, ...]:
-    """Return sizes for a whole image; with `rng` for a crop of one up to three times as large."""
+def size_conditioning(height: int, width: int, rng: Random | None) -> tuple[int, ...]:
+    """Return SDXL's sizes for a whole image; with `rng` for a random crop of one up to three times as large."""
     if rng is None:
         return height, width, 0, 0, height, width
     scale = 1 + 2 * rng.random()

@@ -141,10 +141,10 @@ def check_shared(shared: Mapping[str, Any], entries: Sequence[Entry], path: Path
     known = [key for entry in entries for key in entry.keys]
     for key in shared:
         if key not in known:
-            raise unknown(key, known, str(path))
+            raise unknown_key_error(key, known, str(path))
 
 
-def unknown(key: str, known: Sequence[str], place: str) -> UserError:
+def unknown_key_error(key: str, known: Sequence[str], place: str) -> UserError:
     """Return the error for an unknown key."""
     names = ", ".join(dict.fromkeys(known))
     return UserError(f"{FLAG} {place}: unknown key {key!r}{did_you_mean(key, known)}; known: {names}")
@@ -159,12 +159,12 @@ def build_pairs(entry: Entry, shared: Mapping[str, Any], folder: Path, warn: War
         )
     for key in own:
         if key not in entry.keys:
-            raise unknown(key, entry.keys, place)
+            raise unknown_key_error(key, entry.keys, place)
     inherited = {key: value for key, value in shared.items() if key in entry.keys}
     for group in ((*NEUTRAL_LISTS, "neutral"), ("resolution", "resolutions")):
         if own.keys() & set(group):  # an entry sets the whole group or nothing of it
             inherited = {key: value for key, value in inherited.items() if key not in group}
-    values = {key: checked(key, value, place) for key, value in {**inherited, **own}.items()}
+    values = {key: check_value(key, value, place) for key, value in {**inherited, **own}.items()}
     if entry.is_pair and "target" not in values:
         raise UserError(f'{FLAG} {place} has no target; add target = "..."')
     pairs = [build_pair(place, values)] if entry.is_pair else list(slider_pairs(place, values, folder, warn))
@@ -176,7 +176,7 @@ def build_pairs(entry: Entry, shared: Mapping[str, Any], folder: Path, warn: War
     return pairs
 
 
-def checked(key: str, value: Any, place: str) -> Any:
+def check_value(key: str, value: Any, place: str) -> Any:
     """Check the type of a value. Sizes and lists are checked where they are used."""
     what = f"{FLAG} {place}: {key} is {value!r}"
     if key in TEXT_KEYS:
@@ -194,7 +194,7 @@ def checked(key: str, value: Any, place: str) -> Any:
     if not is_number(value) or not isfinite(value):
         raise UserError(f"{what}; use a number")
     if key == "batch_size":
-        return whole(value, 1, LARGEST_BATCH, what)
+        return check_integer(value, 1, LARGEST_BATCH, what)
     if key == "weight" and value <= 0:
         raise UserError(f"{what}; the loss is multiplied by it, so it must be above 0")
     if key == "multiplier" and value == 0:
@@ -204,7 +204,7 @@ def checked(key: str, value: Any, place: str) -> Any:
     return float(value)
 
 
-def whole(value: Any, least: int, most: int, what: str) -> int:
+def check_integer(value: Any, least: int, most: int, what: str) -> int:
     """Check an integer and its range."""
     if not is_number(value) or not isfinite(value) or value != int(value) or not least <= value <= most:
         raise UserError(f"{what}; use an integer from {least} to {most}")
@@ -247,7 +247,7 @@ def parse_size(value: Any, place: str) -> tuple[int, int]:
     sides = value if isinstance(value, list) else [value, value]
     if len(sides) != 2:
         raise UserError(f"{what}; use one side, such as 512, or [height, width]")
-    height, width = (whole(side, 1, LARGEST_SIDE, what) for side in sides)
+    height, width = (check_integer(side, 1, LARGEST_SIDE, what) for side in sides)
     return height, width
 
 

@@ -54,13 +54,16 @@ def draw_partly(context: StepContext, batch: Batch, concept: Concept, batch_numb
 
 
 def compute_target(context: StepContext, batch: Batch, concept: Concept, noised: Noised) -> Tensor:
-    """Compute the target of the denoiser's output, float32, from the base model's outputs for three prompts."""
+    """Compute the target of the denoiser's output, float32, from the base model's outputs for up to three prompts."""
+    both_ends = [concept.positive, concept.unconditional] if concept.push else []
     context.network.set_multiplier(0.0)
     try:
         with torch.no_grad():
-            said = build_question(context, batch, [concept.neutral, concept.positive, concept.unconditional])(noised)
+            said = build_question(context, batch, [concept.neutral, *both_ends])(noised)
     finally:
         context.network.set_multiplier(concept.multiplier)
+    if not both_ends:
+        return said[concept.neutral]
     return concept_target(said[concept.neutral], said[concept.positive], said[concept.unconditional], concept.push)
 
 

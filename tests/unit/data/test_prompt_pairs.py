@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from library.data.concepts.prompt_pairs import PromptPairs, drawn_size, format_sizes, open_prompt_pairs
+from library.data.concepts.prompt_pairs import PromptPairs, draw_size, open_prompt_pairs, size_conditioning
 from library.data.concepts.prompts_file import PromptPair
 from library.options.dataset import DatasetOptions
 from library.options.training.concepts import ConceptOptions
@@ -74,14 +74,14 @@ def test_a_batch_depends_on_the_seed_and_its_number_alone() -> None:
 
 
 def test_drawn_sides_are_from_half_to_all_in_steps_of_64() -> None:
-    sides = {drawn_size(512, random_for(1, "size", n)) for n in range(300)}
+    sides = {draw_size(512, random_for(1, "size", n)) for n in range(300)}
     assert {side for size in sides for side in size} == {256, 320, 384, 448, 512}
     assert len(sides) == 25
-    assert {drawn_size(64, random_for(1, "size", n)) for n in range(20)} == {(64, 64)}
+    assert {draw_size(64, random_for(1, "size", n)) for n in range(20)} == {(64, 64)}
 
 
 def test_drawn_crops_lie_inside_an_image_up_to_three_times_as_large() -> None:
-    found = [format_sizes(512, 768, random_for(1, "crop", n)) for n in range(300)]
+    found = [size_conditioning(512, 768, random_for(1, "crop", n)) for n in range(300)]
     for height, width, top, left, *target in found:
         assert target == [512, 768]
         assert 512 <= height < 3 * 512 and 768 <= width < 3 * 768
@@ -89,11 +89,12 @@ def test_drawn_crops_lie_inside_an_image_up_to_three_times_as_large() -> None:
     assert max(top for _, _, top, *_ in found) > 700
 
 
-def test_the_largest_batch_is_the_one_with_the_most_pixels_and_the_longest_way() -> None:
+def test_the_largest_batch_has_the_most_pixels_predictions_and_denoising_steps() -> None:
     small, large = replace(PAIR, batch_size=1), replace(PAIR, batch_size=2)
-    data, place = pairs_of(small, large).limited_to_largest_batch()
+    kept = replace(large, action="preserve")
+    data, place = pairs_of(small, large, kept).limited_to_largest_batch()
     (batch,) = data.of_epoch(1, [place], lambda p: p, 0, False)
-    assert len(batch.keys) == 2 and concept_of(batch).num_denoised == 9
+    assert len(batch.keys) == 2 and concept_of(batch).push and concept_of(batch).num_denoised == 9
 
 
 def test_files_tell_the_prompts_as_those_of_sd_scripts_do() -> None:
