@@ -118,6 +118,9 @@ class BaseNames:
     modules: tuple[ModuleNames, ...]
     stacks: tuple[str, ...] = ()
     """Block lists of any length, by kohya's name before the number; `modules` has those of the usual length."""
+    fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """(end of the path of a layer that some programs fuse, those of its parts here, equal shares of its rows)."""
+    holds_all_kinds_in_diffusers: bool = False  # some program reads more than LoRA under diffusers' names
 
     @cached_property
     def index(self) -> Mapping[str, ModuleNames]:
@@ -129,6 +132,15 @@ class BaseNames:
         """Return the module that `name` in a file means, whole or in part; None if the base model lacks it."""
         flat = underscored(name)
         return self.index.get(flat) or self._find_in_longer_stack(flat)
+
+    def find_parts(self, name: str) -> tuple[ModuleNames, ...]:
+        """Return the modules whose rows are those of a layer that some programs fuse, in order; () for other names."""
+        flat = underscored(name)
+        for whole, parts in self.fused:
+            if flat.endswith(end := underscored(whole)):
+                found = [self.find(flat.removesuffix(end) + underscored(part)) for part in parts]
+                return tuple(module for module in found if module is not None)
+        return ()
 
     def _find_in_longer_stack(self, flat: str) -> ModuleNames | None:
         """Find a module of a block beyond the usual number by the same layer of block 0."""
@@ -147,7 +159,7 @@ def placed(modules: Collection[str], tables: Sequence[BaseNames]) -> dict[str, s
 
     The table that knows most of them is used; modules that it does not know either are omitted.
     """
-    strangers = [name for name in modules if not any(table.find(name) for table in tables)]
+    strangers = [name for name in modules if not any(table.find(name) or table.find_parts(name) for table in tables)]
     found: dict[str, str] = {}
     for table in tables if strangers else ():
         here = {name: other for name in strangers if (other := _under_a_model(bare_path(name), table)) is not None}
@@ -157,4 +169,5 @@ def placed(modules: Collection[str], tables: Sequence[BaseNames]) -> dict[str, s
 
 def _under_a_model(path: str, table: BaseNames) -> str | None:
     """Prefix a path with the first model of the pipeline that contains it."""
-    return next((f"{model}{path}" for model in MODELS if table.find(f"{model}{path}") is not None), None)
+    names = (f"{model}{path}" for model in MODELS)
+    return next((name for name in names if table.find(name) or table.find_parts(name)), None)

@@ -127,8 +127,9 @@ class Content:
 
     @cached_property
     def strangers(self) -> frozenset[str]:
-        """Modules that the base model does not have."""
-        return frozenset(module for module in self.leaves if self.spec.names.find(module) is None)
+        """Modules that the base model does not have, whole or fused."""
+        names = self.spec.names
+        return frozenset(module for module in self.leaves if not (names.find(module) or names.find_parts(module)))
 
     def is_lone(self, key: Key) -> bool:
         """Return True for the alpha of a module that has no weights."""

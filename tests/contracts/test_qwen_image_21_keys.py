@@ -101,8 +101,8 @@ def test_every_module_of_a_saved_file_is_a_layer_that_diffusers_finds(door: Any,
     outer = ("img_in", "time_text_embed", "txt_in", "modulation") if arguments else ()
     linear = {p: m for p, m in linear.items() if p.startswith(("transformer_blocks", *outer))}
     ranks = {path: 4 if path.startswith("transformer_blocks") else 2 for path in linear}
-    expected = {f"diffusion_model.{p}.lora_A.weight": (ranks[p], m.in_features) for p, m in linear.items()}
-    expected |= {f"diffusion_model.{p}.lora_B.weight": (m.out_features, ranks[p]) for p, m in linear.items()}
+    expected = {f"transformer.{p}.lora_A.weight": (ranks[p], m.in_features) for p, m in linear.items()}
+    expected |= {f"transformer.{p}.lora_B.weight": (m.out_features, ranks[p]) for p, m in linear.items()}
     assert shapes == expected
     assert base_of(shapes) == "qwen_image_21"
     converted = QwenImageLoraLoaderMixin.lora_state_dict({key: torch.empty(shape) for key, shape in shapes.items()})

@@ -19,6 +19,7 @@ from library.architectures.flux_2 import adapter_names as flux_2_names
 from library.architectures.krea2 import adapter_names as krea2_names
 from library.architectures.qwen_image_21 import adapter_names as qwen_image_21_names
 from library.architectures.zimage import adapter_names as zimage_names
+from library.errors import UserError
 from networks import dylora, lokr, lora, lora_fa, lora_flux_2, lora_krea2, lora_qwen_image_21, lora_zimage
 from networks.core.files.adapter_file import adapter_tensors, read_adapter_file
 from networks.core.files.foreign_names import in_a_model
@@ -75,6 +76,8 @@ class Dit:
     own: Sequence[Mapping[str, str]]  # arguments of its network module; the last ones adapt more layers
     plain: Mapping[str, str]  # arguments of networks.lora
     trainers: Sequence[tuple[str, bool]]  # True where a trainer's paths are those of diffusers
+    prefix: str = "diffusion_model"  # of the names in saved files
+    other_kinds: str = ""  # ... in files of other kinds than LoRA; kohya's names if empty
 
     def values(self) -> list[Tensor]:
         return [value.detach() for value in self.parity.inputs(*self.sizes)]
@@ -144,7 +147,7 @@ DITS: Mapping[str, Dit] = {
         "QwenImage21Pipeline",
         ("lora_unet_transformer_blocks_0_img_mlp_gate_layer", "transformer_blocks.0.img_mlp.gate_layer"),
         ("transformer_blocks.",), ({}, {"in_dims": "[2,2,2,2]"}), {"attn_dim": "0"},
-        [("musubi-tuner", False), ("ai-toolkit", False), ("SimpleTuner", False)],
+        [("musubi-tuner", False), ("ai-toolkit", False), ("SimpleTuner", False)], "transformer", "transformer.",
     ),
 }  # fmt: skip
 
@@ -177,8 +180,8 @@ def test_diffusers_loads_our_file_as_it_is(
     assert (expected - base).abs().max() > 0.01
     keys = set(load_file(path))
     endings = (".lora_A.weight", ".lora_B.weight")
-    assert all(key.startswith("diffusion_model.") and key.endswith(endings) for key in keys)
-    assert f"diffusion_model.{dit.layer[1]}.lora_A.weight" in keys
+    assert all(key.startswith(f"{dit.prefix}.") and key.endswith(endings) for key in keys)
+    assert f"{dit.prefix}.{dit.layer[1]}.lora_A.weight" in keys
     torch.testing.assert_close(dit.diffusers_prediction(path, caplog), expected, **FLOAT32_DEEP)
     torch.testing.assert_close(dit.prediction_with(path), expected, **FLOAT32_DEEP)
 
@@ -207,7 +210,7 @@ def test_the_strength_is_multiplied_in_before_values_are_rounded(name: str, tmp_
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
     kohya, saved = dit.layer
     up = network.adapters[kohya].change.stored_tensors()["lora_up.weight"]
-    assert torch.equal(found[f"diffusion_model.{saved}.lora_B.weight"], (up.double() * (2 / 3)).bfloat16())
+    assert torch.equal(found[f"{dit.prefix}.{saved}.lora_B.weight"], (up.double() * (2 / 3)).bfloat16())
 
 
 @pytest.mark.parametrize(
@@ -219,11 +222,43 @@ def test_the_strength_is_multiplied_in_before_values_are_rounded(name: str, tmp_
     ],
     ids=module_id,
 )
-def test_other_kinds_have_the_names_of_kohya(name: str, door: Any, arguments: dict[str, str], tmp_path: Path) -> None:
+def test_other_kinds_have_the_names_that_comfyui_reads(
+    name: str, door: Any, arguments: dict[str, str], tmp_path: Path
+) -> None:
     dit, path = DITS[name], tmp_path / "ours.safetensors"
     _, expected = dit.trained_file(door, path, arguments)
-    assert any(key.startswith(f"{dit.layer[0]}.") for key in load_file(path))
+    layer = f"{dit.other_kinds}{dit.layer[1]}" if dit.other_kinds else dit.layer[0]
+    assert any(key.startswith(f"{layer}.") for key in load_file(path))
     torch.testing.assert_close(dit.prediction_with(path, door), expected, **FLOAT32_DEEP)
+
+
+@pytest.mark.parametrize(
+    ("stem", "endings"),
+    [
+        ("diffusion_model.transformer_blocks.1.img_mlp.gate_up", ("lora_A.weight", "lora_B.weight")),
+        ("lora_unet_transformer_blocks_1_img_mlp_gate_up", ("lora_down.weight", "lora_up.weight")),
+        ("transformer_blocks.1.img_mlp.gate_up", ("lora_A.default.weight", "lora_B.default.weight")),
+    ],
+)
+def test_a_layer_that_comfyui_fuses_is_split(stem: str, endings: tuple[str, str], tmp_path: Path) -> None:
+    dit, path, generator = DITS["qwen_image_21"], tmp_path / "fused.safetensors", torch.Generator().manual_seed(5)
+    changed = dit.model()
+    mlp = changed.transformer_blocks[1].img_mlp
+    rows, columns = mlp.proj.weight.shape
+    down = torch.randn(2, columns, generator=generator) / columns**0.5
+    up = torch.randn(2 * rows, 2, generator=generator)
+    save_file({f"{stem}.{endings[0]}": down, f"{stem}.{endings[1]}": up}, path)
+    with torch.no_grad():
+        mlp.gate_layer.weight.add_(up[:rows] @ down)
+        mlp.proj.weight.add_(up[rows:] @ down)
+    torch.testing.assert_close(dit.prediction_with(path), changed(*dit.values()), **FLOAT32_DEEP)
+
+
+def test_a_fused_layer_of_another_kind_is_refused(tmp_path: Path) -> None:
+    path, stem = tmp_path / "fused.safetensors", "diffusion_model.transformer_blocks.1.img_mlp.gate_up"
+    save_file({f"{stem}.lokr_w1": torch.ones(2, 2), f"{stem}.lokr_w2": torch.ones(96, 24)}, path)
+    with pytest.raises(UserError, match=r"gate_up is 2 layers in this base model, and its LoKr cannot be split"):
+        DITS["qwen_image_21"].prediction_with(path, lokr)
 
 
 @pytest.mark.parametrize(

@@ -232,9 +232,12 @@ def file_of(base: str, variant: str, naming: FileNaming) -> tuple[dict[str, Tens
     known = lora_facts(base)
     shapes: Shapes = known["default"] if variant == "default" else listed_shapes(known, variant)
     tensors = {key: torch.ones(()).expand(of_rank_one(key, shape)) for key, shape in shapes.items()}
-    version = {"flux": "flux1", "chroma": "chroma", "sd3": "medium", "lumina": "lumina2"}.get(base, base)
+    version = {"flux": "flux1", "sd3": "medium", "lumina": "lumina2", "hunyuan_image": "hunyuan-image-2.1"}.get(
+        base, base
+    )
     file = AdapterFile("x", sort_tensors(tensors, {}, "").modules, {"ss_base_model_version": version}, {})
-    return adapter_tensors(rename(file, BASES[base][0], naming).file), dict(file.metadata)
+    names = next(spec.names for spec in list_specs() if spec.name == base)
+    return adapter_tensors(rename(file, names, naming).file), dict(file.metadata)
 
 
 TEXT_ONLY = "network_train_text_encoder_only"
@@ -253,16 +256,16 @@ VARIANTS = {
 CASES = [(base, variant, naming) for base, variants in VARIANTS.items() for variant in variants for naming in NAMINGS]
 
 
-def said_of_diffusers(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Reading:
+def said_of(program: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Reading:
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    (said,) = (reading for reading in readings(list_specs(), shapes, metadata) if reading.program == "diffusers")
+    (said,) = (reading for reading in readings(list_specs(), shapes, metadata) if reading.program == program)
     return said
 
 
 @pytest.mark.parametrize(("base", "variant", "naming"), CASES)
 def test_the_keys_that_we_say_it_uses_are_those_that_reach_a_layer(base: str, variant: str, naming: FileNaming) -> None:
     tensors, metadata = file_of(base, variant, naming)
-    said = said_of_diffusers(tensors, metadata)
+    said = said_of("diffusers", tensors, metadata)
     assert tensors.keys() - set(said.unused) == used_by_diffusers(base, tensors)
 
 
@@ -278,7 +281,7 @@ def test_an_adapted_approximator_reaches_its_layers_under_the_names_of_diffusers
     file = AdapterFile("x", sort_tensors(tensors, {}, "").modules, {}, {})
     tensors = adapter_tensors(rename(file, flux.CHROMA_NAMES, naming).file)
     used = used_by_diffusers("chroma", tensors)
-    assert tensors.keys() - set(said_of_diffusers(tensors, {}).unused) == used
+    assert tensors.keys() - set(said_of("diffusers", tensors, {}).unused) == used
     assert any("distilled" in key for key in used) == (naming == "diffusers")
 
 
@@ -292,4 +295,4 @@ def test_lumina_in_the_generic_naming_takes_whole_blocks_from_the_first(left_out
     assert len(kept) < len(tensors)
     used = used_by_diffusers("lumina", kept)
     assert len(used) == num_used
-    assert kept.keys() - set(said_of_diffusers(kept, metadata).unused) == used
+    assert kept.keys() - set(said_of("diffusers", kept, metadata).unused) == used

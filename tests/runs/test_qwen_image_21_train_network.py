@@ -90,7 +90,7 @@ def test_the_commands_of_musubi_tuner_cache_and_train(
     file = tmp_path / "out" / "qwen_image_21_lora.safetensors"
     tensors = load_file(file)
     assert len(tensors) == 2 * NUM_LAYERS
-    name = "diffusion_model.transformer_blocks.0.img_mlp.gate_layer.lora_A.weight"
+    name = "transformer.transformer_blocks.0.img_mlp.gate_layer.lora_A.weight"
     assert tensors[name].shape == (16, CONFIG.width)
     assert any(float(t.abs().max()) > 0 for key, t in tensors.items() if key.endswith("lora_B.weight"))
     with safe_open(file, "pt") as opened:

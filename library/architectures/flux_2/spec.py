@@ -15,7 +15,8 @@ from library.models.transformer_file import TransformerFile
 WIDTHS = (4096, 6144)  # of klein 9B and dev; klein 4B is as wide as FLUX.1
 # Names in transformers as wide, which FLUX.2 lacks: Krea 2's, Qwen-Image 2.1's.
 OTHERS = (
-    r"_attn_to_gate_|_ff_(gate|up|down)_|_img_mlp_(gate_layer|proj|out)_|(?<!single)_transformer_blocks_(8|9|\d\d)_"
+    r"_attn_to_gate_|_ff_(gate|up|down)_|_img_mlp_(gate_(layer|up)|proj|out)_"
+    r"|(?<!single)_transformer_blocks_(8|9|\d\d)_"
 )
 KLEIN_4B_MLP, KLEIN_4B_SINGLE = 9216, 12288  # inputs of the second layers of its MLP and of its single blocks
 

@@ -1,6 +1,7 @@
 """The names of the layers of Qwen-Image 2.1 in adapter files.
 
-Module paths are those of diffusers, which ComfyUI shares.
+Module paths are those of diffusers, which ComfyUI shares but for the gate, which its files fuse with `proj`. Its loader
+finds the two under `transformer.` alone, for every kind of adapter, and the fused layer under the other names.
 """
 
 from library.architectures.qwen_image_21.checkpoint_keys import FUSED, PARTS, linear_paths
@@ -18,4 +19,9 @@ def denoiser_module(path: str) -> ModuleNames:
     return name_layer(path, parts, others=("diffusion_model.", KOHYA_PREFIX))
 
 
-NAMES = BaseNames("qwen_image_21", tuple(map(denoiser_module, linear_paths(NUM_BLOCKS))))
+NAMES = BaseNames(
+    "qwen_image_21",
+    tuple(map(denoiser_module, linear_paths(NUM_BLOCKS))),
+    fused=((FUSED, PARTS),),
+    holds_all_kinds_in_diffusers=True,
+)

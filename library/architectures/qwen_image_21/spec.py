@@ -11,11 +11,20 @@ from library.architectures.qwen_image_21.model import QwenImage21, read_config
 from library.architectures.qwen_image_21.options import QwenImage21Options
 from library.architectures.qwen_image_21.targets import TARGETS
 from library.checkpoints.adapter_names import FileNaming
-from library.checkpoints.base_model_spec import ALL, KOHYA, NONE, BaseModelSpec, Gap, Reader, Sign
+from library.checkpoints.base_model_spec import ALL, DIFFUSERS, GENERIC, KOHYA, NONE, BaseModelSpec, Gap, Reader, Sign
 from library.models.transformer_file import TransformerFile
 
 WIDTH = 4096
 
+FUSED_GATES = Gap(
+    KOHYA | GENERIC,
+    r".*_img_mlp_(gate_layer|proj)",
+    "in a checkpoint with a fused gate_up, such as its own, it finds gate_layer and proj under diffusers' names alone",
+)
+WHOLE_GATES = Gap(
+    DIFFUSERS, r".*_img_mlp_gate_up", "it finds the fused gate_up under kohya's and the generic names alone"
+)
+NO_FUSED_GATES = Gap(ALL, r".*_img_mlp_gate_up", "it has no fused gate_up")
 SPLIT_GATES = Gap(KOHYA, r"lora_unet_.*_gate_layer", "it takes kohya's gate_layer apart at the underscore")
 
 
@@ -47,15 +56,15 @@ SPECS = (
         build=build,
         checkpoint=(Sign(r"(^|\.)txt_in\.text_norm\.weight$"),),
         adapter=(
-            Sign(r"_img_mlp_(gate_layer|proj|out)_|_txt_in_(in|out)_layer_"),
+            Sign(r"_img_mlp_(gate_layer|gate_up|proj|out)_|_txt_in_(in|out)_layer_"),
             Sign(r"(?<!single)_transformer_blocks_\d+_attn_to_(q|k|v|out_0)_", width=WIDTH, unless=r"_ff_|_single_"),
         ),
         version=r"qwen_image_21",
         architecture=r"(?i)qwen-image-2\.1",
         pipelines=("QwenImage21",),
         readers={
-            "ComfyUI": Reader(ALL, NONE),
-            "diffusers": Reader(ALL, NONE, gaps=(SPLIT_GATES,), refuses=refuse_outer_names),
+            "ComfyUI": Reader(ALL, NONE, gaps=(FUSED_GATES, WHOLE_GATES)),
+            "diffusers": Reader(ALL, NONE, gaps=(SPLIT_GATES, NO_FUSED_GATES), refuses=refuse_outer_names),
         },
         names=NAMES,
         network_arguments=TARGETS.arguments,

@@ -21,7 +21,7 @@ from networks.core.changes.parameter_keys import ALPHA, DORA_SCALE
 from networks.core.changes.qkv_pieces import by_rows, is_in_rows
 from networks.core.files.adapter_file import WITHOUT_THEM, AdapterFile, adapter_tensors, sort_tensors
 from networks.core.files.module_weights import ModuleWeights
-from networks.core.files.renaming import rename
+from networks.core.files.renaming import rename, unsupported_keys
 from networks.core.kinds import lora, norm
 from networks.core.registry.key_layout import KeyLayout
 from networks.core.registry.layouts import PIECES, SHARED, list_layouts, recognise_layout
@@ -277,12 +277,14 @@ def network_tensors(adapters: Mapping[str, Adapter], dtype: torch.dtype | None) 
 def saved_tensors(
     adapters: Mapping[str, Adapter], dtype: torch.dtype | None, names: BaseNames | None, naming: FileNaming
 ) -> Mapping[str, Tensor]:
-    """Return the weights as `network_tensors` does, in another naming where they all are plain LoRA of known modules;
-    their strength is multiplied in before they are rounded to `dtype`."""
+    """Return the weights as `network_tensors` does, in another naming where they all are plain LoRA of known modules,
+    or where some program reads other kinds in that naming too; their strength is multiplied in before they are rounded
+    to `dtype`."""
     if naming != "kohya" and names is not None:
         file = sort_tensors(network_tensors(adapters, None), {}, "the adapter")
         plain = [m for m in file.modules.values() if m.layout is lora.LAYOUT and not m.is_dora and names.find(m.name)]
-        if len(plain) == len(file.modules):
+        fits = names.holds_all_kinds_in_diffusers and not any(unsupported_keys(file, names, naming))
+        if fits or len(plain) == len(file.modules):
             found = adapter_tensors(rename(file, names, naming).file)
             return found if dtype is None else {key: tensor.to(dtype) for key, tensor in found.items()}
     return network_tensors(adapters, dtype)

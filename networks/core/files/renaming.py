@@ -13,6 +13,7 @@ from torch import Tensor
 from library.checkpoints.adapter_names import BaseNames, FileNaming, ModuleNames
 from library.errors import UserError
 from networks.core.changes import qkv_rows
+from networks.core.changes.dora import are_per_output
 from networks.core.changes.parameter_keys import ALPHA, DORA_SCALE
 from networks.core.changes.qkv_pieces import rows_name
 from networks.core.files.adapter_file import AdapterFile
@@ -56,9 +57,10 @@ def rename(
     for found, members in groups.items():
         dtypes = {dtype for member in members for dtype in qkv_rows.dtypes_of(member.tensors)}
         for name, tensors in in_naming(found, members, to, file.origin, are_apart):
-            if to == "diffusers" and DORA_SCALE in tensors:
+            is_peft_dora = to == "diffusers" and DORA_SCALE in tensors and are_per_output(tensors[DORA_SCALE])
+            if is_peft_dora:
                 tensors = {**tensors, DORA_SCALE: qkv_rows.as_peft_magnitudes(tensors[DORA_SCALE])}
-            keys = {key: f"{name}.{ending(key, to)}" for key in tensors}
+            keys = {key: f"{name}.{ending(key, to, is_peft_dora)}" for key in tensors}
             modules[name] = ModuleWeights(name, tensors, keys, origin=file.origin)
             if not dtypes >= qkv_rows.dtypes_of(tensors):
                 widened.append(name)
@@ -172,6 +174,7 @@ def swap_halves(module: ModuleWeights, origin: str) -> ModuleWeights:
 
 def unsupported_keys(file: AdapterFile, names: BaseNames, to: FileNaming, keeps_pieces: bool = False) -> Iterator[str]:
     """Yield the keys that a naming has no place for: single tensors, and whole modules that need one of these."""
+    like: FileNaming = "generic" if to == "diffusers" and names.holds_all_kinds_in_diffusers else to
     for module in file.modules.values():
         found = names.find(module.name)
         if found is None:
@@ -179,7 +182,7 @@ def unsupported_keys(file: AdapterFile, names: BaseNames, to: FileNaming, keeps_
             continue
         # What is joined from pieces has no more than diffusers has.
         is_piece = found.piece_of(module.name) is not None
-        held = held_keys("diffusers" if is_piece else to)
+        held = held_keys("diffusers" if is_piece else like)
         if held is not None and module.layout is lora.LAYOUT and module.is_dora_per_output:
             held |= {DORA_SCALE}  # PEFT has magnitudes of this kind alone
         if is_piece and keeps_pieces and module.layout.read is not None:
@@ -256,9 +259,9 @@ def fold_scale(tensors: Mapping[str, Tensor], scaled: str, scale: float) -> dict
     return {**wide, scaled: exact.float()}
 
 
-def ending(key: str, naming: FileNaming) -> str:
+def ending(key: str, naming: FileNaming, is_peft_dora: bool) -> str:
     """Return the end of a key."""
-    if naming == "diffusers" and key == DORA_SCALE:
+    if is_peft_dora and key == DORA_SCALE:
         return qkv_rows.PEFT_MAGNITUDES_IN_MEMORY
     return key if naming == "kohya" else qkv_rows.SPELLED_ELSEWHERE.get(key, key)
 

@@ -97,7 +97,7 @@ class AdapterTargets:
     )  # value of train_blocks beside "all" -> pattern of the rest
     fused: Mapping[str, Widths] = field(default_factory=dict)  # pattern of what split_qkv splits -> how
     names: BaseNames | None = None  # what other programs call the modules, so that their files can be trained further
-    saved_naming: FileNaming = "kohya"  # of files with LoRA alone; other kinds have kohya's names
+    saved_naming: FileNaming = "kohya"  # of files with LoRA alone; other kinds mostly have kohya's names
     expressions: Literal["name", "path"] = "name"  # network_reg_*: a part of the name or the whole path, or that alone
     elsewhere: Callable[[], Mapping[str, ArgumentForm]] = dict  # network arguments of all base models
 

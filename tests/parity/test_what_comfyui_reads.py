@@ -1,0 +1,49 @@
+"""Our claims about ComfyUI against the names that its own loader looked for, given the model of each checkpoint."""
+
+from collections.abc import Mapping
+from functools import cache
+
+import pytest
+from torch import Tensor
+
+from library.checkpoints.adapter_keys import AdapterKey, is_of_text_encoder
+from library.checkpoints.adapter_names import NAMINGS, FileNaming
+from tests.contracts.full_size import facts
+from tests.parity.test_what_diffusers_reads import EVERYTHING, file_of, said_of
+
+VARIANTS = {
+    "flux": "in_dims=[5,6,7,8,9]",
+    "chroma": "in_dims=[5,6,7,8,9]",
+    "sd3": "emb_dims=[5,6,7,8,9,10]",
+    "lumina": "embedder_dims=[5,6,7]",
+    "anima": EVERYTHING,
+    **dict.fromkeys(("zimage", "flux_2", "krea2", "qwen_image_21", "hunyuan_image"), "default"),
+}
+
+
+@cache
+def names_found(base: str) -> list[frozenset[str]]:
+    """The names of modules that ComfyUI looks for, for each layout that it knows of the checkpoint."""
+    return [frozenset(names) for names in facts("comfyui_names")["names"][base]]
+
+
+def used_by_comfyui(base: str, tensors: Mapping[str, Tensor]) -> set[str]:
+    """The keys that it uses with every layout of the checkpoint."""
+    modules = {key: found.module for key in tensors if (found := AdapterKey.parse(key)) is not None}
+    return {key for key, module in modules.items() if all(module in names for names in names_found(base))}
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+@pytest.mark.parametrize("base", VARIANTS)
+def test_the_keys_that_we_say_it_uses_are_those_that_it_looks_for(base: str, naming: FileNaming) -> None:
+    tensors, metadata = file_of(base, VARIANTS[base], naming)
+    denoiser = {key: tensor for key, tensor in tensors.items() if not is_of_text_encoder(key)}
+    assert len(denoiser) > 200
+    said = said_of("ComfyUI", denoiser, metadata)
+    assert denoiser.keys() - set(said.unused) == used_by_comfyui(base, denoiser)
+
+
+@pytest.mark.parametrize(("stem", "is_used"), [("diffusion_model.", [False, True]), ("transformer.", [False, False])])
+def test_a_fused_gate_is_looked_for_where_the_checkpoint_has_it(stem: str, is_used: list[bool]) -> None:
+    module = f"{stem}transformer_blocks.0.img_mlp.gate_up"
+    assert [module in names for names in names_found("qwen_image_21")] == is_used
